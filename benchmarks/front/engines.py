@@ -48,7 +48,7 @@ class FakeEngines:
     async def healthy(self) -> bool:
         return True
 
-    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
         return []
 
     async def autoscaling(self) -> AutoscalingStatus | None:

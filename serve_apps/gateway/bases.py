@@ -80,7 +80,7 @@ class ServedBase:
     def _target(self, scaling: AutoscalingStatus | None) -> int:
         return self.spec.min_replicas if scaling is None else scaling.target
 
-    async def status(self, num_adapters: int, layout: bool) -> BaseReport:
+    async def status(self, num_adapters: int, layout: bool | frozenset[str]) -> BaseReport:
         """Asks its replicas. `num_adapters`: of it in the catalog."""
         replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats(layout)]
         scaling = await self._scaling()

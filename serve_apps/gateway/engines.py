@@ -32,8 +32,10 @@ class Engines(Protocol):
     def start_failed(self) -> bool:
         """Whether no replica runs because the last one that a request started was not ready in time."""
 
-    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
-        """The status of every replica that answers; with `layout` also what its pool's blocks hold by position."""
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+        """The status of every replica that answers; with `layout` also what its pool's blocks hold by position, or only
+        those of replicas of these names.
+        """
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         """The autoscaler's last decisions; None if there are none."""

@@ -232,7 +232,8 @@ class Gateway:
         found = {"status": "degraded", "unavailable": silent} if silent else {"status": "ok"}
         return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
 
-    async def status(self, layout: bool = False) -> Status:
+    async def status(self, layout: bool | frozenset[str] = False) -> Status:
+        """`layout`: as for `Engines.stats`."""
         counts = self.directory.num_adapters_of
         reports = await asyncio.gather(*(b.status(counts(b.base), layout) for b in self.bases.values()))
         found = [replica for report in reports for replica in report.replicas]

@@ -84,7 +84,7 @@ class EngineReplica:
         await self._requests.run(request, fit, connection, stream)
         yield connection.name
 
-    async def stats(self, layout: bool) -> ReplicaStatus:
+    async def stats(self, layout: bool | frozenset[str]) -> ReplicaStatus:
         """See `replica_status`."""
         return await replica_status(self._stream, _replica_id(), self._started_at, layout)
 

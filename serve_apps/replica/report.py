@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 _LAYOUT_TIMEOUT_S = 1.0
 
 
-async def replica_status(stream: EngineStream, replica: str, started_at: float, layout: bool) -> ReplicaStatus:
+async def replica_status(
+    stream: EngineStream, replica: str, started_at: float, layout: bool | frozenset[str]
+) -> ReplicaStatus:
     """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
-    the pool's blocks hold by position, where the engine says it within a second.
+    the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
     """
     stretches: tuple[Stretch, ...] = ()
-    if layout:
+    if layout if isinstance(layout, bool) else replica in layout:
         with suppress(EngineError, TimeoutError):
             stretches = await asyncio.wait_for(stream.layout(), _LAYOUT_TIMEOUT_S)
     return ReplicaStatus(

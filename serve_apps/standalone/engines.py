@@ -52,7 +52,7 @@ class LocalEngines:
     def start_failed(self) -> bool:
         return False
 
-    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
         if not await self.healthy():
             return []
         return [await replica_status(self._stream, REPLICA, self._started_at, layout)]

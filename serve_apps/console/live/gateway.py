@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -21,7 +22,8 @@ _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
 class Gateway:
     """A client of `url`. One connection pool for all callers; `transport` replaces the network in tests.
 
-    demand  what `status` found so far, for callers who may see it
+    demand    what `status` found so far, for callers who may see it
+    replicas  names of those that `status` found last
     """
 
     def __init__(
@@ -32,19 +34,24 @@ class Gateway:
     ) -> None:
         self.url = url
         self.demand = Demand(clock)
+        self.replicas: tuple[str, ...] = ()
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
 
-    async def status(self, authorization: str | None, *, layout: bool = False) -> Status:
-        """GET /status; with `layout` also what pools hold by position. Raises PermissionDenied where the key may not
-        see it, and ClusterError where nothing answers.
+    async def status(self, authorization: str | None, *, layout: bool | Collection[str] = False) -> Status:
+        """GET /status; with `layout` also what pools hold by position, or those of replicas of these names. Raises
+        PermissionDenied where the key may not see it, and ClusterError where nothing answers.
         """
-        response = await self._get("/status?layout=true" if layout else "/status", authorization)
+        asked: dict[str, Any] = {"layout": True} if layout else {}
+        if not isinstance(layout, bool):
+            asked["replica"] = list(layout)
+        response = await self._get("/status", authorization, asked)
         try:  # of many replicas it is long
             status = await run_in_threadpool(Status.model_validate_json, response.content)
         except ValidationError as e:
             raise ClusterError("the gateway's status is not one of this version's") from e
         self.demand.note(status)
+        self.replicas = tuple(replica.replica for replica in status.replicas)
         return status
 
     async def metrics(self, authorization: str | None, *names: str) -> Metrics:
@@ -74,9 +81,11 @@ class Gateway:
         if self._client is not None:
             await self._client.aclose()
 
-    async def _get(self, path: str, authorization: str | None) -> httpx.Response:
+    async def _get(
+        self, path: str, authorization: str | None, asked: Mapping[str, Any] | None = None
+    ) -> httpx.Response:
         try:
-            response = await self._open().get(path, headers=_authorized(authorization))
+            response = await self._open().get(path, headers=_authorized(authorization), params=asked)
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
         if response.status_code == 401:

@@ -47,7 +47,7 @@ async def _page(console: Console, request: Request, name: str, template: str) ->
     """404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
-        status = await gateway.status(request.state.authorization, layout=True)
+        status = await gateway.status(request.state.authorization, layout=(name,))
         metrics = await gateway.metrics(request.state.authorization, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, name=name, problem=str(e), replica=None)

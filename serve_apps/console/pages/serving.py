@@ -41,8 +41,10 @@ async def show_live(console: ConsoleDep, request: Request) -> Response:
 
 async def _page(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
+    # Of many, only the engines that are shown make a layout: the first ones of the last look.
+    wanted = gateway.replicas[:_COLUMNS] if len(gateway.replicas) > _COLUMNS else True
     try:
-        status = await gateway.status(request.state.authorization, layout=True)
+        status = await gateway.status(request.state.authorization, layout=wanted)
         metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, problem=str(e), status=None)

@@ -192,7 +192,7 @@ class ServeEngines:
     def start_failed(self) -> bool:
         return self._start_failed and self.is_cold()
 
-    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
         return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:

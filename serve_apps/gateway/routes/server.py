@@ -51,12 +51,15 @@ def create_router(gateway: Gateway) -> APIRouter:
         return JSONResponse({"version": __version__})
 
     @router.get("/status")
-    async def status(layout: bool = False) -> Status:
+    async def status(
+        layout: bool = False,
+        replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
+    ) -> Status:
         """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
 
         With `layout=true` each engine also says what its pool's blocks hold by position, after its current step.
         """
-        return await gateway.status(layout)
+        return await gateway.status(frozenset(replica) if layout and replica else layout)
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
 import httpx
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
@@ -39,13 +40,14 @@ loray_engine_step_seconds_bucket{replica="r1",le="+Inf"} 100
 
 class ScriptedGateway:
     """`num_tokens` were generated so far. `keys`: those that may see the state; None: everybody. `down`: 500.
-    `metrics`: Prometheus' text.
+    `metrics`: Prometheus' text. `layouts`: of which replicas the last look wanted one; None: of all.
     """
 
     def __init__(self) -> None:
         self.num_tokens, self.down, self.metrics = 1000, False, METRICS
         self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
+        self.layouts: list[str] | None = []
         self.asked: list[tuple[str | None, dict[str, object]]] = []
 
     @property
@@ -53,7 +55,10 @@ class ScriptedGateway:
         app = FastAPI()
 
         @app.get("/status")
-        def status(request: Request, layout: bool = False) -> Response:
+        def status(
+            request: Request, layout: bool = False, replica: Annotated[list[str] | None, Query()] = None
+        ) -> Response:
+            self.layouts = replica if layout else []
             found = self.status().model_dump(
                 mode="json", exclude=None if layout else {"replicas": {"__all__": {"layout"}}}
             )

@@ -51,6 +51,7 @@ def test_pages_follow_the_load(console: ConsoleSite) -> None:
 
 def test_one_replica(console: ConsoleSite) -> None:
     page = console.get("/serving/replicas/r1").text
+    assert console.engines.layouts == ["r1"]
     assert 'data-live="/api/v1/console/serving/replicas/r1/live"' in page
     assert 'href="/api/v1/console/serving/replicas/r1"' in console.get("/serving").text
     for shown in ("3 running, 1 waiting", "30.0 %", "90 times in the pool", "≤ 20 ms</th><td>40<", "legal@1"):
@@ -77,7 +78,10 @@ def test_many_replicas_with_many_adapters_are_a_bounded_page(console: ConsoleSit
         for n in range(60)
     )
     page = console.get("/serving").text
+    assert console.engines.layouts is None  # which replicas there are, was not known
     assert "The 50 that most replicas hold, of 1,050" in page
+    console.get("/serving/live")
+    assert console.engines.layouts == [f"r{n}" for n in range(50)]
     assert "The first 50 of 60 replicas" in page
     assert page.count("<tr>") < 210
     one = console.get("/serving/replicas/r59").text

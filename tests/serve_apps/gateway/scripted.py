@@ -106,8 +106,9 @@ class ScriptedEngines:
     def start_failed(self) -> bool:
         return self.failed
 
-    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
-        return [r if layout else r.model_copy(update={"layout": ()}) for r in self.replicas]
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+        wanted = {r.replica for r in self.replicas if layout} if isinstance(layout, bool) else layout
+        return [r if r.replica in wanted else r.model_copy(update={"layout": ()}) for r in self.replicas]
 
     async def metrics(self) -> list[list[Family] | None]:
         return self.families

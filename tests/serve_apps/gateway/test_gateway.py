@@ -13,7 +13,7 @@ from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from serve_apps.gateway.directory import REFRESH_S
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
+from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, register
 
 HELLO = (delta("hel"), delta("lo", "stop"))
 CHAT = [{"role": "user", "content": "hi"}]
@@ -227,6 +227,10 @@ def test_health_and_status(client_of: Any, base: BaseModel) -> None:
         (served,) = status["bases"]
         assert (served["base"], served["status"], served["num_replicas"], served["target"]) == (base.name, "ok", 1, 1)
         assert status["replicas"][0]["adapters_in_pool"] == ["0" * 12]
+        engines.replicas = [REPLICA.model_copy(update={"replica": n, "layout": (("kv", 2),)}) for n in ("a", "b")]
+        for asked, holding in (("", []), ("?layout=true", ["a", "b"]), ("?layout=true&replica=b&replica=c", ["b"])):
+            replicas = client.get(f"/status{asked}").json()["replicas"]
+            assert [r["replica"] for r in replicas if r["layout"]] == holding
         engines.replicas = []
         assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
         assert client.get("/status").json()["status"] == "degraded"

@@ -34,6 +34,7 @@ class Stream:
 def test_layouts(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
     monkeypatch.setattr(report, "_LAYOUT_TIMEOUT_S", 0.01)
     stream: Any = Stream(answer)
-    status = asyncio.run(replica_status(stream, "r1", 0.0, layout=True))
+    status = asyncio.run(replica_status(stream, "r1", 0.0, layout=frozenset({"r1"})))
     assert (status.num_running, status.layout) == (1, LAYOUT if answer is LAYOUT else ())
-    assert asyncio.run(replica_status(stream, "r1", 0.0, layout=False)).layout == ()
+    for layout in (False, frozenset({"r2"})):
+        assert asyncio.run(replica_status(stream, "r1", 0.0, layout)).layout == ()

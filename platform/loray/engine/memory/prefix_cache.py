@@ -72,9 +72,9 @@ class PrefixCache:
         """Blocks that `evict` could free."""
         return len(self._idle)
 
-    def idle_blocks(self) -> Iterator[int]:
+    def idle_blocks(self) -> list[int]:
         """Those blocks."""
-        return (node.block for node in self._idle)
+        return [node.block for node in self._idle]
 
     @property
     def least_value(self) -> float | None:
