@@ -13,6 +13,7 @@ from loray.spec import FleetSpec, ServeSpec
 TWO: dict[str, Any] = {
     "port": 9000,
     "num_gateways": 2,
+    "max_body_bytes": "2MiB",
     "pool_bytes": "1MiB",
     "autoscaling": {"max_replicas": 4, "window_s": 30},
     "bases": [
@@ -50,7 +51,7 @@ def test_shared_fields_hold_where_a_base_has_none_of_its_own(tmp_path: Path) -> 
 def test_arguments_are_read_back() -> None:
     fleet = parse(TWO)
     args = fleet.to_args()
-    assert args.keys() == {"host", "port", "num_gateways", "bases"}
+    assert args.keys() == {"host", "port", "num_gateways", "max_body_bytes", "bases"}
     assert parse(args) == fleet
     moved = fleet.at("0.0.0.0", 9001)
     assert (moved.host, moved.port, moved.num_gateways, moved.names) == ("0.0.0.0", 9001, 2, fleet.names)
@@ -74,6 +75,7 @@ def test_replicas_depend_on_their_own_base_alone() -> None:
         ({"pool": 1, "bases": [{"base": "a"}]}, r"unknown fields beside `bases`: pool; known fields: .*pool_bytes"),
         ({"bases": [{"base": "a", "pool": 1}]}, r"the base a is not a valid ServeSpec:\n  pool: .*known fields"),
         ({"bases": [{"base": "a", "port": 1}]}, "the base a has port, which all bases share"),
+        ({"bases": [{"base": "a", "max_body_bytes": 1}]}, "the base a has max_body_bytes, which all bases share"),
         ({"bases": [{"base": "a", "max_num_seqs": 0}]}, "the base a is not"),
         ({"base": "a", "pool": 1}, r"fleet.yaml is not a valid ServeSpec:\n  pool: .*known fields"),
         ([1], "fleet.yaml is not a valid ServeSpec"),

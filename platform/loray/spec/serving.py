@@ -43,7 +43,7 @@ class AutoscalingSpec(Frozen):
 
 
 _ENGINE = "engine-"
-_SHARED = ("num_gateways", "host", "port")  # fields of ServeSpec that are the whole deployment's
+_SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeSpec that are the whole deployment's
 
 
 class ServeSpec(Frozen):
@@ -150,8 +150,8 @@ class FleetSpec(Frozen):
     """One deployment: its bases, each with replicas of its own, behind the same gateways.
 
     A mapping with `bases` has for each of them a mapping of ServeSpec's fields. The other fields beside `bases` hold
-    for all of them, except where a base has its own; `num_gateways`, `host` and `port` are allowed only there. A
-    mapping without `bases` is a ServeSpec: a deployment of one base.
+    for all of them, except where a base has its own; those of the whole deployment (`num_gateways`, `host`, `port`,
+    `max_body_bytes`) are allowed only there. A mapping without `bases` is a ServeSpec: a deployment of one base.
     """
 
     bases: tuple[ServeSpec, ...] = Field(min_length=1)
@@ -185,7 +185,7 @@ class FleetSpec(Frozen):
         """JSON that `parse` reads."""
         if len(self.bases) == 1:
             return self.bases[0].model_dump(mode="json")
-        shared = {name: getattr(self, name) for name in _SHARED}
+        shared = {name: getattr(self.bases[0], name) for name in _SHARED}
         return shared | {"bases": [spec.model_dump(mode="json", exclude=set(_SHARED)) for spec in self.bases]}
 
     def at(self, host: str, port: int) -> Self:
@@ -218,7 +218,7 @@ class FleetSpec(Frozen):
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise ValueError(f"the same base twice: {', '.join(twice)}; give each base once")
-        if len({(spec.num_gateways, spec.host, spec.port) for spec in self.bases}) > 1:
+        if len({tuple(getattr(spec, name) for name in _SHARED) for spec in self.bases}) > 1:
             raise ValueError(f"{', '.join(_SHARED)} must be the same for all bases")
         return self
 
