@@ -19,7 +19,7 @@ _OPTIONS = (
         "--spec",
         "spec_file",
         type=click.Path(path_type=Path),
-        help="A YAML file with ServeSpec's fields, or with several bases.",
+        help="A YAML file with FleetSpec's fields: one base's, or several bases.",
     ),
     click.option("--base", help="The base model (default smollm2)."),
     click.option("--host", help="Address to listen at (default 127.0.0.1)."),

@@ -24,6 +24,7 @@ class ServePlacements:
 
     async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
         names = await asyncio.to_thread(self._engines)
+        self._handles = {name: handle for name, handle in self._handles.items() if name in names}
         answers = await asyncio.gather(*(self._ask(name, digests) for name in names))
         return [placement for answer in answers for placement in answer]
 

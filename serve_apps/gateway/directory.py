@@ -127,14 +127,14 @@ class ModelDirectory:
         if ref is None:
             await self._look_again()
             ref = self._lookup(model, principal)
-        return Found(self._base_of(ref, base), ref)
+        return Found(self._base_of(ref, base, principal), ref)
 
     def _split(self, model: str) -> tuple[BaseModel | None, str]:
         """The base and the name of `base:name`; None where it is a name alone."""
         prefix, colon, name = model.partition(":")
         return (self.bases[prefix], name) if colon and prefix in self.bases else (None, model)
 
-    def _base_of(self, ref: AdapterRef, wanted: BaseModel | None) -> BaseModel:
+    def _base_of(self, ref: AdapterRef, wanted: BaseModel | None, principal: Principal) -> BaseModel:
         """The base of an adapter. Raises BaseMismatch where it is not served, or is not the one that was asked for."""
         if wanted is not None:
             ref.check_base(wanted.name, wanted.fingerprint)
@@ -142,13 +142,16 @@ class ModelDirectory:
         if base is None:
             raise BaseMismatch(
                 f"adapter {ref.label} was trained on another base (fingerprint {ref.base_fingerprint[:12]}) than "
-                f"{self.base_names()}, which this deployment serves"
+                f"{self.base_names(principal) or 'those'}, which this deployment serves"
             )
         return base
 
-    def base_names(self) -> str:
-        """For messages: `a`, `a and b`, `a, b and c`."""
-        *others, last = self.bases
+    def base_names(self, principal: Principal) -> str:
+        """Those that the caller may ask, for messages: `a`, `a and b`, `a, b and c`. Empty where there is none."""
+        names = [name for name in self.bases if may_ask(principal, name)]
+        if not names:
+            return ""
+        *others, last = names
         return f"{', '.join(others)} and {last}" if others else last
 
     async def choose(self, model: str, principal: Principal, session: str | None) -> tuple[Found, Arm | None]:
@@ -167,7 +170,7 @@ class ModelDirectory:
         if not arm.is_canary:
             return found, arm
         ref = entry.select(str(canary.version))
-        return Found(self._base_of(ref, None), ref), arm
+        return Found(self._base_of(ref, None, principal), ref), arm
 
     async def ask(self, question: Callable[[Catalog], T]) -> T:
         """What the catalog answers, in a thread. Raises what it raises."""

@@ -124,7 +124,10 @@ class Gateway:
         PermissionDenied where its key is for other models.
         """
         if name is None and len(self.bases) > 1:
-            raise RequestError(f"name the model: {self.directory.base_names()} are served here", "model")
+            names = self.directory.base_names(principal)
+            raise RequestError(
+                f"name the model{names and f': {names}'}; GET /v1/models lists those of this key", "model"
+            )
         return self._target(await self.directory.resolve(name or next(iter(self.bases)), principal))
 
     def _target(self, found: Found) -> Target:
@@ -218,18 +221,20 @@ class Gateway:
         )
 
     def max_body_bytes(self) -> int:
-        """The largest request body, which is read before its model is known: the largest of all bases."""
+        """The largest request body, which is read before its model is known: the spec's, else what the longest context
+        of all bases needs.
+        """
         return max(b.max_body_bytes(self.directory.longest_context(b.base)) for b in self.bases.values())
 
     # -- health, status, metrics --------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
-        """200 while any base can be asked. Raises EngineError."""
+        """200 while any base can be asked, with the number of the others: who asks needs no key. Raises EngineError."""
         answers = await asyncio.gather(*(base.healthy() for base in self.bases.values()))
-        silent = [name for name, is_healthy in zip(self.bases, answers, strict=True) if not is_healthy]
-        if len(silent) == len(self.bases):
+        num_silent = answers.count(False)
+        if num_silent == len(self.bases):
             raise EngineError("no replica answers; `loray status` says more")
-        found = {"status": "degraded", "unavailable": silent} if silent else {"status": "ok"}
+        found = {"status": "degraded", "num_unavailable": num_silent} if num_silent else {"status": "ok"}
         return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
 
     async def status(self, layout: bool | frozenset[str] = False) -> Status:

@@ -13,6 +13,7 @@ from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.api.openai.body import Body
 from loray.api.openai.responses_api import ResponsesRequest, chat_request
 from loray.errors import RequestError
+from serve_apps.access import principal_of
 from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import converted_body
@@ -40,8 +41,8 @@ def create_router(gateway: Gateway) -> APIRouter:
         except RequestError as e:
             if e.param != "model":
                 raise
-            names = gateway.directory.base_names()
-            raise RequestError(f"{e}: {names}, or an adapter; GET /v1/models lists them", "model") from e
+            names = gateway.directory.base_names(principal_of(request))
+            raise RequestError(f"{e}: {names and f'{names}, or '}an adapter; GET /v1/models lists them", "model") from e
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:

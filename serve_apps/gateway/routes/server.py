@@ -38,7 +38,9 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.get("/ping")
     @router.post("/ping")
     async def health() -> Response:
-        """200 if a replica answers that its engine runs."""
+        """200 if a replica of any base answers that its engine runs, or a base is asleep and the next request starts
+        one.
+        """
         return await gateway.health()
 
     @router.get("/console", include_in_schema=False)

@@ -14,7 +14,7 @@ from loray.api.status import AutoscalingStatus
 from loray.bases.registry import BaseModel, get_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
-from loray.spec import AutoscalingSpec, ServeSpec
+from loray.spec import AutoscalingSpec, Principal, ServeSpec
 from serve_apps.gateway.bases import ServedBase
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, fleet_app, register
@@ -113,6 +113,13 @@ def test_there_is_no_default_base(fleet: Fleet, path: str, body: dict[str, Any])
     assert f"{fleet.one.name} and {fleet.two.name}" in error["message"]
 
 
+def test_messages_name_what_the_key_is_for(fleet: Fleet) -> None:
+    directory = fleet.client.app.state.gateway.directory  # type: ignore[attr-defined]
+    one, two = fleet.one.name, fleet.two.name
+    asked = (None, frozenset((two, "of-one")), frozenset(("of-one",)))
+    assert [directory.base_names(Principal(models=m)) for m in asked] == [f"{one} and {two}", two, ""]
+
+
 def test_health_and_status_say_which_base(fleet: Fleet) -> None:
     one, two = fleet.one.name, fleet.two.name
     status = fleet.client.get("/status").json()
@@ -122,7 +129,7 @@ def test_health_and_status_say_which_base(fleet: Fleet) -> None:
     ]
     assert ([r["base"] for r in status["replicas"]], status["totals"]["num_running"]) == ([one, two], 2)
     fleet.engines[two].replicas = []
-    assert fleet.client.get("/health").json() == {"status": "degraded", "unavailable": [two]}
+    assert fleet.client.get("/health").json() == {"status": "degraded", "num_unavailable": 1}
     status = fleet.client.get("/status").json()
     assert (status["status"], [b["status"] for b in status["bases"]]) == ("degraded", ["ok", "degraded"])
     assert fleet.said(one) == one
@@ -146,7 +153,7 @@ def test_a_base_that_is_asleep_is_well(fleet: Fleet) -> None:
     engines.scaling = AutoscalingStatus(target=1, reason="a request waits", time=2.0)
     assert fleet.client.get("/health").json() == {"status": "ok"}  # the next request waits with it
     engines.failed = True
-    assert fleet.client.get("/health").json() == {"status": "degraded", "unavailable": [two]}
+    assert fleet.client.get("/health").json() == {"status": "degraded", "num_unavailable": 1}
     assert fleet.client.get("/status").json()["bases"][1]["status"] == "degraded"
 
 
@@ -162,18 +169,6 @@ def test_metrics_say_which_base(fleet: Fleet) -> None:
         assert f'loray_replicas_reporting{{base="{base.name}"}} 1.0' in text
         assert f'loray_replicas_silent{{base="{base.name}"}} {num_silent}.0' in text
         assert f'loray_catalog_adapters{{base="{base.name}",gateway="local"}} 1.0' in text
-
-
-def test_a_body_may_be_as_large_as_the_largest_base_allows(fleet: Fleet) -> None:
-    small, large = (
-        ServedBase(spec, served.base, served.prompts, served.engines)
-        for served, spec in zip(
-            fleet.served, (ServeSpec(max_body_bytes=1000), ServeSpec(max_body_bytes=2000)), strict=True
-        )
-    )
-    gateway = fleet.client.app.state.gateway  # type: ignore[attr-defined]
-    gateway.bases = {small.name: small, large.name: large}
-    assert gateway.max_body_bytes() == 2000
 
 
 def test_one_model_is_served_once(tmp_path: Path, base: BaseModel) -> None:
