@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_all_is_well(check: Callable[[Situation], Finding], situation: Situation
         ),
         (machine.packages, {"requirements": None}, "error", "not installed", "pip install -e ."),
         (machine.memory, {"available": GIB // 4}, "error", "536.9 MB are needed", "--pool-bytes 128MiB"),
-        (machine.memory, {"available": GIB}, "warning", "--host-bytes", "--host-bytes 256MiB"),
+        (machine.memory, {"available": GIB}, "warning", "host_bytes full", "--host-bytes 256MiB"),
         (machine.shared_memory, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
         (machine.shared_memory, {"shm": None}, "warning", "is missing", "/dev/shm"),
         (machine.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
@@ -71,6 +72,19 @@ def test_what_is_served_has_its_memory(situation: Situations) -> None:
     with announced(s.settings.home, "http://127.0.0.1:1"):
         assert machine.memory(s).severity == "ok"
     assert machine.memory(situation(available=0, spec={"device": "cuda"})).severity == "ok"
+
+
+def test_the_memory_of_all_bases_is_counted(situation: Situations) -> None:
+    """What mends it leaves the other bases in the file."""
+    s = situation(available=GIB)
+    other = s.spec.model_copy(update={"base": "other", "pool_bytes": GIB * 3 // 4})
+    found = machine.memory(replace(s, others=(other,), file=Path("fleet.yaml")))
+    assert found.severity == "error"
+    assert "536.9 MB of tiny" in found.message
+    assert "805.3 MB of other" in found.message
+    assert found.mend == "set pool_bytes of tiny in fleet.yaml to 128MiB"
+    gpu = other.model_copy(update={"device": "cuda"})
+    assert machine.memory(replace(s, others=(gpu,))).severity == "warning"
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def doctor(
     Changes nothing, apart from compiling kernels. Exits with 1 where there is an error; warnings alone are no error.
     """
     settings = Settings.from_env()
-    situation = Situation(settings, _spec(spec_file, base_name, port), Facts.read(settings.home), deep)
+    spec, others = _specs(spec_file, base_name, port)
+    situation = Situation(settings, spec, Facts.read(settings.home), deep, others, spec_file)
     chosen = [check for check in CHECKS if here or settings.url is None or not check.serves]
     results: list[tuple[str, Finding]] = []
     out = console()
@@ -74,17 +75,18 @@ def doctor(
         raise click.exceptions.Exit(1)
 
 
-def _spec(file: Path | None, base: str | None, port: int | None) -> ServeSpec:
-    """The base that is examined. SpecError where the file has several and `base` is none of them."""
+def _specs(file: Path | None, base: str | None, port: int | None) -> tuple[ServeSpec, tuple[ServeSpec, ...]]:
+    """The base that is examined, and those beside it. SpecError where there are several and `base` is none of them."""
     fields = {} if file is None else read_mapping(file)
     given = {name: value for name, value in (("base", base), ("port", port)) if value is not None}
     fleet = FleetSpec.parse(fields, source=str(file))
     if len(fleet.bases) == 1:
         chosen = fleet.bases[0].model_dump(exclude_unset=True) | given
-        return ServeSpec.parse(chosen, source="the command line")
+        return ServeSpec.parse(chosen, source="the command line"), ()
     for spec in fleet.bases:
         if spec.base == base:
-            return spec if port is None else spec.model_copy(update={"port": port})
+            others = tuple(other for other in fleet.bases if other is not spec)
+            return spec if port is None else spec.model_copy(update={"port": port}), others
     names = ", ".join(fleet.names)
     raise SpecError(f"{file} has several bases ({names}); say which one to examine, as in --base {fleet.names[0]}")
 

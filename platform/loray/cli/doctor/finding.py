@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from loray.cli.doctor.facts import Facts
@@ -23,14 +24,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """`spec`: the deployment that this machine is to run. `deep`: bytes are hashed, which takes as long as reading
-    them.
+    """`spec`: the deployment that this machine is to run, or one base of it, beside `others`. `deep`: bytes are hashed,
+    which takes as long as reading them. `file`: where the spec is; None: on the command line.
     """
 
     settings: Settings
     spec: ServeSpec
     facts: Facts
     deep: bool = False
+    others: tuple[ServeSpec, ...] = ()
+    file: Path | None = None
 
 
 class Check(NamedTuple):

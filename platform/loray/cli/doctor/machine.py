@@ -12,7 +12,7 @@ from loray.cli.doctor.finding import Finding, Situation, error, ok, warning
 from loray.errors import LorayError
 from loray.local.cluster import OBJECT_STORE_BYTES, current_cluster
 from loray.local.standalone import standalone_servers
-from loray.spec import format_size
+from loray.spec import ServeSpec, format_size
 
 OLDEST_PYTHON = ">=3.11"  # where loray is not installed; else its metadata says it
 _LEAST_DISK = 1 << 30
@@ -56,26 +56,46 @@ def packages(s: Situation) -> Finding:
 
 
 def memory(s: Situation) -> Finding:
+    """Of all bases on the CPU together; what mends it is told of the one that is examined."""
     spec, home = s.spec, s.settings.home
     if not spec.device.startswith("cpu"):
         return ok(f"weights and pool are on {spec.device}")
     if standalone_servers(home) or current_cluster(home):
         return ok("what is served has its memory")
-    weights = _weights(s)
-    num_replicas = max(1, spec.min_replicas)
-    least = num_replicas * (weights + spec.pool_bytes)
-    most = num_replicas * (weights + spec.pool_bytes + spec.host_bytes)
+    bases = [(b, _num_replicas(b), _weights(s, b.base)) for b in (spec, *s.others) if b.device.startswith("cpu")]
+    least = sum(num * (weights + b.pool_bytes) for b, num, weights in bases)
+    most = least + sum(num * b.host_bytes for b, num, _ in bases)
     told = f"{format_size(s.facts.available)} of memory are available"
-    what = f"{num_replicas} × (weights {format_size(weights)} + pool {format_size(spec.pool_bytes)}"
-    mend = f"loray up --base {spec.base} --pool-bytes {_fitting(s, weights)}"
     if s.facts.available < least:
-        return error(f"{told}, and {format_size(least)} are needed: {what})", mend)
+        what = " + ".join(
+            f"{num} × (weights {format_size(weights)} + pool {format_size(b.pool_bytes)}{_of(b.base, s)})"
+            for b, num, weights in bases
+        )
+        _, num, weights = bases[0]
+        beside = least - num * (weights + spec.pool_bytes)
+        fitting = max(16, ((s.facts.available - beside) // num - weights) // 2 >> 20)
+        return error(f"{told}, and {format_size(least)} are needed: {what}", _with(s, "pool_bytes", f"{fitting}MiB"))
     if s.facts.available < most:
         return warning(
-            f"{told}; with --host-bytes {format_size(spec.host_bytes)} full, {format_size(most)} are needed",
-            f"loray up --base {spec.base} --host-bytes {max(0, s.facts.available - least) >> 21}MiB",
+            f"{told}; with host_bytes full, {format_size(most)} are needed",
+            _with(s, "host_bytes", f"{(s.facts.available - least) >> 21}MiB"),
         )
     return ok(f"{told}, {format_size(most)} needed at most")
+
+
+def _with(s: Situation, field: str, value: str) -> str:
+    """What gives the examined base another value, and leaves the rest of its deployment."""
+    if s.file is not None:
+        return f"set {field} of {s.spec.base} in {s.file} to {value}"
+    return f"loray up --base {s.spec.base} --{field.replace('_', '-')} {value}"
+
+
+def _of(base: str, s: Situation) -> str:
+    return f" of {base}" if s.others else ""
+
+
+def _num_replicas(spec: ServeSpec) -> int:
+    return max(1, spec.min_replicas)
 
 
 def shared_memory(s: Situation) -> Finding:
@@ -99,7 +119,7 @@ def disk(s: Situation) -> Finding:
 
 def open_files(s: Situation) -> Finding:
     """A request has a connection to its client, and a queued one too."""
-    least = s.spec.max_queued + s.spec.max_num_seqs * s.spec.max_replicas + _OTHER_FILES
+    least = _OTHER_FILES + sum(b.max_queued + b.max_num_seqs * b.max_replicas for b in (s.spec, *s.others))
     limit = s.facts.max_open_files
     if limit >= least:
         return ok(f"{limit:,} open files are allowed")
@@ -110,15 +130,10 @@ def open_files(s: Situation) -> Finding:
     return error(f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", mend)
 
 
-def _weights(s: Situation) -> int:
-    """Bytes of the base; 0 where it is missing, which another check says."""
+def _weights(s: Situation, name: str) -> int:
+    """Bytes of a base; 0 where it is missing, which another check says."""
     try:
-        base = get_base(s.settings.home, s.spec.base)
+        base = get_base(s.settings.home, name)
         return sum(info.stop - info.start for info in tensor_infos(base.path))
     except (LorayError, OSError, ValueError):
         return 0
-
-
-def _fitting(s: Situation, weights: int) -> str:
-    left = s.facts.available // max(1, s.spec.min_replicas) - weights
-    return f"{max(16, left // 2 >> 20)}MiB"

@@ -25,9 +25,10 @@ def port(s: Situation) -> Finding:
         return error(str(e), "loray down")
     if Address(host, number).url in ours:
         return ok(f"loray serves at port {number}")
+    mend = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
     if reason.errno != errno.EADDRINUSE:
-        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", f"loray up --port {number + 1}")
-    return error(f"port {number} is taken by {_holder(number)}", f"loray up --port {number + 1}")
+        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", mend)
+    return error(f"port {number} is taken by {_holder(number)}", mend)
 
 
 def server(s: Situation) -> Finding:
