@@ -55,7 +55,7 @@ _ROWS = (
     _Row("list_ms", "a page of a list (the slowest kind)", "ms", 50.0),
     _Row("search_ms", "a page of a search (the slowest kind)", "ms", 50.0),
     _Row("filter_ms", "a page of a filter (the slowest kind)", "ms", 50.0),
-    _Row("console_ms", "a page of the console (the slowest)", "ms", 300.0),
+    _Row("console_ms", "a page of the console (the slowest)", "ms", 300.0),  # docs/benchmarks/catalog.md says why
     _Row("memory_mb", "memory more than with no adapter", "MB", 200.0),
     _Row("first_s", "the first snapshot", "s"),
     _Row("first_hold_ms", "the first snapshot holds the event loop for", "ms"),
