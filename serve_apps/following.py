@@ -167,7 +167,8 @@ class CatalogFollower:
             if self._counting is None or self._counting.done():  # while a look hangs, the next one waits for it
                 self._counting = asyncio.ensure_future(self._in_thread(lambda catalog: catalog.change_counter()))
             try:
-                counter = await asyncio.wait_for(asyncio.shield(self._counting), _DATABASE_TIMEOUT_S)
+                async with asyncio.timeout(_DATABASE_TIMEOUT_S):  # wait_for may forget that this task is cancelled
+                    counter = await asyncio.shield(self._counting)
             except Exception as e:  # noqa: BLE001 - after any error of the database, what is known goes on
                 for followed in self._followed:
                     followed.rereads = True

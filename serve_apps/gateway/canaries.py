@@ -108,7 +108,8 @@ class Canaries:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             try:
-                await asyncio.wait_for(self.report(), _LAST_S)
+                async with asyncio.timeout(_LAST_S):
+                    await self.report()
             except TimeoutError:
                 _log.debug("the last counts of canaries were not reported in time")
 

@@ -30,7 +30,8 @@ async def replica_status(
     stretches: tuple[Stretch, ...] = ()
     if layout if isinstance(layout, bool) else replica in layout:
         with suppress(EngineError, TimeoutError):
-            stretches = await asyncio.wait_for(stream.layout(), _LAYOUT_TIMEOUT_S)
+            async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
+                stretches = await stream.layout()
     return ReplicaStatus(
         replica=replica,
         node=socket.gethostname(),

@@ -227,3 +227,20 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
     asyncio.run(test())
     catalog.close()
     assert len(opened) == 1
+
+
+def test_a_stop_in_the_moment_in_which_the_database_answers_ends_the_watch() -> None:
+    async def run() -> None:
+        follower = CatalogFollower(Database())
+        follower.add(Numbers())
+        await follower.start()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        follower._in_thread = lambda question: answer  # type: ignore[method-assign,assignment,return-value]
+        while follower._counting is not answer:
+            await asyncio.sleep(0.001)
+        answer.set_result(0)
+        async with asyncio.timeout(30):
+            await follower.stop()
+        assert not follower.is_running
+
+    asyncio.run(run())

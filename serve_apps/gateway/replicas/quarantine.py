@@ -125,7 +125,8 @@ class SharedQuarantine:
             asked = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, question)
             self._asked = asked  # type: ignore[assignment]
             try:
-                return await asyncio.wait_for(asyncio.shield(asked), timeout_s or _TIMEOUT_S)
+                async with asyncio.timeout(timeout_s or _TIMEOUT_S):
+                    return await asyncio.shield(asked)
             except (LorayError, TimeoutError) as e:
                 if self._away_until == float("-inf"):
                     _log.warning("the adapters on which replicas died are not shared with other gateways: %r", e)
