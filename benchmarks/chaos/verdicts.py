@@ -51,7 +51,7 @@ class Window:
             "p50_wait_s": quantile(waits, 0.5),
             "longest_wait_s": max(waits, default=0.0),
             "limit_s": self.fault.limit_s,
-            "whole_after_s": self.whole - self.begun,
+            "whole_after_s": (self.whole or math.nan) - self.begun,
         }
 
 

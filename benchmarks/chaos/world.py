@@ -52,7 +52,7 @@ _SERVE: dict[str, Any] = {
     "base": BASE,
     "dtype": "float32",
     "num_threads": 1,
-    "pool_bytes": 1 << 20,
+    "pool_bytes": 6 << 20,
     "host_bytes": 1 << 20,  # of 200 adapters a part, so that loads go on
     "max_num_seqs": 8,
     "load_timeout_s": LOAD_TIMEOUT_S,
