@@ -29,6 +29,7 @@
     ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
+    │   ├── RankLost           a rank of it has ended, and the engine with it
     │   ├── BaseStarting       no replica ran, and the one that is being started is not ready; retry after a while
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
     │       ├── ReplicaLost    the process that had the request died, or its connection broke
@@ -189,6 +190,10 @@ class EvaluationError(LorayError):
 
 class EngineError(LorayError):
     pass
+
+
+class RankLost(EngineError):
+    """A rank of the engine has ended, and the engine with it: its requests may go on at another engine."""
 
 
 class BaseStarting(EngineError):

@@ -7,6 +7,7 @@ application needs only the class.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Collection
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from loray.errors import (
     LorayError,
     NotFoundError,
     Overloaded,
+    RankLost,
     ReplicaUnavailable,
     RequestError,
 )
@@ -72,7 +74,8 @@ class EngineReplica:
         connection's name when the request has ended. Closing it cancels the request.
 
         `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
-        ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached.
+        ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached. If a rank is lost, this
+        process ends: so Serve knows at once, and its requests go on elsewhere.
         """
         try:
             self._stream.check_health()
@@ -81,7 +84,10 @@ class EngineReplica:
             raise ReplicaUnavailable(str(e), _replica_id()) from e
         except OSError as e:
             raise ReplicaUnavailable(f"the replica cannot reach the gateway: {e}", _replica_id()) from e
-        await self._requests.run(request, fit, connection, stream)
+        try:
+            await self._requests.run(request, fit, connection, stream)
+        except RankLost:
+            os._exit(1)  # the engine has logged why
         yield connection.name
 
     async def stats(self, layout: bool | frozenset[str]) -> ReplicaStatus:

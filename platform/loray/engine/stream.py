@@ -19,7 +19,7 @@ from loray.engine.memory.layout import layout
 from loray.engine.request import TokenOutput
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
-from loray.errors import EngineError, RequestError
+from loray.errors import EngineError, RankLost, RequestError
 from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
@@ -194,7 +194,7 @@ class EngineStream:
         except Exception as e:  # noqa: BLE001 - the thread ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
-            self._end(EngineError(f"the engine stopped: {e!r}"))
+            self._end(e if isinstance(e, RankLost) else EngineError(f"the engine stopped: {e!r}"))
 
     def _wait(self) -> None:
         """Until something comes, or until a waiting request becomes too late for its first token."""

@@ -26,7 +26,7 @@ from loray.engine.pool.loading import AdapterLoads, Progress
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.engine.stream import EngineStream
-from loray.errors import EngineError, SpecError
+from loray.errors import EngineError, RankLost, SpecError
 from loray.spec import Constraint, RopeParameters
 from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
@@ -219,7 +219,7 @@ def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> Non
 
     try:
         stream.check_health()
-        with pytest.raises(EngineError, match="rank"):
+        with pytest.raises(RankLost, match="rank"):
             asyncio.run(generate())
         with pytest.raises(EngineError):
             stream.check_health()

@@ -1,10 +1,14 @@
-"""A replica of two ranks on a real Ray cluster: the output of one rank, and a new replica after a rank is lost."""
+"""A replica of two ranks on a real Ray cluster: the output of one rank, and a new replica after a rank is lost, at
+which an answer goes on.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,18 @@ BODY: dict[str, Any] = {"prompt": "What is the capital of France?", "temperature
 def answer(url: str, model: str) -> str:
     response = httpx.post(f"{url}/v1/completions", json=BODY | {"model": model, "ignore_eos": True}, timeout=60)
     return str(response.raise_for_status().json()["choices"][0]["text"])
+
+
+def streamed(url: str, *, then: Callable[[], None] = lambda: None) -> str:
+    """A long answer; `then` is called when it has begun."""
+    text, body = "", BODY | {"model": "tiny", "ignore_eos": True, "max_tokens": 480, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                if not text:
+                    then()
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    return text
 
 
 def replica(app: Served) -> str:
@@ -48,7 +64,8 @@ def test_a_lost_rank_gives_a_new_replica(ray_cluster: RayCluster, served: Served
     with deployed(ray_cluster, served, "parallel", tensor_parallel_size=2) as app:
         assert {model: answer(app.url, model) for model in expected} == expected
         before, (pid,) = replica(app), rank_pids()
-        os.kill(pid, signal.SIGKILL)
+        undisturbed = streamed(app.url)
+        assert streamed(app.url, then=lambda: os.kill(pid, signal.SIGKILL)) == undisturbed
         deadline = time.monotonic() + 90
         while True:  # requests fail until Serve has noticed the loss
             try:

@@ -12,7 +12,7 @@ from loray.engine.model.batch import Batch
 from loray.engine.parallel import wire
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.pool.packed import PackedAdapter
-from loray.errors import EngineError
+from loray.errors import RankLost
 from loray.spec import AdapterRef
 
 # Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
@@ -77,12 +77,12 @@ class Channel:
             waiting.append(wire.dumps(command))
 
     def flush(self) -> None:
-        """Send the collected commands. EngineError if a rank has ended."""
+        """Send the collected commands. RankLost if a rank has ended."""
         for rank, waiting in enumerate(self._waiting, 1):
             try:
                 self._communicator.send(pickle.dumps(waiting), rank)
             except RuntimeError as e:
-                raise EngineError(f"rank {rank} of the engine is gone: {e}") from e
+                raise RankLost(f"rank {rank} of the engine is gone: {e}") from e
             waiting.clear()
 
     def call(self, command: GetPoolMap) -> list[PoolMap]:

@@ -26,7 +26,7 @@ from loray.engine.parallel.worker import joined
 from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
-from loray.errors import EngineError
+from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
 
 _POLL_S = 0.02
@@ -49,7 +49,7 @@ class LeadingDecoder(ShardedDecoder):
     def forward(
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
     ) -> Tensor:
-        """EngineError if the step fails on a rank."""
+        """RankLost if the step fails on a rank."""
         assert isinstance(batch, Batch), "steps over several ranks are not recorded"
         # Only rank 0 samples, so the requests are left out.
         self._channel.broadcast(Forward(replace(batch, sampled=(), scored=())))
@@ -57,7 +57,7 @@ class LeadingDecoder(ShardedDecoder):
         try:
             return super().forward(batch, pool, on_scored)
         except RuntimeError as e:
-            raise EngineError(f"a step over {self._channel.world_size} ranks failed: {e}") from e
+            raise RankLost(f"a step over {self._channel.world_size} ranks failed: {e}") from e
 
 
 def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> Ranks:
