@@ -146,7 +146,6 @@ async def _strike(world: World, load: Load, window: Window) -> None:
         with struck(window.fault, world) as mend:
             await asyncio.sleep(window.fault.hold_s)
             await asyncio.to_thread(mend)
-        window.mended = time.monotonic()
         await asyncio.to_thread(until, lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
     except (AssertionError, ClusterError) as e:
         window.missing = f"{window.fault.name}: {e}"

@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,7 +45,7 @@ class Seen:
 
 @dataclass
 class Load:
-    """`prefix`: of the application that a kind is for. `seen`: of requests that have ended."""
+    """`prefixes`: of the application that each kind is for. `seen`: of requests that have ended."""
 
     url: str
     key: str
@@ -140,8 +140,3 @@ class Load:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.AsyncClient(headers=headers, timeout=_TIMEOUT_S, limits=limits)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

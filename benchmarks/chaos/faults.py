@@ -115,10 +115,8 @@ def _kill_database(world: World) -> Callable[[], None]:
 
 
 def _kill_store(world: World) -> Callable[[], None]:
-    for process in (*psutil.Process(world.s3.pid).children(recursive=True), psutil.Process(world.s3.pid)):
-        process.kill()
-    until(lambda: not is_running(world.s3.pid), "the S3 server has ended", 10)
-    return world.restart_s3
+    world.s3.kill()
+    return world.s3.start
 
 
 def _lose_node(world: World) -> Callable[[], None]:

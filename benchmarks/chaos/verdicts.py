@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.chaos.clients import Seen, quantile
+from benchmarks.chaos.clients import Seen
 from benchmarks.chaos.faults import Fault
+from benchmarks.serving.figures.rows import quantile
 
 CONTINUED = 0.99  # of streams that lost their replica
 
@@ -18,7 +19,7 @@ CONTINUED = 0.99  # of streams that lost their replica
 class Window:
     """From a fault to the next one. Seconds of `time.monotonic`.
 
-    mended   when its cause had been removed, and all processes ran again: `whole`
+    whole    when all processes ran again, or were given up
     next_begun  when the next fault began
     resumed  answers that went on at another replica
     missing  what did not run again in time, in words
@@ -26,7 +27,6 @@ class Window:
 
     fault: Fault
     begun: float
-    mended: float = 0.0
     whole: float = 0.0
     next_begun: float = math.inf
     resumed: int = 0
@@ -36,7 +36,7 @@ class Window:
     @property
     def row(self) -> dict[str, Any]:
         ends = Counter(s.end for s in self.seen)
-        waits = [s.wait_s for s in self.seen]
+        waits = sorted(s.wait_s for s in self.seen)
         return {
             "fault": self.fault.name,
             "requests": len(self.seen),

@@ -25,7 +25,7 @@ from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import LOOPBACK, free_ports, session_members, start_time
-from loray.local.s3 import LocalS3, start_local_s3
+from loray.local.s3 import LocalS3
 from loray.locations import parse_location
 from loray.publishing import Destination, publish
 from loray.settings import Settings
@@ -36,6 +36,7 @@ from serve_apps.deployment import APPLICATION, GATEWAY, IMPORT_PATH, serve_confi
 from tests.nodes import Node
 from tests.postgres import Postgres, start_postgres
 from tests.s3 import started_s3
+from tests.serve_apps.kills.processes import Bucket
 from tests.store.publisher import write_adapter
 
 BASE = "tiny"
@@ -66,11 +67,10 @@ class World:
 
     folder: Path
     settings: Settings
-    base: BaseModel
     local: LocalCluster
     node: Node
     postgres: Postgres
-    s3: LocalS3
+    s3: Bucket
     wires: dict[str, Wire]
     url: str
     key: str
@@ -89,10 +89,6 @@ class World:
 
     def gateways(self) -> list[int]:
         return self.pids(f"ray::ServeReplica:{APPLICATION}:{GATEWAY}")
-
-    def restart_s3(self) -> None:
-        before, self.s3 = self.s3, start_local_s3(Path(self.s3.folder))
-        assert self.s3.ports == before.ports, "another process has a port of the S3 server"
 
     def in_cluster(self, *command: str) -> Any:
         """What `benchmarks.chaos.inside` prints, run as a driver of its own."""
@@ -139,11 +135,10 @@ def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterato
         world = World(
             folder,
             settings,
-            base,
             local,
             node,
             postgres,
-            s3,
+            Bucket(s3, settings.store),
             wires,
             url,
             key,

@@ -163,13 +163,19 @@ class DeadlineExceeded(LorayError):
     pass
 
 
-class Overloaded(LorayError):
+class _RetryLater(Exception):
+    """What an error has that says when to try again, in seconds."""
+
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class Overloaded(_RetryLater, LorayError):
+    pass
 
 
 class RateLimited(LorayError):
@@ -196,15 +202,8 @@ class RankLost(EngineError):
     """A rank of the engine has ended, and the engine with it: its requests may go on at another engine."""
 
 
-class BaseStarting(EngineError):
+class BaseStarting(_RetryLater, EngineError):
     """The base had no replica, and the one that was started is not ready yet."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message, retry_after_s)
-        self.retry_after_s = retry_after_s
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class ReplicaUnavailable(EngineError):
@@ -226,13 +225,8 @@ class ReplicaLeaving(ReplicaUnavailable):
     pass
 
 
-class AdapterQuarantined(LorayError):
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message, retry_after_s)
-        self.retry_after_s = retry_after_s
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class AdapterQuarantined(_RetryLater, LorayError):
+    pass
 
 
 class TrainingError(LorayError):

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from loray.local.processes import is_free, kill, session_members
+from loray.local.processes import free_ports, is_free, kill, session_members
 from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import S3Location, parse_location
 from loray.store.aws import connect
 from loray.store.s3 import _PROBE
-from tests.cluster import free_port
 from tests.serve_apps.kills.publisher import Options, arguments
 
 
@@ -54,7 +53,7 @@ class ApiProcess(Child):
     """The catalog's API. It does not wait for database and store."""
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
-        port = free_port()
+        (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.access_log, self.scratch = folder / "access.jsonl", folder / "scratch"
         self.scratch.mkdir()
@@ -80,6 +79,10 @@ class Bucket:
 
     def __init__(self, server: LocalS3, url: str) -> None:
         self._server, self.url = server, url
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
 
     def kill(self) -> None:
         for pid in session_members(self._server.pid):
