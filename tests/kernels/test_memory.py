@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 
-from loray_kernels.memory import Recycled
+from loray_kernels.memory import Recycled, huge_pages
 
 MB = 1 << 20
 
@@ -94,3 +95,19 @@ def test_freed_memory_is_kept_for_the_next_tensors() -> None:
     all_new = 20 * 4 * 32 * 49_152 * 4 // 4096
     assert page_faults(keep=False) > all_new // 2
     assert page_faults(keep=True) < all_new // 100
+
+
+@pytest.mark.parametrize("num_bytes", [100, 70_000, 3 * MB + 5, 40 * MB + 1])
+def test_huge_pages_are_zeros_of_their_own(num_bytes: int) -> None:
+    first, second = (huge_pages(num_bytes, torch.uint8) for _ in range(2))
+    assert first.shape == (num_bytes,)
+    first.fill_(7)
+    assert not second.any()
+    second.fill_(9)
+    assert first.min() == first.max() == 7
+    assert num_bytes < 70_000 or first.data_ptr() % 64 == 0
+
+
+def test_matrices_smaller_than_a_huge_page_share_one() -> None:
+    addresses = [huge_pages(MB, torch.bfloat16).data_ptr() for _ in range(3)]
+    assert any(b - a == 2 * MB for a, b in pairwise(addresses))

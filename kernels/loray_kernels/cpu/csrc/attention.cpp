@@ -4,7 +4,10 @@
 // start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, for any chunking of
 // its prompt, and for any number of threads: decoding divides a long context among threads.
 
+#include <omp.h>
+
 #include "kernels.h"
+#include "shares.h"
 #include "simd/softmax.h"
 
 namespace LORAY_NAMESPACE {
@@ -75,24 +78,18 @@ struct Attention {
         P::pack_values(w.values, values, num, layout.head_dim, fetch);
     }
 
-    // Prepares to prefetch keys [key, key + num) and their values: whole blocks of the pool if the item has all heads,
-    // else the rows of its head.
+    // Adds keys [key, key + num) of an item and their values to what is prefetched: neighbours in a block of the pool
+    // at once if the item has all heads, else the rows of its head.
     void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
         const T* keys[KEYS];
-        const bool whole = item.num_heads == layout.num_kv_heads && layout.block_tokens > 1;
-        locate(keys, item.sequence, key, num, whole ? 0 : item.head);
-        fetch.num = 0;
-        if (whole) {
-            for (i64 j = 0; j < num; j += layout.block_tokens) fetch.from[fetch.num++] = (const char*)keys[j];
-            fetch.bytes = 2 * to_value() * sizeof(T);
-        } else {
-            for (i64 j = 0; j < num; j++) {
-                fetch.from[fetch.num++] = (const char*)keys[j];
-                fetch.from[fetch.num++] = (const char*)(keys[j] + to_value());
-            }
-            fetch.bytes = layout.head_dim * sizeof(T);
+        locate(keys, item.sequence, key, num, item.head);
+        const bool whole = item.num_heads == layout.num_kv_heads;
+        for (i64 j = 0, rows; j < num; j += rows) {
+            rows = whole ? min_(num - j, layout.block_tokens - (key + j) % layout.block_tokens) : 1;
+            const i64 bytes = rows * item.num_heads * layout.head_dim * i64(sizeof(T));
+            fetch.add(keys[j], bytes);
+            fetch.add(keys[j] + to_value(), bytes);
         }
-        fetch.start(item.num_heads * P::pauses(layout.head_dim));
     }
 
     void finish(const Softmax& total, i64 rows, i64 token, i64 head) const {
@@ -104,12 +101,20 @@ struct Attention {
         }
     }
 
+    i64 first_position(const Item& item) const {
+        const i64* start = meta.query_start + item.sequence;
+        return meta.context_len[item.sequence] - (start[1] - start[0]) + item.query;
+    }
+
+    // The first key that no query of the item sees.
+    i64 stop(const Item& item) const { return min_(item.key_stop, first_position(item) + item.num_queries); }
+
     // The item's keys, split by split, with the heads in the inner loop, so that a block of the pool is read at once.
-    void run(const Item& item, const Softmax* parts) const {
+    // `next` is the thread's next item, or missing: its first keys are prefetched.
+    void run(const Item& item, const Item* next, const Softmax* parts) const {
         const i64 d = layout.head_dim, g = group(), rows = item.num_queries * g, all = rows * item.num_heads;
         const i64 token = meta.query_start[item.sequence] + item.query;
-        const i64 position = meta.context_len[item.sequence] - meta.query_start[item.sequence + 1] + token;
-        const i64 context = min_(item.key_stop, position + item.num_queries);
+        const i64 position = first_position(item), context = stop(item);
         const Workspace<P> w(work_memory, all, d);
         for (i64 h = 0; h < item.num_heads; h++)
             for (i64 r = 0; r < rows; r++)
@@ -119,9 +124,18 @@ struct Attention {
         for (i64 from = item.key; from < context; from += SPLIT) {
             start(w.part, w.lanes, all, d);
             for (i64 key = from; key < min_(from + SPLIT, context); key += KEYS) {
-                expect(fetch, item, key + KEYS, max_(0, min_(KEYS, context - key - KEYS)));
+                const i64 num = min_(KEYS, context - key), left = context - key - num;
+                if (left > 0 || key == item.key) {  // else the block before has begun what is left
+                    i64 pauses = item.num_heads * P::pauses(num, d);
+                    fetch.clear();
+                    if (left > 0) expect(fetch, item, key + num, min_(KEYS, left));
+                    if (next && left <= KEYS) {
+                        expect(fetch, *next, next->key, min_(KEYS, stop(*next) - next->key));
+                        pauses += item.num_heads * P::pauses(left, d);
+                    }
+                    fetch.start(pauses);
+                }
                 for (i64 h = 0; h < item.num_heads; h++) {
-                    const i64 num = min_(KEYS, context - key);
                     pack(w, item, item.head + h, key, num, fetch);
                     attend<P>(w, w.queries + h * rows * (d / P::PER_UNIT), row(w.part, h * rows, d),
                               w.lanes + h * rows * W, rows, num, g, position + 1 - key, d, scale);
@@ -186,8 +200,11 @@ struct Attention {
                     }
             }
         }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > 1 << 14)
-        for (i64 i = 0; i < num_items; i++) run(items[i], &parts);
+        Shares shares(num_items, threads);
+#pragma omp parallel num_threads(threads) if (work > 1 << 14)
+        shares.each(omp_get_thread_num(), [&](i64 i, i64 end) {
+            run(items[i], i + 1 < end ? &items[i + 1] : nullptr, &parts);
+        });
         for (i64 s = 0, first = 0; s < meta.num_sequences; s++) {
             const i64 num = meta.query_start[s + 1] - meta.query_start[s];
             if (num <= 0 || num > DECODE_QUERIES || meta.context_len[s] <= SPLIT) continue;

@@ -180,7 +180,7 @@ struct Linear {
     // Inside a parallel region, whose end waits for all panels.
     void multiply(Shares& shares, i64 num_tokens, int threads) const {
         const i64 size = ceil_div(num_tokens, blocks(num_tokens, threads));
-        shares.each(omp_get_thread_num(), [&](i64 i) {
+        shares.each(omp_get_thread_num(), [&](i64 i, i64) {
             const i64 block = i / panels();
             panel(i % panels(), block * size, min_(num_tokens, (block + 1) * size));
         });

@@ -17,7 +17,8 @@ class Shares {
         for (int s = 0; s < shares_; s++) next_[s].at.store(first(s), std::memory_order_relaxed);
     }
 
-    // Inside the region: f(i) for each i of [0, num) in one thread. The region's end is the barrier.
+    // Inside the region: f(i, end) for each i of [0, num) in one thread, which goes on to end − 1. The region's end is the
+    // barrier.
     template <class F>
     void each(int thread, F f) {
         for (int k = 0; k < shares_; k++) {
@@ -26,7 +27,7 @@ class Shares {
             while (next_[s].at.load(std::memory_order_relaxed) < end) {
                 const i64 i = next_[s].at.fetch_add(1, std::memory_order_relaxed);
                 if (i >= end) break;
-                f(i);
+                f(i, end);
             }
         }
     }

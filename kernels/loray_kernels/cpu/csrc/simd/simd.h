@@ -11,6 +11,9 @@
 #if defined(__AVX512BF16__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define LORAY_JOIN_(a, b) a##b
 #define LORAY_JOIN(a, b) LORAY_JOIN_(a, b)
@@ -238,7 +241,9 @@ struct Dot<bf16, bf16> {
 };
 #endif
 
-// Memory of a thread that is kept from call to call, aligned to cache lines.
+constexpr size_t HUGE_PAGE = 2 << 20;
+
+// Memory of a thread that is kept from call to call, aligned to cache lines; in huge pages if it is large.
 struct Scratch {
     void* memory = nullptr;
     size_t size = 0;
@@ -246,9 +251,13 @@ struct Scratch {
     void* get(size_t bytes) {
         if (bytes > size) {
             free(memory);
-            size = (bytes + 4095) / 4096 * 4096;
-            memory = aligned_alloc(64, size);
+            const size_t page = bytes < HUGE_PAGE / 2 ? 4096 : HUGE_PAGE;
+            size = (bytes + page - 1) / page * page;
+            memory = aligned_alloc(page, size);
             if (!memory) abort();
+#if defined(MADV_HUGEPAGE)
+            if (page == HUGE_PAGE) madvise(memory, size, MADV_HUGEPAGE);
+#endif
         }
         return memory;
     }

@@ -15,19 +15,29 @@ constexpr int VECTORS = W == 16 ? 4 : 2;
 // `num` keys rounded up to whole vectors: the part of a block that is computed.
 static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
 
-// Memory of the next block, prefetched a few cache lines at a time during the computation of this one.
+// Memory that is needed next, prefetched a few cache lines at a time during the computation.
 struct Fetch {
-    const char* from[2 * KEYS];
-    i64 num = 0, bytes = 0, region = 0, offset = 0, share = 0;
-    void start(i64 pauses) {
-        region = offset = 0;
-        share = ceil_div(num * ceil_div(bytes, 64), pauses);
+    struct Region {
+        const char* at;
+        i64 bytes;
+    } regions[4 * KEYS];
+    i64 num = 0, lines = 0, region = 0, offset = 0, share = 0;
+
+    void clear() { num = lines = region = offset = 0; }
+
+    void add(const void* at, i64 bytes) {
+        regions[num++] = {(const char*)at, bytes};
+        lines += ceil_div(bytes, 64);
     }
+
+    // What was added, in so many calls of `some`.
+    void start(i64 pauses) { share = ceil_div(lines, max_(1, pauses)); }
+
     inline void some() {
         for (i64 n = 0; n < share && region < num; n++) {
-            __builtin_prefetch(from[region] + offset, 0, 2);
+            __builtin_prefetch(regions[region].at + offset, 0, 2);
             offset += 64;
-            if (offset >= bytes) region++, offset = 0;
+            if (offset >= regions[region].bytes) region++, offset = 0;
         }
     }
 };
@@ -36,7 +46,7 @@ struct Fetch {
 struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
-    static i64 pauses(i64) { return 2; }
+    static i64 pauses(i64, i64) { return 2; }  // calls of Fetch::some while so many keys of width d are packed
     static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
 
     template <class T>
@@ -74,7 +84,7 @@ struct Singles {
 struct Pairs {
     static constexpr int PER_UNIT = 2;
     using Unit = uint32_t;
-    static i64 pauses(i64 d) { return KEYS / 16 * ceil_div(d, 32) + KEYS / 2; }
+    static i64 pauses(i64 num, i64 d) { return padded(num) / 16 * ceil_div(d, 32) + padded(num) / 2; }
     static inline Vec mac(Vec acc, const Unit* a, const Unit* b) {
         return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)_mm512_loadu_si512(b));
     }
