@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from jobs.submission.commands import Submission
@@ -29,6 +29,9 @@ class HomeJobServer:
 
     def find(self, job_id: str) -> RayJob | None:
         return self._server().find(job_id)
+
+    def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
+        return self._server().find_all(job_ids)
 
     def stop(self, job_id: str) -> None:
         self._server().stop(job_id)

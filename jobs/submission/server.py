@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -43,7 +43,17 @@ class RayJobServer:
                 info = self._client.get_job_info(job_id)
         except _NoSuchJob:
             return None
-        return RayJob(info.status.value, info.message or "")
+        return _job(info)
+
+    def find_all(self, job_ids: Collection[str]) -> dict[str, RayJob]:
+        """Ray lists all jobs that it knows, or one."""
+        if len(job_ids) == 1:
+            (job_id,) = job_ids
+            found = self.find(job_id)
+            return {} if found is None else {job_id: found}
+        wanted = set(job_ids)
+        with _translate_errors():
+            return {job.submission_id: _job(job) for job in self._client.list_jobs() if job.submission_id in wanted}
 
     def has_running_jobs(self) -> bool:
         with _translate_errors():
@@ -78,6 +88,10 @@ class RayJobServer:
     def _client(self) -> Any:
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed socket
         return JobSubmissionClient(self._address())
+
+
+def _job(info: Any) -> RayJob:
+    return RayJob(info.status.value, info.message or "")
 
 
 def end_of(chunks: Iterable[bytes]) -> bytes:

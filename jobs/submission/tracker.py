@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
@@ -47,6 +47,9 @@ class JobServer(Protocol):
 
     def find(self, job_id: str) -> RayJob | None:
         """None if Ray does not know the job, not yet or no longer."""
+
+    def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
+        """Those of these jobs that Ray knows, by one request."""
 
     def stop(self, job_id: str) -> None:
         """Asks a job that Ray knows to stop, and returns before it has ended."""
@@ -101,16 +104,20 @@ class JobTracker:
         """
         job = self._find(job_id)
         try:
-            return self._settle(job)
+            return job if job.has_ended else self._settle(job, self._server.find(job.id))
         except ClusterError as e:
             _log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
-        """As `Catalog.jobs`, updated from Ray. A job whose status no longer matches `status` is left out."""
+        """As `Catalog.jobs`, updated from Ray, which is asked once. A job whose status no longer matches `status` is
+        left out.
+        """
         page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
+        active = [job.id for job in page.jobs if not job.has_ended]
         try:
-            settled = tuple(job if job.has_ended else self._settle(job) for job in page.jobs)
+            known = self._server.find_all(active) if active else {}
+            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.jobs)
         except ClusterError as e:
             _log.warning("jobs are shown as the catalog has them: %s", e)
             return page
@@ -154,11 +161,9 @@ class JobTracker:
             )
         return job.id
 
-    def _settle(self, job: Job) -> Job:
+    def _settle(self, job: Job, ray: RayJob | None) -> Job:
         """Updates a job that has not ended, as far as the catalog knows, from what Ray reports."""
-        if job.has_ended:
-            return job
-        catalog, ray = self._open(), self._server.find(job.id)
+        catalog = self._open()
         match ray.status if ray else None:
             case None if self._is_lost(job):
                 return catalog.end_job(

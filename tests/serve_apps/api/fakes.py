@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,12 +33,13 @@ JSON = {"Content-Type": "application/json"}  # else a form could have sent it
 
 @dataclass
 class FakeJobs:
-    """A scripted job server. `down`: it does not answer."""
+    """A scripted job server. `down`: it does not answer. `num_asked`: times it was asked for jobs."""
 
     jobs: dict[str, RayJob] = field(default_factory=dict)
     submitted: dict[str, Submission] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     down: bool = False
+    num_asked: int = 0
 
     def submit(self, job: Submission, job_id: str | None = None) -> str:
         assert job_id is not None
@@ -50,8 +51,12 @@ class FakeJobs:
         return job_id
 
     def find(self, job_id: str) -> RayJob | None:
+        return self.find_all([job_id]).get(job_id)
+
+    def find_all(self, job_ids: Collection[str]) -> dict[str, RayJob]:
         self._check()
-        return self.jobs.get(job_id)
+        self.num_asked += 1
+        return {job_id: self.jobs[job_id] for job_id in job_ids if job_id in self.jobs}
 
     def stop(self, job_id: str) -> None:
         self._check()

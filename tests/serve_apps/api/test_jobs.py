@@ -156,7 +156,9 @@ def test_pages_and_filters(api: Api) -> None:
         submit(api, f"job-{i}", name="tone" if i % 2 else "other")
     ids = ray(*(f"job-{i}" for i in range(5)))
     api.jobs.say(ids[4], "SUCCEEDED")
+    asked = api.jobs.num_asked
     first = api.http.get("/jobs", params={"limit": 2})
+    assert api.jobs.num_asked == asked + 1
     assert [(j["id"], j["status"]) for j in first.json()["items"]] == [(ids[4], "succeeded"), (ids[3], "pending")]
     second = api.http.get(f"http://test{first.links['next']['url']}").json()
     assert [j["id"] for j in second["items"]] == [ids[2], ids[1]]

@@ -118,6 +118,7 @@ def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Se
     assert server.tail("silent", 2) == "400000\nworking\n"
     end = server.tail("silent", 400_001)  # of 2.7 MB
     assert (len(end) <= TAIL_BYTES, end.endswith("\nworking\n"), end[:7].strip().isdigit()) == (True, True, True)
+    assert server.find_all(["silent", "nothing"]) == {"silent": server.find("silent")}
     client.delete_job("silent")
     with pytest.raises(JobNotFound, match=r"\(failed\) is gone"):
         catalog.logs("silent")
