@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pyarrow import fs as pafs
 
@@ -28,48 +28,44 @@ class Appended(NamedTuple):
     is_anew: bool
 
 
-class RunEvents:
-    """The events of the run that one job began; each `read` returns those that were appended since the one before.
+class RunFinder:
+    """Finds the run, or the sweep, that one job began, by the job's id among those of its adapter.
 
-    `name` is the adapter's, and `began_at` when the job was submitted. While a driver works on a run in a bucket, its
-    events are in the driver's LORAY_HOME; where both places have some, the longer file is read, since a driver may
-    have gone on elsewhere. Not thread-safe.
+    `name` is the adapter's, and `began_at` when the job was submitted. Not thread-safe.
     """
 
-    def __init__(self, settings: Settings, name: str, job_id: str, began_at: datetime) -> None:
-        self._settings, self._name, self._job_id = settings, name, job_id
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        job_id: str,
+        began_at: datetime,
+        kind: Literal["runs", "sweeps"] = "runs",
+    ) -> None:
+        self._settings, self._job_id = settings, job_id
         self._earliest = (began_at.astimezone(UTC) - _SKEW).strftime("%Y%m%d-%H%M%S")
-        self._run: str | None = None
+        tenant, bare = split_qualified(name)
+        self._folder = f"{kind}/{bare}" if tenant is None else f"{kind}/_{tenant}/{bare}"
+        self._found: str | None = None
         self._others: set[str] = set()  # runs of other jobs
-        self._path, self._size = "", -1  # of the file that was read last
-        self._offset, self._mark = 0, b""  # where the next line begins, and the bytes before it
-
-    def read(self) -> Appended:
-        """At most `MAX_BYTES`. No lines where no run is found yet. Raises StoreError."""
-        try:
-            self._run = self._run or self._find_run()
-            if self._run is None:
-                return Appended([], is_anew=False)
-            return self._read(f"{self._folder}/{self._run}/events.jsonl")
-        except OSError as e:
-            raise StoreError(f"the runs of {self._name!r} cannot be read: {e}") from e
-
-    @property
-    def _folder(self) -> str:
-        tenant, bare = split_qualified(self._name)
-        return f"runs/{bare}" if tenant is None else f"runs/_{tenant}/{bare}"
 
     @cached_property
-    def _places(self) -> list[tuple[Any, str]]:
+    def places(self) -> list[tuple[Any, str]]:
         """Filesystems and their roots: this machine's, then the bucket's where there is one."""
         places: list[tuple[Any, str]] = [(pafs.LocalFileSystem(), str(self._settings.home))]
         if not isinstance(parse_location(self._settings.store), FileLocation):
             places.append(open_filesystem(self._settings.store))
         return places
 
-    def _find_run(self) -> str | None:
-        """The name of the run's folder, which is the time at which it began."""
-        filesystem, root = self._places[-1]
+    def find(self) -> str | None:
+        """Its folder below the root of the last place; None where there is none yet. Raises OSError."""
+        if self._found is None:
+            self._found = self._search()
+        return self._found
+
+    def _search(self) -> str | None:
+        """Folders are called by the time at which they began."""
+        filesystem, root = self.places[-1]
         folder = f"{root}/{self._folder}"
         found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
         later = sorted(info.base_name for info in found if info.base_name >= self._earliest)
@@ -80,13 +76,34 @@ class RunEvents:
             with filesystem.open_input_stream(path) as file:
                 job_id = file.read(256).decode(errors="replace")
             if job_id == self._job_id:
-                return str(run)
+                return f"{self._folder}/{run}"
             if job_id:
                 self._others.add(run)
         return None
 
+
+class RunEvents:
+    """The events of the run that one job began; each `read` returns those that were appended since the one before.
+
+    While a driver works on a run in a bucket, its events are in the driver's LORAY_HOME; where both places have some,
+    the longer file is read, since a driver may have gone on elsewhere. Not thread-safe.
+    """
+
+    def __init__(self, settings: Settings, name: str, job_id: str, began_at: datetime) -> None:
+        self._name, self._run = name, RunFinder(settings, name, job_id, began_at)
+        self._path, self._size = "", -1  # of the file that was read last
+        self._offset, self._mark = 0, b""  # where the next line begins, and the bytes before it
+
+    def read(self) -> Appended:
+        """At most `MAX_BYTES`. No lines where no run is found yet. Raises StoreError."""
+        try:
+            found = self._run.find()
+            return Appended([], is_anew=False) if found is None else self._read(f"{found}/events.jsonl")
+        except OSError as e:
+            raise StoreError(f"the runs of {self._name!r} cannot be read: {e}") from e
+
     def _read(self, name: str) -> Appended:
-        found = [(where, where.get_file_info(f"{root}/{name}")) for where, root in self._places]
+        found = [(where, where.get_file_info(f"{root}/{name}")) for where, root in self._run.places]
         filesystem, longest = max(found, key=lambda item: item[1].size or 0)
         if not longest.is_file or (longest.path, longest.size) == (self._path, self._size):
             return Appended([], is_anew=False)

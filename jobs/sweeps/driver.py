@@ -35,7 +35,7 @@ from jobs.runs.folders import RunFolder, Runs, open_runs
 from jobs.sweeps.picture import draw
 from jobs.sweeps.search import Records, num_at_once, search
 from jobs.sweeps.trial import TrialTask
-from jobs.sweeps.trials import SweepPlan, TrialRecord, best
+from jobs.sweeps.trials import PLAN, SweepPlan, TrialRecord, best
 from jobs.tracking.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.errors import SpecError, TrainingError
@@ -48,7 +48,7 @@ from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset
 from loray.train.data.examples import TokenRows
 
-PLAN, PICTURE = "plan.json", "trials.svg"
+PICTURE = "trials.svg"
 
 
 @click.command()

@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from jobs.events.messages import first_line
 from jobs.runs.folders import RunFolder
 from jobs.sweeps.trial import LOSS, PERCENT, TrialTask, run_trial
-from jobs.sweeps.trials import SweepPlan, TrialRecord
+from jobs.sweeps.trials import SweepPlan, TrialRecord, record_file
 from jobs.workers.placement import worker_resources
 from loray.errors import SpecError, TrainingError
 from loray.settings import Settings
@@ -56,12 +56,14 @@ class Records:
 
     def put(self, record: TrialRecord) -> None:
         self._records[record.trial] = record
-        self._folder.write(_file(record.trial), record.model_dump_json().encode() + b"\n")
+        self._folder.write(record_file(record.trial), record.model_dump_json().encode() + b"\n")
         self._changed(record)
 
     def _read(self, trial: int, values: dict[str, str]) -> TrialRecord:
         try:
-            return TrialRecord.parse(json.loads(self._folder.read(_file(trial)) or b""), source=_file(trial))
+            return TrialRecord.parse(
+                json.loads(self._folder.read(record_file(trial)) or b""), source=record_file(trial)
+            )
         except (ValueError, SpecError):  # not written yet, or in part by a killed driver
             return TrialRecord(trial=trial, values=values)
 
@@ -151,7 +153,3 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         record = self._records[trial.config["trial"]]
         error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
         self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
-
-
-def _file(trial: int) -> str:
-    return f"trial_{trial:04}.json"

@@ -10,6 +10,7 @@ from loray.errors import SpecError
 from loray.recipes.fields import given
 from loray.spec import Frozen, TrainSpec
 
+PLAN = "plan.json"  # in a sweep's folder
 TrialStatus = Literal["running", "completed", "stopped", "failed"]
 
 
@@ -108,3 +109,8 @@ def label(values: Values) -> str:
         f"{name if names.count(name) == 1 else path}={value}"
         for name, (path, value) in zip(names, values.items(), strict=True)
     )
+
+
+def record_file(trial: int) -> str:
+    """The name of a trial's record in the sweep's folder."""
+    return f"trial_{trial:04}.json"

@@ -34,6 +34,7 @@ _PAGES: tuple[Row, ...] = (
     ("*", r"/console/uploads(/.*)?", "publish"),
     ("*", r"/console/jobs(/.*)?", "train"),
     ("GET", r"/console/serving(/live|/replicas/[^/]+(/live)?)?", "observe"),
+    ("GET POST", r"/console/advice(/recommend|/plan|/simulate)?", "identify"),
     ("GET", r"/console/usage", "identify"),
     ("*", r"/console/(keys|tenants)(/.*)?", "manage"),
 )

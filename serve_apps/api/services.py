@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path as FilePath
 from threading import Lock
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 
 from jobs.submission.tracker import JobServer, JobTracker
-from loray.api.status import AdapterPlacement
 from loray.api.uploads import Registration
 from loray.bases.registry import list_bases
 from loray.catalog import AdapterVersion, Catalog
@@ -24,7 +23,7 @@ from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.publication import publish_upload
-from serve_apps.console import Gateway
+from serve_apps.console import Gateway, Placements
 
 _log = get_logger(__name__)
 
@@ -42,11 +41,6 @@ async def _adapter_name(name: NamePath, tenant: TenantQuery = None) -> str:
 
 
 AdapterName = Annotated[str, Depends(_adapter_name)]
-
-
-class Placements(Protocol):
-    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
-        """Where these adapters are, from `EngineReplica.adapters` of every replica that answers."""
 
 
 class Services:

@@ -1,6 +1,6 @@
 """The web console at /console: pages of the catalog's application, for people with a browser."""
 
-from serve_apps.console.backend import Backend, Console
+from serve_apps.console.backend import Backend, Console, Placements
 from serve_apps.console.door import CheckConsole
 from serve_apps.console.live.gateway import Gateway
 from serve_apps.console.live.histories import Histories
@@ -8,4 +8,4 @@ from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 from serve_apps.console.site import ROUTES
 
-__all__ = ["ROUTES", "Backend", "CheckConsole", "Console", "Gateway", "Histories", "Renderer", "Sessions"]
+__all__ = ["ROUTES", "Backend", "CheckConsole", "Console", "Gateway", "Histories", "Placements", "Renderer", "Sessions"]

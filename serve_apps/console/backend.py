@@ -7,6 +7,7 @@ from typing import Annotated, NamedTuple, Protocol
 from fastapi import Depends, Request
 
 from jobs.submission.tracker import JobTracker
+from loray.api.status import AdapterPlacement
 from loray.api.uploads import Registration
 from loray.catalog import AdapterVersion, Catalog
 from loray.publishing import Destination
@@ -20,10 +21,16 @@ from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 
 
+class Placements(Protocol):
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        """Where these adapters are, from `EngineReplica.adapters` of every replica that answers."""
+
+
 class Backend(Protocol):
     """The catalog API's services. What exists for a caller, `catalog_of` and `jobs_of` decide, as for the REST API."""
 
     gateway: Gateway
+    placements: Placements
 
     @property
     def settings(self) -> Settings: ...

@@ -11,7 +11,7 @@ from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
 from loray.errors import NotFoundError, PermissionDenied, SpecError
-from loray.planning.devices import ASSUMED_GPU, PRESETS, host
+from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.rates import kept_rates
 from loray.planning.run import run_of
@@ -85,8 +85,9 @@ def recipe_of(form: Form, home: Path) -> TrainSpec:
     return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
 
 
-def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Estimate:
-    """What `loray plan` says of it, on this machine or the GPU that is assumed. Nothing is measured.
+def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: str = "") -> Estimate:
+    """What `loray plan` says of it, on this machine, a preset, or where none is named the GPU that is assumed for
+    recipes with GPUs. Nothing is measured.
 
     Raises SpecError where the driver would refuse it and where the estimate would take long, PermissionDenied for more
     workers than the caller may have, and NotFoundError for a base of unknown shape.
@@ -100,8 +101,10 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Estimate:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
     rates = kept_rates(home)
-    device = PRESETS[ASSUMED_GPU] if spec.use_gpu else host(rates, spec.num_workers)
-    return Estimate(make_plan(run_of(spec, model), device), spec.use_gpu or rates is not None, bool(spec.use_gpu))
+    chosen = PRESETS.get(device_name)
+    is_assumed = chosen is None and bool(spec.use_gpu) and device_name != THIS_MACHINE
+    device = chosen or (PRESETS[ASSUMED_GPU] if is_assumed else host(rates, spec.num_workers))
+    return Estimate(make_plan(run_of(spec, model), device), not device.is_host or rates is not None, is_assumed)
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:

@@ -46,6 +46,7 @@ SECTIONS = (
     Section("/playground", "Playground", "infer"),
     Section("/jobs", "Training", "train"),
     Section("/serving", "Serving", "observe"),
+    Section("/advice", "Advice", "identify"),
     Section("/usage", "Usage", "identify"),
     Section("/keys", "Keys", "manage"),
 )

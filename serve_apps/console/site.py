@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from serve_apps.console.pages import (
     adapters,
+    advice,
     jobs,
     keys,
     overview,
@@ -17,6 +18,6 @@ from serve_apps.console.pages import (
 
 ROUTES = [
     route
-    for module in (overview, adapters, uploads, playground, jobs, serving, replicas, keys, usage, session)
+    for module in (overview, adapters, uploads, playground, jobs, serving, replicas, advice, keys, usage, session)
     for route in module.router.routes
 ]

@@ -23,7 +23,8 @@ from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, 
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
-from serve_apps.console.pages.lineage import lineage_of
+from serve_apps.console.pictures.heat_maps import heat_maps_of
+from serve_apps.console.pictures.lineage import lineage_of
 from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
@@ -31,6 +32,7 @@ from serve_apps.console.routing import router_of
 _PAGE = 50
 _VERSIONS = 20
 _DRAWN = 8
+_EVALUATIONS = 100
 
 TenantQuery = Annotated[TenantName | None, Query()]
 
@@ -129,6 +131,8 @@ def show_version(
         entry=entry,
         version=found,
         manifest=_manifest_text(found),
+        heat_maps=heat_maps_of(found.evaluations),
+        evaluations=found.evaluations[:_EVALUATIONS],
         recipe="" if recipe is None else recipe_text(recipe, console.backend.settings.home),
     )
 

@@ -1,25 +1,30 @@
-"""Training jobs: their list, and one with its losses, its log and its end."""
+"""Training jobs: their list, some beside each other, and one with its losses, its log and its end."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, get_args
 
-from fastapi import Path, Request
+from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from loray.catalog import Job
-from loray.errors import LorayError
+from loray.errors import LorayError, SpecError
 from loray.serving.access import check
 from loray.spec import JobId, JobStatus, Method, Principal
 from serve_apps.access import Asking
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, read_form
+from serve_apps.console.live.histories import Seen
+from serve_apps.console.live.series import curve_of
+from serve_apps.console.pictures.runs import compare, loss_rows, rank, spread
 from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
+_COMPARED = 4
+_ROWS = 12  # of a table beside a curve
 JobPath = Annotated[JobId, Path()]
 
 router = router_of("/jobs")
@@ -68,6 +73,23 @@ async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> R
     return led_to(request, f"/jobs/{job.id}")
 
 
+@router.get("/compare")
+def compare_jobs(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    job: Annotated[list[JobId], Query(max_length=_COMPARED)] = [],  # noqa: B006 - not changed
+) -> Response:
+    """The runs of some jobs beside each other."""
+    ids = list(dict.fromkeys(job))
+    if not ids:
+        raise SpecError(f"choose up to {_COMPARED} jobs of the list, and compare them")
+    tracker = console.backend.jobs_of(asking)
+    found = [tracker.get(id) for id in ids]
+    seen = {each.id: (each, _look(console, asking, each)) for each in found}
+    return console.renderer.page(request, "compare.html", **compare(seen)._asdict())
+
+
 @router.get("/{id}")
 def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
@@ -83,8 +105,29 @@ def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath
 
 
 def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:
+    seen = _look(console, asking, job)
+    lines = {
+        "rate": {step.step: step.lr for step in seen.steps if step.lr is not None},
+        "pace": {step.step: step.tokens_per_s for step in seen.steps if step.tokens_per_s is not None},
+    }
+    return {
+        "job": job,
+        "log": seen.log,
+        "problem": seen.problem,
+        "sweep": None if seen.trials is None else rank(seen.trials),
+        "curve": seen.curve,
+        "subjects": list(seen.lines),
+        "losses": loss_rows(seen.lines, _ROWS),
+        "last": seen.steps[-1] if seen.steps else None,
+        "steps": spread(seen.steps, _ROWS)[::-1],
+        "rate": curve_of({"learning rate": lines["rate"]}),
+        "pace": curve_of({"tokens/s": lines["pace"]}),
+    }
+
+
+def _look(console: Console, asking: Principal, job: Job) -> Seen:
     history = console.histories.of(job, console.backend.settings)
-    return {"job": job} | history.look(job, console.backend.jobs_of(asking).tail)._asdict()
+    return history.look(job, console.backend.jobs_of(asking).tail)
 
 
 @router.post("/{id}/stop")

@@ -1,9 +1,11 @@
-// Curves: the first list is x, the others are drawn over it; from the third on they are what the first two are compared with.
+// Curves: the first list is x, the others are drawn over it; after the first `solid` of them they are what these are
+// compared with.
 function drawCurves(part) {
   for (const place of part.querySelectorAll("[data-curve]")) {
     const labels = JSON.parse(place.dataset.labels);
     const ink = getComputedStyle(document.body).color;
     const colours = [null, "#4299e1", "#f76707", "#2fb344", "#ae3ec9", "#868e96"];
+    const solid = Number(place.dataset.solid ?? 2);
     const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
     const options = {
       width: place.clientWidth,
@@ -11,7 +13,7 @@ function drawCurves(part) {
       scales: { x: { time: false } },
       axes: [axis, axis],
       series: labels.map((label, n) =>
-        n ? { label, stroke: colours[n], width: 2, dash: n > 2 ? [6, 4] : [], spanGaps: true } : { label },
+        n ? { label, stroke: colours[n], width: 2, dash: n > solid ? [6, 4] : [], spanGaps: true } : { label },
       ),
     };
     place.plot = new uPlot(options, JSON.parse(place.dataset.curve), place);
@@ -23,6 +25,7 @@ window.addEventListener("resize", () => {
   }
 });
 drawCurves(document);
+document.addEventListener("htmx:afterSwap", (event) => drawCurves(event.detail.target));
 
 // What replaces a part of a page has its scrolling and its focus, where it has as many places for them.
 function replacePart(part, text) {

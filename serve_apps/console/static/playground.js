@@ -9,7 +9,16 @@
     messages: [{ role: "user", content: form.elements.prompt.value }],
     max_tokens: Number(form.elements.max_tokens.value),
     temperature: Number(form.elements.temperature.value),
+    ...(form.elements.logprobs.checked ? { logprobs: true, top_logprobs: 4 } : {}),
   });
+
+  // Python's literal of a value of JSON.
+  const literal = (value) => {
+    if (value === true || value === false) return value ? "True" : "False";
+    if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
+    if (typeof value !== "object") return JSON.stringify(value);
+    return `{${Object.entries(value).map(([name, inner]) => `${JSON.stringify(name)}: ${literal(inner)}`).join(", ")}}`;
+  };
 
   // A model's name may hold no quote, but a message may: JSON for curl is in single quotes, which end and begin again.
   const show = () => {
@@ -21,14 +30,54 @@
     document.getElementById("python").textContent =
       "import os\nfrom openai import OpenAI\n\n" +
       `client = OpenAI(base_url="${location.origin}/v1", api_key=os.environ.get("LORAY_API_KEY", "none"))\n` +
-      `answer = client.chat.completions.create(**${JSON.stringify(body(model))})\n` +
+      `answer = client.chat.completions.create(**${literal(body(model))})\n` +
       "print(answer.choices[0].message.content)";
+  };
+
+  const percent = (logprob) => `${(100 * Math.exp(logprob)).toPrecision(3)} %`;
+  const others = (token) =>
+    (token.top_logprobs ?? [])
+      .filter((other) => other.token !== token.token)
+      .map((other) => `${JSON.stringify(other.token)} ${percent(other.logprob)}`);
+
+  // A piece of text whose tokens are known: each tells its probability where the pointer is on it, and in the table.
+  const write = (said, rows, piece, tokens) => {
+    const isWhole = tokens.map((token) => token.token).join("") === piece;
+    for (const token of tokens) {
+      const row = rows.insertRow();
+      for (const text of [JSON.stringify(token.token), percent(token.logprob), others(token).join(", ")]) {
+        row.insertCell().textContent = text;
+      }
+    }
+    for (const part of isWhole ? tokens.map((token) => [token]) : [tokens]) {
+      const span = document.createElement("span");
+      span.className = part.some((token) => Math.exp(token.logprob) < 0.5) ? "token unlikely" : "token";
+      span.textContent = isWhole ? part[0].token : piece;
+      span.title = part
+        .map((token) => [`${JSON.stringify(token.token)} ${percent(token.logprob)}`, ...others(token)].join("\n"))
+        .join("\n\n");
+      said.append(span);
+    }
+  };
+
+  const tierOf = async (model) => {
+    try {
+      const answer = await fetch(`${form.dataset.tier}?model=${encodeURIComponent(model)}`);
+      return (await answer.json()).tier;
+    } catch {
+      return "";
+    }
   };
 
   const ask = async (card) => {
     const said = card.querySelector(".said");
     const figures = card.querySelector(".figures-line");
+    const details = card.querySelector("details");
+    const rows = details.querySelector("tbody");
     said.textContent = figures.textContent = "";
+    rows.replaceChildren();
+    details.hidden = true;
+    const tier = await tierOf(card.querySelector("input").value);
     const began = performance.now();
     let first = null;
     let count = 0;
@@ -36,10 +85,15 @@
       if (!line.startsWith("data: ") || line === "data: [DONE]") return;
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Error(event.error.message);
-      const piece = event.choices?.[0]?.delta?.content;
-      if (piece) {
-        first ??= performance.now();
-        said.textContent += piece;
+      const choice = event.choices?.[0];
+      const piece = choice?.delta?.content;
+      const tokens = choice?.logprobs?.content ?? [];
+      if (piece) first ??= performance.now();
+      if (tokens.length) {
+        details.hidden = false;
+        write(said, rows, piece ?? "", tokens);
+      } else if (piece) {
+        said.append(piece);
       }
       count = event.usage?.completion_tokens ?? count;
     };
@@ -73,6 +127,7 @@
         `${count} tokens`,
         first === null ? "no text" : `first after ${Math.round(first - began)} ms`,
         pace === null ? "" : `${pace.toFixed(1)} tokens/s`,
+        tier && `adapter ${tier} when asked`,
       ].filter(Boolean).join(" · ");
     } catch (error) {
       figures.textContent = error.message;
@@ -90,6 +145,8 @@
     const card = last.cloneNode(true);
     card.setAttribute("aria-label", `Answer ${answers.children.length + 1}`);
     card.querySelector(".said").textContent = card.querySelector(".figures-line").textContent = "";
+    card.querySelector("tbody").replaceChildren();
+    card.querySelector("details").hidden = true;
     card.querySelector("input").value = "";
     answers.append(card);
     card.querySelector("input").focus();

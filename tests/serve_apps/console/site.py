@@ -11,8 +11,11 @@ import httpx
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from jobs.sweeps.trials import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch
+from loray.catalog import Job
+from loray.recipes.load import load_recipe
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import Gateway
 from tests.catalog.test_catalog import BASE, digest, manifest
 from tests.serve_apps.api.fakes import Api
@@ -36,6 +39,19 @@ loray_engine_step_seconds_bucket{replica="r1",le="0.01"} 60
 loray_engine_step_seconds_bucket{replica="r1",le="0.02"} 100
 loray_engine_step_seconds_bucket{replica="r1",le="+Inf"} 100
 """
+
+
+def steps(num_steps: int, offset: float) -> list[dict[str, object]]:
+    """Events of a run: its steps, and held-out losses of the base and, each fifth step, of the adapter."""
+    events: list[dict[str, object]] = [{"event": "eval", "step": 0, "eval_loss": 4.0 + offset, "subject": "base"}]
+    for n in range(1, num_steps + 1):
+        figures = {"loss": offset + 2.0 / n, "lr": 1e-3 / n, "tokens_per_s": 500.0 + n, "eta_s": 60.0 * (num_steps - n)}
+        events.append(
+            {"event": "step", "step": n, "num_steps": num_steps, "mfu": 0.25, "memory_bytes": 1 << 30} | figures
+        )
+        if n % 5 == 0:
+            events.append({"event": "eval", "step": n, "eval_loss": offset + 3.0 / n, "subject": "adapter"})
+    return events
 
 
 class ScriptedGateway:
@@ -74,7 +90,11 @@ class ScriptedGateway:
 
             async def events() -> AsyncIterator[str]:
                 for word in ("Good ", "day"):
-                    yield f"data: {json.dumps({'choices': [{'delta': {'content': word}}]})}\n\n"
+                    choice: dict[str, object] = {"delta": {"content": word}}
+                    if self.asked[-1][1].get("logprobs"):
+                        others = [{"token": word, "logprob": -0.1}, {"token": "Bad", "logprob": -2.5}]
+                        choice["logprobs"] = {"content": [{"token": word, "logprob": -0.1, "top_logprobs": others}]}
+                    yield f"data: {json.dumps({'choices': [choice]})}\n\n"
                 yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': 2}})}\n\ndata: [DONE]\n\n"
 
             return StreamingResponse(events(), media_type="text/event-stream")
@@ -152,7 +172,7 @@ class ConsoleSite(Api):
         return self.http.post(f"{URL}/login", data={"key": key}, headers={"Content-Type": HTMX["Content-Type"]})
 
     def get(self, path: str = "", **params: object) -> httpx.Response:
-        return self.http.get(URL + path, params=params)  # type: ignore[arg-type]
+        return self.http.get(URL + path, params=params or None)  # type: ignore[arg-type]
 
     def post(self, path: str, data: dict[str, object] | None = None, **headers: str) -> httpx.Response:
         """As htmx sends it, with the token of the page."""
@@ -162,6 +182,34 @@ class ConsoleSite(Api):
         """As the upload's script sends a file."""
         headers = HTMX | self._token() | {"Content-Type": "application/octet-stream"}
         return self.http.request(method, URL + path, content=body, headers=headers)
+
+    def run(self, job_id: str, *events: dict[str, object], recipe: TrainSpec | None = None) -> Path:
+        """A job of `tone` with these events in its run's folder, which is returned."""
+        job = self.catalog.add_job(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
+        return self.write("runs", job, {"events.jsonl": "".join(f"{json.dumps(event)}\n" for event in events)})
+
+    def write(self, kind: str, job: Job, files: dict[str, str]) -> Path:
+        """The folder of the run, or of the sweep, that the job began."""
+        number = sum(1 for _ in self.settings.home.glob(f"{kind}/tone/*"))
+        folder = self.settings.home / kind / "tone" / f"{job.created_at:%Y%m%d-%H%M%S}-{number:06}"
+        folder.mkdir(parents=True)
+        for name, text in {"job_id": job.id, **files}.items():
+            (folder / name).write_text(text)
+        return folder
+
+    def train_some(self) -> None:
+        """The jobs `train_1` and `train_2`, each of 20 steps and with other ranks, and `sweep_1` of three trials."""
+        recipe = load_recipe("lora_smollm2").spec
+        smaller = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"rank": 4})})
+        self.run("train_1", *steps(20, 1.0), recipe=recipe)
+        self.run("train_2", *steps(20, 0.5), recipe=smaller)
+        trials = tuple(Trial(values={"adapter.rank": str(rank)}, recipe=recipe) for rank in (4, 8, 16))
+        plan = SweepPlan(recipe=recipe, folder="/", trials=trials)
+        ended = TrialRecord(
+            trial=1, values=trials[1].values, status="completed", num_steps=9, losses=((3, 2.5), (9, 2.25))
+        )
+        job = self.catalog.add_job("sweep_1", name="tone", recipe=recipe)
+        self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
 
     def _token(self) -> dict[str, str]:
         return {"X-CSRF-Token": self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]}

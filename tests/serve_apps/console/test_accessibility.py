@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import serve_apps.console
-from loray.recipes.load import load_recipe
 from serve_apps.console.live.places import KINDS
+from serve_apps.console.pictures.heat_maps import NUM_SHADES
 from tests.serve_apps.console.colours import Theme
-from tests.serve_apps.console.markup import parse, problems_of
+from tests.serve_apps.console.markup import Element, parse, problems_of
 from tests.serve_apps.console.site import ConsoleSite
 
+_COMPARED = "/jobs/compare?job=train_1&job=train_2"
 PAGES = (
     "",
     "/login",
@@ -28,8 +29,11 @@ PAGES = (
     "/jobs",
     "/jobs/new",
     "/jobs/train_1",
+    "/jobs/sweep_1",
+    _COMPARED,
     "/serving",
     "/serving/replicas/r1",
+    "/advice",
     "/usage",
     "/keys",
 )
@@ -40,7 +44,7 @@ _BODY, _SECONDARY, _LINK = "var(--tblr-body-color)", "var(--tblr-secondary)", "v
 
 def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
-    console.catalog.add_job("train_1", name="tone", recipe=load_recipe("lora_smollm2").spec)
+    console.train_some()
     found = {}
     for number in range(2):  # a second look has demand over time
         console.now += 5 * number
@@ -55,9 +59,15 @@ def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
 def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
     for number in range(2):
         console.now += 5 * number
-        page = parse(console.get("/serving").text)
-    pictures = [e for e in page.all() if e.attributes.get("role") == "img"]
-    assert pictures
+        console.get("/serving/live")
+    console.train_some()
+    for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", _COMPARED):
+        pictures = [e for e in parse(console.get(path).text).all() if e.attributes.get("role") == "img"]
+        assert pictures, path
+        check_tables(pictures)
+
+
+def check_tables(pictures: list[Element]) -> None:
     for picture in pictures:
         section = picture.parent
         while section is not None and section.tag != "section":
@@ -112,6 +122,10 @@ def test_texts_can_be_read(dark: bool) -> None:
         "taken out": (_BODY, _value(".diff .diff-del", "background"), _SURFACE),
         "placeholder": (_value("::placeholder", "color"), "var(--tblr-bg-forms)"),
         "danger on the page": (_value(".text-danger", "color"), _PAGE),
+    }
+    pairs |= {
+        f"shade {n}": (_value(f".heat .shade-{n}", "color"), _value(f".heat .shade-{n}", "background"))
+        for n in range(NUM_SHADES)
     }
     pairs |= {
         f"badge {name}": (_value(".badge", "color"), f"var(--tblr-{name}-lt)", _SURFACE)

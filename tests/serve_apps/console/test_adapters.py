@@ -7,6 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 
+from loray.spec import Evaluation
 from serve_apps.console.forms import MOST_SUGGESTED
 from tests.catalog.test_catalog import digest, manifest
 from tests.serve_apps.console.site import ConsoleSite
@@ -136,3 +137,18 @@ def test_who_may_not_promote_sees_no_button(console: ConsoleSite) -> None:
     assert 'aria-label="Roll back' not in page
     assert "data-promote" not in page
     assert console.post("/adapters/tone/aliases/prod?version=2").status_code == 403
+
+
+def test_retrieval_is_a_heat_map(console: ConsoleSite) -> None:
+    measured = [
+        Evaluation(metric="passkey_exact_match", value=depth, dataset="passkey", context_length=length, depth=depth)
+        for depth in (0.0, 1.0)
+        for length in range(1024, 1024 + 60)
+    ]
+    console.catalog.record_evaluations(digest(2), measured)
+    page = console.get("/adapters/tone/versions/2").text
+    assert "passkey, adapter: exact match" in page
+    assert '<th scope="row">0%</th><td class="shade-0">0%</td>' in page
+    assert '<th scope="row">100%</th><td class="shade-5">100%</td>' in page
+    assert "These are the first 100 of 120" in page
+    assert "shade-" not in console.get("/adapters/tone/versions/1").text

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from jobs.submission.tracker import RayJob
 from loray.bases.registry import BaseModel
 from loray.recipes.load import load_recipe
-from tests.serve_apps.console.browser import MARKS, WIDTHS, Seen, watched
-from tests.serve_apps.console.site import ROOT, ConsoleSite
+from tests.serve_apps.console.browser import MARKS, WIDTHS, Seen, served_site, watched
+from tests.serve_apps.console.site import ROOT, ConsoleSite, steps
 from tests.serve_apps.console.test_accessibility import PAGES
 
 pytestmark = MARKS
@@ -26,15 +23,8 @@ pytestmark = MARKS
 
 @pytest.fixture
 def server(console: ConsoleSite) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(console.app, log_level="warning", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with served_site(console) as server:
+        yield server
 
 
 @pytest.fixture
@@ -79,6 +69,8 @@ def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
         seen.open(f"/{name}")
         seen.picture(name.replace("/", "-"))
     show_a_job(console, seen)
+    compare_runs(console, seen)
+    ask_for_advice(seen)
     seen.open("")
     page.click("#theme")
     seen.open("")
@@ -110,17 +102,44 @@ def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
     page.wait_for_selector(".answer:nth-child(1) .figures-line:has-text('tokens')")
     page.wait_for_selector(".answer:nth-child(2) .figures-line:has-text('tokens')")
     assert page.locator(".said").all_inner_texts() == ["Good day", "Good day"]
+    assert page.get_attribute(".token >> nth=0", "title") == '"Good " 90.5 %\n"Bad" 8.21 %'
+    assert "adapter in the store when asked" in page.inner_text(".answer:nth-child(2) .figures-line")
+    page.click("summary >> nth=0")
+    assert page.locator(".answer:nth-child(1) tbody tr").count() == 2
+    assert '"logprobs": True' in page.inner_text("#python")
     assert sorted(body["model"] for _, body in console.engines.asked) == ["smollm2", "tone"]
     seen.picture("playground")
 
 
+def ask_for_advice(seen: Seen) -> None:
+    page = seen.page
+    seen.open("/advice")
+    page.wait_for_selector("#recommended tbody")
+    page.wait_for_selector("#planned tbody")
+    page.click("button:text-is('Simulate')")
+    page.wait_for_selector("#simulated .curve canvas", timeout=30000)
+    seen.picture("advice")
+
+
+def compare_runs(console: ConsoleSite, seen: Seen) -> None:
+    console.train_some()
+    seen.open("/jobs")
+    seen.page.check("[aria-label='Compare train_1']")
+    seen.page.check("[aria-label='Compare train_2']")
+    seen.page.click("button:text-is('Compare')")
+    seen.page.wait_for_selector(".curve canvas")
+    seen.picture("compare")
+    seen.open("/jobs/sweep_1")
+    seen.page.wait_for_selector(".curve canvas")
+    seen.picture("sweep")
+
+
 def show_a_job(console: ConsoleSite, seen: Seen) -> None:
     recipe = load_recipe("lora_smollm2").spec
-    console.catalog.add_job("train_1", name="tone", recipe=recipe)
-    console.jobs.jobs["train_1"] = RayJob("RUNNING", "")
-    events = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
-    console.jobs.logs = lambda _: "\n".join(map(json.dumps, events))  # type: ignore[method-assign]
-    seen.open("/jobs/train_1")
+    console.catalog.add_job("train_9", name="tone", recipe=recipe)
+    console.jobs.jobs["train_9"] = RayJob("RUNNING", "")
+    console.jobs.logs = lambda _: "\n".join(map(json.dumps, steps(60, 2.0)))  # type: ignore[method-assign]
+    seen.open("/jobs/train_9")
     seen.page.wait_for_selector(".curve canvas")
     seen.picture("job")
 
@@ -129,7 +148,7 @@ def test_axe_finds_nothing(console: ConsoleSite, seen: Seen) -> None:
     """Each page is loaded once, and looked at in both widths and both themes; none is wider than its window."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
     page, key = seen.page, console.key("admin")
-    console.catalog.add_job("train_1", name="tone", recipe=load_recipe("lora_smollm2").spec)
+    console.train_some()
     found: dict[str, list[object]] = {}
 
     def look(path: str) -> None:
@@ -224,4 +243,7 @@ def test_a_recipe_is_planned_and_submitted(console: ConsoleSite, seen: Seen) -> 
     (folder / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
     page.wait_for_selector(".curve canvas", timeout=15000)  # without a reload
     seen.picture("job-live")
+    console.catalog.end_job(job.id, "succeeded", version=3)
+    page.wait_for_selector("text=published version 3", timeout=15000)
+    assert page.locator("button:text-is('Stop')").count() == 0
     assert seen.problems == []

@@ -10,7 +10,7 @@ import pytest
 
 from loray.recipes.load import load_recipe
 from loray.spec import Limits, TrainSpec
-from tests.serve_apps.console.site import ConsoleSite
+from tests.serve_apps.console.site import URL, ConsoleSite
 
 FORM: dict[str, object] = {
     "name": "new",
@@ -125,3 +125,38 @@ def test_a_jobs_losses_outlive_rays_log(console: ConsoleSite) -> None:
     page = console.get(f"/jobs/{job.id}").text
     assert "data-live" not in page
     assert "[null, null, 0.25]" in page
+
+
+def test_a_jobs_figures(console: ConsoleSite) -> None:
+    console.train_some()
+    live = console.get("/jobs/train_1/live").text.replace("&#34;", '"')
+    for shown in ("of 20", "5.00e-05", ">520<", "MFU 25.0 %", "1.0 GiB", "Time left"):
+        assert shown in live, shown
+    assert '["step", "learning rate"]' in live
+    assert '["step", "tokens/s"]' in live
+    assert '<th scope="row">20</th><td>1.1000</td><td>1.1500</td><td>5.0000</td>' in live  # training, adapter, base
+    console.jobs.say("train_1", "SUCCEEDED")
+    assert "Time left" not in console.get("/jobs/train_1").text
+
+
+def test_runs_are_compared(console: ConsoleSite) -> None:
+    console.train_some()
+    assert 'name="job" value="train_2"' in console.get("/jobs").text
+    page = console.http.get(f"{URL}/jobs/compare?job=train_1&job=train_2").text.replace("&#34;", '"')
+    assert '["step", "train_1", "train_2"]' in page
+    assert "<td>1.1000</td><td>1.1500</td>" in page  # the last of training, the lowest of held-out rows
+    assert "<td>0.6000</td><td>0.6500</td>" in page
+    assert re.search(r"<code>adapter\.rank</code></th><td>\d+</td><td>4</td>", page)
+    assert "adapter.method" not in page  # which is the same
+    for query, said in (("", "choose up to 4"), ("?job=train_1&job=nothing", "nothing")):
+        answer = console.http.get(f"{URL}/jobs/compare{query}")
+        assert (answer.status_code in (404, 422), said in answer.text) == (True, True), query
+
+
+def test_a_sweeps_trials(console: ConsoleSite) -> None:
+    console.train_some()
+    page = console.get("/jobs/sweep_1").text.replace("&#34;", '"')
+    assert 'rank=8 <span class="badge bg-green-lt">best</span></td><td>completed</td><td>9 of 9</td><td>2.2500' in page
+    assert '["step", "1: rank=8", "0: rank=4", "2: rank=16"]' in page
+    assert page.count("<td>running</td>") == 2
+    assert "Trials of the sweep" not in console.get("/jobs/train_1").text

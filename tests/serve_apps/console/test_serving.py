@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from loray.api.status import AdapterPlacement
 from loray.spec import Stretch
+from tests.catalog.test_catalog import digest
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
 
 LATER = (Stretch("kv", 55), Stretch("layered", 40), Stretch("free", 5))
@@ -111,6 +113,10 @@ def test_the_playground_asks_with_the_key_of_its_session(console: ConsoleSite) -
     console.log_in(key)
     assert 'value="tone"' in console.get("/playground", model="tone").text
     assert 'value="legal"' in console.get("/playground/models", search="leg").text
+    assert console.get("/playground/tier", model="smollm2").json() == {"tier": ""}
+    assert console.get("/playground/tier", model="tone@1").json() == {"tier": "in the store"}
+    console.placements.found = [placed("r1", "host"), placed("r2", "pool"), placed("r3", "none")]
+    assert console.get("/playground/tier", model="tone@1").json() == {"tier": "in a replica's pool"}
     body = {"model": "tone", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     token = console.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]
     headers = {"X-CSRF-Token": token, "Content-Type": "application/json"}
@@ -119,3 +125,18 @@ def test_the_playground_asks_with_the_key_of_its_session(console: ConsoleSite) -
     assert answer.text.endswith("data: [DONE]\n\n")
     assert console.engines.asked == [(f"Bearer {key}", body)]
     assert console.http.post(f"{URL}/playground/chat", json=body).status_code == 403
+
+
+def placed(replica: str, tier: str) -> AdapterPlacement:
+    return AdapterPlacement(
+        replica=replica,
+        node="n",
+        digest=digest(1),
+        name="tone",
+        version=1,
+        nbytes=1,
+        tier=tier,
+        uses=1,
+        last_used_at=1.0,
+        num_tokens=1,
+    )

@@ -32,7 +32,8 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
 
     def tail(job_id: str, num_lines: int) -> str:
         asked.append(num_lines)
-        return "".join(f"{json.dumps({'event': 'step', 'step': n, 'loss': 1.0})}\n" for n in range(num_lines))
+        lines = (json.dumps({"event": "step", "step": n, "loss": 1.0, "lr": 1e-3}) for n in range(num_lines - 1))
+        return "\n".join(["no event", *lines])
 
     def gone(job_id: str, num_lines: int) -> str:
         raise LogsGone("the log is gone")
@@ -40,9 +41,10 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     job, histories = catalog.add_job("train_1", name="tone", recipe=recipe), Histories()
     history = histories.of(job, settings)
     seen = history.look(job, gone)
-    assert seen == (None, "", "the log is gone")
+    assert seen == ({}, (), "", "the log is gone", None)
     seen = history.look(job, tail)
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, True)
+    assert (seen.steps[-1].step, seen.steps[-1].lr, seen.steps[-1].eta_s) == (CURVE_LINES - 2, 1e-3, None)
 
     folder = settings.home / "runs" / "tone" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-000000"
     folder.mkdir(parents=True)
@@ -51,6 +53,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     file.write_text("".join(held_out(n, 2.0) for n in range(300)))
     seen = history.look(job, tail)
     assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, False)
+    assert seen.steps == ()
     num_bytes: list[int] = []
     take = RunEvents._take
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import cast
 
+from jobs.events.schema import Event
 from serve_apps.console.live.losses import MOST_POINTS, Losses
+from serve_apps.console.live.series import curve_of
 
 
-def step(number: int, loss: float) -> str:
-    return json.dumps({"event": "step", "step": number, "loss": loss})
+def step(number: int, loss: float) -> Event:
+    return cast("Event", {"event": "step", "step": number, "loss": loss})
 
 
-def held_out(number: int, loss: float, subject: str = "adapter") -> str:
-    return json.dumps({"event": "eval", "step": number, "eval_loss": loss, "subject": subject})
+def held_out(number: int, loss: float, subject: str = "adapter") -> Event:
+    return cast("Event", {"event": "eval", "step": number, "eval_loss": loss, "subject": subject})
 
 
 def points(losses: Losses) -> list[list[float | None]]:
-    curve = losses.curve()
+    curve = curve_of(losses.lines())
     assert curve is not None
     found: list[list[float | None]] = json.loads(curve.points)
     assert len(found) == len(json.loads(curve.labels))
@@ -29,7 +32,6 @@ def test_losses_are_thinned() -> None:
     for begin in range(1, 50_001, 100):
         losses.take(step(n, 1.0 / n) for n in range(begin, begin + 100))
         losses.take(held_out(n, 2.5) for n in range(begin, begin + 100))
-    losses.take(["not an event"])
     steps, training, held = points(losses)
     assert 235 <= len(steps) == len(training) == len(held) <= MOST_POINTS
     assert (steps[0], steps[-1], training[0], held[0]) == (1, 50_000, 1.0, 2.5)
@@ -39,7 +41,7 @@ def test_losses_are_thinned() -> None:
 
 def test_few_losses_are_all_there() -> None:
     losses = Losses()
-    assert losses.curve() is None
+    assert curve_of(losses.lines()) is None
     losses.take([step(1, 1.0), step(2, 0.5), held_out(2, 0.25)])
     assert points(losses) == [[1, 2], [1.0, 0.5], [None, 0.25]]
 
@@ -50,7 +52,7 @@ def test_checkpoints_take_no_held_out_loss_away() -> None:
     for n in range(1, 3001):
         losses.take([held_out(n, 1.0), held_out(n, 1.0 / n)])
         if n > 2:
-            losses.take([json.dumps({"event": "checkpoint", "step": n - 2, "eval_loss": 9.0})])
+            losses.take([cast("Event", {"event": "checkpoint", "step": n - 2, "eval_loss": 9.0})])
     steps, _, held = points(losses)
     assert 235 <= len(steps) <= MOST_POINTS
     assert held == [1.0 / n for n in steps]
@@ -69,7 +71,7 @@ def test_each_model_that_is_measured_has_its_line() -> None:
     losses = Losses()
     losses.take([held_out(0, 3.0, "base"), held_out(0, 4.0, "base_scaled"), held_out(0, 9.0, "of a later version")])
     losses.take([step(1, 2.0), step(2, 1.0), held_out(2, 1.5)])
-    curve = losses.curve()
+    curve = curve_of(losses.lines())
     assert curve is not None
     assert json.loads(curve.labels) == [
         "step",

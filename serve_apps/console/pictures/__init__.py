@@ -1,0 +1,1 @@
+"""Pictures of bounded size that pages draw: what is in them, without HTML."""
