@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import sqlalchemy as sa
 from benchmarks.catalog.fill import adapter_name, insert, tenant_name
 from jobs.events.messages import encode
 from jobs.events.schema import StepEvent
+from loray.catalog import Catalog
 from loray.catalog.database import open_database, writing
-from loray.catalog.schema import audit_log, jobs, usage
+from loray.catalog.schema import audit_log, jobs
 from loray.recipes.load import load_recipe
-from loray.spec import split_qualified
+from loray.spec import UsageEvent, split_qualified
 
 _ENDS = ("succeeded",) * 8 + ("failed", "stopped")
 _RUNNING = 50  # one in so many
 _DAYS = 30
 _NUM_STEPS = 20_000
+_AT_ONCE = 1000
 
 
 def fill_history(url: str, num_adapters: int, num_tenants: int) -> list[str]:
@@ -34,12 +37,8 @@ def fill_history(url: str, num_adapters: int, num_tenants: int) -> list[str]:
     try:
         with writing(engine) as c:
             insert(c, jobs, made)
-            insert(
-                c,
-                usage,
-                (_event(i, num_tenants, now - i * apart) for i in numbers),
-            )
             insert(c, audit_log, (line for i in numbers for line in _lines(i, num_tenants, now)))
+        _record((_event(i, num_tenants, now - i * apart) for i in numbers), url)
         if engine.dialect.name == "postgresql":
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as c:
                 c.exec_driver_sql("ANALYZE")
@@ -83,21 +82,30 @@ def _job(i: int, num_tenants: int, recipe: str, created_at: datetime) -> dict[st
     }
 
 
-def _event(i: int, num_tenants: int, created_at: datetime) -> dict[str, Any]:
-    return {
-        "request_id": f"r{i}",
-        "tenant": tenant_name(i % num_tenants),
-        "key_id": f"key-{i % 1000}",
-        "model": adapter_name(i, num_tenants),
-        "digest": None,
-        "num_prompt_tokens": 64,
-        "num_cached_tokens": 0,
-        "num_output_tokens": 32,
-        "tier": "pool",
-        "seconds": 1.0,
-        "outcome": "stop",
-        "created_at": created_at,
-    }
+def _record(events: Iterator[UsageEvent], url: str) -> None:
+    catalog = Catalog(url)
+    try:
+        while part := list(islice(events, _AT_ONCE)):
+            catalog.record_usage(part)
+    finally:
+        catalog.close()
+
+
+def _event(i: int, num_tenants: int, created_at: datetime) -> UsageEvent:
+    return UsageEvent(
+        request_id=f"r{i}",
+        tenant=tenant_name(i % num_tenants),
+        key_id=f"key-{i % 1000}",
+        model=adapter_name(i, num_tenants),
+        digest=None,
+        num_prompt_tokens=64,
+        num_cached_tokens=0,
+        num_output_tokens=32,
+        tier="pool",
+        seconds=1.0,
+        outcome="stop",
+        created_at=created_at,
+    )
 
 
 def _lines(i: int, num_tenants: int, created_at: datetime) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from datetime import UTC, date, datetime, timedelta
+from itertools import product
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 
 from loray.catalog import Catalog, UsageRow
+from loray.catalog.database import writing
+from loray.catalog.identity.usage_tables import usage_days
 from loray.errors import SpecError
 from loray.spec import UsageEvent
 
@@ -68,6 +75,38 @@ def test_sums_by_tenant_key_model_and_day(catalog: Catalog) -> None:
         catalog.usage(["hour"])  # type: ignore[list-item]
 
 
+def test_sums_of_days_are_those_of_their_events(catalog: Catalog) -> None:
+    """Whatever time is asked for: whole days come from sums, the others from events."""
+    hours = [0, 1, 7, 23, 24, 25, 47, 48, 70, 96]
+    midnight = datetime(2026, 3, 1, tzinfo=UTC)
+    made = [event(n, created_at=midnight + timedelta(hours=h), num_output_tokens=2**n) for n, h in enumerate(hours)]
+    for one in made:  # each by itself, and again
+        catalog.record_usage([one])
+    catalog.record_usage(made)
+    edges = [None, *(midnight + timedelta(hours=h) for h in (-3, 0, 12, 24, 30, 96, 200))]
+    for since, until in product(edges, edges):
+        within = [
+            e for e in made if (since is None or e.created_at >= since) and (until is None or e.created_at < until)
+        ]
+        (found,) = catalog.usage([], since=since, until=until)
+        assert (found.num_requests, found.num_output_tokens) == (
+            len(within),
+            sum(e.num_output_tokens for e in within),
+        ), (since, until)
+
+
+def test_events_of_an_earlier_loray_are_summed_up(catalog: Catalog) -> None:
+    """As its migration does, which is run here over the events that there are."""
+    catalog.record_usage([event(1), event(2, key_id=None), event(3, created_at=MORNING + timedelta(days=1))])
+    by_day = catalog.usage(["day", "key"])
+    with writing(catalog._engine) as c:
+        c.execute(usage_days.delete())
+        c.execute(sa.text("DROP TABLE usage_days"))
+        with Operations.context(MigrationContext.configure(c)):
+            importlib.import_module("loray.catalog.migrations.versions.0009_usage_days").upgrade()
+    assert catalog.usage(["day", "key"]) == by_day
+
+
 def test_what_a_budget_has_left(catalog: Catalog) -> None:
     catalog.record_usage([event(1), event(2, key_id="k2"), event(3, created_at=MORNING - timedelta(days=2))])
     since = MORNING - timedelta(days=1)
@@ -78,8 +117,10 @@ def test_what_a_budget_has_left(catalog: Catalog) -> None:
 
 def test_old_events_are_forgotten(catalog: Catalog) -> None:
     catalog.record_usage([event(1), event(2, created_at=MORNING + timedelta(days=1))])
-    assert catalog.forget_usage(MORNING + timedelta(hours=1)) == 1
+    assert catalog.forget_usage(MORNING + timedelta(hours=1)) == 0  # whole days are
+    assert catalog.forget_usage(MORNING + timedelta(days=1)) == 1
     assert [row.day for row in catalog.usage(["day"])] == [date(2026, 3, 2)]
+    assert catalog.tokens_used(tenant="acme", since=MORNING - timedelta(days=9)) == 13
 
 
 def test_events_as_text() -> None:

@@ -26,7 +26,8 @@ audit_log        every write with its actor and the tenant of its subject, appen
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
-usage            what each request used, by its id, which is unique: an event that comes twice is counted once
+
+Those of usage are in `identity.usage_tables`.
 """
 
 from __future__ import annotations
@@ -281,20 +282,4 @@ quarantine = Table(
     Column("replica", String(96), nullable=False),
     Column("died_at", DateTime(timezone=True), nullable=False),
     Column("refused_until", DateTime(timezone=True)),
-)
-
-usage = Table(
-    "usage",
-    metadata,
-    Column("request_id", String(96), primary_key=True),
-    Column("tenant", String(32), nullable=False),
-    Column("key_id", String(32)),
-    Column("model", String(200), nullable=False),
-    Column("digest", String(64)),
-    *(Column(f"num_{kind}_tokens", Integer, nullable=False) for kind in ("prompt", "cached", "output")),
-    Column("tier", String(16), nullable=False),
-    Column("seconds", Double, nullable=False),
-    Column("outcome", String(32), nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
-    Index(None, "tenant", "created_at"),
 )
