@@ -50,7 +50,8 @@ _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("lor
 )
 @click.option("--max-replicas", type=int, help="As many copies as adapter demand needs, up to this number.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
-def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
+@json_option
+def up(spec_file: Path | None, s3: bool, wait: bool, as_json: bool, **options: Any) -> None:
     """Serve a base model and all adapters published for it, or several bases from a --spec.
 
     Serving goes on when this command ends; again with other options, it is updated in place.
@@ -74,11 +75,14 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
         fleet = _settle_port(fleet, api.http())
         api.deploy(serve_config(fleet, settings))
     url = Address(_hostname(fleet, settings), fleet.port).url
-    if not wait:
+    if wait:
+        _wait(api, screen)
+    if as_json:
+        emit({"url": url, "bases": list(fleet.names), "is_ready": wait})
+    elif wait:
+        welcome(url, fleet, "", _HINTS)
+    else:
         click.echo(f"deploying at {url}; `loray status` says how far it is")
-        return
-    _wait(api, screen)
-    welcome(url, fleet, "", _HINTS)
 
 
 @click.command()

@@ -118,7 +118,8 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
 @click.command()
 @click.argument("model", shell_complete=complete_models)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def rm(model: str, yes: bool) -> None:
+@json_option
+def rm(model: str, yes: bool, as_json: bool) -> None:
     """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
 
     It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
@@ -136,12 +137,14 @@ def rm(model: str, yes: bool) -> None:
                     services.catalog.delete_adapter(name)
                 else:
                     services.catalog.delete_version(name, version)
-    click.echo(f"deleted {model}; `loray adapters restore {model}` brings it back")
+    deleted = {"deleted": model} if as_json else None
+    _say(deleted, f"deleted {model}; `loray adapters restore {model}` brings it back")
 
 
 @click.command()
 @click.argument("model", shell_complete=complete_models)
-def restore(model: str) -> None:
+@json_option
+def restore(model: str, as_json: bool) -> None:
     """Restore a deleted MODEL, `name` or `name@3`."""
     name, version = _name_and_version(model)
     with open_remote() as client:
@@ -150,12 +153,13 @@ def restore(model: str) -> None:
         else:
             with open_services() as services:
                 restore_stored(name, version, services.store, services.catalog)
-    click.echo(f"restored {model}")
+    _say({"restored": model} if as_json else None, f"restored {model}")
 
 
 @click.command()
 @click.argument("model", shell_complete=complete_models)
-def release(model: str) -> None:
+@json_option
+def release(model: str, as_json: bool) -> None:
     """Serve MODEL again, `name`, `name@3` or `name@canary`, on which replicas have died, before its time is over."""
     name, selector = split_model(model)
     with open_remote() as client:
@@ -166,7 +170,8 @@ def release(model: str) -> None:
             with open_services() as services:
                 version = services.catalog.resolve(model).version
                 services.catalog.release(name, version)
-    click.echo(f"released {name}@{version}: the next request tries it")
+    released = {"released": f"{name}@{version}"} if as_json else None
+    _say(released, f"released {name}@{version}: the next request tries it")
 
 
 def _bounds(

@@ -79,7 +79,8 @@ def push(
 @click.argument("model", shell_complete=complete_models)
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(get_args(DownloadForm)), default="peft", show_default=True)
-def pull(model: str, target: Path, form: DownloadForm) -> None:
+@json_option
+def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
     """Write MODEL to the new folder TARGET, from the server of LORAY_URL or from the store.
 
     \b
@@ -96,7 +97,10 @@ def pull(model: str, target: Path, form: DownloadForm) -> None:
         else:
             with open_services() as services:
                 label = _from_store(services, model, target, form)
-    click.echo(f"downloaded {label} to {target}")
+    if as_json:
+        emit({"model": label, "path": target, "format": form})
+    else:
+        click.echo(f"downloaded {label} to {target}")
 
 
 def _from_store(services: Services, model: str, target: Path, form: DownloadForm) -> str:

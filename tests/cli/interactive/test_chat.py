@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 
 import httpx
@@ -48,6 +49,15 @@ def test_turns_reset_and_system(loray: Loray, server: Server, say: Say) -> None:
 def test_quiet_shows_answers_alone(loray: Loray, server: Server, say: Say) -> None:
     say("one")
     assert loray("chat", "tone", "--quiet") == (0, "tonehearsone\n", "")
+
+
+def test_answers_as_json(loray: Loray, server: Server, say: Say) -> None:
+    say("one", "two")
+    done = loray("chat", "tone", "--compare", "dates", "--json")
+    assert [(a["model"], a["text"], a["error"]) for a in map(json.loads, done.out.splitlines())] == [
+        (model, f"{model}hears{line}", None) for line in ("one", "two") for model in ("tone", "dates")
+    ]
+    assert json.loads(done.out.splitlines()[0])["num_tokens"] == 5
 
 
 def test_models_are_compared_under_headings(loray: Loray, server: Server, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ def test_open(loray: Loray, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with announced(home, "http://127.0.0.1:7000"):
         assert loray("open", "--print").out == "http://127.0.0.1:7000/console\n"
         assert loray("open", "metrics", "--print").out == "http://127.0.0.1:7000/metrics\n"
+        assert json.loads(loray("open", "--json").out) == {"url": "http://127.0.0.1:7000/console"}
         monkeypatch.setenv("LORAY_URL", "http://server:1/")
         assert loray("open", "docs", "--print").out == "http://server:1/docs\n"
     opened: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from loray.client import LorayClient
@@ -30,6 +30,10 @@ class Answer:
         after = self.total_s - self.ttft_s
         rate = f", {(self.num_tokens - 1) / after:,.1f} tokens/s" if self.num_tokens > 1 and after > 0 else ""
         return f"{self.num_tokens} tokens{rate}, first after {self.ttft_s * 1000:,.0f} ms"
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and tokens; `error` is null where there is none."""
+        return asdict(self)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -34,6 +35,7 @@ _REFRESH_S = 0.1
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
 @click.option("--temperature", type=click.FloatRange(0), help="Default: the server's.")
 @click.option("--quiet", "-q", is_flag=True, help="No figures after answers.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each answer.")
 @url_option
 def chat(
     model: str,
@@ -42,6 +44,7 @@ def chat(
     max_tokens: int,
     temperature: float | None,
     quiet: bool,
+    as_json: bool,
     url: str | None,
 ) -> None:
     """Talk to MODEL: a base, or an adapter as `name`, `name@3` or `name@alias`.
@@ -57,7 +60,7 @@ def chat(
     with LorayClient(target(url)) as client:
         for name in names:
             client.model(name)  # says at once what is not served
-        talk = _Talk(client, names, system, options, quiet)
+        talk = _Talk(client, names, system, options, quiet, as_json)
         for line in _lines(f"{_HELP}\n"):
             if line == "/quit":
                 return
@@ -77,9 +80,16 @@ class _Talk:
     """One conversation for each model."""
 
     def __init__(
-        self, client: LorayClient, names: list[str], system: str | None, options: Mapping[str, Any], quiet: bool
+        self,
+        client: LorayClient,
+        names: list[str],
+        system: str | None,
+        options: Mapping[str, Any],
+        quiet: bool,
+        as_json: bool = False,
     ) -> None:
         self._client, self._names, self._options, self._quiet = client, names, options, quiet
+        self._as_json = as_json
         self._system = system
         self._messages: dict[str, list[dict[str, str]]] = {}
         self.reset()
@@ -93,7 +103,11 @@ class _Talk:
     def ask(self, line: str) -> None:
         """A failed answer is told, and its question is forgotten. Ctrl-C ends an answer, not the conversation."""
         answers = [Answer(name) for name in self._names]
-        if len(answers) > 1 and sys.stdout.isatty():
+        if self._as_json:
+            for answer in answers:
+                self._answer(line, answer, lambda piece: None)
+                click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
+        elif len(answers) > 1 and sys.stdout.isatty():
             self._side_by_side(line, answers)
         else:
             for answer in answers:
