@@ -23,7 +23,7 @@ from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.publication import publish_upload
-from serve_apps.console import Gateway, Placements
+from serve_apps.console import Gateway, Placements, Streams
 
 _log = get_logger(__name__)
 
@@ -51,7 +51,7 @@ class Services:
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
-        self.conversions = Conversions(settings)
+        self.conversions, self.streams = Conversions(settings), Streams()
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()

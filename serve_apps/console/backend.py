@@ -17,6 +17,7 @@ from loray.store import AdapterStore
 from serve_apps.access import Access
 from serve_apps.console.live.gateway import Gateway
 from serve_apps.console.live.histories import Histories
+from serve_apps.console.live.streams import Streams
 from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 
@@ -31,6 +32,7 @@ class Backend(Protocol):
 
     gateway: Gateway
     placements: Placements
+    streams: Streams
 
     @property
     def settings(self) -> Settings: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +22,8 @@ _LOGIN = f"{PREFIX}/login"
 
 
 class CheckConsole(CheckAccess):
-    """`CheckAccess` that also knows sessions. `scope["state"]` of a page has its `session` and its `authorization`.
+    """`CheckAccess` that also knows sessions. `scope["state"]` of a page has its `session`, its `authorization`, and
+    `admit`, which checks all this again and raises where the caller may not see the page any more.
 
     The API's own routes take no cookies, so what a browser does by itself reaches pages alone. A page that changes
     something must repeat the session's token, which other sites cannot read.
@@ -50,6 +52,7 @@ class CheckConsole(CheckAccess):
             headers["authorization"] = f"Bearer {session.key}"
         state = scope.setdefault("state", {})
         state["authorization"] = headers.get("authorization")
+        state["admit"] = partial(self._admit_again, scope)
         principal = await self._access.admit(scope["method"], self._rules.action(scope["method"], path), headers)
         if session is None and given is None and principal is not None:
             session = self._sessions.keyless
@@ -59,6 +62,9 @@ class CheckConsole(CheckAccess):
             if not hmac.compare_digest(token.encode(), session.csrf.encode()):
                 raise PermissionDenied("this page is of an earlier session, or of another site: load it again")
         return principal
+
+    async def _admit_again(self, scope: Scope) -> None:
+        scope["state"]["principal"] = await self._admit(scope)
 
     def _refusal(self, scope: Scope, error: Exception) -> Response:
         if not _is_page(_path(scope)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class Site:
     """Two applications by path. They start and end together."""
 
-    def __init__(self, gateway: FastAPI, api: FastAPI) -> None:
-        self._gateway, self._api = gateway, api
+    def __init__(self, gateway: FastAPI, api: FastAPI, end_streams: Callable[[], None]) -> None:
+        """`end_streams`: lets the console's pages go, for which a server that stops need not wait."""
+        self._gateway, self._api, self.end_streams = gateway, api, end_streams
         self._prefix = f"{CATALOG_PREFIX}/"
 
         @asynccontextmanager
@@ -56,4 +57,4 @@ def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, trac
     services = Services(settings, LocalJobServer(settings), engines, Gateway(Address(spec.host, spec.port).url))
     api = log_access(create_api(services, access), settings.access_log)
     gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
-    return Site(gateway, api)
+    return Site(gateway, api, services.streams.end)

@@ -38,7 +38,12 @@ def run(
         engines = LocalEngines(stream, tracing)
         site = create_site(spec, settings, engines, tracing)
         freeze_garbage()
-        server = Server(site, check_health=engines.check_health, started=started, stopping=stopping)
+
+        def ending(num_requests: int) -> None:
+            site.end_streams()
+            stopping(num_requests)
+
+        server = Server(site, check_health=engines.check_health, started=started, stopping=ending)
         server.run(sockets=[listener])
     finally:
         stream.stop()

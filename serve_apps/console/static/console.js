@@ -41,31 +41,49 @@ function replacePart(part, text) {
   if (focused >= 0 && focusable().length === count) focusable()[focused].focus({ preventScroll: true });
 }
 
-// Parts of a page that are asked for again: every 3 s, after a failure after twice the time, up to a minute.
+// Parts of a page that are followed: a stream of events, each with the whole part. It ends now and then, and is asked for
+// again after 3 s; after a failure after twice the time, up to a minute. What nobody sees is not followed.
 for (const part of document.querySelectorAll("[data-live]")) {
   const shortest = 3000;
   const longest = 60000;
   let wait = shortest;
-  const look = async () => {
-    if (!document.hidden) {
-      try {
-        const answer = await fetch(part.dataset.live, { headers: { "HX-Request": "true" } });
-        if (answer.status === 401) return location.reload();
-        if (!answer.ok) throw new Error(answer.status);
-        const text = await answer.text();
-        for (const place of part.querySelectorAll("[data-curve]")) place.plot?.destroy();
-        replacePart(part, text);
-        htmx.process(part);
-        drawCurves(part);
-        if (part.querySelector("[data-ended]")) return;
-        wait = shortest;
-      } catch {
-        wait = Math.min(2 * wait, longest);
-      }
-    }
-    setTimeout(look, wait);
+
+  const show = (text) => {
+    for (const place of part.querySelectorAll("[data-curve]")) place.plot?.destroy();
+    replacePart(part, text);
+    htmx.process(part);
+    drawCurves(part);
   };
-  setTimeout(look, wait);
+
+  const follow = async () => {
+    const left = new AbortController();
+    const leave = () => document.hidden && left.abort();
+    document.addEventListener("visibilitychange", leave);
+    try {
+      const headers = { Accept: "text/event-stream", "HX-Request": "true" };
+      const answer = await fetch(part.dataset.live, { headers, signal: left.signal });
+      if (answer.status === 401) return location.reload();
+      if (!answer.ok) throw new Error(answer.status);
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      let rest = "";
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) break;
+        const events = (rest + value).split("\n\n");
+        rest = events.pop();
+        for (const event of events) if (event.startsWith("data: ")) show(JSON.parse(event.slice(6)));
+        wait = shortest;
+        if (part.querySelector("[data-ended]")) return left.abort();
+      }
+    } catch {
+      wait = left.signal.aborted ? shortest : Math.min(2 * wait, longest);
+    } finally {
+      document.removeEventListener("visibilitychange", leave);
+    }
+    if (document.hidden) document.addEventListener("visibilitychange", follow, { once: true });
+    else setTimeout(follow, wait);
+  };
+  setTimeout(follow, wait);
 }
 
 // Promotion and canaries: the form's fields make the address, after a question.

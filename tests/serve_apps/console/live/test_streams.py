@@ -1,0 +1,84 @@
+"""Live parts as server-sent events: the part, then what has changed, as long as the key may see it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from loray.api.status import Status
+from serve_apps.console.live.streams import Streams
+from serve_apps.console.sessions import COOKIE
+from tests.serve_apps.console.site import HTMX, URL, ConsoleSite
+
+STREAM = HTMX | {"Accept": "text/event-stream"}
+
+
+@pytest.fixture
+def quick(console: ConsoleSite) -> ConsoleSite:
+    console.services.streams = Streams(interval_s=0.01, length_s=0.1)
+    return console
+
+
+def parts(text: str) -> list[str]:
+    return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event.startswith("data: ")]
+
+
+def test_what_has_changed_is_sent_again(quick: ConsoleSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, looks = quick.engines.status, 0
+
+    def status() -> Status:
+        nonlocal looks
+        looks += 1
+        found = state()
+        return found if looks < 3 else found.model_copy(update={"status": "degraded"})
+
+    monkeypatch.setattr(quick.engines, "status", status)
+    answer = quick.http.get(f"{URL}/serving/replicas/r1/live", headers=STREAM)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    assert (len(parts(answer.text)), ": the same" in answer.text) == (1, True)  # which does not show it
+    answer = quick.http.get(f"{URL}/live", headers=STREAM)
+    assert ["Degraded" in part for part in parts(answer.text)][:1] == [True]
+    looks = 0
+    assert ["Healthy" in part for part in parts(quick.http.get(f"{URL}/live", headers=STREAM).text)] == [True, False]
+    plain = quick.http.get(f"{URL}/live", headers=HTMX)
+    assert (plain.headers["content-type"], "data: " in plain.text) == ("text/html; charset=utf-8", False)
+
+
+def test_a_stream_ends_with_its_session(quick: ConsoleSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.log_in(quick.key("admin"))
+    cookie, state, looks = quick.http.cookies[COOKIE], quick.engines.status, 0
+    sessions = quick.unmounted.state.console.sessions
+
+    def status() -> Status:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            sessions.end(cookie)
+        return state()
+
+    monkeypatch.setattr(quick.engines, "status", status)
+    answer = quick.http.get(f"{URL}/live", headers=STREAM)
+    assert (answer.status_code, looks) == (200, 2)
+    assert quick.http.get(f"{URL}/live", headers=STREAM).status_code == 401
+
+
+def test_a_server_that_stops_ends_its_streams() -> None:
+    streams = Streams(interval_s=60.0, length_s=600.0)
+
+    async def look() -> str:
+        return "part"
+
+    async def read(events: AsyncIterator[str]) -> list[str]:
+        return [event async for event in events]
+
+    async def stopped() -> list[str]:
+        reading = asyncio.ensure_future(read(streams.events("part", look)))
+        await asyncio.sleep(0)
+        streams.end()
+        return await asyncio.wait_for(reading, 5)
+
+    assert asyncio.run(stopped()) == ['data: "part"\n\n']
