@@ -21,6 +21,7 @@ from loray.serving.routing import REASONS, Candidate, Reason, ReplicaView, Routi
 from loray.serving.routing_report import Known, RoutingReport, RoutingReports, routing_key
 from loray.spec import GenerateRequest
 from loray.telemetry import get_logger
+from serve_apps.gateway.replicas.lengths import QueueLengths
 
 _log = get_logger(__name__)
 
@@ -77,7 +78,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         """`policy`: RoutingPolicy's fields."""
         self._routing = Routing(RoutingPolicy(**policy))
         self._seen: dict[str, RoutingReport] = {}  # the last report of each replica
-        self._ongoing: dict[str, int] = {}
+        self._lengths = QueueLengths()
         self._probing: asyncio.Task[Any] | None = None
         self._deployment = str(self._deployment_id.name)
 
@@ -101,7 +102,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return [[replicas[c.replica]] for c in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Called when a replica has accepted the request."""
+        """Called when a replica has accepted the request, right after `on_new_queue_len_info` of its answer."""
+        self._lengths.accepted(id(pending_request), str(replica_id.unique_id))
         request = _request(pending_request)
         if request is None:
             return
@@ -119,7 +121,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         _replicas[self._deployment] = names = frozenset(map(_name, replicas))
         self._routing.retain(names)
         self._seen = {name: report for name, report in self._seen.items() if name in names}
-        self._ongoing = {name: n for name, n in self._ongoing.items() if name in names}
+        self._lengths.retain(names)
         super().update_replicas(replicas)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
@@ -127,18 +129,32 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         super().on_replica_actor_unavailable(replica_id)
 
     # Serve forgets a queue's length after ten seconds without a request, although requests may run for longer, and then
-    # counts from zero. So the lengths are also kept here, from every value that Serve receives.
+    # counts from zero. So the lengths are also kept here, from every value that Serve receives, see `QueueLengths`.
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
-        self._ongoing[replica_id.unique_id] = num_ongoing_requests
+        self._lengths.heard(replica_id.unique_id, num_ongoing_requests)
         super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Private in Serve, which has no public hook between the choice of a replica and the sending."""
+        pending = self._get_pending_request_matching_internal_request_id(request_metadata)
+        if pending is not None:
+            self._lengths.chosen(id(pending), _name(replica))
+        super()._fulfill_next_pending_request(replica, request_metadata)
+
+    async def _choose_replica_for_request(self, pending_request: PendingRequest, **options: Any) -> RunningReplica:
+        """Private in Serve, which sends the request as soon as this returns."""
+        try:
+            return await super()._choose_replica_for_request(pending_request, **options)
+        finally:
+            self._lengths.leaves(id(pending_request))
+
     def on_send_request(self, replica_id: ReplicaID) -> None:
-        self._ongoing[replica_id.unique_id] = self._ongoing.get(replica_id.unique_id, 0) + 1
+        self._lengths.sent(replica_id.unique_id)
         super().on_send_request(replica_id)
 
     def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
-        self._ongoing[replica_id.unique_id] = max(0, self._ongoing.get(replica_id.unique_id, 0) - 1)
+        self._lengths.ended(replica_id.unique_id)
         super().decrement_queue_len_cache(replica_id)
 
     async def _probe_queue_lens(
@@ -146,7 +162,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[tuple[RunningReplica, int | None]]:
         """Private in Serve, which has no public hook for the results of its probes."""
         answers: list[tuple[RunningReplica, int | None]] = await super()._probe_queue_lens(replicas, backoff_index)
-        self._ongoing |= {_name(replica): length for replica, length in answers if length is not None}
+        for replica, length in answers:
+            if length is not None:
+                self._lengths.probed(_name(replica), length)
         return answers
 
     def _probe_silent(self, replicas: Sequence[RunningReplica]) -> None:
@@ -155,7 +173,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         A request that is cancelled, or whose replica cannot be reached, before it is accepted counts as sent and never
         as ended. The replica then seems to be busy, and gets no request whose response would correct the number.
         """
-        silent = [r for r in replicas if self._ongoing.get(_name(r)) and not self._is_known(r)]
+        silent = [r for r in replicas if self._lengths.known(_name(r)) and not self._is_known(r)]
         if silent and (self._probing is None or self._probing.done()):
             self._probing = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
 
@@ -181,7 +199,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             self._routing.reported(name, report.in_pool | report.on_host)
         return ReplicaView(
             id=name,
-            load=self._ongoing.get(name, 0),
+            load=self._lengths.of(name),
             limit=replica.max_ongoing_requests,
             in_pool=report.in_pool,
             on_host=report.on_host,

@@ -20,8 +20,7 @@ from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
 
 ENGINE = DeploymentID("engine", "app")
-DIGESTS = [f"{i:064x}" for i in range(1 << 40, (1 << 40) + 20)]
-DIGESTS = [d[::-1] for d in DIGESTS]
+DIGESTS = [f"{i:064x}"[::-1] for i in range(1 << 40, (1 << 40) + 20)]
 
 
 class Replica:
@@ -171,11 +170,17 @@ def test_many_at_once_keep_to_their_replicas(pair: list[Replica]) -> None:
     with_router(pair, scenario)
 
 
-def test_an_adapter_in_high_demand_overflows(pair: list[Replica]) -> None:
+@pytest.mark.parametrize("at_once", [1, 20])
+def test_an_adapter_in_high_demand_overflows(pair: list[Replica], at_once: int) -> None:
+    """Also if none of the requests has been sent when the last one gets its replica."""
     pair[0].report(DIGESTS[0])
 
     async def scenario(router: AdapterRouter) -> None:
-        routed = [await route(router, pending(DIGESTS[0])) for _ in range(20)]
+        routed: list[str] = []
+        for replica in pair:
+            router.on_new_queue_len_info(replica.replica_id, 0)
+        while len(routed) < 20:
+            routed += await asyncio.gather(*(route(router, pending(DIGESTS[0])) for _ in range(at_once)))
         assert routed.count("two") == 9  # one request more than the mean stays with the holder
         assert decisions("engine")["overflow"] >= 1
 

@@ -1,0 +1,77 @@
+"""How many requests each replica has, as its router knows it.
+
+Serve says the length of a replica's queue with each request that the replica accepts. That is as of the acceptance:
+what was sent meanwhile is not in it. And a request that has got its replica is sent a turn of the event loop later.
+Both are counted here, so that requests that come at once do not all find the same replica idle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable
+
+_UNDER_WAY_S = 1.0  # after which a request that was sent is not waited for: it was cancelled, or its replica is silent
+
+
+class QueueLengths:
+    """Replicas by name, requests by any key. `clock` returns seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = clock
+        self._known: dict[str, int] = {}
+        self._chosen: dict[Hashable, str] = {}  # by request: not sent yet
+        self._num_chosen: Counter[str] = Counter()
+        self._sent: dict[str, OrderedDict[Hashable, float]] = {}  # by replica: not accepted yet
+
+    def of(self, replica: str) -> int:
+        return self.known(replica) + self._num_chosen[replica]
+
+    def known(self, replica: str) -> int:
+        """Without those that are not sent yet."""
+        return self._known.get(replica, 0)
+
+    def chosen(self, request: Hashable, replica: str) -> None:
+        """The request will be sent there, unless it is cancelled before. `leaves` is called in both cases."""
+        self._chosen[request] = replica
+        self._num_chosen[replica] += 1
+
+    def leaves(self, request: Hashable) -> None:
+        """It is sent now: `sent` follows for its replica. Or it will not be."""
+        replica = self._chosen.pop(request, None)
+        if replica is not None:
+            self._num_chosen[replica] -= 1
+            self._sent.setdefault(replica, OrderedDict())[request] = self.now()
+
+    def sent(self, replica: str) -> None:
+        self._known[replica] = self.known(replica) + 1
+
+    def heard(self, replica: str, length: int) -> None:
+        """What the replica says with its answer to a request that was sent."""
+        self._known[replica] = length
+
+    def accepted(self, request: Hashable, replica: str) -> None:
+        """The answer was that it accepts the request. What was sent besides is not in the length that it said."""
+        if under_way := self._sent.get(replica):
+            under_way.pop(request, None)
+            self._known[replica] = self.known(replica) + self._num_sent(replica)
+
+    def probed(self, replica: str, length: int) -> None:
+        """What the replica says when it is asked, after a while without requests."""
+        self._sent.pop(replica, None)
+        self._known[replica] = length
+
+    def ended(self, replica: str) -> None:
+        self._known[replica] = max(0, self.known(replica) - 1)
+
+    def retain(self, replicas: Collection[str]) -> None:
+        """Forgets what was sent to all others."""
+        for numbers in (self._known, self._sent):
+            for replica in [name for name in numbers if name not in replicas]:
+                del numbers[replica]
+
+    def _num_sent(self, replica: str) -> int:
+        under_way = self._sent[replica]
+        while under_way and next(iter(under_way.values())) < self.now() - _UNDER_WAY_S:
+            under_way.popitem(last=False)
+        return len(under_way)
