@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from loray.cli.main import cli
 from loray.errors import DataError, SpecError
 from loray.serving.routing import RoutingPolicy
 from loray.simulation.policies.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
@@ -20,24 +18,14 @@ from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.profile import load_profile
 from loray.simulation.replica import Job
 from loray.simulation.scenario import POLICIES, Scenario, simulate
-from loray.simulation.simulator import Outcome, Policy, Simulator
+from loray.simulation.simulator import Policy, Simulator
 from loray.simulation.summary import course, summary
 from loray.simulation.workload import synthetic
-from loray.simulation.workload.requests import Requests, at_rate, with_adapters
+from loray.simulation.workload.requests import at_rate, with_adapters
 from loray.simulation.workload.traces import read
+from tests.simulation.made import requests, run_one
 
 SMALL = Scenario(PROFILE, replicas=4, adapters=40, minutes=2.0, utilization=0.5, seed=3)
-
-
-def requests(*rows: tuple[float, int, int, int]) -> Requests:
-    """(at, prompt, output, adapter)"""
-    at, *others = zip(*rows, strict=True)
-    return Requests(np.array(at, float), *(np.array(column, np.int64) for column in others))
-
-
-def run_one(made: Requests, **profile: float) -> Outcome:
-    policy = Policy("one", RandomRouter(2, 0), Fixed(1))
-    return Simulator(made, PROFILE.model_copy(update=profile), policy, initial=1, size=1).run()
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -51,7 +39,7 @@ def test_every_request_is_served_once_and_again_in_the_same_way(name: str) -> No
     assert (first.ttft_R > 0).all()
     assert (first.end_R >= first.ttft_R - 1e-9).all()
     assert np.array_equal(first.end_R, second.end_R)
-    assert summary(first) == summary(second)
+    assert summary(first, made) == summary(second, made)
     assert 0 < first.replica_hours <= SMALL.replicas * (made.seconds + 60) / 3600
 
 
@@ -243,18 +231,6 @@ def test_profiles_are_checked(tmp_path: Path) -> None:
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-    monkeypatch.delenv("LORAY_TRACES", raising=False)
-
-    def invoke(*args: str) -> tuple[int, str]:
-        result = CliRunner().invoke(cli, ["simulate", *args])
-        return result.exit_code, result.output if result.exception is None else f"{result.output}{result.exception}"
-
-    return invoke
 
 
 def test_the_command_prints_json_and_draws(call: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ class Profile(BaseModel):
     load_byte_s: float = Field(ge=0, description="of a load from the store, for each byte")
     place_s: float = Field(ge=0, description="of a copy from the host into the pool, whatever its size")
     place_byte_s: float = Field(ge=0, description="of a copy from the host into the pool, for each byte")
+    outside_s: tuple[float, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description="of a request outside its replica (gateway, routing, connections), equally likely; one is drawn",
+    )
     start_s: float = Field(ge=0, description="from the decision to add a replica until it takes requests")
     num_loads: int = Field(default=4, gt=0, description="loads at once")
     kv_token_bytes: float = Field(gt=0)

@@ -47,10 +47,9 @@ class ReplicaAdapters:
 
     def want(self, adapter: int) -> tuple[bool, bool]:
         """A request comes: whether it may start now, and whether a load of its adapter begins now."""
-        if adapter in self._pins:
-            return True, False
         if adapter in self._host:
             self._host.move_to_end(adapter)
+        if self.tier(adapter) != NOWHERE:
             return True, False
         if adapter in self.waiting:
             self.waiting[adapter] += 1
@@ -82,6 +81,8 @@ class ReplicaAdapters:
             self._host_used -= self._sizes[oldest]
             if oldest not in self._pins:
                 self._listener.placed(self._replica, oldest, NOWHERE)
+            elif not self._pins[oldest]:
+                self._set_idle(oldest)  # to have it again would take a load now
 
     def prefetch(self, adapter: int) -> None:
         """It is on the host, without a load that anybody waited for."""
@@ -126,8 +127,11 @@ class ReplicaAdapters:
             self._release(adapter)
 
     def _release(self, adapter: int) -> None:
+        self._worth.released(self._scores[adapter])
+        self._set_idle(adapter)
+
+    def _set_idle(self, adapter: int) -> None:
         score = self._scores[adapter]
-        self._worth.released(score)
         value = self._worth.value(score, self._sizes[adapter], on_host=adapter in self._host)
         self._idle.set(adapter, (value, self._uses))
 

@@ -31,6 +31,8 @@ class Scenario:
     alpha        popularity of the k-th adapter ∝ k^-alpha
     fixed        all replicas run all the time, so that routing alone is compared
     target_utilization   of loray's scaling, and so of random, dynamo and the oracle; the first number is without it
+    replay       the trace's own times and adapters: `minutes`, `utilization` and `alpha` are not used
+    warm_up      seconds at the start that are not counted
     """
 
     profile: Profile
@@ -43,10 +45,16 @@ class Scenario:
     seed: int = 0
     fixed: bool = False
     target_utilization: float = _TARGET
+    replay: bool = False
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.replay and self.trace is None:
+            raise SpecError("only a trace can be replayed; name its file")
         if self.replicas < 1 or self.adapters < 1 or self.minutes <= 0 or self.utilization <= 0:
             raise SpecError("replicas, adapters, minutes and utilisation must be positive")
+        if self.replay and self.trace is not None and self.trace.num_adapters > self.adapters:
+            raise SpecError(f"the trace has {self.trace.num_adapters} adapters, not {self.adapters}")
 
     @property
     def seconds(self) -> float:
@@ -73,18 +81,21 @@ class Scenario:
             made = synthetic.generate(
                 rate=rate, seconds=self.seconds, num_adapters=self.adapters, alpha=self.alpha, seed=self.seed
             )
-            return _checked(made.cut(context))
+            return self._checked(made.cut(context))
         trace = self.trace.cut(context)
+        if self.replay:
+            return self._checked(trace)
         rate = capacity * len(trace) / trace.work(self.profile)
-        return _checked(
+        return self._checked(
             with_adapters(at_rate(trace, rate=rate, seconds=self.seconds, rng=rng), self.adapters, self.alpha, rng)
         )
 
-
-def _checked(requests: Requests) -> Requests:
-    if not len(requests):
-        raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
-    return requests
+    def _checked(self, requests: Requests) -> Requests:
+        if not len(requests):
+            raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
+        if requests.seconds < self.warm_up:
+            raise SpecError(f"the last request comes after {requests.seconds:.0f} s, in the warm-up")
+        return requests
 
 
 def _loray(s: Scenario, requests: Requests, size: int) -> Policy:
@@ -131,4 +142,12 @@ def simulate(scenario: Scenario, requests: Requests, names: tuple[str, ...] = tu
     """Each policy over the same requests."""
     for name in names:
         policy = POLICIES[name](scenario, requests, 2 * scenario.replicas)
-        yield Simulator(requests, scenario.profile, policy, initial=scenario.initial, size=scenario.replicas).run()
+        yield Simulator(
+            requests,
+            scenario.profile,
+            policy,
+            initial=scenario.initial,
+            size=scenario.replicas,
+            warm_up=scenario.warm_up,
+            seed=scenario.seed,
+        ).run()

@@ -35,8 +35,9 @@ class Outcome:
 
     ttft_R         seconds from arrival to first token; end_R from arrival to last
     slot_R         the replica's slot
-    cold_loads     loads from the store for which requests waited
-    evictions      of adapters from pools
+    num_warming    the first so many came in the warm-up
+    cold_loads     loads from the store for which requests waited, since the warm-up
+    evictions      of adapters from pools, since then
     replica_hours  from the decision to start each replica until it had ended, up to the last arrival
     replicas       (seconds, replicas that take requests, start or end) at each decision
     loads          (seconds, cold loads so far) at each decision
@@ -46,6 +47,7 @@ class Outcome:
     ttft_R: Floats
     end_R: Floats
     slot_R: Ints
+    num_warming: int
     cold_loads: int
     evictions: int
     replica_hours: float
@@ -54,12 +56,27 @@ class Outcome:
 
 
 class Simulator:
-    """Runs once. Events of equal times come in the order in which they were made."""
+    """Runs once. Events of equal times come in the order in which they were made.
 
-    def __init__(self, requests: Requests, profile: Profile, policy: Policy, *, initial: int, size: int) -> None:
+    warm_up  seconds whose loads and evictions are not counted
+    seed     of what each request takes outside its replica
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        profile: Profile,
+        policy: Policy,
+        *,
+        initial: int,
+        size: int,
+        warm_up: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         self._requests, self._profile, self._policy = requests, profile, policy
-        num_adapters = int(requests.adapter_R.max()) + 1 if len(requests) else 0
-        self._sizes = adapter_sizes(profile, num_adapters)
+        self._num_warming = int(np.searchsorted(requests.at_R, warm_up))
+        self._outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
+        self._sizes = adapter_sizes(profile, requests.num_adapters)
         self.cluster = Cluster(profile, self._sizes, policy.router, size)
         self._events: list[tuple[float, int, int, Any, int]] = []
         self._num_events = 0
@@ -77,18 +94,30 @@ class Simulator:
     def run(self) -> Outcome:
         requests = self._requests
         columns = (requests.at_R, requests.prompt_R, requests.output_R, requests.adapter_R)
-        hours = totals = None
+        before = 0, 0
         self._push(0.0, _DECIDE)
         for index, (at, prompt, output, adapter) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             while self._events and self._events[0][0] <= at:
                 self._next_event()
+            if index == self._num_warming:
+                before = self.cluster.totals()
             self._arrive(Job(index, prompt, output, adapter), at)
         end = requests.seconds
         hours, totals = self.cluster.hours(end), self.cluster.totals()
+        loads, evictions = (now - then for now, then in zip(totals, before, strict=True))
         while self._events:
             self._next_event(ending=True)
         return Outcome(
-            self._policy.name, self._ttft_R, self._end_R, self._slot_R, *totals, hours, self._replicas, self._loads
+            self._policy.name,
+            self._ttft_R + self._outside_R,
+            self._end_R + self._outside_R,
+            self._slot_R,
+            self._num_warming,
+            loads,
+            evictions,
+            hours,
+            self._replicas,
+            self._loads,
         )
 
     # -- private ------------------------------------------------------------------------------------------------------

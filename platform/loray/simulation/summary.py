@@ -12,7 +12,11 @@ from loray.simulation.workload.requests import Floats, Requests
 
 
 class Summary(NamedTuple):
-    """Of one policy over one run or several. Times in seconds; means over the runs where they are quantiles."""
+    """Of one policy over one run or several, without the warm-up. Times in seconds; means over the runs where they are
+    quantiles.
+
+    tokens_per_s  generated, from the first arrival to the last token
+    """
 
     p50_ttft_s: float
     p99_ttft_s: float
@@ -23,23 +27,28 @@ class Summary(NamedTuple):
     evictions: float
     replica_hours: float
     max_replicas: float
+    tokens_per_s: float
 
     def to_json(self) -> dict[str, Any]:
         return {name: round(value, 4) for name, value in self._asdict().items()}
 
 
-def summary(outcome: Outcome) -> Summary:
-    p50, p99 = np.quantile(outcome.ttft_R, (0.5, 0.99))
+def summary(outcome: Outcome, requests: Requests) -> Summary:
+    counted = slice(outcome.num_warming, None)
+    ttft_R, end_R = outcome.ttft_R[counted], outcome.end_R[counted]
+    at_R, output_R = requests.at_R[counted], requests.output_R[counted]
+    p50, p99 = np.quantile(ttft_R, (0.5, 0.99))
     return Summary(
         p50_ttft_s=float(p50),
         p99_ttft_s=float(p99),
-        mean_ttft_s=float(outcome.ttft_R.mean()),
-        mean_latency_s=float(outcome.end_R.mean()),
+        mean_ttft_s=float(ttft_R.mean()),
+        mean_latency_s=float(end_R.mean()),
         cold_loads=outcome.cold_loads,
-        cold_share=outcome.cold_loads / len(outcome.ttft_R),
+        cold_share=outcome.cold_loads / len(ttft_R),
         evictions=outcome.evictions,
         replica_hours=outcome.replica_hours,
         max_replicas=max((number for _, number in outcome.replicas), default=0),
+        tokens_per_s=float(output_R.sum() / ((at_R + end_R).max() - at_R[0])),
     )
 
 

@@ -57,6 +57,19 @@ _COLUMNS = (
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON of what steps and loads cost. Default: SmolLM2-135M on two cores.",
 )
+@click.option(
+    "--replay",
+    is_flag=True,
+    help="The trace's own times, and adapters where its lines name them; --adapters, --minutes and --utilization are "
+    "not used.",
+)
+@click.option(
+    "--warm-up",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Seconds at the start that are not counted.",
+)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG of the first run's course.")
 @json_option
 def simulate(
@@ -73,6 +86,8 @@ def simulate(
     fixed: bool,
     target_utilization: float,
     profile_file: Path | None,
+    replay: bool,
+    warm_up: float,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -85,12 +100,25 @@ def simulate(
     names = names or tuple(POLICIES)
     profile = load_profile(profile_file) if profile_file is not None else SMOLLM2_TWO_CORES
     loaded = _trace(trace)
+    if replay and loaded is not None:
+        adapters, minutes = loaded.num_adapters, max(loaded.seconds, 1.0) / 60
     found: dict[str, list[Summary]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     courses, num_requests = [], 0
     for number in range(seed, seed + seeds):
         scenario = Scenario(
-            profile, replicas, adapters, minutes, loaded, utilization, alpha, number, fixed, target_utilization
+            profile,
+            replicas,
+            adapters,
+            minutes,
+            loaded,
+            utilization,
+            alpha,
+            number,
+            fixed,
+            target_utilization,
+            replay,
+            warm_up,
         )
         requests = scenario.requests()
         num_requests += len(requests)
@@ -98,7 +126,7 @@ def simulate(
             began = time.perf_counter()
             outcome = next(run(scenario, requests, (name,)))
             seconds[name] += time.perf_counter() - began
-            found[name].append(summary(outcome))
+            found[name].append(summary(outcome, requests))
             if number == seed and plot is not None:
                 courses.append(course(outcome, requests))
     title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"

@@ -39,6 +39,11 @@ class Requests:
         return float(self.at_R[-1]) if len(self) else 0.0
 
     @property
+    def num_adapters(self) -> int:
+        """One more than the largest number."""
+        return int(self.adapter_R.max()) + 1 if len(self) else 0
+
+    @property
     def rate(self) -> float:
         """Requests a second over the trace's own length."""
         return len(self) / max(self.seconds, 1e-9)

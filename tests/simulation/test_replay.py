@@ -1,0 +1,102 @@
+"""A trace of a cluster's run, replayed as it is: its times and adapters, a warm-up, time outside replicas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loray.errors import DataError, SpecError
+from loray.simulation.policies.routers import RandomRouter
+from loray.simulation.policies.scalers import Fixed
+from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.residency import HOST, NOWHERE, POOL, ReplicaAdapters
+from loray.simulation.scenario import Scenario, simulate
+from loray.simulation.simulator import Policy, Simulator
+from loray.simulation.summary import summary
+from loray.simulation.workload.traces import read
+from tests.simulation.made import requests, run_one
+
+
+def test_a_request_takes_its_time_outside_the_replica() -> None:
+    rows = requests(*((float(i), 8, 2, 0) for i in range(200)))
+    plain, later = run_one(rows), run_one(rows, outside_s=(0.5, 1.0))
+    assert np.allclose(np.unique(np.round(later.ttft_R - plain.ttft_R, 9)), [0.5, 1.0])
+    assert np.allclose(later.end_R - plain.end_R, later.ttft_R - plain.ttft_R)
+
+
+def test_the_warm_up_is_not_counted() -> None:
+    made = requests((0.0, 8, 2, 0), (1.0, 800, 2, 1), (10.0, 8, 2, 0), (11.0, 8, 2, 2))
+    policy = Policy("one", RandomRouter(2, 0), Fixed(1))
+    outcome = Simulator(made, PROFILE, policy, initial=1, size=1, warm_up=10.0).run()
+    assert (outcome.num_warming, outcome.cold_loads) == (2, 1)
+    found = summary(outcome, made)
+    assert found.p50_ttft_s == pytest.approx(outcome.ttft_R[2:].mean())
+    assert found.cold_share == 0.5
+    assert found.tokens_per_s == pytest.approx(4 / (1.0 + outcome.end_R[3]))
+
+
+def test_a_request_that_finds_its_adapter_in_the_pool_keeps_the_copy_on_the_host() -> None:
+    """The host has room for two. The first is asked for again before the third comes, so the second goes."""
+    size = 1_840_000
+    profile = PROFILE.model_copy(update={"host_bytes": 2.5 * size, "pool_bytes": 10 * size})
+    adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
+    for adapter in (0, 1):
+        assert adapters.want(adapter) == (False, True)
+        adapters.loaded(adapter)
+    adapters.take(0, 0.0)
+    adapters.give_back(0, 0.0)
+    assert adapters.want(0) == (True, False)
+    adapters.want(2)
+    adapters.loaded(2)
+    assert [adapters.tier(adapter) for adapter in range(3)] == [POOL, NOWHERE, HOST]
+
+
+def test_an_adapter_that_only_the_pool_has_is_worth_its_load() -> None:
+    """Both have been used once; the one that the host still has is evicted first, although it was used later."""
+    size = 1_840_000
+    profile = PROFILE.model_copy(update={"host_bytes": 1.5 * size, "pool_bytes": 2.5 * size})
+    adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
+    for adapter in (0, 1, 2):
+        adapters.want(adapter)
+        adapters.loaded(adapter)
+        adapters.take(adapter, 0.0)
+        adapters.give_back(adapter, 0.0)
+    assert [adapters.tier(adapter) for adapter in range(3)] == [POOL, NOWHERE, POOL]
+
+
+def test_a_trace_is_replayed_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    line = '{{"timestamp": {}, "input_length": 7, "output_length": 3, "adapter": {}}}\n'
+    file.write_text("".join(line.format(1000 * i, i % 5) for i in range(20)))
+    scenario = Scenario(PROFILE, 2, 5, 1.0, read(file), replay=True, fixed=True, warm_up=4.0)
+    made = scenario.requests()
+    assert made.at_R.tolist() == list(range(20))
+    assert made.adapter_R.tolist() == [i % 5 for i in range(20)]
+    assert next(simulate(scenario, made, ("loray",))).num_warming == 4
+    with pytest.raises(SpecError, match="5 adapters, not 4"):
+        Scenario(PROFILE, 2, 4, 1.0, read(file), replay=True)
+    with pytest.raises(SpecError, match="warm-up"):
+        Scenario(PROFILE, 2, 5, 1.0, read(file), replay=True, warm_up=60.0).requests()
+    with pytest.raises(SpecError, match="name its file"):
+        Scenario(PROFILE, 2, 5, 1.0, replay=True)
+    file.write_text(line.format(0, -1))
+    with pytest.raises(DataError, match="negative"):
+        read(file)
+
+
+def test_the_command_replays_a_trace(call: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    lines = ({"timestamp": 100 * i, "input_length": 9, "output_length": 4, "adapter": i % 7} for i in range(100))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--replicas", "2", "--fixed", "--policy", "loray", "--json")
+    code, out = call("--trace", str(file), "--replay", "--warm-up", "5", *options)
+    assert code == 0, out
+    found = json.loads(out)
+    assert found["requests"] == 100
+    assert found["policies"]["loray"]["cold_loads"] == 0
+    assert found["policies"]["loray"]["tokens_per_s"] == pytest.approx(200 / 5, rel=0.1)
+    assert call("--replay", *options)[0] != 0
