@@ -21,23 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.wire import Wire
+from benchmarks.copies import publish_copies
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import LOOPBACK, free_ports, session_members, start_time
 from loray.local.s3 import LocalS3
 from loray.locations import parse_location
-from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import FleetSpec, Limits, ServeSpec, engine_of
-from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps.deployment import APPLICATION, GATEWAY, IMPORT_PATH, serve_config
 from tests.nodes import Node
 from tests.postgres import Postgres, start_postgres
 from tests.s3 import started_s3
 from tests.serve_apps.kills.processes import Bucket
-from tests.store.publisher import write_adapter
 
 BASE = "tiny"
 ENGINE = engine_of(BASE)
@@ -174,23 +172,13 @@ def _settings(home: Path, postgres: Postgres, s3: LocalS3, wires: dict[str, Wire
 
 
 def _publish(folder: Path, base: BaseModel, settings: Settings, count: int) -> list[str]:
-    """Of four kinds, copies of which differ in a value."""
+    """Of four kinds."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import make_adapter
-
-    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
     modules = ["q_proj", "v_proj", "down_proj"]
     configs: list[Any] = [LoraConfig(r=rank, lora_alpha=16, target_modules=modules) for rank in (4, 8, 16)]
     configs.append(VeraConfig(r=16, target_modules=modules[:2], save_projection=False))
-    for number, config in enumerate(configs):
-        make_adapter(base, folder / f"template-{number}", config, seed=number, std=0.3)
-    names = []
-    for number in range(count):
-        copy = folder / "copies" / f"a{number}"
-        write_adapter(folder / f"template-{number % len(configs)}", copy, number + 1)
-        names.append(publish(copy, base, Destination(copy.name, store, catalog)).name)
-    return names
+    return publish_copies(folder, base, settings, configs, count)
 
 
 def _deploy(local: LocalCluster, settings: Settings) -> str:

@@ -1,0 +1,74 @@
+"""Routers that write down where each request went, beyond what they do anyway. By import path, for Ray Serve.
+
+loray       the product's
+ray         Ray Serve's default: of two replicas drawn at random the one with the shorter queue
+random      any replica, as where a load balancer stands before independent servers
+round-robin each replica in turn, as most load balancers do by default
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter  # where Serve's default is
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+from loray.spec import GenerateRequest
+from serve_apps.gateway.replicas.router import AdapterRouter
+
+
+class Recorded:
+    """A line of JSON for each request that a replica has accepted: whose it is (the client's id), when (seconds of
+    `time.perf_counter`), the replica, and the requests on all replicas as the router knows them, this one included.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """`record`: the file."""
+        file = kwargs.pop("record")
+        self._record = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - as long as the router lives
+        super().initialize_state(**kwargs)  # type: ignore[misc]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        super().on_request_routed(pending_request, replica_id, result)  # type: ignore[misc]
+        first = pending_request.args[0] if pending_request.args else None
+        if isinstance(first, GenerateRequest):
+            lengths = {str(name.unique_id): self._length(name) for name in self._replicas}  # type: ignore[attr-defined]
+            line = [first.request_id.partition("-")[0], time.perf_counter(), str(replica_id.unique_id), lengths]
+            self._record.write(json.dumps(line) + "\n")
+
+    def _length(self, replica: ReplicaID) -> int:
+        return self.replica_queue_len_cache.get(replica) or 0  # type: ignore[attr-defined]
+
+
+class Loray(Recorded, AdapterRouter):
+    def _length(self, replica: ReplicaID) -> int:
+        return self._lengths.known(str(replica.unique_id))
+
+
+class Default(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+    pass
+
+
+class Random(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [[random.choice(candidate_replicas)]] if candidate_replicas else []
+
+
+class RoundRobin(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._turn = 0
+        super().initialize_state(**kwargs)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if not candidate_replicas:
+            return []
+        self._turn += 1
+        in_order = sorted(candidate_replicas, key=lambda replica: str(replica.replica_id.unique_id))
+        return [[in_order[self._turn % len(in_order)]]]

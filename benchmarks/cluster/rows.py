@@ -1,0 +1,145 @@
+"""A row of the table: what one router made of the trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from benchmarks.cluster.client import Seen
+from benchmarks.cluster.trace import HOT_SHARE
+from benchmarks.cluster.world import Figures
+from benchmarks.serving.figures.rows import quantile
+from loray.serving.routing import RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """pool, host       shares of the requests that found their adapter in the replica's pool, or in its host memory
+    cold_loads       loads into host memory
+    p50_ttft_s, p99_ttft_s   from a request's due time to its first token
+    busiest          requests of the replica that got most, by the mean
+    above            requests sent to a replica that had more than loray's bound afterwards
+    most             the most requests that a replica had, when one was sent to it
+    tokens_per_s     generated, from the first due time to the last token
+    hot_replicas     replicas that the sudden adapter needs; hot_s: seconds until so many answered for it, NaN: never
+    errors           requests that failed
+    load             load average of the machine before
+    """
+
+    router: str
+    requests: int
+    pool: float
+    host: float
+    cold_loads: int
+    p50_ttft_s: float
+    p99_ttft_s: float
+    busiest: float
+    above: int
+    most: int
+    tokens_per_s: float
+    hot_replicas: int
+    hot_s: float
+    errors: int
+    load: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def row(
+    router: str,
+    counted: Sequence[Seen],
+    hot: Sequence[Seen],
+    hot_adapter: int,
+    before: Sequence[Figures],
+    after: Sequence[Figures],
+    load: float,
+) -> Row:
+    """`before` and `after`: of all replicas, around what is counted."""
+
+    def counts(field: str) -> int:
+        return sum(int(getattr(f, field)) for f in after) - sum(int(getattr(f, field)) for f in before)
+
+    good = [seen for seen in counted if not seen.error]
+    ttft = sorted(seen.ttft for seen in good)
+    by_replica = Counter(seen.replica for seen in good)
+    needed = replicas_needed(HOT_SHARE, len(after))
+    return Row(
+        router=router,
+        requests=len(counted),
+        pool=counts("num_pool_hits") / len(counted),
+        host=counts("num_host_hits") / len(counted),
+        cold_loads=counts("num_loads"),
+        p50_ttft_s=quantile(ttft, 0.5),
+        p99_ttft_s=quantile(ttft, 0.99),
+        busiest=max(by_replica.values(), default=0) * len(after) / max(1, len(good)),
+        above=num_above(good),
+        most=max((seen.load for seen in good), default=0),
+        tokens_per_s=sum(s.num_output for s in good) / (max(s.last for s in good) - counted[0].at) if good else 0.0,
+        hot_replicas=needed,
+        hot_s=spread_after(hot, hot_adapter, needed),
+        errors=sum(bool(seen.error) for seen in (*counted, *hot)),
+        load=load,
+    )
+
+
+def replicas_needed(share: float, num_replicas: int, policy: RoutingPolicy | None = None) -> int:
+    """By an adapter with this share of the requests, each replica having at most c times their mean."""
+    factor = (policy or RoutingPolicy()).factor
+    return min(num_replicas, ceil(share * num_replicas / factor))
+
+
+def num_above(seen: Sequence[Seen], policy: RoutingPolicy | None = None) -> int:
+    """Requests after which their replica had more than the bound allows, by the loads that the router knew."""
+    policy = policy or RoutingPolicy()
+    return sum(s.load > policy.max_load(sum(s.loads) - 1, len(s.loads)) for s in seen if s.loads)
+
+
+def spread_after(hot: Sequence[Seen], adapter: int, num_replicas: int) -> float:
+    """Seconds from the first request for the adapter until so many replicas have sent a first token for it. NaN: they
+    never did.
+    """
+    asked = [seen for seen in hot if seen.adapter == adapter and not seen.error]
+    found: set[str] = set()
+    for seen in sorted(asked, key=lambda seen: seen.first):
+        found.add(seen.replica)
+        if len(found) == num_replicas:
+            return seen.first - min(s.at for s in asked)
+    return float("nan")
+
+
+_HEADER = (
+    f"{'router':<12} {'in pool':>8} {'on host':>8} {'cold loads':>10} {'by ray':>7} {'p50 TTFT':>9} {'p99 TTFT':>9} "
+    f"{'busiest':>8} {'most':>5} {'above':>6} {'tok/s':>7} {'hot after':>10} {'errors':>7} {'load':>5}"
+)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    ray = next((r.cold_loads for r in rows if r.router == "ray"), 0)
+    lines = [_HEADER]
+    for r in rows:
+        by_ray = f"{r.cold_loads / ray:.2f}" if ray else "–"
+        hot = f"{r.hot_s:.2f} s" if r.hot_s == r.hot_s else "never"
+        lines.append(
+            f"{r.router:<12} {r.pool:>8.1%} {r.host:>8.1%} {r.cold_loads:>10} {by_ray:>7} "
+            f"{1e3 * r.p50_ttft_s:>6.1f} ms {1e3 * r.p99_ttft_s:>6.1f} ms {r.busiest:>8.2f} {r.most:>5} {r.above:>6} "
+            f"{r.tokens_per_s:>7.1f} {hot:>10} {r.errors:>7} {r.load:>5.2f}"
+        )
+    return lines
+
+
+def verdicts(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """What is asked of loray, in words, and whether it was reached."""
+    by_name = {r.router: r for r in rows}
+    if (ours := by_name.get("loray")) is None:
+        return []
+    found = [(f"no replica above the load bound: {ours.above} of {ours.requests} requests", not ours.above)]
+    if (ray := by_name.get("ray")) is not None:
+        share = ours.cold_loads / max(1, ray.cold_loads)
+        found.append((f"cold loads at most 1/3 of Ray Serve's default: {share:.2f}", share <= 1 / 3))
+    reached = f"after {ours.hot_s:.2f} s" if ours.hot_s == ours.hot_s else "never"
+    found.append((f"a sudden adapter on {ours.hot_replicas} replicas within 5 s: {reached}", ours.hot_s <= 5))
+    return found

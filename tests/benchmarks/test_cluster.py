@@ -1,0 +1,209 @@
+"""The benchmark of routers on a cluster: its trace, its rows, and the profile for the simulator."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.cluster import simulated
+from benchmarks.cluster.client import Seen, read_placements
+from benchmarks.cluster.fitting import alone, decoding, fit, profile
+from benchmarks.cluster.rows import num_above, replicas_needed, row, spread_after, table, verdicts
+from benchmarks.cluster.trace import Load, make_trace, write_trace
+from benchmarks.cluster.world import Figures
+from loray.simulation.scenario import Scenario
+from loray.simulation.workload.traces import read
+from loray.spec import ServeSpec
+
+LOAD = Load(num_adapters=50, rate=20.0, seconds=30.0, hot_seconds=5.0)
+
+
+def seen(at: float, **fields: Any) -> Seen:
+    defaults = {
+        "first": at + 0.02,
+        "last": at + 0.1,
+        "routed": at + 0.01,
+        "replica": "a",
+        "loads": (1, 0, 0),
+        "load": 1,
+    }
+    return Seen(**({"at": at, "adapter": 0, "num_prompt": 10, "num_output": 5} | defaults | fields))
+
+
+def figures(replica: str = "a", **fields: Any) -> Figures:
+    return Figures(replica=replica, **fields)
+
+
+# -- the trace --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_loads_give_equal_traces_and_each_adapter_comes_once_before() -> None:
+    trace = make_trace(LOAD)
+    assert trace == make_trace(LOAD)
+    assert trace.counted != make_trace(replace(LOAD, seed=1)).counted
+    assert sorted(asked.adapter for asked in trace.warm) == list(range(50))
+    assert len(trace.counted) == pytest.approx(600, rel=0.2)
+    assert all(0 < a.num_prompt <= 3000 and 0 < a.num_output <= 64 for a in trace.counted)
+    assert make_trace(replace(LOAD, seconds=10.0)).counted == [a for a in trace.counted if a.at < 10]
+
+
+def test_the_sudden_adapter_has_nine_requests_in_ten_and_was_not_asked_for() -> None:
+    trace = make_trace(Load(num_adapters=500, rate=20.0, seconds=20.0, hot_seconds=20.0))
+    assert trace.hot_adapter not in {asked.adapter for asked in trace.counted}
+    share = sum(asked.adapter == trace.hot_adapter for asked in trace.hot) / len(trace.hot)
+    assert share == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_simulator_replays_the_file_as_it_is(tmp_path: Path) -> None:
+    trace, file = make_trace(LOAD), tmp_path / "trace.jsonl"
+    write_trace(trace, file)
+    made = Scenario(PROFILE, 3, 50, 1.0, read(file), fixed=True, replay=True, warm_up=trace.warm_up_s).requests()
+    assert len(made) == len(trace.warm) + len(trace.counted)
+    counted = made.at_R >= trace.warm_up_s
+    assert counted.sum() == len(trace.counted)
+    assert np.allclose(made.at_R[counted] - trace.warm_up_s, [a.at for a in trace.counted], atol=1e-3)
+    assert made.adapter_R[counted].tolist() == [a.adapter for a in trace.counted]
+    assert made.prompt_R[counted].tolist() == [a.num_prompt for a in trace.counted]
+    assert made.output_R[counted].tolist() == [a.num_output for a in trace.counted]
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_router_has_decided_is_read_by_part(tmp_path: Path) -> None:
+    file = tmp_path / "record"
+    lines = [["warm.0", 1.0, "a", {"a": 1}], ["hot.3", 2.0, "a", {"a": 1}], ["hot.3", 3.0, "b", {"a": 1, "b": 2}]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_placements(file, "hot") == {3: (3.0, "b", {"a": 1, "b": 2})}
+
+
+def test_an_adapter_needs_replicas_by_its_share() -> None:
+    """Each replica may have 1.25 times the mean."""
+    assert [replicas_needed(share, 3) for share in (0.3, 0.5, 0.9, 1.0)] == [1, 2, 3, 3]
+    assert replicas_needed(0.9, 10) == 8
+
+
+def test_it_is_spread_when_the_last_replica_it_needs_has_answered() -> None:
+    hot = [seen(float(i), adapter=7, replica=r) for i, r in enumerate("aababc")] + [seen(0.0, replica="c")]
+    assert spread_after(hot, 7, 1) == pytest.approx(0.02)
+    assert spread_after(hot, 7, 2) == pytest.approx(2.02)
+    assert spread_after(hot, 7, 3) == pytest.approx(5.02)
+    assert math.isnan(spread_after(hot, 7, 4))
+
+
+def test_requests_above_the_bound_are_counted() -> None:
+    """Of three replicas with two requests in all, a third may go to one that has one, not to one that has two."""
+    assert num_above([seen(0.0, loads=(2, 1, 0), load=2)]) == 0
+    assert num_above([seen(0.0, loads=(3, 0, 0), load=3)]) == 1
+    assert num_above([seen(0.0, loads=(9, 8, 8), load=9), seen(0.0, loads=(12, 8, 5), load=12)]) == 1
+
+
+def test_a_row_and_what_is_asked_of_it() -> None:
+    counted = [seen(float(i), replica="aab"[i % 3]) for i in range(9)] + [seen(9.0, error="refused")]
+    hot = [seen(float(i), adapter=4, replica="ab"[i % 2]) for i in range(4)]
+    before = [figures("a", num_loads=5, num_pool_hits=2), figures("b")]
+    after = [figures("a", num_loads=7, num_pool_hits=8), figures("b", num_loads=1, num_host_hits=3)]
+    made = row("loray", counted, hot, 4, before, after, 0.1)
+    assert (made.pool, made.host, made.cold_loads, made.errors) == (0.6, 0.3, 3, 1)
+    assert made.busiest == pytest.approx(6 / 4.5)
+    assert made.p50_ttft_s == pytest.approx(0.02)
+    assert made.tokens_per_s == pytest.approx(45 / 8.1)
+    assert (made.hot_replicas, made.hot_s) == (2, pytest.approx(1.02))
+    ray = replace(made, router="ray", cold_loads=10, above=3)
+    assert [reached for _, reached in verdicts([made, ray])] == [True, True, True]
+    assert [reached for _, reached in verdicts([replace(made, above=1), made, replace(ray, cold_loads=8)])][:1] == [
+        True
+    ]
+    assert not any(r for _, r in verdicts([replace(made, above=1, hot_s=math.nan), replace(ray, cold_loads=8)]))
+    assert len({len(line) for line in table([made, ray])}) == 1
+
+
+# -- the simulator ----------------------------------------------------------------------------------------------------
+
+STEP, ROW, PROMPT, OUTSIDE = 0.004, 0.001, 2e-5, 0.01
+SPEC = ServeSpec(base="tiny", pool_bytes=1 << 20, host_bytes=200_000)
+
+
+def _made(num: int) -> list[Seen]:
+    """Requests that cost what the constants say. Every second one comes beside another."""
+    chance, found = random.Random(0), []
+    for i in range(num):
+        at, prompt, beside = float(i), chance.randrange(5, 500), i % 2
+        first = at + OUTSIDE + STEP + ROW + PROMPT * prompt
+        for copy in range(1 + beside):
+            last = first + 9 * (STEP + ROW * (1 + beside))
+            found.append(
+                seen(at + 1e-6 * copy, first=first, last=last, num_prompt=prompt, num_output=10, adapter=i % 5)
+            )
+    return found
+
+
+def test_costs_are_found_again() -> None:
+    made = _made(200)
+    between, rows = decoding(made)
+    assert set(np.round(rows, 6)) == {1.0, 2.0}
+    assert between.min() == pytest.approx(STEP + ROW)
+    prompts, waits = alone(made)
+    assert len(prompts) == len(waits) == 97  # the first of each adapter, and those beside another, are left out
+    costs = fit([made])
+    assert (costs.step, costs.row, costs.prompt) == (pytest.approx(STEP), pytest.approx(ROW), pytest.approx(PROMPT))
+    assert np.allclose(costs.outside, OUTSIDE)
+    assert costs.pair == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="lower the rate"):
+        fit([made[:20]])
+
+
+def test_a_profile_has_the_sizes_of_the_pool() -> None:
+    after = [figures(blocks={"free": 64, "kv": 32, "layered": 32}, adapters_in_pool=("x", "y"), num_loads=4,
+                     num_loaded_bytes=80_000)]  # fmt: skip
+    made = profile(fit([_made(100)]), 0.003, after, SPEC, "a test")
+    assert made.adapter_bytes == (16 * 8192,)
+    assert made.kv_token_bytes == 512
+    assert made.host_bytes == pytest.approx(200_000 * 16 * 8192 / 20_000)
+    assert made.load_seconds(1e9) == 0.003
+
+
+def test_figures_stand_side_by_side() -> None:
+    counted = [seen(float(i)) for i in range(10)]
+    made = row("loray", counted, counted, 0, [figures()], [figures(num_loads=10)], 0.0)
+    policies = {"loray": {"tokens_per_s": made.tokens_per_s, "cold_loads": 9, "p50_ttft_s": 0.025, "p99_ttft_s": 0.021}}
+    found = simulated.beside([made, replace(made, router="round-robin")], policies)
+    assert [b.figure for b in found if not b.is_within] == ["p50_ttft_s"]
+    assert [round(b.ratio, 2) for b in found] == [1.0, 0.9, 1.25, 1.05]
+    assert sum("more than 10% off" in line for line in simulated.table(found)) == 1
+
+
+PROFILE = profile(
+    fit([_made(100)]),
+    0.003,
+    [figures(blocks={"free": 64, "layered": 64}, adapters_in_pool=("x",), num_loads=1, num_loaded_bytes=20_000)],
+    SPEC.model_copy(update={"pool_bytes": 64 << 20, "host_bytes": 1 << 20}),
+    "a test",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_small_run(tmp_path: Path) -> None:
+    """In a process of its own: Ray reads its token once. What it asks of figures is not asked of so few requests."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cluster", "--adapters", "60", "--seconds", "10"]
+    options = ["--hot-seconds", "4", "--rate", "12", "--router", "loray", "--router", "ray"]
+    places = ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run([*command, *options, *places], capture_output=True, check=False)
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode in (0, 1), said
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [r["router"] for r in found["rows"]] == ["loray", "ray"], said
+    assert not sum(r["errors"] for r in found["rows"]), said
+    assert found["rows"][0]["cold_loads"] < found["rows"][1]["cold_loads"], said
+    assert found["rows"][0]["above"] == 0, said
+    assert len(found["simulated"]) == 8
