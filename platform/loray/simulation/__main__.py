@@ -39,7 +39,7 @@ def told(asked: Asked) -> Told:
         lines=tuple(
             Line(
                 policy=outcome.policy,
-                summary=summary(outcome).to_json(),
+                summary=summary(outcome, requests).to_json(),
                 p99_s=tuple(round(v, 4) if math.isfinite(v) else None for v in by_time.p99_B.tolist()),
                 replicas=tuple(by_time.replicas_B.tolist()),
             )
