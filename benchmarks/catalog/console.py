@@ -46,6 +46,8 @@ def console_pages(url: str, home: Path, num_adapters: int, num_tenants: int, mea
         pages |= {page: [partial(_ask, site, keys[0], "GET", path)] for page, path in _OF_ADMINISTRATORS.items()}
         pages["plan"] = [partial(_ask, site, key, "POST", "/jobs/plan") for key in keys]
         pages["job_first"] = [partial(_ask_in_turn, site, keys[0], cycle(looked_at).__next__)]
+        compared = "&".join(f"job={job}" for job in looked_at[:4])
+        pages["compare"] = [partial(_ask, site, key, "GET", f"/jobs/compare?{compared}") for key in keys]
         pages["job"] = [partial(_ask, site, key, "GET", f"/jobs/{looked_at[0]}") for key in keys]
         found = {f"{page}_page_ms": 1e3 * max(map(measure, calls)) for page, calls in pages.items()}
     finally:
@@ -65,6 +67,7 @@ _PAGES: Mapping[str, str] = {
     "suggestions": "/playground/models?search=00042",
     "usage_by_model": "/usage",
     "usage_by_key": "/usage?by=key",
+    "advice": "/advice",
 }
 _OF_ADMINISTRATORS: Mapping[str, str] = {"serving": "/serving", "replica": "/serving/replicas/r7", "keys": "/keys"}
 

@@ -1,5 +1,8 @@
 // Curves: the first list is x, the others are drawn over it; after the first `solid` of them they are what these are
 // compared with.
+const short = (value) =>
+  value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1) : String(Number(value.toPrecision(6)));
+
 function drawCurves(part) {
   for (const place of part.querySelectorAll("[data-curve]")) {
     const labels = JSON.parse(place.dataset.labels);
@@ -7,11 +10,12 @@ function drawCurves(part) {
     const colours = [null, "#4299e1", "#f76707", "#2fb344", "#ae3ec9", "#868e96"];
     const solid = Number(place.dataset.solid ?? 2);
     const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
+    const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick)));
     const options = {
       width: place.clientWidth,
       height: 256,
       scales: { x: { time: false } },
-      axes: [axis, axis],
+      axes: [axis, { ...axis, values, size: 60 }],
       series: labels.map((label, n) =>
         n ? { label, stroke: colours[n], width: 2, dash: n > solid ? [6, 4] : [], spanGaps: true } : { label },
       ),

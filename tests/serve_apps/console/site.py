@@ -46,9 +46,9 @@ def steps(num_steps: int, offset: float) -> list[dict[str, object]]:
     events: list[dict[str, object]] = [{"event": "eval", "step": 0, "eval_loss": 4.0 + offset, "subject": "base"}]
     for n in range(1, num_steps + 1):
         figures = {"loss": offset + 2.0 / n, "lr": 1e-3 / n, "tokens_per_s": 500.0 + n, "eta_s": 60.0 * (num_steps - n)}
-        events.append(
-            {"event": "step", "step": n, "num_steps": num_steps, "mfu": 0.25, "memory_bytes": 1 << 30} | figures
-        )
+        others = {"epoch": 0, "grad_norm": 0.5, "num_tokens": 512 * n, "skipped_steps": 0}
+        known = {"num_steps": num_steps, "mfu": 0.25, "memory_bytes": 1 << 30}
+        events.append({"event": "step", "step": n} | known | figures | others)
         if n % 5 == 0:
             events.append({"event": "eval", "step": n, "eval_loss": offset + 3.0 / n, "subject": "adapter"})
     return events
