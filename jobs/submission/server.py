@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,7 @@ from loray.errors import ClusterError, ConflictError
 
 TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
 _MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
+_AGENT_S, _AGENT_RETRY_S = 120.0, 1.0
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
 
 
@@ -34,8 +36,18 @@ class RayJobServer:
             return str(self._client.get_address())
 
     def submit(self, job: Submission, job_id: str | None = None) -> str:
-        with _translate_errors():
-            return str(self._client.submit_job(submission_id=job_id, **job._asdict()))
+        """Waits for the head node's agent where it has not started yet: on a busy machine it comes a minute after the
+        job server, which then has submitted nothing.
+        """
+        deadline = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                with _translate_errors():
+                    return str(self._client.submit_job(submission_id=job_id, **job._asdict()))
+            except _NoAgent:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_AGENT_RETRY_S)
 
     def find(self, job_id: str) -> RayJob | None:
         try:
@@ -110,6 +122,10 @@ class _NoSuchJob(ClusterError):
     pass
 
 
+class _NoAgent(ClusterError):
+    pass
+
+
 @contextmanager
 def _translate_errors() -> Iterator[None]:
     """Turns the errors of Ray's client into ours. It raises RuntimeError with the status and body of the response."""
@@ -119,6 +135,11 @@ def _translate_errors() -> Iterator[None]:
         reason = str(e)
         if "status code 404" in reason:
             raise _NoSuchJob(reason) from e
+        if "No available agent" in reason:
+            raise _NoAgent(
+                f"Ray's job agent has not started in {_AGENT_S:.0f} s: the machine is busy, or the agent has died (see "
+                "`loray logs cluster`); try again"
+            ) from e
         if "already exists" in reason:
             raise ConflictError("Ray has a job of this id already; choose another id, or leave it out") from e
         raise ClusterError(f"Ray's job server refused: {reason.strip().splitlines()[-1]}") from e

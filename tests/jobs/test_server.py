@@ -1,0 +1,54 @@
+"""Ray's job server as a client sees it, with a scripted client of Ray's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs.submission import server as module
+from jobs.submission.commands import Submission
+from jobs.submission.server import RayJobServer
+from loray.errors import ClusterError
+
+JOB = Submission(entrypoint="true", runtime_env={}, metadata={})
+LATE = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+
+def server_of(**methods: Any) -> RayJobServer:
+    server = RayJobServer(lambda: "http://nowhere")
+    server.__dict__["_client"] = SimpleNamespace(**methods)
+    return server
+
+
+def test_a_job_waits_for_rays_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, waited = [], []
+
+    def submit_job(**fields: Any) -> str:
+        asked.append(fields["entrypoint"])
+        if len(asked) < 4:
+            raise RuntimeError(LATE)
+        return "job"
+
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    assert server_of(submit_job=submit_job).submit(JOB) == "job"
+    assert (len(asked), len(waited)) == (4, 3)
+
+
+def test_an_agent_that_never_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit_job(**fields: Any) -> str:
+        raise RuntimeError(LATE)
+
+    monkeypatch.setattr(module, "_AGENT_S", -1.0)
+    with pytest.raises(ClusterError, match="loray logs cluster"):
+        server_of(submit_job=submit_job).submit(JOB)
+
+
+def test_jobs_are_asked_for_together() -> None:
+    listed = [
+        SimpleNamespace(submission_id=id, status=SimpleNamespace(value="RUNNING"), message=None)
+        for id in ("a", "b", "c", None)
+    ]
+    found = server_of(list_jobs=lambda: listed).find_all(["a", "c", "gone"])
+    assert {id: job.status for id, job in found.items()} == {"a": "RUNNING", "c": "RUNNING"}
