@@ -204,6 +204,26 @@ def test_logits_are_the_same_bits_after_compaction(
         assert torch.equal(torch.stack(spy.logits[name]), torch.stack(expected.logits[name]))
 
 
+def test_tables_are_kept_from_step_to_step_until_rows_move(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
+    engine = make_engine(base, list(adapters.values()))
+    generating(engine, request("gone", ids(3), adapters["r5"], max_tokens=200))
+    generating(engine, *(request(name, ids(20), adapters[name], max_tokens=24) for name in ("r8", "longlora")))
+    engine.cancel("gone")
+    engine.step()
+    tables = engine._model._adapters
+    engine.step()
+    assert engine._model._adapters is tables
+    while engine.residency.evict_one():
+        pass
+    assert engine.pool.compact(99)
+    engine.step()
+    assert engine._model._adapters is not tables
+    engine.cancel("r8")
+    tables = engine._model._adapters
+    engine.step()
+    assert engine._model._adapters is not tables
+
+
 def test_a_pair_comes_in_though_no_stretch_of_blocks_is_free(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
     """Rows and KV of running requests are moved, and no request is preempted."""
     stay = [request(f"kv {i}", ids(17, i), max_tokens=12) for i in range(6)]

@@ -52,14 +52,23 @@ class PairSpan(NamedTuple):
 
 
 class AdapterBatch:
-    """The adapters of one step. Tables are built once for each combination of layer groups, not for each layer."""
+    """The adapters of a step, and of those after it that have the same adapters at the same tokens. Tables are built
+    once for each combination of layer groups, not for each layer.
+    """
 
     def __init__(self, slots: Sequence[Slot], *, device: torch.device) -> None:
         self.slots = tuple(slots)
+        self._rows = tuple(s.adapter.rows for s in slots)
         self.segments = Segments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
         self.pairs = tuple(_pair_spans(slots))
         self._device = device
         self._tables: dict[tuple[Group, ...], LayerTables] = {}
+
+    def is_for(self, slots: Sequence[Slot]) -> bool:
+        """The tables are those of `slots`. The pool replaces the `rows` of adapters that it moves."""
+        return self.slots == tuple(slots) and all(
+            rows is s.adapter.rows for rows, s in zip(self._rows, slots, strict=True)
+        )
 
     def layer(self, layer: int) -> LayerTables:
         return self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
@@ -214,8 +223,12 @@ def build_batch(
     block_tokens: int,
     hidden_size: int,
     device: torch.device,
+    earlier: AdapterBatch | None = None,
 ) -> Batch:
-    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
+    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned.
+
+    `earlier`: the adapters of an earlier step, whose tables are used again if they fit.
+    """
     placed = [(chunk, resident(chunk)) for chunk in chunks]
     placed.sort(key=lambda item: _order(item[1]))
     tokens: list[int] = []
@@ -269,7 +282,7 @@ def build_batch(
         token_ids_T=tensor(tokens),
         positions_T=tensor(positions),
         attention=AttentionMeta(tuple(query_start), tuple(context), tables, tensor(slots)),
-        adapters=AdapterBatch(spans, device=device),
+        adapters=earlier if earlier is not None and earlier.is_for(spans) else AdapterBatch(spans, device=device),
         own_rows=own_rows,
         logits_T=tensor(last),
         sampled=tuple(sampled),

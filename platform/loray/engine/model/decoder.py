@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.batch import AdapterBatch, Batch, build_batch
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step
 from loray.engine.model.rope import Rope
@@ -40,6 +40,7 @@ class Decoder:
         self.ops = ops
         self._recorded: RecordedDecoding | None = None
         self._steps: DecodeSteps | None = None
+        self._adapters: AdapterBatch | None = None  # of the last step
         self._rope = Rope(config, dtype=dtype, device=device)
         try:
             self.embedding_VD = loaded[_EMBEDDING]
@@ -87,13 +88,18 @@ class Decoder:
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
         """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
         recorded = None if self._steps is None else self._steps.batch(chunks, resident)
-        return recorded or build_batch(
+        if recorded is not None:
+            return recorded
+        batch = build_batch(
             chunks,
             resident,
             block_tokens=pool.geometry.block_tokens,
             hidden_size=self.config.hidden_size,
             device=pool.tensor.device,
+            earlier=self._adapters,
         )
+        self._adapters = batch.adapters
+        return batch
 
     @torch.inference_mode()
     def forward(
