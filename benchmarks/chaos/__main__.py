@@ -6,8 +6,8 @@
 
 A cluster of two nodes with three replicas of a tiny model, one of two ranks, two gateways behind HAProxy, 200 adapters
 in S3, the catalog in PostgreSQL, the cluster's tables in Redis. Every answer has one right text, which is learned
-before the first fault. docs/benchmarks/chaos.md explains the table. The exit code is 1 where a client saw what it may
-not see.
+before the first fault. Where a fault takes answers, long streams have begun right before it.
+docs/benchmarks/chaos.md explains the table. The exit code is 1 where a client saw what it may not see.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 
 from benchmarks.chaos.clients import Load
 from benchmarks.chaos.faults import Fault, is_whole, matrix, missing, struck
+from benchmarks.chaos.resumes import Resumes
 from benchmarks.chaos.verdicts import CONTINUED, Window, continued, divide, table
 from benchmarks.chaos.verdicts import failures as failures_of
 from benchmarks.chaos.world import PARALLEL, World, started, until
@@ -37,10 +37,12 @@ from loray.local.processes import log_tail
 from loray.local.serving import serve_details
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
 
+_PREFIXES = ("", f"/{PARALLEL}")  # of the two applications
 _WHOLE_S = 180.0
-_LONG_TOKENS = 1000
+_LONG_TOKENS = 600
+_NUM_LONG = (12, 8)  # kinds of long answers of each application
+_BEGIN_S = 20.0
 _SPARE_FILES = 8  # of a process that has been replaced: its database connections come when they are needed
-_RESUMES = "loray_resumes_total"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures += [f"left behind: {line}" for line in left]
     if share is not None and share < CONTINUED:
         failures.append(f"{share:.1%} of the streams that lost their replica went on, of {CONTINUED:.0%}")
+    if share is None and any(window.fault.loses for window in windows):
+        failures.append("replicas were lost, and no answer went on: it is not shown that any does")
     click.echo("\n".join(table(windows)))
     said = "none lost its replica" if share is None else f"{share:.1%} of those that lost their replica went on"
     num_seen = sum(len(w.seen) for w in windows)
@@ -96,64 +100,75 @@ def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tup
     """The windows, and what was left behind."""
     chance = random.Random(args.seed)
     kinds = make_kinds(world.names, len(world.names) + 40, chance)
-    kinds += [_long(world.names[i % len(world.names)], i) for i in range(len(kinds) // 4)]
     chance.shuffle(kinds)
-    prefixes: dict[Kind, str] = {kind: f"/{PARALLEL}" if i % 6 == 5 else "" for i, kind in enumerate(kinds)}
-    load = Load(world.url, world.key, prefixes)
-    click.echo(f"{len(kinds)} answers are learned")
+    prefixes: dict[Kind, str] = {kind: _PREFIXES[i % 6 == 5] for i, kind in enumerate(kinds)}
+    long = [[_long(chance.choice(world.names), i) for i in range(num)] for num in _NUM_LONG]
+    prefixes |= {kind: prefix for prefix, some in zip(_PREFIXES, long, strict=True) for kind in some}
+    load = Load(world.url, world.key, prefixes, kinds)
+    click.echo(f"{len(prefixes)} answers are learned")
     asyncio.run(load.learn())
     before = world.in_cluster("held")
-    windows = asyncio.run(_under_load(world, load, faults, args))
+    windows = asyncio.run(_under_load(world, load, long, faults, args))
     divide(load.seen, windows)
     until(lambda: is_whole(world), "all processes run", _WHOLE_S)
     asyncio.run(load.learn())  # all gateways and replicas have met again
     return windows, _left(before, world)
 
 
-def _long(model: str, seed: int) -> Kind:
-    """Some seconds, so that answers are under way whenever a fault comes."""
-    body = {"model": model, "prompt": "Once upon a time", "max_tokens": _LONG_TOKENS, "ignore_eos": True, "seed": seed}
-    return Kind("/v1/completions", body)
+def _long(model: str, number: int) -> Kind:
+    """Some seconds. Greedy and drawn in turn."""
+    body = {"model": model, "prompt": f"Once upon a time {number}", "max_tokens": _LONG_TOKENS, "ignore_eos": True}
+    return Kind("/v1/completions", body | ({"temperature": 0} if number % 2 else {"temperature": 1, "seed": number}))
 
 
-async def _under_load(world: World, load: Load, faults: Sequence[Fault], args: argparse.Namespace) -> list[Window]:
-    is_over = False
-    clients = asyncio.create_task(load.run(args.rate, args.seed, lambda: is_over))
+async def _under_load(
+    world: World, load: Load, long: Sequence[Sequence[Kind]], faults: Sequence[Fault], args: argparse.Namespace
+) -> list[Window]:
     windows: list[Window] = []
+    counts: list[int] = []  # of answers that had gone on before each fault, and in the end
     order = list(faults)
     random.Random(args.seed).shuffle(order)
-    end = time.monotonic() + 60 * args.minutes
-    await asyncio.sleep(5)
-    try:
-        while time.monotonic() < end:
-            fault = order[len(windows) % len(order)]
-            now = time.monotonic()
-            if windows:
-                windows[-1].next_begun = now
-            windows.append(Window(fault, now))
-            await _strike(world, load, windows[-1])
-            await asyncio.sleep(max(0.0, windows[-1].begun + args.every - time.monotonic()))
-    finally:
-        is_over = True
-        await clients
+    resumes, urls = Resumes(), [f"{load.url}{prefix}" for prefix in _PREFIXES]
+    is_over = False
+    async with load.client() as client:
+        clients = asyncio.create_task(load.run(client, args.rate, args.seed, lambda: is_over))
+        try:
+            await asyncio.sleep(5)
+            end = time.monotonic() + 60 * args.minutes
+            while time.monotonic() < end:
+                fault = order[len(windows) % len(order)]
+                counts.append(await resumes.ask(client, urls))
+                kinds = [kind for some, num in zip(long, fault.streams, strict=True) for kind in some[:num]]
+                num_begun = await load.begin(client, kinds, _BEGIN_S)
+                now = time.monotonic()
+                if windows:
+                    windows[-1].next_begun = now
+                windows.append(Window(fault, now))
+                await asyncio.to_thread(_strike, world, windows[-1])
+                of_long = f"{num_begun} of {len(kinds)} long streams had begun; " if kinds else ""
+                whole = f"whole after {windows[-1].whole - now:.1f} s"
+                click.echo(f"{fault.name}: {of_long}{whole}; {load.num_running} requests are under way")
+                await asyncio.sleep(max(0.0, now + args.every - time.monotonic()))
+        finally:
+            is_over = True
+            await clients
+        counts.append(await resumes.ask(client, urls))
+    for window, before, after in zip(windows, counts[:-1], counts[1:], strict=True):
+        window.resumed = after - before
     return windows
 
 
-async def _strike(world: World, load: Load, window: Window) -> None:
-    before = await _resumes(load)
+def _strike(world: World, window: Window) -> None:
+    """Blocks, in a thread beside the clients."""
     name = f"all processes run after: {window.fault.name}"
     try:
         with struck(window.fault, world) as mend:
-            await asyncio.sleep(window.fault.hold_s)
-            await asyncio.to_thread(mend)
-        await asyncio.to_thread(until, lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
+            time.sleep(window.fault.hold_s)
+            mend()
+        until(lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
     except (AssertionError, ClusterError) as e:
         window.missing = f"{window.fault.name}: {e}"
     window.whole = time.monotonic()
-    after = await _resumes(load)
-    window.resumed = after - before if after >= before else after
-    whole = f"whole after {window.whole - window.begun:.1f} s"
-    click.echo(f"{window.fault.name}: {whole}; {load.num_running} requests are under way")
 
 
 def _state(world: World) -> str:
@@ -161,20 +176,6 @@ def _state(world: World) -> str:
     deployments = (d for a in details["applications"].values() for d in a["deployments"].values())
     told = [f"{d['name']}: {d['status']} {d['message']} {[r['state'] for r in d['replicas']]}" for d in deployments]
     return "\n".join([missing(world), *told, log_tail(str(world.folder / "node.log"))])
-
-
-async def _resumes(load: Load) -> int:
-    """Of both applications. A gateway that was replaced counts from 0 again."""
-    found = 0.0
-    async with httpx.AsyncClient(timeout=20, headers={"Authorization": f"Bearer {load.key}"}) as client:
-        for prefix in ("", f"/{PARALLEL}"):
-            try:
-                text = (await client.get(f"{load.url}{prefix}/metrics")).text
-            except httpx.HTTPError:
-                continue
-            lines = [line for line in text.splitlines() if line.startswith(_RESUMES)]
-            found += sum(float(line.rpartition(" ")[2]) for line in lines)
-    return int(found)
 
 
 def _left(before: dict[str, Any], world: World) -> list[str]:

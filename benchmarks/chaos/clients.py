@@ -1,5 +1,5 @@
-"""Clients at a constant rate, who wait for nobody. Each behaves as OpenAI's client: what was refused before it began is
-tried again, after as long as the server says.
+"""Clients at a constant rate, who wait for nobody, and streams that begin together. Each behaves as OpenAI's client:
+what was refused before it began is tried again, after as long as the server says.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,7 @@ MAX_RETRIES = 5
 _RETRIED = (408, 409, 429, 500, 502, 503, 504)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _TIMEOUT_S = 120.0
+_LOOK_S = 0.02
 
 End = Literal["whole", "cut", "error", "refused", "wrong"]
 
@@ -45,41 +47,59 @@ class Seen:
 
 @dataclass
 class Load:
-    """`prefixes`: of the application that each kind is for. `seen`: of requests that have ended."""
+    """`prefixes`: of the application that each kind is for. `usual`: the kinds of those at a constant rate. `seen`: of
+    requests that have ended.
+    """
 
     url: str
     key: str
     prefixes: Mapping[Kind, str]
+    usual: Sequence[Kind]
     references: dict[Kind, Answer] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
     num_running: int = 0
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def learn(self) -> None:
         """Asks for each kind once, undisturbed: its answers later must be the same."""
-        async with self._client() as client:
+        async with self.client() as client:
             for kind in self.prefixes:
                 response = await client.post(self._path(kind), json=kind.body)
                 assert response.status_code == 200, response.text
                 self.references[kind] = read(response.content, response.headers["content-type"], kind)
 
-    async def run(self, per_second: float, seed: int, is_over: Callable[[], bool]) -> None:
-        """Requests of random kinds, the first ones most often (a power law), at random times, until `is_over`."""
-        chance, kinds = random.Random(seed), list(self.prefixes)
-        weights = [1 / (1 + rank) for rank in range(len(kinds))]
-        tasks: set[asyncio.Task[None]] = set()
-        async with self._client() as client:
-            due = time.monotonic()
-            while not is_over():
-                due += chance.expovariate(per_second)
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                (kind,) = chance.choices(kinds, weights)
-                task = asyncio.create_task(self._request(client, kind, stream=chance.random() < 0.6))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            await asyncio.gather(*tasks)
+    async def run(self, client: httpx.AsyncClient, per_second: float, seed: int, is_over: Callable[[], bool]) -> None:
+        """Requests of the usual kinds, the first ones most often (a power law), at random times, until `is_over`; then
+        waits until all have ended.
+        """
+        chance = random.Random(seed)
+        weights = [1 / (1 + rank) for rank in range(len(self.usual))]
+        due = time.monotonic()
+        while not is_over():
+            due += chance.expovariate(per_second)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            (kind,) = chance.choices(self.usual, weights)
+            self._ask(client, kind, stream=chance.random() < 0.6)
+        await asyncio.gather(*self._tasks)
 
-    async def _request(self, client: httpx.AsyncClient, kind: Kind, *, stream: bool) -> None:
-        seen, pause_s = Seen(time.monotonic()), _FIRST_PAUSE_S
+    async def begin(self, client: httpx.AsyncClient, kinds: Sequence[Kind], timeout_s: float) -> int:
+        """Streams of these kinds, all at once. Waits until each has its first token; returns how many go on."""
+        seen = [self._ask(client, kind, stream=True) for kind in kinds]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(s.first is None and not s.ended for s in seen):
+                    await asyncio.sleep(_LOOK_S)
+        return sum(s.first is not None and not s.ended for s in seen)
+
+    def _ask(self, client: httpx.AsyncClient, kind: Kind, *, stream: bool) -> Seen:
+        seen = Seen(time.monotonic())
+        task = asyncio.create_task(self._request(client, kind, seen, stream=stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return seen
+
+    async def _request(self, client: httpx.AsyncClient, kind: Kind, seen: Seen, *, stream: bool) -> None:
+        pause_s = _FIRST_PAUSE_S
         self.num_running += 1
         try:
             while True:
@@ -136,7 +156,7 @@ class Load:
     def _path(self, kind: Kind) -> str:
         return f"{self.url}{self.prefixes[kind]}{kind.path}"
 
-    def _client(self) -> httpx.AsyncClient:
+    def client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.AsyncClient(headers=headers, timeout=_TIMEOUT_S, limits=limits)

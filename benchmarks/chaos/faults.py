@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 import psutil
 
-from benchmarks.chaos.world import LOAD_TIMEOUT_S, NUM_GATEWAYS, NUM_REPLICAS, PARALLEL, World, is_running, until
+from benchmarks.chaos.world import (
+    GATEWAY_TITLE,
+    LOAD_TIMEOUT_S,
+    MOVED,
+    NUM_GATEWAYS,
+    NUM_REPLICAS,
+    PARALLEL,
+    REPLICA_TITLE,
+    World,
+    is_running,
+    until,
+)
 from loray.local.processes import kill
 
 _TRIES_S = 30.0  # for which a gateway looks for another replica, or waits for a new one
@@ -21,6 +32,8 @@ _SILENT_S = 25.0  # after which a connection on which nothing comes is given up
 _START_S = 90.0  # of a replaced process, beside all others on a small machine
 _SLOW_S = 0.3
 _FULL_BYTES = 1 << 20
+_RANK_TITLE, _CONTROLLER_TITLE = "ray::RankActor", "ray::ServeController"
+_MOST_FIRST, _BOTH = (12, 4), (8, 8)  # a replica has eight seats
 
 
 class Fault(NamedTuple):
@@ -28,6 +41,8 @@ class Fault(NamedTuple):
 
     limit_s  no client waits longer for a token, or for a refusal
     cuts     connections of clients may end, because their gateway does
+    loses    it takes a replica, whose answers go on at another one
+    streams  so many long ones have begun when it strikes: of the first application, and of the one with two ranks
     """
 
     name: str
@@ -35,6 +50,8 @@ class Fault(NamedTuple):
     hold_s: float
     limit_s: float
     cuts: bool = False
+    loses: bool = False
+    streams: tuple[int, int] = (0, 0)
 
 
 def _killed(which: Callable[[World], list[int]], most: int | None = None) -> Callable[[World], Callable[[], None]]:
@@ -83,11 +100,11 @@ def _slow(wire: str) -> Callable[[World], Callable[[], None]]:
 
 
 def _ranks(world: World) -> list[int]:
-    return world.pids("ray::RankActor")
+    return world.pids(_RANK_TITLE)
 
 
 def _controller(world: World) -> list[int]:
-    return world.pids("ray::ServeController")
+    return world.pids(_CONTROLLER_TITLE)
 
 
 def _proxies(world: World) -> list[int]:
@@ -155,11 +172,17 @@ def _fill_disk(world: World) -> Callable[[], None]:
 
 
 def _jump(seconds: float) -> Callable[[World], Callable[[], None]]:
+    """Until the driver that has moved the clocks is told to set them right."""
+
     def strike(world: World) -> Callable[[], None]:
-        world.in_cluster("jump", str(seconds))
+        driver = world.driver("jump", str(seconds))
+        assert driver.stdout is not None
+        if driver.stdout.readline().strip() != MOVED:
+            raise AssertionError(f"the clocks were not moved: {driver.communicate()[1][-3000:]}")
 
         def back() -> None:
-            world.in_cluster("jump", "0")
+            _, said = driver.communicate("\n", timeout=_START_S)
+            assert driver.returncode == 0, said[-3000:]
 
         return back
 
@@ -169,15 +192,23 @@ def _jump(seconds: float) -> Callable[[World], Callable[[], None]]:
 def matrix(*, has_own_disk: bool) -> list[Fault]:
     """`has_own_disk`: the home may be filled without harm to others."""
     found = [
-        Fault("replica, kill -9", _killed(World.replicas), 0, _TRIES_S),
-        Fault("replica, stopped for 10 s", _stopped(World.replicas), 10, 10 + _TRIES_S),
-        Fault("rank of two, kill -9", _killed(_ranks), 0, _START_S),
-        Fault("gateway, kill -9", _killed(World.gateways), 0, _TRIES_S, cuts=True),
+        Fault("replica, kill -9", _killed(World.replicas), 0, _TRIES_S, loses=True, streams=_MOST_FIRST),
+        Fault("replica, stopped for 10 s", _stopped(World.replicas), 10, 10 + _TRIES_S, streams=_MOST_FIRST),
+        Fault("rank of two, kill -9", _killed(_ranks), 0, _START_S, loses=True, streams=_BOTH),
+        Fault("gateway, kill -9", _killed(World.gateways), 0, _TRIES_S, cuts=True, streams=_MOST_FIRST),
         Fault("gateway, stopped for 10 s", _stopped(World.gateways), 10, 10 + _TRIES_S),
         Fault("HAProxy, kill -9", _killed(_proxies, most=1), 0, _TRIES_S, cuts=True),
         Fault("Serve's controller, kill -9", _killed(_controller), 0, _TRIES_S),
         Fault("Serve's controller, stopped for 10 s", _stopped(_controller), 10, _TRIES_S),
-        Fault("a node with a replica, kill -9", _lose_node, 5, _SILENT_S + _TRIES_S, cuts=True),
+        Fault(
+            "a node with a replica, kill -9",
+            _lose_node,
+            5,
+            _SILENT_S + _TRIES_S,
+            cuts=True,
+            loses=True,
+            streams=_MOST_FIRST,
+        ),
         Fault("Ray's GCS, kill -9, back after 5 s", _lose_gcs, 5, _TRIES_S),
         Fault("database, kill -9, back after 8 s", _kill_database, 8, _TRIES_S),
         Fault("database, stopped for 10 s", _stopped(_database), 10, _TRIES_S),
@@ -211,14 +242,16 @@ def struck(fault: Fault, world: World) -> Iterator[Callable[[], None]]:
 def missing(world: World) -> str:
     """Which processes do not run that ran before the first fault, in words; empty: none."""
     world.node.keep()
-    found = {
-        "replicas": (len(world.replicas()), NUM_REPLICAS),
-        "gateways": (len(world.gateways()), NUM_GATEWAYS),
-        "ranks": (len(_ranks(world)), 1),
-        PARALLEL: (len(world.pids(f"ray::ServeReplica:{PARALLEL}")), 2),
-        "controllers": (len(_controller(world)), 1),
+    titles = list(world.titles().values())
+    wanted = {
+        "replicas": (REPLICA_TITLE, NUM_REPLICAS),
+        "gateways": (GATEWAY_TITLE, NUM_GATEWAYS),
+        "ranks": (_RANK_TITLE, 1),
+        PARALLEL: (f"ray::ServeReplica:{PARALLEL}", 2),
+        "controllers": (_CONTROLLER_TITLE, 1),
     }
-    return ", ".join(f"{n} of {wanted} {name}" for name, (n, wanted) in found.items() if n != wanted)
+    found = {name: (sum(t.startswith(title) for t in titles), n) for name, (title, n) in wanted.items()}
+    return ", ".join(f"{n} of {of} {name}" for name, (n, of) in found.items() if n != of)
 
 
 def is_whole(world: World) -> bool:

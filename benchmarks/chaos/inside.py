@@ -1,6 +1,7 @@
-"""A driver of the cluster for one question, whose answer it prints as JSON.
+"""A driver of the cluster: one question, whose answer it prints as JSON, or clocks that jump.
 
-    python -m benchmarks.chaos.inside jump 3600    the clocks of all gateways and replicas go by so many seconds
+    python -m benchmarks.chaos.inside jump 3600    the clocks of all gateways and replicas go by so many seconds, until
+                                                   its standard input has a line, or ends
     python -m benchmarks.chaos.inside held [emptied]    what their processes hold, and the cluster's actors and groups
 
 A process of its own, because a connection to the cluster does not outlive each fault that is tried on it.
@@ -18,15 +19,15 @@ import click
 import ray
 from ray.util import placement_group_table
 
-from benchmarks.chaos.world import ENGINE, PARALLEL
+from benchmarks.chaos.world import ENGINE, MOVED, PARALLEL
 from serve_apps.deployment import APPLICATION, GATEWAY
 from tests.serve_apps.chaos import spy
 
 _ASK_S = 60
 
 
-def jump(seconds: float) -> dict[str, int]:
-    return _each(partial(_jump, seconds=seconds))
+def _set_clocks(seconds: float) -> None:
+    _each(partial(_jump, seconds=seconds))
 
 
 def held(emptied: bool) -> dict[str, dict[str, Any]]:
@@ -70,8 +71,13 @@ def main() -> None:
     ray.init(log_to_driver=False, logging_level="ERROR")
     for module in (spy, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)  # the replicas cannot import them
-    found = jump(float(sys.argv[2])) if sys.argv[1] == "jump" else held("emptied" in sys.argv)
-    click.echo(json.dumps(found))
+    if sys.argv[1] == "jump":
+        _set_clocks(float(sys.argv[2]))
+        click.echo(MOVED)
+        sys.stdin.readline()
+        _set_clocks(0.0)
+    else:
+        click.echo(json.dumps(held("emptied" in sys.argv)))
 
 
 if __name__ == "__main__":

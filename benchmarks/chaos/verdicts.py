@@ -21,7 +21,7 @@ class Window:
 
     whole    when all processes ran again, or were given up
     next_begun  when the next fault began
-    resumed  answers that went on at another replica
+    resumed  answers that were sent on to another replica after they had begun
     missing  what did not run again in time, in words
     """
 
@@ -78,10 +78,13 @@ def failures(windows: Sequence[Window]) -> list[str]:
 
 
 def continued(windows: Sequence[Window]) -> float | None:
-    """The share of answers that went on, of those that had begun and lost their replica. None: there were none."""
+    """The share of answers that went on to their end, of those that had begun and lost their replica. None: none had.
+
+    An answer counts as resumed when it is sent elsewhere, so one that ends with an error may have been counted.
+    """
     resumed = sum(w.resumed for w in windows)
-    lost = sum(s.end == "error" for w in windows for s in w.seen)
-    return resumed / (resumed + lost) if resumed + lost else None
+    failed = sum(s.end == "error" for w in windows for s in w.seen)
+    return max(0, resumed - failed) / max(resumed, 1) if resumed or failed else None
 
 
 _HEADER = (

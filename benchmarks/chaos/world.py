@@ -42,10 +42,14 @@ ENGINE = engine_of(BASE)
 PARALLEL = "parallel"  # the second application, whose replicas have two ranks
 NUM_REPLICAS, NUM_GATEWAYS = 3, 2
 LOAD_TIMEOUT_S = 10.0
+MOVED = "moved"  # what a driver says that has moved the clocks
+REPLICA_TITLE = f"ray::ServeReplica:{APPLICATION}:{ENGINE}"
+GATEWAY_TITLE = f"ray::ServeReplica:{APPLICATION}:{GATEWAY}"
 
 _POSTGRES = ("fsync=off", "max_connections=200", "shared_buffers=32MB")  # what is committed, the kernel has
 _CPUS = {"head": NUM_REPLICAS - 1 + 2, "node": 1}  # a replica and a rank have one each
 _HOME_BYTES = 256 << 20
+_DRIVER_S = 180
 _QUICK = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _SERVE: dict[str, Any] = {
     "base": BASE,
@@ -77,25 +81,36 @@ class World:
     chance: random.Random
     gcs: subprocess.Popen[bytes] | None = None  # where it has been started again, outside the cluster's sessions
 
+    def titles(self) -> dict[int, str]:
+        """Command lines of the cluster's processes, by pid."""
+        members = session_members(self.local.pid) + session_members(self.node.pid)
+        return {pid: _command_line(pid) for pid in members}
+
     def pids(self, title: str) -> list[int]:
         """Processes of the cluster whose command line begins with it."""
-        members = session_members(self.local.pid) + session_members(self.node.pid)
-        return sorted(pid for pid in members if _command_line(pid).startswith(title))
+        return sorted(pid for pid, found in self.titles().items() if found.startswith(title))
 
     def replicas(self) -> list[int]:
-        return self.pids(f"ray::ServeReplica:{APPLICATION}:{ENGINE}")
+        return self.pids(REPLICA_TITLE)
 
     def gateways(self) -> list[int]:
-        return self.pids(f"ray::ServeReplica:{APPLICATION}:{GATEWAY}")
+        return self.pids(GATEWAY_TITLE)
+
+    def driver(self, *command: str) -> subprocess.Popen[str]:
+        """`benchmarks.chaos.inside`, as a driver of its own."""
+        env = os.environ | self.settings.to_env() | self.local.client_env | _QUICK
+        arguments, pipe = [sys.executable, "-m", "benchmarks.chaos.inside", *command], subprocess.PIPE
+        return subprocess.Popen(arguments, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
     def in_cluster(self, *command: str) -> Any:
-        """What `benchmarks.chaos.inside` prints, run as a driver of its own."""
-        env = os.environ | self.settings.to_env() | self.local.client_env | _QUICK
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.chaos.inside", *command], env=env, capture_output=True, timeout=180
-        )
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        """What the driver prints."""
+        with self.driver(*command) as driver:
+            try:
+                said, why = driver.communicate(timeout=_DRIVER_S)
+            finally:
+                driver.kill()
+        assert driver.returncode == 0, why[-3000:]
+        return json.loads(said.splitlines()[-1])
 
 
 @contextmanager

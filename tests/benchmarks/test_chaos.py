@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 
 from benchmarks.chaos.__main__ import main
-from benchmarks.chaos.clients import Seen
+from benchmarks.chaos.clients import Load, Seen
 from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.resumes import Resumes
 from benchmarks.chaos.verdicts import Window, continued, divide, failures, table
 from benchmarks.chaos.wire import Wire
+from tests.serve_apps.chaos.answers import Answer
+from tests.serve_apps.chaos.kinds import Kind
 
 
 def fault(**fields: Any) -> Fault:
@@ -60,12 +67,55 @@ def test_a_request_from_one_fault_to_the_next_may_see_what_either_allows() -> No
 
 
 def test_the_share_of_answers_that_went_on() -> None:
-    first, second = Window(fault(), 0.0, resumed=3), Window(fault(), 20.0, resumed=96)
+    first, second = Window(fault(), 0.0, resumed=3), Window(fault(), 20.0, resumed=97)
     assert continued([Window(fault(), 0.0)]) is None
     assert continued([first, second]) == 1.0
-    second.seen.append(seen(30.0, end="error"))
+    second.seen.append(seen(30.0, end="error"))  # counted as resumed, and then it failed
     assert continued([first, second]) == 0.99
     assert len({len(line) for line in table([first, second])}) == 1
+    first.resumed = second.resumed = 0
+    assert continued([first, second]) == 0.0
+
+
+def test_a_gateway_that_ends_or_is_silent_does_not_take_its_resumes_with_it() -> None:
+    resumes = Resumes()
+
+    def count(**gateways: int) -> int:
+        lines = [f'loray_resumes_total{{base="tiny",reason="lost",gateway="{g}"}} {n}.0' for g, n in gateways.items()]
+        resumes.read("\n".join(["# TYPE loray_resumes_total counter", *lines, 'loray_replicas_wanted{base="tiny"} 3']))
+        return resumes.total
+
+    assert count(a=2, b=3) == 5
+    assert count(b=4) == 6  # a is silent, or has ended
+    assert count(a=2, b=4, c=1) == 7  # c has replaced one
+
+
+def test_streams_begin_together() -> None:
+    """Those that are refused, or have ended already, are not among them."""
+    kinds = [Kind("/v1/completions", {"name": name}) for name in ("long", "long", "short", "refused")]
+    go_on = asyncio.Event()
+
+    async def answer(name: str) -> AsyncIterator[bytes]:
+        yield b'data: {"id"'
+        if name == "long":
+            await go_on.wait()
+        yield b': 1, "choices": []}\n\ndata: [DONE]\n\n'
+
+    async def serve(request: httpx.Request) -> httpx.Response:
+        name = json.loads(request.content)["name"]
+        headers = {"content-type": "text/event-stream"}
+        return httpx.Response(400 if name == "refused" else 200, headers=headers, content=answer(name))
+
+    async def run() -> None:
+        load = Load("http://test", "", dict.fromkeys(kinds, ""), kinds, dict.fromkeys(kinds, Answer()))
+        async with httpx.AsyncClient(transport=httpx.MockTransport(serve)) as client:
+            assert await load.begin(client, kinds, 10) == 2
+            assert load.num_running == 2
+            go_on.set()
+            await load.run(client, 1, 0, lambda: True)
+        assert sorted(s.end for s in load.seen) == ["refused", "whole", "whole", "whole"]
+
+    asyncio.run(run())
 
 
 def test_a_wire_carries_is_slow_and_refuses_as_its_server_does() -> None:

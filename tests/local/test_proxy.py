@@ -1,16 +1,27 @@
-"""HAProxy's environment on this machine, and the script that closes what Ray's template opens."""
+"""HAProxy's environment on this machine, the script that closes what Ray's template opens, and what one serves that is
+started anew.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from loray.api.openai import ErrorBody
 from loray.local import proxy
+from loray.local.processes import free_ports
 from loray.local.proxy import serve_environment
 
 
@@ -95,3 +106,76 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
     assert f"Content-Length: {len(body)}".encode() in head
     error = ErrorBody.model_validate_json(body).error
     assert (error.type, error.code) == ("server_error", "engine_unavailable")
+
+
+class _Gateway(BaseHTTPRequestHandler):
+    """Answers everything, health checks as well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def gateway_port() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_one_that_is_started_anew_has_the_last_routes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gateway_port: int
+) -> None:
+    """As Ray Serve starts it and reloads it, with the routes always a reload later. 404 only where there are others."""
+    from ray.serve._private import haproxy as of_ray
+    from ray.serve.config import HTTPOptions
+
+    environment = serve_environment(tmp_path, tmp_path / "http")
+    monkeypatch.setattr(of_ray, "RAY_SERVE_HAPROXY_BINARY_PATH", environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    (port,) = free_ports(1)
+    folder = tmp_path / "http" / "node"
+    routes = {"app": of_ray.BackendConfig("app", "/app", servers=[of_ray.ServerConfig("g", "127.0.0.1", gateway_port)])}
+
+    def started() -> Any:
+        config = of_ray.HAProxyConfig(
+            http_options=HTTPOptions(host="127.0.0.1", port=port),
+            socket_path=str(folder / "admin.sock"),
+            server_state_base=str(folder),
+            server_state_file=str(folder / "state"),
+            nbthread=1,
+        )
+        return of_ray.HAProxyApi(config, config_file_path=str(folder / "haproxy.cfg"))
+
+    def ask(path: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{port}{path}")
+
+    async def lives() -> None:
+        first, second = started(), None
+        try:
+            await first.start()
+            response = await asyncio.to_thread(ask, "/app/v1/models")
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            assert ErrorBody.model_validate_json(response.text).error.code == "engine_unavailable"
+            first.set_backend_configs(routes)
+            await first.reload()
+            found = [await asyncio.to_thread(ask, path) for path in ("/app/v1/models", "/elsewhere")]
+            assert [response.status_code for response in found] == [200, 404]
+            os.kill(first._proc.pid, signal.SIGKILL)
+            await first._proc.wait()
+            second = started()
+            await second.start()
+            assert (await asyncio.to_thread(ask, "/app/v1/models")).status_code == 200
+            await second.reload()  # the application has ended
+            assert (await asyncio.to_thread(ask, "/app/v1/models")).status_code == 503
+        finally:
+            for api in filter(None, (first, second)):
+                await api.stop()
+
+    asyncio.run(lives())
