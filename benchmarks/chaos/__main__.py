@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ async def _under_load(
     counts: list[int] = []  # of answers that had gone on before each fault, and in the end
     order = list(faults)
     random.Random(args.seed).shuffle(order)
-    resumes, urls = Resumes(), [f"{load.url}{prefix}" for prefix in _PREFIXES]
+    resumes = Resumes([f"{load.url}{prefix}" for prefix in _PREFIXES], world.observer_key)
     is_over = False
     async with load.client() as client:
         clients = asyncio.create_task(load.run(client, args.rate, args.seed, lambda: is_over))
@@ -137,7 +138,7 @@ async def _under_load(
             end = time.monotonic() + 60 * args.minutes
             while time.monotonic() < end:
                 fault = order[len(windows) % len(order)]
-                counts.append(await resumes.ask(client, urls))
+                counts.append(await resumes.ask())
                 kinds = [kind for some, num in zip(long, fault.streams, strict=True) for kind in some[:num]]
                 num_begun = await load.begin(client, kinds, _BEGIN_S)
                 now = time.monotonic()
@@ -152,7 +153,7 @@ async def _under_load(
         finally:
             is_over = True
             await clients
-        counts.append(await resumes.ask(client, urls))
+        counts.append(await resumes.ask())
     for window, before, after in zip(windows, counts[:-1], counts[1:], strict=True):
         window.resumed = after - before
     return windows
@@ -166,7 +167,7 @@ def _strike(world: World, window: Window) -> None:
             time.sleep(window.fault.hold_s)
             mend()
         until(lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
-    except (AssertionError, ClusterError) as e:
+    except (AssertionError, ClusterError, subprocess.SubprocessError) as e:
         window.missing = f"{window.fault.name}: {e}"
     window.whole = time.monotonic()
 

@@ -83,11 +83,13 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     async def begin(self, client: httpx.AsyncClient, kinds: Sequence[Kind], timeout_s: float) -> int:
-        """Streams of these kinds, all at once. Waits until each has its first token; returns how many go on."""
+        """Streams of these kinds, all at once. Waits until each has its first token, or one has ended. Returns how many
+        have begun and go on.
+        """
         seen = [self._ask(client, kind, stream=True) for kind in kinds]
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while any(s.first is None and not s.ended for s in seen):
+                while any(s.first is None for s in seen) and not any(s.ended for s in seen):
                     await asyncio.sleep(_LOOK_S)
         return sum(s.first is not None and not s.ended for s in seen)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 import httpx
 
 _NAME = "loray_resumes_total{"
@@ -13,7 +16,9 @@ class Resumes:
     count of each gateway is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, urls: Sequence[str], key: str) -> None:
+        """`urls`: of the applications."""
+        self._urls, self._headers = urls, {"Authorization": f"Bearer {key}"}
         self._most: dict[str, float] = {}
 
     def read(self, exposition: str) -> None:
@@ -27,11 +32,12 @@ class Resumes:
     def total(self) -> int:
         return int(sum(self._most.values()))
 
-    async def ask(self, client: httpx.AsyncClient, urls: list[str]) -> int:
-        """How many there have been by now, of the applications at `urls`."""
-        for url in urls:
-            try:
-                self.read((await client.get(f"{url}/metrics", timeout=_TIMEOUT_S)).text)
-            except httpx.HTTPError:
-                continue
+    async def ask(self) -> int:
+        """How many there have been by now. One application that does not answer counts as before."""
+        async with httpx.AsyncClient(headers=self._headers, timeout=_TIMEOUT_S) as client:
+            for url in self._urls:
+                with suppress(httpx.TransportError):
+                    response = await client.get(f"{url}/metrics")
+                    if not response.is_server_error:
+                        self.read(response.raise_for_status().text)
         return self.total

@@ -65,7 +65,9 @@ _SERVE: dict[str, Any] = {
 
 @dataclass
 class World:
-    """What runs. `url` is the endpoint; `names` are models that it has; `key` is asked with."""
+    """What runs. `url` is the endpoint; `names` are models. Clients have `key`; `observer_key` reads the metrics,
+    which a client's may not.
+    """
 
     folder: Path
     settings: Settings
@@ -76,6 +78,7 @@ class World:
     wires: dict[str, Wire]
     url: str
     key: str
+    observer_key: str
     names: list[str]
     has_own_disk: bool
     chance: random.Random
@@ -136,7 +139,9 @@ def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterato
         )
         say(f"{num_adapters} adapters are published")
         names = [BASE, *_publish(folder, base, settings, num_adapters)]
-        key = Catalog(settings.catalog).create_key("chaos", limits=Limits(tpm_limit=10_000_000)).secret
+        catalog = Catalog(settings.catalog)
+        key = catalog.create_key("chaos", limits=Limits(tpm_limit=10_000_000)).secret
+        observer_key = catalog.create_key("observer", scopes=["admin"]).secret
         say("the cluster starts")
         env = settings.to_env() | _QUICK | {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "chaos"}
         local = start_local_cluster(home, num_cpus=_CPUS["head"], env=env)
@@ -155,6 +160,7 @@ def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterato
             wires,
             url,
             key,
+            observer_key,
             names,
             has_own_disk,
             random.Random(seed),

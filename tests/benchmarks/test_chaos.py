@@ -78,7 +78,7 @@ def test_the_share_of_answers_that_went_on() -> None:
 
 
 def test_a_gateway_that_ends_or_is_silent_does_not_take_its_resumes_with_it() -> None:
-    resumes = Resumes()
+    resumes = Resumes([], "")
 
     def count(**gateways: int) -> int:
         lines = [f'loray_resumes_total{{base="tiny",reason="lost",gateway="{g}"}} {n}.0' for g, n in gateways.items()]
@@ -90,30 +90,33 @@ def test_a_gateway_that_ends_or_is_silent_does_not_take_its_resumes_with_it() ->
     assert count(a=2, b=4, c=1) == 7  # c has replaced one
 
 
-def test_streams_begin_together() -> None:
-    """Those that are refused, or have ended already, are not among them."""
-    kinds = [Kind("/v1/completions", {"name": name}) for name in ("long", "long", "short", "refused")]
-    go_on = asyncio.Event()
+@pytest.mark.parametrize(("other", "num_begun"), [("late", 2), ("refused", 1)])
+def test_streams_begin_together(other: str, num_begun: int) -> None:
+    """Unless one has ended before another begins: then nothing is waited for."""
+    kinds = [Kind("/v1/completions", {"name": name}) for name in ("long", other)]
+    has_begun, go_on = asyncio.Event(), asyncio.Event()
 
-    async def answer(name: str) -> AsyncIterator[bytes]:
+    async def answer() -> AsyncIterator[bytes]:
         yield b'data: {"id"'
-        if name == "long":
-            await go_on.wait()
+        has_begun.set()
+        await go_on.wait()
         yield b': 1, "choices": []}\n\ndata: [DONE]\n\n'
 
     async def serve(request: httpx.Request) -> httpx.Response:
         name = json.loads(request.content)["name"]
-        headers = {"content-type": "text/event-stream"}
-        return httpx.Response(400 if name == "refused" else 200, headers=headers, content=answer(name))
+        if name != "long":
+            await has_begun.wait()
+        if name == "refused":
+            return httpx.Response(400)
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=answer())
 
     async def run() -> None:
         load = Load("http://test", "", dict.fromkeys(kinds, ""), kinds, dict.fromkeys(kinds, Answer()))
         async with httpx.AsyncClient(transport=httpx.MockTransport(serve)) as client:
-            assert await load.begin(client, kinds, 10) == 2
-            assert load.num_running == 2
+            assert await load.begin(client, kinds, 10) == load.num_running == num_begun
             go_on.set()
             await load.run(client, 1, 0, lambda: True)
-        assert sorted(s.end for s in load.seen) == ["refused", "whole", "whole", "whole"]
+        assert sorted(s.end for s in load.seen) == ["whole" if num_begun == 2 else "refused", "whole"]
 
     asyncio.run(run())
 
