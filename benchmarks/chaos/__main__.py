@@ -147,7 +147,8 @@ async def _under_load(
                 windows.append(Window(fault, now))
                 await asyncio.to_thread(_strike, world, windows[-1])
                 of_long = f"{num_begun} of {len(kinds)} long streams had begun; " if kinds else ""
-                whole = f"whole after {windows[-1].whole - now:.1f} s"
+                last = f" (last missing: {windows[-1].last_missing})" if windows[-1].last_missing else ""
+                whole = f"whole after {windows[-1].whole - now:.1f} s{last}"
                 click.echo(f"{fault.name}: {of_long}{whole}; {load.num_running} requests are under way")
                 await asyncio.sleep(max(0.0, now + args.every - time.monotonic()))
         finally:
@@ -162,11 +163,17 @@ async def _under_load(
 def _strike(world: World, window: Window) -> None:
     """Blocks, in a thread beside the clients."""
     name = f"all processes run after: {window.fault.name}"
+
+    def whole() -> bool:
+        found = missing(world)
+        window.last_missing = found or window.last_missing
+        return not found
+
     try:
         with struck(window.fault, world) as mend:
             time.sleep(window.fault.hold_s)
             mend()
-        until(lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
+        until(whole, name, _WHOLE_S, lambda: _state(world))
     except (AssertionError, ClusterError, subprocess.SubprocessError) as e:
         window.missing = f"{window.fault.name}: {e}"
     window.whole = time.monotonic()

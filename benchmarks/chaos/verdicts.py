@@ -23,6 +23,7 @@ class Window:
     next_begun  when the next fault began
     resumed  answers that were sent on to another replica after they had begun
     missing  what did not run again in time, in words
+    last_missing  what ran again last, in words
     """
 
     fault: Fault
@@ -31,6 +32,7 @@ class Window:
     next_begun: float = math.inf
     resumed: int = 0
     missing: str = ""
+    last_missing: str = ""
     seen: list[Seen] = field(default_factory=list)
 
     @property
