@@ -40,8 +40,7 @@ from tests.serve_apps.chaos.kinds import Kind, make_kinds
 
 _PREFIXES = ("", f"/{PARALLEL}")  # of the two applications
 _WHOLE_S = 180.0
-_LONG_TOKENS = 600
-_NUM_LONG = (12, 8)  # kinds of long answers of each application
+_LONG = ((13, 600), (6, 300))  # of each application: kinds of long answers, and their tokens; two ranks are slower
 _BEGIN_S = 20.0
 _SPARE_FILES = 8  # of a process that has been replaced: its database connections come when they are needed
 
@@ -103,7 +102,7 @@ def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tup
     kinds = make_kinds(world.names, len(world.names) + 40, chance)
     chance.shuffle(kinds)
     prefixes: dict[Kind, str] = {kind: _PREFIXES[i % 6 == 5] for i, kind in enumerate(kinds)}
-    long = [[_long(chance.choice(world.names), i) for i in range(num)] for num in _NUM_LONG]
+    long = [[_long(chance.choice(world.names), i, num_tokens) for i in range(num)] for num, num_tokens in _LONG]
     prefixes |= {kind: prefix for prefix, some in zip(_PREFIXES, long, strict=True) for kind in some}
     load = Load(world.url, world.key, prefixes, kinds)
     click.echo(f"{len(prefixes)} answers are learned")
@@ -116,9 +115,9 @@ def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tup
     return windows, _left(before, world)
 
 
-def _long(model: str, number: int) -> Kind:
+def _long(model: str, number: int, num_tokens: int) -> Kind:
     """Some seconds. Greedy and drawn in turn."""
-    body = {"model": model, "prompt": f"Once upon a time {number}", "max_tokens": _LONG_TOKENS, "ignore_eos": True}
+    body = {"model": model, "prompt": f"Once upon a time {number}", "max_tokens": num_tokens, "ignore_eos": True}
     return Kind("/v1/completions", body | ({"temperature": 0} if number % 2 else {"temperature": 1, "seed": number}))
 
 

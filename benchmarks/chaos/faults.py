@@ -33,7 +33,7 @@ _START_S = 90.0  # of a replaced process, beside all others on a small machine
 _SLOW_S = 0.3
 _FULL_BYTES = 1 << 20
 _RANK_TITLE, _CONTROLLER_TITLE = "ray::RankActor", "ray::ServeController"
-_MOST_FIRST, _BOTH = (12, 4), (8, 8)  # a replica has eight seats
+_MOST_FIRST, _BOTH = (13, 3), (10, 6)  # a replica has eight seats
 
 
 class Fault(NamedTuple):
