@@ -16,7 +16,7 @@ from serve_apps.console.routing import router_of
 
 _SUGGESTED = 50
 _CHAT = "/v1/chat/completions"
-_LOOK_S = 1.0
+_LOOK_S = 3.0  # the first look at a deployment finds its replicas
 # Where an adapter is, from the best place on.
 _TIERS = {
     "pool": "in a replica's pool",
