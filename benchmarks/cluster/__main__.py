@@ -110,7 +110,11 @@ def _simulated(
     runs: Sequence[Run], trace: Trace, spec: ServeSpec, folder: Path, num_replicas: int
 ) -> list[simulated.Beside]:
     """The profile comes from all runs: it says what work costs, not who gets it."""
-    costs = fit([run.counted for run in runs])
+    try:
+        costs = fit([run.counted for run in runs])
+    except ValueError as e:
+        click.echo(f"nothing is simulated: {e}")
+        return []
     load_s = sum(run.load_s[0] for run in runs) / max(1.0, sum(run.load_s[1] for run in runs))
     made = profile(costs, load_s, runs[0].after, spec, source="benchmarks.cluster, all rows")
     (folder / "profile.json").write_text(made.model_dump_json(indent=2), encoding="utf-8")

@@ -1,7 +1,8 @@
 """What a replica's work costs, from what clients saw: the profile for `loray simulate`.
 
-Clients see steps as the time between tokens, and HTTP as what is left of the first token's time where no other request
-is on the replica. So the costs hold for this machine with all that runs beside the engines.
+Clients see steps as the time between tokens. What they wait for the first one is the prompt, the steps of those that
+decode, and the time outside the replica, where no other prompt is computed there. So the costs hold for this machine
+with all that runs beside the engines.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from loray.spec import ServeSpec
 
 Floats = NDArray[np.float64]
 _NUM_OUTSIDE = 400  # values of the profile, quantiles of those measured
+_FEWEST = 20
 _RECENT = 300  # so many requests of a replica later, an adapter is still there
 _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
 
@@ -34,16 +36,21 @@ class Costs(NamedTuple):
 
 
 def fit(parts: Sequence[Sequence[Seen]]) -> Costs:
-    """From all requests of these runs. Needs requests that were alone on their replica, and some that were not."""
+    """From all requests of these runs. ValueError where they do not say what work costs."""
     kept = [[s for s in part if not s.error and s.replica] for part in parts]
     between, rows = (np.concatenate(c) for c in zip(*(decoding(part) for part in kept), strict=True))
     step, row = nonnegative(between, rows)
-    prompts, waits = (np.concatenate(c) for c in zip(*(alone(part) for part in kept), strict=True))
-    if len(prompts) < 20:
-        raise ValueError(f"{len(prompts)} requests were alone on their replica; 20 are needed, so lower the rate")
+    prompts, beside, waits = (np.concatenate(c) for c in zip(*(undisturbed(part) for part in kept), strict=True))
+    if len(prompts) < _FEWEST:
+        raise ValueError(
+            f"{len(prompts)} requests were not beside another's prompt, {_FEWEST} are needed: lower --rate"
+        )
+    waits = waits - step - row * (beside + 1)
     pairs = prompts * (prompts + 1) / 2
     _, prompt, pair = nonnegative(waits, prompts, pairs)
-    outside = np.clip(waits - step - row - prompt * prompts - pair * pairs, 0.0, None)
+    if not prompt and not pair:
+        raise ValueError("long prompts did not take longer than short ones: other processes had the processors")
+    outside = np.clip(waits - prompt * prompts - pair * pairs, 0.0, None)
     return Costs(step, row, prompt, pair, np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE))
 
 
@@ -62,21 +69,21 @@ def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats]:
     return np.array(between), np.array(rows)
 
 
-def alone(seen: Sequence[Seen]) -> tuple[Floats, Floats]:
-    """Of each request whose adapter was there and whose replica had no other request until its first token: the tokens
-    of its prompt, and seconds to the first token.
+def undisturbed(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
+    """Of each request whose adapter was there and beside which its replica computed no other prompt: the tokens of its
+    prompt, how many requests decoded there when it was due, and seconds to the first token.
     """
-    prompts, waits = [], []
+    found = []
     for part in _by_replica(seen):
         routed, first = np.array([s.routed for s in part]), np.array([s.first for s in part])
         last = np.array([s.last for s in part])
         for index, s in enumerate(part):
-            others = (routed < s.first) & (last > s.at)
-            recent = (p.adapter for p, at in zip(part[max(0, index - _RECENT) : index], first[:index], strict=False))
-            if others.sum() == 1 and s.adapter in set(recent):
-                prompts.append(float(s.num_prompt))
-                waits.append(s.ttft)
-    return np.array(prompts), np.array(waits)
+            num_prompts = int(((routed < s.first) & (first > s.at)).sum())
+            recent = {before.adapter for before in part[max(0, index - _RECENT) : index]}
+            if num_prompts == 1 and s.adapter in recent:
+                found.append((s.num_prompt, ((first <= s.at) & (last > s.at)).sum(), s.ttft))
+    prompts, beside, waits = np.array(found, np.float64).reshape(-1, 3).T
+    return prompts, beside, waits
 
 
 def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: ServeSpec, source: str) -> Profile:

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.cluster import simulated
 from benchmarks.cluster.client import Seen, read_placements
-from benchmarks.cluster.fitting import alone, decoding, fit, profile
+from benchmarks.cluster.fitting import decoding, fit, profile, undisturbed
 from benchmarks.cluster.rows import num_above, replicas_needed, row, spread_after, table, verdicts
 from benchmarks.cluster.trace import Load, make_trace, write_trace
 from benchmarks.cluster.world import Figures
@@ -152,14 +152,32 @@ def test_costs_are_found_again() -> None:
     between, rows = decoding(made)
     assert set(np.round(rows, 6)) == {1.0, 2.0}
     assert between.min() == pytest.approx(STEP + ROW)
-    prompts, waits = alone(made)
-    assert len(prompts) == len(waits) == 97  # the first of each adapter, and those beside another, are left out
+    prompts, beside, waits = undisturbed(made)
+    assert len(prompts) == len(waits) == 97  # the first of each adapter, and those beside another's, are left out
+    assert not beside.any()
     costs = fit([made])
     assert (costs.step, costs.row, costs.prompt) == (pytest.approx(STEP), pytest.approx(ROW), pytest.approx(PROMPT))
     assert np.allclose(costs.outside, OUTSIDE)
     assert costs.pair == pytest.approx(0.0, abs=1e-12)
-    with pytest.raises(ValueError, match="lower the rate"):
+
+
+def test_a_request_may_come_while_others_decode() -> None:
+    long = seen(0.0, first=0.02, last=9.0)
+    made = [long, *(seen(float(i), first=i + 0.1) for i in range(1, 4)), seen(4.0, first=4.2), seen(4.1, first=4.3)]
+    prompts, beside, _ = undisturbed(made)
+    assert beside.tolist() == [1.0, 1.0, 1.0]
+    assert len(prompts) == 3
+
+
+def test_costs_that_cannot_be_told_are_an_error() -> None:
+    made = _made(200)
+    with pytest.raises(ValueError, match="lower --rate"):
         fit([made[:20]])
+    for one in made:
+        one.first = one.at + 0.1
+        one.last = one.first + 0.05
+    with pytest.raises(ValueError, match="other processes"):
+        fit([made])
 
 
 def test_a_profile_has_the_sizes_of_the_pool() -> None:
