@@ -30,6 +30,7 @@ _log = get_logger(__name__)
 ROUTER_CLASS = "serve_apps.app.AdapterRouter"
 _NOTHING = RoutingReport("", -1)  # of a replica that has not reported yet
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
+_ALIVE_S = 10.0  # since its last report, in which a replica is not asked whether it answers: as long as Serve's cache
 
 _decisions: dict[str, dict[Reason, int]] = {}  # by deployment: there is one for each base
 _MAX_PLACED = 1 << 14
@@ -90,8 +91,10 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         now = time.monotonic()
         request = _request(pending_request)
         replicas = {_name(r): r for r in candidate_replicas}
+        views = [self._view(r, now) for r in candidate_replicas]
+        self._remind([replicas[v.id] for v in views if not v.suspect and v.age_s <= _ALIVE_S])
         ranked = self._routing.rank(
-            [self._view(r, now) for r in candidate_replicas],
+            views,
             _adapter(request),
             now=now,
             tie="" if request is None else request.request_id,
@@ -144,10 +147,15 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
     async def _choose_replica_for_request(self, pending_request: PendingRequest, **options: Any) -> RunningReplica:
         """Private in Serve, which sends the request as soon as this returns."""
+        request = id(pending_request)
+        self._lengths.refused(request)  # Serve tries those again that a replica has refused
         try:
-            return await super()._choose_replica_for_request(pending_request, **options)
-        finally:
-            self._lengths.leaves(id(pending_request))
+            replica: RunningReplica = await super()._choose_replica_for_request(pending_request, **options)
+        except BaseException:  # it is cancelled, maybe after a replica was chosen
+            self._lengths.withdrawn(request)
+            raise
+        self._lengths.leaves(request)
+        return replica
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         self._lengths.sent(replica_id.unique_id)
@@ -176,6 +184,14 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         silent = [r for r in replicas if self._lengths.known(_name(r)) and not self._is_known(r)]
         if silent and (self._probing is None or self._probing.done()):
             self._probing = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
+
+    def _remind(self, replicas: Sequence[RunningReplica]) -> None:
+        """Tells Serve the lengths that it has forgotten. Otherwise it asks the replica chosen for a request, and all
+        requests that come meanwhile are ranked before the first of them counts: they would all get this replica.
+        """
+        for replica in replicas:
+            if not self._is_known(replica):
+                self.replica_queue_len_cache.update(replica.replica_id, self._lengths.known(_name(replica)))
 
     def _is_known(self, replica: RunningReplica) -> bool:
         return self.replica_queue_len_cache.get(replica.replica_id) is not None

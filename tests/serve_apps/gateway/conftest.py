@@ -12,7 +12,10 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.serving.routing_report import RoutingReports
+from serve_apps.gateway.replicas import router
 from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.routed import Replica
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 
 
@@ -35,3 +38,12 @@ def client_of(base: BaseModel, tmp_path: Path) -> Callable[..., Any]:
             yield client
 
     return make
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+    """Two replicas of which no router of this process knows anything yet."""
+    monkeypatch.setattr(router, "_decisions", {})
+    monkeypatch.setattr(router, "_suspects", {})
+    monkeypatch.setattr(router, "reports", RoutingReports())
+    return [Replica("one"), Replica("two")]

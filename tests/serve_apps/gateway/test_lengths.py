@@ -64,7 +64,7 @@ def test_what_is_sent_meanwhile_is_not_in_the_length_that_the_replica_said(lengt
 def test_a_request_that_is_not_sent_or_not_answered_is_forgotten(lengths: QueueLengths, clock: Clock) -> None:
     """And does not count for a later one, however soon these follow each other."""
     lengths.chosen("cancelled", "a")
-    lengths.leaves("cancelled")
+    lengths.withdrawn("cancelled")
     send(lengths, "lost")
     for number in range(10):
         clock.now += 0.3
@@ -83,22 +83,51 @@ def test_what_is_sent_to_all_replicas_does_not_stay(lengths: QueueLengths) -> No
     assert lengths.of("a") == 1
 
 
-def test_a_refused_request_counts_no_more(lengths: QueueLengths) -> None:
-    send(lengths, "r")
+def test_a_withdrawn_request_counts_no_more(lengths: QueueLengths) -> None:
+    lengths.chosen("r", "a")
+    assert lengths.withdrawn("r") == "a"
+    send(lengths, "s")
+    answer(lengths, "s", 1)
+    assert lengths.of("a") == 1
+
+
+def test_a_refused_request_counts_no_more_and_others_do(lengths: QueueLengths) -> None:
+    for request in "rs":
+        send(lengths, request)
     lengths.heard("a", 5)
-    assert lengths.of("a") == 5
+    lengths.refused("r")
+    assert lengths.of("a") == 6
     lengths.chosen("r", "b")
     lengths.leaves("r")
-    assert (lengths.of("a"), lengths.of("b")) == (5, 0)
+    assert (lengths.of("a"), lengths.of("b")) == (6, 0)
+    answer(lengths, "s", 6)
+    assert lengths.of("a") == 6
 
 
-def test_a_probe_says_all(lengths: QueueLengths) -> None:
+def test_a_request_that_is_sent_again_is_the_last_again(lengths: QueueLengths, clock: Clock) -> None:
+    """Otherwise those behind it stay as long as it does."""
+    send(lengths, "r")
+    clock.now = 0.2
+    send(lengths, "lost")
+    clock.now = 0.9
+    lengths.heard("a", 0)
+    lengths.refused("r")
+    send(lengths, "r")
+    clock.now = 1.5
+    lengths.heard("a", 0)
+    assert lengths.of("a") == 1
+
+
+def test_a_probe_adds_what_is_under_way(lengths: QueueLengths, clock: Clock) -> None:
     for request in "rstu":
         send(lengths, request)
     lengths.probed("a", 1)
+    assert lengths.of("a") == 5
+    answer(lengths, "r", 2)
+    assert lengths.of("a") == 5
+    clock.now = 2.0
+    lengths.probed("a", 1)
     assert lengths.of("a") == 1
-    answer(lengths, "v", 2)
-    assert lengths.of("a") == 2
 
 
 def test_replicas_that_are_gone_are_forgotten(lengths: QueueLengths) -> None:
