@@ -125,11 +125,27 @@ ENGINE_METRICS = _table(
         "Requests for an adapter, by where it was when they came: pool, host, or store.",
         "tier",
     ),
-    _counter("adapter_loads_total", "Loads from the store begun."),
+    _counter("adapter_loads_total", "Loads of adapters into host memory begun."),
+    _counter(
+        "adapter_sources_total",
+        "The same by where the bytes come from: the node's cache, another replica (peer), or the store.",
+        "source",
+    ),
+    _counter(
+        "adapter_peer_answers_total",
+        "Other replicas that were asked for an adapter, by answer: given, absent, late, or failed.",
+        "answer",
+    ),
     _counter("adapter_load_failures_total", "Adapters that could not be loaded or placed."),
     _counter("adapter_loaded_bytes_total", "Bytes of loaded adapters in host memory."),
     _histogram("adapter_load_seconds", "From the start of a load until the engine has the adapter.", _LOAD_SECONDS),
     _counter("adapter_evictions_total", "Adapters thrown out of the pool or of host memory.", "tier"),
+    _gauge(
+        "warm_start_adapters",
+        "Adapters that the replica loaded before it took requests: in the pool, on the host, failed, or late.",
+        "outcome",
+    ),
+    _gauge("warm_start_seconds", "For which the replica loaded adapters before it took requests."),
     _gauge("replica_start_time_seconds", "When the replica started, in seconds since the epoch."),
 )
 

@@ -1,6 +1,8 @@
-"""Loads adapters for a replica's engine: packed from the node's cache, or from the store, layer by layer.
+"""Loads adapters for a replica's engine: from the node's cache, from another replica, or from the store.
 
-An adapter that is not in the cache is read as ranges of its weights, in the order of layers. Each range is packed when
+What a replica has kept in host memory it needs not load. Otherwise the node's cache has the adapter, packed; or another
+replica gives its files, which become the cache's. If neither has it, the store does: it is read as ranges of its
+weights, in the order of layers. Each range is packed when
 it arrives, so the engine can use the first layers while the last ones are being read. The file's SHA-256 is computed
 meanwhile and checked before any token computed with the adapter is sent (`loray.engine.model.partial`). Afterwards the
 adapter is written into the cache.
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loray.adapters.checks.files import (
     MAX_CONFIG_BYTES,
@@ -41,9 +43,12 @@ from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError, UnsupportedError
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
-from loray.store import AdapterCache, AdapterStore, open_store
+from loray.store import AdapterCache, AdapterCopy, AdapterStore, open_store
+from loray.store.cache import CacheEntry
+from loray.store.copies import write_copy
 from loray.telemetry import get_logger
 from serve_apps.replica.cache_writer import CacheWriter
+from serve_apps.replica.metrics import LoadCounts, Source
 
 if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
@@ -57,11 +62,23 @@ _RANGE_BYTES = 4 << 20
 _NUM_RANGES = 4  # read at once, of all adapters together
 
 
+class Peers(Protocol):
+    """Other replicas."""
+
+    def copy(self, digest: str) -> AdapterCopy | None:
+        """The adapter's files from one that has it, not verified. None if none is known, or that one does not give it
+        in time. Does not raise.
+        """
+        ...
+
+
 class AdapterLoader:
     """The engine's `load`, which its loader threads call."""
 
-    def __init__(self, base: BaseModel, settings: Settings) -> None:
-        self.base = base
+    def __init__(
+        self, base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
+    ) -> None:
+        self.base, self.counts, self.peers = base, counts or LoadCounts(), peers
         self.store = AdapterStore(open_store(settings.store))
         self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
         self.ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
@@ -89,10 +106,11 @@ class StoredAdapter:
             entry = held.enter_context(
                 self._loader.cache.entry(self._ref.digest, is_good=lambda folder: _is_good(folder / name))
             )
-            file = entry.folder / name
-            if entry.present and file.exists():
+            file, source = entry.folder / name, self._source(entry)
+            self._loader.counts.began(source)
+            if source == "cache" and file.exists():
                 return open_packed(file, pinned=packer.pinned)
-            if entry.present:
+            if source != "store":
                 manifest = read_manifest(entry.folder)
                 check_declared(read_header(entry.folder / WEIGHTS_FILE), manifest, source=self._ref.label)
                 packed = packer.pack(self._checked(manifest, read_adapter(entry.folder, self._loader.base.config)))
@@ -113,6 +131,21 @@ class StoredAdapter:
 
             self._loader.cache_writer.submit(self._ref.label, packed, write, held.pop_all(), packer.memory)
         return packed
+
+    def _source(self, entry: CacheEntry) -> Source:
+        """Where the adapter's bytes come from. If it is not the store, they are in the cache then."""
+        if entry.present:
+            return "cache"
+        copy = None if self._loader.peers is None else self._loader.peers.copy(self._ref.digest)
+        if copy is not None:
+            try:
+                write_copy(copy, self._ref.digest, entry.folder)
+                self._loader.counts.asked("given")
+                return "peer"
+            except (IntegrityError, OSError) as e:
+                self._loader.counts.asked("failed")
+                _log.warning("adapter %s comes from the store, as a replica's copy is unusable: %s", self._ref.label, e)
+        return "store"
 
     def _stream(
         self, folder: Path, packer: Packer, progress: Progress

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric as Family
 
+from loray.engine.residency.prefetch import Prefetched
 from loray.engine.stats.histogram import Histogram as CountedHistogram
 from loray.errors import LorayError
 from loray.telemetry import METRICS
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from loray.engine.stats.stats import EngineStats
     from loray.spec import GenerateRequest
     from loray.telemetry import HistogramCounts
+
+
+Source = Literal["cache", "peer", "store"]  # of an adapter's bytes
+PeerAnswer = Literal["given", "absent", "late", "failed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -44,14 +50,43 @@ class RequestTimes:
     resumed: bool = False
 
 
+class LoadCounts:
+    """Where adapters were loaded from, and what other replicas answered. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.sources: dict[Labels, float] = {(source,): 0 for source in get_args(Source)}
+        self.answers: dict[Labels, float] = {(answer,): 0 for answer in get_args(PeerAnswer)}
+
+    def began(self, source: Source) -> None:
+        with self._lock:
+            self.sources[source,] += 1
+
+    def asked(self, answer: PeerAnswer) -> None:
+        with self._lock:
+            self.answers[answer,] += 1
+
+
+class WarmStart(NamedTuple):
+    """What a replica loaded before it took requests, and how long that took."""
+
+    adapters: Prefetched = Prefetched()
+    seconds: float = 0.0
+
+
 class ReplicaMetrics:
     """The metrics of a replica's requests. `clock` returns seconds.
 
     `stepped` is called in the engine's thread, everything else from one event loop.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        loads: LoadCounts | None = None,
+        warm_start: WarmStart | None = None,
+    ) -> None:
+        self._clock, self._loads, self._warm_start = clock, loads or LoadCounts(), warm_start or WarmStart()
         self._started_at = time.time()
         self._registry = CollectorRegistry()
         self._between_tokens: dict[str, CountedHistogram] = {}
@@ -113,8 +148,21 @@ class ReplicaMetrics:
 
     def families(self, stats: EngineStats, replica: str) -> list[Family]:
         """All metrics of this replica, labelled with its name. They can be pickled."""
-        started = gauge("replica_start_time_seconds", {(): self._started_at})
-        return labelled([*self.request_families(), *engine_families(stats), started], replica=replica)
+        own = [gauge("replica_start_time_seconds", {(): self._started_at}), *self._load_families()]
+        return labelled([*self.request_families(), *engine_families(stats), *own], replica=replica)
+
+    def _load_families(self) -> Iterator[Family]:
+        yield counter("adapter_sources_total", self._loads.sources)
+        yield counter("adapter_peer_answers_total", self._loads.answers)
+        warm, seconds = self._warm_start
+        outcomes = {
+            "pool": warm.num_in_pool,
+            "host": warm.num_on_host,
+            "failed": warm.num_failed,
+            "late": warm.num_late,
+        }
+        yield gauge("warm_start_adapters", {(outcome,): n for outcome, n in outcomes.items()})
+        yield gauge("warm_start_seconds", {(): seconds})
 
     def request_families(self) -> list[Family]:
         between: dict[Labels, HistogramCounts] = {(m,): counted.counts() for m, counted in self._between_tokens.items()}

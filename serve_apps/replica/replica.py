@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loray.api.status import AdapterPlacement, ReplicaStatus
 from loray.bases.registry import get_base
@@ -31,17 +31,23 @@ from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
 from serve_apps.garbage import freeze_garbage
 from serve_apps.replica.demand import ReplicaDemand
-from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics
+from serve_apps.replica.peers.asking import ReplicaPeers
+from serve_apps.replica.peers.giving import CopyGiver
 from serve_apps.replica.report import placements, replica_status
 from serve_apps.replica.requests import Requests
-from serve_apps.replica.startup import set_num_threads, start_engine
+from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.spec import GenerateRequest
+    from loray.bases.registry import BaseModel
+    from loray.spec import AdapterOf, GenerateRequest
+    from loray.store import AdapterCopy
     from serve_apps.channel.address import Address
+    from serve_apps.replica.metrics import WarmStart
+    from serve_apps.scaling.demand_records import DemandRecords
 
 _log = get_logger(__name__)
 
@@ -59,13 +65,26 @@ class EngineReplica:
         from serve_apps.replica.ranks import RankActors  # late: the process that deploys imports no Ray
 
         self._started_at = time.time()
-        self._metrics = ReplicaMetrics()
-        self._stream = start_engine(spec, get_base(settings.home, spec.base), settings, RankActors)
+        base, counts = get_base(settings.home, spec.base), LoadCounts()
+        self._peers = ReplicaPeers(_replica_id(), _own_deployment, counts, spec.peer_timeout_s)
+        loader = adapter_loader(base, settings, counts, self._peers if spec.peer_timeout_s else None)
+        if spec.peer_timeout_s and spec.max_replicas > 1:
+            self._peers.connect()
+        self._giver = CopyGiver(loader.cache)
+        self._stream = start_engine(spec, base, settings, RankActors, loader)
+        warm_start = self._warm_up(base) if spec.warm_start_s else None
+        self._metrics = ReplicaMetrics(loads=counts, warm_start=warm_start)
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
         self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
         self._connections = Connections(_node_id(), _replica_id(), self._held)
         freeze_garbage()
+
+    def _warm_up(self, base: BaseModel) -> WarmStart:
+        from serve_apps.replica.warming import warm_up  # late, as above
+
+        records, timeout_s = _demand_records(), self._spec.warm_start_s
+        return warm_up(self._stream, records, _replica_id(), base.fingerprint, timeout_s, self._peers.told)
 
     async def generate_to(
         self, request: GenerateRequest, fit: bool, gateway: Address, stream: int
@@ -77,6 +96,8 @@ class EngineReplica:
         ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached. If a rank is lost, this
         process ends: so Serve knows at once, and its requests go on elsewhere.
         """
+        if request.adapter is not None:
+            self._peers.told(request.adapter.digest, request.holders)
         try:
             self._stream.check_health()
             connection = await self._connections.to(gateway)
@@ -101,6 +122,10 @@ class EngineReplica:
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
         """See `placements`."""
         return await placements(self._stream, _replica_id(), digests)
+
+    async def give_adapter(self, asked: AdapterOf) -> AdapterCopy | None:
+        """The adapter's files, for another replica. None if this node's cache does not have them."""
+        return await self._giver.give(asked.digest)
 
     async def report_to(self, gateway: Address) -> None:
         """Tells `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
@@ -141,6 +166,29 @@ def _replica_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _own_deployment() -> Any:
+    """A handle of this replica's deployment, for any thread. Its router soon knows the other replicas.
+
+    `_init` is private. Otherwise the router would be in the loop of its caller, as loray's clusters are set, and those
+    that call it are threads; nor does this replica's own loop run before it has started.
+    """
+    from ray import serve
+
+    here = serve.get_replica_context()
+    handle = serve.get_deployment_handle(here.deployment, here.app_name)
+    handle._init(_run_router_in_separate_loop=True)
+    return handle
+
+
+def _demand_records() -> DemandRecords:
+    from ray import serve
+
+    from serve_apps.scaling.demand_records import DemandRecords
+
+    here = serve.get_replica_context()
+    return DemandRecords(here.app_name, here.deployment)
 
 
 def _node_id() -> str:

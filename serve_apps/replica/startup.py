@@ -17,7 +17,8 @@ from loray.telemetry import get_logger
 if TYPE_CHECKING:
     from loray.engine.parallel.workers import StartWorkers
     from loray.engine.stream import EngineStream
-    from serve_apps.replica.loading import AdapterLoader
+    from serve_apps.replica.loading import AdapterLoader, Peers
+    from serve_apps.replica.metrics import LoadCounts
 
 _log = get_logger(__name__)
 
@@ -40,26 +41,33 @@ def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> 
 
 
 def start_engine(
-    spec: ServeSpec, base: BaseModel, settings: Settings, start_workers: StartWorkers | None = None
+    spec: ServeSpec,
+    base: BaseModel,
+    settings: Settings,
+    start_workers: StartWorkers | None = None,
+    load: AdapterLoader | None = None,
 ) -> EngineStream:
     """Loads the base, allocates the pool, and starts the engine's thread.
 
-    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine.
+    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
+    is an `adapter_loader`.
     """
     from loray.engine.build import build_engine
     from loray.engine.parallel.workers import LocalWorkers
     from loray.engine.stream import EngineStream
 
     started = time.monotonic()
-    load = adapter_loader(base, settings)
+    load = load or adapter_loader(base, settings)
     stream = EngineStream(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream
 
 
-def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
+def adapter_loader(
+    base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
+) -> AdapterLoader:
     """The `load` of the engine's loader threads: from a reference to an adapter."""
     from serve_apps.replica.loading import AdapterLoader
 
-    return AdapterLoader(base, settings)
+    return AdapterLoader(base, settings, counts, peers)

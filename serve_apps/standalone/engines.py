@@ -13,7 +13,7 @@ from loray.engine.stream import EngineStream
 from loray.errors import EngineError
 from loray.spec import GenerateRequest, TokenDelta
 from serve_apps.replica.local import LocalStreams
-from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
 from serve_apps.replica.requests import Requests
 from serve_apps.tracing import Tracing
@@ -24,9 +24,9 @@ REPLICA = "local"  # the engine's name where replicas have one
 class LocalEngines:
     """Implements `serve_apps.gateway.engines.Engines` and `serve_apps.api.services.Placements` with one engine."""
 
-    def __init__(self, stream: EngineStream, tracing: Tracing | None = None) -> None:
+    def __init__(self, stream: EngineStream, tracing: Tracing | None = None, loads: LoadCounts | None = None) -> None:
         self._stream = stream
-        self._metrics = ReplicaMetrics()
+        self._metrics = ReplicaMetrics(loads=loads)
         self._streams = LocalStreams(Requests(stream, self._metrics, tracing=tracing))
         self._started_at = time.time()
 

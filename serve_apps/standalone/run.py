@@ -9,7 +9,7 @@ from loray.bases.registry import BaseModel
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.garbage import freeze_garbage
-from serve_apps.replica.startup import set_num_threads, start_engine
+from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 
 
 def run(
@@ -27,7 +27,8 @@ def run(
     stopping  called with the number of requests under way when the first signal comes
     """
     spec = set_num_threads(spec)
-    stream = start_engine(spec, base, settings)
+    loader = adapter_loader(base, settings)
+    stream = start_engine(spec, base, settings, load=loader)
     try:
         from serve_apps.standalone.app import create_site
         from serve_apps.standalone.engines import REPLICA, LocalEngines
@@ -35,7 +36,7 @@ def run(
         from serve_apps.tracing import open_tracing
 
         tracing = open_tracing("server", REPLICA)
-        engines = LocalEngines(stream, tracing)
+        engines = LocalEngines(stream, tracing, loader.counts)
         site = create_site(spec, settings, engines, tracing)
         freeze_garbage()
 

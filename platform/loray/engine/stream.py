@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequ
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from loray.engine.engine import Engine
 from loray.engine.memory.layout import layout
 from loray.engine.request import TokenOutput
+from loray.engine.residency.prefetch import Prefetch, Prefetched
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RankLost, RequestError
@@ -27,6 +29,7 @@ from loray_kernels import release_threads, use_device
 _log = get_logger(__name__)
 
 _STATS_INTERVAL_S = 0.2
+_PREFETCH_LOOK_S = 0.01
 
 T = TypeVar("T")
 
@@ -98,6 +101,20 @@ class EngineStream:
         """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
         pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
         return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
+
+    def prefetch(self, refs: Iterable[AdapterRef], timeout_s: float) -> Prefetched:
+        """Loads adapters, in their order, before requests come: into the pool as long as half of it stays free, and
+        else into host memory. Blocks until they are there, but no longer than `timeout_s` and a step.
+
+        EngineError if the engine has stopped.
+        """
+        deadline, engine = time.monotonic() + timeout_s, self._engine
+        prefetch = Prefetch(engine.residency, engine.spec.host_bytes, partial(_leaves_half_free, engine))
+        is_done = self.call(lambda: prefetch.begin(refs)).result()
+        while not is_done and time.monotonic() < deadline:
+            time.sleep(_PREFETCH_LOOK_S)
+            is_done = self.call(prefetch.look).result()
+        return self.call(prefetch.end).result()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the engine's thread after its current step; the future has its result or error.
@@ -254,3 +271,10 @@ class _Queues:
 def _put(items: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
     for queue, output in items:
         queue.put_nowait(output)
+
+
+def _leaves_half_free(engine: Engine, ref: AdapterRef) -> bool:
+    """Whether half of the pool stays free when `ref`, which has been loaded, is placed there."""
+    pool, (own, pair) = engine.pool, engine.adapter_bytes(ref)
+    left = pool.allocator.num_free * pool.block_bytes - own - (pair[1] if pair else 0)
+    return 2 * left >= pool.geometry.num_blocks * pool.block_bytes

@@ -25,6 +25,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from math import ceil
 from typing import Literal, NamedTuple, get_args
 
@@ -144,6 +145,10 @@ class Routing:
         for adapter in [a for a in self._recent.get(replica, ()) if a in adapters]:
             del self._recent[replica][adapter]
 
+    def recent_holders(self, adapter: str) -> list[str]:
+        """Replicas to which the adapter was sent lately, and which have not reported it yet. From any thread."""
+        return [replica for replica, recent in list(self._recent.items()) if adapter in recent]
+
     def retain(self, replicas: Collection[str]) -> None:
         """Forgets what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
@@ -175,6 +180,13 @@ def _preference(tier: int, crowded: bool) -> int:
     if tier == _TIERS.index("host") and crowded:
         return _NOT_HELD + 1
     return tier if tier != _NOT_HELD else _NOT_HELD + 2 * crowded
+
+
+def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:
+    """Whether `replica` is one of the first `number` of it and `others` in the order for `adapter`, a routing key."""
+    own = _weight(adapter, replica)
+    better = (True for other in others if _weight(adapter, other) > own)
+    return sum(islice(better, number)) < number
 
 
 def _weight(key: str, replica: str) -> int:

@@ -66,6 +66,7 @@ class GenerateRequest:
     cache_salt  the prefix cache is shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
+    holders      replicas that have the adapter, as the sender knows: from one of them it can be loaded
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class GenerateRequest:
     cache_salt: str = ""
     traceparent: str | None = None
     output_ids: tuple[int, ...] = ()
+    holders: tuple[str, ...] = ()
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +98,7 @@ class AdapterCache:
         while True:
             with self._lock(digest, fcntl.LOCK_SH) as handle:
                 if self._is_good(digest, path, is_good):
-                    used_at = time.time_ns()  # of a higher resolution than utime's own clock
-                    os.utime(handle, ns=(used_at, used_at))
+                    _note_use(handle)
                     yield CacheEntry(path, present=True)
                     return
             with self._lock(digest, fcntl.LOCK_EX):
@@ -115,6 +114,19 @@ class AdapterCache:
                     else:
                         (self._locks / digest).unlink(missing_ok=True)  # while this process holds the lock
                 return
+
+    @contextmanager
+    def present(self, digest: str) -> Iterator[Path | None]:
+        """The adapter's folder until the block ends, pinned; None where it is not there, or being made or evicted now.
+        Never waits. The files may be damaged: nothing is verified.
+        """
+        path, found = self._entries / check_digest(digest), None
+        with ExitStack() as held:
+            if path.is_dir():
+                with suppress(BlockingIOError):
+                    _note_use(held.enter_context(self._lock(digest, fcntl.LOCK_SH | fcntl.LOCK_NB)))
+                    found = path if path.is_dir() else None
+            yield found
 
     def trim(self, keep: str) -> None:
         """Evict after `keep`, which is pinned, has grown."""
@@ -202,6 +214,11 @@ class AdapterCache:
                     return
             finally:
                 os.close(handle)
+
+
+def _note_use(handle: int) -> None:
+    used_at = time.time_ns()  # of a higher resolution than utime's own clock
+    os.utime(handle, ns=(used_at, used_at))
 
 
 def _folder_bytes(path: Path) -> int:

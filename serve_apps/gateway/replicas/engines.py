@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
 from serve_apps.gateway.replicas.call import Call
+from serve_apps.gateway.replicas.demand_notes import DemandNotes
 from serve_apps.gateway.replicas.departures import Departures
 from serve_apps.gateway.replicas.progress import Progress
 from serve_apps.gateway.replicas.quarantine import Records, SharedQuarantine
@@ -38,6 +40,7 @@ class ServeEngines:
     handle          of the deployment called `deployment`
     node, host      Ray's id and the address of this process' node
     open_records    see `SharedQuarantine`
+    notes           are told of each request for an adapter
     max_resumes, drain_grace_s  see ServeSpec
     cold_start_timeout_s        the same; None: there is always a replica, or Serve is about to start one
     """
@@ -50,6 +53,7 @@ class ServeEngines:
         host: str,
         open_records: Callable[[], Records] | None = None,
         *,
+        notes: DemandNotes | None = None,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
         cold_start_timeout_s: float | None = None,
@@ -61,6 +65,7 @@ class ServeEngines:
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
+        self._notes = notes
         self._reading: dict[str, Inbox] = {}  # by request
         self._cold: set[str] = set()  # requests that wait, and no replica runs
         self._start_failed = False  # and no replica has run since
@@ -71,7 +76,10 @@ class ServeEngines:
         """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing, and
         the requests of replicas that are leaving go elsewhere.
         """
-        tasks = [asyncio.create_task(self._ask_for_reports()), asyncio.create_task(self._look_for_departures())]
+        works = [self._ask_for_reports(), self._look_for_departures()]
+        if self._notes is not None:
+            works.append(self._notes.run())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             yield
         finally:
@@ -112,6 +120,8 @@ class ServeEngines:
         Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
         replicas.
         """
+        if self._notes is not None and request.adapter is not None:
+            self._notes.came(request.adapter)
         progress = Progress(request, self._max_resumes)
         while True:
             attempt = progress.attempt()
@@ -139,6 +149,8 @@ class ServeEngines:
         digest = None if request.adapter is None else request.adapter.digest
         if digest is not None:
             await self._quarantine.enter(request.request_id, digest)
+            if holders := router.holders(self._deployment, digest):
+                request = replace(request, holders=holders)
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()

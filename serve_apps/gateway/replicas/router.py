@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from loray.errors import ReplicaUnavailable
 from loray.serving.routing import REASONS, Candidate, Reason, ReplicaView, Routing, RoutingPolicy
 from loray.serving.routing_report import Known, RoutingReport, RoutingReports, routing_key
-from loray.spec import GenerateRequest
+from loray.spec import AdapterOf, GenerateRequest
 from loray.telemetry import get_logger
 from serve_apps.gateway.replicas.lengths import QueueLengths
 
@@ -34,8 +36,10 @@ _ALIVE_S = 10.0  # since its last report, in which a replica is not asked whethe
 
 _decisions: dict[str, dict[Reason, int]] = {}  # by deployment: there is one for each base
 _MAX_PLACED = 1 << 14
+_NUM_HOLDERS = 3  # one of them may be the asker itself
 _placed: dict[str, str] = {}  # request → the replica that has accepted it
 _replicas: dict[str, frozenset[str]] = {}  # by deployment
+_routings: dict[str, Routing] = {}  # by deployment
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
 reports = RoutingReports()  # the gateway's listener writes them, in the gateway's event loop
@@ -49,6 +53,16 @@ def decisions(deployment: str) -> dict[str, int]:
 def replicas(deployment: str) -> frozenset[str]:
     """Those of a deployment that Serve has named last."""
     return _replicas.get(deployment, frozenset())
+
+
+def holders(deployment: str, digest: str) -> tuple[str, ...]:
+    """Some replicas of a deployment that have an adapter: they have reported it, or it was sent to them just now."""
+    key, running = routing_key(digest), replicas(deployment)
+    known = ((name, reports.of(name)) for name in running)
+    held = (name for name, k in known if k is not None and (key in k.report.in_pool or key in k.report.on_host))
+    routing = _routings.get(deployment)
+    recent = () if routing is None else (name for name in routing.recent_holders(key) if name in running)
+    return tuple(dict.fromkeys(islice(chain(held, recent), _NUM_HOLDERS)))
 
 
 def suspect(replica: str) -> None:
@@ -82,11 +96,14 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         self._lengths = QueueLengths()
         self._probing: asyncio.Task[Any] | None = None
         self._deployment = str(self._deployment_id.name)
+        _routings[self._deployment] = self._routing
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Serve calls it again, with pauses, until a replica accepts the request."""
+        if (asked := _asked(pending_request)) is not None:
+            return _only(asked.replica, candidate_replicas, pending_request)
         self._probe_silent(candidate_replicas)
         now = time.monotonic()
         request = _request(pending_request)
@@ -232,6 +249,22 @@ def _request(pending: PendingRequest | None) -> GenerateRequest | None:
     """The request of a call of `generate`; None for other calls."""
     first = pending.args[0] if pending is not None and pending.args else None
     return first if isinstance(first, GenerateRequest) else None
+
+
+def _asked(pending: PendingRequest | None) -> AdapterOf | None:
+    """What a replica asks another one for; None for other calls."""
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, AdapterOf) else None
+
+
+def _only(name: str, replicas: Sequence[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
+    """The replica `name`. If it does not run any more, the call fails: Serve looks whether it has when it gets replicas
+    to choose from, whichever they are.
+    """
+    found = [replica for replica in replicas if _name(replica) == name]
+    if not found and pending is not None and not pending.future.done():
+        pending.future.set_exception(ReplicaUnavailable(f"replica {name} does not run any more", name))
+    return [found or list(replicas)]
 
 
 def _adapter(request: GenerateRequest | None) -> str | None:

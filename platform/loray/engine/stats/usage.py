@@ -58,12 +58,15 @@ class UsageLog:
         self._held: dict[str, AdapterUsage] = {}
         self._dropped: OrderedDict[str, AdapterUsage] = OrderedDict()
 
+    def expected(self, ref: AdapterRef) -> None:
+        """The engine holds `ref` from now on, although no request came."""
+        usage = self._hold(ref)
+        if not usage.num_uses:
+            usage.last_used_at = self._now()
+
     def request_came(self, ref: AdapterRef) -> None:
         """A request for `ref` came; the engine holds `ref` from now on."""
-        usage = self._held.get(ref.digest)
-        if usage is None:
-            usage = self._dropped.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
-            self._held[ref.digest] = usage
+        usage = self._hold(ref)
         usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
         usage.num_uses += 1
         usage.last_used_at = self._now()
@@ -87,3 +90,10 @@ class UsageLog:
     def all(self) -> list[AdapterUsage]:
         """Held adapters first, then dropped ones, the longest dropped first."""
         return [*self._held.values(), *self._dropped.values()]
+
+    def _hold(self, ref: AdapterRef) -> AdapterUsage:
+        usage = self._held.get(ref.digest)
+        if usage is None:
+            usage = self._dropped.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
+            self._held[ref.digest] = usage
+        return usage

@@ -1,0 +1,129 @@
+"""A replica's warm start, with a real engine: what it expects is in the pool, and nothing hinders the start."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.engine.pool.packed import PackedAdapter
+from loray.engine.stats.stats import EngineStats
+from loray.errors import StoreError
+from loray.publishing import Destination, publish
+from loray.serving.adapter_demand import AdapterDemand, DemandRecord
+from loray.settings import Settings
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+from loray.store import AdapterStore, open_store
+from serve_apps.replica.loading import AdapterLoader, StoredAdapter
+from serve_apps.replica.startup import start_engine
+from serve_apps.replica.warming import warm_up
+
+NAMES = ("a", "b", "c")
+
+
+class Place:
+    """Published adapters, and an engine that has loaded none of them."""
+
+    def __init__(self, base: BaseModel, settings: Settings) -> None:
+        catalog = Catalog(settings.catalog)
+        self.base, self.refs = base, [catalog.resolve(name) for name in NAMES]
+        catalog.close()
+        self.loader = AdapterLoader(base, settings)
+        spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=1 << 20, num_threads=1)
+        self.stream = start_engine(spec, base, settings, load=self.loader)
+        self.told: dict[str, tuple[str, ...]] = {}
+
+    def read(self) -> DemandRecord | None:
+        """Stands in for DemandRecords: the first replica of all starts, and each adapter was asked for."""
+        demands = (AdapterDemand(ref, 9.0 - i, ("other",)) for i, ref in enumerate(self.refs))
+        return DemandRecord(0.0, (), tuple(demands))
+
+    def warm_up(self, timeout_s: float = 60.0) -> Any:
+        records: Any = self
+        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s, self.told.__setitem__)
+
+    def stats(self) -> EngineStats:
+        """Of now, while the stream's own may be a step old."""
+        return self.stream.call(self.stream._engine.stats).result()
+
+    def ask(self, ref: AdapterRef) -> None:
+        async def generate() -> None:
+            request = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=1), ref)
+            assert [delta async for delta in self.stream.generate(request)]
+
+        asyncio.run(generate())
+
+
+@pytest.fixture
+def place(tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Place]:
+    base, settings = tiny_base(), Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    for seed, name in enumerate(NAMES):
+        publish(peft_folder(base, seed=seed), base, Destination(name, store, catalog))
+    catalog.close()
+    place = Place(base, settings)
+    yield place
+    place.stream.stop()
+
+
+def test_expected_adapters_are_in_the_pool_before_the_first_request(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="loray"):
+        warm = place.warm_up()
+    assert warm.adapters == (3, 0, 0, 0)
+    assert 0 < warm.seconds < 60
+    assert "3 are in the pool, 0 on the host" in caplog.text
+    assert place.told == {ref.digest: ("other",) for ref in place.refs}
+    assert set(place.stats().adapters_in_pool) == {ref.digest for ref in place.refs}
+    for ref in place.refs:
+        place.ask(ref)
+    stats = place.stats()
+    assert (stats.num_pool_hits, stats.num_misses, stats.num_loads) == (3, 0, 3)
+
+
+def test_a_store_that_hangs_costs_the_time_and_one_that_fails_none(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, pack = Event(), StoredAdapter.pack
+
+    def hang(self: StoredAdapter, *args: Any) -> PackedAdapter:
+        if self._ref.name == "b":
+            raise StoreError("away")
+        if self._ref.name == "c":
+            assert going.wait(60)
+        return pack(self, *args)
+
+    monkeypatch.setattr(StoredAdapter, "pack", hang)
+    began = time.monotonic()
+    warm = place.warm_up(timeout_s=5.0)  # a fifth of it: no other replica runs
+    try:
+        assert warm.adapters == (1, 0, 1, 1)
+        assert time.monotonic() - began < 5.0
+        place.ask(place.refs[0])
+    finally:
+        going.set()
+    place.ask(place.refs[2])  # the load went on
+
+
+def test_nothing_hinders_the_start(
+    place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "read", lambda: None)
+    assert place.warm_up().adapters.total == 0
+    assert not caplog.records
+
+    def fail() -> None:
+        raise ValueError("no record")
+
+    monkeypatch.setattr(place, "read", fail)
+    assert place.warm_up().adapters.total == 0
+    assert "the replica starts without adapters" in caplog.text
+    place.ask(place.refs[0])
