@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -12,10 +13,12 @@ from ray.serve.config import RequestRouterConfig
 from loray.bases.registry import get_bases
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec, engine_of
-from serve_apps.deployment import DRAIN_S, GATEWAY
+from serve_apps.deployment import APPLICATION, DRAIN_S, GATEWAY
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
+from serve_apps.options import reserve_names
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
+from serve_apps.scaling.log import ScalingLog
 from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
 from serve_apps.versions import versioned
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
+_UPDATED_S = 30.0  # three times the age of the autoscaler's last record
 _SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
 
 
@@ -41,7 +45,9 @@ def build(args: dict[str, Any]) -> Application:
 def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     """The application with a given request router."""
     settings = Settings.from_env()
-    fingerprints = {base.name: base.fingerprint for base in get_bases(settings.home, fleet.names)}
+    bases = get_bases(settings.home, fleet.names)
+    reserve_names(bases, settings)
+    fingerprints = {base.name: base.fingerprint for base in bases}
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     group = settings.training_group
     where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
@@ -119,8 +125,18 @@ class GatewayReplica:
 
 
 def _replicas(spec: ServeSpec) -> dict[str, Any]:
-    scaling = autoscaling_config(spec)
+    scaling = autoscaling_config(spec, runs=_is_scaled(engine_of(spec.base)))
     return {"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}
+
+
+def _is_scaled(deployment: str) -> bool:
+    """Whether the autoscaler has looked at a deployment just now, which therefore is updated. It looks at that of the
+    application `loray`, since Serve does not tell this function which one it builds.
+    """
+    import ray
+
+    last = ScalingLog(APPLICATION, deployment).read() if ray.is_initialized() else None
+    return last is not None and time.time() - last.time < _UPDATED_S
 
 
 def _gateway(fleet: FleetSpec) -> FastAPI:
@@ -132,13 +148,16 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     from serve_apps.garbage import freeze_garbage
     from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
+    from serve_apps.gateway.replicas.demand_notes import DemandNotes
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
+    from serve_apps.scaling.demand_records import DemandRecords
     from serve_apps.tracing import open_tracing
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     here = serve.get_replica_context()
+    gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     node, host = ray.get_runtime_context().get_node_id(), _host(fleet)
 
     def engines(spec: ServeSpec) -> ServeEngines:
@@ -149,12 +168,12 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
             node,
             host,
             lambda: Catalog(settings.catalog, actor="gateway"),
+            notes=DemandNotes(DemandRecords(here.app_name, name), gateways.name, name),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
             cold_start_timeout_s=None if spec.min_replicas else spec.cold_start_timeout_s,
         )
 
-    gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     exchange = None
     if fleet.num_gateways > 1:
         exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)

@@ -1,18 +1,24 @@
-"""What `loray up` and `loray serve` share: the options of a serve spec, its file, and the refusal of a taken port."""
+"""What `loray up` and `loray serve` share: the options of a serve spec, its file, and what they refuse: a port that is
+taken, a base that is called as an adapter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.errors import ConflictError, SettingsError, SpecError
+from loray.errors import CatalogError, ConflictError, SettingsError, SpecError
 from loray.locations import is_this_machine
 from loray.settings import Settings
 from loray.spec import FleetSpec, ToolParserName, read_mapping
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
 
 _OPTIONS = (
     click.option(
@@ -76,6 +82,29 @@ def check_keys(host: str, settings: Settings) -> None:
             f"{host} can be reached from other machines, and there is no API key yet: make the first one with "
             "`loray keys create --scope admin`, or set LORAY_API_KEY, and start again; or listen at 127.0.0.1"
         )
+
+
+def reserve_names(bases: Iterable[BaseModel], settings: Settings) -> None:
+    """Reserves the names of bases that are going to be served, so that no adapter is published under one of them.
+
+    Raises ConflictError where an adapter has the name, in whose place the base would answer. While the catalog is away
+    nothing is reserved, and the bases are served nevertheless.
+    """
+    try:
+        catalog = Catalog(settings.catalog)
+        try:
+            known = catalog.bases()
+            for base in bases:
+                if base.name not in known:
+                    catalog.add_base(base.name, base.fingerprint)
+        finally:
+            catalog.close()
+    except ConflictError as e:
+        raise ConflictError(
+            f"{e}: it would answer in the adapter's place; add the base under another name (`loray base add … --name`)"
+        ) from e
+    except CatalogError as e:
+        _log.warning("the names of the bases are not reserved, the catalog is away: %s", e)
 
 
 def cannot_listen(host: str, port: int, error: OSError, command: str) -> ConflictError:

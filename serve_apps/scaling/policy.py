@@ -35,8 +35,9 @@ _HISTORY = 5  # reports that Serve keeps and sends each time; it requires more t
 _STALE_REPORTS = 5  # consecutive reports that may be missing
 
 
-def autoscaling_config(spec: ServeSpec) -> AutoscalingConfig | None:
-    """Serve's configuration with our policy; None if the number of replicas is fixed.
+def autoscaling_config(spec: ServeSpec, *, runs: bool = False) -> AutoscalingConfig | None:
+    """Serve's configuration with our policy; None if the number of replicas is fixed. `runs`: it is a deployment that
+    is scaled already: then the number that demand has required stays, also zero.
 
     The policy has its own delays, because Serve's count from the first change of the demand, whatever its later size.
     `metrics_interval_s` is deprecated, but Serve's replicas do not read its replacement yet (an environment variable of
@@ -50,8 +51,8 @@ def autoscaling_config(spec: ServeSpec) -> AutoscalingConfig | None:
         return AutoscalingConfig(
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
-            # Serve would also use it as the target of every update, and so discard the target that demand requires.
-            initial_replicas=_initial(spec.num_replicas, scaling),
+            # Serve uses it as the target of every update, too.
+            initial_replicas=None if runs else _initial(spec.num_replicas, scaling),
             metrics_interval_s=report_s(scaling),
             look_back_period_s=_HISTORY * report_s(scaling),
             upscale_delay_s=0.0,

@@ -22,7 +22,7 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from loray.telemetry import configure_logging
 from serve_apps.deployment import DRAIN_S
-from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
+from serve_apps.options import cannot_listen, check_keys, read_spec, reserve_names, spec_options
 from serve_apps.terminal import welcome
 
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctrl-C", "stop it"))
@@ -50,6 +50,7 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
     spec = one_engine(read_spec(spec_file, options | ({} if model is None else {"base": model})))
     check_keys(spec.host, settings)
     base = get_base(settings.home, spec.base)
+    reserve_names([base], settings)
     screen = Console(stderr=True)
     with ExitStack() as held:
         try:

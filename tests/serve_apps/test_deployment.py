@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.errors import SpecError
+from loray.catalog import Catalog
+from loray.errors import ConflictError, SpecError
+from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
+from loray.store import AdapterStore, open_store
 from serve_apps.deployment import DRAIN_S, combined, serve_config
 
 
@@ -75,3 +78,31 @@ def test_gateway_and_engine_have_the_same_time_to_end_a_stream(
     (engine,) = (bound._bound_deployment for bound in gateway.init_args)
     times = [d._deployment_config.graceful_shutdown_timeout_s for d in (gateway, engine)]
     assert times == [DRAIN_S, DRAIN_S]
+
+
+def test_a_base_that_is_called_as_an_adapter_is_refused_and_others_keep_their_names(
+    tiny_base: Callable[..., BaseModel],
+    peft_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from serve_apps.app import build
+
+    base, other = tiny_base(), tiny_base(seed=1)
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
+    (tmp_path / "bases").mkdir()
+    for name, found in ((base.name, base), ("taken", other), ("free", other)):
+        (tmp_path / "bases" / name).symlink_to(found.path)
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    publish(peft_folder(base), base, Destination("taken", store, catalog))
+    with pytest.raises(ConflictError, match=r"answer in the adapter's place.*--name"):
+        build({"bases": [{"base": base.name}, {"base": "taken"}]})
+    build({"bases": [{"base": base.name}, {"base": "free"}]})
+    with pytest.raises(ConflictError, match="'free' is a base model's name"):
+        publish(peft_folder(base), base, Destination("free", store, catalog))
+    catalog.close()
+    monkeypatch.setenv("LORAY_CATALOG", "postgresql://nobody@127.0.0.1:1/away?connect_timeout=1")
+    build({"base": base.name})
+    assert "are not reserved" in caplog.text

@@ -216,6 +216,9 @@ def test_what_serve_is_given() -> None:
     first = autoscaling_config(spec.model_copy(update={"num_replicas": 9}))
     assert first is not None
     assert first.initial_replicas == 5
+    updated = autoscaling_config(spec.model_copy(update={"num_replicas": 9}), runs=True)
+    assert updated is not None
+    assert updated.initial_replicas is None
 
 
 def test_replicas_report_often_enough_for_the_window() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from ray import serve
 
+from serve_apps import app as application
 from tests.cluster import RayCluster, Served, deployed
 from tests.serve_apps.asking import answer_of, eventually, status
 
@@ -44,4 +46,23 @@ def test_a_base_sleeps_and_a_stream_wakes_it(ray_cluster: RayCluster, served: Se
         causes = [d["reason"] for d in base_of(app)["autoscaling"]["decisions"]]
         assert causes[0].startswith("no request for ")
         assert eventually(lambda: "a request waited" in str(base_of(app)["autoscaling"]["decisions"]))
+        assert answer_of(app, "tiny") == before
+
+
+def test_a_base_that_sleeps_sleeps_on_over_an_update(
+    ray_cluster: RayCluster, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "APPLICATION", "updated")  # whose deployments an update looks for
+    for name, value in ray_cluster.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    with deployed(ray_cluster, served, "updated", autoscaling=AUTOSCALING) as app:
+        before = answer_of(app, "tiny")
+        assert base_of(app)["num_replicas"] == 1  # it was started with one
+        assert eventually(lambda: base_of(app)["status"] == "asleep" and base_of(app)["num_replicas"] == 0, 60)
+        spec = app.spec.model_copy(update={"max_queued": 9})
+        serve.run(application.build(spec.model_dump(mode="json")), name="updated", route_prefix="/updated")
+        assert eventually(lambda: base_of(app)["spec"]["max_queued"] == 9, 60)
+        state = base_of(app)
+        assert (state["status"], state["num_replicas"]) == ("asleep", 0)
+        assert state["autoscaling"]["decisions"] == []
         assert answer_of(app, "tiny") == before
