@@ -159,6 +159,7 @@ def test_values_get_their_fields_types(text: str, fields: dict[str, Any]) -> Non
         ("evaluation.perplexity={stride", "is not valid YAML"),
         ("base=[2026-13-45]", "is not valid YAML"),
         ("base=" + "[" * 5000, "is not valid YAML"),
+        ("base={a: &x {b: 1}, c: *x}", "write out what the alias *x stands for"),
     ],
 )
 def test_an_unknown_field_names_those_that_are_near(text: str, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from jobs.submission.commands import Submission
@@ -24,8 +24,8 @@ class HomeJobServer:
         self._settings = settings
         self._servers: dict[str, RayJobServer] = {}  # by address: a cluster that starts again has another one
 
-    def submit(self, job: Submission, job_id: str | None = None) -> str:
-        return self._server().submit(job, job_id)
+    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
+        return self._server().submit(job, job_id, is_wanted)
 
     def find(self, job_id: str) -> RayJob | None:
         return self._server().find(job_id)

@@ -14,12 +14,12 @@ import ray
 from ray.job_submission import JobSubmissionClient
 
 from jobs.submission.commands import Submission
-from jobs.submission.tracker import RayJob
+from jobs.submission.tracker import AGENT_S, RayJob
 from loray.errors import ClusterError, ConflictError
 
 TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
 _MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
-_AGENT_S, _AGENT_RETRY_S = 120.0, 1.0
+_AGENT_RETRY_S = 1.0
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
 
 
@@ -35,11 +35,11 @@ class RayJobServer:
         with _translate_errors():
             return str(self._client.get_address())
 
-    def submit(self, job: Submission, job_id: str | None = None) -> str:
+    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
         """Waits for the head node's agent where it has not started yet: on a busy machine it comes a minute after the
         job server, which then has submitted nothing.
         """
-        deadline = time.monotonic() + _AGENT_S
+        deadline = time.monotonic() + AGENT_S
         while True:
             try:
                 with _translate_errors():
@@ -48,6 +48,8 @@ class RayJobServer:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_AGENT_RETRY_S)
+            if not is_wanted():
+                raise ConflictError("the job has ended before Ray's agent started: it was stopped, or given up")
 
     def find(self, job_id: str) -> RayJob | None:
         try:
@@ -137,7 +139,7 @@ def _translate_errors() -> Iterator[None]:
             raise _NoSuchJob(reason) from e
         if "No available agent" in reason:
             raise _NoAgent(
-                f"Ray's job agent has not started in {_AGENT_S:.0f} s: the machine is busy, or the agent has died (see "
+                f"Ray's job agent has not started in {AGENT_S:.0f} s: the machine is busy, or the agent has died (see "
                 "`loray logs cluster`); try again"
             ) from e
         if "already exists" in reason:

@@ -23,7 +23,8 @@ COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the A
 _ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
 _MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
 NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
-_SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray knows it
+AGENT_S = 120.0  # how long a submission waits for Ray's agent
+_SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
@@ -42,8 +43,11 @@ class RayJob(NamedTuple):
 class JobServer(Protocol):
     """Ray's job server. Every method raises ClusterError if Ray does not answer."""
 
-    def submit(self, job: Submission, job_id: str | None = None) -> str:
-        """Returns the job's id, chosen by Ray if none is given. ConflictError if Ray has a job with this id."""
+    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
+        """Returns the job's id, chosen by Ray if none is given. `is_wanted` is asked before each try after a wait.
+
+        ConflictError if Ray has a job with this id, or the job is not wanted any more.
+        """
 
     def find(self, job_id: str) -> RayJob | None:
         """None if Ray does not know the job, not yet or no longer."""
@@ -74,8 +78,8 @@ class JobTracker:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
         `chosen` becomes a part of the job's id, and names it in the caller's tenant: see `id_of`. DataError for
-        relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if the name is taken or the
-        tenant has a job of the chosen id, ClusterError without Ray.
+        relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if the name is taken, the
+        tenant has a job of the chosen id, or the job is stopped before Ray has it, ClusterError without Ray.
         """
         catalog = self._open()
         check_allowed(spec, catalog.principal, self._settings)
@@ -89,9 +93,9 @@ class JobTracker:
             self._settle_active()
         job = catalog.add_job(job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers)
         try:
-            self._server.submit(submission, job_id)
+            self._server.submit(submission, job_id, lambda: not catalog.job(job_id).has_ended)
         except ConflictError:
-            raise  # Ray has another job with this id
+            raise  # Ray has another job with this id, or this one has ended
         except LorayError as e:
             catalog.end_job(job_id, "failed", message=f"not submitted: {e}")
             raise

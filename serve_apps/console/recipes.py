@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
@@ -19,6 +17,7 @@ from loray.recipes.continued import continued
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
 from loray.recipes.fields import fields_of, given, merge
 from loray.recipes.load import size_of_base
+from loray.recipes.plain_yaml import parse_plain
 from loray.recipes.render import to_yaml
 from loray.settings import Settings
 from loray.spec import TrainSpec
@@ -119,10 +118,7 @@ def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
 
 
 def _rest(text: str) -> dict[str, Any]:
-    try:
-        rest = yaml.safe_load(text or "{}")
-    except (ValueError, yaml.YAMLError, RecursionError) as e:
-        raise SpecError(f"the rest of the recipe is not valid YAML: {e}") from e
+    rest = parse_plain(text or "{}", source="the rest of the recipe")
     if not isinstance(rest, dict):
         raise SpecError("the rest of the recipe is a YAML mapping, such as `batch: {rows: 4}`")
     return rest

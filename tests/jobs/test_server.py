@@ -10,7 +10,7 @@ import pytest
 from jobs.submission import server as module
 from jobs.submission.commands import Submission
 from jobs.submission.server import RayJobServer
-from loray.errors import ClusterError
+from loray.errors import ClusterError, ConflictError
 
 JOB = Submission(entrypoint="true", runtime_env={}, metadata={})
 LATE = "Request failed with status code 500: No available agent to submit job, please try again later.."
@@ -40,9 +40,22 @@ def test_an_agent_that_never_starts_is_an_error(monkeypatch: pytest.MonkeyPatch)
     def submit_job(**fields: Any) -> str:
         raise RuntimeError(LATE)
 
-    monkeypatch.setattr(module, "_AGENT_S", -1.0)
+    monkeypatch.setattr(module, "AGENT_S", -1.0)
     with pytest.raises(ClusterError, match="loray logs cluster"):
         server_of(submit_job=submit_job).submit(JOB)
+
+
+def test_a_job_that_has_ended_meanwhile_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def submit_job(**fields: Any) -> str:
+        asked.append(fields["submission_id"])
+        raise RuntimeError(LATE)
+
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    with pytest.raises(ConflictError, match="has ended before"):
+        server_of(submit_job=submit_job).submit(JOB, "job", lambda: len(asked) < 3)
+    assert asked == ["job"] * 3
 
 
 def test_jobs_are_asked_for_together() -> None:

@@ -7,11 +7,11 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
 from loray.errors import SpecError
 from loray.recipes.defaults import FIRST_OBJECTIVE, METHODS, OBJECTIVES
+from loray.recipes.plain_yaml import parse_plain
 from loray.spec import (
     DoraSpec,
     DpoSpec,
@@ -107,10 +107,7 @@ def _value(text: str, *, is_list: bool) -> Any:
     if is_list and not text.startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
     if text[:1] in ("[", "{") or text in ("null", "~", ""):
-        try:
-            return yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError, RecursionError) as e:
-            raise SpecError(f"{text!r} is not valid YAML: {e}") from e
+        return parse_plain(text, source=repr(text))
     return text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,17 +33,23 @@ JSON = {"Content-Type": "application/json"}  # else a form could have sent it
 
 @dataclass
 class FakeJobs:
-    """A scripted job server. `down`: it does not answer. `num_asked`: times it was asked for jobs."""
+    """A scripted job server. `down`: it does not answer. `num_asked`: times it was asked for jobs.
+    `while_waiting`: called by a submission, as if Ray's agent had not started."""
 
     jobs: dict[str, RayJob] = field(default_factory=dict)
     submitted: dict[str, Submission] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     down: bool = False
     num_asked: int = 0
+    while_waiting: Callable[[str], None] | None = None
 
-    def submit(self, job: Submission, job_id: str | None = None) -> str:
+    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
         assert job_id is not None
         self._check()
+        if self.while_waiting is not None:
+            self.while_waiting(job_id)
+            if not is_wanted():
+                raise ConflictError("the job has ended")
         if job_id in self.jobs:
             raise ConflictError("Ray has a job of this id")
         self.submitted[job_id] = job

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from jobs.submission.tracker import id_of
+from jobs.submission.tracker import AGENT_S, id_of
 from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import jobs
@@ -227,6 +227,25 @@ def test_without_ray(api: Api) -> None:
     refused, first = api.http.get("/jobs").json()["items"]
     assert (refused["status"], "not submitted" in refused["message"]) == ("failed", True)
     assert first["id"] == job
+
+
+def test_a_job_that_is_stopped_while_its_submission_waits(api: Api) -> None:
+    def stop(job_id: str) -> None:
+        api.http.post(f"/jobs/{job_id}/stop").raise_for_status()
+
+    api.jobs.while_waiting = stop
+    problem(api.http.post("/jobs", params={"id": "late"}, json=RECIPE), 409)
+    assert (api.http.get("/jobs/late").json()["status"], api.jobs.submitted) == ("stopped", {})
+
+
+def test_a_submission_may_wait_as_long_as_it_does(api: Api) -> None:
+    late = submit(api, "late")["id"]
+    engine = api.catalog._engine
+    with writing(engine) as c:
+        created = c.execute(sa.select(jobs.c.created_at)).scalar_one() - timedelta(seconds=AGENT_S)
+        c.execute(jobs.update().values(created_at=created))
+    api.jobs.jobs.clear()
+    assert api.http.get(f"/jobs/{late}").json()["status"] == "pending"
 
 
 def test_a_cluster_that_is_gone(api: Api) -> None:

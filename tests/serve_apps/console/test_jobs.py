@@ -54,6 +54,7 @@ def test_a_form_has_an_estimate(console: ConsoleSite) -> None:
         ({"adapter.rank": "many"}, "adapter"),
         ({"rest": "batch: ["}, "not valid YAML"),
         ({"rest": "- 1"}, "a YAML mapping"),
+        ({"rest": "a: &x {b: 1}\nc: *x"}, "the alias *x"),
         ({"rest": "learning_rate: 1"}, "learning_rate"),
         ({"rest": "init_adapter: nothing@1"}, "nothing"),
         ({"base": "unknown"}, "not on this machine"),

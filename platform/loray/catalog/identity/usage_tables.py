@@ -38,4 +38,5 @@ usage_days = Table(
     Column("num_requests", BigInteger, nullable=False),
     *(Column(name, BigInteger, nullable=False) for name in TOKENS),
     Column("seconds", Double, nullable=False),
+    Index(None, "tenant", "day"),
 )

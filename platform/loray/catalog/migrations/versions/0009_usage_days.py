@@ -25,7 +25,10 @@ def upgrade() -> None:
         sa.Column("seconds", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("day", "tenant", "key_id", "model", name="pk_usage_days"),
     )
+    op.create_index("ix_usage_days_tenant_day", "usage_days", ["tenant", "day"])
     is_sqlite = op.get_bind().dialect.name == "sqlite"
+    if not is_sqlite:  # events that are being written are waited for, and are in the sums
+        op.execute("LOCK TABLE usage IN SHARE ROW EXCLUSIVE MODE")
     day = "date(created_at)" if is_sqlite else "to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
     sums = ", ".join(f"sum({name})" for name in _TOKENS)
     op.execute(
