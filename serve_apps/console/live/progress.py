@@ -28,15 +28,15 @@ class Progress:
     """Collects steps from events, an evenly thinned part of them and the last one."""
 
     def __init__(self) -> None:
-        self._steps = Series[Step](MOST_STEPS)
+        self._events = Series[Event](MOST_STEPS)  # of which few become a Step
 
     def take(self, events: Iterable[Event]) -> None:
         for event in events:
             if event.get("event") == "step" and isinstance(step := event.get("step"), int):
-                self._steps.add(step, _step(step, dict(event)))
+                self._events.add(step, event)
 
     def steps(self) -> tuple[Step, ...]:
-        return tuple(self._steps.values().values())
+        return tuple(_step(step, dict(event)) for step, event in self._events.values().items())
 
 
 def _step(step: int, event: dict[str, Any]) -> Step:
