@@ -11,7 +11,6 @@ adapter that is suddenly in demand. docs/benchmarks/cluster.md explains the tabl
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -58,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
     )
     trace, folder = make_trace(load), args.folder
+    if not trace.counted:
+        raise SystemExit("no request comes in that time; raise --rate or --seconds")
     folder.mkdir(parents=True, exist_ok=True)
     write_trace(trace, folder / "trace.jsonl")
     machine, began = describe_machine(), time.monotonic()
@@ -75,19 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     click.echo("\n".join(table_of_rows.table(rows)))
     found = verdicts(rows)
     click.echo("\n".join(f"{'reached' if reached else 'MISSED':<8} {text}" for text, reached in found))
-    (folder / "requests.json").write_text(json.dumps({r.row.router: [asdict(s) for s in r.counted] for r in runs}))
-    compared = _simulated(runs, trace, spec, folder, args.replicas)
+    write_json(folder / "requests.json", {r.row.router: [asdict(s) for s in r.counted] for r in runs})
+    made = {"machine": machine, "load": asdict(load), "rows": [r.to_json() for r in rows], "asked": dict(found)}
+    write_json(args.json, made)  # the measurements stay if anything fails from here on
+    try:
+        compared = _simulated(runs, trace, spec, folder, args.replicas)
+        made["simulated"] = [b._asdict() | {"ratio": b.ratio} for b in compared]
+    except (ArithmeticError, RuntimeError, ValueError) as e:
+        click.echo(f"nothing is simulated: {e}")
+        made |= {"simulated": [], "not_simulated": str(e)}
+    write_json(args.json, made)
     click.echo(f"{time.monotonic() - began:.0f} s in all")
-    write_json(
-        args.json,
-        {
-            "machine": machine,
-            "load": asdict(load),
-            "rows": [r.to_json() for r in rows],
-            "asked": dict(found),
-            "simulated": [b._asdict() | {"ratio": b.ratio} for b in compared],
-        },
-    )
     return 0 if all(reached for _, reached in found) and not any(r.errors for r in rows) else 1
 
 
@@ -109,26 +108,26 @@ def _run(world: World, spec: ServeSpec, trace: Trace, router: str) -> Run:
 def _simulated(
     runs: Sequence[Run], trace: Trace, spec: ServeSpec, folder: Path, num_replicas: int
 ) -> list[simulated.Beside]:
-    """The profile comes from all runs: it says what work costs, not who gets it."""
-    try:
-        costs = fit([run.counted for run in runs])
-    except ValueError as e:
-        click.echo(f"nothing is simulated: {e}")
-        return []
-    load_s = sum(run.load_s[0] for run in runs) / max(1.0, sum(run.load_s[1] for run in runs))
-    made = profile(costs, load_s, runs[0].after, spec, source="benchmarks.cluster, all rows")
-    (folder / "profile.json").write_text(made.model_dump_json(indent=2), encoding="utf-8")
-    arguments = simulated.command(
-        folder / "trace.jsonl", folder / "profile.json", trace.warm_up_s, num_replicas, [r.row.router for r in runs]
-    )
-    click.echo(
-        f"{1e3 * costs.step:.2f} ms a step, {1e3 * costs.row:.2f} a request in it, {1e6 * costs.prompt:.1f} µs a "
-        f"prompt's token, {1e3 * load_s:.2f} ms a load"
-    )
-    click.echo("loray " + shlex.join(arguments))
-    compared = simulated.beside([run.row for run in runs], simulated.simulate(arguments))
-    click.echo("\n".join(simulated.table(compared)))
-    return compared
+    """What work costs comes from the runs of the other routers: no run is compared with its own times."""
+    found = []
+    for run in (r for r in runs if r.row.router in simulated.POLICIES):
+        router = run.row.router
+        others = [r for r in runs if r.row.router != router]
+        if not others:
+            raise ValueError("what work costs comes from the runs of other routers: name two or more with --router")
+        costs = fit([r.counted for r in others])
+        load_s = sum(r.load_s[0] for r in others) / max(1.0, sum(r.load_s[1] for r in others))
+        file, source = folder / f"profile-{router}.json", f"benchmarks.cluster, all routers but {router}"
+        file.write_text(profile(costs, load_s, run.after, spec, source).model_dump_json(indent=2), encoding="utf-8")
+        click.echo(
+            f"{source}: {1e3 * costs.step:.2f} ms a step, {1e3 * costs.row:.2f} a request in it, "
+            f"{1e6 * costs.prompt:.1f} µs a prompt's token, {1e3 * load_s:.2f} ms a load"
+        )
+        arguments = simulated.command(folder / "trace.jsonl", file, trace.warm_up_s, num_replicas, router)
+        click.echo("loray " + shlex.join(arguments))
+        found += simulated.beside([run.row], simulated.simulate(arguments))
+    click.echo("\n".join(simulated.table(found)))
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ class Seen:
 
     at      when it was due; what it was sent later counts as latency
     routed  when a replica had accepted it
-    loads   the requests on each replica then, this one included, as the router knew them; `load`: on its own
+    loads   the requests on each replica then, this one included, as loray's router knew them; `load`: on its own
     """
 
     at: float
@@ -64,12 +64,18 @@ def send(port: int, names: Sequence[str], asked: Sequence[Asked], part: str, rec
             seen.first, seen.last = times[0] - began, times[-1] - began
         except (OSError, RuntimeError, ValueError) as e:
             seen.error = f"{type(e).__name__}: {e}"
-        if index in placements:
-            where = placements[index]
-            seen.routed, seen.replica = where.at - began, where.replica
-            seen.loads, seen.load = tuple(where.loads.values()), where.loads.get(where.replica, 0)
+        place(seen, placements.get(index), began)
         found.append(seen)
     return found
+
+
+def place(seen: Seen, where: Placement | None, began: float) -> None:
+    """Takes over what the router wrote down of the request. An answer of an unknown replica is an error."""
+    if where is None:
+        seen.error = seen.error or "the router wrote down no replica for it"
+        return
+    seen.routed, seen.replica = where.at - began, where.replica
+    seen.loads, seen.load = tuple(where.loads.values()), where.loads.get(where.replica, 0)
 
 
 def read_placements(record: Path, part: str) -> dict[int, Placement]:

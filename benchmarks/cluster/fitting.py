@@ -39,6 +39,8 @@ def fit(parts: Sequence[Sequence[Seen]]) -> Costs:
     """From all requests of these runs. ValueError where they do not say what work costs."""
     kept = [[s for s in part if not s.error and s.replica] for part in parts]
     between, rows = (np.concatenate(c) for c in zip(*(decoding(part) for part in kept), strict=True))
+    if len(between) < _FEWEST:
+        raise ValueError(f"{len(between)} requests had two tokens or more, {_FEWEST} are needed: raise --seconds")
     step, row = nonnegative(between, rows)
     prompts, beside, waits = (np.concatenate(c) for c in zip(*(undisturbed(part) for part in kept), strict=True))
     if len(prompts) < _FEWEST:

@@ -22,7 +22,8 @@ from serve_apps.gateway.replicas.router import AdapterRouter
 
 class Recorded:
     """A line of JSON for each request that a replica has accepted: whose it is (the client's id), when (seconds of
-    `time.perf_counter`), the replica, and the requests on all replicas as the router knows them, this one included.
+    `time.perf_counter`), the replica, and, for loray's, the requests on all replicas as the router knows them, this one
+    included.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -35,17 +36,18 @@ class Recorded:
         super().on_request_routed(pending_request, replica_id, result)  # type: ignore[misc]
         first = pending_request.args[0] if pending_request.args else None
         if isinstance(first, GenerateRequest):
-            lengths = {str(name.unique_id): self._length(name) for name in self._replicas}  # type: ignore[attr-defined]
-            line = [first.request_id.partition("-")[0], time.perf_counter(), str(replica_id.unique_id), lengths]
+            name = first.request_id.partition("-")[0]
+            line = [name, time.perf_counter(), str(replica_id.unique_id), self._known_loads()]
             self._record.write(json.dumps(line) + "\n")
 
-    def _length(self, replica: ReplicaID) -> int:
-        return self.replica_queue_len_cache.get(replica) or 0  # type: ignore[attr-defined]
+    def _known_loads(self) -> dict[str, int]:
+        return {}
 
 
 class Loray(Recorded, AdapterRouter):
-    def _length(self, replica: ReplicaID) -> int:
-        return self._lengths.known(str(replica.unique_id))
+    def _known_loads(self) -> dict[str, int]:
+        names = (str(replica.unique_id) for replica in self._replicas)
+        return {name: self._lengths.known(name) for name in names}
 
 
 class Default(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
@@ -56,6 +58,7 @@ class Random(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        _pause_if_full(pending_request)
         return [[random.choice(candidate_replicas)]] if candidate_replicas else []
 
 
@@ -69,6 +72,13 @@ class RoundRobin(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc
     ) -> list[list[RunningReplica]]:
         if not candidate_replicas:
             return []
+        _pause_if_full(pending_request)
         self._turn += 1
         in_order = sorted(candidate_replicas, key=lambda replica: str(replica.replica_id.unique_id))
         return [[in_order[self._turn % len(in_order)]]]
+
+
+def _pause_if_full(pending_request: PendingRequest | None) -> None:
+    """Otherwise Serve asks again at once where the replica has no room."""
+    if pending_request is not None:
+        pending_request.routing_context.should_backoff = True

@@ -35,20 +35,20 @@ class Beside(NamedTuple):
         return abs(self.ratio - 1) <= _WITHIN
 
 
-def command(trace: Path, profile: Path, warm_up_s: float, num_replicas: int, routers: Sequence[str]) -> list[str]:
+def command(trace: Path, profile: Path, warm_up_s: float, num_replicas: int, router: str) -> list[str]:
     """Arguments of `loray`."""
     options = ["simulate", "--trace", str(trace), "--replay", "--warm-up", f"{warm_up_s:.3f}"]
     options += ["--profile", str(profile), "--replicas", str(num_replicas), "--fixed", "--seeds", str(_SEEDS)]
-    return options + [word for name in POLICIES if name in routers for word in ("--policy", name)]
+    return [*options, "--policy", router]
 
 
 def simulate(arguments: Sequence[str]) -> dict[str, Any]:
-    """By policy, the figures that the command prints. SystemExit with its error."""
+    """By policy, the figures that the command prints. RuntimeError with its error."""
     done = subprocess.run(
         [sys.executable, "-m", "loray.cli.main", *arguments, "--json"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"loray simulate failed:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"loray simulate failed:\n{done.stdout}{done.stderr}")
     policies: dict[str, Any] = json.loads(done.stdout)["policies"]
     return policies
 

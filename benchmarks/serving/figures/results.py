@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.machine import MachineRates
+from benchmarks.output import without_nan
 from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, prompt_seconds
 from benchmarks.serving.figures.mixed import MixedFigures
 from benchmarks.serving.figures.rows import Row, differing
@@ -66,7 +66,7 @@ class Results:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = _without_nan(self._fields())
+        found: dict[str, Any] = without_nan(self._fields())
         return found
 
     def _fields(self) -> dict[str, Any]:
@@ -80,12 +80,3 @@ class Results:
             "differing": [{"case": c, "system": s, "share": share} for c, s, share in self.isolation()],
             "first_tokens_as_ours": [{"case": c, "system": s, "share": share} for c, s, share in self.agreement()],
         }
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN becomes None, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
