@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute
 
 from loray.errors import LorayError, SpecError
-from serve_apps.console.live.streams import EVENT_STREAM, Streams
+from serve_apps.console.live.streams import EVENT_STREAM, STREAM_HEADERS, Streams
 from serve_apps.console.rendering import PREFIX, Renderer
 
 
@@ -41,7 +41,7 @@ class PageRoute(APIRoute):
                 return first
             streams: Streams = request.app.state.console.backend.streams
             events = streams.events(_text(first), partial(_look_again, request, handled))
-            return StreamingResponse(events, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
+            return StreamingResponse(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
         return streamed if self.path.endswith("/live") else handled
 

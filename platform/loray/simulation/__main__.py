@@ -6,6 +6,7 @@ A process of its own, since a simulation computes for seconds in Python.
 from __future__ import annotations
 
 import math
+import os
 import sys
 
 from loray.errors import SpecError
@@ -49,6 +50,7 @@ def told(asked: Asked) -> Told:
 
 
 def main() -> int:
+    os.nice(19)  # whoever serves on this machine goes first
     try:
         sys.stdout.write(told(Asked.model_validate_json(sys.stdin.read())).model_dump_json())
     except SpecError as e:

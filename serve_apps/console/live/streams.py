@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 EVENT_STREAM = "text/event-stream"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
 _INTERVAL_S = 3.0
 _LENGTH_S = 15.0  # after which the browser asks again: a server that stops waits no longer for its pages
 

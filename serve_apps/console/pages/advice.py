@@ -91,10 +91,10 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 
 
 @router.post("/simulate")
-async def show_simulation(console: ConsoleDep, request: Request) -> Response:
+async def show_simulation(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray simulate` says of made-up requests, within bounds."""
     form = await read_form(request)
     given = {name: form.get(name) for name in Asked.model_fields if name != "policies" and form.get(name)}
     asked = checked(Asked, given | {"policies": form.all("policies")})
-    found = await run_in_threadpool(simulated, asked)
+    found = await run_in_threadpool(simulated, asked, asking.account)
     return console.renderer.page(request, "parts/simulation.html", **found._asdict())

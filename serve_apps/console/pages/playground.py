@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.errors import LorayError
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.live.streams import EVENT_STREAM, STREAM_HEADERS
 from serve_apps.console.routing import router_of
 
 _SUGGESTED = 50
@@ -50,7 +51,7 @@ def show_playground(
 async def chat(console: ConsoleDep, request: Request) -> Response:
     """A request of OpenAI's chat completions, sent on with the key of this session; the answer as it comes."""
     status, chunks = await console.backend.gateway.stream(_CHAT, await request.body(), request.state.authorization)
-    return StreamingResponse(chunks, status, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(chunks, status, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
 
 @router.get("/tier")

@@ -30,21 +30,34 @@ class HeatMap(NamedTuple):
 
 
 def heat_maps_of(evaluations: Iterable[Evaluation]) -> list[HeatMap]:
-    """One for each task, metric and model that has depths. What was measured again counts as it was measured last."""
-    found: dict[tuple[str, str, str], dict[tuple[int, float], float]] = {}
+    """One for each task, dataset, metric and model that has depths.
+
+    What was measured again counts as it was measured last.
+    """
+    found: dict[tuple[str, str, str, str], dict[tuple[int, float], float]] = {}
     for e in evaluations:
         if e.depth is not None and e.context_length is not None:
             for metric in _WHAT:
                 if e.metric.endswith(f"_{metric}"):
                     task = e.metric.removesuffix(f"_{metric}")
-                    found.setdefault((task, e.subject, metric), {})[e.context_length, e.depth] = e.value
+                    found.setdefault((task, e.dataset, e.subject, metric), {})[e.context_length, e.depth] = e.value
     # One scale for all models, so that they can be compared.
-    likelihoods = (cells.values() for (_, _, metric), cells in found.items() if metric == LOG_LIKELIHOOD)
+    likelihoods = (cells.values() for (*_, metric), cells in found.items() if metric == LOG_LIKELIHOOD)
     worst = min([_WORST, *(value for values in likelihoods for value in values)])
     return [
-        _drawn(f"{task}, {subject.replace('_', ' ')}: {_WHAT[metric]}", cells, metric == EXACT_MATCH, worst)
-        for (task, subject, metric), cells in found.items()
+        _drawn(
+            f"{_named(task, dataset)}, {subject.replace('_', ' ')}: {_WHAT[metric]}",
+            cells,
+            metric == EXACT_MATCH,
+            worst,
+        )
+        for (task, dataset, subject, metric), cells in found.items()
     ]
+
+
+def _named(task: str, dataset: str) -> str:
+    """Datasets of made-up texts are called after their task, as in "passkey, seed 0"."""
+    return dataset if dataset.startswith(task) else f"{task} in {dataset}"
 
 
 def _drawn(title: str, cells: dict[tuple[int, float], float], is_share: bool, worst: float) -> HeatMap:

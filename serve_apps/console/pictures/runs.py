@@ -44,7 +44,8 @@ class Comparison(NamedTuple):
 
 class Ranked(NamedTuple):
     """A sweep's trials by their held-out loss: (trial, its values, its loss), the best first, and the first as a curve.
-    `best`: the number of the one that is, or would be, published. `num_trials`: of all.
+    `best`: the number of the one that is, or would be, published; None while records are still to be read.
+    `num_trials`: of all.
     """
 
     rows: tuple[tuple[TrialRecord, str, float | None], ...]
@@ -55,10 +56,10 @@ class Ranked(NamedTuple):
 
 def rank(trials: Trials) -> Ranked:
     order = ranked(trials.records, keep_best=trials.keep_best)
-    chosen = best(trials.records, keep_best=trials.keep_best)
+    chosen = best(trials.records, keep_best=trials.keep_best) if trials.is_whole else None
     lines = {f"{record.trial}: {label(record.values)}": dict(record.losses) for record in order[:_DRAWN_TRIALS]}
     rows = ((r, label(r.values), r.loss(keep_best=trials.keep_best)) for r in order[:_SHOWN_TRIALS])
-    return Ranked(tuple(rows), curve_of(lines), None if chosen is None else chosen.trial, trials.num_trials)
+    return Ranked(tuple(rows), curve_of(lines), None if chosen is None else chosen.trial, len(order))
 
 
 def compare(seen: Mapping[str, tuple[Job, Seen]]) -> Comparison:

@@ -46,10 +46,12 @@ function replacePart(part, text) {
 }
 
 // Parts of a page that are followed: a stream of events, each with the whole part. It ends now and then, and is asked for
-// again after 3 s; after a failure after twice the time, up to a minute. What nobody sees is not followed.
+// again after 3 s; after a failure, or a minute without a byte, after twice the time, up to a minute. What nobody sees is
+// not followed.
 for (const part of document.querySelectorAll("[data-live]")) {
   const shortest = 3000;
   const longest = 60000;
+  const silent = 60000; // a look, which may wait for Ray, takes less
   let wait = shortest;
 
   const show = (text) => {
@@ -60,9 +62,16 @@ for (const part of document.querySelectorAll("[data-live]")) {
   };
 
   const follow = async () => {
+    if (document.hidden) return document.addEventListener("visibilitychange", follow, { once: true });
     const left = new AbortController();
     const leave = () => document.hidden && left.abort();
     document.addEventListener("visibilitychange", leave);
+    let timer;
+    const hear = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => left.abort(), silent);
+    };
+    hear();
     try {
       const headers = { Accept: "text/event-stream", "HX-Request": "true" };
       const answer = await fetch(part.dataset.live, { headers, signal: left.signal });
@@ -73,6 +82,7 @@ for (const part of document.querySelectorAll("[data-live]")) {
       for (;;) {
         const { value, done } = await reader.read();
         if (done) break;
+        hear();
         const events = (rest + value).split("\n\n");
         rest = events.pop();
         for (const event of events) if (event.startsWith("data: ")) show(JSON.parse(event.slice(6)));
@@ -80,12 +90,12 @@ for (const part of document.querySelectorAll("[data-live]")) {
         if (part.querySelector("[data-ended]")) return left.abort();
       }
     } catch {
-      wait = left.signal.aborted ? shortest : Math.min(2 * wait, longest);
+      wait = document.hidden ? shortest : Math.min(2 * wait, longest);
     } finally {
+      clearTimeout(timer);
       document.removeEventListener("visibilitychange", leave);
     }
-    if (document.hidden) document.addEventListener("visibilitychange", follow, { once: true });
-    else setTimeout(follow, wait);
+    setTimeout(follow, document.hidden ? 0 : wait);
   };
   setTimeout(follow, wait);
 }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.sweeps import history
 from jobs.sweeps.history import SweepTrials
 from jobs.sweeps.trials import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.errors import StoreError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
+from serve_apps.console.pictures.runs import rank
 
 BEGAN = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -41,9 +44,46 @@ def test_trials_are_read_as_they_are_written(tmp_path: Path) -> None:
     (folder / record_file(1)).write_text(ended.model_dump_json())
     found = trials.read()
     assert found is not None
-    assert (found.records[1], found.num_trials, found.keep_best) == (ended, 2, recipe.evaluation.keep_best)
+    assert (found.records[1], len(found.records), found.keep_best) == (ended, 2, recipe.evaluation.keep_best)
     (folder / record_file(1)).unlink()  # it is read once
     assert trials.read() == found
+
+
+def test_a_look_reads_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MOST_READ", 3)
+    settings, recipe = Settings.from_env({"LORAY_HOME": str(tmp_path)}), load_recipe("lora_smollm2").spec
+    trials = SweepTrials(settings, "tone", "sweep_1", BEGAN)
+    folder = tmp_path / "sweeps" / "tone" / "20260102-120001-000000"
+    folder.mkdir(parents=True)
+    (folder / "job_id").write_text("sweep_1")
+    several = tuple(Trial(values={"adapter.rank": str(n)}, recipe=recipe) for n in range(1, 6))
+    (folder / PLAN).write_text(SweepPlan(recipe=recipe, folder="/", trials=several).model_dump_json())
+
+    def write(number: int, **fields: Any) -> None:
+        record = TrialRecord(trial=number, values=several[number].values, losses=((1, 5.0 - number),), **fields)
+        (folder / record_file(number)).write_text(record.model_dump_json())
+
+    for number in range(5):
+        write(number, status="running" if number == 0 else "completed")
+    read, content = [], history._content
+
+    def counted(filesystem: Any, path: str) -> bytes:
+        read.append(path[-6])
+        return content(filesystem, path)
+
+    monkeypatch.setattr(history, "_content", counted)
+
+    def look() -> tuple[str, bool, int | None]:
+        read.clear()
+        found = trials.read()
+        assert found is not None
+        return "".join(read), found.is_whole, rank(found).best
+
+    assert look() == ("n012", False, None)  # and the plan
+    assert look() == ("340", True, 4)
+    assert look() == ("", True, 4)
+    write(0, status="stopped")
+    assert (look(), look()) == (("0", True, 4), ("", True, 4))
 
 
 def test_a_plan_that_is_none_is_an_error(tmp_path: Path) -> None:

@@ -55,14 +55,18 @@ def test_a_deployment_is_simulated(console: ConsoleSite) -> None:
 
 
 def test_what_is_not_simulated(console: ConsoleSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    console.log_in(console.key("infer"))
     for wrong, said in (
         ({"minutes": "60", "replicas": "64", "utilization": "1"}, "loray simulate"),
-        ({"policies": ["magic"]}, "choose policies of loray"),
         ({"policies": []}, "policies"),
         ({"replicas": "65"}, "replicas"),
+        ({"policies": ["magic"]}, "choose policies of loray"),
     ):
+        simulation._rests.clear()
         refused = console.post("/advice/simulate", RUN | wrong)
         assert (refused.status_code, said in refused.text) == (422, True), refused.text
+    again = console.post("/advice/simulate", RUN)  # the last one was just now
+    assert (again.status_code, "last simulation was just now" in again.text) == (429, True)
     with simulation._running:
         busy = console.post("/advice/simulate", RUN)
     assert (busy.status_code, "try again" in busy.text) == (429, True)

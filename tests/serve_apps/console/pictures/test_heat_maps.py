@@ -6,12 +6,14 @@ from loray.spec import Evaluation
 from serve_apps.console.pictures.heat_maps import NUM_SHADES, Cell, heat_maps_of
 
 
-def cell(metric: str, value: float, length: int, depth: float, subject: str = "adapter") -> Evaluation:
+def cell(
+    metric: str, value: float, length: int, depth: float, subject: str = "adapter", dataset: str = "passkey"
+) -> Evaluation:
     return Evaluation.model_validate(
         {
             "metric": f"passkey_{metric}",
             "value": value,
-            "dataset": "passkey",
+            "dataset": dataset,
             "subject": subject,
             "context_length": length,
             "depth": depth,
@@ -38,6 +40,17 @@ def test_models_have_one_scale() -> None:
     )
     assert (base.title, base.rows[0][1]) == ("passkey, base scaled: log-likelihood of the key", (Cell("−20.0", 0),))
     assert adapter.rows[0][1] == (Cell("0.0", NUM_SHADES - 1),)
+
+
+def test_datasets_are_apart() -> None:
+    measured = [cell("exact_match", share, 1024, 0.5, dataset=f"passkey, seed {share:.0f}") for share in (0.0, 1.0)]
+    maps = heat_maps_of([*measured, cell("exact_match", 0.5, 1024, 0.5, dataset="mine")])
+    assert [found.title.partition(": ")[0] for found in maps] == [
+        "passkey, seed 0, adapter",
+        "passkey, seed 1, adapter",
+        "passkey in mine, adapter",
+    ]
+    assert [found.rows[0][1][0] for found in maps] == [Cell("0%", 0), Cell("100%", 5), Cell("50%", 3)]
 
 
 def test_a_map_is_bounded() -> None:
