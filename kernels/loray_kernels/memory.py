@@ -19,7 +19,7 @@ from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
 _SHARED = 16 * _HUGE_PAGE
-_SMALL, _LINE = 64 << 10, 64
+_LINE = 64
 _MALLOPT = {  # mallopt(3): parameters of <malloc.h>, and their values in bytes
     -3: 32 << 20,  # M_MMAP_THRESHOLD: larger blocks go back to the system when they are freed; the most that is allowed
     -1: 256 << 20,  # M_TRIM_THRESHOLD: free memory at the end of the heap, above which it is given back
@@ -28,36 +28,34 @@ _MALLOPT = {  # mallopt(3): parameters of <malloc.h>, and their values in bytes
 
 
 def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (num_elements,), on the CPU. Tensors of less than 64 KB are ordinary memory.
-
-    Tensors of up to 16 MB share pages, which are kept until the last of them is gone: the matrices of a small model are
-    smaller than a huge page.
-    """
+    """Zeros, (num_elements,), on the CPU. Small tensors are ordinary memory."""
     num_bytes = num_elements * dtype.itemsize
-    if num_bytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_elements, dtype=dtype)
-    if num_bytes > _SHARED // 2:
-        return _tensor(memoryview(_map(_whole(num_bytes))), _whole(num_bytes), torch.uint8)[:num_bytes].view(dtype)
-    return _shared.take(num_bytes).view(dtype)
+    size = -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
+    return _tensor(memoryview(_map(size)), size, torch.uint8)[:num_bytes].view(dtype)
 
 
-class _Shared:
-    """Zeros that are cut from large mappings, one after the other."""
+class SharedPages:
+    """Zeros that are cut from large mappings, one after the other, for tensors that live as long as each other: the
+    matrices of a small model are smaller than a huge page. A mapping is kept until the last of its tensors is gone.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._left = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, num_bytes: int) -> Tensor:
+    def zeros(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """(num_elements,), on the CPU."""
+        num_bytes = num_elements * dtype.itemsize
+        if num_bytes > _SHARED // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return huge_pages(num_elements, dtype)
         size = -(-num_bytes // _LINE) * _LINE
         with self._lock:
             if len(self._left) < size:
                 self._left = _tensor(memoryview(_map(_SHARED)), _SHARED, torch.uint8)
             taken, self._left = self._left[:num_bytes], self._left[size:]
-        return taken
-
-
-_shared = _Shared()
+        return taken.view(dtype)
 
 
 def keep_freed() -> None:
@@ -143,11 +141,6 @@ def _rounded(num_bytes: int) -> int:
     """Rounded up to multiples of an eighth of a power of two and of huge pages, so that memory fits later tensors."""
     step = max(_HUGE_PAGE, 1 << max(0, num_bytes.bit_length() - 4))
     return -(-num_bytes // step) * step
-
-
-def _whole(num_bytes: int) -> int:
-    """Rounded up to huge pages."""
-    return -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
 
 
 def _map(num_bytes: int) -> mmap.mmap:

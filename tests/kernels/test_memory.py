@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loray_kernels.memory import Recycled, huge_pages
+from loray_kernels.memory import Recycled, SharedPages, huge_pages
 
 MB = 1 << 20
 
@@ -98,16 +98,18 @@ def test_freed_memory_is_kept_for_the_next_tensors() -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [100, 70_000, 3 * MB + 5, 40 * MB + 1])
-def test_huge_pages_are_zeros_of_their_own(num_bytes: int) -> None:
-    first, second = (huge_pages(num_bytes, torch.uint8) for _ in range(2))
-    assert first.shape == (num_bytes,)
-    first.fill_(7)
-    assert not second.any()
-    second.fill_(9)
-    assert first.min() == first.max() == 7
-    assert num_bytes < 70_000 or first.data_ptr() % 64 == 0
+def test_pages_are_zeros_of_their_own(num_bytes: int) -> None:
+    shared = SharedPages()
+    for zeros in (huge_pages, shared.zeros):
+        first, second = (zeros(num_bytes, torch.uint8) for _ in range(2))
+        assert first.shape == (num_bytes,)
+        first.fill_(7)
+        assert not second.any()
+        second.fill_(9)
+        assert first.min() == first.max() == 7
 
 
 def test_matrices_smaller_than_a_huge_page_share_one() -> None:
-    addresses = [huge_pages(MB, torch.bfloat16).data_ptr() for _ in range(3)]
-    assert any(b - a == 2 * MB for a, b in pairwise(addresses))
+    shared = SharedPages()
+    addresses = [shared.zeros(MB, torch.bfloat16).data_ptr() for _ in range(3)]
+    assert [b - a for a, b in pairwise(addresses)] == [2 * MB, 2 * MB]

@@ -7,6 +7,7 @@ reference.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from loray_kernels.cpu.native import Functions, functions, packed_size, sample_f
 from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
-from loray_kernels.memory import huge_pages
+from loray_kernels.memory import SharedPages
 from loray_kernels.ops import LinearWeights
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.draws import Draws, log_share
@@ -36,6 +37,7 @@ class DenseOps(ReferenceOps):
     def __init__(self, isa: str | None = None) -> None:
         self.isa = isa or supported()[-1]
         self._functions = functions(self.isa)
+        self._pages = SharedPages()
 
     def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
         """The kernels for these tensors; None if the call goes to the reference."""
@@ -47,12 +49,15 @@ class DenseOps(ReferenceOps):
         return self._functions.get(dtype)
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        return self._packed(weight_OI, bias_O, self._pages.zeros)
+
+    def _packed(self, weight_OI: Tensor, bias_O: Tensor | None, zeros: Callable[..., Tensor]) -> LinearWeights:
         f = self._for(weight_OI)
         if f is None:
             return super().pack_linear(weight_OI, bias_O)
         weight_OI = weight_OI.contiguous()
         out_features, in_features = weight_OI.shape
-        packed = huge_pages(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
+        packed = zeros(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
         f.pack_linear(weight_OI.data_ptr(), in_features, out_features, packed.data_ptr(), torch.get_num_threads())
         return LinearWeights(in_features, out_features, packed, None if bias_O is None else bias_O.contiguous())
 

@@ -22,6 +22,7 @@ from loray_kernels.cpu.tables import (
     pack_step,
 )
 from loray_kernels.layout import token_rows
+from loray_kernels.memory import huge_pages
 from loray_kernels.ops import (
     LayerTables,
     LayerWeights,
@@ -180,5 +181,5 @@ class CpuOps(DenseOps):
         weights: LinearWeights | None = matrix.memo.get(key)
         if weights is None:
             assert width <= matrix.data.shape[1]
-            weights = matrix.memo[key] = self.pack_linear(matrix.data[:, :width])
+            weights = matrix.memo[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
