@@ -24,7 +24,8 @@ class Seen:
 
     at      when it was due; what it was sent later counts as latency
     routed  when a replica had accepted it
-    loads   the requests on each replica then, this one included, as loray's router knew them; `load`: on its own
+    loads   the requests on each replica when its own was chosen, itself included, as loray's router knew them; `load`:
+            on its own
     """
 
     at: float

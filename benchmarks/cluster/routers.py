@@ -22,8 +22,8 @@ from serve_apps.gateway.replicas.router import AdapterRouter
 
 class Recorded:
     """A line of JSON for each request that a replica has accepted: whose it is (the client's id), when (seconds of
-    `time.perf_counter`), the replica, and, for loray's, the requests on all replicas as the router knows them, this one
-    included.
+    `time.perf_counter`), the replica, and, for loray's, the requests on all replicas as the router knew them at its
+    choice, this one included.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -37,17 +37,28 @@ class Recorded:
         first = pending_request.args[0] if pending_request.args else None
         if isinstance(first, GenerateRequest):
             name = first.request_id.partition("-")[0]
-            line = [name, time.perf_counter(), str(replica_id.unique_id), self._known_loads()]
+            line = [name, time.perf_counter(), str(replica_id.unique_id), self._known_loads(pending_request)]
             self._record.write(json.dumps(line) + "\n")
 
-    def _known_loads(self) -> dict[str, int]:
+    def _known_loads(self, pending: PendingRequest) -> dict[str, int]:
         return {}
 
 
 class Loray(Recorded, AdapterRouter):
-    def _known_loads(self) -> dict[str, int]:
-        names = (str(replica.unique_id) for replica in self._replicas)
-        return {name: self._lengths.known(name) for name in names}
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._at_choice: dict[int, dict[str, int]] = {}  # by id of the pending request
+        super().initialize_state(**kwargs)
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        pending = self._get_pending_request_matching_internal_request_id(request_metadata)
+        if pending is not None:
+            chosen = replica.replica_id
+            loads = {str(r.unique_id): self._lengths.of(str(r.unique_id)) + (r == chosen) for r in self._replicas}
+            self._at_choice[id(pending)] = loads
+        super()._fulfill_next_pending_request(replica, request_metadata)
+
+    def _known_loads(self, pending: PendingRequest) -> dict[str, int]:
+        return self._at_choice.pop(id(pending), {})
 
 
 class Default(Recorded, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
