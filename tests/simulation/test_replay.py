@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from loray.errors import DataError, SpecError
+from loray.simulation.cluster import Cluster
 from loray.simulation.policies.routers import RandomRouter
 from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.residency import HOST, NOWHERE, POOL, ReplicaAdapters
 from loray.simulation.scenario import Scenario, simulate
-from loray.simulation.simulator import Policy, Simulator
+from loray.simulation.simulator import Outcome, Policy, Simulator
 from loray.simulation.summary import summary
 from loray.simulation.workload.traces import read
 from tests.simulation.made import requests, run_one
@@ -36,7 +37,33 @@ def test_the_warm_up_is_not_counted() -> None:
     found = summary(outcome, made)
     assert found.p50_ttft_s == pytest.approx(outcome.ttft_R[2:].mean())
     assert found.cold_share == 0.5
+    assert found.replica_hours == pytest.approx(1.0 / 3600)
     assert found.tokens_per_s == pytest.approx(4 / (1.0 + outcome.end_R[3]))
+
+
+def test_replicas_of_the_warm_up_alone_are_not_counted() -> None:
+    made = requests((0.0, 8, 2, 0), (10.0, 8, 2, 0), (11.0, 8, 2, 0))
+
+    def outcome(warm_up: float) -> Outcome:
+        class Falling(Fixed):
+            def target(self, cluster: Cluster, now: float) -> int:
+                return 3 if now < 5.0 else 1
+
+        policy = Policy("one", RandomRouter(6, 0), Falling(1))
+        return Simulator(made, PROFILE, policy, initial=3, size=3, warm_up=warm_up).run()
+
+    whole, rest = (summary(outcome(warm_up), made) for warm_up in (0.0, 10.0))
+    assert (whole.max_replicas, rest.max_replicas) == (3, 1)
+    assert whole.replica_hours > 11.0 / 3600
+    assert rest.replica_hours == pytest.approx(1.0 / 3600)
+
+
+def test_a_replay_starts_with_what_its_trace_needs() -> None:
+    """Whatever `utilization` says. Here it is the work of two replicas, which are to be busy for 0.8 of the time."""
+    work = requests((0.0, 800, 20, 0)).work(PROFILE)
+    made = requests(*((i * work / 2, 800, 20, 0) for i in range(100)))
+    for utilization in (0.1, 0.9):
+        assert Scenario(PROFILE, 10, 1, 1.0, made, utilization, replay=True).initial == 3
 
 
 def test_a_request_that_finds_its_adapter_in_the_pool_keeps_the_copy_on_the_host() -> None:

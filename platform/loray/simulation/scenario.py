@@ -63,7 +63,12 @@ class Scenario:
     @property
     def initial(self) -> int:
         """Replicas at the start: what the mean needs, for every policy but the one that knows the future."""
-        return self.replicas if self.fixed else min(ceil(self.utilization * self.replicas / _TARGET), self.replicas)
+        if self.fixed:
+            return self.replicas
+        busy = self.utilization * self.replicas
+        if self.replay and self.trace is not None:
+            busy = self.trace.cut(self.profile.context_length).work(self.profile) / max(self.trace.seconds, 1.0)
+        return min(max(1, ceil(busy / _TARGET)), self.replicas)
 
     @property
     def autoscaling(self) -> AutoscalingSpec:

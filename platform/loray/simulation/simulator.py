@@ -38,7 +38,7 @@ class Outcome:
     num_warming    the first so many came in the warm-up
     cold_loads     loads from the store for which requests waited, since the warm-up
     evictions      of adapters from pools, since then
-    replica_hours  from the decision to start each replica until it had ended, up to the last arrival
+    replica_hours  from the decision to start each replica until it had ended, since then and up to the last arrival
     replicas       (seconds, replicas that take requests, start or end) at each decision
     loads          (seconds, cold loads so far) at each decision
     """
@@ -58,7 +58,7 @@ class Outcome:
 class Simulator:
     """Runs once. Events of equal times come in the order in which they were made.
 
-    warm_up  seconds whose loads and evictions are not counted
+    warm_up  seconds whose loads, evictions and replicas are not counted
     seed     of what each request takes outside its replica
     """
 
@@ -94,16 +94,16 @@ class Simulator:
     def run(self) -> Outcome:
         requests = self._requests
         columns = (requests.at_R, requests.prompt_R, requests.output_R, requests.adapter_R)
-        before = 0, 0
+        before, hours_before = (0, 0), 0.0
         self._push(0.0, _DECIDE)
         for index, (at, prompt, output, adapter) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             while self._events and self._events[0][0] <= at:
                 self._next_event()
-            if index == self._num_warming:
-                before = self.cluster.totals()
+            if index and index == self._num_warming:
+                before, hours_before = self.cluster.totals(), self.cluster.hours(at)
             self._arrive(Job(index, prompt, output, adapter), at)
         end = requests.seconds
-        hours, totals = self.cluster.hours(end), self.cluster.totals()
+        hours, totals = self.cluster.hours(end) - hours_before, self.cluster.totals()
         loads, evictions = (now - then for now, then in zip(totals, before, strict=True))
         while self._events:
             self._next_event(ending=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ class Summary(NamedTuple):
     """Of one policy over one run or several, without the warm-up. Times in seconds; means over the runs where they are
     quantiles.
 
+    max_replicas  the most at a time, of those there when the first of these requests came and later
     tokens_per_s  generated, from the first arrival to the last token
     """
 
@@ -38,6 +40,8 @@ def summary(outcome: Outcome, requests: Requests) -> Summary:
     ttft_R, end_R = outcome.ttft_R[counted], outcome.end_R[counted]
     at_R, output_R = requests.at_R[counted], requests.output_R[counted]
     p50, p99 = np.quantile(ttft_R, (0.5, 0.99))
+    times = [at for at, _ in outcome.replicas]
+    first = max(0, bisect_right(times, at_R[0]) - 1) if outcome.num_warming else 0
     return Summary(
         p50_ttft_s=float(p50),
         p99_ttft_s=float(p99),
@@ -47,7 +51,7 @@ def summary(outcome: Outcome, requests: Requests) -> Summary:
         cold_share=outcome.cold_loads / len(ttft_R),
         evictions=outcome.evictions,
         replica_hours=outcome.replica_hours,
-        max_replicas=max((number for _, number in outcome.replicas), default=0),
+        max_replicas=max((number for _, number in outcome.replicas[first:]), default=0),
         tokens_per_s=float(output_R.sum() / ((at_R + end_R).max() - at_R[0])),
     )
 
