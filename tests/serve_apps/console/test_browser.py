@@ -114,7 +114,9 @@ def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
 def ask_for_advice(seen: Seen) -> None:
     page = seen.page
     seen.open("/advice")
+    page.get_by_role("button", name="Recommend", exact=True).click()
     page.wait_for_selector("#recommended tbody")
+    page.get_by_role("button", name="Plan", exact=True).click()
     page.wait_for_selector("#planned tbody")
     page.click("button:text-is('Simulate')")
     page.wait_for_selector("#simulated .curve canvas", timeout=30000)
