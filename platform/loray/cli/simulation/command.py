@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from loray.cli.output import console, emit, json_option, table
+from loray.cli.output import console, emit, json_option, progress_bar, table
 from loray.cli.simulation.picture import draw
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.scenario import POLICIES, Scenario
@@ -105,30 +105,34 @@ def simulate(
     found: dict[str, list[Summary]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     courses, num_requests = [], 0
-    for number in range(seed, seed + seeds):
-        scenario = Scenario(
-            profile,
-            replicas,
-            adapters,
-            minutes,
-            loaded,
-            utilization,
-            alpha,
-            number,
-            fixed,
-            target_utilization,
-            replay,
-            warm_up,
-        )
-        requests = scenario.requests()
-        num_requests += len(requests)
-        for name in names:
-            began = time.perf_counter()
-            outcome = next(run(scenario, requests, (name,)))
-            seconds[name] += time.perf_counter() - began
-            found[name].append(summary(outcome, requests))
-            if number == seed and plot is not None:
-                courses.append(course(outcome, requests))
+    with progress_bar() as progress:
+        for number in range(seed, seed + seeds):
+            scenario = Scenario(
+                profile,
+                replicas,
+                adapters,
+                minutes,
+                loaded,
+                utilization,
+                alpha,
+                number,
+                fixed,
+                target_utilization,
+                replay,
+                warm_up,
+            )
+            requests = scenario.requests()
+            num_requests += len(requests)
+            for name in names:
+                step = f"{name}, run {number - seed + 1} of {seeds}"
+                progress(step, 0.0)
+                began = time.perf_counter()
+                outcome = next(run(scenario, requests, (name,)))
+                seconds[name] += time.perf_counter() - began
+                found[name].append(summary(outcome, requests))
+                if number == seed and plot is not None:
+                    courses.append(course(outcome, requests))
+                progress(step, 1.0)
     title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"
     if plot is not None:
         plot.write_text(draw(title, courses))

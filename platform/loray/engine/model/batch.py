@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -64,11 +65,14 @@ class AdapterBatch:
         self._device = device
         self._tables: dict[tuple[Group, ...], LayerTables] = {}
 
+    def __reduce__(self) -> tuple[Callable[..., AdapterBatch], tuple[object, ...]]:
+        """For another rank: its rows are elsewhere, so it makes tables of its own."""
+        return partial(AdapterBatch, device=self._device), (self.slots,)
+
     def is_for(self, slots: Sequence[Slot]) -> bool:
         """The tables are those of `slots`. The pool replaces the `rows` of adapters that it moves."""
-        return self.slots == tuple(slots) and all(
-            rows is s.adapter.rows for rows, s in zip(self._rows, slots, strict=True)
-        )
+        moved = any(rows is not slot.adapter.rows for rows, slot in zip(self._rows, slots, strict=False))
+        return not moved and self.slots == tuple(slots)
 
     def layer(self, layer: int) -> LayerTables:
         return self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
@@ -225,9 +229,8 @@ def build_batch(
     device: torch.device,
     earlier: AdapterBatch | None = None,
 ) -> Batch:
-    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned.
-
-    `earlier`: the adapters of an earlier step, whose tables are used again if they fit.
+    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned; `earlier`
+    are those of an earlier step, whose tables are used again if they fit.
     """
     placed = [(chunk, resident(chunk)) for chunk in chunks]
     placed.sort(key=lambda item: _order(item[1]))
