@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from loray.catalog.backup import BackupSummary
 from loray.cli.output import emit, json_option, when
@@ -26,7 +27,7 @@ def backup(file: Path, as_json: bool) -> None:
 
     Others publish and serve meanwhile. The bytes of the adapters are in the store: copy that after the catalog.
     """
-    with open_services() as services:
+    with open_services() as services, Console(stderr=True).status("writing the backup"):
         made = services.catalog.write_backup(file)
     _report("backed up", made, as_json)
 
@@ -39,7 +40,7 @@ def restore(file: Path, as_json: bool) -> None:
 
     `loray store verify` says afterwards whether the store has the bytes of every version.
     """
-    with open_services() as services:
+    with open_services() as services, Console(stderr=True).status("reading the backup"):
         restored = services.catalog.read_backup(file)
     _report("restored", restored, as_json)
 
