@@ -54,7 +54,6 @@ def test_recipes_and_specs_are_valid(page: Path) -> None:
 # Blocks of README and CONTRIBUTING, which have no marks, by how they begin.
 ROOT_BLOCKS = {
     "make demo": "takes minutes; continuous integration runs the tests",
-    "   recipe.yaml": "a picture",
     "loray base add smollm2": "the tutorial, which is run, has its steps",
     "make check": "each is what a developer and continuous integration run",
     "platform/loray/ ": "a picture; a test of the layout knows its folders",
