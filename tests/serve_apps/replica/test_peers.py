@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loray.bases.registry import BaseModel
 from loray.errors import NotFoundError, ReplicaUnavailable
 from loray.settings import Settings
 from loray.spec import AdapterOf
@@ -23,7 +21,7 @@ from serve_apps.replica.metrics import LoadCounts
 from serve_apps.replica.peers import giving
 from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
-from tests.serve_apps.replica.test_loading import World, same
+from tests.serve_apps.replica.conftest import World, same
 
 
 class Other:
@@ -67,17 +65,6 @@ class Asker:
         return {name: n for (name,), n in (self.counts.sources | self.counts.answers).items() if n}
 
 
-@pytest.fixture(params=["lora", "vera"])
-def world(
-    request: pytest.FixtureRequest,
-    tiny_base: Callable[..., BaseModel],
-    peft_folder: Callable[..., Path],
-    tmp_path: Path,
-) -> World:
-    base = tiny_base()
-    return World(base, peft_folder(base, request.param), tmp_path / "home")
-
-
 def given(world: World) -> AdapterCopy | None:
     return asyncio.run(CopyGiver(world.loader.cache).give(world.ref.digest))
 
@@ -86,6 +73,7 @@ def without_store(world: World) -> None:
     shutil.rmtree(world.settings.home / "store")
 
 
+@pytest.mark.parametrize("world", ["lora", "vera"], indirect=True)
 def test_a_replica_loads_from_another_one_while_the_store_is_away(world: World, tmp_path: Path) -> None:
     expected, copy = world.load(), given(world)
     assert copy is not None
@@ -103,7 +91,6 @@ def test_a_replica_loads_from_another_one_while_the_store_is_away(world: World, 
     ("answer", "name"),
     [(None, "absent"), (TimeoutError(), "late"), (ReplicaUnavailable("gone"), "failed"), ("damaged", "failed")],
 )
-@pytest.mark.parametrize("world", ["lora"], indirect=True)
 def test_whatever_the_other_replica_answers_the_store_has_it(
     world: World, tmp_path: Path, answer: Any, name: str
 ) -> None:
@@ -120,7 +107,6 @@ def test_whatever_the_other_replica_answers_the_store_has_it(
     assert other.cancelled == (isinstance(answer, Exception))
 
 
-@pytest.mark.parametrize("world", ["lora"], indirect=True)
 def test_a_copy_of_another_adapter_is_refused(world: World, tmp_path: Path) -> None:
     world.load()
     copy = given(world)
@@ -135,7 +121,6 @@ def test_a_copy_of_another_adapter_is_refused(world: World, tmp_path: Path) -> N
     assert asker.seen == {"store": 2, "failed": 2}
 
 
-@pytest.mark.parametrize("world", ["lora"], indirect=True)
 def test_one_that_did_not_answer_is_left_alone_for_a_while(world: World, tmp_path: Path) -> None:
     world.load()
     other = Other(TimeoutError(), None, given(world))
@@ -154,7 +139,6 @@ def test_one_that_did_not_answer_is_left_alone_for_a_while(world: World, tmp_pat
     assert len(other.asked) == 3
 
 
-@pytest.mark.parametrize("world", ["lora"], indirect=True)
 def test_what_is_not_there_whole_is_not_given_and_nobody_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert given(world) is None
     world.load()
