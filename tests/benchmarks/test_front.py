@@ -64,10 +64,10 @@ def test_processor_time_is_that_of_a_process() -> None:
     began, before = time.process_time(), cpu_seconds(os.getpid())
     while time.process_time() < began + 0.2:
         pass
-    assert cpu_seconds(os.getpid()) - before == pytest.approx(time.process_time() - began, abs=0.05)
+    assert cpu_seconds(os.getpid()) - before == pytest.approx(time.process_time() - began, abs=0.01)
     assert tree(os.getpid())[0] == os.getpid()
     assert "python" in title(os.getpid())
-    assert cpu_seconds(1 << 30) == 0.0
+    assert cpu_seconds(1 << 22) == 0.0
 
 
 def test_a_chunk_has_its_length_in_hexadecimal() -> None:
@@ -84,6 +84,7 @@ def test_the_whole_benchmark(
     assert [front.server for front in found] == ["floor", "gateway", "channel"]
     for front in found:
         assert front.tokens_per_s > 0
+        assert front.us_per_token > 0
         assert 0 < front.p50_ms <= front.p99_ms
     rows = json.loads((tmp_path / "front.json").read_text())["rows"]
     assert [row["tokens_per_s"] for row in rows] == [front.tokens_per_s for front in found]
