@@ -34,6 +34,7 @@ class Seen:
     cut      its connection ended after the first token; `error`: so did its stream, with an event that says why
     refused  no answer after all retries; `detail`: the last reason
     wait_s   the longest time without a token, or until the first one
+    tries    those that were made again: from when to when, in seconds after `begun`, and why
     """
 
     begun: float
@@ -43,6 +44,7 @@ class Seen:
     num_retries: int = 0
     end: End = "refused"
     detail: str = ""
+    tries: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -105,10 +107,13 @@ class Load:
         self.num_running += 1
         try:
             while True:
+                tried = time.monotonic()
                 again = await self._try(client, kind, seen, stream=stream)
                 if again is None or seen.num_retries == MAX_RETRIES:
                     return
                 seen.num_retries += 1
+                now = time.monotonic()
+                seen.tries.append(f"{tried - seen.begun:.1f} to {now - seen.begun:.1f} s: {seen.detail}")
                 await asyncio.sleep(again or pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         finally:

@@ -75,7 +75,8 @@ def failures(windows: Sequence[Window]) -> list[str]:
             if not is_allowed:
                 found.append(f"{window.fault.name}: {seen.end} after {seen.num_retries} retries: {seen.detail}")
             if seen.wait_s > max(f.limit_s for f in faults):
-                found.append(f"{window.fault.name}: {seen.wait_s:.1f} s without a token, {seen.end}")
+                tries = "".join(f"; tried {said}" for said in seen.tries)
+                found.append(f"{window.fault.name}: {seen.wait_s:.1f} s without a token, {seen.end}{tries}")
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -16,14 +18,14 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.chaos.__main__ import main
+from benchmarks.chaos.__main__ import _divided, _left, main
 from benchmarks.chaos.clients import Load, Seen
 from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.resumes import Resumes
 from benchmarks.chaos.verdicts import Window, continued, divide, failures, table
 from benchmarks.chaos.wire import Wire
 from tests.serve_apps.chaos.answers import Answer
-from tests.serve_apps.chaos.kinds import Kind
+from tests.serve_apps.chaos.kinds import Kind, make_kinds
 
 
 def fault(**fields: Any) -> Fault:
@@ -46,6 +48,11 @@ def test_a_request_belongs_to_the_last_fault_before_its_end() -> None:
     [
         ({}, False, []),
         ({"wait_s": 10.1}, False, ["10.1 s without a token, whole"]),
+        (
+            {"wait_s": 10.1, "tries": ["0.0 to 9.9 s: 503"]},
+            False,
+            ["10.1 s without a token, whole; tried 0.0 to 9.9 s: 503"],
+        ),
         ({"end": "refused", "num_retries": 5, "detail": "503"}, True, ["refused after 5 retries: 503"]),
         ({"end": "wrong", "detail": "choice 0"}, True, ["wrong after 0 retries: choice 0"]),
         ({"end": "cut"}, True, []),
@@ -90,6 +97,32 @@ def test_a_gateway_that_ends_or_is_silent_does_not_take_its_resumes_with_it() ->
     assert count(a=2, b=4, c=1) == 7  # c has replaced one
 
 
+def test_two_ranks_get_no_fat_answers() -> None:
+    kinds = make_kinds(["tiny"], 300, random.Random(0))
+    prefixes = _divided(kinds)
+    of_two = [kind for kind in kinds if prefixes[kind]]
+    assert list(prefixes) == kinds
+    assert len(of_two) == 270 // 6
+    assert not any(kind.is_fat for kind in of_two)
+
+
+def test_what_is_left_behind_is_what_no_process_of_its_kind_had_before() -> None:
+    class Ended:
+        def in_cluster(self, *command: str) -> Any:
+            return {
+                "loray gateway new": {"task T": 2, "requests": 0},
+                "parallel gateway a": {"task T": 3, "requests": 1},
+                "cluster": {"Replica": 4, "Owner": 1},
+            }
+
+    before = {"loray gateway a": {"task T": 2}, "loray gateway b": {"task T": 1}, "cluster": {"Replica": 3, "Owner": 1}}
+    assert _left(before, Ended()) == [  # type: ignore[arg-type]
+        "1 × Replica",
+        "parallel gateway a: 3 task T of 2",
+        "parallel gateway a: 1 requests of 0",
+    ]
+
+
 @pytest.mark.parametrize(("other", "num_begun"), [("late", 2), ("refused", 1)])
 def test_streams_begin_together(other: str, num_begun: int) -> None:
     """Unless one has ended before another begins: then nothing is waited for."""
@@ -119,6 +152,23 @@ def test_streams_begin_together(other: str, num_begun: int) -> None:
         assert sorted(s.end for s in load.seen) == ["whole" if num_begun == 2 else "refused", "whole"]
 
     asyncio.run(run())
+
+
+def test_a_request_that_is_made_again_says_when_and_why() -> None:
+    kind, empty = Kind("/v1/completions", {}), httpx.ByteStream(b"")
+    answers = [httpx.Response(503, headers={"Retry-After": "0.001"}, stream=empty), httpx.Response(400, stream=empty)]
+
+    async def run() -> Seen:
+        load = Load("http://test", "", {kind: ""}, [kind])
+        transport = httpx.MockTransport(lambda request: answers.pop(0))
+        async with httpx.AsyncClient(transport=transport) as client:
+            await load.begin(client, [kind], 10)
+        return load.seen[0]
+
+    one = asyncio.run(run())
+    assert (one.end, one.num_retries) == ("refused", 1)
+    (tried,) = one.tries
+    assert re.fullmatch(r"0\.\d to \d\.\d s: 503 b''", tried)
 
 
 def test_a_wire_carries_is_slow_and_refuses_as_its_server_does() -> None:
