@@ -73,6 +73,7 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
     from loray_kernels.cuda.tiles import attention, lora, rows
+    from loray_kernels.cuda.tiles.launch import OPTIONS
 
     known = {**vars(attention), **vars(lora), **vars(rows)}
     for name, variants in _constants().items():
@@ -86,7 +87,8 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
                 target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-                made = triton.compile(source, target=target, options={"num_stages": 1 if dtype == "fp32" else 3})
+                options = {**OPTIONS, "num_stages": 1 if dtype == "fp32" else 3}
+                made = triton.compile(source, target=target, options=options)
                 label = f"{name}[{dtype}, {', '.join(f'{k}={v}' for k, v in constants.items())}]"
                 ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
                 yield Usage(label, arch, registers, made.metadata.shared, spills)

@@ -24,6 +24,10 @@ from loray_kernels.cuda.tiles import lora as lora_kernels
 from loray_kernels.cuda.tiles import rows as row_kernels
 from loray_kernels.kv import KvLayout
 
+# Products and sums of CUDA cores are one operation, as NVRTC makes them. Triton's default for it is not the same in all
+# versions, and results would not be either.
+OPTIONS = {"enable_fp_fusion": True}
+
 # Chosen so that the kernels compile without spilling registers (see `compile`). No GPU has run or timed them yet.
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 32
 EXPAND_ROWS = 16
@@ -52,6 +56,7 @@ class Tiles:
             BLOCK_T=TILE_TOKENS,
             BLOCK_R=block_r,
             BLOCK_K=SHRINK_COLUMNS,
+            **OPTIONS,
         )
 
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, table: Expand) -> None:
@@ -74,6 +79,7 @@ class Tiles:
             BLOCK_T=TILE_TOKENS,
             BLOCK_R=EXPAND_ROWS,
             BLOCK_O=TILE_COLUMNS,
+            **OPTIONS,
         )
 
     def dense_shrink(self, x_TI: Tensor, a_RI: Tensor, h_TR: Tensor) -> None:
@@ -104,6 +110,7 @@ class Tiles:
             BLOCK_T=TILE_TOKENS,
             BLOCK_R=VERA_ROWS,
             BLOCK_O=VERA_COLUMNS,
+            **OPTIONS,
         )
 
     def attention(
@@ -131,6 +138,7 @@ class Tiles:
             BLOCK_K=keys_at_once(d),
             BLOCK_D=max(16, _power_of_2(d)),
             num_stages=3 if pool.element_size() == 2 else 1,  # limited by shared memory
+            **OPTIONS,
         )
 
     def rms_norm(
@@ -157,6 +165,7 @@ class Tiles:
             OWN=own is not None,
             BLOCK_D=_power_of_2(width),
             num_warps=4 if width <= 4096 else 8,
+            **OPTIONS,
         )
 
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor, y_THd: Tensor) -> None:
@@ -172,13 +181,14 @@ class Tiles:
             d // 2,
             BLOCK_H=block_h,
             BLOCK_E=_power_of_2(d // 2),
+            **OPTIONS,
         )
 
     def silu_mul(self, gate_up_TM: Tensor, y_TM: Tensor) -> None:
         num_tokens, width = y_TM.shape
         block = min(1024, _power_of_2(width))
         row_kernels.silu_mul[(num_tokens, -(-width // block))](
-            gate_up_TM, gate_up_TM.stride(0), y_TM, width, BLOCK_M=block
+            gate_up_TM, gate_up_TM.stride(0), y_TM, width, BLOCK_M=block, **OPTIONS
         )
 
 
