@@ -32,6 +32,7 @@ from loray_kernels.decoding import (
     DecodeStep,
     Decoding,
     Parts,
+    Ranks,
     Recorded,
     RecordedDecoding,
     RecordedStep,
@@ -40,6 +41,7 @@ from loray_kernels.decoding import (
 )
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
+    Exchange,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -49,9 +51,19 @@ from loray_kernels.ops import (
     Segments,
     StepInputs,
     VeraTable,
+    alone,
 )
 from loray_kernels.pages import PageWriter, Piece
-from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, RowTables, record_words
+from loray_kernels.records import (
+    INPUTS,
+    RECORD_TOKENS,
+    Directory,
+    InputShape,
+    LoraRows,
+    RowTables,
+    Split,
+    record_words,
+)
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.choosing import Change, Chooser, Chosen, TokenEdits, TokenSet
 from loray_kernels.sampling.draws import Draws
@@ -70,6 +82,7 @@ __all__ = [
     "Decoding",
     "Directory",
     "Draws",
+    "Exchange",
     "InputShape",
     "KvLayout",
     "LayerTables",
@@ -83,12 +96,14 @@ __all__ = [
     "PairMatrix",
     "Parts",
     "Piece",
+    "Ranks",
     "RecordLimits",
     "Recorded",
     "RecordedDecoding",
     "RecordedStep",
     "RowTables",
     "Segments",
+    "Split",
     "StepInputs",
     "StepRecords",
     "StepVectors",
@@ -97,6 +112,7 @@ __all__ = [
     "TokenSet",
     "VectorShape",
     "VeraTable",
+    "alone",
     "available",
     "backend",
     "record_words",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntFlag
 from typing import NamedTuple, Protocol
 
@@ -77,6 +78,17 @@ class RecordedStep(NamedTuple):
     own_rows: TokenRows | None = None
 
 
+class Ranks(NamedTuple):
+    """What recording needs of ranks that compute a step together; the defaults are those of one rank.
+
+    silent  while it is entered, a step of this rank waits for no other, and its result means nothing
+    agree   whether a condition holds on every rank; each rank calls it equally often
+    """
+
+    silent: Callable[[], AbstractContextManager[None]] = nullcontext
+    agree: Callable[[bool], bool] = bool
+
+
 class Decoding(NamedTuple):
     """What a backend needs to record decode steps. `max_blocks`: the most of a sequence."""
 
@@ -85,6 +97,7 @@ class Decoding(NamedTuple):
     max_blocks: int
     inputs: tuple[InputShape, ...]
     device: torch.device
+    ranks: Ranks = Ranks()
 
 
 class RecordLimits(NamedTuple):
@@ -113,7 +126,7 @@ class RecordedDecoding(Protocol):
     max_rows: int
 
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
-        """Record steps, within `limits`. Only before the first step."""
+        """Record steps, within `limits` of every rank: all have the same recordings. Only before the first step."""
         ...
 
     def __call__(self, step: DecodeStep) -> Tensor:

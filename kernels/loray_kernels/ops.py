@@ -150,6 +150,15 @@ class StepInputs:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
+# From a rank's intermediate, (T, columns), to that of N ranks, (N, T, columns). It has the values of padding as well.
+Exchange = Callable[[Tensor], Tensor]
+
+
+def alone(own_TR: Tensor) -> Tensor:
+    """The Exchange of one rank."""
+    return own_TR[None]
+
+
 class Ops(Protocol):
     """In every backend intermediates are fp32, and values are rounded where the reference rounds them."""
 
@@ -247,17 +256,25 @@ class Ops(Protocol):
         records: StepRecords,
         field: int,
         layer_offset: int,
+        exchange: Exchange = alone,
     ) -> None:
         """`lora_shrink` and `lora_expand` with the rows that the records have at `field`, which is layer × inputs + the
-        input. Writes `outputs`.
+        input; between them `exchange` of h, (T, its `part_rows`). Writes `outputs`.
         """
         ...
 
     def vera_of_records(
-        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+        self,
+        x_TI: Tensor,
+        y_TO: Tensor,
+        pool: Tensor,
+        records: StepRecords,
+        field: int,
+        layer_offset: int,
+        exchange: Exchange = alone,
     ) -> None:
         """`vera_shrink` and `vera_expand` with the vectors that the records have for `field`'s layer and input, whose
-        modules `y_TO` has side by side. Writes it.
+        modules `y_TO` has side by side; between them `exchange` of z, whose first part is used. Writes `y_TO`.
         """
         ...
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
+    Exchange,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -22,12 +23,13 @@ from loray_kernels.ops import (
     Segments,
     StepInputs,
     VeraTable,
+    alone,
 )
 from loray_kernels.pages import DirectWriter, PageWriter
-from loray_kernels.records import INPUTS, Columns, RowTables, read_block
+from loray_kernels.records import INPUTS, Columns, LoraRows, RowTables, read_block
 from loray_kernels.sampling.choosing import Chooser
 from loray_kernels.sampling.draws import Draws, sample
-from loray_kernels.vectors import Pair, TokenRows
+from loray_kernels.vectors import MAX_PAIR_RANK, Pair, TokenRows
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -171,44 +173,72 @@ class ReferenceOps:
         records: StepRecords,
         field: int,
         layer_offset: int,
+        exchange: Exchange = alone,
     ) -> None:
         shape = records.records.inputs[field % len(INPUTS)]
+        h_TR = torch.zeros(x_TI.shape[0], shape.part_rows, device=x_TI.device)
+        found: list[tuple[slice, list[LoraRows | None]]] = []
         for start, first, num in records.items_S3.tolist():
-            own = slice(first, first + num)
-            found = read_block(records.records.words, start, field, shape) if num else ()
-            for y_TO, rows, columns in zip(outputs, found, shape.b, strict=False):
+            own, column = slice(first, first + num), 0
+            found.append((own, read_block(records.records.words, start, field, shape) if num else []))
+            for lora in (r for r in found[-1][1] if r is not None):
+                a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
+                h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
+                column += len(a_RI)
+        h_NTR = exchange(h_TR)
+        for own, modules in found:
+            column = 0
+            for y_TO, rows, columns in zip(outputs, modules, shape.b, strict=False):
                 if rows is not None:
-                    a_RI = gather_rows(pool, _row_tables(shape.a, rows.a), layer_offset).float()
                     b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
-                    y_TO[own] = (y_TO[own].float() + rows.scale * (x_TI[own].float() @ a_RI.T @ b_RO)).to(y_TO.dtype)
+                    num = len(rows.a[0])
+                    own_TR = h_NTR[:, own, column : column + num].transpose(0, 1).flatten(1)
+                    y_TO[own] = (y_TO[own].float() + rows.scale * (own_TR @ b_RO)).to(y_TO.dtype)
+                    column += num
 
     def vera_of_records(
-        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+        self,
+        x_TI: Tensor,
+        y_TO: Tensor,
+        pool: Tensor,
+        records: StepRecords,
+        field: int,
+        layer_offset: int,
+        exchange: Exchange = alone,
     ) -> None:
-        vectors = records.vectors
+        vectors, split = records.vectors, records.records.inputs[field % len(INPUTS)].split
         assert vectors is not None
-        for words, first, num in vectors.items_S3.tolist():
+        z_TR = torch.zeros(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
+        pairs = []
+        for words, first, num in (item for item in vectors.items_S3.tolist() if item[2]):
             pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
+            pairs.append((pair, range(first, first + num)))
             a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
-            for token in range(first, first + num):
-                z_1R = ReferenceOps.vera_shrink(self, x_TI[token : token + 1], PairMatrix(a_RI))
-                for module, layer, columns in vectors.modules(field):
+            a_RI = a_RI[:, 0 if split is None else split.pair_column :]
+            own = slice(first, first + num)
+            z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], PairMatrix(a_RI))
+        z_TR = exchange(z_TR)[0]
+        for pair, tokens in pairs:
+            for token in tokens:
+                z_1R = z_TR[token : token + 1, : pair.rank]
+                for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
+                    b_at = pair.b + (0 if split is None else split.pair_rows[i]) * pair.rank
                     d, b = (
                         [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
                         for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
                     )
                     if int(d[0][2]) >= 0:
                         y_1O = y_TO[token : token + 1, columns]
-                        b_OR = pool[pair.b : pair.b + y_1O.shape[1] * pair.rank].view(-1, pair.rank)
+                        b_OR = PairMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
                         own_d = RowTables(((0, pair.rank, d[0][2]),))
-                        table = VeraTable(PairMatrix(a_RI), PairMatrix(b_OR), own_d, RowTables(tuple(b)), 0, 1)
+                        table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
                         ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
 
     def scale_of_records(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
     ) -> None:
         assert records.vectors is not None
-        for module, layer, columns in records.vectors.modules(field):
+        for module, layer, columns in records.vectors.modules(field, "dora"):
             own, bias = records.vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
             plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
             self.scale_rows(y_TO_own, bias, pool, own, layer_offset)

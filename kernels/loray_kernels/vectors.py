@@ -74,8 +74,8 @@ class VectorShape:
             ("norm", "norm"): ((0, sum(width for _, width in hidden)),),
         }
         for modules, shape in zip(INPUTS, inputs, strict=False):
-            for module, own in zip(modules, shape.b, strict=True):
-                columns |= {(module, "dora"): own, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
+            for module, own, outputs in zip(modules, shape.b, shape.outputs, strict=True):
+                columns |= {(module, "dora"): outputs, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
         starts = accumulate(map(len, columns.values()), initial=0)
         slots = {name: Slot(word, own) for word, (name, own) in zip(starts, columns.items(), strict=False)}
         return cls(num_layers, slots, sum(map(len, columns.values())))
@@ -155,10 +155,12 @@ class StepVectors:
         ((column, width),) = self.shape.slots["norm", "norm"].columns
         return TokenRows(self.tokens_S[: offsets_S.shape[0]], RowTables(((column, width, offsets_S),)))
 
-    def modules(self, field: int) -> list[tuple[str, int, slice]]:
-        """(module, layer, its columns) of a field, which is layer × inputs + the input."""
+    def modules(self, field: int, role: str) -> list[tuple[str, int, slice]]:
+        """(module, layer, columns of its vector among those of all modules) of a field, which is layer × inputs + the
+        input.
+        """
         layer, number = divmod(field, len(INPUTS))
-        widths = [sum(w for _, w in self.shape.slots[m, "dora"].columns) for m in INPUTS[number]]
+        widths = [sum(w for _, w in self.shape.slots[m, role].columns) for m in INPUTS[number]]
         firsts = accumulate(widths, initial=0)
         return [(m, layer, slice(at, at + w)) for m, at, w in zip(INPUTS[number], firsts, widths, strict=False)]
 

@@ -96,7 +96,7 @@ class Gather:
         )
 
     def recorded_expand(
-        self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
+        self, outputs: tuple[Tensor, ...], h_NTR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
     ) -> None:
         y = three_outputs(outputs)
         self._launch(
@@ -106,8 +106,10 @@ class Gather:
             (
                 *(t.data_ptr() for t in y),
                 *(t.stride(0) for t in y),
-                h_TR.data_ptr(),
-                h_TR.stride(0),
+                h_NTR.data_ptr(),
+                h_NTR.stride(1),
+                h_NTR.stride(0),
+                h_NTR.shape[0],
                 pool.data_ptr(),
                 step.items_S3.data_ptr(),
                 tables.tiles.data_ptr(),
@@ -122,7 +124,7 @@ class Gather:
     def vera_recorded_shrink(
         self, x_TI: Tensor, pool: Tensor, step: StepVectors, layer: int, tables: VectorsOfInput, z_TR: Tensor
     ) -> None:
-        """`pool` is the whole pool, where the pair is."""
+        """`pool` begins at the column of the pair's A that meets the input's first, counted from the pool's start."""
         rows_WS = step.rows_LWS[layer]
         self._launch(
             f"vera_recorded_shrink_{SUFFIX[pool.dtype]}",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.tables import SPLIT
-from loray_kernels.decoding import DecodeStep, Decoding, Parts, Recorded, RecordedStep, RecordLimits
+from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.records import Directory
 from loray_kernels.vectors import VectorShape
 
@@ -93,19 +93,27 @@ class DecodeGraphs:
         forms = list(self.forms())
         began, taken, last = time.monotonic(), self._recorder.num_bytes(), 0
         progress = Recorded(0, len(forms), 0.0, 0)
+        agree = self._decoding.ranks.agree
         for form in forms:
-            if progress.seconds >= limits.seconds or progress.num_bytes + last > limits.num_bytes:
+            if not agree(progress.seconds < limits.seconds and progress.num_bytes + last <= limits.num_bytes):
                 break
-            try:
-                self._recorded[form] = self._recorder(partial(self._compute, form))
-            except torch.OutOfMemoryError:
+            recording = self._recording(form)
+            if not agree(recording is not None) or recording is None:
                 break
+            self._recorded[form] = recording
             num_bytes = self._recorder.num_bytes() - taken
             last = max(0, num_bytes - progress.num_bytes)
             progress = Recorded(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
             on_progress(progress)
         self._serving.clear()
         return progress
+
+    def _recording(self, form: Form) -> Recording | None:
+        """None if the device's memory is too small."""
+        try:
+            return self._recorder(partial(self._compute, form))
+        except torch.OutOfMemoryError:
+            return None
 
     def _compute(self, form: Form) -> Tensor:
         """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
@@ -139,15 +147,18 @@ def _least(sizes: Sequence[int], needed: int) -> int:
 
 
 class GraphRecorder:
-    """CUDA graphs that share their memory, since only one is replayed at a time."""
+    """CUDA graphs that share their memory, since only one is replayed at a time. Nothing waits for another rank: the
+    run before a recording is silent, and what is recorded is not executed.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self._device, self._memory = device, torch.cuda.graph_pool_handle()
+        self._silent = ranks.silent
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):  # compiles kernels and initialises libraries before the recording
+        with torch.cuda.stream(side), self._silent():  # compiles kernels and initialises libraries first
             run()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -244,7 +244,7 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
 def pack_input(records: Records, number: int) -> OfInput:
     packed: OfInput | None = records.memo.get(number)
     if packed is None:
-        a, b = records.inputs[number]
+        a, b, _ = records.inputs[number]
         tiles: list[int] = []
         for m, columns in enumerate(b):
             for s, (column, width) in enumerate(columns):

@@ -31,17 +31,21 @@ def pack_vectors(records: Records, shape: VectorShape, number: int) -> OfInput:
         words: list[int] = []
         tiles: list[int] = []
         scale_tiles: list[int] = []
-        column = 0
-        for module in INPUTS[number]:
+        column = scale_column = 0
+        split = records.inputs[number].split
+        for m, module in enumerate(INPUTS[number]):
             d, (b, segments) = shape.slots[module, "vera_d"].word, shape.slots[module, "vera_b"]
-            dora = shape.slots[module, "dora"].word
+            row = 0 if split is None else split.pair_rows[m]
             words.append(d)
             for s, (first, width) in enumerate(segments):
                 for at in range(0, width, TILE_COLUMNS):
-                    tiles += (d, b + s, at, first + at, column + first + at, min(TILE_COLUMNS, width - at))
-                for at in range(0, width, _SCALE_COLUMNS):
-                    scale_tiles += (dora + s, at, column + first + at, min(_SCALE_COLUMNS, width - at))
+                    tiles += (d, b + s, at, row + first + at, column + first + at, min(TILE_COLUMNS, width - at))
             column += sum(width for _, width in segments)
+            dora, segments = shape.slots[module, "dora"]
+            for s, (first, width) in enumerate(segments):
+                for at in range(0, width, _SCALE_COLUMNS):
+                    scale_tiles += (dora + s, at, scale_column + first + at, min(_SCALE_COLUMNS, width - at))
+            scale_column += sum(width for _, width in segments)
         uploaded = upload(records.words.device, words, tiles, scale_tiles)
         packed = OfInput(uploaded[0], uploaded[1], len(tiles) // 6, uploaded[2], len(scale_tiles) // 4)
         records.memo["vectors", number] = packed

@@ -44,15 +44,24 @@ def build_engine(
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})
-        return Engine(spec, base, *start_ranks(spec, base, load, start_workers))
+        ranks = start_ranks(spec, base, load, start_workers)
+        return _ready(Engine(spec, base, *ranks), ranks.model)
     dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
     layout, num_blocks = cut_pool(spec, base.config)
     tensors = read_tensors(base.path) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
-    engine = Engine(spec, base, model, pool, load)
-    max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
-    model.use_recordings(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
-    warm_up(model, pool, spec)
+    return _ready(Engine(spec, base, model, pool, load), model)
+
+
+def _ready(engine: Engine, model: Decoder) -> Engine:
+    spec, pool = engine.spec, engine.pool
+    try:
+        max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
+        model.use_recordings(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
+        warm_up(model, pool, spec)
+    except BaseException:
+        engine.close()
+        raise
     return engine

@@ -9,6 +9,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.model.compiling import compile_adapters
+from loray.engine.pool.records import input_shapes
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
@@ -31,11 +32,11 @@ class Tiles:
     def dense_shrink(self, x_TI: Any, a_RI: Any, h_TR: Any) -> None:
         self.launches.add(("dense shrink", x_TI.shape[1]))
 
-    def vera_expand(self, y_TO: Any, *others: Any) -> None:
-        self.launches.add(("vera expand", y_TO.shape[1]))
+    def vera_expand(self, y_TO: Any, z_TR: Any, *others: Any) -> None:
+        self.launches.add(("vera expand", y_TO.shape[1], z_TR.stride(0) % 16 == 0))
 
     def rms_norm(self, x_TD: Any, weight_D: Any, eps: float, y_TD: Any, pool: Any, own: Any) -> None:
-        self.launches.add(("norm", x_TD.shape[1], own is not None))
+        self.launches.add(("norm", *x_TD.shape[1:], x_TD.stride(0), own is not None))
 
 
 def no_gather(*arguments: Any) -> None:
@@ -45,19 +46,22 @@ def no_gather(*arguments: Any) -> None:
 def test_each_kernel_of_each_input_is_taken_once(tiny_base: Callable[..., BaseModel]) -> None:
     config = tiny_base("Qwen3ForCausalLM").config
     pool, tiles = torch.full((4096,), 0.5), Tiles()
-    compile_adapters(CudaOps(Gather(no_gather), cast(Any, tiles)), pool, config, CAPACITY)
+    compile_adapters(CudaOps(Gather(no_gather), cast(Any, tiles)), pool, config, input_shapes(config, CAPACITY))
     hidden, heads, middle = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     inputs = [(hidden, 3, qkv, heads), (heads, 1, hidden, hidden), (hidden, 2, 2 * middle, middle)]
     inputs.append((middle, 1, hidden, hidden))
-    expected: set[tuple[Any, ...]] = {("norm", hidden, True)}
+    expected: set[tuple[Any, ...]] = {("norm", hidden, hidden, True)}
+    expected |= {("norm", n, config.head_dim, qkv, True) for n in (config.num_heads, config.num_kv_heads)}
     for width, num_modules, out, first in inputs:
         expected |= {("shrink", width, rows // num_modules * num_modules) for rows in (16, 32, 64)}
-        expected |= {("expand", out), ("dense shrink", width), ("vera expand", first)}
+        expected |= {("expand", out), ("dense shrink", width)}
+        expected |= {("vera expand", first, aligned) for aligned in (True, False)}
     assert tiles.launches == expected
 
 
 def test_the_pool_stays_as_it_is(tiny_base: Callable[..., BaseModel]) -> None:
     pool = torch.arange(4096.0)
-    compile_adapters(ReferenceOps(), pool, tiny_base("LlamaForCausalLM").config, CAPACITY)
+    config = tiny_base("Qwen3ForCausalLM").config
+    compile_adapters(ReferenceOps(), pool, config, input_shapes(config, CAPACITY))
     assert torch.equal(pool, torch.arange(4096.0))

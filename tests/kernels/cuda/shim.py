@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,12 @@ _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-DLORAY_SHIM", "-U_FOR
 
 
 class ShimLauncher:
-    """BackendUnavailable without a compiler; AssertionError if the threads of a block wait for each other."""
+    """BackendUnavailable without a compiler; AssertionError if the threads of a block wait for each other.
+
+    The shim runs one kernel at a time, whichever thread launches it.
+    """
+
+    _lock = threading.Lock()
 
     def __init__(self) -> None:
         self._libraries = _libraries()
@@ -31,7 +37,8 @@ class ShimLauncher:
     def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
         values = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_float(float(a)) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        stuck = self._libraries[file_of(kernel)][f"launch_{kernel}"]((ctypes.c_uint * 3)(*grid), threads, pointers)
+        with self._lock:
+            stuck = self._libraries[file_of(kernel)][f"launch_{kernel}"]((ctypes.c_uint * 3)(*grid), threads, pointers)
         assert not stuck, f"{kernel}: a barrier that not every thread reaches"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loray.engine import build
-from loray.engine.model import warmup
+from loray.engine.model import decoder
 from loray_kernels import (
     AttentionMeta,
     BackendUnavailable,
@@ -18,6 +18,7 @@ from loray_kernels import (
     KvLayout,
     PageWriter,
     Piece,
+    Ranks,
     RecordedDecoding,
     RecordedStep,
 )
@@ -54,13 +55,14 @@ class LateUploader:
 class Tapes:
     """A Recorder. Every recording takes one byte."""
 
-    def __init__(self, ops: ShimOps) -> None:
-        self._ops, self._num_bytes = ops, 0
+    def __init__(self, ops: ShimOps, ranks: Ranks) -> None:
+        self._ops, self._ranks, self._num_bytes = ops, ranks, 0
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
         assert self._ops.may_record
         self._num_bytes += 1
-        run()  # as GraphRecorder does
+        with self._ranks.silent():  # as GraphRecorder does
+            run()
         tape = self._ops.launcher.tape = Tape()
         out = tape.record(run)
         out.fill_(torch.nan)  # recording computes nothing
@@ -93,7 +95,7 @@ class ShimOps(CudaOps):
         return self.uploaders[-1]
 
     def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
-        return DecodeGraphs(forward, decoding, Tapes(self)) if self.records_steps else None
+        return DecodeGraphs(forward, decoding, Tapes(self, decoding.ranks)) if self.records_steps else None
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
@@ -111,5 +113,5 @@ def use_shim_ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
         pytest.skip(str(e))
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
     monkeypatch.setattr(build, "backend", lambda name, device: ops)
-    monkeypatch.setattr(warmup, "compile_adapters", lambda *arguments: None)  # the gathers are compiled already
+    monkeypatch.setattr(decoder, "compile_adapters", lambda *arguments: None)  # the gathers are compiled already
     return ops

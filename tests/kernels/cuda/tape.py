@@ -5,6 +5,7 @@ As in a graph, whatever Python computed is constant, tensors keep their addresse
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ class TapeLauncher:
             self.tape.steps.append(lambda: self._launcher(kernel, grid, threads, arguments))
 
 
+_recording = threading.local()
+
+
+def on_tape(call: Callable[[], object]) -> None:
+    """`call`, which torch does not dispatch, is repeated by replays of what this thread records."""
+    if (tape := getattr(_recording, "tape", None)) is not None:
+        tape.steps.append(call)
+
+
 class Tape(TorchDispatchMode):
     """AssertionError where a recording takes values from the host, or reads results."""
 
@@ -40,12 +50,12 @@ class Tape(TorchDispatchMode):
         self._kept: list[Any] = []  # a graph owns the memory of its intermediates
 
     def record(self, compute: Callable[[], Tensor]) -> Tensor:
-        self.recording = True
+        self.recording, _recording.tape = True, self
         try:
             with self:
                 return compute()
         finally:
-            self.recording = False
+            self.recording, _recording.tape = False, None
 
     def replay(self) -> None:
         for step in self.steps:

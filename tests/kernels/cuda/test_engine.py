@@ -24,6 +24,7 @@ from loray_kernels.pages import DirectWriter
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, make_engine, request, run, submit
+from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
@@ -156,6 +157,20 @@ def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> d
     return out
 
 
+def decode_steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Batches of steps from now on in which all requests decode."""
+    batch, found = engine._model.batch, []
+
+    def batched(chunks: list[Chunk], *arguments: Any) -> Any:
+        made = batch(chunks, *arguments)
+        if all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
+            found.append(made)
+        return made
+
+    monkeypatch.setattr(engine._model, "batch", batched)
+    return found
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -178,17 +193,45 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
     fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": 300 << 10}
     engine = make_engine(base, list(mixed.values()), **fields)
-    batch, decode_steps = engine._model.batch, []
-
-    def batched(chunks: list[Chunk], *arguments: Any) -> Any:
-        made = batch(chunks, *arguments)
-        if all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
-            decode_steps.append(made)
-        return made
-
-    monkeypatch.setattr(engine._model, "batch", batched)
+    decode_steps = decode_steps_of(engine, monkeypatch)
     got = served(engine, requests, joins=5)
     assert len(ops.replayed) == len(decode_steps) > 12
+    reference = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
+
+
+def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
+    base: BaseModel, mixed: dict[str, TestAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one rank. Requests join and leave; the pool is so small that adapters and requests are evicted and rows are
+    moved, the same on both ranks, which is compared after each step.
+    """
+    monkeypatch.setattr(graphs, "SIZES", (8,))
+    monkeypatch.setattr(graphs, "SPLITS", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.LORA, graphs.KINDS[-1]))
+    ranks = use_shim_ranks(monkeypatch)
+    own = [mixed[name] for name in ("vera", "r7", "longlora", "vera too", "dora", "vera of one layer", "pattern")]
+    requests = [
+        request(
+            str(i),
+            range(3 + i, 12 + i + 5 * (i % 7)),
+            [*own, None][i % 8],
+            max_tokens=3 + 2 * (i % 5),
+            **SAMPLING[i % 4],
+        )
+        for i in range(8)
+    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r2"], max_tokens=5) for i in range(2)]
+    fields: dict[str, Any] = {"max_num_seqs": 6, "pool_bytes": 200 << 10}
+    engine = make_engine(base, list(mixed.values()), tensor_parallel_size=2, num_threads=1, **fields)
+    try:
+        decode_steps = decode_steps_of(engine, monkeypatch)
+        got = served(engine, requests, joins=5)
+    finally:
+        engine.close()
+    assert len(ranks) == 2
+    for ops in ranks:
+        assert len(ops.replayed) == len(decode_steps) > 6
     reference = ReferenceOps()
     monkeypatch.setattr(build, "backend", lambda name, device: reference)
     assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray_kernels import Decoding, KvLayout, Parts, Recorded, RecordedStep, RecordLimits
+from loray_kernels import Decoding, KvLayout, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.graphs import DecodeGraphs, Form, Recording
 from tests.engine.harness import Spy, make_engine, request, run
@@ -34,13 +34,14 @@ class Counting:
         return self.used
 
 
-def decode_graphs(recorder: Counting, num_seats: int = 9, max_blocks: int = 40) -> DecodeGraphs:
+def decode_graphs(recorder: Counting, agree: Callable[[bool], bool] = bool) -> DecodeGraphs:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
 
     def forward(step: RecordedStep) -> Tensor:
         return step.token_ids_S[:, None].expand(-1, 5).float()
 
-    return DecodeGraphs(forward, Decoding(layout, num_seats, max_blocks, (), torch.device("cpu")), recorder)
+    decoding = Decoding(layout, 9, 40, (), torch.device("cpu"), Ranks(agree=agree))
+    return DecodeGraphs(forward, decoding, recorder)
 
 
 def record(steps: DecodeGraphs, seconds: float = 1e9, num_bytes: int = 1 << 40) -> tuple[Recorded, list[Recorded]]:
@@ -76,6 +77,20 @@ def test_recording_ends_at_its_limits() -> None:
     done, progress = record(steps)
     assert (done.num_recorded, done.num_bytes) == (3, 48)
     assert progress[-1] == done
+
+
+def test_recording_ends_where_another_rank_ends_it() -> None:
+    """After its first form it has no room for the second: this rank drops its own, too."""
+    answers = iter([True, True, True, False])
+
+    def agree(holds: bool) -> bool:
+        assert holds
+        return next(answers)
+
+    steps = decode_graphs(Counting(), agree)
+    assert record(steps)[0].num_recorded == 1
+    assert list(steps._recorded) == list(steps.forms())[:1]
+    assert next(answers, None) is None
 
 
 def test_recording_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

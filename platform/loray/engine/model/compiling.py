@@ -1,39 +1,50 @@
 """Runs the ops of a prompt with adapters once for each kernel that they may need, so that no request compiles one.
 
-Which kernel an op takes depends on the base, and on how many rows of A an adapter has for an input: 16, 32, or more.
-All rows are the pool's first elements, and the results go nowhere.
+Which kernel an op takes depends on the base, on how many rows of A an adapter has for an input: 16, 32, or more, and on
+whether the rank of a VeRA pair is a multiple of 16. All rows are the pool's first elements, and the results go nowhere.
 
-Shapes: T tokens, I input width, R ranks.
+Shapes: T tokens, I input width, R ranks, H heads, d head dimension.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.pool.records import input_shapes
 from loray_kernels import InputShape, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
 
 _TOKENS = 32  # a tile
 _NUM_ROWS = (16, 32, 64)
-_PAIR_RANK = 64
+_PAIR_RANKS = (64, 24)
 _Columns = tuple[tuple[int, int], ...]
 
 
 @torch.inference_mode()
-def compile_adapters(ops: Ops, pool: Tensor, config: ModelConfig, capacity: int) -> None:
-    """`capacity`: elements of a layer's share of a block, at which rows are cut. Writes nothing that is kept."""
-    for shape in input_shapes(config, capacity):
+def compile_adapters(ops: Ops, pool: Tensor, config: ModelConfig, inputs: Sequence[InputShape]) -> None:
+    """`inputs`: of the rank's part of the base, as `config` is. Writes nothing that is kept."""
+    for shape in inputs:
         x_TI = pool.new_zeros(_TOKENS, _width(shape.a))
         outputs = torch.split(pool.new_zeros(_TOKENS, sum(map(_width, shape.b))), [_width(b) for b in shape.b], dim=1)
         for num_rows in _NUM_ROWS:
             _lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
-        _vera(ops, pool, shape, min(_PAIR_RANK, capacity), x_TI, outputs[0])
-    hidden: _Columns = input_shapes(config, capacity)[0].a
-    x_TD, weight_D = pool.new_zeros(_TOKENS, _width(hidden)), pool.new_zeros(_width(hidden))
-    own = TokenRows(torch.arange(_TOKENS, device=pool.device), _rows(hidden, _TOKENS, pool))
-    ops.rms_norm(x_TD, weight_D, config.rms_norm_eps, pool, own, 0)
+        for rank in _PAIR_RANKS:
+            _vera(ops, pool, shape, rank, x_TI, outputs[0])
+    hidden: _Columns = inputs[0].a
+    _norm(ops, pool, pool.new_zeros(_TOKENS, _width(hidden)), hidden, config.rms_norm_eps)
+    if config.qk_norm:
+        heads, widths = (config.num_heads, config.num_kv_heads), [_width(b) for b in inputs[0].b]
+        parts = torch.split(pool.new_zeros(_TOKENS, sum(widths)), widths, dim=1)
+        for num, x_TO in zip(heads, parts, strict=False):
+            x_THd = x_TO.reshape(-1, num, config.head_dim)
+            _norm(ops, pool, x_THd, ((0, config.head_dim),), config.rms_norm_eps)
+
+
+def _norm(ops: Ops, pool: Tensor, x_TD: Tensor, columns: _Columns, eps: float) -> None:
+    own = TokenRows(torch.arange(_TOKENS, device=pool.device), _rows(columns, _TOKENS, pool))
+    ops.rms_norm(x_TD, pool.new_zeros(x_TD.shape[-1]), eps, pool, own, 0)
 
 
 def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:

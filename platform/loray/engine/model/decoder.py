@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import AdapterBatch, Batch, build_batch
+from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step
 from loray.engine.model.rope import Rope
@@ -16,7 +17,7 @@ from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
 from loray.errors import IntegrityError
-from loray_kernels import Decoding, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
+from loray_kernels import Decoding, InputShape, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
 
 _EMBEDDING = "model.embed_tokens.weight"
 _SCORED_BYTES = 16 << 20  # of logits at a time
@@ -67,10 +68,7 @@ class Decoder:
         def forward(step: RecordedStep) -> Tensor:
             return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
 
-        inputs = input_shapes(self.config, pool.layout.layer_share)
-        self._recorded = self.ops.recorded(
-            forward, Decoding(pool.layout, num_seats, max_blocks, inputs, pool.tensor.device)
-        )
+        self._recorded = self.ops.recorded(forward, self._decoding(pool, num_seats, max_blocks))
         if self._recorded is not None:
             pool.records = AdapterRecords(
                 self._recorded.directory,
@@ -79,6 +77,16 @@ class Decoder:
                 rope=self._rope.numbers,
             )
             self._steps = DecodeSteps(num_seats=num_seats, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+
+    def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
+        return Decoding(pool.layout, num_seats, max_blocks, self._inputs(pool), pool.tensor.device)
+
+    def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:
+        return input_shapes(self.config, pool.layout.layer_share)
+
+    def compile_adapters(self, pool: Pool) -> None:
+        """Compile the kernels of prompts with adapters, see `compiling`."""
+        compile_adapters(self.ops, pool.tensor, self.config, self._inputs(pool))
 
     @torch.inference_mode()
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:

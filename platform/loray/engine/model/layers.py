@@ -26,6 +26,7 @@ from loray_kernels import (
     StepInputs,
     StepRecords,
     VeraTable,
+    alone,
 )
 
 
@@ -68,7 +69,7 @@ class Linear:
         y_TO = step.ops.linear(x_TI, self.weights)
         parts = torch.split(y_TO, self._widths, dim=1)
         if step.batch.records is not None:
-            self._add_recorded(x_TI, y_TO, parts, step.batch.records, step)
+            self.add_recorded(x_TI, y_TO, parts, step.batch.records, step)
             return y_TO
         outputs = dict(zip(self.modules, parts, strict=True))
         self.add_lora(x_TI, outputs, step)
@@ -76,14 +77,16 @@ class Linear:
         self.scale_dora(outputs, step)
         return y_TO
 
-    def _add_recorded(
+    def add_recorded(
         self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepRecords, step: Step
     ) -> None:
+        """What `records` bring, to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
         if Parts.LORA in records.parts:
-            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset)
+            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset, self.exchange_h)
         if Parts.VERA in records.parts:
-            step.ops.vera_of_records(x_TI, y_TO, pool, records, self._field, offset)
+            own_TO, exchange = self.own_columns(y_TO), self.exchange_z
+            step.ops.vera_of_records(x_TI, own_TO, pool, records, self._field, offset, exchange)
         if Parts.DORA in records.parts:
             step.ops.scale_of_records(y_TO, self.weights.bias_O, pool, records, self._field, offset)
 
@@ -119,6 +122,18 @@ class Linear:
                 step.ops.scale_rows(outputs[module], bias_O, step.pool.tensor, own, step.offset(self._layer))
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def exchange_h(self, h_TR: Tensor) -> Tensor:
+        """LoRA's intermediate in a recorded step, see Exchange."""
+        return alone(h_TR)
+
+    def exchange_z(self, z_TR: Tensor) -> Tensor:
+        """VeRA's intermediate in a recorded step."""
+        return alone(z_TR)
+
+    def own_columns(self, y_TO: Tensor) -> Tensor:
+        """The columns of the result for which this rank has B."""
+        return y_TO
 
     def exchange_lora(
         self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 
-from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoder import Decoder
 from loray.engine.pool.pool import Pool
 from loray.engine.request import Request
@@ -30,7 +29,7 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> None:
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
         model.forward(model.batch(prompts, lambda chunk: None, pool), pool)
-    compile_adapters(model.ops, pool.tensor, model.config, pool.layout.layer_share)
+    model.compile_adapters(pool)
     _log.info("steps with prompts are compiled, %.1f s", time.monotonic() - began)
     shown = time.monotonic()
 

@@ -7,7 +7,7 @@
     decoder       one rank's part of the model
     pool          rank 0's allocator decides, and every rank's pool follows
     channel       commands from rank 0 to the other ranks
-    wire          commands as bytes
+    wire          commands and decode steps as bytes
     workers       starts the other ranks and checks that they live
     driver        rank 0's side
     worker        the other ranks' side

@@ -12,8 +12,10 @@ from loray.engine.model.batch import Batch
 from loray.engine.parallel import wire
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.pool.packed import PackedAdapter
+from loray.engine.pool.resident import Record
 from loray.errors import RankLost
 from loray.spec import AdapterRef
+from loray_kernels import RecordLimits
 
 # Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
 Answer = list[Extent] | int | dict[int, int] | None
@@ -21,7 +23,15 @@ Answers = tuple[Answer, ...]
 
 
 class Forward(NamedTuple):
+    """The last command of a message, as Replay is: the ranks compute it together."""
+
     batch: Batch
+
+
+class Replay(NamedTuple):
+    """A recorded decode step, see `wire`."""
+
+    step: bytes
 
 
 class PlaceAdapter(NamedTuple):
@@ -43,15 +53,31 @@ class GetPoolMap(NamedTuple):
     """The answer is the PoolMap of the rank's pool."""
 
 
-Command = Forward | PlaceAdapter | RemoveAdapter | Compact | GetPoolMap
+class UseRecordings(NamedTuple):
+    num_seats: int
+    max_blocks: int
+
+
+class CompileAdapters(NamedTuple):
+    pass
+
+
+class RecordSteps(NamedTuple):
+    limits: RecordLimits
+
+
+PoolCommand = PlaceAdapter | RemoveAdapter | Compact
+ModelCommand = Forward | Replay | UseRecordings | CompileAdapters | RecordSteps
+Command = PoolCommand | ModelCommand | GetPoolMap
 
 
 class AdapterPlace(NamedTuple):
-    """Where an adapter is in the pool. `first_pair_block` None: it has no VeRA pair."""
+    """Where an adapter and its record are. `first_pair_block` None: it has no VeRA pair."""
 
     extents: tuple[Extent, ...]
     shape: AdapterShape
     first_pair_block: int | None
+    record: Record | None
 
 
 PoolMap = dict[str, AdapterPlace]  # by digest
@@ -63,24 +89,26 @@ class Channel:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self.world_size = communicator.shard.world_size
-        self._waiting: list[list[bytes]] = [[] for _ in range(1, self.world_size)]
+        self._waiting: list[list[wire.Packed]] = [[] for _ in range(1, self.world_size)]
 
     def broadcast(self, command: Command) -> None:
         """The same command to all ranks."""
-        data = wire.dumps(command)
+        packed = wire.dumps(command)
         for waiting in self._waiting:
-            waiting.append(data)
+            waiting.append(packed)
 
     def scatter(self, commands: Sequence[Command]) -> None:
-        """One command each to ranks 1, 2 …"""
+        """One command each to ranks 1, 2 … Their tensors are rows of adapters, which stay in host memory."""
         for waiting, command in zip(self._waiting, commands, strict=True):
-            waiting.append(wire.dumps(command))
+            waiting.append(wire.dumps(command, rows_apart=True))
 
     def flush(self) -> None:
         """Send the collected commands. RankLost if a rank has ended."""
         for rank, waiting in enumerate(self._waiting, 1):
             try:
-                self._communicator.send(pickle.dumps(waiting), rank)
+                self._communicator.send(pickle.dumps([packed.data for packed in waiting]), rank)
+                for rows in (rows for packed in waiting for rows in packed.rows):
+                    self._communicator.send_rows(rows, rank)
             except RuntimeError as e:
                 raise RankLost(f"rank {rank} of the engine is gone: {e}") from e
             waiting.clear()

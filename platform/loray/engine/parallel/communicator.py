@@ -7,13 +7,23 @@ carries rank 0's commands and adapters' rows, which are in host memory. There a 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import GatherOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    AllreduceOptions,
+    GatherOptions,
+    PrefixStore,
+    ProcessGroup,
+    ProcessGroupGloo,
+    ReduceOp,
+    Store,
+)
 
 from loray.engine.parallel.shard import Shard
 
@@ -33,6 +43,7 @@ class Communicator:
 
     def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
         self.shard = shard
+        self._silent = False
         self._num_bytes: Counter[Traffic] = Counter()
         rank, size = shard.rank, shard.world_size
         make = _nccl if device.type == "cuda" else _gloo
@@ -40,23 +51,29 @@ class Communicator:
         self._control = _gloo(PrefixStore("control", store), rank, size, _IDLE_TIMEOUT)
 
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
+    #    They may be recorded in a CUDA graph: they allocate and wait on the device alone.
 
     def all_reduce(self, x: Tensor, purpose: Purpose) -> None:
         """`x` becomes the sum over the ranks, in x's dtype."""
+        if self._silent:
+            return
         self._num_bytes[Traffic("all_reduce", purpose)] += x.nbytes
         self._data.allreduce([x]).wait()
 
     def all_gather(self, x: Tensor, purpose: Purpose) -> Tensor:
         """(ranks, *x.shape)"""
-        self._num_bytes[Traffic("all_gather", purpose)] += x.nbytes
         out = x.new_empty(self.shard.world_size, *x.shape)
-        self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
+        if not self._silent:
+            self._num_bytes[Traffic("all_gather", purpose)] += x.nbytes
+            self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
         return out
 
     def gather(self, x: Tensor, purpose: Purpose) -> Tensor | None:
         """(ranks, *x.shape) on rank 0, None elsewhere."""
-        self._num_bytes[Traffic("gather", purpose)] += x.nbytes
         out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
+        if self._silent:
+            return out
+        self._num_bytes[Traffic("gather", purpose)] += x.nbytes
         options = GatherOptions()
         options.rootRank = 0
         self._data.gather([] if out is None else [list(out.unbind())], [x.contiguous()], options).wait()
@@ -67,7 +84,7 @@ class Communicator:
 
         If each of N ranks passes n bytes, all_reduce sends 2(N−1)n/N, all_gather (N−1)n, and gather n from every rank
         but rank 0. The measured traffic of gloo is within 0.6 % of that. Control messages and adapters' rows are not
-        counted.
+        counted, nor are steps that replay a recording; what is recorded counts once.
         """
         n = self.shard.world_size
         factor = {
@@ -77,11 +94,37 @@ class Communicator:
         }
         return {traffic: factor[traffic.collective] * num_bytes for traffic, num_bytes in self._num_bytes.items()}
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, collectives of a forward pass do nothing, and their results mean nothing."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def agree(self, holds: bool) -> bool:
+        """Whether it holds on every rank; each calls this. RuntimeError if a rank has ended."""
+        least, options = torch.tensor([int(holds)]), AllreduceOptions()
+        options.reduceOp = ReduceOp(ReduceOp.MIN)
+        self._control.allreduce([least], options).wait()
+        return bool(least)
+
     # -- rank 0 with the others ---------------------------------------------------------------------------------------
 
     def send(self, data: bytes, rank: int) -> None:
         self._control.send([torch.tensor([len(data)])], rank, 0).wait()
         self._control.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], rank, 0).wait()
+
+    def send_rows(self, rows: Tensor, rank: int) -> None:
+        """`rows` are contiguous, in host memory."""
+        if rows.numel():
+            self._control.send([rows.view(-1).view(torch.uint8)], rank, 0).wait()
+
+    def receive_rows(self, rows: Tensor, rank: int) -> None:
+        """What that rank sends, into `rows`. RuntimeError if it has ended."""
+        if rows.numel():
+            self._control.recv([rows.view(-1).view(torch.uint8)], rank, 0).wait()
 
     def receive(self, rank: int) -> bytes:
         """RuntimeError if that rank has ended."""

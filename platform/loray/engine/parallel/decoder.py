@@ -10,9 +10,11 @@ from loray.bases.registry import BaseModel
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.linear import parallel_linears
+from loray.engine.parallel.rows import split_inputs
 from loray.engine.parallel.shard import local_config, local_device, local_tensors
+from loray.engine.pool.pool import Pool
 from loray.spec import ServeSpec
-from loray_kernels import backend
+from loray_kernels import Decoding, InputShape, Ranks, backend
 
 
 class ShardedDecoder(Decoder):
@@ -27,6 +29,13 @@ class ShardedDecoder(Decoder):
             linears=parallel_linears(communicator),
         )
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
+
+    def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
+        ranks = Ranks(self._communicator.silent, self._communicator.agree)
+        return super()._decoding(pool, num_seats, max_blocks)._replace(ranks=ranks)
+
+    def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:
+        return split_inputs(self.config, pool.layout.layer_share, self._communicator.shard)
 
     def _logits(self, x_RD: Tensor) -> Tensor:
         """On rank 0 as Decoder; on other ranks the logits of their part of the vocabulary."""

@@ -5,7 +5,8 @@ themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +17,17 @@ from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
 from loray.engine.model.decoding import DecodeBatch
-from loray.engine.parallel.channel import Channel, Forward, GetPoolMap
+from loray.engine.parallel import wire
+from loray.engine.parallel.channel import (
+    Channel,
+    Command,
+    CompileAdapters,
+    Forward,
+    GetPoolMap,
+    RecordSteps,
+    Replay,
+    UseRecordings,
+)
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import LeadingPool
@@ -28,6 +39,7 @@ from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
+from loray_kernels import Recorded, RecordLimits
 
 _POLL_S = 0.02
 
@@ -50,14 +62,41 @@ class LeadingDecoder(ShardedDecoder):
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
     ) -> Tensor:
         """RankLost if the step fails on a rank."""
-        assert isinstance(batch, Batch), "steps over several ranks are not recorded"
         # Only rank 0 samples, so the requests are left out.
-        self._channel.broadcast(Forward(replace(batch, sampled=(), scored=())))
-        self._channel.flush()
-        try:
+        if isinstance(batch, Batch):
+            self._send(Forward(replace(batch, sampled=(), scored=())))
+        else:
+            self._send(Replay(wire.dump_step(batch.step)))
+        with self._together("a step"):
             return super().forward(batch, pool, on_scored)
+
+    def use_recordings(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
+        super().use_recordings(pool, num_seats=num_seats, max_blocks=max_blocks)
+        if self.records:
+            self._send(UseRecordings(num_seats, max_blocks))
+
+    def compile_adapters(self, pool: Pool) -> None:
+        self._send(CompileAdapters())
+        super().compile_adapters(pool)
+
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:
+        """RankLost if a rank ends meanwhile."""
+        if not self.records:
+            return None
+        self._send(RecordSteps(limits))
+        with self._together("recording steps"):
+            return super().record(limits, on_progress)
+
+    def _send(self, command: Command) -> None:
+        self._channel.broadcast(command)
+        self._channel.flush()
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as e:
-            raise RankLost(f"a step over {self._channel.world_size} ranks failed: {e}") from e
+            raise RankLost(f"{what} over {self._channel.world_size} ranks failed: {e}") from e
 
 
 def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> Ranks:

@@ -23,7 +23,7 @@ from torch import Tensor
 from loray.engine.model.layers import Linear, Linears, Step
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.pool.resident import ResidentPair
-from loray_kernels import LoraTable, Ops, Segments, VeraTable
+from loray_kernels import LoraTable, Ops, Segments, VeraTable, alone
 
 
 def parallel_linears(communicator: Communicator) -> Linears:
@@ -53,6 +53,9 @@ class _ParallelLinear(Linear):
 
 
 class ColumnParallelLinear(_ParallelLinear):
+    def exchange_h(self, h_TR: Tensor) -> Tensor:
+        return self._communicator.all_gather(h_TR, "adapter")
+
     def exchange_lora(
         self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments
     ) -> tuple[tuple[Tensor, ...], tuple[LoraTable, ...]]:
@@ -73,13 +76,26 @@ class RowParallelLinear(_ParallelLinear):
     def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
         """(T, O), the same on every rank."""
         y_TO = step.ops.linear(x_TI, self.weights)
-        (module,) = self.modules
-        outputs = {module: y_TO[:, self._communicator.shard.slice(y_TO.shape[1])]}
-        self.add_lora(x_TI, outputs, step)
-        self.add_vera(x_TI, outputs, step)
-        self.scale_dora({module: y_TO}, step)  # the ranks' parts alike, which scales their sum
+        (module,), own_TO = self.modules, self.own_columns(y_TO)
+        if step.batch.records is not None:
+            self.add_recorded(x_TI, y_TO, (own_TO,), step.batch.records, step)
+        else:
+            self.add_lora(x_TI, {module: own_TO}, step)
+            self.add_vera(x_TI, {module: own_TO}, step)
+            self.scale_dora({module: y_TO}, step)  # the ranks' parts alike, which scales their sum
         self._communicator.all_reduce(y_TO, "base")
         return y_TO
+
+    def own_columns(self, y_TO: Tensor) -> Tensor:
+        return y_TO[:, self._communicator.shard.slice(y_TO.shape[1])]
+
+    def exchange_h(self, h_TR: Tensor) -> Tensor:
+        self._communicator.all_reduce(h_TR, "adapter")
+        return alone(h_TR)
+
+    def exchange_z(self, z_TR: Tensor) -> Tensor:
+        self._communicator.all_reduce(z_TR, "adapter")
+        return alone(z_TR)
 
     def exchange_lora(
         self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments

@@ -25,6 +25,7 @@ from loray.engine.parallel.channel import (
     Compact,
     GetPoolMap,
     PlaceAdapter,
+    PoolCommand,
     PoolMap,
     RemoveAdapter,
 )
@@ -150,7 +151,7 @@ class FollowingPool(Pool):
         self.allocator = FollowingAllocator(self.geometry)
         self.adapters: dict[str, ResidentAdapter] = {}
 
-    def follow(self, command: PlaceAdapter | RemoveAdapter | Compact) -> None:
+    def follow(self, command: PoolCommand) -> None:
         match command:
             case PlaceAdapter(ref, packed, answers):
                 self.allocator.answers.extend(answers)
@@ -177,7 +178,10 @@ def pool_map(pool: Pool) -> PoolMap:
     """The places of all adapters, which are the same on every rank."""
     return {
         adapter.ref.digest: AdapterPlace(
-            adapter.extents, adapter.shape, None if adapter.pair is None else adapter.pair.first_block
+            adapter.extents,
+            adapter.shape,
+            None if adapter.pair is None else adapter.pair.first_block,
+            adapter.record,
         )
         for adapter in pool.residents
     }

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights
+from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import Geometry, Kind
-from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
+from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix, columns
 from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard, pad_rank
 from loray.engine.pool.loading import AdapterSource, LoadAdapter, Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, row_order
+from loray.engine.pool.records import input_shapes
+from loray_kernels import INPUTS, InputShape, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,31 @@ class ShardedAdapter(PackedAdapter):
         return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
 
 
-def shard_adapter(packed: PackedAdapter, whole: Geometry, local: Geometry, world_size: int) -> ShardedAdapter:
-    """`packed` for blocks of the geometry `whole`, in parts for blocks of the geometry `local`."""
-    parts = [_part(packed, whole, local, Shard(rank, world_size)) for rank in range(world_size)]
+def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
+    """`input_shapes` of a rank's part of adapters. `config` is the rank's."""
+    shapes = []
+    for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
+        outputs = [config.module_shape(module)[0] for module in modules]
+        if modules[0] in COLUMN_PARALLEL:
+            parts, pair_column, b = shard.world_size, 0, shape.b
+        else:
+            outputs = [width // shard.world_size for width in outputs]
+            parts, pair_column = 1, shard.rank * config.module_shape(modules[0])[1]
+            b = tuple(tuple(columns(width, capacity)) for width in outputs)
+        split = Split(parts, pair_column, tuple(shard.rank * width for width in outputs), shape.b)
+        shapes.append(InputShape(shape.a, b, split))
+    return tuple(shapes)
+
+
+def shard_adapter(
+    packed: PackedAdapter, whole: Geometry, local: Geometry, world_size: int, *, pinned: bool = False
+) -> ShardedAdapter:
+    """`packed` for blocks of the geometry `whole`, in parts for blocks of the geometry `local`. `pinned`: rank 0's part
+    is in page-locked memory; the others are sent.
+    """
+    parts = [
+        _part(packed, whole, local, Shard(rank, world_size), pinned=pinned and rank == 0) for rank in range(world_size)
+    ]
     first = parts[0]
     assert all(part.shape == first.shape for part in parts)
     return ShardedAdapter(
@@ -54,7 +79,7 @@ def shard_adapter(packed: PackedAdapter, whole: Geometry, local: Geometry, world
     )
 
 
-def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard) -> PackedAdapter:
+def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard, *, pinned: bool) -> PackedAdapter:
     groups: list[LayerGroup] = []
     layered: list[Tensor] = []
     for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
@@ -63,13 +88,13 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard)
             own_LRW = _slice(matrix, whole_LRW, shard)
             own[matrix._replace(rows=own_LRW.shape[1], width=own_LRW.shape[2])] = own_LRW
         groups.append(LayerGroup(group.layers, tuple(own)))
-        layered.append(_pack(own, local.capacity(Kind.LAYERED)))
+        layered.append(_pack(own, local.capacity(Kind.LAYERED), pinned=pinned))
     flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(Kind.FLAT))
     return replace(
         packed,
         shape=AdapterShape(tuple(groups), packed.shape.flat),
         layered=tuple(layered),
-        flat=_pack(flat, local.capacity(Kind.FLAT))[0],
+        flat=_pack(flat, local.capacity(Kind.FLAT), pinned=pinned)[0],
         partial=None,
     )
 
@@ -98,11 +123,13 @@ def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dic
     }
 
 
-def _pack(rows: Mapping[Matrix, Tensor], capacity: int) -> Tensor:
+def _pack(rows: Mapping[Matrix, Tensor], capacity: int, *, pinned: bool) -> Tensor:
     """(layers, elements) in the order in which the pool takes them; (1, 0) if there are no rows."""
     order = row_order(tuple(rows), capacity)
     tensors = list(rows.values())
-    packed_LE = tensors[0].new_empty(tensors[0].shape[0], order.num_elements) if tensors else torch.empty(1, 0)
+    if not tensors:
+        return torch.empty(1, 0)
+    packed_LE = torch.empty(tensors[0].shape[0], order.num_elements, dtype=tensors[0].dtype, pin_memory=pinned)
     for matrix, rows_LRW in rows.items():
         for column, width, start in order.stretches[matrix]:
             to_LE = packed_LE[:, start : start + matrix.rows * width]
@@ -125,7 +152,8 @@ class _ShardedSource:
 
         def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
             if not ready and (packed.partial is None or packed.partial.complete):
-                ready.append(shard_adapter(packed, self.whole, packer.geometry, self.world_size))
+                sharded = shard_adapter(packed, self.whole, packer.geometry, self.world_size, pinned=packer.pinned)
+                ready.append(sharded)
                 progress(ready[0], 0.0)
 
         loaded = self.loaded

@@ -6,11 +6,21 @@ import pickle
 import sys
 
 import torch
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
+from loray.engine.model.decoding import DecodeBatch
 from loray.engine.parallel import wire
-from loray.engine.parallel.channel import Command, Forward, GetPoolMap
+from loray.engine.parallel.channel import (
+    Command,
+    CompileAdapters,
+    Forward,
+    GetPoolMap,
+    RecordSteps,
+    Replay,
+    UseRecordings,
+)
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import FollowingPool, pool_map
@@ -37,16 +47,31 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
     pool = FollowingPool(spec, base.config, rank, model.ops.page_writer)
+
+    def receive_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """In memory from which a device copies while steps run."""
+        rows = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        communicator.receive_rows(rows, 0)
+        return rows
+
     while True:
         try:
             message = communicator.receive(0)
         except RuntimeError:
             return
         for data in pickle.loads(message):
-            command: Command = wire.loads(data, pool.tensor.device, pool.adapters, pool.pairs)
+            command: Command = wire.loads(data, pool.tensor.device, pool.adapters, pool.pairs, receive_rows)
             match command:
                 case Forward(batch):
                     model.forward(batch, pool)
+                case Replay(step):
+                    model.forward(DecodeBatch(wire.load_step(step), (), ()), pool)
+                case UseRecordings(num_seats, max_blocks):
+                    model.use_recordings(pool, num_seats=num_seats, max_blocks=max_blocks)
+                case CompileAdapters():
+                    model.compile_adapters(pool)
+                case RecordSteps(limits):
+                    model.record(limits, lambda progress: None)
                 case GetPoolMap():
                     communicator.send(pickle.dumps(pool_map(pool)), 0)
                 case _:
