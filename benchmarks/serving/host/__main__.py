@@ -6,7 +6,8 @@ The real engine runs a model of the given depth and heads whose widths are small
 do nothing (see `stand_in` for what is replaced). Row i uses adapter i modulo their number, of `--method` on q, k, v and
 o; without adapters all rows use the base. A step of all rows is timed `--steps` times, then one is counted. A card
 adds what launches, copies and waiting cost there. The figure to compare it with is the time that the card needs for the
-same step: if the host takes longer, the card waits for it.
+same step: if the host takes longer, the card waits for it. Before, all decode steps are recorded: `recording_s` is the
+host's part of that, and standard error has how far it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -181,4 +183,5 @@ def _start(engine: Engine, rows: int) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     main(sys.argv[1:])

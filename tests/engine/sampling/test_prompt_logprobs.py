@@ -11,6 +11,7 @@ from peft import LoraConfig
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.model import decoder
+from loray.engine.sampling import logprobs
 from loray.errors import IntegrityError, RequestError
 from loray.spec import GenerateRequest, TokenLogprobs
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
@@ -120,6 +121,29 @@ def test_logits_of_a_prompt_are_held_in_bounded_memory(
     scores, _ = run(engine, requests)
     check(oracle, adapter, requests, scores)
     assert max(seen) == num_rows
+
+
+def test_nothing_is_read_before_the_step_has_been_queued(
+    base: BaseModel, adapter: TestAdapter, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device every read waits for it."""
+    monkeypatch.setattr(decoder, "_SCORED_BYTES", 4 * base.config.vocab_size * 40)
+    monkeypatch.setattr(logprobs, "_ROWS", 16)
+    requests = batch(adapter, max_tokens=2)
+    engine = make_engine(base, [adapter])
+    add, slices = logprobs.PromptScores.add, []
+
+    def without_reads(scores: logprobs.PromptScores, logits_RV: torch.Tensor) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "item", "cpu", "numpy"):
+                patch.setattr(torch.Tensor, name, lambda *arguments: pytest.fail("a tensor is read"))
+            add(scores, logits_RV)
+        slices.append(len(scores._found))
+
+    monkeypatch.setattr(logprobs.PromptScores, "add", without_reads)
+    scores, _ = run(engine, requests)
+    check(oracle, adapter, requests, scores)
+    assert max(slices) > 3
 
 
 def test_what_the_prefix_cache_holds_is_computed_for_its_scores(
