@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOT_SHARE = 0.9
-_WARM_PROMPT, _HOT_OUTPUT = 8, 96
+_WARM_PROMPT, _HOT_OUTPUT = 8, 256
 _PAUSE_S = 2.0  # after the warm-up: what it asked for has ended
 
 

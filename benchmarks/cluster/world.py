@@ -51,6 +51,7 @@ class World:
             pool_bytes=host_bytes + _KV_BYTES,
             host_bytes=host_bytes,
             enable_prefix_caching=False,  # all prompts differ
+            warm_start_s=0,  # else new replicas would begin with what the last router's requests were for
             port=free_ports(1)[0],
         )
 

@@ -75,7 +75,7 @@ def measure_checkpoint(
     """Measures what `recipe.spec.evaluation` asks for. Emits one event before it begins.
 
     The results are saved in the run's folder. Publishing the same checkpoint again reads them from there, so it
-    publishes the same adapter.
+    publishes the same adapter. A measurement that was interrupted goes on with the windows that its machine has kept.
     """
     spec, wanted, documents = recipe.spec, recipe.spec.evaluation, None
     if wanted.perplexity is None and not wanted.retrieval:
@@ -144,6 +144,7 @@ def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
 
 def _measure(task: _Task) -> tuple[Evaluation, ...]:
     # Late: PEFT and models take two seconds to import, which the driver spares itself.
+    from loray.train.evaluation.kept import KeptFigures
     from loray.train.evaluation.measure import measure
     from loray.train.evaluation.subjects import subjects
 
@@ -157,6 +158,7 @@ def _measure(task: _Task) -> tuple[Evaluation, ...]:
             retrieval=task.evaluation.retrieval,
             dtype=task.spec.dtype,
             device=torch.device("cuda" if task.spec.use_gpu else "cpu"),
+            kept=KeptFigures(task.home),
         )
 
 

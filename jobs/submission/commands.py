@@ -144,11 +144,26 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tena
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
     """
+    return _of_server(_command(sys.executable, _as_json(spec), resume=resume, tenant=tenant), spec, settings, tenant)
+
+
+def sweep_from_spec(
+    spec: TrainSpec, plan: str, settings: Settings, *, stage: Path, tenant: str = DEFAULT_TENANT
+) -> Submission:
+    """As `from_spec`, a job that runs a sweep of `spec`, whose trials are in `plan`, as JSON. Ray uploads the plan from
+    `stage`.
+    """
+    (stage / _PLAN).write_text(plan, encoding="utf-8")
+    flags = [] if tenant == DEFAULT_TENANT else ["--tenant", tenant]
+    job = _of_server(shlex.join([sys.executable, *_SWEEP_DRIVER, _PLAN, "--events", *flags]), spec, settings, tenant)
+    return job._replace(runtime_env={"working_dir": str(stage), **job.runtime_env})
+
+
+def _of_server(command: str, spec: TrainSpec, settings: Settings, tenant: str) -> Submission:
+    """`command` begins with the Python of this image or environment, which the cluster's nodes have too."""
     for source in _sources(spec.data):
         if not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
-    # the Python of this image or environment
-    command = _command(sys.executable, _as_json(spec), resume=resume, tenant=tenant)
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)

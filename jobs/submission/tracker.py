@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from jobs.submission.commands import Submission, from_spec
+from jobs.submission.commands import Submission, from_spec, sweep_from_spec
 from jobs.submission.rules import JobLimits, check_allowed, limits_of
 from loray.catalog import Catalog, Job, JobPage
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
@@ -74,6 +76,11 @@ class JobTracker:
     def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
+    @property
+    def limits(self) -> JobLimits:
+        """The caller's."""
+        return limits_of(self._open().principal, self._settings)
+
     def submit(self, spec: TrainSpec, chosen: str | None, *, resume: bool) -> Job:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
@@ -84,10 +91,25 @@ class JobTracker:
         catalog = self._open()
         check_allowed(spec, catalog.principal, self._settings)
         submission = from_spec(spec, self._settings, resume=resume, tenant=catalog.own_tenant)
-        catalog.check_name(spec.name, spec.publish.aliases)
         job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(catalog.own_tenant, chosen)
         if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
             raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
+        return self._submit(catalog, job_id, spec, submission)
+
+    def submit_sweep(self, spec: TrainSpec, trials: Sequence[TrainSpec], plan: str) -> Job:
+        """One job that trains `trials`, as `plan` (JSON of `jobs.sweeps.trials.SweepPlan`) says, and publishes the best
+        under the name of `spec`. It counts as a job of `spec` does. Raises as `submit` does.
+        """
+        catalog = self._open()
+        for each in (spec, *trials):
+            check_allowed(each, catalog.principal, self._settings)
+        with tempfile.TemporaryDirectory(prefix="loray-sweep-") as stage:
+            tenant = catalog.own_tenant
+            submission = sweep_from_spec(spec, plan, self._settings, stage=Path(stage), tenant=tenant)
+            return self._submit(catalog, f"sweep_{secrets.token_hex(8)}", spec, submission)
+
+    def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
+        catalog.check_name(spec.name, spec.publish.aliases)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
             self._settle_active()

@@ -68,11 +68,11 @@ def points(grid: Sequence[Axis], ranges: Sequence[Axis], num_draws: int | None, 
     varies, or what may not.
     """
     if not grid and not ranges:
-        raise SpecError("nothing varies: give --grid FIELD=VALUE,VALUE, or --random N FIELD=RANGE")
+        raise SpecError("nothing varies: give a grid (--grid FIELD=VALUE,VALUE), or ranges (--random N FIELD=RANGE)")
     if ranges and num_draws is None:
-        raise SpecError(f"{ranges[0].path} has a range: say with --random N how many draws there are")
+        raise SpecError(f"{ranges[0].path} has a range: say how many draws there are (--random N)")
     if num_draws is not None and not ranges:
-        raise SpecError("--random draws from ranges: give one, as optimizer.learning_rate=loguniform(1e-5,1e-3)")
+        raise SpecError("there is nothing to draw from: give a range, as optimizer.learning_rate=loguniform(1e-5,1e-3)")
     paths = [axis.path for axis in (*grid, *ranges)]
     _check_paths(paths)
     count = math.prod(len(axis.values) for axis in grid) * (num_draws or 1)

@@ -16,10 +16,10 @@ from jobs.command import connect, fail, follow
 from jobs.events.messages import describe
 from jobs.submission import commands
 from jobs.submission.commands import Submission
-from jobs.sweeps.axes import grid_axis, points, random_axis
 from jobs.sweeps.picture import draw
+from jobs.sweeps.spec import SweepSpec
 from jobs.sweeps.terminal import SweepView
-from jobs.sweeps.trials import SweepPlan, Trial, expand, label
+from jobs.sweeps.trials import SweepPlan, Trial, label
 from loray.cli.planning.check import check_plan
 from loray.cli.planning.devices import device_option
 from loray.cli.recipes.options import RecipeSource, recipe_options
@@ -83,8 +83,9 @@ def sweep(
             name, job = resumed, commands.resumed_sweep(resumed, settings, address=address)
         else:
             source, ranges = _without_ranges(source, ranges)
-            plan, recipe = _plan(source, settings, address, grid, ranges, num_draws, draw_seed)
-            plan = plan.model_copy(update={"max_concurrent": max_concurrent, "stops_early": not no_early_stopping})
+            asked = {"grid": grid, "ranges": ranges, "num_draws": num_draws, "draw_seed": draw_seed}
+            asked |= {"max_concurrent": max_concurrent, "stops_early": not no_early_stopping}
+            plan, recipe = _plan(source, settings, address, SweepSpec.parse(asked, source="the command"))
             if not no_plan:
                 _check_plans(plan.trials, settings, device_name, address, console)
             if dry_run:
@@ -118,24 +119,14 @@ def _without_ranges(source: RecipeSource, ranges: tuple[str, ...]) -> tuple[Reci
     return source._replace(recipe=None), (first, *ranges)
 
 
-def _plan(
-    source: RecipeSource,
-    settings: Settings,
-    address: str | None,
-    grid: tuple[str, ...],
-    ranges: tuple[str, ...],
-    num_draws: int | None,
-    seed: int,
-) -> tuple[SweepPlan, Recipe]:
+def _plan(source: RecipeSource, settings: Settings, address: str | None, asked: SweepSpec) -> tuple[SweepPlan, Recipe]:
     recipe = source.load(settings.home)
 
     def load(values: dict[str, Any]) -> TrainSpec:
         return source._replace(over=merge(merge({}, source.over), values)).load(settings.home).spec
 
-    found = points([grid_axis(text) for text in grid], [random_axis(text) for text in ranges], num_draws, seed=seed)
-    trials = expand(found, load)
     is_elsewhere = address is not None and not is_this_machine(address)
-    return SweepPlan(recipe=recipe.spec, folder="." if is_elsewhere else str(recipe.folder), trials=trials), recipe
+    return asked.plan(recipe.spec, load, folder="." if is_elsewhere else str(recipe.folder)), recipe
 
 
 def _check_plans(

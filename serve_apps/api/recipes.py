@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-import yaml
 from fastapi import Depends, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from loray.bases.presets import shapes_in
+from loray.errors import SpecError
 from loray.recipes.defaults import complete
 from loray.recipes.load import size_of_base
+from loray.recipes.plain_yaml import parse_plain
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.spec.fields import mistakes
@@ -32,9 +33,11 @@ async def _read(request: Request) -> TrainSpec:
 
 def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
     try:
-        data = yaml.safe_load(raw) if is_yaml else parse_json(raw)
-    except (ValueError, yaml.YAMLError, RecursionError) as e:
-        raise InvalidFields(f"the recipe is not valid {'YAML' if is_yaml else 'JSON'}: {e}", ()) from e
+        data = parse_plain(raw, source="the recipe") if is_yaml else parse_json(raw)
+    except SpecError as e:
+        raise InvalidFields(str(e), ()) from e
+    except (ValueError, RecursionError) as e:
+        raise InvalidFields(f"the recipe is not valid JSON: {e}", ()) from e
     try:
         return TrainSpec.model_validate(_completed(data))
     except ValidationError as e:

@@ -12,7 +12,7 @@ from loray.errors import NotFoundError, PermissionDenied, SpecError
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.rates import kept_rates
-from loray.planning.run import run_of
+from loray.planning.run import Run, run_of
 from loray.recipes.continued import continued
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
 from loray.recipes.fields import fields_of, given, merge
@@ -79,7 +79,16 @@ def form_fields() -> list[Field]:
 
 def recipe_of(form: Form, home: Path) -> TrainSpec:
     """The recipe of a form: its YAML, its fields on top of that, and defaults. Raises SpecError."""
-    fields = merge(_rest(form.get("rest")), given([f"{path}={form.get(path)}" for path in _PATHS if form.get(path)]))
+    return recipe_from(fields_given(form), home)
+
+
+def fields_given(form: Form) -> dict[str, Any]:
+    """The YAML of a form, with its fields on top of that. Raises SpecError."""
+    return merge(_rest(form.get("rest")), given([f"{path}={form.get(path)}" for path in _PATHS if form.get(path)]))
+
+
+def recipe_from(fields: dict[str, Any], home: Path) -> TrainSpec:
+    """The recipe of these fields and defaults, which are filled in where they are missing. Raises SpecError."""
     base = fields.get("base", TrainSpec.model_fields["base"].default)
     return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
 
@@ -91,19 +100,27 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: 
     Raises SpecError where the driver would refuse it and where the estimate would take long, PermissionDenied for more
     workers than the caller may have, and NotFoundError for a base of unknown shape.
     """
+    return estimate(planned_run(spec, catalog, settings), bool(spec.use_gpu), settings, device_name)
+
+
+def planned_run(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Run:
+    """What `plan_of` estimates. Raises as it does."""
     _check_size(spec, catalog, settings)
-    home = settings.home
-    model = shapes_in(home)(spec.base)
+    model = shapes_in(settings.home)(spec.base)
     if model is None:
         raise NotFoundError(f"the base {spec.base} is not on this machine, so there is no estimate")
     if spec.init_adapter is not None:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
-    rates = kept_rates(home)
+    return run_of(spec, model)
+
+
+def estimate(run: Run, use_gpu: bool, settings: Settings, device_name: str = "") -> Estimate:
+    rates = kept_rates(settings.home)
     chosen = PRESETS.get(device_name)
-    is_assumed = chosen is None and bool(spec.use_gpu) and device_name != THIS_MACHINE
-    device = chosen or (PRESETS[ASSUMED_GPU] if is_assumed else host(rates, spec.num_workers))
-    return Estimate(make_plan(run_of(spec, model), device), not device.is_host or rates is not None, is_assumed)
+    is_assumed = chosen is None and use_gpu and device_name != THIS_MACHINE
+    device = chosen or (PRESETS[ASSUMED_GPU] if is_assumed else host(rates, run.num_workers))
+    return Estimate(make_plan(run, device), not device.is_host or rates is not None, is_assumed)
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:

@@ -173,6 +173,25 @@ def test_a_folder_measures_as_the_adapter_published_from_it(
     assert "adapter_config.json is damaged" in loray("eval", "perplexity", folder, *options).err
 
 
+def test_a_second_run_takes_what_the_first_has_computed(loray: Loray, base: BaseModel, data: Path) -> None:
+    options = ("eval", "perplexity", "tiny", "--data", data, "--where", "split=eval", "-c", "256")
+    first = loray(*options, "--max-windows", "2", "--json").json
+    assert (first["num_computed"], first["num_taken"]) == (2, 0)
+    again = loray(*options, "--max-windows", "2", "--json").json
+    assert (again["num_computed"], again["num_taken"]) == (0, 2)
+    assert again["evaluations"] == first["evaluations"]
+    assert (
+        "2 of 2 windows taken from earlier runs; --fresh computes all again"
+        in loray(*options, "--max-windows", "2").out
+    )
+    fresh = loray(*options, "--max-windows", "2", "--fresh", "--json").json
+    assert (fresh["num_computed"], fresh["num_taken"]) == (2, 0)
+    assert "taken" not in loray(*options, "--max-windows", "2", "--dtype", "float32").out
+    keys = ("eval", "passkey", "tiny", "-c", "400", "--samples", "1")
+    assert loray(*keys, "--depths", "0", "--json").json["num_taken"] == 0
+    assert "1 of 2 prompts taken" in loray(*keys, "--depths", "0,1").out
+
+
 def test_retrieval_and_its_picture(loray: Loray, base: BaseModel, tmp_path: Path) -> None:
     picture = tmp_path / "passkey.svg"
     options = ("-c", "400,512", "--depths", "0,1", "--samples", "2")

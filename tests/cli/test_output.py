@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 
+from loray.cli import output
 from loray.cli.doctor import kernels
 from loray.cli.main import cli
 from tests.cli.run import Loray
@@ -58,3 +60,14 @@ def test_help_imports_no_models_of_pydantic(home: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_where_nobody_sees_a_bar_lines_say_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 10.0, 30.0, 59.0, 65.0])
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with output.progress_bar() as progress:
+        for share in (0.5, 0.625, 0.75, 0.8, 1.0):  # an earlier run has computed the first half
+            progress("base, perplexity", share)
+    assert capsys.readouterr().err.splitlines() == ["base, perplexity: 75%, 0:00:30 left", "base, perplexity: 100%"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import click
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 _PIPED_WIDTH = 160
+_BETWEEN_LINES_S = 30.0
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,24 +92,49 @@ def when(moment: datetime) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """Yields a callback (step, share from 0 to 1) that draws one bar per step on stderr, if that is a terminal."""
+    """Yields a callback (step, share from 0 to 1), to be called when a step begins and as it goes on. On stderr it
+    draws one bar per step with the time that is left; if stderr is no terminal, it writes a line every 30 s at most.
+    """
+    shown = sys.stderr.isatty()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not shown,
     )
-    tasks: dict[str, TaskID] = {}
+    steps: dict[str, _Step] = {}
+    written = time.monotonic()
 
-    def progress(step: str, share: float) -> None:
-        if step not in tasks:
-            for task in tasks.values():
-                bar.update(task, completed=1.0)
-            tasks[step] = bar.add_task(step, total=1.0)
-        bar.update(tasks[step], completed=share)
+    def progress(name: str, share: float) -> None:
+        nonlocal written
+        now = time.monotonic()
+        if name not in steps:
+            for step in steps.values():
+                bar.update(step.task, completed=1.0, left="")
+            steps[name] = _Step(bar.add_task(name, total=1.0, left=""), now, share)
+        left = steps[name].left(now, share)
+        bar.update(steps[name].task, completed=share, left=left)
+        if not shown and now - written >= _BETWEEN_LINES_S:
+            written = now
+            click.echo(f"{name}: {share:.0%}" + (f", {left}" if left else ""), err=True)
 
     with bar:
         yield progress
+
+
+class _Step(NamedTuple):
+    """When a step of the work began, and the share of it that was done then."""
+
+    task: TaskID
+    began: float
+    share: float
+
+    def left(self, now: float, share: float) -> str:
+        """`0:12:30 left`, at the speed so far; empty where that is not known."""
+        if not self.share < share < 1:
+            return ""
+        return f"{timedelta(seconds=round((now - self.began) * (1 - share) / (share - self.share)))} left"

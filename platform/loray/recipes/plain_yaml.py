@@ -18,7 +18,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def parse_plain(text: str, *, source: str) -> Any:
+def parse_plain(text: str | bytes, *, source: str) -> Any:
     """What `text` says. Raises SpecError, which begins with `source`, for what is no YAML and for aliases: a few lines
     of them may stand for more than fits in memory.
     """

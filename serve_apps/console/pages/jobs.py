@@ -8,6 +8,7 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
+from jobs.sweeps.submission import submit
 from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.serving.access import check
@@ -21,6 +22,7 @@ from serve_apps.console.pictures.runs import compare, loss_rows, rank, spread
 from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
+from serve_apps.console.sweeps import SweepEstimate, estimate_of, search_fields, sweep_of
 
 _PAGE = 50
 _COMPARED = 4
@@ -45,31 +47,45 @@ def list_jobs(
 def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The form of a recipe."""
     bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
-    return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
+    return console.renderer.page(
+        request, "new_job.html", fields=form_fields(), search=search_fields(), bases=bases, methods=get_args(Method)
+    )
 
 
 @router.post("/plan")
 async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
-    """What `loray plan` says of the form; of one that is no recipe yet, why."""
+    """What `loray plan` says of the form, and of each trial of a sweep; of one that is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
 
-    def estimate() -> Estimate:
-        return plan_of(recipe_of(form, settings.home), console.backend.catalog_of(asking), settings)
+    def estimated() -> Estimate | SweepEstimate:
+        sweep, catalog = sweep_of(form, settings.home), console.backend.catalog_of(asking)
+        if sweep is not None:
+            return estimate_of(sweep, catalog, settings)
+        return plan_of(recipe_of(form, settings.home), catalog, settings)
 
     try:
-        plan = await run_in_threadpool(estimate)
+        found = await run_in_threadpool(estimated)
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
-    return console.renderer.page(request, "parts/plan.html", plan=plan, problem="")
+    if isinstance(found, SweepEstimate):
+        largest = found.kinds[0].estimate
+        return console.renderer.page(request, "parts/sweep.html", sweep=found, plan=largest, problem="")
+    return console.renderer.page(request, "parts/plan.html", plan=found, problem="")
 
 
 @router.post("")
 async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
-    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does."""
-    recipe = await run_in_threadpool(recipe_of, await read_form(request), console.backend.settings.home)
-    if recipe.publish.aliases:
-        check(asking, "promote")
-    job = await run_in_threadpool(lambda: console.backend.jobs_of(asking).submit(recipe, None, resume=False))
+    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does, or a sweep of it, as `loray sweep`."""
+    form, home = await read_form(request), console.backend.settings.home
+
+    def submitted() -> Job:
+        sweep, jobs = sweep_of(form, home), console.backend.jobs_of(asking)
+        recipe = recipe_of(form, home) if sweep is None else sweep.recipe
+        if recipe.publish.aliases:
+            check(asking, "promote")
+        return jobs.submit(recipe, None, resume=False) if sweep is None else submit(sweep, jobs)
+
+    job = await run_in_threadpool(submitted)
     return led_to(request, f"/jobs/{job.id}")
 
 

@@ -57,7 +57,7 @@ def test_a_point_that_is_drawn_twice_is_one_trial() -> None:
         (("data.train=a,b",), (), None, "can be compared"),
         (("name=a,b",), (), None, "cannot vary"),
         (("adapter.rank=8",), ("seed=1,2",), None, "--random N"),
-        (("adapter.rank=8",), (), 3, "draws from ranges"),
+        (("adapter.rank=8",), (), 3, "nothing to draw from"),
         ((), ("seed=randint(1,5000)",), 1001, "1,001 trials"),
         ((), ("adapter.rank=normal(1,2)",), 1, "there is no range 'normal'"),
         ((), ("adapter.rank=randint(1)",), 1, "is no range"),

@@ -33,11 +33,13 @@ JSON = {"Content-Type": "application/json"}  # else a form could have sent it
 
 @dataclass
 class FakeJobs:
-    """A scripted job server. `down`: it does not answer. `num_asked`: times it was asked for jobs.
+    """A scripted job server. `uploaded`: files of a job's folder by name. `down`: it does not answer. `num_asked`:
+    times it was asked for jobs.
     `while_waiting`: called by a submission, as if Ray's agent had not started."""
 
     jobs: dict[str, RayJob] = field(default_factory=dict)
     submitted: dict[str, Submission] = field(default_factory=dict)
+    uploaded: dict[str, dict[str, str]] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     down: bool = False
     num_asked: int = 0
@@ -53,6 +55,9 @@ class FakeJobs:
         if job_id in self.jobs:
             raise ConflictError("Ray has a job of this id")
         self.submitted[job_id] = job
+        if "working_dir" in job.runtime_env:
+            folder = Path(job.runtime_env["working_dir"])
+            self.uploaded[job_id] = {path.name: path.read_text() for path in folder.iterdir()}
         self.jobs[job_id] = RayJob("PENDING", "")
         return job_id
 

@@ -23,6 +23,10 @@ from serve_apps.api.examples import RECIPE
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
 
+LAUGHS = b"a: &a [1]\n" + b"".join(  # each line is ten times the one before, and the last one a billion values
+    b"%c: &%c [%s]\n" % (letter + 1, letter + 1, b", ".join([b"*%c" % letter] * 10)) for letter in range(97, 106)
+)
+
 
 @pytest.fixture
 def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
@@ -91,6 +95,8 @@ def test_every_wrong_field_is_named(api: Api) -> None:
         (b"[" * 5_000, "application/yaml", "not valid YAML"),
         (b"a: [", "application/yaml", "not valid YAML"),
         (b"\x00", "application/yaml", "not valid YAML"),
+        (LAUGHS, "application/yaml", "write out what the alias *a stands for"),
+        (b"data: &d {train: x.jsonl}\nother:\n  <<: *d\n", "text/yaml", "write out what the alias *d stands for"),
         (b"[]", "application/json", "not valid"),
         (b"", "application/yaml", "not valid"),
         (b'{"name": "\\ud800"}', "application/json", "not valid"),

@@ -144,14 +144,21 @@ def test_the_grid(tiny_base: Callable[..., BaseModel]) -> None:
     base = tiny_base(max_position_embeddings=4096, std=0.1)
     spec = RetrievalSpec(context_lengths=(400, 600), depths=(0.0, 1.0), samples=2, seed=3)
     model = load(base, MeasuredModel("base"), dtype="float32", device=CPU)
-    shares: list[float] = []
-    cells = retrieve(model, TOKENIZER, spec, shares.append)
-    assert [(c.context_length, c.depth) for c in cells] == [(400, 0), (400, 1), (600, 0), (600, 1)]
-    assert shares == [i / 8 for i in range(1, 9)]
+    cells = retrieve(lambda: model, TOKENIZER, spec, 600)
+    assert [(c.context_length, c.depth) for c in cells] == [(600, 0), (600, 1)]
     alone = [score(model, TOKENIZER, prompt("passkey", 600, 1.0, seed=3, sample=i)) for i in range(2)]
     assert cells[-1].log_likelihood == pytest.approx(sum(a.log_likelihood for a in alone) / 2, rel=1e-6)
 
-    measured = measure(base, [MeasuredModel("base")], retrieval=[spec], dtype="float32")
+    told: list[tuple[str, float]] = []
+    measured = measure(
+        base,
+        [MeasuredModel("base")],
+        retrieval=[spec],
+        dtype="float32",
+        progress=lambda stage, share: told.append((stage, share)),
+    )
+    assert told == [(f"base, passkey at {n} tokens", i / 4) for n in (400, 600) for i in range(5)]
+    assert [(e.context_length, e.depth) for e in measured[::2]] == [(400, 0), (400, 1), (600, 0), (600, 1)]
     assert [(e.metric, e.context_length, e.depth) for e in measured][-2:] == [
         ("passkey_exact_match", 600, 1.0),
         ("passkey_log_likelihood", 600, 1.0),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from rich.table import Table
@@ -19,6 +19,7 @@ from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
 from loray.cli.services import open_services
 from loray.errors import SpecError
+from loray.settings import Settings
 from loray.spec import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -79,11 +80,11 @@ def perplexity(
 
         tokenizer = AutoTokenizer.from_pretrained(target.base.path)
         documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)
-        measured, seconds = _measure(target, options, documents=documents, perplexity=spec)
+        measured, took = _measure(target, options, documents=documents, perplexity=spec)
         if options.as_json:
             counts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
             failures = _record(target, options, measured)
-            emit(_as_json(target, options, measured, seconds) | counts | {"gate": failures})
+            emit(_as_json(target, options, measured, took) | counts | {"gate": failures})
             return
         out = console()
         out.print(
@@ -93,7 +94,7 @@ def perplexity(
         )
         out.print(_perplexities(measured))
         failures = _record(target, options, measured)
-        _print_end(target, options, seconds)
+        _print_end(target, options, took, "windows")
         if failures is not None:
             click.echo("gate: " + ("no alias, " + "; ".join(failures) if failures else "passed"))
 
@@ -139,13 +140,13 @@ def _retrieve(
         lengths = options.context_lengths or target.default_context_lengths
         fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
         spec = RetrievalSpec.parse(fields | ({"depths": depths} if depths else {}), source="the command")
-        measured, seconds = _measure(target, options, retrieval=[spec])
+        measured, took = _measure(target, options, retrieval=[spec])
         title = f"{task} retrieval of {target.label}"
         if picture is not None:
             picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
         if options.as_json:
             _record(target, options, measured)
-            emit(_as_json(target, options, measured, seconds) | {"heatmap": picture})
+            emit(_as_json(target, options, measured, took) | {"heatmap": picture})
             return
         out = console()
         out.print(f"{title}, {samples} prompts a cell, seed {seed}: exact match, and log-likelihood of the key in nats")
@@ -154,7 +155,7 @@ def _retrieve(
         if picture is not None:
             click.echo(f"heat map: {picture}")
         _record(target, options, measured)
-        _print_end(target, options, seconds)
+        _print_end(target, options, took, "prompts")
 
 
 def _target(options: Options) -> AbstractContextManager[Target]:
@@ -166,11 +167,19 @@ def _target(options: Options) -> AbstractContextManager[Target]:
     )
 
 
-def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], float]:
-    """The evaluations, and the seconds that they took, including loading."""
+class _Took(NamedTuple):
+    """Seconds, including loading; windows or prompts that were computed, and those taken from earlier runs."""
+
+    seconds: float
+    num_computed: int
+    num_taken: int
+
+
+def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
     import torch  # takes seconds
     from transformers.utils.logging import disable_progress_bar
 
+    from loray.train.evaluation.kept import KeptFigures
     from loray.train.evaluation.measure import measure
     from loray.train.evaluation.subjects import subjects
 
@@ -181,11 +190,11 @@ def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evalu
     if options.compare and target.rope is None and target.adapter is None:
         raise SpecError(f"there is nothing to compare {target.label} with: --compare is for adapters and for --rope")
     disable_progress_bar()
-    started = time.monotonic()
+    kept, started = KeptFigures(Settings.from_env().home, fresh=options.fresh), time.monotonic()
     with progress_bar() as tell:
         chosen = subjects(target.rope, target.adapter, compare=options.compare)
-        measured = measure(target.base, chosen, dtype=options.dtype, device=device, progress=tell, **what)
-    return measured, time.monotonic() - started
+        measured = measure(target.base, chosen, dtype=options.dtype, device=device, progress=tell, kept=kept, **what)
+    return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken)
 
 
 def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
@@ -202,7 +211,7 @@ def _record(target: Target, options: Options, measured: Sequence[Evaluation]) ->
     return gate.failures(version.manifest, known, tolerance) if gate.is_gated(version.manifest) else None
 
 
-def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], seconds: float) -> dict[str, Any]:
+def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,
@@ -211,7 +220,9 @@ def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], s
         "dtype": options.dtype,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured],
         "recorded": target.version is not None and options.record,
-        "seconds": round(seconds, 1),
+        "seconds": round(took.seconds, 1),
+        "num_computed": took.num_computed,
+        "num_taken": took.num_taken,
     }
 
 
@@ -243,6 +254,9 @@ def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
     return made
 
 
-def _print_end(target: Target, options: Options, seconds: float) -> None:
+def _print_end(target: Target, options: Options, took: _Took, what: str) -> None:
+    if took.num_taken:
+        total = took.num_computed + took.num_taken
+        click.echo(f"{took.num_taken} of {total} {what} taken from earlier runs; --fresh computes all again")
     recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
-    click.echo(f"{seconds:.1f} s, {options.dtype}{recorded}")
+    click.echo(f"{took.seconds:.1f} s, {options.dtype}{recorded}")

@@ -65,6 +65,7 @@ class Options(NamedTuple):
     dtype: DType
     device: str | None
     record: bool
+    fresh: bool
     as_json: bool
 
 
@@ -94,6 +95,7 @@ _MEASUREMENT = (
     ),
     click.option("--device", help="A torch device (default: cuda where there is one, else cpu)."),
     click.option("--record/--no-record", default=True, help="Record the figures of a published adapter (default)."),
+    click.option("--fresh", is_flag=True, help="Compute all, also what an earlier run has computed."),
     json_option,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from math import exp, inf
 
 import numpy as np
@@ -25,9 +25,10 @@ from loray.spec import (
 )
 from loray.telemetry import Progress
 from loray.train.evaluation.documents import Documents, cut_windows
+from loray.train.evaluation.kept import KeptFigures
 from loray.train.evaluation.perplexity import finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
-from loray.train.evaluation.subjects import MeasuredModel, load
+from loray.train.evaluation.subjects import MeasuredModel, identity, load
 
 _MAX_LOSS = 700.0  # exp of it is still finite; the loss of a uniform guess is the logarithm of the vocabulary's size
 
@@ -42,27 +43,31 @@ def measure(
     dtype: DType = "bfloat16",
     device: torch.device | None = None,
     progress: Progress = lambda stage, share: None,
+    kept: KeptFigures | None = None,
 ) -> tuple[Evaluation, ...]:
-    """Perplexity on `documents` and retrieval of every model. One model is in memory at a time.
+    """Perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose figures
+    are all in `kept` (None: nothing is kept).
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
     one, and EvaluationError where a value is not finite.
     """
+    device, kept = device or torch.device("cpu"), kept or KeptFigures()
     windows = {} if perplexity is None or documents is None else _windows(documents, perplexity)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
     for measured_model in models:
-        model = load(base, measured_model, dtype=dtype, device=device or torch.device("cpu"))
+        model = cache(partial(load, base, measured_model, dtype=dtype, device=device))
+        take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
         name = subject.replace("_", " ")
         if perplexity is not None and documents is not None:
             for context_length, windows_T in windows.items():
                 stage = f"{name}, perplexity at {context_length:,} tokens"
-                value = _perplexity(mean_loss(model, windows_T, partial(progress, stage)), stage)
+                loss = mean_loss(model, windows_T, partial(take, progress=partial(progress, stage)))
                 measured.append(
                     Evaluation(
                         metric=PERPLEXITY,
-                        value=value,
+                        value=_perplexity(loss, stage),
                         dataset=documents.name,
                         subject=subject,
                         context_length=context_length,
@@ -72,8 +77,12 @@ def measure(
                     )
                 )
         for spec in retrieval:
-            cells = retrieve(model, tokenizer, spec, partial(progress, f"{name}, {spec.task}"))
-            measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
+            for context_length in spec.context_lengths:
+                stage = f"{name}, {spec.task} at {context_length:,} tokens"
+                cells = retrieve(
+                    model, tokenizer, spec, context_length, partial(take, progress=partial(progress, stage))
+                )
+                measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
         del model
     return tuple(measured)
 

@@ -9,7 +9,7 @@ Shapes: T tokens of a window, B windows at once, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any
 
@@ -18,35 +18,39 @@ import torch
 from numpy.typing import NDArray
 
 from loray.errors import EvaluationError
-from loray.telemetry import StageProgress
+from loray.train.evaluation.kept import Figures, Pass, Take, compute_all, digest
 from loray.train.loss import summed_cross_entropy
 from loray.train.model import evaluating
 
 _TOKENS_AT_ONCE = 4096  # short windows share a pass
 
 
-@torch.no_grad()
-def mean_loss(
-    model: Any, windows_T: Sequence[NDArray[np.int32]], progress: StageProgress = lambda share: None
-) -> float:
+def mean_loss(model: Callable[[], Any], windows_T: Sequence[NDArray[np.int32]], take: Take = compute_all) -> float:
     """Mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of perplexity.
 
-    `model` is a transformers causal language model, which does not change. Raises EvaluationError where a loss is not
-    finite.
+    `model` gives a transformers causal language model, which does not change. It is called for passes alone whose
+    figures `take` does not have. Raises EvaluationError where a loss is not finite.
     """
     num_windows, context_length = len(windows_T), len(windows_T[0])
-    device = next(model.parameters()).device
-    head = model.get_output_embeddings().weight
-    total = 0.0
     rows = max(1, _TOKENS_AT_ONCE // context_length)
+    batches_BT = [np.stack(windows_T[start : start + rows]) for start in range(0, num_windows, rows)]
+    passes = [Pass(digest("perplexity", ids_BT), len(ids_BT)) for ids_BT in batches_BT]
+
+    def compute(i: int) -> Figures:
+        return {"nll": _summed_loss(model(), batches_BT[i]), "num_tokens": len(batches_BT[i]) * (context_length - 1)}
+
+    figures = take(passes, compute)
+    return sum(f["nll"] for f in figures) / sum(f["num_tokens"] for f in figures)
+
+
+@torch.no_grad()
+def _summed_loss(model: Any, ids_BT: NDArray[np.int32]) -> float:
+    inputs_BT = torch.from_numpy(ids_BT.astype(np.int64)).to(next(model.parameters()).device)
+    head = model.get_output_embeddings().weight
     with evaluating(model):
-        for start in range(0, num_windows, rows):
-            ids_BT = torch.from_numpy(np.stack(windows_T[start : start + rows]).astype(np.int64)).to(device)
-            hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-            total += float(summed_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, ids_BT[:, 1:].flatten()))
-            progress(min(1.0, (start + rows) / num_windows))
-    loss = total / (num_windows * (context_length - 1))
-    return finite(loss, f"the loss on windows of {context_length:,} tokens")
+        hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        loss = float(summed_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, inputs_BT[:, 1:].flatten()))
+    return finite(loss, f"the loss on windows of {ids_BT.shape[1]:,} tokens")
 
 
 def finite(value: float, what: str) -> float:

@@ -8,13 +8,13 @@ Shapes: A tokens of the key, T tokens in all, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from loray.spec import RetrievalSpec
-from loray.telemetry import StageProgress
+from loray.train.evaluation.kept import Figures, Pass, Take, compute_all, digest
 from loray.train.evaluation.perplexity import finite
 from loray.train.evaluation.prompts import Prompt, make_prompt
 from loray.train.model import evaluating
@@ -37,21 +37,29 @@ class Cell(NamedTuple):
 
 
 def retrieve(
-    model: Any, tokenizer: Any, spec: RetrievalSpec, progress: StageProgress = lambda share: None
+    model: Callable[[], Any], tokenizer: Any, spec: RetrievalSpec, context_length: int, take: Take = compute_all
 ) -> tuple[Cell, ...]:
-    """Cells of every length with every depth, in order. `model` is a transformers causal language model, which does not
-    change.
+    """Cells of one length with every depth, in order.
+
+    `model` gives a transformers causal language model, which does not change. It is called for prompts alone whose
+    scores `take` does not have.
     """
+    prompts = [
+        make_prompt(spec.task, tokenizer, context_length, depth, seed=spec.seed, sample=sample)
+        for depth in spec.depths
+        for sample in range(spec.samples)
+    ]
+    passes = [Pass(digest("retrieval", prompt.answer, prompt.ids, prompt.answer_ids), 1) for prompt in prompts]
+
+    def compute(i: int) -> Figures:
+        return score(model(), tokenizer, prompts[i])._asdict()
+
+    scores = take(passes, compute)
     cells = []
-    grid = [(length, depth) for length in spec.context_lengths for depth in spec.depths]
-    for i, (length, depth) in enumerate(grid):
-        answers = []
-        for sample in range(spec.samples):
-            prompt = make_prompt(spec.task, tokenizer, length, depth, seed=spec.seed, sample=sample)
-            answers.append(score(model, tokenizer, prompt))
-            progress((i + (sample + 1) / spec.samples) / len(grid))
-        exact, likelihood = _mean([a.exact for a in answers]), _mean([a.log_likelihood for a in answers])
-        cells.append(Cell(length, depth, exact, likelihood))
+    for i, depth in enumerate(spec.depths):
+        mine = scores[i * spec.samples : (i + 1) * spec.samples]
+        exact, likelihood = (_mean([figures[name] for figures in mine]) for name in Answer._fields)
+        cells.append(Cell(context_length, depth, exact, likelihood))
     return tuple(cells)
 
 

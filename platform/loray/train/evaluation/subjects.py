@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loray.adapters.peft_format import read_adapter
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel
+from loray.files import file_sha256
 from loray.spec import DType, RopeParameters, Subject
+from loray.train.hooks.dense import DENSE
 from loray.train.model import load_model
 
 
@@ -29,6 +31,19 @@ def subjects(rope: RopeParameters | None, adapter: Path | None, *, compare: bool
     if adapter is not None:
         stages.append(MeasuredModel("adapter", rope, adapter))
     return tuple(stages) if compare else (stages[-1],)
+
+
+def identity(base: BaseModel, measured: MeasuredModel, *, dtype: DType, device: torch.device) -> dict[str, Any]:
+    """What decides the figures that `load`'s model gives for the same tokens, as JSON. Hashes the adapter's files."""
+    files = [] if measured.adapter is None else [measured.adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return {
+        "base": base.fingerprint,
+        "rope": measured.rope and measured.rope.to_hf(),
+        "adapter": [file_sha256(path) for path in files if path.is_file()],
+        "dtype": dtype,
+        "device": device.type,
+        "attention": DENSE,
+    }
 
 
 def load(base: BaseModel, measured: MeasuredModel, *, dtype: DType, device: torch.device) -> Any:
