@@ -35,10 +35,12 @@ from loray.spec import (
     TrainingGroup,
     TrainSpec,
 )
-from loray.telemetry import configure_logging
+from loray.telemetry import configure_logging, get_logger
 from loray.train.checkpoint import ADAPTER
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.prompts import make_prompt
+
+log = get_logger(__name__)
 
 _EVALUATIONS = "evaluations.json"
 
@@ -88,8 +90,7 @@ def measure_checkpoint(
         "evaluation": wanted.model_dump(mode="json", include={"perplexity", "retrieval"}),
         "data_sha256": documents and documents.sha256,
     }
-    data = run.read(_EVALUATIONS)
-    saved = None if data is None else _Saved.parse(json.loads(data), source=f"{_EVALUATIONS} of {run}")
+    saved = _read(run)
     if saved is None or saved.asked != asked:
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
@@ -106,6 +107,16 @@ class _Saved(Frozen):
 
     asked: dict[str, Any]
     evaluations: tuple[dict[str, Any], ...]
+
+
+def _read(run: RunFolder) -> _Saved | None:
+    """None where nothing was measured yet, or the file is damaged."""
+    data = run.read(_EVALUATIONS)
+    try:
+        return None if data is None else _Saved.parse(json.loads(data), source=f"{_EVALUATIONS} of {run}")
+    except ValueError as e:
+        log.warning("what the run has is measured again: %s", e)
+        return None
 
 
 class _Task(NamedTuple):

@@ -31,6 +31,7 @@ def fit(
         emit(event)
 
     has_board = "tensorboard" in work.spec.tracking
+    run.mend()
     with (
         run.history() as history,
         TensorBoardWriter(history.board) as board,

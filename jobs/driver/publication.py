@@ -24,7 +24,10 @@ from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Frozen, Principal, TrainSpec
 from loray.store import AdapterStore, open_store
+from loray.telemetry import get_logger
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
+
+log = get_logger(__name__)
 
 _PUBLISHED = "published.json"
 
@@ -70,7 +73,11 @@ def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
     data = run.read(_PUBLISHED)
     if data is None:
         return None
-    saved = _Publication.parse(json.loads(data), source=f"{_PUBLISHED} of {run}")
+    try:
+        saved = _Publication.parse(json.loads(data), source=f"{_PUBLISHED} of {run}")
+    except ValueError as e:
+        log.warning("the run is published again, which makes no second version: %s", e)
+        return None
     return cast("PublishedEvent", saved.event) if saved.recipe == recipe.spec.model_dump(mode="json") else None
 
 

@@ -13,8 +13,8 @@ from ray.train.torch import TorchTrainer
 
 from jobs.driver.prepare import Prepared
 from jobs.runs.folders import RunFolder
+from jobs.runs.saved import SCORE
 from jobs.workers import worker
-from jobs.workers.checkpoints import SCORE
 from jobs.workers.controller import EventLog
 from jobs.workers.elastic import ElasticTorchTrainer
 from jobs.workers.placement import WholeGroups, worker_resources

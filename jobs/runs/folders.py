@@ -26,7 +26,9 @@ from pyarrow import fs as pafs
 from ray.train import Result
 
 from jobs.runs.leases import leased
+from jobs.runs.saved import SNAPSHOT, mend
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
+from loray.files import replacing
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
 from loray.spec import split_qualified
@@ -40,7 +42,6 @@ _EVENTS = "events.jsonl"
 _BOARD = "tensorboard"
 _JOB_ID = "job_id"
 _LOCK = "lock"
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 
 
 class History(NamedTuple):
@@ -89,13 +90,20 @@ class RunFolder:
                 return bytes(file.read())
 
     def write(self, name: str, data: bytes) -> None:
-        with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+        """In one step: a driver that dies, or a full disk, leaves what was there before."""
+        with _translate_errors(self), replacing(Path(self.path, name)) as file:
             file.write(data)
+
+    def mend(self) -> None:
+        """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: `saved.mend`."""
+        with _translate_errors(self):
+            mend(Path(self.path))
 
     def result(self) -> Result:
         """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
+        self.mend()
         with _translate_errors(self):
-            if not self._has(_RAY_SNAPSHOT):
+            if not self._has(SNAPSHOT):
                 raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
             return Result.from_path(self.path, storage_filesystem=self.filesystem)
 
@@ -136,6 +144,14 @@ class SharedRunFolder(RunFolder):
 
     def __str__(self) -> str:
         return f"s3://{self.path}"
+
+    def write(self, name: str, data: bytes) -> None:
+        """The object appears whole."""
+        with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+            file.write(data)
+
+    def mend(self) -> None:
+        """There is nothing to do: a bucket has an object whole, or as it was before."""
 
     @contextmanager
     def locked(self, job_id: str, lost: Callable[[str], None]) -> Iterator[None]:

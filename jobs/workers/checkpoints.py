@@ -9,17 +9,16 @@ first.
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import ray.train
 from pyarrow import fs as pafs
 from ray.train import Checkpoint, CheckpointUploadMode
 
+from jobs.runs.saved import PREFIX, metrics_of, name_of, step_of
 from loray.errors import IntegrityError, LorayError
 from loray.telemetry import get_logger
 from loray.train.checkpoint import read_state
@@ -27,17 +26,6 @@ from loray.train.mesh import World
 from loray.train.saving import WRITTEN
 
 log = get_logger(__name__)
-
-SCORE = "score"  # the metric by which Ray ranks checkpoints
-_PREFIX = "step_"
-
-
-def score(eval_loss: float | None) -> float:
-    """The metric that ranks a checkpoint; lower is better.
-
-    It is finite, because Ray writes it into JSON. Checkpoints that were not evaluated come last.
-    """
-    return sys.float_info.max if eval_loss is None else eval_loss
 
 
 class CheckpointUploads:
@@ -73,7 +61,7 @@ class CheckpointUploads:
         known = ray.train.get_checkpoint()
         left = None
         if world.rank == 0:
-            known_step = -1 if known is None else _step(Path(known.path))
+            known_step = -1 if known is None else step_of(Path(known.path))
             left = self._left_behind(known_step)
             _remove_unknown(known_step)
         (name, *_) = world.gather(None if left is None else left.name)
@@ -83,7 +71,7 @@ class CheckpointUploads:
         if left is not None:
             state = read_state(left)
             log.warning("the checkpoint of step %d was not uploaded when its worker was lost; doing so now", state.step)
-            saved, metrics = Checkpoint.from_directory(left), _metrics(state.step, state.eval_loss)
+            saved, metrics = Checkpoint.from_directory(left), metrics_of(state.step, state.eval_loss)
         ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
         world.gather(None)  # waits until rank 0's upload has finished
         storage = ray.train.get_context().get_storage()
@@ -97,15 +85,15 @@ class CheckpointUploads:
         self._idle.wait()
         checkpoint = None
         if written is not None:
-            kept = written.rename(self._folder / _name(step))
+            kept = written.rename(self._folder / name_of(step))
             self._remove_all_but(kept)
             checkpoint = Checkpoint.from_directory(kept)
             self._written_at = time.perf_counter()
             self._idle.clear()
         ray.train.report(
-            _metrics(step, eval_loss),
+            metrics_of(step, eval_loss),
             checkpoint=checkpoint,
-            checkpoint_dir_name=_name(step),
+            checkpoint_dir_name=name_of(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=False,
@@ -125,9 +113,9 @@ class CheckpointUploads:
     def _left_behind(self, known_step: int) -> Path | None:
         """The last complete checkpoint of a step after `known_step`. Everything else in the folder is removed."""
         for path in self._folder.glob(f"{WRITTEN}*"):  # not reported before the worker was lost
-            path.rename(self._folder / _name(int(path.name.removeprefix(WRITTEN))))
-        for path in sorted(self._folder.glob(f"{_PREFIX}*"), reverse=True):
-            if _step(path) > known_step and _is_complete(path):
+            path.rename(self._folder / name_of(int(path.name.removeprefix(WRITTEN))))
+        for path in sorted(self._folder.glob(f"{PREFIX}*"), key=step_of, reverse=True):
+            if step_of(path) > known_step and _is_complete(path):
                 self._remove_all_but(path)
                 return path
         self._remove_all_but(None)
@@ -146,20 +134,8 @@ def _remove_unknown(known_step: int) -> None:
     """
     storage = ray.train.get_context().get_storage()
     for found in storage.storage_filesystem.get_file_info(pafs.FileSelector(storage.experiment_fs_path)):
-        if found.base_name.startswith(_PREFIX) and _step(Path(found.path)) > known_step:
+        if found.base_name.startswith(PREFIX) and step_of(Path(found.path)) > known_step:
             storage.storage_filesystem.delete_dir(found.path)
-
-
-def _metrics(step: int, eval_loss: float | None) -> dict[str, Any]:
-    return {"event": "checkpoint", "step": step, "eval_loss": eval_loss, SCORE: score(eval_loss)}
-
-
-def _name(step: int) -> str:
-    return f"{_PREFIX}{step:06d}"
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def _is_complete(checkpoint: Path) -> bool:

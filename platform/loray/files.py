@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import tarfile
@@ -62,10 +63,24 @@ def read_json_lines(f: BinaryIO) -> Iterator[Any]:
 
 @contextmanager
 def replacing_private(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces `path` at the end of the block, on disk and readable by this user only. After an error in
-    the block `path` is as before.
+    """As `replacing`, with a file that this user alone can read."""
+    with _replacing(path, 0o600) as f:
+        yield f
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` at the end of the block, on disk. After an error in the block, and where the process
+    dies, `path` is as before.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # private from the beginning
+    with _replacing(path, 0o666) as f:  # less what the process's mask takes away
+        yield f
+
+
+@contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as f:
             yield f
@@ -73,7 +88,7 @@ def replacing_private(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 

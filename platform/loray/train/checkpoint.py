@@ -10,6 +10,7 @@ the step. A run with any strategy and number of workers can resume from a checkp
 
 from __future__ import annotations
 
+import pickle
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -134,7 +135,7 @@ def read_optimizer(folder: Path) -> OptimizerState:
     path = folder / _OPTIMIZER
     try:
         return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (OSError, TypeError, RuntimeError) as e:
+    except (OSError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise IntegrityError(f"{path} is missing, damaged, or was written by another version of loray") from e
 
 

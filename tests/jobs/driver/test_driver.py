@@ -24,10 +24,10 @@ from jobs.driver.publication import already_published, best, publish_best
 from jobs.driver.resources import check_resources
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
+from jobs.runs.saved import score
 from jobs.submission import commands
 from jobs.submission.tracker import RayJob
 from jobs.workers import threads, worker
-from jobs.workers.checkpoints import score
 from loray.adapters.inject import InitialAdapter
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
@@ -116,6 +116,9 @@ def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, sett
     (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
     assert version.manifest.job_id == "first"
     assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
+    resumed.write("published.json", b'{"recipe"')
+    assert already_published(resumed, recipe) is None
+    assert publish_best(made, resumed, recipe, settings) == first
 
 
 def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, settings: Settings) -> None:

@@ -85,7 +85,11 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     )
     assert at_64.startswith("perplexity at 64 tokens: base ")
 
-    monkeypatch.setattr("loray.train.evaluation.measure.measure", lambda *_, **__: pytest.fail("measured again"))
+    with monkeypatch.context() as patched:
+        patched.setattr("loray.train.evaluation.measure.measure", lambda *_, **__: pytest.fail("measured again"))
+        assert publish_best(made, run, recipe, settings)["digest"] == published["digest"]
+    run.write("evaluations.json", b'{"asked": {')  # measured again, of windows that the machine has kept
+    monkeypatch.setattr("loray.train.evaluation.measure.load", lambda *_, **__: pytest.fail("a window is not kept"))
     assert publish_best(made, run, recipe, settings)["digest"] == published["digest"]
 
 
