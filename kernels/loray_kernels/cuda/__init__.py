@@ -3,6 +3,7 @@
 ops            chooses the kernel for each call
 gather         launches the CUDA C++ kernels (csrc): decode, and copies of rows
 tiles/         the Triton kernels and their launches: prompts, and rows of activations
+flash          attention of prompts by FlashInfer, where it is installed
 tables         a step's tables as device tensors
 nvrtc, launch  compile and launch the CUDA C++ kernels
 sampling/      a token for each row of logits: plain rows, and those with more (choosing)
@@ -46,9 +47,10 @@ def cuda_ops(device: torch.device) -> Ops:
         raise BackendUnavailable(f"the cuda kernels need compute capability 8.0; {device} has less")
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("the cuda kernels need Triton: pip install 'loray[cuda]'")
+    from loray_kernels.cuda.flash import flash_prompts
     from loray_kernels.cuda.gather import Gather
     from loray_kernels.cuda.launch import CupyLauncher
     from loray_kernels.cuda.ops import CudaOps
     from loray_kernels.cuda.tiles.launch import Tiles
 
-    return CudaOps(Gather(CupyLauncher(device)), Tiles())
+    return CudaOps(Gather(CupyLauncher(device)), Tiles(), flash_prompts(device))

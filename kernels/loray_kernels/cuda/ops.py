@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.launch import SUFFIX
@@ -53,8 +54,8 @@ if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
 class CudaOps(ReferenceOps):
     """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
 
-    def __init__(self, gather: Gather, tiles: Tiles) -> None:
-        self._gather, self._tiles = gather, tiles
+    def __init__(self, gather: Gather, tiles: Tiles, flash: FlashPrompts | None = None) -> None:
+        self._gather, self._tiles, self._flash = gather, tiles, flash
         self._sampling: Sampling | None = None
 
     def page_writer(self, pool: Tensor) -> PageWriter:
@@ -138,7 +139,7 @@ class CudaOps(ReferenceOps):
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
             self._gather.attention(q_THd, out_THd, cache, layout, packed, scale)
-        if packed.prefilled.num:
+        if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
             self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
         return out_THd
 

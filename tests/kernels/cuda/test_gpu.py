@@ -90,7 +90,30 @@ class OnGpu:
 
 @pytest.fixture(scope="module")
 def ops() -> Any:
-    return OnGpu(backend("cuda", "cuda"))
+    """All kernels our own, also where FlashInfer is installed."""
+    found: Any = backend("cuda", "cuda")
+    found._flash = None
+    return OnGpu(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flashinfers_attention_is_ours(dtype: torch.dtype) -> None:
+    from loray_kernels.cuda.flash import flash_prompts
+
+    found: Any = backend("cuda", "cuda")
+    device = torch.device("cuda")
+    flash = flash_prompts(device)
+    if flash is None:
+        pytest.skip("FlashInfer cannot be imported here")
+    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=128)
+    pool = randn(2, dtype, 64 * 2 * layout.layer_share).cuda()
+    blocks = torch.randperm(64).cuda().split(16)
+    meta = AttentionMeta((0, 40, 41, 241), (40, 90, 250), blocks[:3], torch.zeros(241, dtype=torch.int64).cuda())
+    q_THd = randn(3, dtype, 241, 8, 128).cuda()
+    found._flash = None
+    want, got = found.paged_attention(q_THd, pool, layout, 1, meta, 0.1), torch.zeros_like(q_THd)
+    assert flash(q_THd, got, pool, layout, 1, meta, 0.1), "FlashInfer failed, see the log"
+    near(torch.cat([got[:40], got[41:]]).cpu(), torch.cat([want[:40], want[41:]]).cpu(), dtype)
 
 
 def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
