@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 from loray.errors import LorayError, Overloaded
-from loray.serving.demand import DemandMeter, EngineLoad, TrackedRequest
+from loray.serving.scaling.demand import DemandMeter, EngineLoad, TrackedRequest
+from loray.serving.scaling.load import burst_s
 from loray.spec import AutoscalingSpec, ServeSpec
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class ReplicaDemand:
             pool_bytes=self._pool_bytes,
             adapter_bytes=stream.adapter_bytes,
             now=time.monotonic(),
+            burst_s=burst_s(autoscaling),
         )
 
     def arrived(self, request: GenerateRequest) -> TrackedRequest:

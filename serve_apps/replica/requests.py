@@ -16,7 +16,7 @@ from serve_apps.tracing import ReplicaTrace, Tracing
 if TYPE_CHECKING:
     from loray.engine.request import TokenOutput
     from loray.engine.stream import EngineStream
-    from loray.serving.demand import TrackedRequest
+    from loray.serving.scaling.demand import TrackedRequest
     from loray.spec import GenerateRequest
 
 

@@ -15,9 +15,10 @@ from typing import Any
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from loray.api.status import ScalingDecision
-from loray.serving.demand import Observation
-from loray.serving.idle import IdleState, PolicyState, decide_from_zero
-from loray.serving.scaling import Decision, ScalingState
+from loray.serving.scaling.bursts import Bursts
+from loray.serving.scaling.decision import Decision, ScalingState
+from loray.serving.scaling.idle import IdleState, PolicyState, decide_from_zero
+from loray.serving.scaling.observation import Observation
 from loray.spec import AutoscalingSpec, ServeSpec
 from loray.telemetry import get_logger
 from serve_apps.scaling.log import ScalingLog
@@ -123,7 +124,9 @@ def _state_of(kept: Mapping[str, Any] | None) -> PolicyState:
     """Inverse of `asdict`. Serve copies its policy state as plain data."""
     if kept is None:
         return PolicyState()
-    return PolicyState(ScalingState(**kept["scaling"]), IdleState(**kept["idle"]))
+    scaling = kept["scaling"]
+    bursts = Bursts(**scaling["bursts"])
+    return PolicyState(ScalingState(**scaling | {"bursts": bursts}), IdleState(**kept["idle"]))
 
 
 def observations(

@@ -14,7 +14,7 @@ from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.demand_notes import DemandNotes
 from serve_apps.scaling import demand_records
 from serve_apps.scaling.demand_records import DemandRecords
-from tests.serving.demand import adapter
+from tests.serving.scaling.made import adapter
 
 
 class Gcs:

@@ -9,7 +9,7 @@ from loray.serving.routing import ReplicaView, Routing
 from loray.serving.routing_report import routing_key
 from loray.serving.warm_start import expected
 from loray.spec import AdapterRef
-from tests.serving.demand import adapter
+from tests.serving.scaling.made import adapter
 
 OLD = ("one", "two", "three")
 

@@ -9,24 +9,41 @@ from loray.simulation.policies.routers import AdapterRouter
 from loray.simulation.policies.scalers import AdapterDemand
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.replica import Job
-from loray.simulation.simulator import Policy, Simulator, adapter_sizes
+from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
 from loray.spec import AutoscalingSpec
 from tests.simulation.test_simulation import requests
 
 
+def scaled(wait_slo_s: float | None, every: float = 150.0) -> tuple[AdapterDemand, Outcome]:
+    rows = [(0.4 * i, 300, 60, i % 20) for i in range(1500)]
+    rows += [(every * k + 60 + 0.05 * i, 300, 60, i % 20) for k in range(int(540 // every) + 1) for i in range(400)]
+    scaler = AdapterDemand(
+        AutoscalingSpec(max_replicas=8, wait_slo_s=wait_slo_s), 2, PROFILE, adapter_sizes(PROFILE, 20)
+    )
+    policy = Policy("loray", AdapterRouter(16, 20, PROFILE), scaler)
+    return scaler, Simulator(requests(*sorted(rows)), PROFILE, policy, initial=2, size=8).run()
+
+
 def test_bursts_are_seen_in_their_queue_and_do_not_make_the_number_flap() -> None:
     """Ten minutes with 20 s of seven times the rate in every 150: the demand's window dilutes them."""
-    rows = [(0.4 * i, 300, 60, i % 20) for i in range(1500)]
-    rows += [(150.0 * k + 60 + 0.05 * i, 300, 60, i % 20) for k in range(4) for i in range(400)]
-    scaler = AdapterDemand(AutoscalingSpec(max_replicas=8), 2, PROFILE, adapter_sizes(PROFILE, 20))
-    policy = Policy("loray", AdapterRouter(16, 20, PROFILE), scaler)
-    Simulator(requests(*sorted(rows)), PROFILE, policy, initial=2, size=8).run()
+    scaler, _ = scaled(None)
     first = next(reason for reason in scaler.reasons if reason[1] > 2)
     assert 60 < first[0] < 75
     assert first[2].startswith("backlog of")
     downs = [b[0] - a[0] for a, b in pairwise(scaler.reasons) if b[1] < a[1]]
     assert all(seconds >= 180 for seconds in downs)  # the window and the delay
     assert len(downs) <= 2
+
+
+def test_the_second_burst_finds_the_replicas_that_it_needs() -> None:
+    """It comes 400 s after the first, when all that the first one's queue has called for are gone."""
+    scaler, remembering = scaled(1.0, every=400.0)
+    _, forgetful = scaled(None, every=400.0)
+    second = slice(1150 + 400, 1200 + 800)  # requests from the 460th second to the 480th
+    assert any(reason.startswith("bursts need") for _, _, reason in scaler.reasons)
+    assert remembering.ttft_R[second].max() < 3.0
+    assert forgetful.ttft_R[second].max() > 6.0
+    assert remembering.replica_hours > forgetful.replica_hours
 
 
 def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load() -> None:

@@ -18,18 +18,20 @@ KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]
 def test_the_first_choice_is_that_of_rank(seed: int) -> None:
     """Replicas join and leave, adapters move between tiers and away, loads change up to the limit."""
     rng = random.Random(seed)
-    policy = RoutingPolicy(floor=rng.choice([1, 2, 4]), excess=rng.choice([0, 1, 3]))
+    tokens = rng.choice([0, 50, 1024])
+    policy = RoutingPolicy(floor=rng.choice([1, 2, 4]), excess=rng.choice([0, 1, 3]), excess_tokens=tokens)
     index = RoutingIndex(NUM_SLOTS, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, policy)
     routing = Routing(policy)
     names: dict[int, str] = {}
     loads: dict[int, int] = {}
+    unanswered: dict[int, int] = {}
     tiers: dict[int, dict[int, int]] = {}  # reported
     for step in range(300):
         now = 0.05 * step
         action = rng.random()
         if not names or (action < 0.06 and len(names) < NUM_SLOTS):
             slot = next(s for s in range(NUM_SLOTS) if s not in names)
-            names[slot], loads[slot], tiers[slot] = f"{slot}-{step}", 0, {}
+            names[slot], loads[slot], tiers[slot], unanswered[slot] = f"{slot}-{step}", 0, {}, 0
             index.add(slot, names[slot])
         elif action < 0.09 and len(names) > 1:
             slot = rng.choice(list(names))
@@ -40,6 +42,9 @@ def test_the_first_choice_is_that_of_rank(seed: int) -> None:
             slot = rng.choice(list(names))
             loads[slot] = rng.choice([0, 0, 1, 2, 3, 5, 8, LIMIT])
             index.set_load(slot, loads[slot])
+            prompt = rng.choice([0, 20, 100, 4000, -unanswered[slot]])
+            unanswered[slot] += prompt
+            index.add_prompt(slot, prompt)
         elif action < 0.65:
             slot, adapter, tier = rng.choice(list(names)), rng.randrange(NUM_ADAPTERS), rng.choice([0, 1, 1, 2])
             if tier == 2 and adapter not in tiers[slot]:
@@ -56,6 +61,7 @@ def test_the_first_choice_is_that_of_rank(seed: int) -> None:
                 LIMIT,
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 0),
                 frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 1),
+                unanswered=unanswered[slot],
             )
             for slot in names
         ]

@@ -2,8 +2,8 @@
 
 The order for an adapter: replicas that hold it in the pool, replicas that hold it on the host, replicas to which this
 router has just sent it, all others. Within each group, replicas are ordered by the rendezvous hash of adapter and
-replica. So every router makes the same choice, a replica that joins or leaves moves only the adapters placed on it, and
-the second choice for an adapter is as stable as the first.
+replica. So routers with the same knowledge make the same choice, a replica that joins or leaves moves only the adapters
+placed on it, and the second choice for an adapter is as stable as the first.
 
     D. Thaler, C. Ravishankar: Using name-based mappings to increase hit rates. IEEE/ACM Trans. Networking 6(1), 1998
 
@@ -13,6 +13,10 @@ fewer afterwards. A replica with too many adapters
 gets no new ones and loses those that do not fit into its pool, so a new replica takes its share of them.
 
     V. Mirrokni, M. Thorup, M. Zadimoghaddam: Consistent hashing with bounded loads. SODA 2018, arXiv:1608.01350
+
+A request waits for the prompts before it, and one prompt may be a hundred times another. So a replica is skipped too
+if the prompts that it has not answered are longer, by more than `excess_tokens`, than those of the replica with the
+fewest such tokens. A router knows the prompts that it has sent itself.
 
 Reports of the replicas may be missing or old. Without them the hash decides, which is right for most adapters, because
 the hash placed them. Requests for the base go to the replica with the lowest load.
@@ -42,6 +46,7 @@ class ReplicaView:
 
     load              number of requests on it
     limit             number of requests that it accepts
+    unanswered        tokens of the prompts that this router has sent to it and whose first token has not come
     in_pool, on_host  routing keys of the adapters that it holds, as reported `age_s` seconds ago
     suspect           whether it has just failed a request
     """
@@ -53,6 +58,7 @@ class ReplicaView:
     on_host: frozenset[str] = frozenset()
     age_s: float = 0.0
     suspect: bool = False
+    unanswered: int = 0
 
 
 class Candidate(NamedTuple):
@@ -70,6 +76,8 @@ class RoutingPolicy:
                replica while others are idle
     excess     number of requests that a replica may have above the mean. Where queues are long, a quarter of the mean
                is many requests, and waiting for them takes longer than loading the adapter elsewhere
+    excess_tokens  of unanswered prompts that a replica may have above the replica with the fewest: about as many as are
+               computed in the time of a few loads
     max_age_s  reports that are older are ignored
     recent_s   how long the router remembers which adapter it sent to a replica
     """
@@ -77,6 +85,7 @@ class RoutingPolicy:
     factor: float = 1.25
     floor: int = 2
     excess: int = 1
+    excess_tokens: int = 1024
     max_age_s: float = 30.0
     recent_s: float = 30.0
 
@@ -116,11 +125,13 @@ class Routing:
         tiers = {r.id: self._tier(r, adapter) for r in free}
         held = {r.id: self._num_adapters(r) for r in free}
         max_held = self.policy.bound(sum(held.values()), len(held))
+        least = min((r.unanswered for r in free if r.load < max_load), default=0)
+        fits = {r.id for r in free if r.load < max_load and r.unanswered <= least + self.policy.excess_tokens}
         within = sorted(
-            (r for r in free if r.load < max_load),
+            (r for r in free if r.id in fits),
             key=lambda r: (_preference(tiers[r.id], held[r.id] >= max_held), ranks[r.id]),
         )
-        spilled = any(r.load >= max_load and tiers[r.id] != _NOT_HELD for r in free)
+        spilled = any(r.id not in fits and tiers[r.id] != _NOT_HELD for r in free)
         first_by_hash = min(free, key=lambda r: ranks[r.id])
         elsewhere: Reason = "overflow"
 
@@ -129,7 +140,7 @@ class Routing:
                 return _TIERS[tiers[r.id]]
             return "hash" if r is first_by_hash and not spilled else elsewhere
 
-        beyond = [r for r in least_loaded if r.load >= max_load] + last_resort
+        beyond = [r for r in least_loaded if r.id not in fits] + last_resort
         return [Candidate(r.id, reason(r)) for r in within] + [Candidate(r.id, elsewhere) for r in beyond]
 
     def sent(self, candidate: Candidate, adapter: str | None, *, now: float) -> None:

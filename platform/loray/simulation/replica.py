@@ -14,7 +14,7 @@ import math
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from loray.serving.demand import TrackedRequest
+from loray.serving.scaling.demand import TrackedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.residency import ReplicaAdapters
 

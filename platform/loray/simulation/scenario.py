@@ -19,6 +19,7 @@ from loray.simulation.workload.requests import Requests, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
 
 _TARGET = float(AutoscalingSpec.model_fields["target_utilization"].default)
+_WAIT_SLO_S: float | None = AutoscalingSpec.model_fields["wait_slo_s"].default
 _RAY_ONGOING = 2.0  # Ray Serve's default target of requests under way on a replica
 
 
@@ -30,7 +31,8 @@ class Scenario:
     utilization  mean work that the requests bring, as a share of what all replicas can do
     alpha        popularity of the k-th adapter ∝ k^-alpha
     fixed        all replicas run all the time, so that routing alone is compared
-    target_utilization   of loray's scaling, and so of random, dynamo and the oracle; the first number is without it
+    target_utilization, wait_slo_s  of loray's scaling, and so of random and dynamo, the first also of the oracle; the
+                 first number of replicas is without them
     replay       the trace's own times and adapters: `minutes`, `utilization` and `alpha` are not used
     warm_up      seconds at the start that are not counted
     """
@@ -47,6 +49,7 @@ class Scenario:
     target_utilization: float = _TARGET
     replay: bool = False
     warm_up: float = 0.0
+    wait_slo_s: float | None = _WAIT_SLO_S
 
     def __post_init__(self) -> None:
         if self.replay and self.trace is None:
@@ -73,7 +76,10 @@ class Scenario:
     @property
     def autoscaling(self) -> AutoscalingSpec:
         return AutoscalingSpec(
-            max_replicas=self.replicas, target_utilization=self.target_utilization, startup_s=self.profile.start_s
+            max_replicas=self.replicas,
+            target_utilization=self.target_utilization,
+            startup_s=self.profile.start_s,
+            wait_slo_s=self.wait_slo_s,
         )
 
     def requests(self) -> Requests:

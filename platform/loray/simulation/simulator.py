@@ -179,6 +179,7 @@ class Simulator:
         for job in ended.first_tokens:
             self._ttft_R[job.index] = job.first_token_at - self._requests.at_R[job.index]
             self._policy.scaler.answered(member, job, now)
+            self._policy.router.answered(member.slot, job)
         for job in ended.finished:
             assert math.isnan(self._end_R[job.index]), "it has ended before"
             self._end_R[job.index] = max(now, job.first_token_at) - self._requests.at_R[job.index]

@@ -34,6 +34,16 @@ class AutoscalingSpec(Frozen):
     drain_s: float = Field(
         default=10.0, gt=0, description="in which a queue that the running replicas leave by then is worked off"
     )
+    wait_slo_s: float | None = Field(
+        default=2.0,
+        ge=0,
+        description="that first tokens may wait in a burst, or as long as a prompt takes where that is longer; "
+        "None: no replicas for bursts",
+    )
+    burst_factor: float = Field(
+        default=2.0, ge=1, description="times the mean that a burst is expected to bring as long as the load is new"
+    )
+    burst_memory_s: float = Field(default=1200.0, gt=0, description="for which the largest burst is remembered")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

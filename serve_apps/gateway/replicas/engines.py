@@ -146,7 +146,7 @@ class ServeEngines:
         _log.warning("request %s goes on elsewhere after %d tokens: %s", request_id, so_far, error)
 
     async def _attempt(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        digest = None if request.adapter is None else request.adapter.digest
+        digest, has_begun = None if request.adapter is None else request.adapter.digest, False
         if digest is not None:
             await self._quarantine.enter(request.request_id, digest)
             if holders := router.holders(self._deployment, digest):
@@ -159,6 +159,9 @@ class ServeEngines:
             call = Call(response, listener, inbox, cold_start_s)
             with reading(request, call.leave):
                 async for delta in inbox:
+                    if not has_begun:
+                        has_begun = True
+                        router.answered(request.request_id)
                     if digest is not None:
                         self._quarantine.answered(digest)
                         digest = None

@@ -1,8 +1,8 @@
 """Ray Serve's request router for the engines: applies `loray.serving.routing` to what is known of the replicas.
 
 Serve says which replicas there are and how many requests they have; which adapters they hold, they report to this
-process (`serve_apps.channel`). Serve creates one router per handle, in the handle's process (the gateway's), and calls
-it on an event loop of its own.
+process (`serve_apps.channel`); which prompts it has sent and got no token for, the process knows itself. Serve creates
+one router per handle, in the handle's process (the gateway's), and calls it on an event loop of its own.
 
 The adapter is read from the request. Serve's `multiplexed_model_id` has side effects: without MultiplexMixin, Serve
 keeps every such request for ever; with it, requests wait for a replica that announces the model.
@@ -24,6 +24,7 @@ from loray.serving.routing_report import Known, RoutingReport, RoutingReports, r
 from loray.spec import AdapterOf, GenerateRequest
 from loray.telemetry import get_logger
 from serve_apps.gateway.replicas.lengths import QueueLengths
+from serve_apps.gateway.replicas.unanswered import UnansweredPrompts
 
 _log = get_logger(__name__)
 
@@ -42,6 +43,7 @@ _replicas: dict[str, frozenset[str]] = {}  # by deployment
 _routings: dict[str, Routing] = {}  # by deployment
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
+_unanswered = UnansweredPrompts()
 reports = RoutingReports()  # the gateway's listener writes them, in the gateway's event loop
 
 
@@ -78,8 +80,14 @@ def replica_of(request_id: str) -> str | None:
     return _placed.get(request_id)
 
 
+def answered(request_id: str) -> None:
+    """The request's first token has come."""
+    _unanswered.answered(request_id)
+
+
 def forget(request_id: str) -> None:
     """The request has ended."""
+    _unanswered.answered(request_id)
     _placed.pop(request_id, None)
 
 
@@ -160,16 +168,21 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         pending = self._get_pending_request_matching_internal_request_id(request_metadata)
         if pending is not None:
             self._lengths.chosen(id(pending), _name(replica))
+            if (request := _request(pending)) is not None:
+                num_tokens = len(request.prompt_ids) + len(request.output_ids)
+                _unanswered.sent(request.request_id, _name(replica), num_tokens)
         super()._fulfill_next_pending_request(replica, request_metadata)
 
     async def _choose_replica_for_request(self, pending_request: PendingRequest, **options: Any) -> RunningReplica:
         """Private in Serve, which sends the request as soon as this returns."""
         request = id(pending_request)
         self._lengths.refused(request)  # Serve tries those again that a replica has refused
+        _not_sent(pending_request)
         try:
             replica: RunningReplica = await super()._choose_replica_for_request(pending_request, **options)
         except BaseException:  # it is cancelled, maybe after a replica was chosen
             self._lengths.withdrawn(request)
+            _not_sent(pending_request)
             raise
         self._lengths.leaves(request)
         return replica
@@ -238,6 +251,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             on_host=report.on_host,
             age_s=now - at,
             suspect=_suspects.get(name, now) > now,
+            unanswered=_unanswered.of(name),
         )
 
 
@@ -249,6 +263,11 @@ def _request(pending: PendingRequest | None) -> GenerateRequest | None:
     """The request of a call of `generate`; None for other calls."""
     first = pending.args[0] if pending is not None and pending.args else None
     return first if isinstance(first, GenerateRequest) else None
+
+
+def _not_sent(pending: PendingRequest) -> None:
+    if (request := _request(pending)) is not None:
+        _unanswered.answered(request.request_id)
 
 
 def _asked(pending: PendingRequest | None) -> AdapterOf | None:

@@ -17,7 +17,7 @@ from loray.engine.request import TokenOutput
 from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
 from loray.publishing import Destination, publish
-from loray.serving.demand import Observation
+from loray.serving.scaling.observation import Observation
 from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store

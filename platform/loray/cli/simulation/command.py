@@ -52,6 +52,14 @@ _COLUMNS = (
     help="Of loray's autoscaling, and so of the oracle, random and dynamo.",
 )
 @click.option(
+    "--wait-slo",
+    "wait_slo_s",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Of loray's autoscaling, and so of random and dynamo: seconds that first tokens may wait in a burst.",
+)
+@click.option(
     "--profile",
     "profile_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -85,6 +93,7 @@ def simulate(
     names: tuple[str, ...],
     fixed: bool,
     target_utilization: float,
+    wait_slo_s: float,
     profile_file: Path | None,
     replay: bool,
     warm_up: float,
@@ -120,6 +129,7 @@ def simulate(
                 target_utilization,
                 replay,
                 warm_up,
+                wait_slo_s,
             )
             requests = scenario.requests()
             num_requests += len(requests)

@@ -17,6 +17,7 @@ from loray.serving.routing import RoutingPolicy, hashed, mixed
 
 _RECENT, _NUM_FIRST = 2, 8
 _POOL, _HOST, _NOWHERE = 0, 1, 2
+_MOST = 1 << 62
 
 
 class RoutingIndex:
@@ -35,6 +36,8 @@ class RoutingIndex:
         self._load_N = np.zeros(size, np.int64)
         self._held_N = np.zeros(size, np.int64)
         self._loads, self._held = [0] * size, [0] * size
+        self._unanswered_N = np.zeros(size, np.int64)  # tokens of prompts
+        self._unanswered = [0] * size
         self._num_here = self._num_free = self._sum_load = self._sum_held = 0  # the sums are of those below the limit
         self._holders: dict[int, list[tuple[int, int]]] = {}  # adapter → (negative weight, slot), sorted
         self._tiers: list[dict[int, int]] = [{} for _ in range(size)]  # adapter → tier
@@ -50,8 +53,8 @@ class RoutingIndex:
         self._hashes[slot] = hashed(name)
         self._hash_N[slot] = self._hashes[slot]
         self._is_here_N[slot] = True
-        self._loads[slot] = self._held[slot] = 0
-        self._load_N[slot] = self._held_N[slot] = 0
+        self._loads[slot] = self._held[slot] = self._unanswered[slot] = 0
+        self._load_N[slot] = self._held_N[slot] = self._unanswered_N[slot] = 0
         self._num_here += 1
         self._num_free += 1
         self._membership += 1
@@ -77,6 +80,11 @@ class RoutingIndex:
             self._num_free += change
             self._sum_held += change * self._held[slot]
 
+    def add_prompt(self, slot: int, tokens: int) -> None:
+        """A prompt of so many tokens was sent there; with fewer than none, one has been answered."""
+        self._unanswered[slot] += tokens
+        self._unanswered_N[slot] = self._unanswered[slot]
+
     def placed(self, slot: int, adapter: int, tier: int) -> None:
         """The replica reports the adapter in its pool, on its host, or gone."""
         if self._is_here_N[slot]:
@@ -98,10 +106,11 @@ class RoutingIndex:
         policy, n = self._policy, self._num_free
         max_load = min(policy.max_load(self._sum_load, n), self._limit)
         max_held = policy.bound(self._sum_held, n)
+        max_unanswered = self._max_unanswered(max_load)
         recent = crowded = -1
         host = -1
         for _, slot in self._holders.get(adapter, ()):
-            if self._loads[slot] < max_load:
+            if self._loads[slot] < max_load and self._unanswered[slot] <= max_unanswered:
                 tier = self._tiers[slot][adapter]
                 if tier == _POOL:
                     return slot
@@ -113,27 +122,38 @@ class RoutingIndex:
                     crowded = slot if crowded < 0 else crowded
         if host >= 0 or recent >= 0:
             return host if host >= 0 else recent
-        slot = self._new_home(adapter, max_load, max_held)
+        slot = self._new_home(adapter, max_load, max_held, max_unanswered)
         if slot >= 0:
             return slot
         if crowded >= 0:
             return crowded
         is_free_N = self._is_here_N & (self._load_N < self._limit)
-        within_N = is_free_N & (self._load_N < max_load)
+        within_N = is_free_N & (self._load_N < max_load) & (self._unanswered_N <= max_unanswered)
         return self._by_hash(adapter, within_N) if within_N.any() else self._least(adapter, is_free_N)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _new_home(self, adapter: int, max_load: int, max_held: int) -> int:
+    def _max_unanswered(self, max_load: int) -> int:
+        fits_N = self._is_here_N & (self._load_N < max_load)
+        least = int(np.min(self._unanswered_N, where=fits_N, initial=_MOST))
+        return least + self._policy.excess_tokens
+
+    def _new_home(self, adapter: int, max_load: int, max_held: int, max_unanswered: int) -> int:
         """The first by hash that has not too many requests or adapters and does not hold it; -1 if there is none."""
         membership, first = self._first.get(adapter, (-1, []))
         if membership != self._membership:
             first = self._first_by_hash(adapter)
             self._first[adapter] = (self._membership, first)
         for slot in first:
-            if self._loads[slot] < max_load and self._held[slot] < max_held and adapter not in self._tiers[slot]:
+            if (
+                self._loads[slot] < max_load
+                and self._held[slot] < max_held
+                and self._unanswered[slot] <= max_unanswered
+                and adapter not in self._tiers[slot]
+            ):
                 return slot
         fits_N = self._is_here_N & (self._load_N < max_load) & (self._held_N < max_held)
+        fits_N &= self._unanswered_N <= max_unanswered
         for _, slot in self._holders.get(adapter, ()):
             fits_N[slot] = False
         return self._by_hash(adapter, fits_N) if fits_N.any() else -1

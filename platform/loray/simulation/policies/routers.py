@@ -43,6 +43,9 @@ class Slots:
     def load_changed(self, slot: int, load: int) -> None:
         self.loads[slot] = load
 
+    def answered(self, slot: int, job: Job) -> None:
+        pass
+
 
 class AdapterRouter(Slots):
     """loray's: `serving.routing`. Reports of replicas arrive at once."""
@@ -70,7 +73,11 @@ class AdapterRouter(Slots):
     def choose(self, job: Job, now: float) -> int:
         slot = self._index.best(job.adapter, now)
         self._index.sent(slot, job.adapter, now)
+        self._index.add_prompt(slot, job.num_prompt)
         return slot
+
+    def answered(self, slot: int, job: Job) -> None:
+        self._index.add_prompt(slot, -job.num_prompt)
 
 
 class RandomRouter(Slots):

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from loray.serving.demand import DemandMeter, EngineLoad, Observation
-from loray.serving.scaling import ScalingState, decide
+from loray.serving.scaling.decision import ScalingState, decide
+from loray.serving.scaling.demand import DemandMeter, EngineLoad
+from loray.serving.scaling.load import burst_s
+from loray.serving.scaling.observation import Observation
 from loray.simulation.cluster import Cluster, Member
 from loray.simulation.profile import Profile
 from loray.simulation.replica import Job
@@ -101,6 +103,7 @@ class AdapterDemand:
             pool_bytes=self._profile.pool_bytes,
             adapter_bytes=lambda ref: AdapterBytes(ref.nbytes),
             now=member.started_at,
+            burst_s=burst_s(self._spec),
         )
 
 

@@ -12,85 +12,19 @@ and sent again counts once.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from heapq import nsmallest
+from itertools import takewhile
 from typing import NamedTuple
 
 from loray.serving.routing_report import routing_key
+from loray.serving.scaling.observation import Observation, adapter_rank
 from loray.spec import AdapterBytes, AdapterRef
 
 MAX_KEYS = 256  # of adapters in one report: each is a time series in Ray
-_ADAPTER, _PAIR = "adapter:", "pair:"
 _MIN_SATURATED_S = 1.0
 _MEAN_OVER = 50  # requests, for the running mean of outputs
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """One replica's report. Sums are over the last min(age_s, window) seconds.
-
-    tokens      asked for
-    capacity    tokens per second while saturated; None until the replica was saturated for a second
-    occupied_s  integral of requests under way over time, in batches of max_num_seqs
-    kv_byte_s   integral of the KV cache's bytes over time
-    backlog     tokens of the requests that wait for their turn, prompts and expected outputs. Without those that wait
-                for their adapters to be loaded, which a replica that is added would have to load as well
-    old_backlog of the backlog, what came before the window: `tokens` has it as well
-    adapters    routing key → bytes in the pool, of the adapters in demand whose `adapter_rank` is below `sample`; with
-                a `sample` of 1, of all adapters in demand
-    pairs       key → bytes, of all VeRA pairs that adapters in demand share
-    """
-
-    age_s: float
-    tokens: float
-    capacity: float | None
-    occupied_s: float
-    kv_byte_s: float
-    pool_bytes: float
-    backlog: float
-    adapters: Mapping[str, float]
-    old_backlog: float = 0.0
-    sample: float = 1.0
-    pairs: Mapping[str, float] = field(default_factory=dict)
-
-    def to_stats(self) -> dict[str, float]:
-        """The report as Ray Serve transports it: numbers by name."""
-        return {
-            "age_s": self.age_s,
-            "tokens": self.tokens,
-            "capacity": self.capacity or 0.0,
-            "occupied_s": self.occupied_s,
-            "kv_byte_s": self.kv_byte_s,
-            "pool_bytes": self.pool_bytes,
-            "backlog": self.backlog,
-            "old_backlog": self.old_backlog,
-            "sample": self.sample,
-            **{_ADAPTER + key: nbytes for key, nbytes in self.adapters.items()},
-            **{_PAIR + key: nbytes for key, nbytes in self.pairs.items()},
-        }
-
-    @classmethod
-    def from_stats(cls, stats: Mapping[str, float]) -> Observation:
-        """Inverse of `to_stats`. KeyError if a number is missing."""
-        return cls(
-            age_s=stats["age_s"],
-            tokens=stats["tokens"],
-            capacity=stats["capacity"] or None,
-            occupied_s=stats["occupied_s"],
-            kv_byte_s=stats["kv_byte_s"],
-            pool_bytes=stats["pool_bytes"],
-            backlog=stats["backlog"],
-            old_backlog=stats["old_backlog"],
-            adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
-            sample=stats["sample"],
-            pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
-        )
-
-
-def adapter_rank(key: str) -> float:
-    """Maps a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
-    return int(key[:13], 16) / 16**13
 
 
 class EngineLoad(NamedTuple):
@@ -130,7 +64,10 @@ class _Refused(NamedTuple):
 
 
 class DemandMeter:
-    """Measures demand. All calls come from one event loop, with times in seconds of one monotonic clock."""
+    """Measures demand. All calls come from one event loop, with times in seconds of one monotonic clock.
+
+    burst_s  over which bursts are measured: as long as a replica takes to start, at most the window
+    """
 
     def __init__(
         self,
@@ -140,12 +77,15 @@ class DemandMeter:
         pool_bytes: float,
         adapter_bytes: Callable[[AdapterRef], AdapterBytes],
         now: float,
+        burst_s: float = 20.0,
     ) -> None:
+        self._burst_s = burst_s
         self._window_s, self._max_num_seqs, self._pool_bytes = window_s, max_num_seqs, pool_bytes
         self._adapter_bytes = adapter_bytes
         self._started = now
         self._window: deque[TrackedRequest] = deque()
         self._counted = 0.0  # tokens of the ended requests in the window
+        self._prompt_tokens = self._prompt_squares = 0  # of the requests in the window
         self._refused: deque[_Refused] = deque()
         self._open: dict[TrackedRequest, None] = {}  # in the order in which they came
         self._mean_output: float | None = None
@@ -161,6 +101,8 @@ class DemandMeter:
     ) -> TrackedRequest:
         request = TrackedRequest(now, num_prompt_tokens, max_tokens, adapter)
         self._window.append(request)
+        self._prompt_tokens += num_prompt_tokens
+        self._prompt_squares += num_prompt_tokens**2
         self._open[request] = None
         self._mark_in_demand(adapter, now)
         self._expire(now)
@@ -256,6 +198,9 @@ class DemandMeter:
             pool_bytes=self._pool_bytes,
             backlog=sum(map(self._open_tokens, waiting)),
             old_backlog=sum(self._open_tokens(r) for r in waiting if not r.in_window),
+            burst=self._burst(now),
+            prompt_tokens=float(self._prompt_tokens),
+            prompt_squares=float(self._prompt_squares),
             adapters={routing_key(digest): sizes[digest].own for digest in digests},
             sample=sample,
             pairs={routing_key(size.pair[0]): size.pair[1] for size in sizes.values() if size.pair},
@@ -270,6 +215,11 @@ class DemandMeter:
         num_waiting = self._last[1].num_waiting if self._last else 0
         return ready[: max(0, num_waiting - (len(unanswered) - len(ready)))]
 
+    def _burst(self, now: float) -> float:
+        """Tokens of the requests that came within the last `burst_s`, refused ones as nothing."""
+        recent = takewhile(lambda r: r.at > now - self._burst_s, reversed(self._window))
+        return sum(self._open_tokens(r) if r.counted is None else r.counted for r in recent)
+
     def _open_tokens(self, request: TrackedRequest) -> float:
         """Tokens of a request under way; if it arrived before the window, only those not yet computed."""
         output = self._expected_output(request)
@@ -283,6 +233,8 @@ class DemandMeter:
             request = self._window.popleft()
             request.in_window = False
             self._counted -= request.counted or 0.0
+            self._prompt_tokens -= request.num_prompt_tokens
+            self._prompt_squares -= request.num_prompt_tokens**2
         while self._refused and self._refused[0].at <= begin:
             self._refused.popleft()
         while self._samples and self._samples[0].at <= begin:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from loray.serving.scaling import Decision, ScalingState, decide
+from loray.serving.scaling.decision import Decision, ScalingState, decide
 from loray.spec import AutoscalingSpec
-from tests.serving.demand import observation
+from tests.serving.scaling.made import observation
 
-SPEC = AutoscalingSpec(max_replicas=8, target_utilization=0.8, window_s=60, startup_s=20, drain_s=10)
+SPEC = AutoscalingSpec(max_replicas=8, target_utilization=0.8, window_s=60, startup_s=20, drain_s=10, wait_slo_s=None)
 AT_ONCE = SPEC.model_copy(update={"upscale_delay_s": 0.0, "downscale_delay_s": 0.0})
 NOW = 10_000.0
 

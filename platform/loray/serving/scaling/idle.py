@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loray.serving.demand import Observation
-from loray.serving.scaling import Decision, ScalingState, decide
+from loray.serving.scaling.decision import Decision, ScalingState, decide
+from loray.serving.scaling.observation import Observation
 from loray.spec import AutoscalingSpec
 
 

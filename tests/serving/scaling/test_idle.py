@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from loray.serving.demand import DemandMeter, EngineLoad, TrackedRequest
-from loray.serving.idle import IdleState, PolicyState, decide_from_zero
-from loray.serving.scaling import Decision
+from loray.serving.scaling.decision import Decision
+from loray.serving.scaling.demand import DemandMeter, EngineLoad, TrackedRequest
+from loray.serving.scaling.idle import IdleState, PolicyState, decide_from_zero
 from loray.spec import AdapterBytes, AutoscalingSpec
-from tests.serving.demand import MIB, observation
+from tests.serving.scaling.made import MIB, observation
 
 SPEC = AutoscalingSpec(
-    min_replicas=0, max_replicas=3, window_s=60, downscale_delay_s=120, downscale_to_zero_delay_s=300
+    min_replicas=0,
+    max_replicas=3,
+    window_s=60,
+    downscale_delay_s=120,
+    downscale_to_zero_delay_s=300,
+    wait_slo_s=None,
 )
 START_S, TICK_S = 20.0, 1.0
 

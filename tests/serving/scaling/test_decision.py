@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.serving.demand import DemandMeter, Observation
 from loray.serving.routing_report import routing_key
-from loray.serving.scaling import Decision, ScalingState, decide
+from loray.serving.scaling.decision import Decision, ScalingState, decide
+from loray.serving.scaling.demand import DemandMeter
+from loray.serving.scaling.observation import Observation
 from loray.spec import AdapterBytes, AutoscalingSpec
-from tests.serving.demand import MIB, adapter, observation
+from tests.serving.scaling.made import MIB, adapter, observation
 
-SPEC = AutoscalingSpec(
-    min_replicas=1, max_replicas=8, target_utilization=0.8, window_s=60, upscale_delay_s=10, downscale_delay_s=120
-)
+SPEC = AutoscalingSpec(max_replicas=8, window_s=60, upscale_delay_s=10, downscale_delay_s=120, wait_slo_s=None)
 AT_ONCE = SPEC.model_copy(update={"upscale_delay_s": 0.0, "downscale_delay_s": 0.0})
 NOW = 10_000.0
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from loray.serving.demand import MAX_KEYS, DemandMeter, EngineLoad, Observation, TrackedRequest, adapter_rank
 from loray.serving.routing_report import routing_key
+from loray.serving.scaling.demand import MAX_KEYS, DemandMeter, EngineLoad, TrackedRequest
+from loray.serving.scaling.observation import Observation, adapter_rank
 from loray.spec import AdapterBytes, AdapterRef
-from tests.serving.demand import adapter
+from tests.serving.scaling.made import adapter
 
 WINDOW_S = 10.0
 IDLE = EngineLoad(num_running=0, num_waiting=0, num_loading=0, num_tokens=0, kv_bytes=0.0)
