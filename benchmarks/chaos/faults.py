@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,20 +145,37 @@ def _lose_node(world: World) -> Callable[[], None]:
 def _lose_gcs(world: World) -> Callable[[], None]:
     """The cluster's tables are in Redis; what supervises a head starts its server again with the same arguments.
 
-    `ray start --block` would end all other processes of the head, so it stays stopped until the end of the run.
+    `ray start --block` would end all other processes of the head, so it stays stopped until the end of the run. Ray's
+    dashboard, which would end too, is stopped until the server listens again: otherwise it asks for the server without
+    a pause, and takes both cores from gateways and replicas, which Ray starts at niceness 15.
     """
     pid = world.gcs.pid if world.gcs else next(p for p in world.pids("") if _executable(p) == "gcs_server")
     process = psutil.Process(pid)
     command, env, folder = process.cmdline(), process.environ(), process.cwd()
     os.kill(world.local.pid, signal.SIGSTOP)
+    dashboard = world.pids("ray-dashboard-")
+    for part in dashboard:
+        os.kill(part, signal.SIGSTOP)
     process.kill()
-    until(lambda: not is_running(pid), "the GCS has ended", 10)
 
     def start() -> None:
-        with (world.folder / "gcs.log").open("ab") as log:
-            world.gcs = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
+        try:
+            with (world.folder / "gcs.log").open("ab") as log:
+                world.gcs = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
+            until(lambda: _listens(world.local.gcs_address), "the GCS listens", _START_S)
+        finally:
+            for part in dashboard:
+                kill(part, signal.SIGCONT)
 
+    until(lambda: not is_running(pid), "the GCS has ended", 10)
     return start
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
 
 
 def _fill_disk(world: World) -> Callable[[], None]:

@@ -12,18 +12,22 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import Any
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
+import psutil
 import pytest
 
 from benchmarks.chaos.__main__ import _divided, _left, main
 from benchmarks.chaos.clients import Load, Seen
-from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.faults import Fault, matrix
 from benchmarks.chaos.resumes import Resumes
 from benchmarks.chaos.verdicts import Window, continued, divide, failures, table
 from benchmarks.chaos.wire import Wire
+from benchmarks.chaos.world import World, until
 from tests.serve_apps.chaos.answers import Answer
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
 
@@ -196,6 +200,24 @@ def _ask(client: socket.socket) -> float:
     client.sendall(b"hello")
     assert client.recv(100) == b"hello"
     return time.monotonic() - begun
+
+
+def test_the_dashboard_stands_still_until_the_gcs_listens_again(tmp_path: Path) -> None:
+    (lose,) = (fault.strike for fault in matrix(has_own_disk=False) if "GCS" in fault.name)
+    gcs, head, dashboard = (subprocess.Popen(["sleep", "60"]) for _ in range(3))
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+        local = SimpleNamespace(pid=head.pid, gcs_address=f"127.0.0.1:{server.getsockname()[1]}")
+        world = SimpleNamespace(gcs=gcs, local=local, folder=tmp_path, pids=lambda title: [dashboard.pid])
+        for process in (gcs, head, dashboard):
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        mend = lose(cast("World", world))
+        until(lambda: psutil.Process(dashboard.pid).status() == psutil.STATUS_STOPPED, "the dashboard stands", 10)
+        mend()
+        stack.callback(world.gcs.wait)
+        stack.callback(world.gcs.kill)
+        assert world.gcs is not gcs
+        until(lambda: psutil.Process(dashboard.pid).status() != psutil.STATUS_STOPPED, "the dashboard goes on", 10)
 
 
 @pytest.mark.slow
