@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-catalog bench-train bench-quality chaos gpu clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -67,6 +67,10 @@ bench-front: .venv/.ready
 
 bench-cluster: .venv/.ready
 	$(BIN)/python -m benchmarks.cluster $(ARGS)
+
+bench-trials: .venv/.ready
+	$(BIN)/python -m benchmarks.cluster.trials store $(ARGS); store=$$?; \
+	  $(BIN)/python -m benchmarks.cluster.trials flood $(ARGS) && exit $$store
 
 bench-catalog: .venv/.ready
 	$(BIN)/python -m benchmarks.catalog $(ARGS)

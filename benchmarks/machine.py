@@ -82,14 +82,17 @@ def watch() -> Iterator[Disturbance]:
     found.cores = max(0.0, (_others_s() - before) / (time.perf_counter() - began))
 
 
-def _others_s() -> float:
-    """Processor seconds of the whole machine, those that a hypervisor took included, less those of this process and its
-    ended children.
-    """
+def busy_seconds() -> float:
+    """Processor seconds of the whole machine since its start, those that a hypervisor took included."""
     ticks = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
     idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+
+
+def _others_s() -> float:
+    """`busy_seconds` less those of this process and its ended children."""
     ours = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in ours)
+    return busy_seconds() - sum(u.ru_utime + u.ru_stime for u in ours)
 
 
 if __name__ == "__main__":

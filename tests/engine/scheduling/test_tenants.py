@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from loray.engine.request import Request
+from loray.errors import Overloaded
 from loray.spec import AdapterRef
 from tests.engine.scheduling.simulation import BLOCK_TOKENS, Simulation, adapter
 
@@ -120,6 +121,49 @@ def test_one_anonymous_tenant_leaves_nobody_waiting_whose_adapter_was_served_bef
 def test_named_tenants_are_safe_from_a_flood() -> None:
     case = {"num_hot": 1, "rate": 6.0, "num_requests": 100}
     assert flood(each_adapter, **case).p99 < flood(anonymous, **case).p99 / 1.5
+
+
+def test_a_flood_of_long_answers_does_not_keep_all_places() -> None:
+    sim = Simulation(max_num_seqs=4, num_blocks=1 << 12)
+    loud = [sim.add(4, 600, tenant="loud") for _ in range(8)]
+    sim.run(until=lambda: len(sim.scheduler.running) == 4)
+    others = [sim.add(4, 20, tenant="other") for _ in range(3)]
+    sim.run(until=lambda: all(r in sim.first_token_at for r in others[:2]), max_steps=6)
+    assert others[2] not in sim.first_token_at, "two places each"
+    assert sim.scheduler.num_preemptions == 2
+    sim.run(until=lambda: others[2] in sim.outcomes, max_steps=50)
+    sim.run()
+    assert [len(r.output_ids) for r in (*loud, *others)] == [600] * 8 + [20] * 3
+    assert set(sim.outcomes.values()) == {None}
+
+
+@pytest.mark.parametrize(("tenant", "priority"), [("loud", 0), ("other", 1)])
+def test_nobody_gives_place_to_the_own_tenant_nor_for_what_is_less_urgent(tenant: str, priority: int) -> None:
+    sim = Simulation(max_num_seqs=2)
+    for _ in range(2):
+        sim.add(4, 50, tenant="loud")
+    sim.step()
+    late = sim.add(4, 4, tenant=tenant, priority=priority)
+    for _ in range(10):
+        sim.step()
+    assert late not in sim.first_token_at
+    assert not sim.scheduler.num_preemptions
+
+
+def test_a_flood_fills_the_queue_for_itself_alone() -> None:
+    sim = Simulation(max_num_seqs=1, max_queued=4)
+    loud = [sim.add(tenant="loud")]
+    sim.step()
+    loud += [sim.add(tenant="loud") for _ in range(4)]
+    with pytest.raises(Overloaded, match="4 requests are waiting already"):
+        sim.add(tenant="loud")
+    others = [sim.add(tenant="other") for _ in range(2)]
+    with pytest.raises(Overloaded):
+        sim.add(tenant="other")  # both have two
+    sim.remove(loud[4])  # one that has given way leaves
+    sim.run()
+    assert [r for r in loud if isinstance(sim.outcomes[r], Overloaded)] == [loud[3]]
+    assert all(sim.outcomes[r] is None for r in others)
 
 
 def _print_figures() -> None:

@@ -205,6 +205,9 @@ class FairQueue:
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
+    def num_running(self, tenant: str) -> int:
+        return self._num_running[tenant]
+
     def key(self, request: Request) -> tuple[int, float, float, int]:
         """The order of requests in the queue, whatever their tenants."""
         return request.priority, self.counter(request.tenant), request.virtual_finish, request.arrival

@@ -5,6 +5,9 @@ Requests whose adapter is being loaded have places of their own, so that they do
 that has waited for its adapter for too long is refused. If no load has ended well meanwhile, the store counts as stuck:
 requests that need it are refused as they come, but for one that tries after a time, which doubles, until a load ends
 well.
+
+A full queue is shared: a new request displaces the last one of the tenant that has most requests there, if that has at
+least two more than its own tenant. So a tenant that floods fills the queue for itself alone.
 """
 
 from __future__ import annotations
@@ -49,20 +52,21 @@ class QueueLimits(Generic[P, R]):
         self._waiting, self._residency = waiting, residency
         self._max_queued, self._max_loading, self._timeout_s = limits
         self._retry_after_s, self._clock = retry_after_s, clock
+        self._displaced: dict[Request, None] = {}  # from a full queue, since the last step
         self._deadlines: deque[tuple[float, Request, int]] = deque()  # with the bytes loaded until the request came
         self._num_stuck = 0  # times that the store was found to be stuck, in a row
         self._stuck_until = -math.inf
         self._loaded_bytes = 0  # in all, when it was found last
 
     def accept(self, request: Request) -> None:
-        """Overloaded where too many wait; StoreError where its adapter is in a store that is stuck. A request that
-        another engine has begun is not one too many.
+        """Overloaded where too many wait and none gives way; StoreError where its adapter is in a store that is stuck.
+        A request that another engine has begun is not one too many.
         """
         num_loading = self._waiting.num_loading
         if not self._is_cold(request):
-            num_waiting, most = len(self._waiting) - num_loading, self._max_queued
-            if num_waiting >= most and not request.is_continued:
-                raise Overloaded(f"{num_waiting} requests are waiting already", self._retry_after_s(request))
+            num_waiting = len(self._waiting) - num_loading - sum(map(self._waiting.is_ready, self._displaced))
+            if num_waiting >= self._max_queued and not request.is_continued:
+                self._displace(request, num_waiting)
             return
         self._try_store()
         if num_loading >= self._max_loading and not request.is_continued:
@@ -76,9 +80,10 @@ class QueueLimits(Generic[P, R]):
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def overdue(self) -> list[tuple[Request, Exception]]:
-        """The requests that have waited for their adapters for too long, each with its error, once."""
+        """The requests that have waited for their adapters for too long, or gave way, each with its error, once."""
         now = self._clock()
-        found: list[tuple[Request, Exception]] = []
+        found = [(r, self._too_many(r, self._max_queued)) for r in self._displaced if self._waiting.is_ready(r)]
+        self._displaced.clear()
         is_stuck = False
         while self.next_deadline() <= now:
             _, request, loaded_bytes = self._deadlines.popleft()
@@ -91,6 +96,16 @@ class QueueLimits(Generic[P, R]):
             self._loaded_bytes = self._residency.counts.num_loaded_bytes
             self._stuck_until = now + min(_LAST_S, _FIRST_S * 2.0 ** (self._num_stuck - 1))
         return found
+
+    def _displace(self, request: Request, num_waiting: int) -> None:
+        """Overloaded if no other gives way to it."""
+        other = self._waiting.gives_way(request, self._displaced)
+        if other is None:
+            raise self._too_many(request, num_waiting)
+        self._displaced[other] = None
+
+    def _too_many(self, request: Request, num_waiting: int) -> Exception:
+        return Overloaded(f"{num_waiting} requests are waiting already", self._retry_after_s(request))
 
     def _try_store(self) -> None:
         """StoreError while it is stuck, but for the first call after its time: that request finds out."""

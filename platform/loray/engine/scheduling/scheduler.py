@@ -5,7 +5,7 @@ when it is its turn. A request that waits for its adapter does not block others.
 those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool suffices for
 what is expected to be generated (`growth`). A running request never fails because memory is short: idle adapters are
 evicted first; then the running request of the lowest priority, the youngest of several, is preempted and computed again
-later. A waiting request that cannot have its first token in time is refused (`overload`).
+later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused (`overload`).
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ class Scheduler(Generic[P, R]):
         failed = self._fail_running()
         for request in self.running:
             self.waiting.fair.charge_output(request)
+        one = self.waiting.gives_place(self.running)
+        if one is not None and len(self.running) >= self._max_num_seqs:
+            self._preempt(one)
         budget = self._new_budget()
         chunks = self._decode(budget)
         self._admission.stepped()
@@ -241,6 +244,7 @@ class Scheduler(Generic[P, R]):
         may fail instead, perhaps with others.
         """
         if len(self.running) >= self._max_num_seqs:
+            self.waiting.crowd_out(request)
             return False
         fits = self._admission.fits_at_all(request)
         if not self.waiting.has_failed(request) and fits and self._admission.start(request, self.running):
@@ -289,12 +293,8 @@ class Scheduler(Generic[P, R]):
         seconds, mean_output = self._estimate.prompt_seconds, self.output_lengths.mean
         ahead = ahead_of(request, others, self.waiting.fair, seconds, mean_output)
         decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
-        return self._estimate.seconds(
-            ahead.plus(self._backlog(request)),
-            Work(1, len(decoding), sum(decoding)),
-            num_running=len(self.running),
-            mean_output=mean_output,
-        )
+        ahead, step = ahead.plus(self._backlog(request)), Work(1, len(decoding), sum(decoding))
+        return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

@@ -4,6 +4,7 @@ prompt is partly computed, since they are served by turns with those that wait.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from enum import Enum
 from typing import Generic
@@ -11,7 +12,7 @@ from typing import Generic
 from loray.engine.request import Request
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import P, R, Tier
-from loray.engine.scheduling.fairness import FairQueue
+from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 
 
 class _State(Enum):
@@ -34,6 +35,7 @@ class WaitingRequests(Generic[P, R]):
         self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
         self._loading: dict[str, dict[Request, None]] = {}
+        self._crowded_out: Request | None = None  # by the last step
         self._entered: dict[str, None] = {}  # adapters in `_loading` that were added since the last `admit_loaded`
 
     def __len__(self) -> int:
@@ -125,6 +127,39 @@ class WaitingRequests(Generic[P, R]):
     def pick_begun(self) -> Request | None:
         """The next one of those that have begun."""
         return min(self.begun, key=self.fair.key, default=None)
+
+    def crowd_out(self, request: Request) -> None:
+        """`request` is next, and finds no place in the batch."""
+        self._crowded_out = request
+
+    def gives_place(self, running: Collection[Request]) -> Request | None:
+        """Which of a full batch is preempted for the request that the last step crowded out, so that no tenant keeps
+        all places for as long as its answers are. The last one of the tenant that has most places, if that has at least
+        two more than the request's tenant; never a more urgent one.
+        """
+        request, self._crowded_out = self._crowded_out, None
+        if request is None or not self.is_ready(request):
+            return None
+        num_running = self.fair.num_running
+        most = num_running(request.tenant) + 1
+        others = (r for r in running if r.priority >= request.priority and num_running(r.tenant) > most)
+        return max(others, key=lambda r: (num_running(r.tenant), *rank_in_batch(r)), default=None)
+
+    def gives_way(self, request: Request, others: Collection[Request]) -> Request | None:
+        """Which of a full queue is refused for a new request: the last one of the tenant that has most there, if that
+        has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given way
+        already. O(queue).
+        """
+        queued = [r for r in self._states if self.is_ready(r) and r not in others]
+        number = Counter(r.tenant for r in queued)
+        most = number[request.tenant] + 1
+        able = (r for r in queued if number[r.tenant] > most and r.priority >= request.priority)
+        able = (r for r in able if not r.is_continued and not r.num_generated)
+        return max(able, key=lambda r: (number[r.tenant], *rank_in_queue(r)), default=None)
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether it waits for its turn alone."""
+        return self._states.get(request) is _State.READY
 
     @property
     def num_loading(self) -> int:

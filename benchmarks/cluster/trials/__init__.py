@@ -1,0 +1,1 @@
+"""Two trials on a real cluster: the store is away for a minute, and one tenant floods."""

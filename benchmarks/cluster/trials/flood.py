@@ -1,0 +1,144 @@
+"""One tenant floods beside another's steady requests, first as it likes and then within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.cluster.trace import Asked, Load, make_trace
+from benchmarks.cluster.trials.client import Answer, Client
+from benchmarks.cluster.trials.flooder import Flood, Told, flooding
+from benchmarks.cluster.trials.tails import Tail
+from benchmarks.cluster.trials.world import World
+from benchmarks.machine import busy_seconds
+from loray.spec import Limits
+
+MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
+STEADY, USUAL, LOUD, LIMITED = "steady", "usual", "loud", "limited"  # tenants
+LIMITS = Limits(max_parallel_requests=2, rpm_limit=60, tpm_limit=30_000)  # of the last one
+_WARMING_RATE = 20.0
+_PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rates are requests a second of the tenants `steady`, which is judged, and `usual`, which is there beside it.
+
+    num        requests of `steady` in each part
+    at_once    of the tenant that floods: more than three replicas run and queue
+    """
+
+    num: int = 210
+    rate: float = 5.0
+    usual_rate: float = 2.0
+    at_once: int = 1700
+    num_prompt: int = 200
+    num_output: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`cores`: processors of the machine that were busy."""
+
+    name: str
+    tail: Tail
+    cores: float
+    flood: Told | None
+    errors: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`parts`: without a flood, with one, and with one within limits."""
+
+    parts: list[Part]
+
+    def ratio(self, part: Part) -> float:
+        return part.tail.p99_s / self.parts[0].tail.p99_s
+
+    def verdicts(self) -> list[tuple[str, bool]]:
+        """What is asked, in words, and whether it was reached."""
+        found = []
+        for part in self.parts[1:]:
+            ratio = self.ratio(part)
+            text = f"{part.name}: the other tenant's p99 TTFT by that without, at most {MAX_RATIO}: {ratio:.2f}"
+            found.append((text, ratio <= MAX_RATIO))
+        for part in self.parts:
+            text = f"{part.name}: requests of the other tenant that failed: {part.tail.num_failed} of {part.tail.num}"
+            found.append((text, not part.tail.num_failed))
+        return found
+
+    def table(self) -> list[str]:
+        lines = [
+            f"{'flood':<16} {'other':>6} {'failed':>7} {'p50 TTFT':>10} {'p99 TTFT':>10} {'ratio':>6} "
+            f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11}"
+        ]
+        for part in self.parts:
+            p50, p99 = (f"{1e3 * s:.1f} ms" for s in (part.tail.p50_s, part.tail.p99_s))
+            answered, refused = ("–", "–") if part.flood is None else (part.flood.num_answered, part.flood.num_refused)
+            lines.append(
+                f"{part.name:<16} {part.tail.num:>6} {part.tail.num_failed:>7} {p50:>10} {p99:>10} "
+                f"{self.ratio(part):>6.2f} {answered:>17} {refused:>8} {part.cores:>11.2f}"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        return {"parts": [asdict(part) | {"ratio": self.ratio(part)} for part in self.parts]}
+
+
+def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
+    catalog, keys = world.catalog, {}
+    for tenant in (STEADY, USUAL, LOUD, LIMITED):
+        catalog.create_tenant(tenant, LIMITS if tenant == LIMITED else None)
+        keys[tenant] = catalog.create_key(tenant, tenant=tenant).secret
+    for name in world.names:
+        catalog.share(name, "public")
+    with world.deployed() as port:
+        each = [Asked(i / _WARMING_RATE, i, 8, 1) for i in range(len(world.names))]
+        warmed = asyncio.run(Client(port, keys[STEADY]).open_loop(world.names, each, "each"))
+        if failed := [a.error for a in warmed if a.error]:
+            raise SystemExit(f"{len(failed)} adapters could not be loaded: {failed[0]}")
+        asyncio.run(_ordinary(world, port, keys, plan, num=max(1, plan.num // 6)))  # settles
+        parts = []
+        for name, tenant in (("none", ""), ("without limits", LOUD), ("within limits", LIMITED)):
+            say(f"flood: {name}")
+            flood = (
+                Flood(port, keys[tenant], world.names, plan.at_once, plan.num_prompt, plan.num_output)
+                if tenant
+                else None
+            )
+            parts.append(_part(name, flood, world, port, keys, plan))
+        return Found(parts)
+
+
+def _part(name: str, flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> Part:
+    with ExitStack() as stack:
+        told = None if flood is None else stack.enter_context(flooding(flood))
+        time.sleep(_PAUSE_S)
+        busy, began = busy_seconds(), time.perf_counter()
+        answers = asyncio.run(_ordinary(world, port, keys, plan, plan.num))
+        cores = (busy_seconds() - busy) / (time.perf_counter() - began)
+    time.sleep(_PAUSE_S)
+    return Part(name, Tail.of(answers), cores, told, [a.error for a in answers if a.error][:10])
+
+
+async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, num: int) -> list[Answer]:
+    """The requests of `steady`, with those of `usual` beside them. Equal in all parts."""
+    steady = _requests(plan.rate, num, plan.seed, len(world.names))
+    usual = [a for a in _requests(plan.usual_rate, num, plan.seed + 1, len(world.names)) if a.at < steady[-1].at]
+    answers, _ = await asyncio.gather(
+        Client(port, keys[STEADY]).open_loop(world.names, steady, STEADY),
+        Client(port, keys[USUAL]).open_loop(world.names, usual, USUAL),
+    )
+    return answers
+
+
+def _requests(rate: float, num: int, seed: int, num_adapters: int) -> Sequence[Asked]:
+    """The first `num` of a power law's."""
+    seconds = 2 * num / rate + 30 / rate
+    return make_trace(Load(num_adapters, rate, seconds, seed=seed)).counted[:num]
