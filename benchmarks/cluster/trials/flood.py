@@ -29,13 +29,13 @@ class Plan:
     """Rates are requests a second of the tenants `steady`, which is judged, and `usual`, which is there beside it.
 
     num        requests of `steady` in each part
-    at_once    of the tenant that floods: more than three replicas run and queue
+    at_once    of the tenant that floods: twice what three replicas run
     """
 
     num: int = 210
     rate: float = 5.0
     usual_rate: float = 2.0
-    at_once: int = 1700
+    at_once: int = 200
     num_prompt: int = 200
     num_output: int = 64
     seed: int = 0
