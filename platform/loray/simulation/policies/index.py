@@ -38,6 +38,7 @@ class RoutingIndex:
         self._loads, self._held = [0] * size, [0] * size
         self._unanswered_N = np.zeros(size, np.int64)  # tokens of prompts
         self._unanswered = [0] * size
+        self._max_unanswered = -1  # for the request that is routed; below 0: not computed yet
         self._num_here = self._num_free = self._sum_load = self._sum_held = 0  # the sums are of those below the limit
         self._holders: dict[int, list[tuple[int, int]]] = {}  # adapter → (negative weight, slot), sorted
         self._tiers: list[dict[int, int]] = [{} for _ in range(size)]  # adapter → tier
@@ -106,11 +107,11 @@ class RoutingIndex:
         policy, n = self._policy, self._num_free
         max_load = min(policy.max_load(self._sum_load, n), self._limit)
         max_held = policy.bound(self._sum_held, n)
-        max_unanswered = self._max_unanswered(max_load)
+        self._max_unanswered = -1
         recent = crowded = -1
         host = -1
         for _, slot in self._holders.get(adapter, ()):
-            if self._loads[slot] < max_load and self._unanswered[slot] <= max_unanswered:
+            if self._loads[slot] < max_load and self._answers(slot, max_load):
                 tier = self._tiers[slot][adapter]
                 if tier == _POOL:
                     return slot
@@ -122,23 +123,34 @@ class RoutingIndex:
                     crowded = slot if crowded < 0 else crowded
         if host >= 0 or recent >= 0:
             return host if host >= 0 else recent
-        slot = self._new_home(adapter, max_load, max_held, max_unanswered)
+        slot = self._new_home(adapter, max_load, max_held)
         if slot >= 0:
             return slot
         if crowded >= 0:
             return crowded
         is_free_N = self._is_here_N & (self._load_N < self._limit)
-        within_N = is_free_N & (self._load_N < max_load) & (self._unanswered_N <= max_unanswered)
+        within_N = is_free_N & (self._load_N < max_load) & self._answering(max_load)
         return self._by_hash(adapter, within_N) if within_N.any() else self._least(adapter, is_free_N)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _max_unanswered(self, max_load: int) -> int:
-        fits_N = self._is_here_N & (self._load_N < max_load)
-        least = int(np.min(self._unanswered_N, where=fits_N, initial=_MOST))
-        return least + self._policy.excess_tokens
+    def _answers(self, slot: int, max_load: int) -> bool:
+        """Whether its unanswered prompts are within the bound, which need not be known where they are short."""
+        tokens = self._unanswered[slot]
+        return tokens <= self._policy.excess_tokens or tokens <= self._most_unanswered(max_load)
 
-    def _new_home(self, adapter: int, max_load: int, max_held: int, max_unanswered: int) -> int:
+    def _answering(self, max_load: int) -> NDArray[np.bool_]:
+        return self._unanswered_N <= self._most_unanswered(max_load)
+
+    def _most_unanswered(self, max_load: int) -> int:
+        """Computed once for a request."""
+        if self._max_unanswered < 0:
+            fits_N = self._is_here_N & (self._load_N < max_load)
+            least = int(np.min(self._unanswered_N, where=fits_N, initial=_MOST))
+            self._max_unanswered = least + self._policy.excess_tokens
+        return self._max_unanswered
+
+    def _new_home(self, adapter: int, max_load: int, max_held: int) -> int:
         """The first by hash that has not too many requests or adapters and does not hold it; -1 if there is none."""
         membership, first = self._first.get(adapter, (-1, []))
         if membership != self._membership:
@@ -148,12 +160,12 @@ class RoutingIndex:
             if (
                 self._loads[slot] < max_load
                 and self._held[slot] < max_held
-                and self._unanswered[slot] <= max_unanswered
+                and self._answers(slot, max_load)
                 and adapter not in self._tiers[slot]
             ):
                 return slot
         fits_N = self._is_here_N & (self._load_N < max_load) & (self._held_N < max_held)
-        fits_N &= self._unanswered_N <= max_unanswered
+        fits_N &= self._answering(max_load)
         for _, slot in self._holders.get(adapter, ()):
             fits_N[slot] = False
         return self._by_hash(adapter, fits_N) if fits_N.any() else -1
