@@ -14,8 +14,12 @@ from loray.store import AdapterStore, open_store
 from tests.store.publisher import write_adapter
 
 
-def publish_copies(folder: Path, base: BaseModel, settings: Settings, configs: Sequence[Any], count: int) -> list[str]:
-    """Publishes `count` adapters of PEFT's `configs` in turn, with strong random weights. Returns their names."""
+def publish_copies(
+    folder: Path, base: BaseModel, settings: Settings, configs: Sequence[Any], count: int, prefix: str = "a"
+) -> list[str]:
+    """Publishes `count` adapters of PEFT's `configs` in turn, with strong random weights. Returns their names, which
+    are `prefix` and a number.
+    """
     from tests.engine.adapters import make_adapter
 
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
@@ -23,7 +27,7 @@ def publish_copies(folder: Path, base: BaseModel, settings: Settings, configs: S
         make_adapter(base, folder / f"template-{number}", config, seed=number, std=0.3)
     names = []
     for number in range(count):
-        copy = folder / "copies" / f"a{number}"
+        copy = folder / "copies" / f"{prefix}{number}"
         write_adapter(folder / f"template-{number % len(configs)}", copy, number + 1)
         names.append(publish(copy, base, Destination(copy.name, store, catalog)).name)
     return names

@@ -55,19 +55,26 @@ class Placement(NamedTuple):
 
 def send(port: int, names: Sequence[str], asked: Sequence[Asked], part: str, record: Path) -> list[Seen]:
     """One part of the trace. `names` are the adapters'; `record` is the file that the router writes."""
-    began, answers = asyncio.run(_open_loop(port, names, asked, part))
+    began, found = answered(port, names, asked, part)
     placements = read_placements(record, part)
+    for index, seen in enumerate(found):
+        place(seen, placements.get(index), began)
+    return found
+
+
+def answered(port: int, names: Sequence[str], asked: Sequence[Asked], part: str) -> tuple[float, list[Seen]]:
+    """When it began, in seconds of time.perf_counter(), and what came of the requests, without their replicas."""
+    began, answers = asyncio.run(_open_loop(port, names, asked, part))
     found = []
-    for index, (one, answer) in enumerate(zip(asked, answers, strict=True)):
+    for one, answer in zip(asked, answers, strict=True):
         seen = Seen(*one)
         try:
             times = _times(answer)
             seen.first, seen.last = times[0] - began, times[-1] - began
         except (OSError, RuntimeError, ValueError) as e:
             seen.error = f"{type(e).__name__}: {e}"
-        place(seen, placements.get(index), began)
         found.append(seen)
-    return found
+    return began, found
 
 
 def place(seen: Seen, where: Placement | None, began: float) -> None:

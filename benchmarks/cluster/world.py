@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -66,14 +67,20 @@ class World:
             "import_path": "benchmarks.cluster.application:build",
             "args": {"fleet": FleetSpec.of(spec).to_args(), "router": router, "record": str(record)},
         }
+        with self.running(config):
+            until(lambda: len(figures(spec.port)) == spec.num_replicas, "all replicas answer", _START_S)
+            yield record
+
+    @contextmanager
+    def running(self, config: dict[str, Any]) -> Iterator[None]:
+        """The applications of a configuration of Serve, until the block ends."""
         api = ServeApi(self.local.address)
         api.deploy(config)
         *_, state = api.watch(timeout_s=_START_S)
-        if not state.is_running:
-            raise SystemExit(f"the deployment with the router {router} failed: {state.reason}")
-        until(lambda: len(figures(spec.port)) == spec.num_replicas, "all replicas answer", _START_S)
         try:
-            yield record
+            if not state.is_running:
+                raise SystemExit(f"the deployment failed: {state.reason}")
+            yield
         finally:
             api.delete()
             until(lambda: api.state() is None, "the deployment is deleted", _START_S)
@@ -101,10 +108,15 @@ def load_seconds(port: int) -> tuple[float, float]:
     return tuple(sum(metrics.sums(f"{_LOADS}_{what}", "replica").values()) for what in ("sum", "count"))  # type: ignore[return-value]
 
 
-@contextmanager
-def started(num_adapters: int, num_replicas: int) -> Iterator[World]:
+def adapter_config() -> Any:
+    """PEFT's, of every adapter."""
     from peft import LoraConfig
 
+    return LoraConfig(r=_RANK, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+@contextmanager
+def started(num_adapters: int, num_replicas: int) -> Iterator[World]:
     from tests.tiny import write_checkpoint
 
     with ExitStack() as stack:
@@ -115,8 +127,7 @@ def started(num_adapters: int, num_replicas: int) -> Iterator[World]:
         settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
         checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=CONTEXT)
         base = add_base(str(checkpoint), home=home, name=BASE)
-        config = LoraConfig(r=_RANK, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
-        names = publish_copies(folder, base, settings, [config], num_adapters)
+        names = publish_copies(folder, base, settings, [adapter_config()], num_adapters)
         total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes
         local = start_local_cluster(home, num_cpus=num_replicas + 1, env=settings.to_env() | _QUICK)
         stack.callback(stop_local_cluster, home)

@@ -1,0 +1,1 @@
+"""Replicas that follow a working set, of two bases in one deployment."""
