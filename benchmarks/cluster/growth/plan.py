@@ -21,7 +21,7 @@ _GROWS, _STAYS, _SHRINKS, _IS_BACK = 0.16, 0.32, 0.46, 0.54  # shares of the run
 _WAKES, _B_BEGINS, _B_ENDS = 0.08, 0.72, 0.88
 MOST_B = 3  # replicas of B
 _FULL_S = 600.0  # of which the autoscalers' times are parts
-_MIN_WINDOW_S = 6.0
+_MIN_WINDOW_S = 9.0
 _POOL_BYTES, _HOST_BYTES, _CONTEXT = 1 << 20, 32 << 20, 512
 
 

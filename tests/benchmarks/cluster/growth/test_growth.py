@@ -185,5 +185,5 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), said
     found: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
     assert not any(row["errors"] for of in found["rows"].values() for row in of), said
-    assert max(row["target"] for row in found["rows"]["tiny"]) > 1, said
+    assert max(change["after"] for change in found["changes"]["tiny"]) > 1, said
     assert ElementTree.parse(tmp_path / "figures.svg").findall("{*}polyline"), said
