@@ -31,13 +31,16 @@ class Node:
         num_cpus: int = 0,
         resources: Mapping[str, float] | None = None,
     ) -> None:
-        """`env`: added to this process' environment."""
+        """`env`: added to this process' environment, and to the head's settings of Ray Serve: replicas and gateways run
+        alike on all nodes.
+        """
         self.log_file = log_file
         self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={local.gcs_address}"]
         self._command += ["--block", f"--num-cpus={num_cpus}", f"--node-ip-address={LOOPBACK}"]
         self._command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
         self._command += ["--resources", json.dumps(dict(resources or {}))]
-        self._env = {k: v for k, v in (os.environ | env | local.client_env).items() if k != "RAY_ADDRESS"}
+        merged = os.environ | _serve_settings(local.pid) | env | local.client_env
+        self._env = {k: v for k, v in merged.items() if k != "RAY_ADDRESS"}
         self.start()
 
     def start(self) -> None:
@@ -64,3 +67,8 @@ class Node:
             assert time.monotonic() < deadline, f"a node's processes do not end: {members}"
             time.sleep(0.05)
         self._process.wait()
+
+
+def _serve_settings(head: int) -> dict[str, str]:
+    pairs = (pair.partition("=") for pair in Path(f"/proc/{head}/environ").read_text().split("\0"))
+    return {name: value for name, _, value in pairs if name.startswith("RAY_SERVE_")}

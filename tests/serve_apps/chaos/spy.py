@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -42,7 +43,8 @@ def held(*, emptied: bool) -> dict[str, int]:
     pools = [o for o in objects if issubclass(type(o), ThreadPoolExecutor)]
     pooled = {t for pool in pools for t in pool._threads}  # bounded, and begun when they are needed
     own = [t.name for t in threading.enumerate() if t not in pooled]
-    counts |= Counter(f"thread {name}" for name in own if not name.startswith("Dummy-"))  # those are gRPC's
+    own = [re.sub(r"-\d+", "", name) for name in own]  # numbered in the order in which a process started them
+    counts |= Counter(f"thread {name}" for name in own if name != "Dummy")  # those are gRPC's
     counts["files"] = len(os.listdir("/proc/self/fd"))
     if emptied:
         streams = [o for o in objects if _name(o) == "loray.engine.stream.EngineStream"]
