@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -116,7 +117,13 @@ def adapter_config() -> Any:
 
 
 @contextmanager
-def started(num_adapters: int, num_replicas: int) -> Iterator[World]:
+def started(
+    num_adapters: int,
+    num_replicas: int,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    published: Callable[[], None] = lambda: None,
+) -> Iterator[World]:
+    """`environment`: further settings, as the store's; `published` is called before the cluster starts."""
     from tests.tiny import write_checkpoint
 
     with ExitStack() as stack:
@@ -124,10 +131,11 @@ def started(num_adapters: int, num_replicas: int) -> Iterator[World]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="loray-cluster-", ignore_cleanup_errors=True))
         )
         home = folder / "home"
-        settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
+        settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING", **environment})
         checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=CONTEXT)
         base = add_base(str(checkpoint), home=home, name=BASE)
         names = publish_copies(folder, base, settings, [adapter_config()], num_adapters)
+        published()
         total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes
         local = start_local_cluster(home, num_cpus=num_replicas + 1, env=settings.to_env() | _QUICK)
         stack.callback(stop_local_cluster, home)

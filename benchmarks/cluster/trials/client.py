@@ -15,6 +15,7 @@ from benchmarks.serving.systems.client import Received, ask, read_events
 HUNG_S = 60.0  # after which a client gives up
 _NUM_IDS = 256  # the byte tokenizer's letters
 _NAN = float("nan")
+_WARMING_RATE, _WARMING_PROMPT = 20.0, 8
 
 
 @dataclass(slots=True)
@@ -63,6 +64,13 @@ class Client:
             return await self.ask(models[request.adapter], prompt, request.num_output, began, request.at)
 
         return await asyncio.gather(*(one(*pair) for pair in zip(asked, prompts, strict=True)))
+
+    async def warm(self, models: Sequence[str]) -> None:
+        """Asks each for one token, 20 a second. SystemExit where one does not answer."""
+        asked = [Asked(i / _WARMING_RATE, i, _WARMING_PROMPT, 1) for i in range(len(models))]
+        answers = await self.open_loop(models, asked, "each")
+        if failed := [answer.error for answer in answers if answer.error]:
+            raise SystemExit(f"{len(failed)} adapters could not be loaded: {failed[0]}")
 
     async def ask(
         self, model: str, prompt: list[int], num_output: int, began: float, at: float | None = None

@@ -20,7 +20,6 @@ from loray.spec import Limits
 MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
 STEADY, USUAL, LOUD, LIMITED = "steady", "usual", "loud", "limited"  # tenants
 LIMITS = Limits(max_parallel_requests=2, rpm_limit=60, tpm_limit=30_000)  # of the last one
-_WARMING_RATE = 20.0
 _PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
 
 
@@ -99,10 +98,7 @@ def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
     for name in world.names:
         catalog.share(name, "public")
     with world.deployed() as port:
-        each = [Asked(i / _WARMING_RATE, i, 8, 1) for i in range(len(world.names))]
-        warmed = asyncio.run(Client(port, keys[STEADY]).open_loop(world.names, each, "each"))
-        if failed := [a.error for a in warmed if a.error]:
-            raise SystemExit(f"{len(failed)} adapters could not be loaded: {failed[0]}")
+        asyncio.run(Client(port, keys[STEADY]).warm(world.names))
         asyncio.run(_ordinary(world, port, keys, plan, num=max(1, plan.num // 6)))  # settles
         parts = []
         for name, tenant in (("none", ""), ("without limits", LOUD), ("within limits", LIMITED)):

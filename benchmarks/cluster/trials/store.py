@@ -20,7 +20,6 @@ MAX_RATIO = 1.3  # of the warm requests' p99 while the store is away to that bef
 REFUSED_S = LOAD_TIMEOUT_S + 2.0  # for a cold request while it is away
 BACK_S = 60.0  # for all cold adapters after its return: a client waits as Retry-After says
 Say = Callable[[str], None]
-_WARMING_RATE = 20.0
 _COLD_PROMPT, _COLD_OUTPUT = 8, 4
 
 
@@ -93,10 +92,7 @@ async def _run(world: World, client: Client, plan: Plan, say: Say) -> Found:
         made = make_trace(Load(len(warm), plan.rate, seconds, seed=plan.seed))
         return await client.open_loop(warm, made.counted, f"{plan.seed}/{part}")
 
-    each = [Asked(i / _WARMING_RATE, i, _COLD_PROMPT, 1) for i in range(len(warm))]
-    warmed = await client.open_loop(warm, each, "each")
-    if failed := [a.error for a in warmed if a.error]:
-        raise SystemExit(f"{len(failed)} adapters could not be loaded: {failed[0]}")
+    await client.warm(warm)
     await load("settling", plan.settle_s)
     say(f"{len(warm)} adapters are warm; {plan.seconds:.0f} s with the store")
     before = await load("before", plan.seconds)
