@@ -17,6 +17,6 @@ def requests(*rows: tuple[float, int, int, int]) -> Requests:
     return Requests(np.array(at, float), *(np.array(column, np.int64) for column in others))
 
 
-def run_one(made: Requests, **profile: float) -> Outcome:
+def run_one(made: Requests, **profile: object) -> Outcome:
     policy = Policy("one", RandomRouter(2, 0), Fixed(1))
     return Simulator(made, PROFILE.model_copy(update=profile), policy, initial=1, size=1).run()

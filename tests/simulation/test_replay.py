@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 
 from loray.errors import DataError, SpecError
 from loray.simulation.cluster import Cluster
-from loray.simulation.policies.routers import RandomRouter
+from loray.simulation.policies.routers import RandomRouter, Slots
 from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.replica import Job
 from loray.simulation.residency import HOST, NOWHERE, POOL, ReplicaAdapters
 from loray.simulation.scenario import Scenario, simulate
 from loray.simulation.simulator import Outcome, Policy, Simulator
@@ -29,6 +31,26 @@ def test_a_request_takes_its_time_outside_the_replica() -> None:
     assert np.allclose(later.end_R - plain.end_R, later.ttft_R - plain.ttft_R)
 
 
+def test_what_follows_the_choice_is_spent_on_the_replica() -> None:
+    """A replica that has the first request is not chosen for the second; one that has answered it is."""
+    rows = requests((0.0, 8, 1, 0), (0.5, 8, 1, 0))
+    for before, num_chosen in ((1.0, 1), (0.25, 2)):
+        costs = PROFILE.model_copy(update={"outside_s": (1.0,), "before_choice": before})
+        outcome = Simulator(rows, costs, Policy("two", _First(), Fixed(2)), initial=2, size=2).run()
+        assert len(set(outcome.slot_R)) == num_chosen
+        assert (outcome.ttft_R > 1.0).all()
+
+
+class _First(Slots):
+    """The first of the replicas with the fewest requests."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def choose(self, job: Job, now: float) -> int:
+        return min(self.slots, key=lambda slot: self.loads[slot])
+
+
 def test_the_warm_up_is_not_counted() -> None:
     made = requests((0.0, 8, 2, 0), (1.0, 800, 2, 1), (10.0, 8, 2, 0), (11.0, 8, 2, 2))
     policy = Policy("one", RandomRouter(2, 0), Fixed(1))
@@ -39,6 +61,19 @@ def test_the_warm_up_is_not_counted() -> None:
     assert found.cold_share == 0.5
     assert found.replica_hours == pytest.approx(1.0 / 3600)
     assert found.tokens_per_s == pytest.approx(4 / (1.0 + outcome.end_R[3]))
+
+
+def test_times_of_probes_are_not_reported() -> None:
+    made = requests((0.0, 8, 2, 0), (10.0, 800, 4, 0), (20.0, 16, 2, 0))
+    outcome = run_one(made)
+    found = summary(outcome, replace(made, probe_R=np.array([False, True, False])))
+    assert (found.p50_ttft_s, found.mean_latency_s) == pytest.approx(
+        (outcome.ttft_R[::2].mean(), outcome.end_R[::2].mean())
+    )
+    assert found.tokens_per_s == summary(outcome, made).tokens_per_s
+    assert found.cold_share == pytest.approx(1 / 3)
+    with pytest.raises(SpecError, match="probes"):
+        summary(outcome, replace(made, probe_R=np.ones(3, bool)))
 
 
 def test_replicas_of_the_warm_up_alone_are_not_counted() -> None:

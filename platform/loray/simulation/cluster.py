@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from loray.simulation.clock import Clock
 from loray.simulation.profile import Profile
 from loray.simulation.replica import Job, Replica
 from loray.simulation.residency import ReplicaAdapters
@@ -31,10 +32,13 @@ class Member:
 
 
 class Cluster:
-    """Owns the replicas. `size` of them at most take requests or start."""
+    """Owns the replicas. `size` of them at most take requests or start. Its times are in seconds."""
 
-    def __init__(self, profile: Profile, sizes: list[int], router: Router, size: int) -> None:
+    def __init__(
+        self, profile: Profile, sizes: list[int], router: Router, size: int, clock: Clock | None = None
+    ) -> None:
         self._profile, self._sizes, self._router, self.size = profile, sizes, router, size
+        self._clock = clock or Clock()
         # Those that end take a slot until they have ended.
         self._free = list(range(2 * size - 1, -1, -1))
         self.members: dict[int, Member] = {}  # by slot; they take requests
@@ -51,7 +55,7 @@ class Cluster:
         slot, name = self._free.pop(), f"replica-{self._num_started}"
         self._num_started += 1
         adapters = ReplicaAdapters(slot, self._profile, self._sizes, self._router)
-        member = Member(slot, name, Replica(self._profile, adapters, now), now)
+        member = Member(slot, name, Replica(self._profile, adapters, self._clock, self._clock.work(now)), now)
         self.starting.append(member)
         return member
 

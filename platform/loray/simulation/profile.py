@@ -33,7 +33,19 @@ class Profile(BaseModel):
     outside_s: tuple[float, ...] = Field(
         default=(0.0,),
         min_length=1,
-        description="of a request outside its replica (gateway, routing, connections), equally likely; one is drawn",
+        description="of a request outside its replica (connections, gateway, routing), equally likely; one is drawn",
+    )
+    before_choice: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of that before the router chooses; with the rest it is on its replica",
+    )
+    contention: float = Field(
+        default=0.0,
+        ge=0,
+        description="share by which each busy replica, and each request outside, slows all others that share its "
+        "processors; 0 where each replica has its own",
     )
     start_s: float = Field(ge=0, description="from the decision to add a replica until it takes requests")
     num_loads: int = Field(default=4, gt=0, description="loads at once")

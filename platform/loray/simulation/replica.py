@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from loray.serving.scaling.demand import TrackedRequest
+from loray.simulation.clock import Clock
 from loray.simulation.profile import Profile
 from loray.simulation.residency import ReplicaAdapters
 
@@ -48,12 +49,13 @@ class Ended(NamedTuple):
 
 
 class Replica:
-    """`ready` and `advance` change it; then `next_event` is the time at which `advance` is to be called next."""
+    """`ready` and `advance` change it; then `next_event` is the time at which `advance` is to be called next. Its times
+    are those of the clock's work.
+    """
 
-    def __init__(self, profile: Profile, adapters: ReplicaAdapters, now: float) -> None:
-        self._profile, self.adapters = profile, adapters
+    def __init__(self, profile: Profile, adapters: ReplicaAdapters, clock: Clock, now: float) -> None:
+        self._profile, self.adapters, self._clock = profile, adapters, clock
         self._each_s = profile.decode_s + profile.adapter_s
-        self._most_prompt_s = profile.max_num_batched_tokens * profile.prompt_s
         self.now = now
         self._decoded = 0.0  # tokens of a request that has decoded since the start
         self._decoding: list[tuple[float, int, Job]] = []  # by the value of `_decoded` at which they end
@@ -70,12 +72,12 @@ class Replica:
     def num_running(self) -> int:
         return len(self._decoding) + len(self._begun)
 
-    def num_tokens(self, now: float) -> float:
-        """Computed since the start, by `now`, which is at most `next_event`."""
+    def num_tokens(self, seconds: float) -> float:
+        """Computed since the start, by that time in seconds, which is not after `next_event`."""
         rate = self._decode_rate * len(self._decoding)
         if self._begun:
             rate += self._prompt_rate * self._begun[0][2].token_rate
-        return self._prompt_tokens + self._output_tokens + rate * (now - self.now)
+        return self._prompt_tokens + self._output_tokens + rate * (self._clock.work(seconds) - self.now)
 
     @property
     def kv_bytes(self) -> float:
@@ -147,7 +149,7 @@ class Replica:
                 room = max(target - fixed, _MIN_SHARE * target)
             else:
                 room = max(_ALONE * target - fixed, _MIN_SHARE * _ALONE * target)
-            room = min(room, self._most_prompt_s)
+            room = min(room, profile.max_num_batched_tokens / self._begun[0][2].token_rate)
             self._step = fixed + room
             self._prompt_rate = room / self._step
             self._decode_rate = 1 / self._step if num_decoding else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loray.simulation.clock import Clock
 from loray.simulation.cluster import Cluster, Member, Router
 from loray.simulation.policies.scalers import Scaler
 from loray.simulation.profile import Profile
@@ -16,7 +17,8 @@ from loray.simulation.replica import Ended, Job
 from loray.simulation.workload.requests import Floats, Ints, Requests
 
 _DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
-_REPLICA, _LOADED, _READY, _DECIDE = range(4)
+_REPLICA, _LOADED, _ROUTE, _HANDED, _READY, _DECIDE = range(6)
+_Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Outcome:
 class Simulator:
     """Runs once. Events of equal times come in the order in which they were made.
 
+    What replicas do, loads, and the requests' way to the router are work, whose events have times of the clock's work.
+    Arrivals, decisions and starts come at their seconds, and these are what policies and results are given.
+
     warm_up  seconds whose loads, evictions and replicas are not counted
     seed     of what each request takes outside its replica
     """
@@ -77,8 +82,10 @@ class Simulator:
         self._num_warming = int(np.searchsorted(requests.at_R, warm_up))
         self._outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
         self._sizes = adapter_sizes(profile, requests.num_adapters)
-        self.cluster = Cluster(profile, self._sizes, policy.router, size)
-        self._events: list[tuple[float, int, int, Any, int]] = []
+        self._clock = Clock(profile.contention)
+        self.cluster = Cluster(profile, self._sizes, policy.router, size, self._clock)
+        self._work: list[_Event] = []
+        self._timed: list[_Event] = []
         self._num_events = 0
         self._waiting: dict[tuple[Member, int], list[Job]] = {}  # for the load of an adapter
         self._ttft_R = np.full(len(requests), np.nan)
@@ -95,26 +102,25 @@ class Simulator:
         requests = self._requests
         columns = (requests.at_R, requests.prompt_R, requests.output_R, requests.adapter_R)
         before, hours_before = (0, 0), 0.0
-        self._push(0.0, _DECIDE)
+        self._push_timed(0.0, _DECIDE)
         for index, (at, prompt, output, adapter) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            while self._events and self._events[0][0] <= at:
+            while self._next_at() <= at:
                 self._next_event()
             if index and index == self._num_warming:
                 before, hours_before = self.cluster.totals(), self.cluster.hours(at)
             self._arrive(Job(index, prompt, output, adapter), at)
-        end = requests.seconds
-        hours, totals = self.cluster.hours(end) - hours_before, self.cluster.totals()
-        loads, evictions = (now - then for now, then in zip(totals, before, strict=True))
-        while self._events:
+        hours, (_, evictions) = self.cluster.hours(requests.seconds) - hours_before, self.cluster.totals()
+        while self._work or self._timed:
             self._next_event(ending=True)
+        loads, _ = self.cluster.totals()
         return Outcome(
             self._policy.name,
-            self._ttft_R + self._outside_R,
-            self._end_R + self._outside_R,
+            self._ttft_R,
+            self._end_R,
             self._slot_R,
             self._num_warming,
-            loads,
-            evictions,
+            loads - before[0],
+            evictions - before[1],
             hours,
             self._replicas,
             self._loads,
@@ -122,31 +128,66 @@ class Simulator:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _push(self, at: float, kind: int, what: Any = None, adapter: int = -1) -> None:
+    def _push(self, work: float, kind: int, what: Any = None, adapter: int = -1) -> None:
         self._num_events += 1
-        heappush(self._events, (at, self._num_events, kind, what, adapter))
+        heappush(self._work, (work, self._num_events, kind, what, adapter))
+
+    def _push_timed(self, at: float, kind: int, what: Any = None) -> None:
+        self._num_events += 1
+        heappush(self._timed, (at, self._num_events, kind, what, -1))
+
+    def _next_at(self) -> float:
+        """Seconds."""
+        work = self._clock.seconds(self._work[0][0]) if self._work else math.inf
+        return min(work, self._timed[0][0]) if self._timed else work
 
     def _next_event(self, *, ending: bool = False) -> None:
-        now, _, kind, what, adapter = heappop(self._events)
+        work = (self._clock.seconds(self._work[0][0]), self._work[0][1]) if self._work else (math.inf, 0)
+        if self._timed and self._timed[0][:2] < work:
+            at, _, kind, what, _ = heappop(self._timed)
+            if kind == _READY:
+                self.cluster.admit(what)
+            elif not ending:
+                self._decide(at)
+                self._push_timed(at + _DECIDE_S, _DECIDE)
+            return
+        now, _, kind, what, adapter = heappop(self._work)
         if kind == _REPLICA:
             if what.replica.next_event == now:
                 self._took(what, what.replica.advance(now))
         elif kind == _LOADED:
             self._end_load(what, adapter, now)
-        elif kind == _READY:
-            self.cluster.admit(what)
-        elif not ending:
-            self._decide(now)
-            self._push(now + _DECIDE_S, _DECIDE)
+        elif kind == _HANDED:
+            self._handed(*what, now)
+        else:
+            self._clock.joined(-1, now)
+            self._route(what, now)
 
-    def _arrive(self, job: Job, now: float) -> None:
-        slot = self._policy.router.choose(job, now)
+    def _arrive(self, job: Job, at: float) -> None:
+        now = self._clock.work(at)
+        if before := float(self._outside_R[job.index]) * self._profile.before_choice:
+            self._clock.joined(1, now)
+            self._push(now + before, _ROUTE, job)
+        else:
+            self._route(job, now)
+
+    def _route(self, job: Job, now: float) -> None:
+        seconds = self._clock.seconds(now)
+        slot = self._policy.router.choose(job, seconds)
         member = self.cluster.members[slot]
         replica = member.replica
+        self._clock.joined(not replica.num_jobs, now)
         replica.num_jobs += 1
         self._slot_R[job.index] = slot
         self._policy.router.load_changed(slot, replica.num_jobs)
-        self._policy.scaler.arrived(member, job, now)
+        self._policy.scaler.arrived(member, job, seconds)
+        if rest := float(self._outside_R[job.index]) * (1 - self._profile.before_choice):
+            self._push(now + rest, _HANDED, (member, job))
+        else:
+            self._handed(member, job, now)
+
+    def _handed(self, member: Member, job: Job, now: float) -> None:
+        replica = member.replica
         if self._policy.foresees:
             replica.adapters.prefetch(job.adapter)
         is_ready, loads = replica.adapters.want(job.adapter)
@@ -176,17 +217,19 @@ class Simulator:
     def _took(self, member: Member, ended: Ended) -> None:
         """The replica has been advanced."""
         replica, now = member.replica, member.replica.now
+        seconds, at_R = self._clock.seconds, self._requests.at_R
         for job in ended.first_tokens:
-            self._ttft_R[job.index] = job.first_token_at - self._requests.at_R[job.index]
-            self._policy.scaler.answered(member, job, now)
+            self._ttft_R[job.index] = seconds(job.first_token_at) - at_R[job.index]
+            self._policy.scaler.answered(member, job, seconds(now))
             self._policy.router.answered(member.slot, job)
         for job in ended.finished:
             assert math.isnan(self._end_R[job.index]), "it has ended before"
-            self._end_R[job.index] = max(now, job.first_token_at) - self._requests.at_R[job.index]
-            self._policy.scaler.finished(member, job, now)
+            self._end_R[job.index] = seconds(max(now, job.first_token_at)) - at_R[job.index]
+            self._policy.scaler.finished(member, job, seconds(now))
         if ended.finished:
+            self._clock.joined(-(not replica.num_jobs), now)
             if member in self.cluster.ending:
-                self.cluster.end_if_idle(member, now)
+                self.cluster.end_if_idle(member, seconds(now))
             else:
                 self._policy.router.load_changed(member.slot, replica.num_jobs)
         if replica.next_event < math.inf:
@@ -204,7 +247,7 @@ class Simulator:
             if self._policy.foresees:
                 cluster.admit(member)
             else:
-                self._push(now + self._profile.start_s, _READY, member)
+                self._push_timed(now + self._profile.start_s, _READY, member)
         for _ in range(max(1, target), num):
             if len(cluster.members) > 1 or cluster.starting:
                 cluster.stop_one(now)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loray.errors import SpecError
 from loray.simulation.simulator import Outcome
 from loray.simulation.workload.requests import Floats, Requests
 
 
 class Summary(NamedTuple):
-    """Of one policy over one run or several, without the warm-up. Times in seconds; means over the runs where they are
-    quantiles.
+    """Of one policy over one run or several, without the warm-up. Times in seconds, without probes; means over the runs
+    where they are quantiles.
 
     max_replicas  the most at a time, of those there when the first of these requests came and later
     tokens_per_s  generated, from the first arrival to the last token
@@ -32,21 +33,24 @@ class Summary(NamedTuple):
     tokens_per_s: float
 
     def to_json(self) -> dict[str, Any]:
-        return {name: round(value, 4) for name, value in self._asdict().items()}
+        return {name: round(value, 6) for name, value in self._asdict().items()}
 
 
 def summary(outcome: Outcome, requests: Requests) -> Summary:
     counted = slice(outcome.num_warming, None)
     ttft_R, end_R = outcome.ttft_R[counted], outcome.end_R[counted]
     at_R, output_R = requests.at_R[counted], requests.output_R[counted]
-    p50, p99 = np.quantile(ttft_R, (0.5, 0.99))
+    timed_R = np.ones(len(ttft_R), bool) if requests.probe_R is None else ~requests.probe_R[counted]
+    if not timed_R.any():
+        raise SpecError("all requests after the warm-up are probes")
+    p50, p99 = np.quantile(ttft_R[timed_R], (0.5, 0.99))
     times = [at for at, _ in outcome.replicas]
     first = max(0, bisect_right(times, at_R[0]) - 1) if outcome.num_warming else 0
     return Summary(
         p50_ttft_s=float(p50),
         p99_ttft_s=float(p99),
-        mean_ttft_s=float(ttft_R.mean()),
-        mean_latency_s=float(end_R.mean()),
+        mean_ttft_s=float(ttft_R[timed_R].mean()),
+        mean_latency_s=float(end_R[timed_R].mean()),
         cold_loads=outcome.cold_loads,
         cold_share=outcome.cold_loads / len(ttft_R),
         evictions=outcome.evictions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -13,6 +13,7 @@ from loray.simulation.profile import Profile
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 _JITTER_S = 2.0  # copies of a request come within so many seconds of it
 
 
@@ -24,12 +25,14 @@ class Requests:
     prompt_R   tokens of the prompt
     output_R   tokens that are generated
     adapter_R  number of the adapter
+    probe_R    whose times are not reported; None: all are
     """
 
     at_R: Floats
     prompt_R: Ints
     output_R: Ints
     adapter_R: Ints
+    probe_R: Bools | None = None
 
     def __len__(self) -> int:
         return len(self.at_R)
@@ -51,7 +54,7 @@ class Requests:
     def cut(self, context_length: int) -> Requests:
         """With prompts and outputs that fit the context: outputs keep what they have, up to half of it."""
         output = np.clip(self.output_R, 1, context_length // 2)
-        return Requests(self.at_R, np.clip(self.prompt_R, 1, context_length - output), output, self.adapter_R)
+        return replace(self, prompt_R=np.clip(self.prompt_R, 1, context_length - output), output_R=output)
 
     def work(self, profile: Profile) -> float:
         """Seconds of busy replicas that the requests need."""

@@ -2,7 +2,8 @@
 
 Azure LLM inference, 2023: TIMESTAMP,ContextTokens,GeneratedTokens. P. Patel et al.: Splitwise, ISCA 2024
 Mooncake: lines of {"timestamp": ms, "input_length": …, "output_length": …}. R. Qin et al., FAST 2025
-Lines of the same with "adapter": its number, of a run of `python -m benchmarks.cluster`
+Lines of the same with "adapter": its number, and "probe": true where its times are not reported, of a run of
+`python -m benchmarks.cluster`
 """
 
 from __future__ import annotations
@@ -50,22 +51,24 @@ def read(path: Path) -> Requests:
     if not rows:
         raise DataError(f"{path} has no requests")
     rows.sort()
-    at, prompt, output, adapter = (np.array(column) for column in zip(*rows, strict=True))
-    return Requests(at - at[0], *(column.astype(np.int64) for column in (prompt, output, adapter)))
+    at, *numbers, probe = (np.array(column) for column in zip(*rows, strict=True))
+    prompt, output, adapter = (column.astype(np.int64) for column in numbers)
+    return Requests(at - at[0], prompt, output, adapter, probe)
 
 
-def _azure(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int]]:
+def _azure(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int, bool]]:
     for row in csv.DictReader(lines):
         at = (
             datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp()
         )  # seven digits of a second; Python reads six
-        yield at, int(row["ContextTokens"]), int(row["GeneratedTokens"]), 0
+        yield at, int(row["ContextTokens"]), int(row["GeneratedTokens"]), 0, False
 
 
-def _mooncake(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int]]:
+def _mooncake(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int, bool]]:
     for line in filter(str.strip, lines):
         row = json.loads(line)
         adapter = int(row.get("adapter", 0))
         if adapter < 0:
             raise ValueError(f"adapter {adapter} is negative")
-        yield row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), adapter
+        probe = bool(row.get("probe", False))
+        yield row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), adapter, probe

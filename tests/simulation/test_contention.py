@@ -1,0 +1,97 @@
+"""Replicas that share processors: what works beside another takes longer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loray.simulation.clock import Clock
+from loray.simulation.policies.routers import TwoChoices
+from loray.simulation.policies.scalers import Fixed
+from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.simulator import Outcome, Policy, Simulator
+from loray.simulation.workload.requests import Requests
+from tests.simulation.made import requests, run_one
+
+LONG = (400, 20)
+
+
+def run_two(made: Requests, **profile: object) -> Outcome:
+    """On two replicas, of which the one with fewer requests is chosen."""
+    costs = PROFILE.model_copy(update=profile)
+    return Simulator(made, costs, Policy("two", TwoChoices(4, 0), Fixed(2)), initial=2, size=2).run()
+
+
+def test_work_has_a_time_of_its_own() -> None:
+    clock = Clock(0.5)
+    clock.joined(1, clock.work(10.0))
+    assert clock.seconds(12.0) == 12.0  # nothing is beside it
+    clock.joined(1, clock.work(12.0))
+    assert clock.seconds(14.0) == 15.0
+    assert clock.work(13.5) == 13.0
+    clock.joined(1, 14.0)
+    assert clock.seconds(16.0) == 19.0
+    clock.joined(-2, 16.0)
+    assert clock.seconds(17.0) == 20.0
+
+
+def test_without_contention_both_times_are_the_same_to_the_last_bit() -> None:
+    clock = Clock()
+    for i in range(50):
+        clock.joined(1, clock.work(0.1 * i))
+        assert clock.seconds(clock.work(0.1 * i)) == 0.1 * i
+
+
+def test_two_replicas_that_work_beside_each_other_take_longer() -> None:
+    alone = run_two(requests((0.0, *LONG, 0))).end_R[0]
+    made = requests((0.0, *LONG, 0), (0.0, *LONG, 4))  # adapters of one size
+    for contention in (0.0, 0.4, 1.0):
+        both = run_two(made, contention=contention)
+        assert sorted(both.slot_R) == [0, 1]
+        assert both.end_R == pytest.approx([(1 + contention) * alone] * 2)
+
+
+def test_who_comes_later_delays_what_is_left() -> None:
+    alone = run_two(requests((0.0, *LONG, 0))).end_R[0]
+    first, second = run_two(requests((0.0, *LONG, 0), (0.5 * alone, *LONG, 4)), contention=1.0).end_R
+    # Both half as fast until the first has ended, whose half takes as long as it would alone.
+    assert first == pytest.approx(1.5 * alone)
+    assert second == pytest.approx(1.5 * alone)
+
+
+def test_one_after_the_other_nothing_takes_longer() -> None:
+    made = requests(*((10.0 * i, *LONG, i) for i in range(4)))
+    assert np.allclose(run_two(made, contention=1.0).end_R, run_two(made).end_R)
+
+
+def test_requests_of_one_replica_share_its_steps_already() -> None:
+    made = requests(*((0.01 * i, 50, 20, i) for i in range(8)))
+    assert np.allclose(run_one(made, contention=1.0).end_R, run_one(made).end_R)
+
+
+def test_requests_on_their_way_are_beside_each_other_and_beside_replicas() -> None:
+    apart = requests((0.0, 8, 1, 0), (100.0, 8, 1, 0))
+    together = requests((0.0, 8, 1, 0), (0.0, 8, 1, 0))
+    profile = {"outside_s": (1.0,), "contention": 1.0}
+    lone = run_one(apart, **profile).ttft_R[1]
+    assert run_one(together, **profile).ttft_R.min() > lone + 0.99
+    replica = run_one(requests((0.0, 8, 2000, 0), (5.0, 8, 1, 0)), **profile).ttft_R[1]
+    assert replica > 1.99
+
+
+def test_all_requests_end_and_more_contention_is_slower() -> None:
+    rows = [(0.05 * i, 20 + 37 * i % 200, 1 + i % 30, i % 12) for i in range(300)]
+    means = []
+    for contention in (0.0, 0.2, 0.5):
+        outcome = run_two(requests(*rows), contention=contention, outside_s=(0.01, 0.02))
+        assert (outcome.end_R >= outcome.ttft_R - 1e-9).all()
+        means.append(outcome.ttft_R.mean())
+    assert means == sorted(means)
+    assert means[0] < means[-1]
+
+
+def test_a_long_prompt_has_a_step_for_each_of_the_most_tokens() -> None:
+    """Whatever their pairs take: these make the steps longer, and not more."""
+    profile = {"max_num_batched_tokens": 64, "itl_slo_s": 10.0, "place_s": 0.0, "place_byte_s": 0.0}
+    outcome = run_one(requests((0.0, 8, 1, 0), (10.0, 640, 1, 0)), **profile)
+    assert outcome.ttft_R[1] == pytest.approx(PROFILE.prompt_seconds(640) + 10 * PROFILE.step_s)
