@@ -4,13 +4,14 @@
     python -m benchmarks.cluster --adapters 200 --seconds 20 --router loray --router ray
 
 Three replicas of a tiny model, 2,000 tiny adapters, of which a replica holds a part. Each router gets new replicas and
-the same requests at the same times: every adapter once, which is not counted; then adapters by a power law; then one
-adapter that is suddenly in demand. docs/benchmarks/cluster.md explains the table.
+the same requests at the same times: every adapter once, which is not counted; then adapters by a power law, and probes
+among them; then one adapter that is suddenly in demand. docs/benchmarks/cluster.md explains the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -18,9 +19,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
+import numpy as np
 
 from benchmarks.cluster import rows as table_of_rows
 from benchmarks.cluster import simulated
@@ -37,12 +39,19 @@ ROUTERS = ("loray", "ray", "random", "round-robin")
 
 
 class Run(NamedTuple):
-    """`load_s`: seconds of all counted loads, and their number."""
+    """`load_s`: mean seconds of a load, by the replicas, in the warm-up."""
 
     row: Row
+    warm: list[Seen]
     counted: list[Seen]
-    load_s: tuple[float, float]
+    load_s: float
     after: list[Figures]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"warm": self.warm, "counted": self.counted}
+        return {"router": self.row.router, "load_s": self.load_s} | {
+            name: [asdict(seen) for seen in part] for name, part in parts.items()
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=args.seconds,
         hot_seconds=args.hot_seconds,
         alpha=args.alpha,
+        probe_rate=args.probe_rate,
         seed=args.seed,
     )
     trace, folder = make_trace(load), args.folder
@@ -76,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     click.echo("\n".join(table_of_rows.table(rows)))
     found = verdicts(rows)
     click.echo("\n".join(f"{'reached' if reached else 'MISSED':<8} {text}" for text, reached in found))
-    write_json(folder / "requests.json", {r.row.router: [asdict(s) for s in r.counted] for r in runs})
+    write_json(folder / "requests.json", [run.to_json() for run in runs])
     made = {"machine": machine, "load": asdict(load), "rows": [r.to_json() for r in rows], "asked": dict(found)}
     write_json(args.json, made)  # the measurements stay if anything fails from here on
     try:
@@ -93,35 +103,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(world: World, spec: ServeSpec, trace: Trace, router: str) -> Run:
     load = load_average()
     with world.deployed(spec, router) as record:
-        send(spec.port, world.names, trace.warm, "warm", record)
-        before, seconds = figures(spec.port), load_seconds(spec.port)
+        warm = send(spec.port, world.names, trace.warm, "warm", record)
+        before, (seconds, loads) = figures(spec.port), load_seconds(spec.port)
         counted = send(spec.port, world.names, trace.counted, "counted", record)
-        after, seconds_after = figures(spec.port), load_seconds(spec.port)
+        after = figures(spec.port)
         hot = send(spec.port, world.names, trace.hot, "hot", record)
     made = row(router, counted, hot, trace.hot_adapter, before, after, load)
     click.echo(f"{router}: {made.cold_loads} cold loads, p99 {1e3 * made.p99_ttft_s:.1f} ms")
     for seen in [s for s in counted if s.error][:3]:
         click.echo(f"  {seen.error}")
-    return Run(made, counted, (seconds_after[0] - seconds[0], seconds_after[1] - seconds[1]), after)
+    return Run(made, warm, counted, seconds / max(1.0, loads), after)
 
 
 def _simulated(
     runs: Sequence[Run], trace: Trace, spec: ServeSpec, folder: Path, num_replicas: int
 ) -> list[simulated.Beside]:
-    """What work costs comes from the runs of the other routers: no run is compared with its own times."""
+    """What work costs comes from the probes alone: no request is compared with its own times."""
     found = []
-    for run in (r for r in runs if r.row.router in simulated.POLICIES):
-        router = run.row.router
-        others = [r for r in runs if r.row.router != router]
-        if not others:
-            raise ValueError("what work costs comes from the runs of other routers: name two or more with --router")
-        costs = fit([r.counted for r in others])
-        load_s = sum(r.load_s[0] for r in others) / max(1.0, sum(r.load_s[1] for r in others))
-        file, source = folder / f"profile-{router}.json", f"benchmarks.cluster, all routers but {router}"
+    fits = [fit(run.counted, run.warm, spec.max_num_batched_tokens) for run in runs]
+    loads = [costs.load for costs in fits if not math.isnan(costs.load)]
+    for run, costs in zip(runs, fits, strict=True):
+        if (router := run.row.router) not in simulated.POLICIES:
+            continue
+        other_s = sum(loads) / len(loads) if loads else run.load_s
+        load_s = other_s if math.isnan(costs.load) else costs.load
+        file, source = folder / f"profile-{router}.json", f"benchmarks.cluster, probes with {router}"
         file.write_text(profile(costs, load_s, run.after, spec, source).model_dump_json(indent=2), encoding="utf-8")
         click.echo(
             f"{source}: {1e3 * costs.step:.2f} ms a step, {1e3 * costs.row:.2f} a request in it, "
-            f"{1e6 * costs.prompt:.1f} µs a prompt's token, {1e3 * load_s:.2f} ms a load"
+            f"{1e6 * costs.prompt:.1f} µs a prompt's token, {1e9 * costs.pair:.1f} ns a pair, {1e3 * load_s:.2f} ms a "
+            f"load, {1e3 * float(np.median(costs.outside)):.1f} ms outside, contention {costs.contention:.2f}"
         )
         arguments = simulated.command(folder / "trace.jsonl", file, trace.warm_up_s, num_replicas, router)
         click.echo("loray " + shlex.join(arguments))
@@ -142,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=default.rate, help="requests a second (default %(default)g)")
     add("--seconds", type=float, default=default.seconds, help="that count, for each router (default %(default)g)")
     add("--hot-seconds", type=float, default=default.hot_seconds, help="of the sudden adapter (default %(default)g)")
+    add("--probe-rate", type=float, default=6.0, help="probes a second among them (default %(default)g)")
     add("--alpha", type=float, default=default.alpha, help="popularity ∝ rank^-alpha (default %(default)g)")
     add("--seed", type=int, default=0)
     add("--folder", type=Path, default=Path("build/cluster"), help="for trace, profile, requests (default %(default)s)")

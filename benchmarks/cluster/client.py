@@ -32,6 +32,7 @@ class Seen:
     adapter: int
     num_prompt: int
     num_output: int
+    probe: bool = False
     first: float = _NAN
     last: float = _NAN
     routed: float = _NAN

@@ -1,8 +1,11 @@
-"""What a replica's work costs, from what clients saw: the profile for `loray simulate`.
+"""What a replica's work costs, from what clients saw of probes: the profile for `loray simulate`.
 
-Clients see steps as the time between tokens. What they wait for the first one is the prompt, the steps of those that
-decode, and the time outside the replica, where no other prompt is computed there. So the costs hold for this machine
-with all that runs beside the engines.
+A probe that has its replica's prompts to itself waits for its first token
+
+    (1 + contention · x) · (outside + its prompt + a step with those that decode there + its adapter's load, if cold)
+
+where x is the mean number of others that work meanwhile (`Crowd`). The same factor is in the time between tokens. So
+all costs are those of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cluster.client import Seen
+from benchmarks.cluster.crowd import Crowd, by_replica
 from benchmarks.cluster.world import CONTEXT, Figures
 from loray.simulation.profile import Profile
 from loray.spec import ServeSpec
@@ -21,71 +25,121 @@ from loray.spec import ServeSpec
 Floats = NDArray[np.float64]
 _NUM_OUTSIDE = 400  # values of the profile, quantiles of those measured
 _FEWEST = 20
-_RECENT = 300  # so many requests of a replica later, an adapter is still there
+_CONTENTIONS = np.arange(0.0, 2.0, 0.01)  # that are tried
 _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
 
 
 class Costs(NamedTuple):
-    """Seconds; see `Profile`."""
+    """Seconds; see `Profile`. `load` contains the copy into the pool; NaN where too few requests waited for one."""
 
     step: float
     row: float
     prompt: float
     pair: float
+    load: float
+    contention: float
     outside: Floats
+    before_choice: float
 
 
-def fit(parts: Sequence[Sequence[Seen]]) -> Costs:
-    """From all requests of these runs. ValueError where they do not say what work costs."""
-    kept = [[s for s in part if not s.error and s.replica] for part in parts]
-    between, rows = (np.concatenate(c) for c in zip(*(decoding(part) for part in kept), strict=True))
-    if len(between) < _FEWEST:
-        raise ValueError(f"{len(between)} requests had two tokens or more, {_FEWEST} are needed: raise --seconds")
-    step, row = nonnegative(between, rows)
-    prompts, beside, waits = (np.concatenate(c) for c in zip(*(undisturbed(part) for part in kept), strict=True))
-    if len(prompts) < _FEWEST:
+class Waits(NamedTuple):
+    """Columns: tokens of the prompt, requests that decoded there when it was due, 1 where it waited for a load, `x` of
+    the formula above, seconds until a replica had it, and to the first token.
+    """
+
+    prompt: Floats
+    decoding: Floats
+    cold: Floats
+    beside: Floats
+    routed: Floats
+    seconds: Floats
+
+
+def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int) -> Costs:
+    """Of others than probes only their replicas and the time that they were there are used. `before`: what the replicas
+    had answered by then; `most_tokens`: of a step. ValueError where probes do not say what work costs.
+    """
+    good = [s for s in seen if not s.error and s.replica]
+    between, rows, beside = decoding(good)
+    waits = undisturbed(good, before)
+    if len(between) < _FEWEST or len(waits.seconds) < _FEWEST:
         raise ValueError(
-            f"{len(prompts)} requests were not beside another's prompt, {_FEWEST} are needed: lower --rate"
+            f"{len(between)} probes decoded, and {len(waits.seconds)} had their first token, without another's prompt "
+            f"on their replica, {_FEWEST} are needed of both: raise --probe-rate or --seconds"
         )
-    waits = waits - step - row * (beside + 1)
-    pairs = prompts * (prompts + 1) / 2
-    _, prompt, pair = nonnegative(waits, prompts, pairs)
+    if not (has_loads := waits.cold.sum() >= _FEWEST):
+        waits = Waits(*(column[waits.cold == 0] for column in waits))
+    columns = [waits.prompt, waits.prompt * (waits.prompt + 1) / 2, *([waits.cold] if has_loads else [])]
+    more_steps = np.maximum(0.0, waits.prompt / most_tokens - 1)
+    contention, step, row = 0.0, 0.0, 0.0
+    for _ in range(3):  # a long prompt has several steps, whose fixed cost follows from the contention
+        crowded = 1 + contention * waits.beside
+        contention, costs = contended(waits.seconds - crowded * step * more_steps, waits.beside, *columns)
+        step, row = nonnegative(between / (1 + contention * beside), rows)
+    fixed, prompt, pair, *loads = costs
     if not prompt and not pair:
         raise ValueError("long prompts did not take longer than short ones: other processes had the processors")
-    outside = np.clip(waits - prompt * prompts - pair * pairs, 0.0, None)
-    return Costs(step, row, prompt, pair, np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE))
+    computed = columns[0] * prompt + columns[1] * pair + step * more_steps
+    outside = waits.seconds / (1 + contention * waits.beside) - computed - step - row * (waits.decoding + 1)
+    outside -= sum(load * waits.cold for load in loads)
+    is_short = computed <= fixed  # long prompts vary by more than all that
+    outside = np.clip(outside[is_short], 0.0, None)
+    before = (waits.routed / (1 + contention * waits.beside))[is_short]
+    quantiles = np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE)
+    load, share = loads[0] if has_loads else float("nan"), min(1.0, float(before.mean() / outside.mean()))
+    return Costs(step, row, prompt, pair, load, contention, quantiles, share)
 
 
-def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats]:
-    """Of each request with two tokens or more: the mean time between two, and how many requests its replica decoded
-    meanwhile, in the mean, itself included.
+def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
+    """Of each probe with two tokens or more beside which its replica computed no prompt: the mean time between two,
+    how many requests its replica decoded meanwhile, in the mean, itself included, and `Crowd.beside`.
     """
-    between, rows = [], []
-    for part in _by_replica(seen):
-        first, last = np.array([s.first for s in part]), np.array([s.last for s in part])
+    crowd, found = Crowd(seen), []
+    for part in by_replica(seen):
+        routed, first, last = (np.array([getattr(s, name) for s in part]) for name in ("routed", "first", "last"))
         for s in part:
-            if s.num_output > 1 and s.last > s.first:
+            if s.probe and s.num_output > 1 and s.last > s.first and not ((routed < s.last) & (first > s.first)).any():
                 overlap = np.clip(np.minimum(last, s.last) - np.maximum(first, s.first), 0.0, None)
-                between.append((s.last - s.first) / (s.num_output - 1))
-                rows.append(overlap.sum() / (s.last - s.first))
-    return np.array(between), np.array(rows)
+                seconds = s.last - s.first
+                between = seconds / (s.num_output - 1)
+                found.append((between, overlap.sum() / seconds, crowd.beside(s, s.first, s.last)))
+    columns = np.array(found, np.float64).reshape(-1, 3).T
+    return columns[0], columns[1], columns[2]
 
 
-def undisturbed(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
-    """Of each request whose adapter was there and beside which its replica computed no other prompt: the tokens of its
-    prompt, how many requests decoded there when it was due, and seconds to the first token.
+def undisturbed(seen: Sequence[Seen], before: Sequence[Seen] = ()) -> Waits:
+    """Of each probe beside which its replica computed no other prompt. It waits for a load if the replica has not had
+    its adapter, also `before`; so this is for replicas that have not had more adapters than they hold.
     """
-    found = []
-    for part in _by_replica(seen):
-        routed, first = np.array([s.routed for s in part]), np.array([s.first for s in part])
-        last = np.array([s.last for s in part])
-        for index, s in enumerate(part):
-            num_prompts = int(((routed < s.first) & (first > s.at)).sum())
-            recent = {before.adapter for before in part[max(0, index - _RECENT) : index]}
-            if num_prompts == 1 and s.adapter in recent:
-                found.append((s.num_prompt, ((first <= s.at) & (last > s.at)).sum(), s.ttft))
-    prompts, beside, waits = np.array(found, np.float64).reshape(-1, 3).T
-    return prompts, beside, waits
+    crowd, found = Crowd(seen), []
+    had = {(s.replica, s.adapter) for s in before}
+    for part in by_replica(seen):
+        routed, first, last = (np.array([getattr(s, name) for s in part]) for name in ("routed", "first", "last"))
+        for s in part:
+            if s.probe and ((routed < s.first) & (first > s.at)).sum() == 1:
+                beside = crowd.beside(s, s.at, s.first)
+                num_decoding = ((first <= s.at) & (last > s.at)).sum()
+                is_cold = (s.replica, s.adapter) not in had
+                found.append((s.num_prompt, num_decoding, is_cold, beside, s.routed - s.at, s.ttft))
+            had.add((s.replica, s.adapter))
+    return Waits(*np.array(found, np.float64).reshape(-1, 6).T)
+
+
+def contended(y: Floats, beside: Floats, *columns: Floats) -> tuple[float, tuple[float, ...]]:
+    """The contention with which (1 + contention · beside) · (intercept + coefficients · columns) is nearest to `y`, and
+    intercept and coefficients. Errors count as shares of what is expected.
+    """
+    expected = y.mean() + 0 * y
+    for _ in range(3):  # the weights follow from the fit before
+        found = []
+        for contention in _CONTENTIONS.tolist():
+            scale = (1 + contention * beside) / expected
+            coefficients = nonnegative(y / expected, *(column * scale for column in columns), intercept=scale)
+            errors = y / expected - scale * _sum(coefficients, columns)
+            found.append((float(errors @ errors), contention, coefficients))
+        _, contention, coefficients = min(found)
+        expected = (1 + contention * beside) * _sum(coefficients, columns)
+    return contention, coefficients
 
 
 def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: ServeSpec, source: str) -> Profile:
@@ -104,11 +158,13 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
         adapter_s=0.0,
         prompt_s=max(costs.prompt, 1e-9),
         pair_s=costs.pair,
-        load_s=load_s,
+        load_s=max(0.0, load_s - _PLACE_S),
         load_byte_s=0.0,
         place_s=_PLACE_S,
         place_byte_s=0.0,
         outside_s=tuple(costs.outside.tolist()),
+        before_choice=costs.before_choice,
+        contention=costs.contention,
         start_s=20.0,
         kv_token_bytes=block_bytes / spec.block_tokens,
         adapter_bytes=(round(in_pool),),
@@ -122,16 +178,11 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
     )
 
 
-def _by_replica(seen: Sequence[Seen]) -> list[list[Seen]]:
-    found: dict[str, list[Seen]] = {}
-    for s in sorted(seen, key=lambda s: s.routed):
-        found.setdefault(s.replica, []).append(s)
-    return list(found.values())
-
-
-def nonnegative(y: Floats, *columns: Floats) -> tuple[float, ...]:
-    """Intercept and a coefficient for each column: the least squares of which none is negative."""
-    matrix = np.stack([np.ones_like(y), *columns], axis=1)
+def nonnegative(y: Floats, *columns: Floats, intercept: Floats | None = None) -> tuple[float, ...]:
+    """Intercept and a coefficient for each column: the least squares of which none is negative. `intercept`: its
+    column, ones by default.
+    """
+    matrix = np.stack([np.ones_like(y) if intercept is None else intercept, *columns], axis=1)
     used = list(range(matrix.shape[1]))
     while True:
         found = np.linalg.lstsq(matrix[:, used] / (scale := matrix[:, used].max(axis=0)), y, rcond=None)[0] / scale
@@ -141,3 +192,11 @@ def nonnegative(y: Floats, *columns: Floats) -> tuple[float, ...]:
     coefficients = np.zeros(matrix.shape[1])
     coefficients[used] = found
     return tuple(coefficients.tolist())
+
+
+def _sum(coefficients: Sequence[float], columns: Sequence[Floats]) -> Floats:
+    """Of intercept and columns."""
+    total = np.full_like(columns[0], coefficients[0])
+    for coefficient, column in zip(coefficients[1:], columns, strict=True):
+        total += coefficient * column
+    return total

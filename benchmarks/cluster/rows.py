@@ -19,7 +19,7 @@ from loray.serving.routing import RoutingPolicy
 class Row:
     """pool, host       shares of the requests that found their adapter in the replica's pool, or in its host memory
     cold_loads       loads into host memory
-    p50_ttft_s, p99_ttft_s   from a request's due time to its first token
+    p50_ttft_s, p99_ttft_s   from a request's due time to its first token, without probes
     busiest          requests of the replica that got most, by the mean
     above            requests whose replica had more than loray's bound when it had accepted them, as the client saw it
     above_known      the same by what the router knew; loray's only
@@ -67,7 +67,7 @@ def row(
 
     good = [seen for seen in counted if not seen.error]
     loads = client_loads(good)
-    ttft = sorted(seen.ttft for seen in good)
+    ttft = sorted(seen.ttft for seen in good if not seen.probe)
     by_replica = Counter(seen.replica for seen in good)
     needed = replicas_needed(HOT_SHARE, len(after))
     return Row(

@@ -1,15 +1,17 @@
 """The requests that every router gets, and their file for `loray simulate --trace FILE --replay`.
 
 First every adapter once, so that all are on the node's disk and the replicas hold what their router gave them; this
-part is not counted. Then requests at random times for adapters by a power law. Last, more of them for a few seconds,
-nine in ten for one adapter that nobody has asked for since the warm-up.
+part is not counted. Then requests at random times for adapters by a power law, and among them probes, which say what
+work costs at that time: with prompts of all lengths, and their own times are not reported. Last, more requests for a
+few seconds, nine in ten for one adapter that nobody has asked for since the warm-up.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 HOT_SHARE = 0.9
 _WARM_PROMPT, _HOT_OUTPUT = 8, 256
+_SHORTEST = 16  # prompt of a probe
 _PAUSE_S = 2.0  # after the warm-up: what it asked for has ended
 
 
@@ -27,11 +30,13 @@ class Asked(NamedTuple):
     adapter: int
     num_prompt: int
     num_output: int
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """rate       requests a second that count; before and after them `warm_rate` and `hot_rate`
+    probe_rate  and so many probes, whose prompts' lengths are equally likely on a logarithmic scale
     alpha      popularity of the k-th adapter ∝ k^-alpha
     prompt, output   mean and deviation of the logarithm of their tokens
     longest    tokens of a prompt, and of an output, at most
@@ -39,7 +44,7 @@ class Load:
 
     num_adapters: int = 2000
     rate: float = 12.0
-    seconds: float = 40.0
+    seconds: float = 65.0
     hot_seconds: float = 8.0
     hot_rate: float = 20.0
     alpha: float = 1.0
@@ -47,6 +52,7 @@ class Load:
     prompt: tuple[float, float] = (5.3, 0.9)
     output: tuple[float, float] = (2.8, 0.5)
     longest: tuple[int, int] = (3000, 64)
+    probe_rate: float = 0.0
     seed: int = 0
 
 
@@ -75,7 +81,12 @@ def make_trace(load: Load) -> Trace:
     stream("warm").shuffle(order)
     warm = [Asked(i / load.warm_rate, adapter, _WARM_PROMPT, 1) for i, adapter in enumerate(order)]
     weights = list(accumulate((rank + 1) ** -load.alpha for rank in range(load.num_adapters)))
-    counted = _part(load, load.rate, load.seconds, stream("counted"), by_rank, weights)
+    counted = sorted(
+        (
+            *_part(load, load.rate, load.seconds, stream("counted"), by_rank, weights),
+            *_probes(load, stream("probes"), by_rank, weights),
+        )
+    )
     asked = {one.adapter for one in counted}
     hot_adapter = next((adapter for adapter in reversed(by_rank) if adapter not in asked), by_rank[-1])
     chance = stream("which is hot")
@@ -92,13 +103,21 @@ def _part(
     found, at = [], chance.expovariate(rate)
     while at < seconds:
         (adapter,) = chance.choices(by_rank, cum_weights=weights)
-        lengths = (
+        num_prompt, num_output = (
             min(max(1, round(chance.lognormvariate(*shape))), most)
             for shape, most in zip((load.prompt, load.output), load.longest, strict=True)
         )
-        found.append(Asked(at, adapter, *lengths))
+        found.append(Asked(at, adapter, num_prompt, num_output))
         at += chance.expovariate(rate)
     return found
+
+
+def _probes(load: Load, chance: random.Random, by_rank: Sequence[int], weights: Sequence[float]) -> Iterator[Asked]:
+    if load.probe_rate:
+        widest = math.log(load.longest[0] / _SHORTEST)
+        for one in _part(load, load.probe_rate, load.seconds, chance, by_rank, weights):
+            num_prompt = round(_SHORTEST * math.exp(chance.uniform(0.0, widest)))
+            yield one._replace(num_prompt=num_prompt, probe=True)
 
 
 def write_trace(trace: Trace, path: Path) -> None:
@@ -110,6 +129,7 @@ def write_trace(trace: Trace, path: Path) -> None:
             "input_length": one.num_prompt,
             "output_length": one.num_output,
             "adapter": one.adapter,
+            "probe": one.probe,
         }
         for one in (*trace.warm, *later)
     ]

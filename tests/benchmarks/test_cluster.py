@@ -1,11 +1,10 @@
-"""The benchmark of routers on a cluster: its trace, its rows, and the profile for the simulator."""
+"""The benchmark of routers on a cluster: its trace, its rows, and figures beside the simulator's."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,20 +15,18 @@ import numpy as np
 import pytest
 
 from benchmarks.cluster import simulated
-from benchmarks.cluster.__main__ import Run, _simulated
 from benchmarks.cluster.client import Placement, Seen, place, read_placements
-from benchmarks.cluster.fitting import decoding, fit, profile, undisturbed
 from benchmarks.cluster.routers import Random, RoundRobin
 from benchmarks.cluster.rows import client_loads, num_above, replicas_needed, row, spread_after, table, verdicts
 from benchmarks.cluster.trace import Load, make_trace, write_trace
 from benchmarks.cluster.world import Figures
 from benchmarks.output import write_json
+from loray.simulation.profile import SMOLLM2_TWO_CORES
 from loray.simulation.scenario import Scenario
 from loray.simulation.workload.traces import read
-from loray.spec import ServeSpec
 from tests.serve_apps.gateway.routed import Replica, pending
 
-LOAD = Load(num_adapters=50, rate=20.0, seconds=30.0, hot_seconds=5.0)
+LOAD = Load(num_adapters=50, rate=20.0, seconds=30.0, hot_seconds=5.0, probe_rate=10.0)
 
 
 def seen(at: float, **fields: Any) -> Seen:
@@ -56,9 +53,19 @@ def test_equal_loads_give_equal_traces_and_each_adapter_comes_once_before() -> N
     assert trace == make_trace(LOAD)
     assert trace.counted != make_trace(replace(LOAD, seed=1)).counted
     assert sorted(asked.adapter for asked in trace.warm) == list(range(50))
-    assert len(trace.counted) == pytest.approx(600, rel=0.2)
+    assert len(trace.counted) == pytest.approx(900, rel=0.2)
     assert all(0 < a.num_prompt <= 3000 and 0 < a.num_output <= 64 for a in trace.counted)
     assert make_trace(replace(LOAD, seconds=10.0)).counted == [a for a in trace.counted if a.at < 10]
+
+
+def test_probes_have_prompts_of_all_lengths_and_change_no_other_request() -> None:
+    counted = make_trace(LOAD).counted
+    probes = [one for one in counted if one.probe]
+    assert [one for one in counted if not one.probe] == make_trace(replace(LOAD, probe_rate=0.0)).counted
+    assert len(probes) == pytest.approx(300, rel=0.2)
+    assert all(16 <= one.num_prompt <= 3000 for one in probes)
+    shares = np.histogram([one.num_prompt for one in probes], [16, 60, 220, 815, 3001])[0] / len(probes)
+    assert shares == pytest.approx([0.25] * 4, abs=0.08)
 
 
 def test_the_sudden_adapter_has_nine_requests_in_ten_and_was_not_asked_for() -> None:
@@ -71,7 +78,9 @@ def test_the_sudden_adapter_has_nine_requests_in_ten_and_was_not_asked_for() -> 
 def test_the_simulator_replays_the_file_as_it_is(tmp_path: Path) -> None:
     trace, file = make_trace(LOAD), tmp_path / "trace.jsonl"
     write_trace(trace, file)
-    made = Scenario(PROFILE, 3, 50, 1.0, read(file), fixed=True, replay=True, warm_up=trace.warm_up_s).requests()
+    made = Scenario(
+        SMOLLM2_TWO_CORES, 3, 50, 1.0, read(file), fixed=True, replay=True, warm_up=trace.warm_up_s
+    ).requests()
     assert len(made) == len(trace.warm) + len(trace.counted)
     counted = made.at_R >= trace.warm_up_s
     assert counted.sum() == len(trace.counted)
@@ -79,6 +88,8 @@ def test_the_simulator_replays_the_file_as_it_is(tmp_path: Path) -> None:
     assert made.adapter_R[counted].tolist() == [a.adapter for a in trace.counted]
     assert made.prompt_R[counted].tolist() == [a.num_prompt for a in trace.counted]
     assert made.output_R[counted].tolist() == [a.num_output for a in trace.counted]
+    assert made.probe_R is not None
+    assert made.probe_R[counted].tolist() == [a.probe for a in trace.counted]
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -159,66 +170,6 @@ def test_a_row_and_what_is_asked_of_it() -> None:
 
 # -- the simulator ----------------------------------------------------------------------------------------------------
 
-STEP, ROW, PROMPT, OUTSIDE = 0.004, 0.001, 2e-5, 0.01
-SPEC = ServeSpec(base="tiny", pool_bytes=1 << 20, host_bytes=200_000)
-
-
-def _made(num: int) -> list[Seen]:
-    """Requests that cost what the constants say. Every second one comes beside another."""
-    chance, found = random.Random(0), []
-    for i in range(num):
-        at, prompt, beside = float(i), chance.randrange(5, 500), i % 2
-        first = at + OUTSIDE + STEP + ROW + PROMPT * prompt
-        for copy in range(1 + beside):
-            last = first + 9 * (STEP + ROW * (1 + beside))
-            found.append(
-                seen(at + 1e-6 * copy, first=first, last=last, num_prompt=prompt, num_output=10, adapter=i % 5)
-            )
-    return found
-
-
-def test_costs_are_found_again() -> None:
-    made = _made(200)
-    between, rows = decoding(made)
-    assert set(np.round(rows, 6)) == {1.0, 2.0}
-    assert between.min() == pytest.approx(STEP + ROW)
-    prompts, beside, waits = undisturbed(made)
-    assert len(prompts) == len(waits) == 97  # the first of each adapter, and those beside another's, are left out
-    assert not beside.any()
-    costs = fit([made])
-    assert (costs.step, costs.row, costs.prompt) == (pytest.approx(STEP), pytest.approx(ROW), pytest.approx(PROMPT))
-    assert np.allclose(costs.outside, OUTSIDE)
-    assert costs.pair == pytest.approx(0.0, abs=1e-12)
-
-
-def test_a_request_may_come_while_others_decode() -> None:
-    long = seen(0.0, first=0.02, last=9.0)
-    made = [long, *(seen(float(i), first=i + 0.1) for i in range(1, 4)), seen(4.0, first=4.2), seen(4.1, first=4.3)]
-    prompts, beside, _ = undisturbed(made)
-    assert beside.tolist() == [1.0, 1.0, 1.0]
-    assert len(prompts) == 3
-
-
-def test_costs_that_cannot_be_told_are_an_error() -> None:
-    made = _made(200)
-    with pytest.raises(ValueError, match="lower --rate"):
-        fit([made[:20]])
-    for one in made:
-        one.first = one.at + 0.1
-        one.last = one.first + 0.05
-    with pytest.raises(ValueError, match="other processes"):
-        fit([made])
-
-
-def test_a_profile_has_the_sizes_of_the_pool() -> None:
-    after = [figures(blocks={"free": 64, "kv": 32, "layered": 32}, adapters_in_pool=("x", "y"), num_loads=4,
-                     num_loaded_bytes=80_000)]  # fmt: skip
-    made = profile(fit([_made(100)]), 0.003, after, SPEC, "a test")
-    assert made.adapter_bytes == (16 * 8192,)
-    assert made.kv_token_bytes == 512
-    assert made.host_bytes == pytest.approx(200_000 * 16 * 8192 / 20_000)
-    assert made.load_seconds(1e9) == 0.003
-
 
 def test_figures_stand_side_by_side() -> None:
     counted = [seen(float(i)) for i in range(10)]
@@ -230,28 +181,12 @@ def test_figures_stand_side_by_side() -> None:
     assert sum("more than 10% off" in line for line in simulated.table(found)) == 1
 
 
-def test_a_run_is_not_compared_with_its_own_times(tmp_path: Path) -> None:
-    counted = _made(100)
-    made = row("loray", counted, counted, 0, [figures()], [figures()], 0.0)
-    with pytest.raises(ValueError, match="two or more"):
-        _simulated([Run(made, counted, (0.0, 0.0), [figures()])], make_trace(LOAD), SPEC, tmp_path, 3)
-
-
 def test_figures_that_are_not_known_are_null(tmp_path: Path) -> None:
     write_json(tmp_path / "figures.json", {"rows": [{"hot_s": math.nan, "p50": 1.0}], "loads": (math.nan,)})
     assert json.loads((tmp_path / "figures.json").read_text()) == {
         "rows": [{"hot_s": None, "p50": 1.0}],
         "loads": [None],
     }
-
-
-PROFILE = profile(
-    fit([_made(100)]),
-    0.003,
-    [figures(blocks={"free": 64, "layered": 64}, adapters_in_pool=("x",), num_loads=1, num_loaded_bytes=20_000)],
-    SPEC.model_copy(update={"pool_bytes": 64 << 20, "host_bytes": 1 << 20}),
-    "a test",
-)
 
 
 @pytest.mark.slow
