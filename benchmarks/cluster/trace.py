@@ -84,7 +84,7 @@ def make_trace(load: Load) -> Trace:
     counted = sorted(
         (
             *_part(load, load.rate, load.seconds, stream("counted"), by_rank, weights),
-            *_probes(load, stream("probes"), by_rank, weights),
+            *_probes(load, stream("probes"), stream("lengths of probes"), by_rank, weights),
         )
     )
     asked = {one.adapter for one in counted}
@@ -112,11 +112,13 @@ def _part(
     return found
 
 
-def _probes(load: Load, chance: random.Random, by_rank: Sequence[int], weights: Sequence[float]) -> Iterator[Asked]:
+def _probes(
+    load: Load, chance: random.Random, lengths: random.Random, by_rank: Sequence[int], weights: Sequence[float]
+) -> Iterator[Asked]:
     if load.probe_rate:
         widest = math.log(load.longest[0] / _SHORTEST)
         for one in _part(load, load.probe_rate, load.seconds, chance, by_rank, weights):
-            num_prompt = round(_SHORTEST * math.exp(chance.uniform(0.0, widest)))
+            num_prompt = round(_SHORTEST * math.exp(lengths.uniform(0.0, widest)))
             yield one._replace(num_prompt=num_prompt, probe=True)
 
 
