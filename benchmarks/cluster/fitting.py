@@ -84,9 +84,9 @@ def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int) -> Costs
     outside -= sum(load * waits.cold for load in loads)
     is_short = computed <= fixed  # long prompts vary by more than all that
     outside = np.clip(outside[is_short], 0.0, None)
-    before = (waits.routed / (1 + contention * waits.beside))[is_short]
+    on_way = (waits.routed / (1 + contention * waits.beside))[is_short]
     quantiles = np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE)
-    load, share = loads[0] if has_loads else float("nan"), min(1.0, float(before.mean() / outside.mean()))
+    load, share = loads[0] if has_loads else float("nan"), min(1.0, float(on_way.mean() / outside.mean()))
     return Costs(step, row, prompt, pair, load, contention, quantiles, share)
 
 

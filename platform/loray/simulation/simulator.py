@@ -158,7 +158,8 @@ class Simulator:
         elif kind == _LOADED:
             self._end_load(what, adapter, now)
         elif kind == _HANDED:
-            self._handed(*what, now)
+            member, job = what
+            self._handed(member, job, now)
         else:
             self._clock.joined(-1, now)
             self._route(what, now)
