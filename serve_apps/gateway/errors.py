@@ -104,6 +104,7 @@ def _failure(kind: _Kind, message: str) -> Failure:
     headers = {"WWW-Authenticate": "Bearer"} if kind.status == 401 else {}
     if kind.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(kind.retry_after_s)))  # HTTP allows whole seconds only
+        headers["Retry-After-Ms"] = str(math.ceil(1000 * kind.retry_after_s))  # which OpenAI's clients prefer
     return Failure(kind.status, Error(message=message, type=kind.type, param=kind.param, code=kind.code), headers)
 
 

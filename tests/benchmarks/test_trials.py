@@ -105,6 +105,7 @@ def test_a_flood_goes_on_until_its_block_ends_and_tells_what_came() -> None:
     assert told.num_refused == 1
     assert told.num_answered >= 4
     assert told.seconds > 0
+    assert 0 < told.cores < 2
 
 
 def answers(num: int, ttft: float, **fields: Any) -> list[Answer]:
@@ -151,7 +152,7 @@ def test_what_is_asked_of_a_store_that_is_away(fields: dict[str, Any], said: str
 
 
 def test_what_is_asked_of_a_flood() -> None:
-    told = Told({"200": 7, "429": 3}, 40.0)
+    told = Told({"200": 7, "429": 3}, 40.0, 4.0)
     parts = [
         flood.Part("none", Tail(200, 0, 0.01, 0.02), 1.0, None, []),
         flood.Part("without limits", Tail(200, 2, 0.02, 0.031), 2.0, told, ["429"]),
@@ -159,7 +160,7 @@ def test_what_is_asked_of_a_flood() -> None:
     ]
     found = flood.Found(parts)
     assert [text.split(":")[0] for text in missed(found.verdicts())] == ["without limits"] * 2
-    assert found.table()[2].split()[-3:] == ["7", "3", "2.00"]
+    assert found.table()[2].split()[-4:] == ["7", "3", "2.00", "0.10"]
     assert [part["ratio"] for part in found.to_json()["parts"]] == pytest.approx([1.0, 1.55, 1.45])
 
 

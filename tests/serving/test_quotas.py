@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -176,3 +177,55 @@ def test_no_window_admits_more_than_its_bucket(rpm: int, tpm: int, asked: list[t
             count, total = count + 1, total + tokens
             assert count <= rpm * (1 + (end - begin) / 60) + 1e-3
             assert total <= tpm * (1 + (end - begin) / 60) + 1e-3
+
+
+def retry_after(gate: QuotaGate, who: Principal, now: float, tokens: int = 1) -> float:
+    with pytest.raises(RateLimited) as refused:
+        gate.admit(who, tokens, now)
+    return refused.value.retry_after_s
+
+
+def test_refused_requests_come_again_one_after_another() -> None:
+    gate, who = QuotaGate(), principal(rpm_limit=60)
+    assert all(admitted(gate, who, 0.0) for _ in range(60))
+    told = [retry_after(gate, who, 0.0) for _ in range(60)]
+    assert told == pytest.approx(range(1, 61))
+    assert retry_after(gate, who, 0.0) == pytest.approx(1.0), "no time is more than a minute ahead"
+    for second in range(1, 60):  # each that comes at its time is admitted
+        assert admitted(gate, who, second + 1e-3)
+
+
+def test_turns_that_nobody_takes_are_lost() -> None:
+    gate, who = QuotaGate(), principal(rpm_limit=60)
+    assert all(admitted(gate, who, 0.0) for _ in range(60))
+    assert [retry_after(gate, who, 0.0) for _ in range(20)][-1] == pytest.approx(20.0)
+    assert all(admitted(gate, who, 100.0) for _ in range(60))
+    assert retry_after(gate, who, 100.0) == pytest.approx(1.0)
+    assert retry_after(gate, who, 50.0) < 60.0, "a clock that goes back makes nobody wait for long"
+
+
+def test_turns_of_tokens_follow_what_requests_take() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=6000)
+    assert all(admitted(gate, who, 0.0, 600) for _ in range(10))
+    told = [retry_after(gate, who, 0.0, 600) for _ in range(3)]
+    assert told == pytest.approx([6.0, 12.0, 18.0])
+    with pytest.raises(RateLimited) as refused:
+        gate.check(who, 0.0)  # whose tokens are not known yet
+    assert refused.value.retry_after_s == pytest.approx(24.0)
+
+
+def test_turns_of_requests_at_once_follow_how_long_they_take() -> None:
+    gate, who = QuotaGate(), principal(max_parallel_requests=2)
+    first, _ = (gate.admit(who, 1, 0.0) for _ in range(2))
+    assert [retry_after(gate, who, 0.0) for _ in range(2)] == pytest.approx([1.0, 1.5])
+    first.settle(1, 0.4)
+    gate.admit(who, 1, 10.0)
+    told = [retry_after(gate, who, 10.0) for _ in range(3)]
+    assert told == pytest.approx([1.0, 1.2, 1.4])
+
+
+def test_turns_of_a_gateway_are_as_far_apart_as_its_share_is_small() -> None:
+    gate, who = QuotaGate(num_gateways=3), principal(rpm_limit=60)
+    assert all(admitted(gate, who, 0.0) for _ in range(20))
+    told = [retry_after(gate, who, 0.0) for _ in range(3)]
+    assert [b - a for a, b in pairwise(told)] == pytest.approx([3.0, 3.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ class Answer:
     at      when it was due; what it was sent later counts as latency
     status  HTTP's; 0: none came
     first, last    when its first token and its last byte came
-    retry_after_s  what a refusal says; NaN: nothing
+    retry_after_s  what a refusal says, in milliseconds if it does; NaN: nothing
     error   why it is not a whole answer; empty: it is
     """
 
@@ -111,8 +112,10 @@ def read(received: Received, answer: Answer, began: float) -> None:
     answer.status = int(status.split()[1])
     for line in lines:
         name, _, value = line.partition(":")
-        if name.lower() == "retry-after":
+        if name.lower() == "retry-after" and math.isnan(answer.retry_after_s):
             answer.retry_after_s = float(value)
+        elif name.lower() == "retry-after-ms":  # OpenAI's client prefers it
+            answer.retry_after_s = float(value) / 1000
     try:
         events = [(at, choice) for at, event in read_events(received) for choice in event["choices"]]
     except (RuntimeError, ValueError) as e:

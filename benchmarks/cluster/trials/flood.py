@@ -75,14 +75,15 @@ class Found:
     def table(self) -> list[str]:
         lines = [
             f"{'flood':<16} {'other':>6} {'failed':>7} {'p50 TTFT':>10} {'p99 TTFT':>10} {'ratio':>6} "
-            f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11}"
+            f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11} {'of it flooder':>14}"
         ]
         for part in self.parts:
             p50, p99 = (f"{1e3 * s:.1f} ms" for s in (part.tail.p50_s, part.tail.p99_s))
-            answered, refused = ("–", "–") if part.flood is None else (part.flood.num_answered, part.flood.num_refused)
+            told = part.flood or Told()
             lines.append(
                 f"{part.name:<16} {part.tail.num:>6} {part.tail.num_failed:>7} {p50:>10} {p99:>10} "
-                f"{self.ratio(part):>6.2f} {answered:>17} {refused:>8} {part.cores:>11.2f}"
+                f"{self.ratio(part):>6.2f} {told.num_answered:>17} {told.num_refused:>8} {part.cores:>11.2f} "
+                f"{told.cores:>14.2f}"
             )
         return lines
 

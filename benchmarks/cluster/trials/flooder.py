@@ -38,14 +38,20 @@ class Flood:
 
 @dataclass
 class Told:
-    """Of requests that have ended, by HTTP status; 0: no answer."""
+    """Of requests that have ended, by HTTP status; 0: no answer. `cpu_s`: what the client took of a processor."""
 
     statuses: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def num_answered(self) -> int:
         return self.statuses.get("200", 0)
+
+    @property
+    def cores(self) -> float:
+        """That the client took, on average."""
+        return self.cpu_s / self.seconds if self.seconds else 0.0
 
     @property
     def num_refused(self) -> int:
@@ -64,11 +70,12 @@ def flooding(flood: Flood) -> Iterator[Told]:
         finally:
             process.kill()
     found = json.loads(said)
-    told.statuses, told.seconds = found["statuses"], found["seconds"]
+    told.statuses, told.seconds, told.cpu_s = found["statuses"], found["seconds"], found["cpu_s"]
 
 
 async def _flood(flood: Flood) -> Told:
-    chance, client, began = random.Random(flood.port), Client(flood.port, flood.key), time.perf_counter()
+    chance, client = random.Random(flood.port), Client(flood.port, flood.key)
+    began, cpu_s = time.perf_counter(), time.process_time()
     prompts = [[chance.randrange(_NUM_IDS) for _ in range(flood.num_prompt)] for _ in range(_NUM_PROMPTS)]
     statuses: Counter[str] = Counter()
 
@@ -85,7 +92,7 @@ async def _flood(flood: Flood) -> Told:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return Told(dict(statuses), time.perf_counter() - began)
+    return Told(dict(statuses), time.perf_counter() - began, time.process_time() - cpu_s)
 
 
 if __name__ == "__main__":

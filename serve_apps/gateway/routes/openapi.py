@@ -59,11 +59,11 @@ _EVENT = {  # of a stream of server-sent events
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
     "required": ["data"],
 }
-_HEADERS = {
-    401: {"WWW-Authenticate": "`Bearer`"},
-    429: {"Retry-After": "seconds until it is worth while to ask again"},
-    503: {"Retry-After": "seconds until it is worth while to ask again"},
+_RETRY = {
+    "Retry-After": "seconds until it is worth while to ask again",
+    "Retry-After-Ms": "the same in milliseconds",
 }
+_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY, 503: _RETRY}
 _OF_LIMITS = {
     f"x-ratelimit-{what}-{kind}": f"{meaning} of {kind}, where the key or its tenant has one"
     for kind in ("requests", "tokens")

@@ -22,6 +22,7 @@ class _Taken(NamedTuple):
     share: Share
     units: float
     period: int
+    at: float
 
 
 class Reservation:
@@ -65,13 +66,14 @@ class QuotaGate:
         self._refuse_without_room(costs)
         taken = []
         for share, cost in costs:
-            share.take(cost)
-            taken.append(_Taken(share, cost, share.period))
+            share.admit(cost)
+            taken.append(_Taken(share, cost, share.period, now))
         return Reservation(self, taken, headers_of(shares))
 
     def settle(self, taken: Sequence[_Taken], num_tokens: int, now: float) -> None:
-        for share, units, period in taken:
+        for share, units, period, at in taken:
             share.refresh(now)
+            share.ended(max(0.0, now - at))
             kind = share.rule.kind
             if kind == "parallel":
                 share.give_back(units, period)
@@ -86,8 +88,7 @@ class QuotaGate:
             return
         for share, cost in full:
             share.refused(cost)
-        share, cost = max(full, key=lambda one: one[0].wait_s(one[1]))
-        wait = max(share.wait_s(cost), 0.1)
+        wait, share, cost = max(((share.turn_s(cost), share, cost) for share, cost in full), key=lambda one: one[0])
         raise RateLimited(_message(share, cost, wait), wait, headers_of([share for share, _ in costs]))
 
     def _shares_of(self, principal: Principal, now: float) -> list[Share]:

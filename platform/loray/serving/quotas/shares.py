@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loray.serving.quotas.rules import Rule
+from loray.serving.quotas.turns import Turns
 
 _EXCHANGE_S = 1.0  # in which the owner has moved units that others do not use
+_SOONEST_S = 0.1  # that a refused request may come again
+_UNKNOWN_S = 1.0  # until a request ends; nobody knows when
+_LEARN = 0.1  # the share of the newest request in a mean
 NO_DEBT = 1e-6  # a share is used up below this; sums of floats do not reach 0 exactly
 
 
@@ -59,9 +63,12 @@ class Share:
     """What this gateway holds of a rule."""
 
     __slots__ = (
+        "_mean_cost",
+        "_mean_held_s",
         "_moved",
         "_part",
         "_rate",
+        "_turns",
         "at",
         "in_use",
         "is_dirty",
@@ -83,6 +90,8 @@ class Share:
         self.spent = self.wanted = self.in_use = self._moved = 0.0
         self.target: float | None = None
         self.is_dirty = False
+        self._mean_cost = self._mean_held_s = 0.0  # of the requests admitted here; 0: none yet
+        self._turns = Turns()
 
     @property
     def remaining(self) -> float:
@@ -112,6 +121,15 @@ class Share:
 
     def has_room(self, cost: float) -> bool:
         return self.level > NO_DEBT and self.known + NO_DEBT >= cost
+
+    def admit(self, cost: float) -> None:
+        """A request for which there is room."""
+        self.take(cost)
+        self._mean_cost = _mean(self._mean_cost, cost)
+
+    def ended(self, seconds: float) -> None:
+        """A request has ended, so long after it was admitted."""
+        self._mean_held_s = _mean(self._mean_held_s, seconds)
 
     def take(self, cost: float) -> None:
         """Also more than is left, for a request that turned out to cost more than it had reserved."""
@@ -145,9 +163,19 @@ class Share:
         if rule.kind == "budget":
             return (self.period + 1) * rule.period_s - self.at
         if not rule.rate:
-            return 1.0 if rule.limit else 60.0  # nobody knows when a request ends
+            return _UNKNOWN_S if rule.limit else 60.0
         from_others = min(_EXCHANGE_S, -self.level / self._rate)
         return max((min(cost, rule.limit) - self.known) / rule.rate, from_others, 0.0)
+
+    def turn_s(self, cost: float) -> float:
+        """After which a request that is refused now may come again: as `wait_s`, and behind those refused before it."""
+        return self._turns.next_s(self.at, max(self.wait_s(cost), _SOONEST_S), self._spacing_s(cost))
+
+    def _spacing_s(self, cost: float) -> float:
+        """Between two requests that this share admits, about."""
+        if self._rate:
+            return max(cost, self._mean_cost) / self._rate
+        return min(_UNKNOWN_S, (self._mean_held_s or _UNKNOWN_S) / max(1.0, self._part))
 
     # -- with the owner -----------------------------------------------------------------------------------------------
 
@@ -175,3 +203,7 @@ class Share:
         self.target = grant.target
         if self.target is not None and self.level > self.target:
             self.is_dirty = True
+
+
+def _mean(before: float, newest: float) -> float:
+    return before + _LEARN * (newest - before) if before else newest
