@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from loray.spec import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
+from serve_apps.channel.wakes import Wakes
 
 
 class Inbox:
@@ -16,8 +17,11 @@ class Inbox:
     Used from one event loop.
     """
 
-    def __init__(self, stream: int = 0) -> None:
+    def __init__(self, stream: int = 0, wakes: Wakes | None = None) -> None:
+        """`wakes`: of all inboxes of one gateway; None: its own."""
         self.stream = stream
+        self._wakes = wakes or Wakes()
+        self._has_begun = False  # something has been taken
         self.has_ended = False  # the last token has arrived
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -69,9 +73,9 @@ class Inbox:
         while self._is_empty:
             if self._error is not None:
                 raise self._error
-            self._waiting = asyncio.get_running_loop().create_future()
+            waiting = self._waiting = asyncio.get_running_loop().create_future()
             try:
-                await self._waiting
+                await waiting
             finally:
                 self._waiting = None
         delta = TokenDelta(
@@ -83,6 +87,7 @@ class Inbox:
         )
         self._token_ids, self._logprobs, self._prompt_logprobs = [], [], None
         self._finish_reason = None
+        self._has_begun = True
         return delta
 
     @property
@@ -90,8 +95,9 @@ class Inbox:
         return not self._token_ids and self._finish_reason is None
 
     def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            self._wakes.wake(waiting, is_first=not self._has_begun)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from serve_apps.channel.frames import (
 )
 from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.wakes import Wakes
 
 _log = get_logger(__name__)
 
@@ -49,7 +50,7 @@ class Listener:
     def __init__(self, reports: RoutingReports | None = None) -> None:
         """`reports` gets what the replicas report."""
         self._reports = reports or RoutingReports()
-        self._ids = count(1)
+        self._ids, self._wakes = count(1), Wakes()
         self._inboxes: dict[int, Inbox] = {}
         self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come
         self._peers: dict[str, _Peer] = {}  # by the connection's name
@@ -90,7 +91,7 @@ class Listener:
 
     def open(self) -> Inbox:
         """A new stream, for one attempt of one request."""
-        inbox = Inbox(next(self._ids))
+        inbox = Inbox(next(self._ids), self._wakes)
         self._inboxes[inbox.stream] = inbox
         return inbox
 

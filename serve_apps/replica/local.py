@@ -9,6 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from serve_apps.channel.inbox import Inbox, reading
+from serve_apps.channel.wakes import Wakes
 from serve_apps.replica.requests import Requests
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class LocalStreams:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._ids = count()
+        self._ids, self._wakes = count(), Wakes()
         self._inboxes: dict[int, Inbox] = {}
         self._left: dict[int, Callable[[str], None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -30,7 +31,7 @@ class LocalStreams:
         """As the gateway's `Engines.generate`."""
         self._loop = asyncio.get_running_loop()
         stream = next(self._ids)
-        inbox = self._inboxes[stream] = Inbox(stream)
+        inbox = self._inboxes[stream] = Inbox(stream, self._wakes)
         call = asyncio.create_task(self._requests.run(request, fit, self, stream))
         call.add_done_callback(lambda done: _pass_on(done, inbox))
 
