@@ -23,6 +23,7 @@ from jobs.workers.threads import num_threads
 from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
+from loray.priority import COMPUTING, lower_priority
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
@@ -62,6 +63,7 @@ def run(config: WorkerConfig) -> str | None:
     An error that a restart cannot fix is returned, because Ray Train restarts the workers after an exception.
     """
     configure_logging(config["log_level"])
+    lower_priority(COMPUTING)  # as an engine's
     torch.set_num_threads(_num_threads())
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
     try:

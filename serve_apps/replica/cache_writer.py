@@ -5,8 +5,6 @@ Until then hashing, packing and computing need the cores; the cache only helps l
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from loray.engine.pool.packed import PackedAdapter
+from loray.priority import lower_priority
 from loray.telemetry import get_logger
 from loray_kernels.memory import Recycled
 
@@ -22,7 +21,7 @@ _log = get_logger(__name__)
 
 _MAX_WAIT_S = 0.25  # for the first step on an adapter
 _MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
-_NICENESS = 10  # a tenth of the CPU share of a thread that computes
+_STEPS = 10  # a tenth of the CPU share of a thread of the usual priority
 
 
 class CacheWriter:
@@ -30,7 +29,9 @@ class CacheWriter:
 
     def __init__(self) -> None:
         self._free_slots = threading.BoundedSemaphore(_MAX_WAITING)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-cache", initializer=_lower_priority)
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="adapter-cache", initializer=lower_priority, initargs=(_STEPS,)
+        )
         self._last: Future[None] | None = None
 
     def submit(
@@ -74,8 +75,3 @@ class CacheWriter:
         except Exception as e:  # noqa: BLE001 - the adapter is served nevertheless
             _log.warning("adapter %s is here, but the node's cache has not kept it: %s", label, e)
         memory.prepare()
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # where every thread has a priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

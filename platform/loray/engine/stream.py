@@ -22,6 +22,7 @@ from loray.engine.residency.prefetch import Prefetch, Prefetched
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RankLost, RequestError
+from loray.priority import COMPUTING, lower_priority
 from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
@@ -190,7 +191,10 @@ class EngineStream:
         self._wake.set()
 
     def _run(self) -> None:
-        use_device(self._engine.pool.tensor.device)  # the thread that built the engine has a current device of its own
+        device = self._engine.pool.tensor.device
+        if device.type == "cpu":
+            lower_priority(COMPUTING)  # before it makes threads of its own
+        use_device(device)  # the thread that built the engine has a current device of its own
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
