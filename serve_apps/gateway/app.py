@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.responses import Response
 
 from loray import __version__
 from loray.bases.registry import get_bases
@@ -17,6 +18,7 @@ from serve_apps.access import Access, CheckAccess, open_access
 from serve_apps.access.rules import GATEWAY
 from serve_apps.accounting.access_log import log_access
 from serve_apps.accounting.account import Accounts
+from serve_apps.accounting.admission import AdmitRequests
 from serve_apps.accounting.books import Books
 from serve_apps.accounting.exchange import Exchange
 from serve_apps.bodies import BodyLimit
@@ -55,12 +57,15 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     app.state.gateway = gateway
     errors.install(app)
+
+    def refused(error: Exception) -> Response:
+        return errors.response_of(errors.failure_of(error))
+
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
+    app.add_middleware(AdmitRequests, accounts=gateway.accounts, paths=generation.BODIES, refused=refused)
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
-    app.add_middleware(
-        CheckAccess, access=access, rules=GATEWAY, refused=lambda e: errors.response_of(errors.failure_of(e))
-    )
+    app.add_middleware(CheckAccess, access=access, rules=GATEWAY, refused=refused)
     app.add_middleware(EchoRequestId)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 

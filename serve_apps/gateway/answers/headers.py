@@ -39,10 +39,10 @@ class RequestHeaders(NamedTuple):
     def of(cls, request: Request) -> RequestHeaders:
         """Raises RequestError if the time is not a positive number. An id that is too long or not visible ASCII counts
         as absent."""
-        now, headers = asyncio.get_running_loop().time(), request.headers
-        trace = request.scope.get("state", {}).get("trace")
+        state, headers = request.scope.get("state", {}), request.headers
+        received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
-        return cls(now, principal_of(request), _request_id(headers), timeout_s, trace, session_id)
+        return cls(received_at, principal_of(request), _request_id(headers), timeout_s, trace, session_id)
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

@@ -30,11 +30,6 @@ BODIES: dict[str, type[Body]] = {
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
-    def heard(request: Request) -> RequestHeaders:
-        headers = RequestHeaders.of(request)
-        gateway.accounts.check(headers.principal)  # before the body is read
-        return headers
-
     async def parsed(request: Request, convert: Callable[[object], T]) -> T:
         try:
             return await converted_body(request, convert)
@@ -47,19 +42,19 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """OpenAI's completions of texts or token ids, with vLLM's further fields; streamed as server-sent events."""
-        headers = heard(request)
+        headers = RequestHeaders.of(request)
         return await gateway.completions(await parsed(request, partial(parse, CompletionRequest)), headers)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions with tools and structured output; streamed as server-sent events."""
-        headers = heard(request)
+        headers = RequestHeaders.of(request)
         return await gateway.chat_completions(await parsed(request, partial(parse, ChatCompletionRequest)), headers)
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
-        headers = heard(request)
+        headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
     return router

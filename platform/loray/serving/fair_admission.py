@@ -1,0 +1,143 @@
+"""Whose requests a gateway works on while it cannot keep up.
+
+A gateway is one thread, so that whatever one request costs it delays all others. As long as its event loop is on time,
+or only one tenant asks, a request is admitted as it comes. While the loop is late and several tenants ask, no more than
+`limit` requests are under way, and others wait. A tenant that has less than its equal part of the limit under way is
+admitted all the same; so one that floods waits for itself alone.
+
+The limit follows the loop's delay (additive increase, multiplicative decrease: Chiu and Jain 1989): it falls while the
+loop is late, and grows while it is not and requests wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from statistics import fmean
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+_STEP_S = 0.25  # between two changes of the limit
+_NUM_LATE = 2  # steps in which the loop is late before the limit falls: one may be a pause
+_DECREASE = 0.75  # of the limit, where the loop was late
+_BEGIN = 0.5  # of what is under way, where nothing was limited before
+_SMOOTHING = 0.3  # the newest step's share in the mean that the limit grows by
+_EXCESS = 1.2  # of the limit; with more under way, the last decrease has not come to bear yet
+_INCREASE = 0.05  # and where it was on time, but at least by one
+_FAST = 0.5  # and where it was late by less than a quarter of what it may be
+_FORGET_S = 2.0  # without a look at the loop, after which nothing is limited
+
+
+class _Tenant(Generic[T]):
+    __slots__ = ("num", "seen_at", "waiting")
+
+    def __init__(self) -> None:
+        self.num = 0  # requests under way
+        self.waiting: dict[T, None] = {}  # in the order in which they came
+        self.seen_at = -math.inf
+
+
+class FairAdmission(Generic[T]):
+    """Of one gateway. `T` stands for a request that waits. Times are seconds of one clock. Not thread-safe.
+
+    target_s  how late the loop may be, in the mean
+    least     requests that may always be under way
+    active_s  since its last request, in which a tenant counts
+    """
+
+    def __init__(self, target_s: float = 0.003, least: int = 8, active_s: float = 10.0) -> None:
+        self._target_s, self._least, self._active_s = target_s, least, active_s
+        self._tenants: dict[str, _Tenant[T]] = {}  # those that count, the one that was seen last at the end
+        self._num = self._num_waiting = 0
+        self._delays: list[float] = []  # since the last change of the limit
+        self._changed_at, self._num_late = -math.inf, 0
+        self._mean_s = 0.0
+        self.limit = math.inf
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the loop's delay matters: `observe` is to be called."""
+        return len(self._tenants) > 1 and self._num >= self._least
+
+    def ask(self, tenant: str, request: T, now: float) -> bool:
+        """Whether the request is admitted; else it waits. Each that is admitted ends once."""
+        one = self._seen(tenant, now)
+        self._look(now)
+        if not one.waiting and self._has_room(one):
+            self._begin(one)
+            return True
+        one.waiting[request] = None
+        self._num_waiting += 1
+        return False
+
+    def withdraw(self, tenant: str, request: T) -> None:
+        """It waits no more."""
+        one = self._tenants.get(tenant)
+        if one is not None and request in one.waiting:
+            del one.waiting[request]
+            self._num_waiting -= 1
+
+    def ended(self, tenant: str, now: float) -> list[T]:
+        """An admitted request has ended. Returns those that are admitted instead."""
+        self._seen(tenant, now).num -= 1
+        self._num -= 1
+        return self._admitted(now)
+
+    def observe(self, delay_s: float, now: float) -> list[T]:
+        """How late the event loop was just now. Returns the requests that are admitted."""
+        self._delays.append(delay_s)
+        if now - self._changed_at < _STEP_S:
+            return []
+        newest_s = fmean(self._delays)
+        self._mean_s += _SMOOTHING * (newest_s - self._mean_s)
+        self._num_late = self._num_late + 1 if newest_s > self._target_s else 0
+        self._changed_at = now
+        self._delays.clear()
+        if self._num_late >= _NUM_LATE and self._num <= _EXCESS * self.limit:
+            factor = _BEGIN if self.limit == math.inf else _DECREASE
+            self.limit = max(self._least, factor * min(self.limit, self._num))
+        elif not self._num_late and self._mean_s < self._target_s:
+            self.limit += max(1.0, (_FAST if 4 * self._mean_s < self._target_s else _INCREASE) * self.limit)
+        return self._admitted(now)
+
+    def _admitted(self, now: float) -> list[T]:
+        self._look(now)
+        found: list[T] = []
+        while self._num_waiting:
+            one = min((t for t in self._tenants.values() if t.waiting), key=lambda tenant: tenant.num)
+            if not self._has_room(one):
+                break
+            request = next(iter(one.waiting))
+            del one.waiting[request]
+            self._num_waiting -= 1
+            self._begin(one)
+            found.append(request)
+        return found
+
+    def _has_room(self, one: _Tenant[T]) -> bool:
+        return self._num < self.limit or one.num < self.limit / len(self._tenants)
+
+    def _begin(self, one: _Tenant[T]) -> None:
+        one.num += 1
+        self._num += 1
+
+    def _seen(self, tenant: str, now: float) -> _Tenant[T]:
+        one = self._tenants.pop(tenant, None) or _Tenant[T]()
+        self._tenants[tenant] = one
+        one.seen_at = now
+        return one
+
+    def _look(self, now: float) -> None:
+        """Forgets tenants that do not count any more. Where one is left, nothing is limited; nor after a while in which
+        so few requests were under way that nobody looked at the loop.
+        """
+        while self._tenants:
+            tenant, one = next(iter(self._tenants.items()))
+            if now - one.seen_at < self._active_s:
+                break
+            del self._tenants[tenant]
+            if one.num or one.waiting:
+                self._tenants[tenant], one.seen_at = one, now
+        if len(self._tenants) <= 1 or now - self._changed_at > _FORGET_S:
+            self.limit = math.inf

@@ -1,0 +1,119 @@
+"""Requests in turn, and the middleware that holds them up or refuses them before their body is read."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from loray.errors import Overloaded
+from loray.serving.fair_admission import FairAdmission
+from loray.spec import Limits, Principal
+from serve_apps.accounting import admission
+from serve_apps.accounting.account import Accounts
+from serve_apps.accounting.admission import AdmitRequests, Turn, Turns
+
+
+def crowded() -> FairAdmission[Turn]:
+    """One request more than the limit of one is under way, of `flood`, and `steady` has asked."""
+    fair = FairAdmission[Turn](target_s=-1.0, least=1)  # whose loop is always late
+    turns = [Turn(tenant, asyncio.Future()) for tenant in ("flood", "flood", "steady")]
+    now = asyncio.get_running_loop().time()
+    assert all(fair.ask(turn.tenant, turn, now) for turn in turns)
+    fair.ended("steady", now)
+    fair.observe(1.0, now)
+    fair.limit = 1.0
+    return fair
+
+
+def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
+    async def run() -> None:
+        fair = crowded()
+        turns = Turns(fair)
+        waiting = [asyncio.create_task(turns.enter("flood")) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await turns.enter("steady")  # has none under way
+        turns.leave("steady")
+        turns.leave("flood")
+        await asyncio.sleep(0)
+        assert not waiting[1].done(), "the limit is one"
+        turns.leave("flood")
+        await asyncio.wait(waiting[:2])
+        assert waiting[0].cancelled()
+        assert waiting[1].result() is None
+        waiting[2].cancel()
+        await asyncio.wait(waiting)
+        turns.leave("flood")
+        assert fair._num == fair._num_waiting == 0
+
+    asyncio.run(run())
+
+
+def test_a_turn_that_came_to_a_request_that_was_cancelled_goes_on() -> None:
+    async def run() -> None:
+        turns = Turns(crowded())
+        waiting = [asyncio.create_task(turns.enter("flood")) for _ in range(2)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        for _ in range(2):
+            turns.leave("flood")  # before the cancelled task runs
+        await asyncio.wait(waiting)
+        assert waiting[0].cancelled()
+        assert waiting[1].result() is None
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "_LONGEST_S", 0.0)
+
+    async def run() -> None:
+        fair = crowded()
+        with pytest.raises(Overloaded, match="flood has more requests there than others"):
+            await Turns(fair).enter("flood")
+        assert not fair._num_waiting
+
+    asyncio.run(run())
+
+
+def test_the_middleware_refuses_before_the_body_is_read_and_leaves_other_paths_alone() -> None:
+    read: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append(await receive())
+        await PlainTextResponse("done")(scope, receive, send)
+
+    def refused(error: Exception) -> Response:
+        return PlainTextResponse(str(error), 429)
+
+    middleware = AdmitRequests(app, Accounts(), ["/v1/completions"], refused)
+
+    async def ask(path: str, **limits: Any) -> tuple[int, Scope]:
+        principal = Principal(tenant="acme", key_id="k", limits=Limits(**limits))
+        scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        scope["state"] = {"principal": principal}
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await middleware(scope, receive, send)
+        return sent[0]["status"], scope
+
+    async def run() -> None:
+        status, scope = await ask("/v1/completions", rpm_limit=0)
+        assert (status, read, scope["route"].path) == (429, [], "/v1/completions")
+        assert (await ask("/v1/models", rpm_limit=0))[0] == 200
+        status, scope = await ask("/v1/completions")
+        assert (status, len(read)) == (200, 2)
+        assert Request(scope).state.received_at <= asyncio.get_running_loop().time()
+
+    asyncio.run(run())

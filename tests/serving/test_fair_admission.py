@@ -1,0 +1,109 @@
+"""Whose requests a gateway works on while its event loop is late."""
+
+from __future__ import annotations
+
+import math
+
+from loray.serving.fair_admission import FairAdmission
+
+LATE_S, ON_TIME_S, STEP_S = 0.1, 0.0, 0.25
+
+
+def crowded(num: int = 100, active_s: float = 10.0) -> FairAdmission[int]:
+    """A tenant floods, another one has asked, and the loop has been late until the limit fell to its least value."""
+    fair = FairAdmission[int](least=8, active_s=active_s)
+    assert all(fair.ask("flood", n, 0.0) for n in range(num))
+    assert fair.ask("steady", -1, 0.0)
+    fair.ended("steady", 0.0)
+    for n in range(200):
+        now = n * STEP_S - 49.0
+        fair.observe(LATE_S, now)
+        if fair._num > fair.limit:
+            fair.ended("flood", now)
+    assert fair.limit == 8
+    return fair
+
+
+def test_one_tenant_alone_is_never_held_up() -> None:
+    fair = FairAdmission[int]()
+    assert all(fair.ask("alone", n, 0.0) for n in range(1000))
+    assert not fair.is_crowded, "nobody needs to look how late the loop is"
+    fair.observe(LATE_S, 0.0)
+    assert fair.ask("alone", 1001, 0.1)
+
+
+def test_a_loop_that_is_on_time_holds_up_nobody() -> None:
+    fair = FairAdmission[int]()
+    assert fair.ask("steady", -1, 0.0)
+    for n in range(1000):
+        assert fair.ask("flood", n, 0.0)
+        fair.observe(ON_TIME_S, n * STEP_S)
+    assert fair.limit == math.inf
+
+
+def test_one_that_floods_waits_for_itself_alone() -> None:
+    fair = crowded()
+    assert not fair.ask("flood", 1000, 1.0)
+    assert all(fair.ask("steady", -n, 1.0) for n in range(1, 5)), "its equal part is 4"
+    assert not fair.ask("steady", -5, 1.0)
+    assert fair.ended("flood", 1.0) == [], "more than the limit are still under way"
+    assert fair.ended("steady", 1.0) == [-5], "the tenant with fewest under way is first"
+
+
+def test_who_waits_begins_when_others_end_in_order() -> None:
+    fair = crowded()
+    assert not any(fair.ask("flood", n, 1.0) for n in (1000, 1001, 1002))
+    fair.withdraw("flood", 1001)
+    begun = [request for _ in range(10) for request in fair.ended("flood", 1.0)]
+    assert begun == [1000, 1002]
+
+
+def test_the_limit_grows_while_the_loop_is_on_time_and_requests_wait() -> None:
+    fair = crowded(active_s=100.0)
+    assert not any(fair.ask("flood", n, 1.0) for n in range(1000, 1050))
+    begun: list[int] = []
+    for n in range(1, 21):
+        begun += fair.observe(LATE_S, 1.0 + n * STEP_S)
+        begun += fair.observe(ON_TIME_S, 1.0 + (n + 0.5) * STEP_S)  # counts in the next step
+    assert not begun, "late half of the time, by far more than may be in the mean"
+    for n in range(21, 50):
+        begun += fair.observe(0.9 * fair._target_s, 1.0 + n * STEP_S)
+    assert 2 <= len(begun) <= 20, "one a step, once the loop has been on time for a while"
+    for n in range(50, 60):
+        begun += fair.observe(ON_TIME_S, 1.0 + n * STEP_S)
+    assert begun == list(range(1000, 1050)), "half as many again a step"
+
+
+def test_one_pause_changes_nothing() -> None:
+    fair = FairAdmission[int]()
+    assert all(fair.ask("flood", n, 0.0) for n in range(99))
+    assert fair.ask("steady", -1, 0.0)
+    for n in range(20):
+        fair.observe(LATE_S if n % 2 else ON_TIME_S, n * STEP_S)
+    assert fair.limit == math.inf
+
+
+def test_a_decrease_waits_until_the_last_one_has_come_to_bear() -> None:
+    fair = FairAdmission[int]()
+    assert all(fair.ask("flood", n, 0.0) for n in range(99))
+    assert fair.ask("steady", -1, 0.0)
+    for n in range(50):
+        fair.observe(LATE_S, n * STEP_S)
+    assert fair.limit == 50
+
+
+def test_a_limit_that_nobody_has_looked_at_for_a_while_is_none() -> None:
+    fair = crowded()
+    assert not fair.ask("flood", 1000, 1.0)
+    assert fair.ask("steady", -1, 5.0)
+    assert fair.limit == math.inf
+    assert fair.ended("steady", 5.0) == [1000]
+
+
+def test_a_tenant_that_is_gone_frees_the_other_one() -> None:
+    fair = crowded()
+    assert not any(fair.ask("flood", n, 1.0) for n in (1000, 1001, 1002))
+    assert not any(fair.observe(LATE_S, 1.0 + n * STEP_S) for n in range(1, 36))
+    assert fair.observe(LATE_S, 10.25) == [1000, 1001, 1002], "nobody else has asked for ten seconds"
+    assert all(fair.ask("flood", n, 11.0) for n in range(1003, 1100))
+    assert not fair.is_crowded
