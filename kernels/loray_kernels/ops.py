@@ -173,9 +173,18 @@ class Ops(Protocol):
         ...
 
     def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+        self,
+        x_TD: Tensor,
+        weights: LayerWeights,
+        tables: LayerTables,
+        step: StepInputs,
+        layer: int,
+        following: LayerTables | None = None,
     ) -> Tensor | None:
-        """A layer in one call, equal bit for bit to its ops; may write `x_TD`. None if the backend has none."""
+        """A layer in one call, equal bit for bit to its ops; may write `x_TD`. None if the backend has none.
+
+        `following`: the tables of the next layer, whose rows may be prefetched.
+        """
         ...
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:

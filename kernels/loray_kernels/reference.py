@@ -52,7 +52,13 @@ class ReferenceOps:
         return None
 
     def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+        self,
+        x_TD: Tensor,
+        weights: LayerWeights,
+        tables: LayerTables,
+        step: StepInputs,
+        layer: int,
+        following: LayerTables | None = None,
     ) -> Tensor | None:
         return None
 

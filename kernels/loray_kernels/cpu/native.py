@@ -24,7 +24,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_linear": (_P, _I, _I, _P, _N),
     "linear": (_P, _I, _I, _P, _P, _N),
     "logits": (_P, _I, _I, _P, _P, _N),
-    "layer": (_P, _P, _P, _P, _I, _N),
+    "layer": (_P, _P, _P, _P, _P, _I, _N),
     "silu_mul": (_P, _I, _I, _I, _P, _N),
     "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
     "lora_expand": (_P, _P, _P, _I, _P, _N),

@@ -40,7 +40,13 @@ class CpuOps(DenseOps):
     """Adds the ops of adapters, and a decoder layer as one call."""
 
     def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+        self,
+        x_TD: Tensor,
+        weights: LayerWeights,
+        tables: LayerTables,
+        step: StepInputs,
+        layer: int,
+        following: LayerTables | None = None,
     ) -> Tensor | None:
         """Writes `x_TD`."""
         matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
@@ -52,7 +58,17 @@ class CpuOps(DenseOps):
         assert x_TD.is_contiguous()
         assert x_TD.shape == (*inputs.widths, *packed.widths)
         assert adapters.num in (0, inputs.num)
-        f.layer(x_TD.data_ptr(), packed.address, adapters.address, inputs.address, layer, torch.get_num_threads())
+        after = None if following is None else pack_layer_tables(following, weights, self._pair_weights)
+        assert after is None or after.num in (0, inputs.num)
+        f.layer(
+            x_TD.data_ptr(),
+            packed.address,
+            adapters.address,
+            None if after is None else after.address,
+            inputs.address,
+            layer,
+            torch.get_num_threads(),
+        )
         return x_TD
 
     def lora_shrink(

@@ -122,9 +122,18 @@ struct StepInputs {
 
 // -- the kernels of a layer; each is instantiated for bf16 and float in its source --
 
+class Ahead;
+
+// What is prefetched during a product: rows between the shares `first` and `last`, of `whole`; see ahead.h.
+struct Meanwhile {
+    const Ahead* rows = nullptr;
+    i64 first = 0, last = 0, whole = 1;
+};
+
 // `y` may be fp32; the results are rounded to T in any case.
 template <class T, class Y>
-void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, Y* y, int threads);
+void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, Y* y, int threads,
+            Meanwhile meanwhile = {});
 
 template <class T>
 void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);

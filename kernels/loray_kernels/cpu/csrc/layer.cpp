@@ -2,6 +2,7 @@
 //
 // For one token a layer takes a tenth of a millisecond; a dozen calls from Python would take most of that.
 
+#include "ahead.h"
 #include "kernels.h"
 
 namespace LORAY_NAMESPACE {
@@ -69,10 +70,10 @@ static void add(T* x, const T* y, i64 num, int threads) {
         });
 }
 
-// x (tokens, hidden) ← the layer's result.
+// x (tokens, hidden) ← the layer's result. `following`: the tables of the next layer; may be missing.
 template <class T>
-static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, const StepInputs<T>& step, i64 index,
-                  int threads) {
+static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, const LayerTables<T>* following,
+                  const StepInputs<T>& step, i64 index, int threads) {
     const Layout& layout = *step.layout;
     const i64 n = step.num_tokens, d = layout.head_dim, heads = w.num_heads, kv_heads = layout.num_kv_heads;
     const i64 hidden = w.qkv.in, q_width = heads * d, kv_width = kv_heads * d, middle = w.down.in;
@@ -83,8 +84,17 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     T* const turned = room<T>(4, n * max_(q_width + kv_width, middle));
     T* const narrow = room<T>(5, n * max_(q_width, hidden));
 
+    // The rows of a layer are prefetched from the MLP before it on, during each product in proportion to its time.
+    Ahead own, next;
+    if (index > 0) own = Ahead(tables, pool, step.spans->num);
+    if (following) next = Ahead(*following, pool + share, step.spans->num);
+    const Matrix<T>* const products[] = {&w.gate_up, &w.down, &w.qkv, &w.o};
+    i64 shares[5] = {0};
+    for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out;
+    const auto during = [&](int k, const Ahead& rows) { return Meanwhile{&rows, shares[k], shares[k + 1], shares[4]}; };
+
     rms_norm(x, hidden, n, 1, hidden, w.attention_norm, w.eps, normed, pool, tables.attention_norm, threads);
-    linear(normed, hidden, n, w.qkv, wide, threads);
+    linear(normed, hidden, n, w.qkv, wide, threads, during(2, own));
     add_adapters(normed, hidden, wide, w.qkv, tables.qkv, step, pool, threads);
     T *q = wide, *k = wide + q_width, *const v = wide + q_width + kv_width;
     i64 q_stride = w.qkv.out, k_stride = w.qkv.out;
@@ -102,15 +112,15 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     write_kv(pool, layout.num_layers * share, layout.block_tokens, keys, kv_width, v, w.qkv.out, kv_width, step.slots,
              n, threads);
     paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, threads);
-    linear(narrow, q_width, n, w.o, normed, threads);
+    linear(narrow, q_width, n, w.o, normed, threads, during(3, own));
     add_adapters(narrow, q_width, normed, w.o, tables.o, step, pool, threads);
     add(x, normed, n * hidden, threads);
 
     rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
-    linear(normed, hidden, n, w.gate_up, wide, threads);
+    linear(normed, hidden, n, w.gate_up, wide, threads, during(0, next));
     add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
     silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
-    linear(turned, middle, n, w.down, normed, threads);
+    linear(turned, middle, n, w.down, normed, threads, during(1, next));
     add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
     add(x, normed, n * hidden, threads);
 }
@@ -121,9 +131,9 @@ using namespace LORAY_NAMESPACE;
 
 #define LORAY_LAYER(type, suffix)                                                                                  \
     LORAY_ENTRY(layer_##suffix##_)                                                                                 \
-    (type * x, const LayerWeights<type>* weights, const LayerTables<type>* tables, const StepInputs<type>* step,   \
-     i64 index, int threads) {                                                                                     \
-        layer(x, *weights, *tables, *step, index, threads);                                                        \
+    (type * x, const LayerWeights<type>* weights, const LayerTables<type>* tables,                                 \
+     const LayerTables<type>* following, const StepInputs<type>* step, i64 index, int threads) {                   \
+        layer(x, *weights, *tables, following, *step, index, threads);                                             \
     }
 
 LORAY_LAYER(bf16, bf16)

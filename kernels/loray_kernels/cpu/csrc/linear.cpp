@@ -19,10 +19,10 @@ static void pack(const T* weight, i64 in, i64 out, T* packed, int threads) {
 }
 
 template <class T, class Y>
-void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, int threads) {
+void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, int threads, Meanwhile meanwhile) {
     linear_of(x, x_stride, w, [&](i64 t, i64 column, auto n, Vec sums) {
         store_n(y + t * w.out + column, rounded(sums, x), n);
-    })(num_tokens, threads);
+    }, meanwhile)(num_tokens, threads);
 }
 
 // y = silu(g) · u, with silu(g) rounded before the product, as in torch.
@@ -42,7 +42,7 @@ void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int thr
 }
 
 #define LORAY_INSTANTIATE(T)                                                                  \
-    template void linear<T, T>(const T*, i64, i64, const Matrix<T>&, T*, int);                \
+    template void linear<T, T>(const T*, i64, i64, const Matrix<T>&, T*, int, Meanwhile);                \
     template void silu_mul<T>(const T*, i64, i64, i64, T*, int);
 
 LORAY_INSTANTIATE(bf16)
@@ -63,11 +63,11 @@ LORAY_ENTRY(packed_size_)(i64 in, i64 out, i64 width, i64* size) {
     }                                                                                                                \
     LORAY_ENTRY(linear_##suffix##_)                                                                                  \
     (const type* x, i64 x_stride, i64 num_tokens, const Matrix<type>* weights, type* y, int threads) {               \
-        linear(x, x_stride, num_tokens, *weights, y, threads);                                                       \
+        linear(x, x_stride, num_tokens, *weights, y, threads, {});                                                       \
     }                                                                                                                \
     LORAY_ENTRY(logits_##suffix##_)                                                                                  \
     (const type* x, i64 x_stride, i64 num_tokens, const Matrix<type>* weights, float* y, int threads) {              \
-        linear(x, x_stride, num_tokens, *weights, y, threads);                                                       \
+        linear(x, x_stride, num_tokens, *weights, y, threads, {});                                                       \
     }                                                                                                                \
     LORAY_ENTRY(silu_mul_##suffix##_)(const type* x, i64 x_stride, i64 num_tokens, i64 width, type* y, int threads) { \
         silu_mul(x, x_stride, num_tokens, width, y, threads);                                                        \

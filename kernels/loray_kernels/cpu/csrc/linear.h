@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include "ahead.h"
 #include "kernels.h"
 #include "shares.h"
 
@@ -17,6 +18,7 @@ constexpr i64 FEW_PRODUCTS = 1 << 14;  // below which waking the other threads c
 constexpr i64 AHEAD = 4096;      // bytes that a single tile prefetches ahead
 constexpr i64 BLOCK = 128;       // tokens of a block, about
 constexpr i64 UNROLL = 8;        // steps between two prefetches
+constexpr i64 MOST_LINES = 12;   // of other rows then: more would wait for each other
 
 // One step over the inputs: STEP inputs of one token are added to VECTORS vectors of outputs. After CHUNK steps the sums
 // are added to totals: the error of one long sum grows with its length, that of a sum of sums much less.
@@ -52,13 +54,17 @@ static i64 panel_size(i64 in) {
     return ceil_div(in, Step<T>::STEP) * Step<T>::STEP * COLUMNS;
 }
 
-// Cache lines that are prefetched during the multiplication, `lines` at a time.
+// Cache lines that are prefetched during the multiplication: those of the next panel, `lines` at a time, and other rows,
+// `row_lines` at a time.
 struct PanelFetch {
     const char* at;
     i64 lines;
+    Prefetch rows;
+    i64 row_lines;
     inline void some() {
         for (i64 n = 0; n < lines; n++) __builtin_prefetch(at + n * 64, 0, 2);
         at += lines * 64;
+        rows.some(row_lines);
     }
 };
 
@@ -69,6 +75,7 @@ struct Linear {
     i64 x_stride;
     const Matrix<T>& w;
     Put put;
+    Meanwhile meanwhile = {};
 
     template <int NT, int NV>
     static inline void put_aside(Vec (&acc)[NT][NV], float (&total)[NT][NV][W]) {
@@ -147,12 +154,14 @@ struct Linear {
     }
 
     // Tokens [first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full one.
-    void panel(i64 p, i64 first, i64 last) const {
+    void panel(i64 p, i64 first, i64 last, const Prefetch& rows) const {
         const i64 size = panel_size<T>(w.in), num = last - first, tiles = ceil_div(num, TOKENS);
         if (num <= 0) return;
         const T* weights = w.packed + p * size;
         const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
-        PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
+        const i64 times = max_(1, tiles * (w.in / Step<T>::STEP / UNROLL));
+        PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles),
+                            rows, min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
         for (i64 i = 0, t = first; i < tiles; i++) {
             const i64 count = num / tiles + (i < num % tiles);
@@ -179,10 +188,12 @@ struct Linear {
 
     // Inside a parallel region, whose end waits for all panels.
     void multiply(Shares& shares, i64 num_tokens, int threads) const {
-        const i64 size = ceil_div(num_tokens, blocks(num_tokens, threads));
+        const i64 num = panels() * blocks(num_tokens, threads), size = ceil_div(num_tokens, num / panels());
+        const bool ahead = meanwhile.rows && num_tokens > TOKENS;  // with fewer tokens memory is the bottleneck
         shares.each(omp_get_thread_num(), [&](i64 i, i64) {
             const i64 block = i / panels();
-            panel(i % panels(), block * size, min_(num_tokens, (block + 1) * size));
+            panel(i % panels(), block * size, min_(num_tokens, (block + 1) * size),
+                  ahead ? meanwhile.rows->part(meanwhile, i, num) : Prefetch{});
         });
     }
 
@@ -194,8 +205,8 @@ struct Linear {
 };
 
 template <class T, class Put>
-static inline Linear<T, Put> linear_of(const T* x, i64 x_stride, const Matrix<T>& w, Put put) {
-    return {x, x_stride, w, put};
+static inline Linear<T, Put> linear_of(const T* x, i64 x_stride, const Matrix<T>& w, Put put, Meanwhile meanwhile = {}) {
+    return {x, x_stride, w, put, meanwhile};
 }
 
 }  // namespace LORAY_NAMESPACE
