@@ -85,6 +85,32 @@ def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_
     assert sizes == [16, 64, 128, 256]
 
 
+def test_one_slow_step_does_not_keep_chunks_small() -> None:
+    """What comes after it is short and alike, and does not show what more tokens would cost."""
+    steps, sizes = StepTime(), []
+    steps.observe(Work(1).plus(Work.of(0, 64)), 40 * TARGET)  # adapters were loaded
+    for _ in range(8):
+        budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
+        budget.decode(10, 1, 0)
+        sizes.append(n := budget.fit(64, 1000))
+        budget.add(Chunk(prompt(1000), 64, n))
+        steps.observe(budget.work, 0.01 + 0.0005 * n)
+    assert sizes[0] == MIN_CHUNK
+    assert 64 <= max(sizes) <= 0.09 / 0.0005
+
+
+def test_what_took_more_than_half_of_the_target_is_not_doubled() -> None:
+    steps = known(0, 0, 0, 1.0, 0, 0)
+    budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
+    budget.decode(10, 1, 0)
+    last = Work(1, 1, 100, 32, 1000)
+    for seconds, expected in ((0.49 * TARGET, 64), (0.51 * TARGET, MIN_CHUNK)):
+        steps.last_with_prompts = (last, seconds)
+        assert budget.fit(0, 1000) == expected
+    steps.last_with_prompts = (last._replace(num_decoded=0), 0.01)  # nobody decoded beside it
+    assert budget.fit(0, 1000) == MIN_CHUNK
+
+
 def test_forced_tokens_are_computed_together_and_leave_the_others_theirs() -> None:
     budget = StepBudget(StepTime(), max_tokens=20, itl_slo_s=TARGET)
     assert budget.decode(100, 40, num_others=2) == MIN_CHUNK

@@ -4,6 +4,10 @@ Requests that decode take what they need. Prompts get the rest of the step's tim
 least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The step's time is the target for the time
 between two tokens if the step gives anybody a token, a request that decodes or a prompt that ends. Else it is `ALONE`
 times that: nobody waits for the step, and a long prompt pays the fixed cost of fewer steps. So it is in a `Burst`.
+
+A model of a step's time may be wrong for long: after one slow step with few tokens, all steps are short and alike, and
+do not show what more tokens would cost. So a step may always have twice the prompts' tokens of the last one, if that
+took less than half of the target.
 """
 
 from __future__ import annotations
@@ -22,13 +26,20 @@ _MIN_SHARE = 0.25
 _GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
 
 
+def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
+    """Of a step, in seconds; infinite if only tokens count. `alone`: the step gives nobody a token."""
+    if itl_slo_s is None:
+        return math.inf
+    return ALONE * itl_slo_s if alone else itl_slo_s
+
+
 def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
     """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count. `alone`: the step
     gives nobody a token.
     """
     if itl_slo_s is None or not steps.is_known:
         return math.inf
-    target = ALONE * itl_slo_s if alone else itl_slo_s
+    target = target_s(itl_slo_s, alone=alone)
     return max(target - steps.predict(decoding), _MIN_SHARE * target)
 
 
@@ -93,7 +104,7 @@ class StepBudget:
         full. What time cuts off a prompt is a multiple of MIN_CHUNK.
         """
         most = min(num_pending, self._num_left)
-        n = int(min(most, self._tokens_in_time(start, scored=scored)))
+        n = int(min(most, max(self._tokens_in_time(start, scored=scored), self._twice_the_last(start, scored=scored))))
         if n == most:
             return n
         if n >= MIN_CHUNK:
@@ -123,8 +134,31 @@ class StepBudget:
         return min(n, most)
 
     def _seconds_left(self) -> float:
-        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._alone or self.in_burst)
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
         return room - self._steps.predict(self._prompts)
+
+    @property
+    def _without_tokens(self) -> bool:
+        """The step gives nobody a token, or may take as long as if it did not."""
+        return self._alone or self.in_burst
+
+    def _twice_the_last(self, start: int, *, scored: bool) -> float:
+        """Tokens up to which no quantity of the step is more than twice that of the last one with prompts, if that took
+        less than half of the target. No cost is negative, so the step then takes no more than the target. Pairs may be
+        four times as many: they grow with the square of a chunk, and are cheap where it is short.
+        """
+        last, seconds = self._steps.last_with_prompts
+        target = target_s(self._itl_slo_s, alone=self._without_tokens)
+        work = self.work
+        if seconds > target / 2 or work.num_decoded > 2 * last.num_decoded:
+            return 0
+        tokens = 2 * last.num_prompt - work.num_prompt
+        if scored:
+            tokens = min(tokens, 2 * last.num_scored - work.num_scored)
+        tokens = min(
+            tokens, (4 * last.num_pairs - work.num_pairs) / (start + 1), 2 * last.num_keys - work.num_keys - start
+        )
+        return max(0, tokens)
 
     def _most_unmeasured(self, start: int) -> float:
         """While a request decodes: tokens up to which the fit may be trusted, see _GROWTH."""

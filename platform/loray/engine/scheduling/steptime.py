@@ -38,6 +38,7 @@ class StepTime:
     def __init__(self) -> None:
         self.costs = Work()
         self.largest = Work()  # of each quantity, in any measured step
+        self.last_with_prompts = (Work(), math.inf)  # and its seconds
         self._shortest = math.inf  # seconds of a step; the fixed cost is no more
         # Of steps without and with prompts: Σ w · x xᵀ and, as its last row, Σ w · x · seconds.
         self._sums = [[[0.0] * _SIZE for _ in range(_SIZE + 1)] for _ in range(2)]
@@ -66,6 +67,8 @@ class StepTime:
         past's weight is halved.
         """
         kind = int(work.num_prompt > 0)
+        if kind:
+            self.last_with_prompts = (work, seconds)
         predicted = self.predict(work)
         is_known = self._num_steps[kind] >= _SURE and all(map(le, work, self.largest))
         if is_known and seconds > _OUTLIER * predicted:
