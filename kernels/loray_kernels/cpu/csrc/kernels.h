@@ -166,6 +166,10 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
                  const Spans& spans, int threads);
 
 template <class T>
+void lora(const T* x, i64 x_stride, const Target<T>* targets, const Output* outputs, const T* pool,
+          const Table* const* tables, i64 num_tables, const Spans& spans, int threads);
+
+template <class T>
 void vera_shrink(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& matrix, float* z, int threads);
 
 template <class T>

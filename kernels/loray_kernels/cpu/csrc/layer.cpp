@@ -31,8 +31,7 @@ static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T
         targets[k] = {y + group.columns[k], y_stride, h, group.max_rank[k]};
         h += step.num_tokens * group.max_rank[k];
     }
-    lora_shrink(x, x_stride, pool, group.tables, outputs, group.num, *step.spans, threads);
-    lora_expand(targets, pool, group.tables, group.num, *step.spans, threads);
+    lora(x, x_stride, targets, outputs, pool, group.tables, group.num, *step.spans, threads);
 }
 
 // y += the adapters' VeRA of x.

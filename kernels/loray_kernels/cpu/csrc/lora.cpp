@@ -100,6 +100,7 @@ static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stri
         expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
 }
 
+constexpr i64 MANY = 4;  // adapters and modules for each thread, so that all have as much to do
 constexpr i64 FEW = 8;  // up to so many tokens of an adapter, its rows are read from memory rather than from a cache
 
 // Adds NR rows to the sums of NT tokens; each row is read from end to end while the next ones are prefetched.
@@ -141,6 +142,37 @@ static inline void expand_few(T* y, i64 y_stride, const float* h, i64 h_stride, 
         });
 }
 
+// One item of an expand.
+template <class T>
+static inline void expand_item(const Target<T>& target, const T* pool, const Table& table, const Item& item,
+                               const Next& after) {
+    const RowSegment& segment = table.b->segments[item.segment];
+    const i64 first = table.rank_start[item.adapter], rank = table.rank_start[item.adapter + 1] - first;
+    const i64* offsets = segment.offsets + first;
+    const float scale = table.scale[item.adapter];
+    // Columns in the outer loop, tokens in the inner one: the tile of B stays in the first-level cache.
+    constexpr i64 STEP = 4 * W;
+    const i64 y_stride = target.y_stride, h_stride = target.h_stride;
+    T* to = target.y + item.token * y_stride + segment.column + item.first;
+    const float* from = target.h + item.token * h_stride;
+    const T* rows = pool + item.first;
+    i64 t = 0;
+    if (item.num_tokens > FEW) {
+        const i64 quads = item.num_tokens / 4 * 4;
+        for (i64 c = 0; c < item.num; c += STEP)
+            for (t = 0; t < quads; t += 4)
+                expand_columns<4>(to + t * y_stride + c, y_stride, from + t * h_stride, h_stride, rows + c,
+                                  offsets, rank, scale, min_(STEP, item.num - c));
+        t = quads;
+    }
+    for (; t + 4 <= item.num_tokens; t += 4)
+        expand_few<4>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
+                      item.num, t == 0, t == 0 ? after : Next{});
+    for (; t < item.num_tokens; t++)
+        expand_few<1>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
+                      item.num, t == 0, t == 0 ? after : Next{});
+}
+
 // Each table with its output and its h, all in one parallel region.
 template <class T>
 void lora_expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
@@ -165,26 +197,6 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
     for (i64 i = 0; i < list.num; i++) {
         const Item& item = list.items[i];
         const Table& table = *tables[item.table];
-        const Target<T>& target = targets[item.table];
-        const RowSegment& segment = table.b->segments[item.segment];
-        const i64 first = table.rank_start[item.adapter], rank = table.rank_start[item.adapter + 1] - first;
-        const i64* offsets = segment.offsets + first;
-        const float scale = table.scale[item.adapter];
-        // Columns in the outer loop, tokens in the inner one: the tile of B stays in the first-level cache.
-        constexpr i64 STEP = 4 * W;
-        const i64 y_stride = target.y_stride, h_stride = target.h_stride;
-        T* to = target.y + item.token * y_stride + segment.column + item.first;
-        const float* from = target.h + item.token * h_stride;
-        const T* rows = pool + item.first;
-        i64 t = 0;
-        if (item.num_tokens > FEW) {
-            const i64 quads = item.num_tokens / 4 * 4;
-            for (i64 c = 0; c < item.num; c += STEP)
-                for (t = 0; t < quads; t += 4)
-                    expand_columns<4>(to + t * y_stride + c, y_stride, from + t * h_stride, h_stride, rows + c,
-                                      offsets, rank, scale, min_(STEP, item.num - c));
-            t = quads;
-        }
         Next after;
         if (i + threads < list.num) {  // probably this thread's next item
             const Item& next = list.items[i + threads];
@@ -192,18 +204,45 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
             after = {own.b->segments[next.segment].offsets + own.rank_start[next.adapter],
                      min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter]), next.first - item.first};
         }
-        for (; t + 4 <= item.num_tokens; t += 4)
-            expand_few<4>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
-                          item.num, t == 0, t == 0 ? after : Next{});
-        for (; t < item.num_tokens; t++)
-            expand_few<1>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
-                          item.num, t == 0, t == 0 ? after : Next{});
+        expand_item(targets[item.table], pool, table, item, after);
+    }
+}
+
+// y += scale · B (A x) of each table with its output and its target, which refer to the same h.
+//
+// Where each adapter has few tokens, one thread shrinks and expands all of an adapter's rows in a table: its h stays in the
+// cache, and the threads wait for each other once and not twice. The results are those of the two kernels.
+template <class T>
+void lora(const T* x, i64 x_stride, const Target<T>* targets, const Output* outputs, const T* pool,
+          const Table* const* tables, i64 num_tables, const Spans& spans, int threads) {
+    i64 most = 0;
+    for (i64 n = 0; n < spans.num; n++) most = max_(most, spans.stop[n] - spans.start[n]);
+    if (most > FEW || spans.num * num_tables < MANY * threads) {
+        lora_shrink(x, x_stride, pool, tables, outputs, num_tables, spans, threads);
+        lora_expand(targets, pool, tables, num_tables, spans, threads);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (i64 i = 0; i < spans.num * num_tables; i++) {
+        const i64 n = i / num_tables, k = i % num_tables, token = spans.start[n], num_tokens = spans.stop[n] - token;
+        const Table& table = *tables[k];
+        const i64 first = table.rank_start[n], rank = table.rank_start[n + 1] - first;
+        if (!rank) continue;
+        dot_block(x + token * x_stride, x_stride, num_tokens, pool, *table.a, first, rank,
+                  outputs[k].h + token * outputs[k].stride, outputs[k].stride,
+                  Next{table.b->segments[0].offsets + first, min_(4, rank)});
+        for (i64 s = 0; s < table.b->num_segments; s++)
+            for (i64 c = 0; c < table.b->segments[s].width; c += COLUMNS)
+                expand_item(targets[k], pool, table,
+                            {k, s, n, c, min_(COLUMNS, table.b->segments[s].width - c), token, num_tokens}, Next{});
     }
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                       \
     template void lora_shrink<T>(const T*, i64, const T*, const Table* const*, const Output*, i64, const Spans&, int); \
-    template void lora_expand<T>(const Target<T>*, const T*, const Table* const*, i64, const Spans&, int);
+    template void lora_expand<T>(const Target<T>*, const T*, const Table* const*, i64, const Spans&, int);             \
+    template void lora<T>(const T*, i64, const Target<T>*, const Output*, const T*, const Table* const*, i64,          \
+                          const Spans&, int);
 
 LORAY_INSTANTIATE(bf16)
 LORAY_INSTANTIATE(float)
