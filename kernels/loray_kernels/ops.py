@@ -173,17 +173,11 @@ class Ops(Protocol):
         ...
 
     def decoder_layer(
-        self,
-        x_TD: Tensor,
-        weights: LayerWeights,
-        tables: LayerTables,
-        step: StepInputs,
-        layer: int,
-        following: LayerTables | None = None,
+        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
     ) -> Tensor | None:
         """A layer in one call, equal bit for bit to its ops; may write `x_TD`. None if the backend has none.
 
-        `following`: the tables of the next layer, whose rows may be prefetched.
+        `tables`: the layer's, and those of the next one, if there is one, whose rows may be prefetched.
         """
         ...
 

@@ -52,13 +52,7 @@ class ReferenceOps:
         return None
 
     def decoder_layer(
-        self,
-        x_TD: Tensor,
-        weights: LayerWeights,
-        tables: LayerTables,
-        step: StepInputs,
-        layer: int,
-        following: LayerTables | None = None,
+        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
     ) -> Tensor | None:
         return None
 

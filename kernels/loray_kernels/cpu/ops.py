@@ -7,6 +7,7 @@ prompt; the C++ sources say how.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,13 +41,7 @@ class CpuOps(DenseOps):
     """Adds the ops of adapters, and a decoder layer as one call."""
 
     def decoder_layer(
-        self,
-        x_TD: Tensor,
-        weights: LayerWeights,
-        tables: LayerTables,
-        step: StepInputs,
-        layer: int,
-        following: LayerTables | None = None,
+        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
     ) -> Tensor | None:
         """Writes `x_TD`."""
         matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
@@ -54,17 +49,15 @@ class CpuOps(DenseOps):
         if f is None or step.layout.head_dim % 16 or any(m.data.dim() != 1 for m in matrices):
             return None
         packed, inputs = pack_layer_weights(weights), pack_step(step)
-        adapters = pack_layer_tables(tables, weights, self._pair_weights)
+        own, *following = (pack_layer_tables(t, weights, self._pair_weights) for t in tables)
         assert x_TD.is_contiguous()
         assert x_TD.shape == (*inputs.widths, *packed.widths)
-        assert adapters.num in (0, inputs.num)
-        after = None if following is None else pack_layer_tables(following, weights, self._pair_weights)
-        assert after is None or after.num in (0, inputs.num)
+        assert all(t.num in (0, inputs.num) for t in (own, *following))
         f.layer(
             x_TD.data_ptr(),
             packed.address,
-            adapters.address,
-            None if after is None else after.address,
+            own.address,
+            following[0].address if following else None,
             inputs.address,
             layer,
             torch.get_num_threads(),

@@ -54,10 +54,8 @@ def test_the_fused_layer_gives_the_bits_of_its_ops(
     def both(self: Layer, x_TD: Tensor, step: Step) -> Tensor:
         nonlocal compared
         expected_TD = self.composed(x_TD.clone(), step)
-        tables = step.batch.adapters.layer(self._layer)
-        is_last = self._layer + 1 == base.config.num_layers
-        following = None if is_last else step.batch.adapters.layer(self._layer + 1)
-        got_TD = step.ops.decoder_layer(x_TD.clone(), self._weights, tables, step.inputs, self._layer, following)
+        tables = [step.batch.adapters.layer(i) for i in self._with_next]
+        got_TD = step.ops.decoder_layer(x_TD.clone(), self._weights, tables, step.inputs, self._layer)
         assert got_TD is not None
         assert torch.equal(got_TD, expected_TD)
         compared += 1

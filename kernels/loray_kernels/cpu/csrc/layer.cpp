@@ -2,7 +2,7 @@
 //
 // For one token a layer takes a tenth of a millisecond; a dozen calls from Python would take most of that.
 
-#include "ahead.h"
+#include "products/ahead.h"
 #include "kernels.h"
 
 namespace LORAY_NAMESPACE {

@@ -1,6 +1,6 @@
 // Packs weights; y = x Wᵀ + bias with packed weights; and the activation of an MLP.
 
-#include "linear.h"
+#include "products/linear.h"
 
 namespace LORAY_NAMESPACE {
 

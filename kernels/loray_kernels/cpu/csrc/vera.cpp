@@ -2,7 +2,7 @@
 //
 // A and B are packed like a layer's matrices, so both products are as fast. d ⊙ z is rounded to T.
 
-#include "linear.h"
+#include "products/linear.h"
 
 namespace LORAY_NAMESPACE {
 

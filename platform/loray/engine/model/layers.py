@@ -233,7 +233,7 @@ class Layer:
     ) -> None:
         prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
         name = "input_layernorm"
-        self._layer, self._is_last = layer, layer + 1 == config.num_layers
+        self._layer, self._with_next = layer, range(layer, min(layer + 2, config.num_layers))
         self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
         self._attention = Attention(layer, config, tensors, ops, linears)
         name = "post_attention_layernorm"
@@ -261,11 +261,8 @@ class Layer:
         """(T, D); may write `x_TD`."""
         if not self._local:
             return self.composed(x_TD, step)
-        adapters = step.batch.adapters
-        following = None if self._is_last else adapters.layer(self._layer + 1)
-        y_TD = step.ops.decoder_layer(
-            x_TD, self._weights, adapters.layer(self._layer), step.inputs, self._layer, following
-        )
+        tables = [step.batch.adapters.layer(i) for i in self._with_next]
+        y_TD = step.ops.decoder_layer(x_TD, self._weights, tables, step.inputs, self._layer)
         return self.composed(x_TD, step) if y_TD is None else y_TD
 
     def composed(self, x_TD: Tensor, step: Step) -> Tensor:

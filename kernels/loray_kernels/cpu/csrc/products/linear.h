@@ -8,8 +8,8 @@
 #include <omp.h>
 
 #include "ahead.h"
-#include "kernels.h"
-#include "shares.h"
+#include "../kernels.h"
+#include "../shares.h"
 
 namespace LORAY_NAMESPACE {
 

@@ -5,7 +5,7 @@
 // time, and come from the third-level cache when they are needed.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace LORAY_NAMESPACE {
 
