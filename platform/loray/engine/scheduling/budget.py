@@ -37,7 +37,7 @@ def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *
     """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count. `alone`: the step
     gives nobody a token.
     """
-    if itl_slo_s is None or not steps.is_known:
+    if not steps.is_known:
         return math.inf
     target = target_s(itl_slo_s, alone=alone)
     return max(target - steps.predict(decoding), _MIN_SHARE * target)
