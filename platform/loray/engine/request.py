@@ -46,6 +46,7 @@ class Request:
     """The scheduler writes `state`, `num_computed`, `blocks` and the fields after it. The engine writes `output_ids`,
     `prompt_logprobs` and `num_computed`; its counters write `num_prompt_counted` and `queued_at`. Nothing else writes.
 
+    blocks              a list that only grows: where a block is replaced or moved there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted

@@ -8,9 +8,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from loray.engine.memory.blocks import BlockAllocator, Geometry
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps
 from loray.engine.pool.resident import Record
 from loray.engine.request import Request, State
+from loray.engine.scheduling.blocks import RequestBlocks
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import Parts
@@ -76,10 +78,41 @@ def test_only_new_blocks_are_sent() -> None:
     assert second is not None
     assert second.step.blocks == [9]
     assert second.step.seats is first.step.seats  # nothing is arranged again
-    a.blocks = [1, 2, 9]  # moved, or preempted and back
+    a.blocks = [1, 8, 2]  # moved, or preempted and back
     third = device.step(a, b)
     assert third is not None
-    assert third.step.blocks == [1, 2, 9]
+    assert third.step.blocks == [1, 2]
+    a.blocks = [1]
+    assert device.step(a, b)
+    a.blocks.append(8)
+    last = device.step(a, b)
+    assert last is not None
+    assert last.step.blocks == [8]
+
+
+def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
+    """Two requests compute the same tokens side by side, past a block's end: one of them gets the other's block."""
+    allocator = BlockAllocator(Geometry(num_blocks=9, num_layers=1, block_tokens=4, layer_share=4))
+    adapters = cast(Any, SimpleNamespace(floor=None))
+    blocks = RequestBlocks(allocator, adapters, lambda n: False, lambda: 0.0, enable_prefix_caching=True)
+    device, twins = Device(), [running(name, []) for name in "ab"]
+    for _ in range(9):
+        for twin in twins:
+            assert blocks.extend(twin, twin.num_computed + 1)
+        assert device.step(*twins)  # looks at the whole table
+        for twin in twins:
+            advance(twin)
+            blocks.share(twin)
+    assert twins[0].blocks[:-1] == twins[1].blocks[:-1]
+
+
+def test_a_step_that_is_not_recorded_leaves_the_tables_as_they_were() -> None:
+    device, a, long = Device(), running("a", [1]), running("long", [2, 3, 4, 5, 6])
+    assert device.step(a, long) is None
+    long.state = State.FINISHED
+    batch = device.step(a)
+    assert batch is not None
+    assert batch.step.blocks == [1]
 
 
 def test_seats_of_requests_that_have_left_are_given_again() -> None:

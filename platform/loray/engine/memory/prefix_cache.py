@@ -102,13 +102,15 @@ class PrefixCache:
 
     def store(
         self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "", num_known: int = 0
-    ) -> None:
+    ) -> list[int]:
         """Add `blocks`, of which the tree has the first `num_known`; the others hold the keys and values of `tokens`.
 
-        If the tree already has a block of the same tokens, that one replaces the request's in `blocks`.
+        Returns what the request holds from now on: `blocks` itself, or, if the tree already has blocks of the same
+        tokens, a new list with those in place of the request's.
         """
         if not self.enabled or len(tokens) < self._block_tokens:
-            return
+            return blocks
+        held = blocks
         if num_known:
             node = self._nodes[blocks[num_known - 1]]
         else:
@@ -126,8 +128,11 @@ class PrefixCache:
                 self._retain(known)
                 self._use(known)
                 self._allocator.release_kv((blocks[i],))
-                blocks[i] = known.block
+                if held is blocks:
+                    held = [*blocks]
+                held[i] = known.block
             node = known
+        return held
 
     def release(self, blocks: Sequence[int]) -> None:
         """Release a request's references to its blocks, given in the order of its tokens."""

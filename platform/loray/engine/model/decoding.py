@@ -62,7 +62,7 @@ class DecodeSteps:
         self._max_blocks, self._max_rows = max_blocks, max_rows
         self._free = list(range(num_seats))[::-1]
         self._seat_of: dict[Request, int] = {}
-        self._blocks: list[list[int]] = [[]] * num_seats  # by seat: the request's own list, and
+        self._blocks: list[list[int]] = [[]] * num_seats  # by seat: the request's own list, which only grows, and
         self._lengths = [0] * num_seats  # how many of it are in the table
         self._last: _Arranged | None = None
 
@@ -79,19 +79,23 @@ class DecodeSteps:
         if not (num_outputs_S.all() and (positions_S + 1 == arranged.prompts_S + num_outputs_S).all()):
             self._last = None
             return None
+        if any(len(request.blocks) > self._max_blocks for request in requests):
+            self._last = None
+            return None
         places: list[int] = []
         blocks: list[int] = []
         for request, seat in zip(requests, arranged.seats, strict=True):
-            own, known = request.blocks, self._lengths[seat]
-            if own is not self._blocks[seat]:  # a new list: the request has come, or its blocks have been moved
-                self._blocks[seat], known = own, 0
+            own, known, first = request.blocks, self._lengths[seat], seat * self._max_blocks
+            if own is not self._blocks[seat]:  # the request has come, or some of its blocks are others now
+                sent, self._blocks[seat] = self._blocks[seat], own
+                known = min(known, len(own))
+                changed = [i for i in range(known) if own[i] != sent[i]]
+                places += [first + i for i in changed]
+                blocks += [own[i] for i in changed]
             if len(own) != known:
-                if len(own) > self._max_blocks:
-                    self._last = None
-                    return None
-                self._lengths[seat] = len(own)
-                places += range(seat * self._max_blocks + known, seat * self._max_blocks + len(own))
+                places += range(first + known, first + len(own))
                 blocks += own[known:]
+            self._lengths[seat] = len(own)
         token_ids_S = np.array([r.output_ids[-1] for r in requests], dtype=np.int64)
         own_rows_S = _NONE
         if arranged.embeddings:

@@ -77,7 +77,9 @@ class RequestBlocks:
             if known and request.blocks[known - 1] not in self.prefix_cache:
                 known = 0  # the adapter's prefixes were forgotten
             tokens = request.tokens(known * block_tokens, full * block_tokens)
-            self.prefix_cache.store(request.adapter_digest, tokens, request.blocks, request.spec.cache_salt, known)
+            request.blocks = self.prefix_cache.store(
+                request.adapter_digest, tokens, request.blocks, request.spec.cache_salt, known
+            )
             request.num_shared_blocks = full
 
     def extend(self, request: Request, num_tokens: int) -> bool:
