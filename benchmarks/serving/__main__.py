@@ -37,6 +37,7 @@ from benchmarks.serving.models import bench_base
 from benchmarks.serving.run import measure_transfer, publish, run
 from benchmarks.serving.systems.processes import Setting
 from benchmarks.serving.workload import Workload
+from benchmarks.steady import Probe, Steady
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
             f"{base.name}, {args.threads} threads; memory {rates.bandwidth / 1e9:.1f} GB/s, bf16 products "
             f"{rates.flops / 1e9:.0f} GFLOP/s; first tokens within {args.slo:g} s"
         )
+        steady = Steady(Probe(args.threads), patience_s=args.patience) if args.patience > 0 else None
         click.echo(report.header())
         run(
             todo,
@@ -73,12 +75,15 @@ def main(argv: Sequence[str] | None = None) -> Results:
             slo_s=args.slo,
             repeat=args.repeat,
             rounds=args.rounds,
+            steady=steady,
             on_row=lambda row: click.echo(report.line(row)),
         )
     has_targets = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
     found = [*verdicts(results), *served.verdicts(results)] if has_targets else []
     if below := report.summary(results, found):
         click.echo(below)
+    if steady is not None:
+        click.echo(steady.describe())
     if args.plot:
         draw_density(results, args.plot)
     targets = [v._asdict() | {"is_met": v.is_met} for v in found]
@@ -108,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--repeat", type=int, help="passes of each case (peers: one)")
     add("--rounds", type=int, default=1, help="times that every system starts and runs its passes (default 1)")
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long, in all, to wait and to repeat passes because the machine is faster or slower than at the start",
+    )
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")
     add("--json", type=Path, help="write everything there too")
     add("--plot", type=Path, help="of --preset density: write the picture there, as SVG")
