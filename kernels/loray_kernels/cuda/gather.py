@@ -20,6 +20,7 @@ _GROUP = 8
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 MAX_HEAD_DIM = 256
+_PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
 
 
 class Gather:
@@ -198,47 +199,43 @@ class Gather:
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
     ) -> None:
-        """For sequences with one query. `pool` begins at the layer's share."""
+        """For sequences with one query. `pool` begins at the layer's share.
+
+        Partial sums of splits are merged for as many sequences at a time as fit into _PARTIAL_BYTES.
+        """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
-        group = num_heads // num_kv
-        splits, items = max(1, tables.max_splits), tables.decoded
-        partial = torch.empty(items.num * splits * num_heads * (d + 2) if splits > 1 else 0, device=pool.device)
-        self._launch(
-            f"attention_decode_{kind}",
-            (items.num, num_kv * -(-group // _GROUP), splits),
-            _THREADS,
-            (
-                q_THd.data_ptr(),
-                q_THd.stride(0),
-                out_THd.data_ptr(),
-                pool.data_ptr(),
-                layout.num_layers * layout.layer_share,
-                layout.block_tokens,
-                num_kv,
-                d,
-                group,
-                items.data.data_ptr(),
-                tables.context_len.data_ptr(),
-                tables.table_start.data_ptr(),
-                tables.blocks.data_ptr(),
-                np.float32(scale),
-                partial.data_ptr(),
-            ),
-        )
-        if splits > 1:
+        group, splits, num = num_heads // num_kv, max(1, tables.max_splits), tables.decoded.num
+        own = splits * num_heads * (d + 2) if splits > 1 else 0  # numbers of a sequence
+        together = max(1, min(num, _PARTIAL_BYTES // (4 * own))) if own else num
+        partial = torch.empty(together * own, device=pool.device)
+        for first in range(0, num, together):
+            now, items = min(together, num - first), tables.decoded.data[2 * first :]
             self._launch(
-                f"attention_combine_{kind}",
-                (items.num, num_heads, 1),
+                f"attention_decode_{kind}",
+                (now, num_kv * -(-group // _GROUP), splits),
                 _THREADS,
                 (
+                    q_THd.data_ptr(),
+                    q_THd.stride(0),
                     out_THd.data_ptr(),
-                    partial.data_ptr(),
-                    splits,
+                    pool.data_ptr(),
+                    layout.num_layers * layout.layer_share,
+                    layout.block_tokens,
+                    num_kv,
                     d,
-                    items.data.data_ptr(),
+                    group,
+                    items.data_ptr(),
                     tables.context_len.data_ptr(),
+                    tables.table_start.data_ptr(),
+                    tables.blocks.data_ptr(),
+                    np.float32(scale),
+                    partial.data_ptr(),
                 ),
             )
+            if splits > 1:
+                there = (out_THd.data_ptr(), partial.data_ptr(), splits, d)
+                then = (items.data_ptr(), tables.context_len.data_ptr())
+                self._launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
 
     def write_kv(self, pool: Tensor, layout: KvLayout, k_TKd: Tensor, v_TKd: Tensor, slots_T: Tensor) -> None:
         """`pool` begins at the layer's share. A negative slot is skipped."""

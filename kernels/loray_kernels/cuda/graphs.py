@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.padded import PaddedStep
-from loray_kernels.cuda.tables import SPLIT
+from loray_kernels.cuda.tables import MAX_SPLITS, num_splits
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.records import Directory
 from loray_kernels.vectors import VectorShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SPLITS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of attention; up to four million positions
+SPLITS = (1, 4, 16, MAX_SPLITS)  # of attention
 _ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
 KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
 
@@ -68,8 +68,8 @@ class DecodeGraphs:
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        num, splits = len(step.token_ids), _num_splits(int(step.positions.max()) + 1)
-        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k), _least(SPLITS, splits))
+        num, splits = len(step.token_ids), _least(SPLITS, num_splits(int(step.positions.max()) + 1))
+        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k), splits)
         form = self._serving_of(needed)
         padded = self._step(form or needed)
         padded.words.fill(step, self._blocks)
@@ -84,7 +84,7 @@ class DecodeGraphs:
         their memory.
         """
         size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
-        splits = _least(SPLITS, _num_splits(self._decoding.max_blocks * self._decoding.layout.block_tokens))
+        splits = _least(SPLITS, num_splits(self._decoding.max_blocks * self._decoding.layout.block_tokens))
         for s in (s for s in reversed(SIZES) if s <= size):
             for kind in KINDS:
                 yield from (Form(s, kind, n) for n in reversed(SPLITS) if n <= splits)
@@ -136,10 +136,6 @@ class DecodeGraphs:
             found = (f for f in self._recorded if f.size >= size and f.kind == kind and f.splits >= splits)
             self._serving[needed] = min(found, default=None)
         return self._serving[needed]
-
-
-def _num_splits(context: int) -> int:
-    return -(-context // SPLIT)
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:

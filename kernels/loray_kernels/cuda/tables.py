@@ -7,7 +7,7 @@ Shapes: S sequences, N adapters, M modules of one input, R rows of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ GATHER_TOKENS = 4
 TILE_TOKENS = 32
 TILE_COLUMNS = 128
 TILE_QUERIES = 64
-SPLIT = 256  # positions of a decoding sequence that one block reads; as in attention.cu
+SPLIT, MAX_SPLITS = 256, 64  # positions of a decoding sequence that one block reads, and how many of them; attention.cu
 MAX_MODULES = 3  # outputs of one expand launch
 
 
@@ -151,11 +151,8 @@ def pack_spans(segments: Segments, device: torch.device) -> Spans:
             for first in range(start, stop, step):
                 items += (n, first, min(step, stop - first))
         gathered_data, tiled_data = upload(device, gathered, tiled)
-        packed = segments.memo["cuda"] = Spans(
-            Items(gathered_data, len(gathered) // 3),
-            Items(tiled_data, len(tiled) // 3),
-            max(segments.stop, default=0),
-        )
+        both = Items(gathered_data, len(gathered) // 3), Items(tiled_data, len(tiled) // 3)
+        packed = segments.memo["cuda"] = Spans(*both, max(segments.stop, default=0))
     return packed
 
 
@@ -256,6 +253,11 @@ def pack_input(records: Records, number: int) -> OfInput:
     return packed
 
 
+def num_splits(longest: int) -> int:
+    """The most splits that a decoding sequence of up to `longest` positions has."""
+    return min(MAX_SPLITS, -(-longest // SPLIT))
+
+
 def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
     packed: Attention | None = meta.memo.get("cuda")
     if packed is None:
@@ -273,7 +275,7 @@ def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
             else:
                 for first in range(0, stop - start, TILE_QUERIES):
                     prefilled += (i, first)
-        table_start = [sum(lengths[:i]) for i in range(len(lengths))]
+        table_start = list(accumulate(lengths, initial=0))[:-1]
         query, context_len, tables, decoded_data, prefilled_data = upload(
             device, meta.query_start, meta.context_len, table_start, decoded, prefilled
         )
@@ -284,7 +286,7 @@ def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
             _joined(list(meta.block_table)),
             Items(decoded_data, len(decoded) // 2),
             Items(prefilled_data, len(prefilled) // 2),
-            -(-longest // SPLIT),
+            num_splits(longest),
         )
     return packed
 

@@ -88,6 +88,47 @@ def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> No
     near(got, want, dtype)
 
 
+@pytest.mark.parametrize("longest", [64 * 256 + 1, 3 * 64 * 256 + 5])
+def test_splits_of_long_contexts_are_longer(ops: Ops, longest: int) -> None:
+    """So there are at most 64 of a sequence, whose result does not depend on the others'."""
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=16)
+    pool, meta = decoding(torch.float32, [longest, 600, 64 * 256, 7], layout)
+    q_THd = 3 * randn(5, torch.float32, 4, 2, 16)
+    assert tables.pack_attention(meta, layout).max_splits == tables.MAX_SPLITS
+    got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25)
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.25), torch.float32)
+    alone = AttentionMeta((0, 1), (600,), meta.block_table[1:2], meta.slots_T[1:2])
+    assert torch.equal(ops.paged_attention(q_THd[1:2], pool, layout, 0, alone, 0.25), got[1:2])
+
+
+def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences whose partial sums do not fit together come one after another."""
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
+    pool, meta = decoding(torch.float32, [530, 7, 300, 257, 1], layout)
+    q_THd = randn(5, torch.float32, 5, 4, 16)
+    expected = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25)
+    made: list[int] = []
+    empty = torch.empty
+
+    def counted(*shape: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(out.nbytes if (out := empty(*shape, **kwargs)).dim() == 1 else 0)
+        return out
+
+    monkeypatch.setattr(gather.torch, "empty", counted)
+    of_one = 4 * 3 * 4 * 18
+    for num_bytes, most in ((1, of_one), (2 * of_one, 2 * of_one), (4 * of_one - 1, 3 * of_one)):
+        monkeypatch.setattr(gather, "_PARTIAL_BYTES", num_bytes)
+        assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
+        assert max(made) == most
+        made.clear()
+
+
+def test_tables_of_many_sequences_start_one_after_another() -> None:
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=16)
+    _, meta = decoding(torch.float32, [33, 1, 16, 17], layout)
+    assert tables.pack_attention(meta, layout).table_start.tolist() == [0, 3, 4, 5]
+
+
 def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
     """Padding has no keys and writes none, and nothing is left of an earlier step in the tensors."""
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
@@ -158,6 +199,7 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
     assert 2 * constant("lora.cu", "THREADS") == 2 * gather._EXPAND_THREADS == tables.TILE_COLUMNS
     assert constant("attention.cu", "SPLIT") == tables.SPLIT
+    assert constant("attention.cu", "MAX_SPLITS") == tables.MAX_SPLITS
     assert constant("attention.cu", "GROUP") == gather._GROUP
     assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
     assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == gather._SAMPLING

@@ -1,12 +1,14 @@
 // Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks.
 //
-// A sequence's keys are split every SPLIT positions in any batch, so its result does not depend on other sequences.
+// A sequence's keys are split every SPLIT positions, or every SPLIT · 2^n, so that there are at most MAX_SPLITS. That
+// depends on its own context alone, so its result does not depend on other sequences.
 // GROUP query heads of one KV head share the reading of its keys and values. K and V of a position are in one block of
 // the pool: (K or V, position, KV head, d) within the layer's share.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
-constexpr int SPLIT = 256;
+constexpr int SPLIT = 256; // positions that a block reads at a time
+constexpr int MAX_SPLITS = 64;
 constexpr int GROUP = 8;
 constexpr int HEAD = 256; // largest head dimension; multiples of 8
 constexpr int LANES = 8;  // that share a key
@@ -21,24 +23,30 @@ struct Cache {
   __device__ i64 values() const { return block_tokens * num_kv_heads * head_dim; }
 };
 
+__device__ inline int positions_of_a_split(int context) {
+  int size = SPLIT;
+  while (size * MAX_SPLITS < context) size *= 2;
+  return size;
+}
+
 // Grid (sequences, KV heads × ceil(group / GROUP), splits). With one split `out` is final; else partial sums, their
-// maxima and weights go to `partial` (sequence, split, head, d + 2) in fp32.
+// maxima and weights go to `partial` (sequence, split, head, d + 2) in fp32, where each thread adds to its own columns.
 template <class T>
 __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group, const i64 *items,
                        const i64 *context_len, const i64 *table_start, const i64 *blocks, float scale,
                        float *partial) {
   __shared__ float q_shared[GROUP][HEAD];
   __shared__ float score[GROUP][SPLIT];
-  __shared__ float top[GROUP], weight[GROUP];
+  __shared__ float top[GROUP], weight[GROUP], factor[GROUP]; // factor: of what has been summed before
   __shared__ float part[THREADS * 4];
   const i64 sequence = items[2 * blockIdx.x], token = items[2 * blockIdx.x + 1];
-  const i64 context = context_len[sequence], begin = static_cast<i64>(blockIdx.z) * SPLIT;
-  const i64 kv_head = blockIdx.y % cache.num_kv_heads, first = blockIdx.y / cache.num_kv_heads * GROUP;
-  const int d = static_cast<int>(cache.head_dim), n = static_cast<int>(min(static_cast<i64>(SPLIT), context - begin));
-  const int heads = static_cast<int>(min(static_cast<i64>(GROUP), group - first)), tid = threadIdx.x;
-  const i64 num_heads = cache.num_kv_heads * group, head = kv_head * group + first;
+  const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
+  const int start = static_cast<int>(blockIdx.z) * size, count = min(size, context - start);
+  const int d = static_cast<int>(cache.head_dim), num_kv = static_cast<int>(cache.num_kv_heads), tid = threadIdx.x;
+  const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP, of_kv = static_cast<int>(group);
+  const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
   const bool whole = context <= SPLIT;
-  if (n <= 0 && !(context == 0 && begin == 0)) return;
+  if (count <= 0 && !(context == 0 && start == 0)) return;
   blocks += table_start[sequence];
 
   for (int i = tid; i < heads * d; i += THREADS)
@@ -46,88 +54,101 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   __syncthreads();
 
   const bool wide = aligned(pool, 16) && d % 8 == 0 && cache.block_stride * sizeof(T) % 16 == 0;
-  for (int j0 = 0; j0 < n; j0 += THREADS / LANES) { // all lanes of a warp take part in every turn, for the shuffles
-    const int j = j0 + tid / LANES, lane = tid % LANES;
-    float sum[GROUP] = {};
-    if (j < n) {
-      const T *k = pool + cache.at(blocks, begin + j, kv_head);
-      for (int c = lane * 8; c < d; c += LANES * 8) {
-        float key[8];
-        load(k + c, d - c, wide, key);
+  int done = 0; // positions of this split
+  do {
+    const int n = min(SPLIT, count - done), begin = start + done;
+    for (int j0 = 0; j0 < n; j0 += THREADS / LANES) { // all lanes of a warp take part in every turn, for the shuffles
+      const int j = j0 + tid / LANES, lane = tid % LANES;
+      float sum[GROUP] = {};
+      if (j < n) {
+        const T *k = pool + cache.at(blocks, begin + j, kv_head);
+        for (int c = lane * 8; c < d; c += LANES * 8) {
+          float key[8];
+          load(k + c, d - c, wide, key);
+#pragma unroll
+          for (int g = 0; g < GROUP; g++) {
+            if (g < heads) {
+#pragma unroll
+              for (int i = 0; i < 8; i++) sum[g] += q_shared[g][c + i] * key[i];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) {
+        for (int mask = LANES / 2; mask; mask >>= 1) sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], mask);
+        if (lane == 0 && j < n && g < heads) score[g][j] = sum[g];
+      }
+    }
+    __syncthreads();
+
+    for (int g = tid / 32; g < heads; g += THREADS / 32) {
+      float largest = LOWEST, sum = 0.0f;
+      for (int j = tid % 32; j < n; j += 32) largest = fmaxf(largest, score[g][j]);
+      largest = warp_max(largest);
+      const float before = done ? top[g] : largest;
+      largest = fmaxf(largest, before);
+      for (int j = tid % 32; j < n; j += 32) {
+        score[g][j] = expf(score[g][j] - largest);
+        sum += score[g][j];
+      }
+      sum = warp_sum(sum);
+      if (tid % 32 == 0) {
+        factor[g] = expf(before - largest);
+        weight[g] = done ? weight[g] * factor[g] + sum : sum;
+        top[g] = largest;
+      }
+    }
+    __syncthreads();
+
+    // Each thread has four columns of V; threads with the same columns divide the positions among them.
+    const int columns = d / 4, turns = THREADS / columns, turn = tid / columns, c = tid % columns * 4;
+    float sum[GROUP][4] = {};
+    if (turn < turns) {
+      for (int j = turn; j < n; j += turns) {
+        const T *v = pool + cache.at(blocks, begin + j, kv_head) + cache.values() + c;
+        float value[4];
+        load(v, 4, wide, value);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
           if (g < heads) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) sum[g] += q_shared[g][c + i] * key[i];
+            for (int i = 0; i < 4; i++) sum[g][i] += score[g][j] * value[i];
           }
         }
       }
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      for (int mask = LANES / 2; mask; mask >>= 1) sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], mask);
-      if (lane == 0 && j < n && g < heads) score[g][j] = sum[g];
-    }
-  }
-  __syncthreads();
-
-  for (int g = tid / 32; g < heads; g += THREADS / 32) {
-    float largest = LOWEST, sum = 0.0f;
-    for (int j = tid % 32; j < n; j += 32) largest = fmaxf(largest, score[g][j]);
-    largest = warp_max(largest);
-    for (int j = tid % 32; j < n; j += 32) {
-      score[g][j] = expf(score[g][j] - largest);
-      sum += score[g][j];
-    }
-    sum = warp_sum(sum);
-    if (tid % 32 == 0) top[g] = largest, weight[g] = sum;
-  }
-  __syncthreads();
-
-  // Each thread has four columns of V; threads with the same columns divide the positions among them.
-  const int columns = d / 4, turns = THREADS / columns, turn = tid / columns, c = tid % columns * 4;
-  float sum[GROUP][4] = {};
-  if (turn < turns) {
-    for (int j = turn; j < n; j += turns) {
-      const T *v = pool + cache.at(blocks, begin + j, kv_head) + cache.values() + c;
-      float value[4];
-      load(v, 4, wide, value);
+      if (g >= heads) break;
+      __syncthreads();
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) {
-        if (g < heads) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) sum[g][i] += score[g][j] * value[i];
+      for (int i = 0; i < 4; i++) part[tid * 4 + i] = sum[g][i];
+      __syncthreads();
+      for (int e = tid; e < d; e += THREADS) {
+        float total = 0.0f;
+        for (int t = 0; t < turns; t++) total += part[t * d + e];
+        if (whole) {
+          store(out + (token * num_heads + head + g) * d + e, n > 0 ? total / weight[g] : 0.0f);
+        } else {
+          const i64 place = (blockIdx.x * static_cast<i64>(gridDim.z) + blockIdx.z) * num_heads + head + g;
+          float *own = partial + place * (d + 2);
+          own[e] = done ? own[e] * factor[g] + total : total;
+          if (e == 0) own[d] = top[g], own[d + 1] = weight[g];
         }
       }
     }
-  }
-#pragma unroll
-  for (int g = 0; g < GROUP; g++) {
-    if (g >= heads) break;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; i++) part[tid * 4 + i] = sum[g][i];
-    __syncthreads();
-    for (int e = tid; e < d; e += THREADS) {
-      float total = 0.0f;
-      for (int t = 0; t < turns; t++) total += part[t * d + e];
-      if (whole) {
-        store(out + (token * num_heads + head + g) * d + e, n > 0 ? total / weight[g] : 0.0f);
-      } else {
-        float *own = partial + ((blockIdx.x * static_cast<i64>(gridDim.z) + blockIdx.z) * num_heads + head + g) * (d + 2);
-        own[e] = total;
-        if (e == 0) own[d] = top[g], own[d + 1] = weight[g];
-      }
-    }
-  }
+    done += SPLIT;
+  } while (done < count);
 }
 
 // Merges the splits of sequences that have several. Grid (sequences, heads).
 template <class T>
 __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_dim, const i64 *items,
                         const i64 *context_len) {
-  const i64 context = context_len[items[2 * blockIdx.x]], token = items[2 * blockIdx.x + 1];
-  const i64 num_splits = (context + SPLIT - 1) / SPLIT, stride = gridDim.y * (head_dim + 2);
+  const i64 token = items[2 * blockIdx.x + 1], stride = gridDim.y * (head_dim + 2);
+  const int context = static_cast<int>(context_len[items[2 * blockIdx.x]]);
+  const int size = positions_of_a_split(context), num_splits = (context + size - 1) / size;
   if (num_splits < 2) return;
   partial += blockIdx.x * max_splits * stride + blockIdx.y * (head_dim + 2);
   float top = LOWEST;
