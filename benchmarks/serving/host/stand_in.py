@@ -69,6 +69,9 @@ class StandInRecorder:
     def num_bytes(self) -> int:
         return 0
 
+    def release(self) -> None:
+        """Nothing was kept."""
+
 
 class StandInOps(CudaOps):
     def __init__(self) -> None:

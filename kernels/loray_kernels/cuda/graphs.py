@@ -38,10 +38,16 @@ class Recording(NamedTuple):
 
 
 class Recorder(Protocol):
+    """Recordings share memory: what one of them needs is there for the next."""
+
     def __call__(self, run: Callable[[], Tensor]) -> Recording: ...
 
     def num_bytes(self) -> int:
         """Memory of the device that all recordings take."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of recordings, of which none is left."""
         ...
 
 
@@ -80,33 +86,55 @@ class DecodeGraphs:
         return recording.out[:num]
 
     def forms(self) -> Iterator[Form]:
-        """All that steps may need. Large sizes come first: their graphs serve smaller steps, and smaller graphs reuse
-        their memory.
+        """All that steps may need, the most useful first, since limits may end recording.
+
+        First what serves every step: of each size with the most splits, adapters with everything, with LoRA alone, and
+        the base. Then these with fewer splits, and at last the other kinds. The first form needs the most memory, which
+        the others then share.
         """
         size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
-        splits = _least(SPLITS, num_splits(self._decoding.max_blocks * self._decoding.layout.block_tokens))
-        for s in (s for s in reversed(SIZES) if s <= size):
-            for kind in KINDS:
-                yield from (Form(s, kind, n) for n in reversed(SPLITS) if n <= splits)
+        longest = self._decoding.max_blocks * self._decoding.layout.block_tokens
+        sizes = [s for s in reversed(SIZES) if s <= size]
+        most, *fewer = (s for s in reversed(SPLITS) if s <= _least(SPLITS, num_splits(longest)))
+        first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
+        rest = [k for k in reversed(KINDS) if k not in first]
+        for kinds, splits in ((first, [most]), (first, fewer), (rest, [most, *fewer])):
+            yield from (Form(s, kind, n) for s in sizes for kind in kinds for n in splits)
 
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+        """Where a form does not fit into memory, smaller ones may."""
         forms = list(self.forms())
-        began, taken, last = time.monotonic(), self._recorder.num_bytes(), 0
+        began, taken = time.monotonic(), self._recorder.num_bytes()
+        largest, adds = forms[0].size, 0  # `adds`: what a further form takes beside the memory that all share
         progress = Recorded(0, len(forms), 0.0, 0)
         agree = self._decoding.ranks.agree
         for form in forms:
-            if not agree(progress.seconds < limits.seconds and progress.num_bytes + last <= limits.num_bytes):
+            if form.size > largest:
+                continue
+            left = limits.num_bytes - progress.num_bytes
+            if not agree(time.monotonic() - began < limits.seconds and max(adds, 1) <= left):
                 break
             recording = self._recording(form)
-            if not agree(recording is not None) or recording is None:
-                break
-            self._recorded[form] = recording
             num_bytes = self._recorder.num_bytes() - taken
-            last = max(0, num_bytes - progress.num_bytes)
+            fits = bool(self._recorded) or num_bytes <= limits.num_bytes
+            if not agree(recording is not None and fits) or recording is None:
+                del recording
+                largest = form.size - 1
+                if not self._recorded:
+                    self._release(form)
+                continue
+            adds = num_bytes - progress.num_bytes if self._recorded else 0
+            self._recorded[form] = recording
             progress = Recorded(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
             on_progress(progress)
         self._serving.clear()
         return progress
+
+    def _release(self, form: Form) -> None:
+        """The only form that has been computed leaves nothing on the device."""
+        self._steps.pop(form, None)
+        self._out_SV = None
+        self._recorder.release()
 
     def _recording(self, form: Form) -> Recording | None:
         """None if the device's memory is too small."""
@@ -130,11 +158,11 @@ class DecodeGraphs:
         return self._steps[form]
 
     def _serving_of(self, needed: Form) -> Form | None:
-        """The smallest recorded form of its kind that holds it."""
+        """The smallest recorded form that holds it: of its own kind, or else of one with more parts."""
         if needed not in self._serving:
             size, kind, splits = needed
-            found = (f for f in self._recorded if f.size >= size and f.kind == kind and f.splits >= splits)
-            self._serving[needed] = min(found, default=None)
+            found = (f for f in self._recorded if f.size >= size and kind in f.kind and f.splits >= splits)
+            self._serving[needed] = min(found, key=lambda f: (KINDS.index(f.kind), f), default=None)
         return self._serving[needed]
 
 
@@ -164,6 +192,12 @@ class GraphRecorder:
         return Recording(graph.replay, out)
 
     def num_bytes(self) -> int:
-        """What the whole device has in use: graphs take memory of the driver too."""
+        """What the whole device has in use, without what torch keeps free: graphs take memory of the driver too."""
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
+
+    def release(self) -> None:
+        """Memory that no graph shares any more cannot be recorded into again, so the next one has another."""
+        torch.cuda.empty_cache()
+        self._memory = torch.cuda.graph_pool_handle()

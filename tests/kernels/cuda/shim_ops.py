@@ -76,6 +76,9 @@ class Tapes:
     def num_bytes(self) -> int:
         return self._num_bytes
 
+    def release(self) -> None:
+        self._num_bytes = 0
+
 
 class ShimOps(CudaOps):
     """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""

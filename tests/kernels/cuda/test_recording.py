@@ -18,20 +18,26 @@ from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 
 
 class Counting:
-    """A Recorder that records nothing; every recording takes as many bytes as it has rows."""
+    """A Recorder that records nothing; recordings share ten bytes for each row of the largest, and have one each."""
 
     def __init__(self, memory: int = 1 << 40) -> None:
-        self.used, self._memory = 0, memory
+        self.shared = self.num = self.num_released = 0
+        self._memory = memory
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
         out = run()
-        if self.used + len(out) > self._memory:
+        shared = max(self.shared, 10 * len(out))
+        if shared + self.num + 1 > self._memory:
             raise torch.OutOfMemoryError
-        self.used += len(out)
+        self.shared, self.num = shared, self.num + 1
         return Recording(lambda: None, out)
 
     def num_bytes(self) -> int:
-        return self.used
+        return self.shared + self.num
+
+    def release(self) -> None:
+        self.shared = self.num = 0
+        self.num_released += 1
 
 
 def decode_graphs(recorder: Counting, agree: Callable[[bool], bool] = bool) -> DecodeGraphs:
@@ -49,7 +55,10 @@ def record(steps: DecodeGraphs, seconds: float = 1e9, num_bytes: int = 1 << 40) 
     return steps.record(RecordLimits(seconds, num_bytes), progress.append), progress
 
 
-def test_all_sizes_kinds_and_contexts_that_requests_can_have_are_recorded_large_ones_first() -> None:
+ALL, LORA, NONE = graphs.KINDS[-1], Parts.LORA, Parts.NONE
+
+
+def test_all_sizes_kinds_and_contexts_that_requests_can_have_are_recorded() -> None:
     steps = decode_graphs(Counting())  # nine requests of up to 640 tokens, which are three splits
     done, progress = record(steps)
     forms = list(steps._recorded)
@@ -57,10 +66,19 @@ def test_all_sizes_kinds_and_contexts_that_requests_can_have_are_recorded_large_
     assert {f.size for f in forms} == {1, 2, 4, 8, 16}
     assert {f.splits for f in forms} == {1, 4}
     assert {f.kind for f in forms} == set(graphs.KINDS)
-    assert [f.size for f in forms] == sorted((f.size for f in forms), reverse=True)
     assert [p.num_recorded for p in progress] == list(range(1, len(forms) + 1))
     assert done == progress[-1]
-    assert (done.num_recorded, done.num_wanted, done.num_bytes) == (60, 60, 12 * (1 + 2 + 4 + 8 + 16))
+    assert (done.num_recorded, done.num_wanted, done.num_bytes) == (60, 60, 160 + 60)
+
+
+def test_what_serves_all_steps_is_recorded_first() -> None:
+    """Then what serves common steps better, and at last what serves some adapters better; large ones first."""
+    forms = list(decode_graphs(Counting()).forms())
+    sizes = (16, 8, 4, 2, 1)
+    assert forms[:15] == [Form(size, kind, 4) for size in sizes for kind in (ALL, LORA, NONE)]
+    assert forms[15:30] == [Form(size, kind, 1) for size in sizes for kind in (ALL, LORA, NONE)]
+    assert {f.kind for f in forms[30:]} == set(graphs.KINDS) - {ALL, LORA, NONE}
+    assert len(set(forms)) == 60
 
 
 def test_results_of_all_recordings_are_in_one_tensor() -> None:
@@ -70,45 +88,70 @@ def test_results_of_all_recordings_are_in_one_tensor() -> None:
 
 
 def test_recording_ends_at_its_limits() -> None:
+    """What recordings share is counted once."""
     steps = decode_graphs(Counting())
-    assert record(steps, num_bytes=12 * 16 + 3 * 8)[0].num_recorded == 12 + 3
-    assert record(decode_graphs(Counting()), seconds=0.0)[0].num_recorded == 0
-    steps = decode_graphs(Counting(memory=50))
-    done, progress = record(steps)
-    assert (done.num_recorded, done.num_bytes) == (3, 48)
+    done, progress = record(steps, num_bytes=160 + 20)
+    assert (done.num_recorded, done.num_bytes) == (20, 160 + 20)
     assert progress[-1] == done
+    assert list(steps._recorded) == list(steps.forms())[:20]
+    assert record(decode_graphs(Counting()), seconds=0.0)[0].num_recorded == 0
+    assert record(decode_graphs(Counting()), num_bytes=0)[0].num_recorded == 0
 
 
-def test_recording_ends_where_another_rank_ends_it() -> None:
-    """After its first form it has no room for the second: this rank drops its own, too."""
-    answers = iter([True, True, True, False])
+@pytest.mark.parametrize(("memory", "num_bytes"), [(1 << 40, 95), (95, 1 << 40)])
+def test_where_the_largest_steps_do_not_fit_smaller_ones_are_recorded(memory: int, num_bytes: int) -> None:
+    recorder = Counting(memory)
+    steps = decode_graphs(recorder)
+    done, _ = record(steps, num_bytes=num_bytes)
+    assert recorder.num_released == 1
+    assert (done.num_recorded, done.num_bytes) == (15, 95)
+    assert list(steps._recorded) == [f for f in steps.forms() if f.size <= 8][:15]
+    assert steps._out_SV is not None
+    assert len(steps._out_SV) == 8  # nothing is left of the larger ones
+    for kind in graphs.KINDS:
+        assert steps._serving_of(Form(8, kind, 4)) is not None
+        assert steps._serving_of(Form(16, kind, 4)) is None
+
+
+def test_a_form_for_which_another_rank_has_no_memory_is_dropped() -> None:
+    """This one has enough for all."""
+    answers = iter([True, True, True, False])  # before and after the first form and the second
 
     def agree(holds: bool) -> bool:
-        assert holds
-        return next(answers)
+        return holds and next(answers, True)
 
     steps = decode_graphs(Counting(), agree)
+    record(steps)
+    assert list(steps._recorded) == [Form(16, ALL, 4), *(f for f in steps.forms() if f.size <= 8)]
+
+
+def test_recording_ends_where_another_rank_has_no_time() -> None:
+    answers = iter([True, True, False])
+    steps = decode_graphs(Counting(), lambda holds: holds and next(answers))
     assert record(steps)[0].num_recorded == 1
-    assert list(steps._recorded) == list(steps.forms())[:1]
     assert next(answers, None) is None
 
 
 def test_recording_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(100))
-    monkeypatch.setattr(graphs.time, "monotonic", lambda: next(now))
-    assert record(decode_graphs(Counting()), seconds=5.0)[0].num_recorded == 5
+    monkeypatch.setattr(graphs.time, "monotonic", lambda: next(now))  # a second at each look, before a form and after
+    assert record(decode_graphs(Counting()), seconds=10.0)[0].num_recorded == 5
 
 
-def test_a_step_is_served_by_the_next_larger_recording_of_its_kind() -> None:
+def test_a_step_is_served_by_the_next_larger_recording_of_its_kind_or_of_one_with_more_parts() -> None:
     steps = decode_graphs(Counting())
-    record(steps, num_bytes=12 * 16 + 3 * 8)  # all of 16 rows; of 8 rows the base's, and LoRA with four splits
-    assert steps._serving_of(Form(1, Parts.NONE, 1)) == Form(8, Parts.NONE, 1)
-    assert steps._serving_of(Form(1, Parts.LORA, 1)) == Form(8, Parts.LORA, 4)
-    assert steps._serving_of(Form(1, Parts.VERA, 1)) == Form(16, Parts.VERA, 1)
-    assert steps._serving_of(Form(16, Parts.NONE, 4)) == Form(16, Parts.NONE, 4)
+    record(steps, num_bytes=160 + 17)  # with four splits all sizes; with one split 16 rows, but for the base
+    assert steps._serving_of(Form(1, NONE, 1)) == Form(1, NONE, 4)
+    assert steps._serving_of(Form(16, NONE, 1)) == Form(16, NONE, 4)
+    assert steps._serving_of(Form(16, LORA, 1)) == Form(16, LORA, 1)
+    assert steps._serving_of(Form(4, Parts.VERA, 1)) == Form(4, ALL, 4)
+    assert steps._serving_of(Form(16, Parts.LORA | Parts.OWN, 1)) == Form(16, ALL, 1)
+    one = decode_graphs(Counting())
+    record(one, num_bytes=160 + 1)
+    assert {one._serving_of(f) for f in one.forms()} == {Form(16, ALL, 4)}
     nothing = decode_graphs(Counting())
     record(nothing, seconds=0.0)
-    assert nothing._serving_of(Form(1, Parts.NONE, 1)) is None
+    assert nothing._serving_of(Form(1, NONE, 1)) is None
 
 
 @pytest.fixture(scope="session")
