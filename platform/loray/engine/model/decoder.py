@@ -12,11 +12,11 @@ from loray.engine.model.batch import AdapterBatch, Batch, build_batch
 from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step
+from loray.engine.model.loading import load_layers
 from loray.engine.model.rope import Rope
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
-from loray.errors import IntegrityError
 from loray_kernels import Decoding, InputShape, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -24,7 +24,7 @@ _SCORED_BYTES = 16 << 20  # of logits at a time
 
 
 class Decoder:
-    """`tensors` are a checkpoint's, by name. `ops` packs the matrices and runs every pass."""
+    """`tensors` are a checkpoint's, by name; see `loading`. `ops` packs the matrices and runs every pass."""
 
     def __init__(
         self,
@@ -36,21 +36,21 @@ class Decoder:
         device: torch.device,
         linears: Linears = LOCAL,
     ) -> None:
-        loaded = {name: _take(name, t, dtype, device) for name, t in tensors}
         self.config = config
         self.ops = ops
         self._recorded: RecordedDecoding | None = None
         self._steps: DecodeSteps | None = None
         self._adapters: AdapterBatch | None = None  # of the last step
         self._rope = Rope(config, dtype=dtype, device=device)
-        try:
-            self.embedding_VD = loaded[_EMBEDDING]
-            head_VD = self.embedding_VD if config.tie_word_embeddings else loaded["lm_head.weight"]
-            self._head = ops.pack_linear(head_VD)
-            self._layers = [Layer(i, config, loaded, ops, linears) for i in range(config.num_layers)]
-            self._norm = RMSNorm(None, "norm", loaded["model.norm.weight"], config.rms_norm_eps)
-        except KeyError as e:
-            raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
+        self._layers, others = load_layers(
+            tensors,
+            config,
+            lambda name, tensor: _take(name, tensor, dtype, device),
+            lambda layer, own: Layer(layer, config, own, ops, linears),
+        )
+        self.embedding_VD = others[_EMBEDDING]
+        self._head = ops.pack_linear(self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"])
+        self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
 
     @property
     def records(self) -> bool:
