@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.cuda.nvrtc import FILES, cubin
+from loray_kernels.cuda.nvrtc import FILES, cubin, version
 
 Argument = int | np.float32
+_DRIVERS = {12: "525", 13: "580"}  # the oldest that run what a major version of CUDA has compiled
 SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -29,13 +30,14 @@ class _Stream(NamedTuple):
 
 
 class CupyLauncher:
-    """BackendUnavailable without CuPy or NVRTC, or with a driver that is too old for CuPy."""
+    """BackendUnavailable without CuPy or NVRTC, or with a driver too old for CuPy or for what NVRTC has made."""
 
     def __init__(self, device: torch.device) -> None:
         try:
             import cupy
         except ImportError as e:
-            raise BackendUnavailable(f"the cuda kernels need CuPy: pip install 'loray[cuda]' ({e})") from e
+            extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
+            raise BackendUnavailable(f"the cuda kernels need CuPy: pip install 'loray[{extra}]' ({e})") from e
         self._device = torch.cuda.current_device() if device.index is None else device.index
         major, minor = torch.cuda.get_device_capability(self._device)
         self._kernels: dict[str, Any] = {}
@@ -45,6 +47,17 @@ class CupyLauncher:
                 self._modules = {name: cupy.RawModule(path=path) for name, path in cubins.items()}
         except RuntimeError as e:  # of CUDA's runtime or driver
             raise BackendUnavailable(f"CuPy cannot use the driver, which may be too old for it; update it: {e}") from e
+        cuda, _ = version()
+        try:
+            with cupy.cuda.Device(self._device):
+                for module in self._modules.values():
+                    module.compile()  # loads it, which its first kernel would do else
+        except RuntimeError as e:
+            raise BackendUnavailable(
+                f"the driver cannot load kernels that CUDA {cuda} has compiled, which needs driver "
+                f"{_DRIVERS.get(cuda, f'for CUDA {cuda}')} or later: update it, or install torch and loray's extra for "
+                f"an older CUDA, such as 'loray[cuda12]' ({e})"
+            ) from e
 
     def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
         function = self._kernels.get(kernel)

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -86,11 +88,19 @@ def _library() -> ctypes.CDLL:
 
 
 def _wheels() -> list[Path]:
-    """NVIDIA's wheels have their libraries below the namespace package `nvidia`."""
+    """NVIDIA's wheels have their libraries below the namespace package `nvidia`. Of several, that of torch's CUDA comes
+    first, whose machine code a driver that runs torch can load; then the newest.
+    """
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else None
     found = [p for folder in folders or () for p in Path(folder).glob("*/lib/libnvrtc.so.*")]
-    return sorted(found, reverse=True)
+    own = int((torch.version.cuda or "0").partition(".")[0])
+    return sorted(found, key=lambda path: ((major := _major(path)) == own, major), reverse=True)
+
+
+def _major(library: Path) -> int:
+    """Of libnvrtc.so.13 it is 13."""
+    return int(library.name.removeprefix("libnvrtc.so.").partition(".")[0])
 
 
 def _read(get_size: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer, program: ctypes.c_void_p) -> bytes:
