@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.pool.file import open_packed, packed_name, save_packed
-from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentAdapter
 from loray.errors import IntegrityError
@@ -102,3 +103,16 @@ def test_what_is_not_finite_in_the_pools_dtype_is_named(bad: float) -> None:
     half = Packer(packer().geometry, torch.bfloat16, torch.zeros(1, 8))
     with pytest.raises(IntegrityError, match="layer 1 v_proj lora_b is not finite"):
         half.pack(own)
+
+
+def test_page_locked_memory_is_counted_as_torch_takes_it() -> None:
+    """By powers of two, for each tensor."""
+    packed = packer().pack(weights({0: 3, 1: 3, 3: 5}))
+    sizes = [t.nbytes for t in (*packed.layered, packed.flat)]
+    assert packed.host_bytes == packed.nbytes == sum(sizes)
+    pinned = replace(packed, pinned=True)
+    assert pinned.nbytes == sum(sizes)
+    taken = [next(1 << n for n in range(30) if 1 << n >= size) for size in sizes if size]
+    assert pinned.host_bytes == sum(taken) > sum(sizes)
+    whole = torch.zeros(1 << 10, dtype=torch.uint8)
+    assert bytes_taken(whole, pinned=True) == 1 << 10

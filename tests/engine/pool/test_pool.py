@@ -199,6 +199,9 @@ def test_logits_are_the_same_bits_after_compaction(
     assert engine.pool.allocator.num_free == free + num_freed
     assert not engine.pool.compact(99)
     engine.check_integrity()
+    for adapter in engine.pool.residents:  # it is as large wherever its rows are
+        own = sum(e.width * e.rows / engine.pool.geometry.capacity(e.kind) for e in adapter.extents)
+        assert adapter.num_blocks == pytest.approx(own)
     run(engine, [])
     for name in kept:
         assert torch.equal(torch.stack(spy.logits[name]), torch.stack(expected.logits[name]))

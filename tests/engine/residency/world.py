@@ -23,6 +23,10 @@ class Packed:
     partial: PartialLoad | None = None
     pair: Pair | None = None
 
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes
+
 
 class World:
     """A store whose loads end when a test says so, and a pool of `slots` adapters."""

@@ -32,6 +32,10 @@ class Packed:
     pair: None = None
     partial: PartialLoad | None = None
 
+    @property
+    def host_bytes(self) -> int:
+        return self.nbytes
+
 
 def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
     return AdapterRef(

@@ -24,7 +24,7 @@ from loray.engine.memory.blocks import Geometry, Kind
 from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix, columns
 from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard, pad_rank
 from loray.engine.pool.loading import AdapterSource, LoadAdapter, Progress
-from loray.engine.pool.packed import PackedAdapter, Packer, row_order
+from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.records import input_shapes
 from loray_kernels import INPUTS, InputShape, Split
 
@@ -39,6 +39,12 @@ class ShardedAdapter(PackedAdapter):
     def nbytes(self) -> int:
         """Of all ranks' parts."""
         return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all ranks' parts."""
+        parts = (self, *self.others)
+        return sum(bytes_taken(t, pinned=part.pinned) for part in parts for t in (*part.layered, part.flat))
 
 
 def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
@@ -75,6 +81,7 @@ def shard_adapter(
         token_ids=first.token_ids,
         pair=first.pair,
         rope=first.rope,
+        pinned=first.pinned,
         others=tuple(parts[1:]),
     )
 
@@ -96,6 +103,7 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
         layered=tuple(layered),
         flat=_pack(flat, local.capacity(Kind.FLAT), pinned=pinned)[0],
         partial=None,
+        pinned=pinned,
     )
 
 

@@ -76,10 +76,11 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
     return PackedAdapter(
         shape=shape,
         layered=tuple(rows.pin_memory() if pinned else rows for rows in layered),
-        flat=flat,
+        flat=flat.pin_memory() if pinned else flat,
         token_ids=tuple(header["token_ids"]),
         pair=None,
         rope=header["rope"] and RopeParameters.model_validate(header["rope"]),
+        pinned=pinned,
     )
 
 

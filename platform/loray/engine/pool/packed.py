@@ -40,6 +40,7 @@ class PackedAdapter:
     flat       rows without a layer, (elements,)
     token_ids  tokens that have an embedding row of the adapter's, in the order of its flat rows
     partial    how much is there of an adapter that is packed while it loads; None if it was complete from the start
+    pinned     whether the rows are in page-locked memory
     """
 
     shape: AdapterShape
@@ -49,10 +50,21 @@ class PackedAdapter:
     pair: ProjectionPair | None
     rope: RopeParameters | None
     partial: PartialLoad | None = None
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.layered, self.flat))
+
+    @property
+    def host_bytes(self) -> int:
+        """What the rows take of host memory."""
+        return sum(bytes_taken(t, pinned=self.pinned) for t in (*self.layered, self.flat))
+
+
+def bytes_taken(tensor: Tensor, *, pinned: bool) -> int:
+    """Torch takes page-locked memory by powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if pinned and tensor.nbytes else tensor.nbytes
 
 
 class Stretch(NamedTuple):
@@ -186,6 +198,7 @@ class Packing:
             pair=packer.shared(weights.pair),
             rope=weights.rope,
             partial=partial,
+            pinned=packer.pinned,
         )
         _write(self.packed.flat, flat, flat_order)
         _check_finite(self.packed.flat[None], [""], flat_order)

@@ -115,8 +115,9 @@ class Pool:
             if m.role == "lora_b"
         }
         tensors = self._row_tensors(table)
+        num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)
         resident = ResidentAdapter(
-            ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
+            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, token_row, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
         complete = packed.partial is None or packed.partial.complete
@@ -217,7 +218,7 @@ class Pool:
 
     def size_of(self, adapter: ResidentAdapter) -> float:
         """Blocks that its removal would free, counting parts of shared blocks; with its pair if no other uses that."""
-        blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in adapter.extents)
+        blocks = adapter.num_blocks
         if adapter.pair is not None and adapter.pair.references == 1:
             blocks += adapter.pair.num_blocks
         return max(blocks, 1 / self.geometry.block_size)  # an adapter that changes only RoPE has no rows

@@ -32,6 +32,7 @@ class ResidentAdapter:
 
     rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
+    num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row  {token: offset of the adapter's embedding row for it}
     record     on the device; None without one, see `records`
     pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
@@ -43,6 +44,7 @@ class ResidentAdapter:
     rows: Mapping[tuple[int, str, Role], RowTables]
     scales: Mapping[tuple[int, str], float]
     extents: tuple[Extent, ...]
+    num_blocks: float
     token_row: Mapping[int, int]
     rope: RopeParameters | None
     pair: ResidentPair | None

@@ -1,7 +1,7 @@
 """Host memory: how many bytes adapters take there, and which copies are dropped for others.
 
-Counted are packed rows; each VeRA pair once, however many adapters share it; and loads that have started, with the
-adapter's published size.
+Counted are packed rows, with what page-locked memory takes beside them; each VeRA pair once, however many adapters
+share it; and loads that have started, with the adapter's published size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ class Packed(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Without the pair."""
+        """Of its rows, without the pair."""
+        ...
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take here: page-locked memory may be more."""
         ...
 
     @property
@@ -77,7 +82,7 @@ class HostMemory(Generic[P]):
 
     def add(self, digest: str, packed: P) -> None:
         self._copies[digest] = packed
-        self._use(packed.nbytes)
+        self._use(packed.host_bytes)
         if packed.pair is not None:
             self._sharers[packed.pair.digest] += 1
             if self._sharers[packed.pair.digest] == 1:
@@ -86,7 +91,7 @@ class HostMemory(Generic[P]):
     def drop(self, digest: str) -> None:
         self.set_removable(digest, None)
         packed = self._copies.pop(digest)
-        self._use(-packed.nbytes)
+        self._use(-packed.host_bytes)
         if packed.pair is not None:
             self._sharers[packed.pair.digest] -= 1
             if not self._sharers[packed.pair.digest]:
@@ -108,7 +113,7 @@ class HostMemory(Generic[P]):
             else:
                 del self._needed[bisect_left(self._needed, (before, digest))]
             if before > self._blocked[1]:
-                self._slack -= self._copies[digest].nbytes
+                self._slack -= self._copies[digest].host_bytes
         if came is not None:
             if math.isinf(came):
                 self._evictable[digest] = None
@@ -116,7 +121,7 @@ class HostMemory(Generic[P]):
                 insort(self._needed, (came, digest))
             if came > self._blocked[1]:
                 packed = self._copies[digest]
-                self._slack += packed.nbytes + (0 if packed.pair is None else packed.pair.nbytes)
+                self._slack += packed.host_bytes + (0 if packed.pair is None else packed.pair.nbytes)
 
     def touch(self, digest: str) -> None:
         """The copy was used."""
@@ -165,7 +170,7 @@ class HostMemory(Generic[P]):
                 break
             packed = self._copies[digest]
             victims.append(digest)
-            freed += packed.nbytes
+            freed += packed.host_bytes
             if packed.pair is not None:
                 sharers[packed.pair.digest] += 1
                 if sharers[packed.pair.digest] == self._sharers[packed.pair.digest]:
@@ -177,13 +182,14 @@ class HostMemory(Generic[P]):
         see `set_removable`.
         """
         pairs = {p.pair.digest: p.pair.nbytes for p in self._copies.values() if p.pair is not None}
-        assert self.used == reserved + sum(p.nbytes for p in self._copies.values()) + sum(pairs.values())
+        assert self.used == reserved + sum(p.host_bytes for p in self._copies.values()) + sum(pairs.values())
         assert removable.keys() == self._copies.keys()
         known = {digest: came for digest, came in removable.items() if came is not None}
         assert known == self._removable, "removable copies differ from those that no request waits for, or a later one"
         assert set(self._evictable) == {digest for digest, came in known.items() if math.isinf(came)}
         assert self._needed == sorted((came, digest) for digest, came in known.items() if not math.isinf(came))
         slack = (
-            sum(self._copies[digest].nbytes for digest, came in known.items() if came > self._blocked[1]) - self.used
+            sum(self._copies[digest].host_bytes for digest, came in known.items() if came > self._blocked[1])
+            - self.used
         )
         assert not self._blocked[0] or self._slack >= slack, "a load that fits would not be tried"
