@@ -20,11 +20,19 @@ from torch import Tensor
 _HUGE_PAGE = 2 << 20
 _SHARED = 16 * _HUGE_PAGE
 _LINE = 64
+_OUT_OF_MEMORY = ("out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")  # what CUDA, CuPy, Triton and cuBLAS say
 _MALLOPT = {  # mallopt(3): parameters of <malloc.h>, and their values in bytes
     -3: 32 << 20,  # M_MMAP_THRESHOLD: larger blocks go back to the system when they are freed; the most that is allowed
     -1: 256 << 20,  # M_TRIM_THRESHOLD: free memory at the end of the heap, above which it is given back
     -2: 64 << 20,  # M_TOP_PAD: by how much a heap grows, and what is left of it; a thread's heaps are as large
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A device has too little memory. Only torch has an error of its own for that."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.tables import MAX_SPLITS, num_splits
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
+from loray_kernels.memory import is_out_of_memory
 from loray_kernels.records import Directory
 from loray_kernels.vectors import VectorShape
 
@@ -140,7 +141,9 @@ class DecodeGraphs:
         """None if the device's memory is too small."""
         try:
             return self._recorder(partial(self._compute, form))
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
             return None
 
     def _compute(self, form: Form) -> Tensor:

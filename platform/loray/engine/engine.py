@@ -24,6 +24,7 @@ from loray.engine.pool.loading import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentAdapter
+from loray.engine.recovery import undo_step
 from loray.engine.report import report
 from loray.engine.request import Request, TokenOutput
 from loray.engine.residency.residency import Residency
@@ -97,14 +98,9 @@ class Engine:
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
 
-        The pool's limit is what the adapter leaves. Until the adapter has been loaded, its share is estimated from its
-        published size.
+        The pool's limit is what the adapter leaves.
         """
-        geometry = self.pool.geometry
-        own = 0
-        if adapter is not None:
-            estimate = min(-(-adapter.nbytes // self.pool.block_bytes) + 1, geometry.num_blocks // 2)
-            own = self._loads.num_blocks(adapter.digest) or estimate
+        geometry, own = self.pool.geometry, 0 if adapter is None else self._loads.expected_blocks(adapter)
         context = adapter.context_length if adapter is not None else self.base.config.max_position_embeddings
         return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
 
@@ -152,7 +148,10 @@ class Engine:
         plan = self.scheduler.next()
         outputs = [self._fail(request, error) for request, error in refused + plan.failed]
         if plan.chunks:
-            outputs += self._run(plan.chunks, plan.work)
+            try:
+                outputs += self._run(plan.chunks, plan.work)
+            except RuntimeError as e:  # perhaps the device is out of memory
+                outputs.append(self._fail(*undo_step(e, plan.chunks, self.scheduler, self._model)))
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
 

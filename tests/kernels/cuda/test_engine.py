@@ -83,37 +83,6 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     assert ops.replayed == replayed
 
 
-def test_requests_of_the_same_tokens_share_blocks_while_they_decode(
-    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When a block is full, the twin's is replaced, and soon taken by another request."""
-    monkeypatch.setattr(graphs, "SIZES", (4,))
-    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA))
-    requests = [request(str(i), range(3, 13), [None, adapters[0]][i // 2], max_tokens=34) for i in range(4)]
-    engine = make_engine(base, adapters)
-    decode_steps = decode_steps_of(engine, monkeypatch)
-    got = served(engine, requests, joins=4)
-    assert len(ops.replayed) == len(decode_steps) > 30
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
-    assert got == served(make_engine(base, adapters), requests, joins=4)
-
-
-def test_what_is_recorded_for_adapters_with_more_serves_the_others(
-    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs, "SIZES", (4,))
-    requests = [request(str(i), range(3 + i, 13), [None, adapters[0]][i % 2], max_tokens=4 + 3 * i) for i in range(3)]
-    engine = make_engine(base, adapters, graph_bytes=1)
-    assert [form.kind for form in cast(Any, engine._model)._recorded._recorded] == [graphs.KINDS[-1]]
-    decode_steps = decode_steps_of(engine, monkeypatch)
-    got = served(engine, requests, joins=3)
-    assert len(ops.replayed) == len(decode_steps) > 8
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
-    assert got == served(make_engine(base, adapters), requests, joins=3)
-
-
 def test_steps_with_a_prompt_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:
     engine = make_engine(base, adapters, max_num_batched_tokens=32)
     run(engine, [request("warm", range(3, 9), adapters[0], max_tokens=1)])

@@ -109,6 +109,12 @@ class Decoder:
         self._adapters = batch.adapters
         return batch
 
+    def forget_steps(self) -> None:
+        """A step has failed: nothing is kept from step to step but what `pool` holds."""
+        self._adapters = None
+        if self._steps is not None:
+            self._steps.forget()
+
     @torch.inference_mode()
     def forward(
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None

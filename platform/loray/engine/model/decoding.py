@@ -62,9 +62,15 @@ class DecodeSteps:
         self._max_blocks, self._max_rows = max_blocks, max_rows
         self._free = list(range(num_seats))[::-1]
         self._seat_of: dict[Request, int] = {}
-        self._blocks: list[list[int]] = [[]] * num_seats  # by seat: the request's own list, which only grows, and
-        self._lengths = [0] * num_seats  # how many of it are in the table
-        self._last: _Arranged | None = None
+        self._blocks: list[list[int]]  # by seat: the request's own list, which only grows, and
+        self._lengths: list[int]  # how many of it are in the table
+        self._last: _Arranged | None
+        self.forget()
+
+    def forget(self) -> None:
+        """What the tables hold is not known any more: a step has failed, and perhaps before its blocks were sent."""
+        num_seats = len(self._free) + len(self._seat_of)
+        self._blocks, self._lengths, self._last = [[]] * num_seats, [0] * num_seats, None
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | None:
         """None if the step is of another kind, or has an adapter without a record."""

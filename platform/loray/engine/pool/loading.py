@@ -69,6 +69,11 @@ class AdapterLoads:
         """The most blocks that the adapter takes; None until it has been loaded. May be called from any thread."""
         return self._num_blocks.get(digest)
 
+    def expected_blocks(self, ref: AdapterRef) -> int:
+        """Likewise; until it has been loaded, an estimate from its published size."""
+        estimate = min(-(-ref.nbytes // self._pool.block_bytes) + 1, self._pool.geometry.num_blocks // 2)
+        return self._num_blocks.get(ref.digest) or estimate
+
     def nbytes(self, digest: str) -> AdapterBytes | None:
         """Bytes that it takes in the pool; None until it has been loaded. May be called from any thread."""
         return self._bytes.get(digest)

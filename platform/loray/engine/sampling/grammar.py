@@ -89,6 +89,7 @@ class Grammars:
         self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
         self._preparing: dict[Request, Future[LLMatcher]] = {}
         self._answers: dict[Request, _Answer] = {}
+        self._computing: Future[None] | None = None  # the last masks
 
     @cached_property
     def _compiling(self) -> ThreadPoolExecutor:
@@ -164,13 +165,15 @@ class Grammars:
         """
         if not self._answers:
             return None
+        if self._computing is not None:
+            self._computing.result()  # of a step that has failed, nobody has waited for them
         answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
         if not answers:
             return None
         for request, answer in answers:
             answer.read(request.output_ids)
         words_MW = self._words(len(answers))
-        computing = self._masking.submit(
+        computing = self._computing = self._masking.submit(
             self._executor.unsafe_compute_mask_ptr,
             [(answer.matcher, row) for row, (_, answer) in enumerate(answers)],
             words_MW.ctypes.data,

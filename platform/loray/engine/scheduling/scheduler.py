@@ -129,6 +129,14 @@ class Scheduler(Generic[P, R]):
             self.waiting.remove(request)
         request.state = State.FINISHED
 
+    def preempt(self, request: Request) -> None:
+        """A running request waits again, and is computed again from what the prefix cache keeps of it."""
+        self.running.remove(request)
+        self._release(request)
+        request.state = State.WAITING
+        self.waiting.add(request, again=True)
+        self.num_preemptions += 1
+
     def next_deadline(self) -> float:
         """When `next` must be called although nothing happens, in seconds of the clock; infinite: it need not be."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
@@ -157,7 +165,7 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
         if one is not None and len(self.running) >= self._max_num_seqs:
-            self._preempt(one)
+            self.preempt(one)
         budget = self._new_budget()
         chunks = self._decode(budget)
         self._admission.stepped()
@@ -202,7 +210,7 @@ class Scheduler(Generic[P, R]):
             if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
             if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
-                self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
+                self.preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1
                 request.decoding_since = min(request.decoding_since, now)
@@ -268,18 +276,10 @@ class Scheduler(Generic[P, R]):
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
         self._blocks.share(request)
         while not self._blocks.extend(request, request.num_tokens):
-            last = self.running[-1]
-            self._preempt(last)
+            self.preempt(last := self.running[-1])
             if last is request:
                 return False
         return True
-
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._release(request)
-        request.state = State.WAITING
-        self.waiting.add(request, again=True)
-        self.num_preemptions += 1
 
     def _release(self, request: Request) -> None:
         self._blocks.share(request)

@@ -1,0 +1,89 @@
+"""Recorded decode steps of an engine where blocks, recordings or memory are not what the step before left."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.engine import build
+from loray_kernels import Parts
+from loray_kernels.cuda import graphs
+from loray_kernels.reference import ReferenceOps
+from tests.engine.adapters import TestAdapter
+from tests.engine.harness import make_engine, request, run, submit
+from tests.kernels.cuda.shim_ops import ShimOps
+from tests.kernels.cuda.test_engine import adapters, base, decode_steps_of, ops, served  # noqa: F401
+
+
+def test_requests_of_the_same_tokens_share_blocks_while_they_decode(
+    base: BaseModel,  # noqa: F811
+    adapters: list[TestAdapter],  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When a block is full, the twin's is replaced, and soon taken by another request."""
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA))
+    requests = [request(str(i), range(3, 13), [None, adapters[0]][i // 2], max_tokens=34) for i in range(4)]
+    engine = make_engine(base, adapters)
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    got = served(engine, requests, joins=4)
+    assert len(ops.replayed) == len(decode_steps) > 30
+    reference = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    assert got == served(make_engine(base, adapters), requests, joins=4)
+
+
+def test_what_is_recorded_for_adapters_with_more_serves_the_others(
+    base: BaseModel,  # noqa: F811
+    adapters: list[TestAdapter],  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    requests = [request(str(i), range(3 + i, 13), [None, adapters[0]][i % 2], max_tokens=4 + 3 * i) for i in range(3)]
+    engine = make_engine(base, adapters, graph_bytes=1)
+    assert [form.kind for form in cast(Any, engine._model)._recorded._recorded] == [graphs.KINDS[-1]]
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    got = served(engine, requests, joins=3)
+    assert len(ops.replayed) == len(decode_steps) > 8
+    reference = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    assert got == served(make_engine(base, adapters), requests, joins=3)
+
+
+def test_after_a_step_without_memory_the_tables_are_sent_again(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step in which new blocks would have been sent fails its longest request."""
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
+    requests = [request(str(i), range(3 + i, 15 + i), max_tokens=12) for i in range(2)]
+    engine = make_engine(base)
+    recorded, failed = cast(Any, engine._model)._recorded, []
+
+    def without_memory(step: Any) -> Tensor:
+        if step.places and step.positions.max() >= 16 and not failed:
+            failed.append(len(step.token_ids))
+            raise torch.OutOfMemoryError
+        return cast(Tensor, recorded(step))
+
+    monkeypatch.setattr(engine._model, "_recorded", without_memory)
+    submit(engine, requests)
+    out: dict[str, list[int]] = {"0": [], "1": []}
+    while engine.has_work:
+        for token in engine.step():
+            out[token.request_id].append(-1 if token.token_id is None else token.token_id)
+    assert failed == [2]
+    reference = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    expected = run(make_engine(base), requests)
+    gone = next(name for name, tokens in out.items() if tokens[-1] == -1)
+    assert out[gone] == [*expected.pop(gone)[: len(out[gone]) - 1], -1]
+    assert {name: out[name] for name in expected} == expected
