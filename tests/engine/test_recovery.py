@@ -4,6 +4,7 @@ nothing leaks.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.scheduling.plan import Chunk
+from loray.engine.stream import EngineStream
 from loray.errors import EngineError
 from loray.spec import GenerateRequest
 from tests.engine.adapters import TestAdapter
@@ -135,6 +137,30 @@ def test_each_of_several_steps_in_a_row_fails_one_request_and_the_last_fails_alo
     tokens, errors = outcomes(engine, [after])
     assert not errors
     assert tokens == run(make_engine(base), [after])
+
+
+def test_a_stream_goes_on(base: BaseModel) -> None:
+    engine = make_engine(base, num_threads=1)
+    low = [True]
+    out_of_memory(engine, lambda chunks: low[0], "forward")
+    stream = EngineStream(engine)
+    stream.start()
+
+    async def tokens(r: GenerateRequest) -> list[int]:
+        return [t async for delta in stream.generate(r) for t in delta.token_ids]
+
+    async def test() -> list[int]:
+        with pytest.raises(EngineError, match="more memory than the device has"):
+            await tokens(request("first", ids(9)))
+        low[0] = False
+        stream.check_health()
+        return await tokens(request("second", ids(9)))
+
+    try:
+        got = asyncio.run(asyncio.wait_for(test(), timeout=60))
+    finally:
+        stream.stop()
+    assert got == run(make_engine(base), [request("second", ids(9))])["second"]
 
 
 @pytest.mark.parametrize("message", ["CUDA_ERROR_OUT_OF_MEMORY: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
