@@ -105,6 +105,9 @@ class LayerTables:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+TablesOf = Callable[[int], LayerTables]  # of a layer, by its number
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
     """A matrix in the layout of its backend, which only that backend can read."""
@@ -172,13 +175,10 @@ class Ops(Protocol):
         """
         ...
 
-    def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
+    def decoder_layers(
+        self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
-        """A layer in one call, equal bit for bit to its ops; may write `x_TD`. None if the backend has none.
-
-        `tables`: the layer's, and those of the next one, if there is one, whose rows may be prefetched.
-        """
+        """Layers from `first` on in one call, with the bits of their ops; may write `x_TD`. None if there is none."""
         ...
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:

@@ -15,13 +15,13 @@ from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, Ste
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     Exchange,
-    LayerTables,
     LayerWeights,
     LinearWeights,
     LoraTable,
     PairMatrix,
     Segments,
     StepInputs,
+    TablesOf,
     VeraTable,
     alone,
 )
@@ -51,8 +51,8 @@ class ReferenceOps:
     def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
         return None
 
-    def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
+    def decoder_layers(
+        self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
         return None
 

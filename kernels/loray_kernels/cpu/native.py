@@ -24,7 +24,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_linear": (_P, _I, _I, _P, _N),
     "linear": (_P, _I, _I, _P, _P, _N),
     "logits": (_P, _I, _I, _P, _P, _N),
-    "layer": (_P, _P, _P, _P, _P, _I, _N),
+    "layers": (_P, _P, _P, _I, _P, _I, _I, _N),
     "silu_mul": (_P, _I, _I, _I, _P, _N),
     "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
     "lora_expand": (_P, _P, _P, _I, _P, _N),
@@ -45,7 +45,7 @@ class Functions(NamedTuple):
     pack_linear: Any
     linear: Any
     logits: Any
-    layer: Any
+    layers: Any
     silu_mul: Any
     lora_shrink: Any
     lora_expand: Any
@@ -87,12 +87,12 @@ def functions(isa: str) -> dict[torch.dtype, Functions]:
     """Compiled at first use. BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`."""
     if isa not in supported():
         raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
-    loaded = _library(isa)
+    loaded, beside = _library(isa), _beside_python(isa)
     found = {}
     for dtype, suffix in _SUFFIX.items():
         kernels = []
         for name, signature in _SIGNATURES.items():
-            function = loaded[f"{name}_{suffix}_{isa}"]
+            function = (beside if name == "layers" else loaded)[f"{name}_{suffix}_{isa}"]
             function.argtypes, function.restype = signature, None
             kernels.append(function)
         found[dtype] = Functions(*kernels)
@@ -114,6 +114,11 @@ def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes
         raise BackendUnavailable(f"the cpu kernels do not load: {e}; delete {path} to have it made anew") from e
 
 
+def _beside_python(isa: str) -> ctypes.CDLL:
+    """The library for calls that take long: they release Python's lock."""
+    return ctypes.CDLL(_library(isa)._name)
+
+
 @cache
 def sample_function(isa: str) -> Any:
     """csrc/sample.cpp; its logits are fp32 whatever the model's dtype is."""
@@ -124,8 +129,8 @@ def sample_function(isa: str) -> Any:
 
 @cache
 def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """csrc/causal.cpp: forward and backward. They release Python's lock: with a long context each takes seconds."""
-    library = ctypes.CDLL(_library(isa)._name)
+    """csrc/causal.cpp: forward and backward."""
+    library = _beside_python(isa)
     forward, backward = (library[f"causal_{way}_{_SUFFIX[dtype]}_{isa}"] for way in ("forward", "backward"))
     shape = (_I, _I, _I, _I, _F, _N)
     forward.argtypes, forward.restype = (*[_P] * 5, *shape), None

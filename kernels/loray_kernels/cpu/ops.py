@@ -21,17 +21,18 @@ from loray_kernels.cpu.tables import (
     pack_rows,
     pack_segments,
     pack_step,
+    pack_words,
 )
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
 from loray_kernels.ops import (
-    LayerTables,
     LayerWeights,
     LinearWeights,
     LoraTable,
     PairMatrix,
     Segments,
     StepInputs,
+    TablesOf,
     VeraTable,
 )
 from loray_kernels.vectors import TokenRows
@@ -40,28 +41,34 @@ from loray_kernels.vectors import TokenRows
 class CpuOps(DenseOps):
     """Adds the ops of adapters, and a decoder layer as one call."""
 
-    def decoder_layer(
-        self, x_TD: Tensor, weights: LayerWeights, tables: Sequence[LayerTables], step: StepInputs, layer: int
+    def decoder_layers(
+        self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
         """Writes `x_TD`."""
-        matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
-        f = self._for(step.pool, x_TD, step.cos_Td, *(m.data for m in matrices))
-        if f is None or step.layout.head_dim % 16 or any(m.data.dim() != 1 for m in matrices):
+        matrices = [m.data for w in weights for m in (w.qkv, w.o, w.gate_up, w.down)]
+        f = self._for(step.pool, x_TD, step.cos_Td, *matrices)
+        if f is None or step.layout.head_dim % 16 or any(m.dim() != 1 for m in matrices):
             return None
-        packed, inputs = pack_layer_weights(weights), pack_step(step)
-        own, *following = (pack_layer_tables(t, weights, self._pair_weights) for t in tables)
+        inputs = pack_step(step)
+        numbers = range(first, min(first + len(weights) + 1, step.layout.num_layers))  # the next one's rows as well
+        packed = [pack_layer_weights(w) for w in weights]
+        own = [pack_layer_tables(tables(i), weights[0], self._pair_weights) for i in numbers]
         assert x_TD.is_contiguous()
-        assert x_TD.shape == (*inputs.widths, *packed.widths)
-        assert all(t.num in (0, inputs.num) for t in (own, *following))
-        f.layer(
+        assert all(x_TD.shape == (*inputs.widths, *p.widths) for p in packed)
+        assert all(t.num in (0, inputs.num) for t in own)
+        weights_address, held = pack_words([p.address for p in packed])
+        tables_address, kept = pack_words([t.address for t in own])
+        f.layers(
             x_TD.data_ptr(),
-            packed.address,
-            own.address,
-            following[0].address if following else None,
+            weights_address,
+            tables_address,
+            len(own),
             inputs.address,
-            layer,
+            first,
+            len(packed),
             torch.get_num_threads(),
         )
+        del held, kept  # until here C reads them
         return x_TD
 
     def lora_shrink(

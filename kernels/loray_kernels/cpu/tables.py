@@ -39,7 +39,8 @@ class Packed(NamedTuple):
     num: int
 
 
-def _words(values: list[int]) -> tuple[int, array[int]]:
+def pack_words(values: list[int]) -> tuple[int, array[int]]:
+    """Their address, and what holds them."""
     packed = array("q", values)
     return packed.buffer_info()[0], packed
 
@@ -53,7 +54,7 @@ def pack_rows(rows: RowTables) -> Packed:
             offsets_R = offsets_R.contiguous()
             words += (column, columns, offsets_R.data_ptr())
             keep.append(offsets_R)
-        address, held = _words(words)
+        address, held = pack_words(words)
         packed = rows.memo["cpu"] = Packed(address, (held, *keep), (width,), num)
     return packed
 
@@ -64,9 +65,9 @@ def pack_lora(table: LoraTable) -> Packed:
     if packed is None:
         a, b, starts = pack_rows(table.a), pack_rows(table.b), table.rank_start
         assert starts[-1] <= min(a.num, b.num)
-        start_address, start = _words(list(starts))
+        start_address, start = pack_words(list(starts))
         scale = array("f", table.scale)
-        address, held = _words([a.address, b.address, start_address, scale.buffer_info()[0]])
+        address, held = pack_words([a.address, b.address, start_address, scale.buffer_info()[0]])
         widths = (a.widths[0], b.widths[0], table.max_rank)
         packed = table.memo["cpu"] = Packed(address, (held, a, b, start, scale), widths, len(table.scale))
     return packed
@@ -76,8 +77,8 @@ def pack_segments(segments: Segments) -> Packed:
     """widths: (tokens at least); num: adapters."""
     packed: Packed | None = segments.memo.get("cpu")
     if packed is None:
-        (start_address, start), (stop_address, stop) = _words(list(segments.start)), _words(list(segments.stop))
-        address, held = _words([len(start), start_address, stop_address])
+        (start_address, start), (stop_address, stop) = pack_words(list(segments.start)), pack_words(list(segments.stop))
+        address, held = pack_words([len(start), start_address, stop_address])
         last = max(segments.stop, default=0)
         packed = segments.memo["cpu"] = Packed(address, (held, start, stop), (last,), len(start))
     return packed
@@ -90,11 +91,11 @@ def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
         tables = [t.contiguous() for t in meta.block_table]
         assert all(t.shape[0] * block_tokens >= c for t, c in zip(tables, meta.context_len, strict=True))
         (query_address, query), (context_address, context) = (
-            _words(list(meta.query_start)),
-            _words(list(meta.context_len)),
+            pack_words(list(meta.query_start)),
+            pack_words(list(meta.context_len)),
         )
-        table_address, pointers = _words([t.data_ptr() for t in tables])
-        address, held = _words([len(context), query_address, context_address, table_address])
+        table_address, pointers = pack_words([t.data_ptr() for t in tables])
+        address, held = pack_words([len(context), query_address, context_address, table_address])
         keep = (held, query, context, pointers, *tables)
         packed = meta.memo["cpu"] = Packed(address, keep, (meta.query_start[-1],), len(context))
     return packed
@@ -102,7 +103,7 @@ def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
 
 @cache
 def pack_layout(layout: KvLayout) -> Packed:
-    address, held = _words([layout.num_layers, layout.block_tokens, layout.num_kv_heads, layout.head_dim])
+    address, held = pack_words([layout.num_layers, layout.block_tokens, layout.num_kv_heads, layout.head_dim])
     return Packed(address, (held,), (), 0)
 
 
@@ -122,7 +123,7 @@ def pack_layer_weights(weights: LayerWeights) -> Packed:
         for matrix in (weights.qkv, weights.o, weights.gate_up, weights.down):
             words += pack_matrix(matrix)
         words += [weights.num_heads, *unpack("qq", pack("dd", weights.eps, weights.scale))]
-        address, held = _words(words)
+        address, held = pack_words(words)
         packed = weights.memo["cpu"] = Packed(address, (held,), (weights.qkv.in_features,), 0)
     return packed
 
@@ -160,7 +161,7 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
             words += _lora_group(tables, in_features, modules, keep)
             words += _vera_group(tables, in_features, modules, keep, pack_pair)
             words += _dora_group(tables, modules, keep)
-        address, held = _words(words)
+        address, held = pack_words(words)
         counts = {len(t.scale) for t in tables.lora.values()}
         assert len(counts) <= 1
         packed = tables.memo["cpu"] = Packed(address, (held, *keep), (), counts.pop() if counts else 0)
@@ -188,7 +189,7 @@ def _lora_group(tables: LayerTables, in_features: int, modules: list[_Module], k
             ranks.append(packed.widths[2])
     words = [len(addresses)]
     for values in (addresses, columns, ranks):
-        address, held = _words(values)
+        address, held = pack_words(values)
         keep.append(held)
         words.append(address)
     return words
@@ -214,10 +215,10 @@ def _vera_group(
             weights = pack_pair(table.b_OR, rank)
             keep += (d, b, weights)
             own += (*pack_matrix(weights, width), d.address, b.address, table.start, d.num, column)
-        weights, (address, held) = pack_pair(a_RI, in_features), _words(own)
+        weights, (address, held) = pack_pair(a_RI, in_features), pack_words(own)
         keep += (held, weights)
         words += (*pack_matrix(weights), first, stop - first, len(inside), address)
-    address, held = _words(words)
+    address, held = pack_words(words)
     keep.append(held)
     return [len(spans), address]
 
@@ -229,7 +230,7 @@ def _dora_group(tables: LayerTables, modules: list[_Module], keep: list[Any]) ->
         if (own := tables.dora.get(module)) is not None:
             assert pack_rows(own.rows).widths == (width,)
             words += (*_own_rows(own, keep), column, width)
-    address, held = _words(words)
+    address, held = pack_words(words)
     keep.append(held)
     return [len(words) // 5, address]
 
@@ -251,7 +252,7 @@ def pack_step(step: StepInputs) -> Packed:
         layout = pack_layout(step.layout)
         pointers = (step.pool.data_ptr(), cos_Td.data_ptr(), sin_Td.data_ptr())
         words = [num_tokens, *pointers, layout.address, meta.address, slots_T.data_ptr(), spans.address]
-        address, held = _words(words)
+        address, held = pack_words(words)
         keep = (held, meta, spans, slots_T, cos_Td, sin_Td, layout, step.pool)
         packed = step.memo["cpu"] = Packed(address, keep, (num_tokens,), spans.num)
     return packed

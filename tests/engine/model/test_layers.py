@@ -1,8 +1,8 @@
-"""The fused layer against the same layer op by op: the same bits, at every layer of real batches."""
+"""Layers in one call against the same layers op by op: the same bits, in every step of real batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_fused_layer_gives_the_bits_of_its_ops(
+def test_layers_in_one_call_give_the_bits_of_their_ops(
     tiny_base: Callable[..., BaseModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -51,17 +51,25 @@ def test_the_fused_layer_gives_the_bits_of_its_ops(
     own = adapters(base, tmp_path)
     compared = 0
 
-    def both(self: Layer, x_TD: Tensor, step: Step) -> Tensor:
+    def both(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
         nonlocal compared
-        expected_TD = self.composed(x_TD.clone(), step)
-        tables = [step.batch.adapters.layer(i) for i in self._with_next]
-        got_TD = step.ops.decoder_layer(x_TD.clone(), self._weights, tables, step.inputs, self._layer)
+        adapters, weights = step.batch.adapters, [layer.weights for layer in layers]
+        expected_TD = x_TD
+        for layer in layers:
+            entered_TD, expected_TD = expected_TD, layer(expected_TD, step)
+            # One layer whose rows and the next one's are prefetched, and the pass in one call.
+            alone_TD = step.ops.decoder_layers(
+                entered_TD.clone(), [layer.weights], adapters.layer, step.inputs, layer.number
+            )
+            assert alone_TD is not None
+            assert torch.equal(alone_TD, expected_TD)
+        got_TD = step.ops.decoder_layers(x_TD.clone(), weights, adapters.layer, step.inputs, layers[0].number)
         assert got_TD is not None
         assert torch.equal(got_TD, expected_TD)
-        compared += 1
+        compared += len(layers)
         return got_TD
 
-    monkeypatch.setattr(Layer, "__call__", both)
+    monkeypatch.setattr("loray.engine.model.decoder.through", both)
     engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
     models = [None, *own, own[0], None]
     run(engine, [request(str(i), range(3, 9 + 4 * i), a, max_tokens=3) for i, a in enumerate(models)])

@@ -1,6 +1,7 @@
-// A decoder layer in one call: the same ops as from Python, in the same order and with the same roundings.
+// Decoder layers in one call: the same ops as from Python, in the same order and with the same roundings.
 //
-// For one token a layer takes a tenth of a millisecond; a dozen calls from Python would take most of that.
+// For one token a layer takes a tenth of a millisecond; a dozen calls from Python would take most of that. Between layers
+// nothing is left for Python to do.
 
 #include "products/ahead.h"
 #include "kernels.h"
@@ -69,9 +70,9 @@ static void add(T* x, const T* y, i64 num, int threads) {
         });
 }
 
-// x (tokens, hidden) ← the layer's result. `following`: the tables of the next layer; may be missing.
+// x (tokens, hidden) ← the layer's result. `own` and `next`: LoRA rows of this layer and of the next one.
 template <class T>
-static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, const LayerTables<T>* following,
+static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, const Ahead& own, const Ahead& next,
                   const StepInputs<T>& step, i64 index, int threads) {
     const Layout& layout = *step.layout;
     const i64 n = step.num_tokens, d = layout.head_dim, heads = w.num_heads, kv_heads = layout.num_kv_heads;
@@ -84,9 +85,6 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     T* const narrow = room<T>(5, n * max_(q_width, hidden));
 
     // The rows of a layer are prefetched from the MLP before it on, during each product in proportion to its time.
-    Ahead own, next;
-    if (index > 0) own = Ahead(tables, pool, step.spans->num);
-    if (following) next = Ahead(*following, pool + share, step.spans->num);
     const Matrix<T>* const products[] = {&w.gate_up, &w.down, &w.qkv, &w.o};
     i64 shares[5] = {0};
     for (int k = 0; k < 4; k++) shares[k + 1] = shares[k] + products[k]->in * products[k]->out;
@@ -124,16 +122,32 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
     add(x, normed, n * hidden, threads);
 }
 
+// x ← the results of the layers `first` to first + num − 1, one after the other. `tables`: theirs, and perhaps the next
+// layer's.
+template <class T>
+static void layers(T* x, const LayerWeights<T>* const* weights, const LayerTables<T>* const* tables, i64 num_tables,
+                   const StepInputs<T>& step, i64 first, i64 num, int threads) {
+    const Layout& layout = *step.layout;
+    const i64 share = 2 * layout.block_tokens * layout.num_kv_heads * layout.head_dim;
+    const auto rows = [&](i64 i) { return Ahead(*tables[i], step.pool + (first + i) * share, step.spans->num); };
+    Ahead own, next;
+    if (first > 0) own = rows(0);  // before the first layer there is no product
+    for (i64 i = 0; i < num; i++, own = next) {
+        next = i + 1 < num_tables ? rows(i + 1) : Ahead();
+        layer(x, *weights[i], *tables[i], own, next, step, first + i, threads);
+    }
+}
+
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;
 
-#define LORAY_LAYER(type, suffix)                                                                                  \
-    LORAY_ENTRY(layer_##suffix##_)                                                                                 \
-    (type * x, const LayerWeights<type>* weights, const LayerTables<type>* tables,                                 \
-     const LayerTables<type>* following, const StepInputs<type>* step, i64 index, int threads) {                   \
-        layer(x, *weights, *tables, following, *step, index, threads);                                             \
+#define LORAY_LAYERS(type, suffix)                                                                                   \
+    LORAY_ENTRY(layers_##suffix##_)                                                                                  \
+    (type * x, const LayerWeights<type>* const* weights, const LayerTables<type>* const* tables, i64 num_tables,     \
+     const StepInputs<type>* step, i64 first, i64 num, int threads) {                                                \
+        layers(x, weights, tables, num_tables, *step, first, num, threads);                                          \
     }
 
-LORAY_LAYER(bf16, bf16)
-LORAY_LAYER(float, fp32)
+LORAY_LAYERS(bf16, bf16)
+LORAY_LAYERS(float, fp32)

@@ -63,7 +63,7 @@ class AdapterBatch:
         self.segments = Segments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
         self.pairs = tuple(_pair_spans(slots))
         self._device = device
-        self._tables: dict[tuple[Group, ...], LayerTables] = {}
+        self._tables: dict[int | tuple[Group, ...], LayerTables] = {}  # also by layer
 
     def __reduce__(self) -> tuple[Callable[..., AdapterBatch], tuple[object, ...]]:
         """For another rank: its rows are elsewhere, so it makes tables of its own."""
@@ -75,7 +75,9 @@ class AdapterBatch:
         return not moved and self.slots == tuple(slots)
 
     def layer(self, layer: int) -> LayerTables:
-        return self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
+        if layer not in self._tables:
+            self._tables[layer] = self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
+        return self._tables[layer]
 
     def flat(self) -> LayerTables:
         return self._for((-1,) * len(self.slots), flat=True)
@@ -83,10 +85,9 @@ class AdapterBatch:
     def _for(self, groups: tuple[Group, ...], *, flat: bool = False) -> LayerTables:
         # Of a layer, group -1 means that the adapter has nothing there; so the key of the flat tables is empty.
         key = () if flat else groups
-        tables = self._tables.get(key)
-        if tables is None:
-            tables = self._tables[key] = self._build(groups, flat=flat)
-        return tables
+        if key not in self._tables:
+            self._tables[key] = self._build(groups, flat=flat)
+        return self._tables[key]
 
     def _build(self, groups: tuple[Group, ...], *, flat: bool) -> LayerTables:
         members = [(s, g) for s, g in zip(self.slots, groups, strict=True) if flat or g >= 0]
@@ -278,9 +279,8 @@ def build_batch(
     tables = torch.split(tensor(blocks), num_blocks)  # one copy to the device for all
     own_rows = None
     if own:
-        own_rows = TokenRows(
-            tensor([t for t, _ in own]), RowTables(((0, hidden_size, tensor([offset for _, offset in own])),))
-        )
+        tokens_N, offsets_N = tensor([t for t, _ in own]), tensor([offset for _, offset in own])
+        own_rows = TokenRows(tokens_N, RowTables(((0, hidden_size, offsets_N),)))
     return Batch(
         token_ids_T=tensor(tokens),
         positions_T=tensor(positions),

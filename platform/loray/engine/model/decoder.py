@@ -11,7 +11,7 @@ from loray.bases.config import ModelConfig
 from loray.engine.model.batch import AdapterBatch, Batch, build_batch
 from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
-from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step
+from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step, through
 from loray.engine.model.loading import load_layers
 from loray.engine.model.rope import Rope
 from loray.engine.pool.pool import Pool
@@ -135,10 +135,12 @@ class Decoder:
         cos_Td, sin_Td = self._rope(batch)
         step = Step.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
-        for i, layer in enumerate(self._layers):
-            if batch.wait_for_layer is not None:
-                batch.wait_for_layer(i)
-            x_TD = layer(x_TD, step)
+        if (wait_for := batch.wait_for_layer) is None:
+            x_TD = through(self._layers, x_TD, step)
+        else:
+            for layer in self._layers:
+                wait_for(layer.number)
+                x_TD = through((layer,), x_TD, step)
         x_TD = self._norm(x_TD, step)
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, _SCORED_BYTES // (4 * self.config.vocab_size))):

@@ -5,7 +5,7 @@ Shapes: T tokens, I input width, O output width, D hidden, H heads, d head dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -223,25 +223,21 @@ class MLP:
 
 
 class Layer:
-    """x + attention(norm(x)), then x + MLP(norm(x)); one call if the backend has one for a layer.
-
-    With other `linears` than LOCAL the ranks communicate inside the layer, so it runs op by op.
-    """
+    """x + attention(norm(x)), then x + MLP(norm(x)), op by op."""
 
     def __init__(
         self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears = LOCAL
     ) -> None:
         prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
         name = "input_layernorm"
-        self._layer, self._with_next = layer, range(layer, min(layer + 2, config.num_layers))
+        self.number, self.is_local = layer, linears is LOCAL
         self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
         self._attention = Attention(layer, config, tensors, ops, linears)
         name = "post_attention_layernorm"
         self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
         self._mlp = MLP(layer, tensors, ops, linears)
-        self._local = linears is LOCAL
         attention, mlp = self._attention, self._mlp
-        self._weights = LayerWeights(
+        self.weights = LayerWeights(
             attention_norm_D=self._attention_norm.weight_D,
             qkv=attention.qkv.weights,
             q_norm_d=None if attention.q_norm is None else attention.q_norm.weight_D,
@@ -258,14 +254,22 @@ class Layer:
         )
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        """(T, D); may write `x_TD`."""
-        if not self._local:
-            return self.composed(x_TD, step)
-        tables = [step.batch.adapters.layer(i) for i in self._with_next]
-        y_TD = step.ops.decoder_layer(x_TD, self._weights, tables, step.inputs, self._layer)
-        return self.composed(x_TD, step) if y_TD is None else y_TD
-
-    def composed(self, x_TD: Tensor, step: Step) -> Tensor:
-        """The layer op by op."""
+        """(T, D)."""
         x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
         return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)
+
+
+def through(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
+    """(T, D) after consecutive layers, in one call if the backend has one; may write `x_TD`.
+
+    With other linears than LOCAL the ranks communicate inside a layer, so it runs op by op.
+    """
+    first = layers[0]
+    if first.is_local:
+        weights = [layer.weights for layer in layers]
+        y_TD = step.ops.decoder_layers(x_TD, weights, step.batch.adapters.layer, step.inputs, first.number)
+        if y_TD is not None:
+            return y_TD
+    for layer in layers:
+        x_TD = layer(x_TD, step)
+    return x_TD

@@ -67,9 +67,9 @@ class Rope:
             if slot.adapter.rope is not None:
                 own = slice(slot.start, slot.stop)
                 angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
-        angles_Td = torch.cat((angles_Th, angles_Th), dim=-1)
         factor_T1 = factor_T.unsqueeze(1)
-        return (angles_Td.cos() * factor_T1).to(self._dtype), (angles_Td.sin() * factor_T1).to(self._dtype)
+        cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
+        return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
 
     def _angles(self, positions_T: Tensor, rope: RopeParameters) -> tuple[Tensor, Tensor]:
         inverse_d, factor = self._frequencies(rope)
