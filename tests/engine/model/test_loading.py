@@ -59,8 +59,8 @@ def test_tensors_may_come_in_any_order_and_those_that_are_not_read_are_not_taken
         for order in (tensors, reversed(tensors))
     ]
     for one, other in zip(*(m._layers for m in made), strict=True):
-        assert torch.equal(one._weights.qkv.data, other._weights.qkv.data)
-        assert torch.equal(one._weights.down.data, other._weights.down.data)
+        assert torch.equal(one.weights.qkv.data, other.weights.qkv.data)
+        assert torch.equal(one.weights.down.data, other.weights.down.data)
 
 
 def test_a_checkpoint_without_a_tensor_is_refused(base: BaseModel) -> None:
