@@ -146,7 +146,9 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
     """`figures`: of replicas that hold adapters, all of one size. Sizes are those in the pool, to which the host's
     memory is scaled.
     """
-    block_bytes = spec.pool_bytes / sum(figures[0].blocks.values())
+    pool_bytes = spec.fixed_pool_bytes
+    assert pool_bytes is not None
+    block_bytes = pool_bytes / sum(figures[0].blocks.values())
     num_blocks = sum(f.blocks.get(kind, 0) for f in figures for kind in ("layered", "flat", "run"))
     in_pool = num_blocks * block_bytes / sum(len(f.adapters_in_pool) for f in figures)
     on_host = sum(f.num_loaded_bytes for f in figures) / sum(f.num_loads for f in figures)
@@ -168,7 +170,7 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
         start_s=20.0,
         kv_token_bytes=block_bytes / spec.block_tokens,
         adapter_bytes=(round(in_pool),),
-        pool_bytes=spec.pool_bytes,
+        pool_bytes=pool_bytes,
         host_bytes=spec.host_bytes * in_pool / on_host,
         context_length=CONTEXT,
         max_num_seqs=spec.max_num_seqs,

@@ -27,7 +27,7 @@ import torch
 from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
-from loray_kernels.cuda import cuda_ops, use_device
+from loray_kernels.cuda import cuda_ops, device_memory, scratch_bytes, use_device, workspace_bytes
 from loray_kernels.decoding import (
     DecodeStep,
     Decoding,
@@ -115,10 +115,13 @@ __all__ = [
     "alone",
     "available",
     "backend",
+    "device_memory",
     "record_words",
     "release_threads",
+    "scratch_bytes",
     "use_device",
     "vector_words",
+    "workspace_bytes",
 ]
 
 _log = logging.getLogger("loray.kernels")

@@ -30,7 +30,8 @@ class ServedBase:
         self.prompts, self.engines = prompts, engines
         self.grammars = GrammarChecker(base)
         self.system_fingerprint = f"loray-{__version__}-{base.fingerprint[:12]}"
-        self._pool_tokens = pool_geometry(spec, base.config).num_tokens
+        is_known = spec.fixed_pool_bytes is not None  # else only its replicas know it
+        self._pool_tokens = pool_geometry(spec, base.config).num_tokens if is_known else None
 
     @classmethod
     def open(cls, spec: ServeSpec, base: BaseModel, engines: Engines) -> ServedBase:

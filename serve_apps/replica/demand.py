@@ -19,7 +19,7 @@ class ReplicaDemand:
     """The demand on a replica that Serve scales."""
 
     def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: EngineStream) -> None:
-        self._stream, self._pool_bytes = stream, float(spec.pool_bytes)
+        self._stream, self._pool_bytes = stream, float(stream.pool_bytes)
         self._meter = DemandMeter(
             window_s=autoscaling.window_s,
             max_num_seqs=spec.max_num_seqs,

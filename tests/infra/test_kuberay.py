@@ -209,7 +209,7 @@ def test_pods_have_what_their_engine_takes(folder: str) -> None:
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     assert spec.num_threads == int(limits["cpu"])
-    host = spec.host_bytes + (0 if spec.device.startswith("cuda") else spec.pool_bytes)
+    host = spec.host_bytes + (0 if spec.device.startswith("cuda") else spec.fixed_pool_bytes or 0)
     assert host < 0.75 * bytes_of(limits["memory"])
     assert ("nvidia.com/gpu" in limits) == spec.device.startswith("cuda")
     assert spec.autoscaling is not None

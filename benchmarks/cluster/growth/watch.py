@@ -84,6 +84,7 @@ class Watch:
 
     def _look(self, base: BaseStatus, replicas: list[ReplicaStatus], at: float) -> Look:
         said = _WORKING_SET.search(base.autoscaling.reason) if base.autoscaling else None
+        pool_bytes = base.spec.fixed_pool_bytes
         nothing = 0.0 if base.target == 0 else float("nan")
         counts = [(asked, missed) for name, asked, missed in self._counts.values() if name == base.base]
         return Look(
@@ -91,7 +92,7 @@ class Watch:
             target=base.target,
             replicas=frozenset(replica.replica for replica in replicas),
             num_adapters=float(said[2]) if said else nothing,
-            pools=float(said[1]) * _MIB / base.spec.pool_bytes if said else nothing,
+            pools=float(said[1]) * _MIB / pool_bytes if said and pool_bytes else nothing,
             asked=sum(asked for asked, _ in counts),
             outside=sum(missed for _, missed in counts),
         )

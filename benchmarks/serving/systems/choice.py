@@ -63,6 +63,8 @@ def _engine_beside_cluster(setting: Setting, options: EngineOptions, refs: Seque
 def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
     home = Path(tempfile.mkdtemp(prefix="node-", dir=setting.folder))
     spec = serve_spec(setting, options)
+    pool_bytes = spec.fixed_pool_bytes
+    assert pool_bytes is not None, "pool_bytes must be given on a GPU"
     setup = Setup(
         spec=spec,
         refs=tuple(refs),
@@ -71,7 +73,7 @@ def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
         home=home,
         folder=setting.folder,
         ablation=options.ablation,
-        kv_share=options.kv_bytes(setting.base.config) / spec.pool_bytes,
+        kv_share=options.kv_bytes(setting.base.config) / pool_bytes,
     )
     command = [sys.executable, "-m", "benchmarks.serving.systems.engine"]
     try:

@@ -14,12 +14,15 @@ compile        compiles every kernel ahead of time, without a GPU
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import torch
 
 from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.ops import Ops
+
+_CUBLAS_BYTES = 64 << 20  # its workspaces: of a card of 2022, 32 MiB for each of two streams
 
 
 def use_device(device: torch.device) -> torch.device:
@@ -54,3 +57,27 @@ def cuda_ops(device: torch.device) -> Ops:
     from loray_kernels.cuda.tiles.launch import Tiles
 
     return CudaOps(Gather(CupyLauncher(device)), Tiles(), flash_prompts(device))
+
+
+def device_memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes of a GPU: all, what is free, and what this process's tensors have taken, without what torch only keeps."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total, free, torch.cuda.memory_reserved(device)
+
+
+def scratch_bytes() -> dict[str, int]:
+    """What kernels take of a GPU beside their arguments and results, by what it is for, at most."""
+    from loray_kernels.cuda.gather import PARTIAL_BYTES
+    from loray_kernels.cuda.pages import STAGING_BYTES
+
+    return {"partial sums": PARTIAL_BYTES, "staging": STAGING_BYTES, "cuBLAS": _CUBLAS_BYTES}
+
+
+def workspace_bytes() -> dict[str, int]:
+    """What they have taken of it since the backend was made, by what it is for."""
+    from loray_kernels.cuda.flash import WORKSPACE_BYTES
+
+    return {"FlashInfer": WORKSPACE_BYTES} if importlib.util.find_spec("flashinfer") else {}

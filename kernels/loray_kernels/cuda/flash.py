@@ -19,7 +19,7 @@ from loray_kernels.kv import AttentionMeta, KvLayout
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-_WORKSPACE = 128 << 20  # bytes; what its documentation advises
+WORKSPACE_BYTES = 128 << 20  # bytes; what its documentation advises
 
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, OSError, subprocess.SubprocessError)
 
@@ -71,7 +71,7 @@ class FlashPrompts:
     """Planned once for each step. `make`: a BatchPrefillWithPagedKVCacheWrapper of a workspace and a layout's name."""
 
     def __init__(self, make: Callable[[Tensor, str], Any], device: torch.device) -> None:
-        self._wrapper = make(torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device), "NHD")
+        self._wrapper = make(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD")
         self._planned: AttentionMeta | None = None
         self._prompts: Prompts | None = None
         self._broken = False

@@ -20,7 +20,7 @@ _GROUP = 8
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 MAX_HEAD_DIM = 256
-_PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
+PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
 
 
 class Gather:
@@ -201,12 +201,12 @@ class Gather:
     ) -> None:
         """For sequences with one query. `pool` begins at the layer's share.
 
-        Partial sums of splits are merged for as many sequences at a time as fit into _PARTIAL_BYTES.
+        Partial sums of splits are merged for as many sequences at a time as fit into PARTIAL_BYTES.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
         group, splits, num = num_heads // num_kv, max(1, tables.max_splits), tables.decoded.num
         own = splits * num_heads * (d + 2) if splits > 1 else 0  # numbers of a sequence
-        together = max(1, min(num, _PARTIAL_BYTES // (4 * own))) if own else num
+        together = max(1, min(num, PARTIAL_BYTES // (4 * own))) if own else num
         partial = torch.empty(together * own, device=pool.device)
         for first in range(0, num, together):
             now, items = min(together, num - first), tables.decoded.data[2 * first :]

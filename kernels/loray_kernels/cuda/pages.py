@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.pages import Piece
+
+STAGING_BYTES = 64 << 20  # of the device, which an adapter's rows pass through
 
 
 class PageUploader:
@@ -39,9 +41,9 @@ class PageUploader:
             rows_LE = rows_LE.pin_memory()
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            pages = rows_LE.to(device, non_blocking=True).view(-1)
-            table_P3 = table_P3.pin_memory().to(device, non_blocking=True)
-            self._gather.place_pages(self._pool, pages, table_P3)
+            for rows, part_P3 in parts(rows_LE.view(-1), table_P3, STAGING_BYTES // rows_LE.itemsize):
+                part_P3 = part_P3.pin_memory().to(device, non_blocking=True)
+                self._gather.place_pages(self._pool, rows.to(device, non_blocking=True), part_P3)
         self._written = True
 
     def wait(self) -> None:
@@ -49,6 +51,23 @@ class PageUploader:
         if self._written:
             torch.cuda.current_stream(self._pool.device).wait_stream(self._stream)
             self._written = False
+
+
+def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`rows`, (elements,), and their `piece_table` in stretches of at most `num_elements`, each with a table of its
+    own; those without a piece are left out.
+    """
+    if len(rows) <= num_elements:
+        yield rows, table_P3
+        return
+    start_P, to_P, length_P = table_P3.unbind(1)
+    for first in range(0, len(rows), num_elements):
+        own = rows[first : first + num_elements]
+        own_start_P = start_P.clamp(min=first)
+        own_stop_P = (start_P + length_P).clamp(max=first + len(own))
+        own_P3 = torch.stack([own_start_P - first, to_P + own_start_P - start_P, own_stop_P - own_start_P], dim=1)
+        if len(own_P3 := own_P3[own_stop_P > own_start_P]):
+            yield own, own_P3
 
 
 def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> Tensor:

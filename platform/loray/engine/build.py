@@ -17,6 +17,7 @@ from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_threads
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
+from loray.engine.pool.sizing import sized
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import backend, use_device
@@ -36,7 +37,7 @@ def build_engine(
     record decode steps where the backend does.
 
     From now on the process keeps freed memory, see `keep_freed`. With several ranks it is rank 0, `start_workers`
-    starts the others, and all read the checkpoint. Raises SpecError if pool_bytes is too small or the ranks do not
+    starts the others, and all read the checkpoint. Raises SpecError if the pool is too small or the ranks do not
     divide the base; EngineError if a rank does not start.
     """
     keep_freed()
@@ -45,11 +46,14 @@ def build_engine(
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})
         ranks = start_ranks(spec, base, load, start_workers)
-        return _ready(Engine(spec, base, *ranks), ranks.model)
+        return _ready(Engine(ranks.spec, base, *ranks[1:]), ranks.model)
     dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
-    layout, num_blocks = cut_pool(spec, base.config)
+    if spec.fixed_pool_bytes is not None:
+        cut_pool(spec, base.config)  # what cannot be is told before the base is loaded
     tensors = read_tensors(base.path) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
+    spec = sized(spec, base.config, device)
+    layout, num_blocks = cut_pool(spec, base.config)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     return _ready(Engine(spec, base, model, pool, load), model)

@@ -172,6 +172,13 @@ class EngineStream:
         """
         self._engine.counters.first_step = called
 
+    @property
+    def pool_bytes(self) -> int:
+        """On all ranks. From any thread."""
+        pool_bytes = self._engine.spec.pool_bytes
+        assert pool_bytes is not None, "an engine's spec says it, see `sized`"
+        return pool_bytes
+
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """See Engine."""
         return self._engine.max_model_len(adapter)

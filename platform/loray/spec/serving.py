@@ -53,6 +53,7 @@ class AutoscalingSpec(Frozen):
 
 
 _ENGINE = "engine-"
+_CPU_POOL_BYTES = 512 << 20
 _SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeSpec that are the whole deployment's
 
 
@@ -66,7 +67,12 @@ class ServeSpec(Frozen):
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
     autoscaling: AutoscalingSpec | None = None
     num_gateways: int = Field(default=1, gt=0, description="processes that speak HTTP, each on one core at most")
-    pool_bytes: NumBytes = 512 << 20
+    pool_bytes: NumBytes | None = Field(
+        default=None, description="KV cache and adapters; None: 512 MiB on a CPU, on a GPU what its memory leaves"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of a GPU that base, steps and pool have where pool_bytes is None"
+    )
     host_bytes: NumBytes = 1 << 30
     block_tokens: int = Field(default=16, gt=0)
     max_model_len: int | None = Field(default=None, gt=1, description="None: each model's own context length")
@@ -118,6 +124,11 @@ class ServeSpec(Frozen):
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
+
+    @property
+    def fixed_pool_bytes(self) -> int | None:
+        """Of a replica's pool; None: what the GPU's memory leaves, which is known when the base is on it."""
+        return self.pool_bytes or (_CPU_POOL_BYTES if self.device.startswith("cpu") else None)
 
     @property
     def itl_slo_s(self) -> float:

@@ -71,7 +71,10 @@ def test_what_is_served_has_its_memory(situation: Situations) -> None:
     s = situation(available=0)
     with announced(s.settings.home, "http://127.0.0.1:1"):
         assert machine.memory(s).severity == "ok"
-    assert machine.memory(situation(available=0, spec={"device": "cuda"})).severity == "ok"
+    gpu = machine.memory(situation(available=0, spec={"device": "cuda", "gpu_memory_utilization": 0.8}))
+    assert gpu.message == "weights are on cuda; the pool has what they and the steps leave of 80% of its memory"
+    given = machine.memory(situation(available=0, spec={"device": "cuda", "pool_bytes": GIB}))
+    assert (given.severity, given.message) == ("ok", "weights and a pool of 1.1 GB are on cuda")
 
 
 def test_the_memory_of_all_bases_is_counted(situation: Situations) -> None:

@@ -32,7 +32,7 @@ from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.padded import PaddedStep
-from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.pages import parts, piece_table
 from loray_kernels.cuda.sampling import plain
 from loray_kernels.pages import DirectWriter
 from loray_kernels.sampling import draws
@@ -117,7 +117,7 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gather.torch, "empty", counted)
     of_one = 4 * 3 * 4 * 18
     for num_bytes, most in ((1, of_one), (2 * of_one, 2 * of_one), (4 * of_one - 1, 3 * of_one)):
-        monkeypatch.setattr(gather, "_PARTIAL_BYTES", num_bytes)
+        monkeypatch.setattr(gather, "PARTIAL_BYTES", num_bytes)
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
         assert max(made) == most
         made.clear()
@@ -169,6 +169,12 @@ def test_pages_are_scattered(launcher: ShimLauncher, layers: list[int], dtype: t
     DirectWriter(direct).write(rows_LE, offsets, pieces)
     assert torch.equal(pool, expected)
     assert torch.equal(direct, expected)
+    for most in (1, 100, 333, 10_000):  # in parts, which need less memory at a time
+        pool.zero_()
+        for rows, table_P3 in parts(rows_LE.view(-1), piece_table(333, offsets, pieces), most):
+            assert len(rows) <= most
+            Gather(launcher).place_pages(pool, rows, table_P3)
+        assert torch.equal(pool, expected)
     assert piece_table(333, [], pieces).shape == piece_table(333, offsets, []).shape == (0, 3)
 
 

@@ -59,20 +59,23 @@ def memory(s: Situation) -> Finding:
     """Of all bases on the CPU together; what mends it is told of the one that is examined."""
     spec, home = s.spec, s.settings.home
     if not spec.device.startswith("cpu"):
-        return ok(f"weights and pool are on {spec.device}")
+        if spec.pool_bytes is None:
+            share = f"{spec.gpu_memory_utilization:.0%} of its memory"
+            return ok(f"weights are on {spec.device}; the pool has what they and the steps leave of {share}")
+        return ok(f"weights and a pool of {format_size(spec.pool_bytes)} are on {spec.device}")
     if standalone_servers(home) or current_cluster(home):
         return ok("what is served has its memory")
     bases = [(b, _num_replicas(b), _weights(s, b.base)) for b in (spec, *s.others) if b.device.startswith("cpu")]
-    least = sum(num * (weights + b.pool_bytes) for b, num, weights in bases)
+    least = sum(num * (weights + _pool(b)) for b, num, weights in bases)
     most = least + sum(num * b.host_bytes for b, num, _ in bases)
     told = f"{format_size(s.facts.available)} of memory are available"
     if s.facts.available < least:
         what = " + ".join(
-            f"{num} × (weights {format_size(weights)} + pool {format_size(b.pool_bytes)}{_of(b.base, s)})"
+            f"{num} × (weights {format_size(weights)} + pool {format_size(_pool(b))}{_of(b.base, s)})"
             for b, num, weights in bases
         )
         _, num, weights = bases[0]
-        beside = least - num * (weights + spec.pool_bytes)
+        beside = least - num * (weights + _pool(spec))
         fitting = max(16, ((s.facts.available - beside) // num - weights) // 2 >> 20)
         return error(f"{told}, and {format_size(least)} are needed: {what}", _with(s, "pool_bytes", f"{fitting}MiB"))
     if s.facts.available < most:
@@ -92,6 +95,11 @@ def _with(s: Situation, field: str, value: str) -> str:
 
 def _of(base: str, s: Situation) -> str:
     return f" of {base}" if s.others else ""
+
+
+def _pool(spec: ServeSpec) -> int:
+    """Bytes, of a base on the CPU."""
+    return spec.fixed_pool_bytes or 0
 
 
 def _num_replicas(spec: ServeSpec) -> int:

@@ -9,23 +9,31 @@ from loray.spec import DTYPE_BYTES, ServeSpec
 
 
 def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
-    """Geometry of a pool of `pool_bytes`. A block holds K and V of `block_tokens` tokens for each layer.
+    """Geometry of a pool of `fixed_pool_bytes`, which are known. A block holds K and V of `block_tokens` tokens for
+    each layer.
 
     SpecError if the pool has fewer than two blocks.
     """
-    layer_share = 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
-    block_bytes = config.num_layers * layer_share * DTYPE_BYTES[spec.dtype]
-    num_blocks = spec.pool_bytes // block_bytes
+    pool_bytes, size = spec.fixed_pool_bytes, block_bytes(spec, config)
+    assert pool_bytes is not None, "the device has not been asked"
+    num_blocks = pool_bytes // size
     if num_blocks < 2:
-        raise SpecError(
-            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
-        )
-    return Geometry(num_blocks, config.num_layers, spec.block_tokens, layer_share)
+        raise SpecError(f"pool_bytes={pool_bytes} holds {num_blocks} blocks of {size} bytes; give at least 2")
+    return Geometry(num_blocks, config.num_layers, spec.block_tokens, _layer_share(spec, config))
 
 
-def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int) -> int:
-    """Tokens of prompt and answer that a request may have: the model's, the spec's and the pool's limit."""
-    limits = [context_length, pool_tokens]
+def block_bytes(spec: ServeSpec, config: ModelConfig) -> int:
+    """Of a block of the pool."""
+    return config.num_layers * _layer_share(spec, config) * DTYPE_BYTES[spec.dtype]
+
+
+def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:
+    return 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
+
+
+def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None) -> int:
+    """Tokens of prompt and answer that a request may have: the model's, the spec's and the pool's limit, if known."""
+    limits = [context_length] if pool_tokens is None else [context_length, pool_tokens]
     if spec.max_model_len is not None:
         limits.append(spec.max_model_len)
     return min(limits)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
+from loray.engine.memory.device import SCORED_BYTES
 from loray.engine.model.batch import AdapterBatch, Batch, build_batch
 from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
@@ -20,7 +21,6 @@ from loray.engine.scheduling.plan import Chunk
 from loray_kernels import Decoding, InputShape, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
 
 _EMBEDDING = "model.embed_tokens.weight"
-_SCORED_BYTES = 16 << 20  # of logits at a time
 
 
 class Decoder:
@@ -143,7 +143,7 @@ class Decoder:
                 x_TD = through((layer,), x_TD, step)
         x_TD = self._norm(x_TD, step)
         if batch.scored_T is not None:
-            for rows_R in torch.split(batch.scored_T, max(1, _SCORED_BYTES // (4 * self.config.vocab_size))):
+            for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):
                 on_scored(self._logits(x_TD[rows_R]))
         return self._logits(x_TD[batch.logits_T])
 

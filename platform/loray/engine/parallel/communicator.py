@@ -105,10 +105,14 @@ class Communicator:
 
     def agree(self, holds: bool) -> bool:
         """Whether it holds on every rank; each calls this. RuntimeError if a rank has ended."""
-        least, options = torch.tensor([int(holds)]), AllreduceOptions()
+        return bool(self.least(int(holds)))
+
+    def least(self, number: int) -> int:
+        """Of every rank's number; each calls this. RuntimeError if a rank has ended."""
+        least, options = torch.tensor([number]), AllreduceOptions()
         options.reduceOp = ReduceOp(ReduceOp.MIN)
         self._control.allreduce([least], options).wait()
-        return bool(least)
+        return int(least)
 
     # -- rank 0 with the others ---------------------------------------------------------------------------------------
 

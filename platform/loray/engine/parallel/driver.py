@@ -37,6 +37,7 @@ from loray.engine.parallel.worker import joined
 from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
+from loray.engine.pool.sizing import sized
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
 from loray_kernels import Recorded, RecordLimits
@@ -45,8 +46,9 @@ _POLL_S = 0.02
 
 
 class Ranks(NamedTuple):
-    """The parts of an engine with several ranks."""
+    """The parts of an engine with several ranks. `spec`: with the bytes of the pool."""
 
+    spec: ServeSpec
     model: ShardedDecoder
     pool: LeadingPool
     load: LoadAdapter
@@ -103,7 +105,8 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
     """SpecError if the ranks do not divide the base, EngineError if a rank does not start."""
     world_size = spec.tensor_parallel_size
     check_divisible(base.config, world_size)
-    layout, num_blocks = cut_pool(spec, base.config)
+    if spec.fixed_pool_bytes is not None:
+        cut_pool(spec, base.config)  # what cannot be is told before a rank starts
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     args = [WorkerArgs(spec, rank, store.port) for rank in range(1, world_size)]
     workers = start_workers(args, base)
@@ -114,6 +117,7 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
         communicator = Communicator(store, Shard(0, world_size), local_device(spec, 0))
         channel = Channel(communicator)
         model = LeadingDecoder(spec, base, communicator, channel)
+        spec = sized(spec, model.config, local_device(spec, 0), communicator.least)
         pool = LeadingPool(spec, base.config, channel, model.ops.page_writer)
         channel.call(GetPoolMap())  # when all ranks have answered, all are ready
     except RuntimeError as e:
@@ -122,5 +126,6 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
     except BaseException:
         workers.stop()
         raise
+    layout, num_blocks = cut_pool(spec, base.config)
     whole = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
-    return Ranks(model, pool, sharded_loads(load, whole, world_size), workers)
+    return Ranks(spec, model, pool, sharded_loads(load, whole, world_size), workers)

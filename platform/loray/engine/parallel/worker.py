@@ -26,6 +26,7 @@ from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import FollowingPool, pool_map
 from loray.engine.parallel.shard import Shard, local_device
 from loray.engine.parallel.workers import WorkerArgs
+from loray.engine.pool.sizing import sized
 from loray.telemetry import configure_logging
 from loray_kernels.memory import keep_freed
 
@@ -46,6 +47,7 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     store.set(joined(rank), "")
     communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
+    spec = sized(spec, model.config, device, communicator.least)
     pool = FollowingPool(spec, base.config, rank, model.ops.page_writer)
 
     def receive_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -28,7 +28,7 @@ from loray_kernels.pages import DirectWriter
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """Layout of a block, and how many blocks `pool_bytes` holds. SpecError if the pool is too small, see `limits`."""
+    """Layout of a block, and how many blocks the pool has. SpecError if it is too small, see `limits`."""
     layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
     return layout, pool_geometry(spec, config).num_blocks
 
