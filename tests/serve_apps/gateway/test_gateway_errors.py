@@ -94,6 +94,8 @@ def test_the_pool_limits_the_context_too(client_of: Any, base: BaseModel) -> Non
         assert client.get(f"/v1/models/{base.name}").json()["max_model_len"] == 64  # and before any request
         error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 65}), 400)
     assert "64 tokens" in error["message"]
+    with client_of(ScriptedEngines(HELLO), device="cuda") as client:  # only its replicas know what a GPU leaves
+        assert client.get(f"/v1/models/{base.name}").json()["max_model_len"] == base.config.max_position_embeddings
 
 
 def test_only_a_default_may_be_lowered_by_the_replica(client_of: Any, base: BaseModel) -> None:
