@@ -32,7 +32,7 @@ class TapedGroup:
         collective = getattr(self._group, name)
 
         def call(*arguments: Any) -> Any:
-            on_tape(lambda: collective(*arguments).wait())
+            on_tape(lambda *same: collective(*same).wait(), *arguments)
             with _disable_current_modes():  # what gloo does inside is not for the tape
                 return collective(*arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -40,6 +41,24 @@ class ShimLauncher:
         with self._lock:
             stuck = self._libraries[file_of(kernel)][f"launch_{kernel}"]((ctypes.c_uint * 3)(*grid), threads, pointers)
         assert not stuck, f"{kernel}: a barrier that not every thread reaches"
+
+
+def pointers(kernel: str, arguments: Sequence[Argument]) -> list[tuple[str, int]]:
+    """(name, address) of the arguments that are addresses, without null."""
+    parameters = _parameters(kernel)
+    assert len(parameters) == len(arguments), f"{kernel} takes {len(parameters)} arguments, {len(arguments)} are given"
+    found = zip(parameters, arguments, strict=True)
+    return [(name.lstrip("*"), int(a)) for name, a in found if name.startswith("*") and a]
+
+
+@cache
+def _parameters(kernel: str) -> list[str]:
+    """Names, with a star before those of addresses."""
+    source = (SOURCES / file_of(kernel)).read_text().replace("\\\n", " ")
+    name = re.sub("_(bf16|fp16|fp32)$", "", kernel) + r"(?:_##suffix|_fp32)"
+    found = re.search(rf"__global__\s+void\s+__launch_bounds__\([^)]*\)\s+{name}\(([^)]*)\)", source)
+    assert found is not None, f"{kernel} has no signature in {file_of(kernel)}"
+    return [parameter.split()[-1] for parameter in found[1].split(",")]
 
 
 def compile_shim(source: Path, library: Path) -> subprocess.Popen[bytes]:

@@ -29,8 +29,9 @@ from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.pages import piece_table
 from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.reference import ReferenceOps
+from tests.kernels.cuda.memory import Arena
 from tests.kernels.cuda.shim import ShimLauncher
-from tests.kernels.cuda.tape import Tape, TapeLauncher
+from tests.kernels.cuda.tape import Tape, TapeLauncher, refuse_waits
 
 
 class LateUploader:
@@ -57,13 +58,14 @@ class Tapes:
 
     def __init__(self, ops: ShimOps, ranks: Ranks) -> None:
         self._ops, self._ranks, self._num_bytes = ops, ranks, 0
+        self._arena = Arena()
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
         assert self._ops.may_record
         self._num_bytes += 1
         with self._ranks.silent():  # as GraphRecorder does
             run()
-        tape = self._ops.launcher.tape = Tape()
+        tape = self._ops.launcher.tape = Tape(self._arena)
         out = tape.record(run)
         out.fill_(torch.nan)  # recording computes nothing
 
@@ -77,7 +79,7 @@ class Tapes:
         return self._num_bytes
 
     def release(self) -> None:
-        self._num_bytes = 0
+        self._num_bytes, self._arena = 0, Arena()
 
 
 class ShimOps(CudaOps):
@@ -114,6 +116,7 @@ def use_shim_ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
         ops = ShimOps(TapeLauncher(ShimLauncher()))
     except BackendUnavailable as e:
         pytest.skip(str(e))
+    refuse_waits(monkeypatch)
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
     monkeypatch.setattr(build, "backend", lambda name, device: ops)
     monkeypatch.setattr(decoder, "compile_adapters", lambda *arguments: None)  # the gathers are compiled already
