@@ -7,6 +7,7 @@ of launches, see `tape`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -16,14 +17,16 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
+from loray.engine.model.decoding import DecodeBatch
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, RopeParameters
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
+from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.pages import DirectWriter
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, make_engine, request, run, submit
+from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit
 from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 
@@ -171,18 +174,50 @@ def decode_steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any
     return found
 
 
+def moves_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether compactions from now on freed blocks."""
+    blocks, found = engine.scheduler._blocks, list[bool]()
+    compact = blocks._compact
+
+    def compacting(num_blocks: int) -> bool:
+        found.append(compact(num_blocks))
+        return found[-1]
+
+    monkeypatch.setattr(blocks, "_compact", compacting)
+    return found
+
+
+def happened(engine: Engine, decode_steps: Sequence[DecodeBatch], moves: Sequence[bool]) -> None:
+    """What the engine's tests of recorded steps are about was there."""
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_evictions > 0
+    assert stats.prefix_cache_hits > 0
+    assert any(moves)
+    running = [{chunk.request.spec.request_id for chunk in batch.sampled} for batch in decode_steps]
+    assert any(later - before for before, later in pairwise(running))
+    assert any(before - later for before, later in pairwise(running))
+    longest = [int(batch.step.positions.max()) for batch in decode_steps]
+    assert max(longest) >= SPLIT > min(longest)
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("names", "pool_bytes"),
     [
-        pytest.param(["r2", "r7", "r70", "pattern", "one layer"], marks=pytest.mark.slow),
-        ["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"],
+        pytest.param(["r2", "r7", "r70", "pattern", "one layer"], 280 << 10, marks=pytest.mark.slow),
+        (["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"], 320 << 10),
     ],
 )
 def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
-    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch, names: list[str]
+    base: BaseModel,
+    mixed: dict[str, TestAdapter],
+    ops: ShimOps,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    pool_bytes: int,
 ) -> None:
-    """Requests join and leave; several share an adapter or use none, some have penalties. The pool is so small that
-    adapters and requests are evicted and rows are moved.
+    """Requests join and leave; several share an adapter or use none, some have penalties, one has a context of two
+    splits. The pool is so small that adapters and requests are evicted and rows are moved.
     """
     own = [*(mixed[name] for name in names), None]
     requests = [
@@ -191,14 +226,20 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
         )
         for i in range(18)
     ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
-    fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": 300 << 10}
+    requests.insert(7, request("long", [3 + i % 90 for i in range(SPLIT - 4)], mixed["r2"], max_tokens=9))
+    requests.insert(13, request("again", requests[7].prompt_ids, mixed["r2"], max_tokens=6))
+    fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": pool_bytes}
     engine = make_engine(base, list(mixed.values()), **fields)
-    decode_steps = decode_steps_of(engine, monkeypatch)
+    fill_up(engine)
+    decode_steps, moves = decode_steps_of(engine, monkeypatch), moves_of(engine, monkeypatch)
     got = served(engine, requests, joins=5)
     assert len(ops.replayed) == len(decode_steps) > 12
+    happened(engine, decode_steps, moves)
     reference = ReferenceOps()
     monkeypatch.setattr(build, "backend", lambda name, device: reference)
-    assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
+    other = make_engine(base, list(mixed.values()), **fields)
+    fill_up(other)
+    assert got == served(other, requests, joins=5)
 
 
 def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
