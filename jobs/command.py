@@ -49,7 +49,9 @@ _RECONNECT_S = 1.0
 @device_option("For the plan; on this machine without GPUs its memory is known.")
 @click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
 @click.option("--explain", is_flag=True, help="Print the recipe with the reason of each value, and start nothing.")
-@click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the latest unpublished run of this recipe, from its last checkpoint."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the published adapter as JSON; progress goes to stderr.")
 def train(
     source: RecipeSource,

@@ -35,7 +35,9 @@ from loray.telemetry import configure_logging
 @click.command()
 @recipe_options
 @click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
-@click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the latest unpublished run of this recipe, from its last checkpoint."
+)
 @click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the run are.")
 @click.option("--publish-checkpoint", is_flag=True, help="Train nothing: publish the latest run's best checkpoint.")
 def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publish_checkpoint: bool) -> None:
@@ -75,7 +77,7 @@ def train(
             raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
-        run = runs.latest(name) if resume else None
+        run = runs.resumable(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
             connect(recipe.spec, settings, interrupts)

@@ -13,7 +13,7 @@ from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
 from jobs.events.schema import Emit, PublishedEvent
-from jobs.runs.folders import RunFolder
+from jobs.runs.folders import PUBLISHED, RunFolder
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
@@ -28,8 +28,6 @@ from loray.telemetry import get_logger
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 
 log = get_logger(__name__)
-
-_PUBLISHED = "published.json"
 
 
 class _Publication(Frozen):
@@ -61,7 +59,7 @@ def publish_best(
     keep_best = _state(latest).recipe.evaluation.keep_best
     event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit, tenant, sweep)
     saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event))
-    run.write(_PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
+    run.write(PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return event
 
 
@@ -70,11 +68,11 @@ def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
 
     Resuming a published run has nothing left to do.
     """
-    data = run.read(_PUBLISHED)
+    data = run.read(PUBLISHED)
     if data is None:
         return None
     try:
-        saved = _Publication.parse(json.loads(data), source=f"{_PUBLISHED} of {run}")
+        saved = _Publication.parse(json.loads(data), source=f"{PUBLISHED} of {run}")
     except ValueError as e:
         log.warning("the run is published again, which makes no second version: %s", e)
         return None

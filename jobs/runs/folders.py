@@ -38,6 +38,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
+PUBLISHED = "published.json"
 _EVENTS = "events.jsonl"
 _BOARD = "tensorboard"
 _JOB_ID = "job_id"
@@ -82,6 +83,10 @@ class RunFolder:
         data = self.read(_JOB_ID)
         return None if data is None else data.decode() or None
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return self._has(SNAPSHOT)
+
     def read(self, name: str) -> bytes | None:
         with _translate_errors(self):
             if not self._has(name):
@@ -103,7 +108,7 @@ class RunFolder:
         """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
         self.mend()
         with _translate_errors(self):
-            if not self._has(SNAPSHOT):
+            if not self.has_checkpoint:
                 raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
             return Result.from_path(self.path, storage_filesystem=self.filesystem)
 
@@ -211,6 +216,23 @@ class Runs:
 
     def latest(self, name: str) -> RunFolder:
         """The last run of this adapter. SpecError if there is none."""
+        return next(self._newest_first(name))
+
+    def resumable(self, name: str) -> RunFolder:
+        """The run of this adapter to go on with: of those since the last published one the last that has a checkpoint,
+        else the last run. SpecError if there is none.
+        """
+        found: list[RunFolder] = []
+        for run in self._newest_first(name):
+            if found and run.read(PUBLISHED) is not None:
+                break
+            if run.has_checkpoint:
+                return run
+            found.append(run)
+        return found[0]
+
+    def _newest_first(self, name: str) -> Iterator[RunFolder]:
+        """At least one. SpecError if there is none."""
         at = _folder_of(name)
         folder = pafs.FileSelector(f"{self.root}/{at}", allow_not_found=True)
         with _translate_errors(self.make(at)):
@@ -221,7 +243,7 @@ class Runs:
                 f"there is no run of {name!r} in {self.make(at)} to go on with; train it without --resume"
                 + self._of_the_folder_store(name)
             )
-        return self.make(f"{at}/{times[-1]}")
+        return (self.make(f"{at}/{time}") for time in reversed(times))
 
     def _of_the_folder_store(self, name: str) -> str:
         folder = self.folder / _folder_of(name)

@@ -63,9 +63,10 @@ def run(config: WorkerConfig) -> str | None:
     An error that a restart cannot fix is returned, because Ray Train restarts the workers after an exception.
     """
     configure_logging(config["log_level"])
-    lower_priority(COMPUTING)  # as an engine's
-    torch.set_num_threads(_num_threads())
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
+    if not spec.use_gpu:
+        lower_priority(COMPUTING)  # as an engine's
+    torch.set_num_threads(_num_threads())
     try:
         base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])
         problem = None

@@ -28,7 +28,7 @@ class Turn:
     came: asyncio.Future[None]
 
 
-class Turns:
+class TenantTurns:
     """Requests of tenants in turn. Used from one event loop."""
 
     def __init__(self, fair: FairAdmission[Turn] | None = None) -> None:
@@ -95,7 +95,7 @@ class AdmitRequests:
     ) -> None:
         self._app, self._accounts, self._refused = app, accounts, refused
         self._paths = frozenset(paths)
-        self._turns = Turns()
+        self._turns = TenantTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None

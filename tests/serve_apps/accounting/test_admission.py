@@ -15,7 +15,7 @@ from loray.serving.fair_admission import FairAdmission
 from loray.spec import Limits, Principal
 from serve_apps.accounting import admission
 from serve_apps.accounting.account import Accounts
-from serve_apps.accounting.admission import AdmitRequests, Turn, Turns
+from serve_apps.accounting.admission import AdmitRequests, TenantTurns, Turn
 
 
 def crowded() -> FairAdmission[Turn]:
@@ -33,7 +33,7 @@ def crowded() -> FairAdmission[Turn]:
 def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
     async def run() -> None:
         fair = crowded()
-        turns = Turns(fair)
+        turns = TenantTurns(fair)
         waiting = [asyncio.create_task(turns.enter("flood")) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
@@ -56,7 +56,7 @@ def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
 
 def test_a_turn_that_came_to_a_request_that_was_cancelled_goes_on() -> None:
     async def run() -> None:
-        turns = Turns(crowded())
+        turns = TenantTurns(crowded())
         waiting = [asyncio.create_task(turns.enter("flood")) for _ in range(2)]
         await asyncio.sleep(0)
         waiting[0].cancel()
@@ -75,7 +75,7 @@ def test_who_waits_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     async def run() -> None:
         fair = crowded()
         with pytest.raises(Overloaded, match="flood has more requests there than others"):
-            await Turns(fair).enter("flood")
+            await TenantTurns(fair).enter("flood")
         assert not fair._num_waiting
 
     asyncio.run(run())

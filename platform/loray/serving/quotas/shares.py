@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from loray.serving.quotas.return_times import ReturnTimes
 from loray.serving.quotas.rules import Rule
-from loray.serving.quotas.turns import Turns
 
 _EXCHANGE_S = 1.0  # in which the owner has moved units that others do not use
 _SOONEST_S = 0.1  # that a refused request may come again
@@ -91,7 +91,7 @@ class Share:
         self.target: float | None = None
         self.is_dirty = False
         self._mean_cost = self._mean_held_s = 0.0  # of the requests admitted here; 0: none yet
-        self._turns = Turns()
+        self._turns = ReturnTimes()
 
     @property
     def remaining(self) -> float:

@@ -7,7 +7,7 @@ import math
 LONGEST_S = 60.0  # OpenAI's clients take no longer wait from a server
 
 
-class Turns:
+class ReturnTimes:
     """Times for the requests that one rule refuses. If all were told the same time, they would come back together.
 
     Each refusal gets the next time: the first at which there may be room, and then one after another as fast as the
