@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from loray.engine.model.batch import Batch, build_batch
 from loray.engine.parallel import wire
+from loray.engine.request import Request
+from loray.engine.scheduling.plan import Chunk
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from loray_kernels import DecodeStep, Parts
+from tests.engine.harness import GREEDY
 
 CPU = torch.device("cpu")
 
 
+def ref(digest: str) -> AdapterRef:
+    return AdapterRef(digest, digest, 1, "lora", "base", 64, 1)
+
+
 def numbers(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
-
-
-def no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    raise AssertionError("no tensor follows the bytes")
 
 
 def test_a_step_comes_back_as_it_was() -> None:
@@ -38,13 +46,35 @@ def test_a_step_comes_back_as_it_was() -> None:
             assert list(np.atleast_1d(getattr(back, name))) == list(np.atleast_1d(getattr(step, name))), name
 
 
-def test_tensors_stand_in_the_bytes_and_rows_follow_them() -> None:
+def test_a_batch_of_passed_chunks_is_the_batch_of_the_chunks() -> None:
+    """A prompt's part whose logprobs are wanted, a decoding request, a prompt that only loads, on two adapters."""
+    scoring = Request(GenerateRequest("a", tuple(range(40)), SamplingParams(prompt_logprobs=1)), 0)
+    decoding = Request(GenerateRequest("b", tuple(range(50, 69)), GREEDY, ref("x")), 1, output_ids=[7, 8])
+    loading = Request(GenerateRequest("c", (5, 6), SamplingParams(max_tokens=0), ref("y")), 2)
+    for request, blocks in ((scoring, [3, 9, 1]), (decoding, [7, 2]), (loading, [4])):
+        request.blocks = blocks
+    chunks = [Chunk(scoring, 16, 20), Chunk(decoding, 20, 1), Chunk(loading, 0, 2)]
+    numbers, digests = wire.dump_chunks(chunks)
+    assert digests == ("x", "y")
+    passed = wire.load_chunks(numbers, digests)
+    assert [c.adapter for c in passed] == [None, "x", "y"]
+
+    def batch(of: Any) -> Batch:
+        return build_batch(of, lambda chunk: None, block_tokens=16, hidden_size=8, device=CPU)
+
+    want, got = batch(chunks), batch(passed)
+    for name in ("token_ids_T", "positions_T", "logits_T", "scored_T"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.attention.query_start == want.attention.query_start
+    assert got.attention.context_len == want.attention.context_len
+    assert all(map(torch.equal, got.attention.block_table, want.attention.block_table))
+    assert torch.equal(got.attention.slots_T, want.attention.slots_T)
+
+
+def test_rows_follow_the_bytes_and_nothing_else_has_tensors() -> None:
     tensors = (torch.arange(6.0).view(2, 3).T, torch.zeros(0, 4), torch.ones(2, dtype=torch.bfloat16))
-    inside = wire.dumps(("step", tensors))
-    assert inside.rows == ()
-    name, back = wire.loads(inside.data, CPU, {}, {}, no_rows)
-    assert name == "step"
-    assert all(map(torch.equal, back, tensors))
+    with pytest.raises(AssertionError, match="not rows of adapters"):
+        wire.dumps(("step", tensors))
     apart = wire.dumps(("rows", tensors), rows_apart=True)
     assert all(rows.is_contiguous() for rows in apart.rows)
     following, asked = iter(apart.rows), []
@@ -53,6 +83,6 @@ def test_tensors_stand_in_the_bytes_and_rows_follow_them() -> None:
         asked.append((dtype, shape))
         return next(following)
 
-    _, back = wire.loads(apart.data, CPU, {}, {}, receive)
+    _, back = wire.loads(apart.data, receive)
     assert asked == [(t.dtype, tuple(t.shape)) for t in tensors]
     assert all(map(torch.equal, back, tensors))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from loray.engine.memory.blocks import Extent
 from loray.engine.memory.rows import AdapterShape
-from loray.engine.model.batch import Batch
 from loray.engine.parallel import wire
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.pool.packed import PackedAdapter
@@ -23,9 +22,10 @@ Answers = tuple[Answer, ...]
 
 
 class Forward(NamedTuple):
-    """The last command of a message, as Replay is: the ranks compute it together."""
+    """The last command of a message, as Replay is: the ranks compute it together. See `wire`."""
 
-    batch: Batch
+    chunks: bytes
+    digests: tuple[str, ...]
 
 
 class Replay(NamedTuple):

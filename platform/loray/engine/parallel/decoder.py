@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.engine.model.batch import Batch, build_batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.linear import parallel_linears
+from loray.engine.parallel.pool import FollowingPool
 from loray.engine.parallel.rows import split_inputs
 from loray.engine.parallel.shard import local_config, local_device, local_tensors
+from loray.engine.parallel.wire import PassedChunk
 from loray.engine.pool.pool import Pool
+from loray.engine.scheduling.plan import Chunk
 from loray.spec import ServeSpec
 from loray_kernels import Decoding, InputShape, Ranks, backend
 
@@ -29,6 +36,19 @@ class ShardedDecoder(Decoder):
             linears=parallel_linears(communicator),
         )
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
+
+    def passed(self, chunks: Sequence[PassedChunk], pool: FollowingPool) -> Batch:
+        """The batch of another rank's chunks."""
+        batch = build_batch(
+            cast("Sequence[Chunk]", chunks),
+            lambda chunk: None if (digest := cast("PassedChunk", chunk).adapter) is None else pool.adapters[digest],
+            block_tokens=pool.geometry.block_tokens,
+            hidden_size=self.config.hidden_size,
+            device=pool.tensor.device,
+            earlier=self._adapters,
+        )
+        self._adapters = batch.adapters
+        return batch
 
     def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
         ranks = Ranks(self._communicator.silent, self._communicator.agree)

@@ -5,9 +5,8 @@ themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
-from loray.engine.model.decoding import DecodeBatch
+from loray.engine.model.decoding import DecodeBatch, Resident
 from loray.engine.parallel import wire
 from loray.engine.parallel.channel import (
     Channel,
@@ -38,6 +37,7 @@ from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.engine.pool.sizing import sized
+from loray.engine.scheduling.plan import Chunk
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
 from loray_kernels import Recorded, RecordLimits
@@ -59,14 +59,22 @@ class LeadingDecoder(ShardedDecoder):
     def __init__(self, spec: ServeSpec, base: BaseModel, communicator: Communicator, channel: Channel) -> None:
         super().__init__(spec, base, communicator)
         self._channel = channel
+        self._passed: tuple[Tensor | None, Forward] = None, Forward(b"", ())  # of the last batch, by its tokens
+
+    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
+        batch = super().batch(chunks, resident, pool)
+        if isinstance(batch, Batch):
+            self._passed = batch.token_ids_T, Forward(*wire.dump_chunks(chunks))
+        return batch
 
     def forward(
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
     ) -> Tensor:
         """RankLost if the step fails on a rank."""
-        # Only rank 0 samples, so the requests are left out.
         if isinstance(batch, Batch):
-            self._send(Forward(replace(batch, sampled=(), scored=())))
+            tokens_T, command = self._passed
+            assert batch.token_ids_T is tokens_T, "a batch is computed before the next one is made"
+            self._send(command)
         else:
             self._send(Replay(wire.dump_step(batch.step)))
         with self._together("a step"):

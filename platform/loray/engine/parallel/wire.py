@@ -1,22 +1,23 @@
-"""Values as bytes between ranks: pickle, except that tensors go as plain bytes to the receiver's device, and resident
-adapters and shared pairs, of which every rank has its own, go by digest. Rows of adapters follow the bytes, each in a
-message of its own, straight into host memory that the receiver chooses. A recorded decode step is integers of 64 bits:
-its parts, how many there are of each field, the fields.
+"""Values as bytes between ranks: pickle, without tensors. Rows of adapters follow the bytes, each in a message of its
+own, straight into host memory that the receiver chooses. Steps are integers of 64 bits, so that sending one waits for
+no device. Of a recorded decode step: its parts, how many there are of each field, the fields. Of another one: its
+chunks, of which each rank makes a batch of its own.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loray.engine.pool.resident import ResidentAdapter, ResidentPair
+from loray.engine.scheduling.plan import Chunk
+from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import DecodeStep, Parts
 
 _STEP_HEAD = len(DecodeStep._fields)  # the parts, and a number for each of the others
@@ -39,15 +40,9 @@ def dumps(value: object, *, rows_apart: bool = False) -> Packed:
     return Packed(buffer.getvalue(), tuple(rows))
 
 
-def loads(
-    data: bytes,
-    device: torch.device,
-    adapters: Mapping[str, ResidentAdapter],
-    pairs: Mapping[str, ResidentPair],
-    receive_rows: ReceiveRows,
-) -> Any:
-    """`adapters` and `pairs` are the receiver's, by digest. `receive_rows` gives what follows, in order."""
-    return _Unpickler(io.BytesIO(data), device, adapters, pairs, receive_rows).load()
+def loads(data: bytes, receive_rows: ReceiveRows) -> Any:
+    """`receive_rows` gives what follows, in order."""
+    return _Unpickler(io.BytesIO(data), receive_rows).load()
 
 
 def dump_step(step: DecodeStep) -> bytes:
@@ -64,53 +59,78 @@ def load_step(data: bytes) -> DecodeStep:
     return DecodeStep(*fields)
 
 
+class PassedChunk(NamedTuple):
+    """A chunk of a request that only rank 0 has, and the request itself, as far as `build_batch` reads them.
+
+    adapter  its digest; None is the base
+    is_last  its last token's logits are needed
+    """
+
+    adapter: str | None
+    start: int
+    num_tokens: int
+    is_last: bool
+    scored: range
+    token_ids: list[int]
+    blocks: list[int]
+
+    @property
+    def request(self) -> PassedChunk:
+        return self
+
+    @property
+    def spec(self) -> GenerateRequest:
+        return _SAMPLED
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        return self.token_ids[start - self.start : stop - self.start]
+
+
+_SAMPLED = GenerateRequest("", (), SamplingParams(max_tokens=1))
+
+
+def dump_chunks(chunks: Sequence[Chunk]) -> tuple[bytes, tuple[str, ...]]:
+    """The step's numbers, and the digests of its adapters, which they name by place; −1 is the base."""
+    place: dict[str | None, int] = {None: -1}
+    words: list[int] = []
+    for chunk in chunks:
+        request, stop, scored = chunk.request, chunk.start + chunk.num_tokens, chunk.scored
+        wanted = chunk.is_last and request.spec.params.max_tokens > 0
+        adapter = place.setdefault(request.adapter_digest, len(place) - 1)
+        words += (adapter, chunk.start, chunk.num_tokens, wanted, scored.start, scored.stop, len(request.blocks))
+        words += request.tokens(chunk.start, stop)
+        words += request.blocks
+    return np.array(words, dtype=np.int64).tobytes(), tuple(digest for digest in place if digest is not None)
+
+
+def load_chunks(data: bytes, digests: Sequence[str]) -> list[PassedChunk]:
+    words = iter(np.frombuffer(data, dtype=np.int64).tolist())
+    chunks = []
+    for adapter in words:
+        start, num_tokens, wanted, first, end, num_blocks = islice(words, 6)
+        token_ids, blocks = list(islice(words, num_tokens)), list(islice(words, num_blocks))
+        digest, scored = None if adapter < 0 else digests[adapter], range(first, end)
+        chunks.append(PassedChunk(digest, start, num_tokens, bool(wanted), scored, token_ids, blocks))
+    return chunks
+
+
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, rows: list[Tensor] | None) -> None:
         super().__init__(file, protocol=5)
         self._rows = rows
 
     def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor) and self._rows is not None:
-            self._rows.append(obj.detach().cpu().contiguous())
-            return "rows", obj.dtype, tuple(obj.shape)
         if isinstance(obj, Tensor):
-            content = obj.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            return "tensor", str(obj.dtype).removeprefix("torch."), tuple(obj.shape), content
-        if isinstance(obj, ResidentAdapter):
-            return "adapter", obj.ref.digest
-        if isinstance(obj, ResidentPair):
-            return "pair", obj.digest
-        if isinstance(obj, torch.device):
-            return ("device",)
+            assert self._rows is not None, "a command with tensors that are not rows of adapters"
+            self._rows.append(obj.detach().cpu().contiguous())
+            return obj.dtype, tuple(obj.shape)
         return None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self,
-        file: io.BytesIO,
-        device: torch.device,
-        adapters: Mapping[str, ResidentAdapter],
-        pairs: Mapping[str, ResidentPair],
-        receive_rows: ReceiveRows,
-    ) -> None:
+    def __init__(self, file: io.BytesIO, receive_rows: ReceiveRows) -> None:
         super().__init__(file)
-        self._device, self._adapters, self._pairs = device, adapters, pairs
         self._receive_rows = receive_rows
 
     def persistent_load(self, pid: Any) -> Any:
-        match pid:
-            case ("tensor", dtype, shape, content):
-                empty = torch.empty(shape, dtype=getattr(torch, dtype))
-                if content:
-                    empty = torch.frombuffer(bytearray(content), dtype=empty.dtype).view(shape)
-                return empty.to(self._device)
-            case ("rows", dtype, shape):
-                return self._receive_rows(dtype, shape)
-            case ("adapter", digest):
-                return self._adapters[digest]
-            case ("pair", digest):
-                return self._pairs[digest]
-            case ("device",):
-                return self._device
-        raise pickle.UnpicklingError(f"unknown persistent id {pid!r}")
+        return self._receive_rows(*pid)

@@ -62,10 +62,10 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
         except RuntimeError:
             return
         for data in pickle.loads(message):
-            command: Command = wire.loads(data, pool.tensor.device, pool.adapters, pool.pairs, receive_rows)
+            command: Command = wire.loads(data, receive_rows)
             match command:
-                case Forward(batch):
-                    model.forward(batch, pool)
+                case Forward(chunks, digests):
+                    model.forward(model.passed(wire.load_chunks(chunks, digests), pool), pool)
                 case Replay(step):
                     model.forward(DecodeBatch(wire.load_step(step), (), ()), pool)
                 case UseRecordings(num_seats, max_blocks):
