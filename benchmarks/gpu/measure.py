@@ -11,6 +11,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,12 @@ def decode(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) ->
                     seconds = list(s.step_s)
                 floor = shape.decode_floor_s(rates, rows, shape.context + _WARM + shape.steps / 2, adapters)
                 figures.add(case, _times(seconds, floor))
+
+
+def long(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> None:
+    """As `decode`, with long contexts: on the base, and on as many adapters as rows."""
+    rows = shape.long_rows
+    decode(replace(shape, rows=rows, adapters=(0, rows[-1]), context=shape.long_context), rates, figures, folder)
 
 
 def prefill(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> None:
@@ -105,7 +112,9 @@ def crowded(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -
 
 
 def many(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> None:
-    """Adapters drawn at random, most of which are in neither the pool nor the host's memory; first the base alone."""
+    """Adapters drawn at random: first the base alone, then as many as stay in the pool, then more, most of which are in
+    neither the pool nor the host's memory, beside those.
+    """
     at_once = min(64, max(shape.rows))
     with server(shape, folder, max_num_seqs=at_once, max_model_len=128) as s:
         for adapters in (0, *shape.many):
@@ -118,6 +127,9 @@ def many(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> N
 
             row = s.loop(at_once, of, shape.loop_s, shape.loop_prompt, shape.loop_outputs).row()
             after = s.engine.stats()
+            resident = figures.rows.get(f"{shape.many[0]} adapters", {}).get("tokens_per_s")
+            if adapters > shape.many[0] and resident:
+                row["of_resident"] = round(row["tokens_per_s"] / resident, 3)
             figures.add(
                 case,
                 row
@@ -144,7 +156,7 @@ def _times(seconds: Sequence[float], floor_s: float) -> dict[str, float]:
     }
 
 
-MEASURES: Mapping[str, Measure] = {f.__name__: f for f in (decode, prefill, cold, crowded, many)}
+MEASURES: Mapping[str, Measure] = {f.__name__: f for f in (decode, long, prefill, cold, crowded, many)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -70,8 +70,9 @@ PHASES = (
         measures=True,
     ),
     _figures("decode", "decode steps of 1, 32, 64, 256 rows on the base and on up to 256 adapters"),
+    _figures("long", "decode steps of 1 and 8 rows with contexts of 32k"),
     _figures("prefill", "prompts of 2k and 32k tokens, base and adapters"),
     _figures("cold", "the first token on adapters that nobody has used, beside streams"),
     _figures("crowded", "closed loops over 8 and 16 adapters where the pool holds 8"),
-    _figures("many", "closed loops over 512 and 2,000 adapters of ranks 8 to 64"),
+    _figures("many", "closed loops over 100 adapters, which stay in the pool, 512 and 2,000 of ranks 8 to 64"),
 )

@@ -18,6 +18,8 @@ class Shape:
     """Adapter i has rank `ranks[i % len(ranks)]` on q, k, v and o.
 
     context, steps   of decode steps: tokens of each prompt, steps that are timed
+    long_context     of decode steps of `long_rows`; the pool holds their keys and values
+    many             adapters of closed loops: first as many as stay in the pool
     stream_tokens    outputs of streams beside which an adapter is loaded
     crowd            adapters that the pool holds, of the last of `ranks`; twice as many take turns
     loop_s           seconds of a closed loop, whose requests have `loop_prompt` and `loop_outputs` tokens
@@ -29,10 +31,12 @@ class Shape:
     rows: tuple[int, ...] = (1, 32, 64, 256)
     adapters: tuple[int, ...] = (0, 1, 32, 64, 128, 256)
     prompts: tuple[int, ...] = (2048, 32768)
-    many: tuple[int, ...] = (512, 2000)
+    many: tuple[int, ...] = (100, 512, 2000)
     crowd: int = 8
     context: int = 512
     steps: int = 40
+    long_context: int = 32768
+    long_rows: tuple[int, ...] = (1, 8)
     stream_tokens: int = 4096
     loop_s: float = 60.0
     loop_prompt: int = 64

@@ -28,10 +28,12 @@ TINY = Shape(
     rows=(1, 3),
     adapters=(0, 1, 3),
     prompts=(40,),
-    many=(5,),
+    many=(2, 5),
     crowd=2,
     context=12,
     steps=3,
+    long_context=60,
+    long_rows=(1, 2),
     stream_tokens=1000,
     loop_s=0.1,
     loop_prompt=4,
@@ -43,10 +45,11 @@ TINY = Shape(
 )
 CASES = {
     "decode": ["1 rows, 0 adapters", "1 rows, 1 adapters", *(f"3 rows, {n} adapters" for n in (0, 1, 3))],
+    "long": ["1 rows, 0 adapters", "2 rows, 0 adapters", "2 rows, 2 adapters"],
     "prefill": ["40 tokens, base", "40 tokens, rank 2", "40 tokens, rank 5"],
     "cold": ["rank 2", "rank 5"],
     "crowded": ["2 adapters, pool for 2", "4 adapters, pool for 2"],
-    "many": ["0 adapters", "5 adapters"],
+    "many": ["0 adapters", "2 adapters", "5 adapters"],
 }
 
 
@@ -71,6 +74,8 @@ def test_every_measurement_runs_and_goes_on(phase: str, tmp_path: Path, monkeypa
         assert row.get("floor_ms", 1) > 0
     if phase == "many":
         assert rows["5 adapters"]["loaded"] > 0
+        assert rows["5 adapters"]["of_resident"] > 0
+        assert "of_resident" not in rows["2 adapters"]
     first = CASES[phase][0]
     known = Figures(file)
     known.rows = {case: {} for case in CASES[phase]}
