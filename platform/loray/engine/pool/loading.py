@@ -3,6 +3,9 @@
 A load gives its result before it is complete, as soon as the rest is expected within the time that the first step with
 the adapter takes to compute (`lead_s`): then each layer is there before the step needs it, and the step does not wait.
 `model.partial` handles the adapters for which this prediction is wrong.
+
+That is the CPU's way. A GPU's step is queued ahead, and a layer that is late would stop it for every request: there a
+load gives its result when it is complete, while the steps of others go on.
 """
 
 from __future__ import annotations
@@ -56,11 +59,12 @@ class AdapterLoads:
         )
         if pool.tensor.nbytes >= sum(FIRST_BYTES):  # a smaller pool holds no such adapters
             packer.memory.prepare()
+        self._whole = pool.tensor.is_cuda
         self._num_blocks: dict[str, int] = {}
         self._bytes: dict[str, AdapterBytes] = {}
 
     def start(self, ref: AdapterRef, lead_s: float) -> Future[PackedAdapter]:
-        """The result may be partial; it is then complete after about `lead_s` seconds at most."""
+        """The result may be partial, but on a GPU; it is then complete after about `lead_s` seconds at most."""
         result: Future[PackedAdapter] = Future()
         self._threads.submit(self._run, result, ref, lead_s)
         return result
@@ -91,7 +95,8 @@ class AdapterLoads:
 
         def progress(packed: PackedAdapter, remaining_s: float) -> None:
             if not result.done():
-                if remaining_s <= lead_s:
+                complete = packed.partial is None or packed.partial.complete
+                if complete or (remaining_s <= lead_s and not self._whole):
                     self._note_size(ref, packed)
                     result.set_result(packed)
             elif packed.partial is not None and packed.partial.complete:
