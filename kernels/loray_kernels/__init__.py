@@ -53,7 +53,7 @@ from loray_kernels.ops import (
     VeraTable,
     alone,
 )
-from loray_kernels.pages import PageWriter, Piece
+from loray_kernels.pages import PageWriter, Piece, to_device
 from loray_kernels.records import (
     INPUTS,
     RECORD_TOKENS,
@@ -119,6 +119,7 @@ __all__ = [
     "record_words",
     "release_threads",
     "scratch_bytes",
+    "to_device",
     "use_device",
     "vector_words",
     "workspace_bytes",

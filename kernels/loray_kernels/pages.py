@@ -5,7 +5,7 @@ Shapes: L layers, E packed elements of a layer, P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +35,15 @@ class PageWriter(Protocol):
         """Whatever is queued after this call sees all that was written. May block the device, not the thread."""
         ...
 
+    def arrival(self) -> Callable[[], bool]:
+        """Says whether all that has been written up to now is there, so that nobody needs to wait for it."""
+        ...
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the host, on the device; the thread waits neither for the copy nor for what is queued before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 
 class DirectWriter:
     """Writes at once: one strided copy for each piece of several layers at equal distances."""
@@ -53,6 +62,9 @@ class DirectWriter:
 
     def wait(self) -> None:
         pass
+
+    def arrival(self) -> Callable[[], bool]:
+        return lambda: True
 
 
 def _copy(to: Tensor, rows: Tensor) -> None:

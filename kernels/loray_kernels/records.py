@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loray_kernels.pages import to_device
+
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RECORD_TOKENS = 4  # of one adapter, that share the reading of its rows
 MAX_ROWS = 512  # of A, of all modules of one input and all ranks; an adapter with more has no record
@@ -112,7 +114,8 @@ class Directory:
 
     def write(self, start: int, words: npt.NDArray[np.int64]) -> None:
         """Steps that are queued already read the old words."""
-        self.records.words[start : start + len(words)].copy_(torch.from_numpy(words))
+        own = self.records.words[start : start + len(words)]
+        own.copy_(to_device(torch.from_numpy(words), own.device))
 
     def remove(self, start: int, size: int) -> None:
         insort(self._free, (start, size))

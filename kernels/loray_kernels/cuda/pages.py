@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.pages import Piece
+from loray_kernels.pages import Piece, to_device
 
 STAGING_BYTES = 64 << 20  # of the device, which an adapter's rows pass through
 
@@ -42,8 +42,8 @@ class PageUploader:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             for rows, part_P3 in parts(rows_LE.view(-1), table_P3, STAGING_BYTES // rows_LE.itemsize):
-                part_P3 = part_P3.pin_memory().to(device, non_blocking=True)
-                self._gather.place_pages(self._pool, rows.to(device, non_blocking=True), part_P3)
+                pages = rows.to(device, non_blocking=True)
+                self._gather.place_pages(self._pool, pages, to_device(part_P3, device))
         self._written = True
 
     def wait(self) -> None:
@@ -51,6 +51,12 @@ class PageUploader:
         if self._written:
             torch.cuda.current_stream(self._pool.device).wait_stream(self._stream)
             self._written = False
+
+    def arrival(self) -> Callable[[], bool]:
+        """An event after the last copy and its kernel."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event.query
 
 
 def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[Tensor, Tensor]]:

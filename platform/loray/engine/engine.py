@@ -72,6 +72,7 @@ class Engine:
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
+            arrived=pool.has_arrived,
             usage=UsageLog(on_forget=self._loads.forget),
             wake=lambda: self.wake(),
         )
@@ -87,6 +88,7 @@ class Engine:
             ttft_slo_s=spec.ttft_slo_s,
             compact=pool.compact,
             enable_prefix_caching=spec.enable_prefix_caching,
+            places_ahead=pool.tensor.is_cuda,
         )
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}

@@ -1,6 +1,6 @@
 """Rows that are written while steps run: nothing reads or overwrites them before they are written.
 
-The tests of the pool and of partial adapters, with a writer that delays every copy until it is waited for.
+The tests of the pool, with a writer that delays every copy until it is waited for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
 from loray_kernels.pages import DirectWriter
 from tests.engine.adapters import TestAdapter
-from tests.engine.model.test_partial import (  # noqa: F401
-    scene,
-    test_layers_that_come_in_time_are_waited_for_one_by_one,
-    test_what_comes_late_holds_back_its_own_requests_alone,
-)
 from tests.engine.pool.test_packed import LAYOUT, check_rows, packer, weights
 from tests.engine.pool.test_pool import (  # noqa: F401
     test_a_pair_comes_in_though_no_stretch_of_blocks_is_free,
@@ -47,6 +42,18 @@ class LateWriter:
         self.num_late += len(self._late)
         while self._late:
             self._late.pop(0)()
+
+    def arrival(self) -> Callable[[], bool]:
+        """Later than the first time that it is asked."""
+        asked = iter([False])
+
+        def arrived() -> bool:
+            if next(asked, True):
+                self.wait()
+                return True
+            return False
+
+        return arrived
 
 
 @pytest.fixture(autouse=True)

@@ -36,12 +36,14 @@ class World:
         self.num_loads = 0
         self.slots = slots
         self.placed: list[str] = []
+        self.slow: set[str] = set()  # whose rows are on their way to the pool
         self.now = 0.0
         self.residency: Residency[Packed, str] = Residency(
             host_bytes=host_bytes,
             load=self.load,
             place=self.place,
             remove=self.placed.remove,
+            arrived=lambda name: name not in self.slow,
             usage=UsageLog(now=lambda: 1000 + self.now),
             clock=lambda: self.now,
         )

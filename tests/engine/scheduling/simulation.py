@@ -55,7 +55,8 @@ def no_backoff() -> Backoff:
 
 class Simulation:
     """`ends`: the tokens that a request generates, if fewer than max_tokens. `loads_at_once`: loads take no time.
-    `retries_at_once`: a failed load is tried again with the next request.
+    `retries_at_once`: a failed load is tried again with the next request. `copy_steps`: for which an adapter's rows are
+    on their way to the pool.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Simulation:
         host_bytes: int = 1 << 30,
         loads_at_once: bool = True,
         retries_at_once: bool = False,
+        copy_steps: int = 0,
         step_s: float = 0.0,
         token_s: float = 0.0,
         pair_s: float = 0.0,
@@ -76,12 +78,16 @@ class Simulation:
         self.loads: dict[str, Future[Packed]] = {}
         self.sizes: dict[str, int] = {}  # in bytes, by digest
         self.damaged: set[str] = set()  # digests of adapters that cannot be placed
-        self._loads_at_once = loads_at_once
+        self._loads_at_once, self._copy_steps = loads_at_once, copy_steps
+        self.placed: list[str] = []  # names
+        self._placed_at: dict[Extent, int] = {}
+        self.num_steps = 0
         self.residency: Residency[Packed, list[Extent]] = Residency(
             host_bytes=host_bytes,
             load=self._load,
             place=self._place,
             remove=self.allocator.free_rows,
+            arrived=lambda extents: self.num_steps >= self._placed_at.get(extents[0], 0) + self._copy_steps,
             usage=UsageLog(now=lambda: self.now),
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,
@@ -104,7 +110,6 @@ class Simulation:
         self.served: Counter[str] = Counter()  # by tenant, in units of service
         self.most_output = 0  # that the running requests of one tenant could still generate
         self.most_prompt = 0  # tokens that the running requests of one tenant had still to compute, or of one step
-        self.num_steps = 0
         self.token_times: dict[Request, list[float]] = {}
         self._num_computed: Counter[Request] = Counter()  # of the prompt, at most so far
         self._num_requests = 0
@@ -215,7 +220,11 @@ class Simulation:
     def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:
         if ref.digest in self.damaged:
             raise IntegrityError(f"{ref.name} is damaged")
-        return self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
+        extents = self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
+        if extents is not None:
+            self.placed.append(ref.name)
+            self._placed_at[extents[0]] = self.num_steps
+        return extents
 
     def _load(self, ref: AdapterRef) -> Future[Packed]:
         self.loads[ref.digest] = Future()

@@ -52,6 +52,18 @@ class LateUploader:
         while self._late:
             self._late.pop(0)()
 
+    def arrival(self) -> Callable[[], bool]:
+        """Later than the first time that it is asked."""
+        asked = iter([False])
+
+        def arrived() -> bool:
+            if next(asked, True):
+                self.wait()
+                return True
+            return False
+
+        return arrived
+
 
 class Tapes:
     """A Recorder. Every recording takes one byte."""

@@ -124,7 +124,7 @@ class Decoder:
 
         `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
         """
-        pool.wait_for_rows()
+        pool.wait_for(batch.residents)
         if isinstance(batch, Batch):
             return self._forward(batch, pool, on_scored)
         assert self._recorded is not None

@@ -7,7 +7,7 @@ allocator's answers, so only these are sent. KV blocks are not: a step names the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, assert_never, cast
 
@@ -150,6 +150,10 @@ class FollowingPool(Pool):
         super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
         self.allocator = FollowingAllocator(self.geometry)
         self.adapters: dict[str, ResidentAdapter] = {}
+
+    def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
+        """Rank 0 knows when its own rows have arrived, not when these have."""
+        self.wait_for_rows()
 
     def follow(self, command: PoolCommand) -> None:
         match command:

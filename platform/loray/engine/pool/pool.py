@@ -7,7 +7,7 @@ into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
-from loray.engine.memory.rows import Matrix, Role, RowTable, place
+from loray.engine.memory.rows import Matrix, place
 from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.engine.pool.records import AdapterRecords
 from loray.engine.pool.resident import ResidentAdapter, ResidentPair
+from loray.engine.pool.tables import row_tensors, token_row
 from loray.spec import AdapterRef, ServeSpec
-from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
+from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece
 from loray_kernels.memory import huge_pages
 from loray_kernels.pages import DirectWriter
 
@@ -58,6 +59,7 @@ class Pool:
         self._writer = page_writer(self.tensor)
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}
+        self._arriving: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
         self._compact = False  # True: nothing to compact until adapters are placed or removed
         self.records: AdapterRecords | None = None  # where decode steps are recorded
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
@@ -99,6 +101,7 @@ class Pool:
             return self._fill(ref, packed, pair, extents)
         except BaseException:  # such as a device that is out of memory: free the blocks
             self._compact = False
+            self.wait_for_rows()
             self.allocator.free_rows(extents)
             self._release_pair(pair)
             raise
@@ -107,17 +110,17 @@ class Pool:
         self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentPair | None, extents: Sequence[Extent]
     ) -> ResidentAdapter:
         table = place(packed.shape, extents, self.geometry)
-        token_row = _token_row(packed.token_ids, table)
+        own_rows = token_row(packed.token_ids, table)
         scales = {
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
             for m in group.matrices
             if m.role == "lora_b"
         }
-        tensors = self._row_tensors(table)
+        tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)
         resident = ResidentAdapter(
-            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, token_row, packed.rope, pair, packed
+            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, own_rows, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
         complete = packed.partial is None or packed.partial.complete
@@ -127,6 +130,7 @@ class Pool:
             resident.pending = None
         if self.records is not None:
             self.records.placed(resident)
+        self._arriving[resident] = self._writer.arrival()
         self._residents[resident] = None
         self._compact = False
         return resident
@@ -141,6 +145,20 @@ class Pool:
     def wait_for_rows(self) -> None:
         """Whatever is queued after this call sees all rows that have been placed."""
         self._writer.wait()
+        self._arriving.clear()
+
+    def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
+        """Likewise, the rows of these."""
+        if self._arriving and not all(map(self.has_arrived, adapters)):
+            self.wait_for_rows()
+
+    def has_arrived(self, adapter: ResidentAdapter) -> bool:
+        """Whether steps read its rows without waiting for them."""
+        arrived = self._arriving.get(adapter)
+        if arrived is not None and not arrived():
+            return False
+        self._arriving.pop(adapter, None)
+        return True
 
     def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
         if adapter.pending is None:
@@ -151,23 +169,13 @@ class Pool:
         adapter.num_layers = max(adapter.num_layers, num_layers)
 
     def remove(self, adapter: ResidentAdapter) -> None:
+        self.wait_for([adapter])  # its rows must not come over what will be in their place
         del self._residents[adapter]
         self._compact = False
         if self.records is not None:
             self.records.removed(adapter)
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
-
-    def _row_tensors(self, table: RowTable) -> dict[tuple[int, str, Role], RowTables]:
-        device = self.tensor.device
-        return {
-            (group, module, role): RowTables(
-                tuple((s.column, s.width, torch.tensor(s.offsets, dtype=torch.int64, device=device)) for s in segments)
-            )
-            for group, tables in ((-1, table.flat), *enumerate(table.groups))
-            for (module, role), segments in tables.items()
-            if role != "embedding"
-        }
 
     def _write(
         self, adapter: ResidentAdapter, kind: Kind, rows_LE: Tensor, matrices: Sequence[Matrix], layers: Sequence[int]
@@ -196,21 +204,24 @@ class Pool:
                 first = self.allocator.allocate_run(num_blocks)
             if first is None:
                 return None
-            self.wait_for_rows()
-            start, split = first * self.geometry.block_size, pair.a_RI.numel()
-            a_RI = self.tensor[start : start + split].view_as(pair.a_RI).copy_(pair.a_RI)
-            b_OR = self.tensor[start + split : start + split + pair.b_OR.numel()].view_as(pair.b_OR).copy_(pair.b_OR)
-            resident = self._pairs[pair.digest] = ResidentPair(
-                pair.digest, first, num_blocks, PairMatrix(a_RI), PairMatrix(b_OR)
-            )
+            start = first * self.geometry.block_size
+            a_RI, b_OR = self._write_matrix(pair.a_RI, start), self._write_matrix(pair.b_OR, start + pair.a_RI.numel())
+            resident = self._pairs[pair.digest] = ResidentPair(pair.digest, first, num_blocks, a_RI, b_OR)
         resident.references += 1
         return resident
+
+    def _write_matrix(self, values: Tensor, start: int) -> PairMatrix:
+        """As adapters' rows are, in their order."""
+        num = values.numel()
+        self._writer.write(values.to(self.tensor.dtype).reshape(1, num), [0], [Piece(0, start, num)])
+        return PairMatrix(self.tensor[start : start + num].view_as(values))
 
     def _release_pair(self, pair: ResidentPair | None) -> None:
         if pair is None:
             return
         pair.references -= 1
         if not pair.references:
+            self.wait_for_rows()  # it may have been written a moment ago
             del self._pairs[pair.digest]
             self.allocator.free_run(pair.first_block)
 
@@ -260,8 +271,8 @@ class Pool:
             if tuple(extents) != adapter.extents:
                 adapter.extents = tuple(extents)
                 adapter.table = place(adapter.shape, extents, self.geometry)
-                adapter.rows = self._row_tensors(adapter.table)
-                adapter.token_row = _token_row(tuple(adapter.token_row), adapter.table)
+                adapter.rows = row_tensors(adapter.table, self.tensor.device)
+                adapter.token_row = token_row(tuple(adapter.token_row), adapter.table)
                 if self.records is not None:
                     self.records.moved(adapter)
 
@@ -278,10 +289,3 @@ class Pool:
             [e for adapter in residents for e in adapter.extents],
             {p.first_block: p.num_blocks for p in self._pairs.values()},
         )
-
-
-def _token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
-    if not token_ids:
-        return {}
-    (segment,) = table.flat["embed_tokens", "embedding"]
-    return dict(zip(token_ids, segment.offsets, strict=True))

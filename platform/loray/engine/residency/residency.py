@@ -25,6 +25,7 @@ from loray.engine.residency.backoff import Backoff
 from loray.engine.residency.eviction import AdapterWorth
 from loray.engine.residency.host import HostMemory
 from loray.engine.residency.loads import StartedLoads
+from loray.engine.residency.placing import Placing
 from loray.engine.residency.table import AdapterTable, Entry, P, R, Tier
 from loray.engine.stats.histogram import Histogram
 from loray.engine.stats.usage import ResidencyCounts, UsageLog
@@ -40,6 +41,7 @@ class Residency(Generic[P, R]):
     place   copies a packed adapter into the pool, or returns None when blocks are short
     remove  frees a resident adapter's blocks
     size    blocks that `remove` would free
+    arrived whether steps read a resident adapter's rows without waiting for their copy
     wake    called in the loader's thread when a load has a result
     clock   seconds, to measure loads: from the start until `poll` finds the adapter complete
     """
@@ -52,6 +54,7 @@ class Residency(Generic[P, R]):
         place: Callable[[AdapterRef, P], R | None],
         remove: Callable[[R], None],
         size: Callable[[R], float] = lambda resident: 1.0,
+        arrived: Callable[[R], bool] = lambda resident: True,
         usage: UsageLog | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,10 +64,10 @@ class Residency(Generic[P, R]):
         self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or UsageLog(), self._value)
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
-        self._now = clock
-        self._place, self._remove, self.size = place, remove, size
+        self._now, self.size = clock, size
         self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
         self._worth = AdapterWorth()
+        self._placing = Placing(self.table, self._worth, place, remove, size, arrived, clock)
         self._backoff = backoff or Backoff(clock)
         self._changed: dict[str, None] = {}
 
@@ -119,30 +122,31 @@ class Residency(Generic[P, R]):
     def acquire(self, ref: AdapterRef) -> R | None:
         """Pin `ref` in the pool; first copy it there if it is on the host.
 
-        None while blocks are short or it is not loaded, and if it cannot be placed: then its tier is FAILED.
+        None while blocks are short or it is on its way, and if it cannot be placed: then its tier is FAILED.
         """
         entry = self.table.entries[ref.digest]
-        if entry.tier is Tier.HOST:
-            assert entry.packed is not None
-            began = self._now()
-            try:
-                entry.resident = self._place(ref, entry.packed)
-            except Exception as e:  # noqa: BLE001 - the error is the adapter's: it fails its requests, not the engine
-                self._drop_packed(entry)
-                self._fail(entry, e)
-                return None
-            if entry.resident is None:
-                return None
-            entry.tier = Tier.POOL
-            seconds = None if entry.is_partial else self._now() - began
-            self._worth.placed(entry.score, seconds, self.size(entry.resident))
-        if entry.tier is not Tier.POOL:
+        self._to_pool(entry)
+        if entry.tier is not Tier.POOL or ref.digest in self.table.arriving:
             return None
         entry.pins += 1
         self._worth.used(entry.score)
         self.table.touch(entry)
         self.table.update(entry)
         return entry.resident
+
+    def place_ahead(self, ref: AdapterRef) -> bool:
+        """Copy `ref` into the pool if it is complete on the host and blocks suffice. Whether that was done."""
+        entry = self.table.entries[ref.digest]
+        return entry.tier is Tier.HOST and not entry.is_partial and self._to_pool(entry)
+
+    def _to_pool(self, entry: Entry[P, R]) -> bool:
+        """From the host; True if that was done."""
+        try:
+            return entry.tier is Tier.HOST and self._placing.place(entry)
+        except Exception as e:  # noqa: BLE001 - the error is the adapter's: it fails its requests, not the engine
+            self._drop_packed(entry)
+            self._fail(entry, e)
+            return False
 
     def release(self, ref: AdapterRef) -> None:
         entry = self.table.entries[ref.digest]
@@ -155,11 +159,14 @@ class Residency(Generic[P, R]):
 
     # -- for the engine -----------------------------------------------------------------------------------------------
 
-    def poll(self) -> bool:
-        """Take the results of loads, and start queued loads that fit the host, in order; True if there was a result
-        or a partial adapter is done.
+    def poll(self, *, at_once: bool = False) -> bool:
+        """Take the results of loads, and start queued loads that fit the host, in order; True if there was a result,
+        a partial adapter is done, or an adapter's rows have arrived.
+
+        `at_once`: no step runs that a copy could hold up, so the next one may wait for the rows that are on their way.
         """
-        changed = False
+        self._changed |= dict.fromkeys(arrived := self._placing.take_arrived(at_once=at_once))
+        changed = bool(arrived)
         for entry, load in self._loads.ended():
             self._take_result(entry, load)
             changed = True
@@ -195,11 +202,9 @@ class Residency(Generic[P, R]):
             return False
         (value, _), digest = least
         entry = self.table.entries[digest]
-        assert entry.resident is not None
         if not entry.wants:
             self.floor.evicted(value)
-        self._remove(entry.resident)
-        entry.resident = None
+        self._placing.remove(entry)
         self.counts.num_evictions += 1
         if entry.packed is not None:
             entry.tier = Tier.HOST
@@ -263,8 +268,7 @@ class Residency(Generic[P, R]):
         if entry.pins:
             return
         if entry.resident is not None:
-            self._remove(entry.resident)
-            entry.resident = None
+            self._placing.remove(entry)
         if not entry.wants:
             self.table.forget(entry)
 

@@ -84,6 +84,7 @@ class AdapterTable(Generic[P, R]):
         self.queued: OrderedDict[str, Entry[P, R]] = OrderedDict()  # LOADING, the load has not started; in order
         self.loading: dict[str, Entry[P, R]] = {}  # LOADING, the load has started
         self.partial: dict[str, Entry[P, R]] = {}  # HOST or POOL, and not complete when last looked at
+        self.arriving: dict[str, Entry[P, R]] = {}  # POOL, but the rows are on their way, and no request has started
         # POOL, and no running request uses it; the first is evicted first: the lowest value, then what was not used for
         # longest; those for which requests wait come last.
         self.idle: PriorityQueue[str] = PriorityQueue()
@@ -92,8 +93,12 @@ class AdapterTable(Generic[P, R]):
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def tier(self, ref: AdapterRef) -> Tier:
-        """LOADING also for a partial adapter that is late: no step waits for it. It may be in the pool, and pinned."""
+        """LOADING also for a partial adapter that is late: no step waits for it. It may be in the pool, and pinned.
+        And for one whose rows are on their way to the pool.
+        """
         entry = self.entries[ref.digest]
+        if ref.digest in self.arriving:
+            return Tier.LOADING
         if entry.packed is not None and ref.digest in self.partial:
             assert entry.packed.partial is not None
             if entry.packed.partial.late:
@@ -147,6 +152,7 @@ class AdapterTable(Generic[P, R]):
         assert loading == self.queued.keys() | self.loading.keys()
         assert not self.queued.keys() & self.loading.keys()
         assert all(self.entries[digest].packed is not None for digest in self.partial)
+        assert all(e.tier is Tier.POOL and not e.pins for e in self.arriving.values())
         assert self.idle.items() == {e.ref.digest for e in entries if e.tier is Tier.POOL and not e.pins}
         removable = {e.ref.digest: self._removable(e) for e in entries if e.packed is not None}
         self._host.check_integrity(sum(e.ref.nbytes for e in self.loading.values()), removable)

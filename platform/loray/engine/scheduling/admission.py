@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
 from typing import Generic
 
 from loray.engine.memory.blocks import BlockAllocator
@@ -15,11 +16,14 @@ from loray.engine.scheduling.growth import Growth, OutputLengths, blocks_wanted
 # Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
 # so in every load that was simulated, see docs/decisions/0017-steps-by-time.md.
 _SHARE = 0.75
+_LOOKED_AHEAD = 32  # waiting requests
 _WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
 
 
 class Admission(Generic[P, R]):
-    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known."""
+    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known. `ahead`: adapters may be placed
+    before their requests' turn.
+    """
 
     def __init__(
         self,
@@ -28,7 +32,10 @@ class Admission(Generic[P, R]):
         blocks: RequestBlocks,
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
+        *,
+        ahead: bool = False,
     ) -> None:
+        self._places_ahead = ahead
         self._allocator, self._residency, self._blocks = allocator, residency, blocks
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
@@ -63,7 +70,10 @@ class Admission(Generic[P, R]):
         if ref is not None:
             while self._residency.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
-                if self._residency.table.tier(ref) is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                tier = self._residency.table.tier(ref)
+                if tier is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                    if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
+                        self._short = None
                     self._blocks.release(request)
                     return False
         if not self._blocks.extend(request, request.num_tokens):
@@ -76,6 +86,20 @@ class Admission(Generic[P, R]):
         if self._growing is not None:
             self._growing.append(self._growth(request))
         return True
+
+    def place_one_ahead(self, waiting: Iterable[Request], num_running: int) -> None:
+        """Copy the adapter of a request that waits for its turn into free blocks, where that leaves one for each that
+        runs: it is there when the turn comes. Of the first few that wait; one a step, beside which the copy goes on.
+        """
+        if not self._places_ahead:
+            return
+        most = self._allocator.num_free - num_running - int(_WATERMARK * self._allocator.geometry.num_blocks)
+        for request in islice(waiting, _LOOKED_AHEAD):
+            ref = request.adapter
+            if ref is None or self._residency.table.tier(ref) is not Tier.HOST:
+                continue
+            if 0 < self._adapter_blocks(request) <= most and self._residency.place_ahead(ref):
+                return
 
     def released(self) -> None:
         """A running request has released its blocks and its adapter."""

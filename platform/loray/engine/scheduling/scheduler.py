@@ -45,6 +45,7 @@ class Scheduler(Generic[P, R]):
     itl_slo_s       target for the time between two tokens of a request; None: only max_num_batched_tokens limits a step
     ttft_slo_s      for requests without one of their own; None: they may wait forever
     clock           seconds
+    places_ahead    adapters of waiting requests are copied into free blocks before their turn
     """
 
     def __init__(
@@ -62,27 +63,21 @@ class Scheduler(Generic[P, R]):
         clock: Callable[[], float] = time.monotonic,
         compact: Callable[[int], bool] = lambda num_blocks: False,
         enable_prefix_caching: bool = True,
+        places_ahead: bool = False,
     ) -> None:
-        self._residency, self._itl_slo_s = residency, itl_slo_s
+        self._residency, self._itl_slo_s, self._token_weight = residency, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
         self.step_time, self._burst = StepTime(), Burst(itl_slo_s)
         self._blocks = RequestBlocks(
             allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
         )
-        self.output_lengths = OutputLengths()
-        self._admission = Admission(allocator, residency, self._blocks, self.output_lengths, adapter_blocks)
-        self._token_weight = token_weight
+        lengths = self.output_lengths = OutputLengths()
+        self._admission = Admission(allocator, residency, self._blocks, lengths, adapter_blocks, ahead=places_ahead)
         self._estimate = FirstTokenEstimate(
-            self.step_time,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            itl_slo_s=itl_slo_s,
+            self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
         )
         self._targets = FirstTokenTargets(
-            ttft_slo_s=ttft_slo_s,
-            estimate=self._seconds_to_first_token,
-            alone=lambda request: self._estimate.seconds(self._backlog(request), Work(num_steps=1)),
-            clock=clock,
+            ttft_slo_s=ttft_slo_s, estimate=self._seconds_to_first_token, alone=self._seconds_alone, clock=clock
         )
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
         self._limits = QueueLimits(self.waiting, residency, wait_limits, self._targets.expected_retry_s, clock)
@@ -159,24 +154,23 @@ class Scheduler(Generic[P, R]):
 
     def next(self) -> Plan:
         """The chunks of the next step, and the requests that will not run."""
-        changed = self._residency.poll()
+        changed = self._residency.poll(at_once=not self.running)
         failed = self._fail_running()
         for request in self.running:
             self.waiting.fair.charge_output(request)
         one = self.waiting.gives_place(self.running)
         if one is not None and len(self.running) >= self._max_num_seqs:
             self.preempt(one)
-        budget = self._new_budget()
-        chunks = self._decode(budget)
+        chunks = self._decode(budget := self._new_budget())
         self._admission.stepped()
-        for too_late in (self._targets.refuse_late, self._limits.overdue):
-            for request, error in too_late():
-                self.waiting.refuse(request)
-                failed.append((request, error))
+        for request, error in chain.from_iterable(late() for late in (self._targets.refuse_late, self._limits.overdue)):
+            self.waiting.refuse(request)
+            failed.append((request, error))
         failed += self.waiting.admit_loaded()
         self._compute_prompts(budget, chunks, failed)
-        changed |= self._admission.emptied
-        changed |= self._residency.poll()  # loads evicted adapters that are wanted again, before the engine sleeps
+        self._admission.place_one_ahead(self.waiting, len(self.running))
+        # The second poll loads what was evicted and is wanted again, before the engine sleeps.
+        changed |= self._admission.emptied | self._residency.poll(at_once=not self.running)
         return Plan(chunks, failed, changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -265,6 +259,8 @@ class Scheduler(Generic[P, R]):
                 request.charged_until = request.num_computed
         elif self.waiting.has_failed(request):
             failed += self.waiting.fail(request)
+        elif request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.LOADING:
+            return True  # its rows are on their way, which nobody else waits for
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
@@ -295,6 +291,9 @@ class Scheduler(Generic[P, R]):
         decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
         ahead, step = ahead.plus(self._backlog(request)), Work(1, len(decoding), sum(decoding))
         return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
+
+    def _seconds_alone(self, request: Request) -> float:
+        return self._estimate.seconds(self._backlog(request), Work(num_steps=1))
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

@@ -1,0 +1,39 @@
+"""Requests whose adapters are copied to the pool beside the steps of others."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.scheduling.simulation import Simulation, adapter
+
+
+def test_a_copy_to_the_pool_holds_up_nobody_else() -> None:
+    """`cold` waits for its rows while others decode and begin; alone it starts at once."""
+    sim = Simulation(copy_steps=5)
+    alone = sim.add(adapter=adapter("first"))
+    sim.run(until=lambda: alone in sim.started, max_steps=4)
+    busy, cold, base = sim.add(4, 20), sim.add(adapter=adapter("cold")), sim.add(4, 20)
+    for _ in range(2):  # the second one has its load
+        sim.step()
+    assert sim.placed == ["first", "cold"]
+    assert sim.started == [alone, busy, base]
+    sim.run(until=lambda: cold in sim.started, max_steps=6)
+    assert len(busy.output_ids) >= 5
+    sim.run()
+    assert sim.placed == ["first", "cold"]
+    assert set(sim.outcomes.values()) == {None}
+
+
+@pytest.mark.parametrize("places_ahead", [False, True])
+def test_adapters_of_those_that_wait_for_their_turn_come_where_there_is_room(places_ahead: bool) -> None:
+    sim = Simulation(num_blocks=8, max_num_seqs=1, copy_steps=2, places_ahead=places_ahead)
+    busy = sim.add(4, 12)
+    sim.step()
+    own = [adapter("small", 2), adapter("large", 6), adapter("next", 2)]
+    waiting = [sim.add(adapter=ref, tenant=ref.name) for ref in own]
+    for _ in range(8):
+        sim.step()
+    assert sim.scheduler.running == [busy]
+    assert sim.placed == (["small", "next"] if places_ahead else [])  # they leave too few blocks for the third
+    sim.run()
+    assert set(sim.outcomes) == {busy, *waiting}
