@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -64,10 +63,6 @@ class AdapterBatch:
         self.pairs = tuple(_pair_spans(slots))
         self._device = device
         self._tables: dict[int | tuple[Group, ...], LayerTables] = {}  # also by layer
-
-    def __reduce__(self) -> tuple[Callable[..., AdapterBatch], tuple[object, ...]]:
-        """For another rank: its rows are elsewhere, so it makes tables of its own."""
-        return partial(AdapterBatch, device=self._device), (self.slots,)
 
     def is_for(self, slots: Sequence[Slot]) -> bool:
         """The tables are those of `slots`. The pool replaces the `rows` of adapters that it moves."""
