@@ -114,7 +114,7 @@ def test_logits_of_a_prompt_are_held_in_bounded_memory(
     base: BaseModel, adapter: TestAdapter, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_rows = 7
-    monkeypatch.setattr(decoder, "_SCORED_BYTES", 4 * base.config.vocab_size * num_rows + 1)
+    monkeypatch.setattr(decoder, "SCORED_BYTES", 4 * base.config.vocab_size * num_rows + 1)
     requests = batch(adapter, max_tokens=3)
     engine = make_engine(base, [adapter], max_num_batched_tokens=64, max_num_seqs=4)
     seen, logits = [], engine._model._logits
@@ -128,7 +128,7 @@ def test_nothing_is_read_before_the_step_has_been_queued(
     base: BaseModel, adapter: TestAdapter, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device every read waits for it."""
-    monkeypatch.setattr(decoder, "_SCORED_BYTES", 4 * base.config.vocab_size * 40)
+    monkeypatch.setattr(decoder, "SCORED_BYTES", 4 * base.config.vocab_size * 40)
     monkeypatch.setattr(logprobs, "_ROWS", 16)
     requests = batch(adapter, max_tokens=2)
     engine = make_engine(base, [adapter])

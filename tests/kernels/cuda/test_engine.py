@@ -6,6 +6,7 @@ of launches, see `tape`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -145,14 +146,23 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> dict[str, list[int]]:
-    """Tokens by request. They come `joins` at a time, each time when a few steps have been made."""
+    """Tokens by request. They come `joins` at a time, each time when a few steps have been made, whatever time adapters
+    take to load.
+    """
     out: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    waiting = list(requests)
+    waiting, loaded = list(requests), threading.Event()
+    engine.wake = loaded.set
     while waiting or engine.has_work:
         submit(engine, waiting[:joins])
         del waiting[:joins]
         for _ in range(4 if waiting else 1):
-            for token in engine.step():
+            loaded.clear()
+            tokens = engine.step()
+            while engine.idle and engine.has_work:
+                assert loaded.wait(30)
+                loaded.clear()
+                tokens += engine.step()
+            for token in tokens:
                 assert token.error is None
                 assert token.token_id is not None
                 out[token.request_id].append(token.token_id)
@@ -205,7 +215,7 @@ def happened(engine: Engine, decode_steps: Sequence[DecodeBatch], moves: Sequenc
     ("names", "pool_bytes"),
     [
         pytest.param(["r2", "r7", "r70", "pattern", "one layer"], 280 << 10, marks=pytest.mark.slow),
-        (["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"], 320 << 10),
+        (["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"], 305 << 10),
     ],
 )
 def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(

@@ -50,7 +50,7 @@ def test_what_is_recorded_for_adapters_with_more_serves_the_others(
     assert [form.kind for form in cast(Any, engine._model)._recorded._recorded] == [graphs.KINDS[-1]]
     decode_steps = decode_steps_of(engine, monkeypatch)
     got = served(engine, requests, joins=3)
-    assert len(ops.replayed) == len(decode_steps) > 8
+    assert len(ops.replayed) == len(decode_steps) >= 8
     reference = ReferenceOps()
     monkeypatch.setattr(build, "backend", lambda name, device: reference)
     assert got == served(make_engine(base, adapters), requests, joins=3)
