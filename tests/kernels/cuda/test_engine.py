@@ -6,7 +6,6 @@ of launches, see `tape`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -19,17 +18,17 @@ from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.model.decoding import DecodeBatch
-from loray.engine.scheduling.plan import Chunk
-from loray.spec import GenerateRequest, RopeParameters
+from loray.spec import RopeParameters
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.pages import DirectWriter
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit
+from tests.engine.harness import Spy, fill_up, make_engine, request, run
 from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
+from tests.kernels.cuda.steps import decode_steps_of, served
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {},
@@ -143,45 +142,6 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         )
         for i, (name, config) in enumerate(configs.items())
     }
-
-
-def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> dict[str, list[int]]:
-    """Tokens by request. They come `joins` at a time, each time when a few steps have been made, whatever time adapters
-    take to load.
-    """
-    out: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    waiting, loaded = list(requests), threading.Event()
-    engine.wake = loaded.set
-    while waiting or engine.has_work:
-        submit(engine, waiting[:joins])
-        del waiting[:joins]
-        for _ in range(4 if waiting else 1):
-            loaded.clear()
-            tokens = engine.step()
-            while engine.idle and engine.has_work:
-                assert loaded.wait(30)
-                loaded.clear()
-                tokens += engine.step()
-            for token in tokens:
-                assert token.error is None
-                assert token.token_id is not None
-                out[token.request_id].append(token.token_id)
-            engine.check_integrity()
-    return out
-
-
-def decode_steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Batches of steps from now on in which all requests decode."""
-    batch, found = engine._model.batch, []
-
-    def batched(chunks: list[Chunk], *arguments: Any) -> Any:
-        made = batch(chunks, *arguments)
-        if all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
-            found.append(made)
-        return made
-
-    monkeypatch.setattr(engine._model, "batch", batched)
-    return found
 
 
 def moves_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -16,7 +16,8 @@ from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run, submit
 from tests.kernels.cuda.shim_ops import ShimOps
-from tests.kernels.cuda.test_engine import adapters, base, decode_steps_of, ops, served  # noqa: F401
+from tests.kernels.cuda.steps import decode_steps_of, served
+from tests.kernels.cuda.test_engine import adapters, base, ops  # noqa: F401
 
 
 def test_requests_of_the_same_tokens_share_blocks_while_they_decode(
