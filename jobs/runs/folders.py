@@ -85,7 +85,8 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        return self._has(SNAPSHOT)
+        with _translate_errors(self):
+            return self._has(SNAPSHOT)
 
     def read(self, name: str) -> bytes | None:
         with _translate_errors(self):
@@ -107,9 +108,9 @@ class RunFolder:
     def result(self) -> Result:
         """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
         self.mend()
+        if not self.has_checkpoint:
+            raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
         with _translate_errors(self):
-            if not self.has_checkpoint:
-                raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
             return Result.from_path(self.path, storage_filesystem=self.filesystem)
 
     @contextmanager
