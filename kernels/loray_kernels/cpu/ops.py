@@ -39,7 +39,7 @@ from loray_kernels.vectors import TokenRows
 
 
 class CpuOps(DenseOps):
-    """Adds the ops of adapters, and a decoder layer as one call."""
+    """Adds the ops of adapters, and decoder layers as one call."""
 
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int

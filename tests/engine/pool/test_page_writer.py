@@ -19,6 +19,7 @@ from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
 from loray_kernels.pages import DirectWriter
 from tests.engine.adapters import TestAdapter
+from tests.engine.late import Late
 from tests.engine.pool.test_packed import LAYOUT, check_rows, packer, weights
 from tests.engine.pool.test_pool import (  # noqa: F401
     test_a_pair_comes_in_though_no_stretch_of_blocks_is_free,
@@ -27,33 +28,15 @@ from tests.engine.pool.test_pool import (  # noqa: F401
 )
 
 
-class LateWriter:
-    """A PageWriter that writes in `wait`. `num_late`: delayed writes so far."""
+class LateWriter(Late):
+    """A PageWriter that writes in `wait`."""
 
     def __init__(self, pool: Tensor) -> None:
+        super().__init__()
         self._direct = DirectWriter(pool)
-        self._late: list[Callable[[], None]] = []
-        self.num_late = 0
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
-        self._late.append(lambda: self._direct.write(rows_LE, layer_offsets, pieces))
-
-    def wait(self) -> None:
-        self.num_late += len(self._late)
-        while self._late:
-            self._late.pop(0)()
-
-    def arrival(self) -> Callable[[], bool]:
-        """Later than the first time that it is asked."""
-        asked = iter([False])
-
-        def arrived() -> bool:
-            if next(asked, True):
-                self.wait()
-                return True
-            return False
-
-        return arrived
+        self.late.append(lambda: self._direct.write(rows_LE, layer_offsets, pieces))
 
 
 @pytest.fixture(autouse=True)

@@ -29,40 +29,23 @@ from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.pages import piece_table
 from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.reference import ReferenceOps
+from tests.engine.late import Late
 from tests.kernels.cuda.memory import Arena
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.cuda.tape import Tape, TapeLauncher, refuse_waits
 
 
-class LateUploader:
+class LateUploader(Late):
     """PageUploader's table and kernel, launched when they are waited for."""
 
     def __init__(self, gather: Gather, pool: Tensor) -> None:
+        super().__init__()
         self._gather, self._pool = gather, pool
-        self._late: list[Callable[[], None]] = []
-        self.num_late = 0
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
         table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
         if table_P3.shape[0]:
-            self._late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
-
-    def wait(self) -> None:
-        self.num_late += len(self._late)
-        while self._late:
-            self._late.pop(0)()
-
-    def arrival(self) -> Callable[[], bool]:
-        """Later than the first time that it is asked."""
-        asked = iter([False])
-
-        def arrived() -> bool:
-            if next(asked, True):
-                self.wait()
-                return True
-            return False
-
-        return arrived
+            self.late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
 
 
 class Tapes:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest
+from loray_kernels.reference import ReferenceOps
 from tests.engine.harness import submit
 
 
@@ -51,3 +53,9 @@ def decode_steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any
 
     monkeypatch.setattr(engine._model, "batch", batched)
     return found
+
+
+def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are built from now on compute with torch's ops."""
+    ops = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: ops)

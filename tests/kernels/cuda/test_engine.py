@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.model.decoding import DecodeBatch
 from loray.spec import RopeParameters
@@ -23,12 +22,11 @@ from loray_kernels import Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.pages import DirectWriter
-from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run
 from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
-from tests.kernels.cuda.steps import decode_steps_of, served
+from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {},
@@ -205,8 +203,7 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     got = served(engine, requests, joins=5)
     assert len(ops.replayed) == len(decode_steps) > 12
     happened(engine, decode_steps, moves)
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    use_reference(monkeypatch)
     other = make_engine(base, list(mixed.values()), **fields)
     fill_up(other)
     assert got == served(other, requests, joins=5)
@@ -243,8 +240,7 @@ def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
     assert len(ranks) == 2
     for ops in ranks:
         assert len(ops.replayed) == len(decode_steps) > 6
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    use_reference(monkeypatch)
     assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
 
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine import build
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
-from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run, submit
 from tests.kernels.cuda.shim_ops import ShimOps
-from tests.kernels.cuda.steps import decode_steps_of, served
+from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
 from tests.kernels.cuda.test_engine import adapters, base, ops  # noqa: F401
 
 
@@ -34,8 +32,7 @@ def test_requests_of_the_same_tokens_share_blocks_while_they_decode(
     decode_steps = decode_steps_of(engine, monkeypatch)
     got = served(engine, requests, joins=4)
     assert len(ops.replayed) == len(decode_steps) > 30
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    use_reference(monkeypatch)
     assert got == served(make_engine(base, adapters), requests, joins=4)
 
 
@@ -52,8 +49,7 @@ def test_what_is_recorded_for_adapters_with_more_serves_the_others(
     decode_steps = decode_steps_of(engine, monkeypatch)
     got = served(engine, requests, joins=3)
     assert len(ops.replayed) == len(decode_steps) >= 8
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    use_reference(monkeypatch)
     assert got == served(make_engine(base, adapters), requests, joins=3)
 
 
@@ -82,8 +78,7 @@ def test_after_a_step_without_memory_the_tables_are_sent_again(
         for token in engine.step():
             out[token.request_id].append(-1 if token.token_id is None else token.token_id)
     assert failed == [2]
-    reference = ReferenceOps()
-    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    use_reference(monkeypatch)
     expected = run(make_engine(base), requests)
     gone = next(name for name, tokens in out.items() if tokens[-1] == -1)
     assert out[gone] == [*expected.pop(gone)[: len(out[gone]) - 1], -1]

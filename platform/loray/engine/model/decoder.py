@@ -96,8 +96,9 @@ class Decoder:
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
         """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
         recorded = None if self._steps is None else self._steps.batch(chunks, resident)
-        if recorded is not None:
-            return recorded
+        return self._eager(chunks, resident, pool) if recorded is None else recorded
+
+    def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
         batch = build_batch(
             chunks,
             resident,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.linear import parallel_linears
@@ -19,6 +19,7 @@ from loray.engine.parallel.rows import split_inputs
 from loray.engine.parallel.shard import local_config, local_device, local_tensors
 from loray.engine.parallel.wire import PassedChunk
 from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import ServeSpec
 from loray_kernels import Decoding, InputShape, Ranks, backend
@@ -39,16 +40,12 @@ class ShardedDecoder(Decoder):
 
     def passed(self, chunks: Sequence[PassedChunk], pool: FollowingPool) -> Batch:
         """The batch of another rank's chunks."""
-        batch = build_batch(
-            cast("Sequence[Chunk]", chunks),
-            lambda chunk: None if (digest := cast("PassedChunk", chunk).adapter) is None else pool.adapters[digest],
-            block_tokens=pool.geometry.block_tokens,
-            hidden_size=self.config.hidden_size,
-            device=pool.tensor.device,
-            earlier=self._adapters,
-        )
-        self._adapters = batch.adapters
-        return batch
+
+        def resident(chunk: Chunk) -> ResidentAdapter | None:
+            digest = cast("PassedChunk", chunk).adapter
+            return None if digest is None else pool.adapters[digest]
+
+        return self._eager(cast("Sequence[Chunk]", chunks), resident, pool)
 
     def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
         ranks = Ranks(self._communicator.silent, self._communicator.agree)
