@@ -137,6 +137,7 @@ def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
 def test_ranks_send_what_the_formula_says(world: World) -> None:
     """S-LoRA, section 6: with N ranks, B tokens, rank r and hidden size h each rank sends, for attention, 2(N−1)Bh/N
     elements of the base's and 5(N−1)Br/N of LoRA's, here with r as a multiple of N. The MLP: as much, and 4(N−1)Br/N.
+    In the last layer all but q, k and v is computed for a prompt's last token alone.
     """
     n, config = world.communicator.shard.world_size, world.base.config
     by_name = {a.ref.name: a for a in world.adapters}
@@ -144,23 +145,26 @@ def test_ranks_send_what_the_formula_says(world: World) -> None:
     kinds = Traffic("all_reduce", "base"), Traffic("all_gather", "adapter"), Traffic("all_reduce", "adapter")
 
     def sent(adapter: TestAdapter | None) -> tuple[Fraction, ...]:
-        """Elements of fp32 in each layer: of the base's, gathered for LoRA, summed for LoRA."""
+        """Elements of fp32: of the base's, gathered for LoRA, summed for LoRA."""
         before = world.communicator.sent_bytes()
         ids = [next(first)] * num_tokens  # no prefix that is known
         run(world.engine, [request("one", ids, adapter, max_tokens=1)])
         after = world.communicator.sent_bytes()
-        return tuple((after.get(t, 0) - before.get(t, 0)) / Fraction(4 * config.num_layers) for t in kinds)
+        return tuple((after.get(t, 0) - before.get(t, 0)) / Fraction(4) for t in kinds)
 
     share = Fraction((n - 1) * num_tokens, n)
-    attention = mlp = 2 * share * config.hidden_size
-    assert sent(None) == (attention + mlp, 0, 0)
+    qkv, others = config.num_layers, config.num_layers - 1 + Fraction(1, num_tokens)  # layers of all tokens
+    base = 2 * 2 * share * config.hidden_size * others
+    assert sent(None) == (base, 0, 0)
     r = 8  # of q, k, v, o
-    assert sent(by_name["longlora"]) == (attention + mlp, 3 * share * r, 2 * share * r)
+    assert sent(by_name["longlora"]) == (base, 3 * share * r * qkv, 2 * share * r * others)
     r = 16  # of all seven
-    assert sent(by_name["r16"]) == (attention + mlp, (3 + 2) * share * r, (2 + 2) * share * r)
+    gathered = (3 * qkv + 2 * others) * share * r
+    assert sent(by_name["r16"]) == (base, gathered, (2 + 2) * share * r * others)
     r = 6
     padded = r + -r % n
-    assert sent(by_name["r6"]) == (attention + mlp, (3 + 2) * share * padded, (2 + 2) * share * r)
+    gathered = (3 * qkv + 2 * others) * share * padded
+    assert sent(by_name["r6"]) == (base, gathered, (2 + 2) * share * r * others)
 
 
 class KeptInVain:

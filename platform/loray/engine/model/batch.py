@@ -170,12 +170,13 @@ class Batch:
     """All that the model needs for one step. T tokens.
 
     own_rows        tokens that have an embedding row of their adapter's
-    logits_T        tokens whose logits are needed: the last one of each of `sampled`
+    last, logits_T  tokens whose logits are needed, on host and device: the last one of each of `sampled`
     sampled         the chunks that end at their request's newest token, for which the next token is sampled
     scored          parts of prompts for whose next tokens log-probabilities are requested
     scored_T        their tokens; None: there are none
     wait_for_layer  called before each layer if an adapter of the batch is partial
     records         of a recorded step: its adapters, instead of `adapters`
+    kept_T          of a part of a batch (see `kept`): the tokens of the batch that it has
     """
 
     token_ids_T: Tensor
@@ -183,12 +184,14 @@ class Batch:
     attention: AttentionMeta
     adapters: AdapterBatch
     own_rows: TokenRows | None
+    last: tuple[int, ...]
     logits_T: Tensor
     sampled: tuple[Chunk, ...]
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
     records: StepRecords | None = None
+    kept_T: Tensor | None = None
 
     @property
     def residents(self) -> Sequence[ResidentAdapter]:
@@ -210,6 +213,7 @@ class Batch:
             attention=step.attention,
             adapters=AdapterBatch((), device=device),
             own_rows=step.own_rows,
+            last=(),
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
             records=step.records,
@@ -282,6 +286,7 @@ def build_batch(
         attention=AttentionMeta(tuple(query_start), tuple(context), tables, tensor(slots)),
         adapters=earlier if earlier is not None and earlier.is_for(spans) else AdapterBatch(spans, device=device),
         own_rows=own_rows,
+        last=tuple(last),
         logits_T=tensor(last),
         sampled=tuple(sampled),
         scored=tuple(scored),

@@ -12,6 +12,7 @@ from loray.engine.memory.device import SCORED_BYTES
 from loray.engine.model.batch import AdapterBatch, Batch, build_batch
 from loray.engine.model.compiling import compile_adapters
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
+from loray.engine.model.kept import kept_part
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step, through
 from loray.engine.model.loading import load_layers
 from loray.engine.model.rope import Rope
@@ -136,12 +137,21 @@ class Decoder:
         cos_Td, sin_Td = self._rope(batch)
         step = Step.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
+        kept = kept_part(batch)
+        layers = self._layers if kept is None else self._layers[:-1]
         if (wait_for := batch.wait_for_layer) is None:
-            x_TD = through(self._layers, x_TD, step)
+            x_TD = through(layers, x_TD, step)
         else:
-            for layer in self._layers:
+            for layer in layers:
                 wait_for(layer.number)
                 x_TD = through((layer,), x_TD, step)
+        if kept is not None:
+            last = self._layers[-1]
+            if wait_for is not None:
+                wait_for(last.number)
+            part = step.of_kept(kept)
+            x_TD = last(x_TD, step, part)
+            batch, step = kept, part
         x_TD = self._norm(x_TD, step)
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):

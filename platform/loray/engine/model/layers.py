@@ -44,6 +44,11 @@ class Step:
         inputs = StepInputs(pool.tensor, pool.layout, batch.attention, batch.adapters.segments, cos_Td, sin_Td)
         return cls(batch, pool, ops, inputs)
 
+    def of_kept(self, part: Batch) -> Step:
+        """The step of a part of the batch."""
+        cos_Rd, sin_Rd = (table_Td[part.kept_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
+        return Step.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
+
     def offset(self, layer: int) -> int:
         return layer * self.pool.geometry.layer_share
 
@@ -193,7 +198,8 @@ class Attention:
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
             self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: Step, kept: Step | None = None) -> Tensor:
+        """`kept`: see Layer."""
         c, pool = self._config, step.pool
         widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
         q, k, v = torch.split(self.qkv(x_TD, step), widths, dim=1)
@@ -204,9 +210,10 @@ class Attention:
             q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
         q_THd = step.ops.rope(q_THd, step.inputs.cos_Td, step.inputs.sin_Td)
         k_TKd = step.ops.rope(k_TKd, step.inputs.cos_Td, step.inputs.sin_Td)
-        meta = step.batch.attention
-        step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, meta)
-        scale = c.head_dim**-0.5
+        step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, step.batch.attention)
+        if kept is not None:
+            q_THd, step = q_THd[kept.batch.kept_T], kept
+        meta, scale = step.batch.attention, c.head_dim**-0.5
         out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
         return self.o(out_THd.flatten(1), step)
 
@@ -253,9 +260,12 @@ class Layer:
             scale=config.head_dim**-0.5,
         )
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        """(T, D)."""
-        x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
+    def __call__(self, x_TD: Tensor, step: Step, kept: Step | None = None) -> Tensor:
+        """(T, D). `kept`: of the tokens for which alone the result is computed, once all have keys and values."""
+        attended_TD = self._attention(self._attention_norm(x_TD, step), step, kept)
+        if kept is not None:
+            x_TD, step = x_TD[kept.batch.kept_T], kept
+        x_TD = x_TD + attended_TD
         return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)
 
 
