@@ -208,6 +208,7 @@ class Engine:
         ]
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
+        self._grammars.begin(requests)
         for request in (chunk.request for chunk in chunks if not chunk.request.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
@@ -285,7 +286,6 @@ class Engine:
         return self.residency.table.placements(digests)
 
     def check_integrity(self) -> None:
-        """See `integrity`."""
         check_integrity(self.scheduler, self.residency, self.pool)
 
     def check_health(self) -> None:

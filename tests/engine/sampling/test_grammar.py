@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -81,3 +82,31 @@ def test_masks_apply_to_the_rows_of_their_requests(worded: BaseModel) -> None:
         assert torch.equal(here[i][list(finite)], logits_SV[i][list(finite)])
     assert torch.equal(here[1], logits_SV[1])
     assert torch.isinf(here[0]).any()
+
+
+def test_masks_that_were_begun_are_used_and_what_they_lack_is_added(worded: BaseModel) -> None:
+    ids = Tokenizer.from_file(str(worded.path / "tokenizer.json")).encode('{"a": [1, 2, "x"]}').ids
+    ready, alone = Ready(worded), Ready(worded)
+    schema = Constraint.from_schema({"type": "object"})
+    begun, late, left = (ready.start(schema) for _ in range(3))
+
+    def expected(request: Request) -> set[int]:
+        (allowed,) = alone.allowed(alone.start(schema, *request.output_ids))
+        return allowed
+
+    for i, token in enumerate(ids):
+        begun.output_ids.append(token)
+        left.output_ids.append(token)
+        ready.grammars.begin([begun, late, left])
+        late.output_ids += ids[:3] if i == 2 else []  # its row has become wrong
+        new = ready.start(schema)
+        if i == 3:
+            ready.grammars.forget(left)
+        pending = ready.grammars.start([begun, late, new])
+        assert pending is not None
+        masks = pending.result()
+        row_of = {r: row for row, r in enumerate(masks.requests)}
+        for request in (begun, late, new):
+            bits = np.unpackbits(masks.words_MW[row_of[request]].view(np.uint8), bitorder="little")
+            assert set(np.flatnonzero(bits).tolist()) == expected(request), (i, request is late)
+    assert len(late.output_ids) == 3

@@ -46,8 +46,8 @@ struct Row {
             const float* from = x + w * BITS;
             const i64 count = min_(BITS, n - w * BITS);
             const uint32_t bits = own[w];
-            if (bits == ~0u)
-                memcpy(to, from, count * sizeof(float));
+            if (count == BITS)
+                for (i64 i = 0; i < BITS; i += W) store(to + i, where(bits >> i, load(from + i), set1(-INF)));
             else
                 for (i64 i = 0; i < count; i++) to[i] = bits >> i & 1 ? from[i] : -INF;
         }

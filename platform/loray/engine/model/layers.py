@@ -274,10 +274,9 @@ def through(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
 
     With other linears than LOCAL the ranks communicate inside a layer, so it runs op by op.
     """
-    first = layers[0]
-    if first.is_local:
+    if layers and layers[0].is_local:
         weights = [layer.weights for layer in layers]
-        y_TD = step.ops.decoder_layers(x_TD, weights, step.batch.adapters.layer, step.inputs, first.number)
+        y_TD = step.ops.decoder_layers(x_TD, weights, step.batch.adapters.layer, step.inputs, layers[0].number)
         if y_TD is not None:
             return y_TD
     for layer in layers:

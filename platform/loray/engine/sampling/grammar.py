@@ -1,14 +1,17 @@
 """Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
 
-A constraint is compiled in a thread, and its request is queued when that is done. In each step the matchers read the
-tokens that came since the last one; then llguidance fills one bit per token of the vocabulary in another thread, while
-the model runs. Nothing here costs anything before the first such request.
+A constraint is compiled in a thread, and its request is queued when that is done. When a step's tokens are drawn, the
+matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a thread: until the
+model runs the engine uses one processor, so another one is free. What is not done by then goes on beside the model.
+Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +25,7 @@ from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
 from loray.errors import LorayError, RequestError
+from loray.priority import run_soon
 from loray.spec import Constraint
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ _MAX_COMPILED = 64  # constraints, the last used of which are kept
 class Masks(NamedTuple):
     """Of one step. Valid until the next step's are begun.
 
-    requests   those of the rows
+    requests   those of the rows; of two rows of one request the later counts
     words_MW   bit t % 32 of word t // 32 is set where token t is allowed
     ended      whose answer is complete: only the end of the text is allowed
     errors     of those whose constraint cannot be followed any further, which have no row
@@ -56,19 +60,18 @@ class _Answer:
 
     def read(self, output_ids: Sequence[int]) -> None:
         """The tokens that came since the last call."""
-        self.matcher.consume_tokens(list(output_ids[self.num_read :]))
-        self.num_read = len(output_ids)
+        if self.num_read < len(output_ids):
+            self.matcher.consume_tokens(list(output_ids[self.num_read :]))
+            self.num_read = len(output_ids)
+
+
+_Answers = list[tuple[Request, _Answer]]
 
 
 class PendingMasks:
-    """Masks that a thread computes."""
+    """Masks that a thread computes, with the last of its calls for them."""
 
-    def __init__(
-        self,
-        answers: Sequence[tuple[Request, _Answer]],
-        words_MW: npt.NDArray[np.int32],
-        computing: Future[None],
-    ) -> None:
+    def __init__(self, answers: _Answers, words_MW: npt.NDArray[np.int32], computing: Future[None]) -> None:
         self._answers, self._words_MW, self._computing = answers, words_MW, computing
 
     def result(self) -> Masks:
@@ -89,7 +92,9 @@ class Grammars:
         self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
         self._preparing: dict[Request, Future[LLMatcher]] = {}
         self._answers: dict[Request, _Answer] = {}
+        self._begun: _Answers = []  # whose masks for the next step are the first rows
         self._computing: Future[None] | None = None  # the last masks
+        self._entered = threading.Semaphore(0)
 
     @cached_property
     def _compiling(self) -> ThreadPoolExecutor:
@@ -97,13 +102,14 @@ class Grammars:
 
     @cached_property
     def _masking(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="masks")
+        return ThreadPoolExecutor(1, thread_name_prefix="masks", initializer=run_soon)
 
     @cached_property
     def _executor(self) -> LLExecutor:
+        """Made in the masks' thread, so that its threads run as soon."""
         from llguidance import LLExecutor
 
-        return LLExecutor()
+        return LLExecutor(max(1, (os.cpu_count() or 1) // 2))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -157,30 +163,53 @@ class Grammars:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def start(self, requests: Sequence[Request]) -> PendingMasks | None:
-        """Begin to compute the masks of those of `requests` that have a constraint; None if none has.
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Begin the next step's masks for those of `requests` that have a constraint. Their outputs are complete."""
+        if not self._answers:
+            return
+        self._wait()
+        self._begun = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
+        if self._begun:
+            self._fill(self._begun, 0)
 
-        The matchers read here what is new of the outputs. The thread makes a single call that does not need Python's
-        lock: whatever it ran in Python would stop the model's kernels, between which the lock changes hands.
-        """
+    def start(self, requests: Sequence[Request]) -> PendingMasks | None:
+        """The masks of those of `requests` that have a constraint, those included that were begun; None if none has."""
         if not self._answers:
             return None
-        if self._computing is not None:
-            self._computing.result()  # of a step that has failed, nobody has waited for them
         answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
         if not answers:
             return None
+        begun, self._begun = self._begun, []
+        current = {r for r, a in begun if a.num_read == len(r.output_ids)}
+        others = [(r, a) for r, a in answers if r not in current]
+        if others:
+            self._wait()
+            self._fill(others, len(begun))
+        assert self._computing is not None
+        rows = begun + others
+        return PendingMasks(rows, self._words_MW[: len(rows)], self._computing)
+
+    def _wait(self) -> None:
+        """Until no matcher is used by the thread."""
+        if self._computing is not None:
+            self._computing.result()
+
+    def _fill(self, answers: _Answers, first: int) -> None:
+        """The matchers read what is new of the outputs. The thread makes a single call that does not need Python's
+        lock: whatever it ran in Python would stop the engine, with which the lock changes hands. It is waited for until
+        it has come to that call; else it would get the lock when the model runs.
+        """
         for request, answer in answers:
             answer.read(request.output_ids)
-        words_MW = self._words(len(answers))
-        computing = self._computing = self._masking.submit(
-            self._executor.unsafe_compute_mask_ptr,
-            [(answer.matcher, row) for row, (_, answer) in enumerate(answers)],
-            words_MW.ctypes.data,
-            words_MW.strides[0],
-            len(answers),
-        )
-        return PendingMasks(answers, words_MW, computing)
+        self._reserve(first + len(answers))
+        address, size = self._words_MW.ctypes.data, self._words_MW.strides[0]
+        rows = [(answer.matcher, first + i) for i, (_, answer) in enumerate(answers)]
+        self._computing = self._masking.submit(self._compute, rows, address, size)
+        self._entered.acquire()
+
+    def _compute(self, rows: list[tuple[LLMatcher, int]], address: int, size: int) -> None:
+        self._entered.release()
+        self._executor.unsafe_compute_mask_ptr(rows, address, size, rows[-1][1] + 1)
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """What the requests' constraints leave no choice about, after their last tokens. The next step computes
@@ -201,10 +230,11 @@ class Grammars:
         answer.read(request.output_ids)
         return answer.matcher.compute_ff_tokens()
 
-    def _words(self, num_rows: int) -> npt.NDArray[np.int32]:
+    def _reserve(self, num_rows: int) -> None:
+        """While the thread has nothing to do."""
         if num_rows > len(self._words_MW):
-            self._words_MW = np.empty((num_rows, self._num_words), dtype=np.int32)
-        return self._words_MW[:num_rows]
+            more_MW = np.empty((num_rows - len(self._words_MW), self._num_words), dtype=np.int32)
+            self._words_MW = np.concatenate((self._words_MW, more_MW))
 
 
 def _too_complex(reason: str) -> RequestError:

@@ -74,6 +74,8 @@ static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // p · 2ⁿ for whole n
 static inline Vec scale2(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
+// x where a bit is set, in order from the lowest, and `other` elsewhere
+static inline Vec where(uint32_t bits, Vec x, Vec other) { return _mm512_mask_blend_ps(__mmask16(bits), other, x); }
 
 #elif defined(__AVX2__)
 
@@ -112,6 +114,11 @@ static inline Vec scale2(Vec p, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
+static inline Vec where(uint32_t bits, Vec x, Vec other) {
+    const __m256i one = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i is_set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), one), one);
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(is_set));
+}
 
 #else
 
@@ -144,6 +151,10 @@ static inline Vec scale2(Vec p, Vec n) {
         p[i] *= power;
     }
     return p;
+}
+static inline Vec where(uint32_t bits, Vec x, Vec other) {
+    for (int i = 0; i < W; i++) x[i] = bits >> i & 1 ? x[i] : other[i];
+    return x;
 }
 
 #endif
