@@ -213,7 +213,7 @@ class Batch:
             attention=step.attention,
             adapters=AdapterBatch((), device=device),
             own_rows=step.own_rows,
-            last=(),
+            last=tuple(range(step.token_ids_S.shape[0])),
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
             records=step.records,

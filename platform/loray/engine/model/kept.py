@@ -22,7 +22,7 @@ def kept_part(batch: Batch) -> Batch | None:
     """
     num = batch.token_ids_T.shape[0]
     kept = batch.last or (num - 1,)
-    if batch.records is not None or batch.scored_T is not None or 2 * len(kept) > num:
+    if batch.scored_T is not None or 2 * len(kept) > num:
         return None
     device, attention = batch.token_ids_T.device, batch.attention
     kept_T = torch.tensor(kept, dtype=torch.int64, device=device)
