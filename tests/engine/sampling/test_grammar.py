@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
@@ -110,3 +111,19 @@ def test_masks_that_were_begun_are_used_and_what_they_lack_is_added(worded: Base
             bits = np.unpackbits(masks.words_MW[row_of[request]].view(np.uint8), bitorder="little")
             assert set(np.flatnonzero(bits).tolist()) == expected(request), (i, request is late)
     assert len(late.output_ids) == 3
+
+
+def test_a_request_that_has_ended_is_kept_by_nothing(worded: BaseModel) -> None:
+    ready, constraint = Ready(worded), Constraint.from_choice(["yes"])
+
+    def num_held() -> int:
+        gc.collect()
+        return sum(isinstance(o, Request) and o.spec.params.structured is constraint for o in gc.get_objects())
+
+    request = ready.start(constraint)
+    ready.grammars.begin([request])
+    ready.grammars._wait()
+    assert num_held() == 1
+    ready.grammars.forget(request)
+    del request
+    assert num_held() == 0

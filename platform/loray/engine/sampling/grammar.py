@@ -154,6 +154,8 @@ class Grammars:
     def forget(self, request: Request) -> bool:
         """The request has ended. True where it was not queued yet."""
         self._answers.pop(request, None)
+        if not self._answers:
+            self._begun = []  # no step comes that would replace it
         return self._preparing.pop(request, None) is not None
 
     def close(self) -> None:
