@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
@@ -80,13 +81,16 @@ class PassedChunk(NamedTuple):
 
     @property
     def spec(self) -> GenerateRequest:
-        return _SAMPLED
+        return _sampled()
 
     def tokens(self, start: int, stop: int) -> list[int]:
         return self.token_ids[start - self.start : stop - self.start]
 
 
-_SAMPLED = GenerateRequest("", (), SamplingParams(max_tokens=1))
+@cache
+def _sampled() -> GenerateRequest:
+    """As far as `build_batch` reads it. Only ranks beside the first have one."""
+    return GenerateRequest("", (), SamplingParams(max_tokens=1))
 
 
 def dump_chunks(chunks: Sequence[Chunk]) -> tuple[bytes, tuple[str, ...]]:
