@@ -19,6 +19,7 @@ from loray.bases.registry import BaseModel
 from loray.spec import AdapterRef, Method, RopeParameters
 
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+LINEAR_ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,13 @@ def make_adapter(
         nbytes=sum(f.stat().st_size for f in folder.iterdir()),
     )
     return TestAdapter(ref, folder, rope)
+
+
+def make_adapters(
+    base: BaseModel, folder: Path, configs: Sequence[tuple[Any, RopeParameters | None]]
+) -> list[TestAdapter]:
+    """One of each of PEFT's configurations, with its RoPE, in a folder of its own."""
+    return [make_adapter(base, folder / str(i), c, seed=i, rope=rope, std=0.1) for i, (c, rope) in enumerate(configs)]
 
 
 class Oracle:

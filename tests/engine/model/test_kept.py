@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,22 +16,24 @@ from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.kept import kept_part
 from loray.engine.pool.pool import Pool
-from loray.spec import RopeParameters
-from tests.engine.adapters import NORMS, TestAdapter, make_adapter
+from loray.spec import LINEAR_MODULES
+from tests.engine.adapters import LINEAR_ROPE, NORMS, TestAdapter, make_adapters
 from tests.engine.harness import make_engine, request, run
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
+ALL = list(LINEAR_MODULES)
 
 
 def adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
-    configs: list[tuple[Any, RopeParameters | None]] = [
-        (LoraConfig(r=16, target_modules=ALL), None),
-        (LoraConfig(r=4, target_modules=ALL, use_dora=True), None),
-        (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), ROPE),
-        (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
-    ]
-    return [make_adapter(base, folder / str(i), c, seed=i, rope=rope, std=0.1) for i, (c, rope) in enumerate(configs)]
+    return make_adapters(
+        base,
+        folder,
+        [
+            (LoraConfig(r=16, target_modules=ALL), None),
+            (LoraConfig(r=4, target_modules=ALL, use_dora=True), None),
+            (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), LINEAR_ROPE),
+            (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
+        ],
+    )
 
 
 class Parts:
@@ -61,18 +62,10 @@ class Parts:
         return part
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_of_prompts(
-    tiny_base: Callable[..., BaseModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    dtype: str,
-) -> None:
-    base = tiny_base(architecture)
-    own = adapters(base, tmp_path)
-    engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
+def test_logits_of_prompts(any_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    own = adapters(any_base, tmp_path)
+    engine = make_engine(any_base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
     parts = Parts(monkeypatch)
     models = [None, *own, own[0], None]
     run(engine, [request(str(i), range(3, 12 + 4 * i), a, max_tokens=3) for i, a in enumerate(models)])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,42 +12,41 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.model.layers import Layer, Step
-from loray.spec import RopeParameters
+from loray.spec import LINEAR_MODULES
 from loray_kernels import backend
 from loray_kernels.cpu.ops import CpuOps
-from tests.engine.adapters import NORMS, TestAdapter, make_adapter
+from tests.engine.adapters import LINEAR_ROPE, NORMS, TestAdapter, make_adapters
 from tests.engine.harness import make_engine, request, run
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
+ALL = list(LINEAR_MODULES)
 
 
 def adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
-    configs: list[tuple[Any, RopeParameters | None]] = [
-        (LoraConfig(r=16, target_modules=ALL), None),
-        (LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 3}), None),
-        (LoraConfig(r=8, target_modules=ALL[2:6], layers_to_transform=[1]), None),
-        (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), ROPE),
-        (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
-        (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),  # the same pair, in one product
-        (VeraConfig(r=7, target_modules=["q_proj", "down_proj"], projection_prng_key=3, save_projection=False), None),
-    ]
-    return [make_adapter(base, folder / str(i), c, seed=i, rope=rope, std=0.1) for i, (c, rope) in enumerate(configs)]
+    return make_adapters(
+        base,
+        folder,
+        [
+            (LoraConfig(r=16, target_modules=ALL), None),
+            (LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 3}), None),
+            (LoraConfig(r=8, target_modules=ALL[2:6], layers_to_transform=[1]), None),
+            (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), LINEAR_ROPE),
+            (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
+            (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),  # the same pair, in one product
+            (
+                VeraConfig(r=7, target_modules=["q_proj", "down_proj"], projection_prng_key=3, save_projection=False),
+                None,
+            ),
+        ],
+    )
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_in_one_call_give_the_bits_of_their_ops(
-    tiny_base: Callable[..., BaseModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    dtype: str,
+    any_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     if not isinstance(backend("auto"), CpuOps):
         pytest.skip("no C++ compiler")
-    base = tiny_base(architecture)
-    own = adapters(base, tmp_path)
+    own = adapters(any_base, tmp_path)
     compared = 0
 
     def both(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
@@ -70,8 +68,8 @@ def test_layers_in_one_call_give_the_bits_of_their_ops(
         return got_TD
 
     monkeypatch.setattr("loray.engine.model.decoder.through", both)
-    engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
+    engine = make_engine(any_base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
     models = [None, *own, own[0], None]
     run(engine, [request(str(i), range(3, 9 + 4 * i), a, max_tokens=3) for i, a in enumerate(models)])
-    assert compared >= 4 * base.config.num_layers
+    assert compared >= 4 * any_base.config.num_layers
     engine.close()
