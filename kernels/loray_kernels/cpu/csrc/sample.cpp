@@ -2,8 +2,8 @@
 //
 // A row is cut into blocks of 512 tokens. The first pass finds the largest allowed logit of each block. The second sums
 // the weights of each block and keeps only the sums; the drawn token's block is computed once more. So nothing as large
-// as the vocabulary is written, blocks without an allowed token cost a look at their 16 words, and a row's token does
-// not depend on other rows.
+// as the vocabulary is written, tokens without an allowed one near them cost a look at their word of the mask, and a
+// row's token does not depend on other rows.
 
 #include <cmath>
 
@@ -20,38 +20,51 @@ struct Choice {
     double temperature, log_min_p, uniform;  // temperature 0: the best token
 };
 
+// `n` logits of a block. Of a block with a mask, only vectors in which a token is allowed.
+struct Block {
+    const float* x;
+    i64 n;
+    const int16_t* starts;  // where in the block each vector begins; missing if they are all there
+
+    i64 token(i64 i) const { return starts ? starts[i / W] + i % W : i; }
+};
+
+struct Copy {
+    alignas(64) float x[BLOCK];
+    int16_t starts[BLOCK / W];
+};
+
 // One row with its mask, block by block.
 struct Row {
     const float* logits;
     const uint32_t* words;  // may be missing
     i64 vocab;
 
-    i64 width(i64 block) const { return min_(BLOCK, vocab - block * BLOCK); }
-
-    // The block's logits, −∞ where a token is not allowed; nullptr if none is. `copy` has room for a block.
-    const float* block(i64 block, float* copy) const {
+    // The block, with −∞ where a token is not allowed; none of its logits if none is.
+    Block block(i64 block, Copy& copy) const {
         const float* x = logits + block * BLOCK;
-        if (!words) return x;
-        const i64 n = width(block), num_words = ceil_div(n, BITS);
+        const i64 width = min_(BLOCK, vocab - block * BLOCK);
+        if (!words) return {x, width, nullptr};
+        const i64 num_words = ceil_div(width, BITS);
         const uint32_t* own = words + block * WORDS;
         uint32_t any = 0, all = ~0u;
         for (i64 w = 0; w < num_words; w++) {
             any |= own[w];
             all &= own[w];
         }
-        if (all == ~0u) return x;
-        if (!any) return nullptr;
-        for (i64 w = 0; w < num_words; w++) {
-            float* to = copy + w * BITS;
-            const float* from = x + w * BITS;
-            const i64 count = min_(BITS, n - w * BITS);
-            const uint32_t bits = own[w];
-            if (count == BITS)
-                for (i64 i = 0; i < BITS; i += W) store(to + i, where(bits >> i, load(from + i), set1(-INF)));
-            else
-                for (i64 i = 0; i < count; i++) to[i] = bits >> i & 1 ? from[i] : -INF;
-        }
-        return copy;
+        if (all == ~0u) return {x, width, nullptr};
+        i64 num = 0;
+        for (i64 w = 0; any && w < num_words; w++)
+            for (i64 i = 0; i < BITS && own[w] >> i; i += W) {
+                const i64 start = w * BITS + i, left = width - start;
+                uint32_t bits = own[w] >> i & ((1u << W) - 1);
+                if (left < W) bits &= (1u << max_(0, left)) - 1;
+                if (!bits) continue;
+                const Vec from = left < W ? load_n(x + start, left) : load(x + start);
+                store(copy.x + num * W, where(bits, from, set1(-INF)));
+                copy.starts[num++] = int16_t(start);
+            }
+        return {copy.x, num * W, copy.starts};
     }
 };
 
@@ -83,7 +96,9 @@ struct Weight {
     }
 };
 
-static inline double sum_of(const float* x, i64 n, const Weight& weight) {
+static inline double sum_of(const Block& block, const Weight& weight) {
+    const float* x = block.x;
+    const i64 n = block.n;
     Vec total = zero();
     i64 i = 0;
     for (; i + W <= n; i += W) total = total + weight(load(x + i));
@@ -116,13 +131,13 @@ static inline i64 find(const float* x, i64 n, const Weight& weight, double share
 
 // `tops` and `sums` have room for each block.
 static i64 choose(const Row& row, const Choice& choice, float* tops, double* sums, float* best) {
-    alignas(64) float copy[BLOCK];
+    Copy copy;
     const i64 num_blocks = ceil_div(row.vocab, BLOCK);
     *best = -INF;
     i64 best_block = 0;
     for (i64 b = 0; b < num_blocks; b++) {
-        const float* x = row.block(b, copy);
-        tops[b] = x ? largest_of(x, row.width(b)) : -INF;
+        const Block block = row.block(b, copy);
+        tops[b] = largest_of(block.x, block.n);
         if (tops[b] != tops[b]) {
             *best = NAN;
             return 0;
@@ -134,16 +149,16 @@ static i64 choose(const Row& row, const Choice& choice, float* tops, double* sum
     }
     if (std::isinf(*best)) return 0;
     if (choice.temperature == 0) {
-        const float* x = row.block(best_block, copy);
+        const Block block = row.block(best_block, copy);
         for (i64 i = 0;; i++)
-            if (x[i] == *best) return best_block * BLOCK + i;
+            if (block.x[i] == *best) return best_block * BLOCK + block.token(i);
     }
     const Weight weight = {set1(*best), set1(float(choice.temperature)), set1(float(choice.log_min_p))};
     double total = 0;
     for (i64 b = 0; b < num_blocks; b++) {
         // exp gives 0 below −87
         const bool counts = tops[b] > -INF && (tops[b] - *best) / float(choice.temperature) >= -87.0f;
-        sums[b] = counts ? sum_of(row.block(b, copy), row.width(b), weight) : 0;
+        sums[b] = counts ? sum_of(row.block(b, copy), weight) : 0;
         total += sums[b];
     }
     const double target = choice.uniform * total;
@@ -156,7 +171,8 @@ static i64 choose(const Row& row, const Choice& choice, float* tops, double* sum
         mass += sums[b];
     }
     const double share = (target - mass) / sums[found];
-    return found * BLOCK + find(row.block(found, copy), row.width(found), weight, share);
+    const Block block = row.block(found, copy);
+    return found * BLOCK + block.token(find(block.x, block.n, weight, share));
 }
 
 }  // namespace LORAY_NAMESPACE

@@ -60,9 +60,9 @@ class _Answer:
 
     def read(self, output_ids: Sequence[int]) -> None:
         """The tokens that came since the last call."""
-        if self.num_read < len(output_ids):
-            self.matcher.consume_tokens(list(output_ids[self.num_read :]))
-            self.num_read = len(output_ids)
+        for token in output_ids[self.num_read :]:
+            self.matcher.consume_token(token)
+        self.num_read = len(output_ids)
 
 
 _Answers = list[tuple[Request, _Answer]]
@@ -77,9 +77,10 @@ class PendingMasks:
     def result(self) -> Masks:
         """Waits for the thread."""
         self._computing.result()
-        errors = {r: _too_complex(a.matcher.get_error()) for r, a in self._answers if a.matcher.is_error()}
-        ended = frozenset(r for r, a in self._answers if a.matcher.is_stopped())
-        return Masks([r for r, _ in self._answers], self._words_MW, ended - errors.keys(), errors)
+        stopped = [(r, a.matcher) for r, a in self._answers if a.matcher.is_stopped()]  # those with errors are as well
+        errors = {r: _too_complex(matcher.get_error()) for r, matcher in stopped if matcher.is_error()}
+        ended = frozenset(r for r, _ in stopped if r not in errors)
+        return Masks([r for r, _ in self._answers], self._words_MW, ended, errors)
 
 
 class Grammars:
