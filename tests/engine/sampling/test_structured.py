@@ -22,7 +22,7 @@ from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, answers, t
 from tests.engine.sampling.schemas import random_schema
 
 _WAVE = 256  # requests at once; the engine refuses more than 512 that wait
-_NUM_SCHEMAS = int(os.environ.get("LORAY_TEST_SCHEMAS", "200"))  # for the real model
+_NUM_SCHEMAS = int(os.environ.get("TEST_SCHEMAS", "200"))  # for the real model
 
 
 def check_against_schemas(

@@ -33,7 +33,7 @@ from tests.serve_apps.kills.processes import ApiProcess, Bucket, Killer, Publish
 from tests.serve_apps.kills.publisher import NUM_NAMES, Acknowledged, Options, read_acknowledged
 from tests.store.publisher import WEIGHTS, write_adapter
 
-NUM_PUBLICATIONS = int(os.environ.get("LORAY_TEST_PUBLICATIONS", "60"))
+NUM_PUBLICATIONS = int(os.environ.get("TEST_PUBLICATIONS", "60"))
 NUM_PUBLISHERS = 8
 SEED = 0
 # What is committed has been given to the kernel, which is not killed; so nothing is synchronised.
@@ -72,7 +72,7 @@ def api(
     base = tiny_base()
     shutil.copytree(base.path, tmp_path / "home" / "bases" / base.name)
     env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_CATALOG": database, "LORAY_STORE": bucket.url}
-    monkeypatch.delenv("LORAY_TEST_PUBLICATIONS", raising=False)
+    monkeypatch.delenv("TEST_PUBLICATIONS", raising=False)
     for name, value in env.items():  # of the commands that this test calls
         monkeypatch.setenv(name, value)
     api = ApiProcess(tmp_path, env)

@@ -127,7 +127,7 @@ def test_a_real_model_keeps_the_forms(smollm2: BaseModel, tmp_path: Path) -> Non
         ) as server,
         openai.OpenAI(base_url=f"{server.served.url}/v1", api_key="none", max_retries=0, timeout=90) as client,
     ):
-        assert status(server.served)["spec"]["tool_parser"] == "llama3_json"
+        assert status(server.served)["bases"][0]["spec"]["tool_parser"] == "llama3_json"
         model = smollm2.name
         called, _ = loop(client, model, [NAMED_ADD, "required", "none"], max_tokens=100, temperature=0)
         assert called[0] == "add"
