@@ -141,7 +141,9 @@ def run_process(
 
 
 def environment(setting: Setting, more: Mapping[str, str]) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(setting.num_threads), "PYTHONWARNINGS": "ignore"} | dict(more)
+    """Without what importing loray has set, which a peer would not have."""
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    return inherited | {"OMP_NUM_THREADS": str(setting.num_threads), "PYTHONWARNINGS": "ignore"} | dict(more)
 
 
 def tail(log: Path) -> str:
