@@ -4,7 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# An OpenMP thread that waits spins for 0.1 ms and then leaves its processor to others. By default it spins for some 4 ms,
+# An OpenMP thread that waits spins for 0.1 ms and then leaves its processor to others. By default it spins for 4 ms,
 # longer than all that an engine does between two steps. libgomp reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
