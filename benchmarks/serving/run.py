@@ -98,10 +98,10 @@ class Passes:
                 before = session.cpu()
                 result = session.run(self.requests, w.at_once)
                 self._note_cpu(before, session.cpu(), result.records)
+                self.records = self.records or result.records  # of the prompts that all systems get first
                 return result
 
             found, work = one_pass(0) if steady is None else steady.run(one_pass)
-            self.records = self.records or found
             self.found.append((latencies(found, slo_s), work))
             if isinstance(w, MixedLoad) and (mixed := mixed_figures(self.requests, found)) is not None:
                 self.mixed.append(mixed)
