@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from loray import SPIN_COUNT
 from loray.files import file_lock, write_private
 from loray.local.processes import (
     LOOPBACK,
@@ -80,6 +81,17 @@ class LocalCluster(Server):
         return {"RAY_ADDRESS": self.gcs_address, **_auth_env(Path(self.token_file))}
 
 
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a cluster's processes take over from the environment of the command that starts it."""
+    env = {name: value for name, value in environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    # Jobs run `python`, which must be this one, where loray is installed.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    if env.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+        # libgomp's own. An engine shares the processors with gateways and Ray: it would get one back late that it left.
+        env["GOMP_SPINCOUNT"] = "300000"
+    return env
+
+
 def ensure_started(settings: Settings) -> LocalCluster:
     """The cluster of this home, started if it does not run. Sets `client_env` in this process."""
     cluster = current_cluster(settings.home) or start_local_cluster(settings.home)
@@ -119,14 +131,11 @@ def start_local_cluster(
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
         proxy = serve_environment(home, proxy_dir)
-        inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-        # Jobs run `python`, which must be this one, where loray is installed.
-        inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
         process = spawn(
             command,
             log_file=log_file,
             cwd=home,
-            env=inherited | _ENVIRONMENT | proxy | _auth_env(token_file) | dict(env or {}),
+            env=inherited(os.environ) | _ENVIRONMENT | proxy | _auth_env(token_file) | dict(env or {}),
         )
         cluster = LocalCluster(
             **identity(process.pid),
