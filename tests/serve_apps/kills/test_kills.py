@@ -72,7 +72,6 @@ def api(
     base = tiny_base()
     shutil.copytree(base.path, tmp_path / "home" / "bases" / base.name)
     env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_CATALOG": database, "LORAY_STORE": bucket.url}
-    monkeypatch.delenv("TEST_PUBLICATIONS", raising=False)
     for name, value in env.items():  # of the commands that this test calls
         monkeypatch.setenv(name, value)
     api = ApiProcess(tmp_path, env)
