@@ -66,7 +66,7 @@ from loray_kernels.records import (
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.choosing import Change, Chooser, Chosen, TokenEdits, TokenSet
-from loray_kernels.sampling.draws import Draws
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
 from loray_kernels.vectors import MAX_PAIR_RANK, Pair, StepVectors, TokenRows, VectorShape, vector_words
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "DecodeStep",
     "Decoding",
     "Directory",
+    "Drawn",
     "Draws",
     "Exchange",
     "InputShape",
@@ -109,6 +110,7 @@ __all__ = [
     "StepVectors",
     "TokenEdits",
     "TokenRows",
+    "TokenSeats",
     "TokenSet",
     "VectorShape",
     "VeraTable",

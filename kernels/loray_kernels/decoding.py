@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.records import Directory, InputShape, Records
+from loray_kernels.sampling.draws import TokenSeats
 from loray_kernels.vectors import StepVectors, TokenRows, VectorShape
 
 _NONE = np.array([], dtype=np.int64)
@@ -45,6 +46,7 @@ class DecodeStep(NamedTuple):
     """One token of each of S sequences, as numbers on the host. A sequence has a seat: a row of the block tables that
     stay on the device.
 
+    token_ids  −1: the token that the step before has drawn for this seat
     items    flat: (start of a LoRA record, first token, tokens up to RECORD_TOKENS) for each; tokens without LoRA have
              none
     places   in the block tables, (seats, max_blocks) flat, whose `blocks` are new
@@ -124,6 +126,11 @@ class RecordedDecoding(Protocol):
     directory: Directory
     vectors: VectorShape
     max_rows: int
+
+    @property
+    def seats(self) -> TokenSeats:
+        """Of the last step's rows: the next step takes tokens from there."""
+        ...
 
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
         """Record steps, within `limits` of every rank: all have the same recordings. Only before the first step."""

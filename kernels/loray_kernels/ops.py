@@ -23,7 +23,7 @@ from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import RowTables
 from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Draws
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
 from loray_kernels.vectors import TokenRows
 
 
@@ -193,8 +193,8 @@ class Ops(Protocol):
         """The results of `linear`, which are rounded to x's dtype, in fp32."""
         ...
 
-    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-        """A token for each of the draws' rows, and the row's largest allowed logit; see `sampling.draws`."""
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+        """A token for each of the draws' rows, also for `seats`; it is read before the call after the next one."""
         ...
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:

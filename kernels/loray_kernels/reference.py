@@ -28,7 +28,7 @@ from loray_kernels.ops import (
 from loray_kernels.pages import DirectWriter, PageWriter
 from loray_kernels.records import INPUTS, Columns, LoraRows, RowTables, read_block
 from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Draws, sample
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, sample
 from loray_kernels.vectors import MAX_PAIR_RANK, Pair, TokenRows
 
 
@@ -65,8 +65,11 @@ class ReferenceOps:
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         return self.linear(x_TD, weights).float()
 
-    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-        return sample(logits_SV, draws)
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+        drawn = sample(logits_SV, draws)
+        if seats is not None:
+            seats.tokens[seats.seats_S[list(draws.rows)]] = torch.tensor(drawn[0], device=seats.tokens.device)
+        return lambda: drawn
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
         return None

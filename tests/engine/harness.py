@@ -97,11 +97,11 @@ class Spy:
 
     def __init__(self, engine: Engine) -> None:
         self.logits: dict[str, list[Tensor]] = {}
-        sampler = engine._sampler
+        sampler = engine._runner._sampler
 
-        def spying(logits_SV: Tensor, requests: list[Any], masks: Any = None) -> Any:
+        def spying(logits_SV: Tensor, requests: list[Any], *arguments: Any) -> Any:
             for row, r in zip(logits_SV, requests, strict=True):
                 self.logits.setdefault(r.request_id, []).append(row.clone())
-            return sampler(logits_SV, requests, masks)
+            return sampler(logits_SV, requests, *arguments)
 
-        engine._sampler = spying  # type: ignore[assignment]
+        engine._runner._sampler = spying  # type: ignore[assignment]

@@ -37,7 +37,7 @@ def out_of_memory(engine: Engine, fails: Fails, where: str) -> list[int]:
         chunks[:] = planned
         return batch(planned, *arguments)
 
-    owner, name = (engine._model, "forward") if where == "forward" else (engine, "_sampler")
+    owner, name = (engine._model, "forward") if where == "forward" else (engine._runner, "_sampler")
     run_it = getattr(owner, name)
 
     def perhaps(*arguments: Any) -> Any:

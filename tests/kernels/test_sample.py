@@ -72,7 +72,7 @@ def test_tokens_invert_the_cumulative_distribution(name: str, vocab: int) -> Non
         [rng.randrange(-1, 5) for _ in range(num)],
         words_of(allowed_MV),
     )
-    tokens, best = ops.sample(logits_SV, draws)
+    tokens, best = ops.sample(logits_SV, draws)()
     for i in range(num):
         x_V = logits_SV[draws.rows[i]].clone()
         if draws.masks[i] >= 0:
@@ -93,10 +93,10 @@ def test_a_token_is_the_same_alone_and_among_others(name: str) -> None:
     ops = make_ops(name)
     logits_SV = torch.randn(9, 5000, generator=torch.Generator().manual_seed(0))
     together = Draws(range(9), [1.0] * 9, [0.0] * 9, [i / 9 for i in range(9)], [-1] * 9)
-    tokens, _ = ops.sample(logits_SV, together)
+    tokens, _ = ops.sample(logits_SV, together)()
     for i in range(9):
-        assert ops.sample(logits_SV, Draws([i], [1.0], [0.0], [i / 9], [-1]))[0] == [tokens[i]]
-        assert ops.sample(logits_SV[i:], Draws([0], [1.0], [0.0], [i / 9], [-1]))[0] == [tokens[i]]
+        assert ops.sample(logits_SV, Draws([i], [1.0], [0.0], [i / 9], [-1]))()[0] == [tokens[i]]
+        assert ops.sample(logits_SV[i:], Draws([0], [1.0], [0.0], [i / 9], [-1]))()[0] == [tokens[i]]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -109,7 +109,7 @@ def test_a_row_without_a_finite_maximum_is_told(name: str, temperature: float) -
     logits_SV[3] = -math.inf
     nothing = torch.zeros(1, 600, dtype=torch.bool)
     draws = Draws(range(5), [temperature] * 5, [0.0] * 5, [0.5] * 5, [-1, -1, -1, -1, 0], words_of(nothing))
-    _, best = ops.sample(logits_SV, draws)
+    _, best = ops.sample(logits_SV, draws)()
     assert [math.isfinite(b) for b in best] == [True, False, False, False, False]
 
 
@@ -120,7 +120,7 @@ def test_tokens_are_those_of_the_reference(name: str) -> None:
     logits_SV = 3 * torch.randn(num, vocab, generator=generator)
     uniform = torch.rand(num, generator=generator, dtype=torch.float64).tolist()
     draws = Draws(range(num), [(0.0, 0.7, 1.3)[i % 3] for i in range(num)], [0.01] * num, uniform, [-1] * num)
-    got, best = make_ops(name).sample(logits_SV, draws)
-    want, largest = make_ops("reference").sample(logits_SV, draws)
+    got, best = make_ops(name).sample(logits_SV, draws)()
+    want, largest = make_ops("reference").sample(logits_SV, draws)()
     assert best == largest
     assert sum(a != b for a, b in zip(got, want, strict=True)) <= 1

@@ -26,6 +26,7 @@ from loray_kernels.cuda.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.padded import StepWords
+from loray_kernels.cuda.sampling.launch import Readback
 from loray_kernels.pages import DirectWriter
 
 _SYNCHRONISES = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -113,11 +114,16 @@ class _NoTiles:
 def counting(ops: StandInOps) -> Iterator[Counts]:
     """Counts of what runs inside, which takes several times as long as otherwise."""
     counts = ops.counts = Counts()
-    read, send = Tensor.tolist, StepWords.send
+    read, send, results = Tensor.tolist, StepWords.send, Readback.read
 
     def tolist(tensor: Tensor) -> Any:
         counts.reads += 1
         return read(tensor)
+
+    def read_results(readback: Readback, *arguments: Any) -> Any:
+        counts.reads += 1
+        counts.launches -= 1  # the copy to the host, which has been counted as one of torch's operations
+        return results(readback, *arguments)
 
     def sent(words: StepWords, staged: Tensor) -> None:
         send(words, staged)
@@ -126,7 +132,7 @@ def counting(ops: StandInOps) -> Iterator[Counts]:
 
     Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
     try:
-        with patch.object(StepWords, "send", sent), _Dispatched(counts):
+        with patch.object(StepWords, "send", sent), patch.object(Readback, "read", read_results), _Dispatched(counts):
             yield counts
     finally:
         Tensor.tolist = read  # type: ignore[method-assign]

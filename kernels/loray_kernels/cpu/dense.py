@@ -21,7 +21,7 @@ from loray_kernels.layout import token_rows
 from loray_kernels.memory import SharedPages
 from loray_kernels.ops import LinearWeights
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling.draws import Draws, log_share
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, log_share
 from loray_kernels.vectors import TokenRows
 
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
@@ -82,9 +82,9 @@ class DenseOps(ReferenceOps):
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
         return y_TO
 
-    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1:
-            return super().sample(logits_SV, draws)
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1 or seats is not None:
+            return super().sample(logits_SV, draws, seats)
         num, words_MW = len(draws.rows), draws.words_MW
         choices = np.empty(num, dtype=_CHOICE)
         choices["row"], choices["mask"] = draws.rows, draws.masks
@@ -106,7 +106,8 @@ class DenseOps(ReferenceOps):
             best.ctypes.data,
             torch.get_num_threads(),
         )
-        return tokens.tolist(), best.tolist()
+        drawn = tokens.tolist(), best.tolist()
+        return lambda: drawn
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)

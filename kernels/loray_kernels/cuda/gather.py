@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from loray_kernels.decoding import StepRecords
 from loray_kernels.kv import KvLayout
 from loray_kernels.vectors import StepVectors
 
-_SHRINK_WARPS, _EXPAND_THREADS, _THREADS, _SAMPLING = 4, 64, 128, 512  # as in cuda/csrc
+_SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
 _GROUP = 8
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
@@ -27,11 +25,11 @@ class Gather:
     """Each method queues one launch, or two."""
 
     def __init__(self, launch: Launcher) -> None:
-        self._launch = launch
+        self.launch = launch
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, shrink: Shrink, h_TR: Tensor) -> None:
         rows = shrink.rows
-        self._launch(
+        self.launch(
             f"lora_shrink_{SUFFIX[pool.dtype]}",
             (items.num, -(-shrink.max_rows // _SHRINK_WARPS), 1),
             32 * _SHRINK_WARPS,
@@ -53,7 +51,7 @@ class Gather:
 
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, expand: Expand) -> None:
         y = three_outputs(outputs)
-        self._launch(
+        self.launch(
             f"lora_expand_{SUFFIX[pool.dtype]}",
             (items.num, expand.num_tiles, 1),
             _EXPAND_THREADS,
@@ -77,7 +75,7 @@ class Gather:
         self, x_TI: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput, h_TR: Tensor
     ) -> None:
         words = step.records.words
-        self._launch(
+        self.launch(
             f"lora_recorded_shrink_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], _ROW_TURNS, 1),
             32 * _SHRINK_WARPS,
@@ -100,7 +98,7 @@ class Gather:
         self, outputs: tuple[Tensor, ...], h_NTR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
     ) -> None:
         y = three_outputs(outputs)
-        self._launch(
+        self.launch(
             f"lora_recorded_expand_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], tables.num_tiles, 1),
             _EXPAND_THREADS,
@@ -127,7 +125,7 @@ class Gather:
     ) -> None:
         """`pool` begins at the column of the pair's A that meets the input's first, counted from the pool's start."""
         rows_WS = step.rows_LWS[layer]
-        self._launch(
+        self.launch(
             f"vera_recorded_shrink_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], _PAIR_TURNS, 1),
             32 * _SHRINK_WARPS,
@@ -158,7 +156,7 @@ class Gather:
         tables: VectorsOfInput,
     ) -> None:
         rows_WS = step.rows_LWS[layer]
-        self._launch(
+        self.launch(
             f"vera_recorded_expand_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], tables.num_tiles, 1),
             _THREADS,
@@ -181,7 +179,7 @@ class Gather:
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, rows_WS: Tensor, tables: VectorsOfInput
     ) -> None:
         """`pool` begins at the layer's share."""
-        self._launch(
+        self.launch(
             f"scale_recorded_{SUFFIX[pool.dtype]}",
             (y_TO.shape[0], tables.num_scale_tiles, 1),
             _THREADS,
@@ -210,7 +208,7 @@ class Gather:
         partial = torch.empty(together * own, device=pool.device)
         for first in range(0, num, together):
             now, items = min(together, num - first), tables.decoded.data[2 * first :]
-            self._launch(
+            self.launch(
                 f"attention_decode_{kind}",
                 (now, num_kv * -(-group // _GROUP), splits),
                 _THREADS,
@@ -235,11 +233,11 @@ class Gather:
             if splits > 1:
                 there = (out_THd.data_ptr(), partial.data_ptr(), splits, d)
                 then = (items.data_ptr(), tables.context_len.data_ptr())
-                self._launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
+                self.launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
 
     def write_kv(self, pool: Tensor, layout: KvLayout, k_TKd: Tensor, v_TKd: Tensor, slots_T: Tensor) -> None:
         """`pool` begins at the layer's share. A negative slot is skipped."""
-        self._launch(
+        self.launch(
             f"write_kv_{SUFFIX[pool.dtype]}",
             (slots_T.shape[0], 1, 1),
             _THREADS,
@@ -258,7 +256,7 @@ class Gather:
 
     def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: Rows) -> None:
         """y[tokens[n]] = row n, unless its offset is negative."""
-        self._launch(
+        self.launch(
             f"take_rows_{SUFFIX[pool.dtype]}",
             (rows.num, rows.num_segments, 1),
             _THREADS,
@@ -275,22 +273,9 @@ class Gather:
 
     def place_pages(self, pool: Tensor, pages: Tensor, pieces_P3: Tensor) -> None:
         """pool[to : to + length] = pages[from : from + length] for each piece (from, to, length)."""
-        self._launch(
+        self.launch(
             f"place_pages_{SUFFIX[pool.dtype]}",
             (pieces_P3.shape[0], 1, 1),
             _THREADS,
             (pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()),
         )
-
-    def sample(self, logits_SV: Tensor, choices: tuple[Tensor, ...], words_MW: Tensor | None, out_R2: Tensor) -> None:
-        words, stride = (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
-        there = (logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1], *(t.data_ptr() for t in choices))
-        self._launch("sample_fp32", (out_R2.shape[0], 1, 1), _SAMPLING, (*there, words, stride, out_R2.data_ptr()))
-
-    def choose(
-        self, logits_SV: Tensor, num: int, addresses: Sequence[int], words_MW: Tensor | None, out: Tensor
-    ) -> None:
-        """`addresses`: of the choices, the new edits and the forbidden tokens."""
-        words, stride = (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
-        there = (logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1], *addresses)
-        self._launch("choose_fp32", (num, 1, 1), _SAMPLING, (*there, words, stride, out.data_ptr()))

@@ -23,6 +23,7 @@ from loray_kernels.cuda.tables import MAX_SPLITS, num_splits
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.memory import is_out_of_memory
 from loray_kernels.records import Directory
+from loray_kernels.sampling.draws import TokenSeats
 from loray_kernels.vectors import VectorShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -66,6 +67,8 @@ class DecodeGraphs:
     def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, recorder: Recorder) -> None:
         self._forward, self._decoding, self._recorder = forward, decoding, recorder
         self._blocks = torch.zeros(decoding.num_seats * decoding.max_blocks, dtype=torch.int64, device=decoding.device)
+        self._tokens = torch.zeros(decoding.num_seats, dtype=torch.int64, device=decoding.device)
+        self._seats: TokenSeats | None = None
         self._steps: dict[Form, PaddedStep] = {}
         self._recorded: dict[Form, Recording] = {}
         self._serving: dict[Form, Form | None] = {}  # by needed form: the recorded one that serves it
@@ -80,11 +83,17 @@ class DecodeGraphs:
         form = self._serving_of(needed)
         padded = self._step(form or needed)
         padded.words.fill(step, self._blocks)
+        self._seats = padded.seats(num)
         if form is None:
             return self._forward(padded.step())[:num]
         recording = self._recorded[form]
         recording.replay()
         return recording.out[:num]
+
+    @property
+    def seats(self) -> TokenSeats:
+        assert self._seats is not None, "a step has been computed"
+        return self._seats
 
     def forms(self) -> Iterator[Form]:
         """All that steps may need, the most useful first, since limits may end recording.
@@ -156,7 +165,14 @@ class DecodeGraphs:
     def _step(self, form: Form) -> PaddedStep:
         if form not in self._steps:
             self._steps[form] = PaddedStep(
-                form.size, form.splits, self._blocks, self._decoding, form.kind, self.directory.records, self.vectors
+                form.size,
+                form.splits,
+                self._blocks,
+                self._tokens,
+                self._decoding,
+                form.kind,
+                self.directory.records,
+                self.vectors,
             )
         return self._steps[form]
 

@@ -44,7 +44,7 @@ from loray_kernels.pages import PageWriter
 from loray_kernels.records import INPUTS
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Draws
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
 from loray_kernels.vectors import MAX_PAIR_RANK, TokenRows
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -67,15 +67,15 @@ class CudaOps(ReferenceOps):
             return None
         return DecodeGraphs(forward, decoding, GraphRecorder(decoding.device, decoding.ranks))
 
-    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
         if not _samples(logits_SV):
-            return super().sample(logits_SV, draws)
+            return super().sample(logits_SV, draws, seats)
         if self._sampling is None:
-            self._sampling = Sampling(self._gather, logits_SV.device)
-        return self._sampling(logits_SV, draws)
+            self._sampling = Sampling(self._gather.launch, logits_SV.device)
+        return self._sampling(logits_SV, draws, seats)
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        return Choosing(self._gather, logits_SV.device) if _samples(logits_SV) else None
+        return Choosing(self._gather.launch, logits_SV.device) if _samples(logits_SV) else None
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:

@@ -14,14 +14,15 @@ from loray_kernels.cuda.vectors import RecordedVectors
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta
 from loray_kernels.records import Records
+from loray_kernels.sampling.draws import TokenSeats
 from loray_kernels.vectors import VectorShape
 
 _NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
 
 
 class StepWords:
-    """The numbers of a step on the device: token ids, positions, seats, items of adapters; with `vectors` their starts,
-    pairs and own embedding rows; then new blocks, places first.
+    """The numbers of a step on the device: token ids (−1: the one drawn before), positions, seats, items of adapters;
+    with `vectors` their starts, pairs and own embedding rows; then new blocks, places first.
 
     They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
     """
@@ -77,6 +78,7 @@ class PaddedStep:
         size: int,
         splits: int,
         blocks: Tensor,
+        tokens: Tensor,
         decoding: Decoding,
         parts: Parts = Parts.NONE,
         records: Records | None = None,
@@ -87,14 +89,20 @@ class PaddedStep:
         self._has_vectors = bool(parts & ~Parts.LORA)
         self.words = StepWords(size, device, vectors=self._has_vectors)
         self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
+        self._tokens = tokens  # by seat, that the step before has drawn
         self._numbers = torch.arange(size + 1, device=device)
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
         self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
+    def seats(self, num: int) -> TokenSeats:
+        """Of the first `num` rows, where their tokens are drawn to."""
+        return TokenSeats(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
+
     def step(self) -> RecordedStep:
         size, block_tokens = self._size, self._decoding.layout.block_tokens
         words = self.words.words
-        token_ids_S, positions_S, seats_S = words[: 3 * size].view(3, size)
+        known_S, positions_S, seats_S = words[: 3 * size].view(3, size)
+        token_ids_S = torch.where(known_S < 0, self._tokens[seats_S], known_S)
         at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)

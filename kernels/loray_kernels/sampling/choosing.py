@@ -8,7 +8,7 @@ Shapes: S rows of logits, V vocabulary, W words of 32 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray_kernels.sampling.draws import Draws
+from loray_kernels.sampling.draws import Draws, TokenSeats
 
 MAX_TOP = 20  # log-probabilities of a row's best tokens
 EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("factor", "<f4"), ("added", "<f4")])
@@ -139,9 +139,17 @@ class Chosen(NamedTuple):
 class Chooser(Protocol):
     """Owns what is on the device for choosing. For one thread."""
 
-    def __call__(self, logits_SV: Tensor, plain: Draws, changed: Draws, changes: Sequence[Change]) -> Chosen:
+    def __call__(
+        self,
+        logits_SV: Tensor,
+        plain: Draws,
+        changed: Draws,
+        changes: Sequence[Change],
+        seats: TokenSeats | None = None,
+    ) -> Callable[[], Chosen]:
         """Of the rows of `plain`, then of those of `changed`, to which `changes` belong. Each row is in one of them,
-        once. May write `logits_SV`, and puts back what it had.
+        once. May write `logits_SV`, and puts back what it had. The result is read, and written to `seats`, as that of
+        `Ops.sample`.
 
         A draw takes tokens in the order of their ids; in rows with top-k or top-p from the best to the worst, equals by
         their ids.

@@ -7,8 +7,9 @@ N rows of weights, B columns of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,22 @@ class Draws:
     uniform: Sequence[float]
     masks: Sequence[int]
     words_MW: Tensor | None = None
+
+
+class TokenSeats(NamedTuple):
+    """Where drawn tokens stay on the device, so that the next step needs no host to begin with them; int64.
+
+    seats_S  of each row of logits
+    tokens   by seat
+    """
+
+    seats_S: Tensor
+    tokens: Tensor
+
+
+# Waits for what has been drawn: the tokens, and the largest of each row's allowed logits; where that is not finite the
+# token has no meaning.
+Drawn = Callable[[], tuple[list[int], list[float]]]
 
 
 def sample(logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:

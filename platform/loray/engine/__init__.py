@@ -10,6 +10,7 @@
     parallel/    one model over several ranks
     build        an engine from a base model
     engine       the step
+    runner       launches steps and reads their results
     stream       the engine's thread, for asyncio
     admission    which requests are accepted
     report       the figures at one moment

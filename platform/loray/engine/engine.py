@@ -1,24 +1,19 @@
-"""The engine's step: take loaded adapters, schedule, run, sample, postprocess. One thread calls it, see `stream`."""
+"""The engine's step: take loaded adapters, schedule, launch, read, postprocess. One thread calls it, see `stream`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
 from loray.engine.admission import check_request
 from loray.engine.integrity import check_integrity
 from loray.engine.memory.limits import max_model_len
-from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.decoding import DecodeBatch
-from loray.engine.model.partial import PartialAdapters
 from loray.engine.parallel.workers import Workers
 from loray.engine.pool.loading import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
@@ -26,15 +21,15 @@ from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.recovery import undo_step
 from loray.engine.report import report
-from loray.engine.request import Request, TokenOutput
+from loray.engine.request import Request, State, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Placement
-from loray.engine.sampling.grammar import Grammars, Masks
-from loray.engine.sampling.logprobs import PromptScores
+from loray.engine.runner import ModelRunner, StepResults
+from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.limits import WaitLimits
-from loray.engine.scheduling.plan import Chunk, Work
+from loray.engine.scheduling.plan import Chunk
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
@@ -61,7 +56,6 @@ class Engine:
         self.spec, self.base = spec, base
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
-        self._sampler = Sampler(model.ops, base.config.eos_token_ids)
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
@@ -93,6 +87,15 @@ class Engine:
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}
         self.counters = Counters()
+        self._runner = ModelRunner(
+            model,
+            pool,
+            Sampler(model.ops, base.config.eos_token_ids),
+            self._grammars,
+            self.counters,
+            resident=self._resident,
+            observe=self.scheduler.observe_step,
+        )
         self.idle = True  # the last step had nothing to compute
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -142,59 +145,41 @@ class Engine:
         return self.scheduler.next_deadline()
 
     def step(self) -> list[TokenOutput]:
-        """Advance every scheduled request by one chunk; returns the new tokens and errors.
+        """Advance every scheduled request by one chunk; returns the new tokens and errors, where the runner is ahead
+        those of the step before.
 
-        If the list is empty and `has_work`, all requests wait for adapters or are in the middle of their prompt.
+        If the list is empty and `has_work`, all requests wait for adapters or are in the middle of their prompt, or a
+        step is in flight.
         """
         refused = self._grammars.queue_prepared(self.scheduler.add)
         plan = self.scheduler.next()
         outputs = [self._fail(request, error) for request, error in refused + plan.failed]
-        if plan.chunks:
-            try:
-                outputs += self._run(plan.chunks, plan.work)
-            except RuntimeError as e:  # perhaps the device is out of memory
-                outputs.append(self._fail(*undo_step(e, plan.chunks, self.scheduler, self._model)))
+        chunks, runner = plan.chunks, self._runner
+        try:
+            if chunks and not runner.launch(chunks, plan.work):  # it needs tokens that are in flight
+                self._collect(0, outputs)
+                chunks = [chunk for chunk in chunks if chunk.request.state is not State.FINISHED]
+                if chunks:
+                    runner.launch(chunks, plan.work)
+            self._collect(runner.num_ahead if chunks else 0, outputs)
+        except RuntimeError as e:  # perhaps the device is out of memory
+            outputs.append(self._fail(*undo_step(e, chunks, self.scheduler, self._model)))
+        if not self.scheduler.has_work:  # nobody may call again
+            self._collect(0, outputs)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
 
-    def _run(self, chunks: list[Chunk], work: Work) -> list[TokenOutput]:
-        began = time.monotonic()
-        self.counters.scheduled((chunk.request for chunk in chunks), began)
-        batch = self._model.batch(chunks, self._resident, self.pool)
-        partial = PartialAdapters(self.pool, batch.residents)
-        if partial and isinstance(batch, Batch):
-            batch = replace(batch, wait_for_layer=partial.wait_for_layer)
-        masks, scores = self._grammars.start([chunk.request for chunk in batch.sampled]), PromptScores(batch.scored)
-        logits_SV = self._model.forward(batch, self.pool, scores.add)
-        num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.residents)
-        if partial and isinstance(batch, Batch):
-            chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
-        for chunk in chunks:
-            chunk.request.num_computed += chunk.num_tokens
-            self.counters.computed(chunk.request)
-        outputs = self._results(chunks, batch, logits_SV, None if masks is None else masks.result(), scores)
-        partial.end_step()
-        if self.pool.tensor.is_cuda and not (batch.sampled or batch.scored):
-            torch.cuda.synchronize()  # nothing was read: the step has only been queued
-        seconds = time.monotonic() - began
-        if not partial:  # such a step waits for loads
-            self.scheduler.observe_step(work, seconds)
-        self.counters.stepped(num_tokens, num_adapters, seconds)
-        return outputs
+    def _collect(self, num_left: int, outputs: list[TokenOutput]) -> None:
+        """Read steps until so many are in flight; adds to `outputs`."""
+        while self._runner.num_in_flight > num_left:
+            with self._runner.collected() as results:
+                outputs += self._results(results)
 
     @torch.inference_mode()
-    def _results(
-        self,
-        chunks: list[Chunk],
-        batch: Batch | DecodeBatch,
-        logits_SV: Tensor,
-        masks: Masks | None,
-        scores: PromptScores,
-    ) -> list[TokenOutput]:
-        requests = [chunk.request for chunk in batch.sampled]
-        drawn = self._sampler(logits_SV, requests, masks)
-        broken = {r.request_id: r for r, sampled in zip(requests, drawn, strict=True) if sampled is None}
-        for part, logprobs in scores.of(batch.scored):
+    def _results(self, results: StepResults) -> list[TokenOutput]:
+        requests = [request for request, _ in results.outcomes]
+        broken = {r.request_id: r for r, sampled in results.outcomes if sampled is None}
+        for part, logprobs in results.scores:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
@@ -203,13 +188,13 @@ class Engine:
             self._fail(r, sampled)
             if isinstance(sampled, RequestError)
             else self._postprocess(r, sampled.token, sampled.logprobs)
-            for r, sampled in zip(requests, drawn, strict=True)
+            for r, sampled in results.outcomes
             if sampled is not None and r.request_id not in broken
         ]
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
         self._grammars.begin(requests)
-        for request in (chunk.request for chunk in chunks if not chunk.request.spec.params.max_tokens):
+        for request in (r for r in results.computed if not r.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
         return outputs + [self._fail_not_finite(r) for r in broken.values()]

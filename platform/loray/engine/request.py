@@ -43,8 +43,9 @@ class TokenOutput(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The scheduler writes `state`, `num_computed`, `blocks` and the fields after it. The engine writes `output_ids`,
-    `prompt_logprobs` and `num_computed`; its counters write `num_prompt_counted` and `queued_at`. Nothing else writes.
+    """The scheduler writes `state`, `num_computed`, `blocks` and the fields after it. The engine and its runner write
+    `output_ids`, `prompt_logprobs`, `num_computed` and `num_in_flight`; the counters write `num_prompt_counted` and
+    `queued_at`. Nothing else writes.
 
     blocks              a list that only grows: where a block is replaced or moved there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
@@ -56,6 +57,7 @@ class Request:
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see sampling.history
+    num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     """
 
     spec: GenerateRequest
@@ -79,6 +81,7 @@ class Request:
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
+    num_in_flight: int = 0
 
     def __post_init__(self) -> None:
         self.changes_logits = self.spec.params.changes_logits
@@ -127,11 +130,17 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.spec.prompt_ids) + len(self.output_ids)
+        """Of prompt and output, those in flight included."""
+        return len(self.spec.prompt_ids) + len(self.output_ids) + self.num_in_flight
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """A token in flight is its last, whatever it is."""
+        return self.num_in_flight > 0 and self.num_tokens >= self.max_tokens
 
     @property
     def num_pending(self) -> int:
-        """Tokens known but not yet in the KV cache; while decoding 1, and those that a constraint has forced."""
+        """Tokens not yet in the KV cache; while decoding 1, and those that a constraint has forced."""
         return self.num_tokens - self.num_computed
 
     @property
@@ -140,6 +149,6 @@ class Request:
         return self.num_prompt_tokens + self.spec.params.max_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and output."""
+        """Tokens [start, stop) of prompt and output, none of them in flight."""
         n = self.num_prompt_tokens
         return [*self.spec.prompt_ids[start:stop], *self.output_ids[max(start - n, 0) : max(stop - n, 0)]]

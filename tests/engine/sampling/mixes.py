@@ -68,8 +68,8 @@ def check(
         there_SV = logits_SV.to(device, copy=True)
         seed = rng.random()
         masks = [masks_of(random.Random(seed), rows, vocab) for rows in zip(*part, strict=True)]
-        got = samplers[0](there_SV, [a for a, _ in part], masks[0])
-        want = samplers[1](logits_SV, [b for _, b in part], masks[1])
+        got = samplers[0](there_SV, [a for a, _ in part], masks[0])()
+        want = samplers[1](logits_SV, [b for _, b in part], masks[1])()
         assert torch.equal(there_SV.cpu(), logits_SV), "the logits have not been put back"
         for (a, b), mine, theirs in zip(part, got, want, strict=True):
             compare(mine, theirs, logits_SV, a.spec.params)

@@ -82,9 +82,9 @@ def test_rows_without_a_token_are_told_and_leave_the_others_alone(ops: Ops, temp
     own: dict[str, Any] = {"temperature": temperature, "top_p": 0.9, "logprobs": 2}
     requests = [make(i, **own) for i in range(3)] + [make(3, allowed_token_ids=(4,), bad_words=((4,),), **own)]
     logits_SV = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
-    expected = Sampler(REFERENCE)(logits_SV, requests[:3])
+    expected = Sampler(REFERENCE)(logits_SV, requests[:3])()
     logits_SV[1] = broken
-    got = Sampler(ops)(logits_SV, requests)
+    got = Sampler(ops)(logits_SV, requests)()
     assert isinstance(got[3], RequestError)
     assert got[1] is None
     for i in (0, 2):
@@ -99,10 +99,10 @@ def test_no_scores_of_an_earlier_step_are_left(ops: Ops, broken: float) -> None:
     """A token that is not allowed has a logit that is not finite; the row has a token, and no log-probabilities."""
     logits_SV = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
     sampler = Sampler(ops)
-    sampler(logits_SV, [make(0, logprobs=3)])
+    sampler(logits_SV, [make(0, logprobs=3)])()
     logits_SV[0, 7] = broken
     for own in (sampler, Sampler(REFERENCE)):
-        (sampled,) = own(logits_SV, [make(1, logprobs=3, allowed_token_ids=(4,))])
+        (sampled,) = own(logits_SV, [make(1, logprobs=3, allowed_token_ids=(4,))])()
         assert isinstance(sampled, Sampled)
         assert sampled.token == 4
         assert sampled.logprobs is not None
@@ -113,12 +113,12 @@ def test_all_tokens_alike(ops: Ops) -> None:
     """They are taken by their ids: the share of the mass is the share of the ids."""
     vocab, logits_SV = 5000, torch.zeros(3, 5000)
     requests = [make(i, top_p=0.5, **({"top_k": 3000} if i else {})) for i in range(3)]
-    for i, sampled in enumerate(Sampler(ops)(logits_SV, requests)):
+    for i, sampled in enumerate(Sampler(ops)(logits_SV, requests)()):
         assert isinstance(sampled, Sampled)
         kept = (3000 if i else vocab) / 2
         assert sampled.token == int(Sampler(ops)._uniform(requests[i]) * kept)
-    want = Sampler(REFERENCE)(logits_SV, requests)
-    assert [cast(Sampled, s).token for s in Sampler(ops)(logits_SV, requests)] == [cast(Sampled, s).token for s in want]
+    got, want = (Sampler(own)(logits_SV, requests)() for own in (ops, REFERENCE))
+    assert [cast(Sampled, s).token for s in got] == [cast(Sampled, s).token for s in want]
 
 
 def test_only_what_is_new_is_sent() -> None:
@@ -147,6 +147,6 @@ def test_a_request_that_has_ended_may_end_before_its_minimum(ops: Ops) -> None:
     request = make(0, temperature=0, min_tokens=5, logit_bias={EOS: 100.0})
     words = np.full((1, -(-VOCAB // 32)), -1, dtype=np.int32)
     for ended, ends in ((frozenset([request]), True), (frozenset[Request](), False)):
-        (sampled,) = Sampler(ops, (EOS,))(torch.zeros(1, VOCAB), [request], Masks([request], words, ended, {}))
+        (sampled,) = Sampler(ops, (EOS,))(torch.zeros(1, VOCAB), [request], Masks([request], words, ended, {}))()
         assert isinstance(sampled, Sampled)
         assert (sampled.token == EOS) == ends

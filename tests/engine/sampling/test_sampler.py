@@ -121,7 +121,7 @@ def test_processors_are_those_of_transformers_and_openai() -> None:
 
 
 def tokens_of(logits_SV: Tensor, requests: Sequence[Request]) -> list[int]:
-    out = Sampler(OPS, (EOS,))(logits_SV, requests)
+    out = Sampler(OPS, (EOS,))(logits_SV, requests)()
     return [sampled.token for sampled in out if sampled is not None]
 
 
@@ -156,7 +156,7 @@ def draws(n: int, seed: int | None, **params: Any) -> list[int]:
     """The same logits at n positions, as if the request had drawn before."""
     sampler = Sampler(OPS)
     requests = [make(0, output_ids=[0] * i, seed=seed, **params) for i in range(n)]
-    return [s.token for s in sampler(logits(vocab=50, spread=1.0).repeat(n, 1), requests) if s is not None]
+    return [s.token for s in sampler(logits(vocab=50, spread=1.0).repeat(n, 1), requests)() if s is not None]
 
 
 def test_seeds() -> None:
@@ -165,7 +165,7 @@ def test_seeds() -> None:
     assert draws(30, None) != draws(30, None)
     sampler = Sampler(OPS)
     rows = [make(i, seed=None) for i in range(30)]
-    assert len({s.token for s in sampler(logits().repeat(30, 1), rows) if s is not None}) > 5
+    assert len({s.token for s in sampler(logits().repeat(30, 1), rows)() if s is not None}) > 5
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 30}], ids=["by vocabulary", "by candidates"])
@@ -196,7 +196,7 @@ def test_a_draw_inverts_the_cumulative_distribution(num_columns: int) -> None:
 def test_logprobs_are_of_the_unchanged_distribution() -> None:
     requests = [make(i, temperature=0, logit_bias={7: 50.0}, logprobs=n) for i, n in enumerate((3, None, 0, 20))]
     logits_SV = torch.stack([logits(i) for i in range(4)])
-    out = [s for s in Sampler(OPS)(logits_SV, requests) if s is not None]
+    out = [s for s in Sampler(OPS)(logits_SV, requests)() if s is not None]
     for i, sampled in enumerate(out):
         expected = logits_SV[i].log_softmax(-1)
         asked = requests[i].spec.params.logprobs
@@ -226,7 +226,7 @@ def test_candidates_are_the_best(vocab: int) -> None:
 def test_a_row_that_is_not_finite_has_no_token_and_leaves_the_others_alone(broken: float) -> None:
     requests = [make(i, seed=i, logprobs=1, temperature=i % 2) for i in range(4)]
     logits_SV = torch.stack([logits(i) for i in range(4)])
-    expected = Sampler(OPS)(logits_SV, requests)
+    expected = Sampler(OPS)(logits_SV, requests)()
     logits_SV[:2, 17] = broken
-    assert Sampler(OPS)(logits_SV, requests) == [None, None, *expected[2:]]
-    assert Sampler(OPS)(logits_SV[:0], []) == []
+    assert Sampler(OPS)(logits_SV, requests)() == [None, None, *expected[2:]]
+    assert Sampler(OPS)(logits_SV[:0], [])() == []

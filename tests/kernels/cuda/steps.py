@@ -47,7 +47,7 @@ def decode_steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any
 
     def batched(chunks: list[Chunk], *arguments: Any) -> Any:
         made = batch(chunks, *arguments)
-        if all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
+        if made is not None and all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
             found.append(made)
         return made
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray_kernels import Parts
+from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run, submit
@@ -63,15 +63,15 @@ def test_after_a_step_without_memory_the_tables_are_sent_again(
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
     requests = [request(str(i), range(3 + i, 15 + i), max_tokens=12) for i in range(2)]
     engine = make_engine(base)
-    recorded, failed = cast(Any, engine._model)._recorded, []
+    compute, failed = graphs.DecodeGraphs.__call__, list[int]()
 
-    def without_memory(step: Any) -> Tensor:
+    def without_memory(recorded: graphs.DecodeGraphs, step: DecodeStep) -> Tensor:
         if step.places and step.positions.max() >= 16 and not failed:
             failed.append(len(step.token_ids))
             raise torch.OutOfMemoryError
-        return cast(Tensor, recorded(step))
+        return compute(recorded, step)
 
-    monkeypatch.setattr(engine._model, "_recorded", without_memory)
+    monkeypatch.setattr(graphs.DecodeGraphs, "__call__", without_memory)
     submit(engine, requests)
     out: dict[str, list[int]] = {"0": [], "1": []}
     while engine.has_work:

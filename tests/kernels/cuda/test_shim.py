@@ -33,7 +33,7 @@ from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.pages import parts, piece_table
-from loray_kernels.cuda.sampling import plain
+from loray_kernels.cuda.sampling import launch, plain
 from loray_kernels.pages import DirectWriter
 from loray_kernels.sampling import draws
 from loray_kernels.sampling.choosing import MAX_TOP
@@ -134,7 +134,8 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     max_blocks = 20
     blocks = torch.zeros(6 * max_blocks, dtype=torch.int64)
-    padded = PaddedStep(4, 2, blocks, Decoding(layout, 6, max_blocks, (), torch.device("cpu")))
+    tokens, whole = torch.zeros(6, dtype=torch.int64), Decoding(layout, 6, max_blocks, (), torch.device("cpu"))
+    padded = PaddedStep(4, 2, blocks, tokens, whole)
     q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)
     for contexts in ([300, 20, 16, 5], [7, 290]):
         pool, meta = decoding(torch.float32, contexts, layout)
@@ -208,7 +209,7 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("attention.cu", "MAX_SPLITS") == tables.MAX_SPLITS
     assert constant("attention.cu", "GROUP") == gather._GROUP
     assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
-    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == gather._SAMPLING
+    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == launch._THREADS
     assert constant("draw.cuh", "BLOCK") == draws._BLOCK
     assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == plain.MAX_VOCAB <= 1 << 20
     assert constant("choose.cu", "MAX_TOP") == MAX_TOP

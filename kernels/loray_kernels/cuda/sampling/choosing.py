@@ -7,17 +7,18 @@ device with the request; the copy has those that are new.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.launch import Launcher
+from loray_kernels.cuda.sampling.launch import Readback, launch_choose, launch_sample
 from loray_kernels.cuda.sampling.plain import Choices, packed, upload
 from loray_kernels.sampling.choosing import MAX_TOP, NEW_EDIT, Change, Chosen, Scores, TokenEdits
-from loray_kernels.sampling.draws import Draws, log_share
+from loray_kernels.sampling.draws import Draws, TokenSeats, log_share
 
 _RESULT = 4 + 2 * MAX_TOP  # 64-bit words of a row
 _EDIT_WORDS = 5  # 32 bits each, of an entry on the device
@@ -33,11 +34,18 @@ _FORBIDDEN = np.dtype([("token", "<i4"), ("logit", "<f4")])
 class Choosing:
     """A Chooser. Owns what comes back, for as many rows as a step has had."""
 
-    def __init__(self, gather: Gather, device: torch.device) -> None:
-        self._gather, self._device = gather, device
+    def __init__(self, launch: Launcher, device: torch.device) -> None:
+        self._launch, self._device, self._readback = launch, device, Readback(device)
         self._out = torch.zeros(_RESULT, dtype=torch.int64, device=device)
 
-    def __call__(self, logits_SV: Tensor, plain: Draws, changed: Draws, changes: Sequence[Change]) -> Chosen:
+    def __call__(
+        self,
+        logits_SV: Tensor,
+        plain: Draws,
+        changed: Draws,
+        changes: Sequence[Change],
+        seats: TokenSeats | None = None,
+    ) -> Callable[[], Chosen]:
         num_plain, num, vocab = len(plain.rows), len(changes), logits_SV.shape[1]
         assert max((*plain.rows, *changed.rows)) < len(logits_SV)
         words = self._words((*plain.masks, *changed.masks), changed.words_MW, vocab)
@@ -53,10 +61,11 @@ class Choosing:
         out = self._results(2 * num_plain + _RESULT * num)
         if num_plain:
             choices = Choices.of(there[: starts[1]].view(torch.int64), num_plain)
-            self._gather.sample(logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2))
+            launch_sample(self._launch, logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2), seats)
         addresses = [there.data_ptr() + start for start in starts[1:4]]
-        self._gather.choose(logits_SV, num, addresses, words, out[2 * num_plain :])
-        return _read(out.cpu().numpy(), num_plain, changes, vocab)
+        launch_choose(self._launch, logits_SV, num, addresses, words, out[2 * num_plain :], seats)
+        read = self._readback(out)
+        return lambda: _read(read(), num_plain, changes, vocab)
 
     def _results(self, num_words: int) -> Tensor:
         if num_words > len(self._out):

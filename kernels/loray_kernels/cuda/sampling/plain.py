@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.gather import Gather
-from loray_kernels.sampling.draws import Draws, log_share
+from loray_kernels.cuda.launch import Launcher
+from loray_kernels.cuda.sampling.launch import Readback, launch_sample
+from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, log_share
 
 MAX_VOCAB = 1024 * 512  # of draw.cuh
 
@@ -34,11 +35,11 @@ class Choices(NamedTuple):
 class Sampling:
     """Owns what comes back, and what greedy rows need, for as many rows as a step has had. For one thread."""
 
-    def __init__(self, gather: Gather, device: torch.device) -> None:
-        self._gather, self._device = gather, device
+    def __init__(self, launch: Launcher, device: torch.device) -> None:
+        self._launch, self._device, self._readback = launch, device, Readback(device)
         self._grow(1)
 
-    def __call__(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+    def __call__(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
         num, words_MW = len(draws.rows), draws.words_MW
         assert max(draws.rows) < len(logits_SV)
         assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
@@ -50,10 +51,10 @@ class Sampling:
             words = upload(words_MW.contiguous(), self._device)
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
-        self._gather.sample(logits_SV, self._greedy if is_greedy else self._choices(draws), words, out_R2)
-        found = out_R2.tolist()
-        bits = np.array([b for _, b in found], dtype=np.uint32)
-        return [token for token, _ in found], bits.view(np.float32).tolist()
+        choices = self._greedy if is_greedy else self._choices(draws)
+        launch_sample(self._launch, logits_SV, choices, words, out_R2, seats)
+        read = self._readback(out_R2.view(-1))
+        return lambda: _tokens_and_logits(read())
 
     def _choices(self, draws: Draws) -> Choices:
         """One copy for all."""
@@ -64,6 +65,10 @@ class Sampling:
         rows_R = torch.arange(num, device=self._device)
         numbers = torch.zeros(3 * num, dtype=torch.float64, device=self._device)
         self._greedy = Choices(rows_R, torch.full_like(rows_R, -1), numbers)
+
+
+def _tokens_and_logits(words: npt.NDArray[np.int64]) -> tuple[list[int], list[float]]:
+    return words[::2].tolist(), words[1::2].astype(np.uint32).view(np.float32).tolist()
 
 
 def packed(draws: Draws) -> npt.NDArray[np.int64]:

@@ -19,7 +19,16 @@ from loray.engine.model.rope import Rope
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
-from loray_kernels import Decoding, InputShape, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
+from loray_kernels import (
+    Decoding,
+    InputShape,
+    Ops,
+    Recorded,
+    RecordedDecoding,
+    RecordedStep,
+    RecordLimits,
+    TokenSeats,
+)
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -94,10 +103,22 @@ class Decoder:
         """Record decode steps; None if there is nothing to record. Before the first step."""
         return None if self._recorded is None else self._recorded.record(limits, on_progress)
 
-    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
-        """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
-        recorded = None if self._steps is None else self._steps.batch(chunks, resident)
-        return self._eager(chunks, resident, pool) if recorded is None else recorded
+    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
+        """The batch of `chunks` for one pass; None if it needs tokens that are in flight. `resident` gives the adapter
+        of a chunk's request, which is pinned.
+        """
+        if self._steps is not None:
+            if (recorded := self._steps.batch(chunks, resident)) is not None:
+                return recorded
+            if any(chunk.request.num_in_flight for chunk in chunks):
+                return None
+        return self._eager(chunks, resident, pool)
+
+    def seats(self, batch: Batch | DecodeBatch) -> TokenSeats | None:
+        """Where the tokens of the last step, `batch`, are drawn to, so that the next one takes them from there; None if
+        it cannot.
+        """
+        return None if self._recorded is None or isinstance(batch, Batch) else self._recorded.seats
 
     def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
         batch = build_batch(

@@ -73,14 +73,16 @@ class DecodeSteps:
         self._blocks, self._lengths, self._last = [[]] * num_seats, [0] * num_seats, None
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | None:
-        """None if the step is of another kind, or has an adapter without a record."""
+        """None if the step is of another kind, or has an adapter without a record, or embedding rows of tokens that are
+        in flight: which row a token has is known here alone.
+        """
         arranged = self._arranged(chunks, resident)
-        if arranged is None:
+        if arranged is None or (arranged.embeddings and any(chunk.request.num_in_flight for chunk in chunks)):
             return None
         in_order = tuple([chunks[i] for i in arranged.order])
         requests = [chunk.request for chunk in in_order]
         positions_S = np.array([chunk.start for chunk in in_order], dtype=np.int64)
-        num_outputs_S = np.array([len(r.output_ids) for r in requests], dtype=np.int64)
+        num_outputs_S = np.array([len(r.output_ids) + r.num_in_flight for r in requests], dtype=np.int64)
         # Of requests whose tokens are all known: a constraint may have forced some, or a preempted one starts again.
         if not (num_outputs_S.all() and (positions_S + 1 == arranged.prompts_S + num_outputs_S).all()):
             self._last = None
@@ -102,7 +104,7 @@ class DecodeSteps:
                 places += range(first + known, first + len(own))
                 blocks += own[known:]
             self._lengths[seat] = len(own)
-        token_ids_S = np.array([r.output_ids[-1] for r in requests], dtype=np.int64)
+        token_ids_S = np.array([-1 if r.num_in_flight else r.output_ids[-1] for r in requests], dtype=np.int64)
         own_rows_S = _NONE
         if arranged.embeddings:
             tokens = zip(arranged.embeddings, token_ids_S.tolist(), strict=True)

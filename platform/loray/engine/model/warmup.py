@@ -28,7 +28,9 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> None:
         return
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
-        model.forward(model.batch(prompts, lambda chunk: None, pool), pool)
+        batch = model.batch(prompts, lambda chunk: None, pool)
+        assert batch is not None
+        model.forward(batch, pool)
     model.compile_adapters(pool)
     _log.info("steps with prompts are compiled, %.1f s", time.monotonic() - began)
     shown = time.monotonic()

@@ -61,7 +61,7 @@ class LeadingDecoder(ShardedDecoder):
         self._channel = channel
         self._passed: tuple[Tensor | None, Forward] = None, Forward(b"", ())  # of the last batch, by its tokens
 
-    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
+    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
         batch = super().batch(chunks, resident, pool)
         if isinstance(batch, Batch):
             self._passed = batch.token_ids_T, Forward(*wire.dump_chunks(chunks))
@@ -79,6 +79,9 @@ class LeadingDecoder(ShardedDecoder):
             self._send(Replay(wire.dump_step(batch.step)))
         with self._together("a step"):
             return super().forward(batch, pool, on_scored)
+
+    def seats(self, batch: Batch | DecodeBatch) -> None:
+        """Tokens are drawn on this rank alone, and the others are sent them."""
 
     def use_recordings(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
         super().use_recordings(pool, num_seats=num_seats, max_blocks=max_blocks)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
 from loray.spec import SamplingParams, TokenLogprobs
-from loray_kernels import Change, Chooser, Draws, Ops
+from loray_kernels import Change, Chooser, Draws, Ops, TokenSeats
 from loray_kernels.sampling.draws import draw, rows_of, scaled
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
@@ -46,6 +46,11 @@ class Sampled(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+# Of a row: None if its logits have no finite maximum; an error if no token is allowed.
+Outcome = Sampled | RequestError | None
+_Found = tuple[dict[int, _Choice], list[TokenLogprobs | None]]  # by row
+
+
 class Sampler:
     """`eos_token_ids` are not sampled before a request's min_tokens."""
 
@@ -55,14 +60,25 @@ class Sampler:
         self._chooser: Chooser | None = None
 
     def __call__(
-        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None = None
-    ) -> list[Sampled | RequestError | None]:
-        """One token for each row; None if its logits have no finite maximum; an error if no token is allowed.
+        self,
+        logits_SV: Tensor,
+        requests: Sequence[Request],
+        masks: Masks | None = None,
+        seats: TokenSeats | None = None,
+    ) -> Callable[[], list[Outcome]]:
+        """Draws one token for each row, also for `seats`; they are read by the result, before the call after the next
+        one, and where a request `needs_history` before the logits change.
 
         Requested log-probabilities are those of the unchanged logits.
         """
         if not requests:
-            return []
+            return list
+        found = self._found(logits_SV, requests, masks, seats)
+        return lambda: _outcomes(found(), logits_SV, requests, masks)
+
+    def _found(
+        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, seats: TokenSeats | None
+    ) -> Callable[[], _Found]:
         other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, logits_SV.shape[1])]
         scored = [i for i, r in enumerate(requests) if r.spec.params.logprobs is not None]
         if (other or scored) and self._chooser is None:
@@ -71,20 +87,15 @@ class Sampler:
         if self._chooser is not None and (other or scored):
             own = sorted({*other, *scored})
             plain = sorted(set(plain) - set(own))
-            chosen, logprobs = self._choose(self._chooser, logits_SV, requests, plain, own, masks)
-        else:
-            chosen = self._whole(logits_SV, requests, plain, masks)
-            if other:
-                chosen |= self._processed(logits_SV, requests, other, masks)
-            tokens = [chosen[i][0] for i in range(len(requests))]
-            asked = [r.spec.params.logprobs if math.isfinite(chosen[i][1]) else None for i, r in enumerate(requests)]
-            logprobs = token_logprobs(logits_SV, tokens, asked)
-        out: list[Sampled | RequestError | None] = [Sampled(chosen[i][0], lp) for i, lp in enumerate(logprobs)]
-        for i in (i for i in range(len(requests)) if not math.isfinite(chosen[i][1])):
-            out[i] = _nothing_allowed() if math.isfinite(logits_SV[i].max()) else None
-        if masks is not None and masks.errors:
-            out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
-        return out
+            return self._choose(self._chooser, logits_SV, requests, plain, own, masks, seats)
+        drawn = self._whole(logits_SV, requests, plain, masks, seats)
+        if not other and not scored:
+            return lambda: (drawn(), [None] * len(requests))
+        chosen = drawn() | self._processed(logits_SV, requests, other, masks)
+        tokens = [chosen[i][0] for i in range(len(requests))]
+        asked = [r.spec.params.logprobs if math.isfinite(chosen[i][1]) else None for i, r in enumerate(requests)]
+        logprobs = token_logprobs(logits_SV, tokens, asked)
+        return lambda: (chosen, logprobs)
 
     def _choose(
         self,
@@ -94,18 +105,23 @@ class Sampler:
         plain: Sequence[int],
         own: Sequence[int],
         masks: Masks | None,
-    ) -> tuple[dict[int, _Choice], list[TokenLogprobs | None]]:
+        seats: TokenSeats | None,
+    ) -> Callable[[], _Found]:
         """Of all rows, those of `own` with changes, where the logits are."""
         ended, vocab = masks.ended if masks is not None else (), logits_SV.shape[1]
         changes = [self._change(requests[i], vocab, may_end=requests[i] in ended) for i in own]
         plain_draws, own_draws = (self._draws(requests, rows, masks) for rows in (plain, own))
-        found = choose(logits_SV, plain_draws, own_draws, changes)
-        rows = [*plain, *own]
-        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-        for i, best, s in zip(rows, found.best, found.scores, strict=True):
-            if s is not None and math.isfinite(best):
-                logprobs[i] = TokenLogprobs(s.logprob, tuple(zip(s.tokens, s.logprobs, strict=True)), s.rank)
-        return dict(zip(rows, zip(found.tokens, found.best, strict=True), strict=True)), logprobs
+        chosen, rows = choose(logits_SV, plain_draws, own_draws, changes, seats), [*plain, *own]
+
+        def read() -> _Found:
+            found = chosen()
+            logprobs: list[TokenLogprobs | None] = [None] * len(requests)
+            for i, best, s in zip(rows, found.best, found.scores, strict=True):
+                if s is not None and math.isfinite(best):
+                    logprobs[i] = TokenLogprobs(s.logprob, tuple(zip(s.tokens, s.logprobs, strict=True)), s.rank)
+            return dict(zip(rows, zip(found.tokens, found.best, strict=True), strict=True)), logprobs
+
+        return read
 
     def _change(self, request: Request, vocab: int, *, may_end: bool) -> Change:
         p = request.spec.params
@@ -117,13 +133,18 @@ class Sampler:
         return Change(history.edits, [*forbidden], history.allowed_set(vocab), *cut, p.logprobs)
 
     def _whole(
-        self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
-    ) -> dict[int, _Choice]:
+        self,
+        logits_SV: Tensor,
+        requests: Sequence[Request],
+        rows: Sequence[int],
+        masks: Masks | None,
+        seats: TokenSeats | None = None,
+    ) -> Callable[[], dict[int, _Choice]]:
         """Of rows from which any token may be drawn that `masks` allow."""
         if not rows:
-            return {}
-        draws = self._draws(requests, rows, masks)
-        return dict(zip(rows, zip(*self._ops.sample(logits_SV, draws), strict=True), strict=True))
+            return dict
+        drawn = self._ops.sample(logits_SV, self._draws(requests, rows, masks), seats)
+        return lambda: dict(zip(rows, zip(*drawn(), strict=True), strict=True))
 
     def _draws(self, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None) -> Draws:
         params = [requests[i].spec.params for i in rows]
@@ -145,7 +166,7 @@ class Sampler:
         own = [requests[i] for i in rows]
         logits_PV = process(rows_of(logits_SV, rows), own, self._eos_token_ids, masks)
         cut = [n for n, r in enumerate(own) if _cuts(r.spec.params, logits_PV.shape[1])]
-        found = self._whole(logits_PV, own, sorted(set(range(len(own))) - set(cut)), None)
+        found = self._whole(logits_PV, own, sorted(set(range(len(own))) - set(cut)), None)()
         if cut:
             best_P = logits_PV.amax(dim=1)
             best = best_P.tolist()
@@ -167,8 +188,26 @@ class Sampler:
         """In [0, 1); a function of the token's position and the seed, or the request if it has no seed."""
         seed = request.spec.params.seed
         key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
-        digest = blake2b(f"{name}:{len(request.output_ids)}".encode(), digest_size=8, key=key).digest()
+        position = len(request.output_ids) + request.num_in_flight
+        digest = blake2b(f"{name}:{position}".encode(), digest_size=8, key=key).digest()
         return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+
+def needs_history(request: Request) -> bool:
+    """Its next token is drawn only when all tokens before it have been read."""
+    return request.changes_logits or request.spec.params.structured is not None
+
+
+def _outcomes(found: _Found, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None) -> list[Outcome]:
+    chosen, logprobs = found
+    out: list[Outcome] = [Sampled(chosen[i][0], lp) for i, lp in enumerate(logprobs)]
+    for i, request in enumerate(requests):
+        if not math.isfinite(chosen[i][1]):
+            is_cut = needs_history(request) and math.isfinite(logits_SV[i].max())
+            out[i] = _nothing_allowed() if is_cut else None
+    if masks is not None and masks.errors:
+        out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
+    return out
 
 
 def _nothing_allowed() -> RequestError:

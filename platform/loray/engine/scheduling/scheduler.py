@@ -197,13 +197,14 @@ class Scheduler(Generic[P, R]):
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
         """The next token of each request that decodes, best priority and oldest first."""
-        chunks: list[Chunk] = []
-        num_others = len(self.running) - len(self.waiting.begun)
+        chunks, num_others = list[Chunk](), len(self.running) - len(self.waiting.begun)
         now = oldest = self._clock()
         for request in list(self.running):
             if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
-            if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+            if request.ends_in_flight:
+                num_others -= 1
+            elif request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
                 self.preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1

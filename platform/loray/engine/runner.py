@@ -1,0 +1,139 @@
+"""Runs steps: launches them, and reads what they gave.
+
+A recorded decode step is launched before the tokens of the step before it have been read: the device has drawn them,
+and takes them from where they are (`TokenSeats`). So while a device computes a step, the host reads the one before it
+and schedules the one after it. A token that ends its request without anybody having known leaves a row of the next
+step without use, whose result is dropped.
+
+Every other step is read at once: one with a prompt or on a CPU; of several ranks, since one of them draws; with a
+request whose next token depends in Python on those before it (`needs_history`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from loray.engine.model.batch import Batch, Scored
+from loray.engine.model.decoder import Decoder
+from loray.engine.model.decoding import DecodeBatch, Resident
+from loray.engine.model.partial import PartialAdapters
+from loray.engine.pool.pool import Pool
+from loray.engine.request import Request, State
+from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.logprobs import PromptScores
+from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
+from loray.engine.scheduling.plan import Chunk, Work
+from loray.engine.stats.counters import Counters
+from loray.spec import TokenLogprobs
+
+
+class StepResults(NamedTuple):
+    """Of one step, for requests that have not ended.
+
+    computed  the requests of the step's chunks
+    outcomes  of those that were sampled
+    scores    of parts of prompts; None if they are not finite
+    """
+
+    computed: list[Request]
+    outcomes: list[tuple[Request, Outcome]]
+    scores: list[tuple[Scored, list[TokenLogprobs] | None]]
+
+
+class _Launched(NamedTuple):
+    chunks: Sequence[Chunk]
+    num_tokens: int
+    batch: Batch | DecodeBatch
+    work: Work
+    began: float
+    partial: PartialAdapters
+    scores: PromptScores
+    outcomes: Callable[[], list[Outcome]]
+    is_ahead: bool  # the next step can be launched before this one is read
+
+
+class ModelRunner:
+    """For one thread. `observe` gets the work of steps and their seconds."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        pool: Pool,
+        sampler: Sampler,
+        grammars: Grammars,
+        counters: Counters,
+        resident: Resident,
+        observe: Callable[[Work, float], None],
+    ) -> None:
+        self._model, self._pool, self._sampler, self._grammars = model, pool, sampler, grammars
+        self._counters, self._resident, self._observe = counters, resident, observe
+        self._launched: deque[_Launched] = deque()  # the oldest first, at most two
+        self._read_at = 0.0
+
+    def launch(self, chunks: Sequence[Chunk], work: Work) -> bool:
+        """Queue a step; False, and nothing has happened, if it needs tokens that are in flight. Nothing is kept of a
+        step whose launch fails, but what its chunks' requests count as computed.
+        """
+        began = time.monotonic()
+        batch = self._model.batch(chunks, self._resident, self._pool)
+        if batch is None:
+            return False
+        self._counters.scheduled((chunk.request for chunk in chunks), began)
+        partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
+        if partial and isinstance(batch, Batch):
+            batch = replace(batch, wait_for_layer=partial.wait_for_layer)
+        masks, scores = self._grammars.start([chunk.request for chunk in batch.sampled]), PromptScores(batch.scored)
+        logits_SV = self._model.forward(batch, self._pool, scores.add)
+        if partial and isinstance(batch, Batch):
+            chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
+        for chunk in chunks:
+            chunk.request.num_computed += chunk.num_tokens
+            self._counters.computed(chunk.request)
+        requests, seats = [chunk.request for chunk in batch.sampled], self._model.seats(batch)
+        is_ahead = seats is not None and not any(map(needs_history, requests))
+        with torch.inference_mode():
+            outcomes = self._sampler(logits_SV, requests, None if masks is None else masks.result(), seats)
+        for request in requests:
+            request.num_in_flight += 1
+        self._launched.append(_Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, is_ahead))
+        return True
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have not been read."""
+        return len(self._launched)
+
+    @property
+    def num_ahead(self) -> int:
+        """How many of them need not be read before the next step is scheduled: the last one, or none."""
+        return int(bool(self._launched) and self._launched[-1].is_ahead)
+
+    @contextmanager
+    def collected(self) -> Iterator[StepResults]:
+        """Reads the oldest step in flight, which ends where the context does."""
+        step = self._launched.popleft()
+        batch, requests = step.batch, [chunk.request for chunk in step.batch.sampled]
+        for request in requests:
+            request.num_in_flight -= 1
+        with torch.inference_mode():
+            outcomes, scores = step.outcomes(), [*step.scores.of(batch.scored)]
+        yield StepResults(
+            [chunk.request for chunk in step.chunks if chunk.request.state is not State.FINISHED],
+            [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not State.FINISHED],
+            scores,
+        )
+        step.partial.end_step()
+        if self._pool.tensor.is_cuda and not (batch.sampled or batch.scored):
+            torch.cuda.synchronize()  # nothing was read: the step has only been queued
+        now = time.monotonic()
+        seconds, self._read_at = now - max(step.began, self._read_at), now
+        if not step.partial:  # such a step waits for loads
+            self._observe(step.work, seconds)
+        self._counters.stepped(step.num_tokens, len(batch.residents), seconds)

@@ -1,0 +1,229 @@
+"""Decode steps that are launched before the tokens of the step before have been read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.spec import GenerateRequest
+from loray_kernels import DecodeStep, Parts
+from loray_kernels.cuda import graphs
+from loray_kernels.cuda.sampling.launch import Readback
+from tests.engine.adapters import TestAdapter
+from tests.engine.harness import fill_up, make_engine, request, run, submit
+from tests.kernels.cuda.shim_ops import ShimOps
+from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
+from tests.kernels.cuda.test_engine import adapters, base, mixed, ops  # noqa: F401
+
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 5, "top_k": 20, "top_p": 0.9},
+    {"logprobs": 2},
+    {"temperature": 0.8, "seed": 3},
+]
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replays and reads of results, as they come."""
+    found: list[str] = []
+    replay, read = graphs.DecodeGraphs.__call__, Readback.read
+
+    def replaying(steps: graphs.DecodeGraphs, step: DecodeStep) -> Tensor:
+        found.append("launch")
+        return replay(steps, step)
+
+    def reading(readback: Readback, *arguments: Any) -> Any:
+        found.append("read")
+        return read(readback, *arguments)
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "__call__", replaying)
+    monkeypatch.setattr(Readback, "read", reading)
+    return found
+
+
+def num_ahead(order: Sequence[str]) -> int:
+    """Launches before which the last step's tokens had not been read."""
+    found = in_flight = 0
+    for what in order:
+        found += what == "launch" and in_flight > 0
+        in_flight = in_flight + 1 if what == "launch" else max(0, in_flight - 1)
+    return found
+
+
+def expected(
+    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel,  # noqa: F811
+    adapters: Sequence[TestAdapter],  # noqa: F811
+    requests: Sequence[GenerateRequest],
+    **spec: Any,
+) -> dict[str, list[int]]:
+    with monkeypatch.context() as patched:
+        use_reference(patched)
+        return run(make_engine(base, adapters, **spec), requests)
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(
+    base: BaseModel,  # noqa: F811
+    adapters: list[TestAdapter],  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each token of a request is one replay, none more: the last one is known by their number."""
+    requests = [request(str(i), range(3, 9), [None, *adapters][i], max_tokens=9, **SAMPLING[i]) for i in range(3)]
+    want = expected(monkeypatch, base, adapters, requests)
+    order.clear()
+    engine = make_engine(base, adapters)
+    assert run(engine, requests, together=True) == want
+    num = len(ops.replayed)
+    assert order[order.index("launch") :] == ["launch", *["launch", "read"] * (num - 1), "read"]
+    assert num <= 8
+
+
+@pytest.mark.parametrize("params", [{"repetition_penalty": 1.2}, {"min_tokens": 9}])
+def test_where_a_token_depends_on_those_before_it_they_are_read_first(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    params: dict[str, Any],
+) -> None:
+    run(make_engine(base), [request("plain", range(3, 9)), request("other", range(3, 9), max_tokens=5, **params)])
+    assert num_ahead(order[: order.index("launch") + 8]) == 0
+    assert num_ahead(order) > 0  # when it has ended
+
+
+def test_requests_that_stop_leave_a_row_that_nobody_reads(
+    base: BaseModel,  # noqa: F811
+    mixed: dict[str, TestAdapter],  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their seats, blocks and adapters are taken by others at once, in a pool that is too small for all."""
+    names = ["vera", "r2", None, "r7", "vera too", "dora", "rope"]
+    own = [None if name is None else mixed[name] for name in names]
+    requests = [
+        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % 7], max_tokens=25, **SAMPLING[i % 4])
+        for i in range(16)
+    ]
+    free = expected(monkeypatch, base, list(mixed.values()), requests)
+    stops = [tokens[3 + i % 9] for i, tokens in enumerate(free.values())]
+    requests = [
+        GenerateRequest(r.request_id, r.prompt_ids, r.params.model_copy(update={"stop_token_ids": (stop,)}), r.adapter)
+        for r, stop in zip(requests, stops, strict=True)
+    ]
+    fields: dict[str, Any] = {"max_num_seqs": 6, "pool_bytes": 180 << 10}
+    engine = make_engine(base, list(mixed.values()), **fields)
+    fill_up(engine)
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    order.clear()
+    got = served(engine, requests, joins=3)
+    want = {name: tokens[: tokens.index(stop) + 1] for (name, tokens), stop in zip(free.items(), stops, strict=True)}
+    assert got == want
+    assert len(ops.replayed) == len(decode_steps)
+    assert num_ahead(order) > len(decode_steps) / 3
+    rows = [chunk for batch in decode_steps for chunk in batch.sampled]
+    assert any(c.start + 1 - c.request.num_prompt_tokens >= len(want[c.request.request_id]) for c in rows)
+    stats = engine.stats()
+    assert stats.num_preemptions + stats.num_evictions > 0
+    assert stats.num_running == stats.num_waiting == 0
+
+
+def test_a_cancelled_request_gets_nothing_more(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = [request(str(i), range(3 + i, 9), max_tokens=12) for i in range(3)]
+    want = expected(monkeypatch, base, [], requests)
+    engine = make_engine(base)
+    submit(engine, requests)
+    got: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    cancelled: int | None = None
+    while engine.has_work:
+        for token in engine.step():
+            assert token.token_id is not None
+            got[token.request_id].append(token.token_id)
+        if cancelled is None and len(got["1"]) == 5:
+            engine.cancel("1")
+            cancelled = len(got["1"])
+        engine.check_integrity()
+    assert got == want | {"1": want["1"][:5]}
+    assert num_ahead(order) > 5
+
+
+def test_logits_that_are_not_finite_fail_their_request_a_step_later(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The token that the next step takes meanwhile is one of the vocabulary."""
+    requests = [request(str(i), range(3 + i, 9), max_tokens=8) for i in range(2)]
+    want = expected(monkeypatch, base, [], requests)
+    engine = make_engine(base)
+    forward, drawn = engine._model.forward, list[int]()
+
+    def broken(batch: Any, *arguments: Any) -> Tensor:
+        logits_SV = forward(batch, *arguments)
+        if any(chunk.request.request_id == "0" and chunk.start == 8 for chunk in batch.sampled):
+            row = next(i for i, chunk in enumerate(batch.sampled) if chunk.request.request_id == "0")
+            with torch.inference_mode():
+                logits_SV[row] = torch.nan
+        seats = engine._model.seats(batch)
+        drawn.extend([] if seats is None else seats.tokens.tolist())
+        return logits_SV
+
+    monkeypatch.setattr(engine._model, "forward", broken)
+    submit(engine, requests)
+    got: dict[str, list[Any]] = {r.request_id: [] for r in requests}
+    while engine.has_work:
+        for token in engine.step():
+            got[token.request_id].append(type(token.error) if token.error else token.token_id)
+    assert got["1"] == want["1"]
+    assert got["0"][:-1] == want["0"][: len(got["0"]) - 1]
+    assert got["0"][-1].__name__ == "IntegrityError"
+    assert all(0 <= token < base.config.vocab_size for token in drawn)
+    assert num_ahead(order) > 3
+
+
+def test_tokens_of_own_embedding_rows_are_read_first(
+    base: BaseModel,  # noqa: F811
+    mixed: dict[str, TestAdapter],  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which row of its own a token has is looked up on the host."""
+    every = list(mixed.values())
+    requests = [request(str(i), range(3, 9), [mixed["longlora"], None][i], max_tokens=9 - 5 * i) for i in range(2)]
+    want = expected(monkeypatch, base, every, requests)
+    order.clear()
+    assert run(make_engine(base, every), requests, together=True) == want
+    assert num_ahead(order) == 0
+    assert ops.replayed == [16] * 8
+
+
+def test_steps_beyond_what_is_recorded_take_drawn_tokens_too(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Computed launch by launch, they read the same words."""
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
+    requests = [request(str(i), range(3, 9 + i), max_tokens=7) for i in range(3)]
+    want = expected(monkeypatch, base, [], requests)
+    order.clear()
+    engine: Engine = make_engine(base, graph_record_s=0)
+    assert run(engine, requests) == want
+    assert ops.replayed == []
+    assert num_ahead(order) == 5
