@@ -32,6 +32,7 @@ from loray_kernels import (
     PairMatrix,
     RowTables,
     Segments,
+    StepInputs,
     VeraTable,
     backend,
 )
@@ -167,24 +168,19 @@ def rows(num_tokens: int) -> Iterator[Case]:
     cos_Td, sin_Td, weight_D = (torch.rand(*s).to(torch.bfloat16) for s in ((num_tokens, 64),) * 2 + ((HIDDEN,),))
     x_TD = q.reshape(num_tokens, HIDDEN).contiguous()
     meta = AttentionMeta((0, num_tokens), (num_tokens,), (torch.arange(1),), torch.randperm(num_tokens))
+    step = StepInputs(pool, LAYOUT, meta, Segments((), ()), cos_Td, sin_Td)
 
     def norm(ops: Ops) -> None:
         for _ in range(2 * LAYERS):
             ops.rms_norm(x_TD, weight_D, 1e-5, pool, None, 0)
 
-    def rope(ops: Ops) -> None:
-        for _ in range(LAYERS):
-            ops.rope(q, cos_Td, sin_Td)
-            ops.rope(k, cos_Td, sin_Td)
-
-    def write(ops: Ops) -> None:
+    def rope_kv(ops: Ops) -> None:
         for layer in range(LAYERS):
-            ops.write_kv(pool, LAYOUT, layer, k, v, meta)
+            ops.rope_kv(q, k, v, step, layer)
 
     size = LAYERS * num_tokens * 2
     yield Case(f"rms_norm {num_tokens} tokens", norm, 2 * size * 2 * HIDDEN)
-    yield Case(f"rope q, k {num_tokens} tokens", rope, size * 2 * (HIDDEN + 192))
-    yield Case(f"write_kv {num_tokens} tokens", write, size * 2 * 2 * 192)
+    yield Case(f"rope_kv {num_tokens} tokens", rope_kv, size * 2 * (HIDDEN + 2 * 192))
 
 
 def cases() -> Iterator[Callable[[], list[Case]]]:

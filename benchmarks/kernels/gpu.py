@@ -32,6 +32,7 @@ from loray_kernels import (
     PairMatrix,
     RowTables,
     Segments,
+    StepInputs,
     VeraTable,
     backend,
 )
@@ -128,15 +129,22 @@ def rows(ops: Ops, num_tokens: int) -> Iterator[Case]:
     pool = randn(BLOCK).repeat(-(-num_tokens // 16))
     slots_T = torch.randperm(num_tokens, device="cuda")
     meta = AttentionMeta((0, num_tokens), (num_tokens,), (slots_T[:1],), slots_T)
+    step = StepInputs(pool, LAYOUT, meta, Segments((), ()), cos_Td, sin_Td)
     each = 2 * num_tokens
     yield Case(
         f"rms_norm {num_tokens} tokens", lambda n: ops.rms_norm(x_TD, weight_D, 1e-5, pool, None, 0), each * 2 * HIDDEN
     )
-    yield Case(f"rope q {num_tokens} tokens", lambda n: ops.rope(q_THd, cos_Td, sin_Td), each * 2 * HIDDEN)
-    yield Case(f"silu_mul {num_tokens} tokens", lambda n: ops.silu_mul(gate_up_TM), each * 3 * MLP)
     yield Case(
-        f"write_kv {num_tokens} tokens", lambda n: ops.write_kv(pool, LAYOUT, n, k_TKd, k_TKd, meta), each * 4 * KV
+        f"add_rms_norm {num_tokens} tokens",
+        lambda n: ops.add_rms_norm(x_TD, x_TD, weight_D, 1e-5, pool, None, 0),
+        each * 4 * HIDDEN,
     )
+    yield Case(
+        f"rope_kv {num_tokens} tokens",
+        lambda n: ops.rope_kv(q_THd, k_TKd, k_TKd, step, n),
+        each * (2 * HIDDEN + 4 * KV),
+    )
+    yield Case(f"silu_mul {num_tokens} tokens", lambda n: ops.silu_mul(gate_up_TM), each * 3 * MLP)
 
 
 def cases(ops: Ops) -> Iterator[Callable[[], list[Case]]]:

@@ -2,7 +2,8 @@
 
 `backend(name)` gives an implementation of `ops.Ops`.
 
-    ops        the ops' equations and arguments
+    ops        the ops' equations
+    arguments  tables of adapters and weights, which ops are given
     pages      writing adapters' rows into the pool
     kv         how blocks hold keys and values
     decoding   steps that a backend records and replays
@@ -24,6 +25,18 @@ from functools import cache
 
 import torch
 
+from loray_kernels.arguments import (
+    Exchange,
+    LayerTables,
+    LayerWeights,
+    LinearWeights,
+    LoraTable,
+    PairMatrix,
+    Segments,
+    StepInputs,
+    VeraTable,
+    alone,
+)
 from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
@@ -40,19 +53,7 @@ from loray_kernels.decoding import (
     StepRecords,
 )
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.ops import (
-    Exchange,
-    LayerTables,
-    LayerWeights,
-    LinearWeights,
-    LoraTable,
-    Ops,
-    PairMatrix,
-    Segments,
-    StepInputs,
-    VeraTable,
-    alone,
-)
+from loray_kernels.ops import Ops
 from loray_kernels.pages import PageWriter, Piece, to_device
 from loray_kernels.records import (
     INPUTS,

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.ops import (
+from loray_kernels.arguments import (
     Exchange,
     LayerWeights,
     LinearWeights,
@@ -25,6 +23,8 @@ from loray_kernels.ops import (
     VeraTable,
     alone,
 )
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import DirectWriter, PageWriter
 from loray_kernels.records import INPUTS, Columns, LoraRows, RowTables, read_block
 from loray_kernels.sampling.choosing import Chooser
@@ -99,6 +99,24 @@ class ReferenceOps:
             has_N1 = _has_row(own).view(-1, *[1] * (x_TD.dim() - 1))
             y_TD[own.tokens_N] = torch.where(has_N1, own_ND, y_TD[own.tokens_N])
         return y_TD
+
+    def add_rms_norm(
+        self,
+        x_TD: Tensor,
+        added_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: TokenRows | None,
+        layer_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        sum_TD = x_TD + added_TD
+        return sum_TD, self.rms_norm(sum_TD, weight_D, eps, pool, own, layer_offset)
+
+    def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
+        k_TKd = self.rope(k_TKd, step.cos_Td, step.sin_Td)
+        self.write_kv(step.pool, step.layout, layer, k_TKd, v_TKd, step.attention)
+        return self.rope(q_THd, step.cos_Td, step.sin_Td)
 
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
         first, second = x_THd.chunk(2, dim=-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
 from tests.kernels.backends import NATIVE, make_ops
+from tests.kernels.keys import store, turned
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTH = 100  # no multiple of any vector's width
@@ -156,7 +157,7 @@ class Sequence:
         self.slots_T = self.blocks.repeat_interleave(16)[:length] * 16 + torch.arange(length) % 16
         self.q_THd = randn(dtype, 7, length, heads[0], head_dim)
         self.k, self.v = (randn(dtype, s, length, heads[1], head_dim) for s in (8, 9))
-        ops.write_kv(self.pool, self.layout, 1, self.k, self.v, self.meta((0, length)))
+        store(ops, self.pool, self.layout, 1, self.k, self.v, self.meta((0, length)))
 
     def meta(self, *chunks: tuple[int, int]) -> AttentionMeta:
         """The same sequence again and again, each time from one position to another."""
@@ -237,9 +238,9 @@ def test_norm_and_rope_of_one_token_match_torchs_rounding(ops: Ops, width: int, 
     fused = randn(dtype, 2, 33, 5 * width + 3)
     x_THd = fused[:, width : 4 * width].view(33, 3, width)
     cos_Td, sin_Td = (torch.rand(33, width, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (3, 4))
-    turned = ops.rope(x_THd, cos_Td, sin_Td)
-    assert torch.equal(turned, reference.rope(x_THd, cos_Td, sin_Td))
-    assert torch.equal(ops.rope(x_THd[4:5], cos_Td[4:5], sin_Td[4:5]), turned[4:5])
+    whole = turned(ops, x_THd, cos_Td, sin_Td)
+    assert torch.equal(whole, turned(reference, x_THd, cos_Td, sin_Td))
+    assert torch.equal(turned(ops, x_THd[4:5], cos_Td[4:5], sin_Td[4:5]), whole[4:5])
     own = None
     if width == WIDTH:
         own = TokenRows(torch.tensor([0, 7, 31]), rows(3, 0))
@@ -251,7 +252,7 @@ def test_norm_and_rope_of_one_token_match_torchs_rounding(ops: Ops, width: int, 
 
 
 FALLBACKS: list[Callable[[Ops, torch.dtype], Tensor]] = [
-    lambda ops, dtype: ops.rope(randn(dtype, 1, 3, 2, 16), randn(dtype, 2, 3, 16), randn(dtype, 3, 3, 16)),
+    lambda ops, dtype: turned(ops, randn(dtype, 1, 3, 2, 16), randn(dtype, 2, 3, 16), randn(dtype, 3, 3, 16)),
     lambda ops, dtype: ops.rms_norm(randn(dtype, 1, 3, 16), randn(dtype, 2, 16), 1e-5, randn(dtype, 3, 16), None, 0),
     lambda ops, dtype: lora(ops, dtype, randn(dtype, 1, 4, WIDTH), randn(dtype, 2, 4, WIDTH), [4], [4]),
     lambda ops, dtype: Sequence(ops, dtype, (2, 1), 16, 9).attend(ops, (4, 9)),

@@ -26,6 +26,7 @@ from loray_kernels import (
     backend,
 )
 from tests.kernels.backends import BACKENDS, make_ops
+from tests.kernels.keys import store, turned
 
 POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -159,7 +160,7 @@ def test_paged_attention(ops: Ops, heads: tuple[int, int], dtype: torch.dtype) -
         at = [blocks[p // 4] * 4 + p % 4 for p in range(context)]
         earlier = AttentionMeta((0, past), (past,), (torch.tensor(blocks),), torch.tensor(at[:past], dtype=torch.int64))
         if past:
-            ops.write_kv(pool, layout, 1, k[:past], v[:past], earlier)
+            store(ops, pool, layout, 1, k[:past], v[:past], earlier)
         queries.append(q)
         contexts.append(context)
         tables.append(torch.tensor(blocks))
@@ -173,7 +174,7 @@ def test_paged_attention(ops: Ops, heads: tuple[int, int], dtype: torch.dtype) -
         expected.append(torch.einsum("hqc,chd->qhd", weights, v.double().repeat_interleave(repeat, 1)))
     starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
     meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
-    ops.write_kv(pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
+    store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
     close(ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25), torch.cat(expected), dtype)
 
 
@@ -197,6 +198,11 @@ def test_norm_and_embedding_take_an_adapters_rows(ops: Ops, dtype: torch.dtype) 
         want[[1, 4]] = normal[[1, 4]] * rows
         close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, own, 0), want, dtype)
         close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, None, 0), normal * weight_D.double(), dtype)
+    half_TD = torch.randn(5, 32, generator=generator).to(dtype)
+    for rows in (own, None):
+        sum_TD, norm_TD = ops.add_rms_norm(x_TD, half_TD, weight_D, 1e-5, shelf.tensor, rows, 0)
+        assert torch.equal(sum_TD, x_TD + half_TD)
+        assert torch.equal(norm_TD, ops.rms_norm(sum_TD, weight_D, 1e-5, shelf.tensor, rows, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,7 +228,7 @@ def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
     angle_Th = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))
     cos, sin = torch.cat([angle_Th] * 2, -1).cos(), torch.cat([angle_Th] * 2, -1).sin()
     complex_ = torch.complex(x_THd[..., :4], x_THd[..., 4:]) * torch.polar(torch.ones(3, 4), angle_Th).unsqueeze(1)
-    torch.testing.assert_close(ops.rope(x_THd, cos, sin), torch.cat((complex_.real, complex_.imag), -1))
+    torch.testing.assert_close(turned(ops, x_THd, cos, sin), torch.cat((complex_.real, complex_.imag), -1))
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,26 +51,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for request in _requests(args, engine.base):
             engine.add(request)
         _start(engine, args.rows)
+        prompts = _prompts(args, engine.base)
         for _ in range(_WARM):
-            engine.step()
+            _step(engine, args, prompts)
         gc.collect()
         gc.freeze()  # as a replica does, see serve_apps.garbage
         seconds = []
         for _ in range(args.steps):
-            began = time.perf_counter()
-            outputs = engine.step()
-            seconds.append(time.perf_counter() - began)
-            if len(outputs) != args.rows:
-                raise SystemExit(f"a step gave {len(outputs)} tokens, not {args.rows}")
+            num_tokens, took = _step(engine, args, prompts)
+            seconds.append(took)
+            if num_tokens != args.rows + bool(args.prompt):
+                raise SystemExit(f"a step gave {num_tokens} tokens, not one for each of its requests")
         with counting(ops) as counts:
-            engine.step()
-        python_cost(counts, engine.step, engine.step)
+            _step(engine, args, prompts)
+        python_cost(counts, *[lambda: _step(engine, args, prompts)] * 2)
         gc.unfreeze()
     figures = {
         "rows": args.rows,
         "adapters": args.adapters,
         "method": args.method,
         "context": args.context,
+        "prompt": args.prompt,
         "host_ms": round(1e3 * statistics.median(seconds), 3),
         "host_ms_lowest": round(1e3 * min(seconds), 3),
         "host_ms_highest": round(1e3 * max(seconds), 3),
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", choices=(*METHODS, "mixed"), default="lora", help="of the adapters; mixed: by turns (%(default)s)")
     add("--rank", type=int, default=16, help="of the adapters (default %(default)s)")
     add("--context", type=int, default=128, help="tokens of each prompt (default %(default)s)")
+    add("--prompt", type=int, default=0, help="tokens of a prompt that each step has beside the rows (default: none)")
     add("--temperature", type=float, default=0.0, help="of all requests (default %(default)s, greedy)")
     add("--steps", type=int, default=50, help="that are timed (default %(default)s)")
     add("--json", nargs="?", const="-", help="print the figures as JSON; with a file, write them there too")
@@ -113,7 +116,8 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
     )
     base = BaseModel("host", folder, hashlib.sha256(repr(config).encode()).hexdigest(), config, source="random")
     tokens = args.context + _max_tokens(args)
-    kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * args.rows * (tokens + 32)
+    num_tokens = args.rows * (tokens + 32) + args.prompt + 32
+    kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * num_tokens
     methods = METHODS if args.method == "mixed" else (args.method,)
     adapters = make_adapters(config, args.rank, methods, args.adapters)
     of_digest = {ref.digest: weights for ref, weights in zip(_refs(args, base), adapters, strict=True)}
@@ -121,9 +125,9 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
         base=base.name,
         pool_bytes=kv_bytes + 2 * sum(map(weights_bytes, adapters)) + (8 << 20),
         host_bytes=2 << 30,
-        max_model_len=tokens + 16,
-        max_num_seqs=args.rows,
-        max_num_batched_tokens=max(_STEP_TOKENS, args.rows),
+        max_model_len=max(tokens, args.prompt) + 16,
+        max_num_seqs=args.rows + bool(args.prompt),
+        max_num_batched_tokens=max(_STEP_TOKENS, args.rows + args.prompt),
         itl_slo_ms=1e6,  # steps are limited by tokens alone
         graph_record_s=1e6,  # all steps are recorded before the start
         enable_prefix_caching=False,
@@ -142,6 +146,23 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
 def _max_tokens(args: argparse.Namespace) -> int:
     """So many that no row ends: the first have decoded while other prompts were computed."""
     return int(args.steps + _WARM + 32 + 2 * args.rows * args.context // _STEP_TOKENS)
+
+
+def _step(engine: Engine, args: argparse.Namespace, prompts: Iterator[GenerateRequest]) -> tuple[int, float]:
+    """A step of all rows, and of a prompt beside them if that is asked: its tokens and seconds."""
+    if args.prompt:
+        engine.add(next(prompts))
+    began = time.perf_counter()
+    outputs = engine.step()
+    return len(outputs), time.perf_counter() - began
+
+
+def _prompts(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateRequest]:
+    """Each for another adapter, and of one token of output."""
+    refs, params = _refs(args, base), SamplingParams(max_tokens=1, temperature=0)
+    for i in count():
+        prompt = tuple((17 * k + 5 * i) % 400 + 100 for k in range(args.prompt))
+        yield GenerateRequest(f"prompt {i}", prompt, params, refs[i % len(refs)] if refs else None)
 
 
 def _requests(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateRequest]:

@@ -35,12 +35,13 @@ _ON_THE_HOST = {"aten::detach_", "aten::detach", "aten::_unsafe_view", "aten::re
 
 
 class Counts:
-    """Of one step. `launches`: kernels, torch's operations and replayed graphs. `copies` and `copied_bytes`: from the
-    host to the device. `reads`: tensors or numbers read back, each of which waits for the device.
+    """Of one step. `launches`: kernels, torch's operations and replayed graphs; `replayed_kernels`: those in graphs,
+    without torch's operations. `copies` and `copied_bytes`: from the host to the device. `reads`: tensors or numbers
+    read back, each of which waits for the device.
     """
 
     def __init__(self) -> None:
-        self.launches = self.copies = self.copied_bytes = self.reads = 0
+        self.launches = self.replayed_kernels = self.copies = self.copied_bytes = self.reads = 0
         self.python_calls = self.python_peak_bytes = 0
 
     def copied(self, tensor: Tensor) -> None:
@@ -56,14 +57,16 @@ class StandInRecorder:
         self.num_recorded, self.seconds = 0, 0.0
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._ops.counts.launches
         run()
+        kernels = self._ops.counts.launches - before
         out = run()
         self.num_recorded += 1
         self.seconds += time.perf_counter() - began
 
         def replay() -> None:
             self._ops.counts.launches += 1
+            self._ops.counts.replayed_kernels += kernels
 
         return Recording(replay, out)
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loray_kernels.arguments import LinearWeights
 from loray_kernels.cpu.native import Functions, functions, packed_size, sample_function, supported
 from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import SharedPages
-from loray_kernels.ops import LinearWeights
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, log_share
 from loray_kernels.vectors import TokenRows

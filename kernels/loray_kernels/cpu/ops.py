@@ -12,6 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loray_kernels.arguments import (
+    LayerWeights,
+    LinearWeights,
+    LoraTable,
+    PairMatrix,
+    Segments,
+    StepInputs,
+    TablesOf,
+    VeraTable,
+)
 from loray_kernels.cpu.dense import DenseOps, address_at
 from loray_kernels.cpu.tables import (
     pack_layer_tables,
@@ -25,16 +35,6 @@ from loray_kernels.cpu.tables import (
 )
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
-from loray_kernels.ops import (
-    LayerWeights,
-    LinearWeights,
-    LoraTable,
-    PairMatrix,
-    Segments,
-    StepInputs,
-    TablesOf,
-    VeraTable,
-)
 from loray_kernels.vectors import TokenRows
 
 

@@ -12,9 +12,7 @@ from itertools import accumulate
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.layout import row_size
-from loray_kernels.ops import (
+from loray_kernels.arguments import (
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -24,6 +22,8 @@ from loray_kernels.ops import (
     StepInputs,
     VeraTable,
 )
+from loray_kernels.kv import AttentionMeta, KvLayout
+from loray_kernels.layout import row_size
 from loray_kernels.records import RowTables
 from loray_kernels.vectors import TokenRows
 

@@ -28,7 +28,7 @@ _CHOOSING = ("choose_", "sample_")
 
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
-    "elements": {"x", "y", "y0", "y1", "y2", "q", "out", "pool", "weight", "cos", "sin", "gate_up", "b_matrix"},
+    "elements": {"x", "added", "total", "y", "y0", "y1", "y2", "q", "out", "pool", "weight", "gate_up", "b_matrix"},
     "fp32": {"h", "z", "scale"},
     "i64": {
         *("items", "row_start", "offsets", "segments", "h_column", "tiles", "rank_start", "d_offsets", "d_segments"),
@@ -111,8 +111,7 @@ def _constants() -> dict[str, list[dict[str, int | bool]]]:
         "attention_prefill": [
             {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d)} for d in (64, 128)
         ],
-        "rms_norm": [{"OWN": own, "BLOCK_D": 4096} for own in (False, True)],
-        "rope": [{"BLOCK_H": 8, "BLOCK_E": 64}],
+        "rms_norm": [{"ADD": add, "OWN": own, "BLOCK_D": 4096} for add in (False, True) for own in (False, True)],
         "silu_mul": [{"BLOCK_M": 1024}],
     }
 

@@ -235,21 +235,38 @@ class Gather:
                 then = (items.data_ptr(), tables.context_len.data_ptr())
                 self.launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
 
-    def write_kv(self, pool: Tensor, layout: KvLayout, k_TKd: Tensor, v_TKd: Tensor, slots_T: Tensor) -> None:
-        """`pool` begins at the layer's share. A negative slot is skipped."""
+    def rope_kv(
+        self,
+        q_THd: Tensor,
+        y_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        tables: tuple[Tensor, Tensor],
+        pool: Tensor,
+        layout: KvLayout,
+        slots_T: Tensor,
+    ) -> None:
+        """`tables`: cos and sin. `pool` begins at the layer's share. A negative slot is skipped."""
+        num_tokens, num_heads, d = q_THd.shape
         self.launch(
-            f"write_kv_{SUFFIX[pool.dtype]}",
-            (slots_T.shape[0], 1, 1),
+            f"rope_kv_{SUFFIX[pool.dtype]}",
+            (num_tokens, -(-(num_heads + layout.num_kv_heads) // (_THREADS // 32)), 1),
             _THREADS,
             (
-                pool.data_ptr(),
-                layout.num_layers * layout.layer_share,
-                layout.block_tokens,
-                layout.num_kv_heads * layout.head_dim,
+                q_THd.data_ptr(),
+                q_THd.stride(0),
+                num_heads,
+                y_THd.data_ptr(),
                 k_TKd.data_ptr(),
                 k_TKd.stride(0),
                 v_TKd.data_ptr(),
                 v_TKd.stride(0),
+                layout.num_kv_heads,
+                *(table_Td.data_ptr() for table_Td in tables),
+                d // 2,
+                pool.data_ptr(),
+                layout.num_layers * layout.layer_share,
+                layout.block_tokens,
                 slots_T.data_ptr(),
             ),
         )

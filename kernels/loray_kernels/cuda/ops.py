@@ -11,13 +11,14 @@ Each call with mixed dtypes, or with heads whose width is no multiple of 8 or ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loray_kernels.arguments import Exchange, LoraTable, PairMatrix, Segments, StepInputs, VeraTable, alone
 from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
@@ -38,8 +39,7 @@ from loray_kernels.cuda.tables import (
 from loray_kernels.cuda.vectors import pack_vectors
 from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.layout import token_rows
-from loray_kernels.ops import Exchange, LoraTable, PairMatrix, Segments, VeraTable, alone
+from loray_kernels.layout import side_by_side, token_rows
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import INPUTS
 from loray_kernels.reference import ReferenceOps
@@ -99,32 +99,58 @@ class CudaOps(ReferenceOps):
     ) -> Tensor:
         if not _one_dtype(pool, x_TD, weight_D):
             return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
-        x_TD = token_rows(x_TD)
+        return self._norm(x_TD, None, weight_D, eps, pool, own, layer_offset)[1]
+
+    def add_rms_norm(
+        self,
+        x_TD: Tensor,
+        added_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: TokenRows | None,
+        layer_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        if not _one_dtype(pool, x_TD, added_TD, weight_D):
+            return super().add_rms_norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
+        return self._norm(x_TD, added_TD, weight_D, eps, pool, own, layer_offset)
+
+    def _norm(
+        self,
+        x_TD: Tensor,
+        added_TD: Tensor | None,
+        weight_D: Tensor,
+        eps: float,
+        pool: Tensor,
+        own: TokenRows | None,
+        layer_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        """x + added, or x, and its norm."""
+        x_TD, rows, sums = token_rows(x_TD), None, None
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-        rows = None
+        if added_TD is not None:
+            sums = (token_rows(added_TD), torch.empty_like(y_TD))
         if own is not None:
             rows = (pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows))
             assert rows[1].width == x_TD.shape[-1]
-        self._tiles.rms_norm(x_TD, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
-        return y_TD
+        self._tiles.rms_norm(x_TD, sums, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
+        return x_TD if sums is None else sums[1], y_TD
 
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        if not _one_dtype(x_THd, cos_Td, sin_Td):
-            return super().rope(x_THd, cos_Td, sin_Td)
-        x_THd = token_rows(x_THd)
-        y_THd = torch.empty_like(x_THd, memory_format=torch.contiguous_format)
-        self._tiles.rope(x_THd, cos_Td.contiguous(), sin_Td.contiguous(), y_THd)
+    def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:
+        pool, layout = step.pool, step.layout
+        if not _one_dtype(pool, q_THd, k_TKd, v_TKd, step.cos_Td, step.sin_Td):
+            return super().rope_kv(q_THd, k_TKd, v_TKd, step, layer)
+        q_THd, k_TKd, v_TKd = token_rows(q_THd), token_rows(k_TKd), token_rows(v_TKd)
+        tables = step.cos_Td.contiguous(), step.sin_Td.contiguous()
+        num_tokens, _, d = q_THd.shape
+        assert d % 2 == 0
+        assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, d)
+        assert tables[0].shape == tables[1].shape == (num_tokens, d)
+        assert step.attention.slots_T.shape == (num_tokens,)
+        y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
+        cache, slots_T = pool[layer * layout.layer_share :], step.attention.slots_T.contiguous()
+        self._gather.rope_kv(q_THd, y_THd, k_TKd, v_TKd, tables, cache, layout, slots_T)
         return y_THd
-
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        if not _one_dtype(pool, k_TKd, v_TKd):
-            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
-            return
-        k_TKd, v_TKd, slots_T = token_rows(k_TKd), token_rows(v_TKd), meta.slots_T.contiguous()
-        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
-        self._gather.write_kv(pool[layer * layout.layer_share :], layout, k_TKd, v_TKd, slots_T)
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
@@ -175,7 +201,7 @@ class CudaOps(ReferenceOps):
             return
         assert len(tables) <= MAX_MODULES
         spans, packed = pack_spans(segments, pool.device), pack_expand(tables)
-        h_TR = _side_by_side([t[:, :rank] for t, rank in zip(h, packed.ranks, strict=True)])
+        h_TR = side_by_side([t[:, :rank] for t, rank in zip(h, packed.ranks, strict=True)])
         assert packed.widths == tuple(y.shape[1] for y in outputs)
         assert all(y.shape[0] == h_TR.shape[0] >= spans.last_token for y in outputs)
         if h_TR.shape[1]:
@@ -264,21 +290,3 @@ def _attends(head_dim: int) -> bool:
 
 def _one_dtype(first: Tensor, *others: Tensor) -> bool:
     return first.dtype in SUFFIX and all(other.dtype == first.dtype for other in others)
-
-
-def _side_by_side(h: Sequence[Tensor]) -> Tensor:
-    """The modules' intermediates as columns of one matrix: that of `lora_shrink` if they are still its parts, else a
-    copy.
-    """
-    first, width = h[0], sum(t.shape[1] for t in h)
-    at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for h_TR in h:
-        if (
-            h_TR.untyped_storage().data_ptr() != storage
-            or h_TR.data_ptr() != at
-            or h_TR.stride() != (first.stride(0), 1)
-            or h_TR.dtype is not torch.float32
-        ):
-            return torch.cat([t.float() for t in h], dim=1)
-        at += h_TR.shape[1] * h_TR.element_size()
-    return first.as_strided((first.shape[0], width), first.stride())

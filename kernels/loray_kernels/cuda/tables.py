@@ -13,9 +13,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from loray_kernels.arguments import LoraTable, Segments
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import row_size
-from loray_kernels.ops import LoraTable, Segments
 from loray_kernels.records import Records, RowTables
 from loray_kernels.vectors import TokenRows
 

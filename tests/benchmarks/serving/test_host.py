@@ -20,6 +20,7 @@ def test_a_step_is_one_copy_and_one_replay_beside_the_sampler(adapters: int, met
     assert (figures["rows"], figures["adapters"]) == (3, adapters)
     assert figures["recorded_steps"] == 3 * 6  # sizes up to four rows, kinds; contexts are short
     assert 2 <= figures["launches"] <= 3  # the replay and the sampler; new blocks
+    assert figures["replayed_kernels"] >= 2 * 9  # of two layers
     assert figures["copies"] == 1
     words = 4 * (6 if method == "lora" else 11)  # of a step that is padded to four rows
     assert 8 * words <= figures["copied_bytes"] <= 8 * words + 16 * 3

@@ -35,8 +35,8 @@ class Tiles:
     def vera_expand(self, y_TO: Any, z_TR: Any, *others: Any) -> None:
         self.launches.add(("vera expand", y_TO.shape[1], z_TR.stride(0) % 16 == 0))
 
-    def rms_norm(self, x_TD: Any, weight_D: Any, eps: float, y_TD: Any, pool: Any, own: Any) -> None:
-        self.launches.add(("norm", *x_TD.shape[1:], x_TD.stride(0), own is not None))
+    def rms_norm(self, x_TD: Any, sums: Any, weight_D: Any, eps: float, y_TD: Any, pool: Any, own: Any) -> None:
+        self.launches.add(("norm", *x_TD.shape[1:], x_TD.stride(0), sums is not None, own is not None))
 
 
 def no_gather(*arguments: Any) -> None:
@@ -51,8 +51,8 @@ def test_each_kernel_of_each_input_is_taken_once(tiny_base: Callable[..., BaseMo
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     inputs = [(hidden, 3, qkv, heads), (heads, 1, hidden, hidden), (hidden, 2, 2 * middle, middle)]
     inputs.append((middle, 1, hidden, hidden))
-    expected: set[tuple[Any, ...]] = {("norm", hidden, hidden, True)}
-    expected |= {("norm", n, config.head_dim, qkv, True) for n in (config.num_heads, config.num_kv_heads)}
+    expected: set[tuple[Any, ...]] = {("norm", hidden, hidden, adds, True) for adds in (False, True)}
+    expected |= {("norm", n, config.head_dim, qkv, False, True) for n in (config.num_heads, config.num_kv_heads)}
     for width, num_modules, out, first in inputs:
         expected |= {("shrink", width, rows // num_modules * num_modules) for rows in (16, 32, 64)}
         expected |= {("expand", out), ("dense shrink", width)}

@@ -54,7 +54,9 @@ def test_layers_in_one_call_give_the_bits_of_their_ops(
         adapters, weights = step.batch.adapters, [layer.weights for layer in layers]
         expected_TD = x_TD
         for layer in layers:
-            entered_TD, expected_TD = expected_TD, layer(expected_TD, step)
+            entered_TD = expected_TD
+            summed_TD, added_TD = layer(entered_TD, None, step)
+            expected_TD = summed_TD + added_TD
             # One layer whose rows and the next one's are prefetched, and the pass in one call.
             alone_TD = step.ops.decoder_layers(
                 entered_TD.clone(), [layer.weights], adapters.layer, step.inputs, layer.number

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows
 from loray_kernels.reference import ReferenceOps
+from tests.kernels.keys import turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -140,12 +141,15 @@ def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
     fused = randn(10, dtype, 5, 9 * 16 + 8)
     x_THd = fused[:, : 9 * 16].view(5, 9, 16)
     cos, sin = randn(11, dtype, 5, 16), randn(12, dtype, 5, 16)
-    near(ops.rope(x_THd, cos, sin), REFERENCE.rope(x_THd, cos, sin), dtype)
+    near(turned(ops, x_THd, cos, sin), turned(REFERENCE, x_THd, cos, sin), dtype)
     near(ops.silu_mul(fused[:, :140]), REFERENCE.silu_mul(fused[:, :140]), dtype)
     pool, weight_D = randn(13, dtype, 4096), randn(14, dtype, 48)
     own = TokenRows(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
     args = (fused[:, :48], weight_D, 1e-5, pool, own, 64)
     near(ops.rms_norm(*args), REFERENCE.rms_norm(*args), dtype)
+    got, want = (o.add_rms_norm(args[0], fused[:, 48:96], *args[1:]) for o in (ops, REFERENCE))
+    assert torch.equal(got[0], want[0])
+    near(got[1], want[1], dtype)
     table_VD = randn(15, dtype, 6, 48)
     ids_T = torch.tensor([5, 0, 2, 2, 1])
     assert torch.equal(ops.embed(table_VD, ids_T, pool, own), REFERENCE.embed(table_VD, ids_T, pool, own))

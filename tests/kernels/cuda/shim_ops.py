@@ -80,7 +80,8 @@ class Tapes:
 class ShimOps(CudaOps):
     """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""
 
-    rms_norm, rope, silu_mul = ReferenceOps.rms_norm, ReferenceOps.rope, ReferenceOps.silu_mul
+    rms_norm, add_rms_norm = ReferenceOps.rms_norm, ReferenceOps.add_rms_norm
+    silu_mul = ReferenceOps.silu_mul
     vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
 
     def __init__(self, launcher: TapeLauncher) -> None:

@@ -4,6 +4,7 @@ step. Needs nothing but torch, Triton, CuPy and pytest.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from loray_kernels import (
     RecordLimits,
     RowTables,
     Segments,
+    StepInputs,
     TokenRows,
     VeraTable,
     backend,
@@ -32,6 +34,7 @@ from loray_kernels import (
 from loray_kernels.cuda.graphs import DecodeGraphs
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
+from tests.kernels.keys import store
 from tests.kernels.test_ops import *  # noqa: F403
 
 pytestmark = [
@@ -50,8 +53,8 @@ def moved(value: Any, device: str) -> Any:
         case PairMatrix():
             return PairMatrix(value.data.to(device))
         case VeraTable():
-            fields = (moved(v, device) for v in (value.a_RI, value.b_OR, value.d, value.b))
-            return VeraTable(*fields, value.start, value.stop)
+            parts = (moved(v, device) for v in (value.a_RI, value.b_OR, value.d, value.b))
+            return VeraTable(*parts, value.start, value.stop)
         case TokenRows():
             return TokenRows(moved(value.tokens_N, device), moved(value.rows, device))
         case RowTables():
@@ -61,6 +64,8 @@ def moved(value: Any, device: str) -> Any:
             return AttentionMeta(value.query_start, value.context_len, tables, moved(value.slots_T, device))
         case Segments():
             return Segments(value.start, value.stop)
+        case StepInputs():
+            return StepInputs(*(moved(getattr(value, field.name), device) for field in fields(value) if field.init))
         case tuple() if not isinstance(value, KvLayout):
             return tuple(moved(v, device) for v in value)
     return value
@@ -81,8 +86,10 @@ class OnGpu:
                     zip(own, other, strict=True) if name == "lora_expand" and isinstance(own, tuple) else [(own, other)]
                 )
                 for a, b in pairs:
-                    if isinstance(a, Tensor) and name in ("write_kv", "lora_expand", "vera_expand"):
+                    if isinstance(a, Tensor) and name in ("lora_expand", "vera_expand"):
                         a.copy_(b)
+                    elif isinstance(a, StepInputs):
+                        a.pool.copy_(b.pool)
             return result
 
         return call
@@ -145,7 +152,7 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
 
     def forward(step: RecordedStep) -> Tensor:
         q_THd = torch.nn.functional.embedding(step.token_ids_S, table_VD).view(-1, 4, 64)
-        ops.write_kv(pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
+        store(ops, pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
         return ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.125)
 
     graphs = ops.recorded(forward, Decoding(layout, 3, 32, (), device))

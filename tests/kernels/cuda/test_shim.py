@@ -45,6 +45,7 @@ from tests.kernels.cuda.cases import (  # noqa: F401
     test_modules_of_one_input_in_a_mixed_step,
 )
 from tests.kernels.cuda.shim import ShimLauncher, compile_shim
+from tests.kernels.keys import store
 from tests.kernels.test_ops import test_lora  # noqa: F401
 
 
@@ -81,8 +82,8 @@ def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> No
     pool, meta = decoding(dtype, [1, 256, 257, 530], layout)
     expected = pool.clone()
     k_TKd, v_TKd, q_THd = randn(3, dtype, 4, num_kv, d), randn(4, dtype, 4, num_kv, d), randn(5, dtype, 4, num_heads, d)
-    ops.write_kv(pool, layout, 1, k_TKd, v_TKd, meta)
-    REFERENCE.write_kv(expected, layout, 1, k_TKd, v_TKd, meta)
+    store(ops, pool, layout, 1, k_TKd, v_TKd, meta)
+    store(REFERENCE, expected, layout, 1, k_TKd, v_TKd, meta)
     assert torch.equal(pool, expected)
     got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
     near(got, want, dtype)
@@ -146,8 +147,8 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
         none = np.array([], dtype=np.int64)
         padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, seats, none, places, new), blocks)
         step = padded.step()
-        ops.write_kv(pool, layout, 0, k_TKd, k_TKd, step.attention)
-        ops.write_kv(expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
+        store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
+        store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
         assert torch.equal(pool, expected)
         out_THd = ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.25)
         assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, 0.25))

@@ -1,18 +1,41 @@
-// Rows: new keys and values into the cache, embedding rows of adapters, host pages into blocks, DoRA's scales.
+// Rows: RoPE, new keys and values into the cache, embedding rows of adapters, host pages into blocks, DoRA's scales.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
 
-// cache[slot, K or V] = k[t], v[t]; a negative slot is padding. Grid (tokens), THREADS threads.
+// As the value is when it has been stored.
+template <class T> __device__ inline float rounded(float v) {
+  T there;
+  store(&there, v);
+  return to_float(there);
+}
+
+// y = q and cache[slot, K] = k, their halves rotated: x · cos + (−x₂, x₁) · sin, each product rounded as in the
+// reference; cache[slot, V] = v. A negative slot is padding. A warp for a head: those of queries, then those of keys with
+// their values. Grid (tokens, tiles of heads), THREADS threads.
 template <class T>
-__device__ void write_kv(T *pool, i64 block_stride, i64 block_tokens, i64 width, const T *k, i64 k_stride, const T *v,
-                         i64 v_stride, const i64 *slots) {
-  const i64 token = blockIdx.x, slot = slots[token];
-  if (slot < 0) return;
-  T *to = pool + slot / block_tokens * block_stride + slot % block_tokens * width;
-  for (i64 i = threadIdx.x; i < width; i += THREADS) {
-    to[i] = k[token * k_stride + i];
-    to[block_tokens * width + i] = v[token * v_stride + i];
+__device__ void rope_kv(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,
+                        i64 num_kv, const T *cos, const T *sin, i64 half, T *pool, i64 block_stride, i64 block_tokens,
+                        const i64 *slots) {
+  const i64 token = blockIdx.x, head = blockIdx.y * (THREADS / 32) + threadIdx.x / 32, d = 2 * half;
+  const int lane = threadIdx.x % 32;
+  if (head >= num_q + num_kv) return;
+  const T *from = q + token * q_stride + head * d;
+  T *to = y + (token * num_q + head) * d;
+  if (head >= num_q) {
+    const i64 slot = slots[token], at = (head - num_q) * d, width = num_kv * d;
+    if (slot < 0) return;
+    from = k + token * k_stride + at;
+    to = pool + slot / block_tokens * block_stride + slot % block_tokens * width + at;
+    for (i64 i = lane; i < d; i += 32) to[block_tokens * width + i] = v[token * v_stride + at + i];
+  }
+  cos += token * d, sin += token * d;
+  for (i64 i = lane; i < half; i += 32) {
+    const float first = to_float(from[i]), second = to_float(from[i + half]);
+    const float left = rounded<T>(__fmul_rn(first, to_float(cos[i])));
+    const float right = rounded<T>(__fmul_rn(second, to_float(cos[i + half])));
+    store(to + i, __fadd_rn(left, -rounded<T>(__fmul_rn(second, to_float(sin[i])))));
+    store(to + i + half, __fadd_rn(right, rounded<T>(__fmul_rn(first, to_float(sin[i + half])))));
   }
 }
 
@@ -55,9 +78,11 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      write_kv_##suffix(T *pool, i64 block_stride, i64 block_tokens, i64 width, const T *k, i64 k_stride, const T *v,  \
-                        i64 v_stride, const i64 *slots) {                                                              \
-    write_kv<T>(pool, block_stride, block_tokens, width, k, k_stride, v, v_stride, slots);                             \
+      rope_kv_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,  \
+                       i64 num_kv, const T *cos, const T *sin, i64 half, T *pool, i64 block_stride,                    \
+                       i64 block_tokens, const i64 *slots) {                                                           \
+    rope_kv<T>(q, q_stride, num_q, y, k, k_stride, v, v_stride, num_kv, cos, sin, half, pool, block_stride,            \
+               block_tokens, slots);                                                                                   \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       take_rows_##suffix(T *y, i64 y_stride, const i64 *tokens, const T *pool, const i64 *offsets, i64 num_rows,       \
@@ -73,7 +98,7 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
                               const i64 *tiles) {                                                                      \
     scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles);                                               \
   }                                                                                                                    \
-  LORAY_EXPORT(write_kv_##suffix)                                                                                      \
+  LORAY_EXPORT(rope_kv_##suffix)                                                                                       \
   LORAY_EXPORT(take_rows_##suffix)                                                                                     \
   LORAY_EXPORT(place_pages_##suffix)                                                                                   \
   LORAY_EXPORT(scale_recorded_##suffix)

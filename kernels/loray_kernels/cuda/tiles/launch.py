@@ -142,15 +142,28 @@ class Tiles:
         )
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, y_TD: Tensor, pool: Tensor, own: tuple[Tensor, Rows] | None
+        self,
+        x_TD: Tensor,
+        sums: tuple[Tensor, Tensor] | None,
+        weight_D: Tensor,
+        eps: float,
+        y_TD: Tensor,
+        pool: Tensor,
+        own: tuple[Tensor, Rows] | None,
     ) -> None:
-        """`own`: for each token its row, or −1; and the rows. `pool` begins at the layer's share."""
+        """`sums`: what is added to x before, and where the sum is written. `own`: for each token its row, or −1; and
+        the rows. `pool` begins at the layer's share.
+        """
         num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
         width = x_TD.shape[-1]
         own_row, rows = own if own is not None else (x_TD, Rows(x_TD, x_TD, 0, 0, width))  # placeholders, not read
+        added, total = sums if sums is not None else (x_TD, y_TD)
         row_kernels.rms_norm[(x_TD.shape[0] * num_heads,)](
             x_TD,
             x_TD.stride(0),
+            added,
+            added.stride(0),
+            total,
             weight_D,
             y_TD,
             num_heads,
@@ -162,25 +175,10 @@ class Tiles:
             rows.num,
             rows.segments,
             rows.num_segments,
+            ADD=sums is not None,
             OWN=own is not None,
             BLOCK_D=_power_of_2(width),
             num_warps=4 if width <= 4096 else 8,
-            **OPTIONS,
-        )
-
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor, y_THd: Tensor) -> None:
-        num_tokens, num_heads, d = x_THd.shape
-        block_h = min(8, _power_of_2(num_heads))
-        row_kernels.rope[(num_tokens, -(-num_heads // block_h))](
-            x_THd,
-            x_THd.stride(0),
-            cos_Td,
-            sin_Td,
-            y_THd,
-            num_heads,
-            d // 2,
-            BLOCK_H=block_h,
-            BLOCK_E=_power_of_2(d // 2),
             **OPTIONS,
         )
 

@@ -1,4 +1,4 @@
-"""Rows of activations, in Triton: norms with weights of adapters, rotary embedding, SwiGLU.
+"""Rows of activations, in Triton: norms with weights of adapters, SwiGLU.
 
 Values are rounded where the reference rounds them. Row offsets are as in `lora`.
 """
@@ -16,6 +16,9 @@ import triton.language as tl
 def rms_norm(
     x,
     x_stride,
+    added,
+    added_stride,
+    total,
     weight,
     y,
     num_heads,
@@ -27,18 +30,27 @@ def rms_norm(
     num_rows,
     segments,
     num_segments,
+    ADD: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """x / rms(x) · weight; a token's `own_row` is −1, or the row that is its weight. Grid (tokens × heads).
 
-    The normalised value is rounded to x's dtype before it is multiplied with the weight, as in the reference.
+    With ADD the sum x + added takes the place of x, and is written to `total`.
+
+    The sum is rounded to x's dtype, and the normalised value before it is multiplied with the weight, as in the
+    reference.
     """
     token = (tl.program_id(0) // num_heads).to(tl.int64)
     head = tl.program_id(0) % num_heads
     e = tl.arange(0, BLOCK_D)
     mask = e < width
     value = tl.load(x + token * x_stride + head * width + e, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        more = tl.load(added + token * added_stride + head * width + e, mask=mask, other=0.0).to(tl.float32)
+        rounded = (value + more).to(x.dtype.element_ty)
+        tl.store(total + tl.program_id(0).to(tl.int64) * width + e, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     normal = (value * tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)).to(x.dtype.element_ty)
     w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
     if OWN:
@@ -52,30 +64,6 @@ def rms_norm(
                 w = tl.where(inside, own, w)
     result = w * normal.to(tl.float32)
     tl.store(y + tl.program_id(0).to(tl.int64) * width + e, result.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def rope(x, x_stride, cos, sin, y, num_heads, half, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):
-    """x · cos + (−x₂, x₁) · sin, each product rounded as in the reference. Grid (tokens, head tiles)."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    e = tl.arange(0, BLOCK_E)
-    e_mask = e < half
-    mask = (head < num_heads)[:, None] & e_mask[None, :]
-    at = head[:, None] * 2 * half + e[None, :]
-    table = token * 2 * half + e
-    kind = x.dtype.element_ty
-    first = tl.load(x + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(x + token * x_stride + at + half, mask=mask, other=0.0).to(tl.float32)
-    cos1 = tl.load(cos + table, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-    cos2 = tl.load(cos + table + half, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-    sin1 = tl.load(sin + table, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-    sin2 = tl.load(sin + table + half, mask=e_mask, other=0.0).to(tl.float32)[None, :]
-    to = y + token * num_heads * 2 * half + at
-    left = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
-    right = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
-    tl.store(to, left.to(kind), mask=mask)
-    tl.store(to + half, right.to(kind), mask=mask)
 
 
 @triton.jit

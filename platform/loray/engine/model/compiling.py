@@ -45,6 +45,8 @@ def compile_adapters(ops: Ops, pool: Tensor, config: ModelConfig, inputs: Sequen
 def _norm(ops: Ops, pool: Tensor, x_TD: Tensor, columns: _Columns, eps: float) -> None:
     own = TokenRows(torch.arange(_TOKENS, device=pool.device), _rows(columns, _TOKENS, pool))
     ops.rms_norm(x_TD, pool.new_zeros(x_TD.shape[-1]), eps, pool, own, 0)
+    if x_TD.dim() == 2:
+        ops.add_rms_norm(x_TD, x_TD, pool.new_zeros(x_TD.shape[-1]), eps, pool, own, 0)
 
 
 def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:

@@ -158,7 +158,7 @@ class Decoder:
         cos_Td, sin_Td = self._rope(batch)
         step = Step.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
-        kept = kept_part(batch)
+        kept, added_TD = kept_part(batch), None
         layers = self._layers if kept is None else self._layers[:-1]
         if (wait_for := batch.wait_for_layer) is None:
             x_TD = through(layers, x_TD, step)
@@ -171,9 +171,9 @@ class Decoder:
             if wait_for is not None:
                 wait_for(last.number)
             part = step.of_kept(kept)
-            x_TD = last(x_TD, step, part)
+            x_TD, added_TD = last(x_TD, None, step, part)
             batch, step = kept, part
-        x_TD = self._norm(x_TD, step)
+        _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):
                 on_scored(self._logits(x_TD[rows_R]))

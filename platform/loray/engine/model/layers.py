@@ -25,6 +25,7 @@ from loray_kernels import (
     Segments,
     StepInputs,
     StepRecords,
+    TokenRows,
     VeraTable,
     alone,
 )
@@ -173,13 +174,22 @@ class RMSNorm:
         self.weight_D, self._eps = weight_D, eps
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
+
+    def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """x + added, or x if nothing is to be added, and the norm of that."""
+        if added_TD is None:
+            return x_TD, self(x_TD, step)
+        return step.ops.add_rms_norm(x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
+
+    def _own(self, step: Step) -> tuple[TokenRows | None, int]:
+        """The weights of adapters, and their layer's offset."""
         adapters, vectors = step.batch.adapters, step.batch.own_vectors
         offset = 0 if self._layer is None else step.offset(self._layer)
-        tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
-        own = tables.norms.get(self._name)
         if vectors is not None:
-            own = vectors.token_rows(self._layer, self._name, "norm")
-        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, own, offset)
+            return vectors.token_rows(self._layer, self._name, "norm"), offset
+        tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
+        return tables.norms.get(self._name), offset
 
 
 class Attention:
@@ -208,9 +218,7 @@ class Attention:
         v_TKd = v.reshape(-1, c.num_kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
-        q_THd = step.ops.rope(q_THd, step.inputs.cos_Td, step.inputs.sin_Td)
-        k_TKd = step.ops.rope(k_TKd, step.inputs.cos_Td, step.inputs.sin_Td)
-        step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, step.batch.attention)
+        q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
         if kept is not None:
             q_THd, step = q_THd[kept.batch.kept_T], kept
         meta, scale = step.batch.attention, c.head_dim**-0.5
@@ -260,13 +268,19 @@ class Layer:
             scale=config.head_dim**-0.5,
         )
 
-    def __call__(self, x_TD: Tensor, step: Step, kept: Step | None = None) -> Tensor:
-        """(T, D). `kept`: of the tokens for which alone the result is computed, once all have keys and values."""
-        attended_TD = self._attention(self._attention_norm(x_TD, step), step, kept)
+    def __call__(
+        self, x_TD: Tensor, added_TD: Tensor | None, step: Step, kept: Step | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From x, and what is to be added to it, to the same behind the layer; (T, D). So the next norm adds as well.
+
+        `kept`: of the tokens for which alone the result is computed, once all have keys and values.
+        """
+        x_TD, normal_TD = self._attention_norm.of_sum(x_TD, added_TD, step)
+        attended_TD = self._attention(normal_TD, step, kept)
         if kept is not None:
             x_TD, step = x_TD[kept.batch.kept_T], kept
-        x_TD = x_TD + attended_TD
-        return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)
+        x_TD, normal_TD = self._mlp_norm.of_sum(x_TD, attended_TD, step)
+        return x_TD, self._mlp(normal_TD, step)
 
 
 def through(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
@@ -279,6 +293,7 @@ def through(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
         y_TD = step.ops.decoder_layers(x_TD, weights, step.batch.adapters.layer, step.inputs, layers[0].number)
         if y_TD is not None:
             return y_TD
+    added_TD: Tensor | None = None
     for layer in layers:
-        x_TD = layer(x_TD, step)
-    return x_TD
+        x_TD, added_TD = layer(x_TD, added_TD, step)
+    return x_TD if added_TD is None else x_TD + added_TD
