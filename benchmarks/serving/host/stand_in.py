@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loray_kernels import Decoding, LinearWeights, PageWriter, RecordedDecoding, RecordedStep
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.padded import StepWords
+from loray_kernels.cuda.recording.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.recording.padded import StepWords
 from loray_kernels.cuda.sampling.launch import Readback
 from loray_kernels.pages import DirectWriter
 

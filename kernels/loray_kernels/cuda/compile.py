@@ -28,11 +28,11 @@ _CHOOSING = ("choose_", "sample_")
 
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
-    "elements": {"x", "added", "total", "y", "y0", "y1", "y2", "q", "out", "pool", "weight", "gate_up", "b_matrix"},
+    "elements": {"x", "y", "y0", "y1", "y2", "q", "out", "pool", "b_matrix"},
     "fp32": {"h", "z", "scale"},
     "i64": {
         *("items", "row_start", "offsets", "segments", "h_column", "tiles", "rank_start", "d_offsets", "d_segments"),
-        *("b_offsets", "b_segments", "query_start", "context_len", "table_start", "blocks", "own_row"),
+        *("b_offsets", "b_segments", "query_start", "context_len", "table_start", "blocks"),
     },
 }
 
@@ -72,10 +72,10 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda.tiles import attention, lora, rows
+    from loray_kernels.cuda.tiles import attention, lora
     from loray_kernels.cuda.tiles.launch import OPTIONS
 
-    known = {**vars(attention), **vars(lora), **vars(rows)}
+    known = {**vars(attention), **vars(lora)}
     for name, variants in _constants().items():
         kernel = known[name]
         for dtype in dtypes:
@@ -111,8 +111,6 @@ def _constants() -> dict[str, list[dict[str, int | bool]]]:
         "attention_prefill": [
             {**attention, "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_K": tiles.keys_at_once(d)} for d in (64, 128)
         ],
-        "rms_norm": [{"ADD": add, "OWN": own, "BLOCK_D": 4096} for add in (False, True) for own in (False, True)],
-        "silu_mul": [{"BLOCK_M": 1024}],
     }
 
 
@@ -125,7 +123,7 @@ def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
 
 
 def _type(kernel: str, argument: str, dtype: str) -> str:
-    if argument == "eps" or (kernel, argument) == ("attention_prefill", "scale"):
+    if (kernel, argument) == ("attention_prefill", "scale"):
         return "fp32"
     for kind, names in _POINTERS.items():
         if argument in names:

@@ -1,4 +1,6 @@
-"""Launches of the CUDA C++ kernels: gathers for decode, and copies of rows. csrc and `ops.Ops` have the equations."""
+"""Launches of the CUDA C++ kernels that gather: LoRA, VeRA and attention of few tokens. csrc and `ops.Ops` have the
+equations.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.launch import SUFFIX, Launcher
-from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Rows, Shrink, three_outputs
+from loray_kernels.cuda.launch import SUFFIX
+from loray_kernels.cuda.rows import RowLaunches
+from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Shrink, three_outputs
 from loray_kernels.cuda.vectors import OfInput as VectorsOfInput
 from loray_kernels.decoding import StepRecords
 from loray_kernels.kv import KvLayout
@@ -21,11 +24,8 @@ MAX_HEAD_DIM = 256
 PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
 
 
-class Gather:
+class Gather(RowLaunches):
     """Each method queues one launch, or two."""
-
-    def __init__(self, launch: Launcher) -> None:
-        self.launch = launch
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, shrink: Shrink, h_TR: Tensor) -> None:
         rows = shrink.rows
@@ -175,25 +175,6 @@ class Gather:
             ),
         )
 
-    def scale_recorded(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, rows_WS: Tensor, tables: VectorsOfInput
-    ) -> None:
-        """`pool` begins at the layer's share."""
-        self.launch(
-            f"scale_recorded_{SUFFIX[pool.dtype]}",
-            (y_TO.shape[0], tables.num_scale_tiles, 1),
-            _THREADS,
-            (
-                y_TO.data_ptr(),
-                y_TO.stride(0),
-                0 if bias_O is None else bias_O.data_ptr(),
-                pool.data_ptr(),
-                rows_WS.data_ptr(),
-                rows_WS.shape[1],
-                tables.scale_tiles.data_ptr(),
-            ),
-        )
-
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
     ) -> None:
@@ -234,65 +215,3 @@ class Gather:
                 there = (out_THd.data_ptr(), partial.data_ptr(), splits, d)
                 then = (items.data_ptr(), tables.context_len.data_ptr())
                 self.launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
-
-    def rope_kv(
-        self,
-        q_THd: Tensor,
-        y_THd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        tables: tuple[Tensor, Tensor],
-        pool: Tensor,
-        layout: KvLayout,
-        slots_T: Tensor,
-    ) -> None:
-        """`tables`: cos and sin. `pool` begins at the layer's share. A negative slot is skipped."""
-        num_tokens, num_heads, d = q_THd.shape
-        self.launch(
-            f"rope_kv_{SUFFIX[pool.dtype]}",
-            (num_tokens, -(-(num_heads + layout.num_kv_heads) // (_THREADS // 32)), 1),
-            _THREADS,
-            (
-                q_THd.data_ptr(),
-                q_THd.stride(0),
-                num_heads,
-                y_THd.data_ptr(),
-                k_TKd.data_ptr(),
-                k_TKd.stride(0),
-                v_TKd.data_ptr(),
-                v_TKd.stride(0),
-                layout.num_kv_heads,
-                *(table_Td.data_ptr() for table_Td in tables),
-                d // 2,
-                pool.data_ptr(),
-                layout.num_layers * layout.layer_share,
-                layout.block_tokens,
-                slots_T.data_ptr(),
-            ),
-        )
-
-    def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: Rows) -> None:
-        """y[tokens[n]] = row n, unless its offset is negative."""
-        self.launch(
-            f"take_rows_{SUFFIX[pool.dtype]}",
-            (rows.num, rows.num_segments, 1),
-            _THREADS,
-            (
-                y_TD.data_ptr(),
-                y_TD.stride(0),
-                tokens_N.data_ptr(),
-                pool.data_ptr(),
-                rows.offsets.data_ptr(),
-                rows.num,
-                rows.segments.data_ptr(),
-            ),
-        )
-
-    def place_pages(self, pool: Tensor, pages: Tensor, pieces_P3: Tensor) -> None:
-        """pool[to : to + length] = pages[from : from + length] for each piece (from, to, length)."""
-        self.launch(
-            f"place_pages_{SUFFIX[pool.dtype]}",
-            (pieces_P3.shape[0], 1, 1),
-            _THREADS,
-            (pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()),
-        )

@@ -21,9 +21,9 @@ from torch import Tensor
 from loray_kernels.arguments import Exchange, LoraTable, PairMatrix, Segments, StepInputs, VeraTable, alone
 from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.pages import PageUploader
+from loray_kernels.cuda.recording.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.sampling.choosing import Choosing
 from loray_kernels.cuda.sampling.plain import MAX_VOCAB, Sampling
 from loray_kernels.cuda.tables import (
@@ -81,7 +81,7 @@ class CudaOps(ReferenceOps):
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
             return super().silu_mul(gate_up_TM)
         y_TM = gate_up_TM.new_empty(gate_up_TM.shape[0], gate_up_TM.shape[1] // 2)
-        self._tiles.silu_mul(gate_up_TM, y_TM)
+        self._gather.silu_mul(gate_up_TM, y_TM)
         return y_TM
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
@@ -133,7 +133,7 @@ class CudaOps(ReferenceOps):
         if own is not None:
             rows = (pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows))
             assert rows[1].width == x_TD.shape[-1]
-        self._tiles.rms_norm(x_TD, sums, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
+        self._gather.rms_norm(x_TD, sums, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
         return x_TD if sums is None else sums[1], y_TD
 
     def rope_kv(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, step: StepInputs, layer: int) -> Tensor:

@@ -137,22 +137,32 @@ def test_chunks_of_a_prompt_have_the_whole_prompts_bits(ops: Ops, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
-    """Inputs that are columns of a wider matrix; norm weights in two segments; rope of nine heads."""
+    """Inputs that are columns of a wider matrix; RoPE of nine heads; more columns than a tile; embedding rows."""
     fused = randn(10, dtype, 5, 9 * 16 + 8)
     x_THd = fused[:, : 9 * 16].view(5, 9, 16)
     cos, sin = randn(11, dtype, 5, 16), randn(12, dtype, 5, 16)
     near(turned(ops, x_THd, cos, sin), turned(REFERENCE, x_THd, cos, sin), dtype)
-    near(ops.silu_mul(fused[:, :140]), REFERENCE.silu_mul(fused[:, :140]), dtype)
-    pool, weight_D = randn(13, dtype, 4096), randn(14, dtype, 48)
-    own = TokenRows(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
-    args = (fused[:, :48], weight_D, 1e-5, pool, own, 64)
-    near(ops.rms_norm(*args), REFERENCE.rms_norm(*args), dtype)
-    got, want = (o.add_rms_norm(args[0], fused[:, 48:96], *args[1:]) for o in (ops, REFERENCE))
-    assert torch.equal(got[0], want[0])
-    near(got[1], want[1], dtype)
-    table_VD = randn(15, dtype, 6, 48)
-    ids_T = torch.tensor([5, 0, 2, 2, 1])
+    for gate_up_TM in (fused[:, :140], randn(16, dtype, 3, 2200)):
+        near(ops.silu_mul(gate_up_TM), REFERENCE.silu_mul(gate_up_TM), dtype)
+    pool, own = randn(13, dtype, 4096), TokenRows(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
+    table_VD, ids_T = randn(15, dtype, 6, 48), torch.tensor([5, 0, 2, 2, 1])
     assert torch.equal(ops.embed(table_VD, ids_T, pool, own), REFERENCE.embed(table_VD, ids_T, pool, own))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 512, 514, 1300])
+def test_norms(ops: Ops, width: int, dtype: torch.dtype) -> None:
+    """Of few columns and of many, of heads, and of sums; weights of adapters in two segments; not of all tokens."""
+    fused, pool, weight_D = randn(10, dtype, 11, 3 * width + 8), randn(13, dtype, 8192), randn(14, dtype, width)
+    own = TokenRows(torch.tensor([3, 0]), rows(2, width, 7, step=2048, num_segments=2))
+    x_TD, more_TD, x_THd = fused[:, :width], fused[:, width : 2 * width], fused[:, : 3 * width].view(11, 3, width)
+    for adapters in (own, None):
+        args = weight_D, 1e-5, pool, adapters, 64
+        for x in (x_TD, x_THd, x_TD[:1] if adapters is None else x_TD):
+            near(ops.rms_norm(x, *args), REFERENCE.rms_norm(x, *args), dtype)
+        got, want = (o.add_rms_norm(x_TD, more_TD, *args) for o in (ops, REFERENCE))
+        assert torch.equal(got[0], want[0])
+        near(got[1], want[1], dtype)
 
 
 def test_mixed_dtypes_go_to_the_reference(ops: Ops) -> None:

@@ -24,9 +24,9 @@ from loray_kernels import (
 )
 from loray_kernels.cuda import tables
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.recording.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.reference import ReferenceOps
 from tests.engine.late import Late
@@ -80,8 +80,6 @@ class Tapes:
 class ShimOps(CudaOps):
     """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""
 
-    rms_norm, add_rms_norm = ReferenceOps.rms_norm, ReferenceOps.add_rms_norm
-    silu_mul = ReferenceOps.silu_mul
     vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
 
     def __init__(self, launcher: TapeLauncher) -> None:

@@ -19,7 +19,7 @@ from loray.engine.engine import Engine
 from loray.engine.model.decoding import DecodeBatch
 from loray.spec import RopeParameters
 from loray_kernels import Parts
-from loray_kernels.cuda import graphs
+from loray_kernels.cuda.recording import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.pages import DirectWriter
 from tests.engine.adapters import TestAdapter

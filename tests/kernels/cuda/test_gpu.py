@@ -31,7 +31,7 @@ from loray_kernels import (
     backend,
     use_device,
 )
-from loray_kernels.cuda.graphs import DecodeGraphs
+from loray_kernels.cuda.recording.graphs import DecodeGraphs
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
 from tests.kernels.keys import store

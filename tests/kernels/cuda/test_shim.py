@@ -28,11 +28,12 @@ from loray_kernels import (
     use_device,
 )
 from loray_kernels.cuda import gather, nvrtc, tables
+from loray_kernels.cuda import rows as row_launches
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.pages import parts, piece_table
+from loray_kernels.cuda.recording.padded import PaddedStep
 from loray_kernels.cuda.sampling import launch, plain
 from loray_kernels.pages import DirectWriter
 from loray_kernels.sampling import draws
@@ -43,10 +44,16 @@ from tests.kernels.cuda.cases import (  # noqa: F401
     randn,
     test_mixed_dtypes_go_to_the_reference,
     test_modules_of_one_input_in_a_mixed_step,
+    test_norms,
+    test_rows_of_activations,
 )
 from tests.kernels.cuda.shim import ShimLauncher, compile_shim
 from tests.kernels.keys import store
-from tests.kernels.test_ops import test_lora  # noqa: F401
+from tests.kernels.test_ops import (  # noqa: F401
+    test_lora,
+    test_norm_and_embedding_take_an_adapters_rows,
+    test_rope_turns_pairs_of_halves,
+)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +221,9 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("draw.cuh", "BLOCK") == draws._BLOCK
     assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == plain.MAX_VOCAB <= 1 << 20
     assert constant("choose.cu", "MAX_TOP") == MAX_TOP
+    assert gather._THREADS == row_launches._THREADS
     assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
+    assert constant("rows.cu", "NORM_THREADS") == row_launches._NORM_THREADS
 
 
 @pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])
@@ -227,7 +236,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
             pytest.skip(str(e))
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
-    assert len(spills) == 3 * 12 + 2  # kernels in three dtypes, and those that choose tokens
+    assert len(spills) == 3 * 14 + 2  # kernels in three dtypes, and those that choose tokens
     assert set(spills) == {"0"}
 
 

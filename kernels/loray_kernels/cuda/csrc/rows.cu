@@ -1,13 +1,73 @@
-// Rows: RoPE, new keys and values into the cache, embedding rows of adapters, host pages into blocks, DoRA's scales.
+// Rows: norms, SwiGLU, RoPE with new keys and values into the cache, embedding rows of adapters, host pages into blocks,
+// DoRA's scales.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
+constexpr int NORM_THREADS = 256;
 
 // As the value is when it has been stored.
 template <class T> __device__ inline float rounded(float v) {
   T there;
   store(&there, v);
   return to_float(there);
+}
+
+// x / rms(x) · weight, of rows of `width` elements, `num_heads` of each token; the normalised value is rounded before it
+// is multiplied, as in the reference. Where `added` is given, x + added takes the place of x, and is written to `total`.
+// A token's `own_row` is −1, or the row of the pool that is its weight; null: no token has one. A row has `lanes` threads,
+// a warp or all. Grid (rows by blocks), NORM_THREADS threads.
+template <class T>
+__device__ void rms_norm(const T *x, i64 x_stride, const T *added, i64 added_stride, T *total, const T *weight, T *y,
+                         i64 num_rows, i64 num_heads, i64 width, float eps, i64 lanes, const T *pool,
+                         const i64 *own_row, const i64 *offsets, i64 num_own, const i64 *segments, i64 num_segments) {
+  __shared__ float sums[NORM_THREADS / 32];
+  const i64 row = blockIdx.x * (NORM_THREADS / lanes) + threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const i64 token = row / num_heads, at = row % num_heads * width;
+  const bool is_there = row < num_rows;
+  const T *from = x + token * x_stride + at;
+  float sum = 0.0f;
+  if (is_there) {
+#pragma unroll 4
+    for (i64 i = lane; i < width; i += lanes) {
+      float value = to_float(from[i]);
+      if (added) {
+        value = rounded<T>(value + to_float(added[token * added_stride + at + i]));
+        store(total + row * width + i, value);
+      }
+      sum += value * value;
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (lanes > 32) {
+    sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < NORM_THREADS / 32; w++) sum += sums[w];
+  }
+  if (!is_there) return;
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+  if (added) from = total + row * width;
+  const i64 own = own_row ? own_row[token] : -1;
+  for (i64 s = 0; s < (own < 0 ? 1 : num_segments); s++) {
+    const i64 start = own < 0 ? 0 : segments[2 * s], columns = own < 0 ? width : segments[2 * s + 1];
+    const T *w = own < 0 ? weight : pool + offsets[s * num_own + own];
+#pragma unroll 4
+    for (i64 i = lane; i < columns; i += lanes)
+      store(y + row * width + start + i, to_float(w[i]) * rounded<T>(to_float(from[start + i]) * factor));
+  }
+}
+
+// silu(gate) · up, the first factor rounded as in the reference. Grid (tokens, tiles of 8 · THREADS columns).
+template <class T> __device__ void silu_mul(const T *gate_up, i64 stride, T *y, i64 width) {
+  const T *gate = gate_up + blockIdx.x * stride;
+#pragma unroll
+  for (int n = 0; n < 8; n++) {
+    const i64 i = (blockIdx.y * 8 + n) * static_cast<i64>(THREADS) + threadIdx.x;
+    if (i >= width) return;
+    const float value = to_float(gate[i]), activated = rounded<T>(value / (1.0f + expf(-value)));
+    store(y + blockIdx.x * width + i, activated * to_float(gate[width + i]));
+  }
 }
 
 // y = q and cache[slot, K] = k, their halves rotated: x · cos + (−x₂, x₁) · sin, each product rounded as in the
@@ -77,6 +137,17 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
 }
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
+      rms_norm_##suffix(const T *x, i64 x_stride, const T *added, i64 added_stride, T *total, const T *weight, T *y,   \
+                        i64 num_rows, i64 num_heads, i64 width, float eps, i64 lanes, const T *pool,                   \
+                        const i64 *own_row, const i64 *offsets, i64 num_own, const i64 *segments, i64 num_segments) {  \
+    rms_norm<T>(x, x_stride, added, added_stride, total, weight, y, num_rows, num_heads, width, eps, lanes, pool,      \
+                own_row, offsets, num_own, segments, num_segments);                                                    \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      silu_mul_##suffix(const T *gate_up, i64 stride, T *y, i64 width) {                                               \
+    silu_mul<T>(gate_up, stride, y, width);                                                                            \
+  }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       rope_kv_##suffix(const T *q, i64 q_stride, i64 num_q, T *y, const T *k, i64 k_stride, const T *v, i64 v_stride,  \
                        i64 num_kv, const T *cos, const T *sin, i64 half, T *pool, i64 block_stride,                    \
@@ -98,6 +169,8 @@ __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool,
                               const i64 *tiles) {                                                                      \
     scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles);                                               \
   }                                                                                                                    \
+  LORAY_EXPORT(rms_norm_##suffix)                                                                                      \
+  LORAY_EXPORT(silu_mul_##suffix)                                                                                      \
   LORAY_EXPORT(rope_kv_##suffix)                                                                                       \
   LORAY_EXPORT(take_rows_##suffix)                                                                                     \
   LORAY_EXPORT(place_pages_##suffix)                                                                                   \

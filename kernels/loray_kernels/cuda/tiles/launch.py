@@ -21,7 +21,6 @@ from loray_kernels.cuda.tables import (
 )
 from loray_kernels.cuda.tiles import attention as attention_kernels
 from loray_kernels.cuda.tiles import lora as lora_kernels
-from loray_kernels.cuda.tiles import rows as row_kernels
 from loray_kernels.kv import KvLayout
 
 # Products and sums of CUDA cores are one operation, as NVRTC makes them. Triton's default for it is not the same in all
@@ -139,54 +138,6 @@ class Tiles:
             BLOCK_D=max(16, _power_of_2(d)),
             num_stages=3 if pool.element_size() == 2 else 1,  # limited by shared memory
             **OPTIONS,
-        )
-
-    def rms_norm(
-        self,
-        x_TD: Tensor,
-        sums: tuple[Tensor, Tensor] | None,
-        weight_D: Tensor,
-        eps: float,
-        y_TD: Tensor,
-        pool: Tensor,
-        own: tuple[Tensor, Rows] | None,
-    ) -> None:
-        """`sums`: what is added to x before, and where the sum is written. `own`: for each token its row, or −1; and
-        the rows. `pool` begins at the layer's share.
-        """
-        num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
-        width = x_TD.shape[-1]
-        own_row, rows = own if own is not None else (x_TD, Rows(x_TD, x_TD, 0, 0, width))  # placeholders, not read
-        added, total = sums if sums is not None else (x_TD, y_TD)
-        row_kernels.rms_norm[(x_TD.shape[0] * num_heads,)](
-            x_TD,
-            x_TD.stride(0),
-            added,
-            added.stride(0),
-            total,
-            weight_D,
-            y_TD,
-            num_heads,
-            width,
-            eps,
-            own_row,
-            pool,
-            rows.offsets,
-            rows.num,
-            rows.segments,
-            rows.num_segments,
-            ADD=sums is not None,
-            OWN=own is not None,
-            BLOCK_D=_power_of_2(width),
-            num_warps=4 if width <= 4096 else 8,
-            **OPTIONS,
-        )
-
-    def silu_mul(self, gate_up_TM: Tensor, y_TM: Tensor) -> None:
-        num_tokens, width = y_TM.shape
-        block = min(1024, _power_of_2(width))
-        row_kernels.silu_mul[(num_tokens, -(-width // block))](
-            gate_up_TM, gate_up_TM.stride(0), y_TM, width, BLOCK_M=block, **OPTIONS
         )
 
 

@@ -3,7 +3,7 @@
 Which kernel an op takes depends on the base, on how many rows of A an adapter has for an input: 16, 32, or more, and on
 whether the rank of a VeRA pair is a multiple of 16. All rows are the pool's first elements, and the results go nowhere.
 
-Shapes: T tokens, I input width, R ranks, H heads, d head dimension.
+Shapes: T tokens, I input width, O output width, R ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loray.bases.config import ModelConfig
-from loray_kernels import InputShape, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import InputShape, LoraTable, Ops, PairMatrix, RowTables, Segments, VeraTable
 
 _TOKENS = 32  # a tile
 _NUM_ROWS = (16, 32, 64)
@@ -23,8 +22,8 @@ _Columns = tuple[tuple[int, int], ...]
 
 
 @torch.inference_mode()
-def compile_adapters(ops: Ops, pool: Tensor, config: ModelConfig, inputs: Sequence[InputShape]) -> None:
-    """`inputs`: of the rank's part of the base, as `config` is. Writes nothing that is kept."""
+def compile_adapters(ops: Ops, pool: Tensor, inputs: Sequence[InputShape]) -> None:
+    """`inputs`: of the rank's part of the base. Writes nothing that is kept."""
     for shape in inputs:
         x_TI = pool.new_zeros(_TOKENS, _width(shape.a))
         outputs = torch.split(pool.new_zeros(_TOKENS, sum(map(_width, shape.b))), [_width(b) for b in shape.b], dim=1)
@@ -32,21 +31,6 @@ def compile_adapters(ops: Ops, pool: Tensor, config: ModelConfig, inputs: Sequen
             _lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
         for rank in _PAIR_RANKS:
             _vera(ops, pool, shape, rank, x_TI, outputs[0])
-    hidden: _Columns = inputs[0].a
-    _norm(ops, pool, pool.new_zeros(_TOKENS, _width(hidden)), hidden, config.rms_norm_eps)
-    if config.qk_norm:
-        heads, widths = (config.num_heads, config.num_kv_heads), [_width(b) for b in inputs[0].b]
-        parts = torch.split(pool.new_zeros(_TOKENS, sum(widths)), widths, dim=1)
-        for num, x_TO in zip(heads, parts, strict=False):
-            x_THd = x_TO.reshape(-1, num, config.head_dim)
-            _norm(ops, pool, x_THd, ((0, config.head_dim),), config.rms_norm_eps)
-
-
-def _norm(ops: Ops, pool: Tensor, x_TD: Tensor, columns: _Columns, eps: float) -> None:
-    own = TokenRows(torch.arange(_TOKENS, device=pool.device), _rows(columns, _TOKENS, pool))
-    ops.rms_norm(x_TD, pool.new_zeros(x_TD.shape[-1]), eps, pool, own, 0)
-    if x_TD.dim() == 2:
-        ops.add_rms_norm(x_TD, x_TD, pool.new_zeros(x_TD.shape[-1]), eps, pool, own, 0)
 
 
 def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:

@@ -96,7 +96,7 @@ class Decoder:
 
     def compile_adapters(self, pool: Pool) -> None:
         """Compile the kernels of prompts with adapters, see `compiling`."""
-        compile_adapters(self.ops, pool.tensor, self.config, self._inputs(pool))
+        compile_adapters(self.ops, pool.tensor, self._inputs(pool))
 
     @torch.inference_mode()
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:

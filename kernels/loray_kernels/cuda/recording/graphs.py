@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.padded import PaddedStep
+from loray_kernels.cuda.recording.padded import PaddedStep
 from loray_kernels.cuda.tables import MAX_SPLITS, num_splits
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.memory import is_out_of_memory
