@@ -21,6 +21,7 @@ from benchmarks.gpu.shape import Shape
 from benchmarks.gpu.state import Figures
 from benchmarks.machine import MachineRates
 from loray.train.rates import product_flops, read_bandwidth
+from loray_kernels import Recorded
 
 _WARM = 5  # steps of all rows before the first that counts
 _STREAMS = 32  # beside which a cold adapter comes
@@ -29,10 +30,11 @@ Measure = Callable[[Shape, MachineRates, Figures, Path], None]
 
 
 def decode(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> None:
-    """Milliseconds of a step, beside the floor."""
+    """What recording took. Then milliseconds of a step, beside the floor, and of the host's part of it."""
     num_outputs = _WARM + shape.steps + 2 + 2 * max(shape.rows) * shape.context // shape.step_tokens
     fields = {"max_num_seqs": max(shape.rows), "max_model_len": shape.context + num_outputs + 16}
     with server(shape, folder, **fields) as s:
+        figures.add("recording", _recording(s.engine.recorded))
         for rows in shape.rows:
             for adapters in (n for n in shape.adapters if n <= max(rows, 1)):
                 case = f"{rows} rows, {adapters} adapters"
@@ -42,11 +44,19 @@ def decode(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) ->
                     for _ in range(_WARM):
                         s.step()
                     s.step_s.clear()
+                    s.host_s.clear()
                     if any(len(s.step()) != rows for _ in range(shape.steps)):
                         raise SystemExit(f"a step of {case} did not give every row a token")
-                    seconds = list(s.step_s)
+                    seconds, host_ms = list(s.step_s), round(1e3 * statistics.median(s.host_s), 3)
                 floor = shape.decode_floor_s(rates, rows, shape.context + _WARM + shape.steps / 2, adapters)
-                figures.add(case, _times(seconds, floor))
+                figures.add(case, _times(seconds, floor) | {"host_ms": host_ms})
+
+
+def _recording(recorded: Recorded | None) -> dict[str, float]:
+    if recorded is None:
+        return {}
+    num, wanted, seconds, num_bytes = recorded
+    return {"graphs": num, "wanted": wanted, "seconds": round(seconds, 1), "mbytes": round(num_bytes / 1e6, 1)}
 
 
 def long(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) -> None:

@@ -22,6 +22,7 @@ from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+from loray_kernels.cuda.sampling.launch import Readback
 
 _FIRST_TOKEN, _VOCABULARY = 100, 400  # of prompts
 
@@ -43,11 +44,15 @@ class Loop(NamedTuple):
 
 
 class Server:
-    """Owns an engine, which nothing else steps. `step_s`: seconds of each step that computed something."""
+    """Owns an engine, which nothing else steps. `step_s`: seconds of each step that computed something; `host_s`: those
+    in which it did not wait for results.
+    """
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self.engine, self._shape, self._num = engine, shape, 0
         self.step_s: list[float] = []
+        self.host_s: list[float] = []
+        self.waited_s = 0.0
 
     def add(self, num_tokens: int, adapter: int | None, max_tokens: int) -> str:
         """A request with a prompt that no other has; its id."""
@@ -59,10 +64,11 @@ class Server:
         return str(self._num)
 
     def step(self) -> list[TokenOutput]:
-        began = time.perf_counter()
+        began, waited_s = time.perf_counter(), self.waited_s
         outputs = self.engine.step()
         if not self.engine.idle:
             self.step_s.append(time.perf_counter() - began)
+            self.host_s.append(self.step_s[-1] - (self.waited_s - waited_s))
         for output in outputs:
             if output.error is not None:
                 raise output.error
@@ -149,8 +155,17 @@ def server(shape: Shape, folder: Path, **fields: Any) -> Iterator[Server]:
     tensors = random_tensors(config, device, torch.bfloat16)
     with patch.object(GrammarCompiler, "warm", lambda self: None):  # no answer is held to a grammar
         engine = build_engine(spec, base, lambda ref: templates[ranks[int(ref.name) % len(ranks)]], tensors)
+    made, read = Server(engine, shape), Readback.read
+
+    def timed(readback: Readback, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        words = read(readback, *arguments)
+        made.waited_s += time.perf_counter() - began
+        return words
+
     try:
-        yield Server(engine, shape)
+        with patch.object(Readback, "read", timed):
+            yield made
     finally:
         engine.close()
 

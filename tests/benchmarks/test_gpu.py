@@ -44,8 +44,8 @@ TINY = Shape(
     graph_record_s=1e9,
 )
 CASES = {
-    "decode": ["1 rows, 0 adapters", "1 rows, 1 adapters", *(f"3 rows, {n} adapters" for n in (0, 1, 3))],
-    "long": ["1 rows, 0 adapters", "2 rows, 0 adapters", "2 rows, 2 adapters"],
+    "decode": ["recording", "1 rows, 0 adapters", "1 rows, 1 adapters", *(f"3 rows, {n} adapters" for n in (0, 1, 3))],
+    "long": ["recording", "1 rows, 0 adapters", "2 rows, 0 adapters", "2 rows, 2 adapters"],
     "prefill": ["40 tokens, base", "40 tokens, rank 2", "40 tokens, rank 5"],
     "cold": ["rank 2", "rank 5"],
     "crowded": ["2 adapters, pool for 2", "4 adapters, pool for 2"],
@@ -69,14 +69,17 @@ def test_every_measurement_runs_and_goes_on(phase: str, tmp_path: Path, monkeypa
     MEASURES[phase](TINY, MachineRates(1e9, 1e9), Figures(file), tmp_path)
     rows = json.loads(file.read_text())["rows"]
     assert list(rows) == CASES[phase]
+    recorded = rows.pop("recording", {"graphs": 4})
+    assert recorded["graphs"] >= 2
     for row in rows.values():
         assert row.get("ms", row.get("ttft_p50_ms")) > 0
+        assert row.get("host_ms", 1) > 0
         assert row.get("floor_ms", 1) > 0
     if phase == "many":
         assert rows["5 adapters"]["loaded"] > 0
         assert rows["5 adapters"]["of_resident"] > 0
         assert "of_resident" not in rows["2 adapters"]
-    first = CASES[phase][0]
+    first = next(case for case in CASES[phase] if case != "recording")
     known = Figures(file)
     known.rows = {case: {} for case in CASES[phase]}
     MEASURES[phase](TINY, MachineRates(1e9, 1e9), known, tmp_path)

@@ -235,10 +235,13 @@ def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters
 
     engine._loads._load = load
     for name, adapter in (("broken", adapters[0]), ("fine", adapters[1])):
-        engine.add(request(name, ids(5), adapter, temperature=1.0, seed=1))
+        engine.add(request(name, ids(20), adapter, temperature=1.0, seed=1))
     outcomes = outcomes_of(engine)
     assert isinstance(outcomes["broken"], IntegrityError)
     assert outcomes["fine"] == "length"
+    broken, fine = (engine.scheduler.prefix_cache.match(a.ref.digest, ids(20)) for a in adapters[:2])
+    assert not broken  # not even the block that it filled in its last step
+    assert len(fine) == 1
 
 
 def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:

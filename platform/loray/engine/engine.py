@@ -36,6 +36,7 @@ from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
 from loray.errors import IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec, TokenLogprobs
+from loray_kernels import Recorded
 
 
 class Engine:
@@ -201,9 +202,11 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
-        self.scheduler.prefix_cache.forget(request.adapter_digest)  # its keys and values may not be finite either
         reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
-        return self._fail(request, IntegrityError(reason))
+        output = self._fail(request, IntegrityError(reason))
+        # Its keys and values may not be finite either. It has just left the last of them.
+        self.scheduler.prefix_cache.forget(request.adapter_digest)
+        return output
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
         self._remove(request)
@@ -263,6 +266,11 @@ class Engine:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    @property
+    def recorded(self) -> Recorded | None:
+        """Decode steps that were recorded before the first request; None where the backend records none."""
+        return self._model.recorded
+
     def stats(self) -> EngineStats:
         return report(self.counters, self.scheduler, self.residency, self.pool)
 
@@ -271,6 +279,7 @@ class Engine:
         return self.residency.table.placements(digests)
 
     def check_integrity(self) -> None:
+        """AssertionError unless the books of scheduler, residency and pool agree. Between steps."""
         check_integrity(self.scheduler, self.residency, self.pool)
 
     def check_health(self) -> None:

@@ -48,6 +48,7 @@ class Decoder:
     ) -> None:
         self.config = config
         self.ops = ops
+        self.recorded: Recorded | None = None  # how far recording came before the start
         self._recorded: RecordedDecoding | None = None
         self._steps: DecodeSteps | None = None
         self._adapters: AdapterBatch | None = None  # of the last step
@@ -101,7 +102,9 @@ class Decoder:
     @torch.inference_mode()
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:
         """Record decode steps; None if there is nothing to record. Before the first step."""
-        return None if self._recorded is None else self._recorded.record(limits, on_progress)
+        if self._recorded is not None:
+            self.recorded = self._recorded.record(limits, on_progress)
+        return self.recorded
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
         """The batch of `chunks` for one pass; None if it needs tokens that are in flight. `resident` gives the adapter
