@@ -10,7 +10,7 @@ import pytest
 from loray.engine import build
 from loray_kernels import Ops
 from tests.engine.model.test_parity import case, test_mixed_batch_gives_the_logits_of_peft  # noqa: F401
-from tests.kernels.cuda.interpreted import dot_of_bf16, ops  # noqa: F401
+from tests.kernels.cuda.interpreted import dots, ops  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
