@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "context": args.context,
         "prompt": args.prompt,
         "host_ms": round(1e3 * statistics.median(seconds), 3),
+        "host_ms_mean": round(1e3 * statistics.mean(seconds), 3),
         "host_ms_lowest": round(1e3 * min(seconds), 3),
         "host_ms_highest": round(1e3 * max(seconds), 3),
         "recorded_steps": ops.recorder.num_recorded,

@@ -141,7 +141,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
     """Padding has no keys and writes none, and nothing is left of an earlier step in the tensors."""
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     max_blocks = 20
-    blocks = torch.zeros(6 * max_blocks, dtype=torch.int64)
+    blocks = torch.zeros(6 * max_blocks + 1, dtype=torch.int64)
     tokens, whole = torch.zeros(6, dtype=torch.int64), Decoding(layout, 6, max_blocks, (), torch.device("cpu"))
     padded = PaddedStep(4, 2, blocks, tokens, whole)
     q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)
@@ -152,7 +152,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
         places = [int(s) * max_blocks + i for s, t in zip(seats, meta.block_table, strict=True) for i in range(len(t))]
         new = [int(block) for table in meta.block_table for block in table]
         none = np.array([], dtype=np.int64)
-        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, seats, none, places, new), blocks)
+        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, seats, none, places, new))
         step = padded.step()
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)

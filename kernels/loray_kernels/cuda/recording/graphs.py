@@ -66,7 +66,8 @@ class DecodeGraphs:
 
     def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, recorder: Recorder) -> None:
         self._forward, self._decoding, self._recorder = forward, decoding, recorder
-        self._blocks = torch.zeros(decoding.num_seats * decoding.max_blocks, dtype=torch.int64, device=decoding.device)
+        num_blocks = decoding.num_seats * decoding.max_blocks + 1  # the last one is not a seat's, see StepWords
+        self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
         self._tokens = torch.zeros(decoding.num_seats, dtype=torch.int64, device=decoding.device)
         self._seats: TokenSeats | None = None
         self._steps: dict[Form, PaddedStep] = {}
@@ -82,7 +83,7 @@ class DecodeGraphs:
         needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k), splits)
         form = self._serving_of(needed)
         padded = self._step(form or needed)
-        padded.words.fill(step, self._blocks)
+        padded.words.fill(step)
         self._seats = padded.seats(num)
         if form is None:
             return self._forward(padded.step())[:num]

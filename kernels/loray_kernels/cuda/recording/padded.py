@@ -17,28 +17,32 @@ from loray_kernels.records import Records
 from loray_kernels.sampling.draws import TokenSeats
 from loray_kernels.vectors import VectorShape
 
-_NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
+_MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequences; more are a copy of their own
 
 
 class StepWords:
     """The numbers of a step on the device: token ids (−1: the one drawn before), positions, seats, items of adapters;
-    with `vectors` their starts, pairs and own embedding rows; then new blocks, places first.
+    with `vectors` their starts, pairs and own embedding rows; then places and blocks of a new block for each sequence,
+    which the step itself writes to the tables; then those of more, which are written before it.
 
     They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
+
+    blocks  the tables of all seats, and an element that nobody reads, for what is no new block
     """
 
-    def __init__(self, size: int, device: torch.device, *, vectors: bool = False) -> None:
+    def __init__(self, size: int, blocks: Tensor, *, vectors: bool = False) -> None:
         self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
-        words = self._num + 2 * _NEW_BLOCKS
-        self.words = torch.zeros(words, dtype=torch.int64, device=device)
-        self.words[size : 2 * size] = -1  # the run before a recording writes no keys
-        pinned = device.type == "cuda"
+        self._blocks, self._nowhere = blocks, len(blocks) - 1
+        words, pinned = self._num + 2 * size + 2 * _MORE_BLOCKS, blocks.is_cuda
+        self.words = torch.zeros(words, dtype=torch.int64, device=blocks.device)
+        self.words[size : 2 * size] = -1  # the run before a recording writes no keys,
+        self.words[self._num : self._num + size] = self._nowhere  # and no tables
         self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._views = [staged.numpy() for staged in self._staged]
         self._turn = 0
 
-    def fill(self, step: DecodeStep, blocks: Tensor) -> None:
-        """At most `size` sequences; the rest is padding. Writes `blocks`, the tables of all seats."""
+    def fill(self, step: DecodeStep) -> None:
+        """At most `size` sequences; the rest is padding."""
         size, num, new = self._size, len(step.token_ids), len(step.places)
         self._turn ^= 1
         view = self._views[self._turn]
@@ -54,16 +58,25 @@ class StepWords:
             view[7 * size : 7 * size + len(step.pairs)] = step.pairs
             view[10 * size : 10 * size + len(step.own_rows)] = step.own_rows
             view[10 * size + len(step.own_rows) : self._num] = -1
-        if new > _NEW_BLOCKS:
-            blocks.index_copy_(0, *upload(blocks.device, step.places, step.blocks))
-            new = 0
-        elif new:
-            view[self._num : self._num + new] = step.places
-            view[self._num + new : self._num + 2 * new] = step.blocks
-        used = self._num + 2 * new
+        first, used = self._num, self._num + 2 * size
+        view[first : first + size] = self._nowhere
+        if new <= size:
+            view[first : first + new] = step.places
+            view[first + size : first + size + new] = step.blocks
+        elif new <= _MORE_BLOCKS:
+            view[used : used + new] = step.places
+            view[used + new : used + 2 * new] = step.blocks
+            self.send(self._staged[self._turn][: used + 2 * new])
+            self._blocks.index_copy_(0, self.words[used : used + new], self.words[used + new : used + 2 * new])
+            return
+        else:
+            self._blocks.index_copy_(0, *upload(self._blocks.device, step.places, step.blocks))
         self.send(self._staged[self._turn][:used])
-        if new:
-            blocks.index_copy_(0, self.words[self._num : self._num + new], self.words[self._num + new : used])
+
+    def write_blocks(self) -> None:
+        """Those of the step, to the tables."""
+        places_S, blocks_S = self.words[self._num : self._num + 2 * self._size].view(2, self._size)
+        self._blocks.index_copy_(0, places_S, blocks_S)
 
     def send(self, staged: Tensor) -> None:
         """The one copy to the device of a step. It waits for nothing."""
@@ -87,7 +100,7 @@ class PaddedStep:
         device = blocks.device
         self._parts, self._shape = parts, shape
         self._has_vectors = bool(parts & ~Parts.LORA)
-        self.words = StepWords(size, device, vectors=self._has_vectors)
+        self.words = StepWords(size, blocks, vectors=self._has_vectors)
         self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
         self._tokens = tokens  # by seat, that the step before has drawn
         self._numbers = torch.arange(size + 1, device=device)
@@ -100,6 +113,7 @@ class PaddedStep:
 
     def step(self) -> RecordedStep:
         size, block_tokens = self._size, self._decoding.layout.block_tokens
+        self.words.write_blocks()
         words = self.words.words
         known_S, positions_S, seats_S = words[: 3 * size].view(3, size)
         token_ids_S = torch.where(known_S < 0, self._tokens[seats_S], known_S)
