@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -159,12 +159,11 @@ class Engine:
         try:
             if chunks and not runner.launch(chunks, plan.work):  # it needs tokens that are in flight
                 self._collect(0, outputs)
-                chunks = [chunk for chunk in chunks if chunk.request.state is not State.FINISHED]
-                if chunks:
+                if chunks := _not_ended(chunks):
                     runner.launch(chunks, plan.work)
             self._collect(runner.num_ahead if chunks else 0, outputs)
         except RuntimeError as e:  # perhaps the device is out of memory
-            outputs.append(self._fail(*undo_step(e, chunks, self.scheduler, self._model)))
+            outputs.append(self._fail(*undo_step(e, _not_ended(chunks), self.scheduler, self._model)))
         if not self.scheduler.has_work:  # nobody may call again
             self._collect(0, outputs)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
@@ -292,3 +291,8 @@ class Engine:
         self._grammars.close()
         if self._workers is not None:
             self._workers.stop()
+
+
+def _not_ended(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Without those of requests that tokens in flight have ended."""
+    return [chunk for chunk in chunks if chunk.request.state is not State.FINISHED]
