@@ -106,6 +106,8 @@ def test_adapters_come_from_another_replica_while_the_store_is_away(
     with deployed(ray_cluster, served, "peers", settings=settings, **fields) as app:
         answers = {model: ask(app.url, model) for model in MODELS}
         assert counted(app.url, "loray_adapter_sources_total") == {"cache": 0, "peer": 0, "store": len(MODELS)}
+        cached = "node-*/cache/adapters/*/packed*"  # is written in the background, and then given to others
+        assert eventually(lambda: len([*settings.home.glob(cached)]) == len(MODELS), 30)
         os.kill(s3.pid, signal.SIGKILL)
 
         for model in MODELS:
