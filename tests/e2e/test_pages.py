@@ -57,7 +57,8 @@ def _run(blocks: list[Block], folder: Path, home: str) -> None:
 def test_what_a_block_prints(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# A page\n<!-- not run: this -->\n```bash\nexit\n```\n```bash\nexport A=1\n```\n```bash one\necho is $A\n```\n```text\nis …\n```\n"
+        "# A page\n<!-- not run: this -->\n```bash\nexit\n```\n"
+        "```bash\nexport A=1\n```\n```bash one\necho is $A\n```\n```text\nis …\n```\n"
         "```bash other\nexit\n```\n"
         "```python\nno()\n```\n```bash\nfalse\necho so\n```\n```text\nerror: so\n```\n"
         "<!-- not run: nor that -->\n```bash\nexit\n```\n"
