@@ -147,10 +147,10 @@ def test_ends_of_files_and_what_follows(tmp_path: Path) -> None:
     assert list(last_lines([one], 1)) == ["b"]
     assert list(last_lines([one], 0)) == []
     assert list(last_lines([one, two], 9)) == ["==> one", "a", "b", "==> two", "c"]
-    lines = following([one], poll_s=0.001)
     with one.open("a") as file:
         file.write("x\n")  # before it is followed
         file.flush()
+        lines = following([one], poll_s=0.001)
 
         def write() -> None:
             file.write("d\n:task_name:f\nhal")

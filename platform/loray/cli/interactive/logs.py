@@ -6,8 +6,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import click
 
@@ -57,11 +58,9 @@ def logs(context: click.Context, part: str, job: str | None, follow: bool, num_l
     if part not in PARTS or job is not None:
         raise click.UsageError(f"no logs of {part!r}; there are {', '.join(PARTS)}, and `job ID`")
     files = _files(Settings.from_env(), part)
-    for line in last_lines(files, num_lines):
+    lines = list(last_lines(files, num_lines))
+    for line in chain(lines, following(files) if follow else ()):
         click.echo(line)
-    if follow:
-        for line in following(files):
-            click.echo(line)
 
 
 def _files(settings: Settings, part: str) -> list[Path]:
@@ -127,9 +126,13 @@ def last_lines(files: Sequence[Path], number: int) -> Iterator[str]:
 def following(files: Sequence[Path], poll_s: float = _POLL_S) -> Iterator[str]:
     """Lines that are written from now on, under the file's name where it changes. Ends with Ctrl-C alone."""
     handles = [(file, file.open(encoding="utf-8", errors="replace")) for file in files]
-    partial: dict[Path, str] = dict.fromkeys(files, "")
     for _, handle in handles:
-        handle.seek(0, os.SEEK_END)
+        handle.seek(0, os.SEEK_END)  # here, not when the first line is asked for
+    return _written(handles, poll_s)
+
+
+def _written(handles: Sequence[tuple[Path, TextIO]], poll_s: float) -> Iterator[str]:
+    partial: dict[Path, str] = {file: "" for file, _ in handles}
     last: Path | None = None
     try:
         while True:
