@@ -227,3 +227,18 @@ def test_steps_beyond_what_is_recorded_take_drawn_tokens_too(
     assert run(engine, requests) == want
     assert ops.replayed == []
     assert num_ahead(order) == 5
+
+
+def test_tokens_that_no_kernel_draws_are_taken_by_the_next_step_too(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A backend without a chooser, as for a vocabulary that is too large for it: torch cuts by top-k and top-p."""
+    requests = [request(str(i), range(3, 9 + i), max_tokens=7, **SAMPLING[i]) for i in range(4)]
+    want = expected(monkeypatch, base, [], requests)
+    monkeypatch.setattr(ops, "chooser", lambda logits_SV: None)
+    order.clear()
+    assert run(make_engine(base), requests) == want
+    assert len(ops.replayed) >= 6

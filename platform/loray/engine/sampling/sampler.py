@@ -93,6 +93,8 @@ class Sampler:
             return lambda: (drawn(), [None] * len(requests))
         chosen = drawn() | self._processed(logits_SV, requests, other, masks)
         tokens = [chosen[i][0] for i in range(len(requests))]
+        if seats is not None:
+            seats.tokens[seats.seats_S] = torch.tensor(tokens, device=seats.tokens.device)
         asked = [r.spec.params.logprobs if math.isfinite(chosen[i][1]) else None for i, r in enumerate(requests)]
         logprobs = token_logprobs(logits_SV, tokens, asked)
         return lambda: (chosen, logprobs)
