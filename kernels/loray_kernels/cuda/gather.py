@@ -18,6 +18,7 @@ from loray_kernels.vectors import StepVectors
 
 _SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
 _GROUP = 8
+_TENSOR_HEADS, _TENSOR_KEYS = (64, 128), 16
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 MAX_HEAD_DIM = 256
@@ -183,6 +184,7 @@ class Gather(RowLaunches):
         Partial sums of splits are merged for as many sequences at a time as fit into PARTIAL_BYTES.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
+        kernel = f"tensor{d}" if _by_tensors(pool, layout) else "decode"
         group, splits, num = num_heads // num_kv, max(1, tables.max_splits), tables.decoded.num
         own = splits * num_heads * (d + 2) if splits > 1 else 0  # numbers of a sequence
         together = max(1, min(num, PARTIAL_BYTES // (4 * own))) if own else num
@@ -190,7 +192,7 @@ class Gather(RowLaunches):
         for first in range(0, num, together):
             now, items = min(together, num - first), tables.decoded.data[2 * first :]
             self.launch(
-                f"attention_decode_{kind}",
+                f"attention_{kernel}_{kind}",
                 (now, num_kv * -(-group // _GROUP), splits),
                 _THREADS,
                 (
@@ -215,3 +217,13 @@ class Gather(RowLaunches):
                 there = (out_THd.data_ptr(), partial.data_ptr(), splits, d)
                 then = (items.data_ptr(), tables.context_len.data_ptr())
                 self.launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
+
+
+def _by_tensors(pool: Tensor, layout: KvLayout) -> bool:
+    """Whether a tensor core's kernel can read the pool: 16 keys at a time of one block, 16 bytes at once."""
+    return (
+        pool.element_size() == 2
+        and layout.head_dim in _TENSOR_HEADS
+        and layout.block_tokens % _TENSOR_KEYS == 0
+        and pool.data_ptr() % 16 == 0
+    )

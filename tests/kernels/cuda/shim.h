@@ -44,9 +44,13 @@ struct Barrier {
   int arrived = 0, members = 0;
   uint64_t generation = 0;
 };
+struct Registers { // of mma.m16n8k16: four of a (16, 16), two of b (16, 8), two elements in each
+  unsigned a[4], b[2];
+};
 struct Warp {
   Barrier barrier;
   uint64_t slot[WARP];
+  Registers registers[WARP];
 };
 struct Fiber {
   jmp_buf here;
@@ -95,6 +99,23 @@ template <class T> T exchange(T value, int source) {
   wait(warp.barrier);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// c += a · b, element by element where PTX (ISA 8.5, 9.7.14.5.8) says that each lane has them.
+template <class T> void multiply(float (&c)[4], Registers own) {
+  Warp &warp = own_warp();
+  const int lane = static_cast<int>((current - fibers.data()) % WARP);
+  const auto element = [](unsigned word, int k) { return to_float(T{static_cast<unsigned short>(word >> k % 2 * 16)}); };
+  warp.registers[lane] = own;
+  wait(warp.barrier);
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const Registers &of_a = warp.registers[row % 8 * 4 + k % 8 / 2], &of_b = warp.registers[column * 4 + k % 8 / 2];
+      c[i] += element(of_a.a[row / 8 + k / 8 * 2], k) * element(of_b.b[k / 8], k);
+    }
+  }
+  wait(warp.barrier);
 }
 
 inline void enter() {

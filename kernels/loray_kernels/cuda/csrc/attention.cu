@@ -1,33 +1,12 @@
-// Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks.
-//
-// A sequence's keys are split every SPLIT positions, or every SPLIT · 2^n, so that there are at most MAX_SPLITS. That
-// depends on its own context alone, so its result does not depend on other sequences.
-// GROUP query heads of one KV head share the reading of its keys and values. K and V of a position are in one block of
-// the pool: (K or V, position, KV head, d) within the layer's share.
-#include "device.cuh"
+// Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks:
+// `attention_decode` for any type, head and block, `attention_tensor64` and `128` on tensor cores.
+#include "splits.cuh"
+#include "tensor.cuh"
 
-constexpr int THREADS = 128;
-constexpr int SPLIT = 256; // positions that a block reads at a time
-constexpr int MAX_SPLITS = 64;
-constexpr int GROUP = 8;
 constexpr int HEAD = 256; // largest head dimension; multiples of 8
 constexpr int LANES = 8;  // that share a key
 constexpr int DECODE_BLOCKS = 5; // on a multiprocessor, at least: up to 96 registers, of which none is spilled
-
-struct Cache {
-  i64 block_stride, block_tokens, num_kv_heads, head_dim;
-  __device__ i64 at(const i64 *blocks, i64 position, i64 kv_head) const {
-    const i64 row = blocks[position / block_tokens] * block_stride;
-    return row + (position % block_tokens * num_kv_heads + kv_head) * head_dim;
-  }
-  __device__ i64 values() const { return block_tokens * num_kv_heads * head_dim; }
-};
-
-__device__ inline int positions_of_a_split(int context) {
-  int size = SPLIT;
-  while (size * MAX_SPLITS < context) size *= 2;
-  return size;
-}
+constexpr int TENSOR_BLOCKS = 2; // likewise: up to 255
 
 // Grid (sequences, KV heads × ceil(group / GROUP), splits). With one split `out` is final; else partial sums, their
 // maxima and weights go to `partial` (sequence, split, head, d + 2) in fp32, where each thread adds to its own columns.
@@ -180,6 +159,26 @@ __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_d
   LORAY_EXPORT(attention_decode_##suffix)                                                                              \
   LORAY_EXPORT(attention_combine_##suffix)
 
+#define LORAY_DEFINE_TENSOR(suffix, T)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor64_##suffix(                    \
+      const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
+      i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
+      float scale, float *partial) {                                                                                   \
+    decode_by_tensors<T, 64>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, \
+                             items, context_len, table_start, blocks, scale, partial);                                 \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor128_##suffix(                   \
+      const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
+      i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
+      float scale, float *partial) {                                                                                   \
+    decode_by_tensors<T, 128>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim},       \
+                              group, items, context_len, table_start, blocks, scale, partial);                         \
+  }                                                                                                                    \
+  LORAY_EXPORT(attention_tensor64_##suffix)                                                                            \
+  LORAY_EXPORT(attention_tensor128_##suffix)
+
 LORAY_DEFINE(bf16, bf16)
 LORAY_DEFINE(fp16, fp16)
 LORAY_DEFINE(fp32, float)
+LORAY_DEFINE_TENSOR(bf16, bf16)
+LORAY_DEFINE_TENSOR(fp16, fp16)

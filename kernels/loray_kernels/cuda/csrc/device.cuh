@@ -20,6 +20,9 @@ struct fp16 {
   unsigned short bits;
 };
 
+__device__ constexpr bool is_bf16(bf16) { return true; }
+__device__ constexpr bool is_bf16(fp16) { return false; }
+
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
 __device__ inline float to_float(fp16 v) {

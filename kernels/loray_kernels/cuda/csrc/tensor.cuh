@@ -1,0 +1,173 @@
+// Decode attention on tensor cores, for bf16 and fp16: heads of D = 64 or 128, blocks of a multiple of 16 positions.
+//
+// A warp takes 16 keys at a time, with a softmax of its own (online, as FlashAttention-2 has it); the block's four warps
+// are merged at the end. Products are mma.m16n8k16: its 16 rows are GROUP heads and zeros, so that the weights of the
+// keys, as the first product leaves them in registers, are what the second takes. Which element of a head is which k
+// of the first product, and which column of the second, is free: chosen so that each thread reads 16 bytes at once and
+// nothing passes through shared memory before the end.
+#pragma once
+#include "splits.cuh"
+
+constexpr int WARPS = THREADS / 32;
+constexpr int KEYS = 16; // of a warp at a time
+
+// c += a · b, where rows 8 to 15 of a are zero: a (heads, 16 k) in two registers, b (16 k, 8) in two.
+template <class T> __device__ inline void multiply(float (&c)[4], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
+#ifdef LORAY_SHIM
+  shim::multiply<T>(c, {a0, 0, a2, 0, b0, b1});
+#else
+  const unsigned zero = 0;
+  if constexpr (is_bf16(T{}))
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(zero), "r"(a2), "r"(zero), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(zero), "r"(a2), "r"(zero), "r"(b0), "r"(b1));
+#endif
+}
+
+template <class T> __device__ inline unsigned pack(float low, float high) {
+  T pair[2];
+  store(&pair[0], low), store(&pair[1], high);
+  return pair[0].bits | static_cast<unsigned>(pair[1].bits) << 16;
+}
+// The element of index `odd` of two words: (of a, of b).
+__device__ inline unsigned pair(unsigned a, unsigned b, int odd) {
+  return odd ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+}
+
+template <class T> __device__ inline uint4 eight(const T *p, bool wide) {
+  if (wide) return *reinterpret_cast<const uint4 *>(p);
+  unsigned word[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) word[i] = p[2 * i].bits | static_cast<unsigned>(p[2 * i + 1].bits) << 16;
+  return uint4{word[0], word[1], word[2], word[3]};
+}
+
+// Reduces over the four threads that have the same head.
+__device__ inline float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+__device__ inline float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// Grid, `out` and `partial` as of `decode`. The pool and its strides are aligned to 16 bytes.
+template <class T, int D>
+__device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group,
+                                  const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,
+                                  float scale, float *partial) {
+  __shared__ float sums[WARPS][GROUP][D], tops[WARPS][GROUP], weights[WARPS][GROUP];
+  const i64 sequence = items[2 * blockIdx.x], token = items[2 * blockIdx.x + 1];
+  const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
+  const int start = static_cast<int>(blockIdx.z) * size, stop = min(start + size, context);
+  if (start >= stop && !(context == 0 && start == 0)) return;
+  const int num_kv = static_cast<int>(cache.num_kv_heads), of_kv = static_cast<int>(group);
+  const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP;
+  const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
+  const int tid = threadIdx.x, warp = tid / 32, row = tid % 32 / 4, quarter = tid % 4;
+  const int block_tokens = static_cast<int>(cache.block_tokens), key_stride = num_kv * D;
+  blocks += table_start[sequence];
+
+  uint4 query[D / 32]; // of the thread's head: the elements 32 s + 8 quarter to + 8
+  const bool wide = aligned(q, 16) && q_stride % 8 == 0;
+#pragma unroll
+  for (int s = 0; s < D / 32; s++)
+    query[s] = row < heads ? eight(q + token * q_stride + (head + row) * D + 32 * s + 8 * quarter, wide) : uint4{};
+
+  float sum[D / 8][4] = {}, top = LOWEST, weight = 0.0f; // weight: of this thread's keys
+  for (int begin = start + warp * KEYS; begin < stop; begin += WARPS * KEYS) {
+    const int block = begin / block_tokens, place = begin - block * block_tokens;
+    const T *keys = pool + blocks[block] * cache.block_stride + (place * num_kv + kv_head) * D;
+    const T *values = keys + cache.values() + 8 * row;
+    const int left = stop - begin;
+
+    uint4 key[2][D / 32], value[4][D / 64]; // keys row, row + 8; values of keys 2 quarter, + 1, + 8, + 9
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int s = 0; s < D / 32; s++)
+        key[half][s] = *reinterpret_cast<const uint4 *>(keys + (row + 8 * half) * key_stride + 32 * s + 8 * quarter);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int own = 2 * quarter + i % 2 + i / 2 * 8;
+#pragma unroll
+      for (int t = 0; t < D / 64; t++) // what is behind the last key may be no number
+        value[i][t] = own < left ? *reinterpret_cast<const uint4 *>(values + own * key_stride + 64 * t) : uint4{};
+    }
+
+    float score[2][4] = {}; // of the thread's head: keys 2 quarter, + 1; in the second + 8, + 9
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int s = 0; s < D / 32; s++) {
+        multiply<T>(score[half], query[s].x, query[s].y, key[half][s].x, key[half][s].y);
+        multiply<T>(score[half], query[s].z, query[s].w, key[half][s].z, key[half][s].w);
+      }
+    float share[4], largest = top;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      share[i] = 2 * quarter + i % 2 + i / 2 * 8 < left ? score[i / 2][i % 2] * scale : LOWEST;
+      largest = fmaxf(largest, share[i]);
+    }
+    largest = quad_max(largest);
+    const float factor = expf(top - largest);
+    weight *= factor;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      share[i] = expf(share[i] - largest);
+      weight += share[i];
+    }
+    top = largest;
+
+    const unsigned shares[2] = {pack<T>(share[0], share[1]), pack<T>(share[2], share[3])};
+#pragma unroll
+    for (int t = 0; t < D / 64; t++) {
+      const unsigned word[4][4] = {{value[0][t].x, value[0][t].y, value[0][t].z, value[0][t].w},
+                                   {value[1][t].x, value[1][t].y, value[1][t].z, value[1][t].w},
+                                   {value[2][t].x, value[2][t].y, value[2][t].z, value[2][t].w},
+                                   {value[3][t].x, value[3][t].y, value[3][t].z, value[3][t].w}};
+#pragma unroll
+      for (int i = 0; i < 8; i++) { // column n of this product is the element 64 t + 8 n + i
+        float(&own)[4] = sum[8 * t + i];
+        own[0] *= factor, own[1] *= factor;
+        multiply<T>(own, shares[0], shares[1], pair(word[0][i / 2], word[1][i / 2], i % 2),
+                    pair(word[2][i / 2], word[3][i / 2], i % 2));
+      }
+    }
+  }
+
+  weight = quad_sum(weight);
+  if (quarter == 0) tops[warp][row] = top, weights[warp][row] = weight;
+#pragma unroll
+  for (int n = 0; n < D / 8; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) sums[warp][row][n / 8 * 64 + 8 * (2 * quarter + i) + n % 8] = sum[n][i];
+  __syncthreads();
+
+  for (int e = tid; e < heads * D; e += THREADS) {
+    const int g = e / D, column = e % D;
+    float largest = LOWEST, total = 0.0f, whole = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, tops[w][g]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float factor = expf(tops[w][g] - largest);
+      total += factor * sums[w][g][column], whole += factor * weights[w][g];
+    }
+    if (context <= SPLIT) {
+      store(out + (token * num_heads + head + g) * D + column, context ? total / whole : 0.0f);
+    } else {
+      const i64 place = (blockIdx.x * static_cast<i64>(gridDim.z) + blockIdx.z) * num_heads + head + g;
+      float *own = partial + place * (D + 2);
+      own[column] = total;
+      if (column == 0) own[D] = largest, own[D + 1] = whole;
+    }
+  }
+}
