@@ -158,6 +158,7 @@ GATEWAY_METRICS = _table(
         "code",
     ),
     _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
+    _gauge("http_requests_waiting", "Of these, requests that wait for their tenant's turn while the gateway is late."),
     _counter("routing_decisions_total", "Choices of a replica, by reason.", "base", "reason"),
     _counter(
         "resumes_total",

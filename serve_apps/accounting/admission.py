@@ -35,6 +35,10 @@ class TenantTurns:
         self._fair = fair or FairAdmission[Turn]()
         self._looking: asyncio.TimerHandle | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        return self._fair.num_waiting
+
     async def enter(self, tenant: str) -> None:
         """Returns when the request may begin; `leave` follows once. Overloaded if that takes too long."""
         loop = asyncio.get_running_loop()
@@ -91,11 +95,15 @@ class AdmitRequests:
     """
 
     def __init__(
-        self, app: ASGIApp, accounts: Accounts, paths: Collection[str], refused: Callable[[Exception], Response]
+        self,
+        app: ASGIApp,
+        accounts: Accounts,
+        turns: TenantTurns,
+        paths: Collection[str],
+        refused: Callable[[Exception], Response],
     ) -> None:
-        self._app, self._accounts, self._refused = app, accounts, refused
+        self._app, self._accounts, self._turns, self._refused = app, accounts, turns, refused
         self._paths = frozenset(paths)
-        self._turns = TenantTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None

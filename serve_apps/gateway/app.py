@@ -62,7 +62,9 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
         return errors.response_of(errors.failure_of(error))
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
-    app.add_middleware(AdmitRequests, accounts=gateway.accounts, paths=generation.BODIES, refused=refused)
+    app.add_middleware(
+        AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=generation.BODIES, refused=refused
+    )
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(CheckAccess, access=access, rules=GATEWAY, refused=refused)

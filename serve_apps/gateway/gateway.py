@@ -27,6 +27,7 @@ from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect
 from loray.text.deltas import RequestText
 from serve_apps.accounting.account import Accounts
+from serve_apps.accounting.admission import TenantTurns
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
@@ -58,7 +59,7 @@ class Gateway:
         self.bases = {base.name: base for base in bases}
         self.directory, self._gateways = directory, gateways
         self.models = ModelCards(directory, lambda base, length: self.bases[base.name].limit(length))
-        self.accounts = accounts or Accounts()
+        self.accounts, self.turns = accounts or Accounts(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
         self.canaries = Canaries(directory.ask, self.counted)
 
@@ -274,7 +275,7 @@ class Gateway:
         """The metrics of this gateway alone."""
         decisions = {name: base.engines.routing_decisions() for name, base in self.bases.items()}
         resumes = {name: base.engines.resumes() for name, base in self.bases.items()}
-        return self.counted.families(self.directory, decisions, resumes)
+        return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting)
 
 
 def _about(

@@ -46,11 +46,13 @@ class GatewayMetrics:
         directory: ModelDirectory,
         decisions: Mapping[str, Mapping[str, int]],
         resumes: Mapping[str, Mapping[str, int]],
+        num_waiting: int,
     ) -> list[Family]:
-        """They can be pickled. `decisions` and `resumes`: by base, and by reason."""
+        """They can be pickled. `decisions` and `resumes`: by base, and by reason; `num_waiting`: for their turn."""
         families = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
+            gauge("http_requests_waiting", {(): num_waiting}),
             counter("routing_decisions_total", _by_base(decisions)),
             counter("resumes_total", _by_base(resumes)),
             gauge("catalog_adapters", {(b.name,): directory.num_adapters_of(b) for b in directory.bases.values()}),

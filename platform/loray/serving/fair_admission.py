@@ -60,6 +60,10 @@ class FairAdmission(Generic[T]):
         """Whether the loop's delay matters: `observe` is to be called."""
         return len(self._tenants) > 1 and self._num >= self._least
 
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
     def ask(self, tenant: str, request: T, now: float) -> bool:
         """Whether the request is admitted; else it waits. Each that is admitted ends once."""
         one = self._seen(tenant, now)

@@ -36,6 +36,7 @@ def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
         turns = TenantTurns(fair)
         waiting = [asyncio.create_task(turns.enter("flood")) for _ in range(3)]
         await asyncio.sleep(0)
+        assert turns.num_waiting == 3
         waiting[0].cancel()
         await turns.enter("steady")  # has none under way
         turns.leave("steady")
@@ -49,7 +50,7 @@ def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
         waiting[2].cancel()
         await asyncio.wait(waiting)
         turns.leave("flood")
-        assert fair._num == fair._num_waiting == 0
+        assert fair._num == turns.num_waiting == 0
 
     asyncio.run(run())
 
@@ -91,7 +92,7 @@ def test_the_middleware_refuses_before_the_body_is_read_and_leaves_other_paths_a
     def refused(error: Exception) -> Response:
         return PlainTextResponse(str(error), 429)
 
-    middleware = AdmitRequests(app, Accounts(), ["/v1/completions"], refused)
+    middleware = AdmitRequests(app, Accounts(), TenantTurns(), ["/v1/completions"], refused)
 
     async def ask(path: str, **limits: Any) -> tuple[int, Scope]:
         principal = Principal(tenant="acme", key_id="k", limits=Limits(**limits))

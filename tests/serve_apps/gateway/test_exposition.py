@@ -57,7 +57,7 @@ def whole(base: BaseModel) -> list[Family]:
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
-    return together([gateway.families(directory, routed, resumes), None], {base.name: OfBase(3, replicas)})
+    return together([gateway.families(directory, routed, resumes, 2), None], {base.name: OfBase(3, replicas)})
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:
@@ -132,7 +132,7 @@ def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
         counted = GatewayMetrics(name)
         for _ in range(num_requests):
             counted.answered("/v1/completions", 200)
-        gateways.append(counted.families(directory, {base.name: {"pool": num_requests}}, {}))
+        gateways.append(counted.families(directory, {base.name: {"pool": num_requests}}, {}, 0))
     samples = {
         (s.name, s.labels.get("gateway")): s.value
         for f in parse(encode(together(gateways, {}), "").body.decode())
@@ -188,6 +188,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
     assert samples["loray_catalog_adapters",] == 1
     assert 0 <= samples["loray_catalog_age_seconds",] < 60
     assert samples["loray_http_requests_in_flight",] == 1  # the scrape
+    assert samples["loray_http_requests_waiting",] == 0
 
 
 def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
