@@ -170,3 +170,50 @@ def test_mixed_dtypes_go_to_the_reference(ops: Ops) -> None:
     table = LoraTable(rows(12, 72, 0), rows(12, 48, 0), (0, 8, 12), (1.0, 2.0))
     (got,), (want,) = (o.lora_shrink(x_TI, pool, (table,), Segments((0, 1), (1, 21)), 0) for o in (ops, REFERENCE))
     near(got, want, torch.float32)
+
+
+def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[torch.Tensor, AttentionMeta]:
+    """A pool whose blocks are scattered, and a step of a query for each context. What no sequence has is no number."""
+    size = layout.block_tokens
+    lengths = [-(-context // size) for context in contexts]
+    blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
+    pool = randn(2, dtype, sum(lengths), layout.num_layers, 2, size, layout.num_kv_heads, layout.head_dim)
+    for own, context in zip(blocks, contexts, strict=True):
+        if context % size:
+            pool[own[-1], :, :, context % size :] = torch.nan
+    meta = AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.zeros(len(contexts)).long())
+    return pool.flatten(), meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_heads", "num_kv", "d"), [(9, 3, 64), (8, 2, 128), (12, 1, 128), (2, 2, 64), (20, 1, 64)])
+@pytest.mark.parametrize("block_tokens", [16, 48])
+def test_heads_of_a_decode_step(
+    ops: Ops, num_heads: int, num_kv: int, d: int, block_tokens: int, dtype: torch.dtype
+) -> None:
+    layout = KvLayout(num_layers=2, block_tokens=block_tokens, num_kv_heads=num_kv, head_dim=d)
+    pool, meta = decode_step(dtype, [1, 15, 16, 63, 255, 256, 257, 530, 700], layout)
+    q_THd = 2 * randn(5, dtype, 9, num_heads, d)
+    got = ops.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5)
+    near(got, REFERENCE.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_that_begin_anywhere(ops: Ops, dtype: torch.dtype) -> None:
+    """As a slice of a wider row, whose address is no multiple of 16 bytes."""
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=64)
+    pool, meta = decode_step(dtype, [5, 40], layout)
+    q_THd = randn(5, dtype, 2, 4 * 64 + 3)[:, 3:].unflatten(1, (4, 64))
+    near(
+        ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
+        REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125),
+        dtype,
+    )
+
+
+def test_padding_has_no_keys(ops: Ops) -> None:
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=128)
+    pool, meta = decode_step(torch.float16, [3, 0, 300], layout)
+    got = ops.paged_attention(randn(5, torch.float16, 3, 2, 128), pool, layout, 0, meta, 0.125)
+    assert torch.equal(got[1], torch.zeros_like(got[1]))
+    assert bool(got.isfinite().all())

@@ -31,6 +31,9 @@ struct Dim {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -223,6 +226,7 @@ inline unsigned short float_to_half(float v) {
 #define blockDim (shim::threads)
 
 inline void __syncthreads() { shim::wait(shim::block); }
+inline void __syncwarp() { shim::wait(shim::own_warp().barrier); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = static_cast<int>((shim::current - shim::fibers.data()) % shim::WARP);
   return shim::exchange(value, lane ^ mask);

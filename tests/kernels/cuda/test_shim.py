@@ -137,16 +137,17 @@ def test_tables_of_many_sequences_start_one_after_another() -> None:
     assert tables.pack_attention(meta, layout).table_start.tolist() == [0, 3, 4, 5]
 
 
-def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 16), (torch.bfloat16, 64)])
+def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d: int) -> None:
     """Padding has no keys and writes none, and nothing is left of an earlier step in the tensors."""
-    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=d)
     max_blocks = 20
     blocks = torch.zeros(6 * max_blocks + 1, dtype=torch.int64)
     tokens, whole = torch.zeros(6, dtype=torch.int64), Decoding(layout, 6, max_blocks, (), torch.device("cpu"))
     padded = PaddedStep(4, 2, blocks, tokens, whole)
-    q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)
+    q_THd, k_TKd = randn(6, dtype, 4, 4, d), randn(7, dtype, 4, 2, d)
     for contexts in ([300, 20, 16, 5], [7, 290]):
-        pool, meta = decoding(torch.float32, contexts, layout)
+        pool, meta = decoding(dtype, contexts, layout)
         num, expected = len(contexts), pool.clone()
         seats = np.array([5, 1, 0, 2][:num])
         places = [int(s) * max_blocks + i for s, t in zip(seats, meta.block_table, strict=True) for i in range(len(t))]

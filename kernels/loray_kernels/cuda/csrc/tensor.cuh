@@ -63,7 +63,8 @@ template <class T, int D>
 __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group,
                                   const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,
                                   float scale, float *partial) {
-  __shared__ float sums[WARPS][GROUP][D], tops[WARPS][GROUP], weights[WARPS][GROUP];
+  __shared__ float2 sums[WARPS][GROUP][D / 2 + 4]; // as the threads have them; 4 more, so that no bank has two heads
+  __shared__ float tops[WARPS][GROUP], weights[WARPS][GROUP];
   const i64 sequence = items[2 * blockIdx.x], token = items[2 * blockIdx.x + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
   const int start = static_cast<int>(blockIdx.z) * size, stop = min(start + size, context);
@@ -88,6 +89,7 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
     const T *values = keys + cache.values() + 8 * row;
     const int left = stop - begin;
 
+    bool exists[4];
     uint4 key[2][D / 32], value[4][D / 64]; // keys row, row + 8; values of keys 2 quarter, + 1, + 8, + 9
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -97,11 +99,13 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int own = 2 * quarter + i % 2 + i / 2 * 8;
+      exists[i] = own < left;
 #pragma unroll
       for (int t = 0; t < D / 64; t++) // what is behind the last key may be no number
-        value[i][t] = own < left ? *reinterpret_cast<const uint4 *>(values + own * key_stride + 64 * t) : uint4{};
+        value[i][t] = exists[i] ? *reinterpret_cast<const uint4 *>(values + own * key_stride + 64 * t) : uint4{};
     }
 
+    __syncwarp();
     float score[2][4] = {}; // of the thread's head: keys 2 quarter, + 1; in the second + 8, + 9
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -113,7 +117,7 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
     float share[4], largest = top;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      share[i] = 2 * quarter + i % 2 + i / 2 * 8 < left ? score[i / 2][i % 2] * scale : LOWEST;
+      share[i] = exists[i] ? score[i / 2][i % 2] * scale : LOWEST;
       largest = fmaxf(largest, share[i]);
     }
     largest = quad_max(largest);
@@ -121,7 +125,7 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
     weight *= factor;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      share[i] = expf(share[i] - largest);
+      share[i] = exists[i] ? expf(share[i] - largest) : 0.0f;
       weight += share[i];
     }
     top = largest;
@@ -145,21 +149,22 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
 
   weight = quad_sum(weight);
   if (quarter == 0) tops[warp][row] = top, weights[warp][row] = weight;
+  if (row < heads) {
 #pragma unroll
-  for (int n = 0; n < D / 8; n++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) sums[warp][row][n / 8 * 64 + 8 * (2 * quarter + i) + n % 8] = sum[n][i];
+    for (int n = 0; n < D / 8; n++) sums[warp][row][4 * n + quarter] = float2{sum[n][0], sum[n][1]};
+  }
   __syncthreads();
 
   for (int e = tid; e < heads * D; e += THREADS) {
-    const int g = e / D, column = e % D;
+    const int g = e / D, column = e % D, place = (column / 64 * 8 + column % 8) * 8 + column % 64 / 8;
     float largest = LOWEST, total = 0.0f, whole = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, tops[w][g]);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
       const float factor = expf(tops[w][g] - largest);
-      total += factor * sums[w][g][column], whole += factor * weights[w][g];
+      const float2 two = sums[w][g][place / 2];
+      total += factor * (place % 2 ? two.y : two.x), whole += factor * weights[w][g];
     }
     if (context <= SPLIT) {
       store(out + (token * num_heads + head + g) * D + column, context ? total / whole : 0.0f);
