@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -95,6 +96,8 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
         and error.retry_after_s is not None
     ):
         retry_after = error.retry_after_s
+        if isinstance(error, Overloaded):  # an engine tells all the same time, and they would come back together
+            retry_after *= 1.5 - 0.5 * random.random()
     param = error.param if isinstance(error, RequestError) else kind.param
     failure = _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
     return failure._replace(headers={**failure.headers, **error.headers}) if isinstance(error, RateLimited) else failure

@@ -13,6 +13,7 @@ from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
+from serve_apps.gateway.errors import failure_of
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import (
@@ -117,7 +118,7 @@ def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> N
 @pytest.mark.parametrize(
     ("failure", "status", "code", "retry_after"),
     [
-        (Overloaded("full", retry_after_s=2.3), 429, "overloaded", "3"),
+        (Overloaded("full", retry_after_s=2.0), 429, "overloaded", "3"),
         (EngineError("lost"), 503, "engine_unavailable", "1"),
         (StoreError("no answer"), 503, "store_unavailable", "5"),
         (StoreError("no answer", retry_after_s=31.5), 503, "store_unavailable", "32"),
@@ -151,6 +152,11 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client_of: Any, b
         assert last["error"]["message"] == "the replica was lost"
         assert last["error"].keys() == {"message", "type", "param", "code"}
         error_of(client.post("/v1/chat/completions", json=body | {"stream": False}), 503)
+
+
+def test_who_finds_an_engine_full_comes_back_at_a_time_of_its_own() -> None:
+    times = [float(failure_of(Overloaded("full", retry_after_s=2.0)).headers["Retry-After-Ms"]) for _ in range(100)]
+    assert 2000 < min(times) < 2250 < 2750 < max(times) <= 3000
 
 
 def test_one_failed_choice_ends_the_others(client_of: Any, base: BaseModel) -> None:
