@@ -40,6 +40,7 @@ class Costs(NamedTuple):
     contention: float
     outside: Floats
     before_choice: float
+    end_known: float
 
 
 class Waits(NamedTuple):
@@ -87,7 +88,19 @@ def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int) -> Costs
     on_way = (waits.routed / (1 + contention * waits.beside))[is_short]
     quantiles = np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE)
     load, share = loads[0] if has_loads else float("nan"), min(1.0, float(on_way.mean() / outside.mean()))
-    return Costs(step, row, prompt, pair, load, contention, quantiles, share)
+    return Costs(step, row, prompt, pair, load, contention, quantiles, share, end_known_s(good))
+
+
+def end_known_s(seen: Sequence[Seen]) -> float:
+    """From a request's last token until its router knew, by Little's law: how many more requests the router knew than
+    there were, by how many come. 0 where the router wrote down none.
+    """
+    told = [s for s in seen if s.loads]
+    if len(told) < _FEWEST:
+        return 0.0
+    routed, last = (np.array([getattr(s, name) for s in seen]) for name in ("routed", "last"))
+    too_many = [sum(s.loads) - 1 - ((routed < s.routed) & (last > s.routed)).sum() for s in told]
+    return max(0.0, float(np.mean(too_many)) * float(np.ptp(routed)) / len(seen))
 
 
 def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
@@ -166,6 +179,7 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
         place_byte_s=0.0,
         outside_s=tuple(costs.outside.tolist()),
         before_choice=costs.before_choice,
+        end_known_s=costs.end_known,
         contention=costs.contention,
         start_s=20.0,
         kv_token_bytes=block_bytes / spec.block_tokens,

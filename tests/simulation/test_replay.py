@@ -41,6 +41,15 @@ def test_what_follows_the_choice_is_spent_on_the_replica() -> None:
         assert (outcome.ttft_R > 1.0).all()
 
 
+def test_a_router_may_hear_late_of_an_end() -> None:
+    """The second request comes when the first has ended: a router that does not know yet sends it elsewhere."""
+    rows = requests((0.0, 8, 1, 0), (0.5, 8, 1, 0), (9.0, 8, 1, 0))
+    for late, slots in ((0.0, [0, 0, 0]), (1.0, [0, 1, 0])):
+        policy = Policy("two", _First(), Fixed(2))
+        outcome = Simulator(rows, PROFILE.model_copy(update={"end_known_s": late}), policy, initial=2, size=2).run()
+        assert (outcome.slot_R - outcome.slot_R[0]).tolist() in (slots, [-slot for slot in slots])
+
+
 class _First(Slots):
     """The first of the replicas with the fewest requests."""
 

@@ -22,13 +22,14 @@ class Router(Protocol):
 
 
 class Member:
-    """One replica from its start until it has ended."""
+    """One replica from its start until it has ended. `num_unknown`: requests of whose end the router does not know."""
 
-    __slots__ = ("ended_at", "name", "replica", "slot", "started_at")
+    __slots__ = ("ended_at", "name", "num_unknown", "replica", "slot", "started_at")
 
     def __init__(self, slot: int, name: str, replica: Replica, started_at: float) -> None:
         self.slot, self.name, self.replica, self.started_at = slot, name, replica, started_at
         self.ended_at: float | None = None
+        self.num_unknown = 0
 
 
 class Cluster:

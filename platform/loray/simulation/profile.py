@@ -41,6 +41,9 @@ class Profile(BaseModel):
         le=1,
         description="share of that before the router chooses; with the rest it is on its replica",
     )
+    end_known_s: float = Field(
+        default=0.0, ge=0, description="from a request's last token until the router knows that it has ended"
+    )
     contention: float = Field(
         default=0.0,
         ge=0,

@@ -17,7 +17,7 @@ from loray.simulation.replica import Ended, Job
 from loray.simulation.workload.requests import Floats, Ints, Requests
 
 _DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
-_REPLICA, _LOADED, _ROUTE, _HANDED, _READY, _DECIDE = range(6)
+_REPLICA, _LOADED, _ROUTE, _HANDED, _KNOWN, _READY, _DECIDE = range(7)
 _Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
 
 
@@ -157,6 +157,10 @@ class Simulator:
                 self._took(what, what.replica.advance(now))
         elif kind == _LOADED:
             self._end_load(what, adapter, now)
+        elif kind == _KNOWN:
+            member, num = what
+            member.num_unknown -= num
+            self._tell_load(member)
         elif kind == _HANDED:
             member, job = what
             self._handed(member, job, now)
@@ -180,7 +184,7 @@ class Simulator:
         self._clock.joined(not replica.num_jobs, now)
         replica.num_jobs += 1
         self._slot_R[job.index] = slot
-        self._policy.router.load_changed(slot, replica.num_jobs)
+        self._tell_load(member)
         self._policy.scaler.arrived(member, job, seconds)
         if rest := float(self._outside_R[job.index]) * (1 - self._profile.before_choice):
             self._push(now + rest, _HANDED, (member, job))
@@ -231,10 +235,17 @@ class Simulator:
             self._clock.joined(-(not replica.num_jobs), now)
             if member in self.cluster.ending:
                 self.cluster.end_if_idle(member, seconds(now))
+            elif late := self._profile.end_known_s:
+                member.num_unknown += len(ended.finished)
+                self._push(now + late, _KNOWN, (member, len(ended.finished)))
             else:
-                self._policy.router.load_changed(member.slot, replica.num_jobs)
+                self._tell_load(member)
         if replica.next_event < math.inf:
             self._push(max(now, replica.next_event), _REPLICA, member)
+
+    def _tell_load(self, member: Member) -> None:
+        if self.cluster.members.get(member.slot) is member:
+            self._policy.router.load_changed(member.slot, member.replica.num_jobs + member.num_unknown)
 
     def _decide(self, now: float) -> None:
         cluster = self.cluster

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.cluster.__main__ import Run, _simulated
 from benchmarks.cluster.client import Seen
 from benchmarks.cluster.crowd import Crowd
-from benchmarks.cluster.fitting import decoding, fit, profile, undisturbed
+from benchmarks.cluster.fitting import decoding, end_known_s, fit, profile, undisturbed
 from benchmarks.cluster.rows import row
 from benchmarks.cluster.trace import Asked, Load, make_trace
 from benchmarks.cluster.world import Figures
@@ -106,6 +106,15 @@ def test_what_a_simulation_was_given_is_found_in_its_requests() -> None:
     for tokens in (500, 3000):
         found = tokens * costs.prompt + tokens**2 / 2 * costs.pair
         assert found == pytest.approx(tokens * given.prompt_s + tokens**2 / 2 * given.pair_s, rel=0.1)
+
+
+def test_how_late_a_router_knows_of_ends_is_in_what_it_knew() -> None:
+    """One request comes a second; who knows half a request too many in the mean knows of ends half a second late."""
+    made = [seen(float(i), routed=float(i), first=i + 0.1, last=i + 0.2) for i in range(101)]
+    assert end_known_s(made) == 0.0
+    for i, one in enumerate(made):
+        one.loads = (1, i % 2)
+    assert end_known_s(made) == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_request_may_come_while_others_decode() -> None:
