@@ -17,36 +17,24 @@ from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import BackendUnavailable, Ops, TokenEdits, backend
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from tests.engine.sampling.mixes import EOS, check
-from tests.kernels.cuda.shim import ShimLauncher
+from tests.kernels.cuda.shim import NotingLauncher
 
 VOCAB = 1000
 REFERENCE = backend("reference")
 
 
-class Counting:
-    """A launcher that remembers which kernels it has launched."""
-
-    def __init__(self) -> None:
-        self._launcher, self.kernels = ShimLauncher(), list[str]()
-
-    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
-        self.kernels.append(kernel)
-        self._launcher(kernel, grid, threads, arguments)
-
-
 @pytest.fixture
-def launcher() -> Counting:
+def launcher() -> NotingLauncher:
     try:
-        return Counting()
+        return NotingLauncher()
     except BackendUnavailable as e:
         pytest.skip(str(e))
 
 
 @pytest.fixture
-def ops(launcher: Counting) -> Ops:
+def ops(launcher: NotingLauncher) -> Ops:
     return CudaOps(Gather(launcher), cast(Any, None))
 
 
@@ -64,7 +52,7 @@ def test_tokens_are_the_references(
     check(ops, REFERENCE, vocab=vocab, spread=spread, num=num, num_steps=num_steps, rounded=rounded)
 
 
-def test_a_step_has_two_launches_whatever_its_rows_want(ops: Ops, launcher: Counting) -> None:
+def test_a_step_has_two_launches_whatever_its_rows_want(ops: Ops, launcher: NotingLauncher) -> None:
     sampler, logits_SV = Sampler(ops, (EOS,)), torch.randn(3, VOCAB)
     sampler(logits_SV, [make(0), make(1, temperature=0), make(2, min_p=0.1)])
     assert launcher.kernels == ["sample_fp32"]

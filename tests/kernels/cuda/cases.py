@@ -172,17 +172,24 @@ def test_mixed_dtypes_go_to_the_reference(ops: Ops) -> None:
     near(got, want, torch.float32)
 
 
-def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[torch.Tensor, AttentionMeta]:
-    """A pool whose blocks are scattered, and a step of a query for each context. What no sequence has is no number."""
+def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[Tensor, AttentionMeta]:
+    """A pool, and a step in which each sequence has one query; its blocks are scattered over the pool."""
     size = layout.block_tokens
     lengths = [-(-context // size) for context in contexts]
     blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
-    pool = randn(2, dtype, sum(lengths), layout.num_layers, 2, size, layout.num_kv_heads, layout.head_dim)
-    for own, context in zip(blocks, contexts, strict=True):
-        if context % size:
-            pool[own[-1], :, :, context % size :] = torch.nan
-    meta = AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.zeros(len(contexts)).long())
-    return pool.flatten(), meta
+    slots = [int(b[(c - 1) // size]) * size + (c - 1) % size if c else 0 for b, c in zip(blocks, contexts, strict=True)]
+    pool = randn(2, dtype, sum(lengths) * layout.num_layers * layout.layer_share)
+    return pool, AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.tensor(slots))
+
+
+def decode_step(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[Tensor, AttentionMeta]:
+    """The same; what no sequence has is no number."""
+    pool, meta = decoding(dtype, contexts, layout)
+    for own, context in zip(meta.block_table, contexts, strict=True):
+        if used := context % layout.block_tokens:
+            blocks = pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
+            blocks[own[-1], :, :, used:] = torch.nan
+    return pool, meta
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -43,6 +43,17 @@ class ShimLauncher:
         assert not stuck, f"{kernel}: a barrier that not every thread reaches"
 
 
+class NotingLauncher:
+    """A ShimLauncher that remembers which kernels it has launched."""
+
+    def __init__(self) -> None:
+        self._launcher, self.kernels = ShimLauncher(), list[str]()
+
+    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        self.kernels.append(kernel)
+        self._launcher(kernel, grid, threads, arguments)
+
+
 def pointers(kernel: str, arguments: Sequence[Argument]) -> list[tuple[str, int]]:
     """(name, address) of the arguments that are addresses, without null."""
     parameters = _parameters(kernel)
@@ -55,7 +66,8 @@ def pointers(kernel: str, arguments: Sequence[Argument]) -> list[tuple[str, int]
 def _parameters(kernel: str) -> list[str]:
     """Names, with a star before those of addresses."""
     source = (SOURCES / file_of(kernel)).read_text().replace("\\\n", " ")
-    name = re.sub("_(bf16|fp16|fp32)$", "", kernel) + r"(?:_##suffix|_fp32)"
+    name = re.sub("_(bf16|fp16|fp32)$", "", kernel)
+    name = re.sub(r"(\d+)$", r"(?:\1|##D##)", name) + r"(?:_##suffix|_fp32)"
     found = re.search(rf"__global__\s+void\s+__launch_bounds__\([^)]*\)\s+{name}\(([^)]*)\)", source)
     assert found is not None, f"{kernel} has no signature in {file_of(kernel)}"
     return [parameter.split()[-1] for parameter in found[1].split(",")]

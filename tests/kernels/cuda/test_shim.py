@@ -40,6 +40,7 @@ from loray_kernels.sampling import draws
 from loray_kernels.sampling.choosing import MAX_TOP
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,
+    decoding,
     near,
     randn,
     test_mixed_dtypes_go_to_the_reference,
@@ -69,16 +70,6 @@ def ops(launcher: ShimLauncher, monkeypatch: pytest.MonkeyPatch) -> Ops:
     """The tokens of every adapter are gathered, however many it has."""
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
     return CudaOps(Gather(launcher), cast(Any, None))
-
-
-def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[torch.Tensor, AttentionMeta]:
-    """A pool, and a step in which each sequence has one query; its blocks are scattered over the pool."""
-    lengths = [-(-context // layout.block_tokens) for context in contexts]
-    blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
-    size = layout.block_tokens
-    slots = [int(b[(c - 1) // size]) * size + (c - 1) % size for b, c in zip(blocks, contexts, strict=True)]
-    pool = randn(2, dtype, sum(lengths) * layout.num_layers * layout.layer_share)
-    return pool, AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.tensor(slots))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

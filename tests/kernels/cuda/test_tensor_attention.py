@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from loray_kernels import AttentionMeta, BackendUnavailable, KvLayout
 from loray_kernels.cuda import tables
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,
@@ -22,30 +20,19 @@ from tests.kernels.cuda.cases import (  # noqa: F401
     test_padding_has_no_keys,
     test_queries_that_begin_anywhere,
 )
-from tests.kernels.cuda.shim import ShimLauncher
-
-
-class Noted:
-    """A launcher that keeps the names of what it launches."""
-
-    def __init__(self, launcher: ShimLauncher) -> None:
-        self._launcher, self.kernels = launcher, list[str]()
-
-    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
-        self.kernels.append(kernel)
-        self._launcher(kernel, grid, threads, arguments)
+from tests.kernels.cuda.shim import NotingLauncher
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Noted:
+def launcher() -> NotingLauncher:
     try:
-        return Noted(ShimLauncher())
+        return NotingLauncher()
     except BackendUnavailable as e:
         pytest.skip(str(e))
 
 
 @pytest.fixture
-def ops(launcher: Noted) -> CudaOps:
+def ops(launcher: NotingLauncher) -> CudaOps:
     launcher.kernels.clear()
     return CudaOps(Gather(launcher), cast(Any, None))
 
@@ -64,7 +51,7 @@ def test_long_contexts_and_company(ops: CudaOps) -> None:
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_they_take_what_they_can_read(ops: CudaOps, launcher: Noted, d: int) -> None:
+def test_they_take_what_they_can_read(ops: CudaOps, launcher: NotingLauncher, d: int) -> None:
     layout = KvLayout(num_layers=2, block_tokens=32, num_kv_heads=2, head_dim=d)
     pool, meta = decode_step(torch.bfloat16, [16, 300], layout)
     ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, 0.1)
@@ -82,7 +69,7 @@ def test_they_take_what_they_can_read(ops: CudaOps, launcher: Noted, d: int) -> 
     ],
 )
 def test_what_they_cannot_read_is_not_theirs(
-    ops: CudaOps, launcher: Noted, dtype: torch.dtype, block_tokens: int, d: int, first: int
+    ops: CudaOps, launcher: NotingLauncher, dtype: torch.dtype, block_tokens: int, d: int, first: int
 ) -> None:
     """Another type, blocks that are cut elsewhere, other heads, and a pool that begins between 16 bytes."""
     layout = KvLayout(num_layers=1, block_tokens=block_tokens, num_kv_heads=1, head_dim=d)

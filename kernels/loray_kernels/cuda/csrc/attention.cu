@@ -159,26 +159,20 @@ __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_d
   LORAY_EXPORT(attention_decode_##suffix)                                                                              \
   LORAY_EXPORT(attention_combine_##suffix)
 
-#define LORAY_DEFINE_TENSOR(suffix, T)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor64_##suffix(                    \
+#define LORAY_DEFINE_TENSOR(D, suffix, T)                                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor##D##_##suffix(                 \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
       float scale, float *partial) {                                                                                   \
-    decode_by_tensors<T, 64>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, \
-                             items, context_len, table_start, blocks, scale, partial);                                 \
+    decode_by_tensors<T, D>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group,  \
+                            items, context_len, table_start, blocks, scale, partial);                                  \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor128_##suffix(                   \
-      const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
-      i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
-      float scale, float *partial) {                                                                                   \
-    decode_by_tensors<T, 128>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim},       \
-                              group, items, context_len, table_start, blocks, scale, partial);                         \
-  }                                                                                                                    \
-  LORAY_EXPORT(attention_tensor64_##suffix)                                                                            \
-  LORAY_EXPORT(attention_tensor128_##suffix)
+  LORAY_EXPORT(attention_tensor##D##_##suffix)
 
 LORAY_DEFINE(bf16, bf16)
 LORAY_DEFINE(fp16, fp16)
 LORAY_DEFINE(fp32, float)
-LORAY_DEFINE_TENSOR(bf16, bf16)
-LORAY_DEFINE_TENSOR(fp16, fp16)
+LORAY_DEFINE_TENSOR(64, bf16, bf16)
+LORAY_DEFINE_TENSOR(128, bf16, bf16)
+LORAY_DEFINE_TENSOR(64, fp16, fp16)
+LORAY_DEFINE_TENSOR(128, fp16, fp16)

@@ -11,22 +11,21 @@
 constexpr int WARPS = THREADS / 32;
 constexpr int KEYS = 16; // of a warp at a time
 
+#define LORAY_MMA(type)                                                                                                \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
+               "{%0,%1,%2,%3};"                                                                                        \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                        \
+               : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1))
+
 // c += a · b, where rows 8 to 15 of a are zero: a (heads, 16 k) in two registers, b (16 k, 8) in two.
 template <class T> __device__ inline void multiply(float (&c)[4], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
 #ifdef LORAY_SHIM
   shim::multiply<T>(c, {a0, 0, a2, 0, b0, b1});
 #else
-  const unsigned zero = 0;
   if constexpr (is_bf16(T{}))
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(zero), "r"(a2), "r"(zero), "r"(b0), "r"(b1));
+    LORAY_MMA("bf16");
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(zero), "r"(a2), "r"(zero), "r"(b0), "r"(b1));
+    LORAY_MMA("f16");
 #endif
 }
 
