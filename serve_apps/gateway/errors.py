@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping
+from random import uniform
 from typing import NamedTuple
 
 from fastapi import FastAPI
@@ -97,7 +97,7 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
     ):
         retry_after = error.retry_after_s
         if isinstance(error, Overloaded):  # an engine tells all the same time, and they would come back together
-            retry_after *= 1.5 - 0.5 * random.random()
+            retry_after *= uniform(1.0, 1.5)
     param = error.param if isinstance(error, RequestError) else kind.param
     failure = _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
     return failure._replace(headers={**failure.headers, **error.headers}) if isinstance(error, RateLimited) else failure

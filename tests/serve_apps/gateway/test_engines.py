@@ -171,12 +171,11 @@ def test_an_adapter_that_kills_a_replica_is_not_sent_to_the_next(monkeypatch: py
 
     async def run() -> list[int]:
         async with engines_of(handle) as engines:
+            engines._quarantine._clock = lambda: 1e9  # stands still
             for name in ("r", "s"):
                 with pytest.raises(AdapterQuarantined, match="is refused for 60 s") as e:
                     await tokens(engines, replace(REQUEST, request_id=name, adapter=ref))
-                headers = failure_of(e.value).headers
-                assert headers["Retry-After"] == "60"
-                assert 59_000 < int(headers["Retry-After-Ms"]) <= 60_000  # less what has passed since it was refused
+                assert failure_of(e.value).headers == {"Retry-After": "60", "Retry-After-Ms": "60000"}
             return await tokens(engines, replace(REQUEST, adapter=replace(ref, digest="e" * 64)))
 
     assert asyncio.run(run()) == [2]

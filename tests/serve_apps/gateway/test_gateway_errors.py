@@ -13,7 +13,7 @@ from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
-from serve_apps.gateway.errors import failure_of
+from serve_apps.gateway import errors
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import (
@@ -118,7 +118,7 @@ def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> N
 @pytest.mark.parametrize(
     ("failure", "status", "code", "retry_after"),
     [
-        (Overloaded("full", retry_after_s=2.0), 429, "overloaded", "3"),
+        (Overloaded("full", retry_after_s=2.3), 429, "overloaded", "3"),
         (EngineError("lost"), 503, "engine_unavailable", "1"),
         (StoreError("no answer"), 503, "store_unavailable", "5"),
         (StoreError("no answer", retry_after_s=31.5), 503, "store_unavailable", "32"),
@@ -128,6 +128,7 @@ def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> N
     ],
 )
 def test_failures_before_the_first_token_have_their_status(
+    monkeypatch: pytest.MonkeyPatch,
     client_of: Any,
     base: BaseModel,
     failure: Exception,
@@ -136,6 +137,7 @@ def test_failures_before_the_first_token_have_their_status(
     retry_after: str | None,
     stream: bool,
 ) -> None:
+    monkeypatch.setattr(errors, "uniform", min)
     with client_of(ScriptedEngines([failure])) as client:
         response = client.post("/v1/completions", json={"model": base.name, "prompt": "a", "stream": stream})
     error = error_of(response, status)
@@ -155,7 +157,8 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client_of: Any, b
 
 
 def test_who_finds_an_engine_full_comes_back_at_a_time_of_its_own() -> None:
-    times = [float(failure_of(Overloaded("full", retry_after_s=2.0)).headers["Retry-After-Ms"]) for _ in range(100)]
+    failures = [errors.failure_of(Overloaded("full", retry_after_s=2.0)) for _ in range(100)]
+    times = [float(failure.headers["Retry-After-Ms"]) for failure in failures]
     assert 2000 < min(times) < 2250 < 2750 < max(times) <= 3000
 
 
