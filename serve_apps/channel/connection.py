@@ -92,6 +92,9 @@ class Connection:
         self._heartbeat.stop()
         self._reporting.stop()
         self._writer.close()
+        # The loop must forget the socket's number before another socket gets it: it would take the other one for this
+        # one, and never read it.
+        asyncio.get_running_loop().remove_reader(self._sock)
         self._reader.cancel()
         self._sock.close()
         for left in streams.values():

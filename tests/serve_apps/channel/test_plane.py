@@ -10,6 +10,7 @@ import pytest
 from loray.errors import ReplicaUnavailable
 from loray.spec import TokenDelta, TokenLogprobs
 from serve_apps.channel import listener, writer
+from serve_apps.channel.connection import connect
 from serve_apps.channel.listener import Listener
 from tests.serve_apps.channel.plane import LOOPS, NODE, PLACES, Out, everything, go, plane, until
 
@@ -140,6 +141,31 @@ def test_a_broken_connection_is_replaced_and_its_streams_fail(loop: str, monkeyp
             with pytest.raises(ReplicaUnavailable):
                 await late.take()
             gateway.forget(late, "abort")
+
+    go(test, loop)
+
+
+@PLACES
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_next_connection_may_have_the_number_of_the_last_ones_socket(node: str, loop: str) -> None:
+    """The loop has no turn between them."""
+
+    async def test() -> None:
+        async with plane(node=node) as (gateway, _):
+            old = await connect(gateway.address, node, "replica#old")
+            await asyncio.sleep(0)  # it reads
+            number = old._sock.fileno()
+            old.close()
+            new = await connect(gateway.address, node, "replica#new")
+            if loop == "asyncio":
+                assert new._sock.fileno() == number
+            inbox, left = gateway.open(), list[str]()
+            new.watch(inbox.stream, left.append)
+            new.send([(inbox.stream, Out(1))])
+            assert (await inbox.take()).token_ids == (1,)
+            assert gateway.forget(inbox, "stop")
+            await until(lambda: left == ["stop"])
+            new.close()
 
     go(test, loop)
 
