@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from benchmarks.cluster.trials import flood, store
 from benchmarks.cluster.trials.client import Answer, Client, read
 from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
+from benchmarks.processes import at_once
 from benchmarks.serving.systems.client import Received
 
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbusy"
@@ -151,16 +153,22 @@ def test_what_is_asked_of_a_store_that_is_away(fields: dict[str, Any], said: str
     assert (said in found[0]) if said else not found
 
 
+def test_clients_run_at_once_where_the_user_may() -> None:
+    with at_once() as may:
+        assert os.sched_getscheduler(0) == (os.SCHED_RR if may else os.SCHED_OTHER)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_what_is_asked_of_a_flood() -> None:
     told = Told({"200": 7, "429": 3}, 40.0, 4.0)
     parts = [
-        flood.Part("none", Tail(200, 0, 0.01, 0.02), 1.0, None, []),
-        flood.Part("without limits", Tail(200, 2, 0.02, 0.031), 2.0, told, ["429"]),
-        flood.Part("within limits", Tail(200, 0, 0.02, 0.029), 1.1, told, []),
+        flood.Part("none", Tail(200, 0, 0.01, 0.02), 1.0, 0.001, None, []),
+        flood.Part("without limits", Tail(200, 2, 0.02, 0.031), 2.0, 0.001, told, ["429"]),
+        flood.Part("within limits", Tail(200, 0, 0.02, 0.029), 1.1, 0.001, told, []),
     ]
     found = flood.Found(parts)
     assert [text.split(":")[0] for text in missed(found.verdicts())] == ["without limits"] * 2
-    assert found.table()[2].split()[-4:] == ["7", "3", "2.00", "0.10"]
+    assert found.table()[2].split()[-6:] == ["7", "3", "2.00", "0.10", "1.0", "ms"]
     assert [part["ratio"] for part in found.to_json()["parts"]] == pytest.approx([1.0, 1.55, 1.45])
 
 

@@ -15,11 +15,13 @@ from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import World
 from benchmarks.machine import busy_seconds
+from benchmarks.processes import at_once
 from loray.spec import Limits
 
 MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
 STEADY, USUAL, LOUD, LIMITED = "steady", "usual", "loud", "limited"  # tenants
 LIMITS = Limits(max_parallel_requests=2, rpm_limit=60, tpm_limit=30_000)  # of the last one
+_LOOK_S = 0.01  # between two looks how late the clients are
 _PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
 
 
@@ -42,11 +44,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`cores`: processors of the machine that were busy."""
+    """`cores`: processors of the machine that were busy; `late_s`: how late the clients' event loop was at most, which
+    is in the times that they measure.
+    """
 
     name: str
     tail: Tail
     cores: float
+    late_s: float
     flood: Told | None
     errors: list[str]
 
@@ -75,7 +80,7 @@ class Found:
     def table(self) -> list[str]:
         lines = [
             f"{'flood':<16} {'other':>6} {'failed':>7} {'p50 TTFT':>10} {'p99 TTFT':>10} {'ratio':>6} "
-            f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11} {'of it flooder':>14}"
+            f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11} {'of it flooder':>14} {'client late':>12}"
         ]
         for part in self.parts:
             p50, p99 = (f"{1e3 * s:.1f} ms" for s in (part.tail.p50_s, part.tail.p99_s))
@@ -83,7 +88,7 @@ class Found:
             lines.append(
                 f"{part.name:<16} {part.tail.num:>6} {part.tail.num_failed:>7} {p50:>10} {p99:>10} "
                 f"{self.ratio(part):>6.2f} {told.num_answered:>17} {told.num_refused:>8} {part.cores:>11.2f} "
-                f"{told.cores:>14.2f}"
+                f"{told.cores:>14.2f} {1e3 * part.late_s:>9.1f} ms"
             )
         return lines
 
@@ -115,24 +120,39 @@ def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
 
 def _part(name: str, flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> Part:
     with ExitStack() as stack:
+        stack.enter_context(at_once())
         told = None if flood is None else stack.enter_context(flooding(flood))
         time.sleep(_PAUSE_S)
         busy, began = busy_seconds(), time.perf_counter()
-        answers = asyncio.run(_ordinary(world, port, keys, plan, plan.num))
+        answers, late_s = asyncio.run(_ordinary(world, port, keys, plan, plan.num))
         cores = (busy_seconds() - busy) / (time.perf_counter() - began)
     time.sleep(_PAUSE_S)
-    return Part(name, Tail.of(answers), cores, told, [a.error for a in answers if a.error][:10])
+    return Part(name, Tail.of(answers), cores, late_s, told, [a.error for a in answers if a.error][:10])
 
 
-async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, num: int) -> list[Answer]:
-    """The requests of `steady`, with those of `usual` beside them. Equal in all parts."""
+async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, num: int) -> tuple[list[Answer], float]:
+    """The requests of `steady`, with those of `usual` beside them. Equal in all parts. And how late the loop was."""
     steady = _requests(plan.rate, num, plan.seed, len(world.names))
     usual = [a for a in _requests(plan.usual_rate, num, plan.seed + 1, len(world.names)) if a.at < steady[-1].at]
+    looking = asyncio.create_task(_lateness())
     answers, _ = await asyncio.gather(
         Client(port, keys[STEADY]).open_loop(world.names, steady, STEADY),
         Client(port, keys[USUAL]).open_loop(world.names, usual, USUAL),
     )
-    return answers
+    looking.cancel()
+    return answers, await looking
+
+
+async def _lateness() -> float:
+    """How late the event loop is at most, in seconds, until this is cancelled."""
+    loop, longest_s = asyncio.get_running_loop(), 0.0
+    while True:
+        due = loop.time() + _LOOK_S
+        try:
+            await asyncio.sleep(_LOOK_S)
+        except asyncio.CancelledError:
+            return longest_s
+        longest_s = max(longest_s, loop.time() - due)
 
 
 def _requests(rate: float, num: int, seed: int, num_adapters: int) -> Sequence[Asked]:
