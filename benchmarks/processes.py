@@ -45,10 +45,11 @@ def title(pid: int) -> str:
 
 
 @contextmanager
-def at_once() -> Iterator[bool]:
+def real_time() -> Iterator[bool]:
     """Meanwhile this thread, and processes that it starts, run as soon as they have something to do, whoever else wants
     the processors: as clients on machines of their own. Yields False, and changes nothing, where this user may not.
     """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except PermissionError:
@@ -57,7 +58,7 @@ def at_once() -> Iterator[bool]:
     try:
         yield True
     finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setscheduler(0, *before)
 
 
 def _pids() -> Iterable[int]:

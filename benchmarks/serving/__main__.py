@@ -23,6 +23,7 @@ import click
 
 from benchmarks import machine
 from benchmarks.machine import describe_machine
+from benchmarks.options import numbers
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pool-bytes", type=int, help="instead of each case's own")
     custom = parser.add_argument_group("a case given by options, instead of a preset")
     custom.add_argument("--adapters", type=int, help="distinct ones; 0 is the base")
-    custom.add_argument("--ranks", type=_numbers, default=(8, 16, 32, 64), help="in turn (default 8,16,32,64)")
+    custom.add_argument("--ranks", type=numbers, default=(8, 16, 32, 64), help="in turn (default 8,16,32,64)")
     custom.add_argument("--modules", choices=("attention", "all"), default="attention")
     custom.add_argument("--alpha", type=float, help="popularity by power law, 1 is uniform; otherwise round robin")
     custom.add_argument("--pool-adapters", type=int, help="how many fit the pool (default all)")
@@ -139,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument("--at-once", type=int, help="closed loop (default 32 where no --rate is given)")
     custom.add_argument("--rate", type=float, help="open loop: requests/s")
     custom.add_argument("--cv", type=float, default=1.0, help="of the inter-arrival times")
-    custom.add_argument("--inputs", type=_numbers, default=(64, 64), help="tokens, LOW,HIGH")
-    custom.add_argument("--outputs", type=_numbers, default=(32, 32), help="tokens, LOW,HIGH")
+    custom.add_argument("--inputs", type=numbers, default=(64, 64), help="tokens, LOW,HIGH")
+    custom.add_argument("--outputs", type=numbers, default=(32, 32), help="tokens, LOW,HIGH")
     custom.add_argument("--seed", type=int, default=0)
     custom.add_argument("--max-num-seqs", type=int, default=32)
     return parser
@@ -186,10 +187,6 @@ def _by_set(todo: Sequence[Case]) -> Mapping[AdapterSet | None, list[Case]]:
 def _peer(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     return name, python or sys.executable
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.options import numbers
 from loray.bases.registry import add_base
 from loray.settings import Settings
 from loray.text.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts: list[str] = pq.read_table(args.books, columns=["text"])["text"].to_pylist()
     pages = [page for text in texts for page in text.split("\n\n") if len(page) in _PAGE]
     draw = random.Random(args.seed)
-    rows = [{"messages": lookups(pages, int(n), tokenizer, draw)} for n in args.tokens.split(",")]
+    rows = [{"messages": lookups(pages, n, tokenizer, draw)} for n in args.tokens]
     pq.write_table(pa.Table.from_pylist(rows), args.out)
 
 
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("books", type=Path)
     add("out", type=Path)
-    add("--tokens", required=True, help="of each row, divided by commas")
+    add("--tokens", type=numbers, required=True, help="of each row, divided by commas")
     add("--seed", type=int, default=1)
     add("--base", default="smollm2", help="whose tokenizer counts, or the folder of a checkpoint")
     add("--home", type=Path, default=Settings.from_env().home, help="where the base is, or is made")

@@ -20,7 +20,7 @@ from benchmarks.cluster.trials import flood, store
 from benchmarks.cluster.trials.client import Answer, Client, read
 from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
-from benchmarks.processes import at_once
+from benchmarks.processes import real_time
 from benchmarks.serving.systems.client import Received
 
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\ncontent-length: 4\r\n\r\nbusy"
@@ -153,8 +153,8 @@ def test_what_is_asked_of_a_store_that_is_away(fields: dict[str, Any], said: str
     assert (said in found[0]) if said else not found
 
 
-def test_clients_run_at_once_where_the_user_may() -> None:
-    with at_once() as may:
+def test_clients_run_first_where_the_user_may() -> None:
+    with real_time() as may:
         assert os.sched_getscheduler(0) == (os.SCHED_RR if may else os.SCHED_OTHER)
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 

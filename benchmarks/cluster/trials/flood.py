@@ -15,7 +15,7 @@ from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import World
 from benchmarks.machine import busy_seconds
-from benchmarks.processes import at_once
+from benchmarks.processes import real_time
 from loray.spec import Limits
 
 MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
@@ -120,7 +120,7 @@ def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
 
 def _part(name: str, flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> Part:
     with ExitStack() as stack:
-        stack.enter_context(at_once())
+        stack.enter_context(real_time())
         told = None if flood is None else stack.enter_context(flooding(flood))
         time.sleep(_PAUSE_S)
         busy, began = busy_seconds(), time.perf_counter()
