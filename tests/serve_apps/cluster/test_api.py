@@ -110,7 +110,9 @@ def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Se
     spec = TrainSpec.parse(RECIPE, source="the test")
     served.catalog.add_job("silent", name="silent", recipe=spec)
     client, server = JobSubmissionClient(ray_cluster.address), RayJobServer(lambda: ray_cluster.address)
-    client.submit_job(submission_id="silent", entrypoint="seq 400000 && echo working && exit 3")
+    # Ray's own first line comes to the log when its buffer is flushed, which may be after the driver has begun.
+    first = "until grep -q ^Running /proc/$$/fd/1; do sleep 0.01; done"
+    client.submit_job(submission_id="silent", entrypoint=f"{first}; seq 400000 && echo working && exit 3")
     until(lambda: catalog.job("silent").has_ended)
     assert catalog.job("silent").status == "failed"
     assert "exit code 3" in catalog.job("silent").message
