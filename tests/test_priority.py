@@ -10,30 +10,29 @@ import threading
 
 import pytest
 
-from loray.priority import LOWEST, lower_priority, run_soon
+from loray.priority import compute_in_background, run_soon
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-def test_a_thread_lowers_its_own_priority_and_that_of_those_it_makes() -> None:
+def test_a_thread_computes_in_the_background_and_so_do_those_that_it_makes() -> None:
     found: list[int] = []
 
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    def policy() -> int:
+        return os.sched_getscheduler(threading.get_native_id())
 
     def run() -> None:
-        for steps in (2, 40, 1):  # the lowest priority stays
-            lower_priority(steps)
-            found.append(niceness())
-        inner = threading.Thread(target=lambda: found.append(niceness()))
+        compute_in_background()
+        found.append(policy())
+        inner = threading.Thread(target=lambda: found.append(policy()))
         inner.start()
         inner.join()
 
-    before = niceness()
+    before = policy()
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [min(LOWEST, before + 2), LOWEST, LOWEST, LOWEST]
-    assert niceness() == before
+    assert found == [os.SCHED_IDLE] * 2
+    assert policy() == before
 
 
 def slice_ns(thread: int) -> int:

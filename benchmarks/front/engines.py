@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
 
@@ -42,7 +42,7 @@ class FakeEngines:
         finally:
             steps.leave(queue)
 
-    def running(self) -> AbstractAsyncContextManager[None]:
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     async def healthy(self) -> bool:

@@ -23,7 +23,7 @@ from jobs.workers.threads import num_threads
 from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
-from loray.priority import COMPUTING, lower_priority
+from loray.priority import compute_in_background
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
@@ -65,7 +65,7 @@ def run(config: WorkerConfig) -> str | None:
     configure_logging(config["log_level"])
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
     if not spec.use_gpu:
-        lower_priority(COMPUTING)  # as an engine's
+        compute_in_background()  # as an engine
     torch.set_num_threads(_num_threads())
     try:
         base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])

@@ -8,21 +8,16 @@ import struct
 import sys
 import threading
 
-LOWEST = 19
-COMPUTING = 4  # steps: of engines and of training, beside what takes requests and passes on their tokens
 
+def compute_in_background() -> None:
+    """The calling thread, and threads that it makes from now on, compute: they run while nothing else of their session
+    or container wants the processor, and at least for some percent of the time.
 
-def lower_priority(steps: int) -> None:
-    """Of the calling thread, and of threads that it makes from now on. `steps`: of niceness, of which each is some 25 %
-    of a processor beside a thread of the priority before.
-
-    It is relative, since Ray's workers begin at niceness 15, and only root may raise a priority. Does nothing where
-    threads have no priorities of their own.
+    Linux's SCHED_IDLE, which anybody may ask for, and which only who may raise priorities leaves again. What takes
+    requests and passes on their tokens wants a processor for moments, and gets it at once. Does nothing elsewhere.
     """
     if sys.platform == "linux":
-        thread = threading.get_native_id()
-        niceness = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, max(niceness, min(LOWEST, niceness + steps)))
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
@@ -11,7 +12,19 @@ from typing import Any
 from loray.serving.routing_report import Held
 from loray.telemetry import get_logger
 from serve_apps.channel.address import Address, dial
-from serve_apps.channel.frames import AGAIN, ALIVE, END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
+from serve_apps.channel.frames import (
+    AGAIN,
+    ALIVE,
+    END,
+    HELLO,
+    SENT,
+    WELCOME,
+    FrameError,
+    FrameReader,
+    Output,
+    frame,
+    pack,
+)
 from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.reporting import Reporting
 from serve_apps.channel.writer import Writer
@@ -43,7 +56,7 @@ class Connection:
 
     def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
         """One step's results, each with its stream. Never waits."""
-        self._writer.write(pack(outputs))
+        self._writer.write(frame(SENT, time.monotonic()) + pack(outputs))
 
     def watch(self, stream: int, left: Left) -> None:
         """`left` is called once the gateway wants no more of this stream, or the connection has ended."""

@@ -9,6 +9,7 @@
     ALIVE    both      every few seconds
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
     AGAIN    gateway   a report was missed: the whole, please
+    SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
 one request; the gateway numbers them. `pool`, `host` and `gone` are the eight bytes of each adapter's routing key.
@@ -26,7 +27,7 @@ import msgpack
 from loray.serving.routing_report import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN = range(9)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT = range(10)
 MAX_FRAME = 1 << 20
 _HEADER = struct.Struct("<I")
 _PER_FRAME = 1024  # items, each of at most 800 bytes

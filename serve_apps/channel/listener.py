@@ -9,6 +9,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from serve_apps.channel.frames import (
     PROMPT,
     REPORT,
     SCORED,
+    SENT,
     TOKENS,
     WELCOME,
     FrameError,
@@ -34,6 +36,7 @@ from serve_apps.channel.frames import (
 )
 from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.lateness import Lateness
 from serve_apps.channel.wakes import Wakes
 
 _log = get_logger(__name__)
@@ -47,9 +50,9 @@ _LOST_S = 2.0  # after a connection's end, for the call to say what happened
 class Listener:
     """Used from one event loop."""
 
-    def __init__(self, reports: RoutingReports | None = None) -> None:
-        """`reports` gets what the replicas report."""
-        self._reports = reports or RoutingReports()
+    def __init__(self, reports: RoutingReports | None = None, late: Callable[[float], None] = lambda _: None) -> None:
+        """`reports` gets what the replicas report; `late` by how many seconds each step's tokens come late."""
+        self._reports, self._late = reports or RoutingReports(), late
         self._ids, self._wakes = count(1), Wakes()
         self._inboxes: dict[int, Inbox] = {}
         self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come
@@ -158,6 +161,9 @@ class Listener:
                 inbox = self._of(stream, peer)
                 if inbox is not None:
                     inbox.push(token, finish_reason, num_cached_tokens, *map(unpack_logprobs, scored))
+        elif kind == SENT:
+            (sent_at,) = rest
+            self._late(peer.lateness.of(sent_at, time.monotonic()))
         elif kind == PROMPT:
             stream, part = rest
             inbox = self._of(stream, peer)
@@ -195,6 +201,7 @@ class _Peer(asyncio.Protocol):
         self._listener = listener
         self._shown = b""
         self._frames = FrameReader()
+        self.lateness = Lateness()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._heartbeat: Heartbeat | None = None

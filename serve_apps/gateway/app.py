@@ -47,7 +47,7 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
         await gateway.directory.start()
         async with gateway.canaries.running(), gateway.accounts.running(), AsyncExitStack() as running:
             for base in gateway.bases.values():
-                await running.enter_async_context(base.engines.running())
+                await running.enter_async_context(base.engines.running(gateway.turns.tokens_are_late))
             yield
         for base in gateway.bases.values():
             base.prompts.close()

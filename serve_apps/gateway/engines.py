@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -13,8 +13,10 @@ from loray.spec import GenerateRequest, TokenDelta
 
 
 class Engines(Protocol):
-    def running(self) -> AbstractAsyncContextManager[None]:
-        """What they do beside requests, while the gateway runs."""
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
+        """What they do beside requests, while the gateway runs. `late` is told how late tokens come from another
+        process, as often as they come, by the shortest time that a first token took of late.
+        """
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """Yields deltas as they arrive; those that arrive between two reads are one. Raises LorayError.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from loray.engine.pool.packed import PackedAdapter
-from loray.priority import lower_priority
+from loray.priority import compute_in_background
 from loray.telemetry import get_logger
 from loray_kernels.memory import Recycled
 
@@ -21,17 +21,14 @@ _log = get_logger(__name__)
 
 _MAX_WAIT_S = 0.25  # for the first step on an adapter
 _MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
-_STEPS = 10  # a tenth of the CPU share of a thread of the usual priority
 
 
 class CacheWriter:
-    """One thread of low priority that writes one adapter at a time. A failure is logged and affects no request."""
+    """One thread in the background that writes one adapter at a time. A failure is logged and affects no request."""
 
     def __init__(self) -> None:
         self._free_slots = threading.BoundedSemaphore(_MAX_WAITING)
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="adapter-cache", initializer=lower_priority, initargs=(_STEPS,)
-        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-cache", initializer=compute_in_background)
         self._last: Future[None] | None = None
 
     def submit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 
 from prometheus_client.core import Metric as Family
@@ -33,7 +33,7 @@ class LocalEngines:
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         return self._streams.generate(request, fit=fit)
 
-    def running(self) -> AbstractAsyncContextManager[None]:
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     def check_health(self) -> None:

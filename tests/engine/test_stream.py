@@ -194,23 +194,6 @@ def test_who_asks_a_dying_engine_for_its_adapters_hears_of_it(base: BaseModel) -
     go(test)
 
 
-def test_a_stop_is_not_slept_through(base: BaseModel) -> None:
-    """It may come at any moment; here it comes when the thread is about to clear the event."""
-
-    class Bell(threading.Event):
-        def clear(self) -> None:
-            stream._stopped = True
-            self.set()
-            super().clear()
-
-    stream = EngineStream(make_engine(base, num_threads=1))
-    stream._wake = Bell()
-    stream.start()
-    stream._thread.join(30)
-    assert not stream._thread.is_alive()
-    stream.stop()
-
-
 def test_stopping_ends_open_streams(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:
@@ -218,7 +201,7 @@ def test_stopping_ends_open_streams(base: BaseModel) -> None:
             task = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=450)))
             assert await asyncio.to_thread(stands.wait, 60)
             threading.Thread(target=stream.stop).start()
-            while not stream._stopped:
+            while not stream._threads._ended:
                 await asyncio.sleep(0.001)
             go_on.set()
             with pytest.raises(EngineError, match="shutting down"):

@@ -1,8 +1,9 @@
-"""The engine's thread. A request's tokens go to a sink, once a step, or to an asynchronous stream of its own."""
+"""The engine in its threads. A request's tokens go to a sink, once a step, or to an asynchronous stream of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -16,13 +17,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from loray.engine.engine import Engine
+from loray.engine.first_tokens import FirstTokens
 from loray.engine.memory.layout import layout
 from loray.engine.request import TokenOutput
 from loray.engine.residency.prefetch import Prefetch, Prefetched
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
+from loray.engine.threads import EngineThreads, Lane
 from loray.errors import EngineError, RankLost, RequestError
-from loray.priority import COMPUTING, lower_priority
+from loray.priority import compute_in_background
 from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
@@ -50,36 +53,38 @@ class _Subscriber(NamedTuple):
 
 
 class EngineStream:
-    """Owns the engine's thread. May be called from any thread and any event loop."""
+    """Owns the engine's threads; its thread, below, is the one whose turn it is. May be called from any thread and any
+    event loop.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
-        self._stopped = False
+        self._first = FirstTokens()
         self._subscribers: dict[str, _Subscriber] = {}
         self._calls: set[Future[Any]] = set()  # that the engine's thread has not begun
         self._lock = threading.Lock()
         self._ended = False
         self._stats_due = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._device = engine.pool.tensor.device
+        lanes = (Lane.USUAL, Lane.FIRST) if self._device.type == "cpu" else (Lane.USUAL,)
+        self._threads = EngineThreads(self._prepare, self._turn, lanes)
         self._stats = engine.stats()
         self.failure: Exception | None = None
-        engine.wake = self._wake.set
+        engine.wake = self._threads.wake
 
     def start(self) -> None:
         """Called from the thread that built the engine. That thread's OpenMP threads end: with those of the engine's
         thread there would be more threads than cores.
         """
         release_threads()
-        self._thread.start()
+        self._threads.start()
 
     def stop(self) -> None:
-        """End the thread after its current step; running and waiting requests fail with EngineError."""
-        self._stopped = True
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        """End the threads after the current step; running and waiting requests fail with EngineError."""
+        self._threads.stop()
+        if not self._ended:
+            self._end(EngineError("the engine is shutting down"))
         self._engine.close()
 
     def check_health(self) -> None:
@@ -141,6 +146,9 @@ class EngineStream:
             if request.request_id in self._subscribers:
                 raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
             self._subscribers[request.request_id] = _Subscriber(sink, key)
+            self._first.came(request.request_id, request.tenant)
+        if self._first:
+            self._threads.use(Lane.FIRST)
         self._post(lambda: self._add(request))
 
     def cancel(self, request_id: str) -> None:
@@ -195,39 +203,33 @@ class EngineStream:
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
-        self._wake.set()
+        self._threads.wake()
 
-    def _run(self) -> None:
-        device = self._engine.pool.tensor.device
-        if device.type == "cpu":
-            lower_priority(COMPUTING)  # before it makes threads of its own
-        use_device(device)  # the thread that built the engine has a current device of its own
+    def _prepare(self, lane: Lane) -> None:
+        if self._device.type == "cpu" and lane is Lane.USUAL:
+            compute_in_background()  # before it makes threads of its own
+        use_device(self._device)  # the thread that built the engine has a current device of its own
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
+
+    def _turn(self) -> float | None:
+        """See EngineThreads."""
         try:
-            while True:
-                self._wake.clear()  # first, so that nothing that comes while the loop runs is missed
-                if self._stopped:
-                    break
-                while self._inbox:
-                    self._inbox.popleft()()
-                self._deliver(self._engine.step())
-                now = time.monotonic()
-                if self._engine.idle or now > self._stats_due:
-                    self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
-                if self._engine.idle and not self._inbox:
-                    self._wait()
-            self._end(EngineError("the engine is shutting down"))
-        except Exception as e:  # noqa: BLE001 - the thread ends: all that wait get the error
+            while self._inbox:
+                self._inbox.popleft()()
+            self._deliver(self._engine.step())
+            now, is_idle = time.monotonic(), self._engine.idle
+            if is_idle or now > self._stats_due:
+                self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
+            self._threads.use(Lane.FIRST if self._first else Lane.USUAL)
+        except Exception as e:  # noqa: BLE001 - the engine ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
             self._end(e if isinstance(e, RankLost) else EngineError(f"the engine stopped: {e!r}"))
-
-    def _wait(self) -> None:
-        """Until something comes, or until a waiting request becomes too late for its first token."""
-        seconds = self._engine.next_deadline - time.monotonic()
-        self._wake.wait(None if seconds > threading.TIMEOUT_MAX else max(0.0, seconds))
+            return None
+        # or when a waiting request becomes too late for its first token
+        return self._engine.next_deadline if is_idle else -math.inf
 
     def _add(self, request: GenerateRequest) -> None:
         if request.request_id not in self._subscribers:
@@ -247,6 +249,7 @@ class EngineStream:
 
     def _cancel(self, request_id: str) -> None:
         self._subscribers.pop(request_id, None)
+        self._first.ended(request_id)
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
@@ -254,6 +257,7 @@ class EngineStream:
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
             subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
+            (self._first.ended if last else self._first.has_token)(output.request_id)
             if subscriber is not None:
                 by_sink.setdefault(subscriber.sink, []).append((subscriber.key, output))
         for sink, items in by_sink.items():

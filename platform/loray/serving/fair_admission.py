@@ -1,12 +1,13 @@
 """Whose requests a gateway works on while it cannot keep up.
 
-A gateway is one thread, so that whatever one request costs it delays all others. As long as its event loop is on time,
-or only one tenant asks, a request is admitted as it comes. While the loop is late and several tenants ask, no more than
-`limit` requests are under way, and others wait. A tenant that has less than its equal part of the limit under way is
-admitted all the same; so one that floods waits for itself alone.
+A gateway is one thread, and shares processors with others, so that whatever one request costs delays all others. As
+long as the gateway is on time, or only one tenant asks, a request is admitted as it comes. While it is late and several
+tenants ask, no more than `limit` requests are under way, and others wait. A tenant that has less than its equal part of
+the limit under way is admitted all the same; so one that floods waits for itself alone. So is one that has hardly more
+under way than the mean of all: where nobody floods, waiting would help nobody.
 
-The limit follows the loop's delay (additive increase, multiplicative decrease: Chiu and Jain 1989): it falls while the
-loop is late, and grows while it is not and requests wait.
+The limit follows the lateness (additive increase, multiplicative decrease: Chiu and Jain 1989): it falls while the
+gateway is late, and grows while it is not and requests wait.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 _STEP_S = 0.25  # between two changes of the limit
-_NUM_LATE = 2  # steps in which the loop is late before the limit falls: one may be a pause
-_DECREASE = 0.75  # of the limit, where the loop was late
+_NUM_LATE = 2  # steps in which the gateway is late before the limit falls: one may be a pause
+_EVEN = 1.25  # of the mean of all tenants: so many under way are no flood
+_DECREASE = 0.75  # of the limit, where the gateway was late
 _BEGIN = 0.5  # of what is under way, where nothing was limited before
 _SMOOTHING = 0.3  # the newest step's share in the mean that the limit grows by
 _EXCESS = 1.2  # of the limit; with more under way, the last decrease has not come to bear yet
 _INCREASE = 0.05  # and where it was on time, but at least by one
 _FAST = 0.5  # and where it was late by less than a quarter of what it may be
-_FORGET_S = 2.0  # without a look at the loop, after which nothing is limited
+_FORGET_S = 2.0  # in which nobody looked how late it is, after which nothing is limited
 
 
 class _Tenant(Generic[T]):
@@ -41,23 +43,23 @@ class _Tenant(Generic[T]):
 class FairAdmission(Generic[T]):
     """Of one gateway. `T` stands for a request that waits. Times are seconds of one clock. Not thread-safe.
 
-    target_s  how late the loop may be, in the mean
+    target    how late the gateway may be, in the mean, in the units of `observe`
     least     requests that may always be under way
     active_s  since its last request, in which a tenant counts
     """
 
-    def __init__(self, target_s: float = 0.003, least: int = 8, active_s: float = 10.0) -> None:
-        self._target_s, self._least, self._active_s = target_s, least, active_s
+    def __init__(self, target: float = 1.0, least: int = 4, active_s: float = 10.0) -> None:
+        self._target, self._least, self._active_s = target, least, active_s
         self._tenants: dict[str, _Tenant[T]] = {}  # those that count, the one that was seen last at the end
         self._num = self._num_waiting = 0
-        self._delays: list[float] = []  # since the last change of the limit
+        self._late: list[float] = []  # since the last change of the limit
         self._changed_at, self._num_late = -math.inf, 0
-        self._mean_s = 0.0
+        self._mean = 0.0
         self.limit = math.inf
 
     @property
     def is_crowded(self) -> bool:
-        """Whether the loop's delay matters: `observe` is to be called."""
+        """Whether lateness matters: `observe` is to be called."""
         return len(self._tenants) > 1 and self._num >= self._least
 
     @property
@@ -88,21 +90,21 @@ class FairAdmission(Generic[T]):
         self._num -= 1
         return self._admitted(now)
 
-    def observe(self, delay_s: float, now: float) -> list[T]:
-        """How late the event loop was just now. Returns the requests that are admitted."""
-        self._delays.append(delay_s)
+    def observe(self, lateness: float, now: float) -> list[T]:
+        """How late the gateway was just now, by what it may be. Returns the requests that are admitted."""
+        self._late.append(lateness)
         if now - self._changed_at < _STEP_S:
             return []
-        newest_s = fmean(self._delays)
-        self._mean_s += _SMOOTHING * (newest_s - self._mean_s)
-        self._num_late = self._num_late + 1 if newest_s > self._target_s else 0
+        newest = fmean(self._late)
+        self._mean += _SMOOTHING * (newest - self._mean)
+        self._num_late = self._num_late + 1 if newest > self._target else 0
         self._changed_at = now
-        self._delays.clear()
+        self._late.clear()
         if self._num_late >= _NUM_LATE and self._num <= _EXCESS * self.limit:
             factor = _BEGIN if self.limit == math.inf else _DECREASE
             self.limit = max(self._least, factor * min(self.limit, self._num))
-        elif not self._num_late and self._mean_s < self._target_s:
-            self.limit += max(1.0, (_FAST if 4 * self._mean_s < self._target_s else _INCREASE) * self.limit)
+        elif not self._num_late and self._mean < self._target:
+            self.limit += max(1.0, (_FAST if 4 * self._mean < self._target else _INCREASE) * self.limit)
         return self._admitted(now)
 
     def _admitted(self, now: float) -> list[T]:
@@ -120,7 +122,7 @@ class FairAdmission(Generic[T]):
         return found
 
     def _has_room(self, one: _Tenant[T]) -> bool:
-        return self._num < self.limit or one.num < self.limit / len(self._tenants)
+        return self._num < self.limit or one.num * len(self._tenants) < max(self.limit, _EVEN * self._num)
 
     def _begin(self, one: _Tenant[T]) -> None:
         one.num += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -18,6 +19,7 @@ from loray.errors import BaseStarting, ReplicaLeaving, ReplicaLost, ReplicaUnava
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
+from serve_apps.channel.lateness import LeastOfLate
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
@@ -62,6 +64,8 @@ class ServeEngines:
         self._replicas = Broadcast(handle)
         self._deployment, self._place = deployment, (node, host)
         self._listener: asyncio.Task[Listener] | None = None
+        self._tell_late: Callable[[float], None] = lambda _: None
+        self._shortest = LeastOfLate()  # time to a first token
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
@@ -72,10 +76,11 @@ class ServeEngines:
         self._resumes = {"lost": 0, "moved": 0}
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, late: Callable[[float], None]) -> AsyncIterator[None]:
         """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing, and
         the requests of replicas that are leaving go elsewhere.
         """
+        self._tell_late = late
         works = [self._ask_for_reports(), self._look_for_departures()]
         if self._notes is not None:
             works.append(self._notes.run())
@@ -98,6 +103,10 @@ class ServeEngines:
             except Exception as e:  # noqa: BLE001 - without reports requests are routed by hash
                 _log.warning("the replicas could not be asked to report: %s", e)
             await asyncio.sleep(_ASK_S)
+
+    def _late(self, seconds: float) -> None:
+        if self._shortest.value < math.inf:
+            self._tell_late(seconds / self._shortest.value)
 
     async def _look_for_departures(self) -> None:
         while True:
@@ -147,6 +156,7 @@ class ServeEngines:
 
     async def _attempt(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         digest, has_begun = None if request.adapter is None else request.adapter.digest, False
+        began_at = time.monotonic()
         if digest is not None:
             await self._quarantine.enter(request.request_id, digest)
             if holders := router.holders(self._deployment, digest):
@@ -160,7 +170,8 @@ class ServeEngines:
             with reading(request, call.leave):
                 async for delta in inbox:
                     if not has_begun:
-                        has_begun = True
+                        has_begun, now = True, time.monotonic()
+                        self._shortest.with_(now - began_at, now)
                         router.answered(request.request_id)
                     if digest is not None:
                         self._quarantine.answered(digest)
@@ -189,7 +200,7 @@ class ServeEngines:
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):
-            self._listener = asyncio.create_task(_started(*self._place))
+            self._listener = asyncio.create_task(_started(*self._place, self._late))
         return await asyncio.shield(self._listener)
 
     async def close(self) -> None:
@@ -227,7 +238,7 @@ class ServeEngines:
         return self._resumes
 
 
-async def _started(node: str, host: str) -> Listener:
-    listener = Listener(router.reports)
+async def _started(node: str, host: str, late: Callable[[float], None]) -> Listener:
+    listener = Listener(router.reports, late)
     await listener.start(node, host)
     return listener

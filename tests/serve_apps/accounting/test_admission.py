@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from serve_apps.accounting.admission import AdmitRequests, TenantTurns, Turn
 
 def crowded() -> FairAdmission[Turn]:
     """One request more than the limit of one is under way, of `flood`, and `steady` has asked."""
-    fair = FairAdmission[Turn](target_s=-1.0, least=1)  # whose loop is always late
+    fair = FairAdmission[Turn](target=-1.0, least=1)  # which is always late
     turns = [Turn(tenant, asyncio.Future()) for tenant in ("flood", "flood", "steady")]
     now = asyncio.get_running_loop().time()
     assert all(fair.ask(turn.tenant, turn, now) for turn in turns)
@@ -51,6 +52,31 @@ def test_a_turn_that_came_and_one_that_was_cancelled() -> None:
         await asyncio.wait(waiting)
         turns.leave("flood")
         assert fair._num == turns.num_waiting == 0
+
+    asyncio.run(run())
+
+
+def test_a_flood_waits_while_tokens_are_late() -> None:
+    async def run() -> None:
+        fair = FairAdmission[Turn](least=1)
+        turns = TenantTurns(fair)
+        turns.tokens_are_late(9.0)
+        assert fair.limit == math.inf, "nobody is here"
+        for tenant in ("steady", "flood", "flood", "flood"):
+            await turns.enter(tenant)
+        fair._changed_at = asyncio.get_running_loop().time()
+        for _ in range(2):
+            fair._changed_at -= 0.3
+            turns.tokens_are_late(0.06)  # of a first token's time; 0.05 are allowed
+        assert fair.limit == 2
+        fair._changed_at -= 0.3
+        turns.tokens_are_late(0.04)
+        assert fair.limit == 3, "it grows again"
+        waiting = asyncio.create_task(turns.enter("flood"))
+        await asyncio.sleep(0)
+        assert turns.num_waiting == 1
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
     asyncio.run(run())
 

@@ -41,12 +41,14 @@ class Plane(NamedTuple):
 
 
 @asynccontextmanager
-async def plane(*, node: str = NODE, held: Callable[[], Held] = Held) -> AsyncIterator[Plane]:
-    """`node`: the replica's; on another one than the gateway it connects over TCP. `held`: the adapters that it has. At
-    the end nothing is left.
+async def plane(
+    *, node: str = NODE, held: Callable[[], Held] = Held, late: Callable[[float], None] = lambda _: None
+) -> AsyncIterator[Plane]:
+    """`node`: the replica's; on another one than the gateway it connects over TCP. `held`: the adapters that it has;
+    `late`: the Listener's. At the end nothing is left.
     """
     before = asyncio.all_tasks()
-    gateway, replica = Listener(), Connections(node, "replica", held)
+    gateway, replica = Listener(late=late), Connections(node, "replica", held)
     await gateway.start(NODE, "127.0.0.1")
     try:
         yield Plane(gateway, replica)

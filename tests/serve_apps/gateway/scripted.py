@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
@@ -94,7 +94,7 @@ class ScriptedEngines:
         finally:
             self.closed.append(request.request_id)
 
-    def running(self) -> AbstractAsyncContextManager[None]:
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
     async def healthy(self) -> bool:

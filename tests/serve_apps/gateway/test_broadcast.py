@@ -58,7 +58,7 @@ def test_replicas_are_asked_to_report_at_first_and_whenever_one_does_not(monkeyp
     async def run() -> None:
         monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset()})
         engines = ServeEngines(handle, "engine-tiny", NODE, "127.0.0.1")
-        async with engines.running():
+        async with engines.running(lambda _: None):
             await until(lambda: len(handle.asked) == 1)
             (address,) = handle.args
             replica = Connections(NODE, "r1", lambda: Held(["a" * 64]))

@@ -111,7 +111,7 @@ class Replicas:
 
 class Engines(ServeEngines):
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, late: Callable[[float], None]) -> AsyncIterator[None]:
         try:
             yield
         finally:

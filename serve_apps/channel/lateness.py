@@ -1,0 +1,43 @@
+"""How late what a replica sends arrives."""
+
+from __future__ import annotations
+
+import math
+
+_WINDOW_S = 60.0
+
+
+class LeastOfLate:
+    """The least value of the last one to two minutes. `now`: seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._least = self._least_before = math.inf
+        self._window_ends = -math.inf
+
+    def with_(self, value: float, now: float) -> float:
+        """Adds one, and returns the least."""
+        if now >= self._window_ends:
+            self._least_before, self._least = self._least, math.inf
+            self._window_ends = now + _WINDOW_S
+        self._least = min(self._least, value)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """inf: there was none."""
+        return min(self._least, self._least_before)
+
+
+class Lateness:
+    """Of one connection: by how much longer than usual its messages are under way.
+
+    The clocks of both sides differ by an unknown time, which drifts slowly. So the shortest way of late counts as usual
+    (one-way delay over base delay: LEDBAT, RFC 6817).
+    """
+
+    def __init__(self) -> None:
+        self._shortest = LeastOfLate()
+
+    def of(self, sent_at: float, now: float) -> float:
+        """Of the message that came `now`. Seconds, each of its side's clock."""
+        return now - sent_at - self._shortest.with_(now - sent_at, now)
