@@ -43,6 +43,8 @@ def test_a_gateway_hears_how_late_each_steps_tokens_come(monkeypatch: pytest.Mon
                 now = 5.0 + way
                 to.send([(inbox.stream, Out(1, last)) for inbox in inboxes])  # type: ignore[arg-type]
                 assert [(await inbox.take()).token_ids for inbox in inboxes] == [(1,), (1,)]
+            for inbox in inboxes:
+                gateway.forget(inbox, "stop")
 
     go(test, loop)
     assert late == [0.0, 0.0, 0.375]
