@@ -1,7 +1,7 @@
 """Conversions in a process of their own: `python -m loray.publishing.process FORM DIGEST LABEL TARGET`.
 
 Servers start it, since they do not load torch. It takes `MAX_MEMORY_BYTES` at most beside the base's files, which it
-maps, gives way to other processes, and ends when its standard input does, that is with the server. What went wrong is
+maps, runs in the background, and ends when its standard input does, that is with the server. What went wrong is
 one line of JSON on standard output: the error's class and its message.
 """
 
@@ -20,6 +20,7 @@ from typing import Literal
 from loray import errors
 from loray.bases.registry import base_with
 from loray.errors import LorayError, StoreError
+from loray.priority import compute_in_background
 from loray.settings import Settings
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
@@ -29,7 +30,6 @@ MAX_MEMORY_BYTES = 8 << 30
 
 _MODULE = "loray.publishing.process"
 _FAILED = 1
-_NICENESS = 10
 
 
 def command_of(form: Form, ref: AdapterRef, target: Path) -> list[str]:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     target = Path(path)
     if target.exists():
         raise SystemExit(f"{target} exists already")
-    os.nice(_NICENESS)
+    compute_in_background()
     threading.Thread(target=_end_with_the_server, args=(target,), daemon=True).start()
     try:
         _convert(form, digest, label, target)

@@ -6,10 +6,10 @@ A process of its own, since a simulation computes for seconds in Python.
 from __future__ import annotations
 
 import math
-import os
 import sys
 
 from loray.errors import SpecError
+from loray.priority import compute_in_background
 from loray.simulation.asked import MOST_REQUESTS, Asked, Line, Told
 from loray.simulation.profile import SMOLLM2_TWO_CORES
 from loray.simulation.scenario import POLICIES, Scenario, simulate
@@ -50,7 +50,7 @@ def told(asked: Asked) -> Told:
 
 
 def main() -> int:
-    os.nice(19)  # whoever serves on this machine goes first
+    compute_in_background()
     try:
         sys.stdout.write(told(Asked.model_validate_json(sys.stdin.read())).model_dump_json())
     except SpecError as e:

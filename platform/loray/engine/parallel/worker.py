@@ -27,6 +27,7 @@ from loray.engine.parallel.pool import FollowingPool, pool_map
 from loray.engine.parallel.shard import Shard, local_device
 from loray.engine.parallel.workers import WorkerArgs
 from loray.engine.pool.sizing import sized
+from loray.priority import compute_in_background
 from loray.telemetry import configure_logging
 from loray_kernels.memory import keep_freed
 
@@ -45,6 +46,8 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     store = TCPStore(host, args.port, is_master=False)
     device = local_device(spec, rank)  # may fail, so before `joined`: rank 0 waits for every rank that has joined
     store.set(joined(rank), "")
+    if device.type == "cpu":
+        compute_in_background()  # as rank 0
     communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
     spec = sized(spec, model.config, device, communicator.least)
