@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import pickle
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -145,22 +144,6 @@ def test_a_request_of_a_lost_replica_is_retried_before_its_first_token() -> None
     handle = Handle([ActorDiedError()], [raised_by(ReplicaUnavailable("stopped"))], [Out(1), LAST, "return"])
     assert collect(handle) == [1, 2]
     assert [r.request_id for r in handle.requests] == ["r", "r-1", "r-2"]
-
-
-def test_a_gateway_is_told_how_late_tokens_come_by_the_shortest_time_to_a_first_one() -> None:
-    told: list[float] = []
-
-    async def run() -> None:
-        handle = Handle([Out(1), LAST, "return"], [Out(1), LAST, "return"])
-        handle.broadcast = lambda *_: None  # type: ignore[attr-defined]
-        async with engines_of(handle) as engines, engines.running(told.append):
-            await tokens(engines)
-            assert 0 < engines._shortest.value < math.inf
-            engines._late(3 * engines._shortest.value)
-
-    asyncio.run(run())
-    *_, last = told
-    assert last == pytest.approx(3)
 
 
 def test_a_replica_whose_engine_has_stopped_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
