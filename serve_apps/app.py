@@ -171,6 +171,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
             notes=DemandNotes(DemandRecords(here.app_name, name), gateways.name, name),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
+            max_token_lateness=spec.max_token_lateness,
             cold_start_timeout_s=None if spec.min_replicas else spec.cold_start_timeout_s,
         )
 

@@ -17,7 +17,6 @@ from serve_apps.accounting.account import Accounts
 
 LOOK_S = 0.02  # between two looks how late the event loop is
 _LOOP_LATE_S = 0.003  # that the loop may be, in the mean
-_TOKENS_LATE = 1 / 20  # that tokens may be, by the shortest time to a first token, which takes about as many passes
 _LONGEST_S = 30.0  # that a request waits for its turn
 _RETRY_S = 5.0
 
@@ -64,9 +63,9 @@ class TenantTurns:
             ) from e
 
     def tokens_are_late(self, lateness: float) -> None:
-        """By the shortest time to a first token; see `Engines.running`."""
+        """By what they may be; see `Engines.running`."""
         if self._fair.is_crowded:
-            self._begin(self._fair.observe(lateness / _TOKENS_LATE, asyncio.get_running_loop().time()))
+            self._begin(self._fair.observe(lateness, asyncio.get_running_loop().time()))
 
     def leave(self, tenant: str) -> None:
         self._begin(self._fair.ended(tenant, asyncio.get_running_loop().time()))

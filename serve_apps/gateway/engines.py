@@ -15,7 +15,7 @@ from loray.spec import GenerateRequest, TokenDelta
 class Engines(Protocol):
     def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
         """What they do beside requests, while the gateway runs. `late` is told how late tokens come from another
-        process, as often as they come, by the shortest time that a first token took of late.
+        process, by what they may be (`max_token_lateness`), as often as they come.
         """
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:

@@ -67,6 +67,11 @@ class ServeSpec(Frozen):
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
     autoscaling: AutoscalingSpec | None = None
     num_gateways: int = Field(default=1, gt=0, description="processes that speak HTTP, each on one core at most")
+    max_token_lateness: float = Field(
+        default=0.05,
+        gt=0,
+        description="part of the shortest time to a first token by which tokens may be late before a flood waits",
+    )
     pool_bytes: NumBytes | None = Field(
         default=None, description="KV cache and adapters; None: 512 MiB on a CPU, on a GPU what its memory leaves"
     )

@@ -43,7 +43,7 @@ class ServeEngines:
     node, host      Ray's id and the address of this process' node
     open_records    see `SharedQuarantine`
     notes           are told of each request for an adapter
-    max_resumes, drain_grace_s  see ServeSpec
+    max_resumes, drain_grace_s, max_token_lateness  see ServeSpec
     cold_start_timeout_s        the same; None: there is always a replica, or Serve is about to start one
     """
 
@@ -58,6 +58,7 @@ class ServeEngines:
         notes: DemandNotes | None = None,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
+        max_token_lateness: float = 0.05,
         cold_start_timeout_s: float | None = None,
     ) -> None:
         self._calls = handle.options(stream=True)
@@ -66,6 +67,7 @@ class ServeEngines:
         self._listener: asyncio.Task[Listener] | None = None
         self._tell_late: Callable[[float], None] = lambda _: None
         self._shortest = LeastOfLate()  # time to a first token
+        self._max_lateness = max_token_lateness  # by that
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
@@ -106,7 +108,7 @@ class ServeEngines:
 
     def _late(self, seconds: float) -> None:
         if self._shortest.value < math.inf:
-            self._tell_late(seconds / self._shortest.value)
+            self._tell_late(seconds / (self._max_lateness * self._shortest.value))
 
     async def _look_for_departures(self) -> None:
         while True:
