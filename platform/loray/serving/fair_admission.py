@@ -48,7 +48,7 @@ class FairAdmission(Generic[T]):
     active_s  since its last request, in which a tenant counts
     """
 
-    def __init__(self, target: float = 1.0, least: int = 2, active_s: float = 10.0) -> None:
+    def __init__(self, target: float = 1.0, least: int = 4, active_s: float = 10.0) -> None:
         self._target, self._least, self._active_s = target, least, active_s
         self._tenants: dict[str, _Tenant[T]] = {}  # those that count, the one that was seen last at the end
         self._num = self._num_waiting = 0

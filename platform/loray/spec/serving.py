@@ -68,7 +68,7 @@ class ServeSpec(Frozen):
     autoscaling: AutoscalingSpec | None = None
     num_gateways: int = Field(default=1, gt=0, description="processes that speak HTTP, each on one core at most")
     max_token_lateness: float = Field(
-        default=0.05,
+        default=0.07,
         gt=0,
         description="part of the shortest time to a first token by which tokens may be late before a flood waits",
     )

@@ -58,7 +58,7 @@ class ServeEngines:
         notes: DemandNotes | None = None,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
-        max_token_lateness: float = 0.05,
+        max_token_lateness: float = 0.07,
         cold_start_timeout_s: float | None = None,
     ) -> None:
         self._calls = handle.options(stream=True)
