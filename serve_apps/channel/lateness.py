@@ -7,14 +7,14 @@ import math
 _WINDOW_S = 60.0
 
 
-class LeastOfLate:
+class RecentLeast:
     """The least value of the last one to two minutes. `now`: seconds of one clock."""
 
     def __init__(self) -> None:
         self._least = self._least_before = math.inf
         self._window_ends = -math.inf
 
-    def with_(self, value: float, now: float) -> float:
+    def add(self, value: float, now: float) -> float:
         """Adds one, and returns the least."""
         if now >= self._window_ends:
             self._least_before, self._least = self._least, math.inf
@@ -36,8 +36,8 @@ class Lateness:
     """
 
     def __init__(self) -> None:
-        self._shortest = LeastOfLate()
+        self._shortest = RecentLeast()
 
     def of(self, sent_at: float, now: float) -> float:
         """Of the message that came `now`. Seconds, each of its side's clock."""
-        return now - sent_at - self._shortest.with_(now - sent_at, now)
+        return now - sent_at - self._shortest.add(now - sent_at, now)

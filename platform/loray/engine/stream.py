@@ -228,8 +228,7 @@ class EngineStream:
             self.failure = e
             self._end(e if isinstance(e, RankLost) else EngineError(f"the engine stopped: {e!r}"))
             return None
-        # or when a waiting request becomes too late for its first token
-        return self._engine.next_deadline if is_idle else -math.inf
+        return self._engine.next_deadline if is_idle else -math.inf  # a waiting request may become too late
 
     def _add(self, request: GenerateRequest) -> None:
         if request.request_id not in self._subscribers:

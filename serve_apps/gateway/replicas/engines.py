@@ -19,7 +19,7 @@ from loray.errors import BaseStarting, ReplicaLeaving, ReplicaLost, ReplicaUnava
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
-from serve_apps.channel.lateness import LeastOfLate
+from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
@@ -66,7 +66,7 @@ class ServeEngines:
         self._deployment, self._place = deployment, (node, host)
         self._listener: asyncio.Task[Listener] | None = None
         self._tell_late: Callable[[float], None] = lambda _: None
-        self._shortest = LeastOfLate()  # time to a first token
+        self._shortest = RecentLeast()  # time to a first token
         self._max_lateness = max_token_lateness  # by that
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
@@ -173,7 +173,7 @@ class ServeEngines:
                 async for delta in inbox:
                     if not has_begun:
                         has_begun, now = True, time.monotonic()
-                        self._shortest.with_(now - began_at, now)
+                        self._shortest.add(now - began_at, now)
                         router.answered(request.request_id)
                     if digest is not None:
                         self._quarantine.answered(digest)

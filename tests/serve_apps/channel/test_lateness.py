@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve_apps.channel import connection, listener
-from serve_apps.channel.lateness import Lateness, LeastOfLate
+from serve_apps.channel.lateness import Lateness, RecentLeast
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, go, plane
 
 
@@ -19,11 +19,11 @@ def test_late_is_what_takes_longer_than_usual_whatever_the_clocks() -> None:
 
 
 def test_what_was_the_least_is_forgotten_after_two_minutes_at_the_latest() -> None:
-    least = LeastOfLate()
+    least = RecentLeast()
     assert least.value == math.inf
-    assert least.with_(1.0, 0.0) == 1.0
-    assert [least.with_(3.0, now) for now in (10.0, 59.0, 60.0, 119.0)] == [1.0] * 4
-    assert least.with_(2.0, 121.0) == 2.0
+    assert least.add(1.0, 0.0) == 1.0
+    assert [least.add(3.0, now) for now in (10.0, 59.0, 60.0, 119.0)] == [1.0] * 4
+    assert least.add(2.0, 121.0) == 2.0
     assert least.value == 2.0
 
 

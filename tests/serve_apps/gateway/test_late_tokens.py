@@ -15,7 +15,7 @@ def test_a_gateway_is_told_how_late_tokens_come_by_what_they_may_be() -> None:
     told: list[float] = []
 
     async def run() -> None:
-        handle = Handle([Out(1), LAST, "return"], [Out(1), LAST, "return"])
+        handle = Handle([Out(1), LAST, "return"])
         handle.broadcast = lambda *_: None  # type: ignore[attr-defined]
         async with engines_of(handle, max_token_lateness=0.5) as engines, engines.running(told.append):
             await tokens(engines)
