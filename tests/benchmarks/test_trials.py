@@ -162,9 +162,9 @@ def test_clients_run_first_where_the_user_may() -> None:
 def test_what_is_asked_of_a_flood() -> None:
     told = Told({"200": 7, "429": 3}, 40.0, 4.0)
     parts = [
-        flood.Part("none", Tail(200, 0, 0.01, 0.02), 1.0, 0.001, None, []),
-        flood.Part("without limits", Tail(200, 2, 0.02, 0.031), 2.0, 0.001, told, ["429"]),
-        flood.Part("within limits", Tail(200, 0, 0.02, 0.029), 1.1, 0.001, told, []),
+        flood.Part("none", Tail(200, 0, 0.01, 0.02), 1.0, 0.001, Told(), [0.02], []),
+        flood.Part("without limits", Tail(200, 2, 0.02, 0.031), 2.0, 0.001, told, [0.02, 0.03], ["429"]),
+        flood.Part("within limits", Tail(200, 0, 0.02, 0.029), 1.1, 0.001, told, [], []),
     ]
     found = flood.Found(parts)
     assert [text.split(":")[0] for text in missed(found.verdicts())] == ["without limits"] * 2

@@ -21,6 +21,7 @@ from benchmarks.cluster.trials import flood, store
 from benchmarks.cluster.trials.world import World, started
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
+from serve_apps.garbage import freeze_garbage
 
 _FLOOD_ADAPTERS = 20
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     click.echo(machine_line(machine, load=f"{load:.1f}"))
     num_adapters = args.adapters if args.trial == "store" else _FLOOD_ADAPTERS
     with started(num_adapters, args.replicas, say) as world:
+        freeze_garbage()  # a collection would hold up the clients
         found = _run(world, args, say)
     verdicts = found.verdicts()
     click.echo("\n".join(found.table()))
@@ -49,7 +51,9 @@ def _run(world: World, args: argparse.Namespace, say: store.Say) -> store.Found 
     if args.trial == "store":
         num_warm, seconds = max(1, args.adapters // 2), args.seconds
         return store.run(world, store.Plan(num_warm, args.rate, seconds=seconds, seed=args.seed), say)
-    return flood.run(world, flood.Plan(args.requests, args.rate, at_once=args.at_once, seed=args.seed), say)
+    return flood.run(
+        world, flood.Plan(args.rounds, args.requests, args.rate, at_once=args.at_once, seed=args.seed), say
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--adapters", type=int, default=200, help="half of them warm (default %(default)d)")
     one.add_argument("--seconds", type=float, default=away.seconds, help="with and without it (default %(default)g)")
     other = trials.add_parser("flood", help="one tenant floods", description=flood.__doc__)
-    other.add_argument("--requests", type=int, default=flooding.num, help="of the other tenant (default %(default)d)")
+    other.add_argument("--rounds", type=int, default=flooding.rounds, help="of all three parts (default %(default)d)")
+    other.add_argument(
+        "--requests", type=int, default=flooding.num, help="of the other tenant in each (default %(default)d)"
+    )
     other.add_argument("--at-once", type=int, default=flooding.at_once, help="the flood's (default %(default)d)")
     for trial, rate in ((one, away.rate), (other, flooding.rate)):
         trial.add_argument("--rate", type=float, default=rate, help="warm requests a second (default %(default)g)")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from benchmarks.cluster.trace import Asked, Load, make_trace
@@ -20,6 +21,7 @@ from loray.spec import Limits
 
 MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
 STEADY, USUAL, LOUD, LIMITED = "steady", "usual", "loud", "limited"  # tenants
+FLOODS = {"none": "", "without limits": LOUD, "within limits": LIMITED}  # parts, and who floods in them
 LIMITS = Limits(max_parallel_requests=2, rpm_limit=60, tpm_limit=30_000)  # of the last one
 _LOOK_S = 0.01  # between two looks how late the clients are
 _PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
@@ -29,10 +31,12 @@ _PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
 class Plan:
     """Rates are requests a second of the tenants `steady`, which is judged, and `usual`, which is there beside it.
 
-    num        requests of `steady` in each part
+    rounds     that have all three parts, one after another, so that a slow minute of the machine is in all of them
+    num        requests of `steady` in each part of a round
     at_once    of the tenant that floods: twice what three replicas run
     """
 
+    rounds: int = 2
     num: int = 210
     rate: float = 5.0
     usual_rate: float = 2.0
@@ -45,14 +49,15 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Part:
     """`cores`: processors of the machine that were busy; `late_s`: how late the clients' event loop was at most, which
-    is in the times that they measure.
+    is in the times that they measure; `p99s`: of each round, in seconds.
     """
 
     name: str
     tail: Tail
     cores: float
     late_s: float
-    flood: Told | None
+    flood: Told
+    p99s: list[float]
     errors: list[str]
 
 
@@ -83,12 +88,12 @@ class Found:
             f"{'flooder answered':>17} {'refused':>8} {'busy cores':>11} {'of it flooder':>14} {'client late':>12}"
         ]
         for part in self.parts:
+            flood = part.flood
             p50, p99 = (f"{1e3 * s:.1f} ms" for s in (part.tail.p50_s, part.tail.p99_s))
-            told = part.flood or Told()
             lines.append(
                 f"{part.name:<16} {part.tail.num:>6} {part.tail.num_failed:>7} {p50:>10} {p99:>10} "
-                f"{self.ratio(part):>6.2f} {told.num_answered:>17} {told.num_refused:>8} {part.cores:>11.2f} "
-                f"{told.cores:>14.2f} {1e3 * part.late_s:>9.1f} ms"
+                f"{self.ratio(part):>6.2f} {flood.num_answered:>17} {flood.num_refused:>8} {part.cores:>11.2f} "
+                f"{flood.cores:>14.2f} {1e3 * part.late_s:>9.1f} ms"
             )
         return lines
 
@@ -106,28 +111,51 @@ def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
     with world.deployed() as port:
         asyncio.run(Client(port, keys[STEADY]).warm(world.names))
         asyncio.run(_ordinary(world, port, keys, plan, num=max(1, plan.num // 6)))  # settles
-        parts = []
-        for name, tenant in (("none", ""), ("without limits", LOUD), ("within limits", LIMITED)):
-            say(f"flood: {name}")
-            flood = (
-                Flood(port, keys[tenant], world.names, plan.at_once, plan.num_prompt, plan.num_output)
-                if tenant
-                else None
-            )
-            parts.append(_part(name, flood, world, port, keys, plan))
-        return Found(parts)
+        parts: dict[str, list[_Round]] = {name: [] for name in FLOODS}
+        for number in range(plan.rounds):
+            for name, tenant in FLOODS.items():
+                say(f"flood: {name}, round {number + 1} of {plan.rounds}")
+                flood = tenant and Flood(
+                    port, keys[tenant], world.names, plan.at_once, plan.num_prompt, plan.num_output
+                )
+                parts[name].append(_round(flood or None, world, port, keys, plan))
+        return Found([_whole(name, rounds) for name, rounds in parts.items()])
 
 
-def _part(name: str, flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> Part:
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Of one part."""
+
+    answers: list[Answer]
+    cores: float
+    late_s: float
+    flood: Told
+
+
+def _round(flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> _Round:
     with ExitStack() as stack:
         stack.enter_context(real_time())
-        told = None if flood is None else stack.enter_context(flooding(flood))
+        told = Told() if flood is None else stack.enter_context(flooding(flood))
         time.sleep(_PAUSE_S)
         busy, began = busy_seconds(), time.perf_counter()
         answers, late_s = asyncio.run(_ordinary(world, port, keys, plan, plan.num))
         cores = (busy_seconds() - busy) / (time.perf_counter() - began)
     time.sleep(_PAUSE_S)
-    return Part(name, Tail.of(answers), cores, late_s, told, [a.error for a in answers if a.error][:10])
+    return _Round(answers, cores, late_s, told)
+
+
+def _whole(name: str, rounds: Sequence[_Round]) -> Part:
+    """Its tail is that of all rounds' answers together."""
+    answers = [a for one in rounds for a in one.answers]
+    return Part(
+        name,
+        Tail.of(answers),
+        cores=fmean(one.cores for one in rounds),
+        late_s=max(one.late_s for one in rounds),
+        flood=sum((one.flood for one in rounds), Told()),
+        p99s=[Tail.of(one.answers).p99_s for one in rounds],
+        errors=[a.error for a in answers if a.error][:10],
+    )
 
 
 async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, num: int) -> tuple[list[Answer], float]:

@@ -44,6 +44,10 @@ class Told:
     seconds: float = 0.0
     cpu_s: float = 0.0
 
+    def __add__(self, other: Told) -> Told:
+        statuses = Counter(self.statuses) + Counter(other.statuses)
+        return Told(dict(statuses), self.seconds + other.seconds, self.cpu_s + other.cpu_s)
+
     @property
     def num_answered(self) -> int:
         return self.statuses.get("200", 0)
