@@ -178,7 +178,7 @@ def test_what_is_asked_of_a_flood() -> None:
     "options",
     [
         ["store", "--adapters", "12", "--seconds", "5"],
-        ["flood", "--requests", "20", "--at-once", "60"],
+        ["flood", "--rounds", "1", "--requests", "20", "--at-once", "60"],
     ],
 )
 def test_a_short_trial_of_a_real_cluster(options: list[str], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Plan:
     at_once    of the tenant that floods: twice what three replicas run
     """
 
-    rounds: int = 2
+    rounds: int = 3
     num: int = 210
     rate: float = 5.0
     usual_rate: float = 2.0
