@@ -87,7 +87,7 @@ def test_an_open_loop_sends_each_and_names_the_key() -> None:
         async with served(REFUSAL, WHOLE) as (port, seen):
             client = Client(port, "sk")
             asked = [Asked(0.0, 0, 3, 2), Asked(0.05, 1, 3, 2)]
-            return await client.open_loop(["a", "b"], asked, "seed"), seen
+            return await client.open_loop(["a", "b"], asked, [[1, 2, 3], [4, 5, 6]]), seen
 
     answers, seen = asyncio.run(run())
     assert sorted(a.status for a in answers) == [200, 503]

@@ -55,12 +55,15 @@ class Client:
     port: int
     key: str = ""
 
-    async def open_loop(self, models: Sequence[str], asked: Sequence[Asked], seed: str) -> list[Answer]:
-        """Sends each at its time, whoever still waits. `models`: by the requests' number of an adapter."""
-        prompts = random_prompts(asked, seed)
+    async def open_loop(
+        self, models: Sequence[str], asked: Sequence[Asked], prompts: Sequence[Sequence[int]]
+    ) -> list[Answer]:
+        """Sends each at its time, whoever still waits. `models`: by the requests' number of an adapter. `prompts` are
+        made beforehand, see `random_prompts`: that takes long enough to hold up others of the same event loop.
+        """
         began = time.perf_counter()
 
-        async def one(request: Asked, prompt: list[int]) -> Answer:
+        async def one(request: Asked, prompt: Sequence[int]) -> Answer:
             await asyncio.sleep(max(0.0, request.at - (time.perf_counter() - began)))
             return await self.ask(models[request.adapter], prompt, request.num_output, began, request.at)
 
@@ -69,12 +72,12 @@ class Client:
     async def warm(self, models: Sequence[str]) -> None:
         """Asks each for one token, 20 a second. SystemExit where one does not answer."""
         asked = [Asked(i / _WARMING_RATE, i, _WARMING_PROMPT, 1) for i in range(len(models))]
-        answers = await self.open_loop(models, asked, "each")
+        answers = await self.open_loop(models, asked, random_prompts(asked, "each"))
         if failed := [answer.error for answer in answers if answer.error]:
             raise SystemExit(f"{len(failed)} adapters could not be loaded: {failed[0]}")
 
     async def ask(
-        self, model: str, prompt: list[int], num_output: int, began: float, at: float | None = None
+        self, model: str, prompt: Sequence[int], num_output: int, began: float, at: float | None = None
     ) -> Answer:
         """`began`: of time.perf_counter(), when the part began; `at`: when it was due, by default now."""
         answer = Answer(time.perf_counter() - began if at is None else at, model)

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.cluster.trace import Asked, Load, make_trace
-from benchmarks.cluster.trials.client import Answer, Client
+from benchmarks.cluster.trials.client import Answer, Client, random_prompts
 from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import World
@@ -162,10 +162,11 @@ async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, n
     """The requests of `steady`, with those of `usual` beside them. Equal in all parts. And how late the loop was."""
     steady = _requests(plan.rate, num, plan.seed, len(world.names))
     usual = [a for a in _requests(plan.usual_rate, num, plan.seed + 1, len(world.names)) if a.at < steady[-1].at]
+    prompts = {STEADY: random_prompts(steady, STEADY), USUAL: random_prompts(usual, USUAL)}
     looking = asyncio.create_task(_lateness())
     answers, _ = await asyncio.gather(
-        Client(port, keys[STEADY]).open_loop(world.names, steady, STEADY),
-        Client(port, keys[USUAL]).open_loop(world.names, usual, USUAL),
+        Client(port, keys[STEADY]).open_loop(world.names, steady, prompts[STEADY]),
+        Client(port, keys[USUAL]).open_loop(world.names, usual, prompts[USUAL]),
     )
     looking.cancel()
     return answers, await looking

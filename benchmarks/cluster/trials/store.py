@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.cluster.trace import Asked, Load, make_trace
-from benchmarks.cluster.trials.client import Answer, Client
+from benchmarks.cluster.trials.client import Answer, Client, random_prompts
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import LOAD_TIMEOUT_S, World
 
@@ -89,8 +89,8 @@ async def _run(world: World, client: Client, plan: Plan, say: Say) -> Found:
     cold = names[plan.num_warm :]
 
     async def load(part: str, seconds: float) -> list[Answer]:
-        made = make_trace(Load(len(warm), plan.rate, seconds, seed=plan.seed))
-        return await client.open_loop(warm, made.counted, f"{plan.seed}/{part}")
+        asked = make_trace(Load(len(warm), plan.rate, seconds, seed=plan.seed)).counted
+        return await client.open_loop(warm, asked, random_prompts(asked, f"{plan.seed}/{part}"))
 
     await client.warm(warm)
     await load("settling", plan.settle_s)
@@ -100,7 +100,8 @@ async def _run(world: World, client: Client, plan: Plan, say: Say) -> Found:
     await asyncio.to_thread(world.bucket.kill)
     num = min(len(cold), int(plan.cold_rate * plan.seconds))
     asked = [Asked(i / plan.cold_rate, i, _COLD_PROMPT, _COLD_OUTPUT) for i in range(num)]
-    during, refused = await asyncio.gather(load("before", plan.seconds), client.open_loop(cold, asked, "cold"))
+    prompts = random_prompts(asked, "cold")
+    during, refused = await asyncio.gather(load("before", plan.seconds), client.open_loop(cold, asked, prompts))
     begun = time.monotonic()
     await asyncio.to_thread(world.bucket.start)
     return_s = time.monotonic() - begun
