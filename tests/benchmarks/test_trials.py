@@ -172,6 +172,19 @@ def test_what_is_asked_of_a_flood() -> None:
     assert [part["ratio"] for part in found.to_json()["parts"]] == pytest.approx([1.0, 1.55, 1.45])
 
 
+def test_the_rounds_of_a_part_have_one_tail() -> None:
+    failed = Answer(0.0, "a", 503, error="away")
+    rounds = [
+        flood.Round(answers(150, 0.1), 1.0, 0.002, Told({"200": 5}, 40.0, 4.0)),
+        flood.Round([*answers(49, 0.1), *answers(2, 0.3), failed], 1.5, 0.001, Told({"200": 2, "429": 3}, 60.0, 2.0)),
+    ]
+    part = flood.Part.of("loud", rounds)
+    assert (part.tail.num, part.tail.num_failed, part.errors) == (202, 1, ["away"])
+    assert (part.tail.p99_s, *part.p99s) == pytest.approx((0.1, 0.1, 0.3))
+    assert (part.cores, part.late_s) == (1.25, 0.002)
+    assert part.flood == Told({"200": 7, "429": 3}, 100.0, 6.0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

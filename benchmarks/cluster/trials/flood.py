@@ -21,7 +21,7 @@ from loray.spec import Limits
 
 MAX_RATIO = 1.5  # of the other tenant's p99 with a flood to that without
 STEADY, USUAL, LOUD, LIMITED = "steady", "usual", "loud", "limited"  # tenants
-FLOODS = {"none": "", "without limits": LOUD, "within limits": LIMITED}  # parts, and who floods in them
+FLOODS = {"none": None, "without limits": LOUD, "within limits": LIMITED}  # parts, and who floods in them
 LIMITS = Limits(max_parallel_requests=2, rpm_limit=60, tpm_limit=30_000)  # of the last one
 _LOOK_S = 0.01  # between two looks how late the clients are
 _PAUSE_S = 3.0  # in which a flood begins, or what is left of it ends
@@ -47,10 +47,20 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """`cores`: processors of the machine that were busy; `late_s`: how late the clients' event loop was at most, which
-    is in the times that they measure; `p99s`: of each round, in seconds.
+class Round:
+    """One part once. `cores`: processors of the machine that were busy; `late_s`: how late the clients' event loop was
+    at most, which is in the times that they measure.
     """
+
+    answers: list[Answer]
+    cores: float
+    late_s: float
+    flood: Told
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """All its rounds; its tail is that of all their answers together. `p99s`: of each round, in seconds."""
 
     name: str
     tail: Tail
@@ -59,6 +69,19 @@ class Part:
     flood: Told
     p99s: list[float]
     errors: list[str]
+
+    @classmethod
+    def of(cls, name: str, rounds: Sequence[Round]) -> Part:
+        answers = [answer for one in rounds for answer in one.answers]
+        return cls(
+            name,
+            Tail.of(answers),
+            cores=fmean(one.cores for one in rounds),
+            late_s=max(one.late_s for one in rounds),
+            flood=sum((one.flood for one in rounds), Told()),
+            p99s=[Tail.of(one.answers).p99_s for one in rounds],
+            errors=[answer.error for answer in answers if answer.error][:10],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,51 +134,28 @@ def run(world: World, plan: Plan, say: Callable[[str], None]) -> Found:
     with world.deployed() as port:
         asyncio.run(Client(port, keys[STEADY]).warm(world.names))
         asyncio.run(_ordinary(world, port, keys, plan, num=max(1, plan.num // 6)))  # settles
-        parts: dict[str, list[_Round]] = {name: [] for name in FLOODS}
+        rounds: dict[str, list[Round]] = {name: [] for name in FLOODS}
         for number in range(plan.rounds):
-            for name, tenant in FLOODS.items():
+            for name, flooder in FLOODS.items():
                 say(f"flood: {name}, round {number + 1} of {plan.rounds}")
-                flood = tenant and Flood(
-                    port, keys[tenant], world.names, plan.at_once, plan.num_prompt, plan.num_output
-                )
-                parts[name].append(_round(flood or None, world, port, keys, plan))
-        return Found([_whole(name, rounds) for name, rounds in parts.items()])
+                rounds[name].append(_round(flooder, world, port, keys, plan))
+        return Found([Part.of(name, those) for name, those in rounds.items()])
 
 
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """Of one part."""
-
-    answers: list[Answer]
-    cores: float
-    late_s: float
-    flood: Told
-
-
-def _round(flood: Flood | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> _Round:
+def _round(flooder: str | None, world: World, port: int, keys: dict[str, str], plan: Plan) -> Round:
+    """`flooder`: the tenant that floods; None: nobody does."""
+    told = Told()
     with ExitStack() as stack:
         stack.enter_context(real_time())
-        told = Told() if flood is None else stack.enter_context(flooding(flood))
+        if flooder is not None:
+            flood = Flood(port, keys[flooder], world.names, plan.at_once, plan.num_prompt, plan.num_output)
+            told = stack.enter_context(flooding(flood))
         time.sleep(_PAUSE_S)
         busy, began = busy_seconds(), time.perf_counter()
         answers, late_s = asyncio.run(_ordinary(world, port, keys, plan, plan.num))
         cores = (busy_seconds() - busy) / (time.perf_counter() - began)
     time.sleep(_PAUSE_S)
-    return _Round(answers, cores, late_s, told)
-
-
-def _whole(name: str, rounds: Sequence[_Round]) -> Part:
-    """Its tail is that of all rounds' answers together."""
-    answers = [a for one in rounds for a in one.answers]
-    return Part(
-        name,
-        Tail.of(answers),
-        cores=fmean(one.cores for one in rounds),
-        late_s=max(one.late_s for one in rounds),
-        flood=sum((one.flood for one in rounds), Told()),
-        p99s=[Tail.of(one.answers).p99_s for one in rounds],
-        errors=[a.error for a in answers if a.error][:10],
-    )
+    return Round(answers, cores, late_s, told)
 
 
 async def _ordinary(world: World, port: int, keys: dict[str, str], plan: Plan, num: int) -> tuple[list[Answer], float]:
