@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.cluster.trace import Asked
 from benchmarks.serving.systems.client import Received, ask, read_events
+from serve_apps.garbage import freeze_garbage
 
 _NUM_IDS = 256  # the byte tokenizer's letters
 _NAN = float("nan")
@@ -65,6 +66,7 @@ def send(port: int, names: Sequence[str], asked: Sequence[Asked], part: str, rec
 
 def answered(port: int, names: Sequence[str], asked: Sequence[Asked], part: str) -> tuple[float, list[Seen]]:
     """When it began, in seconds of time.perf_counter(), and what came of the requests, without their replicas."""
+    freeze_garbage()  # a collection would hold up the client
     began, answers = asyncio.run(_open_loop(port, names, asked, part))
     found = []
     for one, answer in zip(asked, answers, strict=True):
