@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cluster.trace import Asked
+from benchmarks.cluster.trace import Asked, random_prompts
 from benchmarks.serving.systems.client import Received, ask, read_events
 from serve_apps.garbage import freeze_garbage
 
-_NUM_IDS = 256  # the byte tokenizer's letters
 _NAN = float("nan")
 
 
@@ -104,8 +102,6 @@ async def _open_loop(
     port: int, names: Sequence[str], asked: Sequence[Asked], part: str
 ) -> tuple[float, list[Received | Exception]]:
     """When it began, in seconds of time.perf_counter(), and the answers, unread."""
-    chance = random.Random(part)
-    began = time.perf_counter()
 
     async def one(index: int, request: Asked, prompt: list[int]) -> Received:
         body: dict[str, Any] = {
@@ -119,7 +115,7 @@ async def _open_loop(
         await asyncio.sleep(max(0.0, request.at - (time.perf_counter() - began)))
         return await ask(port, "/v1/completions", body, {"X-Request-Id": f"{part}.{index}"})
 
-    prompts = [[chance.randrange(_NUM_IDS) for _ in range(request.num_prompt)] for request in asked]
+    prompts = random_prompts(asked, part)
     began = time.perf_counter()
     tasks = [one(index, request, prompt) for index, (request, prompt) in enumerate(zip(asked, prompts, strict=True))]
     answers = await asyncio.gather(*tasks, return_exceptions=True)

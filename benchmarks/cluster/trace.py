@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HOT_SHARE = 0.9
+_NUM_IDS = 256  # the byte tokenizer's letters
 _WARM_PROMPT, _HOT_OUTPUT = 8, 256
 _SHORTEST = 16  # prompt of a probe
 _PAUSE_S = 2.0  # after the warm-up: what it asked for has ended
@@ -136,3 +137,9 @@ def write_trace(trace: Trace, path: Path) -> None:
         for one in (*trace.warm, *later)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def random_prompts(asked: Sequence[Asked], seed: str) -> list[list[int]]:
+    """Token ids; equal for equal seeds."""
+    chance = random.Random(seed)
+    return [[chance.randrange(_NUM_IDS) for _ in range(request.num_prompt)] for request in asked]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cluster.trace import Asked
+from benchmarks.cluster.trace import Asked, random_prompts
 from benchmarks.serving.systems.client import Received, ask, read_events
 
 HUNG_S = 60.0  # after which a client gives up
-_NUM_IDS = 256  # the byte tokenizer's letters
 _NAN = float("nan")
 _WARMING_RATE, _WARMING_PROMPT = 20.0, 8
 
@@ -96,12 +94,6 @@ class Client:
     @property
     def _headers(self) -> Mapping[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
-
-
-def random_prompts(asked: Sequence[Asked], seed: str) -> list[list[int]]:
-    """Token ids; equal for equal seeds."""
-    chance = random.Random(seed)
-    return [[chance.randrange(_NUM_IDS) for _ in range(request.num_prompt)] for request in asked]
 
 
 def read(received: Received, answer: Answer, began: float) -> None:

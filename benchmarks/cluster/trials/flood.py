@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cluster.trace import Asked, Load, make_trace
-from benchmarks.cluster.trials.client import Answer, Client, random_prompts
+from benchmarks.cluster.trace import Asked, Load, make_trace, random_prompts
+from benchmarks.cluster.trials.client import Answer, Client
 from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import World

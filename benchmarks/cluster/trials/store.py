@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.cluster.trace import Asked, Load, make_trace
-from benchmarks.cluster.trials.client import Answer, Client, random_prompts
+from benchmarks.cluster.trace import Asked, Load, make_trace, random_prompts
+from benchmarks.cluster.trials.client import Answer, Client
 from benchmarks.cluster.trials.tails import Tail
 from benchmarks.cluster.trials.world import LOAD_TIMEOUT_S, World
 
