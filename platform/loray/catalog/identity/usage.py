@@ -46,10 +46,8 @@ class Usage(Database):
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
         with writing(self._engine) as c:
-            # Both dialects' statements have the method; it has no common type.
-            statement: Any = self._insert(usage).values(rows)
-            statement = statement.on_conflict_do_nothing(index_elements=["request_id"])
-            new = set(c.scalars(statement.returning(usage.c.request_id)))
+            statement = self._insert(usage).on_conflict_do_nothing(index_elements=["request_id"])
+            new = set(c.scalars(statement.returning(usage.c.request_id), rows))
             if new:
                 self._add_to_days(c, {row["request_id"]: row for row in rows if row["request_id"] in new}.values())
             return len(new)
@@ -64,11 +62,15 @@ class Usage(Database):
             sums[of] = {name: known[name] + counts[name] for name in _COUNTS}
         names = [column.name for column in usage_days.primary_key]
         values = [dict(zip(names, of, strict=True)) | counts for of, counts in sorted(sums.items())]
-        statement = self._insert(usage_days).values(values)
+        statement = self._insert(usage_days)
         added = {name: usage_days.c[name] + statement.excluded[name] for name in _COUNTS}
-        c.execute(statement.on_conflict_do_update(index_elements=names, set_=added))
+        c.execute(statement.on_conflict_do_update(index_elements=names, set_=added), values)
 
     def _insert(self, table: sa.Table) -> Any:
+        """Rows are to be given beside the statement, not in it: so it is compiled once, and not by a thread that takes
+        the interpreter from a gateway's event loop each time. Both dialects' statements have the methods; they have no
+        common type.
+        """
         return (sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert)(table)
 
     def usage(
