@@ -16,7 +16,7 @@ left half empty fill up first. A block is free as soon as its last row is freed.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -96,10 +96,8 @@ class BlockAllocator:
         return len(self._free)
 
     def occupancy(self) -> Occupancy:
-        kinds = Counter(b.kind for b in self._rows.values())
-        return Occupancy(
-            len(self._free), len(self._kv), kinds[Kind.LAYERED], kinds[Kind.FLAT], sum(self._runs.values())
-        )
+        layered, flat = len(self._open[Kind.LAYERED]), len(self._open[Kind.FLAT])
+        return Occupancy(len(self._free), len(self._kv), layered, flat, sum(self._runs.values()))
 
     def positions(self) -> dict[str, list[int]]:
         """The blocks of each state but `free`."""

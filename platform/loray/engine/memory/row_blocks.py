@@ -72,6 +72,10 @@ class OpenBlocks:
         self._by_width: dict[int, list[tuple[int, int]]] = {}
         self._keys: dict[int, tuple[int, int]] = {}  # of a block: its free elements and its widest hole
 
+    def __len__(self) -> int:
+        """Row blocks of the kind, also those without a hole."""
+        return len(self._keys)
+
     def fullest(self, width: int, *, besides: int | None = None) -> int | None:
         """The fullest block with a hole for a row of `width`, of several the lowest; not `besides`."""
         return next((block for _, block in self._for(width)[:2] if block != besides), None)
