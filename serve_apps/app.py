@@ -145,7 +145,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.owner import RayExchange
-    from serve_apps.garbage import freeze_garbage
+    from serve_apps.garbage import collect_when_quiet, freeze_garbage
     from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.demand_notes import DemandNotes
@@ -182,4 +182,6 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     gateway = open_gateway(fleet, settings, engines, gateways, exchange, tracing=tracing)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
+    counted = gateway.state.gateway.counted
+    collect_when_quiet(lambda: counted.num_in_flight == 0)
     return gateway

@@ -29,7 +29,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec, is_engine
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
-from serve_apps.garbage import freeze_garbage
+from serve_apps.garbage import collect_when_quiet, freeze_garbage
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics
 from serve_apps.replica.peers.asking import ReplicaPeers
@@ -79,6 +79,8 @@ class EngineReplica:
         self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
         self._connections = Connections(_node_id(), _replica_id(), self._held)
         freeze_garbage()
+        stream = self._stream
+        collect_when_quiet(lambda: stream.stats().is_idle)
 
     def _warm_up(self, base: BaseModel) -> WarmStart:
         from serve_apps.replica.warming import warm_up  # late, as above

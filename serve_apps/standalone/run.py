@@ -8,7 +8,7 @@ from collections.abc import Callable
 from loray.bases.registry import BaseModel
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.garbage import freeze_garbage
+from serve_apps.garbage import collect_when_quiet, freeze_garbage
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 
 
@@ -39,6 +39,7 @@ def run(
         engines = LocalEngines(stream, tracing, loader.counts)
         site = create_site(spec, settings, engines, tracing)
         freeze_garbage()
+        collect_when_quiet(lambda: stream.stats().is_idle)
 
         def ending(num_requests: int) -> None:
             site.end_streams()

@@ -49,3 +49,8 @@ class EngineFigures(BaseModel):
     num_misses: int = 0
     num_loaded_bytes: int = 0
     max_adapters_in_step: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """There is no request."""
+        return self.num_running + self.num_waiting == 0
