@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import sys
@@ -35,6 +36,7 @@ from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
 from loray.spec import ServeSpec
 
+_REST_S = 3.0  # after the warm-up: what it has left to write, usage and copies of adapters, is not what counts
 ROUTERS = ("loray", "ray", "random", "round-robin")
 
 
@@ -104,6 +106,7 @@ def _run(world: World, spec: ServeSpec, trace: Trace, router: str) -> Run:
     load = load_average()
     with world.deployed(spec, router) as record:
         warm = send(spec.port, world.names, trace.warm, "warm", record)
+        time.sleep(_REST_S)
         before, (seconds, loads) = figures(spec.port), load_seconds(spec.port)
         counted = send(spec.port, world.names, trace.counted, "counted", record)
         after = figures(spec.port)
@@ -120,7 +123,8 @@ def _simulated(
 ) -> list[simulated.Beside]:
     """What work costs comes from the probes alone: no request is compared with its own times."""
     found = []
-    fits = [fit(run.counted, run.warm, spec.max_num_batched_tokens) for run in runs]
+    processors = len(os.sched_getaffinity(0))
+    fits = [fit(run.counted, run.warm, spec.max_num_batched_tokens, processors) for run in runs]
     loads = [costs.load for costs in fits if not math.isnan(costs.load)]
     for run, costs in zip(runs, fits, strict=True):
         if (router := run.row.router) not in simulated.POLICIES:
@@ -128,7 +132,9 @@ def _simulated(
         other_s = sum(loads) / len(loads) if loads else run.load_s
         load_s = other_s if math.isnan(costs.load) else costs.load
         file, source = folder / f"profile-{router}.json", f"benchmarks.cluster, probes with {router}"
-        file.write_text(profile(costs, load_s, run.after, spec, source).model_dump_json(indent=2), encoding="utf-8")
+        file.write_text(
+            profile(costs, load_s, run.after, spec, source, processors).model_dump_json(indent=2), encoding="utf-8"
+        )
         click.echo(
             f"{source}: {1e3 * costs.step:.2f} ms a step, {1e3 * costs.row:.2f} a request in it, "
             f"{1e6 * costs.prompt:.1f} µs a prompt's token, {1e9 * costs.pair:.1f} ns a pair, {1e3 * load_s:.2f} ms a "

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cluster.client import Seen
+from loray.simulation.clock import Slowdown
 
 Floats = NDArray[np.float64]
 
@@ -15,19 +16,24 @@ Floats = NDArray[np.float64]
 class Crowd:
     """Requests are on their way until a replica has accepted them; a replica works while it has one or more."""
 
-    def __init__(self, seen: Sequence[Seen]) -> None:
-        self._ways = np.array([(s.at, s.routed) for s in seen], np.float64).reshape(-1, 2)
-        self._busy = {part[0].replica: _union([(s.routed, s.last) for s in part]) for part in by_replica(seen)}
+    def __init__(self, seen: Sequence[Seen], processors: float) -> None:
+        spans = [(s.at, s.routed) for s in seen]
+        for part in by_replica(seen):
+            spans += _union([(s.routed, s.last) for s in part])
+        starts, ends = np.array(spans, np.float64).reshape(-1, 2).T
+        changes = np.concatenate([np.ones(len(spans), np.int64), -np.ones(len(spans), np.int64)])
+        order = np.argsort(times := np.concatenate([starts, ends]), kind="stable")
+        self._times = times[order]
+        slowdowns = np.array([Slowdown.of(num, processors) for num in np.cumsum(changes[order])[:-1].tolist()])
+        passed = np.diff(self._times)[:, None] * slowdowns.reshape(-1, 2)
+        self._sums = np.concatenate([np.zeros((1, 2)), np.cumsum(passed, axis=0)])  # until each of the times
 
-    def beside(self, s: Seen, start: float, end: float) -> float:
-        """The mean number of those that worked from `start` to `end` beside the request: others on their way, and
-        replicas, of which its own counts until it has the request.
+    def slowdown(self, start: float, end: float) -> Slowdown:
+        """The mean from `start` to `end` of what a request was slowed by that was at work, on its way or on its
+        replica.
         """
-        ways = _overlap(self._ways, start, end) - _overlap(np.array([[s.at, s.routed]]), start, end)
-        replicas = sum(
-            _overlap(busy, start, min(end, s.routed) if name == s.replica else end) for name, busy in self._busy.items()
-        )
-        return (ways + replicas) / (end - start)
+        until = [[np.interp(at, self._times, column) for column in self._sums.T] for at in (start, end)]
+        return Slowdown(*(float(b - a) / (end - start) for a, b in zip(*until, strict=True)))
 
 
 def by_replica(seen: Sequence[Seen]) -> list[list[Seen]]:
@@ -38,17 +44,12 @@ def by_replica(seen: Sequence[Seen]) -> list[list[Seen]]:
     return list(found.values())
 
 
-def _overlap(spans: Floats, start: float, end: float) -> float:
-    """Seconds of all spans (N, 2) between the two."""
-    return float(np.clip(np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], start), 0.0, None).sum())
-
-
-def _union(spans: Sequence[tuple[float, float]]) -> Floats:
+def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Spans that do not overlap and cover the same."""
-    found: list[list[float]] = []
+    found: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if found and start <= found[-1][1]:
-            found[-1][1] = max(found[-1][1], end)
+            found[-1] = (found[-1][0], max(found[-1][1], end))
         else:
-            found.append([start, end])
-    return np.array(found, np.float64)
+            found.append((start, end))
+    return found

@@ -2,14 +2,15 @@
 
 A probe that has its replica's prompts to itself waits for its first token
 
-    (1 + contention · x) · (outside + its prompt + a step with those that decode there + its adapter's load, if cold)
+    slowdown · (outside + its prompt + a step with those that decode there + its adapter's load, if cold)
 
-where x is the mean number of others that work meanwhile (`Crowd`). The same factor is in the time between tokens. So
-all costs are those of a machine that does nothing else.
+where the slowdown follows from the contention and from those that work meanwhile (`Crowd`). The same factor is in the
+time between tokens. So all costs are those of a machine that does nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ Floats = NDArray[np.float64]
 _NUM_OUTSIDE = 400  # values of the profile, quantiles of those measured
 _FEWEST = 20
 _CONTENTIONS = np.arange(0.0, 2.0, 0.01)  # that are tried
+_SHORTEST_S = 1.0  # that a rate is taken over
+_MOST = 10.0  # that one probe stands for
 _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
 
 
@@ -44,25 +47,33 @@ class Costs(NamedTuple):
 
 
 class Waits(NamedTuple):
-    """Columns: tokens of the prompt, requests that decoded there when it was due, 1 where it waited for a load, `x` of
-    the formula above, seconds until a replica had it, and to the first token.
+    """Columns: tokens of the prompt, requests that decoded there when it was due, 1 where it waited for a load, its
+    `Slowdown`, seconds until a replica had it and to the first token, and for how many requests it stands: the longer
+    one waits, the rarer no other prompt comes meanwhile.
     """
 
     prompt: Floats
     decoding: Floats
     cold: Floats
+    shared: Floats
     beside: Floats
     routed: Floats
     seconds: Floats
+    weight: Floats
+
+    def slowdown(self, contention: float) -> Floats:
+        return self.shared + contention * self.beside
 
 
-def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int) -> Costs:
+def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int, processors: float) -> Costs:
     """Of others than probes only their replicas and the time that they were there are used. `before`: what the replicas
-    had answered by then; `most_tokens`: of a step. ValueError where probes do not say what work costs.
+    had answered by then; `most_tokens`: of a step; `processors`: of the machine. ValueError where probes do not say
+    what work costs.
     """
     good = [s for s in seen if not s.error and s.replica]
-    between, rows, beside = decoding(good)
-    waits = undisturbed(good, before)
+    crowd = Crowd(good, processors)
+    between, rows, slowed = decoding(good, crowd)
+    waits = undisturbed(good, crowd, before)
     if len(between) < _FEWEST or len(waits.seconds) < _FEWEST:
         raise ValueError(
             f"{len(between)} probes decoded, and {len(waits.seconds)} had their first token, without another's prompt "
@@ -74,20 +85,22 @@ def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int) -> Costs
     more_steps = np.maximum(0.0, waits.prompt / most_tokens - 1)
     contention, step, row = 0.0, 0.0, 0.0
     for _ in range(3):  # a long prompt has several steps, whose fixed cost follows from the contention
-        crowded = 1 + contention * waits.beside
-        contention, costs = contended(waits.seconds - crowded * step * more_steps, waits.beside, *columns)
-        step, row = nonnegative(between / (1 + contention * beside), rows)
+        y = waits.seconds - waits.slowdown(contention) * step * more_steps
+        contention, costs = contended(y, waits, *columns)
+        step, row = nonnegative(between / (slowed[:, 0] + contention * slowed[:, 1]), rows)
     fixed, prompt, pair, *loads = costs
     if not prompt and not pair:
         raise ValueError("long prompts did not take longer than short ones: other processes had the processors")
     computed = columns[0] * prompt + columns[1] * pair + step * more_steps
-    outside = waits.seconds / (1 + contention * waits.beside) - computed - step - row * (waits.decoding + 1)
+    outside = waits.seconds / waits.slowdown(contention) - computed - step - row * (waits.decoding + 1)
     outside -= sum(load * waits.cold for load in loads)
     is_short = computed <= fixed  # long prompts vary by more than all that
     outside = np.clip(outside[is_short], 0.0, None)
-    on_way = (waits.routed / (1 + contention * waits.beside))[is_short]
-    quantiles = np.quantile(outside, (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE)
-    load, share = loads[0] if has_loads else float("nan"), min(1.0, float(on_way.mean() / outside.mean()))
+    on_way, weight = (waits.routed / waits.slowdown(contention))[is_short], waits.weight[is_short]
+    levels = (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE
+    quantiles = np.quantile(outside, levels, weights=weight, method="inverted_cdf")
+    share = min(1.0, float(np.average(on_way, weights=weight) / np.average(outside, weights=weight)))
+    load = loads[0] if has_loads else float("nan")
     return Costs(step, row, prompt, pair, load, contention, quantiles, share, end_known_s(good))
 
 
@@ -103,11 +116,11 @@ def end_known_s(seen: Sequence[Seen]) -> float:
     return max(0.0, float(np.mean(too_many)) * float(np.ptp(routed)) / len(seen))
 
 
-def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
+def decoding(seen: Sequence[Seen], crowd: Crowd) -> tuple[Floats, Floats, Floats]:
     """Of each probe with two tokens or more beside which its replica computed no prompt: the mean time between two,
-    how many requests its replica decoded meanwhile, in the mean, itself included, and `Crowd.beside`.
+    how many requests its replica decoded meanwhile, in the mean, itself included, and its `Slowdown` (N, 2).
     """
-    crowd, found = Crowd(seen), []
+    found = []
     for part in by_replica(seen):
         routed, first, last = (np.array([getattr(s, name) for s in part]) for name in ("routed", "first", "last"))
         for s in part:
@@ -115,49 +128,53 @@ def decoding(seen: Sequence[Seen]) -> tuple[Floats, Floats, Floats]:
                 overlap = np.clip(np.minimum(last, s.last) - np.maximum(first, s.first), 0.0, None)
                 seconds = s.last - s.first
                 between = seconds / (s.num_output - 1)
-                found.append((between, overlap.sum() / seconds, crowd.beside(s, s.first, s.last)))
-    columns = np.array(found, np.float64).reshape(-1, 3).T
-    return columns[0], columns[1], columns[2]
+                found.append((between, overlap.sum() / seconds, *crowd.slowdown(s.first, s.last)))
+    columns = np.array(found, np.float64).reshape(-1, 4)
+    return columns[:, 0], columns[:, 1], columns[:, 2:]
 
 
-def undisturbed(seen: Sequence[Seen], before: Sequence[Seen] = ()) -> Waits:
+def undisturbed(seen: Sequence[Seen], crowd: Crowd, before: Sequence[Seen] = ()) -> Waits:
     """Of each probe beside which its replica computed no other prompt. It waits for a load if the replica has not had
     its adapter, also `before`; so this is for replicas that have not had more adapters than they hold.
     """
-    crowd, found = Crowd(seen), []
+    found = []
     had = {(s.replica, s.adapter) for s in before}
     for part in by_replica(seen):
         routed, first, last = (np.array([getattr(s, name) for s in part]) for name in ("routed", "first", "last"))
+        rate = len(part) / max(_SHORTEST_S, np.ptp(routed))
         for s in part:
             if s.probe and ((routed < s.first) & (first > s.at)).sum() == 1:
-                beside = crowd.beside(s, s.at, s.first)
+                slowdown = crowd.slowdown(s.at, s.first)
                 num_decoding = ((first <= s.at) & (last > s.at)).sum()
                 is_cold = (s.replica, s.adapter) not in had
-                found.append((s.num_prompt, num_decoding, is_cold, beside, s.routed - s.at, s.ttft))
+                weight = min(_MOST, math.exp(rate * s.ttft))  # the others come at random (Poisson)
+                found.append((s.num_prompt, num_decoding, is_cold, *slowdown, s.routed - s.at, s.ttft, weight))
             had.add((s.replica, s.adapter))
-    return Waits(*np.array(found, np.float64).reshape(-1, 6).T)
+    return Waits(*np.array(found, np.float64).reshape(-1, len(Waits._fields)).T)
 
 
-def contended(y: Floats, beside: Floats, *columns: Floats) -> tuple[float, tuple[float, ...]]:
-    """The contention with which (1 + contention · beside) · (intercept + coefficients · columns) is nearest to `y`, and
-    intercept and coefficients. Errors count as shares of what is expected.
+def contended(y: Floats, waits: Waits, *columns: Floats) -> tuple[float, tuple[float, ...]]:
+    """The contention with which slowdown · (intercept + coefficients · columns) is nearest to `y`, and intercept and
+    coefficients. Errors count as shares of what is expected.
     """
     expected = y.mean() + 0 * y
     for _ in range(3):  # the weights follow from the fit before
         found = []
         for contention in _CONTENTIONS.tolist():
-            scale = (1 + contention * beside) / expected
+            scale = waits.slowdown(contention) / expected
             coefficients = nonnegative(y / expected, *(column * scale for column in columns), intercept=scale)
             errors = y / expected - scale * _sum(coefficients, columns)
             found.append((float(errors @ errors), contention, coefficients))
         _, contention, coefficients = min(found)
-        expected = (1 + contention * beside) * _sum(coefficients, columns)
+        expected = waits.slowdown(contention) * _sum(coefficients, columns)
     return contention, coefficients
 
 
-def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: ServeSpec, source: str) -> Profile:
+def profile(
+    costs: Costs, load_s: float, figures: Sequence[Figures], spec: ServeSpec, source: str, processors: int
+) -> Profile:
     """`figures`: of replicas that hold adapters, all of one size. Sizes are those in the pool, to which the host's
-    memory is scaled.
+    memory is scaled. `processors`: of the machine.
     """
     pool_bytes = spec.fixed_pool_bytes
     assert pool_bytes is not None
@@ -181,6 +198,7 @@ def profile(costs: Costs, load_s: float, figures: Sequence[Figures], spec: Serve
         before_choice=costs.before_choice,
         end_known_s=costs.end_known,
         contention=costs.contention,
+        processors=processors,
         start_s=20.0,
         kv_token_bytes=block_bytes / spec.block_tokens,
         adapter_bytes=(round(in_pool),),

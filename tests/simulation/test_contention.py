@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from loray.simulation.clock import Clock
+from loray.simulation.clock import Clock, Slowdown
 from loray.simulation.policies.routers import TwoChoices
 from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
@@ -33,6 +35,18 @@ def test_work_has_a_time_of_its_own() -> None:
     assert clock.seconds(16.0) == 19.0
     clock.joined(-2, 16.0)
     assert clock.seconds(17.0) == 20.0
+
+
+def test_more_than_processors_have_equal_parts_of_them() -> None:
+    clock = Clock(0.5, 2)
+    clock.joined(2, 0.0)
+    assert clock.seconds(1.0) == 1.5
+    clock.joined(1, 0.0)
+    assert clock.seconds(1.0) == 2.25  # two thirds of a processor for each
+    clock.joined(3, 0.0)
+    assert clock.seconds(1.0) == 4.5
+    assert Slowdown.of(0, 2) == Slowdown.of(1, 2) == (1.0, 0.0)
+    assert Slowdown.of(3, math.inf) == (1.0, 2.0)
 
 
 def test_without_contention_both_times_are_the_same_to_the_last_bit() -> None:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+
+class Slowdown(NamedTuple):
+    """What is at work takes `shared` + contention · `beside` times as long as alone."""
+
+    shared: float
+    beside: float
+
+    @classmethod
+    def of(cls, num: int, processors: float) -> Slowdown:
+        """Of `num` at work. As long as each has a processor, it makes every other slower by the contention; more of
+        them have equal parts of the processors.
+        """
+        num = max(1, num)
+        shared = max(1.0, num / processors)
+        return cls(shared, (min(num, processors) - 1) * shared)
+
 
 class Clock:
-    """Each one of `crowd` that works beside another makes all of them slower by the same factor, 1 + `contention` for
-    each beyond the first. So all work has one time of its own: what takes s seconds alone ends s seconds of work later,
-    whatever comes and goes meanwhile. Without contention both times are equal.
+    """All that are at work become slower by the same factor, see `Slowdown`. So all work has one time of its own: what
+    takes s seconds alone ends s seconds of work later, whatever comes and goes meanwhile. Without contention, and with
+    a processor for each, both times are equal.
     """
 
-    def __init__(self, contention: float = 0.0) -> None:
-        self._contention = contention
+    def __init__(self, contention: float = 0.0, processors: float = math.inf) -> None:
+        self._contention, self._processors = contention, processors
         self._factor, self._offset = 1.0, 0.0
         self._crowd = 0
 
@@ -27,6 +46,7 @@ class Clock:
         if not num:
             return
         self._crowd += num
-        factor = 1.0 + self._contention * max(0, self._crowd - 1)
+        slowdown = Slowdown.of(self._crowd, self._processors)
+        factor = slowdown.shared + self._contention * slowdown.beside
         self._offset = self.seconds(work) - work * factor
         self._factor = factor

@@ -50,6 +50,12 @@ class Profile(BaseModel):
         description="share by which each busy replica, and each request outside, slows all others that share its "
         "processors; 0 where each replica has its own",
     )
+    processors: int | None = Field(
+        default=None,
+        gt=0,
+        description="that these share: more of them at work than processors have equal parts; null where each has its "
+        "own",
+    )
     start_s: float = Field(ge=0, description="from the decision to add a replica until it takes requests")
     num_loads: int = Field(default=4, gt=0, description="loads at once")
     kv_token_bytes: float = Field(gt=0)

@@ -82,7 +82,7 @@ class Simulator:
         self._num_warming = int(np.searchsorted(requests.at_R, warm_up))
         self._outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
         self._sizes = adapter_sizes(profile, requests.num_adapters)
-        self._clock = Clock(profile.contention)
+        self._clock = Clock(profile.contention, profile.processors or math.inf)
         self.cluster = Cluster(profile, self._sizes, policy.router, size, self._clock)
         self._work: list[_Event] = []
         self._timed: list[_Event] = []

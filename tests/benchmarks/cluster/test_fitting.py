@@ -29,6 +29,7 @@ from tests.simulation.made import requests
 STEP, ROW, PROMPT, OUTSIDE = 0.004, 0.001, 2e-5, 0.01
 SPEC = ServeSpec(base="tiny", pool_bytes=1 << 20, host_bytes=200_000)
 MOST = 512
+PROCESSORS = 8
 
 
 def probe(at: float, **fields: Any) -> Seen:
@@ -75,29 +76,32 @@ def _simulated_answers(costs: Profile, asked: Sequence[Asked]) -> list[Seen]:
 
 def test_costs_are_found_again() -> None:
     made = _made(200)
-    between, rows, beside = decoding(made)
+    crowd = Crowd(made, PROCESSORS)
+    between, rows, slowed = decoding(made, crowd)
     assert set(np.round(rows, 6)) == {1.0, 2.0}
     assert between.min() == pytest.approx(STEP + ROW)
-    waits = undisturbed(made)
+    waits = undisturbed(made, crowd)
     assert len(waits.prompt) == 100  # those beside another's are left out
     assert waits.cold.sum() == 3
-    assert not any(column.any() for column in (waits.decoding, waits.beside, beside))
-    costs = fit(made, [], MOST)
+    assert not any(column.any() for column in (waits.decoding, waits.beside, slowed[:, 1]))
+    assert (waits.shared == 1.0).all()
+    costs = fit(made, [], MOST, PROCESSORS)
     assert (costs.step, costs.row, costs.prompt) == (pytest.approx(STEP), pytest.approx(ROW), pytest.approx(PROMPT))
     assert np.allclose(costs.outside, OUTSIDE)
     assert costs.pair == pytest.approx(0.0, abs=1e-12)
     assert np.isnan(costs.load)
 
 
-def test_what_a_simulation_was_given_is_found_in_its_requests() -> None:
+@pytest.mark.parametrize("processors", [2, 8])
+def test_what_a_simulation_was_given_is_found_in_its_requests(processors: int) -> None:
     """Loads, contention and steps of long prompts included. The requests are the benchmark's."""
     given = SMOLLM2_TWO_CORES.model_copy(
         update={"step_s": 6e-4, "decode_s": 1e-4, "adapter_s": 0.0, "prompt_s": 7e-6, "pair_s": 1e-8, "load_s": 0.003,
                 "load_byte_s": 0.0, "place_s": 2e-4, "place_byte_s": 0.0, "outside_s": (0.006, 0.008, 0.01),
-                "before_choice": 0.7, "contention": 0.4}
+                "before_choice": 0.7, "contention": 0.4, "processors": processors}
     )  # fmt: skip
     asked = make_trace(Load(num_adapters=200, probe_rate=8.0)).counted
-    costs = fit(_simulated_answers(given, asked), [], given.max_num_batched_tokens)
+    costs = fit(_simulated_answers(given, asked), [], given.max_num_batched_tokens, processors)
     assert costs.contention == pytest.approx(given.contention, abs=0.08)
     assert costs.before_choice == pytest.approx(given.before_choice, abs=0.07)
     assert costs.step + costs.row == pytest.approx(7e-4, rel=0.05)
@@ -120,37 +124,55 @@ def test_how_late_a_router_knows_of_ends_is_in_what_it_knew() -> None:
 def test_a_request_may_come_while_others_decode() -> None:
     long = seen(0.0, first=0.02, last=9.0)
     made = [long, *(probe(float(i), first=i + 0.1) for i in range(1, 4)), probe(4.0, first=4.2), seen(4.1, first=4.3)]
-    assert undisturbed(made).decoding.tolist() == [1.0, 1.0, 1.0]
+    assert undisturbed(made, Crowd(made, PROCESSORS)).decoding.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_others_work_beside_it_on_their_way_and_as_replicas() -> None:
+    def beside(seen: Sequence[Seen], end: float) -> float:
+        shared, found = Crowd(seen, PROCESSORS).slowdown(0.0, end)
+        assert shared == 1.0, "there is a processor for each"
+        return found
+
     one = seen(0.0, routed=1.0, first=4.0, last=9.0)
     others = [seen(0.0, routed=3.0, first=9.0, last=9.0, replica="b"), seen(2.0, routed=2.0, last=9.0)]
-    assert Crowd([one]).beside(one, 0.0, 4.0) == 0.0
+    assert beside([one], 4.0) == 0.0
     # The way of one until 3, then its replica; of the other only a replica that has the request itself.
-    assert Crowd([one, *others]).beside(one, 0.0, 4.0) == pytest.approx(1.0)
+    assert beside([one, *others], 4.0) == pytest.approx(1.0)
     # Before it has the request its replica works as any other.
     earlier = seen(-1.0, routed=-0.5, first=0.0, last=0.5)
-    assert Crowd([one, earlier]).beside(one, 0.0, 1.0) == pytest.approx(0.5)
+    assert beside([one, earlier], 1.0) == pytest.approx(0.5)
     both = [seen(-1.0, routed=-0.5, last=0.5, replica="b"), seen(-1.0, routed=-0.5, last=0.25, replica="b")]
-    assert Crowd([one, *both]).beside(one, 0.0, 1.0) == pytest.approx(0.5)
+    assert beside([one, *both], 1.0) == pytest.approx(0.5)
+
+
+def test_more_than_processors_share_them() -> None:
+    """Three at work for half of the time, of which each has two thirds of a processor; then one."""
+    made = [seen(0.0, routed=0.0, last=1.0, replica=name) for name in "bc"] + [seen(0.0, routed=0.0, last=2.0)]
+    assert Crowd(made, 2).slowdown(0.0, 2.0) == pytest.approx((0.5 * 1.5 + 0.5, 0.5 * 1.5))
+    assert Crowd(made, 1).slowdown(0.0, 2.0) == pytest.approx((0.5 * 3 + 0.5, 0.0))
+
+
+def test_a_probe_that_waited_long_stands_for_those_that_another_prompt_came_beside() -> None:
+    made = [probe(float(i), routed=float(i), first=i + wait) for i, wait in enumerate([0.1, 0.6] * 20)]
+    waits = undisturbed(made, Crowd(made, PROCESSORS))
+    assert waits.weight[1] / waits.weight[0] == pytest.approx(np.exp(0.5 * 40 / 39))
 
 
 def test_costs_that_cannot_be_told_are_an_error() -> None:
     made = _made(200)
     with pytest.raises(ValueError, match="--probe-rate"):
-        fit(made[:20], [], MOST)
+        fit(made[:20], [], MOST, PROCESSORS)
     for one in made:
         one.first = one.at + 0.1
         one.last = one.first + 0.05
     with pytest.raises(ValueError, match="other processes"):
-        fit(made, [], MOST)
+        fit(made, [], MOST, PROCESSORS)
 
 
 def test_a_profile_has_the_sizes_of_the_pool() -> None:
     after = _figures(blocks={"free": 64, "kv": 32, "layered": 32}, adapters_in_pool=("x", "y"), num_loads=4,
                      num_loaded_bytes=80_000)  # fmt: skip
-    made = profile(fit(_made(100), [], MOST), 0.003, after, SPEC, "a test")
+    made = profile(fit(_made(100), [], MOST, PROCESSORS), 0.003, after, SPEC, "a test", PROCESSORS)
     assert made.adapter_bytes == (16 * 8192,)
     assert made.kv_token_bytes == 512
     assert made.host_bytes == pytest.approx(200_000 * 16 * 8192 / 20_000)
