@@ -40,6 +40,10 @@ class TenantTurns:
     def num_waiting(self) -> int:
         return self._fair.num_waiting
 
+    def is_modest(self, tenant: str) -> bool:
+        """See FairAdmission."""
+        return self._fair.is_modest(tenant)
+
     async def enter(self, tenant: str) -> None:
         """Returns when the request may begin; `leave` follows once. Overloaded if that takes too long."""
         loop = asyncio.get_running_loop()
@@ -126,6 +130,7 @@ class AdmitRequests:
             scope["route"] = _Route(path)  # which metrics name
             await self._refused(e)(scope, receive, send)
             return
+        scope["state"]["is_modest"] = self._turns.is_modest(principal.tenant)
         try:
             await self._app(scope, receive, send)
         finally:

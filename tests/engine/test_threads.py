@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import queue
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.first_tokens import FirstTokens
 from loray.engine.stream import EngineStream
 from loray.engine.threads import EngineThreads, Lane
-from tests.engine.harness import make_engine
+from tests.engine.harness import make_engine, request
 
 WAIT_S = 30.0
+IDS = (5, 9, 12, 7)
 
 
 class Turns:
@@ -100,40 +102,26 @@ def test_one_thread_does_all_where_there_is_one() -> None:
     turns.threads.stop()
 
 
-def test_first_tokens_of_those_who_have_little_here() -> None:
-    first = FirstTokens()
-    first.came("a-0", "a")
-    assert not first, "nobody else is here"
-    first.came("b-0", "b")
-    assert first, "one of two"
-    first.has_token("b-0")
-    assert not first
-    first.came("a-1", "a")
-    assert not first, "two of three"
-    first.came("c-0", "c")
-    first.ended("c-0")
-    first.ended("c-0")
-    assert not first
-    for request in ("a-0", "a-1", "b-0"):
-        first.ended(request)
-    assert not first._num
-    assert not first._tenants
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
 def test_steps_run_in_the_background_but_for_first_tokens(base: BaseModel) -> None:
     stream, own = EngineStream(make_engine(base, num_threads=1)), os.sched_getscheduler(0)
     found: dict[str, int] = {}
 
-    def policy() -> None:
-        found[threading.current_thread().name] = os.sched_getscheduler(threading.get_native_id())
+    def policy() -> int:
+        return os.sched_getscheduler(threading.get_native_id())
 
+    async def answer(request_id: str, *, is_modest: bool) -> None:
+        asked = replace(request(request_id, IDS, max_tokens=2), traceparent="00", is_modest=is_modest)
+        async for _ in stream.generate(asked):
+            pass
+
+    stream.on_first_step(lambda request_id, at: found.update({request_id: policy()}))
     stream.start()
-    stream.call(policy).result(WAIT_S)
-    assert found == {"engine-usual": os.SCHED_IDLE}
-    for tenant in ("a", "b"):
-        stream._first.came(tenant, tenant)
-    while "engine-first" not in found:  # the turn that is under way decides at its end
-        stream.call(policy).result(WAIT_S)
-    assert found == {"engine-usual": os.SCHED_IDLE, "engine-first": own}
+    asyncio.run(answer("usual", is_modest=False))
+    assert found == {"usual": os.SCHED_IDLE}
+    while own not in found.values():  # the turn that is under way when it comes may take it
+        asyncio.run(answer(f"modest-{len(found)}", is_modest=True))
+    assert not stream._first
+    while stream.call(policy).result(WAIT_S) != os.SCHED_IDLE:
+        pass  # the turn that is under way decides at its end
     stream.stop()

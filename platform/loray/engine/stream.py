@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from loray.engine.engine import Engine
-from loray.engine.first_tokens import FirstTokens
 from loray.engine.memory.layout import layout
 from loray.engine.request import TokenOutput
 from loray.engine.residency.prefetch import Prefetch, Prefetched
@@ -60,7 +59,7 @@ class EngineStream:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: deque[Callable[[], None]] = deque()
-        self._first = FirstTokens()
+        self._first: set[str] = set()  # of the subscribers, modest ones without a token
         self._subscribers: dict[str, _Subscriber] = {}
         self._calls: set[Future[Any]] = set()  # that the engine's thread has not begun
         self._lock = threading.Lock()
@@ -146,7 +145,8 @@ class EngineStream:
             if request.request_id in self._subscribers:
                 raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
             self._subscribers[request.request_id] = _Subscriber(sink, key)
-            self._first.came(request.request_id, request.tenant)
+            if request.is_modest:
+                self._first.add(request.request_id)
         if self._first:
             self._threads.use(Lane.FIRST)
         self._post(lambda: self._add(request))
@@ -248,7 +248,7 @@ class EngineStream:
 
     def _cancel(self, request_id: str) -> None:
         self._subscribers.pop(request_id, None)
-        self._first.ended(request_id)
+        self._first.discard(request_id)
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
@@ -256,7 +256,7 @@ class EngineStream:
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
             subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
-            (self._first.ended if last else self._first.has_token)(output.request_id)
+            self._first.discard(output.request_id)
             if subscriber is not None:
                 by_sink.setdefault(subscriber.sink, []).append((subscriber.key, output))
         for sink, items in by_sink.items():

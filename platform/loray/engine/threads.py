@@ -1,9 +1,9 @@
 """The threads that run an engine's steps, one at a time.
 
-On a CPU, steps run in the background (`loray.priority`). That is right for most of them, and wrong for a first token
-that others should not delay (`first_tokens`): where processors are busy, its steps would wait for them as the steps of
-all other engines do. While there is one, steps run in a second thread, which has the priority of its process. There are
-two since a thread may give up its priority, but not take it back.
+On a CPU, steps run in the background (`loray.priority`). That is right for most of them, and wrong for a first token of
+a tenant that asks for little beside others (`GenerateRequest.is_modest`): where processors are busy, its steps would
+wait for them as the steps of all other engines do. While there is one, steps run in a second thread, which has the
+priority of its process. There are two since a thread may give up its priority, but not take it back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loray_kernels import release_threads
 
 
 class Lane(IntEnum):
-    """`FIRST`: while somebody waits for a first token that others should not delay. `USUAL`: all other steps."""
+    """`FIRST`: while a modest request waits for its first token. `USUAL`: all other steps."""
 
     USUAL = 0
     FIRST = 1

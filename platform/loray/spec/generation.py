@@ -67,6 +67,8 @@ class GenerateRequest:
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     output_ids   of the answer so far, where another engine has begun it: the results are those after them
     holders      replicas that have the adapter, as the sender knows: from one of them it can be loaded
+    is_modest    its tenant has no more than its equal part of the requests under way, of which others have some: these
+                 should not delay its first token
     """
 
     request_id: str
@@ -80,6 +82,7 @@ class GenerateRequest:
     traceparent: str | None = None
     output_ids: tuple[int, ...] = ()
     holders: tuple[str, ...] = ()
+    is_modest: bool = False
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

@@ -25,7 +25,8 @@ _MAX_ID = 128
 
 class RequestHeaders(NamedTuple):
     """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
-    request's span, where traces are exported; `session_id` what the client calls the session.
+    request's span, where traces are exported; `session_id` what the client calls the session; `is_modest` as in
+    GenerateRequest, when the request began.
     """
 
     received_at: float
@@ -34,6 +35,7 @@ class RequestHeaders(NamedTuple):
     timeout_s: float | None = None
     trace: RequestTrace | None = None
     session_id: str | None = None
+    is_modest: bool = False
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
@@ -42,7 +44,8 @@ class RequestHeaders(NamedTuple):
         state, headers = request.scope.get("state", {}), request.headers
         received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
-        return cls(received_at, principal_of(request), _request_id(headers), timeout_s, trace, session_id)
+        is_modest = state.get("is_modest", False)
+        return cls(received_at, principal_of(request), _request_id(headers), timeout_s, trace, session_id, is_modest)
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

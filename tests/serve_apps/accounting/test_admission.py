@@ -17,6 +17,7 @@ from loray.spec import Limits, Principal
 from serve_apps.accounting import admission
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.admission import AdmitRequests, TenantTurns, Turn
+from serve_apps.gateway.answers.headers import RequestHeaders
 
 
 def crowded() -> FairAdmission[Turn]:
@@ -142,5 +143,9 @@ def test_the_middleware_refuses_before_the_body_is_read_and_leaves_other_paths_a
         status, scope = await ask("/v1/completions")
         assert (status, len(read)) == (200, 2)
         assert Request(scope).state.received_at <= asyncio.get_running_loop().time()
+        assert not RequestHeaders.of(Request(scope)).is_modest, "nobody else has asked"
+        middleware._turns._fair.ask("other", Turn("other", asyncio.Future()), asyncio.get_running_loop().time())
+        status, scope = await ask("/v1/completions")
+        assert RequestHeaders.of(Request(scope)).is_modest
 
     asyncio.run(run())
