@@ -26,7 +26,7 @@ _DECREASE = 0.75  # of the limit, where the gateway was late
 _BEGIN = 0.5  # of what is under way, where nothing was limited before
 _SMOOTHING = 0.3  # the newest step's share in the mean that the limit grows by
 _EXCESS = 1.2  # of the limit; with more under way, the last decrease has not come to bear yet
-_INCREASE = 0.05  # and where it was on time, but at least by one
+_INCREASE = 0.05  # and where it was on time, but at least by one a second
 _FAST = 0.5  # and where it was late by less than a quarter of what it may be
 _FORGET_S = 2.0  # in which nobody looked how late it is, after which nothing is limited
 
@@ -109,7 +109,7 @@ class FairAdmission(Generic[T]):
             factor = _BEGIN if self.limit == math.inf else _DECREASE
             self.limit = max(self._least, factor * min(self.limit, self._num))
         elif not self._num_late and self._mean < self._target:
-            self.limit += max(1.0, (_FAST if 4 * self._mean < self._target else _INCREASE) * self.limit)
+            self.limit += max(_STEP_S, (_FAST if 4 * self._mean < self._target else _INCREASE) * self.limit)
         return self._admitted(now)
 
     def _admitted(self, now: float) -> list[T]:
