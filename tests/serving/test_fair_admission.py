@@ -89,7 +89,7 @@ def test_the_limit_grows_while_the_loop_is_on_time_and_requests_wait() -> None:
     assert not begun, "late half of the time, by far more than may be in the mean"
     for n in range(21, 50):
         begun += fair.observe(0.9 * fair._target, 1.0 + n * STEP_S)
-    assert 2 <= len(begun) <= 7, "one a second, once the loop has been on time for a while"
+    assert 2 <= len(begun) <= 10, "about one a second, once the loop has been on time for a while"
     for n in range(50, 60):
         begun += fair.observe(ON_TIME, 1.0 + n * STEP_S)
     assert begun == list(range(1000, 1050)), "half as many again a step"
