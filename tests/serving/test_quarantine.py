@@ -72,6 +72,18 @@ def test_of_several_the_one_that_kills_again_is_refused() -> None:
     assert not is_refused(q, GOOD, 2.0)
 
 
+def test_one_that_another_replica_has_is_refused_from_its_second_death_on() -> None:
+    """The gateway that has seen its tokens was replaced."""
+    q = Quarantine()
+    for n, is_held in enumerate([True, False]):
+        q.enter(f"request {n}", GOOD, 0.0)
+        death = q.died(f"request {n}", f"r{n}", lambda r: None, lambda digest, held=is_held: held)
+        assert death == (GOOD, f"r{n}", not is_held)
+        q.count(death, 0.0)
+        q.leave(f"request {n}")
+        assert is_refused(q, GOOD, 0.0) is (n == 1)
+
+
 def test_many_loads_on_a_lost_node_quarantine_none() -> None:
     q, loading = Quarantine(), [f"{i:064x}" for i in range(50)]
     kill(q, loading[0], "r1", 0.0, *loading[1:], *loading)

@@ -1,9 +1,10 @@
 """Adapters that seem to kill replicas: which are suspected, and for how long they are refused.
 
 An adapter is suspected if the replica that had a request for it died before any token of the adapter had come. If it
-was the only such adapter of that replica, it is refused at once, else from its second death on: of several adapters
-that were loaded at the same time, most are innocent. Later it is tried with one request at a time, until a token comes
-or it is refused for twice as long.
+was the only such adapter of that replica, and no other replica has it, it is refused at once, else from its second
+death on: of several adapters that were loaded at the same time, most are innocent, and one that another replica has
+loaded is probably known to be good by gateways that this one has replaced. Later it is tried with one request at a
+time, until a token comes or it is refused for twice as long.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _KNOWN = 1 << 16  # digests and deaths that are remembered
 
 
 class Death(NamedTuple):
-    """A replica that died with a request for this adapter. `alone`: it had no other that was not known to be good."""
+    """A replica that died with a request for this adapter. `alone`: it had no other that was not known to be good, and
+    no other replica has this one.
+    """
 
     digest: str
     replica: str
@@ -86,9 +89,15 @@ class Quarantine:
         _forget(self._good)
         return self._suspects.pop(digest, None) is not None
 
-    def died(self, request_id: str, replica: str, where: Callable[[str], str | None]) -> Death | None:
+    def died(
+        self,
+        request_id: str,
+        replica: str,
+        where: Callable[[str], str | None],
+        is_held: Callable[[str], bool] = lambda digest: False,
+    ) -> Death | None:
         """The replica died with this request; None if its adapter is not the reason. `where` gives the replica of
-        another request.
+        another request; `is_held` says whether another replica has the adapter.
         """
         digest = self._trying.get(request_id)
         if digest is None:
@@ -96,7 +105,7 @@ class Quarantine:
         together = self._deaths.setdefault(replica, set())
         _forget(self._deaths)
         together |= {digest, *(d for request, d in self._trying.items() if where(request) == replica)}
-        return Death(digest, replica, len(together) == 1)
+        return Death(digest, replica, len(together) == 1 and not is_held(digest))
 
     def count(self, death: Death, now: float) -> None:
         """Judges a death by what is known here alone. Every request that the replica had reports it."""

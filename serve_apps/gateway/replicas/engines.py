@@ -185,7 +185,8 @@ class ServeEngines:
         except ReplicaLost as e:
             e.replica = e.replica or router.replica_of(request.request_id)
             if e.replica is not None:
-                await self._quarantine.died(request.request_id, e.replica, router.replica_of)
+                is_held = partial(router.is_held, self._deployment, e.replica)
+                await self._quarantine.died(request.request_id, e.replica, router.replica_of, is_held)
             raise
         finally:
             self._reading.pop(request.request_id, None)

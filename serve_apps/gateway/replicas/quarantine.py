@@ -76,9 +76,11 @@ class SharedQuarantine:
         if self._known.answered(digest) and self._open is not None:
             self._later(lambda records: records.clear_quarantine(digest))
 
-    async def died(self, request_id: str, replica: str, where: Callable[[str], str | None]) -> None:
-        """The replica died with this request. Other gateways know of it when this returns."""
-        death = self._known.died(request_id, replica, where)
+    async def died(
+        self, request_id: str, replica: str, where: Callable[[str], str | None], is_held: Callable[[str], bool]
+    ) -> None:
+        """The replica died with this request; see Quarantine. Other gateways know of it when this returns."""
+        death = self._known.died(request_id, replica, where, is_held)
         if death is None:
             return
         at = self._clock()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -59,12 +59,19 @@ def replicas(deployment: str) -> frozenset[str]:
 
 def holders(deployment: str, digest: str) -> tuple[str, ...]:
     """Some replicas of a deployment that have an adapter: they have reported it, or it was sent to them just now."""
-    key, running = routing_key(digest), replicas(deployment)
-    known = ((name, reports.of(name)) for name in running)
-    held = (name for name, k in known if k is not None and (key in k.report.in_pool or key in k.report.on_host))
-    routing = _routings.get(deployment)
+    key, running, routing = routing_key(digest), replicas(deployment), _routings.get(deployment)
     recent = () if routing is None else (name for name in routing.recent_holders(key) if name in running)
-    return tuple(dict.fromkeys(islice(chain(held, recent), _NUM_HOLDERS)))
+    return tuple(dict.fromkeys(islice(chain(_reported(deployment, key), recent), _NUM_HOLDERS)))
+
+
+def is_held(deployment: str, besides: str, digest: str) -> bool:
+    """Whether another replica of the deployment than `besides` has reported that it has the adapter."""
+    return any(name != besides for name in _reported(deployment, routing_key(digest)))
+
+
+def _reported(deployment: str, key: str) -> Iterator[str]:
+    known = ((name, reports.of(name)) for name in replicas(deployment))
+    return (name for name, k in known if k is not None and (key in k.report.in_pool or key in k.report.on_host))
 
 
 def suspect(replica: str) -> None:

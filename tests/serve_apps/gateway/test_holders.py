@@ -10,7 +10,7 @@ from loray.errors import ReplicaUnavailable
 from loray.serving.routing_report import RoutingReports
 from loray.spec import AdapterOf
 from serve_apps.gateway.replicas import router as module
-from serve_apps.gateway.replicas.router import AdapterRouter, decisions, holders
+from serve_apps.gateway.replicas.router import AdapterRouter, decisions, holders, is_held
 from tests.serve_apps.gateway.test_router import DIGESTS, Replica, pending, route, with_router
 
 
@@ -32,6 +32,9 @@ def test_who_has_an_adapter_is_known_by_reports_and_by_what_was_sent(pair: list[
         assert holders("engine", DIGESTS[2]) == ()
         first = await route(router, pending(DIGESTS[2]))
         assert holders("engine", DIGESTS[2]) == (first,)
+        held = [is_held("engine", besides, DIGESTS[1]) for besides in ("one", "two")]
+        assert held == [True, False]
+        assert not is_held("engine", "one", DIGESTS[2]), "sent, and not reported"
         router.update_replicas(pair[1:])
         assert holders("engine", DIGESTS[0]) == ("two",)
         assert holders("other", DIGESTS[0]) == ()

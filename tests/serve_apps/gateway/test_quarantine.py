@@ -104,6 +104,19 @@ def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> 
     assert deployment.num_deaths == 1
 
 
+def test_one_that_another_replica_has_is_sent_once_more(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {("replica#1", BAD.digest)}
+    monkeypatch.setattr(router, "is_held", lambda deployment, besides, digest: (besides, digest) in held)
+
+    async def story(first: ServeEngines, second: ServeEngines) -> None:
+        assert await refused(first) == await refused(second) == 2 * FIRST_S
+        assert deployment.num_deaths == 2
+
+    run(deployment, story)
+
+
 def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
     async def story(first: ServeEngines, second: ServeEngines) -> None:
         await refused(first)
