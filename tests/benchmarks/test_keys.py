@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from loray.bases.registry import BaseModel
 
 def test_it_measures_each_kind() -> None:
     cost = measure(40)
-    assert all(map(math.isfinite, cost))  # each is a difference of times, which a busy machine may make negative
+    assert min(cost) > 0
     assert "µs a request with a right one" in line(cost)
 
 
