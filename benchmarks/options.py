@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+
 
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them. ValueError, of which argparse makes its own."""
     return tuple(int(n) for n in text.split(","))
+
+
+def one_or_more(text: str) -> int:
+    """A whole number. ValueError where it is none, ArgumentTypeError below 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number

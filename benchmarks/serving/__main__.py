@@ -23,7 +23,7 @@ import click
 
 from benchmarks import machine
 from benchmarks.machine import describe_machine
-from benchmarks.options import numbers
+from benchmarks.options import numbers, one_or_more
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=OUR_SYSTEMS,
         help="of loray: the engine in process, alone or beside an idle `loray up`; `loray serve`; `loray up`",
     )
-    add("--repeat", type=int, help="passes of each case (peers: one)")
-    add("--rounds", type=int, default=1, help="times that every system starts and runs its passes (default 1)")
+    add("--repeat", type=one_or_more, help="passes of each case (peers: one)")
+    add("--rounds", type=one_or_more, default=1, help="times that every system starts and runs its passes (default 1)")
     add(
         "--patience",
         type=float,
@@ -136,8 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     custom.add_argument("--modules", choices=("attention", "all"), default="attention")
     custom.add_argument("--alpha", type=float, help="popularity by power law, 1 is uniform; otherwise round robin")
     custom.add_argument("--pool-adapters", type=int, help="how many fit the pool (default all)")
-    custom.add_argument("--requests", type=int, default=96)
-    custom.add_argument("--at-once", type=int, help="closed loop (default 32 where no --rate is given)")
+    custom.add_argument("--requests", type=one_or_more, default=96)
+    custom.add_argument("--at-once", type=one_or_more, help="closed loop (default 32 where no --rate is given)")
     custom.add_argument("--rate", type=float, help="open loop: requests/s")
     custom.add_argument("--cv", type=float, default=1.0, help="of the inter-arrival times")
     custom.add_argument("--inputs", type=numbers, default=(64, 64), help="tokens, LOW,HIGH")

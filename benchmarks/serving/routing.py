@@ -25,6 +25,7 @@ import click
 import httpx
 
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.adapters import AdapterSet, write_adapter
 from benchmarks.serving.models import bench_base
@@ -44,10 +45,10 @@ KV_BYTES = 16 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--adapters", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--replicas", type=one_or_more, default=2)
+    parser.add_argument("--adapters", type=one_or_more, default=20)
+    parser.add_argument("--requests", type=one_or_more, default=200)
+    parser.add_argument("--at-once", type=one_or_more, default=4)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

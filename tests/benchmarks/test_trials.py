@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.cluster.trace import Asked
 from benchmarks.cluster.trials import flood, store
+from benchmarks.cluster.trials.__main__ import main
 from benchmarks.cluster.trials.client import Answer, Client, read
 from benchmarks.cluster.trials.flooder import Flood, Told, flooding
 from benchmarks.cluster.trials.tails import Tail
@@ -202,3 +203,10 @@ def test_a_short_trial_of_a_real_cluster(options: list[str], tmp_path: Path) -> 
     assert done.returncode in (0, 1), (done.stdout + done.stderr).decode()
     asked = json.loads(file.read_text())["asked"]
     assert all(reached for text, reached in asked.items() if "p99" not in text), asked
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--requests", "--replicas"])
+def test_a_trial_of_nothing_is_refused_before_anything_starts(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["flood", option, "0"])
+    assert f"argument {option}: 0 is below 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ def kill(q: Quarantine, digest: str, replica: str, now: float, *also: str) -> No
     for request, d in requests.items():
         q.enter(request, d, now)
     for request in requests:
-        death = q.died(request, replica, lambda r: replica if r in requests else None)
+        death = q.died(request, replica, lambda r: replica if r in requests else None, lambda d: False)
         if death is not None:
             q.count(death, now)
         q.leave(request)

@@ -20,6 +20,7 @@ import click
 from benchmarks.cluster.trials import flood, store
 from benchmarks.cluster.trials.world import World, started
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from serve_apps.garbage import freeze_garbage
 
@@ -61,17 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     trials = parser.add_subparsers(dest="trial", required=True)
     away, flooding = store.Plan(), flood.Plan()
     one = trials.add_parser("store", help="the store is away", description=store.__doc__)
-    one.add_argument("--adapters", type=int, default=200, help="half of them warm (default %(default)d)")
+    one.add_argument("--adapters", type=one_or_more, default=200, help="half of them warm (default %(default)d)")
     one.add_argument("--seconds", type=float, default=away.seconds, help="with and without it (default %(default)g)")
     other = trials.add_parser("flood", help="one tenant floods", description=flood.__doc__)
-    other.add_argument("--rounds", type=int, default=flooding.rounds, help="of all three parts (default %(default)d)")
-    other.add_argument(
-        "--requests", type=int, default=flooding.num, help="of the other tenant in each (default %(default)d)"
-    )
-    other.add_argument("--at-once", type=int, default=flooding.at_once, help="the flood's (default %(default)d)")
+    for option, default, of in (
+        ("--rounds", flooding.rounds, "of all three parts"),
+        ("--requests", flooding.num, "of the other tenant in each"),
+        ("--at-once", flooding.at_once, "the flood's"),
+    ):
+        other.add_argument(option, type=one_or_more, default=default, help=f"{of} (default %(default)d)")
     for trial, rate in ((one, away.rate), (other, flooding.rate)):
         trial.add_argument("--rate", type=float, default=rate, help="warm requests a second (default %(default)g)")
-        trial.add_argument("--replicas", type=int, default=3, help="(default %(default)d)")
+        trial.add_argument("--replicas", type=one_or_more, default=3, help="(default %(default)d)")
         trial.add_argument("--seed", type=int, default=0)
         trial.add_argument("--json", type=Path, help="write all figures there too")
     return parser

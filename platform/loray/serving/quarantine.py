@@ -94,7 +94,7 @@ class Quarantine:
         request_id: str,
         replica: str,
         where: Callable[[str], str | None],
-        is_held: Callable[[str], bool] = lambda digest: False,
+        is_held: Callable[[str], bool],
     ) -> Death | None:
         """The replica died with this request; None if its adapter is not the reason. `where` gives the replica of
         another request; `is_held` says whether another replica has the adapter.
