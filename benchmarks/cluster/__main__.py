@@ -135,10 +135,11 @@ def _simulated(
         file.write_text(
             profile(costs, load_s, run.after, spec, source, processors).model_dump_json(indent=2), encoding="utf-8"
         )
+        outside_ms = 1e3 * float(np.median(costs.outside.sum(axis=1)))
         click.echo(
             f"{source}: {1e3 * costs.step:.2f} ms a step, {1e3 * costs.row:.2f} a request in it, "
             f"{1e6 * costs.prompt:.1f} µs a prompt's token, {1e9 * costs.pair:.1f} ns a pair, {1e3 * load_s:.2f} ms a "
-            f"load, {1e3 * float(np.median(costs.outside)):.1f} ms outside, contention {costs.contention:.2f}"
+            f"load, {outside_ms:.1f} ms outside, contention {costs.contention:.2f}"
         )
         arguments = simulated.command(folder / "trace.jsonl", file, trace.warm_up_s, num_replicas, router)
         click.echo("loray " + shlex.join(arguments))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cluster.trace import Asked, random_prompts
+from benchmarks.processes import real_time
 from benchmarks.serving.systems.client import Received, ask, read_events
 from serve_apps.garbage import freeze_garbage
 
@@ -65,7 +66,8 @@ def send(port: int, names: Sequence[str], asked: Sequence[Asked], part: str, rec
 def answered(port: int, names: Sequence[str], asked: Sequence[Asked], part: str) -> tuple[float, list[Seen]]:
     """When it began, in seconds of time.perf_counter(), and what came of the requests, without their replicas."""
     freeze_garbage()  # a collection would hold up the client
-    began, answers = asyncio.run(_open_loop(port, names, asked, part))
+    with real_time():
+        began, answers = asyncio.run(_open_loop(port, names, asked, part))
     found = []
     for one, answer in zip(asked, answers, strict=True):
         seen = Seen(*one)

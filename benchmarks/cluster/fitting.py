@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from benchmarks.cluster.client import Seen
 from benchmarks.cluster.crowd import Crowd, by_replica
 from benchmarks.cluster.world import CONTEXT, Figures
-from loray.simulation.profile import Profile
+from loray.simulation.profile import Outside, Profile
 from loray.spec import ServeSpec
 
 Floats = NDArray[np.float64]
-_NUM_OUTSIDE = 400  # values of the profile, quantiles of those measured
+_NUM_OUTSIDE, _NUM_FACTORS = 400, 100  # of the profile, quantiles of those measured
+_LONG = 2.0  # prompts that take so many times what is outside say how much computing varies
 _FEWEST = 20
 _CONTENTIONS = np.arange(0.0, 2.0, 0.01)  # that are tried
 _SHORTEST_S = 1.0  # that a rate is taken over
@@ -33,7 +34,9 @@ _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
 
 
 class Costs(NamedTuple):
-    """Seconds; see `Profile`. `load` contains the copy into the pool; NaN where too few requests waited for one."""
+    """Seconds; see `Profile`. `load` contains the copy into the pool; NaN where too few requests waited for one.
+    `factors` are its `prompt_factors`, `outside` has the columns of its `Outside`.
+    """
 
     step: float
     row: float
@@ -41,8 +44,8 @@ class Costs(NamedTuple):
     pair: float
     load: float
     contention: float
+    factors: Floats
     outside: Floats
-    before_choice: float
     end_known: float
 
 
@@ -94,14 +97,40 @@ def fit(seen: Sequence[Seen], before: Sequence[Seen], most_tokens: int, processo
     computed = columns[0] * prompt + columns[1] * pair + step * more_steps
     outside = waits.seconds / waits.slowdown(contention) - computed - step - row * (waits.decoding + 1)
     outside -= sum(load * waits.cold for load in loads)
-    is_short = computed <= fixed  # long prompts vary by more than all that
-    outside = np.clip(outside[is_short], 0.0, None)
-    on_way, weight = (waits.routed / waits.slowdown(contention))[is_short], waits.weight[is_short]
-    levels = (np.arange(_NUM_OUTSIDE) + 0.5) / _NUM_OUTSIDE
-    quantiles = np.quantile(outside, levels, weights=weight, method="inverted_cdf")
-    share = min(1.0, float(np.average(on_way, weights=weight) / np.average(outside, weights=weight)))
+    is_short, is_long = computed <= fixed, computed > _LONG * fixed  # long prompts vary by more than all that
+    weight, mean = waits.weight, np.average(outside[is_short], weights=waits.weight[is_short])
+    factors = spread(1 + (outside - mean)[is_long] / computed[is_long], weight[is_long])
+    parts = outside_parts(outside[is_short], (waits.routed / waits.slowdown(contention))[is_short])
+    parts = parts[equally_likely(parts.sum(axis=1), weight[is_short], _NUM_OUTSIDE)]
     load = loads[0] if has_loads else float("nan")
-    return Costs(step, row, prompt, pair, load, contention, quantiles, share, end_known_s(good))
+    return Costs(step, row, prompt, pair, load, contention, factors, parts, end_known_s(good))
+
+
+def spread(factors: Floats, weights: Floats) -> Floats:
+    """`prompt_factors`, whose mean is 1."""
+    if len(factors) < _FEWEST:
+        return np.ones(1)
+    factors = np.clip(factors, 0.0, None)
+    factors = factors[equally_likely(factors, weights, _NUM_FACTORS)]
+    return factors / factors.mean()
+
+
+def outside_parts(outside: Floats, routed: Floats) -> Floats:
+    """See `Outside`, of requests that took so long outside, and until a replica had them. What one takes after that is
+    its way up to the median of all; a replica that takes longer has stood still, and not for this request alone.
+    """
+    outside = np.clip(outside, 0.0, None)
+    before = np.minimum(outside, routed)
+    after = outside - before
+    way = np.minimum(after, np.median(after))
+    return np.stack([before, way, after - way], axis=1)
+
+
+def equally_likely(values: Floats, weights: Floats, num: int) -> NDArray[np.int64]:
+    """Where so many quantiles are, which stand for all values."""
+    order = np.argsort(values)
+    until = np.cumsum(weights[order]) / weights.sum()
+    return order[np.searchsorted(until, (np.arange(num) + 0.5) / num)]
 
 
 def end_known_s(seen: Sequence[Seen]) -> float:
@@ -194,8 +223,8 @@ def profile(
         load_byte_s=0.0,
         place_s=_PLACE_S,
         place_byte_s=0.0,
-        outside_s=tuple(costs.outside.tolist()),
-        before_choice=costs.before_choice,
+        prompt_factors=tuple(costs.factors.tolist()),
+        outside_s=tuple(Outside(*row) for row in costs.outside.tolist()),
         end_known_s=costs.end_known,
         contention=costs.contention,
         processors=processors,

@@ -86,7 +86,7 @@ def test_requests_of_one_replica_share_its_steps_already() -> None:
 def test_requests_on_their_way_are_beside_each_other_and_beside_replicas() -> None:
     apart = requests((0.0, 8, 1, 0), (100.0, 8, 1, 0))
     together = requests((0.0, 8, 1, 0), (0.0, 8, 1, 0))
-    profile = {"outside_s": (1.0,), "contention": 1.0}
+    profile = {"outside_s": ((1.0, 0.0, 0.0),), "contention": 1.0}
     lone = run_one(apart, **profile).ttft_R[1]
     assert run_one(together, **profile).ttft_R.min() > lone + 0.99
     replica = run_one(requests((0.0, 8, 2000, 0), (5.0, 8, 1, 0)), **profile).ttft_R[1]
@@ -97,7 +97,7 @@ def test_all_requests_end_and_more_contention_is_slower() -> None:
     rows = [(0.05 * i, 20 + 37 * i % 200, 1 + i % 30, i % 12) for i in range(300)]
     means = []
     for contention in (0.0, 0.2, 0.5):
-        outcome = run_two(requests(*rows), contention=contention, outside_s=(0.01, 0.02))
+        outcome = run_two(requests(*rows), contention=contention, outside_s=((0.01, 0.0, 0.0), (0.01, 0.01, 0.0)))
         assert (outcome.end_R >= outcome.ttft_R - 1e-9).all()
         means.append(outcome.ttft_R.mean())
     assert means == sorted(means)

@@ -26,7 +26,7 @@ from tests.simulation.made import requests, run_one
 
 def test_a_request_takes_its_time_outside_the_replica() -> None:
     rows = requests(*((float(i), 8, 2, 0) for i in range(200)))
-    plain, later = run_one(rows), run_one(rows, outside_s=(0.5, 1.0))
+    plain, later = run_one(rows), run_one(rows, outside_s=((0.5, 0.0, 0.0), (0.5, 0.5, 0.0)))
     assert np.allclose(np.unique(np.round(later.ttft_R - plain.ttft_R, 9)), [0.5, 1.0])
     assert np.allclose(later.end_R - plain.end_R, later.ttft_R - plain.ttft_R)
 
@@ -34,11 +34,26 @@ def test_a_request_takes_its_time_outside_the_replica() -> None:
 def test_what_follows_the_choice_is_spent_on_the_replica() -> None:
     """A replica that has the first request is not chosen for the second; one that has answered it is."""
     rows = requests((0.0, 8, 1, 0), (0.5, 8, 1, 0))
-    for before, num_chosen in ((1.0, 1), (0.25, 2)):
-        costs = PROFILE.model_copy(update={"outside_s": (1.0,), "before_choice": before})
+    for outside, num_chosen in (((1.0, 0.0, 0.0), 1), ((0.25, 0.75, 0.0), 2), ((0.25, 0.0, 0.75), 2)):
+        costs = PROFILE.model_copy(update={"outside_s": (outside,)})
         outcome = Simulator(rows, costs, Policy("two", _First(), Fixed(2)), initial=2, size=2).run()
         assert len(set(outcome.slot_R)) == num_chosen
         assert (outcome.ttft_R > 1.0).all()
+
+
+def test_a_replica_that_stands_still_does_so_for_all_its_requests() -> None:
+    """Of two that come together the second waits for both stalls, and for its own way alone."""
+    rows = requests((0.0, 8, 1, 0), (0.0, 8, 1, 0))
+    plain = run_one(rows).ttft_R.max()
+    assert run_one(rows, outside_s=((0.0, 1.0, 0.0),)).ttft_R.max() == pytest.approx(plain + 1.0, abs=0.05)
+    assert run_one(rows, outside_s=((0.0, 0.0, 1.0),)).ttft_R.max() == pytest.approx(plain + 2.0, abs=0.05)
+
+
+def test_a_prompt_may_take_longer_than_the_mean() -> None:
+    rows = requests(*((100.0 * i, 500, 1, 0) for i in range(1, 60)))
+    plain, varied = run_one(rows), run_one(rows, prompt_factors=(0.5, 1.5))
+    half = 0.5 * PROFILE.prompt_seconds(500)
+    assert np.unique(np.round(varied.ttft_R - plain.ttft_R, 3)) == pytest.approx([-half, half], abs=0.01)
 
 
 def test_a_router_may_hear_late_of_an_end() -> None:

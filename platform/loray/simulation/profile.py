@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loray.errors import SpecError
+
+
+class Outside(NamedTuple):
+    """Seconds of one request beside its loads and steps."""
+
+    before: float = 0.0  # connections and gateway, until the router chooses
+    way: float = 0.0  # to its replica and back
+    stall: float = 0.0  # in which its replica computes nothing, for nobody
 
 
 class Profile(BaseModel):
@@ -30,16 +39,16 @@ class Profile(BaseModel):
     load_byte_s: float = Field(ge=0, description="of a load from the store, for each byte")
     place_s: float = Field(ge=0, description="of a copy from the host into the pool, whatever its size")
     place_byte_s: float = Field(ge=0, description="of a copy from the host into the pool, for each byte")
-    outside_s: tuple[float, ...] = Field(
-        default=(0.0,),
+    prompt_factors: tuple[float, ...] = Field(
+        default=(1.0,),
         min_length=1,
-        description="of a request outside its replica (connections, gateway, routing), equally likely; one is drawn",
+        description="what a prompt takes to compute, by what it takes in the mean; equally likely, one is drawn",
     )
-    before_choice: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="share of that before the router chooses; with the rest it is on its replica",
+    outside_s: tuple[Outside, ...] = Field(
+        default=(Outside(),),
+        min_length=1,
+        description="of a request before its router chooses, on its way, and while its replica stands still; equally "
+        "likely, one is drawn",
     )
     end_known_s: float = Field(
         default=0.0, ge=0, description="from a request's last token until the router knows that it has ended"

@@ -25,17 +25,23 @@ _ALONE, _MIN_SHARE, _OUTPUT_WEIGHT = 4.0, 0.25, 2.0  # as engine.scheduling.budg
 class Job:
     """One request on a replica.
 
+    factor      of what its prompt takes to compute
+    stall       seconds in which the replica computes nothing before it
     rest        seconds of computing what is left of its prompt
     token_rate  tokens of its prompt in such a second
     tracked     of the meter of demand, if there is one
     """
 
     __slots__ = (
-        "adapter", "first_token_at", "index", "kv_bytes", "num_output", "num_prompt", "rest", "token_rate", "tracked",
+        "adapter", "factor", "first_token_at", "index", "kv_bytes", "num_output", "num_prompt", "rest", "stall",
+        "token_rate", "tracked",
     )  # fmt: skip
 
-    def __init__(self, index: int, num_prompt: int, num_output: int, adapter: int) -> None:
+    def __init__(
+        self, index: int, num_prompt: int, num_output: int, adapter: int, factor: float = 1.0, stall: float = 0.0
+    ) -> None:
         self.index, self.num_prompt, self.num_output, self.adapter = index, num_prompt, num_output, adapter
+        self.factor, self.stall = factor, stall
         self.rest = self.kv_bytes = self.token_rate = 0.0
         self.first_token_at = math.inf
         self.tracked: TrackedRequest | None = None
@@ -86,7 +92,7 @@ class Replica:
     def ready(self, job: Job) -> None:
         """Its adapter is on the host or in the pool; the replica has been advanced to now."""
         finish = self._prompt_tokens + _OUTPUT_WEIGHT * self._output_tokens + job.num_prompt
-        job.rest = self._profile.prompt_seconds(job.num_prompt)
+        job.rest = job.stall + job.factor * self._profile.prompt_seconds(job.num_prompt)
         job.token_rate = job.num_prompt / job.rest
         heappush(self._waiting, (finish, job.index, job))
         self._plan(started=not self._begun)

@@ -64,7 +64,7 @@ class Simulator:
     Arrivals, decisions and starts come at their seconds, and these are what policies and results are given.
 
     warm_up  seconds whose loads, evictions and replicas are not counted
-    seed     of what each request takes outside its replica
+    seed     of what each request takes beside its steps, and of the factor of its prompt
     """
 
     def __init__(
@@ -80,7 +80,9 @@ class Simulator:
     ) -> None:
         self._requests, self._profile, self._policy = requests, profile, policy
         self._num_warming = int(np.searchsorted(requests.at_R, warm_up))
-        self._outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
+        outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
+        self._before_R, self._way_R, self._stall_R = outside_R.T
+        self._factor_R = np.random.default_rng((seed, 1)).choice(np.array(profile.prompt_factors), len(requests))
         self._sizes = adapter_sizes(profile, requests.num_adapters)
         self._clock = Clock(profile.contention, profile.processors or math.inf)
         self.cluster = Cluster(profile, self._sizes, policy.router, size, self._clock)
@@ -100,15 +102,16 @@ class Simulator:
 
     def run(self) -> Outcome:
         requests = self._requests
-        columns = (requests.at_R, requests.prompt_R, requests.output_R, requests.adapter_R)
+        asked = (requests.prompt_R, requests.output_R, requests.adapter_R)
+        columns = (requests.at_R, *asked, self._factor_R, self._stall_R)
         before, hours_before = (0, 0), 0.0
         self._push_timed(0.0, _DECIDE)
-        for index, (at, prompt, output, adapter) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        for index, (at, *of_job) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             while self._next_at() <= at:
                 self._next_event()
             if index and index == self._num_warming:
                 before, hours_before = self.cluster.totals(), self.cluster.hours(at)
-            self._arrive(Job(index, prompt, output, adapter), at)
+            self._arrive(Job(index, *of_job), at)
         hours, (_, evictions) = self.cluster.hours(requests.seconds) - hours_before, self.cluster.totals()
         while self._work or self._timed:
             self._next_event(ending=True)
@@ -170,7 +173,7 @@ class Simulator:
 
     def _arrive(self, job: Job, at: float) -> None:
         now = self._clock.work(at)
-        if before := float(self._outside_R[job.index]) * self._profile.before_choice:
+        if before := float(self._before_R[job.index]):
             self._clock.joined(1, now)
             self._push(now + before, _ROUTE, job)
         else:
@@ -186,8 +189,8 @@ class Simulator:
         self._slot_R[job.index] = slot
         self._tell_load(member)
         self._policy.scaler.arrived(member, job, seconds)
-        if rest := float(self._outside_R[job.index]) * (1 - self._profile.before_choice):
-            self._push(now + rest, _HANDED, (member, job))
+        if way := float(self._way_R[job.index]):
+            self._push(now + way, _HANDED, (member, job))
         else:
             self._handed(member, job, now)
 

@@ -87,7 +87,9 @@ def test_costs_are_found_again() -> None:
     assert (waits.shared == 1.0).all()
     costs = fit(made, [], MOST, PROCESSORS)
     assert (costs.step, costs.row, costs.prompt) == (pytest.approx(STEP), pytest.approx(ROW), pytest.approx(PROMPT))
-    assert np.allclose(costs.outside, OUTSIDE)
+    assert np.allclose(costs.outside.sum(axis=1), OUTSIDE)
+    assert np.allclose(costs.outside[:, 2], 0.0)
+    assert costs.factors == pytest.approx(1.0)
     assert costs.pair == pytest.approx(0.0, abs=1e-12)
     assert np.isnan(costs.load)
 
@@ -97,16 +99,19 @@ def test_what_a_simulation_was_given_is_found_in_its_requests(processors: int) -
     """Loads, contention and steps of long prompts included. The requests are the benchmark's."""
     given = SMOLLM2_TWO_CORES.model_copy(
         update={"step_s": 6e-4, "decode_s": 1e-4, "adapter_s": 0.0, "prompt_s": 7e-6, "pair_s": 1e-8, "load_s": 0.003,
-                "load_byte_s": 0.0, "place_s": 2e-4, "place_byte_s": 0.0, "outside_s": (0.006, 0.008, 0.01),
-                "before_choice": 0.7, "contention": 0.4, "processors": processors}
+                "load_byte_s": 0.0, "place_s": 2e-4, "place_byte_s": 0.0, "contention": 0.4, "processors": processors,
+                "outside_s": ((0.005, 0.001, 0.0), (0.006, 0.002, 0.0), (0.006, 0.002, 0.002)),
+                "prompt_factors": (0.8, 0.9, 1.0, 1.3)}
     )  # fmt: skip
     asked = make_trace(Load(num_adapters=200, probe_rate=8.0)).counted
     costs = fit(_simulated_answers(given, asked), [], given.max_num_batched_tokens, processors)
     assert costs.contention == pytest.approx(given.contention, abs=0.08)
-    assert costs.before_choice == pytest.approx(given.before_choice, abs=0.07)
     assert costs.step + costs.row == pytest.approx(7e-4, rel=0.05)
     assert costs.load == pytest.approx(0.0032, rel=0.15)
-    assert np.quantile(costs.outside, (0.1, 0.5, 0.9)) == pytest.approx([0.006, 0.008, 0.01], rel=0.1)
+    assert np.quantile(costs.outside.sum(axis=1), (0.1, 0.5, 0.9)) == pytest.approx([0.006, 0.008, 0.01], rel=0.1)
+    assert costs.outside.mean(axis=0)[:2] == pytest.approx([0.0057, 0.0017], abs=0.0005)
+    assert costs.outside[-40:, 2].mean() == pytest.approx(0.002, abs=0.0005)
+    assert np.quantile(costs.factors, (0.1, 0.9)) == pytest.approx([0.8, 1.3], abs=0.1)
     for tokens in (500, 3000):
         found = tokens * costs.prompt + tokens**2 / 2 * costs.pair
         assert found == pytest.approx(tokens * given.prompt_s + tokens**2 / 2 * given.pair_s, rel=0.1)
@@ -191,5 +196,5 @@ def test_the_profile_is_that_of_the_probes(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="warm-up"):
         _simulated([run], trace, SPEC, tmp_path, 3)
     found = Profile.model_validate_json((tmp_path / "profile-loray.json").read_bytes())
-    assert found.outside_s == pytest.approx([OUTSIDE] * len(found.outside_s))
+    assert [sum(outside) for outside in found.outside_s] == pytest.approx([OUTSIDE] * len(found.outside_s))
     assert found.load_s + found.place_s == pytest.approx(0.003)
