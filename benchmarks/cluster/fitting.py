@@ -112,7 +112,8 @@ def spread(factors: Floats, weights: Floats) -> Floats:
         return np.ones(1)
     factors = np.clip(factors, 0.0, None)
     factors = factors[equally_likely(factors, weights, _NUM_FACTORS)]
-    return factors / factors.mean()
+    by_mean: Floats = factors / factors.mean()
+    return by_mean
 
 
 def outside_parts(outside: Floats, routed: Floats) -> Floats:
