@@ -25,6 +25,7 @@ from loray.spec import ServeSpec
 
 Floats = NDArray[np.float64]
 _NUM_OUTSIDE, _NUM_FACTORS = 400, 100  # of the profile, quantiles of those measured
+_LEAST = 0.1  # of a factor
 _LONG = 2.0  # prompts that take so many times what is outside say how much computing varies
 _FEWEST = 20
 _CONTENTIONS = np.arange(0.0, 2.0, 0.01)  # that are tried
@@ -110,7 +111,7 @@ def spread(factors: Floats, weights: Floats) -> Floats:
     """`prompt_factors`, whose mean is 1."""
     if len(factors) < _FEWEST:
         return np.ones(1)
-    factors = np.clip(factors, 0.0, None)
+    factors = np.clip(factors, _LEAST, None)
     factors = factors[equally_likely(factors, weights, _NUM_FACTORS)]
     by_mean: Floats = factors / factors.mean()
     return by_mean

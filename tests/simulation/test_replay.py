@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from loray.simulation.cluster import Cluster
 from loray.simulation.policies.routers import RandomRouter, Slots
 from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.profile import load_profile
 from loray.simulation.replica import Job
 from loray.simulation.residency import HOST, NOWHERE, POOL, ReplicaAdapters
 from loray.simulation.scenario import Scenario, simulate
@@ -54,6 +56,21 @@ def test_a_prompt_may_take_longer_than_the_mean() -> None:
     plain, varied = run_one(rows), run_one(rows, prompt_factors=(0.5, 1.5))
     half = 0.5 * PROFILE.prompt_seconds(500)
     assert np.unique(np.round(varied.ttft_R - plain.ttft_R, 3)) == pytest.approx([-half, half], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("outside_s", [[0.0, 0.0, -1.0]], "outside_s.0.2: Input should be greater than or equal to 0"),
+        ("outside_s", [0.01], "outside_s.0: "),
+        ("prompt_factors", [1.0, 0.0], "prompt_factors.1: Input should be greater than 0"),
+    ],
+)
+def test_a_profile_with_impossible_times_is_refused(tmp_path: Path, field: str, value: object, what: str) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(PROFILE.model_dump(mode="json") | {field: value}))
+    with pytest.raises(SpecError, match=re.escape(what)):
+        load_profile(file)
 
 
 def test_a_router_may_hear_late_of_an_end() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loray.errors import SpecError
 
+_Seconds = Annotated[float, Field(ge=0)]
+_Factor = Annotated[float, Field(gt=0)]
+
 
 class Outside(NamedTuple):
-    """Seconds of one request beside its loads and steps."""
+    """Of one request beside its loads and steps."""
 
-    before: float = 0.0  # connections and gateway, until the router chooses
-    way: float = 0.0  # to its replica and back
-    stall: float = 0.0  # in which its replica computes nothing, for nobody
+    before: _Seconds = 0.0  # connections and gateway, until the router chooses
+    way: _Seconds = 0.0  # to its replica and back
+    stall: _Seconds = 0.0  # in which its replica computes nothing, for nobody
 
 
 class Profile(BaseModel):
@@ -39,7 +42,7 @@ class Profile(BaseModel):
     load_byte_s: float = Field(ge=0, description="of a load from the store, for each byte")
     place_s: float = Field(ge=0, description="of a copy from the host into the pool, whatever its size")
     place_byte_s: float = Field(ge=0, description="of a copy from the host into the pool, for each byte")
-    prompt_factors: tuple[float, ...] = Field(
+    prompt_factors: tuple[_Factor, ...] = Field(
         default=(1.0,),
         min_length=1,
         description="what a prompt takes to compute, by what it takes in the mean; equally likely, one is drawn",
