@@ -24,6 +24,7 @@ import click
 from benchmarks import workers
 from benchmarks.catalog.fill import fill
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from tests.postgres import start_postgres
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.catalog", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--adapters", type=int, default=100_000)
+    parser.add_argument("--adapters", type=one_or_more, default=100_000)
     parser.add_argument("--tenants", type=int, default=100)
     parser.add_argument("--database", action="append", help="sqlite, postgresql or a URL (default: the first two)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -32,6 +32,7 @@ from benchmarks.chaos.verdicts import CONTINUED, Window, continued, divide, tabl
 from benchmarks.chaos.verdicts import failures as failures_of
 from benchmarks.chaos.world import PARALLEL, World, started, until
 from benchmarks.machine import describe_machine
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from loray.errors import ClusterError
 from loray.local.processes import log_tail
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=10.0, help="of faults (default %(default)g)")
     add("--every", type=float, default=20.0, help="seconds from one fault to the next, at least (default %(default)g)")
     add("--rate", type=float, default=4.0, help="requests a second (default %(default)g)")
-    add("--adapters", type=int, default=200, help="(default %(default)d)")
+    add("--adapters", type=one_or_more, default=200, help="(default %(default)d)")
     add("--only", action="append", help="faults whose name has this in it; may be repeated")
     add("--list", action="store_true", help="the names of all faults")
     add("--seed", type=int, default=0)

@@ -33,6 +33,7 @@ from benchmarks.cluster.rows import Row, row, verdicts
 from benchmarks.cluster.trace import Load, Trace, make_trace, write_trace
 from benchmarks.cluster.world import Figures, World, figures, load_seconds, started
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from loray.spec import ServeSpec
 
@@ -152,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, Load()
     add("--router", action="append", choices=ROUTERS, help="may be repeated; all by default, in this order")
-    add("--replicas", type=int, default=3, help="(default %(default)d)")
-    add("--adapters", type=int, default=default.num_adapters, help="(default %(default)d)")
+    add("--replicas", type=one_or_more, default=3, help="(default %(default)d)")
+    add("--adapters", type=one_or_more, default=default.num_adapters, help="(default %(default)d)")
     add(
         "--held", type=float, default=0.42, help="share that a replica's pool, and its host, hold (default %(default)g)"
     )

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.recorder import EngineRecorder, EngineStep
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2", help="a base of this machine (default %(default)s)")
     add("--rows", type=int, default=32, help="requests at once (default %(default)s)")
     add("--tokens", type=int, default=96, help="of each answer (default %(default)s)")
-    add("--repeat", type=int, default=5, help="passes of each way (default %(default)s)")
+    add("--repeat", type=one_or_more, default=5, help="passes of each way (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="of all requests (default %(default)s)")
     add("--json", type=Path, help="write the figures there too")
     return parser

@@ -29,6 +29,7 @@ from benchmarks import workers
 from benchmarks.front.attack import Refusal
 from benchmarks.front.bodies import BODIES
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.adapters import open_library
 from benchmarks.serving.cases import EngineOptions
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--server", action="append", choices=_SERVERS, help="which (default both)")
     add("--body", action="append", choices=BODIES, help="which (default all)")
-    add("--repeat", type=int, default=5, help="times that each body is sent (default %(default)s)")
+    add("--repeat", type=one_or_more, default=5, help="times that each body is sent (default %(default)s)")
     add("--rate", type=float, default=100.0, help="other requests/s (default %(default)s)")
     add("--context", type=int, default=8192, help="tokens of the model's context (default %(default)s)")
     add("--folder", type=Path, default=Path(".cache/bench"), help="keeps homes and logs (default %(default)s)")

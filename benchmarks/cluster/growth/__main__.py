@@ -27,6 +27,7 @@ from benchmarks.cluster.growth.watch import Watch
 from benchmarks.cluster.world import BASE, CONTEXT, World, adapter_config, figures, started
 from benchmarks.copies import publish_copies
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
 from loray.bases.registry import add_base
 from loray.local.processes import LOOPBACK, free_ports
@@ -112,7 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Plan()
     add("--minutes", type=float, default=default.minutes, help="at least 2 (default %(default)g)")
     add("--rate", type=float, default=default.rate, help="of A, requests a second (default %(default)g)")
-    add("--replicas", type=int, default=default.most, help="A's at most; 1: what happens without (default %(default)d)")
+    add(
+        "--replicas",
+        type=one_or_more,
+        default=default.most,
+        help="A's at most; 1: what happens without (default %(default)d)",
+    )
     add("--slo", type=float, default=0.5, help="seconds to the first token, p99 of 15 s (default %(default)g)")
     add("--seed", type=int, default=default.seed)
     add("--plot", type=Path, help="write a picture there, as SVG")

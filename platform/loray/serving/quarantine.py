@@ -90,11 +90,7 @@ class Quarantine:
         return self._suspects.pop(digest, None) is not None
 
     def died(
-        self,
-        request_id: str,
-        replica: str,
-        where: Callable[[str], str | None],
-        is_held: Callable[[str], bool],
+        self, request_id: str, replica: str, where: Callable[[str], str | None], is_held: Callable[[str], bool]
     ) -> Death | None:
         """The replica died with this request; None if its adapter is not the reason. `where` gives the replica of
         another request; `is_held` says whether another replica has the adapter.
