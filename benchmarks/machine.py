@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import workers
-from loray.planning.devices import HostRates
+from loray.machine import Machine, Rates, hardware
+from loray.recipes.resolve import on_hardware
+from loray.spec import TrainSpec
 
 _PACKAGES = ("torch", "transformers", "peft")
 
@@ -42,10 +44,10 @@ def measure_rates(device: str, num_threads: int) -> MachineRates:
     return MachineRates(**rates)
 
 
-def measure_host_rates() -> HostRates:
+def measure_machine() -> Machine:
     """The rates that `loray plan` measures, in a separate process with all cores."""
     (rates,) = workers.run([["loray.train.rates"]])
-    return HostRates(**rates)
+    return Machine(hardware(), Rates.from_json(rates))
 
 
 def _rates(name: str) -> MachineRates:
@@ -55,6 +57,11 @@ def _rates(name: str) -> MachineRates:
 
     device = torch.device(name)
     return MachineRates(read_bandwidth(device), product_flops(device, torch.bfloat16))
+
+
+def on_this_machine(recipe: TrainSpec) -> TrainSpec:
+    """The recipe in the dtype that trains fast here, as a driver would choose it."""
+    return on_hardware(recipe, hardware()).spec
 
 
 def load_average() -> float:

@@ -15,7 +15,7 @@ from jobs.driver.fit import fit
 from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import connect
+from jobs.driver.resources import connect, workers_hardware
 from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
@@ -72,7 +72,9 @@ def train(
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         try:
             connected = partial(connect, recipe.spec, settings, interrupts)
-            prepared = prepare(recipe, settings, catalog, RayTasks(recipe.spec, settings.training_group, connected))
+            hardware_of = partial(workers_hardware, settings=settings, interrupts=interrupts)
+            run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
+            prepared = prepare(recipe, settings, catalog, run_tasks, hardware_of=hardware_of)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
@@ -80,7 +82,7 @@ def train(
         run = runs.resumable(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
-            connect(recipe.spec, settings, interrupts)
+            connect(prepared.spec, settings, interrupts)
             run = run or runs.new(name, job.job_id)
             tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
             with run.locked(job.job_id, interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from benchmarks.machine import on_this_machine
 from loray.spec import AdapterSpec, LoraSpec, TrainSpec, VeraSpec
 
 System = Literal["loray", "peft"]
@@ -41,7 +42,7 @@ class Setting:
 
     def recipe(self, rate: float, seed: int) -> TrainSpec:
         adapter, _ = METHODS[self.method]
-        return TrainSpec.model_validate(
+        recipe = TrainSpec.model_validate(
             {
                 "name": "quality",
                 "base": self.base,
@@ -58,6 +59,7 @@ class Setting:
                 "seed": seed,
             }
         )
+        return on_this_machine(recipe)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -58,7 +58,7 @@ def train_ours(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
 
 def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) -> Run:
     torch.manual_seed(spec.seed)
-    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, spec.chosen_dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped: Any = get_peft_model(plain, peft_config(spec.adapter))

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.machine import load_average, measure_host_rates
+from benchmarks.machine import load_average, measure_machine
 from benchmarks.output import write_json
 from benchmarks.training.steps import Case, Measured, measure
 from loray.bases.registry import add_base
@@ -46,11 +45,14 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    base, rates = add_base("smollm2", home=args.home.absolute()), measure_host_rates()
-    products, s2, dense = (x / 1e9 for x in (rates.flops, rates.attention_flops, rates.dense_attention_flops))
+    base, machine = add_base("smollm2", home=args.home.absolute()), measure_machine()
+    rates = machine.rates
+    assert rates is not None
+    products = ", ".join(f"{dtype} {flops / 1e9:.0f}" for dtype, flops in rates.products.items())
+    s2, dense = rates.attention_flops / 1e9, rates.dense_attention_flops / 1e9
     click.echo(
-        f"{os.cpu_count()} cores: bf16 products {products:.0f} GFLOP/s, S2-Attn {s2:.0f}, dense attention {dense:.0f}; "
-        f"memory {rates.bandwidth / 1e9:.0f} GB/s"
+        f"{machine.hardware.describe()}: products in GFLOP/s {products}, S2-Attn {s2:.0f}, "
+        f"dense attention {dense:.0f}; memory {rates.bandwidth / 1e9:.0f} GB/s"
     )
     click.echo(_COLUMNS)
     rows = []
@@ -62,7 +64,7 @@ def main() -> None:
         case = Case(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
         load = load_average()
         measured = measure(case, base, args.steps)
-        plan = make_plan(run_of(case.recipe, base.config), host(rates, sequence))
+        plan = make_plan(run_of(case.recipe, base.config), host(machine, sequence))
         rows.append(asdict(case) | asdict(measured) | {"load": load} | _planned(plan))
         click.echo(_line(case, measured, plan, load))
     write_json(args.json, {"rates": asdict(rates), "rows": rows})

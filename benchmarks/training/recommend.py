@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from benchmarks.machine import measure_host_rates
+from benchmarks.machine import measure_machine, on_this_machine
 from benchmarks.output import write_json
 from benchmarks.training.steps import Measured, measure_recipe
 from loray.advice.estimates import Estimate, candidates, estimate_methods
@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     base = add_base("smollm2", home=args.home.absolute())
-    device = host(measure_host_rates(), 1)
+    device = host(measure_machine(), 1)
     answers = Answers(args.context_length, 1)
     click.echo(_COLUMNS)
     rows = []
-    recipes = dict(candidates(args.context_length, base.config))
+    recipes = {name: on_this_machine(recipe) for name, recipe in candidates(args.context_length, base.config)}
     for estimate in estimate_methods(answers, base.config, device):
         recipe = recipes[estimate.method].model_copy(update={"gradient_checkpointing": estimate.checkpointing})
         found, nbytes = measure_recipe(recipe, base, args.steps), file_bytes(recipe, base)

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 from benchmarks import workers
+from benchmarks.machine import on_this_machine
 from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel
 from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
@@ -45,7 +46,8 @@ class Case:
             scaling = RopeScaling(factor=2, original_context=self.tokens // 2)
         parallel = ParallelSpec(sequence=self.sequence, strategy=self.strategy)
         recipe = recipe_of(adapter, self.tokens, rope_scaling=scaling, checkpointing=self.checkpointing)
-        return recipe.model_copy(update={"num_workers": self.sequence, "parallel": parallel})
+        recipe = recipe.model_copy(update={"num_workers": self.sequence, "parallel": parallel})
+        return on_this_machine(recipe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def _measure(task: _Task) -> tuple[Evaluation, ...]:
             documents=task.documents,
             perplexity=task.evaluation.perplexity,
             retrieval=task.evaluation.retrieval,
-            dtype=task.spec.dtype,
+            dtype=task.spec.chosen_dtype,
             device=torch.device("cuda" if task.spec.use_gpu else "cpu"),
             kept=KeptFigures(task.home),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ from loray.adapters import quantised
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.machine import Hardware, hardware
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import check_row_lengths, check_token_budget, resolve
+from loray.recipes.resolve import check_row_lengths, check_token_budget, on_hardware, resolve
 from loray.settings import Settings
 from loray.spec import LongLoraSpec, TrainSpec
 from loray.train.data.corpus import Runner, run_here
@@ -29,12 +30,19 @@ from loray.train.data.kept_plans import plan_ahead
 
 
 class Prepared(NamedTuple):
-    """`spec` is the recipe with every default that affects the result filled in, so that it reproduces the run."""
+    """`spec` is the recipe with every default that affects the result filled in, so that it reproduces the run.
+    `dtype_reason`: why its dtype is what it is.
+    """
 
     spec: TrainSpec
     base: BaseModel
     data: Dataset
     initial: InitialFiles | None = None
+    dtype_reason: str = ""
+
+
+def hardware_here(spec: TrainSpec) -> Hardware:
+    return hardware()
 
 
 def prepare(
@@ -43,12 +51,13 @@ def prepare(
     catalog: Catalog | None = None,
     run: Runner = run_here,
     datasets: MutableMapping[object, Dataset] | None = None,
+    hardware_of: Callable[[TrainSpec], Hardware] = hardware_here,
 ) -> Prepared:
     """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
 
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
     `run` tokenises what no earlier run has. `datasets` keeps what was read: a recipe with the same rows takes it from
-    there.
+    there. `hardware_of` tells the hardware that a recipe's workers run on.
     """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
@@ -60,6 +69,8 @@ def prepare(
         parent = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
         spec = parent.spec
         recipe = recipe._replace(spec=spec)
+    spec, dtype_reason = on_hardware(spec, hardware_of(spec))
+    recipe = recipe._replace(spec=spec)
     if spec.quantization is not None:
         quantised.check_installed()  # here rather than on every worker
     max_length = resolve(spec, base.config).row_length
@@ -90,7 +101,7 @@ def prepare(
         shares=data.shares,
         cache=data.cache,
     )
-    return Prepared(spec, base, data, None if parent is None else parent.files)
+    return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -10,6 +11,7 @@ import ray
 from jobs.driver.record import Interrupts
 from jobs.workers.placement import worker_resources
 from loray.errors import SpecError
+from loray.machine import Hardware, hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.telemetry import get_logger
@@ -25,6 +27,29 @@ def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     interrupts.arm()
     check_resources(spec, settings)
+
+
+def workers_hardware(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Hardware:
+    """Return the hardware of the nodes that a recipe's workers run on, with a GPU for each worker or none.
+
+    A recipe that leaves it to the cluster uses GPUs where there are as many as workers. On a cluster of several nodes,
+    or with GPUs, a task that takes what a worker takes looks. A driver that is no cluster's job starts Ray on this
+    machine alone. Raises SpecError if there are too few resources.
+    """
+    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+        return hardware()
+    connect(spec, settings, interrupts)
+    if spec.use_gpu == "auto":
+        spec = spec.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) >= spec.num_workers})
+    check_resources(spec, settings)
+    if not spec.use_gpu and sum(node["Alive"] for node in ray.nodes()) == 1:
+        return replace(hardware(), gpus=())
+    takes = worker_resources(spec, settings.training_group)
+    look = ray.remote(hardware).options(
+        num_cpus=takes.pop("CPU", 0), num_gpus=takes.pop("GPU", 0), resources=takes, max_retries=0
+    )
+    found: Hardware = ray.get(look.remote())
+    return replace(found, gpus=found.gpus[:1] * spec.num_workers if spec.use_gpu else ())
 
 
 def check_resources(spec: TrainSpec, settings: Settings) -> None:

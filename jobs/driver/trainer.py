@@ -29,7 +29,8 @@ _RESIZE_S = 60.0  # between two checks whether an elastic run can have more work
 
 class Workload(NamedTuple):
     """What workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter that
-    the run goes on from. `is_evaluated`: there are held-out rows.
+    the run goes on from. `is_evaluated`: there are held-out rows. `dtype_reason`: why the
+    recipe's dtype is what it is.
     """
 
     spec: TrainSpec
@@ -37,13 +38,15 @@ class Workload(NamedTuple):
     data: ObjectRef
     is_evaluated: bool
     initial: ObjectRef | None
+    dtype_reason: str
 
 
 def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workload:
     """Puts what workers need into the object store. `data`: the dataset there, where several runs have the same."""
     initial = None if prepared.initial is None else ray.put(prepared.initial)
     is_evaluated = len(prepared.data.evaluation) > 0
-    return Workload(prepared.spec, prepared.base, data or ray.put(prepared.data), is_evaluated, initial)
+    held = data or ray.put(prepared.data)
+    return Workload(prepared.spec, prepared.base, held, is_evaluated, initial, prepared.dtype_reason)
 
 
 def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
@@ -61,6 +64,7 @@ def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: Acto
             events=sink,
             data=work.data,
             initial=work.initial,
+            dtype_reason=work.dtype_reason,
         ),
         "scaling_config": _scaling(spec, settings),
         "run_config": RunConfig(

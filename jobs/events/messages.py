@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from jobs.events.schema import Emit, Event, RewardFigures, StepEvent
+from jobs.events.schema import Emit, Event, RewardFigures, StartEvent, StepEvent
 from loray.spec import PERPLEXITY
 
 _POLL_S = 0.2
@@ -45,6 +45,7 @@ def describe(event: Event) -> str:
             ]
             if data["num_truncated"] or data["num_without_targets"]:
                 parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
+            parts.append(_device(event))
             return "; ".join(parts)
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
@@ -88,6 +89,12 @@ def describe(event: Event) -> str:
             return f"error: {event['message']}"
         case other:
             return str(other)
+
+
+def _device(start: StartEvent) -> str:
+    """What trains, and in which dtype; older events do not say it."""
+    reason = f" ({start['dtype_reason']})" if start.get("dtype_reason") else ""
+    return f"on {start['device']} in {start['dtype']}{reason}" if "dtype" in start else f"on {start['device']}"
 
 
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:

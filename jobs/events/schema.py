@@ -20,7 +20,9 @@ RewardFigures = TypedDict(
 
 
 class StartEvent(TypedDict):
-    """Training starts, or resumes after `step`. Rank 0 adds how MFU is computed (`jobs.workers.utilisation`)."""
+    """Training starts, or resumes after `step`. Rank 0 adds why the dtype is what it is, and how MFU is
+    computed (`jobs.workers.utilisation`).
+    """
 
     event: Literal["start"]
     step: int
@@ -31,8 +33,10 @@ class StartEvent(TypedDict):
     num_workers: int
     num_threads: int
     device: str
+    dtype: str
     pid: int
     data: dict[str, Any]
+    dtype_reason: NotRequired[str]
     flops_per_token: NotRequired[float]
     peak_flops: NotRequired[float]
     peak_source: NotRequired[str]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ import click
 import numpy as np
 import ray
 
-from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.prepare import Prepared, hardware_here, prepare
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import connect
+from jobs.driver.resources import connect, workers_hardware
 from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
@@ -39,9 +39,10 @@ from jobs.sweeps.trials import PLAN, SweepPlan, TrialRecord, best
 from jobs.tracking.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.errors import SpecError, TrainingError
+from loray.machine import Hardware
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from loray.spec import DEFAULT_TENANT, qualified_name
+from loray.spec import DEFAULT_TENANT, TrainSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
 from loray.train.data.corpus import Runner, run_here
@@ -90,7 +91,8 @@ def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str 
         try:
             connected = partial(connect, plan.recipe, settings, interrupts)
             run = RayTasks(plan.recipe, settings.training_group, connected)
-            prepared = _prepare(plan, settings, catalog, run)
+            hardware_of = partial(workers_hardware, settings=settings, interrupts=interrupts)
+            prepared = _prepare(plan, settings, catalog, run, hardware_of)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
@@ -216,12 +218,18 @@ class _Sweep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _prepare(plan: SweepPlan, settings: Settings, catalog: Catalog, run: Runner = run_here) -> list[Prepared]:
+def _prepare(
+    plan: SweepPlan,
+    settings: Settings,
+    catalog: Catalog,
+    run: Runner = run_here,
+    hardware_of: Callable[[TrainSpec], Hardware] = hardware_here,
+) -> list[Prepared]:
     """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)
     recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
-    prepared = [prepare(recipe, settings, catalog, run, datasets) for recipe in recipes]
+    prepared = [prepare(recipe, settings, catalog, run, datasets, hardware_of) for recipe in recipes]
     held_out = [data.evaluation for data in datasets.values()]
     if not len(held_out[0]):
         raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")

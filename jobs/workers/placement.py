@@ -28,7 +28,7 @@ _SETTLE_S = 5.0  # within which the resources of workers that have ended become 
 
 def worker_resources(spec: TrainSpec, group: TrainingGroup | None) -> dict[str, float]:
     """What one worker takes of its node, beside memory. `group` None: it may be any node."""
-    return ({"CPU": 1.0} if group is None else group.worker) | ({"GPU": 1.0} if spec.use_gpu else {})
+    return ({"CPU": 1.0} if group is None else group.worker) | ({"GPU": 1.0} if spec.use_gpu is True else {})
 
 
 def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[str] | None:

@@ -29,10 +29,11 @@ class RayReporter:
         utilisation: Utilisation | None,
         world: World,
         device: torch.device,
+        dtype_reason: str,
     ) -> None:
-        """`utilisation` is None on every rank but 0."""
+        """`utilisation` is None on every rank but 0. `dtype_reason`: why the recipe's dtype is what it is."""
         self._events, self._uploads, self._gauges, self._utilisation = events, uploads, gauges, utilisation
-        self._world, self._device = world, device
+        self._world, self._device, self._dtype_reason = world, device, dtype_reason
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         event = cast("LoopEvent", metrics)
@@ -49,6 +50,7 @@ class RayReporter:
             case "start":
                 start: StartEvent = {
                     **event,
+                    "dtype_reason": self._dtype_reason,
                     "flops_per_token": utilisation.flops_per_token,
                     "peak_flops": utilisation.peak.flops,
                     "peak_source": utilisation.peak.source,

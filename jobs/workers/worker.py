@@ -23,6 +23,7 @@ from jobs.workers.threads import num_threads
 from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
+from loray.machine import hardware
 from loray.priority import compute_in_background
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
@@ -44,6 +45,7 @@ class WorkerConfig(TypedDict):
     events       the event sink's actor
     data         the Dataset in Ray's object store, whose tokens are in the cache
     initial      InitialFiles there, of the adapter that the run goes on from; None: it starts afresh
+    dtype_reason why the recipe's dtype is what it is
     """
 
     recipe: dict[str, Any]
@@ -55,6 +57,7 @@ class WorkerConfig(TypedDict):
     events: ActorHandle
     data: ObjectRef
     initial: ObjectRef | None
+    dtype_reason: str
 
 
 def run(config: WorkerConfig) -> str | None:
@@ -97,7 +100,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
     nodes = world.gather(ray.get_runtime_context().get_node_id())
     warning = straddling_warning(nodes, spec.parallel.sequence)
     if world.rank == 0:
-        for message in (*spec.doubts, *([] if warning is None else [warning])):
+        for message in (*spec.doubts, *filter(None, (warning, _slow_products(spec, device)))):
             events.send({"event": "warning", "message": message})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:
@@ -110,7 +113,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         stack.callback(events.flush)
         uploads = CheckpointUploads(folder, lambda seconds: gauges.set(checkpoint_seconds=seconds))
         stack.enter_context(uploads)
-        reporter = RayReporter(events, uploads, gauges, utilisation, world, device)
+        reporter = RayReporter(events, uploads, gauges, utilisation, world, device, config["dtype_reason"])
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
         initial = _initial(config, stack)
@@ -137,7 +140,7 @@ def _utilisation(
     spec: TrainSpec, base: BaseModel, data: Dataset, device: torch.device, peak_tflops: float | None
 ) -> Utilisation:
     from loray.planning.compute import model_flops_per_token
-    from loray.train.rates import product_flops
+    from loray.train.rates import fastest_product_flops
 
     per_token = model_flops_per_token(
         base.config,
@@ -149,7 +152,20 @@ def _utilisation(
     )
     if peak_tflops is not None:
         return Utilisation(per_token, GivenPeak(peak_tflops * 1e12))
-    sample = partial(product_flops, device, getattr(torch, spec.dtype))
+    sample = partial(fastest_product_flops, device)
     # A GPU is the worker's alone, and its memory may be full while it trains.
     again = None if device.type == "cuda" else partial(sample, passes=1)
     return Utilisation(per_token, MeasuredPeak(sample, again))
+
+
+def _slow_products(spec: TrainSpec, device: torch.device) -> str | None:
+    """What bfloat16 costs on a CPU that does not multiply it, measured; None elsewhere."""
+    from loray.train.rates import product_flops
+
+    if spec.dtype != "bfloat16" or device.type != "cpu" or hardware().multiplies_bfloat16:
+        return None
+    factor = product_flops(device, torch.float32) / product_flops(device, torch.bfloat16)
+    return (
+        f"this CPU has no bfloat16 products: those of float32 are {factor:.1f} times as fast here; "
+        "set dtype: float32, or leave it out"
+    )

@@ -9,9 +9,9 @@ from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
 from loray.errors import NotFoundError, PermissionDenied, SpecError
-from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, host
+from loray.machine import Machine
+from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
 from loray.planning.plan import Plan, make_plan
-from loray.planning.rates import kept_rates
 from loray.planning.run import Run, run_of
 from loray.recipes.continued import continued
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
@@ -19,6 +19,7 @@ from loray.recipes.fields import fields_of, given, merge
 from loray.recipes.load import size_of_base
 from loray.recipes.plain_yaml import parse_plain
 from loray.recipes.render import to_yaml
+from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from serve_apps.console.forms import Form
@@ -100,10 +101,30 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: 
     Raises SpecError where the driver would refuse it and where the estimate would take long, PermissionDenied for more
     workers than the caller may have, and NotFoundError for a base of unknown shape.
     """
-    return estimate(planned_run(spec, catalog, settings), bool(spec.use_gpu), settings, device_name)
+    workers = workers_of(spec, settings, device_name)
+    return estimate(planned_run(spec, workers, catalog, settings), workers)
 
 
-def planned_run(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Run:
+class Workers(NamedTuple):
+    """The device of a recipe's workers. `is_timed` and `is_assumed` as of an `Estimate`."""
+
+    device: Device
+    is_timed: bool
+    is_assumed: bool
+
+
+def workers_of(spec: TrainSpec, settings: Settings, device_name: str = "") -> Workers:
+    """Return the preset of that name, else this machine, or a GPU where the recipe uses GPUs."""
+    if device_name in PRESETS:
+        return Workers(PRESETS[device_name], is_timed=True, is_assumed=False)
+    machine = Machine.here(settings.home)
+    if device_name != THIS_MACHINE and on_hardware(spec, machine.hardware).spec.use_gpu:
+        known = gpu_here(machine)
+        return Workers(known or PRESETS[ASSUMED_GPU], is_timed=True, is_assumed=known is None)
+    return Workers(host(machine, spec.num_workers), is_timed=machine.rates is not None, is_assumed=False)
+
+
+def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: Settings) -> Run:
     """What `plan_of` estimates. Raises as it does."""
     _check_size(spec, catalog, settings)
     model = shapes_in(settings.home)(spec.base)
@@ -112,15 +133,11 @@ def planned_run(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Run:
     if spec.init_adapter is not None:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
-    return run_of(spec, model)
+    return run_of(spec, model, dtype=workers.device.training_dtype)
 
 
-def estimate(run: Run, use_gpu: bool, settings: Settings, device_name: str = "") -> Estimate:
-    rates = kept_rates(settings.home)
-    chosen = PRESETS.get(device_name)
-    is_assumed = chosen is None and use_gpu and device_name != THIS_MACHINE
-    device = chosen or (PRESETS[ASSUMED_GPU] if is_assumed else host(rates, run.num_workers))
-    return Estimate(make_plan(run, device), not device.is_host or rates is not None, is_assumed)
+def estimate(run: Run, workers: Workers) -> Estimate:
+    return Estimate(make_plan(run, workers.device), workers.is_timed, workers.is_assumed)
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:

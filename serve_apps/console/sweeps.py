@@ -13,7 +13,7 @@ from loray.recipes.fields import merge
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from serve_apps.console.forms import Form
-from serve_apps.console.recipes import Estimate, estimate, fields_given, planned_run, recipe_from
+from serve_apps.console.recipes import Estimate, Workers, estimate, fields_given, planned_run, recipe_from, workers_of
 
 _OF_SEARCH = "search."
 _MOST_TRIALS = 200  # each of a form's is made anew whenever a field changes
@@ -79,18 +79,19 @@ def estimate_of(plan: SweepPlan, catalog: Catalog, settings: Settings) -> SweepE
     """What `plan_of` says of the trials. Trials that take the same are planned once, and of many kinds those with the
     most tokens and trained parameters. Raises as `plan_of` does.
     """
-    kinds: list[tuple[Run, bool, list[Trial]]] = []
+    kinds: list[tuple[Run, Workers, list[Trial]]] = []
     for trial in plan.trials:
-        run, use_gpu = planned_run(trial.recipe, catalog, settings), bool(trial.recipe.use_gpu)
-        same = next((trials for known, gpu, trials in kinds if (known, gpu) == (run, use_gpu)), None)
+        workers = workers_of(trial.recipe, settings)
+        run = planned_run(trial.recipe, workers, catalog, settings)
+        same = next((trials for known, on, trials in kinds if (known, on) == (run, workers)), None)
         if same is None:
-            kinds.append((run, use_gpu, [trial]))
+            kinds.append((run, workers, [trial]))
         else:
             same.append(trial)
     kinds.sort(key=lambda kind: (kind[0].tokens_per_worker, kind[0].trained.total), reverse=True)
     planned = [
-        Kind(label(trials[0].values), len(trials), estimate(run, use_gpu, settings))
-        for run, use_gpu, trials in kinds[:_MOST_PLANS]
+        Kind(label(trials[0].values), len(trials), estimate(run, workers))
+        for run, workers, trials in kinds[:_MOST_PLANS]
     ]
     planned.sort(key=lambda kind: kind.estimate.plan.memory.peak_bytes, reverse=True)
     return SweepEstimate(plan, tuple(planned), len(kinds))

@@ -14,11 +14,10 @@ import pytest
 
 from loray.bases.registry import add_base
 from loray.cli.main import _run
-from loray.planning.devices import HostRates
 from loray.recipes.load import shipped
+from tests.planning.recipes import HARDWARE, MACHINE
 from tests.tiny import write_checkpoint
 
-RATES = HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10)
 RECIPE: dict[str, Any] = {
     "name": "planned",
     "base": "Meta-Llama-3-8B",
@@ -41,7 +40,9 @@ Plan = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-    (tmp_path / "rates.json").write_text(json.dumps({"version": 2, "rates": asdict(RATES)}))
+    for module in ("loray.machine", "loray.cli.planning.plan", "loray.cli.planning.check"):
+        monkeypatch.setattr(f"{module}.hardware", lambda: HARDWARE)
+    MACHINE.cache(tmp_path)
     return tmp_path
 
 
@@ -188,7 +189,8 @@ def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan:
 
 
 def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / "rates.json").unlink()
+    (cached,) = home.glob("machine-*.json")
+    cached.unlink()
     monkeypatch.setattr("loray.cli.planning.devices.sys.executable", "/bin/false")
     code, _, err = plan("lora_smollm2")
     assert code == 1
@@ -199,13 +201,14 @@ def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: 
 def test_rates_are_kept_where_nothing_else_ran(
     plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch, load: float, is_kept: bool
 ) -> None:
-    (home / "rates.json").unlink()
-    printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(RATES)), "")
+    (cached,) = home.glob("machine-*.json")
+    cached.unlink()
+    printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(MACHINE.rates)), "")
     monkeypatch.setattr("loray.cli.planning.devices.subprocess.run", lambda *args, **kwargs: printed)
     monkeypatch.setattr("loray.cli.planning.devices.os.getloadavg", lambda: (load, load, load))
     code, out, err = plan("lora_smollm2", "--json")
     assert code == 0
-    assert json.loads(out)["device"]["flops"] == RATES.flops
+    assert json.loads(out)["device"]["flops"] == MACHINE.rates.fastest
     assert err.startswith("measuring this machine")
     assert ("is busy" in err) != is_kept
-    assert (home / "rates.json").exists() == is_kept
+    assert cached.exists() == is_kept

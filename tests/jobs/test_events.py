@@ -21,6 +21,9 @@ START: dict[str, Any] = {
     "num_parameters": 1000,
     "num_trainable": 25,
     "trainable_share": 0.025,
+    "device": "cpu",
+    "dtype": "float32",
+    "dtype_reason": "this CPU has no bfloat16 products",
     "data": {"num_rows": 5, "num_tokens": 60, "num_eval_rows": 2, "num_truncated": 1, "num_without_targets": 0},
 }
 EVAL: dict[str, Any] = {"event": "eval", "step": 20, "subject": "adapter", "eval_loss": 1.5}
@@ -61,7 +64,7 @@ def test_events_are_encoded_and_decoded(tmp_path: Path) -> None:
 def test_events_for_people() -> None:
     assert describe(START) == (
         "25 of 1,000 parameters trained (2.50%); 20 steps; 5 rows, 60 tokens, 2 rows held out; "
-        "1 rows truncated, 0 dropped"
+        "1 rows truncated, 0 dropped; on cpu in float32 (this CPU has no bfloat16 products)"
     )
     assert "loss 2.0000  lr 1.00e-03  grad norm 0.5000  1,234 tokens/s  MFU 31.2%  ETA 1:01" in describe(step(3))
     assert "loss not finite" in describe(step(3, float("inf")))

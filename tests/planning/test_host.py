@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from loray.planning.devices import GB, HostRates, host
+from loray.planning.devices import GB, host
 from loray.planning.host import HOST_MOMENTS, plan_host
 from loray.planning.plan import make_plan
 from loray.planning.run import Run
-from tests.planning.recipes import A100, long_run
+from tests.planning.recipes import A100, MACHINE, long_run
 from tests.planning.test_memory import EMBEDDING, TOTALS, TRAINED
 
 BASE = 2 * TOTALS["Llama-2-7b-hf"]
@@ -86,7 +86,7 @@ def test_a_node_that_is_too_small_is_refused_with_the_strategy_that_fits() -> No
 
 
 def test_a_machine_without_gpus_has_one_memory_and_an_unknown_node_is_not_judged() -> None:
-    machine = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
+    machine = host(MACHINE, num_workers=1)
     plan = make_plan(long_run("smollm2", 16384), machine)
     assert plan.host is None
     assert plan.to_dict()["host"] is None

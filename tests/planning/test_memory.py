@@ -7,11 +7,11 @@ import pytest
 from loray.bases.presets import preset, preset_names
 from loray.planning.compute import estimate_time
 from loray.planning.counts import count_base
-from loray.planning.devices import HostRates, host
+from loray.planning.devices import host
 from loray.planning.memory import CHECKPOINT, MOMENTS, MemoryPlan, plan_memory
 from loray.planning.run import Run
 from loray.planning.traffic import plan_traffic
-from tests.planning.recipes import A100, bare, long_run
+from tests.planning.recipes import A100, MACHINE, bare, long_run
 
 TOTALS = {
     "Llama-2-7b-hf": 6_738_415_616,
@@ -131,17 +131,17 @@ def at(plan: MemoryPlan, moment: str) -> set[str]:
 
 
 def test_a_host_keeps_small_blocks_and_gives_back_large_ones() -> None:
-    device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
+    device = host(MACHINE, num_workers=1)
     small, large = (plan_memory(long_run("smollm2", n), device) for n in (16384, 65536))
     assert "activations: mlp" not in at(small, "update")  # 50 MB each
     assert "activations: attention" in at(small, "update")  # 19 MB
     assert "activations: attention" not in at(large, "update")
-    assert host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=2).memory_bytes == 8 << 30
+    assert host(MACHINE, num_workers=2).memory_bytes == 8 << 30
 
 
 def test_rank_0_copies_a_checkpoint_into_the_memory_that_it_computes_in() -> None:
     run = long_run("smollm2", 16384)
-    machine = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
+    machine = host(MACHINE, num_workers=1)
     held = {item.name: item for item in plan_memory(run, machine).items}
     assert held[CHECKPOINT].nbytes == 14 * run.trained.total
     assert held[CHECKPOINT].moments == MOMENTS

@@ -10,13 +10,13 @@ import pytest
 from loray.bases.config import ModelConfig
 from loray.bases.presets import preset
 from loray.errors import SpecError, UnsupportedError
-from loray.planning.devices import HostRates, host
+from loray.planning.devices import host
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan
 from loray.planning.remedies import smallest_remedy
 from loray.planning.run import run_of
 from loray.spec import RopeParameters
-from tests.planning.recipes import A100, long_run, recipe
+from tests.planning.recipes import A100, MACHINE, long_run, machine, recipe
 
 LONG: dict[str, Any] = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 8}}
 
@@ -67,8 +67,9 @@ def test_shorter_micro_batches_come_before_more_workers() -> None:
 
 def test_where_nothing_helps_the_plan_says_so() -> None:
     run = long_run("Llama-2-70b-hf", 32768)
-    device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
-    (problem,) = make_plan(run, device).problems
+    device = host(MACHINE, num_workers=1)
+    problem, on_a_cpu = make_plan(run, device).problems
+    assert "69.0 billion parameters is trained on the CPU" in on_a_cpu.message
     assert "nothing in the recipe makes it fit" in problem.remedy
     tiny = A100.model_copy(update={"memory_bytes": 10**8})
     assert smallest_remedy(run, tiny) is None
@@ -153,7 +154,7 @@ def test_json_holds_what_the_tables_show() -> None:
 
 
 def test_a_machine_measured_while_it_was_busy_has_no_share_above_one() -> None:
-    device = host(HostRates(16 << 30, 1e11, 8e10, 1.25e11, 4e10), num_workers=1)
+    device = host(machine(1e11, 8e10, 1.25e11), num_workers=1)
     assert device.flops == 1.25e11
     shares = device.matmul_share, device.attention_share, device.dense_attention_share
     assert shares == pytest.approx((0.72, 0.64, 1.0))

@@ -50,7 +50,7 @@ def main(
     model = build_model(base, spec).train()
     if is_dense:
         model.set_attn_implementation(DENSE)
-    strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.dtype))
+    strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.chosen_dtype))
 
     def step(batch: Batch) -> float:
         began = time.perf_counter()

@@ -25,6 +25,7 @@ from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.machine import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recipes.resolve import resolve
 from loray.spec import LongLoraSpec, TrainSpec, VeraSpec
@@ -57,7 +58,7 @@ def recipe(method: str, rows: int, tokens: int) -> TrainSpec:
     fields: dict[str, Any] = {"method": method, "target_modules": _MODULES}
     fields |= {"rank": 256} if method == "vera" else {"rank": 16, "alpha": 32}
     scaling = {"type": "linear", "factor": 2, "original_context": tokens // 2} if method == "longlora" else None
-    return TrainSpec.model_validate(
+    made = TrainSpec.model_validate(
         {
             "name": "benchmark",
             "adapter": fields,
@@ -68,6 +69,7 @@ def recipe(method: str, rows: int, tokens: int) -> TrainSpec:
             "max_steps": 1,
         }
     )
+    return on_this_machine(made)
 
 
 class _Turns(TrainerCallback):  # type: ignore[misc]
@@ -75,7 +77,7 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, base: BaseModel, spec: TrainSpec, ids: Any) -> None:
         device, self._ids = torch.device("cpu"), ids
-        model, weights = build_model(base, spec).train(), BaseWeights(base, spec.dtype)
+        model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
         self._strategy = prepare(Objective(model), spec, Mesh.build(1, device).world, device, weights)
         self.our_seconds: list[float] = []
         self.their_seconds: list[float] = []
@@ -111,7 +113,7 @@ def _trainer(base: BaseModel, spec: TrainSpec, ids: Any, turns: _Turns, folder: 
     config.use_cache = False
     if (rope := resolve(spec, base.config).rope) is not None:
         config.rope_parameters = rope.to_hf()
-    plain = AutoModelForCausalLM.from_pretrained(base.path, config=config, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(base.path, config=config, dtype=getattr(torch, spec.chosen_dtype))
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=ids.shape[1],

@@ -26,6 +26,7 @@ from peft import VeraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.machine import on_this_machine
 from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel, get_base
 from loray.spec import LINEAR_MODULES, VeraSpec
@@ -64,9 +65,9 @@ def main(home: Path, name: str, num_tokens: int, rank: int, repeats: int) -> dic
 
 def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     adapter = VeraSpec.model_validate({"rank": rank, "target_modules": LINEAR_MODULES})
-    spec = recipe_of(adapter, num_tokens)
+    spec = on_this_machine(recipe_of(adapter, num_tokens))
     mesh = Mesh.build(1, torch.device("cpu"))
-    model, weights = build_model(base, spec).train(), BaseWeights(base, spec.dtype)
+    model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
     strategy = prepare(Objective(model), spec, mesh.world, torch.device("cpu"), weights)
 
     def step(batch: Batch) -> float:

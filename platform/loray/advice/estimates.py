@@ -182,10 +182,11 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
 
 def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[Run, int]:
     """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
-    run = run_of(recipe, model)
+    run = run_of(recipe, model, dtype=device.training_dtype)
     if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
         return run, peak
-    run = run_of(recipe.model_copy(update={"gradient_checkpointing": True}), model)
+    checkpointed = recipe.model_copy(update={"gradient_checkpointing": True})
+    run = run_of(checkpointed, model, dtype=device.training_dtype)
     return run, plan_memory(run, device).peak_bytes
 
 

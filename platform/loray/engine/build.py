@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_thread
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.engine.pool.sizing import sized
+from loray.machine import Gpu, hardware, serving_dtype
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import backend, use_device
 from loray_kernels.memory import keep_freed
+from loray_kernels.reference import ReferenceOps
 
 _log = get_logger(__name__)
 
@@ -42,12 +45,14 @@ def build_engine(
     """
     keep_freed()
     GrammarCompiler(base).warm()  # later it would hold up the steps of others
+    device = use_device(torch.device(spec.device))
+    spec = with_dtype(spec, device)
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})
         ranks = start_ranks(spec, base, load, start_workers)
         return _ready(Engine(ranks.spec, base, *ranks[1:]), ranks.model)
-    dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
+    dtype = getattr(torch, spec.dtype)
     if spec.fixed_pool_bytes is not None:
         cut_pool(spec, base.config)  # what cannot be is told before the base is loaded
     tensors = read_tensors(base.path) if tensors is None else tensors
@@ -57,6 +62,20 @@ def build_engine(
     pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     return _ready(Engine(spec, base, model, pool, load), model)
+
+
+def with_dtype(spec: ServeSpec, device: torch.device) -> ServeSpec:
+    """Choose the dtype that a spec leaves to the device. The log says why."""
+    if spec.dtype != "auto":
+        return spec
+    here, use_gpu = hardware(), device.type == "cuda"
+    if use_gpu:
+        gpu = Gpu(torch.cuda.get_device_name(device), 0, torch.cuda.get_device_capability(device))
+        here = replace(here, gpus=(gpu,))
+    has_kernels = not isinstance(backend("auto", device), ReferenceOps)
+    dtype, why = serving_dtype(here, use_gpu=use_gpu, has_kernels=has_kernels)
+    _log.info("serving in %s: %s", dtype, why)
+    return spec.model_copy(update={"dtype": dtype})
 
 
 def _ready(engine: Engine, model: Decoder) -> Engine:

@@ -153,10 +153,11 @@ def model_flops_per_token(
 def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     flops = count_flops(run)
     passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.has_reference
-    matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
+    peak = device.flops * device.product_shares.get(run.dtype, 1.0)
+    matmul_s = (flops.total - passes * flops.attention) / (peak * device.matmul_share)
     share = device.dense_attention_share if run.group_size is None else device.attention_share
     shared = run.shared_dense
-    attention_s = passes * flops.attention / (device.flops * share) * (1.0 if shared is None else shared.imbalance)
+    attention_s = passes * flops.attention / (peak * share) * (1.0 if shared is None else shared.imbalance)
     memory_s = _eager_bytes(run) / device.bandwidth
     optimizer_s = _ADAMW_BYTES * run.trained.total / run.optimizer_shards / device.bandwidth
     halo_s, gather_s, gradient_s = (

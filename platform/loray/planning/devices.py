@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from loray.spec import Frozen, NumBytes, parse_size
+from loray.machine import Gpu, GpuRates, Machine, training_dtype
+from loray.spec import DType, Frozen, NumBytes, parse_size
 
 GB = 10**9
 MIB = 1 << 20
@@ -26,7 +26,9 @@ _Rate = Annotated[float, Field(gt=0)]
 class Device(Frozen):
     """One worker's share of a machine; also a YAML file.
 
-    memory_bytes, flops, bandwidth  bytes, FLOP/s of dense bf16 products, bytes/s
+    memory_bytes, flops, bandwidth  bytes, FLOP/s of dense products in the fastest dtype, bytes/s
+    product_shares                  shares of `flops` that products reach in each dtype, and attention likewise
+    training_dtype                  the dtype of a recipe that leaves it to the device
     matmul_share, attention_share, dense_attention_share
                                     shares of `flops` that linear layers, S2-Attn and dense attention reach
     link_bandwidth                  bytes/s between two workers, one way
@@ -47,6 +49,8 @@ class Device(Frozen):
     flops: _Rate
     bandwidth: _Rate
     link_bandwidth: _Rate
+    product_shares: Mapping[DType, _Share] = {"bfloat16": 1.0, "float16": 1.0, "float32": 1 / 16}
+    training_dtype: DType = "bfloat16"
     matmul_share: _Share = 0.65
     attention_share: _Share = 0.5
     dense_attention_share: _Share = 0.5
@@ -102,43 +106,78 @@ _HOST_FRAMEWORK = 100 * MIB
 _GLIBC_THRESHOLD = 32 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class HostRates:
-    """Measured rates of all cores of a machine without GPUs: FLOP/s of bf16 products and of attention, bytes/s."""
-
-    memory_bytes: int
-    flops: float
-    attention_flops: float
-    dense_attention_flops: float
-    bandwidth: float
+# Of what a GPU's products were measured to reach, which is below the maker's figure.
+_MEASURED_MATMUL, _MEASURED_ATTENTION = 0.9, 0.5
+_PCIE = 25e9  # bytes/s of PCIe 4.0 with 16 lanes; what links GPUs is not measured
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def host(rates: HostRates | None, num_workers: int) -> Device:
+def host(machine: Machine, num_workers: int) -> Device:
     """One worker's share of a machine without GPUs, of `num_workers` in all. The peak is the fastest measured rate: on
     a machine that was busy, matrix products may be slower than attention.
 
-    `rates` None: those of this machine were not measured. Then only its memory counts, and no time does.
+    Where its rates were not measured, only its memory counts, and no time does.
     """
-    if rates is None:
-        rates = HostRates(host_memory(), flops=1, attention_flops=1, dense_attention_flops=1, bandwidth=1)
-    peak = max(rates.flops, rates.attention_flops, rates.dense_attention_flops)
+    hardware, rates = machine
+    products: Mapping[DType, float] = {"bfloat16": 1.0, "float32": 1.0} if rates is None else rates.products
+    fastest = max(products.values())
+    attention, dense = (1.0, 1.0) if rates is None else (rates.attention_flops, rates.dense_attention_flops)
+    bandwidth = 1.0 if rates is None else rates.bandwidth
+    peak = max(fastest, attention, dense)
     return Device(
         name=THIS_MACHINE,
-        memory_bytes=rates.memory_bytes // num_workers,
+        memory_bytes=hardware.memory_bytes // num_workers,
         flops=peak / num_workers,
-        bandwidth=rates.bandwidth / num_workers,
-        link_bandwidth=rates.bandwidth / 4 / num_workers,  # over loopback every byte is read and written twice
-        matmul_share=0.9 * rates.flops / peak,
-        attention_share=rates.attention_flops / peak,
-        dense_attention_share=rates.dense_attention_flops / peak,
+        bandwidth=bandwidth / num_workers,
+        link_bandwidth=bandwidth / 4 / num_workers,  # over loopback every byte is read and written twice
+        product_shares={dtype: flops / fastest for dtype, flops in products.items()},
+        training_dtype=training_dtype(hardware, use_gpu=False).dtype,
+        matmul_share=0.9 * fastest / peak,
+        attention_share=attention / peak,
+        dense_attention_share=dense / peak,
         framework_bytes=_HOST_FRAMEWORK,
         usable_share=0.9,
         keeps_freed_below=_GLIBC_THRESHOLD,
         loss_chunk=LOSS_CHUNK_ON_CPU,
         foreach_optimizer=False,
+    )
+
+
+def gpu_here(machine: Machine) -> Device | None:
+    """One of this machine's GPUs: its own memory, with measured rates, or a maker's where the model is known. None
+    where there is no GPU, or neither is known.
+    """
+    hardware, rates = machine
+    if not hardware.gpus:
+        return None
+    gpu = min(hardware.gpus, key=lambda gpu: gpu.capability)
+    shape = {
+        "memory_bytes": gpu.memory_bytes,
+        "training_dtype": training_dtype(hardware, use_gpu=True).dtype,
+        "workers_per_node": len(hardware.gpus),
+        "host_memory_bytes": hardware.memory_bytes,
+    }
+    known = _preset_of(gpu)
+    if known is not None:
+        return known.model_copy(update=shape)
+    if rates is None or rates.gpu is None:
+        return None
+    return _measured(gpu, rates.gpu).model_copy(update=shape)
+
+
+def _preset_of(gpu: Gpu) -> Device | None:
+    """The maker's figures of this model, by its name and the nearest memory."""
+    models = [d for name, d in PRESETS.items() if gpu.name.lower().startswith(name.partition("-")[0])]
+    return min(models, key=lambda d: abs(d.memory_bytes - gpu.memory_bytes), default=None)
+
+
+def _measured(gpu: Gpu, rates: GpuRates) -> Device:
+    return Device(
+        name=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        flops=rates.flops,
+        bandwidth=rates.bandwidth,
+        link_bandwidth=_PCIE,
+        matmul_share=_MEASURED_MATMUL,
+        attention_share=_MEASURED_ATTENTION,
+        dense_attention_share=_MEASURED_ATTENTION,
     )

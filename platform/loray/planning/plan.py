@@ -12,6 +12,7 @@ from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.remedies import Remedy, smallest_remedy
 from loray.planning.run import Run
 from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
+from loray.recipes.defaults import LARGE_BASE
 from loray.recipes.resolve import quarter
 
 
@@ -94,7 +95,11 @@ class Plan:
 def make_plan(run: Run, device: Device) -> Plan:
     """Raises SpecError where rows cannot be split over the sequence groups."""
     memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
-    problems = (*_memory_problems(run, device, memory, host), *_layout_problems(run, traffic))
+    problems = (
+        *_memory_problems(run, device, memory, host),
+        *_device_problems(run, device),
+        *_layout_problems(run, traffic),
+    )
     return Plan(run, device, memory, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
 
 
@@ -134,6 +139,26 @@ def _host_advice(remedy: Remedy | None) -> str:
     if remedy is None or remedy.host_bytes is None:
         return "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
     return f"{' and '.join(remedy.changes)} would take {_gb(remedy.host_bytes)} of a node's memory"
+
+
+def _device_problems(run: Run, device: Device) -> list[Problem]:
+    """What a device does, and slowly."""
+    problems = []
+    share = device.product_shares.get(run.dtype, 1.0)
+    if device.is_host and run.dtype == "bfloat16" and device.training_dtype != "bfloat16":
+        measured = f"which reach {share:.0%} of float32's here" if share < 1 else "so they are several times slower"
+        problems.append(
+            Problem("warning", f"this CPU has no bfloat16 products, {measured}", "dtype: float32, or leave it out")
+        )
+    if device.is_host and run.base.total >= LARGE_BASE:
+        problems.append(
+            Problem(
+                "warning",
+                f"a base of {run.base.total / 1e9:.1f} billion parameters is trained on the CPU",
+                "use_gpu: true, on a machine or a cluster with a GPU for each worker",
+            )
+        )
+    return problems
 
 
 def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:

@@ -9,7 +9,7 @@ from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_q
 from loray.planning.exchange.dense import DensePlan
 from loray.planning.exchange.halo import HaloPlan, padded_length
 from loray.recipes.resolve import check_token_budget, resolve
-from loray.spec import DTYPE_BYTES, AdapterSpec, QuantizationSpec, StrategyName, TrainSpec
+from loray.spec import DTYPE_BYTES, AdapterSpec, DType, QuantizationSpec, StrategyName, TrainSpec
 
 SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
 
@@ -30,7 +30,7 @@ class Run:
 
     model: ModelConfig
     adapter: AdapterSpec
-    dtype: str
+    dtype: DType
     row_length: int
     num_rows: int
     accumulation: int
@@ -128,15 +128,17 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
     return HaloPlan(num_tokens, num_ranks, group_size, model.num_heads, model.num_kv_heads)
 
 
-def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
-    """The run of a recipe. Raises SpecError or UnsupportedError where the driver would refuse it, too."""
+def run_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") -> Run:
+    """The run of a recipe, in `dtype` where it leaves the dtype to the device. Raises SpecError or UnsupportedError
+    where the driver would refuse it, too.
+    """
     resolved = resolve(spec, model)
     row_length, row_size = resolved.row_length, 2 if spec.is_paired else 1
     check_token_budget(spec.batch, row_length * row_size)
     return Run(
         model=model,
         adapter=spec.adapter,
-        dtype=spec.dtype,
+        dtype=dtype if spec.dtype == "auto" else spec.dtype,
         row_length=row_length,
         num_rows=spec.batch.rows or (spec.batch.tokens or 0) // (row_length * row_size),
         accumulation=spec.batch.accumulation,

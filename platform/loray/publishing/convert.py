@@ -68,7 +68,7 @@ def merge_into_base(
         if as_trained:
             if recipe is None or recipe.quantization is None:
                 raise SpecError(f"{ref.label} was not trained on a quantised base: leave out --as-trained")
-            trained_on = RoundedBase(recipe.quantization, getattr(torch, recipe.dtype))
+            trained_on = RoundedBase(recipe.quantization, getattr(torch, recipe.chosen_dtype))
         kept = None if dtype is None else getattr(torch, dtype)
         merge_adapter(base, weights, folder, dtype=kept, trained_on=trained_on)
 

@@ -21,7 +21,7 @@ FIRST_METHOD: Method = "lora"
 OBJECTIVES: tuple[ObjectiveType, ...] = get_args(ObjectiveType)
 FIRST_OBJECTIVE: ObjectiveType = "sft"
 
-_LARGE_ELEMENTS = 10**9
+LARGE_BASE = 10**9  # parameters from which a base is large
 # Of the fields of a group a recipe gives one: with it, the others have no default.
 GROUPS = (
     ("batch.rows", "batch.tokens"),
@@ -104,12 +104,12 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "publish.description": Default("shown by `loray adapters show`"),
     "max_nonfinite_steps": Default("so many skipped steps are no accident"),
     "gradient_checkpointing": Default("a third slower; `loray plan` says where memory needs it"),
-    "dtype": Default("of weights and activations; masters and moments are float32"),
+    "dtype": Default("of weights and activations, by the workers' device; masters and moments are float32"),
     "num_workers": Default("one process, or one GPU, for each"),
     "min_workers": Default("a run waits for all its workers, or goes on with fewer: as many as this"),
     "parallel.sequence": Default("workers that share a row; for rows that do not fit on one"),
     "parallel.strategy": Default("an adapter's gradients and moments are small enough to be on each worker"),
-    "use_gpu": Default("one GPU a worker where it is true"),
+    "use_gpu": Default("one GPU a worker where it is true; auto: where there are as many GPUs"),
     "seed": Default("of initial values, order and dropout: a run can be repeated"),
     "deterministic": Default("a GPU's fastest backward passes add in any order; true: a run repeats bit for bit"),
 }
@@ -163,7 +163,7 @@ _CONTINUED_RATE = "as for a new adapter: at half of it a second stage learnt a q
 
 def size_of(model: ModelConfig | None) -> BaseSize:
     """`large` from a billion weights on, and where the base is not known: this machine rarely has a large one."""
-    return "small" if model is not None and model.num_matrix_elements < _LARGE_ELEMENTS else "large"
+    return "small" if model is not None and model.num_matrix_elements < LARGE_BASE else "large"
 
 
 def defaults_of(

@@ -1,15 +1,37 @@
-"""The values of a recipe that depend on its base: context, RoPE, group and row length. Nothing here loads a model."""
+"""The values of a recipe that depend on its base: context, RoPE, group and row length; and those that depend on the
+hardware of its workers: dtype and GPU. Nothing here loads a model.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
 from loray.bases.rope import scaled
 from loray.errors import SpecError, UnsupportedError
+from loray.machine import Hardware, training_dtype
 from loray.spec import BatchSpec, RopeParameters, TrainSpec
 
 _MAX_LENGTH = 1024
+
+
+class OnHardware(NamedTuple):
+    """A recipe whose `dtype` and `use_gpu` are chosen, and why its dtype is what it is."""
+
+    spec: TrainSpec
+    why: str
+
+
+def on_hardware(spec: TrainSpec, hardware: Hardware) -> OnHardware:
+    """Choose the dtype and the device that a recipe leaves to the hardware of its workers: GPUs where there is one for
+    each worker.
+    """
+    use_gpu = len(hardware.gpus) >= spec.num_workers if spec.use_gpu == "auto" else spec.use_gpu
+    chosen = training_dtype(hardware, use_gpu=use_gpu)
+    if spec.dtype != "auto":
+        return OnHardware(spec.model_copy(update={"use_gpu": use_gpu}), "the recipe says so")
+    return OnHardware(spec.model_copy(update={"use_gpu": use_gpu, "dtype": chosen.dtype}), chosen.why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f]*$",
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Method = Literal["lora", "dora", "vera", "longlora"]
 DType = Literal["bfloat16", "float16", "float32"]
+AnyDType = DType | Literal["auto"]  # auto: what is fast on the device, see `loray.machine`
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_ALIAS = "prod"  # the version that a name without a selector means, where this alias is set
 

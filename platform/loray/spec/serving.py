@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DType, Frozen, Name, NumBytes, read_mapping
+from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, read_mapping
 from loray.spec.tools import ToolParserName
 
 
@@ -61,7 +61,7 @@ class ServeSpec(Frozen):
     """A base model, its replicas, and what each may use. It is a deployment by itself, or one base of a FleetSpec."""
 
     base: Name = "smollm2"
-    dtype: DType = "bfloat16"
+    dtype: AnyDType = Field(default="auto", description="of weights and KV cache; auto: what the device serves fast")
     device: str = "cpu"
     tensor_parallel_size: int = Field(default=1, gt=0, description="ranks that share one model, in each replica")
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
@@ -134,6 +134,13 @@ class ServeSpec(Frozen):
     def fixed_pool_bytes(self) -> int | None:
         """Of a replica's pool; None: what the GPU's memory leaves, which is known when the base is on it."""
         return self.pool_bytes or (_CPU_POOL_BYTES if self.device.startswith("cpu") else None)
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight and of what the pool holds. A dtype that is left to the device has 2 of them, except on a CPU
+        without compiled kernels, whose engine knows better.
+        """
+        return 2 if self.dtype == "auto" else DTYPE_BYTES[self.dtype]
 
     @property
     def itl_slo_s(self) -> float:

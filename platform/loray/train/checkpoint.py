@@ -117,7 +117,7 @@ def snapshot(model: Any, optimizer: OptimizerState, state: RunState) -> Snapshot
     """`model` has the adapter's modules; the values are the masters', in the recipe's dtype."""
     from loray.adapters.export import adapter_files  # imports PEFT, which reading does not need
 
-    dtype = getattr(torch, state.recipe.dtype)
+    dtype = getattr(torch, state.recipe.chosen_dtype)
     trained = {name: master.to(dtype) for name, master in optimizer.masters.items()}
     return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
 

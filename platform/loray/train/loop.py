@@ -118,7 +118,7 @@ class _Run:
         self.model.train()
         self.num_parameters = count_parameters(self.model)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.dtype)
+        self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.chosen_dtype)
         self.strategy = prepare(self.objective, spec, self.world, self.device, weights, optimizer_state)
         self.stream = BatchStream(
             data.train,
@@ -266,7 +266,7 @@ class _Run:
 
     def _report_start(self) -> None:
         counts = self.num_parameters.total, self.num_parameters.trainable
-        where = {"num_workers": self.world.size, "device": str(self.device)}
+        where = {"num_workers": self.world.size, "device": str(self.device), "dtype": self.state.recipe.chosen_dtype}
         progress = {"step": self.state.step, "num_steps": self.num_steps}
         self._report(start_event(*counts, asdict(self.data.report)) | progress | where)
 

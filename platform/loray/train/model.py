@@ -80,15 +80,15 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
         )
     attention = DENSE if resolved.group_size is None else ATTENTION
     if spec.parallel.strategy in SHARDS_WEIGHTS:
-        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
-        with stand_ins(model, BaseWeights(base, spec.dtype)):
+        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
             attach(model, spec.adapter, seed=spec.seed)
     elif spec.quantization is not None:
-        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
-        read_quantised(model, BaseWeights(base, spec.dtype), spec.quantization)
+        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        read_quantised(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
         attach(model, spec.adapter, seed=spec.seed)
     else:
-        model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=attention, config_fields=fields)
+        model = load_model(base, dtype=spec.chosen_dtype, rope=resolved.rope, attention=attention, config_fields=fields)
         attach(model, spec.adapter, seed=spec.seed)
     model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
     if spec.gradient_checkpointing:

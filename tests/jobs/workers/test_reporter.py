@@ -50,6 +50,7 @@ def reporters(sent: list[dict[str, Any]], added: list[Any]) -> list[RayReporter]
             Utilisation(2e9, GivenPeak(4e12)) if rank == 0 else None,
             World(rank, 2),
             torch.device("cpu"),
+            "this CPU has no bfloat16 products",
         )
         for rank in (0, 1)
     ]

@@ -19,10 +19,12 @@ from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
 from loray.cli.services import open_services
 from loray.errors import SpecError
+from loray.machine import hardware, training_dtype
 from loray.settings import Settings
 from loray.spec import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
+    DType,
     Evaluation,
     PerplexitySpec,
     RetrievalSpec,
@@ -168,11 +170,15 @@ def _target(options: Options) -> AbstractContextManager[Target]:
 
 
 class _Took(NamedTuple):
-    """Seconds, including loading; windows or prompts that were computed, and those taken from earlier runs."""
+    """Seconds, including loading; windows or prompts that were computed, and those taken from earlier runs; the dtype,
+    and why where nobody chose it.
+    """
 
     seconds: float
     num_computed: int
     num_taken: int
+    dtype: DType
+    why: str
 
 
 def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
@@ -189,12 +195,15 @@ def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evalu
         raise SpecError(f"--device {options.device}: {str(e).splitlines()[0]}") from e
     if options.compare and target.rope is None and target.adapter is None:
         raise SpecError(f"there is nothing to compare {target.label} with: --compare is for adapters and for --rope")
+    dtype, why = training_dtype(hardware(), use_gpu=device.type == "cuda")
+    if options.dtype != "auto":
+        dtype, why = options.dtype, ""
     disable_progress_bar()
     kept, started = KeptFigures(Settings.from_env().home, fresh=options.fresh), time.monotonic()
     with progress_bar() as tell:
         chosen = subjects(target.rope, target.adapter, compare=options.compare)
-        measured = measure(target.base, chosen, dtype=options.dtype, device=device, progress=tell, kept=kept, **what)
-    return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken)
+        measured = measure(target.base, chosen, dtype=dtype, device=device, progress=tell, kept=kept, **what)
+    return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken, dtype, why)
 
 
 def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
@@ -217,7 +226,7 @@ def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], t
         "digest": target.version and target.version.digest,
         "base": target.base.name,
         "rope_parameters": target.rope and target.rope.to_hf(),
-        "dtype": options.dtype,
+        "dtype": took.dtype,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured],
         "recorded": target.version is not None and options.record,
         "seconds": round(took.seconds, 1),
@@ -259,4 +268,5 @@ def _print_end(target: Target, options: Options, took: _Took, what: str) -> None
         total = took.num_computed + took.num_taken
         click.echo(f"{took.num_taken} of {total} {what} taken from earlier runs; --fresh computes all again")
     recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
-    click.echo(f"{took.seconds:.1f} s, {options.dtype}{recorded}")
+    why = f" ({took.why})" if took.why else ""
+    click.echo(f"{took.seconds:.1f} s, {took.dtype}{why}{recorded}")

@@ -11,7 +11,7 @@ import click
 from pydantic import ValidationError
 
 from loray.cli.output import json_option
-from loray.spec import DType, RopeScaling
+from loray.spec import AnyDType, DType, RopeScaling
 
 
 class _Numbers(click.ParamType[tuple[float, ...]]):
@@ -62,7 +62,7 @@ class Options(NamedTuple):
     original_context: int | None
     context_lengths: tuple[int, ...]
     compare: bool
-    dtype: DType
+    dtype: AnyDType
     device: str | None
     record: bool
     fresh: bool
@@ -91,7 +91,11 @@ _MEASUREMENT = (
     click.option("--base", "base_name", help="The base of a folder that does not say which."),
     click.option("--compare", is_flag=True, help="Also the base as it is, and under the adapter's RoPE."),
     click.option(
-        "--dtype", type=click.Choice(get_args(DType)), default="bfloat16", show_default=True, help="Of weights."
+        "--dtype",
+        type=click.Choice(["auto", *get_args(DType)]),
+        default="auto",
+        show_default=True,
+        help="Of weights; auto: what the device multiplies fast.",
     ),
     click.option("--device", help="A torch device (default: cuda where there is one, else cpu)."),
     click.option("--record/--no-record", default=True, help="Record the figures of a published adapter (default)."),

@@ -16,8 +16,8 @@ from loray.bases.config import ModelConfig
 from loray.bases.presets import known_shape
 from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
-from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host
-from loray.planning.rates import keep_rates, kept_rates
+from loray.machine import Machine, Rates
+from loray.planning.devices import PRESETS, THIS_MACHINE, Device, gpu_here, host
 
 
 def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -37,10 +37,14 @@ config_option = click.option(
 )
 
 
-def device_of(name: str, home: Path, num_workers: int) -> Device:
-    """The device by preset, YAML file, or this machine. SpecError if there is none of that name."""
+def device_of(name: str, home: Path, num_workers: int, *, use_gpu: bool = False) -> Device:
+    """The device by preset, YAML file, or this machine, of which `use_gpu` takes a GPU. SpecError if there is none."""
     if name == THIS_MACHINE:
-        return host(_rates(home), num_workers)
+        machine = measured(home)
+        device = gpu_here(machine) if use_gpu else host(machine, num_workers)
+        if device is None:
+            raise SpecError("this machine has no GPU; name the workers' --device, or set use_gpu: false")
+        return device
     if name in PRESETS:
         return PRESETS[name]
     if Path(name).is_file():
@@ -63,19 +67,19 @@ def _read(path: Path) -> ModelConfig:
         raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
 
 
-def _rates(home: Path) -> HostRates:
-    """This machine's rates, measured in another process, because torch takes seconds and memory.
-
-    They are saved in `home`, unless the machine was busy.
+def measured(home: Path) -> Machine:
+    """This machine with its rates, which are measured where `home` does not have them: in another process, because
+    torch takes seconds and memory. They are cached there, unless the machine was busy. Raises LorayError.
     """
-    if (kept := kept_rates(home)) is not None:
-        return kept
-    is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    machine = Machine.here(home)
+    if machine.rates is not None:
+        return machine
+    is_busy = os.getloadavg()[0] > machine.hardware.num_cores / 2
     click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
     done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
-    rates = HostRates(**json.loads(done.stdout))
+    machine = machine._replace(rates=Rates.from_json(json.loads(done.stdout)))
     if not is_busy:
-        keep_rates(home, rates)
-    return rates
+        machine.cache(home)
+    return machine

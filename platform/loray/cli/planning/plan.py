@@ -11,9 +11,11 @@ from loray.cli.planning.devices import config_option, device_of, device_option, 
 from loray.cli.planning.parents import with_parent
 from loray.cli.planning.tables import show
 from loray.cli.recipes.options import RecipeSource, recipe_options
+from loray.machine import hardware
 from loray.planning.devices import ASSUMED_GPU, THIS_MACHINE
 from loray.planning.plan import make_plan
 from loray.planning.run import run_of
+from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 
 
@@ -32,9 +34,11 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
     spec = source.load(home, is_example=True).spec
     model = shape_of(spec.base, config, home)
     spec = with_parent(spec, model)
-    run = run_of(spec, model)
-    name = device_name or (ASSUMED_GPU if spec.use_gpu else THIS_MACHINE)
-    made = make_plan(run, device_of(name, home, spec.num_workers))
+    here = on_hardware(spec, hardware())
+    is_elsewhere = device_name is None and here.spec.use_gpu and not hardware().gpus
+    name = device_name or (ASSUMED_GPU if is_elsewhere else THIS_MACHINE)
+    device = device_of(name, home, spec.num_workers, use_gpu=bool(here.spec.use_gpu))
+    made = make_plan(run_of(spec, model, dtype=device.training_dtype), device)
     if as_json:
         emit({"recipe": spec.name, "base": spec.base} | made.to_dict())
     else:

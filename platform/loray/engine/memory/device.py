@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
-from loray.spec import DTYPE_BYTES, ServeSpec, format_size
+from loray.spec import ServeSpec, format_size
 
 SCORED_BYTES = 16 << 20  # of a prompt's logits, fp32, that are computed at a time
 _LARGEST_SHARE = 0.95  # of what is free, that is ever planned for: the device may be another process's too
@@ -51,7 +51,7 @@ def activation_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     d, f = config.hidden_size, config.intermediate_size
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     widest = 4 * d + max(6 * q + 4 * k, 3 * f)
-    return spec.max_num_batched_tokens * (DTYPE_BYTES[spec.dtype] * widest + 4 * _RANKS)
+    return spec.max_num_batched_tokens * (spec.element_bytes * widest + 4 * _RANKS)
 
 
 def logits_bytes(spec: ServeSpec, config: ModelConfig) -> int:
@@ -60,7 +60,7 @@ def logits_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     A rank among several gathers the parts of the others: once more in fp32.
     """
     copies = 3 + (spec.tensor_parallel_size > 1)
-    return spec.max_num_seqs * config.vocab_size * (DTYPE_BYTES[spec.dtype] + 4 * copies)
+    return spec.max_num_seqs * config.vocab_size * (spec.element_bytes + 4 * copies)
 
 
 def prompt_logprobs_bytes(spec: ServeSpec, config: ModelConfig) -> int:
@@ -69,7 +69,7 @@ def prompt_logprobs_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     """
     row = 4 * config.vocab_size
     logits = max(SCORED_BYTES, row)
-    return logits + logits * DTYPE_BYTES[spec.dtype] // 4 + _SCORED_ROWS * config.vocab_size * (4 + 4 + 1)
+    return logits + logits * spec.element_bytes // 4 + _SCORED_ROWS * config.vocab_size * (4 + 4 + 1)
 
 
 def recording_bytes(spec: ServeSpec, config: ModelConfig) -> int:

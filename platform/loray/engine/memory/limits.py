@@ -5,7 +5,7 @@ from __future__ import annotations
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import Geometry
 from loray.errors import ContextLengthExceeded, SpecError
-from loray.spec import DTYPE_BYTES, ServeSpec
+from loray.spec import ServeSpec
 
 
 def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
@@ -24,7 +24,7 @@ def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
 
 def block_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     """Of a block of the pool."""
-    return config.num_layers * _layer_share(spec, config) * DTYPE_BYTES[spec.dtype]
+    return config.num_layers * _layer_share(spec, config) * spec.element_bytes
 
 
 def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:

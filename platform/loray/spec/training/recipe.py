@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from loray.spec.evaluation import NoGateReason, PerplexitySpec, RetrievalSpec
-from loray.spec.fields import Alias, DType, Frozen, Name
+from loray.spec.fields import Alias, AnyDType, DType, Frozen, Name
 from loray.spec.training.context import AttentionSpec, RopeScaling
 from loray.spec.training.data import BatchSpec, DataSpec
 from loray.spec.training.methods import AdapterSpec, DoraSpec, LongLoraSpec
@@ -133,13 +133,13 @@ class TrainSpec(Frozen):
     publish: PublishSpec = PublishSpec()
     max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
     gradient_checkpointing: bool = False
-    dtype: DType = "bfloat16"
+    dtype: AnyDType = Field(default="auto", description="auto: what the workers' device multiplies fast")
     num_workers: int = Field(default=1, gt=0)
     min_workers: int | None = Field(
         default=None, gt=0, description="go on with as few as these where workers are lost; None: with all or none"
     )
     parallel: ParallelSpec = ParallelSpec()
-    use_gpu: bool = False
+    use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: where there is a GPU for each worker")
     seed: int = Field(default=0, ge=0)
     deterministic: bool = Field(
         default=False, description="kernels that give the same bits again on a GPU; on a CPU all do"
@@ -149,6 +149,12 @@ class TrainSpec(Frozen):
     @classmethod
     def _of_older_records(cls, recipe: Any) -> Any:
         return upgraded(recipe)
+
+    @property
+    def chosen_dtype(self) -> DType:
+        """The dtype, of a recipe whose driver has chosen it for the workers' device."""
+        assert self.dtype != "auto", "the driver chooses the dtype"
+        return self.dtype
 
     @property
     def is_long_context(self) -> bool:

@@ -149,7 +149,7 @@ def _config(spec: TrainSpec, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,  # `forward_backward` marks the last micro-batch
         "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": spec.dtype == "bfloat16", "check_grad_overflow": True},  # else nan is applied
+        "bf16": {"enabled": spec.chosen_dtype == "bfloat16", "check_grad_overflow": True},  # else nan is applied
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
