@@ -9,7 +9,9 @@ import pytest
 
 from loray.bases.registry import BaseModel, add_base
 from loray.cli.main import _run
+from loray.machine import Machine, hardware
 from tests.cli.run import Loray, Result
+from tests.planning.recipes import MACHINE
 from tests.tiny import write_checkpoint
 
 
@@ -22,6 +24,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def known_rates(home: Path) -> None:
+    """The home has rates of this machine, so that no command measures them."""
+    Machine(hardware(), MACHINE.rates).cache(home)
 
 
 @pytest.fixture

@@ -174,7 +174,8 @@ def test_a_folder_measures_as_the_adapter_published_from_it(
 
 
 def test_a_second_run_takes_what_the_first_has_computed(loray: Loray, base: BaseModel, data: Path) -> None:
-    options = ("eval", "perplexity", "tiny", "--data", data, "--where", "split=eval", "-c", "256")
+    options: tuple[object, ...] = ("eval", "perplexity", "tiny", "--data", data, "--where", "split=eval", "-c", "256")
+    options = (*options, "--dtype", "float32")
     first = loray(*options, "--max-windows", "2", "--json").json
     assert (first["num_computed"], first["num_taken"]) == (2, 0)
     again = loray(*options, "--max-windows", "2", "--json").json
@@ -186,7 +187,7 @@ def test_a_second_run_takes_what_the_first_has_computed(loray: Loray, base: Base
     )
     fresh = loray(*options, "--max-windows", "2", "--fresh", "--json").json
     assert (fresh["num_computed"], fresh["num_taken"]) == (2, 0)
-    assert "taken" not in loray(*options, "--max-windows", "2", "--dtype", "float32").out
+    assert "taken" not in loray(*options, "--max-windows", "2", "--dtype", "bfloat16").out
     keys = ("eval", "passkey", "tiny", "-c", "400", "--samples", "1")
     assert loray(*keys, "--depths", "0", "--json").json["num_taken"] == 0
     assert "1 of 2 prompts taken" in loray(*keys, "--depths", "0,1").out

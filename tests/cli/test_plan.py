@@ -197,15 +197,15 @@ def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: 
     assert "this machine could not be measured; name a --device" in err
 
 
-@pytest.mark.parametrize(("load", "is_kept"), [(0.0, True), (50.0, False)])
+@pytest.mark.parametrize(("percent", "is_kept"), [(0.0, True), (60.0, False)])
 def test_rates_are_kept_where_nothing_else_ran(
-    plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch, load: float, is_kept: bool
+    plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch, percent: float, is_kept: bool
 ) -> None:
     (cached,) = home.glob("machine-*.json")
     cached.unlink()
     printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(MACHINE.rates)), "")
     monkeypatch.setattr("loray.cli.planning.devices.subprocess.run", lambda *args, **kwargs: printed)
-    monkeypatch.setattr("loray.cli.planning.devices.os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("loray.cli.planning.devices.psutil.cpu_percent", lambda seconds: percent)
     code, out, err = plan("lora_smollm2", "--json")
     assert code == 0
     assert json.loads(out)["device"]["flops"] == MACHINE.rates.fastest

@@ -93,6 +93,7 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(situation: Situatio
     assert found["two"].severity == "ok"
 
 
+@pytest.mark.usefixtures("known_rates")
 def test_the_command(loray: Loray, monkeypatch: pytest.MonkeyPatch, checkpoint: object) -> None:
     monkeypatch.setattr(kernels, "problem", lambda: None)
     port = free_ports(1)[0]

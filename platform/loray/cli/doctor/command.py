@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from loray.cli.doctor import home, kernels, machine, serving, stores
+from loray.cli.doctor import home, kernels, machine, serving, speed, stores
 from loray.cli.doctor.facts import Facts
 from loray.cli.doctor.finding import Check, Finding, Situation, error
 from loray.cli.output import console, emit, json_option
@@ -28,6 +28,8 @@ CHECKS: Sequence[Check] = (
     Check("compiler", kernels.compiler),
     Check("kernels", kernels.library),
     Check("base", home.base),
+    Check("machine", speed.rates),
+    Check("speed", speed.base),
     Check("catalog", stores.catalog),
     Check("store", stores.store),
     Check("clock", stores.clock),
@@ -51,7 +53,8 @@ def doctor(
 ) -> None:
     """Find what is wrong with this machine and the deployment, and say what mends it.
 
-    Changes nothing, apart from compiling kernels. Exits with 1 where there is an error; warnings alone are no error.
+    Changes nothing, apart from compiling kernels and measuring the machine once. Exits with 1 where there is an error;
+    warnings alone are no error.
     """
     settings = Settings.from_env()
     spec, others = _specs(spec_file, base_name, port)

@@ -10,7 +10,7 @@ from loray.bases.presets import shapes_in
 from loray.cli.planning.devices import device_of, measured
 from loray.cli.planning.parents import with_parent
 from loray.errors import NotFoundError, SpecError
-from loray.machine import hardware
+from loray.machine import Machine, hardware
 from loray.planning.devices import ASSUMED_GPU, Device, gpu_here, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
@@ -21,9 +21,9 @@ from loray.spec import TrainSpec, format_size
 def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here: bool, to: Console) -> None:
     """Print what a run takes. Raises SpecError where it cannot fit, with what to change.
 
-    Where workers run here, this machine is measured once. Where they run elsewhere, and no device is named, nobody
-    knows their memory: then a run that would not fit the usual GPU is only warned of. A base of unknown shape has no
-    plan.
+    Where workers run here, this machine is measured once, at a time when it is not busy; before that, no time is told.
+    Where they run elsewhere, and no device is named, nobody knows their memory: then a run that would not fit the usual
+    GPU is only warned of. A base of unknown shape has no plan.
     """
     model = shapes_in(home)(spec.base)
     if model is None:
@@ -41,7 +41,8 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
     plan = make_plan(run_of(spec, model, dtype=device.training_dtype), device)
     is_assumed = device_name is None and device.name == ASSUMED_GPU
     why = on_hardware(spec, hardware()).why if is_here and device_name is None else None
-    to.print(_line(plan, why), highlight=False, soft_wrap=True)
+    is_timed = not device.is_host or Machine.here(home).rates is not None
+    to.print(_line(plan, why, is_timed=is_timed), highlight=False, soft_wrap=True)
     for problem in plan.problems:
         text = f"{problem.message}; {problem.remedy}"
         if problem.severity == "refusal" and not is_assumed:
@@ -57,14 +58,12 @@ def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool)
     if not is_here:
         return device_of(ASSUMED_GPU, home, spec.num_workers) if spec.use_gpu is True else None
     if not on_hardware(spec, hardware()).spec.use_gpu:
-        return host(measured(home), spec.num_workers)
-    return gpu_here(measured(home)) or device_of(ASSUMED_GPU, home, spec.num_workers)
+        return host(measured(home, even_if_busy=False), spec.num_workers)
+    return gpu_here(Machine.here(home)) or device_of(ASSUMED_GPU, home, spec.num_workers)
 
 
-def _line(plan: Plan, why: str | None) -> str:
+def _line(plan: Plan, why: str | None, *, is_timed: bool) -> str:
     memory = f"{format_size(plan.memory.peak_bytes)} of {format_size(plan.device.usable_bytes)}"
     dtype = plan.run.dtype if why is None else f"{plan.run.dtype}: {why}"
-    return (
-        f"plan: {memory} a worker on {plan.device.name}, about {plan.time.step_s:.3g} s a step "
-        f"({plan.time.tokens_per_s:,.0f} tokens/s), in {dtype}"
-    )
+    step = f", about {plan.time.step_s:.3g} s a step ({plan.time.tokens_per_s:,.0f} tokens/s)" if is_timed else ""
+    return f"plan: {memory} a worker on {plan.device.name}{step}, in {dtype}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 from loray.bases.config import ModelConfig
 from loray.bases.presets import known_shape
@@ -18,6 +18,8 @@ from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
 from loray.machine import Machine, Rates
 from loray.planning.devices import PRESETS, THIS_MACHINE, Device, gpu_here, host
+
+_BUSY_S, _BUSY_PERCENT = 0.5, 25.0  # for so long all cores together have more than that to do
 
 
 def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -67,14 +69,17 @@ def _read(path: Path) -> ModelConfig:
         raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
 
 
-def measured(home: Path) -> Machine:
+def measured(home: Path, *, even_if_busy: bool = True) -> Machine:
     """This machine with its rates, which are measured where `home` does not have them: in another process, because
-    torch takes seconds and memory. They are cached there, unless the machine was busy. Raises LorayError.
+    torch takes seconds and memory. Where something else computes they are measured for now alone, or not at all without
+    `even_if_busy`. Raises LorayError.
     """
     machine = Machine.here(home)
     if machine.rates is not None:
         return machine
-    is_busy = os.getloadavg()[0] > machine.hardware.num_cores / 2
+    is_busy = psutil.cpu_percent(_BUSY_S) > _BUSY_PERCENT
+    if is_busy and not even_if_busy:
+        return machine
     click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
     done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
     if done.returncode:
