@@ -6,10 +6,10 @@ It uses only the `loray` command and the HTTP endpoint, as a user does. The adap
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import data
 import show
+from commands import Commands, Interrupted
+from estimate import estimated
 from rich.console import Console
 
 from loray.bases.registry import get_base
@@ -27,6 +29,7 @@ from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = ("orders", "dates", "codepages")
+_DONE = "published.json"  # what was published, and of which recipe and data
 
 
 class Question(NamedTuple):
@@ -47,54 +50,102 @@ def main() -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=110)
-    started = time.monotonic()
-    home = Settings.from_env().home
-    work = home / "demo"
+    commands, is_kept = Commands(), False
+    with commands.interruptible():
+        try:
+            ok = Demo(commands, console).run(args.port, keep=args.keep)
+            is_kept = args.keep
+        except Interrupted as e:
+            console.print("\n[yellow]interrupted: stopping what was started[/]")
+            return 128 + e.number
+        finally:
+            if not is_kept:
+                commands.stop_all(ADAPTERS)
+                show.stopped(console)
+    return 0 if ok else 1
 
-    def heading(step: int, title: str) -> None:
-        show.heading(console, step, title, time.monotonic() - started)
 
-    heading(1, "The base model: SmolLM2-135M-Instruct")
-    loray("base", "add", "smollm2")
-    heading(2, "Data: two generated tasks, and sources of this Python")
-    prepare(work)
-    for i, name in enumerate(ADAPTERS):
-        heading(3 + i, f"Train and publish `{name}`: {show.PURPOSE[name]}")
-        loray("train", str(work / "recipes" / f"{name}.yaml"))
-    published = [json.loads(loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
+class Demo:
+    def __init__(self, commands: Commands, console: Console) -> None:
+        self._loray, self._console = commands, console
+        self._home = Settings.from_env().home
+        self._work = self._home / "demo"
+        self._started = time.monotonic()
+        self._expected: float | None = None  # seconds for all, as estimated
 
-    heading(6, "Serve the base and all three from one replica")
-    loray("up", "--port", str(args.port))
-    try:
-        with LorayClient(f"http://127.0.0.1:{args.port}") as client:
+    def run(self, port: int, *, keep: bool) -> bool:
+        """Whether every adapter is as good as it should be."""
+        self._heading(1, "The base model: SmolLM2-135M-Instruct")
+        self._loray("base", "add", "smollm2")
+        self._heading(2, "Data: two generated tasks, and sources of this Python")
+        prepare(self._work)
+        left = [name for name in ADAPTERS if not self._is_published(name)]
+        estimate = estimated(self._loray, self._work, left)
+        self._expected = estimate.seconds
+        show.expected(self._console, estimate)
+        for i, name in enumerate(ADAPTERS):
+            self._heading(3 + i, f"Train and publish `{name}`: {show.PURPOSE[name]}")
+            if name in left:
+                self._loray("train", str(self._recipe(name)))
+                self._note(name)
+            else:
+                self._console.print(f"published before as {self._noted()[name]['label']}; it goes on from there")
+        published = [json.loads(self._loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
+
+        self._heading(6, "Serve the base and all three from one replica")
+        self._loray("up", "--port", str(port))
+        with LorayClient(f"http://127.0.0.1:{port}") as client:
             questions = [
                 Question("orders", *data.question("orders", 1), chat=True, max_tokens=80),
                 Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
                 Question("codepages", data.codepage(), None, chat=False, max_tokens=48),
             ]
-            heading(7, "Send each question to its adapter and to the base, all at once over HTTP")
+            self._heading(7, "Send each question to its adapter and to the base, all at once over HTTP")
             answers, tokens_per_s = ask(client, questions)
             status = client.status()
-    finally:
-        if not args.keep:
-            loray("down", capture=True)
 
-    show.answers(console, questions, answers)
-    show.served(console, status, tokens_per_s)
-    rates = {name: show.training_rate(home / "runs" / name) for name in ADAPTERS}
-    show.adapters(console, published, rates, count_base(get_base(home, "smollm2").config).total)
-    ok = show.verdict(console, published)
-    show.next_steps(console, args.port, work / "recipes", keep=args.keep, seconds=time.monotonic() - started)
-    return 0 if ok else 1
+        show.answers(self._console, questions, answers)
+        show.served(self._console, status, tokens_per_s)
+        rates = {name: show.training_rate(self._home / "runs" / name) for name in ADAPTERS}
+        num_parameters = count_base(get_base(self._home, "smollm2").config).total
+        show.adapters(self._console, published, rates, num_parameters)
+        ok = show.verdict(self._console, published)
+        show.next_steps(self._console, port, self._work / "recipes", keep=keep, seconds=self._seconds())
+        return ok
 
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
-def loray(*arguments: str, capture: bool = False) -> str:
-    """Run this environment's `loray`; returns its output if `capture`, else prints it. Exits if the command fails."""
-    command = [str(Path(sys.executable).with_name("loray")), *arguments]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
-    if done.returncode:
-        sys.exit(f"\nthe demo stopped: `loray {' '.join(arguments)}` failed")
-    return done.stdout or ""
+    def _heading(self, step: int, title: str) -> None:
+        show.heading(self._console, step, title, self._seconds(), self._expected)
+
+    def _recipe(self, name: str) -> Path:
+        return self._work / "recipes" / f"{name}.yaml"
+
+    def _made_of(self, name: str) -> str:
+        """The digest of an adapter's recipe and data."""
+        files = (self._recipe(name), *sorted((self._work / "data").glob(f"{name}_*.jsonl")))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+    def _noted(self) -> dict[str, dict[str, str]]:
+        try:
+            found: dict[str, dict[str, str]] = json.loads((self._work / _DONE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def _note(self, name: str) -> None:
+        version = self._loray.ask("adapters", "show", name)
+        entry = {"made_of": self._made_of(name), "label": version["label"], "digest": version["digest"]}
+        (self._work / _DONE).write_text(json.dumps(self._noted() | {name: entry}, indent=2) + "\n", encoding="utf-8")
+
+    def _is_published(self, name: str) -> bool:
+        """Whether an earlier demo, which may have been interrupted, has published it from the same recipe and data."""
+        noted = self._noted().get(name)
+        if noted is None or noted["made_of"] != self._made_of(name):
+            return False
+        version = self._loray.ask("adapters", "show", name)
+        return version is not None and version["digest"] == noted["digest"]
 
 
 def prepare(work: Path) -> None:
@@ -131,7 +182,11 @@ def ask(client: LorayClient, questions: list[Question]) -> tuple[dict[tuple[str,
         answers.clear()
         tokens.clear()
         began = time.monotonic()
-        threads = [threading.Thread(target=one, args=(q, m, limit)) for q in questions for m in (q.model, "smollm2")]
+        threads = [
+            threading.Thread(target=one, args=(q, m, limit), daemon=True)
+            for q in questions
+            for m in (q.model, "smollm2")
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -9,6 +9,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from estimate import Estimate
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +26,31 @@ _STEPS = 7
 _MIN_GAIN = 0.10
 
 
-def heading(console: Console, step: int, title: str, seconds: float) -> None:
-    console.print(f"\n[bold cyan]{step}/{_STEPS}[/] [bold]{title}[/] [dim]{seconds // 60:.0f}:{seconds % 60:02.0f}[/]")
+def heading(console: Console, step: int, title: str, seconds: float, expected: float | None) -> None:
+    of = "" if expected is None else f" of about {_minutes(expected)}"
+    console.print(
+        f"\n[bold cyan]{step}/{_STEPS}[/] [bold]{title}[/] [dim]{seconds // 60:.0f}:{seconds % 60:02.0f}{of}[/]"
+    )
+
+
+def expected(console: Console, estimate: Estimate) -> None:
+    """What this machine is, and how long the demo takes on it."""
+    console.print(f"[bold]This machine[/]: {estimate.machine}")
+    if estimate.seconds is None or estimate.tokens_per_s is None:
+        return
+    console.print(
+        f"All takes about [bold]{_minutes(estimate.seconds)}[/] here: training in {estimate.dtype} at about "
+        f"{estimate.tokens_per_s:.0f} tokens/s. Ctrl-C stops everything; the next `make demo` goes on with what is "
+        "published."
+    )
+
+
+def stopped(console: Console) -> None:
+    console.print("Nothing of the demo runs any more; what is published stays.")
+
+
+def _minutes(seconds: float) -> str:
+    return "a minute" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def answers(console: Console, questions: Sequence[Any], given: Mapping[tuple[str, str], str]) -> None:

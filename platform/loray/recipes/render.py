@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import yaml
 from pydantic import BaseModel
@@ -27,8 +28,9 @@ _WIDTH = 110
 _NONE = "–"
 
 
-def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
-    """The recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size.
+def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size. `here`: by field,
+    what a value means on this machine.
 
     A field without a value is a comment, except where it would have a default if it were left out.
     """
@@ -52,6 +54,7 @@ def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
         why = _why(path, defaults)
         if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
             why = f"default {_scalar(usual)}: {why}"
+        why = "; ".join(filter(None, (here.get(path), why)))
         lines += _commented(text, why, "  " * len(sections))
     return "\n".join(lines) + "\n"
 

@@ -11,8 +11,11 @@ from loray.bases.presets import shapes_in
 from loray.cli.output import console, emit, json_option, table
 from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.errors import ConflictError
+from loray.machine import hardware
+from loray.recipes.defaults import BaseSize
 from loray.recipes.load import Recipe, load_recipe, purpose, shipped, size_of_base
 from loray.recipes.render import to_yaml
+from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
@@ -60,13 +63,24 @@ def init(file: Path, source: RecipeSource, force: bool) -> None:
     if file.exists() and not force:
         raise ConflictError(f"{file} exists; choose another name, or overwrite it with --force")
     recipe = source.load(home, is_example=True)
-    file.write_text(explained(_with_data_from(recipe, file.absolute().parent), home), encoding="utf-8")
+    moved = _with_data_from(recipe, file.absolute().parent)
+    file.write_text(to_yaml(moved, _size(moved, home)), encoding="utf-8")
     click.echo(f"wrote {file}: edit it, then `loray plan {file}` and `loray train {file}`")
 
 
 def explained(spec: TrainSpec, home: Path) -> str:
-    """The recipe as YAML with the reason of each value."""
-    return to_yaml(spec, size_of_base(spec.base, shapes_in(home)))
+    """The recipe as YAML with the reason of each value, and what it leaves to the hardware as it would be here."""
+    chosen, why = on_hardware(spec, hardware())
+    here = {}
+    if spec.dtype == "auto":
+        here["dtype"] = f"here {chosen.dtype}, because {why}"
+    if spec.use_gpu == "auto":
+        here["use_gpu"] = f"here {str(chosen.use_gpu).lower()}"
+    return to_yaml(spec, _size(spec, home), here)
+
+
+def _size(spec: TrainSpec, home: Path) -> BaseSize:
+    return size_of_base(spec.base, shapes_in(home))
 
 
 def _with_data_from(recipe: Recipe, folder: Path) -> TrainSpec:
