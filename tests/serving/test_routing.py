@@ -290,3 +290,10 @@ def test_an_adapter_that_is_held_and_was_just_sent_counts_once() -> None:
     assert routing._num_adapters(among[0]) == before == 3
     routing.sent(Candidate("full", "overflow"), ADAPTERS[9], now=0.0)
     assert routing._num_adapters(among[0]) == 4
+
+
+def test_an_order_is_kept_while_the_replicas_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = Routing(POLICY)
+    before = routing.rank(replicas(300), ADAPTERS[0], now=0.0)
+    monkeypatch.setattr("loray.serving.routing.mixed", None)
+    assert routing.rank(replicas(300, load=1), ADAPTERS[0], now=0.0) == before

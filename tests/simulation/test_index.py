@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loray.serving.routing import ReplicaView, Routing, RoutingPolicy, hashed
+from loray.simulation.policies import index as index_module
 from loray.simulation.policies.index import RoutingIndex
 
 NUM_SLOTS, NUM_ADAPTERS, LIMIT = 9, 12, 12
@@ -15,8 +16,11 @@ KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_first_choice_is_that_of_rank(seed: int) -> None:
+def test_the_first_choice_is_that_of_rank(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas join and leave, adapters move between tiers and away, loads change up to the limit."""
+    monkeypatch.setattr(index_module, "_NUM_FIRST", (1, 2, 8)[seed % 3])  # of more, some are looked at first
+    monkeypatch.setattr(index_module, "_MANY", (2, 48)[seed % 2])
+    monkeypatch.setattr(index_module, "_MOST_CHANGES", (0, 3, 32)[seed % 3])
     rng = random.Random(seed)
     tokens = rng.choice([0, 50, 1024])
     policy = RoutingPolicy(floor=rng.choice([1, 2, 4]), excess=rng.choice([0, 1, 3]), excess_tokens=tokens)
@@ -84,3 +88,15 @@ def test_what_was_sent_and_never_reported_is_forgotten() -> None:
     index.sent(other, 0, 0.0)
     assert index.best(0, 9.0) == other
     assert index.best(0, 11.0) == home
+
+
+def test_a_choice_does_not_look_at_all_replicas_again_when_one_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = RoutingIndex(64, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, RoutingPolicy())
+    for slot in range(40):
+        index.add(slot, f"r{slot}")
+    first = index.best(0, 0.0)
+    monkeypatch.setattr(index, "_find_first", None)
+    monkeypatch.setattr(index, "_most_unanswered", None)
+    index.add(40, "r40")
+    index.remove(next(slot for slot in range(40) if slot != first))
+    assert index.best(0, 0.0) in (first, 40)

@@ -12,6 +12,7 @@ import pytest
 
 from loray.errors import DataError, SpecError
 from loray.serving.routing import RoutingPolicy
+from loray.simulation import simulator
 from loray.simulation.policies.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
 from loray.simulation.policies.scalers import Fixed, Foreseen, OngoingRequests
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
@@ -41,6 +42,18 @@ def test_every_request_is_served_once_and_again_in_the_same_way(name: str) -> No
     assert np.array_equal(first.end_R, second.end_R)
     assert summary(first, made) == summary(second, made)
     assert 0 < first.replica_hours <= SMALL.replicas * (made.seconds + 60) / 3600
+
+
+def test_progress_is_told_while_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "_AT_ONCE", 100)
+    scenario, shares = Scenario(PROFILE, 2, 10, 2.0), list[float]()
+    made = scenario.requests()
+    (outcome,) = simulate(scenario, made, ("ray",), shares.append)
+    assert shares == [start / len(made) for start in range(0, len(made), 100)]
+    assert len(shares) > 2
+    monkeypatch.undo()
+    (whole,) = simulate(scenario, made, ("ray",))
+    assert np.array_equal(outcome.end_R, whole.end_R)
 
 
 def test_another_seed_gives_other_requests() -> None:

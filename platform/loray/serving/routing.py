@@ -31,13 +31,16 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from math import ceil
+from operator import attrgetter
 from typing import Literal, NamedTuple, get_args
 
 Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
 _NOT_HELD = len(_TIERS)
+_NUM_PREFERENCES = _NOT_HELD + 3  # see `_preference`
 _BITS = (1 << 64) - 1
+_MAX_ORDERED = 1 << 18  # positions of replicas that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,44 +107,49 @@ class Routing:
     def __init__(self, policy: RoutingPolicy | None = None) -> None:
         self.policy = policy or RoutingPolicy()
         self._recent: dict[str, OrderedDict[str, float]] = {}  # replica → adapter → time, oldest first
+        self._ids: list[str] = []  # the replicas of the last choice
+        self._orders: dict[str, list[int]] = {}  # adapter → their positions by hash
 
     def rank(
         self, replicas: Sequence[ReplicaView], adapter: str | None, *, now: float, tie: str = ""
     ) -> list[Candidate]:
         """Every replica once, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
         self._expire(now)
-        free = [r for r in replicas if not r.suspect and r.load < r.limit]
-        last_resort = [r for r in replicas if r.suspect or r.load >= r.limit]
-        key = tie if adapter is None else adapter
-        ranks = {r.id: i for i, r in enumerate(sorted(replicas, key=lambda r: -_weight(key, r.id)))}
-        least_loaded = sorted(free, key=lambda r: (r.load, ranks[r.id]))
-        last_resort.sort(key=lambda r: (r.suspect, r.load, ranks[r.id]))
+        # Sorting is stable: whatever is equal stays in the order of the hashes.
+        ordered = self._by_hash(replicas, tie if adapter is None else adapter, is_adapter=adapter is not None)
+        free = [r for r in ordered if not r.suspect and r.load < r.limit]
+        last_resort: list[ReplicaView] = []
+        if len(free) < len(ordered):
+            last_resort = [r for r in ordered if r.suspect or r.load >= r.limit]
+            last_resort.sort(key=attrgetter("suspect", "load"))
         if adapter is None:
-            return [Candidate(r.id, "base") for r in least_loaded + last_resort]
+            return [Candidate(r.id, "base") for r in sorted(free, key=attrgetter("load")) + last_resort]
         if not free:
             return [Candidate(r.id, "overflow") for r in last_resort]
 
-        max_load = self.policy.max_load(sum(r.load for r in free), len(free))
-        tiers = {r.id: self._tier(r, adapter) for r in free}
-        held = {r.id: self._num_adapters(r) for r in free}
-        max_held = self.policy.bound(sum(held.values()), len(held))
-        least = min((r.unanswered for r in free if r.load < max_load), default=0)
-        fits = {r.id for r in free if r.load < max_load and r.unanswered <= least + self.policy.excess_tokens}
-        within = sorted(
-            (r for r in free if r.id in fits),
-            key=lambda r: (_preference(tiers[r.id], held[r.id] >= max_held), ranks[r.id]),
-        )
-        spilled = any(r.id not in fits and tiers[r.id] != _NOT_HELD for r in free)
-        first_by_hash = min(free, key=lambda r: ranks[r.id])
-        elsewhere: Reason = "overflow"
-
-        def reason(r: ReplicaView) -> Reason:
-            if tiers[r.id] != _NOT_HELD:
-                return _TIERS[tiers[r.id]]
-            return "hash" if r is first_by_hash and not spilled else elsewhere
-
-        beyond = [r for r in least_loaded if r.id not in fits] + last_resort
-        return [Candidate(r.id, reason(r)) for r in within] + [Candidate(r.id, elsewhere) for r in beyond]
+        max_load = self.policy.max_load(sum([r.load for r in free]), len(free))
+        held = [self._num_adapters(r) for r in free]
+        max_held = self.policy.bound(sum(held), len(held))
+        most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
+        within: list[list[Candidate]] = [[] for _ in range(_NUM_PREFERENCES)]
+        beyond: list[ReplicaView] = []
+        first_by_hash: Candidate | None = None
+        spilled = False
+        for r, number in zip(free, held, strict=True):
+            tier = self._tier(r, adapter)
+            if r.load >= max_load or r.unanswered > most:
+                spilled = spilled or tier != _NOT_HELD
+                beyond.append(r)
+                continue
+            candidate = Candidate(r.id, "overflow" if tier == _NOT_HELD else _TIERS[tier])
+            if tier == _NOT_HELD and r is free[0]:
+                first_by_hash = candidate
+            within[_preference(tier, number >= max_held)].append(candidate)
+        ranked = [candidate for some in within for candidate in some]
+        if first_by_hash is not None and not spilled:
+            ranked[ranked.index(first_by_hash)] = Candidate(first_by_hash.replica, "hash")
+        beyond.sort(key=attrgetter("load"))
+        return ranked + [Candidate(r.id, "overflow") for r in beyond + last_resort]
 
     def sent(self, candidate: Candidate, adapter: str | None, *, now: float) -> None:
         """A request was sent to the candidate, which will hold the adapter even before it reports so."""
@@ -164,6 +172,22 @@ class Routing:
         """Forgets what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
 
+    def _by_hash(self, replicas: Sequence[ReplicaView], key: str, *, is_adapter: bool) -> list[ReplicaView]:
+        """The order of an adapter is kept while the replicas are the same."""
+        ids = [r.id for r in replicas]
+        if ids != self._ids:
+            self._ids, self._orders = ids, {}
+        order = self._orders.get(key)
+        if order is None:
+            bits = hashed(key)
+            weights = [mixed(bits ^ hashed(name)) for name in ids]
+            order = sorted(range(len(ids)), key=weights.__getitem__, reverse=True)
+            if is_adapter:
+                if len(self._orders) * len(ids) >= _MAX_ORDERED:
+                    self._orders.clear()
+                self._orders[key] = order
+        return [replicas[i] for i in order]
+
     def _tier(self, replica: ReplicaView, adapter: str) -> int:
         fresh = replica.age_s <= self.policy.max_age_s
         if fresh and adapter in replica.in_pool:
@@ -176,9 +200,11 @@ class Routing:
         recent = self._recent.get(replica.id, ())
         if replica.age_s > self.policy.max_age_s:
             return len(recent)
+        reported = len(replica.in_pool) + len(replica.on_host)
+        if not recent:
+            return reported
         # A request may have been sent to a holder as overflow, or while the report was on its way.
-        unreported = sum(a not in replica.in_pool and a not in replica.on_host for a in recent)
-        return len(replica.in_pool) + len(replica.on_host) + unreported
+        return reported + sum(a not in replica.in_pool and a not in replica.on_host for a in recent)
 
     def _expire(self, now: float) -> None:
         for recent in self._recent.values():

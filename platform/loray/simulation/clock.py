@@ -30,6 +30,7 @@ class Clock:
 
     def __init__(self, contention: float = 0.0, processors: float = math.inf) -> None:
         self._contention, self._processors = contention, processors
+        self._is_shared = contention > 0 or processors < math.inf
         self._factor, self._offset = 1.0, 0.0
         self._crowd = 0
 
@@ -43,7 +44,7 @@ class Clock:
 
     def joined(self, num: int, work: float) -> None:
         """So many more work from that time of work on; fewer where it is negative."""
-        if not num:
+        if not num or not self._is_shared:
             return
         self._crowd += num
         slowdown = Slowdown.of(self._crowd, self._processors)

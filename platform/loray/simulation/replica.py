@@ -11,6 +11,7 @@ service that the replica had given when the request came, plus the prompt's toke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -29,19 +30,31 @@ class Job:
     stall       seconds in which the replica computes nothing before it
     rest        seconds of computing what is left of its prompt
     token_rate  tokens of its prompt in such a second
+    came_at     its arrival, in seconds
+    way         seconds to its replica
     tracked     of the meter of demand, if there is one
     """
 
     __slots__ = (
-        "adapter", "factor", "first_token_at", "index", "kv_bytes", "num_output", "num_prompt", "rest", "stall",
-        "token_rate", "tracked",
+        "adapter", "came_at", "factor", "first_token_at", "index", "kv_bytes", "num_output", "num_prompt", "rest",
+        "stall", "token_rate", "tracked", "way",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, num_prompt: int, num_output: int, adapter: int, factor: float = 1.0, stall: float = 0.0
+        self,
+        index: int,
+        num_prompt: int,
+        num_output: int,
+        adapter: int,
+        factor: float = 1.0,
+        stall: float = 0.0,
+        *,
+        came_at: float = 0.0,
+        way: float = 0.0,
     ) -> None:
         self.index, self.num_prompt, self.num_output, self.adapter = index, num_prompt, num_output, adapter
         self.factor, self.stall = factor, stall
+        self.came_at, self.way = came_at, way
         self.rest = self.kv_bytes = self.token_rate = 0.0
         self.first_token_at = math.inf
         self.tracked: TrackedRequest | None = None
@@ -50,8 +63,11 @@ class Job:
 class Ended(NamedTuple):
     """What has happened by the time of an `advance`."""
 
-    first_tokens: list[Job]
-    finished: list[Job]
+    first_tokens: Sequence[Job]
+    finished: Sequence[Job]
+
+
+_NOTHING = Ended((), ())
 
 
 class Replica:
@@ -61,7 +77,8 @@ class Replica:
 
     def __init__(self, profile: Profile, adapters: ReplicaAdapters, clock: Clock, now: float) -> None:
         self._profile, self.adapters, self._clock = profile, adapters, clock
-        self._each_s = profile.decode_s + profile.adapter_s
+        self._step_s, self._each_s = profile.step_s, profile.decode_s + profile.adapter_s
+        self._target_s = profile.itl_slo_s
         self.now = now
         self._decoded = 0.0  # tokens of a request that has decoded since the start
         self._decoding: list[tuple[float, int, Job]] = []  # by the value of `_decoded` at which they end
@@ -101,67 +118,61 @@ class Replica:
         """Let the time pass until `now`, which is at most `next_event`."""
         seconds = now - self.now
         self.now = now
-        first_tokens: list[Job] = []
-        finished: list[Job] = []
+        begun, decoding = self._begun, self._decoding
         if seconds > 0:
             tokens = seconds * self._decode_rate
             self._decoded += tokens
-            self._output_tokens += tokens * len(self._decoding)
-            if self._begun and self._prompt_rate:
-                job = self._begun[0][2]
-                done = min(job.rest, seconds * self._prompt_rate)
+            self._output_tokens += tokens * len(decoding)
+            if begun and self._prompt_rate:
+                job = begun[0][2]
+                done = seconds * self._prompt_rate
+                if done > job.rest:
+                    done = job.rest
                 self._prompt_tokens += done * job.token_rate
                 job.rest -= done
-        changed = False
-        if self._begun and self._begun[0][2].rest <= 1e-9:
-            job = heappop(self._begun)[2]
+        answers = begun and begun[0][2].rest <= 1e-9
+        if not answers and not (decoding and decoding[0][0] <= self._decoded + 1e-6):
+            self._set_next_event()
+            return _NOTHING
+        first_tokens: list[Job] = []
+        finished: list[Job] = []
+        if answers:
+            job = heappop(begun)[2]
             # A step that other prompts share goes on after the last token of this one.
-            job.first_token_at = now + (0.5 * self._step if self._begun or self._waiting else 0.0)
+            job.first_token_at = now + (0.5 * self._step if begun or self._waiting else 0.0)
             self._output_tokens += 1
             first_tokens.append(job)
-            changed = True
-            heappush(self._decoding, (self._decoded + job.num_output - 1, job.index, job))
-        while self._decoding and self._decoding[0][0] <= self._decoded + 1e-6:
-            job = heappop(self._decoding)[2]
+            heappush(decoding, (self._decoded + job.num_output - 1, job.index, job))
+        while decoding and decoding[0][0] <= self._decoded + 1e-6:
+            job = heappop(decoding)[2]
             self.adapters.give_back(job.adapter, job.kv_bytes)
             finished.append(job)
             self._stuck = False
-            changed = True
-        if changed:
-            self.num_jobs -= len(finished)
-            self._plan(started=False)
-        else:
-            self._set_next_event()
+        self.num_jobs -= len(finished)
+        self._plan(started=False)
         return Ended(first_tokens, finished)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _plan(self, *, started: bool) -> None:
         """Choose the prompt that is computed, and set the rates. `started`: no prompt was computed until now."""
-        while (
-            self._waiting
-            and not self._stuck
-            and (not self._begun or self._waiting[0] < self._begun[0])
-            and self._admit(self._waiting[0][2])
-        ):
-            heappush(self._begun, heappop(self._waiting))
-        profile, num_decoding = self._profile, len(self._decoding)
-        fixed = profile.step_s + num_decoding * self._each_s
-        if not self._begun:
+        begun, waiting = self._begun, self._waiting
+        while waiting and not self._stuck and (not begun or waiting[0] < begun[0]) and self._admit(waiting[0][2]):
+            heappush(begun, heappop(waiting))
+        num_decoding = len(self._decoding)
+        fixed = self._step_s + num_decoding * self._each_s
+        if not begun:
             self._prompt_rate, self._decode_rate = 0.0, 1 / fixed if num_decoding else 0.0
         else:
-            target = profile.itl_slo_s
-            if num_decoding:
-                room = max(target - fixed, _MIN_SHARE * target)
-            else:
-                room = max(_ALONE * target - fixed, _MIN_SHARE * _ALONE * target)
-            room = min(room, profile.max_num_batched_tokens / self._begun[0][2].token_rate)
+            job = begun[0][2]
+            target = self._target_s if num_decoding else _ALONE * self._target_s
+            room = max(target - fixed, _MIN_SHARE * target)
+            room = min(room, self._profile.max_num_batched_tokens / job.token_rate)
             self._step = fixed + room
             self._prompt_rate = room / self._step
             self._decode_rate = 1 / self._step if num_decoding else 0.0
             if started:
                 # The step under way ends first, and one step has the fixed cost, however short the prompt.
-                job = self._begun[0][2]
                 delay = fixed * (1 - min(1.0, job.rest / room)) + (0.5 * fixed if num_decoding else 0.0)
                 job.rest += delay * self._prompt_rate
         self._set_next_event()
@@ -171,7 +182,10 @@ class Replica:
         if self._begun and self._prompt_rate:
             at = self.now + self._begun[0][2].rest / self._prompt_rate
         if self._decoding and self._decode_rate:
-            at = min(at, self.now + max(0.0, self._decoding[0][0] - self._decoded) / self._decode_rate)
+            left = self._decoding[0][0] - self._decoded
+            ends = self.now + (left if left > 0.0 else 0.0) / self._decode_rate
+            if ends < at:
+                at = ends
         self.next_event = at
 
     def _admit(self, job: Job) -> bool:

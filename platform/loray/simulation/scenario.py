@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
@@ -149,11 +151,16 @@ POLICIES: dict[str, Callable[[Scenario, Requests, int], Policy]] = {
 }
 
 
-def simulate(scenario: Scenario, requests: Requests, names: tuple[str, ...] = tuple(POLICIES)) -> Iterator[Outcome]:
-    """Each policy over the same requests."""
+def simulate(
+    scenario: Scenario,
+    requests: Requests,
+    names: tuple[str, ...] = tuple(POLICIES),
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[Outcome]:
+    """Each policy over the same requests. `progress` is told the share of a policy's requests that have come."""
     for name in names:
         policy = POLICIES[name](scenario, requests, 2 * scenario.replicas)
-        yield Simulator(
+        simulator = Simulator(
             requests,
             scenario.profile,
             policy,
@@ -161,4 +168,19 @@ def simulate(scenario: Scenario, requests: Requests, names: tuple[str, ...] = tu
             size=scenario.replicas,
             warm_up=scenario.warm_up,
             seed=scenario.seed,
-        ).run()
+        )
+        with _without_collections():
+            outcome = simulator.run(progress)
+        yield outcome
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Nothing in a run refers to itself, and Python's collector would look through its objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

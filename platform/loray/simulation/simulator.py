@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
@@ -17,6 +19,7 @@ from loray.simulation.replica import Ended, Job
 from loray.simulation.workload.requests import Floats, Ints, Requests
 
 _DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
+_AT_ONCE = 1 << 14  # requests, of which objects of Python are made
 _REPLICA, _LOADED, _ROUTE, _HANDED, _KNOWN, _READY, _DECIDE = range(7)
 _Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
 
@@ -80,8 +83,7 @@ class Simulator:
     ) -> None:
         self._requests, self._profile, self._policy = requests, profile, policy
         self._num_warming = int(np.searchsorted(requests.at_R, warm_up))
-        outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
-        self._before_R, self._way_R, self._stall_R = outside_R.T
+        self._outside_R = np.random.default_rng(seed).choice(np.array(profile.outside_s), len(requests))
         self._factor_R = np.random.default_rng((seed, 1)).choice(np.array(profile.prompt_factors), len(requests))
         self._sizes = adapter_sizes(profile, requests.num_adapters)
         self._clock = Clock(profile.contention, profile.processors or math.inf)
@@ -90,9 +92,10 @@ class Simulator:
         self._timed: list[_Event] = []
         self._num_events = 0
         self._waiting: dict[tuple[Member, int], list[Job]] = {}  # for the load of an adapter
-        self._ttft_R = np.full(len(requests), np.nan)
-        self._end_R = np.full(len(requests), np.nan)
-        self._slot_R = np.zeros(len(requests), np.int64)
+        # One number at a time is written, which arrays of NumPy are slow at.
+        self._ttft_R = array("d", [math.nan]) * len(requests)
+        self._end_R = array("d", [math.nan]) * len(requests)
+        self._slot_R = array("q", [0]) * len(requests)
         self._replicas: list[tuple[float, int]] = []
         self._loads: list[tuple[float, int]] = []
         for _ in range(initial):
@@ -100,27 +103,27 @@ class Simulator:
             assert member is not None
             self.cluster.admit(member)
 
-    def run(self) -> Outcome:
+    def run(self, progress: Callable[[float], None] | None = None) -> Outcome:
+        """`progress` is told the share of the requests that have come."""
         requests = self._requests
-        asked = (requests.prompt_R, requests.output_R, requests.adapter_R)
-        columns = (requests.at_R, *asked, self._factor_R, self._stall_R)
         before, hours_before = (0, 0), 0.0
         self._push_timed(0.0, _DECIDE)
-        for index, (at, *of_job) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            while self._next_at() <= at:
-                self._next_event()
-            if index and index == self._num_warming:
-                before, hours_before = self.cluster.totals(), self.cluster.hours(at)
-            self._arrive(Job(index, *of_job), at)
+        for start in range(0, len(requests), _AT_ONCE):
+            if progress is not None:
+                progress(start / len(requests))
+            for job, wait in self._jobs(start):
+                self._pass(job.came_at)
+                if job.index and job.index == self._num_warming:
+                    before, hours_before = self.cluster.totals(), self.cluster.hours(job.came_at)
+                self._arrive(job, wait)
         hours, (_, evictions) = self.cluster.hours(requests.seconds) - hours_before, self.cluster.totals()
-        while self._work or self._timed:
-            self._next_event(ending=True)
+        self._pass(math.inf)
         loads, _ = self.cluster.totals()
         return Outcome(
             self._policy.name,
-            self._ttft_R,
-            self._end_R,
-            self._slot_R,
+            np.array(self._ttft_R),
+            np.array(self._end_R),
+            np.array(self._slot_R),
             self._num_warming,
             loads - before[0],
             evictions - before[1],
@@ -139,43 +142,54 @@ class Simulator:
         self._num_events += 1
         heappush(self._timed, (at, self._num_events, kind, what, -1))
 
-    def _next_at(self) -> float:
-        """Seconds."""
-        work = self._clock.seconds(self._work[0][0]) if self._work else math.inf
-        return min(work, self._timed[0][0]) if self._timed else work
+    def _jobs(self, start: int) -> Iterator[tuple[Job, float]]:
+        """The next requests, each with its seconds until the router chooses."""
+        part, requests = slice(start, start + _AT_ONCE), self._requests
+        asked = (requests.prompt_R, requests.output_R, requests.adapter_R)
+        columns = (requests.at_R, *asked, self._factor_R, *self._outside_R.T)
+        rows = zip(*(column[part].tolist() for column in columns), strict=True)
+        for index, (at, prompt, output, adapter, factor, wait, way, stall) in enumerate(rows, start):
+            yield Job(index, prompt, output, adapter, factor, stall, came_at=at, way=way), wait
 
-    def _next_event(self, *, ending: bool = False) -> None:
-        work = (self._clock.seconds(self._work[0][0]), self._work[0][1]) if self._work else (math.inf, 0)
-        if self._timed and self._timed[0][:2] < work:
-            at, _, kind, what, _ = heappop(self._timed)
-            if kind == _READY:
-                self.cluster.admit(what)
-            elif not ending:
-                self._decide(at)
-                self._push_timed(at + _DECIDE_S, _DECIDE)
-            return
-        now, _, kind, what, adapter = heappop(self._work)
-        if kind == _REPLICA:
-            if what.replica.next_event == now:
-                self._took(what, what.replica.advance(now))
-        elif kind == _LOADED:
-            self._end_load(what, adapter, now)
-        elif kind == _KNOWN:
-            member, num = what
-            member.num_unknown -= num
-            self._tell_load(member)
-        elif kind == _HANDED:
-            member, job = what
-            self._handed(member, job, now)
-        else:
-            self._clock.joined(-1, now)
-            self._route(what, now)
+    def _pass(self, until: float) -> None:
+        """All events up to that time in seconds. Without a last time there are no more decisions."""
+        work, timed, seconds = self._work, self._timed, self._clock.seconds
+        while work or timed:
+            at = seconds(work[0][0]) if work else math.inf
+            if timed and timed[0][0] <= at and (not work or timed[0][:2] < (at, work[0][1])):
+                if timed[0][0] > until:
+                    return
+                at, _, kind, what, _ = heappop(timed)
+                if kind == _READY:
+                    self.cluster.admit(what)
+                elif until < math.inf:
+                    self._decide(at)
+                    self._push_timed(at + _DECIDE_S, _DECIDE)
+                continue
+            if at > until:
+                return
+            now, _, kind, what, adapter = heappop(work)
+            if kind == _REPLICA:
+                if what.replica.next_event == now:
+                    self._took(what, what.replica.advance(now))
+            elif kind == _LOADED:
+                self._end_load(what, adapter, now)
+            elif kind == _KNOWN:
+                member, num = what
+                member.num_unknown -= num
+                self._tell_load(member)
+            elif kind == _HANDED:
+                member, job = what
+                self._handed(member, job, now)
+            else:
+                self._clock.joined(-1, now)
+                self._route(what, now)
 
-    def _arrive(self, job: Job, at: float) -> None:
-        now = self._clock.work(at)
-        if before := float(self._before_R[job.index]):
+    def _arrive(self, job: Job, wait: float) -> None:
+        now = self._clock.work(job.came_at)
+        if wait:
             self._clock.joined(1, now)
-            self._push(now + before, _ROUTE, job)
+            self._push(now + wait, _ROUTE, job)
         else:
             self._route(job, now)
 
@@ -189,8 +203,8 @@ class Simulator:
         self._slot_R[job.index] = slot
         self._tell_load(member)
         self._policy.scaler.arrived(member, job, seconds)
-        if way := float(self._way_R[job.index]):
-            self._push(now + way, _HANDED, (member, job))
+        if job.way:
+            self._push(now + job.way, _HANDED, (member, job))
         else:
             self._handed(member, job, now)
 
@@ -225,14 +239,14 @@ class Simulator:
     def _took(self, member: Member, ended: Ended) -> None:
         """The replica has been advanced."""
         replica, now = member.replica, member.replica.now
-        seconds, at_R = self._clock.seconds, self._requests.at_R
+        seconds = self._clock.seconds
         for job in ended.first_tokens:
-            self._ttft_R[job.index] = seconds(job.first_token_at) - at_R[job.index]
+            self._ttft_R[job.index] = seconds(job.first_token_at) - job.came_at
             self._policy.scaler.answered(member, job, seconds(now))
             self._policy.router.answered(member.slot, job)
         for job in ended.finished:
             assert math.isnan(self._end_R[job.index]), "it has ended before"
-            self._end_R[job.index] = seconds(max(now, job.first_token_at)) - at_R[job.index]
+            self._end_R[job.index] = seconds(max(now, job.first_token_at)) - job.came_at
             self._policy.scaler.finished(member, job, seconds(now))
         if ended.finished:
             self._clock.joined(-(not replica.num_jobs), now)

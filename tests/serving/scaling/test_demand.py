@@ -6,7 +6,7 @@ import pytest
 
 from loray.serving.routing_report import routing_key
 from loray.serving.scaling.demand import MAX_KEYS, DemandMeter, EngineLoad, TrackedRequest
-from loray.serving.scaling.observation import Observation, adapter_rank
+from loray.serving.scaling.observation import Observation, adapter_rank, key_of_rank
 from loray.spec import AdapterBytes, AdapterRef
 from tests.serving.scaling.made import adapter
 
@@ -276,3 +276,9 @@ def test_a_report_passes_through_serve_unchanged() -> None:
     assert Observation.from_stats(stats) == seen
     with pytest.raises(KeyError):
         Observation.from_stats({"age_s": 1.0})
+
+
+@pytest.mark.parametrize("rank", [0.0, 2**-52, 0.1, adapter_rank("8" + "0" * 15), 0.9, 1 - 2**-52, 1.0])
+def test_keys_of_lower_rank_come_before_the_key_of_a_rank(rank: float) -> None:
+    keys = [f"{rng:016x}" for rng in (0, 1 << 12, (1 << 63) - 1, 1 << 63, (1 << 63) + (1 << 12), (1 << 64) - 1)]
+    assert [key < key_of_rank(rank) for key in keys] == [adapter_rank(key) < rank for key in keys]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -137,7 +138,7 @@ def simulate(
                 step = f"{name}, run {number - seed + 1} of {seeds}"
                 progress(step, 0.0)
                 began = time.perf_counter()
-                outcome = next(run(scenario, requests, (name,)))
+                outcome = next(run(scenario, requests, (name,), partial(progress, step)))
                 seconds[name] += time.perf_counter() - began
                 found[name].append(summary(outcome, requests))
                 if number == seed and plot is not None:

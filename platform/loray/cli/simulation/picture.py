@@ -83,7 +83,7 @@ def _panel(panel: Panel, minutes: Floats, top: float) -> list[str]:
     for i in range(_NUM_TICKS + 1):
         at = minutes[-1] * i / _NUM_TICKS
         x = _LEFT + width * i / _NUM_TICKS
-        parts.append(text(x, bottom + 16, f"{at:.3g}", size=11, anchor="middle"))
+        parts.append(text(x, bottom + 16, f"{at:.3g}" if at < 999.5 else f"{at:,.0f}", size=11, anchor="middle"))
     for i, line in enumerate(lines):
         drawn = [
             f"{_LEFT + width * at / minutes[-1]:.1f},{y(value):.1f}" if math.isfinite(value) else ""

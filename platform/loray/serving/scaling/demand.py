@@ -12,10 +12,9 @@ and sent again counts once.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from heapq import nsmallest
-from itertools import takewhile
 from typing import NamedTuple
 
 from loray.serving.routing_report import routing_key
@@ -48,6 +47,7 @@ class TrackedRequest:
     num_output_tokens: int = 0
     counted: float | None = None
     in_window: bool = True
+    in_burst: bool = True
 
 
 class _Sample(NamedTuple):
@@ -66,7 +66,8 @@ class _Refused(NamedTuple):
 class DemandMeter:
     """Measures demand. All calls come from one event loop, with times in seconds of one monotonic clock.
 
-    burst_s  over which bursts are measured: as long as a replica takes to start, at most the window
+    burst_s  over which bursts are measured, refused requests as nothing: as long as a replica takes to start, at most
+             the window
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class DemandMeter:
         self._started = now
         self._window: deque[TrackedRequest] = deque()
         self._counted = 0.0  # tokens of the ended requests in the window
+        self._burst: deque[TrackedRequest] = deque()  # the requests of the last `burst_s`
+        self._burst_counted = 0.0  # tokens of those that have ended
         self._prompt_tokens = self._prompt_squares = 0  # of the requests in the window
         self._refused: deque[_Refused] = deque()
         self._open: dict[TrackedRequest, None] = {}  # in the order in which they came
@@ -101,6 +104,7 @@ class DemandMeter:
     ) -> TrackedRequest:
         request = TrackedRequest(now, num_prompt_tokens, max_tokens, adapter)
         self._window.append(request)
+        self._burst.append(request)
         self._prompt_tokens += num_prompt_tokens
         self._prompt_squares += num_prompt_tokens**2
         self._open[request] = None
@@ -137,6 +141,8 @@ class DemandMeter:
         request.counted = num_tokens
         if request.in_window:
             self._counted += num_tokens
+        if request.in_burst:
+            self._burst_counted += num_tokens
 
     def _mark_in_demand(self, adapter: AdapterRef | None, now: float) -> None:
         if adapter is not None:
@@ -184,8 +190,11 @@ class DemandMeter:
             self._mark_in_demand(request.adapter, now)
         sizes = {digest: self._adapter_bytes(ref) for digest, (_, ref) in self._adapters.items()}
         waiting = self._waiting(loaded)
-        digests = nsmallest(MAX_KEYS + 1, sizes)
-        sample = 1.0 if len(digests) <= MAX_KEYS else adapter_rank(digests.pop())
+        digests: Collection[str] = sizes
+        sample = 1.0
+        if len(sizes) > MAX_KEYS:
+            *digests, first_left_out = nsmallest(MAX_KEYS + 1, sizes)
+            sample = adapter_rank(first_left_out)
         return Observation(
             age_s=now - self._started,
             tokens=self._counted
@@ -198,7 +207,7 @@ class DemandMeter:
             pool_bytes=self._pool_bytes,
             backlog=sum(map(self._open_tokens, waiting)),
             old_backlog=sum(self._open_tokens(r) for r in waiting if not r.in_window),
-            burst=self._burst(now),
+            burst=self._burst_counted + sum(self._open_tokens(r) for r in self._open if r.in_burst),
             prompt_tokens=float(self._prompt_tokens),
             prompt_squares=float(self._prompt_squares),
             adapters={routing_key(digest): sizes[digest].own for digest in digests},
@@ -215,11 +224,6 @@ class DemandMeter:
         num_waiting = self._last[1].num_waiting if self._last else 0
         return ready[: max(0, num_waiting - (len(unanswered) - len(ready)))]
 
-    def _burst(self, now: float) -> float:
-        """Tokens of the requests that came within the last `burst_s`, refused ones as nothing."""
-        recent = takewhile(lambda r: r.at > now - self._burst_s, reversed(self._window))
-        return sum(self._open_tokens(r) if r.counted is None else r.counted for r in recent)
-
     def _open_tokens(self, request: TrackedRequest) -> float:
         """Tokens of a request under way; if it arrived before the window, only those not yet computed."""
         output = self._expected_output(request)
@@ -235,6 +239,10 @@ class DemandMeter:
             self._counted -= request.counted or 0.0
             self._prompt_tokens -= request.num_prompt_tokens
             self._prompt_squares -= request.num_prompt_tokens**2
+        while self._burst and self._burst[0].at <= now - self._burst_s:
+            request = self._burst.popleft()
+            request.in_burst = False
+            self._burst_counted -= request.counted or 0.0
         while self._refused and self._refused[0].at <= begin:
             self._refused.popleft()
         while self._samples and self._samples[0].at <= begin:

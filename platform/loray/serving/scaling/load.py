@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from loray.serving.scaling.observation import Observation, adapter_rank
+from loray.serving.scaling.observation import Observation, key_of_rank
 from loray.spec import AutoscalingSpec
 
 _FIRST_REPORT = 0.25  # share of the window: a rate over a shorter time is noise
@@ -91,13 +91,14 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
     capacities = [o.capacity for o in known if o.capacity is not None]
     # A replica lists the adapters whose rank is below its sample. Below the smallest sample, the lists are complete.
     sample = min(o.sample for o in known)
+    end = key_of_rank(sample)
     union: dict[str, float] = {}
     pairs: dict[str, float] = {}
     for o in known:
         pairs |= o.pairs
         for key, nbytes in o.adapters.items():
-            if adapter_rank(key) < sample:
-                union[key] = max(nbytes, union.get(key, 0.0))
+            if key < end and (key not in union or nbytes > union[key]):
+                union[key] = nbytes
     return Load(
         num_replicas=len(known),
         backlog=sum(o.backlog for o in known),

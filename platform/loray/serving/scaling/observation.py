@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
 _ADAPTER, _PAIR = "adapter:", "pair:"
+_AFTER = len(_ADAPTER)
+_DIGITS = 13  # of a rank, in base 16: as many as a float has
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Observation:
             burst=stats["burst"],
             prompt_tokens=stats["prompt_tokens"],
             prompt_squares=stats["prompt_squares"],
-            adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
+            adapters={k[_AFTER:]: v for k, v in stats.items() if k.startswith(_ADAPTER)},
             sample=stats["sample"],
             pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
         )
@@ -83,4 +86,9 @@ class Observation:
 
 def adapter_rank(key: str) -> float:
     """Maps a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
-    return int(key[:13], 16) / 16**13
+    return int(key[:_DIGITS], 16) / 16**_DIGITS
+
+
+def key_of_rank(rank: float) -> str:
+    """The text before which exactly the keys come whose `adapter_rank` is below `rank`."""
+    return f"{ceil(rank * 16**_DIGITS):0{_DIGITS}x}" if rank < 1 else "g"

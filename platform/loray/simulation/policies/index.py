@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from loray.serving.routing import RoutingPolicy, hashed, mixed
 
-_RECENT, _NUM_FIRST = 2, 8
+_RECENT = 2
+_NUM_FIRST, _MOST_CHANGES = 8, 32
+_MANY = 48  # holders, from which on NumPy is faster than a loop
 _POOL, _HOST, _NOWHERE = 0, 1, 2
 _MOST = 1 << 62
 
@@ -38,14 +40,20 @@ class RoutingIndex:
         self._loads, self._held = [0] * size, [0] * size
         self._unanswered_N = np.zeros(size, np.int64)  # tokens of prompts
         self._unanswered = [0] * size
-        self._max_unanswered = -1  # for the request that is routed; below 0: not computed yet
+        # Replicas with nothing unanswered and a load that is within every bound: while there is one, the fewest
+        # unanswered tokens are none.
+        self._spare_load = min(policy.floor, limit)
+        self._num_spare = 0
         self._num_here = self._num_free = self._sum_load = self._sum_held = 0  # the sums are of those below the limit
         self._holders: dict[int, list[tuple[int, int]]] = {}  # adapter → (negative weight, slot), sorted
+        self._holder_slots: dict[int, NDArray[np.int64]] = {}  # of some adapters: the slots of `_holders`
         self._tiers: list[dict[int, int]] = [{} for _ in range(size)]  # adapter → tier
         self._sent: deque[tuple[float, int, int]] = deque()
-        self._first: dict[int, tuple[int, list[int]]] = {}  # adapter → the membership, its first replicas by hash
-        self._membership = 0
-        # The membership, the slots of its replicas, and their hashes.
+        self._last_sent: dict[tuple[int, int], float] = {}
+        # adapter → the number of changes, and its first replicas by hash then: (negative weight, slot), sorted
+        self._first: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+        self._changes: list[tuple[int, bool]] = []  # slots, and whether a replica was added
+        # The number of changes, the slots of the replicas then, and their hashes.
         self._here = (-1, np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
     # -- what changes -------------------------------------------------------------------------------------------------
@@ -58,7 +66,8 @@ class RoutingIndex:
         self._load_N[slot] = self._held_N[slot] = self._unanswered_N[slot] = 0
         self._num_here += 1
         self._num_free += 1
-        self._membership += 1
+        self._num_spare += self._spare_load > 0
+        self._changes.append((slot, True))
 
     def remove(self, slot: int) -> None:
         for adapter in list(self._tiers[slot]):
@@ -66,14 +75,17 @@ class RoutingIndex:
         if self._loads[slot] < self._limit:
             self._num_free -= 1
             self._sum_load -= self._loads[slot]
+        self._num_spare -= self._is_spare(slot)
         self._is_here_N[slot] = False
         self._num_here -= 1
-        self._membership += 1
+        self._changes.append((slot, False))
 
     def set_load(self, slot: int, load: int) -> None:
         before = self._loads[slot]
         self._loads[slot] = load
         self._load_N[slot] = load
+        if not self._unanswered[slot]:
+            self._num_spare += (load < self._spare_load) - (before < self._spare_load)
         was_free, is_free = before < self._limit, load < self._limit
         self._sum_load += load * is_free - before * was_free
         if was_free != is_free:
@@ -83,8 +95,10 @@ class RoutingIndex:
 
     def add_prompt(self, slot: int, tokens: int) -> None:
         """A prompt of so many tokens was sent there; with fewer than none, one has been answered."""
-        self._unanswered[slot] += tokens
-        self._unanswered_N[slot] = self._unanswered[slot]
+        before, now = self._unanswered[slot], self._unanswered[slot] + tokens
+        self._unanswered[slot] = self._unanswered_N[slot] = now
+        if not (before and now) and self._loads[slot] < self._spare_load and self._is_here_N[slot]:
+            self._num_spare += (not now) - (not before)
 
     def placed(self, slot: int, adapter: int, tier: int) -> None:
         """The replica reports the adapter in its pool, on its host, or gone."""
@@ -96,6 +110,7 @@ class RoutingIndex:
         if self._tiers[slot].get(adapter, _RECENT) == _RECENT:
             self._set_tier(slot, adapter, _RECENT)
             self._sent.append((now, slot, adapter))
+            self._last_sent[slot, adapter] = now
 
     # -- the choice ---------------------------------------------------------------------------------------------------
 
@@ -107,11 +122,25 @@ class RoutingIndex:
         policy, n = self._policy, self._num_free
         max_load = min(policy.max_load(self._sum_load, n), self._limit)
         max_held = policy.bound(self._sum_held, n)
-        self._max_unanswered = -1
+        most, is_exact = policy.excess_tokens, self._num_spare > 0
         recent = crowded = -1
         host = -1
-        for _, slot in self._holders.get(adapter, ()):
-            if self._loads[slot] < max_load and self._answers(slot, max_load):
+        loads, unanswered = self._loads, self._unanswered
+        holders = self._holders.get(adapter, ())
+        if len(holders) >= _MANY:
+            if not is_exact:
+                most, is_exact = self._most_unanswered(max_load), True
+            slots_H = self._slots_of(adapter)
+            fits_H = (self._load_N[slots_H] < max_load) & (self._unanswered_N[slots_H] <= most)
+            holders = [(0, slot) for slot in slots_H[fits_H].tolist()]
+        for _, slot in holders:
+            if loads[slot] < max_load:
+                if unanswered[slot] > most:
+                    if is_exact:
+                        continue
+                    most, is_exact = self._most_unanswered(max_load), True
+                    if unanswered[slot] > most:
+                        continue
                 tier = self._tiers[slot][adapter]
                 if tier == _POOL:
                     return slot
@@ -123,63 +152,81 @@ class RoutingIndex:
                     crowded = slot if crowded < 0 else crowded
         if host >= 0 or recent >= 0:
             return host if host >= 0 else recent
-        slot = self._new_home(adapter, max_load, max_held)
+        if not is_exact:
+            most = self._most_unanswered(max_load)
+        slot = self._new_home(adapter, max_load, max_held, most)
         if slot >= 0:
             return slot
         if crowded >= 0:
             return crowded
         is_free_N = self._is_here_N & (self._load_N < self._limit)
-        within_N = is_free_N & (self._load_N < max_load) & self._answering(max_load)
+        within_N = is_free_N & (self._load_N < max_load) & (self._unanswered_N <= most)
         return self._by_hash(adapter, within_N) if within_N.any() else self._least(adapter, is_free_N)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _answers(self, slot: int, max_load: int) -> bool:
-        """Whether its unanswered prompts are within the bound, which need not be known where they are short."""
-        tokens = self._unanswered[slot]
-        return tokens <= self._policy.excess_tokens or tokens <= self._most_unanswered(max_load)
-
-    def _answering(self, max_load: int) -> NDArray[np.bool_]:
-        return self._unanswered_N <= self._most_unanswered(max_load)
+    def _is_spare(self, slot: int) -> bool:
+        return not self._unanswered[slot] and self._loads[slot] < self._spare_load
 
     def _most_unanswered(self, max_load: int) -> int:
-        """Computed once for a request."""
-        if self._max_unanswered < 0:
-            fits_N = self._is_here_N & (self._load_N < max_load)
-            least = int(np.min(self._unanswered_N, where=fits_N, initial=_MOST))
-            self._max_unanswered = least + self._policy.excess_tokens
-        return self._max_unanswered
+        fits_N = self._is_here_N & (self._load_N < max_load)
+        return int(np.min(self._unanswered_N, where=fits_N, initial=_MOST)) + self._policy.excess_tokens
 
-    def _new_home(self, adapter: int, max_load: int, max_held: int) -> int:
+    def _new_home(self, adapter: int, max_load: int, max_held: int, most: int) -> int:
         """The first by hash that has not too many requests or adapters and does not hold it; -1 if there is none."""
-        membership, first = self._first.get(adapter, (-1, []))
-        if membership != self._membership:
-            first = self._first_by_hash(adapter)
-            self._first[adapter] = (self._membership, first)
-        for slot in first:
+        for _, slot in self._first_by_hash(adapter):
             if (
                 self._loads[slot] < max_load
                 and self._held[slot] < max_held
-                and self._answers(slot, max_load)
+                and self._unanswered[slot] <= most
                 and adapter not in self._tiers[slot]
             ):
                 return slot
         fits_N = self._is_here_N & (self._load_N < max_load) & (self._held_N < max_held)
-        fits_N &= self._answering(max_load)
-        for _, slot in self._holders.get(adapter, ()):
-            fits_N[slot] = False
+        fits_N &= self._unanswered_N <= most
+        fits_N[self._slots_of(adapter)] = False
         return self._by_hash(adapter, fits_N) if fits_N.any() else -1
 
-    def _first_by_hash(self, adapter: int) -> list[int]:
-        if self._here[0] != self._membership:
+    def _slots_of(self, adapter: int) -> NDArray[np.int64]:
+        """Of its holders, in their order."""
+        slots = self._holder_slots.get(adapter)
+        if slots is None:
+            slots = np.array([slot for _, slot in self._holders.get(adapter, ())], np.int64)
+            self._holder_slots[adapter] = slots
+        return slots
+
+    def _first_by_hash(self, adapter: int) -> list[tuple[int, int]]:
+        """Some replicas, before all others. What is known of the last look is kept up with what has changed since."""
+        num_changes, first = self._first.get(adapter, (-1, []))
+        if num_changes == len(self._changes):
+            return first
+        if num_changes >= 0 and len(self._changes) - num_changes <= _MOST_CHANGES:
+            key = int(self._adapters[adapter])
+            for slot, is_added in self._changes[num_changes:]:
+                if is_added:
+                    entry = (-mixed(self._hashes[slot] ^ key), slot)
+                    if first and entry < first[-1]:
+                        insort(first, entry)
+                else:
+                    first[:] = [entry for entry in first if entry[1] != slot]
+            if 2 * len(first) >= min(_NUM_FIRST, self._num_here):
+                self._first[adapter] = (len(self._changes), first)
+                return first
+        return self._find_first(adapter)
+
+    def _find_first(self, adapter: int) -> list[tuple[int, int]]:
+        if self._here[0] != len(self._changes):
             here = np.flatnonzero(self._is_here_N)
-            self._here = (self._membership, here, self._hash_N[here])
+            self._here = (len(self._changes), here, self._hash_N[here])
         _, here, hashes = self._here
         weights = _mixed(hashes ^ self._adapters[adapter])
         most = min(_NUM_FIRST, len(here))
-        first = np.argpartition(weights, len(here) - most)[len(here) - most :]
-        ordered: list[int] = here[first[np.argsort(weights[first])[::-1]]].tolist()
-        return ordered
+        if most < len(here):
+            last = np.argpartition(weights, len(here) - most)[len(here) - most :]
+            here, weights = here[last], weights[last]
+        first = sorted((-weight, slot) for weight, slot in zip(weights.tolist(), here.tolist(), strict=True))
+        self._first[adapter] = (len(self._changes), first)
+        return first
 
     def _by_hash(self, adapter: int, fits_N: NDArray[np.bool_]) -> int:
         weight_N = _mixed(self._hash_N ^ self._adapters[adapter])
@@ -198,6 +245,7 @@ class RoutingIndex:
         if before is None or tier is None:
             entry = (-mixed(self._hashes[slot] ^ int(self._adapters[adapter])), slot)
             change = 1 if before is None else -1
+            self._holder_slots.pop(adapter, None)
             self._held[slot] += change
             self._held_N[slot] += change
             if self._loads[slot] < self._limit:
@@ -217,9 +265,11 @@ class RoutingIndex:
     def _expire(self, now: float) -> None:
         """What was sent long ago and never reported: the times are in order, and only the last of each counts."""
         while self._sent and self._sent[0][0] < now - self._policy.recent_s:
-            _, slot, adapter = self._sent.popleft()
-            if self._tiers[slot].get(adapter) == _RECENT and not any(s[1:] == (slot, adapter) for s in self._sent):
-                self._set_tier(slot, adapter, None)
+            at, slot, adapter = self._sent.popleft()
+            if self._last_sent.get((slot, adapter)) == at:
+                del self._last_sent[slot, adapter]
+                if self._tiers[slot].get(adapter) == _RECENT:
+                    self._set_tier(slot, adapter, None)
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -39,6 +39,8 @@ class ProportionalPlacement(Slots):
         self._keys = np.array([hashed(routing_key(digest(a))) for a in range(num_adapters)], np.uint64)
         self._hash_N = np.zeros(size, np.uint64)
         self._used_N = np.zeros(size, np.int64)  # slots that are in sets
+        # The membership, the slots of its replicas, and their hashes.
+        self._here = (-1, np.zeros(0, np.int64), np.zeros(0, np.uint64))
         self._sets: dict[int, list[int]] = {}
         self._fell: dict[int, int] = {}  # adapter → the period in which its number last fell
         self._demand: dict[int, float] = {}
@@ -64,8 +66,8 @@ class ProportionalPlacement(Slots):
         self._arrived[job.adapter] += 1
         chosen = self._sets.get(job.adapter)
         if not chosen:
-            here = np.array(self.slots)
-            return int(here[self._weights(job.adapter)[here].argmax()])
+            here, hashes = self._slots_here()
+            return int(here[_weights(hashes, self._keys[job.adapter]).argmax()])
         if len(chosen) > _MOST_COMPARED:
             chosen = self._random.sample(chosen, _MOST_COMPARED)
         return min(chosen, key=self.loads.__getitem__)
@@ -109,8 +111,8 @@ class ProportionalPlacement(Slots):
         if number <= len(now):
             self._release(now[number:])
             return now[:number]
-        weight_N = self._weights(adapter)
-        here = np.array(self.slots)
+        weight_N = _weights(self._hash_N, self._keys[adapter])
+        here, _ = self._slots_here()
         here = here[~np.isin(here, now)]
         room = here[self._used_N[here] < self._slots_each]
         among = room if len(room) or now else here
@@ -126,8 +128,16 @@ class ProportionalPlacement(Slots):
     def _release(self, slots: list[int]) -> None:
         self._used_N[slots] -= 1
 
-    def _weights(self, adapter: int) -> NDArray[np.uint64]:
-        """Any mixing of the two hashes does."""
-        bits = self._hash_N ^ self._keys[adapter]
-        bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        return np.asarray(bits ^ bits >> np.uint64(27))
+    def _slots_here(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """The slots of the replicas, and their hashes."""
+        if self._here[0] != self.membership:
+            here = np.array(self.slots)
+            self._here = (self.membership, here, self._hash_N[here])
+        return self._here[1:]
+
+
+def _weights(hashes: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """Any mixing of the two hashes does."""
+    bits = hashes ^ key
+    bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.asarray(bits ^ bits >> np.uint64(27))

@@ -56,6 +56,7 @@ class AdapterDemand:
         self._state = ScalingState()
         self._refs = [_ref(adapter, size) for adapter, size in enumerate(sizes)]
         self._numbers = {ref.digest: adapter for adapter, ref in enumerate(self._refs)}
+        self._bytes = {size: AdapterBytes(size) for size in sizes}
         self._meters: dict[Member, DemandMeter] = {}
         self.reasons: list[tuple[float, int, str]] = []  # of each change
 
@@ -101,7 +102,7 @@ class AdapterDemand:
             window_s=self._spec.window_s,
             max_num_seqs=self._profile.max_num_seqs,
             pool_bytes=self._profile.pool_bytes,
-            adapter_bytes=lambda ref: AdapterBytes(ref.nbytes),
+            adapter_bytes=lambda ref: self._bytes[ref.nbytes],
             now=member.started_at,
             burst_s=burst_s(self._spec),
         )
