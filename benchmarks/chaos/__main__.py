@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = [f for f in matrix(has_own_disk=world.has_own_disk) if _wanted([f.name], args.only)]
         if not world.has_own_disk:
             click.echo("left out: a full disk (this user may not mount a file system)")
+        if not faults:
+            return 2
         windows, left = _run(world, faults, args)
     share = continued(windows)
     failures = [window.missing for window in windows if window.missing] + failures_of(windows)

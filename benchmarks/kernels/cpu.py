@@ -21,6 +21,7 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.options import check_only
 from benchmarks.output import write_json
 from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
@@ -229,9 +230,10 @@ def main() -> None:
     name = f"{args.backend} {getattr(ops, 'isa', '')}".strip()
     click.echo(f"backend {name}  bandwidth {bandwidth / 1e9:.1f} GB/s  bf16 product {flops / 1e9:.0f} GFLOP/s")
     click.echo(f"{'ms a step of 30 layers':<32}{'ours':>9}{'reference':>11}{'floor':>9}{'gain':>8}{'x floor':>9}")
-    results = []
+    results, names = [], []
     for make in cases():
         for case in make():
+            names.append(case.name)
             if args.only not in case.name:
                 continue
             ours, theirs = (median_seconds(lambda o=o: case.step(o), args.repeats) for o in (ops, reference))  # type: ignore[misc] # noqa: B023
@@ -242,6 +244,7 @@ def main() -> None:
                 f"{case.name:<32}{figures[0]:>9.2f}{figures[1]:>11.2f}{figures[2]:>9.2f}"
                 f"{theirs / ours:>8.1f}{ours / floor:>9.1f}"
             )
+    check_only(args.only, names)
     machine = {"load": load, "threads": threads, "backend": name, "bandwidth": bandwidth, "product_rate": flops / 2}
     write_json(args.json, machine | {"cases": results})
 

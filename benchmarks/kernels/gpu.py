@@ -21,6 +21,7 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.options import check_only
 from benchmarks.output import write_json
 from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
@@ -194,9 +195,10 @@ def main() -> None:
     card = torch.cuda.get_device_name()
     click.echo(f"{card}  read {bandwidth / 1e9:.0f} GB/s  bf16 product {flops / 1e12:.0f} TFLOP/s")
     click.echo(f"{'microseconds a layer':<32}{'ours':>9}{'recorded':>10}{'floor':>9}{'of floor':>10}")
-    results = []
+    results, names = [], []
     for make in cases(ops):
         for case in make():
+            names.append(case.name)
             if args.only not in case.name:
                 continue
             floor = 1e3 * max(case.bytes / bandwidth, 2 * case.macs / flops)
@@ -205,6 +207,7 @@ def main() -> None:
             click.echo(
                 f"{case.name:<32}{1e3 * ours:>9.1f}{1e3 * recorded:>10.1f}{1e3 * floor:>9.1f}{floor / recorded:>10.2f}"
             )
+    check_only(args.only, names)
     write_json(args.json, {"card": card, "bandwidth": bandwidth, "macs": flops / 2, "milliseconds": results})
 
 

@@ -23,7 +23,7 @@ import click
 
 from benchmarks import machine
 from benchmarks.machine import describe_machine
-from benchmarks.options import numbers, one_or_more
+from benchmarks.options import check_only, numbers, one_or_more
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
     args = _parser().parse_args(argv)
     if args.plot and args.preset != "density":
         raise SystemExit("--plot draws the preset density; give --preset density with it")
+    todo = _cases(args)
     os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which idles while the systems run
     folder: Path = args.folder or Settings.from_env().home / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     base = bench_base(args.model, folder)
-    todo = _cases(args)
     peers = dict(_peer(peer) for peer in args.peer)
     systems = tuple(args.system) or (OUR_SYSTEMS if args.preset in OVER_HTTP and args.adapters is None else (OURS,))
     described = describe_machine()
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="http")
-    add("--only", help="of the preset, cases whose name contains this")
+    add("--only", default="", help="of the preset, cases whose name contains this")
     add("--ablation", action="append", choices=ABLATIONS, default=[], help="the engine without one of its features")
     add(
         "--peer",
@@ -151,7 +151,8 @@ def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
     if args.adapters is not None:
         return (_custom_case(args),)
     found = presets.ablations(tuple(args.ablation)) if args.ablation else PRESETS[args.preset]
-    return tuple(case for case in found if args.only is None or args.only in case.name)
+    check_only(args.only, [case.name for case in found])
+    return tuple(case for case in found if args.only in case.name)
 
 
 def _custom_case(args: argparse.Namespace) -> Case:

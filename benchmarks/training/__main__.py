@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from benchmarks.machine import Disturbance, describe_machine, watch
+from benchmarks.options import check_only
 from benchmarks.output import machine_line, write_json
 from benchmarks.training.cases import PRESETS
 from benchmarks.training.rows import Case, Row, Setting
@@ -31,6 +32,7 @@ from loray.settings import Settings
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the rows as they are written to --json."""
     args = _parser().parse_args(argv)
+    check_only(args.only, [case.name for case in PRESETS[args.preset]])
     base = add_base(args.base, home=args.home.absolute())
     machine = describe_machine()
     click.echo(machine_line(machine))
