@@ -157,7 +157,10 @@ def _publish(
 
 
 def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """The recipe that trained the checkpoint, with the measurements and `publish` of the given recipe."""
+    """The recipe that trained the checkpoint, with the measurements and `publish` of the given recipe. Its tensors were
+    written in the dtype that the first one asks for.
+    """
     measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
     evaluation = trained.evaluation.model_copy(update=measured)
-    return trained.model_copy(update={"evaluation": evaluation, "publish": at_hand.publish})
+    publish = at_hand.publish.model_copy(update={"dtype": trained.publish.dtype})
+    return trained.model_copy(update={"evaluation": evaluation, "publish": publish})

@@ -1,7 +1,6 @@
 """Saving a trained adapter in PEFT's format.
 
-Every trained parameter is saved under PEFT's name and in its own dtype, which is the base's: a published adapter is bit
-for bit the one that was evaluated.
+Every trained parameter is saved under PEFT's name and in the dtype that it is given in.
 """
 
 from __future__ import annotations

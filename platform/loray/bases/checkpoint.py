@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from loray.bases.config import ModelConfig
-from loray.bases.safetensors import header_end, parse_header
+from loray.bases.safetensors import DTYPES, header_end, parse_header
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.files import canonical_json
-from loray.spec import ATTENTION_MODULES, MLP_MODULES
+from loray.spec import ATTENTION_MODULES, MLP_MODULES, DType
 from loray.telemetry import StageProgress
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ def tensor_infos(folder: Path) -> list[TensorInfo]:
                 raise IntegrityError(f"tensor {info.name} is both in {infos[info.name].file.name} and in {file.name}")
             infos[info.name] = info
     return [infos[name] for name in sorted(infos)]
+
+
+def stored_dtype(folder: Path) -> DType:
+    """The dtype that most bytes of the checkpoint have. UnsupportedError where the decoder does not read it."""
+    nbytes: Counter[str] = Counter()
+    for info in tensor_infos(folder):
+        nbytes[info.dtype] += info.stop - info.start
+    (code, _), *_ = nbytes.most_common(1)
+    if code not in _DTYPES:
+        raise UnsupportedError(f"{folder} is mostly {code}; only {', '.join(_DTYPES)} weights are supported")
+    return cast("DType", DTYPES[code])
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -99,6 +99,7 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "checkpoint.keep": Default("the last and the best"),
     "tracking": Default("files in the run's folder; mlflow and wandb are extras, and reached by their own variables"),
     "publish.aliases": Default("look at the answers first, then `loray adapters promote`"),
+    "publish.dtype": Default("the base checkpoint's: what a model computes in 16 bits needs no more in its adapter"),
     "publish.no_gate": Default("the gate holds"),
     "publish.licence": Default("of the adapter, where it has one"),
     "publish.description": Default("shown by `loray adapters show`"),

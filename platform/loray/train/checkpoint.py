@@ -1,6 +1,6 @@
 """A checkpoint: the adapter as it would be published, and the state from which a run can be resumed.
 
-    adapter/       PEFT's format
+    adapter/       PEFT's format, in the dtype in which it would be published
     optimizer.pt   OptimizerState: fp32 masters of the trained parameters and AdamW's moments, as full tensors
     state.json     RunState: step, data cursor, counters, evaluations
 
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from loray.adapters.peft_format import AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.spec import LOSS, Evaluation, Frozen, Sha256, Subject, TrainSpec
+from loray.spec import LOSS, DType, Evaluation, Frozen, Sha256, Subject, TrainSpec
 from loray.train.optimizer import OptimizerState
 
 ADAPTER = "adapter"
@@ -113,12 +113,15 @@ class Snapshot(NamedTuple):
     state: RunState
 
 
-def snapshot(model: Any, optimizer: OptimizerState, state: RunState) -> Snapshot:
-    """`model` has the adapter's modules; the values are the masters', in the recipe's dtype."""
+def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
+    """`model` has the adapter's modules; the adapter has the masters' values, rounded to `dtype`. DoRA's magnitudes,
+    whose steps are smaller than those of 16 bits, stay fp32.
+    """
     from loray.adapters.export import adapter_files  # imports PEFT, which reading does not need
+    from loray.adapters.inject import is_magnitude
 
-    dtype = getattr(torch, state.recipe.chosen_dtype)
-    trained = {name: master.to(dtype) for name, master in optimizer.masters.items()}
+    masters = optimizer.masters.items()
+    trained = {name: master if is_magnitude(name) else master.to(getattr(torch, dtype)) for name, master in masters}
     return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
 
 

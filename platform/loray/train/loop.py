@@ -15,6 +15,7 @@ import torch
 
 from loray.adapters.inject import InitialAdapter, load_weights
 from loray.adapters.peft_format import read_adapter
+from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, TrainingError
 from loray.spec import Subject, TrainSpec
@@ -117,6 +118,7 @@ class _Run:
             load_weights(self.model, read_adapter(initial.folder, base.config))
         self.model.train()
         self.num_parameters = count_parameters(self.model)
+        self.published_dtype = spec.publish.dtype or stored_dtype(base.path)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
         self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.chosen_dtype)
         self.strategy = prepare(self.objective, spec, self.world, self.device, weights, optimizer_state)
@@ -293,6 +295,6 @@ class _Run:
         """Begin a checkpoint of the current state. Only rank 0 writes it."""
         self.checkpoints.finish()  # before this one's copy is made, so that there is one at a time
         state = self.strategy.state()
-        taken = None if state is None else checkpoint.snapshot(self.model, state, self.state)
+        taken = None if state is None else checkpoint.snapshot(self.model, state, self.state, self.published_dtype)
         self.checkpoints.begin(taken, step=self.state.step, eval_loss=self.state.eval_loss)
         self.good_steps_unsaved = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -90,6 +90,7 @@ class CheckpointSpec(Frozen):
 
 class PublishSpec(Frozen):
     aliases: tuple[Alias, ...] = ()
+    dtype: DType | None = Field(default=None, description="of the published tensors; None: the base checkpoint's")
     no_gate: NoGateReason | None = Field(
         default=None, description="why aliases of a longer context are granted whatever was measured"
     )
@@ -104,6 +105,8 @@ def _usual_attention(fields: dict[str, Any]) -> AttentionSpec:
 
 class TrainSpec(Frozen):
     """A recipe: one training run, from a base model to a published adapter."""
+
+    NOUN: ClassVar[str] = "recipe"
 
     name: Name
     base: Name = "smollm2"
