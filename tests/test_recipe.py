@@ -104,7 +104,7 @@ def test_a_recipe_is_also_an_object_on_the_command_line(tmp_path: Path, monkeypa
     assert (recipe.path, recipe.data().train) == (None, str(tmp_path / "data.jsonl"))
     with pytest.raises(SpecError, match="the recipe is not valid JSON"):
         load_recipe('{"name": ')
-    with pytest.raises(SpecError, match=r"the recipe is not a valid TrainSpec:\n  speed: "):
+    with pytest.raises(SpecError, match=r"the recipe is not valid:\n  speed: "):
         load_recipe(json.dumps(RECIPE | {"speed": 1}))
 
 

@@ -73,12 +73,12 @@ def test_replicas_depend_on_their_own_base_alone() -> None:
         ({"bases": [{"base": "a"}, {"base": "b"}, {"base": "a"}]}, "the same base twice: a"),
         ({"base": "a", "bases": [{"base": "b"}]}, "both `base` and `bases`"),
         ({"pool": 1, "bases": [{"base": "a"}]}, r"unknown fields beside `bases`: pool; known fields: .*pool_bytes"),
-        ({"bases": [{"base": "a", "pool": 1}]}, r"the base a is not a valid ServeSpec:\n  pool: .*known fields"),
+        ({"bases": [{"base": "a", "pool": 1}]}, r"the base a is not a valid serve spec:\n  pool: .*known fields"),
         ({"bases": [{"base": "a", "port": 1}]}, "the base a has port, which all bases share"),
         ({"bases": [{"base": "a", "max_body_bytes": 1}]}, "the base a has max_body_bytes, which all bases share"),
         ({"bases": [{"base": "a", "max_num_seqs": 0}]}, "the base a is not"),
-        ({"base": "a", "pool": 1}, r"fleet.yaml is not a valid ServeSpec:\n  pool: .*known fields"),
-        ([1], "fleet.yaml is not a valid ServeSpec"),
+        ({"base": "a", "pool": 1}, r"fleet.yaml is not a valid serve spec:\n  pool: .*known fields"),
+        ([1], r"fleet.yaml is not a valid serve spec:\n  .top level.: must be a mapping"),
     ],
 )
 def test_a_wrong_fleet_is_refused_with_what_is_wrong(data: Any, words: str) -> None:

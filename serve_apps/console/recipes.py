@@ -78,6 +78,11 @@ def form_fields() -> list[Field]:
     return shown
 
 
+def is_begun(form: Form) -> bool:
+    """Whether something of the form's recipe has been typed that has no default."""
+    return any(form.get(name) for name in (*_REQUIRED, "rest"))
+
+
 def recipe_of(form: Form, home: Path) -> TrainSpec:
     """The recipe of a form: its YAML, its fields on top of that, and defaults. Raises SpecError."""
     return recipe_from(fields_given(form), home)

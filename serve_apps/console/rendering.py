@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from loray import __version__
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.serving.access import Action, check
-from loray.spec import Principal
+from loray.spec import Principal, format_seconds
 
 PREFIX = "/console"
 CSRF_HEADER = "x-csrf-token"
@@ -114,7 +114,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"size": size, "ago": ago, "number": number, "day": day}
+    templates.filters |= {"size": size, "ago": ago, "number": number, "day": day, "duration": duration}
     templates.globals |= {"loray_version": __version__}
     return templates
 
@@ -147,6 +147,11 @@ def day(moment: datetime | float | None) -> str:
     if isinstance(moment, int | float):
         moment = datetime.fromtimestamp(moment, UTC)
     return "–" if moment is None else f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def duration(seconds: float | None) -> str:
+    """12.3 ms"""
+    return "–" if seconds is None else format_seconds(seconds)
 
 
 def ago(seconds: float) -> str:

@@ -15,6 +15,7 @@ import pytest
 from loray.cli import output
 from loray.cli.doctor import kernels
 from loray.cli.main import cli
+from loray.spec import format_seconds
 from tests.cli.run import Loray
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -71,3 +72,12 @@ def test_where_nobody_sees_a_bar_lines_say_how_long_it_takes(
         for share in (0.5, 0.625, 0.75, 0.8, 1.0):  # an earlier run has computed the first half
             progress("base, perplexity", share)
     assert capsys.readouterr().err.splitlines() == ["base, perplexity: 75%, 0:00:30 left", "base, perplexity: 100%"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "0 ms"), (0.00053, "0.53 ms"), (0.005, "5 ms"), (0.0123456, "12.3 ms"), (0.9994, "999 ms"), (0.9996, "1 s"),
+     (1.25, "1.25 s"), (999.4, "999 s"), (999.6, "1,000 s"), (12345.0, "12,345 s")],
+)  # fmt: skip
+def test_durations_have_three_digits_and_no_exponent(seconds: float, shown: str) -> None:
+    assert format_seconds(seconds) == shown

@@ -132,7 +132,7 @@ def test_a_device_may_be_a_file(plan: Plan, home: Path) -> None:
     file.write_text("{name: l40s, memory: 48GB}")
     code, _, err = plan(RECIPE, "--device", file)
     assert code == 1
-    assert "is not a valid Device" in err
+    assert "is not a valid device" in err
     assert "known fields: name, memory_bytes" in err
     code, _, err = plan(RECIPE, "--device", "a100")
     assert code == 1

@@ -22,7 +22,7 @@ from loray.catalog import (
 )
 from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_size
+from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_seconds, format_size
 
 
 def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
@@ -274,12 +274,12 @@ def canaries(found: Iterable[CanaryResource]) -> Table:
         counted = (f"{new.num_requests} ({old.num_requests})", f"{new.num_errors} ({old.num_errors})", *times)
         end = "runs" if c.outcome is None else c.outcome.replace("_", " ") + (f": {c.reason}" if c.reason else "")
         rows.append((when(c.created_at), f"{c.alias} {c.stable}→{c.version}", f"{c.percent} %", *counted, end))
-    columns = ("SINCE", "CANARY", "SHARE", "REQUESTS", "ERRORS", "TTFT ms", "ITL ms", "")
-    return table(columns, rows, right=("SHARE", "REQUESTS", "ERRORS", "TTFT ms", "ITL ms"))
+    columns = ("SINCE", "CANARY", "SHARE", "REQUESTS", "ERRORS", "TTFT", "ITL", "")
+    return table(columns, rows, right=("SHARE", "REQUESTS", "ERRORS", "TTFT", "ITL"))
 
 
 def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1000:.1f}"
+    return "–" if seconds is None else format_seconds(seconds)
 
 
 def moves(detail: AdapterDetail) -> Table:

@@ -122,7 +122,7 @@ class HttpClient:
         try:
             return schema.model_validate_json(data)
         except ValidationError as e:
-            raise self._failure(f"the server's answer is not a {schema.__name__}: {data[:200]!r}") from e
+            raise self._failure(f"the server's answer is not of this API: {data[:200]!r}") from e
 
     def _unreachable(self, error: httpx.HTTPError) -> LorayError:
         reason = str(error) or type(error).__name__

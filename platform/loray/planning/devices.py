@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
@@ -43,6 +43,8 @@ class Device(Frozen):
     host_memory_bytes               the node's own memory, without that of its GPUs; None: unknown, and not checked
     process_bytes                   of a process in it beside tensors: interpreter, libraries, CUDA's host part
     """
+
+    NOUN: ClassVar[str] = "device"
 
     name: str
     memory_bytes: NumBytes

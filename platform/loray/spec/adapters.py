@@ -80,6 +80,7 @@ MAX_TEMPLATE_CHARACTERS = 128 << 10
 class AdapterManifest(Frozen):
     """`loray.json` of a published adapter. Its digest is the adapter's identity."""
 
+    NOUN: ClassVar[str] = "manifest"
     FILE: ClassVar[str] = "loray.json"
     TEMPLATE_FILE: ClassVar[str] = "chat_template.jinja"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -52,6 +52,12 @@ def format_size(nbytes: float) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """`0.0123` → "12.3 ms", `1234.5` → "1,234 s"."""
+    value, unit = (seconds, "s") if abs(seconds) >= 0.9995 else (1000 * seconds, "ms")
+    return f"{value:.3g} {unit}" if abs(value) < 999.5 else f"{value:,.0f} {unit}"
+
+
 NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
@@ -61,6 +67,9 @@ def mistakes(error: ValidationError) -> list[ErrorDetails]:
 
 
 class Frozen(BaseModel):
+    """`NOUN` is what messages call it; it is empty where the source of the data says that."""
+
+    NOUN: ClassVar[str] = ""
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
@@ -75,8 +84,10 @@ class Frozen(BaseModel):
                 known = ""
                 if err["type"] == "extra_forbidden" and len(err["loc"]) == 1:
                     known = f"; known fields: {', '.join(cls.model_fields)}"
-                lines.append(f"  {where}: {err['msg']}{known}")
-            raise SpecError(f"{source} is not a valid {cls.__name__}:\n" + "\n".join(lines)) from e
+                told = "must be a mapping of fields" if err["type"] == "model_type" else err["msg"]
+                lines.append(f"  {where}: {told}{known}")
+            valid = f"a valid {cls.NOUN}" if cls.NOUN and not source.endswith(cls.NOUN) else "valid"
+            raise SpecError(f"{source} is not {valid}:\n" + "\n".join(lines)) from e
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,8 @@ _SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeS
 
 class ServeSpec(Frozen):
     """A base model, its replicas, and what each may use. It is a deployment by itself, or one base of a FleetSpec."""
+
+    NOUN: ClassVar[str] = "serve spec"
 
     base: Name = "smollm2"
     dtype: AnyDType = Field(default="auto", description="of weights and KV cache; auto: what the device serves fast")
@@ -192,6 +194,8 @@ class FleetSpec(Frozen):
     for all of them, except where a base has its own; those of the whole deployment (`num_gateways`, `host`, `port`,
     `max_body_bytes`) are allowed only there. A mapping without `bases` is a ServeSpec: a deployment of one base.
     """
+
+    NOUN: ClassVar[str] = "serve spec"
 
     bases: tuple[ServeSpec, ...] = Field(min_length=1)
 

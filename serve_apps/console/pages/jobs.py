@@ -19,7 +19,7 @@ from serve_apps.console.forms import MOST_SUGGESTED, read_form
 from serve_apps.console.live.histories import Seen
 from serve_apps.console.live.series import curve_of
 from serve_apps.console.pictures.runs import compare, loss_rows, rank, spread
-from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
+from serve_apps.console.recipes import Estimate, form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 from serve_apps.console.sweeps import SweepEstimate, estimate_of, search_fields, sweep_of
@@ -63,6 +63,9 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
             return estimate_of(sweep, catalog, settings)
         return plan_of(recipe_of(form, settings.home), catalog, settings)
 
+    if not is_begun(form):
+        hint = "What a run takes is shown here once the recipe has a name and data."
+        return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
     try:
         found = await run_in_threadpool(estimated)
     except LorayError as e:

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.api.status import ReplicaStatus
 from loray.client.metrics import STEPS, Buckets, percentile
 from loray.errors import ClusterError, NotFoundError, PermissionDenied
+from loray.spec import format_seconds
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.live.places import KINDS, parts_of, rows_of, strip_of
 from serve_apps.console.routing import router_of
@@ -90,5 +91,5 @@ def steps_of(buckets: Buckets) -> list[Steps]:
     most = max(counts, default=0)
     if not most:
         return []
-    texts = [f"≤ {1000 * bound:g} ms" if math.isfinite(bound) else "longer" for bound in bounds]
+    texts = [f"≤ {format_seconds(bound)}" if math.isfinite(bound) else "longer" for bound in bounds]
     return [Steps(text, int(n), _HEIGHT * n / most) for text, n in zip(texts, counts, strict=True)]

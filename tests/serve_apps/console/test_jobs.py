@@ -36,6 +36,15 @@ def test_the_form_has_fields_with_reasons_and_defaults(console: ConsoleSite) -> 
     assert "/jobs/new" in console.get("/jobs").text
 
 
+def test_before_anything_is_typed_there_is_a_hint_and_no_error(console: ConsoleSite) -> None:
+    part = console.post("/jobs/plan", {"adapter.method": "lora", "name": "", "data.train": "", "rest": ""}).text
+    assert "once the recipe has a name and data" in part
+    part = console.post("/jobs/plan", {"adapter.method": "lora", "name": "tone"}).text
+    assert "the recipe is not valid" in part
+    assert "data: Field required" in part
+    assert "Spec" not in part
+
+
 def test_a_form_has_an_estimate(console: ConsoleSite) -> None:
     part = console.post("/jobs/plan", FORM)
     assert part.status_code == 200

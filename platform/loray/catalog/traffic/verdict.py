@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from loray.spec import CanaryBounds, CanaryCounts, LogMoments
+from loray.spec import CanaryBounds, CanaryCounts, LogMoments, format_seconds
 
 Bound = Literal["error_rate", "ttft", "itl"]
 
@@ -43,8 +43,8 @@ def breach(bounds: CanaryBounds, counts: CanaryCounts) -> Breach | None:
         if most is not None and min(new.num, old.num) >= bounds.min_requests and _is_above(most, new, old):
             return Breach(
                 bound,
-                f"its {what} is {new.mean / old.mean:.2f} times the stable version's ({new.mean * 1000:.0f} and "
-                f"{old.mean * 1000:.0f} ms, of {new.num} and {old.num} requests); {most:g} times is allowed",
+                f"its {what} is {new.mean / old.mean:.2f} times the stable version's ({format_seconds(new.mean)} and "
+                f"{format_seconds(old.mean)}, of {new.num} and {old.num} requests); {most:g} times is allowed",
             )
     return None
 

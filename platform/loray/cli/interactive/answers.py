@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loray.client import LorayClient
+from loray.spec import format_seconds
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class Answer:
             return f"{self.num_tokens} tokens"
         after = self.total_s - self.ttft_s
         rate = f", {(self.num_tokens - 1) / after:,.1f} tokens/s" if self.num_tokens > 1 and after > 0 else ""
-        return f"{self.num_tokens} tokens{rate}, first after {self.ttft_s * 1000:,.0f} ms"
+        return f"{self.num_tokens} tokens{rate}, first after {format_seconds(self.ttft_s)}"
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and tokens; `error` is null where there is none."""

@@ -15,6 +15,7 @@ from loray.cli.interactive.target import target, url_option
 from loray.cli.output import console, emit, json_option, pairs, table
 from loray.client import LorayClient
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
+from loray.spec import format_seconds
 
 _TIMEOUT_S = 10.0
 _WINDOW_S = 60.0
@@ -116,7 +117,7 @@ def shown(found: dict[str, Any]) -> Group:
 
 
 def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1000:,.0f} ms"
+    return "" if seconds is None else format_seconds(seconds)
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from loray.advice.scorecard import Answers, Constraint, Scale
 from loray.cli.output import console, count, emit, table
 from loray.cli.planning.devices import config_option, device_of, device_option, shape_of
 from loray.settings import Settings
-from loray.spec import format_size
+from loray.spec import format_seconds, format_size
 
 
 @click.command("recommend")
@@ -85,7 +85,7 @@ def _row(e: Estimate) -> tuple[str, ...]:
         count(e.trained_parameters),
         format_size(e.adapter_bytes),
         training,
-        "–" if e.step_s is None else f"{e.step_s:.3g} s",
+        "–" if e.step_s is None else format_seconds(e.step_s),
         f"{e.adapters_per_gib:,.0f}",
         f"{format_size(e.served_pool_bytes)}, {e.served_devices}",
         f"{e.throughput:.0%}",

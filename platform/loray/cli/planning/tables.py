@@ -10,7 +10,7 @@ from loray.planning.host import HOST_MOMENTS, HostPlan
 from loray.planning.memory import MOMENTS, WHAT
 from loray.planning.plan import Plan
 from loray.planning.traffic import Exchange
-from loray.spec import TrainSpec, format_size
+from loray.spec import TrainSpec, format_seconds, format_size
 
 
 def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
@@ -124,10 +124,10 @@ def _step(plan: Plan) -> Table:
             ),
             ("sends", ", ".join(text for text, nbytes in sent if nbytes) or "nothing"),
             (
-                "seconds",
-                f"{time.step_s:.3g}: products {time.matmul_s:.3g}, attention {time.attention_s:.3g}, "
-                f"elementwise {time.memory_s:.3g}, AdamW {time.optimizer_s:.2g}, "
-                f"communication not hidden {time.communication_s:.2g}",
+                "time",
+                f"{format_seconds(time.step_s)}: products {format_seconds(time.matmul_s)}, attention "
+                f"{format_seconds(time.attention_s)}, elementwise {format_seconds(time.memory_s)}, AdamW "
+                f"{format_seconds(time.optimizer_s)}, communication not hidden {format_seconds(time.communication_s)}",
             ),
             ("tokens/s", f"{time.tokens_per_s:.0f} over all workers; MFU {time.mfu:.1%}"),
             (
