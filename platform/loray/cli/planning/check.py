@@ -65,5 +65,9 @@ def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool)
 def _line(plan: Plan, why: str | None, *, is_timed: bool) -> str:
     memory = f"{format_size(plan.memory.peak_bytes)} of {format_size(plan.device.usable_bytes)}"
     dtype = plan.run.dtype if why is None else f"{plan.run.dtype}: {why}"
-    step = f", about {format_seconds(plan.time.step_s)} a step ({plan.time.tokens_per_s:,.0f} tokens/s)" if is_timed else ""
+    step = (
+        f", about {format_seconds(plan.time.step_s)} a step ({plan.time.tokens_per_s:,.0f} tokens/s)"
+        if is_timed
+        else ""
+    )
     return f"plan: {memory} a worker on {plan.device.name}{step}, in {dtype}"
