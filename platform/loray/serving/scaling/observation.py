@@ -9,6 +9,7 @@ from math import ceil
 _ADAPTER, _PAIR = "adapter:", "pair:"
 _AFTER = len(_ADAPTER)
 _DIGITS = 13  # of a rank, in base 16: as many as a float has
+_NUM_RANKS = 1 << 4 * _DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,9 @@ class Observation:
 
 def adapter_rank(key: str) -> float:
     """Maps a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
-    return int(key[:_DIGITS], 16) / 16**_DIGITS
+    return int(key[:_DIGITS], 16) / _NUM_RANKS
 
 
 def key_of_rank(rank: float) -> str:
     """The text before which exactly the keys come whose `adapter_rank` is below `rank`."""
-    return f"{ceil(rank * 16**_DIGITS):0{_DIGITS}x}" if rank < 1 else "g"
+    return f"{ceil(rank * _NUM_RANKS):0{_DIGITS}x}" if rank < 1 else "g"
