@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.draws import Normal
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -35,7 +37,7 @@ def write_checkpoint(
 ) -> Path:
     """A random model of `architecture` with its tokenizer in `folder`. `config` overrides fields of the HF config.
 
-    Every parameter is random, norms and biases too, so that one that is not read shows.
+    Every parameter is random, norms and biases too, so that one that is not read shows; and equal on every machine.
     """
     import transformers
 
@@ -43,10 +45,10 @@ def write_checkpoint(
     fields = SIZES | {"sliding_window": None, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256} | config
     hf_config = getattr(transformers, f"{name}Config")(**fields)
     model = getattr(transformers, architecture)(hf_config)
-    generator = torch.Generator().manual_seed(seed)
+    draw = Normal(seed)
     with torch.no_grad():
         for path, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = draw(*parameter.shape)
             is_norm = path.endswith("norm.weight")
             parameter.copy_(1 + 0.1 * noise if is_norm else std * noise)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

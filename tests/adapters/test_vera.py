@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import VeraConfig, get_peft_model
+from peft.tuners.vera.model import _kaiming_init as peft_init
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from loray.adapters.inject import attach
+from loray.adapters.projections import draw_pair
 from loray.adapters.vera import VeraLinear
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.spec import LINEAR_MODULES, LoraSpec, VeraSpec
+from tests.draws import Normal
 
 BaseFactory = Callable[..., BaseModel]
 IDS = torch.arange(20)[None] * 7
@@ -28,10 +32,16 @@ def ours(base: BaseModel, spec: VeraSpec, dtype: torch.dtype = torch.float32) ->
 
 
 def pefts(base: BaseModel, spec: VeraSpec, dtype: torch.dtype = torch.float32) -> Any:
+    """With our pair."""
     config = VeraConfig(
         r=spec.rank, target_modules=list(spec.target_modules), projection_prng_key=spec.projection_prng_key
     )
-    return fill(get_peft_model(AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype), config))
+    model = fill(get_peft_model(AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype), config))
+    a_RI, b_OR = (half["default"] for half in (model.base_model.vera_A, model.base_model.vera_B))
+    pair = draw_pair(spec.projection_prng_key, spec.rank, a_RI.shape[1], b_OR.shape[0])
+    a_RI.copy_(pair.a_RI)
+    b_OR.copy_(pair.b_OR)
+    return model
 
 
 def vectors(model: Any) -> dict[str, Tensor]:
@@ -41,11 +51,27 @@ def vectors(model: Any) -> dict[str, Tensor]:
 
 
 def fill(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
+    draw = Normal(1)
     with torch.no_grad():
         for _, p in sorted(vectors(model).items()):
-            p.copy_((0.5 * torch.randn(p.shape, generator=generator)).to(torch.bfloat16))
+            p.copy_((0.5 * draw(*p.shape)).to(torch.bfloat16))
     return model
+
+
+@pytest.mark.parametrize("key", [0, 11])
+def test_the_pair_is_pefts_and_equal_on_every_machine(key: int) -> None:
+    """Where torch's draws are rounded twice, not fused, PEFT's numbers are off by a rounding of numbers below 2 b."""
+    pair, generator = draw_pair(key, 24, 100, 300), torch.Generator().manual_seed(key)
+    is_fused = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    for mine, fan_in in ((pair.a_RI, 100), (pair.b_OR, 24)):
+        theirs, bound = peft_init(tuple(mine.shape), generator), math.sqrt(6 / fan_in)
+        assert mine.abs().max() <= bound * (1 + 1e-6)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0 if is_fused else bound * 2**-23)
+    digests = {
+        0: "4ea4d3fddbf3b61223aadc9d75a8429c1494c76229ca295e43da10e9dec980a5",
+        11: "77ec51650405e1b11125a4538e63d901173d049ac4526c47ba7a4f3f672bfd2b",
+    }
+    assert pair.digest == digests[key]
 
 
 @pytest.mark.parametrize("modules", [("q_proj", "v_proj"), LINEAR_MODULES], ids=["q, v", "all linear"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +24,11 @@ from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
-from serve_apps.gateway.directory import REFRESH_S
 from serve_apps.replica.startup import adapter_loader
 from tests.cluster import RayCluster, Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
+from tests.serve_apps.asking import eventually
 from tests.test_recipe import write
 from tests.tiny import byte_tokenizer
 
@@ -153,15 +152,14 @@ def test_promote_changes_the_next_answer_and_rollback_restores_it(
     first, new = (ask(client, f"{name}@{version}").logprobs for version in (1, second.version))
     assert first != new
 
-    def now() -> Any:
-        time.sleep(2 * REFRESH_S)
-        return ask(client, name).logprobs
+    def is_answered_by(logprobs: Any) -> bool:
+        return eventually(lambda: ask(client, name).logprobs == logprobs)
 
-    assert now() == first
+    assert is_answered_by(first)
     served.catalog.promote(name, "prod", second.version)
-    assert now() == new
+    assert is_answered_by(new)
     served.catalog.rollback(name, "prod")
-    assert now() == first
+    assert is_answered_by(first)
 
 
 def test_an_adapter_of_another_base_is_not_found(

@@ -17,6 +17,7 @@ from loray.adapters.peft_format import read_adapter
 from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
 from loray.spec import AdapterRef, Method, RopeParameters
+from tests.draws import Normal
 
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LINEAR_ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
@@ -71,14 +72,14 @@ def make_adapter(
     """
     from peft import get_peft_model
 
-    generator = torch.Generator().manual_seed(seed)
+    draw = Normal(seed)
     extras_std = std if extras_std is None else extras_std
     model = get_peft_model(sharing_weights(hf_model(base)), config)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             if not p.requires_grad:
                 continue
-            noise = torch.randn(p.shape, generator=generator)
+            noise = draw(*p.shape)
             if "vera_lambda_d" in name:
                 p.copy_(0.3 + 0.2 * noise)
             elif "vera_lambda_b" in name:

@@ -25,7 +25,7 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: d
             assert goes_on.wait(60)
         return next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base)
 
-    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=8 << 20, num_threads=1, load_timeout_s=0.3)
+    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=8 << 20, num_threads=1, load_timeout_s=1.0)
     stream = EngineStream(build_engine(spec, base, load))
 
     async def tokens(asked: GenerateRequest) -> list[int]:
@@ -43,7 +43,7 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: d
             num_served += 1
         assert num_served > 0
         assert adapters["r2"].ref.digest in loading
-        with pytest.raises(StoreError, match=r"was not loaded within 0\.3 s"):
+        with pytest.raises(StoreError, match=r"was not loaded within 1 s"):
             await cold
         with pytest.raises(StoreError, match="is tried again in") as refused:
             await tokens(request("other", [1, 2], adapters["r5"]))

@@ -51,7 +51,7 @@ def published(settings: Settings, name: str) -> dict[str, float]:
 def test_what_is_published_has_the_rewards_of_held_out_pairs(tmp_path: Path) -> None:
     add_base(str(write_checkpoint(tmp_path / "checkpoint", std=0.05)), home=tmp_path / "home", name=BASE)
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(tmp_path, optimizer={"learning_rate": 0.01}, max_steps=32)
     folder, made = trained(recipe, settings, tmp_path)
     publish_best(made, folder, recipe, settings)
     figures = published(settings, "arithmetic")

@@ -82,12 +82,14 @@ def masters(reporter: FolderReporter) -> dict[str, torch.Tensor]:
 def test_every_method_learns_and_leaves_an_adapter(
     method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:
+    """With other bases' draws the loss falls to 0.81 to 0.90 of the untrained one's, LongLoRA's below 0.6."""
     base = tiny_base(**TINY)
-    state, reporter = run(recipe(method, max_steps=30), base, tmp_path)
-    assert state.step == 30
+    optimizer = {"learning_rate": 1e-1 if method == "vera" else 2e-2, "warmup_steps": 2}
+    state, reporter = run(recipe(method, max_steps=60, optimizer=optimizer), base, tmp_path)
+    assert state.step == 60
     start = reporter.events[0]
     assert start["event"] == "start"
-    assert start["num_steps"] == 30
+    assert start["num_steps"] == 60
     assert 0 < start["trainable_share"] == start["num_trainable"] / start["num_parameters"] < 1
     untrained = state.baselines[-1]
     assert untrained.subject == ("base_scaled" if method == "longlora" else "base")
@@ -136,9 +138,12 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_base: Callable[..., BaseMode
 def test_a_run_ends_early_where_the_held_out_loss_stops_falling(
     min_delta: float, last: int, tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:
-    """No loss falls by 100, and every one falls by more than nothing. A resumed run knows that it had ended."""
+    """No loss falls by 100, and at this rate every one falls by more than nothing. A resumed run knows that it had
+    ended.
+    """
     base = tiny_base(**TINY)
     spec = recipe(
+        optimizer={"learning_rate": 2e-3, "warmup_steps": 2},
         evaluation={"interval_steps": 1},
         checkpoint={"interval_steps": 8},
         early_stopping={"patience": 2, "min_delta": min_delta},

@@ -27,7 +27,8 @@ from tests.train.test_loop import TINY, masters
 def test_pairs_that_were_not_seen_are_told_apart_by_an_adapter_that_peft_loads(
     method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:
-    base, spec = tiny_base(**TINY), paired(method, max_steps=24)
+    optimizer = {"learning_rate": 1e-1 if method == "vera" else 1e-2, "warmup_steps": 2}
+    base, spec = tiny_base(**TINY), paired(method, max_steps=48, optimizer=optimizer)
     reporter = run(spec, base, tmp_path)
     before, after = (e for e in reporter.events if e["event"] == "eval")
     assert (before["subject"], before["eval_loss"]) == ("base", pytest.approx(math.log(2), abs=1e-6))

@@ -35,9 +35,10 @@ class InitialAdapter(NamedTuple):
 def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     """Change `model` in place so that exactly the adapter's parameters are trained. Its outputs do not change yet.
 
-    The same seed gives the same initial weights; the state of torch's default generator does not change. Trained
-    parameters have the base's dtype: an optimizer must hold fp32 copies of them. DoRA's magnitudes alone are fp32:
-    they are the norms of the base's rows, of which training changes a small part.
+    The same seed gives the same initial weights, but for last bits with another instruction set; the state of torch's
+    default generator does not change. Trained parameters have the base's dtype: an optimizer must hold fp32 copies of
+    them. DoRA's magnitudes alone are fp32: they are the norms of the base's rows, of which training changes a small
+    part.
 
     With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
     input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.

@@ -1,4 +1,8 @@
-"""VeRA's shared pair (A, B): drawn from a key, bit-equal to PEFT's in fp32, and identified by its SHA-256."""
+"""VeRA's shared pair (A, B): drawn from a key, equal on every machine, and identified by its SHA-256.
+
+It is PEFT's pair bit for bit in fp32 where torch draws with fused products, as on x86 with AVX2 or AVX-512. Elsewhere
+PEFT's own differs from it in last bits.
+"""
 
 from __future__ import annotations
 
@@ -36,4 +40,7 @@ def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     # Rounds in PEFT's order: gain/√fan first, then √3 times it.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    # torch's uniform_ computes u · 2b - b for u in steps of 2⁻²⁴, rounded once or twice by the instruction set. Here
+    # u - ½ is exact, so that the product's rounding is the only one on each.
+    u = torch.rand(shape, dtype=torch.float32, device="cpu", generator=generator)
+    return u.sub_(0.5).mul_(2 * bound)

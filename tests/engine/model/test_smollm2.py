@@ -110,15 +110,13 @@ def test_tokens_do_not_depend_on_order_or_company(case: Case) -> None:
     alone: dict[str, list[int]] = {}
     for i in range(n):
         alone |= run(alone_engine, case.requests([i], NUM_TOKENS // 2))
-    num_ties = 0
+    with_ties = {i: ties for i in range(n) if (ties := _ties(case.logits[str(i)]))}
     for i in range(n):
-        ties = _ties(case.logits[str(i)])
         for other in (shuffled, alone):
             first = next((k for k, token in enumerate(other[str(i)]) if token != case.mixed[str(i)][k]), None)
-            assert first is None or first in ties
-            num_ties += first is not None
-    print(f"{num_ties} sequences of {2 * n} part at a tie")
-    assert num_ties <= 1
+            assert first is None or first in with_ties.get(i, ())
+    print(f"ties: {with_ties}")
+    assert len(with_ties) <= 1  # the others are compared to their end, whatever the machine's rounding
     assert len({tuple(t) for t in alone.values()}) == n
 
 

@@ -32,6 +32,7 @@ EXTEND: dict[str, Any] = TRAINING | {
     "data": {"train": "texts.jsonl", "eval_fraction": 0.2, "max_length": 128},
 }
 TUNE: dict[str, Any] = TRAINING | {
+    "optimizer": {"learning_rate": 0.003, "schedule": "constant"},
     "max_steps": 40,
     "name": "tuned",
     "adapter": {"method": "longlora", "rank": 4},

@@ -39,7 +39,7 @@ def test_a_base_without_replicas_is_waited_for_longer(
 
 def test_the_last_replica_stops_while_a_request_is_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits as one that has come later, and a start that fails is remembered until a replica runs."""
-    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.01)
+    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.3)  # long enough for the replica to stop before
     monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(("r1",))})
 
     async def run() -> list[bool]:

@@ -281,12 +281,12 @@ def test_a_task_that_is_cancelled_before_the_first_token_cancels_the_call(script
 @pytest.mark.parametrize("accepted", [False, True])
 def test_waiting_for_a_replica_is_bounded(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
     """A request that a replica has accepted is waited for without a limit."""
-    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.01)
+    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.2)
     handle = Handle(["hang"] if accepted else ["wait"])
 
     async def run() -> None:
         async with engines_of(handle) as engines:
-            await asyncio.wait_for(anext(engines.generate(REQUEST, fit=True)), 0.2 if accepted else 20)
+            await asyncio.wait_for(anext(engines.generate(REQUEST, fit=True)), 0.6 if accepted else 20)
 
     with pytest.raises(TimeoutError if accepted else EngineError):
         asyncio.run(run())

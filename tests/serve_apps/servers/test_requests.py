@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loray.catalog import AdapterVersion
 from loray.spec import TrainSpec
 from tests.cluster import SERVE, Served
-from tests.serve_apps.asking import CHAT, GREEDY, LONG, answer, eventually, status
+from tests.serve_apps.asking import CHAT, GREEDY, LONG, PROMPT, answer, eventually, status
 from tests.test_recipe import RECIPE
 
 
@@ -34,6 +34,8 @@ def metrics(server: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], floa
 
 def test_metrics_grow_by_what_is_asked(client: openai.OpenAI, server: Served, tone: list[AdapterVersion]) -> None:
     answer(client, tone[0].label)
+    # The engine takes totals after it has delivered, but before it computes what comes next: a prompt without answer.
+    client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, max_tokens=0)
     before = metrics(server)
     for _ in range(2):
         answer(client, tone[0].label)

@@ -90,18 +90,18 @@ def test_it_is_the_mean_over_all_windows(
 
 
 @pytest.mark.parametrize(
-    ("config", "rope"),
+    ("config", "rope", "std"),
     [
-        (LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), None),
-        (LoraConfig(r=4, target_modules=["q_proj", "k_proj"], modules_to_save=["embed_tokens", *NORMS]), LINEAR),
-        (VeraConfig(r=8, target_modules=["q_proj", "o_proj"], save_projection=False), None),
+        (LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), None, 0.4),
+        (LoraConfig(r=4, target_modules=["q_proj", "k_proj"], modules_to_save=["embed_tokens", *NORMS]), LINEAR, 0.4),
+        (VeraConfig(r=8, target_modules=["q_proj", "o_proj"], save_projection=False), None, 2.0),
     ],
     ids=["lora", "longlora", "vera"],
 )
 def test_every_method_is_what_peft_makes_of_it(
-    base: BaseModel, config: Any, rope: RopeParameters | None, tmp_path: Path
+    base: BaseModel, config: Any, rope: RopeParameters | None, std: float, tmp_path: Path
 ) -> None:
-    make_adapter(base, tmp_path / "adapter", config, seed=1, rope=rope, std=0.4)
+    make_adapter(base, tmp_path / "adapter", config, seed=1, rope=rope, std=std)
     found = documents(150)
     spec = PerplexitySpec(context_lengths=(64, 100), stride=40, max_windows=None)
     chosen = subjects(rope, tmp_path / "adapter", compare=True)
