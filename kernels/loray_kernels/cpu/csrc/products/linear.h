@@ -13,7 +13,9 @@
 
 namespace LORAY_NAMESPACE {
 
-constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
+// A tile's sums fit the registers beside its weights, which narrow vectors must widen first. More columns of narrow ones,
+// so that one token alone has enough sums that do not wait for each other.
+constexpr int VECTORS = W == 4 && REGISTERS == 32 ? 5 : 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
 constexpr i64 FEW_PRODUCTS = 1 << 14;  // below which waking the other threads costs more than they save
 constexpr i64 AHEAD = 4096;      // bytes that a single tile prefetches ahead
 constexpr i64 BLOCK = 128;       // tokens of a block, about
@@ -27,7 +29,7 @@ struct Step {
     static constexpr int STEP = 1;
     static constexpr i64 CHUNK = 64;
     using Input = Vec;
-    static inline Vec input(const T* x) { return set1(to_float(*x)); }
+    static inline Vec input(const T* x) { return load1(x); }
     static inline Vec last(const T* x) { return input(x); }
     static inline Vec mac(Vec acc, Vec x, const T* w) { return fma(x, load(w), acc); }
 };
@@ -79,11 +81,11 @@ struct Linear {
 
     template <int NT, int NV>
     static inline void put_aside(Vec (&acc)[NT][NV], float (&total)[NT][NV][W]) {
-        for (int t = 0; t < NT; t++)
-            for (int v = 0; v < NV; v++) {
-                store(total[t][v], load(total[t][v]) + acc[t][v]);
-                acc[t][v] = zero();
-            }
+        each<NT * NV>([&](auto i) {
+            Vec& own = acc[i / NV][i % NV];
+            store(total[i / NV][i % NV], load(total[i / NV][i % NV]) + own);
+            own = zero();
+        });
     }
 
     // The first NV vectors of a panel; only the last panel may have fewer than all.
@@ -95,46 +97,47 @@ struct Linear {
         Vec acc[NT][NV];
         [[maybe_unused]] float total[NT][NV][W];
         if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
-        for (int t = 0; t < NT; t++)
-            for (int v = 0; v < NV; v++) acc[t][v] = zero();
+        each<NT * NV>([&](auto i) { acc[i / NV][i % NV] = zero(); });
         const i64 steps = w.in / S::STEP, all = ceil_div(w.in, S::STEP);
         i64 k = 0;
         for (; k + UNROLL <= steps; k += UNROLL) {
             if constexpr (S::CHUNK > 0)
                 if (k && k % S::CHUNK == 0) put_aside<NT, NV>(acc, total);
             for (i64 u = k; u < k + UNROLL; u++)
-                for (int t = 0; t < NT; t++) {
+                each<NT>([&](auto t) {
                     const typename S::Input value = S::input(from + t * x_stride + u * S::STEP);
-                    for (int v = 0; v < NV; v++)
+                    each<NV>([&](auto v) {
                         acc[t][v] = S::mac(acc[t][v], value, panel + u * WIDTH + v * W * S::STEP);
-                }
+                    });
+                });
             fetch.some();
         }
         for (; k < all; k++)
-            for (int t = 0; t < NT; t++) {
+            each<NT>([&](auto t) {
                 const T* at = from + t * x_stride + k * S::STEP;
                 const typename S::Input value = k < steps ? S::input(at) : S::last(at);
-                for (int v = 0; v < NV; v++)
+                each<NV>([&](auto v) {
                     acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
-            }
-        if constexpr (S::CHUNK > 0) {
-            put_aside<NT, NV>(acc, total);
-            for (int t = 0; t < NT; t++)
-                for (int v = 0; v < NV; v++) acc[t][v] = load(total[t][v]);
-        }
+                });
+            });
+        if constexpr (S::CHUNK > 0) put_aside<NT, NV>(acc, total);
+        Vec sums[NT][NV];  // of which `finish` may take the address: acc stays in registers
+        each<NT * NV>([&](auto i) {
+            sums[i / NV][i % NV] = S::CHUNK > 0 ? load(total[i / NV][i % NV]) : acc[i / NV][i % NV];
+        });
         if (column + NV * W <= w.out)
-            finish<NT, NV>(acc, token, column, [](int) { return Whole{}; });
+            finish<NT, NV>(sums, token, column, [](int) { return Whole{}; });
         else
-            finish<NT, NV>(acc, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
+            finish<NT, NV>(sums, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
     }
 
     // `width(v)`: the number of outputs in vector v.
     template <int NT, int NV, class F>
-    inline void finish(const Vec (&acc)[NT][NV], i64 token, i64 column, F width) const {
-        for (int v = 0; v < NV; v++) {
+    inline void finish(const Vec (&sums)[NT][NV], i64 token, i64 column, F width) const {
+        each<NV>([&](auto v) {
             const Vec add = w.bias ? load_n(w.bias + column + v * W, width(v)) : zero();
-            for (int t = 0; t < NT; t++) put(token + t, column + v * W, width(v), acc[t][v] + add);
-        }
+            each<NT>([&](auto t) { put(token + t, column + v * W, width(v), sums[t][v] + add); });
+        });
     }
 
     template <int NV>

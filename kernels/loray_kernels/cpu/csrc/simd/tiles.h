@@ -9,8 +9,8 @@
 namespace LORAY_NAMESPACE {
 
 constexpr int KEYS = 64;               // keys of a block of the online softmax
-constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of a tile; with 4 (2) vectors of columns they fit the registers
-constexpr int VECTORS = W == 16 ? 4 : 2;
+constexpr int QUERIES = REGISTERS == 32 ? 6 : 3;  // rows of a tile; with 4 (2) vectors of columns they fit the registers
+constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;
 
 // `num` keys rounded up to whole vectors: the part of a block that is computed.
 static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
@@ -47,23 +47,33 @@ struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
     static i64 pauses(i64, i64) { return 2; }  // calls of Fetch::some while so many keys of width d are packed
-    static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
+    static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(load1(a), load(b), acc); }
 
     template <class T>
     static inline void pack_row(Unit* out, const T* x, i64 d) {
-        for (i64 i = 0; i < d; i++) out[i] = to_float(x[i]);
+        for (i64 i = 0; i < d; i += W) store(out + i, load(x + i));
     }
     // out[i][key] = k[key][i]; zeros from `num` on to a whole vector, as in the values
     template <class T>
     static inline void pack_keys(Unit* out, const T* const* k, i64 num, i64 d, Fetch& fetch) {
-        for (i64 j = 0; j < padded(num); j++)
+        i64 j = 0;
+#if !defined(__AVX2__)
+        for (; j + W <= num; j += W)
+            for (i64 i = 0; i < d; i += W) {
+                Vec r[W];
+                each<W>([&](auto n) { r[n] = load(k[j + n] + i); });
+                transpose(r);
+                each<W>([&](auto n) { store(out + (i + n) * KEYS + j, r[n]); });
+            }
+#endif
+        for (; j < padded(num); j++)
             for (i64 i = 0; i < d; i++) out[i * KEYS + j] = j < num ? to_float(k[j][i]) : 0.0f;
         fetch.some();
     }
     template <class T>
     static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch& fetch) {
-        for (i64 j = 0; j < padded(num); j++)
-            for (i64 i = 0; i < d; i++) out[j * d + i] = j < num ? to_float(v[j][i]) : 0.0f;
+        for (i64 j = 0; j < num; j++) pack_row(out + j * d, v[j], d);
+        memset(out + num * d, 0, (padded(num) - num) * d * sizeof(Unit));
         fetch.some();
     }
     static inline void pack_weights(Unit* out, const Vec* p) {
