@@ -56,15 +56,6 @@ static inline Vec scale2(Vec p, Vec n) {
     typedef int32_t Integers __attribute__((vector_size(16)));
     return p * (Vec)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
-static inline void transpose(Vec* r) {
-    const auto low = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); };
-    const auto high = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); };
-    const Vec low01 = low(r[0], r[1]), high01 = high(r[0], r[1]), low23 = low(r[2], r[3]), high23 = high(r[2], r[3]);
-    r[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-    r[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-    r[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-    r[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
-}
 static inline Vec where(uint32_t bits, Vec x, Vec other) {
     return (Bits{bits, bits, bits, bits} & Bits{1, 2, 4, 8}) != 0 ? x : other;
 }

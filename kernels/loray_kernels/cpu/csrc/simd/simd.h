@@ -159,15 +159,6 @@ static inline void store_n(T* p, Vec v, i64 n) {
 
 static inline Vec zero() { return set1(0.0f); }
 
-// *p in each lane.
-template <class T>
-static inline Vec load1(const T* p) {
-    return set1(to_float(*p));
-}
-#if defined(__aarch64__)
-static inline Vec load1(const bf16* p) { return widen_((Halves)vld1q_dup_u16(&p->bits)); }
-#endif
-
 // Vector registers: a product's tile has as many sums as they hold beside its factors.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int REGISTERS = 32;
