@@ -32,14 +32,16 @@ def describe_machine() -> dict[str, str]:
 
 
 class MachineRates(NamedTuple):
-    """Bytes/s read from memory, and FLOP/s of torch's matrix product in bf16."""
+    """Bytes/s read from memory, and FLOP/s of torch's matrix product: on a GPU in bf16, on a CPU, which may have no
+    instructions for bf16, in bf16 or fp32, whichever is faster.
+    """
 
     bandwidth: float
     flops: float
 
 
 def measure_rates(device: str, num_threads: int) -> MachineRates:
-    """Measured in a separate process, so that this one does not load torch."""
+    """Measure the rates in a separate process, so that this one does not load torch."""
     (rates,) = workers.run([["benchmarks.machine", device]], num_threads)
     return MachineRates(**rates)
 
@@ -50,13 +52,15 @@ def measure_machine() -> Machine:
     return Machine(hardware(), Rates.from_json(rates))
 
 
-def _rates(name: str) -> MachineRates:
+def rates_here(name: str) -> MachineRates:
+    """Measure the rates of a device in this process, which loads torch."""
     import torch
 
     from loray.train.rates import product_flops, read_bandwidth
 
     device = torch.device(name)
-    return MachineRates(read_bandwidth(device), product_flops(device, torch.bfloat16))
+    dtypes = (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16,)
+    return MachineRates(read_bandwidth(device), max(product_flops(device, dtype) for dtype in dtypes))
 
 
 def on_this_machine(recipe: TrainSpec) -> TrainSpec:
@@ -103,4 +107,4 @@ def _others_s() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_rates(sys.argv[1])._asdict()) + "\n")
+    sys.stdout.write(json.dumps(rates_here(sys.argv[1])._asdict()) + "\n")

@@ -14,13 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from benchmarks.gpu.serving import server
 from benchmarks.gpu.shape import Shape
 from benchmarks.gpu.state import Figures
-from benchmarks.machine import MachineRates
-from loray.train.rates import product_flops, read_bandwidth
+from benchmarks.machine import MachineRates, rates_here
 from loray_kernels import Recorded
 
 _WARM = 5  # steps of all rows before the first that counts
@@ -176,9 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # the log has how steps are recorded
     shape = Shape()
-    device = torch.device(shape.device)
-    rates = MachineRates(read_bandwidth(device), product_flops(device, torch.bfloat16))
-    logging.info("%s reads %.0f GB/s, %.0f TFLOP/s in bf16", shape.device, rates.bandwidth / 1e9, rates.flops / 1e12)
+    rates = rates_here(shape.device)
+    logging.info("%s reads %.0f GB/s, products %.0f TFLOP/s", shape.device, rates.bandwidth / 1e9, rates.flops / 1e12)
     with tempfile.TemporaryDirectory() as folder:
         MEASURES[args.phase](shape, rates, Figures(args.json), Path(folder))
 

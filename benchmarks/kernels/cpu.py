@@ -3,8 +3,8 @@
     python -m benchmarks.kernels.cpu [--backend auto] [--only SUBSTRING] [--repeats 5] [--json FILE]
 
 A figure is the median time of one step's calls: 30 layers, each on another part of the pool, so that caches hold what
-they hold in the engine. The floor is the larger of bytes ÷ read bandwidth and FLOPs ÷ rate of torch's bf16 matrix
-product, both measured in the same run.
+they hold in the engine. The floor is the larger of bytes ÷ read bandwidth and FLOPs ÷ rate of torch's matrix product in
+bf16 or fp32, whichever is faster; all are measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.machine import rates_here
 from benchmarks.options import check_only
 from benchmarks.output import write_json
-from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
     AttentionMeta,
     KvLayout,
@@ -225,10 +225,9 @@ def main() -> None:
     ops, reference = backend(args.backend), backend("reference")
     load, threads = os.getloadavg(), torch.get_num_threads()
     click.echo(f"load {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}  threads {threads}  torch {torch.__version__}")
-    cpu = torch.device("cpu")
-    bandwidth, flops = read_bandwidth(cpu), product_flops(cpu, torch.bfloat16)
+    bandwidth, flops = rates_here("cpu")
     name = f"{args.backend} {getattr(ops, 'isa', '')}".strip()
-    click.echo(f"backend {name}  bandwidth {bandwidth / 1e9:.1f} GB/s  bf16 product {flops / 1e9:.0f} GFLOP/s")
+    click.echo(f"backend {name}  bandwidth {bandwidth / 1e9:.1f} GB/s  product {flops / 1e9:.0f} GFLOP/s")
     click.echo(f"{'ms a step of 30 layers':<32}{'ours':>9}{'reference':>11}{'floor':>9}{'gain':>8}{'x floor':>9}")
     results, names = [], []
     for make in cases():

@@ -21,9 +21,9 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.machine import rates_here
 from benchmarks.options import check_only
 from benchmarks.output import write_json
-from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
     AttentionMeta,
     BackendUnavailable,
@@ -190,8 +190,7 @@ def main() -> None:
         ops = backend("cuda", "cuda")
     except BackendUnavailable as e:
         raise SystemExit(str(e)) from e
-    device = torch.device("cuda")
-    bandwidth, flops = read_bandwidth(device), product_flops(device, torch.bfloat16)
+    bandwidth, flops = rates_here("cuda")
     card = torch.cuda.get_device_name()
     click.echo(f"{card}  read {bandwidth / 1e9:.0f} GB/s  bf16 product {flops / 1e12:.0f} TFLOP/s")
     click.echo(f"{'microseconds a layer':<32}{'ours':>9}{'recorded':>10}{'floor':>9}{'of floor':>10}")

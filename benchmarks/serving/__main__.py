@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         rates = machine.measure_rates(args.device, args.threads)
         results = Results(described, rates, ModelSize.of(base.config), measure_transfer(setting, todo))
         click.echo(
-            f"{base.name}, {args.threads} threads; memory {rates.bandwidth / 1e9:.1f} GB/s, bf16 products "
+            f"{base.name}, {args.threads} threads; memory {rates.bandwidth / 1e9:.1f} GB/s, products "
             f"{rates.flops / 1e9:.0f} GFLOP/s; first tokens within {args.slo:g} s"
         )
         steady = Steady(Probe(args.threads), patience_s=args.patience) if args.patience > 0 else None

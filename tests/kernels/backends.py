@@ -1,4 +1,6 @@
-"""The backends under test: the reference, and the C++ kernels for every instruction set that this CPU has."""
+"""The backends under test: the reference, and the C++ kernels for every instruction set that this CPU has, and
+for ARM where it can be emulated.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ import pytest
 from loray_kernels import BackendUnavailable, Ops, backend
 from loray_kernels.cpu.native import ISA_FLAGS, supported
 from loray_kernels.cpu.ops import CpuOps
+from tests.kernels import emulated
 
-NATIVE = [f"cpu {isa}" for isa in ISA_FLAGS]
+EMULATED = pytest.param(f"cpu {emulated.ISA}", marks=pytest.mark.slow)
+NATIVE = [*(f"cpu {isa}" for isa in ISA_FLAGS), EMULATED]
 BACKENDS = ["reference", *NATIVE]
 
 
@@ -17,7 +21,9 @@ def make_ops(name: str) -> Ops:
     if not isa:
         return backend(kind)
     try:
-        if isa not in supported():
+        if isa == emulated.ISA:
+            emulated.provide()
+        elif isa not in supported():
             pytest.skip(f"this CPU has no {isa}")
         return CpuOps(isa)
     except BackendUnavailable as e:

@@ -135,6 +135,15 @@ def test_processes_and_threads_that_build_at_once_share_one_library(empty_cache:
     assert [p.name for p in empty_cache.glob("*.so")] == [found[0].name]
 
 
+def test_where_torch_is_held_to_a_slower_instruction_set_so_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = native.supported.__wrapped__
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    every = ask()
+    for value, isas in (("default", every[:1]), ("avx2", every[:2]), ("avx512", every), ("unknown", every)):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", value)
+        assert ask() == isas
+
+
 def test_auto_is_the_cpus_where_it_runs() -> None:
     assert available() == ("cpu", "reference")
     assert isinstance(backend("auto"), CpuOps)

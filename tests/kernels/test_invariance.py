@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels.cpu.ops import CpuOps
+from tests.kernels import emulated
 from tests.kernels.backends import NATIVE, make_ops
 from tests.kernels.keys import store, turned
 
@@ -186,6 +188,8 @@ def test_attention_over_a_long_context_in_any_chunks(
     ops: Ops, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:
     """A query's result is the same in a prompt, in a chunk of one, decoded alone, and decoded in a batch."""
+    if isinstance(ops, CpuOps) and ops.isa == emulated.ISA and heads != (4, 4):
+        pytest.skip("one shape takes half a minute where it is emulated")
     length = 1200
     sequence = Sequence(ops, dtype, heads, head_dim, length)
     whole = sequence.attend(ops, (0, length))

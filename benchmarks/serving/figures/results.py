@@ -73,7 +73,7 @@ class Results:
         return {
             "machine": dict(self.machine),
             "bandwidth": self.rates.bandwidth,
-            "bf16_flops": self.rates.flops,
+            "flops": self.rates.flops,
             "transfer_s": self.transfer_s,
             "rows": [asdict(row) for row in self.rows.values()],
             "mixed": [{"case": c, "system": s} | m._asdict() for (c, s), m in self.mixed.items()],

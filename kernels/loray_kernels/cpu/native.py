@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import platform
+import os
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from loray_kernels.cpu.build import library
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
 ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
+# Where torch is held to a slower one by its own variable, so are these kernels.
+_HELD_TO = {"default": "generic", "avx2": "avx2"}
 _SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -60,10 +62,14 @@ class Functions(NamedTuple):
 
 @cache
 def supported() -> tuple[str, ...]:
-    """Instruction sets that this CPU has, from slow to fast. BackendUnavailable if there is no library."""
+    """Instruction sets that this CPU has, from slow to fast, up to that of ATEN_CPU_CAPABILITY.
+
+    BackendUnavailable if there is no library.
+    """
     host = _host()
-    known = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ("generic",)
-    return tuple(isa for i, isa in enumerate(known) if host.loray_supports(i))
+    known = list(ISA_FLAGS)
+    last = known.index(_HELD_TO.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), known[-1]))
+    return tuple(isa for i, isa in enumerate(known) if i <= last and host.loray_supports(i))
 
 
 def release_threads() -> None:
@@ -85,8 +91,6 @@ def _host() -> ctypes.PyDLL:
 @cache
 def functions(isa: str) -> dict[torch.dtype, Functions]:
     """Compiled at first use. BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`."""
-    if isa not in supported():
-        raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
     loaded, beside = _library(isa), _beside_python(isa)
     found = {}
     for dtype, suffix in _SUFFIX.items():
@@ -101,6 +105,8 @@ def functions(isa: str) -> dict[torch.dtype, Functions]:
 
 @cache
 def _library(isa: str) -> ctypes.PyDLL:
+    if isa not in supported():
+        raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
     return _load(isa, _SOURCES, (f"-DLORAY_ISA={isa}", *ISA_FLAGS[isa]))
 
 

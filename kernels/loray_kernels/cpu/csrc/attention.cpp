@@ -70,12 +70,32 @@ struct Attention {
 
     i64 to_value() const { return layout.block_tokens * layout.num_kv_heads * layout.head_dim; }
 
-    void pack(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, Fetch& fetch) const {
+    // Values of one tile of rows are used once, so fp32 sums read them from the pool; others are packed.
+    static bool in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= QUERIES; }
+
+    // Calls of Fetch::some in `add_keys`.
+    static i64 pauses(i64 rows, i64 num, i64 d) {
+        return P::pauses(num, d) + (in_place(rows) ? ceil_div(num, STEPS) : 0);
+    }
+
+    // Adds keys [key, key + num) of a head to `part`; limit and the other arguments are those of `attend`.
+    void add_keys(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, const typename P::Unit* queries,
+                  const Softmax& part, float* lanes, i64 rows, i64 limit, Fetch& fetch) const {
+        const i64 d = layout.head_dim;
         const T *keys[KEYS], *values[KEYS];
         locate(keys, item.sequence, key, num, head);
         for (i64 j = 0; j < num; j++) values[j] = keys[j] + to_value();
-        P::pack_keys(w.keys, keys, num, layout.head_dim, fetch);
-        P::pack_values(w.values, values, num, layout.head_dim, fetch);
+        P::pack_keys(w.keys, keys, num, d, fetch);
+        if constexpr (P::PER_UNIT == 1)
+            if (in_place(rows)) {
+                attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale,
+                          [&](const float* weights, float* sums, i64 count) {
+                              product_of(weights, KEYS, values, num, sums, d, count, d, fetch);
+                          });
+                return;
+            }
+        P::pack_values(w.values, values, num, d, fetch);
+        attend<P>(w, queries, part, lanes, rows, num, group(), limit, d, scale);
     }
 
     // Adds keys [key, key + num) of an item and their values to what is prefetched: neighbours in a block of the pool
@@ -126,20 +146,18 @@ struct Attention {
             for (i64 key = from; key < min_(from + SPLIT, context); key += KEYS) {
                 const i64 num = min_(KEYS, context - key), left = context - key - num;
                 if (left > 0 || key == item.key) {  // else the block before has begun what is left
-                    i64 pauses = item.num_heads * P::pauses(num, d);
+                    i64 calls = item.num_heads * pauses(rows, num, d);
                     fetch.clear();
                     if (left > 0) expect(fetch, item, key + num, min_(KEYS, left));
                     if (next && left <= KEYS) {
                         expect(fetch, *next, next->key, min_(KEYS, stop(*next) - next->key));
-                        pauses += item.num_heads * P::pauses(left, d);
+                        calls += item.num_heads * pauses(rows, left, d);
                     }
-                    fetch.start(pauses);
+                    fetch.start(calls);
                 }
-                for (i64 h = 0; h < item.num_heads; h++) {
-                    pack(w, item, item.head + h, key, num, fetch);
-                    attend<P>(w, w.queries + h * rows * (d / P::PER_UNIT), row(w.part, h * rows, d),
-                              w.lanes + h * rows * W, rows, num, g, position + 1 - key, d, scale);
-                }
+                for (i64 h = 0; h < item.num_heads; h++)
+                    add_keys(w, item, item.head + h, key, num, w.queries + h * rows * (d / P::PER_UNIT),
+                             row(w.part, h * rows, d), w.lanes + h * rows * W, rows, position + 1 - key, fetch);
             }
             for (i64 r = 0; r < all; r++) w.part.weight[r] = sum(load(w.lanes + r * W));
             if (from == item.key)

@@ -13,10 +13,14 @@
 
 namespace LORAY_NAMESPACE {
 
-constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
+// The sums of a tile, with a step's weights and an input, fit the registers. AVX2 has sixteen, and widening bf16 to fp32
+// takes as many instructions there as two sums do, so more of its tokens share them. ARM has
+// thirty-two, of four floats: more columns, so that one token alone has enough sums that do not wait for each other.
+constexpr int VECTORS = W == 8 ? 2 : W == 4 && REGISTERS == 32 ? 5 : 3, COLUMNS = VECTORS * W;
+constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 6 : 4;
 constexpr i64 FEW_PRODUCTS = 1 << 14;  // below which waking the other threads costs more than they save
 constexpr i64 AHEAD = 4096;      // bytes that a single tile prefetches ahead
-constexpr i64 BLOCK = 128;       // tokens of a block, about
+constexpr i64 BLOCK = W == 16 ? 128 : 64;  // tokens of a block, about
 constexpr i64 UNROLL = 8;        // steps between two prefetches
 constexpr i64 MOST_LINES = 12;   // of other rows then: more would wait for each other
 
@@ -26,9 +30,10 @@ template <class T>
 struct Step {
     static constexpr int STEP = 1;
     static constexpr i64 CHUNK = 64;
+    using Operand = float;  // what the inputs are converted to, once for all panels
     using Input = Vec;
-    static inline Vec input(const T* x) { return set1(to_float(*x)); }
-    static inline Vec last(const T* x) { return input(x); }
+    static inline Vec input(const float* x) { return set1(*x); }
+    static inline Vec last(const float* x) { return input(x); }
     static inline Vec mac(Vec acc, Vec x, const T* w) { return fma(x, load(w), acc); }
 };
 #if defined(__AVX512BF16__)
@@ -36,6 +41,7 @@ template <>
 struct Step<bf16> {
     static constexpr int STEP = 2;
     static constexpr i64 CHUNK = 0;  // never: rounding to bf16 is coarser
+    using Operand = bf16;
     using Input = __m512bh;
     static inline __m512bh input(const bf16* x) {
         int pair;
@@ -68,6 +74,29 @@ struct PanelFetch {
     }
 };
 
+// The inputs of the tokens from `first` on, `stride` apart.
+template <class Operand>
+struct Inputs {
+    const Operand* at;
+    i64 stride, first;
+    const Operand* token(i64 t) const { return at + (t - first) * stride; }
+};
+
+static inline Inputs<bf16> converted(const bf16* x, i64 x_stride, i64, i64 first, i64, const bf16*) {
+    return {x + first * x_stride, x_stride, first};
+}
+static inline Inputs<float> converted(const float* x, i64 x_stride, i64, i64 first, i64, const float*) {
+    return {x + first * x_stride, x_stride, first};
+}
+// Tokens [first, last) in memory of the thread.
+static inline Inputs<float> converted(const bf16* x, i64 x_stride, i64 width, i64 first, i64 last, const float*) {
+    static thread_local Scratch memory;
+    float* at = (float*)memory.get((last - first) * width * sizeof(float));
+    for (i64 t = first; t < last; t++)
+        vectors(width, [&](i64 i, auto n) { store_n(at + (t - first) * width + i, load_n(x + t * x_stride + i, n), n); });
+    return {at, width, first};
+}
+
 // put(t, column, n, sums) takes the outputs of token t from `column` on; n as in `vectors`.
 template <class T, class Put>
 struct Linear {
@@ -77,98 +106,95 @@ struct Linear {
     Put put;
     Meanwhile meanwhile = {};
 
+    using Operand = typename Step<T>::Operand;
+
     template <int NT, int NV>
     static inline void put_aside(Vec (&acc)[NT][NV], float (&total)[NT][NV][W]) {
-        for (int t = 0; t < NT; t++)
-            for (int v = 0; v < NV; v++) {
-                store(total[t][v], load(total[t][v]) + acc[t][v]);
-                acc[t][v] = zero();
-            }
+        each<NT * NV>([&](auto i) {
+            Vec& own = acc[i / NV][i % NV];
+            store(total[i / NV][i % NV], load(total[i / NV][i % NV]) + own);
+            own = zero();
+        });
     }
 
     // The first NV vectors of a panel; only the last panel may have fewer than all.
     template <int NT, int NV>
-    inline void tile(i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
+    inline void tile(const Inputs<Operand>& inputs, i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
-        const T* from = x + token * x_stride;
+        const Operand* from = inputs.token(token);
+        const i64 stride = inputs.stride;
         Vec acc[NT][NV];
         [[maybe_unused]] float total[NT][NV][W];
         if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
-        for (int t = 0; t < NT; t++)
-            for (int v = 0; v < NV; v++) acc[t][v] = zero();
+        each<NT * NV>([&](auto i) { acc[i / NV][i % NV] = zero(); });
         const i64 steps = w.in / S::STEP, all = ceil_div(w.in, S::STEP);
         i64 k = 0;
         for (; k + UNROLL <= steps; k += UNROLL) {
             if constexpr (S::CHUNK > 0)
                 if (k && k % S::CHUNK == 0) put_aside<NT, NV>(acc, total);
             for (i64 u = k; u < k + UNROLL; u++)
-                for (int t = 0; t < NT; t++) {
-                    const typename S::Input value = S::input(from + t * x_stride + u * S::STEP);
-                    for (int v = 0; v < NV; v++)
+                each<NT>([&](auto t) {
+                    const typename S::Input value = S::input(from + t * stride + u * S::STEP);
+                    each<NV>([&](auto v) {
                         acc[t][v] = S::mac(acc[t][v], value, panel + u * WIDTH + v * W * S::STEP);
-                }
+                    });
+                });
             fetch.some();
         }
         for (; k < all; k++)
-            for (int t = 0; t < NT; t++) {
-                const T* at = from + t * x_stride + k * S::STEP;
+            each<NT>([&](auto t) {
+                const Operand* at = from + t * stride + k * S::STEP;
                 const typename S::Input value = k < steps ? S::input(at) : S::last(at);
-                for (int v = 0; v < NV; v++)
+                each<NV>([&](auto v) {
                     acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
-            }
-        if constexpr (S::CHUNK > 0) {
-            put_aside<NT, NV>(acc, total);
-            for (int t = 0; t < NT; t++)
-                for (int v = 0; v < NV; v++) acc[t][v] = load(total[t][v]);
-        }
+                });
+            });
+        if constexpr (S::CHUNK > 0) put_aside<NT, NV>(acc, total);
+        Vec sums[NT][NV];  // of which `finish` may take the address: acc stays in registers
+        each<NT * NV>([&](auto i) {
+            sums[i / NV][i % NV] = S::CHUNK > 0 ? load(total[i / NV][i % NV]) : acc[i / NV][i % NV];
+        });
         if (column + NV * W <= w.out)
-            finish<NT, NV>(acc, token, column, [](int) { return Whole{}; });
+            finish<NT, NV>(sums, token, column, [](int) { return Whole{}; });
         else
-            finish<NT, NV>(acc, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
+            finish<NT, NV>(sums, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
     }
 
     // `width(v)`: the number of outputs in vector v.
     template <int NT, int NV, class F>
-    inline void finish(const Vec (&acc)[NT][NV], i64 token, i64 column, F width) const {
-        for (int v = 0; v < NV; v++) {
+    inline void finish(const Vec (&sums)[NT][NV], i64 token, i64 column, F width) const {
+        each<NV>([&](auto v) {
             const Vec add = w.bias ? load_n(w.bias + column + v * W, width(v)) : zero();
-            for (int t = 0; t < NT; t++) put(token + t, column + v * W, width(v), acc[t][v] + add);
-        }
+            each<NT>([&](auto t) { put(token + t, column + v * W, width(v), sums[t][v] + add); });
+        });
     }
 
-    template <int NV>
-    inline void tiles_of(i64 count, i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
-        switch (count) {
-            case 1: tile<1, NV>(token, panel, column, fetch); break;
-            case 2: tile<2, NV>(token, panel, column, fetch); break;
-            case 3: tile<3, NV>(token, panel, column, fetch); break;
-            case 4: tile<4, NV>(token, panel, column, fetch); break;
-#if defined(__AVX512BF16__)
-            case 5: tile<5, NV>(token, panel, column, fetch); break;
-            case 6: tile<6, NV>(token, panel, column, fetch); break;
-            case 7: tile<7, NV>(token, panel, column, fetch); break;
-            case 8: tile<8, NV>(token, panel, column, fetch); break;
-#endif
-        }
+    template <int NV, int NT = TOKENS>
+    inline void tile_of(i64 count, const Inputs<Operand>& inputs, i64 token, const T* panel, i64 column,
+                        PanelFetch& fetch) const {
+        if (count == NT)
+            tile<NT, NV>(inputs, token, panel, column, fetch);
+        else if constexpr (NT > 1)
+            tile_of<NV, NT - 1>(count, inputs, token, panel, column, fetch);
     }
 
-    // Tokens [first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full one.
-    void panel(i64 p, i64 first, i64 last, const Prefetch& rows) const {
-        const i64 size = panel_size<T>(w.in), num = last - first, tiles = ceil_div(num, TOKENS);
-        if (num <= 0) return;
+    // Tokens [inputs.first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full
+    // one.
+    void panel(i64 p, const Inputs<Operand>& inputs, i64 last, const Prefetch& rows) const {
+        const i64 size = panel_size<T>(w.in), num = last - inputs.first, tiles = ceil_div(num, TOKENS);
         const T* weights = w.packed + p * size;
         const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
         const i64 times = max_(1, tiles * (w.in / Step<T>::STEP / UNROLL));
         PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles),
                             rows, min_(MOST_LINES, ceil_div(rows.left, times))};
         if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
-        for (i64 i = 0, t = first; i < tiles; i++) {
+        for (i64 i = 0, t = inputs.first; i < tiles; i++) {
             const i64 count = num / tiles + (i < num % tiles);
             if (p * COLUMNS + W < w.out)
-                tiles_of<VECTORS>(count, t, weights, p * COLUMNS, fetch);
+                tile_of<VECTORS>(count, inputs, t, weights, p * COLUMNS, fetch);
             else
-                tiles_of<1>(count, t, weights, p * COLUMNS, fetch);
+                tile_of<1>(count, inputs, t, weights, p * COLUMNS, fetch);
             t += count;
         }
     }
@@ -190,9 +216,13 @@ struct Linear {
     void multiply(Shares& shares, i64 num_tokens, int threads) const {
         const i64 num = panels() * blocks(num_tokens, threads), size = ceil_div(num_tokens, num / panels());
         const bool ahead = meanwhile.rows && num_tokens > TOKENS;  // with fewer tokens memory is the bottleneck
+        Inputs<Operand> inputs = {nullptr, 0, -1};
         shares.each(omp_get_thread_num(), [&](i64 i, i64) {
-            const i64 block = i / panels();
-            panel(i % panels(), block * size, min_(num_tokens, (block + 1) * size),
+            const i64 first = i / panels() * size, last = min_(num_tokens, first + size);
+            if (first >= last) return;
+            if (inputs.first != first)
+                inputs = converted(x, x_stride, w.in, first, last, (const Operand*)nullptr);
+            panel(i % panels(), inputs, last,
                   ahead ? meanwhile.rows->part(meanwhile, i, num) : Prefetch{});
         });
     }

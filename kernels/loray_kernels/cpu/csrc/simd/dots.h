@@ -37,8 +37,7 @@ static inline void sums(const Vec (&acc)[4][4], float* out, i64 out_stride) {
 #endif
 template <int NT, int NR>
 static inline void sums(const Vec (&acc)[NT][NR], float* out, i64 out_stride) {
-    for (int t = 0; t < NT; t++)
-        for (int r = 0; r < NR; r++) out[t * out_stride + r] = sum(acc[t][r]);
+    each<NT * NR>([&](auto i) { out[i / NR * out_stride + i % NR] = sum(acc[i / NR][i % NR]); });
 }
 
 // out[t][r] = x[t] · row[first + r] for NT tokens and NR rows.
@@ -47,8 +46,7 @@ static inline void dot_tile(const X* x, i64 x_stride, const T* pool, const Rows&
                             i64 out_stride, const Next& next) {
     using D = Dot<X, T>;
     Vec acc[NT][NR];
-    for (int t = 0; t < NT; t++)
-        for (int r = 0; r < NR; r++) acc[t][r] = zero();
+    each<NT * NR>([&](auto i) { acc[i / NR][i % NR] = zero(); });
     for (i64 s = 0; s < rows.num_segments; s++) {
         const RowSegment& segment = rows.segments[s];
         const X* xs = x + segment.column;
@@ -57,19 +55,18 @@ static inline void dot_tile(const X* x, i64 x_stride, const T* pool, const Rows&
         i64 i = 0;
         for (; i + D::STEP <= segment.width; i += D::STEP) {
             typename D::X_ xv[NT];
-            for (int t = 0; t < NT; t++) xv[t] = D::x(xs + t * x_stride + i);
+            each<NT>([&](auto t) { xv[t] = D::x(xs + t * x_stride + i); });
             for (i64 n = 0; n < next.num; n++) __builtin_prefetch(pool + next.offsets[n] + i, 0, 2);
-            for (int r = 0; r < NR; r++) {
+            each<NR>([&](auto r) {
                 typename D::T_ wv = D::w(w[r] + i);
-                for (int t = 0; t < NT; t++) acc[t][r] = D::step(acc[t][r], xv[t], wv);
-            }
+                each<NT>([&](auto t) { acc[t][r] = D::step(acc[t][r], xv[t], wv); });
+            });
         }
         if (i64 rest = segment.width - i) {
-            for (int r = 0; r < NR; r++) {
+            each<NR>([&](auto r) {
                 typename D::T_ wv = D::w(w[r] + i, rest);
-                for (int t = 0; t < NT; t++)
-                    acc[t][r] = D::step(acc[t][r], D::x(xs + t * x_stride + i, rest), wv);
-            }
+                each<NT>([&](auto t) { acc[t][r] = D::step(acc[t][r], D::x(xs + t * x_stride + i, rest), wv); });
+            });
         }
     }
     sums(acc, out, out_stride);
@@ -92,7 +89,7 @@ static inline void dot_rows(const X* x, i64 x_stride, const T* pool, const Rows&
 template <class X, class T>
 static void dot_block(const X* x, i64 x_stride, i64 num_tokens, const T* pool, const Rows& rows, i64 first,
                       i64 num_rows, float* out, i64 out_stride, const Next& after = {}) {
-    constexpr int NT = W == 16 ? 4 : 2;  // sixteen or eight sums fit the registers
+    constexpr int NT = REGISTERS == 32 ? 4 : 2;  // sixteen or eight sums fit the registers
     i64 t = 0;
     for (; t + NT <= num_tokens; t += NT)
         dot_rows<NT, 4>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride,

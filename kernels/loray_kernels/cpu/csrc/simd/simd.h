@@ -7,9 +7,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512BF16__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -28,6 +33,17 @@ using i64 = int64_t;
 struct bf16 {
     uint16_t bits;
 };
+
+template <class F, int... I>
+static inline void each_(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+// f(0) to f(N - 1), with constants: elements of an array that these index stay in registers, which a compiler may fail to
+// see in nested loops.
+template <int N, class F>
+static inline void each(F f) {
+    each_(f, std::make_integer_sequence<int, N>{});
+}
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
@@ -122,40 +138,7 @@ static inline Vec where(uint32_t bits, Vec x, Vec other) {
 
 #else
 
-constexpr int W = 4;
-typedef float Vec __attribute__((vector_size(16)));
-
-static inline Vec set1(float x) { return Vec{x, x, x, x}; }
-static inline Vec load(const float* p) {
-    Vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline Vec load(const bf16* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
-static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-static inline void store(bf16* p, Vec v) {
-    for (int i = 0; i < W; i++) p[i] = round_bf16(v[i]);
-}
-static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-static inline float largest(Vec v) {
-    float low = v[0] > v[2] ? v[0] : v[2], high = v[1] > v[3] ? v[1] : v[3];
-    return low > high ? low : high;
-}
-static inline Vec scale2(Vec p, Vec n) {
-    for (int i = 0; i < W; i++) {
-        uint32_t bits = uint32_t(int(n[i]) + 127) << 23;
-        float power;
-        memcpy(&power, &bits, 4);
-        p[i] *= power;
-    }
-    return p;
-}
-static inline Vec where(uint32_t bits, Vec x, Vec other) {
-    for (int i = 0; i < W; i++) x[i] = bits >> i & 1 ? x[i] : other[i];
-    return x;
-}
+#include "generic.h"
 
 #endif
 
@@ -175,6 +158,13 @@ static inline void store_n(T* p, Vec v, i64 n) {
 #endif
 
 static inline Vec zero() { return set1(0.0f); }
+
+// Vector registers: a product's tile has as many sums as they hold beside its factors.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
 
 // f(i, n) for each vector of `num` elements, from element i: n is Whole, or the number of elements left for the last
 // vector. Masked accesses are slow.
@@ -199,10 +189,12 @@ static inline Vec rounded(Vec v, const float*) { return v; }
 static inline Vec rounded(Vec v, const bf16*) {
 #if defined(__AVX512BF16__)
     return widen_((__m256i)_mm512_cvtneps_pbh(v));
-#else
+#elif defined(__AVX2__)
     bf16 narrow[W];
     store(narrow, v);
     return load(narrow);
+#else
+    return (Vec)(rounded_(v) & 0xffff0000);
 #endif
 }
 

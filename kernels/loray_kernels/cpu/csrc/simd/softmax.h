@@ -41,7 +41,7 @@ static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
     for (i64 r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
 }
 
-// A block of packed keys and values, and the memory for the scores and weights of a tile of queries.
+// A block of packed keys, the memory for the scores and weights of a tile of queries, and that for packed values.
 template <class P>
 struct KeyBlock {
     typename P::Unit *keys, *values, *weights;
@@ -49,10 +49,10 @@ struct KeyBlock {
 };
 
 // Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
-// block; other scores are set to −∞.
-template <class P>
+// block; other scores are set to −∞. `add(weights, sums, num)` adds the weighted values of `num` rows to their sums.
+template <class P, class Add>
 static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
-                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale, Add add) {
     constexpr int NV = KEYS / W;
     float iota[W];
     for (int i = 0; i < W; i++) iota[i] = float(i);
@@ -87,9 +87,19 @@ static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries,
             store(lanes + r * W, sum);
             P::pack_weights(w.weights + q * (KEYS / P::PER_UNIT), s);
         }
-        product<P>(w.weights, KEYS / P::PER_UNIT, w.values, d, width / P::PER_UNIT, part.sums + first * d, d, num, d,
-                   true);
+        add(w.weights, part.sums + first * d, num);
     }
+}
+
+// The same with packed values.
+template <class P>
+static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
+    const i64 units = padded(num_keys) / P::PER_UNIT;
+    attend<P>(w, queries, part, lanes, rows, num_keys, group, limit, d, scale,
+              [&](const typename P::Unit* weights, float* sums, i64 num) {
+                  product<P>(weights, KEYS / P::PER_UNIT, w.values, d, units, sums, d, num, d, true);
+              });
 }
 
 }  // namespace LORAY_NAMESPACE

@@ -4,13 +4,13 @@
 // (AVX512-BF16), else one fp32. Each sum has one accumulator over the summed dimension in order.
 #pragma once
 
-#include "simd.h"
+#include "transpose.h"
 
 namespace LORAY_NAMESPACE {
 
 constexpr int KEYS = 64;               // keys of a block of the online softmax
-constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of a tile; with 4 (2) vectors of columns they fit the registers
-constexpr int VECTORS = W == 16 ? 4 : 2;
+constexpr int QUERIES = 6;             // rows of a tile; with 4 (2) vectors of columns they fit the registers
+constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;
 
 // `num` keys rounded up to whole vectors: the part of a block that is computed.
 static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
@@ -46,25 +46,30 @@ struct Fetch {
 struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
-    static i64 pauses(i64, i64) { return 2; }  // calls of Fetch::some while so many keys of width d are packed
+    // Calls of Fetch::some while so many keys of width d are packed.
+    static i64 pauses(i64 num, i64 d) { return padded(num) / W * ceil_div(d, W); }
     static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
 
     template <class T>
     static inline void pack_row(Unit* out, const T* x, i64 d) {
-        for (i64 i = 0; i < d; i++) out[i] = to_float(x[i]);
+        for (i64 i = 0; i < d; i += W) store(out + i, load(x + i));
     }
     // out[i][key] = k[key][i]; zeros from `num` on to a whole vector, as in the values
     template <class T>
-    static inline void pack_keys(Unit* out, const T* const* k, i64 num, i64 d, Fetch& fetch) {
-        for (i64 j = 0; j < padded(num); j++)
-            for (i64 i = 0; i < d; i++) out[i * KEYS + j] = j < num ? to_float(k[j][i]) : 0.0f;
-        fetch.some();
+    __attribute__((noinline)) static void pack_keys(Unit* out, const T* const* k, i64 num, i64 d, Fetch& fetch) {
+        for (i64 j = 0; j < padded(num); j += W)
+            for (i64 i = 0; i < d; i += W) {
+                Vec r[W];
+                for (int n = 0; n < W; n++) r[n] = j + n < num ? load(k[j + n] + i) : zero();
+                transpose(r);
+                for (int n = 0; n < W; n++) store(out + (i + n) * KEYS + j, r[n]);
+                fetch.some();
+            }
     }
     template <class T>
-    static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch& fetch) {
+    static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch&) {
         for (i64 j = 0; j < padded(num); j++)
-            for (i64 i = 0; i < d; i++) out[j * d + i] = j < num ? to_float(v[j][i]) : 0.0f;
-        fetch.some();
+            for (i64 i = 0; i < d; i += W) store(out + j * d + i, j < num ? load(v[j] + i) : zero());
     }
     static inline void pack_weights(Unit* out, const Vec* p) {
         for (int v = 0; v < KEYS / W; v++) store(out + v * W, p[v]);
@@ -90,31 +95,6 @@ struct Pairs {
     }
 
     static inline void pack_row(Unit* out, const bf16* x, i64 d) { memcpy(out, x, d * 2); }
-
-    // Transposes sixteen rows of sixteen units.
-    static inline void transpose(__m512i* r) {
-        __m512i t[16];
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-                r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-            }
-        // r[4q + c] holds, in lane l, column 4l + c of rows 4q to 4q + 3.
-        for (int c = 0; c < 4; c++) {
-            __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee);
-            __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
-            __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
-            t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-            t[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-            t[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-            t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-        }
-        for (int i = 0; i < 16; i++) r[i] = t[i];
-    }
 
     static inline void pack_keys(Unit* out, const bf16* const* k, i64 num, i64 d, Fetch& fetch) {
         for (i64 j = 0; j < padded(num); j += 16)
@@ -183,36 +163,80 @@ template <class P, int NQ, int NV>
 static inline void tile(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
                         float* c, i64 c_stride, bool add) {
     Vec acc[NQ][NV];
-    for (int q = 0; q < NQ; q++)
-        for (int v = 0; v < NV; v++) acc[q][v] = add ? load(c + q * c_stride + v * W) : zero();
+    each<NQ * NV>([&](auto i) {
+        acc[i / NV][i % NV] = add ? load(c + i / NV * c_stride + i % NV * W) : zero();
+    });
     for (i64 k = 0; k < num; k++)
-        for (int q = 0; q < NQ; q++)
-            for (int v = 0; v < NV; v++)
-                acc[q][v] = P::mac(acc[q][v], a + q * a_stride + k, b + k * b_stride + v * W);
-    for (int q = 0; q < NQ; q++)
-        for (int v = 0; v < NV; v++) store(c + q * c_stride + v * W, acc[q][v]);
+        each<NQ>([&](auto q) {
+            each<NV>([&](auto v) { acc[q][v] = P::mac(acc[q][v], a + q * a_stride + k, b + k * b_stride + v * W); });
+        });
+    each<NQ * NV>([&](auto i) { store(c + i / NV * c_stride + i % NV * W, acc[i / NV][i % NV]); });
 }
 
-template <class P, int NV>
+// The same for any number of rows: as many tiles of NQ rows as there are, then smaller ones.
+template <class P, int NV, int NQ>
 static inline void tile_rows(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
                              float* c, i64 c_stride, i64 rows, bool add) {
     i64 q = 0;
-    for (; q + QUERIES <= rows; q += QUERIES)
-        tile<P, QUERIES, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
-    for (; q + 3 <= rows; q += 3)
-        tile<P, 3, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
-    for (; q < rows; q++)
-        tile<P, 1, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
+    for (; q + NQ <= rows; q += NQ)
+        tile<P, NQ, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
+    if constexpr (NQ > 1)
+        if (q < rows)
+            tile_rows<P, NV, W == 16 ? (NQ > 3 ? 3 : 1) : NQ - 1>(a + q * a_stride, a_stride, b, b_stride, num,
+                                                                  c + q * c_stride, c_stride, rows - q, add);
 }
+
+// The same for any multiple of W columns: NV vectors of columns at a time, then single ones.
+template <class P, int NV, int NQ>
+static inline void tile_columns(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride,
+                                i64 num, float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
+    i64 i = 0;
+    for (; i + NV * W <= columns; i += NV * W)
+        tile_rows<P, NV, NQ>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+    for (; i < columns; i += W) tile_rows<P, 1, NQ>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+}
+
+constexpr int FEW = 3;  // rows that leave registers for twice as many vectors
+constexpr i64 STEPS = 8;  // of a sum between two calls of Fetch::some
 
 // The same for any number of rows and any multiple of W columns.
 template <class P>
 static inline void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
                            float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
+    if (W < 16 && rows <= FEW)
+        tile_columns<P, 2 * VECTORS, FEW>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
+    else
+        tile_columns<P, VECTORS, QUERIES>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
+}
+
+// c[q][·] += Σₖ a[q][k] · b[k][·] for NQ rows of fp32, NV vectors, and rows of b from column `first` on, where they are.
+template <int NQ, int NV, class T>
+__attribute__((noinline)) static void tile_of(const float* a, i64 a_stride, const T* const* b, i64 first, i64 num, float* c, i64 c_stride,
+                           Fetch& fetch) {
+    Vec acc[NQ][NV];
+    each<NQ * NV>([&](auto i) { acc[i / NV][i % NV] = load(c + i / NV * c_stride + first + i % NV * W); });
+    for (i64 k = 0; k < num; fetch.some())
+        for (const i64 stop = min_(num, k + STEPS); k < stop; k++)
+            each<NV>([&](auto v) {
+                const Vec value = load(b[k] + first + v * W);
+                each<NQ>([&](auto q) { acc[q][v] = fma(set1(a[q * a_stride + k]), value, acc[q][v]); });
+            });
+    each<NQ * NV>([&](auto i) { store(c + i / NV * c_stride + first + i % NV * W, acc[i / NV][i % NV]); });
+}
+
+// The same for up to NQ rows and any multiple of W columns: each element of b is converted to fp32 once. The sums are
+// those of `product` with packed rows.
+template <class T, int NQ = QUERIES>
+static inline void product_of(const float* a, i64 a_stride, const T* const* b, i64 num, float* c, i64 c_stride,
+                              i64 rows, i64 columns, Fetch& fetch) {
+    if (rows < NQ) {
+        if constexpr (NQ > 1) product_of<T, NQ - 1>(a, a_stride, b, num, c, c_stride, rows, columns, fetch);
+        return;
+    }
+    constexpr int NV = W < 16 && NQ <= FEW ? 2 * VECTORS : VECTORS;
     i64 i = 0;
-    for (; i + VECTORS * W <= columns; i += VECTORS * W)
-        tile_rows<P, VECTORS>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
-    for (; i < columns; i += W) tile_rows<P, 1>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+    for (; i + NV * W <= columns; i += NV * W) tile_of<NQ, NV>(a, a_stride, b, i, num, c, c_stride, fetch);
+    for (; i < columns; i += W) tile_of<NQ, 1>(a, a_stride, b, i, num, c, c_stride, fetch);
 }
 
 }  // namespace LORAY_NAMESPACE
