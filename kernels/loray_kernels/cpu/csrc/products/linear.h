@@ -124,9 +124,11 @@ struct Linear {
         const i64 stride = inputs.stride;
         Vec acc[NT][NV];
         [[maybe_unused]] float total[NT][NV][W];
-        if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
         for (int t = 0; t < NT; t++)
-            for (int v = 0; v < NV; v++) acc[t][v] = zero();
+            for (int v = 0; v < NV; v++) {
+                if constexpr (S::CHUNK > 0) store(total[t][v], zero());
+                acc[t][v] = zero();
+            }
         const i64 steps = w.in / S::STEP, all = ceil_div(w.in, S::STEP);
         i64 k = 0;
         for (; k + UNROLL <= steps; k += UNROLL) {
