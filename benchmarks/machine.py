@@ -32,9 +32,7 @@ def describe_machine() -> dict[str, str]:
 
 
 class MachineRates(NamedTuple):
-    """Bytes/s read from memory, and FLOP/s of torch's matrix product: on a GPU in bf16, on a CPU, which may have no
-    instructions for bf16, in bf16 or fp32, whichever is faster.
-    """
+    """Bytes/s read from memory, and FLOP/s of torch's matrix product in the dtype that the device multiplies fastest."""
 
     bandwidth: float
     flops: float
@@ -56,11 +54,10 @@ def rates_here(name: str) -> MachineRates:
     """Measure the rates of a device in this process, which loads torch."""
     import torch
 
-    from loray.train.rates import product_flops, read_bandwidth
+    from loray.train.rates import fastest_product_flops, read_bandwidth
 
     device = torch.device(name)
-    dtypes = (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16,)
-    return MachineRates(read_bandwidth(device), max(product_flops(device, dtype) for dtype in dtypes))
+    return MachineRates(read_bandwidth(device), fastest_product_flops(device))
 
 
 def on_this_machine(recipe: TrainSpec) -> TrainSpec:

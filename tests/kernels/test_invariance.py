@@ -183,7 +183,7 @@ class Sequence:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 4), 80), ((8, 1), 128), ((2, 1), 48)])
+@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 4), 80), ((5, 1), 64), ((8, 1), 128), ((2, 1), 48)])
 def test_attention_over_a_long_context_in_any_chunks(
     ops: Ops, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:

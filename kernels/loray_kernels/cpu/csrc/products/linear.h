@@ -126,8 +126,10 @@ struct Linear {
         const i64 stride = inputs.stride;
         Vec acc[NT][NV];
         [[maybe_unused]] float total[NT][NV][W];
-        if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
-        each<NT * NV>([&](auto i) { acc[i / NV][i % NV] = zero(); });
+        each<NT * NV>([&](auto i) {
+            if constexpr (S::CHUNK > 0) store(total[i / NV][i % NV], zero());
+            acc[i / NV][i % NV] = zero();
+        });
         const i64 steps = w.in / S::STEP, all = ceil_div(w.in, S::STEP);
         i64 k = 0;
         for (; k + UNROLL <= steps; k += UNROLL) {

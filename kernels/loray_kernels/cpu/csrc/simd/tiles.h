@@ -47,24 +47,28 @@ struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
     // Calls of Fetch::some while so many keys of width d are packed.
-    static i64 pauses(i64 num, i64 d) { return padded(num) / W * ceil_div(d, W); }
+    static i64 pauses(i64 num, i64 d) { return padded(num) / W * ceil_div(d, 2 * W); }
     static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
 
     template <class T>
     static inline void pack_row(Unit* out, const T* x, i64 d) {
         for (i64 i = 0; i < d; i += W) store(out + i, load(x + i));
     }
-    // out[i][key] = k[key][i]; zeros from `num` on to a whole vector, as in the values
+    // out[i][key] = k[key][i]; zeros from `num` on to a whole vector, as in the values. Not inlined, as `tile_of`.
     template <class T>
     __attribute__((noinline)) static void pack_keys(Unit* out, const T* const* k, i64 num, i64 d, Fetch& fetch) {
-        for (i64 j = 0; j < padded(num); j += W)
-            for (i64 i = 0; i < d; i += W) {
-                Vec r[W];
-                for (int n = 0; n < W; n++) r[n] = j + n < num ? load(k[j + n] + i) : zero();
-                transpose(r);
-                for (int n = 0; n < W; n++) store(out + (i + n) * KEYS + j, r[n]);
+        i64 j = 0;
+        for (; j + W <= num; j += W)
+            for (i64 i = 0; i < d; i += Square<T>::WIDTH) {
+                Square<T>::put(out + i * KEYS + j, KEYS, k + j, i);
                 fetch.some();
             }
+        for (i64 i = 0; j < num && i < d; i += W) {
+            Vec r[W];
+            for (int n = 0; n < W; n++) r[n] = j + n < num ? load(k[j + n] + i) : zero();
+            transpose(r);
+            for (int n = 0; n < W; n++) store(out + (i + n) * KEYS + j, r[n]);
+        }
     }
     template <class T>
     static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch&) {
@@ -210,6 +214,7 @@ static inline void product(const typename P::Unit* a, i64 a_stride, const typena
 }
 
 // c[q][·] += Σₖ a[q][k] · b[k][·] for NQ rows of fp32, NV vectors, and rows of b from column `first` on, where they are.
+// Inlined, the sums would not stay in registers.
 template <int NQ, int NV, class T>
 __attribute__((noinline)) static void tile_of(const float* a, i64 a_stride, const T* const* b, i64 first, i64 num, float* c, i64 c_stride,
                            Fetch& fetch) {

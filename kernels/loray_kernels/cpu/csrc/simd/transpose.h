@@ -71,4 +71,33 @@ static inline void transpose(Vec* r) {
 }
 #endif
 
+// Writes W rows transposed, from column `i` on: WIDTH columns become rows, `stride` apart.
+template <class T>
+struct Square {
+    static constexpr int WIDTH = W;
+    static inline void put(float* out, i64 stride, const T* const* rows, i64 i) {
+        Vec r[W];
+        for (int n = 0; n < W; n++) r[n] = load(rows[n] + i);
+        transpose(r);
+        for (int n = 0; n < W; n++) store(out + n * stride, r[n]);
+    }
+};
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+// Two neighbours move as one and are parted at the end: half the shuffles.
+template <>
+struct Square<bf16> {
+    static constexpr int WIDTH = 2 * W;
+    static inline void put(float* out, i64 stride, const bf16* const* rows, i64 i) {
+        const Vec odd = _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000)));
+        Vec r[W];
+        for (int n = 0; n < W; n++) r[n] = load((const float*)(rows[n] + i));
+        transpose(r);
+        for (int n = 0; n < W; n++, out += 2 * stride) {
+            store(out, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r[n]), 16)));
+            store(out + stride, _mm256_and_ps(r[n], odd));
+        }
+    }
+};
+#endif
+
 }  // namespace LORAY_NAMESPACE
