@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, str]:
 
 
 class MachineRates(NamedTuple):
-    """Bytes/s read from memory, and FLOP/s of torch's matrix product in the dtype that the device multiplies fastest."""
+    """Bytes/s read from memory, and FLOP/s of torch's matrix product in the dtype that is multiplied fastest."""
 
     bandwidth: float
     flops: float
