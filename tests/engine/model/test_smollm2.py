@@ -63,7 +63,7 @@ class Case:
 def case(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("adapters")
     adapters = [
-        make_adapter(smollm2, folder / name, config, seed=i, rope=rope, num_token_rows=5000, extras_std=0.02)
+        make_adapter(smollm2, folder / name, config, seed=40 + i, rope=rope, num_token_rows=5000, extras_std=0.02)
         for i, (name, (config, rope)) in enumerate(CONFIGS.items())
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2.path)

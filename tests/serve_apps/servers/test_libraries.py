@@ -34,7 +34,8 @@ def chat(server: Served) -> Iterator[Any]:
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_langchain_gives_structured_output(chat: Any, method: str) -> None:
     if method == "json_mode":
-        answer = chat.bind(response_format={"type": "json_object"}, temperature=0, max_tokens=40).invoke("JSON?")
+        braces = {str(ord(brace) - 33): 100 for brace in "{}"}  # else a random model's object may be of any length
+        answer = chat.bind(response_format={"type": "json_object"}, logit_bias=braces, max_tokens=40).invoke("JSON?")
         assert answer.content.startswith("{")
         return
     structured = chat.with_structured_output(Add, method=method)

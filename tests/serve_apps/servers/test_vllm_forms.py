@@ -205,6 +205,7 @@ def test_the_responses_api_calls_tools(client: openai.OpenAI) -> None:
         "temperature": 2.0,
         "max_output_tokens": 400,
         "reasoning": {"effort": "none"},
+        "parallel_tool_calls": False,  # a random model may begin more calls than there are tokens for
     }
     items: list[Any] = [{"role": "user", "content": "What is the weather in Ulm?"}]
     output = client.responses.create(input=items, tool_choice="required", **given, extra_body={"seed": 1}).output
