@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-portable test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -34,6 +34,10 @@ test-portable: .venv/.ready
 	  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PORTABLE) $(addprefix tests/,engine kernels train); \
 	  else echo "without AVX-512, make test is the test with AVX2"; fi
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PORTABLE) $(addprefix tests/,engine kernels)
+
+# The kernels for ARM, emulated: needs qemu-aarch64 and aarch64-linux-gnu-g++.
+test-arm: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slow tests/kernels
 
 # Killed workers and drivers, replicas that come and go, strategies on ranks, whole commands: minutes.
 test-slow: .venv/.ready
