@@ -107,14 +107,16 @@ def build(setup: Setup, base: BaseModel) -> Engine:
     """An engine that loads adapters as a replica does: from the store through the node's cache into host memory."""
     import torch
 
-    from loray.engine.build import build_engine
+    from loray.engine.build import build_engine, with_dtype
     from serve_apps.replica.startup import adapter_loader
 
     spec = setup.spec
     settings = Settings(setup.home, setup.store, setup.catalog, address=None, log_level="WARNING")
     load = adapter_loader(base, settings)
     if base.source == "random":
-        tensors = random_tensors(base.config, torch.device(spec.device), getattr(torch, spec.dtype))
+        device = torch.device(spec.device)
+        spec = with_dtype(spec, device)
+        tensors = random_tensors(base.config, device, getattr(torch, spec.dtype))
         return build_engine(spec, base, load, tensors)
     return build_engine(spec, base, load)
 
