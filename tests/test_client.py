@@ -110,6 +110,6 @@ def test_what_is_not_json_is_shown() -> None:
         client.models()
     with (
         client_of(lambda _: httpx.Response(200, text="[]")) as client,
-        pytest.raises(EngineError, match="not a ModelList"),
+        pytest.raises(EngineError, match="not of this API"),
     ):
         client.models()

@@ -53,12 +53,13 @@ def main() -> None:
 
 
 def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
-    """Bytes of the weights' file of the recipe's adapter, saved as in a checkpoint of a run."""
+    """Bytes of the weights' file of the recipe's adapter, as it is published: in the base's dtype."""
     from loray.adapters.export import save_adapter
     from loray.adapters.peft_format import WEIGHTS_FILE
+    from loray.bases.checkpoint import stored_dtype
     from loray.train.model import build_model
 
-    model = build_model(base, recipe)
+    model = build_model(base, recipe.model_copy(update={"dtype": stored_dtype(base.path)}))
     with TemporaryDirectory() as folder:
         save_adapter(model, recipe.adapter, Path(folder) / "adapter")
         return (Path(folder) / "adapter" / WEIGHTS_FILE).stat().st_size

@@ -80,7 +80,7 @@ def data(tmp_path: Path) -> Path:
 def folder(base: BaseModel, tmp_path: Path) -> Path:
     """A LongLoRA adapter that extends 512 to 1,024 tokens, with a manifest but not published."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
-    make_adapter(base, tmp_path / "adapter", config, seed=1, rope=LINEAR, std=0.3)
+    make_adapter(base, tmp_path / "adapter", config, seed=1, rope=LINEAR, std=3.0)
     describe(tmp_path / "adapter", base, ManifestDetails(rope_parameters=LINEAR, context_length=1024))
     return tmp_path / "adapter"
 

@@ -260,7 +260,7 @@ def test_the_job_s_entrypoint_is_a_driver_with_a_recipe_that_is_mounted(folder: 
     assert added_bases(folder) == {spec.base}
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
-    assert ("nvidia.com/gpu" in limits) == spec.use_gpu
+    assert ("nvidia.com/gpu" in limits) == (spec.use_gpu is True)
     assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "0"]
     group = Settings.from_env(environment(container, folder)).training_group
     assert group is not None

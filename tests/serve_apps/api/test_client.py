@@ -162,7 +162,7 @@ def test_servers_that_do_not_answer(tmp_path: Path) -> None:
         client.bases()
     for answer, match in [
         (httpx.Response(502, text="<html>bad gateway"), "HTTP 502: <html>bad gateway"),
-        (httpx.Response(200, text="[]"), "not a AliasResource"),
+        (httpx.Response(200, text="[]"), "not of this API"),
     ]:
         transport = httpx.MockTransport(lambda _, answer=answer: answer)  # type: ignore[misc]
         with CatalogClient(transport=transport, retry_s=0) as client, pytest.raises(ClusterError, match=match):

@@ -114,6 +114,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
     adapter = tmp_path / "adapter"
     make_adapter(base, adapter, LoraConfig(r=2, target_modules=["q_proj"]), seed=1, rope=LINEAR, std=0.3)
     what: dict[str, Any] = {
+        "dtype": "float32",
         "documents": documents(600),
         "perplexity": PerplexitySpec(context_lengths=(64, 200), stride=100, max_windows=None),
         "retrieval": [RetrievalSpec(context_lengths=(400,), depths=(0.0, 1.0), samples=2)],
@@ -142,7 +143,11 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
 
 
 def test_nothing_is_loaded_where_all_is_kept(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    what: dict[str, Any] = {"documents": documents(200), "perplexity": PerplexitySpec(context_lengths=(64,))}
+    what: dict[str, Any] = {
+        "dtype": "float32",
+        "documents": documents(200),
+        "perplexity": PerplexitySpec(context_lengths=(64,)),
+    }
     first = measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path))
     monkeypatch.setattr("loray.train.evaluation.measure.load", lambda *_, **__: pytest.fail("loaded"))
     assert measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path)) == first
@@ -154,7 +159,7 @@ def test_a_figure_that_is_not_finite_is_not_kept(
     monkeypatch.setattr(retrieval, "score", lambda *_: retrieval.Answer(True, retrieval.finite(float("nan"), "it")))
     spec = RetrievalSpec(context_lengths=(400,), depths=(0.0,), samples=1)
     with pytest.raises(EvaluationError, match="it is nan"):
-        measure(base, [MeasuredModel("base")], retrieval=[spec], kept=KeptFigures(tmp_path))
+        measure(base, [MeasuredModel("base")], retrieval=[spec], dtype="float32", kept=KeptFigures(tmp_path))
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

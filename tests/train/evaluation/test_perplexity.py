@@ -187,7 +187,11 @@ def test_a_loss_beyond_all_numbers_is_an_error(base: BaseModel, monkeypatch: pyt
     monkeypatch.setattr("loray.train.evaluation.measure.mean_loss", lambda *_: 900.0)
     with pytest.raises(EvaluationError, match="base, perplexity at 64 tokens is inf"):
         measure(
-            base, [MeasuredModel("base")], documents=documents(64), perplexity=PerplexitySpec(context_lengths=(64,))
+            base,
+            [MeasuredModel("base")],
+            dtype="float32",
+            documents=documents(64),
+            perplexity=PerplexitySpec(context_lengths=(64,)),
         )
 
 
