@@ -72,7 +72,7 @@ def with_dtype(spec: ServeSpec, device: torch.device) -> ServeSpec:
     if use_gpu:
         gpu = Gpu(torch.cuda.get_device_name(device), 0, torch.cuda.get_device_capability(device))
         here = replace(here, gpus=(gpu,))
-    has_kernels = not isinstance(backend("auto", device), ReferenceOps)
+    has_kernels = type(backend("auto", device)) is not ReferenceOps  # which the others are made of
     dtype, why = serving_dtype(here, use_gpu=use_gpu, has_kernels=has_kernels)
     _log.info("serving in %s: %s", dtype, why)
     return spec.model_copy(update={"dtype": dtype})

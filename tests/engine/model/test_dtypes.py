@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
+from loray_kernels import available
+from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import LINEAR_ROPE, NORMS, Oracle, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
+from tests.planning.recipes import HARDWARE
 
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
 CONFIGS: dict[str, tuple[Any, Any]] = {
@@ -65,3 +68,20 @@ def test_an_adapter_in_float32_and_in_bfloat16_is_served_alike(
             error = (found[name][0].double() - expected_V).abs().max()
             is_exact = dtype == "float32" and name == "a"
             assert error <= (1e-4 if is_exact else _ROUNDINGS * scale), (dtype, name, float(error), float(scale))
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_an_engine_chooses_bfloat16_where_kernels_read_half_of_the_bytes(
+    multiplies: bool, tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = replace(HARDWARE, multiplies_bfloat16=multiplies)
+    monkeypatch.setattr("loray.engine.build.hardware", lambda: here)
+    engine = make_engine(tiny_base(), dtype="auto")
+    has_kernels = "cpu" in available()
+    assert engine.spec.dtype == ("bfloat16" if multiplies or has_kernels else "float32")
+    assert engine.pool.tensor.dtype is getattr(torch, engine.spec.dtype)
+    engine.close()
+    monkeypatch.setattr("loray.engine.build.backend", lambda name, device: ReferenceOps())
+    engine = make_engine(tiny_base(), dtype="auto")
+    assert engine.spec.dtype == ("bfloat16" if multiplies else "float32")
+    engine.close()
