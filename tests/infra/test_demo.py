@@ -44,7 +44,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(
 ) -> None:
     home = tmp_path / "home"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORAY_"))}
-    demo = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", str(DEMO), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,17 +52,17 @@ def test_an_interrupted_demo_leaves_nothing_behind(
         start_new_session=True,
         cwd=ROOT,
         env=environment | {"LORAY_HOME": str(home), "PYTHONUNBUFFERED": "1"},
-    )
-    assert demo.stdout is not None
-    seen = []
-    for line in demo.stdout:
-        seen.append(line)
-        if until in line:
-            break
-    assert until in seen[-1], "".join(seen)
-    (os.killpg if to_group else os.kill)(demo.pid, number)
-    rest = demo.stdout.read()
-    assert demo.wait() == 128 + number, rest
+    ) as demo:
+        assert demo.stdout is not None
+        seen = []
+        for line in demo.stdout:
+            seen.append(line)
+            if until in line:
+                break
+        assert until in seen[-1], "".join(seen)
+        (os.killpg if to_group else os.kill)(demo.pid, number)
+        rest = demo.stdout.read()
+    assert demo.returncode == 128 + number, rest
     assert "Nothing of the demo runs any more" in rest
     deadline = time.monotonic() + 30  # Ray's processes end by themselves once their parents have
     while (left := processes_of(home)) and time.monotonic() < deadline:
