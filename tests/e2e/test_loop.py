@@ -67,7 +67,7 @@ def trained(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.Te
         )
     digests = {}
     for method, driver in drivers.items():
-        out, err = driver.communicate(timeout=120)
+        out, err = driver.communicate(timeout=400)
         events = [event for line in out.splitlines() if (event := decode(line))]
         assert driver.returncode == 0, f"{out}\n{err}"
         assert events[-1]["event"] == "published"
