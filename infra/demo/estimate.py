@@ -25,7 +25,7 @@ WORK = {
 }
 _FORWARD = 0.5  # of the time of a trained token: measuring has no backward pass
 _START_S = 60.0  # base model, cluster, server and questions
-_RUN_S = 25.0  # of a training: its processes, and publishing
+_RUN_S = 45.0  # of a training: its processes, and publishing
 
 
 class Estimate(NamedTuple):
