@@ -45,14 +45,13 @@ def build_engine(
     """
     keep_freed()
     GrammarCompiler(base).warm()  # later it would hold up the steps of others
-    device = use_device(torch.device(spec.device))
-    spec = with_dtype(spec, device)
+    spec = with_dtype(spec, torch.device(spec.device))
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})
         ranks = start_ranks(spec, base, load, start_workers)
         return _ready(Engine(ranks.spec, base, *ranks[1:]), ranks.model)
-    dtype = getattr(torch, spec.dtype)
+    dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
     if spec.fixed_pool_bytes is not None:
         cut_pool(spec, base.config)  # what cannot be is told before the base is loaded
     tensors = read_tensors(base.path) if tensors is None else tensors
@@ -72,7 +71,7 @@ def with_dtype(spec: ServeSpec, device: torch.device) -> ServeSpec:
     if use_gpu:
         gpu = Gpu(torch.cuda.get_device_name(device), 0, torch.cuda.get_device_capability(device))
         here = replace(here, gpus=(gpu,))
-    has_kernels = type(backend("auto", device)) is not ReferenceOps  # which the others are made of
+    has_kernels = use_gpu or type(backend("auto", device)) is not ReferenceOps  # which the others are made of
     dtype, why = serving_dtype(here, use_gpu=use_gpu, has_kernels=has_kernels)
     _log.info("serving in %s: %s", dtype, why)
     return spec.model_copy(update={"dtype": dtype})

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.machine import GpuRates, Rates, hardware, training_dtype
+from loray.machine import GpuRates, Rates, hardware, serving_dtype, training_dtype
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs
 from loray.spec import DType
 from loray.train.attention.shifted import s2_attention
@@ -47,14 +47,13 @@ def measure_rates() -> Rates:
 
 def fastest_product_flops(device: torch.device, passes: int = 5) -> float:
     """FLOP/s of products in the dtype that the device multiplies fastest, with which MFU and floors compare."""
-    chosen = training_dtype(hardware(), use_gpu=device.type == "cuda").dtype
+    chosen = serving_dtype(hardware(), use_gpu=device.type == "cuda", has_kernels=False).dtype
     return product_flops(device, getattr(torch, chosen), passes)
 
 
 def _gpu_rates() -> GpuRates:
     gpu = torch.device("cuda", 0)
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(gpu) >= (8, 0) else torch.float16
-    return GpuRates(product_flops(gpu, dtype), read_bandwidth(gpu))
+    return GpuRates(fastest_product_flops(gpu), read_bandwidth(gpu))
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, passes: int = 5) -> float:

@@ -34,8 +34,9 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
     spec = source.load(home, is_example=True).spec
     model = shape_of(spec.base, config, home)
     spec = with_parent(spec, model)
-    here = on_hardware(spec, hardware())
-    is_elsewhere = device_name is None and here.spec.use_gpu and not hardware().gpus
+    found = hardware()
+    here = on_hardware(spec, found)
+    is_elsewhere = device_name is None and here.spec.use_gpu and not found.gpus
     name = device_name or (ASSUMED_GPU if is_elsewhere else THIS_MACHINE)
     device = device_of(name, home, spec.num_workers, use_gpu=bool(here.spec.use_gpu))
     made = make_plan(run_of(spec, model, dtype=device.training_dtype), device)
