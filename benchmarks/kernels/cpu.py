@@ -37,6 +37,7 @@ from loray_kernels import (
     VeraTable,
     backend,
 )
+from loray_kernels.memory import huge_pages, keep_freed
 
 LAYERS, HIDDEN, MIDDLE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 LAYOUT = KvLayout(LAYERS, 16, KV_HEADS, HEAD_DIM)
@@ -55,8 +56,10 @@ class Case(NamedTuple):
 
 
 def random_pool(num_blocks: int) -> Tensor:
-    block = torch.randn(LAYERS * SHARE).mul_(0.1).to(torch.bfloat16)
-    return block.repeat(num_blocks)
+    """In huge pages, as the engine's."""
+    pool = huge_pages(num_blocks * LAYERS * SHARE, torch.bfloat16)
+    pool.view(num_blocks, -1).copy_(torch.randn(LAYERS * SHARE).mul_(0.1))
+    return pool
 
 
 def lora(num_tokens: int, num_adapters: int) -> Case:
@@ -119,11 +122,11 @@ def attention(queries: int, context: int, num_sequences: int) -> Case:
     )
 
 
-def vera(num_tokens: int, rank: int = 256) -> Case:
-    """VeRA on q, k, v, o with one pair; every token has another adapter."""
+def vera(num_tokens: int, num_adapters: int, rank: int = 256) -> Case:
+    """VeRA on q, k, v, o with one pair. Every adapter has equally many tokens."""
     a, b = (PairMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
-    pool = random_pool(num_tokens)
-    offsets = torch.arange(num_tokens) * LAYERS * SHARE
+    pool = random_pool(num_adapters)
+    offsets = torch.arange(num_adapters).repeat_interleave(num_tokens // num_adapters) * LAYERS * SHARE
     d = RowTables(((0, rank, offsets),))
     tables = {m: VeraTable(a, b, d, RowTables(((0, o, offsets),)), 0, num_tokens) for m, o in MODULES.items()}
     x_TI = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
@@ -137,7 +140,8 @@ def vera(num_tokens: int, rank: int = 256) -> Case:
                     ops.vera_expand(outputs[m], z_TR, pool, tables[m], layer * SHARE)
 
     macs = LAYERS * num_tokens * rank * (2 * HIDDEN + sum(MODULES.values()))
-    return Case(f"vera r{rank} {num_tokens} tokens", step, LAYERS * num_tokens * 4 * (rank + HIDDEN) * 2, macs)
+    size = LAYERS * num_adapters * (4 * rank + sum(MODULES.values())) * 2
+    return Case(f"vera r{rank} {num_tokens} tokens, {num_adapters} adapters", step, size, macs)
 
 
 def linears(num_tokens: int) -> Case:
@@ -195,8 +199,8 @@ def cases() -> Iterator[Callable[[], list[Case]]]:
         (64, 64, 32),
     ):
         yield lambda q=queries, c=context, n=sequences: [attention(q, c, n)]  # type: ignore[misc]
-    for tokens in (32, 2048):
-        yield lambda t=tokens: [vera(t)]  # type: ignore[misc]
+    for tokens, adapters in ((32, 32), (2048, 1), (2048, 2048)):
+        yield lambda t=tokens, n=adapters: [vera(t, n)]  # type: ignore[misc]
     for tokens in (1, 32, 64, 2048):
         yield lambda t=tokens: [linears(t)]  # type: ignore[misc]
     for tokens in (1, 32, 2048):
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
+    keep_freed()  # as the engine does
     ops, reference = backend(args.backend), backend("reference")
     load, threads = os.getloadavg(), torch.get_num_threads()
     click.echo(f"load {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}  threads {threads}  torch {torch.__version__}")

@@ -73,9 +73,9 @@ struct Attention {
     // Values of one tile of rows are used once, so fp32 sums read them from the pool; others are packed.
     static bool in_place(i64 rows) { return P::PER_UNIT == 1 && rows <= QUERIES; }
 
-    // Calls of Fetch::some in `add_keys`.
+    // Calls of Fetch::some in `add_keys`, about.
     static i64 pauses(i64 rows, i64 num, i64 d) {
-        return P::pauses(num, d) + (in_place(rows) ? ceil_div(num, STEPS) : 0);
+        return P::pauses(num, d) + (in_place(rows) ? pauses_of(rows, num, d) : 0);
     }
 
     // Adds keys [key, key + num) of a head to `part`; limit and the other arguments are those of `attend`.

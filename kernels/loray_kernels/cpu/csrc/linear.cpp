@@ -14,7 +14,7 @@ static void pack(const T* weight, i64 in, i64 out, T* packed, int threads) {
         memset((void*)panel, 0, size * sizeof(T));
         for (i64 c = 0; c < min_(COLUMNS, out - p * COLUMNS); c++)
             for (i64 k = 0; k < in; k++)
-                panel[k / S * COLUMNS * S + c * S + k % S] = weight[(p * COLUMNS + c) * in + k];
+                panel[k / S * COLUMNS * S + Step<T>::place(c) + k % S] = weight[(p * COLUMNS + c) * in + k];
     }
 }
 

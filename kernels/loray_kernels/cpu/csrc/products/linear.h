@@ -34,7 +34,16 @@ struct Step {
     using Input = Vec;
     static inline Vec input(const float* x) { return set1(*x); }
     static inline Vec last(const float* x) { return input(x); }
-    static inline Vec mac(Vec acc, Vec x, const T* w) { return fma(x, load(w), acc); }
+    // Where a step's weight of output `c` is, and vector v of them.
+    static constexpr i64 place(i64 c) { return c / (R * W) * R * W + c % W * R + c / W % R; }
+    template <int v>
+    static inline Vec weights(const T* w) {
+        return Run<T>::template part<v % R>(w + v / R * R * W);
+    }
+    static inline Vec mac(Vec acc, Vec x, Vec w) { return fma(x, w, acc); }
+
+  private:
+    static constexpr i64 R = Run<T>::N;  // outputs W apart lie side by side, so that they are widened without shuffles
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -49,9 +58,12 @@ struct Step<bf16> {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static inline __m512bh last(const bf16* x) { return (__m512bh)_mm512_set1_epi32(x->bits); }
-    static inline Vec mac(Vec acc, __m512bh x, const bf16* w) {
-        return _mm512_dpbf16_ps(acc, x, (__m512bh)_mm512_loadu_si512(w));
+    static constexpr i64 place(i64 c) { return c * STEP; }
+    template <int v>
+    static inline __m512bh weights(const bf16* w) {
+        return (__m512bh)_mm512_loadu_si512(w + v * W * STEP);
     }
+    static inline Vec mac(Vec acc, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(acc, x, w); }
 };
 #endif
 
@@ -135,13 +147,14 @@ struct Linear {
         for (; k + UNROLL <= steps; k += UNROLL) {
             if constexpr (S::CHUNK > 0)
                 if (k && k % S::CHUNK == 0) put_aside<NT, NV>(acc, total);
-            for (i64 u = k; u < k + UNROLL; u++)
+            for (i64 u = k; u < k + UNROLL; u++) {
+                typename S::Input weights[NV];
+                each<NV>([&](auto v) { weights[v] = S::template weights<v>(panel + u * WIDTH); });
                 each<NT>([&](auto t) {
                     const typename S::Input value = S::input(from + t * stride + u * S::STEP);
-                    each<NV>([&](auto v) {
-                        acc[t][v] = S::mac(acc[t][v], value, panel + u * WIDTH + v * W * S::STEP);
-                    });
+                    each<NV>([&](auto v) { acc[t][v] = S::mac(acc[t][v], value, weights[v]); });
                 });
+            }
             fetch.some();
         }
         for (; k < all; k++)
@@ -149,7 +162,7 @@ struct Linear {
                 const Operand* at = from + t * stride + k * S::STEP;
                 const typename S::Input value = k < steps ? S::input(at) : S::last(at);
                 each<NV>([&](auto v) {
-                    acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
+                    acc[t][v] = S::mac(acc[t][v], value, S::template weights<v>(panel + k * WIDTH));
                 });
             });
         if constexpr (S::CHUNK > 0) put_aside<NT, NV>(acc, total);
@@ -212,11 +225,17 @@ struct Linear {
         return max_(1, max_(few, num_tokens / BLOCK));
     }
 
+    // Tokens of a block: of several, whole tiles.
+    static i64 block(i64 num_tokens, i64 num) {
+        const i64 size = ceil_div(num_tokens, num);
+        return num > 1 ? ceil_div(size, TOKENS) * TOKENS : size;
+    }
+
     Shares shares(i64 num_tokens, int threads) const { return {panels() * blocks(num_tokens, threads), threads}; }
 
     // Inside a parallel region, whose end waits for all panels.
     void multiply(Shares& shares, i64 num_tokens, int threads) const {
-        const i64 num = panels() * blocks(num_tokens, threads), size = ceil_div(num_tokens, num / panels());
+        const i64 num = panels() * blocks(num_tokens, threads), size = block(num_tokens, num / panels());
         const bool ahead = meanwhile.rows && num_tokens > TOKENS;  // with fewer tokens memory is the bottleneck
         Inputs<Operand> inputs = {nullptr, 0, -1};
         shares.each(omp_get_thread_num(), [&](i64 i, i64) {

@@ -19,25 +19,29 @@ static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
 struct Fetch {
     struct Region {
         const char* at;
-        i64 bytes;
+        i64 lines;
     } regions[4 * KEYS];
-    i64 num = 0, lines = 0, region = 0, offset = 0, share = 0;
+    i64 num = 0, lines = 0, region = 0, share = 0, due = 0;  // share and due: lines · 2¹⁶
 
-    void clear() { num = lines = region = offset = 0; }
+    void clear() { num = lines = region = due = 0; }
 
     void add(const void* at, i64 bytes) {
-        regions[num++] = {(const char*)at, bytes};
+        regions[num++] = {(const char*)at, ceil_div(bytes, 64)};
         lines += ceil_div(bytes, 64);
     }
 
     // What was added, in so many calls of `some`.
-    void start(i64 pauses) { share = ceil_div(lines, max_(1, pauses)); }
+    void start(i64 pauses) { share = ceil_div(lines << 16, max_(1, pauses)); }
 
     inline void some() {
-        for (i64 n = 0; n < share && region < num; n++) {
-            __builtin_prefetch(regions[region].at + offset, 0, 2);
-            offset += 64;
-            if (offset >= regions[region].bytes) region++, offset = 0;
+        const i64 due_now = due + share;
+        due = due_now & 0xffff;
+        for (i64 left = due_now >> 16; left > 0 && region < num;) {
+            const char* at = regions[region].at;
+            const i64 all = regions[region].lines, here = min_(left, all);
+            for (i64 n = 0; n < here; n++) __builtin_prefetch(at + n * 64, 0, 2);
+            regions[region] = {at + here * 64, all - here};
+            region += here == all, left -= here;
         }
     }
 };
@@ -201,7 +205,8 @@ static inline void tile_columns(const typename P::Unit* a, i64 a_stride, const t
 }
 
 constexpr int FEW = 3;  // rows that leave registers for twice as many vectors
-constexpr i64 STEPS = 8;  // of a sum between two calls of Fetch::some
+constexpr int few_vectors(i64 rows) { return W < 16 && rows <= FEW ? 2 * VECTORS : VECTORS; }
+constexpr i64 STEPS = 4;  // of a sum between two calls of Fetch::some
 
 // The same for any number of rows and any multiple of W columns.
 template <class P>
@@ -213,24 +218,32 @@ static inline void product(const typename P::Unit* a, i64 a_stride, const typena
         tile_columns<P, VECTORS, QUERIES>(a, a_stride, b, b_stride, num, c, c_stride, rows, columns, add);
 }
 
-// c[q][·] += Σₖ a[q][k] · b[k][·] for NQ rows of fp32, NV vectors, and rows of b from column `first` on, where they are.
-// Inlined, the sums would not stay in registers.
-template <int NQ, int NV, class T>
-__attribute__((noinline)) static void tile_of(const float* a, i64 a_stride, const T* const* b, i64 first, i64 num, float* c, i64 c_stride,
-                           Fetch& fetch) {
-    Vec acc[NQ][NV];
-    each<NQ * NV>([&](auto i) { acc[i / NV][i % NV] = load(c + i / NV * c_stride + first + i % NV * W); });
+// c[q][·] += Σₖ a[q][k] · b[k][·] for NQ rows of fp32, NR runs of columns, and rows of b from column `first` on, where
+// they are. Inlined, the sums would not stay in registers.
+template <int NQ, int NR, class T>
+__attribute__((noinline)) static void tile_of(const float* a, i64 a_stride, const T* const* b, i64 first, i64 num,
+                                              float* c, i64 c_stride, Fetch& fetch) {
+    using R = Run<T>;
+    constexpr int N = R::N;
+    Vec acc[NQ][NR * N];
+    each<NQ * NR * N>([&](auto i) {
+        constexpr int q = i / (NR * N), v = i % (NR * N);
+        acc[q][v] = R::template part<v % N>(c + q * c_stride + first + v / N * N * W);
+    });
     for (i64 k = 0; k < num; fetch.some())
-        for (const i64 stop = min_(num, k + STEPS); k < stop; k++)
-            each<NV>([&](auto v) {
-                const Vec value = load(b[k] + first + v * W);
-                each<NQ>([&](auto q) { acc[q][v] = fma(set1(a[q * a_stride + k]), value, acc[q][v]); });
+        for (const i64 stop = min_(num, k + STEPS); k < stop; k++) {
+            Vec weight[NQ];
+            each<NQ>([&](auto q) { weight[q] = set1(a[q * a_stride + k]); });
+            each<NR * N>([&](auto i) {
+                const Vec value = R::template part<i % N>(b[k] + first + i / N * N * W);
+                each<NQ>([&](auto q) { acc[q][i] = fma_here(weight[q], value, acc[q][i]); });
             });
-    each<NQ * NV>([&](auto i) { store(c + i / NV * c_stride + first + i % NV * W, acc[i / NV][i % NV]); });
+        }
+    each<NQ * NR>([&](auto i) { R::join(c + i / NR * c_stride + first + i % NR * N * W, acc[i / NR] + i % NR * N); });
 }
 
-// The same for up to NQ rows and any multiple of W columns: each element of b is converted to fp32 once. The sums are
-// those of `product` with packed rows.
+// The same for up to NQ rows and whole runs of columns: each element of b is converted to fp32 once. The sums are those
+// of `product` with packed rows.
 template <class T, int NQ = QUERIES>
 static inline void product_of(const float* a, i64 a_stride, const T* const* b, i64 num, float* c, i64 c_stride,
                               i64 rows, i64 columns, Fetch& fetch) {
@@ -238,10 +251,15 @@ static inline void product_of(const float* a, i64 a_stride, const T* const* b, i
         if constexpr (NQ > 1) product_of<T, NQ - 1>(a, a_stride, b, num, c, c_stride, rows, columns, fetch);
         return;
     }
-    constexpr int NV = W < 16 && NQ <= FEW ? 2 * VECTORS : VECTORS;
+    constexpr int WIDTH = Run<T>::N * W, NR = few_vectors(NQ) / Run<T>::N;
     i64 i = 0;
-    for (; i + NV * W <= columns; i += NV * W) tile_of<NQ, NV>(a, a_stride, b, i, num, c, c_stride, fetch);
-    for (; i < columns; i += W) tile_of<NQ, 1>(a, a_stride, b, i, num, c, c_stride, fetch);
+    for (; i + NR * WIDTH <= columns; i += NR * WIDTH) tile_of<NQ, NR>(a, a_stride, b, i, num, c, c_stride, fetch);
+    for (; i < columns; i += WIDTH) tile_of<NQ, 1>(a, a_stride, b, i, num, c, c_stride, fetch);
+}
+
+// Its calls of Fetch::some.
+static i64 pauses_of(i64 rows, i64 num, i64 d) {
+    return ceil_div(d, few_vectors(rows) * W) * ceil_div(num, STEPS);
 }
 
 }  // namespace LORAY_NAMESPACE

@@ -82,16 +82,33 @@ struct Square {
         for (int n = 0; n < W; n++) store(out + n * stride, r[n]);
     }
 };
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
-// Two neighbours move as one and are parted at the end: half the shuffles.
+#if defined(WIDENED_PAIRS)
+// Two neighbours move as one: half the shuffles.
 template <>
 struct Square<bf16> {
     static constexpr int WIDTH = 2 * W;
+    // r[n][row] = rows[row][i + 2 n], rows[row][i + 2 n + 1]
+    static inline void pairs(Vec* r, const bf16* const* rows, i64 i) {
+        for (int half = 0; half < 8; half += 4) {
+            const auto quarter = [&](int n) {
+                const float* at = (const float*)(rows[n] + i) + half;
+                return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)),
+                                            _mm_loadu_ps((const float*)(rows[n + 4] + i) + half), 1);
+            };
+            const Vec q0 = quarter(0), q1 = quarter(1), q2 = quarter(2), q3 = quarter(3);
+            const auto doubles = [](Vec x) { return _mm256_castps_pd(x); };
+            const __m256d low01 = doubles(_mm256_unpacklo_ps(q0, q1)), high01 = doubles(_mm256_unpackhi_ps(q0, q1));
+            const __m256d low23 = doubles(_mm256_unpacklo_ps(q2, q3)), high23 = doubles(_mm256_unpackhi_ps(q2, q3));
+            r[half] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+            r[half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+            r[half + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+            r[half + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+        }
+    }
     static inline void put(float* out, i64 stride, const bf16* const* rows, i64 i) {
         const Vec odd = _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000)));
         Vec r[W];
-        for (int n = 0; n < W; n++) r[n] = load((const float*)(rows[n] + i));
-        transpose(r);
+        pairs(r, rows, i);
         for (int n = 0; n < W; n++, out += 2 * stride) {
             store(out, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r[n]), 16)));
             store(out + stride, _mm256_and_ps(r[n], odd));
