@@ -12,7 +12,7 @@ test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-cluster test-numeric test-rest test-doors
 
 test-cluster: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(addprefix tests/,e2e infra jobs local serve_apps)
 
 NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)

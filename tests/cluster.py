@@ -26,6 +26,7 @@ NUM_CPUS = 4
 _QUICK = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, of machines that are taken away
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",  # there are more processes than cores

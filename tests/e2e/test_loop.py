@@ -23,11 +23,13 @@ from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
+from loray.recipes.load import Recipe
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.replica.startup import adapter_loader
 from tests.cluster import RayCluster, Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
+from tests.jobs.driver.test_evaluation import long_recipe
 from tests.serve_apps.asking import eventually
 from tests.test_recipe import write
 from tests.tiny import byte_tokenizer
@@ -39,40 +41,44 @@ NUM_TOKENS = 8
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
     "vera": {"adapter": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]}},
-    "longlora": {
-        "adapter": {"method": "longlora", "rank": 4},
-        "rope_scaling": {"factor": 2, "original_context": 64},
-    },
 }
 FIELDS: dict[str, Any] = {
     "dtype": "float32",
     "max_steps": 4,
     "optimizer": {"learning_rate": 0.1, "schedule": "constant"},
     "evaluation": {"keep_best": False},
+    "data": {"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
 }
 
 
+def recipe_of(method: str, base: BaseModel, folder: Path) -> Recipe:
+    name = f"loop-{method}"
+    if method == "longlora":  # measured before it is published
+        return long_recipe(folder, name=name, base=base.name)
+    return write(folder, name=name, base=base.name, **METHODS[method], **FIELDS)
+
+
 @pytest.fixture(scope="module")
-def trained(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Method → digest from the last event of its driver; the three drivers run at the same time."""
+def trained(
+    ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """Method → the events of its driver; the three drivers run at the same time."""
     environment = os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"}
     drivers = {}
-    for method, fields in METHODS.items():
+    for method in (*METHODS, "longlora"):
         folder = tmp_path_factory.mktemp(method)
-        data = {"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64}
-        recipe = write(folder, name=f"loop-{method}", base=served.base.name, data=data, **fields, **FIELDS)
+        recipe = recipe_of(method, served.base, folder)
         command = [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"]
         drivers[method] = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    digests = {}
+    events = {}
     for method, driver in drivers.items():
         out, err = driver.communicate(timeout=400)
-        events = [event for line in out.splitlines() if (event := decode(line))]
+        events[method] = [event for line in out.splitlines() if (event := decode(line))]
         assert driver.returncode == 0, f"{out}\n{err}"
-        assert events[-1]["event"] == "published"
-        digests[method] = str(events[-1]["digest"])
-    return digests
+        assert events[method][-1]["event"] == "published"
+    return events
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +119,14 @@ def engine_logits(served: Served, refs: list[AdapterRef | None], ids: tuple[int,
 
 
 def test_every_method_is_served_as_peft_computes_it(
-    client: openai.OpenAI, served: Served, trained: dict[str, str], tmp_path: Path
+    client: openai.OpenAI, served: Served, trained: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     tokenizer = byte_tokenizer()
     ids = tuple(tokenizer(PROMPT)["input_ids"])
-    refs = {method: served.catalog.resolve(f"loop-{method}") for method in METHODS}
-    assert {method: ref.digest for method, ref in refs.items()} == trained
+    refs = {method: served.catalog.resolve(f"loop-{method}") for method in trained}
+    assert {method: ref.digest for method, ref in refs.items()} == {
+        method: events[-1]["digest"] for method, events in trained.items()
+    }
     adapters = {method: from_the_store(served, ref, tmp_path / method) for method, ref in refs.items()}
     for method, (_, manifest) in adapters.items():
         assert manifest.method == method
@@ -141,8 +149,15 @@ def test_every_method_is_served_as_peft_computes_it(
         torch.testing.assert_close(torch.tensor(answer.logprobs.token_logprobs), drawn, atol=1e-4, rtol=1e-4)
 
 
+def test_a_task_of_the_cluster_measures_before_publishing(trained: dict[str, list[dict[str, Any]]]) -> None:
+    *_, measured, published = trained["longlora"]
+    assert (measured["event"], published["event"]) == ("measure", "published")
+    assert (published["aliases"], published["refusal"]) == (["prod"], None)
+    assert len([e for e in published["evaluations"] if e["metric"] == "perplexity"]) == 6
+
+
 def test_promote_changes_the_next_answer_and_rollback_restores_it(
-    client: openai.OpenAI, served: Served, trained: dict[str, str], tmp_path: Path
+    client: openai.OpenAI, served: Served, trained: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     name = "loop-lora"
     folder = tmp_path / "second"

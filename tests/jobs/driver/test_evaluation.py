@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,13 @@ import pytest
 
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
-from jobs.events.messages import decode, describe
-from loray.bases.registry import BaseModel, add_base
+from jobs.events.messages import describe
+from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.catalog.gate import failures
 from loray.errors import DataError, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from tests.cluster import RayCluster
 from tests.jobs.driver.test_driver import trained
 from tests.test_recipe import write
 from tests.tiny import write_checkpoint
@@ -141,25 +137,3 @@ def test_the_given_recipe_decides_what_is_measured(settings: Settings, tmp_path:
     assert manifest.recipe is not None
     assert (manifest.recipe.max_steps, manifest.recipe.publish.aliases) == (6, ("prod",))
     assert {e.context_length for e in manifest.evaluations if e.metric == "perplexity"} == {64, 128, 32}
-
-
-@pytest.mark.cluster
-def test_on_a_cluster_a_task_measures(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    base: BaseModel = add_base(
-        str(write_checkpoint(tmp_path / "checkpoint", std=0.05, seed=7)), home=ray_cluster.home, name="tiny-measured"
-    )
-    recipe = long_recipe(tmp_path / "run", name="measured", base=base.name)
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"],
-        env=os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    events = [event for line in done.stdout.splitlines() if (event := decode(line))]
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert [e["event"] for e in events][-2:] == ["measure", "published"]
-    assert (events[-1]["aliases"], events[-1]["refusal"]) == (["prod"], None)
-    assert len([e for e in events[-1]["evaluations"] if e["metric"] == "perplexity"]) == 6

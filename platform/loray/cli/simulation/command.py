@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import click
 from loray.cli.output import console, emit, json_option, progress_bar, table
 from loray.cli.simulation.picture import draw
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
+from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
-from loray.simulation.scenario import simulate as run
-from loray.simulation.summary import Summary, course, mean, summary
+from loray.simulation.summary import Summary, mean
 from loray.simulation.workload.requests import Requests
 from loray.simulation.workload.traces import WHERE, find, read
 
@@ -112,47 +111,37 @@ def simulate(
     loaded = _trace(trace)
     if replay and loaded is not None:
         adapters, minutes = loaded.num_adapters, max(loaded.seconds, 1.0) / 60
-    found: dict[str, list[Summary]] = {name: [] for name in names}
-    seconds = dict.fromkeys(names, 0.0)
-    courses, num_requests = [], 0
+    scenarios = [
+        Scenario(
+            profile,
+            replicas,
+            adapters,
+            minutes,
+            loaded,
+            utilization,
+            alpha,
+            number,
+            fixed,
+            target_utilization,
+            replay,
+            warm_up,
+            wait_slo_s,
+        )
+        for number in range(seed, seed + seeds)
+    ]
     with progress_bar() as progress:
-        for number in range(seed, seed + seeds):
-            scenario = Scenario(
-                profile,
-                replicas,
-                adapters,
-                minutes,
-                loaded,
-                utilization,
-                alpha,
-                number,
-                fixed,
-                target_utilization,
-                replay,
-                warm_up,
-                wait_slo_s,
-            )
-            requests = scenario.requests()
-            num_requests += len(requests)
-            for name in names:
-                step = f"{name}, run {number - seed + 1} of {seeds}"
-                progress(step, 0.0)
-                began = time.perf_counter()
-                outcome = next(run(scenario, requests, (name,), partial(progress, step)))
-                seconds[name] += time.perf_counter() - began
-                found[name].append(summary(outcome, requests))
-                if number == seed and plot is not None:
-                    courses.append(course(outcome, requests))
-                progress(step, 1.0)
+        runs = run_all(scenarios, names, partial(progress, f"{len(names) * seeds} runs"))
+    num_requests = sum(run.num_requests for run in runs[:: len(names)])
     title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"
     if plot is not None:
-        plot.write_text(draw(title, courses))
-    means = {name: mean(summaries) for name, summaries in found.items()}
+        plot.write_text(draw(title, [run.course for run in runs[: len(names)]]))
+    means = {name: mean([run.summary for run in runs[i :: len(names)]]) for i, name in enumerate(names)}
     if as_json:
         policies = {name: made.to_json() for name, made in means.items()}
         emit({"profile": profile.name, "requests": num_requests, "runs": seeds, "policies": policies})
         return
-    rows = [_row(name, made, seconds[name]) for name, made in means.items()]
+    seconds = [sum(run.seconds for run in runs[i :: len(names)]) for i in range(len(names))]
+    rows = [_row(name, made, took) for (name, made), took in zip(means.items(), seconds, strict=True)]
     console().print(f"{title}, {minutes:g} minutes, {profile.name}; means of {seeds} runs" if seeds > 1 else title)
     console().print(table(_COLUMNS, rows, right=_COLUMNS[1:]))
 
