@@ -14,6 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
+from loray.engine.residency.table import Stage
 from loray.spec import GenerateRequest, SamplingParams, ServeSpec
 from tests.engine.adapters import TestAdapter
 
@@ -42,7 +43,7 @@ def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
     for r in requests:
         engine.add(r)
     engine.residency.poll()
-    started = [(e, e.load) for e in engine.residency.table.loading.values() if e.load is not None]
+    started = [(e, e.load) for e in engine.residency.table.at[Stage.LOADING].values() if e.load is not None]
     wait([load for _, load in started])
     while any(entry.load is load for entry, load in started):  # the threads tell after the load has ended
         engine.residency.poll()

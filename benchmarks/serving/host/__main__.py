@@ -39,6 +39,7 @@ from benchmarks.serving.models import RANDOM, random_tensors
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
+from loray.engine.residency.table import Stage
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _WARM = 8  # steps of all rows before the first that counts
@@ -193,7 +194,8 @@ def _refs(args: argparse.Namespace, base: BaseModel) -> list[AdapterRef]:
 
 def _start(engine: Engine, rows: int) -> None:
     """Until every row decodes. All adapters are loaded first, so that prompts are computed together."""
-    while engine.residency.poll() or engine.residency.table.queued or engine.residency.table.loading:
+    at = engine.residency.table.at
+    while engine.residency.poll() or at[Stage.QUEUED] or at[Stage.LOADING]:
         time.sleep(0.001)
     while True:
         outputs = engine.step()

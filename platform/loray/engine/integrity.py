@@ -24,6 +24,7 @@ def check_integrity(
     scheduler.prefix_cache.check_integrity()
     pool.check_integrity(kv, residency.table.residents())
     residency.table.check_integrity()
+    scheduler.waiting.check_integrity()
     pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
     wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
     assert pins == Counter(residency.table.pins()), "adapter pins differ from the running requests"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loray.engine.residency.table import Tier
+from loray.engine.residency.table import Stage, Tier
 from loray.spec import AdapterRef
 from tests.engine.residency.world import World, ref
 
@@ -47,7 +47,9 @@ def test_an_adapter_may_be_placed_before_it_can_be_used_and_leave_again() -> Non
     assert world.residency.place_ahead(a)
     assert not world.residency.place_ahead(a)
     assert world.placed == ["a"]
+    world.residency.take_changed()
     assert world.residency.evict_one()
-    assert not world.residency.table.arriving
+    assert not world.residency.table.at[Stage.ARRIVING]
     assert world.residency.table.tier(a) is Tier.HOST
+    assert set(world.residency.take_changed()) == {a.digest}
     world.residency.table.check_integrity()

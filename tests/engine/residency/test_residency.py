@@ -231,7 +231,7 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     world.residency.want(ref("a"))
     world.residency.poll()
     world.finish("a")
-    world.residency._placing._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
+    world.residency._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
     assert world.residency.acquire(ref("a")) is None
     assert world.residency.table.tier(ref("a")) is Tier.FAILED
     world.residency.unwant(ref("a"))

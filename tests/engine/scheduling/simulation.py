@@ -56,7 +56,7 @@ def no_backoff() -> Backoff:
 class Simulation:
     """`ends`: the tokens that a request generates, if fewer than max_tokens. `loads_at_once`: loads take no time.
     `retries_at_once`: a failed load is tried again with the next request. `copy_steps`: for which an adapter's rows are
-    on their way to the pool.
+    on their way to the pool, asked for each copy.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Simulation:
         host_bytes: int = 1 << 30,
         loads_at_once: bool = True,
         retries_at_once: bool = False,
-        copy_steps: int = 0,
+        copy_steps: Callable[[], int] = lambda: 0,
         step_s: float = 0.0,
         token_s: float = 0.0,
         pair_s: float = 0.0,
@@ -80,14 +80,14 @@ class Simulation:
         self.damaged: set[str] = set()  # digests of adapters that cannot be placed
         self._loads_at_once, self._copy_steps = loads_at_once, copy_steps
         self.placed: list[str] = []  # names
-        self._placed_at: dict[Extent, int] = {}
+        self._arrives_at: dict[Extent, int] = {}  # the number of the step, by the first extent
         self.num_steps = 0
         self.residency: Residency[Packed, list[Extent]] = Residency(
             host_bytes=host_bytes,
             load=self._load,
             place=self._place,
             remove=self.allocator.free_rows,
-            arrived=lambda extents: self.num_steps >= self._placed_at.get(extents[0], 0) + self._copy_steps,
+            arrived=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
             usage=UsageLog(now=lambda: self.now),
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,
@@ -211,6 +211,7 @@ class Simulation:
         scheduler.prefix_cache.check_integrity()
         self.allocator.check_integrity(kv, [e for extents in self.residency.table.residents() for e in extents], {})
         self.residency.table.check_integrity()
+        scheduler.waiting.check_integrity()
         pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
         wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
         assert pins == Counter(self.residency.table.pins())
@@ -223,7 +224,7 @@ class Simulation:
         extents = self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
         if extents is not None:
             self.placed.append(ref.name)
-            self._placed_at[extents[0]] = self.num_steps
+            self._arrives_at[extents[0]] = self.num_steps + self._copy_steps()
         return extents
 
     def _load(self, ref: AdapterRef) -> Future[Packed]:

@@ -9,7 +9,7 @@ from tests.engine.scheduling.simulation import Simulation, adapter
 
 def test_a_copy_to_the_pool_holds_up_nobody_else() -> None:
     """`cold` waits for its rows while others decode and begin; alone it starts at once."""
-    sim = Simulation(copy_steps=5)
+    sim = Simulation(copy_steps=lambda: 5)
     alone = sim.add(adapter=adapter("first"))
     sim.run(until=lambda: alone in sim.started, max_steps=4)
     busy, cold, base = sim.add(4, 20), sim.add(adapter=adapter("cold")), sim.add(4, 20)
@@ -26,7 +26,7 @@ def test_a_copy_to_the_pool_holds_up_nobody_else() -> None:
 
 @pytest.mark.parametrize("places_ahead", [False, True])
 def test_adapters_of_those_that_wait_for_their_turn_come_where_there_is_room(places_ahead: bool) -> None:
-    sim = Simulation(num_blocks=8, max_num_seqs=1, copy_steps=2, places_ahead=places_ahead)
+    sim = Simulation(num_blocks=8, max_num_seqs=1, copy_steps=lambda: 2, places_ahead=places_ahead)
     busy = sim.add(4, 12)
     sim.step()
     own = [adapter("small", 2), adapter("large", 6), adapter("next", 2)]

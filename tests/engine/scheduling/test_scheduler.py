@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import random
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.request import Request, State
+from loray.engine.request import State
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.table import Tier
 from loray.engine.scheduling.fairness import MAX_OVERTAKES
-from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
-from tests.engine.scheduling.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
+from loray.errors import IntegrityError
+from tests.engine.scheduling.life import Life
+from tests.engine.scheduling.simulation import Packed, Simulation, adapter
 
 
 def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
@@ -163,110 +163,6 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
 
 
 # -- random lives -----------------------------------------------------------------------------------------------------
-
-
-class Life:
-    """All events in random order, in a pool that barely holds the largest request."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = rng = random.Random(seed)
-        self.refs = [adapter(f"a{i}", 1 + i % 3) for i in range(8)]
-        self.failing = set(rng.sample([r.digest for r in self.refs], 2))
-        self.num_blocks = rng.randint(7, 12)
-        self.sim = Simulation(
-            num_blocks=self.num_blocks,
-            host_bytes=rng.choice([1, 4, 100]),
-            loads_at_once=False,
-            retries_at_once=True,
-            max_num_seqs=rng.randint(1, 5),
-            max_num_batched_tokens=rng.randint(5, 20),
-            enable_prefix_caching=rng.random() < 0.5,
-            step_s=0.1,
-            token_s=0.01,
-        )
-        if rng.random() < 0.5:
-            self.sim.fill_up()
-        self.cancelled: set[Request] = set()
-        self.all: list[Request] = []
-
-    def add(self) -> None:
-        rng = self.rng
-        max_tokens = rng.randint(1, 14)
-        slo = rng.choice([None, None, None, 3.0])
-        try:
-            request = self.sim.add(
-                rng.randint(1, 12),
-                max_tokens,
-                rng.choice([None, *self.refs]),
-                ends=rng.randint(1, max_tokens),
-                tenant=rng.choice(["", "t", "u"]),
-                priority=rng.choice([0, 0, 0, 1, -1]),
-                ttft_slo_s=slo,
-            )
-        except Overloaded:
-            assert slo is not None
-        else:
-            self.all.append(request)
-
-    def finish(self) -> None:
-        digest = self.rng.choice(self.sim.loading)
-        fails = digest in self.failing and self.rng.random() < 0.5
-        self.sim.finish(digest, IntegrityError("damaged") if fails else None)
-
-    def cancel(self) -> None:
-        live = [r for r in self.all if r not in self.sim.outcomes]
-        if live:
-            request = self.rng.choice(live)
-            self.cancelled.add(request)
-            self.sim.remove(request)
-
-    def live(self, num_requests: int) -> None:
-        while len(self.all) < num_requests:
-            match self.rng.random():
-                case p if p < 0.3:
-                    self.add()
-                case p if p < 0.5 and self.sim.loading:
-                    self.finish()
-                case p if p < 0.53:
-                    self.cancel()
-                case _:
-                    self.sim.step()
-
-    def end(self) -> None:
-        """Without further requests, all end in a number of steps that is bounded by what there is to compute."""
-        for _ in range(60 * (1 + sum(r not in self.sim.outcomes for r in self.all))):
-            if not self.sim.scheduler.has_work:
-                return
-            while self.sim.loading:
-                self.finish()
-            self.sim.step()
-        raise AssertionError("somebody starves")
-
-    def check(self) -> None:
-        sim = self.sim
-        assert set(sim.outcomes) == set(self.all)
-        for request, error in sim.outcomes.items():
-            if request in self.cancelled:
-                continue
-            if error is None:
-                assert len(request.output_ids) == sim.ends[request]
-            elif isinstance(error, IntegrityError):
-                assert request.adapter is not None
-                assert request.adapter.digest in self.failing
-            elif isinstance(error, Overloaded):
-                assert request.spec.ttft_slo_s is not None
-                assert request not in sim.started
-            else:
-                assert isinstance(error, ContextLengthExceeded)
-                own = 0 if request.adapter is None else request.adapter.nbytes
-                assert own + -(-request.max_tokens // BLOCK_TOKENS) > self.num_blocks
-            assert request.num_overtaken <= MAX_OVERTAKES
-        assert not sim.residency.table.pins()
-        assert not sim.residency.table.wants()
-        while sim.residency.evict_one():
-            pass
-        sim.scheduler.prefix_cache.evict(self.num_blocks)
-        assert sim.allocator.num_free == self.num_blocks
 
 
 @settings(max_examples=30, deadline=None)

@@ -25,8 +25,7 @@ from loray.engine.residency.backoff import Backoff
 from loray.engine.residency.eviction import AdapterWorth
 from loray.engine.residency.host import HostMemory
 from loray.engine.residency.loads import StartedLoads
-from loray.engine.residency.placing import Placing
-from loray.engine.residency.table import AdapterTable, Entry, P, R, Tier
+from loray.engine.residency.table import AdapterTable, Entry, P, R, Stage, Tier
 from loray.engine.stats.histogram import Histogram
 from loray.engine.stats.usage import ResidencyCounts, UsageLog
 from loray.errors import EngineError
@@ -67,9 +66,8 @@ class Residency(Generic[P, R]):
         self._now, self.size = clock, size
         self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
         self._worth = AdapterWorth()
-        self._placing = Placing(self.table, self._worth, place, remove, size, arrived, clock)
+        self._place, self._remove, self._arrived = place, remove, arrived
         self._backoff = backoff or Backoff(clock)
-        self._changed: dict[str, None] = {}
 
     @property
     def floor(self) -> Floor:
@@ -96,10 +94,7 @@ class Residency(Generic[P, R]):
             self.counts.num_misses += tier not in (Tier.POOL, Tier.HOST)
             self.table.usage.request_came(ref)
         if entry is None:
-            error = self._backoff.error(ref.digest)
-            entry = self.table.entries[ref.digest] = Entry(ref, Tier.FAILED if error else Tier.LOADING, error=error)
-            if error is None:
-                self.table.queued[ref.digest] = entry
+            entry = self.table.add(ref, self._backoff.error(ref.digest))
         self.table.touch(entry)
         entry.wants.append(entry.last_used)
         self.table.update(entry)
@@ -112,11 +107,8 @@ class Residency(Generic[P, R]):
             return
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
-        elif entry.tier is Tier.LOADING and (entry.ref.digest in self.table.queued or self._loads.cancel(entry)):
+        elif entry.stage is Stage.QUEUED or (entry.stage is Stage.LOADING and self._loads.cancel(entry)):
             # No request waits any more. A load that already runs goes on, and the host keeps its result.
-            self.table.queued.pop(ref.digest, None)
-            if self.table.loading.pop(ref.digest, None) is not None:
-                self._host.end_reservation(ref.nbytes)
             self.table.forget(entry)
 
     def acquire(self, ref: AdapterRef) -> R | None:
@@ -126,7 +118,7 @@ class Residency(Generic[P, R]):
         """
         entry = self.table.entries[ref.digest]
         self._to_pool(entry)
-        if entry.tier is not Tier.POOL or ref.digest in self.table.arriving:
+        if entry.stage is not Stage.POOL:
             return None
         entry.pins += 1
         self._worth.used(entry.score)
@@ -138,15 +130,6 @@ class Residency(Generic[P, R]):
         """Copy `ref` into the pool if it is complete on the host and blocks suffice. Whether that was done."""
         entry = self.table.entries[ref.digest]
         return entry.tier is Tier.HOST and not entry.is_partial and self._to_pool(entry)
-
-    def _to_pool(self, entry: Entry[P, R]) -> bool:
-        """From the host; True if that was done."""
-        try:
-            return entry.tier is Tier.HOST and self._placing.place(entry)
-        except Exception as e:  # noqa: BLE001 - the error is the adapter's: it fails its requests, not the engine
-            self._drop_packed(entry)
-            self._fail(entry, e)
-            return False
 
     def release(self, ref: AdapterRef) -> None:
         entry = self.table.entries[ref.digest]
@@ -165,7 +148,10 @@ class Residency(Generic[P, R]):
 
         `at_once`: no step runs that a copy could hold up, so the next one may wait for the rows that are on their way.
         """
-        self._changed |= dict.fromkeys(arrived := self._placing.take_arrived(at_once=at_once))
+        arriving = self.table.at[Stage.ARRIVING].values()
+        arrived = [e for e in arriving if at_once or (e.resident is not None and self._arrived(e.resident))]
+        for entry in arrived:
+            self.table.move(entry, Stage.POOL)
         changed = bool(arrived)
         for entry, load in self._loads.ended():
             self._take_result(entry, load)
@@ -174,23 +160,21 @@ class Residency(Generic[P, R]):
             self._end_load(entry)
             changed = True
         self._drop(self._host.surplus())
-        while self.table.queued:
-            entry = next(iter(self.table.queued.values()))
+        queued = self.table.at[Stage.QUEUED]
+        while queued:
+            entry = next(iter(queued.values()))
             victims = self._host.room_for(entry.ref.digest, entry.ref.nbytes, entry.wants[0])
             if victims is None:
                 break
             self._drop(victims)
-            del self.table.queued[entry.ref.digest]
-            self.table.loading[entry.ref.digest] = entry
-            self._host.reserve(entry.ref.nbytes)
             self.counts.num_loads += 1
             self._loads.start(entry)
+            self.table.move(entry, Stage.LOADING)
         return changed
 
     def take_changed(self) -> Collection[str]:
-        """Digests of the adapters that have become usable, complete or failed since the last call."""
-        changed, self._changed = self._changed, {}
-        return changed
+        """Digests of the adapters whose tier has changed since the last call: those who wait for them look again."""
+        return self.table.take_changed()
 
     def evict_one(self) -> bool:
         """Free the blocks of the idle adapter with the lowest value, see `eviction`; False if all are pinned.
@@ -204,11 +188,10 @@ class Residency(Generic[P, R]):
         entry = self.table.entries[digest]
         if not entry.wants:
             self.floor.evicted(value)
-        self._placing.remove(entry)
+        self._from_pool(entry)
         self.counts.num_evictions += 1
         if entry.packed is not None:
-            entry.tier = Tier.HOST
-            self.table.update(entry)
+            self.table.move(entry, Stage.HOST)
         else:
             self._requeue_or_forget(entry)
         return True
@@ -219,48 +202,59 @@ class Residency(Generic[P, R]):
         assert entry.resident is not None
         return self._worth.value(entry.score, self.size(entry.resident), on_host=entry.packed is not None)
 
+    def _to_pool(self, entry: Entry[P, R]) -> bool:
+        """From the host; True if that was done."""
+        if entry.tier is not Tier.HOST:
+            return False
+        assert entry.packed is not None
+        began = self._now()
+        try:
+            entry.resident = self._place(entry.ref, entry.packed)
+        except Exception as e:  # noqa: BLE001 - the error is the adapter's: it fails its requests, not the engine
+            self.table.drop_packed(entry)
+            self._fail(entry, e)
+            return False
+        if entry.resident is None:
+            return False
+        seconds = None if entry.is_partial else self._now() - began
+        self._worth.placed(entry.score, seconds, self.size(entry.resident))
+        self.table.move(entry, Stage.POOL if self._arrived(entry.resident) else Stage.ARRIVING)
+        return True
+
+    def _from_pool(self, entry: Entry[P, R]) -> None:
+        assert entry.resident is not None
+        self._remove(entry.resident)
+        entry.resident = None
+
     def _take_result(self, entry: Entry[P, R], load: Future[P]) -> None:
         """Of a load that has ended: an adapter, perhaps a partial one, or an error."""
-        del self.table.loading[entry.ref.digest]
-        self._host.end_reservation(entry.ref.nbytes)
         error = load.exception()
         if error is not None:
             self._fail(entry, error)
             return
-        entry.packed, entry.tier = load.result(), Tier.HOST
-        self._host.add(entry.ref.digest, entry.packed)
-        self.table.partial[entry.ref.digest] = entry
-        self._changed[entry.ref.digest] = None
-        if entry.is_partial:
-            self.table.update(entry)
-        else:
+        self.table.put_on_host(entry, load.result())
+        if not entry.is_partial:
             self._end_load(entry)
 
     def _end_load(self, entry: Entry[P, R]) -> None:
         """The adapter is complete, or has failed after it became usable."""
         assert entry.packed is not None
-        del self.table.partial[entry.ref.digest]
-        self._changed[entry.ref.digest] = None
-        partial = entry.packed.partial
-        if partial is not None:
-            partial.late = False
-        if partial is not None and partial.error is not None:
-            self._drop_packed(entry)
-            self._fail(entry, partial.error)
-        else:
+        error = None if entry.packed.partial is None else entry.packed.partial.error
+        if error is None:
             self.counts.num_loaded_bytes += entry.packed.nbytes
             entry.score.load_seconds = self._now() - entry.load_began
             self.load_seconds.observe(entry.score.load_seconds)
             self._backoff.succeeded(entry.ref.digest)
-            self.table.update(entry)
+        self.table.end_partial(entry)
+        if error is not None:
+            self.table.drop_packed(entry)
+            self._fail(entry, error)
 
     def _fail(self, entry: Entry[P, R], error: BaseException) -> None:
         self.counts.num_failed_loads += 1
-        entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
         entry.error = self._backoff.failed(entry.ref.digest, entry.error)
-        self._changed[entry.ref.digest] = None
-        self.table.update(entry)
+        self.table.move(entry, Stage.FAILED)
         self._forget_failed(entry)
 
     def _forget_failed(self, entry: Entry[P, R]) -> None:
@@ -268,7 +262,7 @@ class Residency(Generic[P, R]):
         if entry.pins:
             return
         if entry.resident is not None:
-            self._placing.remove(entry)
+            self._from_pool(entry)
         if not entry.wants:
             self.table.forget(entry)
 
@@ -276,25 +270,18 @@ class Residency(Generic[P, R]):
         """Drop their copies on the host."""
         for digest in digests:
             entry = self.table.entries[digest]
-            self._drop_packed(entry)
+            self.table.drop_packed(entry)
             self.counts.num_host_evictions += 1
             if entry.tier is Tier.HOST:
                 self._requeue_or_forget(entry)
             else:
                 self.table.update(entry)
 
-    def _drop_packed(self, entry: Entry[P, R]) -> None:
-        self.table.partial.pop(entry.ref.digest, None)
-        self._host.drop(entry.ref.digest)
-        entry.packed = None
-
     def _requeue_or_forget(self, entry: Entry[P, R]) -> None:
         """It is neither in the pool nor on the host any more. If a request waits, it is loaded again, after the queued
         ones.
         """
         if entry.wants:
-            entry.tier = Tier.LOADING
-            self.table.queued[entry.ref.digest] = entry
-            self.table.update(entry)
+            self.table.move(entry, Stage.QUEUED)
         else:
             self.table.forget(entry)

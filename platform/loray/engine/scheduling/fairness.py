@@ -205,6 +205,10 @@ class FairQueue:
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
+    def requests(self) -> set[Request]:
+        """All that are in the queue. O(n)."""
+        return {request for queue in self._queues.values() for request in queue}
+
     def num_running(self, tenant: str) -> int:
         return self._num_running[tenant]
 

@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`failed` will not run. `residency_changed`: an adapter was loaded, failed or was evicted: plan again at once.
+    """`failed` will not run. `residency_changed`: an adapter has moved: plan again at once.
     `work`: of the whole step.
     """
 

@@ -171,7 +171,7 @@ class Scheduler(Generic[P, R]):
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
         changed |= self._admission.emptied | self._residency.poll(at_once=not self.running)
-        return Plan(chunks, failed, changed, budget.work)
+        return Plan(chunks, failed, changed or self._residency.table.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""

@@ -173,6 +173,25 @@ class WaitingRequests(Generic[P, R]):
         """The requests that wait for this adapter to be loaded."""
         return self._loading.get(digest, ())
 
+    def check_integrity(self) -> None:
+        """AssertionError unless every index holds exactly its requests, and those that wait for an adapter will be
+        looked at when it has moved.
+        """
+        in_state = {state: {r for r, s in self._states.items() if s is state} for state in _State}
+        assert self.fair.requests() == in_state[_State.READY] | self.begun.keys()
+        for index, expected in (
+            (self._loading, in_state[_State.LOADING]),
+            (self._by_adapter, {r for r in in_state[_State.LOADING] | in_state[_State.READY] if r.adapter is not None}),
+        ):
+            assert {r for same in index.values() for r in same} == expected
+            assert all(same for same in index.values())
+            assert all(r.adapter is not None and r.adapter.digest == d for d, same in index.items() for r in same)
+        for digest, requests in self._loading.items():
+            is_on_its_way = self._tier(next(iter(requests))) is Tier.LOADING
+            assert is_on_its_way or digest in self._entered or self._residency.table.has_changed, (
+                "who waits is not told"
+            )
+
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
