@@ -8,8 +8,6 @@ from loray.engine.residency.table import Tier
 from tests.engine.scheduling.life import Life
 from tests.engine.scheduling.simulation import Simulation, adapter
 
-_PER_TEST = 50
-
 
 def test_who_waits_for_an_adapter_that_is_evicted_on_its_way_is_served() -> None:
     sim = Simulation(num_blocks=16, copy_steps=lambda: 3, enable_prefix_caching=False)
@@ -26,20 +24,20 @@ def test_who_waits_for_an_adapter_that_is_evicted_on_its_way_is_served() -> None
     assert sim.placed == ["cold", "cold"]
 
 
-def live(seed: int) -> None:
-    life = Life(seed, most_copy_steps=8)
-    life.live(40)
-    life.end()
-    life.check()
+def live(seeds: range) -> None:
+    for seed in seeds:
+        life = Life(seed, most_copy_steps=8)
+        life.live(40)
+        life.end()
+        life.check()
 
 
-@pytest.mark.parametrize("first", range(0, 400, _PER_TEST))
+@pytest.mark.parametrize("first", range(0, 400, 50))
 def test_random_lives_end_however_long_copies_take(first: int) -> None:
-    for seed in range(first, first + _PER_TEST):
-        live(seed)
+    live(range(first, first + 50))
 
 
 @pytest.mark.slow
-def test_ten_thousand_random_lives_end_however_long_copies_take() -> None:
-    for seed in range(10_000):
-        live(seed)
+@pytest.mark.parametrize("first", range(0, 10_000, 500))
+def test_ten_thousand_random_lives_end_however_long_copies_take(first: int) -> None:
+    live(range(first, first + 500))
