@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,51 +25,55 @@ _MAX_WIDTH = 256
 _CAPABILITY = (8, 0)  # Ampere, which both kernels need
 
 
-def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel supports heads of this width on this device."""
-    if device.type != "cuda" or dtype not in _DTYPES or width > _MAX_WIDTH:
-        return False
-    is_padded = width % 8 == 0 or find_spec("flash_attn") is not None  # flash-attn pads other widths, torch does not
-    return is_padded and torch.cuda.get_device_capability(device) >= _CAPABILITY
+class _Kernel(NamedTuple):
+    """A package's attention to segments. Its function takes packed queries, keys and values, `cu_seqlens` of queries
+    and of keys, the longest segment of both, and what `options` returns for a scale.
+    """
+
+    function: Callable[..., Any]
+    options: Callable[[float | None], dict[str, Any]]
+
+    @property
+    def takes_options(self) -> bool:
+        """Whether the installed version has these parameters."""
+        try:
+            signature(self.function).bind(*[None] * 7, **self.options(None))
+        except TypeError:
+            return False
+        return True
 
 
 @cache
-def _kernel() -> Callable[..., Tensor]:
-    """flash_attn_varlen_func, or torch's with the same arguments."""
-    if find_spec("flash_attn") is not None:
-        kernel: Callable[..., Tensor] = import_module("flash_attn").flash_attn_varlen_func
-        return kernel
-    return _torch_kernel
-
-
-def _torch_kernel(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    begins_S: Tensor,
-    ends_S: Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    softmax_scale: float | None,
-    causal: bool,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(
-        q_NHD,
-        k_NKD,
-        v_NKD,
-        begins_S,
-        ends_S,
-        longest_q,
-        longest_k,
-        scale=softmax_scale,
-        window_size=(-1, 0 if causal else -1),
-        enable_gqa=True,
+def _kernel() -> _Kernel | None:
+    """The first installed kernel that takes what is passed; None: there is none."""
+    found = (
+        _Kernel(getattr(import_module(module), name), options)
+        for module, name, options in (
+            ("flash_attn", "flash_attn_varlen_func", _flash_options),
+            ("torch.nn.attention.varlen", "varlen_attn", _torch_options),
+        )
+        if find_spec(module) is not None
     )
-    assert isinstance(out, Tensor), "no more was asked for"
-    return out
+    return next((kernel for kernel in found if kernel.takes_options), None)
+
+
+def _flash_options(scale: float | None) -> dict[str, Any]:
+    fixed = torch.are_deterministic_algorithms_enabled()  # the order in which the backward pass adds up
+    return {"softmax_scale": scale, "causal": True, "deterministic": fixed}
+
+
+def _torch_options(scale: float | None) -> dict[str, Any]:
+    """Its backward pass asks itself whether algorithms are deterministic."""
+    return {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}
+
+
+def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether a kernel is installed that supports heads of this width on this device."""
+    if device.type != "cuda" or dtype not in _DTYPES or width > _MAX_WIDTH:
+        return False
+    if torch.cuda.get_device_capability(device) < _CAPABILITY or (kernel := _kernel()) is None:
+        return False
+    return width % 8 == 0 or kernel.options is _flash_options  # flash-attn pads other widths, torch does not
 
 
 def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:
@@ -85,10 +91,9 @@ def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: flo
         begins_S = _begins(segments, len(q), q.device)
         longest = max(length for length, _ in segments.buckets)
         packed = (x.flatten(0, 1) for x in (q, k, v))
-        fixed = torch.are_deterministic_algorithms_enabled()  # the order in which the backward pass adds up
-        out = _kernel()(
-            *packed, begins_S, begins_S, longest, longest, softmax_scale=scale, causal=True, deterministic=fixed
-        )
+        kernel = _kernel()
+        assert kernel is not None, "see `fits`"
+        out = kernel.function(*packed, begins_S, begins_S, longest, longest, **kernel.options(scale))
         q = out.view(len(q), covered, *out.shape[1:])
     return spread(q, segments, q_BhTD.shape)
 
