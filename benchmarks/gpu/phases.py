@@ -10,6 +10,7 @@ from typing import NamedTuple
 LIMIT_S = 480.0
 _KERNELS = ("torch", "triton", "cupy", "numpy")
 _ENGINE = (*_KERNELS, "pydantic", "yaml", "safetensors", "transformers")
+_TRAINING = ("torch", "numpy", "pydantic", "yaml", "transformers", "peft")
 _TESTS = ("pytest", "pytest_timeout")
 
 
@@ -60,7 +61,16 @@ PHASES = (
         "training",
         "training's tests for a GPU",
         "tests/train/sequence/test_dense.py",
-        ("torch", "numpy", "pydantic", "yaml", "transformers", "peft"),
+        _TRAINING,
+    ),
+    _tests(
+        "training-steps",
+        "three steps each of dense, S2-Attn, packed, DPO, VeRA, DoRA, QLoRA recipes against fp32 on a CPU",
+        "tests/train/test_gpu.py",
+        (*_TRAINING, "accelerate", "pyarrow", "safetensors", "tokenizers"),
+        "-p",
+        "tests.tiny_bases",
+        "-rs",
     ),
     Phase(
         "kernels",

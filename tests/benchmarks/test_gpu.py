@@ -117,6 +117,7 @@ def test_phases_name_tests_and_modules_that_exist() -> None:
     for phase in PHASES:
         for argument in phase.command:
             assert not argument.startswith("tests/") or (root / argument).exists()
+    assert any("tests/train/test_gpu.py" in phase.command for phase in PHASES)
     assert {p.command[2] for p in PHASES if "benchmarks.gpu.measure" in p.command} == set(MEASURES) == set(CASES)
 
 
