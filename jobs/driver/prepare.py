@@ -27,6 +27,7 @@ from loray.spec import LongLoraSpec, TrainSpec
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset, load_data
 from loray.train.data.kept_plans import plan_ahead
+from loray.train.strategies import zero
 
 
 class Prepared(NamedTuple):
@@ -62,7 +63,7 @@ def prepare(
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
-    check_installed(spec.tracking)
+    _check_packages(spec)
     base = ensure_base(settings.home, spec.base)
     parent = None
     if spec.init_adapter is not None:
@@ -71,8 +72,6 @@ def prepare(
         recipe = recipe._replace(spec=spec)
     spec, dtype_reason = on_hardware(spec, hardware_of(spec))
     recipe = recipe._replace(spec=spec)
-    if spec.quantization is not None:
-        quantised.check_installed()  # here rather than on every worker
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
     data = _rows(recipe, base, max_length, settings, run, {} if datasets is None else datasets)
@@ -102,6 +101,18 @@ def prepare(
         cache=data.cache,
     )
     return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
+
+
+def _check_packages(spec: TrainSpec) -> None:
+    """Raise SpecError or UnsupportedError with what to install where a package is missing that not every recipe needs.
+
+    The workers run in the driver's environment.
+    """
+    check_installed(spec.tracking)
+    if spec.parallel.strategy in ("zero2", "zero3"):
+        zero.check_installed()
+    if spec.quantization is not None:
+        quantised.check_installed()
 
 
 def _rows(

@@ -8,19 +8,23 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
 from ray._common.usage import usage_constants
 
 from loray.local.proxy import haproxy_script
+from loray.recipes.load import load_recipe, shipped
 from loray.settings import Settings
 from tests.conftest import REPOSITORY
 from tests.infra.manifests import cluster_spec, the
 
 DOCKERFILE = REPOSITORY / "infra" / "docker" / "Dockerfile"
+GPU_EXTRAS = ("cuda", "deepspeed", "qlora")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
@@ -49,6 +53,17 @@ BUILD, IMAGE = STAGES[1:]
 
 def sources() -> list[str]:
     return [source for i in BUILD if i.name == "COPY" for source in i.words[:-1]]
+
+
+def distributions(extras: Iterable[str]) -> dict[str, Requirement]:
+    """What is installed with these extras, by name; of a name in several places the last requirement."""
+    found = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
+    for extra in extras:
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+            found |= (
+                distributions(requirement.extras) if requirement.name == "loray" else {requirement.name: requirement}
+            )
+    return found
 
 
 def of(stage: list[Instruction], name: str) -> list[Instruction]:
@@ -122,10 +137,29 @@ def test_what_is_installed_is_known() -> None:
         for extras in (arguments["EXTRAS"], *re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text()))
         for e in extras.split(",")
     }
-    assert asked == {"postgres", "cuda"}
+    assert asked == {"postgres", *GPU_EXTRAS}
     assert asked <= PROJECT["optional-dependencies"].keys()
     assert arguments["RAY_VERSION"] == cluster_spec(the("RayService", "base"))["rayVersion"]
     assert f"loray:{PROJECT['version']}" in DOCKERFILE.read_text()
+
+
+def test_the_gpu_image_has_what_shipped_recipes_need_and_what_training_asks_to_install() -> None:
+    installed = distributions(GPU_EXTRAS)
+    wanted = {"postgres", *GPU_EXTRAS}
+    for path in (DOCKERFILE, REPOSITORY / "docs" / "guide" / "kubernetes.md"):
+        assert f"-cuda --build-arg EXTRAS={','.join(['postgres', *GPU_EXTRAS])} ." in path.read_text()
+    kubernetes = (REPOSITORY / "infra" / "kuberay").rglob("recipe.yaml")
+    for name in (*shipped(), *map(str, kubernetes)):
+        spec = load_recipe(name).spec
+        needed = {"deepspeed"} if spec.parallel.strategy in ("zero2", "zero3") else set()
+        needed |= {"bitsandbytes"} if spec.quantization else set()
+        assert needed <= (installed.keys() if spec.use_gpu is True else distributions(()).keys()), name
+    sources = [p for part in ("train", "adapters") for p in (REPOSITORY / "platform" / "loray" / part).rglob("*.py")]
+    named = {e for p in sources for e in re.findall(r"loray\[(\w+)\]", p.read_text())}
+    assert {"deepspeed", "qlora"} <= named <= wanted
+    assert {"flashinfer-python", "nvidia-cuda-nvcc", "triton"} <= installed.keys()
+    for cuda in ("cuda12", "cuda13"):  # or flash-attn, which has no wheels on the registry
+        assert not distributions([cuda])["torch"].specifier.contains("2.11")
 
 
 def test_it_runs_as_the_user_of_the_manifests_with_settings_that_loray_accepts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ from jobs.workers import threads, worker
 from loray.adapters.inject import InitialAdapter
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError
+from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError, UnsupportedError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
@@ -63,6 +64,26 @@ def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[RunFolde
 def result(reporter: FolderReporter) -> Any:
     saved = [(Checkpoint(str(c.path)), {"eval_loss": c.eval_loss}) for c in reporter.checkpoints]
     return SimpleNamespace(checkpoint=saved[-1][0], best_checkpoints=saved)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"parallel": {"strategy": "zero2"}, "num_workers": 2},
+            r"zero2 .* DeepSpeed: pip install 'loray\[deepspeed\]'",
+        ),
+        ({"parallel": {"strategy": "zero3"}, "num_workers": 2}, r"zero3 need DeepSpeed: .*, or take fsdp2"),
+        ({"quantization": {}}, r"quantization needs bitsandbytes: pip install 'loray\[qlora\]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_asked_for_before_the_data_is_read(
+    fields: dict[str, Any], message: str, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe = write(tmp_path, dtype="float32", data={"train": "no-such-file.jsonl"}, **fields)
+    with pytest.raises(UnsupportedError, match=message):
+        prepare(recipe, settings)
 
 
 def test_checkpoints_without_an_evaluation_come_last() -> None:

@@ -166,11 +166,16 @@ def _check_buffers(objective: nn.Module, dtypes: Mapping[str, torch.dtype]) -> N
         )
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def check_installed() -> None:
+    """Raise UnsupportedError where DeepSpeed is missing."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UnsupportedError(
             "strategies zero2 and zero3 need DeepSpeed: pip install 'loray[deepspeed]', or take fsdp2"
         )
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    check_installed()
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed prefers a GPU, which this run may not use
     deepspeed = importlib.import_module("deepspeed")
     if device.type == "cpu":  # DeepSpeed would compile this collective, which is for inference, for a minute
