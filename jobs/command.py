@@ -47,7 +47,11 @@ _RECONNECT_S = 1.0
     help="Ray's job server, http://HOST:8265; without it the server at LORAY_URL, or a local cluster that is started.",
 )
 @device_option("For the plan; on this machine without GPUs its memory is known.")
-@click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
+@click.option(
+    "--no-plan",
+    is_flag=True,
+    help="Start even what the plan says cannot fit. A server at LORAY_URL still plans its jobs.",
+)
 @click.option("--explain", is_flag=True, help="Print the recipe with the reason of each value, and start nothing.")
 @click.option(
     "--resume", is_flag=True, help="Go on with the latest unpublished run of this recipe, from its last checkpoint."
@@ -76,7 +80,7 @@ def train(
         where = address or settings.url
         is_here = where is None or is_this_machine(where)
         check_plan(recipe.spec, settings.home, device_name=device_name, is_here=is_here, to=console)
-    server, job = _submit(recipe, settings, address, resume, console)
+    server, job = _submit(recipe, settings, address, console, resume=resume, no_plan=no_plan)
     view = RunView(console)
     try:
         with view:
@@ -104,7 +108,7 @@ class _Jobs(Protocol):
 
 
 def _submit(
-    recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console
+    recipe: Recipe, settings: Settings, address: str | None, console: Console, *, resume: bool, no_plan: bool
 ) -> tuple[_Jobs, str]:
     """Returns (server, job id). Without an address and a server, the local cluster is used, and started if it does not
     run.
@@ -116,10 +120,12 @@ def _submit(
     else:
         with tempfile.TemporaryDirectory() as stage:
             if address is not None and not is_this_machine(address):
-                job = commands.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
+                job = commands.remote(
+                    recipe, settings, address=address, resume=resume, stage=Path(stage), no_plan=no_plan
+                )
             else:
                 open_store(settings.store).check()  # refuses a store that the job could not publish to
-                job = commands.local(recipe, settings, resume=resume)
+                job = commands.local(recipe, settings, resume=resume, no_plan=no_plan)
             if address is None:
                 from loray.local.cluster import ensure_started
 

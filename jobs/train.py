@@ -15,7 +15,7 @@ from jobs.driver.fit import fit
 from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import connect, workers_hardware
+from jobs.driver.resources import connect, find_workers
 from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
@@ -39,8 +39,11 @@ from loray.telemetry import configure_logging
     "--resume", is_flag=True, help="Go on with the latest unpublished run of this recipe, from its last checkpoint."
 )
 @click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the run are.")
+@click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
 @click.option("--publish-checkpoint", is_flag=True, help="Train nothing: publish the latest run's best checkpoint.")
-def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publish_checkpoint: bool) -> None:
+def main(
+    source: RecipeSource, as_events: bool, resume: bool, tenant: str, no_plan: bool, publish_checkpoint: bool
+) -> None:
     """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
     the options on top of it, or that of the options alone.
     """
@@ -55,13 +58,20 @@ def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publi
         if publish_checkpoint:
             publish_latest(loaded, settings, emit, tenant=tenant)
         else:
-            train(loaded, settings, emit, resume=resume, tenant=tenant)
+            train(loaded, settings, emit, resume=resume, tenant=tenant, is_planned=not no_plan)
 
 
 def train(
-    recipe: Recipe, settings: Settings, emit: Emit, *, resume: bool = False, tenant: str = DEFAULT_TENANT
+    recipe: Recipe,
+    settings: Settings,
+    emit: Emit,
+    *,
+    resume: bool = False,
+    tenant: str = DEFAULT_TENANT,
+    is_planned: bool = True,
 ) -> None:
     """Trains and publishes for `tenant`, passing events to `emit`. Runs in the main thread, which SIGTERM interrupts.
+    Without `is_planned` a run starts that may not fit its workers' memory.
 
     If it raises LorayError, nothing is published.
     """
@@ -72,9 +82,9 @@ def train(
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         try:
             connected = partial(connect, recipe.spec, settings, interrupts)
-            hardware_of = partial(workers_hardware, settings=settings, interrupts=interrupts)
+            workers_of = partial(find_workers, settings=settings, interrupts=interrupts)
             run_tasks = RayTasks(recipe.spec, settings.training_group, connected)
-            prepared = prepare(recipe, settings, catalog, run_tasks, hardware_of=hardware_of)
+            prepared = prepare(recipe, settings, catalog, run_tasks, workers_of=workers_of, is_planned=is_planned)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.parent import fetch_parent
+from jobs.driver.resources import Workers
 from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -19,7 +20,9 @@ from loray.adapters import quantised
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
-from loray.machine import Hardware, hardware
+from loray.planning.devices import device_on
+from loray.planning.plan import make_plan
+from loray.planning.run import run_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, on_hardware, resolve
 from loray.settings import Settings
@@ -42,23 +45,21 @@ class Prepared(NamedTuple):
     dtype_reason: str = ""
 
 
-def hardware_here(spec: TrainSpec) -> Hardware:
-    return hardware()
-
-
 def prepare(
     recipe: Recipe,
     settings: Settings,
     catalog: Catalog | None = None,
     run: Runner = run_here,
     datasets: MutableMapping[object, Dataset] | None = None,
-    hardware_of: Callable[[TrainSpec], Hardware] = hardware_here,
+    workers_of: Callable[[TrainSpec], Workers] = Workers.here,
+    is_planned: bool = True,
 ) -> Prepared:
-    """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
+    """Checks the recipe against this machine, reads the data, and plans the memory of its workers. Raises LorayError
+    that says what to change.
 
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
     `run` tokenises what no earlier run has. `datasets` keeps what was read: a recipe with the same rows takes it from
-    there. `hardware_of` tells the hardware that a recipe's workers run on.
+    there. `workers_of` tells what a recipe's workers run on. Without `is_planned` a run starts that may not fit there.
     """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
@@ -70,7 +71,8 @@ def prepare(
         parent = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
         spec = parent.spec
         recipe = recipe._replace(spec=spec)
-    spec, dtype_reason = on_hardware(spec, hardware_of(spec))
+    workers = workers_of(spec)
+    spec, dtype_reason = on_hardware(spec, workers.hardware)
     recipe = recipe._replace(spec=spec)
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
@@ -91,6 +93,8 @@ def prepare(
         are_texts=data.report.format == "text",
         trained_context=None if parent is None else parent.context,
     )
+    if is_planned:
+        _check_plan(spec, base, data, workers)
     plan_ahead(
         data.train.lengths,
         spec.batch,
@@ -113,6 +117,23 @@ def _check_packages(spec: TrainSpec) -> None:
         zero.check_installed()
     if spec.quantization is not None:
         quantised.check_installed()
+
+
+def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Workers) -> None:
+    """Raise SpecError where the longest row does not fit the workers' devices, with what to change.
+
+    Without a GPU to be found where one is used, there is no plan.
+    """
+    device = device_on(workers.hardware, workers.per_node, use_gpu=spec.use_gpu is True)
+    if device is None:
+        return
+    is_shorter = spec.batch.order in ("shuffled", "length_grouped") and spec.parallel.sequence == 1
+    if is_shorter and spec.attention.type == "dense":
+        longest = int(data.train.lengths.max(initial=2))
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": longest})})
+    for problem in make_plan(run_of(spec, base.config), device).problems:
+        if problem.severity == "refusal":
+            raise SpecError(f"{problem.message}; {problem.remedy}")
 
 
 def _rows(

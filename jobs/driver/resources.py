@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 
@@ -29,27 +30,45 @@ def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None
     check_resources(spec, settings)
 
 
-def workers_hardware(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Hardware:
-    """Return the hardware of the nodes that a recipe's workers run on, with a GPU for each worker or none.
+class Workers(NamedTuple):
+    """The hardware of the nodes that a recipe's workers run on, with a GPU for each worker or none. `per_node`: how
+    many share a node, at least.
+    """
+
+    hardware: Hardware
+    per_node: int
+
+    @classmethod
+    def here(cls, spec: TrainSpec) -> Workers:
+        """All on this machine."""
+        return cls(hardware(), spec.num_workers)
+
+
+def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Workers:
+    """Return what a recipe's workers run on.
 
     A recipe that leaves it to the cluster uses GPUs where there are as many as workers. On a cluster of several nodes,
     or with GPUs, a task that takes what a worker takes looks. A driver that is no cluster's job starts Ray on this
     machine alone. Raises SpecError if there are too few resources.
     """
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
-        return hardware()
+        return Workers.here(spec)
     connect(spec, settings, interrupts)
     if spec.use_gpu == "auto":
         spec = spec.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) >= spec.num_workers})
     check_resources(spec, settings)
-    if not spec.use_gpu and sum(node["Alive"] for node in ray.nodes()) == 1:
-        return replace(hardware(), gpus=())
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    if not spec.use_gpu and num_nodes == 1:
+        return Workers(replace(hardware(), gpus=()), spec.num_workers)
     takes = worker_resources(spec, settings.training_group)
     look = ray.remote(hardware).options(
         num_cpus=takes.pop("CPU", 0), num_gpus=takes.pop("GPU", 0), resources=takes, max_retries=0
     )
     found: Hardware = ray.get(look.remote())
-    return replace(found, gpus=found.gpus[:1] * spec.num_workers if spec.use_gpu else ())
+    if not spec.use_gpu:
+        return Workers(replace(found, gpus=()), -(-spec.num_workers // num_nodes))
+    per_node = min(spec.num_workers, max(len(found.gpus), 1))
+    return Workers(replace(found, gpus=found.gpus[:1] * spec.num_workers), per_node)
 
 
 def check_resources(spec: TrainSpec, settings: Settings) -> None:

@@ -40,7 +40,7 @@ class Submission(NamedTuple):
     entrypoint_resources: dict[str, float] | None = None
 
 
-def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
+def local(recipe: Recipe, settings: Settings, *, resume: bool, no_plan: bool = False) -> Submission:
     """A job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded.
 
     Raises DataError if a data file does not exist, which the job would report only after it has started.
@@ -51,11 +51,14 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
         source = _as_json(recipe.spec)
     else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
         source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
-    entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {_command(sys.executable, source, resume=resume)}"
+    command = _command(sys.executable, source, resume=resume, no_plan=no_plan)
+    entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {command}"
     return Submission(entrypoint, {"env_vars": _env_here(settings)}, _metadata(recipe.spec), _of_driver(settings))
 
 
-def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
+def remote(
+    recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path, no_plan: bool = False
+) -> Submission:
     """A job on a cluster that has loray installed. Puts the recipe, with its defaults, and local data files into
     `stage`, which Ray uploads.
 
@@ -69,7 +72,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         source = recipe.path.name
         (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
     _stage_data(recipe, address, stage)
-    command = _command("python", source, resume=resume)
+    command = _command("python", source, resume=resume, no_plan=no_plan)
     runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
     return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
 
@@ -94,7 +97,9 @@ def _stage_data(recipe: Recipe, address: str, stage: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def sweep(recipe: Recipe, plan: str, settings: Settings, *, address: str | None, stage: Path) -> Submission:
+def sweep(
+    recipe: Recipe, plan: str, settings: Settings, *, address: str | None, stage: Path, no_plan: bool = False
+) -> Submission:
     """A job that runs a sweep of `recipe`, whose trials are in `plan`, as JSON. Ray uploads the plan from `stage`, and
     local data where `address` is another machine's. Raises as `local` and `remote` do.
     """
@@ -105,13 +110,13 @@ def sweep(recipe: Recipe, plan: str, settings: Settings, *, address: str | None,
         for data in _sources(recipe.data()):
             _local_files(data, recipe)
     (stage / _PLAN).write_text(plan, encoding="utf-8")
-    job = _sweep([_PLAN], settings, address, _metadata(recipe.spec))
+    job = _sweep([_PLAN, *_unplanned(no_plan)], settings, address, _metadata(recipe.spec))
     return job._replace(runtime_env={"working_dir": str(stage), **job.runtime_env})
 
 
-def resumed_sweep(name: str, settings: Settings, *, address: str | None) -> Submission:
+def resumed_sweep(name: str, settings: Settings, *, address: str | None, no_plan: bool = False) -> Submission:
     """A job that goes on with the latest sweep of the adapter `name`."""
-    return _sweep(["--resume", name], settings, address, {"loray_name": name})
+    return _sweep(["--resume", name, *_unplanned(no_plan)], settings, address, {"loray_name": name})
 
 
 def _sweep(arguments: list[str], settings: Settings, address: str | None, metadata: dict[str, str]) -> Submission:
@@ -188,9 +193,17 @@ def _with_own_catalog(command: str, settings: Settings) -> str:
     return f"{_OWN_CATALOG} && {command}" if settings.catalog_has_password else command
 
 
-def _command(python: str, source: str, *, resume: bool, tenant: str = DEFAULT_TENANT) -> str:
-    flags = [*(["--resume"] if resume else []), *([] if tenant == DEFAULT_TENANT else ["--tenant", tenant])]
+def _command(python: str, source: str, *, resume: bool, tenant: str = DEFAULT_TENANT, no_plan: bool = False) -> str:
+    flags = [
+        *(["--resume"] if resume else []),
+        *_unplanned(no_plan),
+        *([] if tenant == DEFAULT_TENANT else ["--tenant", tenant]),
+    ]
     return shlex.join([python, *_DRIVER, source, "--events", *flags])
+
+
+def _unplanned(no_plan: bool) -> list[str]:
+    return ["--no-plan"] if no_plan else []
 
 
 def _as_json(spec: TrainSpec) -> str:

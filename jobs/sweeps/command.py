@@ -80,7 +80,7 @@ def sweep(
         if resumed is not None:
             if grid or ranges or num_draws or source.arguments:
                 raise SpecError("--resume goes on with a sweep as it was: give neither RECIPE nor what varies")
-            name, job = resumed, commands.resumed_sweep(resumed, settings, address=address)
+            name, job = resumed, commands.resumed_sweep(resumed, settings, address=address, no_plan=no_plan)
         else:
             source, ranges = _without_ranges(source, ranges)
             asked = {"grid": grid, "ranges": ranges, "num_draws": num_draws, "draw_seed": draw_seed}
@@ -91,10 +91,8 @@ def sweep(
             if dry_run:
                 _show_trials(plan, console)
                 return
-            name, job = (
-                plan.name,
-                commands.sweep(recipe, plan.model_dump_json(), settings, address=address, stage=Path(stage)),
-            )
+            name, text = plan.name, plan.model_dump_json()
+            job = commands.sweep(recipe, text, settings, address=address, stage=Path(stage), no_plan=no_plan)
             console.print(f"{len(plan.trials)} trials of {name}", highlight=False)
         view = _run(job, settings, address, console)
     if view.published is None:

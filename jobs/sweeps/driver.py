@@ -23,10 +23,10 @@ import click
 import numpy as np
 import ray
 
-from jobs.driver.prepare import Prepared, hardware_here, prepare
+from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import connect, workers_hardware
+from jobs.driver.resources import Workers, connect, find_workers
 from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
@@ -39,7 +39,6 @@ from jobs.sweeps.trials import PLAN, SweepPlan, TrialRecord, best
 from jobs.tracking.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.errors import SpecError, TrainingError
-from loray.machine import Hardware
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec, qualified_name
@@ -57,7 +56,8 @@ PICTURE = "trials.svg"
 @click.option("--resume", "resumed", metavar="NAME", help="Go on with the latest sweep of this adapter.")
 @click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
 @click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the sweep are.")
-def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str) -> None:
+@click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
+def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str, no_plan: bool) -> None:
     """Run the sweep of PLAN, which `loray sweep` writes, and publish its best trial."""
 
     def emit(event: Event) -> None:
@@ -67,14 +67,21 @@ def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str) -
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         if plan is not None and resumed is None:
-            sweep(_read(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant)
+            sweep(_read(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant, is_planned=not no_plan)
         elif plan is None and resumed is not None:
-            sweep(resumed, settings, emit, tenant=tenant)
+            sweep(resumed, settings, emit, tenant=tenant, is_planned=not no_plan)
         else:
             raise SpecError("give a sweep's plan, or --resume NAME")
 
 
-def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str = DEFAULT_TENANT) -> PublishedEvent:
+def sweep(
+    plan: SweepPlan | str,
+    settings: Settings,
+    emit: Emit,
+    *,
+    tenant: str = DEFAULT_TENANT,
+    is_planned: bool = True,
+) -> PublishedEvent:
     """Runs all trials and publishes the best. A name instead of a plan: goes on with the latest sweep of that name.
 
     Runs in the main thread, which SIGTERM interrupts. If it raises LorayError, nothing is published.
@@ -91,8 +98,8 @@ def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str 
         try:
             connected = partial(connect, plan.recipe, settings, interrupts)
             run = RayTasks(plan.recipe, settings.training_group, connected)
-            hardware_of = partial(workers_hardware, settings=settings, interrupts=interrupts)
-            prepared = _prepare(plan, settings, catalog, run, hardware_of)
+            workers_of = partial(find_workers, settings=settings, interrupts=interrupts)
+            prepared = _prepare(plan, settings, catalog, run, workers_of, is_planned=is_planned)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
@@ -223,13 +230,15 @@ def _prepare(
     settings: Settings,
     catalog: Catalog,
     run: Runner = run_here,
-    hardware_of: Callable[[TrainSpec], Hardware] = hardware_here,
+    workers_of: Callable[[TrainSpec], Workers] = Workers.here,
+    *,
+    is_planned: bool = True,
 ) -> list[Prepared]:
     """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)
     recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
-    prepared = [prepare(recipe, settings, catalog, run, datasets, hardware_of) for recipe in recipes]
+    prepared = [prepare(r, settings, catalog, run, datasets, workers_of, is_planned) for r in recipes]
     held_out = [data.evaluation for data in datasets.values()]
     if not len(held_out[0]):
         raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")

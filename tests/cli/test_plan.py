@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from loray.bases.registry import add_base
 from loray.cli.main import _run
-from loray.recipes.load import shipped
+from loray.recipes.load import purpose, shipped
 from tests.planning.recipes import HARDWARE, MACHINE
 from tests.tiny import write_checkpoint
 
@@ -185,7 +186,8 @@ def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan:
         facts = json.loads(plan(name, "--json")[1])
         assert not facts["is_refused"], name
         assert facts["problems"] == [], name
-        assert facts["device"]["name"] == ("a100-80gb" if "llama2" in name else "this-machine")
+        named = re.findall(r"on 8 GPUs of (\d+) GB", purpose(name))
+        assert facts["device"]["name"] == (f"a100-{named[0]}gb" if named else "this-machine")
 
 
 def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

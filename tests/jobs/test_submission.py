@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs.submission import commands
+from jobs.sweeps.driver import main as sweep_driver
+from jobs.train import main as train_driver
 from loray.errors import DataError, SettingsError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
@@ -100,6 +102,19 @@ def test_a_sweep_uploads_its_plan_and_to_another_cluster_its_data(tmp_path: Path
     assert resumed.entrypoint == "python -P -m jobs.sweeps.driver --resume arithmetic --events"
     with pytest.raises(SettingsError, match="cannot reach this machine"):
         commands.resumed_sweep("arithmetic", here, address=ADDRESS)
+
+
+def test_no_plan_is_passed_to_the_driver(tmp_path: Path) -> None:
+    recipe, folder, there = write(tmp_path / "a"), stage(tmp_path), Settings.from_env(REACHABLE)
+    for parser, job in (
+        (train_driver, commands.local(recipe, Settings.from_env({}), resume=True, no_plan=True)),
+        (train_driver, commands.remote(recipe, there, address=ADDRESS, resume=False, stage=folder, no_plan=True)),
+        (sweep_driver, commands.sweep(recipe, "{}", there, address=ADDRESS, stage=folder, no_plan=True)),
+        (sweep_driver, commands.resumed_sweep("arithmetic", there, address=ADDRESS, no_plan=True)),
+    ):
+        words = shlex.split(job.entrypoint)
+        arguments = [str(folder / word) if word == "plan.json" else word for word in words[words.index("-m") + 2 :]]
+        assert parser.make_context("driver", arguments).params["no_plan"] is True
 
 
 def test_no_secret_of_this_machine_is_sent(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from loray.machine import Gpu, GpuRates, Machine, training_dtype
+from loray.machine import Gpu, GpuRates, Hardware, Machine, training_dtype
 from loray.spec import DType, Frozen, NumBytes, parse_size
 
 GB = 10**9
@@ -164,6 +164,21 @@ def gpu_here(machine: Machine) -> Device | None:
     if rates is None or rates.gpu is None:
         return None
     return _measured(gpu, rates.gpu).model_copy(update=shape)
+
+
+def device_on(hardware: Hardware, num_workers: int, *, use_gpu: bool) -> Device | None:
+    """One worker's share of a node, of `num_workers` on it: its GPU, or of its memory. Rates that are not known do not
+    count, and no time does. None where GPUs are used and none was found.
+    """
+    machine = Machine(hardware)
+    if not use_gpu:
+        return host(machine, num_workers)
+    if not hardware.gpus:
+        return None
+    gpu = min(hardware.gpus, key=lambda gpu: gpu.memory_bytes)
+    device = gpu_here(machine) or _measured(gpu, GpuRates(1.0, 1.0))
+    node = {"workers_per_node": num_workers, "host_memory_bytes": hardware.memory_bytes}
+    return device.model_copy(update=node)
 
 
 def _preset_of(gpu: Gpu) -> Device | None:

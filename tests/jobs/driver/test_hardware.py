@@ -48,6 +48,10 @@ class Cluster:
 
 
 def look(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> Hardware:
+    return workers(monkeypatch, cluster, **fields).hardware
+
+
+def workers(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> resources.Workers:
     monkeypatch.setattr(resources, "ray", cluster)
     monkeypatch.setattr(cluster, "remote", lambda *_: cluster)
     monkeypatch.setattr(resources, "hardware", lambda: AVX2)
@@ -55,7 +59,7 @@ def look(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> Ha
     class Interrupts:
         def arm(self) -> None: ...
 
-    return resources.workers_hardware(recipe(dtype="auto", **fields), SETTINGS, Interrupts())  # type: ignore[arg-type]
+    return resources.find_workers(recipe(dtype="auto", **fields), SETTINGS, Interrupts())  # type: ignore[arg-type]
 
 
 def test_one_node_without_gpus_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +81,16 @@ def test_gpus_are_used_where_there_is_one_for_each_worker(monkeypatch: pytest.Mo
     assert look(monkeypatch, Cluster(1, 2, node), num_workers=1, use_gpu=False).gpus == ()
     with pytest.raises(SpecError, match="num_workers is 4, but the cluster has 2 GPUs"):
         look(monkeypatch, Cluster(1, 2, node), num_workers=4, use_gpu=True)
+
+
+def test_workers_share_a_node_where_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod with one GPU has one of them, a machine with eight all; without GPUs they are spread over all nodes."""
+    pod, machine = replace(HARDWARE, gpus=(H100,)), replace(HARDWARE, gpus=8 * (H100,))
+    assert workers(monkeypatch, Cluster(9, 8, pod), num_workers=8).per_node == 1
+    assert workers(monkeypatch, Cluster(1, 8, machine), num_workers=8).per_node == 8
+    assert workers(monkeypatch, Cluster(2, 16, machine), num_workers=4).per_node == 4
+    assert workers(monkeypatch, Cluster(3, 0, HARDWARE), num_workers=4).per_node == 2
+    assert workers(monkeypatch, Cluster(1, 0, HARDWARE), num_workers=4).per_node == 4
 
 
 @pytest.mark.parametrize(
