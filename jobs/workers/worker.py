@@ -14,6 +14,7 @@ import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from jobs.events.messages import first_line
 from jobs.events.sink import EventSender
 from jobs.workers.checkpoints import CheckpointUploads
 from jobs.workers.gauges import TrainingGauges
@@ -24,6 +25,9 @@ from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.machine import hardware
+from loray.planning.devices import device_on
+from loray.planning.plan import advice_for_less
+from loray.planning.run import run_of
 from loray.priority import compute_in_background
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
@@ -79,8 +83,17 @@ def run(config: WorkerConfig) -> str | None:
     problems = [p for p in world.gather(problem) if p is not None]  # so that no rank waits for one that has ended
     if base is None or problems:
         return problems[0]
+    reason: str | None = ray.get(config["events"].reason.remote())
+    if reason is not None:  # of a worker before this one: it would come to the same end
+        return reason
     try:
         _train(spec, base, config, world)
+    except torch.OutOfMemoryError as e:
+        reason = _out_of_memory(spec, base, e)
+        if world.size == 1:
+            return reason
+        ray.get(config["events"].give_up.remote(reason))
+        raise  # the other ranks wait for this one
     except (SpecError, TrainingError, UnsupportedError) as e:
         return str(e)  # every rank raises it
     except LorayError as e:
@@ -120,6 +133,14 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         train(
             spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, initial=initial, device=device
         )
+
+
+def _out_of_memory(spec: TrainSpec, base: BaseModel, error: torch.OutOfMemoryError) -> str:
+    """What to change in a run that did not fit, although the plan may have said that it would."""
+    per_node = ray.train.get_context().get_local_world_size()
+    device = device_on(hardware(), per_node, use_gpu=spec.use_gpu is True)
+    advice = "" if device is None else f"; {advice_for_less(run_of(spec, base.config), device)}"
+    return f"out of memory: {first_line(error)}{advice}"
 
 
 def _initial(config: WorkerConfig, stack: ExitStack) -> InitialAdapter | None:

@@ -7,7 +7,6 @@ import importlib.util
 import re
 import shlex
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from jobs.train import main as train_command
-from loray.bases import smollm2
-from loray.bases.config import ModelConfig
 from loray.cli.base import add as add_base_command
-from loray.machine import Gpu
-from loray.planning.devices import PRESETS, device_on
-from loray.planning.plan import make_plan
-from loray.planning.run import run_of
-from loray.recipes.load import load_recipe
-from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
 from loray.spec import ServeSpec, TrainSpec
 from loray.spec.fields import parse_size
@@ -43,28 +34,9 @@ from tests.infra.manifests import (
     render,
     the,
 )
-from tests.test_machine import AVX2
 
 FOLDERS = [*SERVICES, *JOBS]
 CONFIGS = {"base": "cluster.yaml", "overlays/cpu-dev": "cluster.yaml", "overlays/gpu": "gpu.yaml"}
-# Of the bases that the jobs' pods add: their config.json.
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1_000_000,
-}
-SHAPES = {
-    "qwen3-8b": ModelConfig.from_hf(QWEN3_8B),
-    "smollm2-135m-instruct": ModelConfig.from_hf(smollm2.CONFIG),
-}
 # KubeRay puts this label on the pods of heads and workers.
 KUBERAY_LABELS = {"ray.io/is-ray-node": "yes"}
 MAX_NAME = 47  # KubeRay appends to it, and the name of a Service has at most 63 characters
@@ -295,25 +267,6 @@ def test_the_job_s_entrypoint_is_a_driver_with_a_recipe_that_is_mounted(folder: 
     assert offered(workers) == group.worker
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == spec.num_workers
     assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
-
-
-@pytest.mark.parametrize("folder", JOBS)
-def test_the_job_s_recipe_fits_its_pods_and_the_gpu_that_it_names(folder: str, tmp_path: Path) -> None:
-    (text,) = data("ConfigMap", "loray-recipe", folder).values()
-    (tmp_path / "recipe.yaml").write_text(text)
-    spec = load_recipe(str(tmp_path / "recipe.yaml")).spec
-    (container,) = groups(folder)[1]["template"]["spec"]["containers"]
-    limits, gpus = container["resources"]["limits"], ()
-    if spec.use_gpu is True:
-        (gigabytes,) = re.findall(r"GPU of (\d+) GB", text)
-        gpus = (Gpu("A100", PRESETS[f"a100-{gigabytes}gb"].memory_bytes, (8, 0)),)
-        assert limits["nvidia.com/gpu"] == str(len(gpus))
-    pod = replace(AVX2, memory_bytes=bytes_of(limits["memory"]), gpus=gpus)
-    device = device_on(pod, 1, use_gpu=bool(gpus))
-    assert device is not None
-    plan = make_plan(run_of(on_hardware(spec, pod).spec, SHAPES[spec.base]), device)
-    assert plan.problems == ()
-    assert plan.host is None or plan.host.usable_bytes is not None
 
 
 # -- the overlays' own servers ----------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     with torch's function computed without its kernel.
     """
     if request.param == "torch's kernel":
-        from tests.train.attention import test_s2_attention as functions
+        from tests.train.attention import functions
 
         functions.install_flash_attn(monkeypatch, None)
         monkeypatch.setattr(functions.torch_varlen, "varlen_attn", functions.varlen_attn_on_cpu)

@@ -103,6 +103,14 @@ def make_plan(run: Run, device: Device) -> Plan:
     return Plan(run, device, memory, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
 
 
+def advice_for_less(run: Run, device: Device) -> str:
+    """Return the smallest change with which a run takes less memory than the plan says, or than the device has where
+    that is less: for a run that did not fit.
+    """
+    least = min(device.usable_bytes, plan_memory(run, device).peak_bytes - 1)
+    return _advice(smallest_remedy(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
+
+
 def _host_facts(host: HostPlan) -> dict[str, Any]:
     return asdict(host) | {
         "moments": {moment: host.at(moment) for moment in HOST_MOMENTS},

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ from jobs import train as driver
 from jobs.driver import resources
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
-from jobs.driver.resources import Workers, check_resources
+from jobs.driver.resources import check_resources
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.runs.saved import score
@@ -33,18 +31,13 @@ from jobs.workers import threads, worker
 from loray.adapters.inject import InitialAdapter
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError, UnsupportedError
-from loray.machine import Gpu, Hardware
-from loray.planning.devices import MIB
+from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from loray.spec import TrainSpec
 from loray.train import checkpoint
 from loray.train.loop import train
 from loray.train.reporting import FolderReporter
 from tests.cluster import free_port
-from tests.planning.recipes import HARDWARE
-from tests.test_machine import H100
 from tests.test_recipe import write
 from tests.tiny import write_checkpoint
 
@@ -70,80 +63,6 @@ def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[RunFolde
 def result(reporter: FolderReporter) -> Any:
     saved = [(Checkpoint(str(c.path)), {"eval_loss": c.eval_loss}) for c in reporter.checkpoints]
     return SimpleNamespace(checkpoint=saved[-1][0], best_checkpoints=saved)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"parallel": {"strategy": "zero2"}, "num_workers": 2},
-            r"zero2 .* DeepSpeed: pip install 'loray\[deepspeed\]'",
-        ),
-        ({"parallel": {"strategy": "zero3"}, "num_workers": 2}, r"zero3 need DeepSpeed: .*, or take fsdp2"),
-        ({"quantization": {}}, r"quantization needs bitsandbytes: pip install 'loray\[qlora\]'"),
-    ],
-)
-def test_a_package_that_is_missing_is_asked_for_before_the_data_is_read(
-    fields: dict[str, Any], message: str, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    recipe = write(tmp_path, dtype="float32", data={"train": "no-such-file.jsonl"}, **fields)
-    with pytest.raises(UnsupportedError, match=message):
-        prepare(recipe, settings)
-
-
-TINY_NODE = replace(HARDWARE, memory_bytes=320 * MIB)
-
-
-@pytest.mark.parametrize(
-    ("found", "fields", "message"),
-    [
-        (TINY_NODE, {}, None),
-        (
-            TINY_NODE,
-            {"batch": {"rows": 512}},
-            r"needs .* where this-machine has .*; gradient_checkpointing: true would",
-        ),
-        (
-            replace(TINY_NODE, gpus=(replace(H100, memory_bytes=1 << 30),)),
-            {"use_gpu": True},
-            r"where h100-80gb has 1\.0",
-        ),
-        (replace(HARDWARE, gpus=(replace(H100, name="a new one"),)), {"use_gpu": True}, None),
-        (replace(HARDWARE, gpus=(Gpu("a new one", 1 << 30, (9, 0)),)), {"use_gpu": True}, r"where a new one has 1\.0"),
-        (replace(TINY_NODE, gpus=(H100,)), {"use_gpu": True}, r"of a node's own memory while loading"),
-        (HARDWARE, {"use_gpu": True}, None),
-    ],
-    ids=["fits", "CPU", "GPU", "unknown GPU that fits", "unknown GPU", "host beside a GPU", "no GPU was found"],
-)
-def test_the_driver_plans_on_what_the_workers_run_on(
-    found: Hardware, fields: dict[str, Any], message: str | None, tmp_path: Path, settings: Settings
-) -> None:
-    recipe = write(tmp_path, **({"dtype": "float32"} | fields))
-
-    def workers_of(spec: TrainSpec) -> Workers:
-        return Workers(found, 1)
-
-    if message is None:
-        assert prepare(recipe, settings, workers_of=workers_of).spec.name == recipe.spec.name
-        return
-    with pytest.raises(SpecError, match=message):
-        prepare(recipe, settings, workers_of=workers_of)
-    prepare(recipe, settings, workers_of=workers_of, is_planned=False)
-
-
-def test_the_driver_plans_the_rows_that_there_are(tmp_path: Path, settings: Settings) -> None:
-    """What a command cannot know: none is as long as the recipe allows."""
-    data = {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 512}
-    fields: dict[str, Any] = {"dtype": "float32", "batch": {"rows": 128}, "data": data}
-
-    def workers_of(spec: TrainSpec) -> Workers:
-        return Workers(replace(HARDWARE, memory_bytes=640 * MIB), 1)
-
-    assert prepare(write(tmp_path, **fields), settings, workers_of=workers_of).data.lengths.max() < 100
-    packed = fields["batch"] | {"order": "packed"}
-    with pytest.raises(SpecError, match="a worker where this-machine has"):
-        prepare(write(tmp_path, **(fields | {"batch": packed})), settings, workers_of=workers_of)
 
 
 def test_checkpoints_without_an_evaluation_come_last() -> None:

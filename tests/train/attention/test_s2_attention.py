@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from functools import wraps
-from importlib.machinery import ModuleSpec
-from inspect import signature
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen as torch_varlen
 
 from loray.train import s2_attention
 from loray.train.attention import cpu, sdpa, varlen
 from loray.train.attention import segments as segment_attention
 from loray.train.attention.cuts import Bucket, compute_cuts
-
-
-def flash_attn_varlen_func(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    deterministic: bool = False,
-) -> Tensor:
-    """flash-attn's function as its documentation has it, computed without its kernel."""
-    assert causal
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    assert cu_seqlens_q.dtype == torch.int32
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    assert max_seqlen_q == max_seqlen_k == int(torch.diff(cu_seqlens_q).max())
-    assert int(cu_seqlens_q[0]) == 0
-    assert int(cu_seqlens_q[-1]) == len(q_NHD) == len(k_NKD) == len(v_NKD)
-    outs = []
-    for begin, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
-        q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
-        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)[0])
-    return torch.cat(outs, dim=1).transpose(0, 1)
-
-
-varlen_attn = torch_varlen.varlen_attn  # that of the installed torch
-
-
-@wraps(varlen_attn)
-def varlen_attn_on_cpu(*arguments: Any, **options: Any) -> Tensor:
-    """torch's function with its own parameters, computed without its kernel."""
-    given = signature(varlen_attn).bind(*arguments, **options).arguments
-    assert given["window_size"] == (-1, 0)
-    assert given["enable_gqa"]
-    fixed = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_varlen_func(*arguments, softmax_scale=given["scale"], causal=True, deterministic=fixed)
-
-
-def install_flash_attn(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
-    """A package flash-attn with this function; None: it is not installed."""
-    package: Any = None
-    if function is not None:
-        package = ModuleType("flash_attn")
-        package.__spec__ = ModuleSpec("flash_attn", None)
-        package.flash_attn_varlen_func = function
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(varlen, "_kernel", varlen._kernel.__wrapped__)  # what an earlier case found is kept
+from tests.train.attention.functions import (
+    flash_attn_varlen_func,
+    install_flash_attn,
+    torch_varlen,
+    varlen_attn_on_cpu,
+)
 
 
 @pytest.fixture(params=["cpu", "sdpa", "flash-attn", "torch"])
@@ -283,82 +229,3 @@ def test_a_backward_pass_reads_what_the_forward_pass_saw() -> None:
         k.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-def flash_attn_of_2023(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-    raise AssertionError("it has no parameter that says whether its backward pass is deterministic")
-
-
-def varlen_attn_of_2025(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-    return_aux: Any = None,
-    scale: float | None = None,
-) -> Tensor:
-    raise AssertionError("it has neither windows nor heads that share keys")
-
-
-NONE, OLD, NEW = None, flash_attn_of_2023, flash_attn_varlen_func
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "width", "flash_attn", "has_new_torch", "capability", "expected"),
-    [
-        ("cuda", torch.bfloat16, 128, NEW, True, 9, varlen),
-        ("cuda", torch.float32, 128, NEW, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 512, NEW, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, NONE, True, 9, varlen),
-        ("cuda", torch.bfloat16, 128, OLD, True, 9, varlen),
-        ("cuda", torch.bfloat16, 128, NEW, False, 9, varlen),
-        ("cuda", torch.bfloat16, 128, NONE, False, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, OLD, False, 9, sdpa),
-        ("cuda", torch.bfloat16, 12, NEW, True, 9, varlen),
-        ("cuda", torch.bfloat16, 12, NONE, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 12, OLD, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, NEW, True, 7, sdpa),
-        ("cpu", torch.bfloat16, 128, NEW, True, 9, cpu),
-        ("meta", torch.bfloat16, 128, NEW, True, 9, sdpa),
-    ],
-)
-def test_choice_of_a_kernel(
-    device: str,
-    dtype: torch.dtype,
-    width: int,
-    flash_attn: object,
-    has_new_torch: bool,
-    capability: int,
-    expected: object,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_flash_attn(monkeypatch, flash_attn)
-    if not has_new_torch:
-        monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_of_2025)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    choose = segment_attention._choose.__wrapped__  # what an earlier case chose is kept
-    assert choose(torch.device(device), dtype, width) is expected.attend_runs  # type: ignore[attr-defined]
-
-
-def test_a_torch_without_attention_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_flash_attn(monkeypatch, None)
-    monkeypatch.setitem(sys.modules, torch_varlen.__name__, None)
-    assert varlen._kernel() is None
-
-
-@pytest.mark.parametrize("ids", [None, [runs((0, 11), (1, 12), (-1, 7))]], ids=["one document", "packed and padded"])
-def test_the_function_of_the_installed_torch_takes_its_arguments(
-    ids: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forward and backward, without storage: the function itself runs, and its kernel says the shapes alone."""
-    install_flash_attn(monkeypatch, None)
-    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: varlen.attend_runs)
-    q, k, v = (x.detach().to("meta").requires_grad_() for x in qkv(1, 9, 3, 30, torch.bfloat16))
-    out = s2_attention(q, k, v, group_size=8, document_ids_BT=None if ids is None else torch.tensor(ids))
-    assert out.shape == q.shape
-    out.sum().backward()
-    assert [x.grad is not None and x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]

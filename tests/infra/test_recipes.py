@@ -1,0 +1,59 @@
+"""The recipes of jobs on Kubernetes fit their pods, and the GPU that they name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loray.bases import smollm2
+from loray.bases.config import ModelConfig
+from loray.machine import Gpu
+from loray.planning.devices import PRESETS, device_on
+from loray.planning.plan import make_plan
+from loray.planning.run import run_of
+from loray.recipes.load import load_recipe
+from loray.recipes.resolve import on_hardware
+from tests.infra.manifests import JOBS, data
+from tests.infra.test_kuberay import bytes_of, groups
+from tests.test_machine import AVX2
+
+# Of the bases that the jobs' pods add: their config.json.
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1_000_000,
+}
+SHAPES = {
+    "qwen3-8b": ModelConfig.from_hf(QWEN3_8B),
+    "smollm2-135m-instruct": ModelConfig.from_hf(smollm2.CONFIG),
+}
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_the_job_s_recipe_fits_its_pods_and_the_gpu_that_it_names(folder: str, tmp_path: Path) -> None:
+    (text,) = data("ConfigMap", "loray-recipe", folder).values()
+    (tmp_path / "recipe.yaml").write_text(text)
+    spec = load_recipe(str(tmp_path / "recipe.yaml")).spec
+    (container,) = groups(folder)[1]["template"]["spec"]["containers"]
+    limits, gpus = container["resources"]["limits"], ()
+    if spec.use_gpu is True:
+        (gigabytes,) = re.findall(r"GPU of (\d+) GB", text)
+        gpus = (Gpu("A100", PRESETS[f"a100-{gigabytes}gb"].memory_bytes, (8, 0)),)
+        assert limits["nvidia.com/gpu"] == str(len(gpus))
+    pod = replace(AVX2, memory_bytes=bytes_of(limits["memory"]), gpus=gpus)
+    device = device_on(pod, 1, use_gpu=bool(gpus))
+    assert device is not None
+    plan = make_plan(run_of(on_hardware(spec, pod).spec, SHAPES[spec.base]), device)
+    assert plan.problems == ()
+    assert plan.host is None or plan.host.usable_bytes is not None
