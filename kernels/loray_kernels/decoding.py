@@ -85,10 +85,13 @@ class Ranks(NamedTuple):
 
     silent  while it is entered, a step of this rank waits for no other, and its result means nothing
     agree   whether a condition holds on every rank; each rank calls it equally often
+    connect calls the collectives that the last silent step would have called, as far as that has not been done: ranks
+            connect to each other at the first call of a kind and size, which cannot be recorded
     """
 
     silent: Callable[[], AbstractContextManager[None]] = nullcontext
     agree: Callable[[bool], bool] = bool
+    connect: Callable[[], None] = lambda: None
 
 
 class Decoding(NamedTuple):

@@ -56,7 +56,10 @@ class StandInRecorder:
         self._ops = ops
         self.num_recorded, self.seconds = 0, 0.0
 
-    def __call__(self, run: Callable[[], Tensor]) -> Recording:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        return lambda: self._record(run)
+
+    def _record(self, run: Callable[[], Tensor]) -> Recording:
         began, before = time.perf_counter(), self._ops.counts.launches
         run()
         kernels = self._ops.counts.launches - before

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from loray.bases.registry import BaseModel
 from loray.engine import build
@@ -17,21 +19,27 @@ from loray.engine.parallel.workers import WorkerArgs
 from loray.errors import EngineError
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
-from tests.kernels.cuda.tape import TapeLauncher, on_tape
+from tests.kernels.cuda.tape import TapeLauncher, is_recording, on_tape
 
 _END = b"end"
 
 
 class TapedGroup:
-    """A process group whose collectives a replay repeats, as NCCL's in a CUDA graph."""
+    """A process group whose collectives a replay repeats, as NCCL's in a CUDA graph. The first one of its kind and size
+    connects ranks, which is an AssertionError while a graph is recorded.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
+        self._connected: set[tuple[Any, ...]] = set()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         collective = getattr(self._group, name)
 
         def call(*arguments: Any) -> Any:
+            sizes = (name, *((x.dtype, x.shape) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)))
+            assert sizes in self._connected or not is_recording(), f"the first {name} of its size is recorded"
+            self._connected.add(sizes)
             on_tape(lambda *same: collective(*same).wait(), *arguments)
             with _disable_current_modes():  # what gloo does inside is not for the tape
                 return collective(*arguments)

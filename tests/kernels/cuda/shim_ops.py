@@ -55,11 +55,16 @@ class Tapes:
         self._ops, self._ranks, self._num_bytes = ops, ranks, 0
         self._arena = Arena()
 
-    def __call__(self, run: Callable[[], Tensor]) -> Recording:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        """As GraphRecorder does."""
         assert self._ops.may_record
         self._num_bytes += 1
-        with self._ranks.silent():  # as GraphRecorder does
+        with self._ranks.silent():
             run()
+        return lambda: self._record(run)
+
+    def _record(self, run: Callable[[], Tensor]) -> Recording:
+        self._ranks.connect()
         tape = self._ops.launcher.tape = Tape(self._arena)
         out = tape.record(run)
         out.fill_(torch.nan)  # recording computes nothing

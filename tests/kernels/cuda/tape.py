@@ -62,6 +62,11 @@ class TapeLauncher:
 _recording = threading.local()
 
 
+def is_recording() -> bool:
+    """Whether this thread records."""
+    return getattr(_recording, "tape", None) is not None
+
+
 def on_tape(call: Callable[..., object], *arguments: Any) -> None:
     """`call`, which torch does not dispatch, is repeated by replays of what this thread records."""
     tape: Tape | None = getattr(_recording, "tape", None)
@@ -77,7 +82,7 @@ def refuse_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _unless_recording(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    assert getattr(_recording, "tape", None) is None, f"{name} while a graph is recorded"
+    assert not is_recording(), f"{name} while a graph is recorded"
     return call(*arguments)
 
 

@@ -24,8 +24,10 @@ class Counting:
         self.shared = self.num = self.num_released = 0
         self._memory = memory
 
-    def __call__(self, run: Callable[[], Tensor]) -> Recording:
-        out = run()
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        return lambda: self._record(run())
+
+    def _record(self, out: Tensor) -> Recording:
         shared = max(self.shared, 10 * len(out))
         if shared + self.num + 1 > self._memory:
             raise torch.OutOfMemoryError
@@ -113,9 +115,10 @@ def test_where_the_largest_steps_do_not_fit_smaller_ones_are_recorded(memory: in
         assert steps._serving_of(Form(16, kind, 4)) is None
 
 
-def test_a_form_for_which_another_rank_has_no_memory_is_dropped() -> None:
-    """This one has enough for all."""
-    answers = iter([True, True, True, False])  # before and after the first form and the second
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_form_for_which_another_rank_has_no_memory_is_dropped(recorded: bool) -> None:
+    """This one has enough for all. The other one lacks it for the recording, or for the run before."""
+    answers = iter([True, True, True, True, *[True] * recorded, False])  # the first form has three, then the second
 
     def agree(holds: bool) -> bool:
         return holds and next(answers, True)
@@ -126,7 +129,7 @@ def test_a_form_for_which_another_rank_has_no_memory_is_dropped() -> None:
 
 
 def test_recording_ends_where_another_rank_has_no_time() -> None:
-    answers = iter([True, True, False])
+    answers = iter([True, True, True, False])
     steps = decode_graphs(Counting(), lambda holds: holds and next(answers))
     assert record(steps)[0].num_recorded == 1
     assert next(answers, None) is None

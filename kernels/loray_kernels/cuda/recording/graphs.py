@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ SPLITS = (1, 4, 16, MAX_SPLITS)  # of attention
 _ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
 KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
 
+T = TypeVar("T")
+
 
 class Recording(NamedTuple):
     """`replay` repeats the recorded launches on the current stream, and so overwrites `out`."""
@@ -42,7 +44,9 @@ class Recording(NamedTuple):
 class Recorder(Protocol):
     """Recordings share memory: what one of them needs is there for the next."""
 
-    def __call__(self, run: Callable[[], Tensor]) -> Recording: ...
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        """Run once, which waits for no other rank. The result, called when all ranks have run, records."""
+        ...
 
     def num_bytes(self) -> int:
         """Memory of the device that all recordings take."""
@@ -148,13 +152,11 @@ class DecodeGraphs:
         self._recorder.release()
 
     def _recording(self, form: Form) -> Recording | None:
-        """None if the device's memory is too small."""
-        try:
-            return self._recorder(partial(self._compute, form))
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
+        """None if the memory of the device, or of another rank's for the run before, is too small."""
+        record = _unless_full(lambda: self._recorder(partial(self._compute, form)))
+        if not self._decoding.ranks.agree(record is not None) or record is None:
             return None
+        return _unless_full(record)
 
     def _compute(self, form: Form) -> Tensor:
         """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
@@ -190,24 +192,41 @@ def _least(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
 
 
+def _unless_full(call: Callable[[], T]) -> T | None:
+    """None if the device's memory is too small."""
+    try:
+        return call()
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return None
+
+
 class GraphRecorder:
-    """CUDA graphs that share their memory, since only one is replayed at a time. Nothing waits for another rank: the
-    run before a recording is silent, and what is recorded is not executed.
+    """CUDA graphs that share their memory, since only one is replayed at a time. The run before a recording is silent,
+    then collectives are called that it would have been the first to need, and what is recorded is not executed.
     """
 
     def __init__(self, device: torch.device, ranks: Ranks) -> None:
-        self._device, self._memory = device, torch.cuda.graph_pool_handle()
-        self._silent = ranks.silent
+        self._device, self._memory, self._ranks = device, torch.cuda.graph_pool_handle(), ranks
+        # One for all recordings, since cuBLAS keeps a workspace for each stream: 32 MiB on a card of 2022.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, run: Callable[[], Tensor]) -> Recording:
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side), self._silent():  # compiles kernels and initialises libraries first
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        """Compiles kernels and initialises libraries."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), self._ranks.silent():
             run()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        current.wait_stream(self._stream)
+        return lambda: self._record(run)
+
+    def _record(self, run: Callable[[], Tensor]) -> Recording:
+        with torch.cuda.stream(self._stream):
+            self._ranks.connect()
         graph = torch.cuda.CUDAGraph()
         # Threads that load adapters may allocate pinned memory meanwhile, which must not break this recording.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             out = run()
         return Recording(graph.replay, out)
 

@@ -38,12 +38,20 @@ class Traffic(NamedTuple):
     purpose: Purpose
 
 
+class _Call(NamedTuple):
+    collective: Literal["all_reduce", "all_gather", "gather"]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Communicator:
     """Of one rank. Counts the bytes that it passes to collectives of a forward pass, see `sent_bytes`."""
 
     def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
-        self.shard = shard
+        self.shard, self._device = shard, device
         self._silent = False
+        self._skipped: dict[_Call, None] = {}  # by the last silent step, of those that are not connected
+        self._connected: set[_Call] = set()
         self._num_bytes: Counter[Traffic] = Counter()
         rank, size = shard.rank, shard.world_size
         make = _nccl if device.type == "cuda" else _gloo
@@ -55,7 +63,7 @@ class Communicator:
 
     def all_reduce(self, x: Tensor, purpose: Purpose) -> None:
         """`x` becomes the sum over the ranks, in x's dtype."""
-        if self._silent:
+        if self._skips("all_reduce", x):
             return
         self._num_bytes[Traffic("all_reduce", purpose)] += x.nbytes
         self._data.allreduce([x]).wait()
@@ -63,7 +71,7 @@ class Communicator:
     def all_gather(self, x: Tensor, purpose: Purpose) -> Tensor:
         """(ranks, *x.shape)"""
         out = x.new_empty(self.shard.world_size, *x.shape)
-        if not self._silent:
+        if not self._skips("all_gather", x):
             self._num_bytes[Traffic("all_gather", purpose)] += x.nbytes
             self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
         return out
@@ -71,7 +79,7 @@ class Communicator:
     def gather(self, x: Tensor, purpose: Purpose) -> Tensor | None:
         """(ranks, *x.shape) on rank 0, None elsewhere."""
         out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
-        if self._silent:
+        if self._skips("gather", x):
             return out
         self._num_bytes[Traffic("gather", purpose)] += x.nbytes
         options = GatherOptions()
@@ -97,11 +105,27 @@ class Communicator:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Inside, collectives of a forward pass do nothing, and their results mean nothing."""
-        self._silent = True
+        self._silent, self._skipped = True, {}
         try:
             yield
         finally:
             self._silent = False
+
+    def connect(self) -> None:
+        """Call what the last silent step has skipped, each collective of a dtype and shape once ever. Every rank calls
+        this after the same steps. The bytes are not counted.
+        """
+        counted = self._num_bytes.copy()
+        for name, dtype, shape in self._skipped:
+            getattr(self, name)(torch.zeros(shape, dtype=dtype, device=self._device), "base")
+        self._num_bytes = counted
+        self._connected |= self._skipped.keys()
+        self._skipped = {}
+
+    def _skips(self, collective: Literal["all_reduce", "all_gather", "gather"], x: Tensor) -> bool:
+        if self._silent and (call := _Call(collective, x.dtype, tuple(x.shape))) not in self._connected:
+            self._skipped[call] = None
+        return self._silent
 
     def agree(self, holds: bool) -> bool:
         """Whether it holds on every rank; each calls this. RuntimeError if a rank has ended."""

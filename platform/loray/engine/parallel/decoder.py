@@ -48,7 +48,7 @@ class ShardedDecoder(Decoder):
         return self._eager(cast("Sequence[Chunk]", chunks), resident, pool)
 
     def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
-        ranks = Ranks(self._communicator.silent, self._communicator.agree)
+        ranks = Ranks(self._communicator.silent, self._communicator.agree, self._communicator.connect)
         return super()._decoding(pool, num_seats, max_blocks)._replace(ranks=ranks)
 
     def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:
