@@ -56,6 +56,7 @@ class _Launched(NamedTuple):
     partial: PartialAdapters
     scores: PromptScores
     outcomes: Callable[[], list[Outcome]]
+    wait: Callable[[], None]  # until it has been computed
     is_ahead: bool  # the next step can be launched before this one is read
 
 
@@ -76,6 +77,7 @@ class ModelRunner:
         self._counters, self._resident, self._observe = counters, resident, observe
         self._launched: deque[_Launched] = deque()  # the oldest first, at most two
         self._read_at = 0.0
+        self._on_gpu = pool.tensor.is_cuda
 
     def launch(self, chunks: Sequence[Chunk], work: Work) -> bool:
         """Queue a step; False, and nothing has happened, if it needs tokens that are in flight. Nothing is kept of a
@@ -102,7 +104,11 @@ class ModelRunner:
             outcomes = self._sampler(logits_SV, requests, None if masks is None else masks.result(), seats)
         for request in requests:
             request.num_in_flight += 1
-        self._launched.append(_Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, is_ahead))
+        # Nothing is read of a step without tokens and scores, which then has only been queued.
+        wait = _no_wait if batch.sampled or batch.scored or not self._on_gpu else _computed()
+        self._launched.append(
+            _Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, wait, is_ahead)
+        )
         return True
 
     @property
@@ -130,10 +136,20 @@ class ModelRunner:
             scores,
         )
         step.partial.end_step()
-        if self._pool.tensor.is_cuda and not (batch.sampled or batch.scored):
-            torch.cuda.synchronize()  # nothing was read: the step has only been queued
+        step.wait()
         now = time.monotonic()
         seconds, self._read_at = now - max(step.began, self._read_at), now
         if not step.partial:  # such a step waits for loads
             self._observe(step.work, seconds)
         self._counters.stepped(step.num_tokens, len(batch.residents), seconds)
+
+
+def _no_wait() -> None:
+    """What was read has been computed."""
+
+
+def _computed() -> Callable[[], None]:
+    """Waits for what this thread has queued so far, and not for other streams, on which adapters are copied."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize

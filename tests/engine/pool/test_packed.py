@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
+from loray.engine.pool import embedding
 from loray.engine.pool.file import open_packed, packed_name, save_packed
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken
 from loray.engine.pool.pool import Pool
@@ -79,8 +84,8 @@ def test_a_file_gives_back_what_was_packed(
 ) -> None:
     from loray.bases.checkpoint import read_tensors
 
-    embedding = next(t for n, t in read_tensors(base.path) if n == "model.embed_tokens.weight")
-    packing = Packer(Geometry(40, base.config.num_layers, 16, 2 * 16 * 2 * 16), torch.bfloat16, embedding)
+    base_VD = next(t for n, t in read_tensors(base.path) if n == "model.embed_tokens.weight")
+    packing = Packer(Geometry(40, base.config.num_layers, 16, 2 * 16 * 2 * 16), torch.bfloat16, base_VD)
     packed = packing.pack(adapters[name].load(base))
     path = tmp_path / packed_name(packing, base.fingerprint)
     save_packed(packed, path)
@@ -103,6 +108,51 @@ def test_what_is_not_finite_in_the_pools_dtype_is_named(bad: float) -> None:
     half = Packer(packer().geometry, torch.bfloat16, torch.zeros(1, 8))
     with pytest.raises(IntegrityError, match="layer 1 v_proj lora_b is not finite"):
         half.pack(own)
+
+
+class OnDevice:
+    """The base's embedding on a device. `copied`: (on the side stream, bytes) of each copy to the host."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, rows: Tensor, stream: Callable[[], object], copied: list[tuple[object, int]]) -> None:
+        self._rows, self._stream, self._copied, self.shape = rows, stream, copied, rows.shape
+
+    def element_size(self) -> int:
+        return self._rows.element_size()
+
+    def split(self, num_rows: int, dim: int) -> list[OnDevice]:
+        return [OnDevice(rows, self._stream, self._copied) for rows in self._rows.split(num_rows, dim)]
+
+    def cpu(self) -> Tensor:
+        self._copied.append((self._stream(), self._rows.nbytes))
+        return self._rows
+
+    def to(self, **to: object) -> Tensor:
+        return self.cpu()
+
+
+def test_a_dense_embedding_is_compared_beside_the_steps_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = [None]
+    copied: list[tuple[object, int]] = []
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(embedding, "_beside_steps", lambda device: "side", raising=False)
+    monkeypatch.setattr(embedding, "_COMPARED_BYTES", 1 << 10, raising=False)
+    base_VD = torch.zeros(100, 8)
+    rows_VD = base_VD.clone()
+    rows_VD[[3, 70]] = 1.0
+    on_device = OnDevice(base_VD, lambda: current[-1], copied)
+    own = replace(weights({0: 1}), embedding=EmbeddingRows(None, rows_VD))
+    assert Packer(packer().geometry, torch.float32, cast(Any, on_device)).pack(own).token_ids == (3, 70)
+    assert {stream for stream, _ in copied} == {"side"}
+    assert max(num_bytes for _, num_bytes in copied) <= 1 << 10
 
 
 def test_page_locked_memory_is_counted_as_torch_takes_it() -> None:

@@ -20,6 +20,7 @@ from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, Proje
 from loray.bases.checkpoint import CheckpointReader
 from loray.engine.memory.blocks import Extent, Geometry, Kind
 from loray.engine.memory.rows import AdapterShape, Matrix, columns, rows_by_width
+from loray.engine.pool.embedding import own_embedding_rows
 from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
@@ -179,7 +180,7 @@ class Packing:
     def __init__(self, packer: Packer, weights: AdapterWeights, partial: PartialLoad | None = None) -> None:
         self._packer, self._modules = packer, weights.modules
         self._layers, flat = _layers(weights)
-        token_ids, rows_VD = _own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
+        token_ids, rows_VD = own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
         if token_ids:
             flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
         shape = AdapterShape.of(self._layers, flat)
@@ -281,13 +282,3 @@ def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], d
             assert name in _NORMS
             layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
     return layers, flat
-
-
-def _own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
-    if weights.embedding is None:
-        return (), base_VD[:0]
-    rows_VD = weights.embedding.rows_VD.to(dtype)
-    if weights.embedding.token_ids is not None:
-        return weights.embedding.token_ids, rows_VD
-    differs = (rows_VD != base_VD.to(device=rows_VD.device, dtype=dtype)).any(dim=1)
-    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
