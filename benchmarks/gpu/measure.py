@@ -31,7 +31,7 @@ def decode(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) ->
     num_outputs = _WARM + shape.steps + 2 + 2 * max(shape.rows) * shape.context // shape.step_tokens
     fields = {"max_num_seqs": max(shape.rows), "max_model_len": shape.context + num_outputs + 16}
     with server(shape, folder, **fields) as s:
-        figures.add("recording", _recording(s.engine.recorded))
+        figures.add("recording", _recording(s.recorded))
         for rows in shape.rows:
             for adapters in (n for n in shape.adapters if n <= max(rows, 1)):
                 case = f"{rows} rows, {adapters} adapters"

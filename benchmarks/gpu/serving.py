@@ -50,6 +50,7 @@ class Server:
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self.engine, self._shape, self._num = engine, shape, 0
+        self.recorded = engine.warm_up()
         self.step_s: list[float] = []
         self.host_s: list[float] = []
         self.waited_s = 0.0

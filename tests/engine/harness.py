@@ -26,7 +26,9 @@ def make_engine(base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: A
     # Steps are limited by tokens, so that they do not depend on how fast the machine is.
     fields: dict[str, Any] = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20, "itl_slo_ms": 1e9}
     fields |= {"graph_record_s": 1e9} | spec
-    return build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
+    engine = build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
+    engine.warm_up()
+    return engine
 
 
 def fill_up(engine: Engine) -> None:

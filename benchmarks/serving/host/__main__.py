@@ -140,6 +140,7 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
             spec, base, lambda ref: of_digest[ref.digest], random_tensors(config, torch.device("cpu"), torch.bfloat16)
         )
     try:
+        engine.warm_up()
         yield engine, ops
     finally:
         engine.close()

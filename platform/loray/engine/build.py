@@ -13,7 +13,6 @@ from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.warmup import warm_up
 from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_threads
 from loray.engine.pool.loading import LoadAdapter
@@ -36,8 +35,8 @@ def build_engine(
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     start_workers: StartWorkers = LocalWorkers,
 ) -> Engine:
-    """Load `base`, from `tensors` by name if they are given and else from its checkpoint, allocate the pool, and
-    record decode steps where the backend does.
+    """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the
+    pool. The thread that steps calls `Engine.warm_up` before.
 
     From now on the process keeps freed memory, see `keep_freed`. With several ranks it is rank 0, `start_workers`
     starts the others, and all read the checkpoint. Raises SpecError if the pool is too small or the ranks do not
@@ -82,7 +81,6 @@ def _ready(engine: Engine, model: Decoder) -> Engine:
     try:
         max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
         model.use_recordings(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
-        warm_up(model, pool, spec)
     except BaseException:
         engine.close()
         raise

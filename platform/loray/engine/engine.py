@@ -14,6 +14,7 @@ from loray.engine.admission import check_request
 from loray.engine.integrity import check_integrity
 from loray.engine.memory.limits import max_model_len
 from loray.engine.model.decoder import Decoder
+from loray.engine.model.warmup import warm_up
 from loray.engine.parallel.workers import Workers
 from loray.engine.pool.loading import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
@@ -98,6 +99,10 @@ class Engine:
             observe=self.scheduler.observe_step,
         )
         self.idle = True  # the last step had nothing to compute
+
+    def warm_up(self) -> Recorded | None:
+        """Compile kernels and record decode steps, see `warmup`. In the thread that steps, before the first step."""
+        return warm_up(self._model, self.pool, self.spec)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -264,11 +269,6 @@ class Engine:
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     # -- reading ------------------------------------------------------------------------------------------------------
-
-    @property
-    def recorded(self) -> Recorded | None:
-        """Decode steps that were recorded before the first request; None where the backend records none."""
-        return self._model.recorded
 
     def stats(self) -> EngineStats:
         return report(self.counters, self.scheduler, self.residency, self.pool)

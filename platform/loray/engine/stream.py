@@ -68,16 +68,20 @@ class EngineStream:
         self._device = engine.pool.tensor.device
         lanes = (Lane.USUAL, Lane.FIRST) if self._device.type == "cpu" else (Lane.USUAL,)
         self._threads = EngineThreads(self._prepare, self._turn, lanes)
+        self._warm: Future[Any] = Future()  # has a result when the thread of the usual lane can step
         self._stats = engine.stats()
         self.failure: Exception | None = None
         engine.wake = self._threads.wake
 
     def start(self) -> None:
         """Called from the thread that built the engine. That thread's OpenMP threads end: with those of the engine's
-        thread there would be more threads than cores.
+        thread there would be more threads than cores. Raises what Engine.warm_up raises; then the engine is closed.
         """
         release_threads()
         self._threads.start()
+        if (error := self._warm.exception()) is not None:
+            self.stop()
+            raise error
 
     def stop(self) -> None:
         """End the threads after the current step; running and waiting requests fail with EngineError."""
@@ -212,6 +216,8 @@ class EngineStream:
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
+        if lane is Lane.USUAL:
+            self._run_call(self._warm, self._engine.warm_up)
 
     def _turn(self) -> float | None:
         """See EngineThreads."""

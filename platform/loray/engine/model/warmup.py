@@ -20,12 +20,14 @@ _log = get_logger(__name__)
 _PROGRESS_S = 5.0  # between two lines of the log
 
 
-def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> None:
-    """Nothing where the backend records no steps. `pool` is empty; the keys and values of its first blocks are written,
-    which nobody reads.
+def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> Recorded | None:
+    """How far recording has come; None where the backend records no steps. Done once: a further call changes nothing.
+
+    `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
+    steps, since cuBLAS has a handle and workspaces for each thread.
     """
-    if not model.records:
-        return
+    if not model.records or model.recorded is not None:
+        return model.recorded
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
         batch = model.batch(prompts, lambda chunk: None, pool)
@@ -52,6 +54,7 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> None:
             spec.graph_seconds,
             spec.graph_bytes,
         )
+    return recorded
 
 
 def _text(r: Recorded) -> str:
