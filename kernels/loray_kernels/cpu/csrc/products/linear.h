@@ -10,6 +10,7 @@
 #include "ahead.h"
 #include "../kernels.h"
 #include "../shares.h"
+#include "../simd/run.h"
 
 namespace LORAY_NAMESPACE {
 

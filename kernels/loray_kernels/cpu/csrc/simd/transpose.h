@@ -1,7 +1,7 @@
 // Transposes squares of W rows in registers.
 #pragma once
 
-#include "simd.h"
+#include "run.h"
 
 namespace LORAY_NAMESPACE {
 
