@@ -87,7 +87,7 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `loray train` would have submitted. Nothing is."""
     recipes: list[Any] = []
 
-    def submit(recipe: Any, *args: object) -> tuple[Any, str]:
+    def submit(recipe: Any, *args: object, **flags: bool) -> tuple[Any, str]:
         recipes.append(recipe)
         raise KeyboardInterrupt
 
