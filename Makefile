@@ -2,26 +2,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
+.PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
 # The cluster's tests often wait; the others take what these leave of two cores. The output comes when a part has ended.
 test: .venv/.ready
-	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-cluster test-numeric test-rest test-doors
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-cluster test-numeric test-kernels test-rest test-doors
 
 test-cluster: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(addprefix tests/,e2e infra jobs local serve_apps)
 
-NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
+NUMERIC := $(addprefix tests/,benchmarks engine)
+KERNELS := $(addprefix tests/,kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
 
 test-numeric: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
+test-kernels: .venv/.ready
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(KERNELS)
+
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(DOORS))
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
