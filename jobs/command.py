@@ -97,7 +97,7 @@ def train(
 
 
 class _Jobs(Protocol):
-    """Of Ray's job server, or of a loray server."""
+    """What Ray's job server and a loray server both offer."""
 
     @property
     def address(self) -> str: ...

@@ -167,7 +167,7 @@ def _rows(
 
 
 def _is_joined(spec: TrainSpec) -> bool | None:
-    """Whether texts are joined; None: where the data is texts, which only the data says."""
+    """Return whether texts are joined; None where only the data says whether it is texts, which then are joined."""
     if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec) and not spec.is_paired:
         return None
     return spec.batch.order == "concat"

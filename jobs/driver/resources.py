@@ -89,7 +89,7 @@ def check_resources(spec: TrainSpec, settings: Settings) -> None:
 
 
 def _has_autoscaler() -> bool:
-    """Whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
+    """Return whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
 
     KubeRay starts the head with --no-monitor if it runs the autoscaler itself, which does not show on other nodes;
     `ray up` leaves its configuration file.

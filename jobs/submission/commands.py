@@ -155,8 +155,8 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tena
 def sweep_from_spec(
     spec: TrainSpec, plan: str, settings: Settings, *, stage: Path, tenant: str = DEFAULT_TENANT
 ) -> Submission:
-    """As `from_spec`, a job that runs a sweep of `spec`, whose trials are in `plan`, as JSON. Ray uploads the plan from
-    `stage`.
+    """Return, as `from_spec` does, a job that runs a sweep of `spec`, whose trials are in `plan`, as JSON. Ray uploads
+    the plan from `stage`.
     """
     (stage / _PLAN).write_text(plan, encoding="utf-8")
     flags = [] if tenant == DEFAULT_TENANT else ["--tenant", tenant]
@@ -184,7 +184,7 @@ def _env_here(settings: Settings) -> dict[str, str]:
 
 
 def _of_driver(settings: Settings) -> dict[str, float] | None:
-    """What the driver takes of its node. None: nothing, and Ray starts it on the head node."""
+    """Return what the driver takes of its node; None for nothing, and Ray starts it on the head node."""
     return None if settings.training_group is None else settings.training_group.driver
 
 

@@ -173,7 +173,7 @@ class _Sweep:
         return self._publish(chosen)
 
     def _tasks(self, job: JobRecord) -> dict[int, TrialTask]:
-        """Of the trials that have not ended. Trials with the same rows share them."""
+        """Return the tasks of the trials that have not ended. Trials with the same rows share them."""
         datasets = {id(each.data): each.data for each in self._prepared}
         shared = {key: ray.put(data) for key, data in datasets.items()}
         tasks = {}
@@ -213,8 +213,8 @@ class _Sweep:
             self._emit({"event": "warning", "message": message})
 
     def _end_stopped(self, trials: Iterable[int]) -> None:
-        """What nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their workers
-        left on this machine for workers that would have replaced them.
+        """End what nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their
+        workers left on this machine for workers that would have replaced them.
         """
         for trial in trials:
             if self._records[trial].status == "stopped":

@@ -136,7 +136,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
 
 
 def _out_of_memory(spec: TrainSpec, base: BaseModel, error: torch.OutOfMemoryError) -> str:
-    """What to change in a run that did not fit, although the plan may have said that it would."""
+    """Return what to change in a run that did not fit, although the plan may have said that it would."""
     per_node = ray.train.get_context().get_local_world_size()
     device = device_on(hardware(), per_node, use_gpu=spec.use_gpu is True)
     advice = "" if device is None else f"; {advice_for_less(run_of(spec, base.config), device)}"

@@ -180,6 +180,11 @@ def _of_gpu(gpu: Gpu, otherwise: DType) -> ChosenDType:
     return ChosenDType(otherwise, f"{gpu.name} has no bfloat16 products")
 
 
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> Hardware:
     """Read this machine's hardware. What the system does not say is left out."""
     cpu, flags = _cpu()
@@ -190,7 +195,7 @@ def hardware() -> Hardware:
         cpu=cpu,
         instruction_set=f"limited to {limit}" if is_limited else known[0] if known else platform.machine(),
         multiplies_bfloat16=bool(_BFLOAT16_FLAGS & flags) and not is_limited,
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=num_cores(),
         memory_bytes=_memory(_CGROUP),
         gpus=_visible(_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")),
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from typing import NamedTuple
 
+from loray.machine import num_cores
 from loray.simulation.scenario import Scenario, simulate
 from loray.simulation.summary import Course, Summary, course, summary
 
@@ -26,15 +26,15 @@ class Run(NamedTuple):
 
 
 def run_all(scenarios: Sequence[Scenario], policies: Sequence[str], progress: Callable[[float], None]) -> list[Run]:
-    """Each policy over each scenario, scenario by scenario, as many at once as there are processors. `progress` is told
-    what share is done.
+    """Run each policy over each scenario, as many at once as there are cores; return them scenario by scenario.
+    `progress` is told what share is done.
 
     Raises SpecError for a scenario without requests.
     """
     todo = [(scenario, policy) for scenario in scenarios for policy in policies]
     context = multiprocessing.get_context("spawn")  # a process that is forked while the progress is drawn may hang
     shares = context.Array("d", len(todo), lock=False)
-    pool = ProcessPoolExecutor(min(_processors(), len(todo)), context, _start, (shares,))
+    pool = ProcessPoolExecutor(min(num_cores(), len(todo)), context, _start, (shares,))
     try:
         left = {pool.submit(_run, index, *one): index for index, one in enumerate(todo)}
         runs: dict[int, Run] = {}
@@ -62,7 +62,3 @@ def _run(index: int, scenario: Scenario, policy: str) -> Run:
     seconds = time.perf_counter() - began
     _shares[index] = 1.0
     return Run(policy, len(requests), summary(outcome, requests), course(outcome, requests), seconds)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from loray_kernels import (
     Decoding,
     KvLayout,
     PageWriter,
+    Parts,
     Piece,
     Ranks,
     RecordedDecoding,
@@ -26,6 +27,7 @@ from loray_kernels.cuda import tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.recording import graphs
 from loray_kernels.cuda.recording.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.reference import ReferenceOps
@@ -120,3 +122,11 @@ def use_shim_ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     monkeypatch.setattr(build, "backend", lambda name, device: ops)
     monkeypatch.setattr(decoder, "compile_adapters", lambda *arguments: None)  # the gathers are compiled already
     return ops
+
+
+def use_three_forms(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
+    """As `use_shim_ops`. Engines record steps of the base with 1, 2 and 4 rows."""
+    monkeypatch.setattr(graphs, "SIZES", (1, 2, 4))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
+    monkeypatch.setattr(graphs, "SPLITS", (4,))
+    return use_shim_ops(monkeypatch)

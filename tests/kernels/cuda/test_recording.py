@@ -14,7 +14,7 @@ from loray_kernels import Decoding, KvLayout, Parts, Ranks, Recorded, RecordedSt
 from loray_kernels.cuda.recording import graphs
 from loray_kernels.cuda.recording.graphs import DecodeGraphs, Form, Recording
 from tests.engine.harness import Spy, make_engine, request, run
-from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
+from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 
 
 class Counting:
@@ -164,10 +164,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    monkeypatch.setattr(graphs, "SIZES", (1, 2, 4))
-    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
-    monkeypatch.setattr(graphs, "SPLITS", (4,))
-    return use_shim_ops(monkeypatch)
+    return use_three_forms(monkeypatch)
 
 
 def test_an_engine_records_before_its_first_request_and_never_later(

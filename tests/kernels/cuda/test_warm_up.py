@@ -18,10 +18,8 @@ from loray.engine.model.decoder import Decoder
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError
 from loray.spec import ServeSpec
-from loray_kernels import Parts
-from loray_kernels.cuda.recording import graphs
 from tests.engine.harness import request
-from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
+from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +29,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    monkeypatch.setattr(graphs, "SIZES", (1, 2, 4))
-    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
-    monkeypatch.setattr(graphs, "SPLITS", (4,))
-    return use_shim_ops(monkeypatch)
+    return use_three_forms(monkeypatch)
 
 
 def build(base: BaseModel) -> EngineStream:
