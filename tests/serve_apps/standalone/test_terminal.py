@@ -31,7 +31,7 @@ def test_chat_with_a_server(run: Any, served_alone: Served) -> None:
 
 
 def test_top_logs_and_pages_of_a_server(run: Any, served_alone: Served) -> None:
-    found = json.loads(run("top", "--json", "--interval", 0.05).output)
+    found = json.loads(run("top", "--json", "--interval", 0.05).stdout)
     (replica,) = found["replicas"]
     assert found["base"] == served_alone.base.name
     assert 0 <= replica["pool_used"] <= 1
@@ -46,7 +46,7 @@ def test_top_logs_and_pages_of_a_server(run: Any, served_alone: Served) -> None:
 def test_a_doctor_knows_its_own_server(run: Any, served_alone: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "problem", lambda: None)
     done = run("doctor", "--base", served_alone.base.name, "--port", served_alone.spec.port, "--json")
-    checks = {check["name"]: check for check in json.loads(done.output)["checks"]}
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.exit_code == 0, done.output
     assert checks["port"]["message"] == f"loray serves at port {served_alone.spec.port}"
     assert checks["memory"]["message"] == "what is served has its memory"
