@@ -48,7 +48,7 @@ def test_the_shorter_of_the_two_times_counts(client_of: Any, base: BaseModel) ->
             error = error_of(client.post("/v1/completions", json=body, headers=headers), 504)
         assert error["code"] == "deadline_exceeded"
         assert f"{seconds} s" in error["message"]
-        assert len(engines.closed) == 1
+        assert len(engines.closed) == len(engines.requests) <= 1  # the time may end before the engine is asked
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", ""])
