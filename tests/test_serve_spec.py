@@ -36,6 +36,30 @@ def test_one_base_is_a_fleet_of_one() -> None:
     assert parse({}).names == ("smollm2",)
 
 
+@pytest.mark.parametrize(
+    ("given", "num_seqs", "num_tokens"),
+    [
+        ({}, 32, 512),
+        ({"device": "cpu"}, 32, 512),
+        ({"device": "cuda"}, 256, 8192),
+        ({"device": "cuda:1", "max_num_seqs": 64}, 64, 8192),
+        ({"device": "cuda", "max_num_batched_tokens": 128}, 128, 128),
+        ({"max_num_batched_tokens": 8}, 8, 8),
+    ],
+)
+def test_the_size_of_steps_is_the_devices_unless_it_is_given(
+    given: dict[str, Any], num_seqs: int, num_tokens: int
+) -> None:
+    spec = parse(given).bases[0]
+    assert (spec.max_num_seqs, spec.max_num_batched_tokens) == (num_seqs, num_tokens)
+    assert parse(spec.model_dump(mode="json")).bases == (spec,)
+
+
+def test_each_base_has_the_size_of_its_own_device() -> None:
+    bases = parse({"bases": [{"base": "small"}, {"base": "large", "device": "cuda"}]}).bases
+    assert [spec.max_num_seqs for spec in bases] == [32, 256]
+
+
 def test_shared_fields_hold_where_a_base_has_none_of_its_own(tmp_path: Path) -> None:
     small, large = parse(TWO).bases
     assert (small.pool_bytes, large.pool_bytes) == (1 << 20, 4 << 20)

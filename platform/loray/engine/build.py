@@ -63,7 +63,8 @@ def build_engine(
 
 
 def with_dtype(spec: ServeSpec, device: torch.device) -> ServeSpec:
-    """Choose the dtype that a spec leaves to the device. The log says why."""
+    """Choose the dtype that a spec leaves to the device. The log says why, and how large its steps are."""
+    _log.info("at most %d requests at once and %d tokens in a step", spec.max_num_seqs, spec.max_num_batched_tokens)
     if spec.dtype != "auto":
         return spec
     here, use_gpu = hardware(), device.type == "cuda"

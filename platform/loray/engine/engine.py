@@ -168,7 +168,7 @@ class Engine:
                     runner.launch(chunks, plan.work)
             self._collect(runner.num_ahead if chunks else 0, outputs)
         except RuntimeError as e:  # perhaps the device is out of memory
-            outputs.append(self._fail(*undo_step(e, _not_ended(chunks), self.scheduler, self._model)))
+            outputs.append(self._fail(*undo_step(e, _not_ended(runner.last_chunks), self.scheduler, self._model)))
         if not self.scheduler.has_work:  # nobody may call again
             self._collect(0, outputs)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)

@@ -76,17 +76,22 @@ class ModelRunner:
         self._model, self._pool, self._sampler, self._grammars = model, pool, sampler, grammars
         self._counters, self._resident, self._observe = counters, resident, observe
         self._launched: deque[_Launched] = deque()  # the oldest first, at most two
+        self.last_chunks: Sequence[Chunk] = ()  # of the last step that was launched, or should have been
         self._read_at = 0.0
         self._on_gpu = pool.tensor.is_cuda
 
     def launch(self, chunks: Sequence[Chunk], work: Work) -> bool:
-        """Queue a step; False, and nothing has happened, if it needs tokens that are in flight. Nothing is kept of a
-        step whose launch fails, but what its chunks' requests count as computed.
+        """Queue a step of `chunks`, or of those whose turn it is; `work` is that of all. False, and nothing has
+        happened, if it needs tokens that are in flight. Nothing is kept of a step whose launch fails, but what its
+        chunks' requests count as computed.
         """
-        began = time.monotonic()
+        began, self.last_chunks = time.monotonic(), chunks
         batch = self._model.batch(chunks, self._resident, self._pool)
         if batch is None:
             return False
+        if len(batch.chunks) < len(chunks):  # of each of which one token is computed
+            chunks, keys = batch.chunks, sum(chunk.start + 1 for chunk in batch.chunks)
+            self.last_chunks, work = chunks, Work(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
         if partial and isinstance(batch, Batch):

@@ -57,6 +57,11 @@ _CPU_POOL_BYTES = 512 << 20
 _SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeSpec that are the whole deployment's
 
 
+def _is_cpu(given: Mapping[str, Any]) -> bool:
+    """Of fields of a ServeSpec that have been read."""
+    return str(given.get("device", "cpu")).startswith("cpu")
+
+
 class ServeSpec(Frozen):
     """A base model, its replicas, and what each may use. It is a deployment by itself, or one base of a FleetSpec."""
 
@@ -83,8 +88,16 @@ class ServeSpec(Frozen):
     host_bytes: NumBytes = 1 << 30
     block_tokens: int = Field(default=16, gt=0)
     max_model_len: int | None = Field(default=None, gt=1, description="None: each model's own context length")
-    max_num_seqs: int = Field(default=32, gt=0, description="requests that run at once")
-    max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step, at most")
+    max_num_batched_tokens: int = Field(
+        default_factory=lambda given: 512 if _is_cpu(given) else 8192,
+        gt=0,
+        description="tokens of one step, at most; by default 512 on a CPU, 8192 on a GPU",
+    )
+    max_num_seqs: int = Field(
+        default_factory=lambda given: min(32 if _is_cpu(given) else 256, given.get("max_num_batched_tokens", 32)),
+        gt=0,
+        description="requests that run at once; by default 32 on a CPU, 256 on a GPU",
+    )
     itl_slo_ms: float | None = Field(
         default=None, gt=0, description="target between two tokens of a stream; None: 60 on a CPU, 50 on a GPU"
     )

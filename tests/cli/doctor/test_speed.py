@@ -44,8 +44,8 @@ def test_what_it_means_for_the_base(situation: Situations, monkeypatch: pytest.M
     told = speed.base(at).message
     assert "trains in float32 (this CPU has no bfloat16 products (AVX2)), LoRA at about " in told
     assert "serves in bfloat16 (half the bytes to read" in told
-    assert "32 requests at once at about " in told
+    assert "with steps of up to 32 requests and 512 tokens; 32 requests at once at about " in told
     on(Machine(replace(AVX2, gpus=(H100,)), replace(slow, gpu=GpuRates(6e14, 2.5e12))), at.settings.home, monkeypatch)
     told = speed.base(situation(spec={"device": "cuda"})).message
     assert "trains in bfloat16 (H100 80GB HBM3 multiplies it in hardware)" in told
-    assert "serves in bfloat16 (H100 80GB HBM3 multiplies it in hardware), 32 requests" in told
+    assert "serves in bfloat16 (H100 80GB HBM3 multiplies it in hardware) with steps of up to 256 requests" in told

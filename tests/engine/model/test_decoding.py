@@ -32,7 +32,8 @@ class Device:
         """The tables then hold the blocks of all rows."""
         chunks = [Chunk(r, r.num_computed, 1) for r in requests]
         batch = self.steps.batch(chunks, lambda chunk: self.adapters.get(chunk.request))
-        if batch is None:
+        if not isinstance(batch, DecodeBatch):
+            assert batch is chunks
             return None
         self.tables[list(batch.step.places)] = batch.step.blocks
         for chunk, seat in zip(batch.sampled, batch.step.seats, strict=True):
@@ -107,9 +108,9 @@ def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
 
 
 def test_a_step_that_is_not_recorded_leaves_the_tables_as_they_were() -> None:
-    device, a, long = Device(), running("a", [1]), running("long", [2, 3, 4, 5, 6])
-    assert device.step(a, long) is None
-    long.state = State.FINISHED
+    device, a, prompt = Device(), running("a", [1]), running("prompt", [2], num_outputs=0)
+    assert device.step(a, prompt) is None
+    prompt.state = State.FINISHED
     batch = device.step(a)
     assert batch is not None
     assert batch.step.blocks == [1]
@@ -185,4 +186,44 @@ def test_other_steps_are_not_recorded() -> None:
     assert device.step(prompt) is None
     long = running("long", [1, 2, 3, 4, 5])
     assert device.step(long) is None
-    assert device.steps.batch([Chunk(forced, 3, 2)], lambda chunk: None) is None
+    chunks = [Chunk(forced, 3, 2)]
+    assert device.steps.batch(chunks, lambda chunk: None) is chunks
+
+
+def turns(device: Device, requests: list[Request], num_steps: int) -> list[str]:
+    """The requests that each step has; those of recorded steps in capitals."""
+    found = []
+    for _ in range(num_steps):
+        chunks = [Chunk(r, r.num_computed, 1) for r in requests]
+        batch = device.steps.batch(chunks, lambda chunk: device.adapters.get(chunk.request))
+        recorded = isinstance(batch, DecodeBatch)
+        own = batch.sampled if isinstance(batch, DecodeBatch) else batch
+        names = "".join(sorted(chunk.request.request_id for chunk in own))
+        found.append(names.upper() if recorded else names)
+        for chunk in own:
+            advance(chunk.request)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_apart", "expected"),
+    [
+        (0, ["ABCDEF"] * 8),
+        (1, ["BCDEF", "BCDEF", "BCDEF", "a"] * 2),
+        (2, ["CDEF", "CDEF", "ab"] * 2 + ["CDEF"] * 2),
+        (5, ["F", "abcde"] * 4),
+        (6, ["abcdef"] * 8),
+    ],
+)
+def test_requests_without_a_record_have_steps_of_their_own(num_apart: int, expected: list[str]) -> None:
+    """The others stay in recorded ones; nobody waits for more than three steps."""
+    device, requests = Device(num_seats=8), [running(name, [i]) for i, name in enumerate("abcdef")]
+    device.adapters = {r: adapter(None) for r in requests[:num_apart]}
+    assert turns(device, requests, 8) == expected
+
+
+def test_a_request_that_outgrows_its_table_has_steps_of_its_own_from_then_on() -> None:
+    device, a, long = Device(), running("a", [9]), running("l", [1, 2, 3, 4])
+    assert turns(device, [a, long], 2) == ["AL", "AL"]
+    long.blocks.append(5)
+    assert turns(device, [a, long], 4) == ["l", "A", "l", "A"]

@@ -68,8 +68,9 @@ def _serving(s: Situation, config: ModelConfig, machine: Machine) -> str:
     if s.spec.dtype != "auto":
         dtype, why = s.spec.dtype, "as given"
     rates = machine.rates
+    steps = f"steps of up to {s.spec.max_num_seqs} requests and {s.spec.max_num_batched_tokens:,} tokens"
     if rates is None or (use_gpu and rates.gpu is None):
-        return f"serves in {dtype} ({why})"
+        return f"serves in {dtype} ({why}) with {steps}"
     flops, bandwidth = rates.fastest, rates.bandwidth
     if use_gpu and rates.gpu is not None:
         flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
@@ -77,7 +78,8 @@ def _serving(s: Situation, config: ModelConfig, machine: Machine) -> str:
     prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
     step = max(s.spec.element_bytes * elements / bandwidth, 2.0 * elements * _REQUESTS / flops)
     tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
-    return f"serves in {dtype} ({why}), {_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
+    speed = f"{_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
+    return f"serves in {dtype} ({why}) with {steps}; {speed}"
 
 
 def _about(value: float) -> str:

@@ -169,6 +169,7 @@ class Scored(NamedTuple):
 class Batch:
     """All that the model needs for one step. T tokens.
 
+    chunks          of the step
     own_rows        tokens that have an embedding row of their adapter's
     last, logits_T  tokens whose logits are needed, on host and device: the last one of each of `sampled`
     sampled         the chunks that end at their request's newest token, for which the next token is sampled
@@ -187,6 +188,7 @@ class Batch:
     last: tuple[int, ...]
     logits_T: Tensor
     sampled: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] = ()
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
@@ -234,13 +236,10 @@ def build_batch(
     """
     placed = [(chunk, resident(chunk)) for chunk in chunks]
     placed.sort(key=lambda item: _order(item[1]))
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    tokens, positions, slots = list[int](), list[int](), list[int]()
     query_start = [0]
     context: list[int] = []
-    blocks: list[int] = []
-    num_blocks: list[int] = []
+    blocks, num_blocks = list[int](), list[int]()
     spans: list[Slot] = []
     own: list[tuple[int, int]] = []
     last: list[int] = []
@@ -289,6 +288,7 @@ def build_batch(
         last=tuple(last),
         logits_T=tensor(last),
         sampled=tuple(sampled),
+        chunks=tuple(chunks),
         scored=tuple(scored),
         scored_T=tensor(scored_tokens) if scored else None,
     )

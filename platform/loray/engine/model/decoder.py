@@ -107,14 +107,16 @@ class Decoder:
         return self.recorded
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
-        """The batch of `chunks` for one pass; None if it needs tokens that are in flight. `resident` gives the adapter
-        of a chunk's request, which is pinned.
+        """The batch of `chunks` for one pass, or of some of them, whose turn it is; None if it needs tokens that are in
+        flight. `resident` gives the adapter of a chunk's request, which is pinned.
         """
         if self._steps is not None:
-            if (recorded := self._steps.batch(chunks, resident)) is not None:
-                return recorded
-            if any(chunk.request.num_in_flight for chunk in chunks):
+            found = self._steps.batch(chunks, resident)
+            if isinstance(found, DecodeBatch):
+                return found
+            if any(chunk.request.num_in_flight for chunk in found):
                 return None
+            chunks = found
         return self._eager(chunks, resident, pool)
 
     def seats(self, batch: Batch | DecodeBatch) -> TokenSeats | None:

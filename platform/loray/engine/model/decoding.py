@@ -21,6 +21,7 @@ from loray.engine.scheduling.plan import Chunk
 from loray_kernels import RECORD_TOKENS, DecodeStep, Parts
 
 _NONE = np.array([], dtype=np.int64)
+_MOST_TURNS = 3  # of recorded steps before one of requests that are apart
 
 Resident = Callable[[Chunk], ResidentAdapter | None]
 
@@ -34,16 +35,21 @@ class DecodeBatch:
     residents: tuple[ResidentAdapter, ...]
     scored: tuple[()] = ()
 
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.sampled
+
 
 @dataclass(slots=True)
 class _Arranged:
     """Of the last step. By row: `order` has its chunk's place, `seats` its seat, `prompts_S` its tokens of prompt,
-    `embeddings` its adapter if that has embedding rows; empty: none has.
+    `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks that have no row.
     """
 
     requests: list[Request]
     blocks: list[list[int]]
     order: list[int]
+    apart: list[int]
     seats: list[int]
     seats_S: npt.NDArray[np.int64]
     prompts_S: npt.NDArray[np.int64]
@@ -65,6 +71,7 @@ class DecodeSteps:
         self._blocks: list[list[int]]  # by seat: the request's own list, which only grows, and
         self._lengths: list[int]  # how many of it are in the table
         self._last: _Arranged | None
+        self._num_recorded = 0  # steps since one of requests that are apart
         self.forget()
 
     def forget(self) -> None:
@@ -72,24 +79,34 @@ class DecodeSteps:
         num_seats = len(self._free) + len(self._seat_of)
         self._blocks, self._lengths, self._last = [[]] * num_seats, [0] * num_seats, None
 
-    def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | None:
-        """None if the step is of another kind, or has an adapter without a record, or embedding rows of tokens that are
-        in flight: which row a token has is known here alone.
+    def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | Sequence[Chunk]:
+        """A step of those of `chunks` that can be recorded; or the chunks of the next step, which cannot be. These are
+        all of them if the step is of another kind, or has embedding rows of tokens that are in flight: which row a
+        token has is known here alone.
+
+        Requests whose adapter has no record, or with more blocks than a table has, are apart: they and the others have
+        steps of their own by turns.
         """
         arranged = self._arranged(chunks, resident)
-        if arranged is None or (arranged.embeddings and any(chunk.request.num_in_flight for chunk in chunks)):
-            return None
+        if arranged is None:
+            return chunks
+        if arranged.apart and self._num_recorded >= _turns(len(arranged.order), len(arranged.apart)):
+            self._num_recorded = 0
+            return [chunks[i] for i in arranged.apart]
         in_order = tuple([chunks[i] for i in arranged.order])
+        if arranged.embeddings and any(chunk.request.num_in_flight for chunk in in_order):
+            return chunks
         requests = [chunk.request for chunk in in_order]
         positions_S = np.array([chunk.start for chunk in in_order], dtype=np.int64)
         num_outputs_S = np.array([len(r.output_ids) + r.num_in_flight for r in requests], dtype=np.int64)
         # Of requests whose tokens are all known: a constraint may have forced some, or a preempted one starts again.
         if not (num_outputs_S.all() and (positions_S + 1 == arranged.prompts_S + num_outputs_S).all()):
             self._last = None
-            return None
+            return chunks
         if any(len(request.blocks) > self._max_blocks for request in requests):
             self._last = None
-            return None
+            return self.batch(chunks, resident)
+        self._num_recorded += 1
         places: list[int] = []
         blocks: list[int] = []
         for request, seat in zip(requests, arranged.seats, strict=True):
@@ -136,10 +153,14 @@ class DecodeSteps:
 
     def _arrange(self, chunks: Sequence[Chunk], requests: list[Request], resident: Resident) -> _Arranged | None:
         adapters = [resident(chunk) for chunk in chunks]
-        if any(a is not None and (a.record is None or a.pending is not None) for a in adapters):
+        has_row = [
+            (a is None or (a.record is not None and a.pending is None)) and len(request.blocks) <= self._max_blocks
+            for a, request in zip(adapters, requests, strict=True)
+        ]
+        if not any(has_row):
             return None
         places = [_place(a) for a in adapters]
-        order = sorted(range(len(chunks)), key=places.__getitem__)
+        order = sorted((i for i, has in enumerate(has_row) if has), key=places.__getitem__)
         in_order = [adapters[i] for i in order]
         records = [None if a is None else a.record for a in in_order]
         parts = Parts.NONE
@@ -148,12 +169,12 @@ class DecodeSteps:
             parts |= record.parts
         has_vectors = bool(parts & ~Parts.LORA)
         has_rows = [a if a is not None and a.token_row else None for a in in_order]
-        seats = self._seated(requests)
-        seats = [seats[i] for i in order]
+        seats = self._seated([requests[i] for i in order])
         return _Arranged(
             requests,
             [request.blocks for request in requests],
             order,
+            [i for i, has in enumerate(has_row) if not has],
             seats,
             np.array(seats, dtype=np.int64),
             np.array([requests[i].num_prompt_tokens for i in order], dtype=np.int64),
@@ -175,6 +196,13 @@ class DecodeSteps:
             if request not in self._seat_of:
                 self._seat_of[request] = self._free.pop()
         return [self._seat_of[request] for request in requests]
+
+
+def _turns(num_recorded: int, num_apart: int) -> int:
+    """Recorded steps for one of requests that are apart, which takes about as long: one of four to one of two, by how
+    many there are of both. So neither waits for more than three steps of the others.
+    """
+    return max(1, min(_MOST_TURNS, num_recorded // num_apart))
 
 
 def _place(adapter: ResidentAdapter | None) -> tuple[int, int]:

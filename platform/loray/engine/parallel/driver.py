@@ -64,7 +64,7 @@ class LeadingDecoder(ShardedDecoder):
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
         batch = super().batch(chunks, resident, pool)
         if isinstance(batch, Batch):
-            self._passed = batch.token_ids_T, Forward(*wire.dump_chunks(chunks))
+            self._passed = batch.token_ids_T, Forward(*wire.dump_chunks(batch.chunks))
         return batch
 
     def forward(
