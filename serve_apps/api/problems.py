@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -42,6 +43,7 @@ _log = get_logger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY_BYTES = 256 << 10
 _ADVICE = "data belongs into files that it names"
+_FILE_ROUTES = re.compile(r"(/console)?/uploads/[^/]+/files/[^/]+")  # adapters may be called uploads, too
 
 
 class InvalidFields(SpecError):
@@ -123,7 +125,8 @@ def status_of(error: type[LorayError]) -> int:
 
 def _max_body_bytes(scope: Scope) -> int:
     """A file's bytes are no body that is held in memory: its route counts them."""
-    is_file = scope["method"] == "PUT" and "/uploads/" in scope["path"]
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    is_file = scope["method"] == "PUT" and _FILE_ROUTES.fullmatch(path) is not None
     return MAX_FILE_BYTES if is_file else MAX_BODY_BYTES
 
 
