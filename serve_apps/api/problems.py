@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from http import HTTPStatus
 from typing import Any
@@ -24,6 +25,7 @@ from loray.errors import (
     LogsGone,
     LorayError,
     NotFoundError,
+    Overloaded,
     PermissionDenied,
     RateLimited,
     RevisionConflict,
@@ -70,6 +72,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (UnsupportedError, 422),
     (BaseMismatch, 422),
     (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
+    (Overloaded, 503),
     (CatalogError, 503),
     (StoreError, 503),
     (ClusterError, 503),
@@ -115,7 +118,11 @@ def failed(error: Exception) -> Response:
     status = status_of(type(error))
     if status == 500:
         _log.error("request failed: %s: %s", type(error).__name__, error)
-    return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+    response = _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None and "retry-after" in response.headers:
+        response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+    return response
 
 
 def status_of(error: type[LorayError]) -> int:
