@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from loray.api.uploads import DownloadForm
 from loray.errors import LorayError
+from loray.publishing.archive import Archive
 
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
 _REFERENCE = "#/components/schemas/{model}"
+
+
+TAR, FILE = "application/x-tar", "application/octet-stream"
+
+
+class ArchiveResponse(StreamingResponse):
+    """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
+
+    def __init__(self, archive: Archive, held: ExitStack, label: str, form: DownloadForm, *, etag: str) -> None:
+        suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
+        headers = {
+            "Content-Disposition": f'attachment; filename="{label}{suffix}"',
+            "Content-Length": str(archive.num_bytes),
+            "ETag": f'"{etag}"',
+        }
+        super().__init__(archive.chunks, headers=headers, media_type=FILE if form == "gguf" else TAR)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
 
 
 def install_error_handlers(

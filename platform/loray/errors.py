@@ -12,6 +12,7 @@
     │       └── LogsGone       the job is known, but Ray no longer has its log
     ├── Unauthenticated        no API key, or none that is valid
     ├── PermissionDenied       the key is valid, but may not do this
+    │   └── LimitExceeded      it may, but not more than it has already
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
     │   ├── CollectedMeanwhile the store's garbage collection ran while an adapter was published: look again
     │   ├── RevisionConflict   an alias has another revision than the caller expected
@@ -25,7 +26,7 @@
     ├── RequestError           a generation request that can never be served
     │   └── ContextLengthExceeded
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
-    ├── Overloaded             the engine takes no more requests now; retry after `retry_after_s` seconds
+    ├── Overloaded             the server takes no more such requests now; retry after `retry_after_s` seconds
     ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
@@ -94,6 +95,10 @@ class Unauthenticated(LorayError):
 
 
 class PermissionDenied(LorayError):
+    pass
+
+
+class LimitExceeded(PermissionDenied):
     pass
 
 
@@ -166,7 +171,7 @@ class DeadlineExceeded(LorayError):
 class _RetryLater(Exception):
     """What an error has that says when to try again, in seconds."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 

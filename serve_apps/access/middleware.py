@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loray.errors import LorayError, Unauthenticated
 from loray.spec import Principal
 from serve_apps.access.door import HEADERS, Access
+from serve_apps.access.rates import Rates
 from serve_apps.access.rules import Rules
 
 _PRINCIPAL = "principal"
@@ -23,15 +25,25 @@ class CheckAccess:
     """ASGI middleware: `scope["state"]["principal"]` is who asks. Nothing behind it looks at keys or tenants' headers.
 
     refused  the response to an error, in the application's form
+    rates    how often keys and tenants may ask; None: as often as they like
     """
 
-    def __init__(self, app: ASGIApp, access: Access, rules: Rules, refused: Callable[[Exception], Response]) -> None:
-        self._app, self._access, self._rules, self._refused = app, access, rules, refused
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        rules: Rules,
+        refused: Callable[[Exception], Response],
+        rates: Rates | None = None,
+    ) -> None:
+        self._app, self._access, self._rules, self._refused, self._rates = app, access, rules, refused, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
                 principal = await self._admit(scope)
+                if self._rates is not None and principal is not None:
+                    self._rates.take(principal, time.monotonic())
             except LorayError as e:
                 await self._refusal(scope, e)(scope, receive, send)
                 return

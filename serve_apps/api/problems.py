@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -23,6 +25,7 @@ from loray.errors import (
     LogsGone,
     LorayError,
     NotFoundError,
+    Overloaded,
     PermissionDenied,
     RateLimited,
     RevisionConflict,
@@ -42,6 +45,7 @@ _log = get_logger(__name__)
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY_BYTES = 256 << 10
 _ADVICE = "data belongs into files that it names"
+_FILE_ROUTES = re.compile(r"(/console)?/uploads/[^/]+/files/[^/]+")  # adapters may be called uploads, too
 
 
 class InvalidFields(SpecError):
@@ -68,6 +72,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (UnsupportedError, 422),
     (BaseMismatch, 422),
     (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
+    (Overloaded, 503),
     (CatalogError, 503),
     (StoreError, 503),
     (ClusterError, 503),
@@ -113,7 +118,11 @@ def failed(error: Exception) -> Response:
     status = status_of(type(error))
     if status == 500:
         _log.error("request failed: %s: %s", type(error).__name__, error)
-    return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+    response = _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None and "retry-after" in response.headers:
+        response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+    return response
 
 
 def status_of(error: type[LorayError]) -> int:
@@ -123,7 +132,8 @@ def status_of(error: type[LorayError]) -> int:
 
 def _max_body_bytes(scope: Scope) -> int:
     """A file's bytes are no body that is held in memory: its route counts them."""
-    is_file = scope["method"] == "PUT" and "/uploads/" in scope["path"]
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    is_file = scope["method"] == "PUT" and _FILE_ROUTES.fullmatch(path) is not None
     return MAX_FILE_BYTES if is_file else MAX_BODY_BYTES
 
 

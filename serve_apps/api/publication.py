@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from threading import BoundedSemaphore
 
 from loray.api.uploads import Registration
 from loray.catalog import AdapterVersion
@@ -13,23 +12,20 @@ from loray.publishing.uploads import Uploads
 from loray.spec import AdapterManifest
 from loray.text.templates import ChatTemplate
 
-_at_once = BoundedSemaphore(4)  # folders on this disk
-
 
 def publish_upload(home: Path, asked: Registration, to: Destination) -> AdapterVersion:
     """Check and publish the upload of `asked`; `home` has the bases. Raises as `Uploads.publish` does."""
     assert asked.upload is not None
-    with _at_once:
-        return Uploads(to.store, to.catalog.own_tenant).publish(
-            asked.upload,
-            to,
-            home=home,
-            check=_check_template,
-            base=asked.base,
-            licence=asked.licence,
-            description=asked.description,
-            tool_parser=asked.tool_parser,
-        )
+    return Uploads(to.store, to.catalog.own_tenant).publish(
+        asked.upload,
+        to,
+        home=home,
+        check=_check_template,
+        base=asked.base,
+        licence=asked.licence,
+        description=asked.description,
+        tool_parser=asked.tool_parser,
+    )
 
 
 def _check_template(folder: Path) -> None:

@@ -21,6 +21,7 @@ from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
+from serve_apps.access.places import Places
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.publication import publish_upload
 from serve_apps.console import Gateway, Placements, Streams
@@ -44,7 +45,10 @@ AdapterName = Annotated[str, Depends(_adapter_name)]
 
 
 class Services:
-    """Opens each service on first use, so that the server starts without its database, and answers 503."""
+    """Opens each service on first use, so that the server starts without its database, and answers 503.
+
+    long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
+    """
 
     def __init__(
         self, settings: Settings, jobs: JobServer, placements: Placements, gateway: Gateway | None = None
@@ -52,6 +56,9 @@ class Services:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
         self.conversions, self.streams = Conversions(settings), Streams()
+        self.long = Places("publications and downloads", total=4, of_tenant=2, wait_s=10.0)
+        self.sending = Places("files", total=16, of_tenant=2, wait_s=10.0)
+        self.followers = Places("followers of logs", total=64, of_tenant=16, of_key=4)
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
@@ -110,6 +117,8 @@ class Services:
         return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
+        for places in (self.long, self.sending, self.followers):
+            places.close()
         if self._catalog is not None:
             self._catalog.close()
 

@@ -22,7 +22,7 @@ from loray.api.resources import (
     VersionResource,
 )
 from loray.api.status import AdapterPlacement
-from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
+from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job, Quarantined, VersionSummary
 from loray.catalog.projections import canonical_digests
 from loray.spec import Projection
 
@@ -58,8 +58,20 @@ def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> Ba
     return BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown))
 
 
-def version(v: AdapterVersion) -> VersionResource:
-    return VersionResource.model_validate(detail(v).model_dump(exclude={"manifest"}))
+def version(v: VersionSummary) -> VersionResource:
+    return VersionResource(
+        name=v.name,
+        version=v.version,
+        digest=v.digest,
+        created_at=v.created_at,
+        aliases=v.aliases,
+        method=v.method,
+        base_fingerprint=v.base_fingerprint,
+        context_length=v.context_length,
+        nbytes=v.nbytes,
+        evaluations=v.evaluations,
+        quarantine=_quarantine(v.quarantine),
+    )
 
 
 def detail(v: AdapterVersion) -> VersionDetail:
@@ -75,9 +87,13 @@ def detail(v: AdapterVersion) -> VersionDetail:
         context_length=m.context_length,
         nbytes=m.nbytes,
         evaluations=v.evaluations,
-        quarantine=None if v.quarantine is None else QuarantineResource.model_validate(v.quarantine._asdict()),
+        quarantine=_quarantine(v.quarantine),
         manifest=m,
     )
+
+
+def _quarantine(found: Quarantined | None) -> QuarantineResource | None:
+    return None if found is None else QuarantineResource.model_validate(found._asdict())
 
 
 def alias(state: AliasState) -> AliasResource:

@@ -15,6 +15,7 @@ from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
 from serve_apps.access import Access
+from serve_apps.access.places import Places
 from serve_apps.console.live.gateway import Gateway
 from serve_apps.console.live.histories import Histories
 from serve_apps.console.live.streams import Streams
@@ -33,6 +34,8 @@ class Backend(Protocol):
     gateway: Gateway
     placements: Placements
     streams: Streams
+    long: Places
+    sending: Places
 
     @property
     def settings(self) -> Settings: ...

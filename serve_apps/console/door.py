@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Scope
 from loray.errors import PermissionDenied
 from loray.spec import Principal
 from serve_apps.access import Access, CheckAccess
+from serve_apps.access.rates import Rates
 from serve_apps.access.rules import Rules
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer
 from serve_apps.console.sessions import COOKIE, Sessions
@@ -38,7 +39,7 @@ class CheckConsole(CheckAccess):
         sessions: Sessions,
         renderer: Renderer,
     ) -> None:
-        super().__init__(app, access, rules, refused)
+        super().__init__(app, access, rules, refused, Rates())
         self._sessions, self._renderer = sessions, renderer
 
     async def _admit(self, scope: Scope) -> Principal | None:

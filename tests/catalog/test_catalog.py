@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import pytest
 
-from loray.catalog import Catalog
+from loray.catalog import AdapterVersion, Catalog, VersionSummary
 from loray.catalog.projections import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, SpecError
-from loray.spec import AdapterManifest, Projection
+from loray.spec import AdapterManifest, Evaluation, Projection
 
 BASE = "ba5e" * 16
 
@@ -121,12 +122,36 @@ def test_pages_of_names(catalog: Catalog) -> None:
     assert catalog.names(limit=9, base="nobody") == ()
 
 
+def assert_is_of(listed: VersionSummary, version: AdapterVersion) -> None:
+    """What a list shows is what the version is."""
+    shown = {field: getattr(listed, field) for field in VersionSummary.__slots__ if field != "run"}
+    manifest = version.manifest
+    assert shown == {field: getattr(version, field, getattr(manifest, field, None)) for field in shown}
+    assert listed.run == (manifest.job_id or manifest.sweep)
+
+
+def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
+    held_out = [Evaluation(metric="loss", value=value, dataset="held-out") for value in (1.5, 2.5, 3.5)]
+    told = {"job_id": "train_1", "data_fingerprint": digest(9), "evaluations": tuple(held_out[:2])}
+    catalog.register("tone", digest(1), manifest(1).model_copy(update=told), ["prod", "canary"])
+    catalog.register("tone", digest(2), manifest(2).model_copy(update={"sweep": "s/1"}))
+    catalog.record_evaluations(digest(1), held_out[2:])
+    catalog.note_death(digest(1), "replica-1", datetime(2026, 1, 1, tzinfo=UTC), lambda _: None)
+    second, first = catalog.versions("tone", limit=9).versions
+    assert_is_of(first, catalog.version("tone", 1))
+    assert_is_of(second, catalog.version("tone", 2))
+    assert (len(first.evaluations), first.aliases, second.run) == (3, ("canary", "prod"), "s/1")
+    assert first.quarantine is not None
+
+
 def test_pages_of_versions(catalog: Catalog) -> None:
     publish(catalog, "tone", 1, 2, 3)
     first = catalog.versions("tone", limit=2)
-    assert [v.version for v in first] == [3, 2]
-    assert [v.version for v in catalog.versions("tone", limit=2, before=2)] == [1]
-    assert catalog.version("tone", 2) == first[1]
+    assert ([v.version for v in first.versions], first.next) == ([3, 2], 2)
+    last = catalog.versions("tone", limit=2, before=2)
+    assert ([v.version for v in last.versions], last.next) == ([1], None)
+    assert catalog.versions("tone", limit=3).next is None
+    assert_is_of(first.versions[1], catalog.version("tone", 2))
     with pytest.raises(AdapterNotFound, match="no version 9"):
         catalog.version("tone", 9)
 

@@ -23,7 +23,7 @@ def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catal
         with pytest.raises(AdapterNotFound):
             catalog.resolve(model)
     assert catalog.resolve("tone").version == catalog.snapshot(before).resolve("tone").version == 2
-    assert [v.version for v in catalog.versions("tone", limit=9)] == [2, 1]
+    assert [v.version for v in catalog.versions("tone", limit=9).versions] == [2, 1]
     with pytest.raises(AdapterNotFound, match="no version 3"):
         catalog.promote("tone", "prod", 3)
     publish(catalog, "tone", 4)

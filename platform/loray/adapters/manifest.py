@@ -24,6 +24,9 @@ from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
 from loray.spec import (
     LINEAR_MODULES,
+    MAX_DESCRIPTION_CHARACTERS,
+    MAX_EVALUATIONS,
+    MAX_MANIFEST_BYTES,
     MAX_TEMPLATE_CHARACTERS,
     AdapterManifest,
     Evaluation,
@@ -114,7 +117,9 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
         )
     except ValidationError as e:
         raise SpecError(f"the manifest of {folder} would not be valid: {e}") from e
-    write_manifest(folder, manifest_json(manifest))
+    canonical = manifest_json(manifest)
+    check_size(manifest, canonical)
+    write_manifest(folder, canonical)
     return manifest
 
 
@@ -142,9 +147,28 @@ def digest(manifest: AdapterManifest) -> str:
     return hashlib.sha256(manifest_json(manifest)).hexdigest()
 
 
+def check_size(manifest: AdapterManifest, canonical: bytes) -> None:
+    """Raise SpecError for a manifest that is too large to be published: catalogs keep it, and lists read it."""
+    too_many = [
+        f"{count:,} {what}, and may have {most:,}"
+        for count, most, what in (
+            (len(canonical) + 1, MAX_MANIFEST_BYTES, "bytes with its recipe, evaluations and template"),
+            (len(manifest.description), MAX_DESCRIPTION_CHARACTERS, "characters of description"),
+            (len(manifest.evaluations), MAX_EVALUATIONS, "evaluations"),
+        )
+        if count > most
+    ]
+    if too_many:
+        raise SpecError(f"the adapter's manifest has {'; '.join(too_many)}")
+
+
 def write_manifest(folder: Path, canonical: bytes) -> None:
-    """Write `canonical` as `loray.json`, indented for people. `read_canonical` reads the same bytes again."""
+    """Write `canonical` as `loray.json`, indented for people where it stays small enough to be uploaded.
+    `read_canonical` reads the same bytes again.
+    """
     text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False)
+    if len(text.encode()) >= MAX_MANIFEST_BYTES:
+        text = canonical.decode()
     (folder / AdapterManifest.FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,8 @@ from loray.catalog.entries import (
     Canary,
     Job,
     Quarantined,
+    VersionPage,
+    VersionSummary,
     split_model,
 )
 from loray.catalog.identity import UsageRow
@@ -29,5 +31,7 @@ __all__ = [
     "JobPage",
     "Quarantined",
     "UsageRow",
+    "VersionPage",
+    "VersionSummary",
     "split_model",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
-from loray.adapters.manifest import manifest_json
+from loray.adapters.manifest import check_size, manifest_json
 from loray.catalog.backup import Backups
 from loray.catalog.canaries import Canaries
 from loray.catalog.checks import check_alias, check_name
@@ -16,9 +16,11 @@ from loray.catalog.entries import (
     AdapterEntry,
     AdapterVersion,
     AliasMove,
+    VersionPage,
     split_model,
 )
-from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity import Allowances, Audit, Keys, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity.allowances import refuse_more_names, refuse_more_versions
 from loray.catalog.identity.sharing import check_digest
 from loray.catalog.jobs import Jobs
 from loray.catalog.notes import Evaluations, Tags
@@ -40,7 +42,7 @@ from loray.catalog.removal.quarantine import Quarantines
 from loray.catalog.removal.references import StoreReferences, check_collections
 from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
-from loray.catalog.snapshots.listing import select_names
+from loray.catalog.snapshots.listing import list_versions, select_names
 from loray.catalog.snapshots.snapshot import CatalogSnapshot
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
@@ -52,6 +54,7 @@ _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
 class Catalog(
+    Allowances,
     Audit,
     Backups,
     Canaries,
@@ -133,7 +136,7 @@ class Catalog(
         Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
         has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
         exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
-        does; CollectedMeanwhile where the bytes may have been deleted meanwhile.
+        does; LimitExceeded; CollectedMeanwhile where the bytes may have been deleted meanwhile.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -146,6 +149,7 @@ class Catalog(
             refuse_deleted(c, name)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
             if adapter_id is None:
+                refuse_more_names(c, self._principal, tenant)
                 adapter_id = new_id(c.execute(adapters.insert().values(name=name, tenant=tenant, created_at=now())))
             mine = versions.c.adapter_id == adapter_id
             known = c.execute(sa.select(versions.c.version).where(mine, versions.c.digest == digest)).scalar()
@@ -153,6 +157,9 @@ class Catalog(
                 newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar() or 0
                 number = version or newest + 1
                 _refuse_taken(c, name, adapter_id, number)
+                refuse_more_versions(c, self._principal, tenant, adapter_id, digest, manifest)
+                kept = manifest_json(manifest)
+                check_size(manifest, kept)
                 row = {
                     "adapter_id": adapter_id,
                     "version": number,
@@ -161,7 +168,7 @@ class Catalog(
                     "base_fingerprint": manifest.base_fingerprint,
                     "context_length": manifest.context_length,
                     "nbytes": manifest.nbytes,
-                    "manifest": manifest_json(manifest).decode(),
+                    "manifest": kept.decode(),
                     "tool_parser": manifest.tool_parser,
                     "chat_template": manifest.ref(digest, name, number).chat_template,
                     "created_at": now(),
@@ -228,12 +235,13 @@ class Catalog(
         with reading(self._engine) as c:
             return load_entry(c, self._principal, name)[1]
 
-    def versions(self, name: str, *, limit: int, before: int | None = None) -> tuple[AdapterVersion, ...]:
-        """At most `limit` versions older than `before` (None: from the newest on). Raises AdapterNotFound."""
+    def versions(self, name: str, *, limit: int, before: int | None = None) -> VersionPage:
+        """At most `limit` versions older than `before` (None: from the newest on), fewer where they have thousands of
+        evaluations. Raises AdapterNotFound.
+        """
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
-            numbers = sorted((v for v in entry.versions if before is None or v < before), reverse=True)
-            return tuple(load_version(c, entry.name, adapter_id, v) for v in numbers[:limit])
+            return list_versions(c, adapter_id, entry, limit, before)
 
     def version(self, name: str, version: int) -> AdapterVersion:
         """Raises AdapterNotFound."""

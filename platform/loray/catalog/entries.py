@@ -19,6 +19,7 @@ from loray.spec import (
     CanaryState,
     Evaluation,
     JobStatus,
+    Method,
     Principal,
     TrainSpec,
     Visibility,
@@ -81,6 +82,36 @@ class AdapterVersion:
     @property
     def ref(self) -> AdapterRef:
         return self.manifest.ref(self.digest, self.name, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSummary:
+    """A version as lists show it: without its manifest, of which it has what is here.
+
+    run  the job that trained it, else the sweep
+    """
+
+    name: str
+    version: int
+    digest: str
+    method: Method
+    base_fingerprint: str
+    context_length: int
+    nbytes: int
+    rank: int
+    data_fingerprint: str | None
+    run: str | None
+    created_at: datetime
+    aliases: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
+    quarantine: Quarantined | None = None
+
+
+class VersionPage(NamedTuple):
+    """`versions` newest first; `next` is the cursor of the next page, None at the end."""
+
+    versions: tuple[VersionSummary, ...]
+    next: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,16 @@ Those of usage are in `identity.usage_tables`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Computed,
+    Connection,
     DateTime,
     Double,
     ForeignKey,
@@ -47,6 +52,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    cast,
+    type_coerce,
 )
 
 # Constraints have explicit names, so that migrations can change them on every database.
@@ -158,6 +165,14 @@ versions = Table(
     UniqueConstraint("adapter_id", "version"),
     UniqueConstraint("adapter_id", "digest"),
 )
+
+
+def manifest_as_json(c: Connection) -> ColumnElement[Any]:
+    """The manifest of a version, of which a statement asks for parts: `manifest_as_json(c)["rank"].as_integer()`."""
+    if c.dialect.name == "sqlite":  # whose JSON is text, and whose CAST would make a number of it
+        return type_coerce(versions.c.manifest, JSON)
+    return cast(versions.c.manifest, JSON)
+
 
 aliases = Table(
     "aliases",

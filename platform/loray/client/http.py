@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from loray.api.resources import Page
-from loray.client.retries import BROKEN, NEVER_SENT, PASSING, Patience
+from loray.client.retries import BROKEN, NEVER_SENT, PASSING, RATE_LIMITED, Patience
 from loray.errors import EngineError, LorayError
 from loray.telemetry import get_logger
 
@@ -27,7 +27,8 @@ class HttpClient:
     api_key  None: LORAY_API_KEY of the environment, if it is set
     timeout  None: the class's default
     retry_s  seconds for which a request is sent again while the server cannot be reached; and, if sending it twice does
-             what sending it once does, also where the answer was lost or is 502, 503 or 504. None: the class's default
+             what sending it once does, also where the answer was lost or is 502, 503 or 504; and after 429 in any case.
+             None: the class's default
     """
 
     _prefix = ""
@@ -113,7 +114,7 @@ class HttpClient:
                     raise self._unreachable(e) from e
                 _log.warning("no answer from %s (%r): trying again", self.base_url, e)
             else:
-                passes = again and response.status_code in PASSING
+                passes = response.status_code == RATE_LIMITED or (again and response.status_code in PASSING)
                 if not (passes and patience.wait(response.headers.get("retry-after"))):
                     raise self._error_of(response)
                 _log.warning("%s answers %d: trying again", self.base_url, response.status_code)

@@ -10,6 +10,7 @@ import httpx
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 BROKEN = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ProxyError)
 PASSING = frozenset({502, 503, 504})
+RATE_LIMITED = 429  # nothing was done
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 

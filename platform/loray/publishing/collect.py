@@ -15,13 +15,13 @@ from typing import NamedTuple
 from loray.catalog import Catalog
 from loray.catalog.removal.references import References
 from loray.errors import IntegrityError, NotFoundError
+from loray.spec import DEFAULT_KEEP_DELETED_S
 from loray.store import AdapterStore
 from loray.store.adapters import BLOBS, MANIFESTS, UPLOADS, object_name
 from loray.store.keys import ObjectEntry
 from loray.telemetry import Progress
 
 DEFAULT_GRACE_S = 24 * 3600.0
-DEFAULT_KEEP_DELETED_S = 30 * 24 * 3600.0
 _BATCH = 100  # objects that are deleted while the catalog is locked
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from loray.adapters.manifest import (
     NO_DETAILS,
     ManifestDetails,
+    check_size,
     describe,
     parse_manifest,
     published_files,
@@ -148,6 +149,7 @@ def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     to.catalog.add_base(base.name, base.fingerprint)  # refuses other weights under a known name
     canonical = read_canonical(folder)
     manifest = parse_manifest(canonical, source=str(folder))
+    check_size(manifest, canonical)
 
     def put() -> AdapterManifest:
         to.catalog.note_upload(to.store.put(folder))

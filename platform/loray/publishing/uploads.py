@@ -37,7 +37,7 @@ from loray.errors import (
 )
 from loray.files import file_sha256, scratch_folder
 from loray.publishing.publish import Destination, base_of, import_folder, register_stored
-from loray.spec import MAX_TEMPLATE_CHARACTERS, AdapterManifest, ToolParserName
+from loray.spec import MAX_MANIFEST_BYTES, MAX_TEMPLATE_CHARACTERS, AdapterManifest, ToolParserName
 from loray.store import AdapterStore
 from loray.store.adapters import UPLOADS
 
@@ -48,7 +48,7 @@ _MAX_SMALL_BYTES = 1 << 20
 _MAX_BYTES = {
     WEIGHTS_FILE: MAX_FILE_BYTES,
     CONFIG_FILE: MAX_CONFIG_BYTES,
-    AdapterManifest.FILE: 16 << 20,
+    AdapterManifest.FILE: MAX_MANIFEST_BYTES,
     AdapterManifest.TEMPLATE_FILE: 4 * MAX_TEMPLATE_CHARACTERS,
 }
 _MAX_FILES = 8

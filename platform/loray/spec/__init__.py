@@ -4,8 +4,12 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.access import (
+    DEFAULT_KEEP_DELETED_S,
+    DEFAULT_MAX_ADAPTERS,
     DEFAULT_TENANT,
     KEY_START,
+    MAX_TEMPLATE_CHARACTERS_OF_TENANT,
+    MAX_VERSIONS,
     OPERATOR,
     PREFIX_LENGTH,
     SCOPES,
@@ -33,6 +37,10 @@ from loray.spec.access import (
     split_qualified,
 )
 from loray.spec.adapters import (
+    MAX_DESCRIPTION_CHARACTERS,
+    MAX_EVALUATIONS,
+    MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
     MAX_TEMPLATE_CHARACTERS,
     AdapterBytes,
     AdapterManifest,
@@ -125,6 +133,8 @@ from loray.spec.training.recipe import (
 __all__ = [
     "ATTENTION_MODULES",
     "DEFAULT_ALIAS",
+    "DEFAULT_KEEP_DELETED_S",
+    "DEFAULT_MAX_ADAPTERS",
     "DEFAULT_TENANT",
     "DTYPE_BYTES",
     "EXACT_MATCH",
@@ -132,7 +142,13 @@ __all__ = [
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
     "LOSS",
+    "MAX_DESCRIPTION_CHARACTERS",
+    "MAX_EVALUATIONS",
+    "MAX_MANIFEST_BYTES",
+    "MAX_RECIPE_BYTES",
     "MAX_TEMPLATE_CHARACTERS",
+    "MAX_TEMPLATE_CHARACTERS_OF_TENANT",
+    "MAX_VERSIONS",
     "MLP_MODULES",
     "MODULES_BY_INPUT",
     "OPERATOR",

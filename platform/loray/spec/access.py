@@ -29,6 +29,12 @@ Visibility = Literal["private", "shared", "public"]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[smhd]$")]
 KeyAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@/-]{0,63}$")]
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# What a key that is no administrator's may bring a tenant to; see `Limits`, which say otherwise.
+DEFAULT_MAX_ADAPTERS = 10_000
+MAX_VERSIONS = 1000  # of a name
+MAX_TEMPLATE_CHARACTERS_OF_TENANT = 16 << 20  # in chat templates that differ
+# What is deleted can be restored that long. Its bytes stay in the store, and it counts.
+DEFAULT_KEEP_DELETED_S = 30 * 24 * 3600.0
 UsageGroup = Literal["tenant", "key", "model", "day"]
 USAGE_GROUPS: tuple[UsageGroup, ...] = get_args(UsageGroup)
 
@@ -41,6 +47,7 @@ class Limits(Frozen):
     max_parallel_requests: int | None = Field(default=None, ge=0, strict=True)
     max_budget: float | None = Field(default=None, ge=0, strict=True, description="tokens in one `budget_duration`")
     budget_duration: Duration = "30d"
+    max_adapters: int | None = Field(default=None, ge=0, strict=True, description="names of a tenant")
     max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
     max_jobs: int | None = Field(default=None, ge=0, strict=True, description="training jobs of a tenant at once")
     max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")

@@ -75,6 +75,11 @@ class Projection(Frozen):
 
 
 MAX_TEMPLATE_CHARACTERS = 128 << 10
+# Of what is published from now on; manifests that are larger were published before, and stay readable.
+MAX_MANIFEST_BYTES = 256 << 10
+MAX_DESCRIPTION_CHARACTERS = 4096
+MAX_EVALUATIONS = 1024
+MAX_RECIPE_BYTES = 224 << 10  # which leaves place for the evaluations of what it trains
 
 
 class AdapterManifest(Frozen):

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
+_of_access = ThreadPoolExecutor(8, thread_name_prefix="access")
 
-def router_of(tag: str) -> APIRouter:
+
+class AccessRoute(APIRoute):
+    """A route whose function has threads of its own: a key can be revoked while all others are taken."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        @wraps(endpoint)
+        async def in_thread(*args: Any, **kwargs: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(_of_access, partial(endpoint, *args, **kwargs))
+
+        super().__init__(path, in_thread, **options)
+
+
+def router_of(tag: str, route_class: type[APIRoute] = APIRoute) -> APIRouter:
     """A new router, whose operations are named as their functions."""
-    return APIRouter(tags=[tag], generate_unique_id_function=_operation_id)
+    return APIRouter(tags=[tag], route_class=route_class, generate_unique_id_function=_operation_id)
 
 
 def _operation_id(route: APIRoute) -> str:

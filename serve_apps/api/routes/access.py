@@ -26,10 +26,10 @@ from loray.spec import JobId, KeyAlias, TenantName
 from serve_apps.access import Asking
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
-from serve_apps.api.routes import router_of
+from serve_apps.api.routes import AccessRoute, router_of
 from serve_apps.api.services import Limit, Services, ServicesDep
 
-router = router_of("access")
+router = router_of("access", AccessRoute)
 
 KeyPath = Annotated[JobId, Path(description="the id of a key, `key-…`, which is no secret")]
 TenantPath = Annotated[TenantName, Path(description="name of a tenant")]

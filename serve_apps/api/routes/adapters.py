@@ -90,9 +90,9 @@ def list_versions(
     cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
 ) -> Page[VersionResource]:
     """Versions, newest first."""
-    found = services.catalog_of(asking).versions(name, limit=limit + 1, before=cursor)
-    items = tuple(views.version(v) for v in found[:limit])
-    return views.page(items, str(items[-1].version) if len(found) > limit else None, request, response)
+    found = services.catalog_of(asking).versions(name, limit=limit, before=cursor)
+    items = tuple(views.version(v) for v in found.versions)
+    return views.page(items, None if found.next is None else str(found.next), request, response)
 
 
 @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
@@ -108,7 +108,7 @@ def get_version(
     status_code=201,
     responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
 )
-def register_version(
+async def register_version(
     services: ServicesDep,
     request: Request,
     response: Response,
@@ -127,11 +127,17 @@ def register_version(
     fields = registration.model_dump(include={"aliases", "version", "no_gate"})
     if registration.aliases:
         check(asking, "promote")
-    to = Destination(name, services.store, services.catalog_of(asking), **fields)
-    if registration.digest is not None:
-        version = register_stored(registration.digest, to)
+
+    def register() -> AdapterVersion:
+        to = Destination(name, services.store, services.catalog_of(asking), **fields)
+        if registration.digest is not None:
+            return register_stored(registration.digest, to)
+        return services.publish_upload(registration, to)
+
+    if registration.digest is None:
+        version = await services.long.run(asking, register)
     else:
-        version = services.publish_upload(registration, to)
+        version = await run_in_threadpool(register)
     response.headers["Location"] = _location(request, version)
     return views.detail(version)
 

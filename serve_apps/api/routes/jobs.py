@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from loray.api.resources import JobResource, Page
 from loray.serving.access import check
@@ -19,6 +23,8 @@ from serve_apps.api.services import Asking, Limit, ServicesDep
 from serve_apps.http import schema_reference
 
 router = router_of("jobs")
+
+LONGEST_FOLLOWED_S = 3600.0
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
 ChosenId = Annotated[
@@ -78,7 +84,7 @@ def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
 @router.get(
     "/jobs/{id}/logs",
     response_class=PlainTextResponse,
-    responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
+    responses=responses(404, 410, 429) | {200: {"description": "What the driver and its workers wrote"}},
 )
 async def get_logs(
     services: ServicesDep,
@@ -86,11 +92,47 @@ async def get_logs(
     id: JobPath,
     follow: Annotated[bool, Query(description="go on until the job ends")] = False,
 ) -> Response:
-    """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
+    """The job's log: one JSON object per event, between other lines. It is followed for an hour at most. 410: Ray does
+    not have it any more. 429: the key, or its tenant, follows as many as it may.
+    """
     jobs = services.jobs_of(asking)
     if follow:
-        return StreamingResponse(await run_in_threadpool(jobs.follow, id), media_type="text/plain")
+        held = AsyncExitStack()
+        await held.enter_async_context(services.followers.one(asking))
+        try:
+            return _Followed(await run_in_threadpool(jobs.follow, id), held)
+        except BaseException:
+            await held.aclose()
+            raise
     return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
+
+
+class _Followed(StreamingResponse):
+    """A log while it is written, for an hour at most. `held` is closed at the end, also where the client leaves."""
+
+    def __init__(self, pieces: AsyncIterator[str], held: AsyncExitStack) -> None:
+        super().__init__(_for_an_hour(pieces), media_type="text/plain")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._held.aclose()
+
+
+async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    ends_at = asyncio.get_running_loop().time() + LONGEST_FOLLOWED_S
+    while True:
+        try:
+            async with asyncio.timeout_at(ends_at):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            yield "… the log goes on; follow it again\n"
+            return
+        yield piece
 
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))

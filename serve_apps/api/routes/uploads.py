@@ -54,7 +54,8 @@ async def put_file(
     """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
     limit = check_file_name(name)
     uploads = await run_in_threadpool(_uploads, services, asking)
-    return _file(await receive_file(request, name, limit, partial(uploads.put, id, name)))
+    async with services.sending.one(asking):
+        return _file(await receive_file(request, name, limit, partial(uploads.put, id, name)))
 
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))

@@ -10,15 +10,14 @@ from urllib.parse import urlencode
 
 import yaml
 from fastapi import Depends, Path, Query, Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import Response
 
 from loray.api.canaries import CanaryResource
 from loray.api.resources import VersionNumber
 from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
 from loray.files import scratch_folder
-from loray.publishing.archive import folder_as_tar
+from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
@@ -28,6 +27,7 @@ from serve_apps.console.pictures.lineage import lineage_of
 from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
+from serve_apps.http import ArchiveResponse
 
 _PAGE = 50
 _VERSIONS = 20
@@ -98,15 +98,14 @@ def show_adapter(
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
     entry = catalog.entry(name)
-    versions = catalog.versions(name, limit=_VERSIONS + 1, before=before)
-    shown = versions[:_VERSIONS]
+    shown, older = catalog.versions(name, limit=_VERSIONS, before=before)
     return console.renderer.page(
         request,
         "adapter.html",
         **_names(entry.name, entry.tenant),
         entry=entry,
         versions=shown,
-        older=shown[-1].version if len(versions) > _VERSIONS else None,
+        older=older,
         aliases=catalog.aliases(name),
         canaries=[
             CanaryResource.of(s) for i, s in enumerate(catalog.canaries(name)) if i < _DRAWN or s.outcome is None
@@ -138,22 +137,21 @@ def show_version(
 
 
 @router.get("/{name}/versions/{version}/download")
-def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
+async def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
     """The files as a tar archive, verified before the first byte."""
-    found = console.backend.catalog_of(asking).version(name, version)
-    label = f"{found.name.replace('/', '-')}-{version}"
-    with ExitStack() as held:
-        archive = folder_as_tar(
-            console.backend.store, found.digest, label, held.enter_context(scratch_folder()) / "made"
-        )
-        kept = held.pop_all()
-    headers = {
-        "Content-Disposition": f'attachment; filename="{label}.tar"',
-        "Content-Length": str(archive.num_bytes),
-    }
-    return StreamingResponse(
-        archive.chunks, headers=headers, media_type="application/x-tar", background=BackgroundTask(kept.close)
-    )
+    backend, held = console.backend, ExitStack()
+    made = held.enter_context(scratch_folder()) / "made"
+
+    def make() -> tuple[Archive, AdapterVersion]:
+        found = backend.catalog_of(asking).version(name, version)
+        return folder_as_tar(backend.store, found.digest, _label(found), made), found
+
+    try:
+        archive, found = await backend.long.run(asking, make)
+    except BaseException:
+        held.close()
+        raise
+    return ArchiveResponse(archive, held, _label(found), "peft", etag=found.digest)
 
 
 @router.get("/{name}/diff")
@@ -228,6 +226,10 @@ _DONE = {
     "divided": "The version gets its share of the alias's requests.",
     "ended": "The canary has ended.",
 }
+
+
+def _label(version: AdapterVersion) -> str:
+    return f"{version.name.replace('/', '-')}-{version.version}"
 
 
 def _names(name: str, tenant: str) -> dict[str, str]:

@@ -54,7 +54,8 @@ async def put_file(
     """One file, as it is."""
     limit = check_file_name(name)
     uploads = await run_in_threadpool(_uploads, console, asking)
-    await receive_file(request, name, limit, partial(uploads.put, id, name))
+    async with console.backend.sending.one(asking):
+        await receive_file(request, name, limit, partial(uploads.put, id, name))
     return Response(status_code=204)
 
 
@@ -62,7 +63,7 @@ async def put_file(
 async def publish(console: ConsoleDep, request: Request, asking: Asking, id: UploadId) -> Response:
     """Check the folder as a whole and publish it; then its page is shown."""
     form = await read_form(request)
-    version = await run_in_threadpool(_publish, console, asking, id, form)
+    version = await console.backend.long.run(asking, lambda: _publish(console, asking, id, form))
     bare = version.name.rpartition("/")[2]
     return led_to(request, f"/adapters/{bare}?tenant={asking.tenant}&done=published")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loray.catalog import AdapterVersion
+from loray.catalog import VersionSummary
 
 _WIDTH, _HEIGHT, _GAP, _ROW = 150, 26, 50, 36  # units of the picture
 _COLUMNS = ("Data", "Run", "Version", "Alias")
@@ -31,15 +31,14 @@ class Lineage(NamedTuple):
     box: tuple[int, int] = (_WIDTH, _HEIGHT)
 
 
-def lineage_of(versions: Sequence[AdapterVersion]) -> Lineage:
+def lineage_of(versions: Sequence[VersionSummary]) -> Lineage:
     """A row for each version; what versions have in common is drawn once, beside the first of them."""
     boxes: dict[tuple[int, str], Box] = {}
     lines: list[tuple[int, int, int, int]] = []
     rows = []
     num_aliases = 0
     for row, version in enumerate(versions):
-        manifest = version.manifest
-        parts = (manifest.data_fingerprint or "", manifest.job_id or manifest.sweep or "", f"version {version.version}")
+        parts = (version.data_fingerprint or "", version.run or "", f"version {version.version}")
         rows.append((parts[0] and parts[0][:12], *parts[1:], ", ".join(version.aliases)))
         before: Box | None = None
         for column, text in enumerate(parts):

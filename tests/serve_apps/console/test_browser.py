@@ -221,7 +221,7 @@ def test_an_upload_by_drag_and_drop_and_by_a_field(
     page.click("button:text-is('Publish')")
     page.wait_for_url("**/adapters/second**done=published")
     assert (sent.count("POST"), sent.count("PUT")) == (3, len(files))  # begun once, asked for twice
-    assert len(console.catalog.versions("second", limit=9)) == 1
+    assert len(console.catalog.versions("second", limit=9).versions) == 1
     assert console.catalog.version("second", 1).manifest.method == "lora"
     assert seen.problems == []
 

@@ -1,5 +1,6 @@
 """Who may use a deployment: tenants, keys, who sees adapters, the audit log, and what requests used."""
 
+from loray.catalog.identity.allowances import Allowances
 from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
 from loray.catalog.identity.sharing import Sharing
@@ -8,6 +9,7 @@ from loray.catalog.identity.transfer import Transfer
 from loray.catalog.identity.usage import Usage, UsageRow
 
 __all__ = [
+    "Allowances",
     "Audit",
     "AuditEntry",
     "AuditPage",

@@ -1,4 +1,4 @@
-"""Pages of names, which the database filters.
+"""Pages of names, which the database filters, and of one name's versions, whose manifests stay in the database.
 
 A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
 wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees is
@@ -12,12 +12,24 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from loray.catalog.queries import visible
-from loray.catalog.schema import TAG_START, adapters, bases
+from loray.catalog.entries import AdapterEntry, VersionPage, VersionSummary
+from loray.catalog.queries import make_quarantined, utc, visible
+from loray.catalog.schema import (
+    TAG_START,
+    adapters,
+    aliases,
+    bases,
+    evaluations,
+    manifest_as_json,
+    quarantine,
+    versions,
+)
 from loray.catalog.schema import tags as tags_table
-from loray.spec import Principal
+from loray.spec import Evaluation, Principal
 
 _FEW = 10_000  # adapters with a tag, which are sorted; of more, names are read in order until a page is full
+_MOST_EVALUATIONS = 4096  # of a page, after which it ends
+_AT_ONCE = 50  # rows in memory
 
 
 def select_names(
@@ -66,3 +78,68 @@ def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElemen
     if c.execute(found).scalar_one() <= _FEW:
         return adapters.c.id.in_(tagged)
     return tagged.where(tags_table.c.adapter_id == adapters.c.id).correlate(adapters).exists()
+
+
+def list_versions(
+    c: sa.Connection, adapter_id: int, entry: AdapterEntry, limit: int, before: int | None
+) -> VersionPage:
+    """`Catalog.versions` of an entry. Two statements, however many versions there are."""
+    manifest = manifest_as_json(c)
+    texts = (manifest[name].as_string().label(name) for name in ("data_fingerprint", "job_id", "sweep"))
+    of_manifest = (manifest["evaluations"].label("evaluations"), manifest["rank"].as_integer().label("rank"), *texts)
+    pointing = sa.select(sa.func.aggregate_strings(aliases.c.alias, ","))
+    pointing = pointing.where(aliases.c.version_id == versions.c.id).correlate(versions)
+    columns = [*(versions.c[name] for name in _SUMMARY), *of_manifest, *_QUARANTINE]
+    query: sa.Select[Any] = sa.select(*columns, pointing.scalar_subquery().label("aliases"))
+    query = query.outerjoin(quarantine, quarantine.c.digest == versions.c.digest)
+    query = query.where(versions.c.adapter_id == adapter_id, versions.c.deleted_at.is_(None))
+    if before is not None:
+        query = query.where(versions.c.version < before)
+    query = query.order_by(versions.c.version.desc()).limit(limit + 1)
+    later = _later_evaluations(c, adapter_id, entry.tenant)
+    found: list[VersionSummary] = []
+    num_evaluations = 0
+    with c.execute(query, execution_options={"yield_per": _AT_ONCE}) as rows:
+        for row in rows:
+            made = _summary(entry.name, row, later.get(row.digest, []))
+            num_evaluations += len(made.evaluations)
+            if len(found) == limit or (found and num_evaluations > _MOST_EVALUATIONS):
+                return VersionPage(tuple(found), found[-1].version)
+            found.append(made)
+    return VersionPage(tuple(found), None)
+
+
+_SUMMARY = ("version", "digest", "method", "base_fingerprint", "context_length", "nbytes", "created_at")
+_QUARANTINE = [quarantine.c[name] for name in ("deaths", "replica", "died_at", "refused_until")]
+
+
+def _later_evaluations(c: sa.Connection, adapter_id: int, tenant: str) -> dict[str, list[Evaluation]]:
+    """Digest → what was measured after publication, the oldest first."""
+    mine = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id)
+    columns = [evaluations.c[name] for name in Evaluation.model_fields]
+    query = sa.select(evaluations.c.digest, *columns).order_by(evaluations.c.id)
+    query = query.where(evaluations.c.tenant == tenant, evaluations.c.digest.in_(mine))
+    found: dict[str, list[Evaluation]] = {}
+    for digest, *fields in c.execute(query):
+        found.setdefault(digest, []).append(Evaluation(**dict(zip(Evaluation.model_fields, fields, strict=True))))
+    return found
+
+
+def _summary(name: str, row: sa.Row[Any], later: list[Evaluation]) -> VersionSummary:
+    measured = (Evaluation.model_validate(fields) for fields in row.evaluations or ())
+    return VersionSummary(
+        name=name,
+        version=row.version,
+        digest=row.digest,
+        method=row.method,
+        base_fingerprint=row.base_fingerprint,
+        context_length=row.context_length,
+        nbytes=row.nbytes,
+        rank=row.rank,
+        data_fingerprint=row.data_fingerprint,
+        run=row.job_id or row.sweep,
+        created_at=utc(row.created_at),
+        aliases=tuple(sorted(row.aliases.split(","))) if row.aliases else (),
+        evaluations=(*measured, *later),
+        quarantine=None if row.deaths is None else make_quarantined(row),
+    )

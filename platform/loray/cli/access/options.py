@@ -36,6 +36,7 @@ _OF_KEYS: tuple[_Row, ...] = (
     ("--min-priority", "min_priority", int, "The most urgent priority that requests may ask for."),
 )
 _OF_TENANTS: tuple[_Row, ...] = (
+    ("--adapters", "max_adapters", int, "Names of adapters."),
     ("--stored-bytes", "max_stored_bytes", str, "Size of all adapters, for instance 20GiB."),
     ("--jobs", "max_jobs", int, "Training jobs at once."),
     ("--workers", "max_workers", int, "Training workers at once."),
@@ -75,6 +76,7 @@ def describe(limits: Limits) -> str:
         "tokens/min": limits.tpm_limit,
         "at once": limits.max_parallel_requests,
         f"tokens/{limits.budget_duration}": None if limits.max_budget is None else f"{limits.max_budget:,.0f}",
+        "adapters": limits.max_adapters,
         "stored": None if limits.max_stored_bytes is None else format_size(limits.max_stored_bytes),
         "jobs": limits.max_jobs,
         "workers": limits.max_workers,

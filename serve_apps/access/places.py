@@ -1,0 +1,106 @@
+"""Places for work that takes long: few at once, and few of one tenant and of one key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import NamedTuple, TypeVar
+
+from loray.errors import Overloaded, RateLimited
+from loray.spec import Principal
+
+T = TypeVar("T")
+
+_MOST_WAITING = 8  # of one tenant
+_RETRY_S = 10.0
+
+
+class _Waiting(NamedTuple):
+    tenant: str
+    wanted: dict[str, int]
+    given: asyncio.Future[None]
+
+
+class Places:
+    """Used from one event loop.
+
+    what       what they are for, in messages
+    total, of_tenant, of_key  how many at once; None: as many as its tenant
+    wait_s     how long, at most, somebody who finds none waits in turn. Few of a tenant wait
+    """
+
+    def __init__(
+        self, what: str, *, total: int, of_tenant: int, of_key: int | None = None, wait_s: float = 0.0
+    ) -> None:
+        self._what, self._total, self._of_tenant, self._of_key = what, total, of_tenant, of_key
+        self._wait_s = wait_s
+        self._taken: Counter[str] = Counter()
+        self._waiting: list[_Waiting] = []
+        self._threads = ThreadPoolExecutor(total, thread_name_prefix="places")
+
+    @asynccontextmanager
+    async def one(self, asking: Principal) -> AsyncIterator[None]:
+        """A place for the block. Raises RateLimited where none is free, and Overloaded where none was in time."""
+        wanted = self._wanted(asking)
+        if self._has(wanted):
+            self._taken.update(wanted.keys())
+        else:
+            await self._wait(asking.tenant, wanted)
+        try:
+            yield
+        finally:
+            self._leave(wanted)
+
+    async def run(self, asking: Principal, work: Callable[[], T]) -> T:
+        """`work` in a place, and in a thread of it: however many wait, other work finds its threads."""
+        async with self.one(asking):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+    def _wanted(self, asking: Principal) -> dict[str, int]:
+        """What is counted → how many there may be."""
+        wanted = {"": self._total, f"tenant {asking.tenant}": self._of_tenant}
+        if self._of_key is not None and asking.account is not None:
+            wanted[f"key {asking.account}"] = self._of_key
+        return wanted
+
+    def _has(self, wanted: dict[str, int]) -> bool:
+        return all(self._taken[counted] < most for counted, most in wanted.items())
+
+    async def _wait(self, tenant: str, wanted: dict[str, int]) -> None:
+        full = next(counted for counted, most in wanted.items() if self._taken[counted] >= most)
+        said = f"{wanted[full]} {self._what} are under way{full and f' for {full}'}"
+        if not self._wait_s:
+            raise RateLimited(f"{said}, which is the most at once: end one, or ask again later", _RETRY_S)
+        if sum(one.tenant == tenant for one in self._waiting) >= _MOST_WAITING:
+            raise Overloaded(f"{said}, and {_MOST_WAITING} of tenant {tenant} wait for them: ask again later", _RETRY_S)
+        one = _Waiting(tenant, wanted, asyncio.get_running_loop().create_future())
+        self._waiting.append(one)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await one.given
+        except BaseException as e:
+            if one.given.done() and not one.given.cancelled():  # it came at the same moment
+                self._leave(wanted)
+            if isinstance(e, TimeoutError):
+                raise Overloaded(f"{said}, and none ended in {self._wait_s:g} s: ask again", _RETRY_S) from None
+            raise
+        finally:
+            if one in self._waiting:
+                self._waiting.remove(one)
+
+    def _leave(self, wanted: dict[str, int]) -> None:
+        for counted in wanted:
+            self._taken[counted] -= 1
+            if not self._taken[counted]:
+                del self._taken[counted]
+        for one in list(self._waiting):  # the first that fits, not the first alone: its tenant may have all it may
+            if not one.given.done() and self._has(one.wanted):
+                self._taken.update(one.wanted.keys())
+                self._waiting.remove(one)
+                one.given.set_result(None)

@@ -1,0 +1,214 @@
+"""Requests that take long, and many of them: publications, followers of logs. Others find their places and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import pytest
+
+from loray.errors import Overloaded, RateLimited
+from loray.spec import Principal, TrainSpec
+from serve_apps.access import rates
+from serve_apps.access.places import Places
+from serve_apps.access.rates import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
+from serve_apps.api import examples
+from serve_apps.api.routes import jobs as job_routes
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.api.fakes import Api, _loop
+
+RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")
+IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
+    _loop()  # made by one thread
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def of(tenant: str, key: str | None = None) -> Principal:
+    return Principal(tenant=tenant, key_id=key, scopes=frozenset({"publish", "train"}))
+
+
+# -- publications -----------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_revoked_while_publications_have_all_their_places(
+    api: Api, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, end = threading.Semaphore(0), threading.Event()
+
+    def publish(*_: object) -> None:
+        begun.release()
+        end.wait()
+        raise Overloaded("the test ends")
+
+    monkeypatch.setattr(api.services, "publish_upload", publish)
+    leaked = api.catalog.create_key("leaked").key
+    admin = authorized_admin(api)
+    asked = [
+        pool.submit(api.http.post, "/adapters/x/versions", json={"upload": "0" * 32}, headers=admin) for _ in range(40)
+    ]
+    try:
+        assert begun.acquire(timeout=IN_TIME_S)
+        revoked = pool.submit(api.http.delete, f"/keys/{leaked.id}", headers=admin)
+        assert revoked.result(IN_TIME_S).status_code == 200
+        refused = wait(asked, IN_TIME_S, FIRST_COMPLETED).done.pop().result()
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    finally:
+        end.set()
+
+
+def authorized_admin(api: Api) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api.catalog.create_key('root', scopes=['admin']).secret}"}
+
+
+def test_places_are_given_in_turn_and_no_tenant_takes_all() -> None:
+    async def test() -> None:
+        places = Places("publications", total=3, of_tenant=2, wait_s=IN_TIME_S)
+        order: list[str] = []
+        leave = {name: asyncio.Event() for name in ("a1", "a2", "a3", "b1", "b2")}
+
+        async def take(name: str) -> None:
+            async with places.one(of(name[0])):
+                order.append(name)
+                await leave[name].wait()
+
+        async def settled() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        tasks = {name: asyncio.create_task(take(name)) for name in leave}
+        await settled()
+        assert order == ["a1", "a2", "b1"]  # a3 came before, but its tenant has two
+        leave["b1"].set()
+        await settled()
+        assert order == ["a1", "a2", "b1", "b2"]
+        tasks["a3"].cancel()  # its client leaves
+        leave["a1"].set()
+        await settled()
+        assert order == ["a1", "a2", "b1", "b2"]
+        for event in leave.values():
+            event.set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        assert places._taken == {}
+        assert places._waiting == []
+
+    asyncio.run(test())
+
+
+def test_who_waits_too_long_or_is_one_of_many_is_told_to_come_again() -> None:
+    async def test() -> None:
+        places = Places("publications", total=1, of_tenant=1, wait_s=0.01)
+        async with places.one(of("a")):
+            with pytest.raises(Overloaded, match=r"1 publications are under way, and none ended in 0.01 s"):
+                await places.run(of("b"), lambda: None)
+        patient = Places("publications", total=1, of_tenant=1, wait_s=IN_TIME_S)
+        async with patient.one(of("a")):
+            waiting = [asyncio.create_task(patient.run(of("b"), lambda: None)) for _ in range(8)]
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="8 of tenant b wait"):
+                await patient.run(of("b"), lambda: None)
+        await asyncio.gather(*waiting)
+        places.close()
+        patient.close()
+
+    asyncio.run(test())
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_follows_four_logs_and_a_tenant_sixteen(api: Api, pool: ThreadPoolExecutor) -> None:
+    started, ends = threading.Semaphore(0), asyncio.Event()
+
+    async def follow(job_id: str) -> AsyncIterator[str]:
+        started.release()
+        await ends.wait()
+        yield "the end\n"
+
+    api.jobs.follow = follow  # type: ignore[method-assign]
+    api.catalog.create_tenant("acme")
+    job = api.catalog.view(of("acme")).add_job("job-1", name="tone", recipe=RECIPE)
+    api.jobs.say(job.id, "RUNNING")
+    keys = [api.catalog.create_key(f"key {i}", tenant="acme", scopes=["train"]) for i in range(5)]
+    url, asked = f"/jobs/{job.id}/logs?follow=true", []
+    try:
+        for key in keys[:4]:
+            headers = {"Authorization": f"Bearer {key.secret}"}
+            asked += [pool.submit(api.http.get, url, headers=headers) for _ in range(4)]
+            for _ in range(4):
+                assert started.acquire(timeout=IN_TIME_S)
+            refused = api.http.get(url, headers=headers)
+            assert (refused.status_code, "followers of logs" in refused.json()["detail"]) == (429, True)
+        refused = api.http.get(url, headers={"Authorization": f"Bearer {keys[4].secret}"})
+        assert "16 followers of logs are under way for tenant acme" in refused.json()["detail"]
+    finally:
+        _loop().call_soon_threadsafe(ends.set)
+    assert {answer.result(IN_TIME_S).text for answer in asked} == {"the end\n"}
+    assert api.http.get(url, headers={"Authorization": f"Bearer {keys[4].secret}"}).status_code == 200
+
+
+def test_a_log_is_followed_for_an_hour(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def follow(job_id: str) -> AsyncIterator[str]:
+        yield "a line\n"
+        await asyncio.Event().wait()
+
+    api.jobs.follow = follow  # type: ignore[method-assign]
+    monkeypatch.setattr(job_routes, "LONGEST_FOLLOWED_S", 0.05)
+    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    api.jobs.say(job.id, "RUNNING")
+    said = api.http.get(f"/jobs/{job.id}/logs?follow=true").text
+    assert said == "a line\n… the log goes on; follow it again\n"
+
+
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_a_key_and_of_its_tenant() -> None:
+    counted = Rates()
+    for _ in range(int(KEY_BURST)):
+        counted.take(of("acme", "key-1"), 0.0)
+    with pytest.raises(RateLimited, match="key key-1 may ask 20 times a second") as refused:
+        counted.take(of("acme", "key-1_2"), 0.0)  # a rotated key
+    assert refused.value.retry_after_s == 1 / KEY_RATE
+    for number in range(int(TENANT_BURST - KEY_BURST)):
+        counted.take(of("acme", f"other-{number}"), 0.0)
+    with pytest.raises(RateLimited, match="tenant acme may ask 200 times a second"):
+        counted.take(of("acme", "another"), 0.0)
+    counted.take(of("beta", "key-2"), 0.0)
+    counted.take(of("acme", "key-1"), 1 / KEY_RATE)
+    for principal in (Principal(), Principal(key_id="root")):  # without keys, and an administrator
+        for _ in range(1000):
+            counted.take(principal, 0.0)
+
+
+def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_KEPT", 8)
+    counted = Rates()
+    for number in range(100):
+        counted.take(of(f"tenant-{number}", f"key-{number}"), 10.0 * number)
+    assert len(counted._buckets) <= 8
+
+
+def test_a_loop_of_requests_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "KEY_RATE", 0.25)
+    monkeypatch.setattr(rates, "KEY_BURST", 3.0)
+    api.catalog.create_tenant("acme")
+    key = {"Authorization": f"Bearer {api.catalog.create_key('x', tenant='acme', scopes=['publish']).secret}"}
+    answers = [api.http.get("/adapters", headers=key) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200] * 3 + [429]
+    assert answers[-1].headers["retry-after"] in ("3", "4")
+    assert api.http.get("/adapters", headers=authorized_admin(api)).status_code == 200
