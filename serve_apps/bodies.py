@@ -27,15 +27,19 @@ MAX_MEMBERS = 2048  # of one object
 MAX_ARRAYS_AND_OBJECTS = 1 << 15
 MAX_VALUES = 1 << 18
 INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
+BODY_S = 30.0  # for a body to come, and a second more for each BODY_BYTES_PER_S that have come
+BODY_BYTES_PER_S = 16 << 10
+_TOO_SLOW = "the request's body came too slowly; send it at once"
 _WRITE_BYTES = 1 << 20
 _threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
 T = TypeVar("T")
 
 
 class BodyLimit:
-    """ASGI middleware: a request whose body is larger than its `max_bytes` gets 413 from the error handlers of the app.
+    """ASGI middleware: a request whose body is larger than its `max_bytes` gets 413 from the error handlers of the app,
+    and one whose body comes slower than BODY_S and BODY_BYTES_PER_S allow gets 408.
 
-    It gets it before its body is read if Content-Length says the size, else as soon as that many bytes have come.
+    It gets 413 before its body is read if Content-Length says the size, else as soon as that many bytes have come.
     `advice` follows the limit in the message.
     """
 
@@ -48,14 +52,22 @@ class BodyLimit:
             return
         limit = self._max_bytes(scope)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        num_bytes = 0
+        num_bytes, due, is_whole = 0, 0.0, False
         is_too_long = not length.isdigit() or len(length) > 18 or int(length) > limit
 
         async def counted() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, due, is_whole
+            if is_whole:  # what comes now is that the client leaves
+                return await receive()
             if not is_too_long:
-                message = await receive()
+                due = due or asyncio.get_running_loop().time() + BODY_S
+                try:
+                    async with asyncio.timeout_at(due + num_bytes / BODY_BYTES_PER_S):
+                        message = await receive()
+                except TimeoutError as e:
+                    raise HTTPException(408, _TOO_SLOW, {"Connection": "close"}) from e
                 num_bytes += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
             if is_too_long or num_bytes > limit:
                 raise HTTPException(413, f"the request's body is larger than {_size(limit)}; {self._advice}")
             return message

@@ -38,7 +38,7 @@ _log = get_logger(__name__)
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
-_ROUTE_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
+_ROUTE_CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 
 
 class Failure(NamedTuple):

@@ -23,7 +23,6 @@ from loray.serving.access import share_of
 from loray.serving.canary import session_of
 from loray.serving.quotas import allowed_priority
 from loray.spec import GenerateRequest, Principal, cache_salt
-from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect
 from loray.text.deltas import RequestText
 from serve_apps.accounting.account import Accounts
@@ -31,7 +30,7 @@ from serve_apps.accounting.admission import TenantTurns
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
-from serve_apps.gateway.answers.headers import ADAPTER, RequestHeaders
+from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders
 from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.bases import ServedBase, Target
@@ -103,10 +102,11 @@ class Gateway:
     ) -> Response:
         """`writer` None: a chat completion."""
         target, meter = await self._chosen(request, headers)
-        dialect = await self.dialect(request, target)
-        prompt = await target.base.prompts.chat(request, dialect, target.limit, keep=num_kept(request, target.limit))
+        tenant, keep = headers.principal.tenant, num_kept(request, target.limit)
+        dialect = await self.dialect(request, target, tenant)
+        prompt = await target.base.prompts.chat(request, dialect, target.limit, tenant, keep=keep)
         given, use = request.constraint, request.tool_use
-        constraint = dialect.constraint(use, None if given is None else given.constraint)
+        constraint = await target.base.prompts.constraint(request, dialect)
         if use is not None:
             given = None if constraint is None else Given("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(request, target, [prompt]))
@@ -115,10 +115,10 @@ class Gateway:
         texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
         return self._answer(request, target, requests, texts, writer, answer.id, headers, meter)
 
-    async def dialect(self, request: ChatCompletionRequest, target: Target) -> Dialect:
-        """How the model of a chat is spoken to."""
+    async def dialect(self, request: ChatCompletionRequest, target: Target, tenant: str) -> Dialect:
+        """How the model of a chat is spoken to; `tenant` is who asks."""
         template, with_tools = self.directory.template(target.adapter), request.tool_use is not None
-        return await target.base.prompts.dialect(target.adapter, template, with_tools=with_tools)
+        return await target.base.prompts.dialect(target.adapter, template, tenant, with_tools=with_tools)
 
     async def model(self, name: str | None, principal: Principal) -> Target:
         """What a name means for this caller. None: the base, if there is one alone; else RequestError. Raises
@@ -162,7 +162,7 @@ class Gateway:
         """
         if given is not None:
             await target.base.grammars.check(given.constraint, given.param)
-        bad_words = bad_word_ids(target.base.prompts.tokenizer, request.bad_words)
+        bad_words = await target.base.prompts.bad_words(request.bad_words)
         prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
         return [
             GenerateRequest(
@@ -209,7 +209,10 @@ class Gateway:
             received_at=headers.received_at,
             open_ended=fit,
         )
-        base, adapter = target.base, target.adapter
+        base, adapter, priority = target.base, target.adapter, requests[0].priority
+        told = {} if adapter is None else {ADAPTER: adapter.label}
+        if priority or request.priority:
+            told[PRIORITY] = str(priority)
         streams = [base.engines.generate(r, fit=fit) for r in requests]
         return Answer(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
@@ -218,7 +221,7 @@ class Gateway:
             account=account,
             deadline=Deadline.earliest(headers.received_at, headers.timeout_s, base.spec.request_timeout_s),
             heartbeat_s=base.spec.sse_heartbeat_s or None,
-            headers=None if adapter is None else {ADAPTER: adapter.label},
+            headers=told,
             meter=meter,
         )
 

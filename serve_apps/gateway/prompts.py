@@ -12,13 +12,17 @@ from loray.api.openai import ChatCompletionRequest, Prompt
 from loray.api.openai.chat.messages import for_template
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
-from loray.spec import AdapterRef, ToolParserName
+from loray.spec import AdapterRef, Constraint, ToolParserName
+from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect, Dialects
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
+from serve_apps.gateway.fair_threads import FairThreads
 
 _LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 _VERY_LONG = 131_072  # about 60 ms
+_OWN_THREADS = 2  # that render templates of adapters, each with a process
+_OWN_WAIT_S = 2.0  # for which such a request waits for its tenant's turn
 _PIECE = 8192  # tokens that are decoded at once; then other threads run
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
 T = TypeVar("T")
@@ -27,7 +31,8 @@ T = TypeVar("T")
 class PromptEncoder:
     """Encodes texts, the short ones at once, and others in threads, so that they do not delay other requests.
 
-    Very long ones have a thread of their own: however many come, they delay only each other.
+    Very long ones have a thread of their own: however many come, they delay only each other. So have adapters' own
+    templates, which tenants render in turn.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class PromptEncoder:
         self._dialects = Dialects(base.name, templates, tokenizer, form)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
+        self._own_templates = FairThreads(_OWN_THREADS, _OWN_WAIT_S, "own-templates")
 
     @classmethod
     def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:
         return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form)
 
     def close(self) -> None:
+        self._own_templates.close()
         self._dialects.close()
 
     async def texts(
@@ -70,44 +77,72 @@ class PromptEncoder:
         """The text of a prompt; token ids are decoded."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    async def dialect(self, adapter: AdapterRef | None, template: str | None, *, with_tools: bool) -> Dialect:
-        """How the model is spoken to; `template` is the adapter's own. Raises RequestError if there is no template."""
-        find = partial(
-            self._dialects.find, None if adapter is None else adapter.tool_parser, template, with_tools=with_tools
-        )
-        return await self._run(find, 0 if template is None else _LONG + 1)
+    async def dialect(
+        self, adapter: AdapterRef | None, template: str | None, tenant: str = "", *, with_tools: bool
+    ) -> Dialect:
+        """How the model is spoken to; `template` is the adapter's own, `tenant` who asks.
+
+        Raises RequestError if there is no template.
+        """
+        form = None if adapter is None else adapter.tool_parser
+        find = partial(self._dialects.find, form, template, with_tools=with_tools)
+        return find() if template is None else await self._own_templates.run(tenant, find)
 
     async def chat(
-        self, request: ChatCompletionRequest, dialect: Dialect, limit: int | None, *, keep: int | None = None
+        self,
+        request: ChatCompletionRequest,
+        dialect: Dialect,
+        limit: int | None,
+        tenant: str = "",
+        *,
+        keep: int | None = None,
     ) -> tuple[int, ...]:
-        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`."""
+        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`.
+
+        `tenant` is who asks. Raises Overloaded where the adapter's own template cannot be rendered soon.
+        """
         use = request.tool_use
         begins = (
             not request.continue_final_message
             if request.add_generation_prompt is None
-            else (request.add_generation_prompt)
+            else request.add_generation_prompt
         )
 
-        def encode() -> tuple[int, ...]:
-            prompt = dialect.render(
+        def render() -> str:
+            return dialect.render(
                 for_template(request.messages),
                 use,
                 add_generation_prompt=begins,
                 continue_final_message=request.continue_final_message,
                 variables=request.chat_template_kwargs,
             )
+
+        def encode(prompt: str) -> tuple[int, ...]:
             ids = self.tokenizer.encode(prompt, special=request.add_special_tokens)
             return ids if keep is None else self.tokenizer.cut(ids, keep)
 
-        characters = sum(m.num_characters for m in request.messages)
-        if keep is None and limit is not None:
+        most = None if keep is not None or limit is None else limit * self.tokenizer.max_token_characters
+        if most is not None and limit is not None:
             _check_number(len(request.messages), limit)
-            _check_characters(characters, limit * self.tokenizer.max_token_characters, limit, "messages")
-        characters += _MESSAGE_OVERHEAD * len(request.messages)
-        if use is not None:
-            characters += sum(len(str(tool.parameters)) for tool in use.tools)
-        # A template in another process always has a thread, which waits for it.
-        return await self._run(encode, characters if dialect.own is None else max(characters, _LONG + 1))
+            _check_characters(request.num_characters, most, limit, "messages")
+        if dialect.own is None:
+            characters = request.num_characters + _MESSAGE_OVERHEAD * len(request.messages)
+            return await self._run(lambda: encode(render()), characters)
+        prompt = await self._own_templates.run(tenant, render)
+        if most is not None and limit is not None:
+            _check_characters(len(prompt), most, limit, "messages")
+        return await self._run(partial(encode, prompt), len(prompt))
+
+    async def constraint(self, request: ChatCompletionRequest, dialect: Dialect) -> Constraint | None:
+        """What the answer must match, of which the tools are a part: see `Dialect.constraint`."""
+        answer = None if request.constraint is None else request.constraint.constraint
+        if request.tool_use is None:
+            return answer
+        return await self._run(partial(dialect.constraint, request.tool_use, answer), request.num_characters)
+
+    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Their token ids: see `bad_word_ids`."""
+        return await self._run(partial(bad_word_ids, self.tokenizer, words), 2 * sum(map(len, words)))
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""

@@ -13,9 +13,11 @@ import uvicorn
 from loray.errors import EngineError
 from serve_apps.deployment import DRAIN_S
 from serve_apps.standalone.app import Site
+from serve_apps.standalone.protocol import BoundedProtocol
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close them first
+SEND_S = 60.0  # in which a client takes a byte of what it is sent
 _TICKS_PER_CHECK = 10  # of uvicorn's main loop, ten a second
 
 
@@ -39,7 +41,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             site,
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -55,6 +57,8 @@ class Server(uvicorn.Server):
         self._check_health, self._on_started, self._on_stopping = check_health, started, stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            bound_silence(sock)
         await super().startup(sockets)
         self._on_started()
 
@@ -92,3 +96,11 @@ class Server(uvicorn.Server):
         self.force_exit = True
         for connection in list(self.server_state.connections):
             connection.transport.abort()  # its request is cancelled as if the client had left
+
+
+def bound_silence(listener: socket.socket) -> None:
+    """Ends the connections of a listener whose clients take nothing for SEND_S. Only Linux' kernel can; elsewhere
+    requests end after `request_timeout_s`.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_S))

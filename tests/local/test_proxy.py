@@ -74,7 +74,7 @@ def test_without_haproxy_rays_own_proxy_serves(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["ports of the environment", "Ray's ports"])
-def test_statistics_and_metrics_listen_where_only_this_user_comes(
+def test_only_this_user_reaches_statistics_and_metrics_and_nobody_holds_a_connection_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     """On Ray's own template. The script then becomes HAProxy, with the same arguments."""
@@ -86,7 +86,9 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
     values = {"frontend_host": "127.0.0.1", "frontend_port": "8000"}
     values |= {"stats_port": environment["RAY_SERVE_HAPROXY_STATS_PORT"]}
     values |= {"metrics_port": environment["RAY_SERVE_HAPROXY_METRICS_PORT"]}
-    template = re.sub(r"\{\{ *config\.(\w+) *\}\}", lambda m: values.get(m[1], m[0]), HAPROXY_CONFIG_TEMPLATE)
+    values |= {"timeout_client_s": "3600", "timeout_http_keep_alive_s": "90"}
+    template = re.sub(r"\{% if [^%]*%\}(timeout .*)\{% endif %\}", r"\1", HAPROXY_CONFIG_TEMPLATE)
+    template = re.sub(r"\{\{ *config\.(\w+) *\}\}", lambda m: values.get(m[1], m[0]), template)
     file = folder / "node" / "haproxy.cfg"
     file.parent.mkdir()
     file.write_text(template)
@@ -101,6 +103,10 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
         [f"unix@{file.parent}/prom.sock", "mode", "600"],
         [f"unix@{file.parent}/stats.sock", "mode", "600"],
     ]
+    lines = [line.split() for line in file.read_text().splitlines()]
+    given = lines[lines.index(["defaults"]) : lines.index(["frontend", "prometheus"])]
+    waits = sorted(line[1:] for line in given if line[0] == "timeout" and line[1] not in ("connect", "queue", "server"))
+    assert waits == [["client", "120s"], ["http-keep-alive", "75s"], ["http-request", "10s"]]
     head, _, body = (file.parent / "500.http").read_bytes().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
     assert f"Content-Length: {len(body)}".encode() in head

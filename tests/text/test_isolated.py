@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from loray.errors import RequestError
+from loray.text import isolated
 from loray.text.isolated import IsolatedRenderer
 from loray.text.templates import ChatTemplate
 from tests.text.chat_templates import LLAMA, QWEN
@@ -53,4 +54,17 @@ def test_time_is_bounded_and_a_template_that_was_stopped_waits_for_its_next_try(
         renderer.render(endless, [USER])
     with pytest.raises(RequestError, match="too much time"):
         renderer.render(endless, [USER])
-    assert renderer._process is None  # nothing was started for the second try
+    assert not renderer._idle  # nothing was started for the second try
+
+
+def test_a_template_that_is_slow_again_and_again_is_refused(
+    renderer: IsolatedRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = ChatTemplate("{{ messages|length }}"), ChatTemplate("fast")
+    monkeypatch.setattr(isolated, "_SLOW_S", -1.0)
+    for _ in range(3):
+        assert renderer.render(slow, [USER]) == "1"
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="too much time"):
+        renderer.render(slow, [USER])
+    assert renderer.render(fast, [USER]) == "fast"

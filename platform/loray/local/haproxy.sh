@@ -2,6 +2,7 @@
 # HAProxy as Ray Serve's controller starts it: "$@" has -f CONFIGURATION. Ray's template lets statistics and metrics
 # listen on every interface; here they get sockets beside the configuration, which only this user can reach. It switches
 # splicing on, with which HAProxy 2.8 leaves streams of a lost gateway without an end and its threads busy with them: -dS.
+# Its clients may take an hour for a byte, and for ever for a request's headers; here 120 s and 10 s.
 # And where a gateway was lost before it answered, or none runs, it says so in words alone; here in OpenAI's form.
 #
 # Ray starts HAProxy without routes and gives them with a reload (-sf), a second or more later. Until then each path was
@@ -27,6 +28,9 @@ else
         "$configuration"
 fi
 sed -i \
+    -e "s|^\( *\)timeout client .*|\1timeout client ${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-120}s|" \
+    -e '/^ *timeout http-\(request\|keep-alive\) /d' \
+    -e 's|^defaults$|&\n    timeout http-request 10s\n    timeout http-keep-alive 75s|' \
     -e "s|^\( *\)bind \*:${RAY_SERVE_HAPROXY_STATS_PORT:-8404}\$|\1bind unix@$folder/stats.sock mode 600|" \
     -e "s|^\( *\)bind :${RAY_SERVE_HAPROXY_METRICS_PORT:-9101}\$|\1bind unix@$folder/prom.sock mode 600|" \
     "$configuration"

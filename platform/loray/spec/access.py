@@ -51,7 +51,9 @@ class Limits(Frozen):
     max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
     max_jobs: int | None = Field(default=None, ge=0, strict=True, description="training jobs of a tenant at once")
     max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")
-    min_priority: int | None = Field(default=None, strict=True, description="the most urgent `priority` it may ask")
+    min_priority: int | None = Field(
+        default=None, strict=True, description="the most urgent `priority` it may ask; None: 0, an administrator any"
+    )
 
     @property
     def are_counted(self) -> bool:

@@ -127,7 +127,7 @@ class ServeSpec(Frozen):
         default=120.0, gt=0, description="for which a request waits for a replica where there is none; then 503"
     )
     request_timeout_s: float | None = Field(
-        default=None, gt=0, description="after which a request is cancelled; one may ask for less; None: never"
+        default=3600.0, gt=0, description="after which a request is cancelled; one may ask for less; None: never"
     )
     max_resumes: int = Field(
         default=1, ge=0, description="lost replicas after which a begun answer goes on at another one; 0: it fails"

@@ -19,6 +19,7 @@ from serve_apps.tracing import RequestTrace
 REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-S"
 SESSION_ID = "X-Session-ID"
+PRIORITY = "X-Loray-Priority"  # of the response: the priority that was applied, where one was asked or it is not 0
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_ID = 128
 

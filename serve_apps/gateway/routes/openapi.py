@@ -35,7 +35,7 @@ class _Answers(NamedTuple):
 
 _WITH_KEY = (401, 403, 500, 503)
 _ABOUT_MODEL = (400, 404, *_WITH_KEY)
-_WITH_BODY = (413, *_ABOUT_MODEL)
+_WITH_BODY = (408, 413, *_ABOUT_MODEL)
 _GENERATES = (429, 501, 504, *_WITH_BODY)
 _HEALTH = _Answers({_JSON: None}, (500, 503))
 _ANSWERS: Mapping[str, _Answers] = {

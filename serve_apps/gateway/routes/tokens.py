@@ -30,7 +30,8 @@ def create_router(gateway: Gateway) -> APIRouter:
         target = await gateway.model(body.model, principal_of(request))
         prompts = target.base.prompts
         if chat is not None:
-            ids = await prompts.chat(chat, await gateway.dialect(chat, target), None)
+            tenant = principal_of(request).tenant
+            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, special=special)

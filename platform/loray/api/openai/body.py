@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from loray.api.openai.fields import ShortText, SmallObject
 from loray.api.openai.unsupported import without_unsupported
 from loray.errors import RequestError, shown
 
@@ -20,15 +21,15 @@ class Body(BaseModel):
 class Hints(Body):
     """Fields that clients send for OpenAI's accounting and for other kinds of models."""
 
-    metadata: dict[str, Any] | None = Field(default=None, description="accepted; nothing is stored")
+    metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
     store: bool | None = Field(default=None, description="accepted; nothing is stored")
-    reasoning_effort: str | None = Field(default=None, description=_HINT)
+    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
     include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
-    verbosity: str | None = Field(default=None, description=_HINT)
-    service_tier: str | None = Field(default=None, description=_HINT)
-    safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")
-    prompt_cache_key: str | None = Field(default=None, description="accepted; the prefix cache needs no key")
-    prompt_cache_retention: str | None = Field(default=None, description=_HINT)
+    verbosity: ShortText | None = Field(default=None, description=_HINT)
+    service_tier: ShortText | None = Field(default=None, description=_HINT)
+    safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
+    prompt_cache_key: ShortText | None = Field(default=None, description="accepted; the prefix cache needs no key")
+    prompt_cache_retention: ShortText | None = Field(default=None, description=_HINT)
 
 
 B = TypeVar("B", bound=Body)

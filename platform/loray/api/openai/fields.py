@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from loray.errors import RequestError, shown
 
@@ -13,8 +15,42 @@ MAX_STOP_CHARACTERS = 256  # of each, also of bad words
 MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BIASES = 1024
+MAX_SHORT_CHARACTERS = 512  # of a name, and of what is one word
+MAX_OBJECT_CHARACTERS = 16 << 10  # of an object that may have any members
 Prompt = str | tuple[int, ...]
 PromptForms = str | list[str] | list[int] | list[list[int]]
+ShortText = Annotated[str, Field(max_length=MAX_SHORT_CHARACTERS)]
+
+
+def num_characters(value: object) -> int:
+    """Return the number of characters of all strings in a JSON value, keys too; any other value counts as one or more.
+
+    A number counts as about its digits.
+    """
+    num, rest = 0, [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, str):
+            num += len(part)
+            continue
+        num += 1
+        if isinstance(part, dict):
+            num += sum(map(len, part))
+            rest += part.values()
+        elif isinstance(part, list | tuple):
+            rest += part
+        elif isinstance(part, int):
+            num += part.bit_length() // 3
+    return num
+
+
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    if (num := num_characters(value)) > MAX_OBJECT_CHARACTERS:
+        raise RequestError(f"has {num:,} characters; at most {MAX_OBJECT_CHARACTERS:,} are allowed")
+    return value
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 def stop_strings(value: object) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
@@ -11,7 +11,15 @@ from loray.api.openai import fields
 from loray.api.openai.body import Body, Hints
 from loray.api.openai.chat.messages import ChatMessage
 from loray.api.openai.chat.tools import MAX_TOOLS, FunctionTool, ToolChoice, choice_of, tool_of, tool_use
-from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt, PromptForms
+from loray.api.openai.fields import (
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    Prompt,
+    PromptForms,
+    ShortText,
+)
 from loray.api.openai.structured import StructuredFields
 from loray.errors import RequestError
 from loray.spec import Constraint, SamplingParams, ToolUse
@@ -30,7 +38,7 @@ class StreamOptions(Body):
 class GenerationRequest(Hints, StructuredFields):
     """What both endpoints share."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[ShortText, Field(min_length=1)]
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: only the most likely token")
     top_k: int = Field(default=0, ge=-1, description="0 or -1: off")
@@ -62,12 +70,12 @@ class GenerationRequest(Hints, StructuredFields):
     return_tokens_as_token_ids: bool = Field(default=False, description="the texts of logprobs are `token_id:5`")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    priority: int = Field(default=0, description="smaller is earlier")
+    priority: int = Field(default=0, description="smaller is earlier; below 0 needs a key that may")
     ttft_slo_s: float | None = Field(default=None, gt=0, description="refused if its first token cannot come in time")
     cache_salt: str | None = Field(
         default=None, min_length=1, max_length=256, description="cached prefixes are shared with the same salt alone"
     )
-    user: str | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
+    user: ShortText | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -196,7 +204,7 @@ class ChatCompletionRequest(GenerationRequest):
         default="auto", description="required and a named function: the answer is calls, with valid arguments"
     )
     parallel_tool_calls: bool = Field(default=True, description="false: at most one call in an answer")
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
+    chat_template_kwargs: fields.SmallObject = Field(default_factory=dict, description="variables of the chat template")
     add_generation_prompt: bool | None = Field(default=None, description="true, but with continue_final_message")
     continue_final_message: bool = Field(default=False, description="the answer continues the last message")
     add_special_tokens: bool = Field(default=False, description="beside those of the chat template")
@@ -223,7 +231,16 @@ class ChatCompletionRequest(GenerationRequest):
                 "chat_template_kwargs",
             )
         _ = self.tool_use  # RequestError where the fields contradict
+        _ = self.num_characters  # counted where the body is parsed, for a long one in a thread
         return self
+
+    @cached_property
+    def num_characters(self) -> int:
+        """Of all that the chat template can read."""
+        tools = () if self.tool_use is None else self.tool_use.tools
+        of_tools = (len(t.name) + len(t.description or "") + fields.num_characters(t.parameters) for t in tools)
+        of_messages = sum(message.num_characters for message in self.messages)
+        return of_messages + sum(of_tools) + fields.num_characters(self.chat_template_kwargs)
 
     @cached_property
     def tool_use(self) -> ToolUse | None:

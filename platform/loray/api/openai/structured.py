@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from loray.api.openai.fields import ShortText
 from loray.errors import RequestError
 from loray.spec import Constraint
 from loray.spec.structured import ANY_OBJECT, Schema, Tag
@@ -18,6 +19,8 @@ MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
 MAX_SCHEMA_MEMBERS = 1_000  # of one object: properties that may be absent take time with their number squared, 0.1 s
 MAX_CHOICES = 10_000
+MAX_CHARACTERS = 64 << 10  # of a constraint that is given as a text, as of any constraint
+MAX_DESCRIPTION = 16 << 10
 _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -29,6 +32,10 @@ class Given(NamedTuple):
 def schema(value: object) -> object:
     """A JSON schema: an object, a boolean, or either of them as JSON in a string."""
     if isinstance(value, str):
+        if len(value) > MAX_CHARACTERS:
+            raise RequestError(
+                f"must be a JSON schema of at most {MAX_CHARACTERS:,} characters, and has {len(value):,}"
+            )
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
@@ -60,6 +67,7 @@ def _children(node: object) -> list[object]:
 
 
 JsonSchema = Annotated[dict[str, Any] | bool, BeforeValidator(schema)]
+GrammarText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class NamedSchema(BaseModel):
@@ -67,8 +75,8 @@ class NamedSchema(BaseModel):
 
     model_config = _FIELD
 
-    name: str | None = None
-    description: str | None = None
+    name: ShortText | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     schema_: JsonSchema = Field(alias="schema")
     strict: bool | None = None
 
@@ -76,9 +84,9 @@ class NamedSchema(BaseModel):
 class TagForm(BaseModel):
     model_config = _FIELD
 
-    begin: Annotated[str, Field(min_length=1)]
+    begin: Annotated[GrammarText, Field(min_length=1)]
     schema_: JsonSchema = Field(default=True, alias="schema")
-    end: str = ""
+    end: GrammarText = ""
 
 
 class AnswerFormat(BaseModel):
@@ -89,7 +97,7 @@ class AnswerFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: NamedSchema | None = None
     structures: list[TagForm] | None = None
-    triggers: list[str] | None = None
+    triggers: list[ShortText] | None = None
 
     def constraint(self) -> Constraint | None:
         if (self.json_schema is not None) != (self.type == "json_schema"):
@@ -111,12 +119,12 @@ class StructuredOutputs(BaseModel):
     model_config = _FIELD
 
     json_: JsonSchema | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
-    grammar: str | None = None
+    regex: GrammarText | None = None
+    choice: Annotated[list[GrammarText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: GrammarText | None = None
     json_object: bool | None = None
-    structural_tag: str | None = None
-    whitespace_pattern: str | None = None
+    structural_tag: GrammarText | None = None
+    whitespace_pattern: ShortText | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     disable_fallback: bool = False
@@ -142,13 +150,15 @@ class StructuredFields(BaseModel):
     response_format: AnswerFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = Field(default=None, description="structured_outputs.json, as older vLLM has it")
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
-    guided_grammar: str | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Annotated[list[GrammarText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    guided_grammar: GrammarText | None = None
     guided_json_object: bool | None = None
-    guided_whitespace_pattern: str | None = None
-    guided_decoding_backend: str | None = Field(default=None, description="accepted; there is one")
-    structural_tag: str | None = Field(default=None, description="structured_outputs.structural_tag, as older vLLM")
+    guided_whitespace_pattern: ShortText | None = None
+    guided_decoding_backend: ShortText | None = Field(default=None, description="accepted; there is one")
+    structural_tag: GrammarText | None = Field(
+        default=None, description="structured_outputs.structural_tag, as older vLLM"
+    )
 
     @cached_property
     def constraint(self) -> Given | None:

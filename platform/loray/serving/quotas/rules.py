@@ -10,6 +10,7 @@ Kind = Literal["requests", "tokens", "parallel", "budget"]
 Owner = Literal["key", "tenant"]
 
 MINUTE_S = 60.0
+MOST_URGENT, LEAST_URGENT = -1_000, 999  # the priorities that a request may have
 
 
 class Rule(NamedTuple):
@@ -64,6 +65,11 @@ def _rules(owner: Owner, subject: str, limits: Limits) -> tuple[Rule, ...]:
 
 
 def allowed_priority(principal: Principal, priority: int) -> int:
-    """`priority`, or the most urgent one that key and tenant may ask."""
-    least = (principal.limits.min_priority, principal.tenant_limits.min_priority)
-    return max([priority, *(value for value in least if value is not None)])
+    """The priority of a request for `priority`: within the range, and no more urgent than key and tenant may ask.
+
+    Either of them that does not say may ask 0, an administrator's anything: priority comes before fairness.
+    """
+    unsaid = MOST_URGENT if principal.is_admin else 0
+    given = (principal.limits.min_priority, principal.tenant_limits.min_priority)
+    most_urgent = max(unsaid if value is None else value for value in given)
+    return min(max(priority, most_urgent, MOST_URGENT), LEAST_URGENT)

@@ -19,7 +19,7 @@ _IGNORED = ("annotations", "cache_control", "provider_specific_fields", "reasoni
 
 
 class CalledFunction(Body):
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[fields.ShortText, Field(min_length=1)]
     arguments: str = Field(default="{}", description="JSON in a string, as the model wrote it")
 
 
@@ -77,7 +77,9 @@ class ChatMessage(Body):
 
     @property
     def num_characters(self) -> int:
-        return len(self.content) + sum(len(call.function.arguments) for call in self.tool_calls)
+        """Of all that the chat template can read of it."""
+        calls = sum(len(c.id) + len(c.function.name) + len(c.function.arguments) for c in self.tool_calls)
+        return len(self.content) + len(self.name or "") + len(self.tool_call_id or "") + calls
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from loray.api.openai.body import Body
+from loray.api.openai.fields import ShortText
 from loray.api.openai.structured import JsonSchema
 from loray.errors import RequestError, shown
 from loray.spec import Tool, ToolUse
 
 MAX_TOOLS = 128
+MAX_DESCRIPTION = 16 << 10  # characters
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _HARMLESS = ("cache_control", "defer_loading", "eager_input_streaming")  # of other providers' APIs
 
@@ -34,7 +36,7 @@ def _present(value: object) -> object:
 
 class FunctionDefinition(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
-    description: str | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     parameters: JsonSchema = Field(default=_NO_PARAMETERS, description="the JSON schema of the arguments")
     strict: bool = Field(default=False, description="the arguments are valid by `parameters`")
 
@@ -51,7 +53,7 @@ class FunctionTool(Body):
 
 
 class FunctionName(Body):
-    name: str
+    name: ShortText
 
 
 class NamedChoice(Body):
@@ -63,7 +65,7 @@ class NamedChoice(Body):
 
 class AllowedSet(Body):
     mode: Literal["auto", "required"]
-    tools: tuple[NamedChoice, ...] = Field(strict=False)
+    tools: tuple[NamedChoice, ...] = Field(strict=False, max_length=MAX_TOOLS)
 
 
 class AllowedTools(Body):

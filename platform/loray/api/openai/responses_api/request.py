@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from loray.api.openai.body import Body, Hints, parse
+from loray.api.openai.fields import ShortText, SmallObject
 from loray.api.openai.requests import ChatCompletionRequest
 from loray.api.openai.responses_api import items
 from loray.errors import RequestError, shown
@@ -33,7 +34,7 @@ _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the latter of reason
 
 class TextOptions(Body):
     format: dict[str, Any] | None = Field(default=None, description="text, json_object or json_schema")
-    verbosity: str | None = Field(default=None, description="accepted; it changes nothing")
+    verbosity: ShortText | None = Field(default=None, description="accepted; it changes nothing")
 
 
 class ResponseStreamOptions(Body):
@@ -45,7 +46,7 @@ class ResponsesRequest(Hints):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str = Field(min_length=1)
+    model: ShortText = Field(min_length=1)
     input: str | list[Any] = Field(description="a text, or messages, function calls and their outputs")
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
@@ -53,16 +54,16 @@ class ResponsesRequest(Hints):
     top_p: float = Field(default=1.0, ge=0, le=1)
     text: TextOptions = TextOptions()
     tools: list[dict[str, Any]] = Field(default=[], description="functions")
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ShortText | SmallObject | None = None
     parallel_tool_calls: bool = True
     include: tuple[str, ...] = Field(default=(), strict=False)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool = False
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["disabled"] = "disabled"
-    reasoning: dict[str, Any] | None = Field(default=None, description="accepted; it changes nothing")
+    reasoning: SmallObject | None = Field(default=None, description="accepted; it changes nothing")
     max_tool_calls: int | None = Field(default=None, description="accepted; it counts tools of the server alone")
-    user: str | None = None
+    user: ShortText | None = None
 
     def chat_body(self) -> dict[str, Any]:
         """The body of the chat request. RequestError for what a chat cannot say."""

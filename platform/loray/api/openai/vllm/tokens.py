@@ -15,7 +15,7 @@ from loray.errors import RequestError
 class TokenizeRequest(Body):
     """POST /tokenize: of a text, or of a chat, whose further fields are those of a chat completion."""
 
-    model: str | None = Field(
+    model: fields.ShortText | None = Field(
         default=None, min_length=1, description="the base, unless given; required where several are served"
     )
     prompt: str | None = None
@@ -23,7 +23,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = Field(default=None, description="true for a text and false for a chat")
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: fields.SmallObject | None = None
     tools: list[Any] | None = None
     return_token_strs: bool = False
 
@@ -54,7 +54,7 @@ class TokenizeResponse(ResponseBody):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    model: str | None = Field(
+    model: fields.ShortText | None = Field(
         default=None, min_length=1, description="the base, unless given; required where several are served"
     )
     tokens: Annotated[tuple[int, ...], PlainValidator(fields.token_ids, json_schema_input_type=list[int])]
