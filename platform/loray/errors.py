@@ -13,7 +13,6 @@
     ├── Unauthenticated        no API key, or none that is valid
     ├── PermissionDenied       the key is valid, but may not do this
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
-    │   ├── CollectedMeanwhile the store's garbage collection ran while an adapter was published: look again
     │   ├── RevisionConflict   an alias has another revision than the caller expected
     │   └── GateRefused        the evaluations of a LongLoRA adapter do not pass the gate before an alias
     ├── CatalogError           the catalog's database cannot be reached or stays locked
@@ -98,10 +97,6 @@ class PermissionDenied(LorayError):
 
 
 class ConflictError(LorayError):
-    pass
-
-
-class CollectedMeanwhile(ConflictError):
     pass
 
 
