@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from loray.serving.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from serve_apps.accounting.books import Books
+from serve_apps.accounting.usage import UsageStatus
 
 Sink = Callable[[UsageEvent], None]
 
@@ -82,6 +83,11 @@ class Accounts:
             return
         async with self._books.opened(self._gate, self._woken):
             yield
+
+    @property
+    def usage_status(self) -> UsageStatus | None:
+        """None where usage is not recorded."""
+        return None if self._books is None else self._books.status
 
     def check(self, principal: Principal) -> None:
         """Before a request is read. Raises RateLimited where none can begin now."""

@@ -276,7 +276,8 @@ class Gateway:
         """The metrics of this gateway alone."""
         decisions = {name: base.engines.routing_decisions() for name, base in self.bases.items()}
         resumes = {name: base.engines.resumes() for name, base in self.bases.items()}
-        return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting)
+        status = self.accounts.usage_status
+        return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting, status)
 
 
 def _about(
