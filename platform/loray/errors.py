@@ -14,7 +14,6 @@
     ├── PermissionDenied       the key is valid, but may not do this
     │   └── LimitExceeded      it may, but not more than it has already
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
-    │   ├── CollectedMeanwhile the store's garbage collection ran while an adapter was published: look again
     │   ├── RevisionConflict   an alias has another revision than the caller expected
     │   └── GateRefused        the evaluations of a LongLoRA adapter do not pass the gate before an alias
     ├── CatalogError           the catalog's database cannot be reached or stays locked
@@ -103,10 +102,6 @@ class LimitExceeded(PermissionDenied):
 
 
 class ConflictError(LorayError):
-    pass
-
-
-class CollectedMeanwhile(ConflictError):
     pass
 
 

@@ -175,6 +175,10 @@ GATEWAY_METRICS = _table(
     _counter("canary_rollbacks_total", "Canaries that left a bound and were ended: error_rate, ttft or itl.", "bound"),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot.", "base"),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
+    _gauge("usage_writer_alive", "1: the threads that write usage run."),
+    _gauge("usage_journal_bytes", "Usage events that wait until the catalog takes them."),
+    _gauge("usage_oldest_unsent_seconds", "For which the oldest of them waits."),
+    _counter("usage_events_lost_total", "Usage events that neither disk nor catalog took."),
 )
 
 # The gateway that answers counts these, for its answer.

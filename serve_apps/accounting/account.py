@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from loray.errors import RequestError
 from loray.serving.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from serve_apps.accounting.books import Books
+from serve_apps.accounting.usage import UsageStatus
 
 Sink = Callable[[UsageEvent], None]
 
@@ -22,6 +24,7 @@ class Account:
 
     requests     one for each choice; those of one prompt, `num_choices`, follow each other
     received_at  seconds of the monotonic clock
+    granted      for how many tokens of each choice there is a reservation
     """
 
     answer_id: str
@@ -31,6 +34,7 @@ class Account:
     num_choices: int
     received_at: float
     reservation: Reservation
+    granted: list[int]
     sink: Sink | None
     event: UsageEvent | None = None
 
@@ -38,11 +42,23 @@ class Account:
     def headers(self) -> Mapping[str, str]:
         return self.reservation.headers
 
+    def may_go_on(self, choice: int, num_tokens: int) -> bool:
+        """Whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit reserves
+        is renewed while there is room.
+        """
+        most = self.requests[choice].params.max_tokens
+        while num_tokens >= (granted := self.granted[choice]) and granted < most:
+            more = min(OPEN_ENDED_TOKENS, most - granted)
+            if not self.reservation.extend(more, time.time()):
+                return False
+            self.granted[choice] += more
+        return True
+
     def close(self, outcome: str, last: Sequence[Delta | None]) -> UsageEvent:
         """`last`: the last delta of each choice; None: nothing came."""
         if self.event is not None:
             return self.event
-        of_prompts = [delta for delta in last[:: self.num_choices] if delta is not None]
+        of_prompts = [delta for delta in last[:: _prompt_step(self.requests, self.num_choices)] if delta is not None]
         num_prompt = sum(delta.num_prompt_tokens for delta in of_prompts)
         num_output = sum(delta.num_output_tokens for delta in last if delta is not None)
         first = self.requests[0]
@@ -83,9 +99,27 @@ class Accounts:
         async with self._books.opened(self._gate, self._woken):
             yield
 
-    def check(self, principal: Principal) -> None:
-        """Before a request is read. Raises RateLimited where none can begin now."""
-        self._gate.check(principal, time.time())
+    @property
+    def usage_status(self) -> UsageStatus | None:
+        """None where usage is not recorded."""
+        return None if self._books is None else self._books.status
+
+    def enter(self, principal: Principal) -> None:
+        """Take a request of those of a minute before it is read. Raises RateLimited where none can begin now."""
+        self._gate.enter(principal, time.time())
+
+    def charge(self, principal: Principal, num_tokens: float) -> None:
+        """Take tokens of those of a minute for what has been tokenised without generating."""
+        self._gate.charge(principal, num_tokens, time.time())
+
+    @contextmanager
+    def charged_if_refused(self, principal: Principal, num_tokens: int) -> Iterator[None]:
+        """Around the checks of what was tokenised: what is tokenised for a wrong request is not free."""
+        try:
+            yield
+        except RequestError:
+            self.charge(principal, num_tokens)
+            raise
 
     def open(
         self,
@@ -98,13 +132,27 @@ class Accounts:
         received_at: float,
         open_ended: bool,
     ) -> Account:
-        """Reserves prompts and `max_tokens`, of an open-ended request at most OPEN_ENDED_TOKENS. Raises RateLimited."""
-        num_tokens = sum(len(request.prompt_ids) for request in requests[::num_choices])
-        for request in requests:
-            most = request.params.max_tokens
-            num_tokens += min(most, OPEN_ENDED_TOKENS) if open_ended else most
-        reservation = self._gate.admit(principal, num_tokens, time.time())
+        """Reserve prompts, as often as they are computed, and `max_tokens`, of an open-ended request first at most
+        OPEN_ENDED_TOKENS. Raises RateLimited.
+        """
+        most = [request.params.max_tokens for request in requests]
+        granted = [min(number, OPEN_ENDED_TOKENS) for number in most] if open_ended else most
+        num_prompt = sum(len(request.prompt_ids) for request in requests[:: _prompt_step(requests, num_choices)])
+        reservation = self._gate.admit(
+            principal,
+            num_prompt + sum(granted),
+            time.time(),
+            num_requests=len(requests) // num_choices - 1,
+            num_sequences=len(requests),
+        )
         if self._gate.new_budgets:
             self._woken.set()
         sink = None if self._books is None else self._books.add
-        return Account(answer_id, principal, base, requests, num_choices, received_at, reservation, sink)
+        return Account(answer_id, principal, base, requests, num_choices, received_at, reservation, granted, sink)
+
+
+def _prompt_step(requests: Sequence[GenerateRequest], num_choices: int) -> int:
+    """Between two requests whose prompts are computed: the choices of a prompt share it, unless they ask for its
+    logprobs, which need all of it.
+    """
+    return num_choices if requests[0].params.prompt_logprobs is None else 1

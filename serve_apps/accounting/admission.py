@@ -100,7 +100,7 @@ class AdmitRequests:
     """ASGI middleware: a request over its limits gets its refusal, and another one waits for its turn, before its body
     is read. Behind the one that finds out who asks.
 
-    paths    of the requests that generate
+    paths    of the requests that generate or tokenise
     refused  the response to an error, in the application's form
     """
 
@@ -124,7 +124,7 @@ class AdmitRequests:
         assert isinstance(principal, Principal)
         scope["state"]["received_at"] = asyncio.get_running_loop().time()
         try:
-            self._accounts.check(principal)
+            self._accounts.enter(principal)
             await self._turns.enter(principal.tenant)
         except LorayError as e:
             scope["route"] = _Route(path)  # which metrics name

@@ -11,7 +11,7 @@ from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import UsageEvent
 from serve_apps.accounting.exchange import Exchange, UsedBefore, follow_owner, follow_usage
-from serve_apps.accounting.usage import UsageWriter
+from serve_apps.accounting.usage import UsageStatus, UsageWriter
 
 
 class Books:
@@ -31,6 +31,11 @@ class Books:
     def add(self, event: UsageEvent) -> None:
         assert self._writer is not None, "requests end before the books are closed"
         self._writer.add(event)
+
+    @property
+    def status(self) -> UsageStatus | None:
+        """None before the books are opened."""
+        return None if self._writer is None else self._writer.status
 
     @asynccontextmanager
     async def opened(self, gate: QuotaGate, woken: asyncio.Event) -> AsyncIterator[None]:

@@ -48,10 +48,20 @@ class Journal:
         return os.fstat(self._fd).st_size
 
     def append(self, events: list[UsageEvent]) -> bool:
-        """False: it is full, and the events are lost. The lines are with the system, so a kill does not lose them."""
-        if self.num_bytes >= MAX_BYTES:
+        """False: it is full, and the events are lost. The lines are with the system, so a kill does not lose them.
+
+        Where it raises OSError, as for a full disk, the journal is as it was.
+        """
+        num_bytes = self.num_bytes
+        if num_bytes >= MAX_BYTES:
             return False
-        os.write(self._fd, "".join(f"{event.to_json()}\n" for event in events).encode())
+        left = memoryview("".join(f"{event.to_json()}\n" for event in events).encode())
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            os.ftruncate(self._fd, num_bytes)  # half a line would spoil the next one
+            raise
         return True
 
     def read(self, limit: int, offset: int) -> tuple[list[UsageEvent], int]:

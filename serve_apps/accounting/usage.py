@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import NamedTuple
 
 from loray.catalog import Catalog
-from loray.errors import LorayError
+from loray.errors import DataError, LorayError
 from loray.spec import UsageEvent
 from loray.telemetry import get_logger
-from serve_apps.accounting.journal import Journal, abandoned
+from serve_apps.accounting.journal import FOLDER, Journal, abandoned
 
 _log = get_logger(__name__)
 
 FLUSH_S = 1.0
+LONGEST_PAUSE_S = 60.0  # between two attempts while the catalog takes nothing
+REJECTED = "rejected.log"  # in the journals' folder: events that the catalog refuses, a JSON object a line
 ABANDONED_S = 60.0  # between two looks for journals that other processes have left
 _BATCH = 500
 _MAX_QUEUED = 100_000
 _RETENTION_CHECK_S = 3600.0
+
+
+class UsageStatus(NamedTuple):
+    """Whether events are written, the bytes that wait, for how many seconds the oldest of them has, and the number of
+    those that were lost or refused.
+    """
+
+    is_alive: bool
+    num_bytes: int
+    oldest_s: float
+    num_lost: int
 
 
 class UsageWriter:
@@ -41,8 +55,9 @@ class UsageWriter:
         self._journal_lock = Lock()  # of appending and clearing
         self._stopped = Event()
         self._is_due = Event()  # there is something to send
-        self._is_failing = False
+        self._num_failures = 0  # in sequence
         self._num_lost = 0
+        self._waits_since: float | None = None  # of the monotonic clock; None: the journal is empty
         self._threads = [
             Thread(target=self._append_all, name="usage-journal", daemon=True),
             Thread(target=self._send_all, name="usage-catalog", daemon=True),
@@ -56,6 +71,14 @@ class UsageWriter:
             self._queue.put_nowait(event)
         except queue.Full:
             self._lose(1)
+
+    @property
+    def status(self) -> UsageStatus:
+        """Used while the writer is open."""
+        since = self._waits_since
+        oldest_s = 0.0 if since is None else time.monotonic() - since
+        is_alive = all(thread.is_alive() for thread in self._threads)
+        return UsageStatus(is_alive, self._journal.num_bytes, oldest_s, self._num_lost)
 
     def close(self) -> None:
         """Sends what is left. What the catalog does not take stays in the journal, for the next writer."""
@@ -82,9 +105,11 @@ class UsageWriter:
             with self._journal_lock:
                 try:
                     kept = self._journal.append(events)
-                except OSError as e:
-                    _log.error("usage events cannot be written to %s: %s", self._journal.path, e)
+                except Exception:  # the next ones may come through
+                    _log.exception("usage events cannot be written to %s", self._journal.path)
                     kept = False
+                if kept and self._waits_since is None:
+                    self._waits_since = time.monotonic()
             if kept:
                 self._is_due.set()
             else:
@@ -92,31 +117,37 @@ class UsageWriter:
 
     def _lose(self, number: int) -> None:
         self._num_lost += number
-        _log.error("%d usage events are lost so far: the catalog or the disk takes none", self._num_lost)
+        _log.error("%d usage events are lost so far: the catalog or the disk takes them not", self._num_lost)
 
     # -- the catalog's thread -----------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        """Sleeps while no usage arrives, but for looks for what others have left."""
+        """Sleeps while no usage arrives, but for looks for what others have left. No error ends it."""
         looked_at = forgotten_at = float("-inf")
         self._is_due.set()
         while True:
             is_due = self._is_due.wait(ABANDONED_S)
             self._is_due.clear()
-            last = self._stopped.wait(FLUSH_S if is_due else 0.0)
+            last = self._stopped.wait(min(FLUSH_S * 2**self._num_failures, LONGEST_PAUSE_S) if is_due else 0.0)
             try:
+                self._send(self._journal)
                 if last or time.monotonic() - looked_at >= ABANDONED_S:
                     self._send_abandoned()
                     looked_at = time.monotonic()
-                self._send(self._journal)
                 if self._retention_days and time.monotonic() - forgotten_at > _RETENTION_CHECK_S:
                     forgotten_at = time.monotonic()
                     self._known().forget_usage(datetime.now(UTC) - timedelta(days=self._retention_days))
-                self._is_failing = False
-            except (LorayError, OSError) as e:
-                if not self._is_failing:
-                    _log.warning("usage events wait in %s until the catalog takes them: %s", self._journal.path, e)
-                self._is_failing = True
+                self._num_failures = 0
+            except Exception as e:
+                if not self._num_failures:
+                    is_known = isinstance(e, (LorayError, OSError))
+                    _log.warning(
+                        "usage events wait in %s until the catalog takes them: %s",
+                        self._journal.path,
+                        e,
+                        exc_info=not is_known,
+                    )
+                self._num_failures = min(self._num_failures + 1, 16)
                 self._is_due.set()  # once more, after a while
             if last:
                 return
@@ -127,12 +158,29 @@ class UsageWriter:
             with self._journal_lock:  # never half a line
                 events, offset = journal.read(_BATCH, offset)
             if events:
-                self._known().record_usage(events)
+                self._record(events)
                 continue
             with self._journal_lock:
                 if journal.num_bytes == offset:
                     journal.clear()
+                    if journal is self._journal:
+                        self._waits_since = None
                     return
+
+    def _record(self, events: Sequence[UsageEvent]) -> None:
+        """One that the catalog refuses is put aside, so that it does not stop the others."""
+        try:
+            self._known().record_usage(events)
+        except DataError as e:
+            if len(events) > 1:
+                for event in events:
+                    self._record([event])
+                return
+            path = self._home / FOLDER / REJECTED
+            with path.open("a", encoding="utf-8") as f:
+                f.write(f"{events[0].to_json()}\n")
+            self._num_lost += 1
+            _log.error("%s; it is in %s", e, path)
 
     def _send_abandoned(self) -> None:
         for journal in abandoned(self._home):

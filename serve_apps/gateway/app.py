@@ -63,7 +63,11 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
     app.add_middleware(
-        AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=generation.BODIES, refused=refused
+        AdmitRequests,
+        accounts=gateway.accounts,
+        turns=gateway.turns,
+        paths=generation.BODIES | tokens.BODIES,
+        refused=refused,
     )
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)

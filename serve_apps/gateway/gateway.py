@@ -158,33 +158,34 @@ class Gateway:
     ) -> list[GenerateRequest]:
         """The engine's requests, one for each choice. Their ids begin with the client's, and are unique.
 
-        `given`: what the answers must match.
+        `given`: what the answers must match. What was tokenised for a request that is refused is charged.
         """
-        if given is not None:
-            await target.base.grammars.check(given.constraint, given.param)
-        bad_words = await target.base.prompts.bad_words(request.bad_words)
-        prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
-        return [
-            GenerateRequest(
-                request_id=f"{prefix}-{i * request.n + choice}",
-                prompt_ids=prompt,
-                params=request.sampling(
-                    max_tokens=max_tokens(request, len(prompt), target.limit, param),
-                    choice=choice,
-                    bad_words=bad_words,
-                    structured=None if given is None else given.constraint,
-                ),
-                adapter=target.adapter,
-                tenant=share_of(headers.principal, request.user),
-                priority=allowed_priority(headers.principal, request.priority),
-                ttft_slo_s=request.ttft_slo_s,
-                cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
-                traceparent=None if headers.trace is None else headers.trace.traceparent,
-                is_modest=headers.is_modest,
-            )
-            for i, prompt in enumerate(prompts)
-            for choice in range(request.n)
-        ]
+        with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
+            if given is not None:
+                await target.base.grammars.check(given.constraint, given.param)
+            bad_words = await target.base.prompts.bad_words(request.bad_words)
+            prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
+            return [
+                GenerateRequest(
+                    request_id=f"{prefix}-{i * request.n + choice}",
+                    prompt_ids=prompt,
+                    params=request.sampling(
+                        max_tokens=max_tokens(request, len(prompt), target.limit, param),
+                        choice=choice,
+                        bad_words=bad_words,
+                        structured=None if given is None else given.constraint,
+                    ),
+                    adapter=target.adapter,
+                    tenant=share_of(headers.principal, request.user),
+                    priority=allowed_priority(headers.principal, request.priority),
+                    ttft_slo_s=request.ttft_slo_s,
+                    cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
+                    traceparent=None if headers.trace is None else headers.trace.traceparent,
+                    is_modest=headers.is_modest,
+                )
+                for i, prompt in enumerate(prompts)
+                for choice in range(request.n)
+            ]
 
     def _answer(
         self,
@@ -279,7 +280,8 @@ class Gateway:
         """The metrics of this gateway alone."""
         decisions = {name: base.engines.routing_decisions() for name, base in self.bases.items()}
         resumes = {name: base.engines.resumes() for name, base in self.bases.items()}
-        return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting)
+        status = self.accounts.usage_status
+        return self.counted.families(self.directory, decisions, resumes, self.turns.num_waiting, status)
 
 
 def _about(

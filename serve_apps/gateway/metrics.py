@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.catalog.traffic.verdict import Bound
 from loray.telemetry import METRICS
+from serve_apps.accounting.usage import UsageStatus
 from serve_apps.exposition import Labels, counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.http import CLIENT_LEFT
@@ -47,8 +48,11 @@ class GatewayMetrics:
         decisions: Mapping[str, Mapping[str, int]],
         resumes: Mapping[str, Mapping[str, int]],
         num_waiting: int,
+        usage: UsageStatus | None = None,
     ) -> list[Family]:
-        """They can be pickled. `decisions` and `resumes`: by base, and by reason; `num_waiting`: for their turn."""
+        """They can be pickled. `decisions` and `resumes`: by base, and by reason; `num_waiting`: for their turn;
+        `usage` None: it is not recorded.
+        """
         families = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
@@ -58,6 +62,13 @@ class GatewayMetrics:
             gauge("catalog_adapters", {(b.name,): directory.num_adapters_of(b) for b in directory.bases.values()}),
             gauge("catalog_age_seconds", {(): directory.age_s}),
         ]
+        if usage is not None:
+            families += [
+                gauge("usage_writer_alive", {(): usage.is_alive}),
+                gauge("usage_journal_bytes", {(): usage.num_bytes}),
+                gauge("usage_oldest_unsent_seconds", {(): usage.oldest_s}),
+                counter("usage_events_lost_total", {(): usage.num_lost}),
+            ]
         return labelled(families, gateway=self._name)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from loray.catalog import Catalog
-from loray.errors import AdapterNotFound, CollectedMeanwhile, ConflictError
+from loray.catalog.removal import claims
+from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import TrainSpec
 from tests.adapters.test_manifest import RECIPE
 from tests.catalog.test_catalog import digest, manifest, publish
-
-
-def restore(catalog: Catalog, name: str, version: int | None = None) -> None:
-    catalog.restore(name, version, collections=catalog.collections())
 
 
 def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catalog: Catalog) -> None:
@@ -28,10 +27,10 @@ def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catal
         catalog.promote("tone", "prod", 3)
     publish(catalog, "tone", 4)
     assert catalog.resolve("tone").version == 4
-    restore(catalog, "tone", 3)
+    catalog.restore("tone", 3)
     assert catalog.resolve("tone@3").digest == digest(3)
     with pytest.raises(AdapterNotFound, match="no deleted version 3"):
-        restore(catalog, "tone", 3)
+        catalog.restore("tone", 3)
 
 
 def test_a_version_under_an_alias_stays_until_the_alias_moves(catalog: Catalog) -> None:
@@ -45,7 +44,7 @@ def test_a_version_under_an_alias_stays_until_the_alias_moves(catalog: Catalog) 
     catalog.delete_alias("tone", "prod")
     with pytest.raises(ConflictError, match="the only version"):
         catalog.delete_version("tone", 1)
-    restore(catalog, "tone", 2)
+    catalog.restore("tone", 2)
     assert catalog.resolve("tone@2").digest == digest(2)
 
 
@@ -64,15 +63,15 @@ def test_a_deleted_name_is_nobodys_and_comes_back_with_its_aliases(catalog: Cata
         with pytest.raises(ConflictError, match=r"'tone' was deleted: restore it \(`loray adapters restore tone`\)"):
             change()
     with pytest.raises(AdapterNotFound, match="a deleted name is restored before its versions"):
-        restore(catalog, "tone", 1)
+        catalog.restore("tone", 1)
     with pytest.raises(AdapterNotFound):
         catalog.delete_adapter("tone")
-    restore(catalog, "tone")
+    catalog.restore("tone")
     assert catalog.snapshot(after).resolve("tone@prod").version == 2
     assert sorted(catalog.entry("tone").aliases) == ["prod"]
     with pytest.raises(AdapterNotFound):
         catalog.resolve("tone@1")  # it was deleted before
-    restore(catalog, "tone", 1)
+    catalog.restore("tone", 1)
 
 
 def test_publishing_a_deleted_version_again_restores_it(catalog: Catalog) -> None:
@@ -97,37 +96,78 @@ def test_what_is_needed(catalog: Catalog) -> None:
     assert catalog.references(keep_deleted_s=60).files.keys() == {digest(n) for n in (1, 2, 3, 4)}
     found = catalog.references(keep_deleted_s=0)
     assert found.files == {digest(n): {digest(n)} for n in (2, 3)}
-    with catalog.collecting(found, keep_deleted_s=0) as needed:
-        assert needed == {}
-    restore(catalog, "tone", 1)
+    names = [digest(n) for n in range(6)]
+    with catalog.deleting(names, found, keep_deleted_s=0) as allowed:
+        assert allowed.names == {*names}
+    catalog.restore("tone", 1)
     publish(catalog, "new", 5)
-    with catalog.collecting(found, keep_deleted_s=0) as needed:
-        assert needed.keys() == {digest(n) for n in (1, 2, 3, 5)}
+    with catalog.deleting(names, found, keep_deleted_s=0) as allowed:
+        assert allowed.names == {digest(n) for n in (0, 4)}
 
 
-def test_a_publication_across_a_collection_is_refused(catalog: Catalog) -> None:
-    looked = catalog.collections()
-    assert catalog.collections() == looked
-    with catalog.collecting(catalog.references(keep_deleted_s=0), keep_deleted_s=0):
-        pass
-    with pytest.raises(CollectedMeanwhile):
-        catalog.register("tone", digest(1), manifest(1), collections=looked)
-    assert catalog.adapters() == ()
-    catalog.register("tone", digest(1), manifest(1), collections=catalog.collections())
-
-
-def test_a_collection_that_was_killed_is_noticed_too(catalog: Catalog) -> None:
-    """Its transaction is rolled back, but what it has deleted is deleted."""
-    looked = catalog.collections()
-    with (
-        pytest.raises(ZeroDivisionError),
-        catalog.collecting(catalog.references(keep_deleted_s=0), keep_deleted_s=0),
-    ):
+def test_what_is_published_is_not_deleted(catalog: Catalog) -> None:
+    before = catalog.references(keep_deleted_s=0)
+    names = [digest(1), digest(2)]
+    with catalog.publishing(names[:1]) as claim:
+        with catalog.deleting(names, before, keep_deleted_s=0) as allowed:
+            assert allowed.names == {digest(2)}
+        catalog.register("tone", digest(1), manifest(1), claim=claim)
+    with catalog.deleting(names, before, keep_deleted_s=0) as allowed:
+        assert allowed.names == {digest(2)}
+    with pytest.raises(ZeroDivisionError), catalog.publishing(names):
         raise ZeroDivisionError
-    for _ in range(2):
-        with pytest.raises(CollectedMeanwhile):
-            catalog.register("tone", digest(1), manifest(1), collections=looked)
-        again = catalog.collections()
-        assert again % 2 == 0
-        assert again > looked
-    catalog.register("tone", digest(1), manifest(1), collections=again)
+    with catalog.deleting(names, before, keep_deleted_s=0) as allowed:
+        assert allowed.names == {digest(2)}
+
+
+def test_a_publication_waits_for_deletions_of_its_objects_alone(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = list[float]()
+    monkeypatch.setattr(claims, "sleep", waits.append)
+    before = catalog.references(keep_deleted_s=0)
+    deleting = catalog.deleting([digest(1)], before, keep_deleted_s=0)
+    deleting.__enter__()
+    with catalog.publishing([digest(2)]):
+        assert waits == []
+
+    def end(_: float) -> None:
+        deleting.__exit__(None, None, None)
+        monkeypatch.setattr(claims, "sleep", waits.append)
+
+    monkeypatch.setattr(claims, "sleep", end)
+    with catalog.publishing([digest(1), digest(2)]) as claim:
+        assert waits == []
+        catalog.register("tone", digest(1), manifest(1), claim=claim)
+
+
+def test_a_collection_that_was_killed_is_waited_for_until_its_claim_lapses(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its deletions may still be under way."""
+    before = catalog.references(keep_deleted_s=0)
+    with pytest.raises(ZeroDivisionError), catalog.deleting([digest(1)], before, keep_deleted_s=0):
+        raise ZeroDivisionError
+    monkeypatch.setattr(claims, "_LONGEST_WAIT_S", 0.0)
+    with pytest.raises(ConflictError, match="was cut off while it deleted the same files"):
+        catalog.publishing([digest(1)]).__enter__()
+    moved = claims.now() + timedelta(minutes=11)
+    monkeypatch.setattr(claims, "now", lambda: moved)
+    with catalog.publishing([digest(1)]) as claim:
+        catalog.register("tone", digest(1), manifest(1), claim=claim)
+
+
+def test_a_publication_that_took_too_long_is_refused_before_its_claim_lapses(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = catalog.references(keep_deleted_s=0)
+    started = claims.now()
+    with catalog.publishing([digest(1)]) as claim:
+        monkeypatch.setattr(claims, "now", lambda: started + timedelta(hours=13))
+        with pytest.raises(ConflictError, match="took more than 12 hours"):
+            catalog.register("tone", digest(1), manifest(1), claim=claim)
+        with catalog.deleting([digest(1)], before, keep_deleted_s=0) as allowed:
+            assert not allowed.names
+        monkeypatch.setattr(claims, "now", lambda: started + timedelta(hours=25))
+        with catalog.deleting([digest(1)], before, keep_deleted_s=0) as allowed:
+            assert allowed.names == {digest(1)}

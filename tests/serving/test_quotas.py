@@ -49,9 +49,9 @@ def test_requests_a_minute() -> None:
         "x-ratelimit-reset-requests": "1m0s",
     }
     with pytest.raises(RateLimited):
-        gate.check(who, 19.9)
-    gate.check(who, 20.1)
-    reservation = gate.admit(who, 1, 20.1)
+        gate.enter(who, 19.9)
+    gate.enter(who, 20.1)
+    reservation = gate.admit(who, 1, 20.1, num_requests=0)
     assert reservation.headers["x-ratelimit-remaining-requests"] == "0"
 
 
@@ -99,6 +99,49 @@ def test_parallel_requests() -> None:
     first.settle(0, 0.0)
     assert admitted(gate, who, 0.0)
     assert admitted(gate, who, 0.0) is None
+
+
+def test_sequences_run_at_once_and_prompts_are_requests() -> None:
+    gate, who = QuotaGate(), principal(max_parallel_requests=4, rpm_limit=10)
+    with pytest.raises(RateLimited, match=r"5 sequences, which are prompts times n, and the limit is 4 requests at"):
+        gate.admit(who, 1, 0.0, num_sequences=5)
+    first = gate.admit(who, 1, 0.0, num_requests=2, num_sequences=3)
+    with pytest.raises(RateLimited):
+        gate.admit(who, 1, 0.0, num_sequences=2)
+    first.settle(1, 0.0)
+    assert gate.admit(who, 1, 0.0, num_sequences=4).headers["x-ratelimit-remaining-requests"] == "7"
+    with pytest.raises(RateLimited, match="11 prompts and the limit is 10 requests a minute"):
+        QuotaGate().admit(who, 1, 0.0, num_requests=11)
+
+
+def test_a_request_that_has_entered_pays_whether_it_is_admitted() -> None:
+    gate, who = QuotaGate(), principal(rpm_limit=2, tpm_limit=100)
+    for _ in range(2):
+        gate.enter(who, 0.0)
+        with pytest.raises(RateLimited, match="tokens a minute"):
+            gate.admit(who, 101, 0.0, num_requests=0)
+    with pytest.raises(RateLimited, match="requests a minute"):
+        gate.enter(who, 0.0)
+
+
+def test_what_was_tokenised_is_charged_to_tokens_a_minute_alone() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=100, max_budget=100)
+    gate.charge(who, 90, 0.0)
+    assert gate.admit(who, 10, 0.0).headers["x-ratelimit-remaining-tokens"] == "0"
+    assert admitted(gate, who, 60.0, 90)  # of the budget, which lacks ten
+
+
+def test_a_reservation_is_extended_while_there_is_room() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=1000, max_budget=500)
+    first = gate.admit(who, 100, 0.0)
+    assert first.extend(300, 0.0)
+    assert not first.extend(101, 0.0)
+    assert first.extend(100, 0.0)
+    assert not first.extend(1, 0.0)
+    first.settle(450, 0.0)
+    assert admitted(gate, who, 0.0, 51) is None
+    assert admitted(gate, who, 0.0, 50)
+    assert gate.admit(Principal(), 1, 0.0).extend(10**9, 0.0)  # without limits
 
 
 def test_a_budget_begins_anew_with_its_period() -> None:
@@ -210,7 +253,7 @@ def test_turns_of_tokens_follow_what_requests_take() -> None:
     told = [retry_after(gate, who, 0.0, 600) for _ in range(3)]
     assert told == pytest.approx([6.0, 12.0, 18.0])
     with pytest.raises(RateLimited) as refused:
-        gate.check(who, 0.0)  # whose tokens are not known yet
+        gate.enter(who, 0.0)  # whose tokens are not known yet
     assert refused.value.retry_after_s == pytest.approx(24.0)
 
 

@@ -37,9 +37,10 @@ from loray.catalog.queries import (
     now,
     utc,
 )
+from loray.catalog.removal.claims import Claims, end_claim
 from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
 from loray.catalog.removal.quarantine import Quarantines
-from loray.catalog.removal.references import StoreReferences, check_collections
+from loray.catalog.removal.references import StoreReferences
 from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import list_versions, select_names
@@ -58,6 +59,7 @@ class Catalog(
     Audit,
     Backups,
     Canaries,
+    Claims,
     Deletion,
     Evaluations,
     Jobs,
@@ -123,7 +125,7 @@ class Catalog(
         *,
         version: int | None = None,
         no_gate: str | None = None,
-        collections: int | None = None,
+        claim: str | None = None,
     ) -> AdapterVersion:
         """Add a version of `name`, and move `aliases` to it. A digest that `name` has already keeps its version.
 
@@ -131,12 +133,12 @@ class Catalog(
         digest, or see it under another name; an administrator may register any.
 
         `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
-        of `promote`. `collections` is the catalog's before the caller looked at the store: see `removal.references`.
+        of `promote`. `claim` is that of `publishing`, within which the caller has put the files into the store.
 
         Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
         has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
         exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
-        does; LimitExceeded; CollectedMeanwhile where the bytes may have been deleted meanwhile.
+        does; LimitExceeded; ConflictError where the claim has lapsed.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -145,7 +147,7 @@ class Catalog(
             counter = lock(c)
             name, tenant = name_to_register(c, self._principal, name)
             check_digest(c, self._principal, digest)
-            check_collections(c, collections)
+            end_claim(c, claim)
             refuse_deleted(c, name)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
             if adapter_id is None:

@@ -20,8 +20,9 @@ canaries         versions that get, or until `ended_at` got, a share of an alias
 evaluations      evaluations of a tenant's adapter recorded after it was published, by its digest
 uploads          the tenants that have brought the bytes of a digest, which they may register
 projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
-changes          one row whose counter grows with every write; a writer locks it first, so that writers wait;
-                 `collections` counts the batches of objects that were deleted in the store
+changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
+claims           names, SHA-256, of objects in the store that a publication relies on, or a collection deletes; see
+                 `removal.claims`
 audit_log        every write with its actor and the tenant of its subject, append-only
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
@@ -258,7 +259,16 @@ changes = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("counter", BigInteger, nullable=False),
-    Column("collections", BigInteger, nullable=False, server_default="0"),
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("claim", String(32), primary_key=True),
+    Column("deletes", Boolean, nullable=False),
+    Column("claimed_at", DateTime(timezone=True), nullable=False),
+    Index("ix_claims_claim", "claim"),
 )
 
 audit_log = Table(

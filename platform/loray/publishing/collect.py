@@ -2,13 +2,13 @@
 
 Needed are the adapters of all versions, of deleted ones for a time, and all objects that are younger than the grace
 time, which covers uploads that are not named yet. Manifests go before their blobs, so that a manifest that is found has
-its blobs. `catalog.removal.references` says why no version can lose its bytes to a publication at the same time.
+its blobs. `catalog.removal.claims` says why no version can lose its bytes to a publication at the same time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from loray.store.keys import ObjectEntry
 from loray.telemetry import Progress
 
 DEFAULT_GRACE_S = 24 * 3600.0
-_BATCH = 100  # objects that are deleted while the catalog is locked
+_BATCH = 100  # objects whose deletions are claimed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +89,34 @@ def collect(
 ) -> Sequence[ObjectEntry]:
     """Delete what `find_garbage` found and nothing needs by now. Returns what was deleted.
 
-    It may be killed at any moment, and run beside publishers and other collections.
+    It may be killed at any moment, and run beside publishers and other collections. The catalog is not locked while
+    objects are deleted.
     """
     deleted: list[ObjectEntry] = []
-    for batch in _batches(garbage):
-        with catalog.collecting(garbage.references, keep_deleted_s=keep_deleted_s) as needed:
-            names = needed.keys() | set().union(*needed.values())
-            for entry in batch:
-                if object_name(entry.key) not in names:
-                    store.objects.delete(entry.key)
-                    deleted.append(entry)
+    kept: set[str] = set()  # files of manifests that stay
+
+    def delete(entry: ObjectEntry) -> None:
+        store.objects.delete(entry.key)
+        deleted.append(entry)
         if progress is not None:
             progress("deleting", len(deleted) / len(garbage.objects))
+
+    for entries in (garbage.manifests, garbage.blobs):
+        waiting = [entry for entry in entries if object_name(entry.key) not in kept]
+        while waiting:
+            batch, waiting = waiting[:_BATCH], waiting[_BATCH:]
+            names = {object_name(entry.key) for entry in batch}
+            with catalog.deleting(names, garbage.references, keep_deleted_s=keep_deleted_s) as allowed:
+                for i, entry in enumerate(batch):
+                    if time.monotonic() >= allowed.until:
+                        waiting = batch[i:] + waiting
+                        break
+                    if object_name(entry.key) in allowed.names:
+                        delete(entry)
+            if entries is garbage.manifests:
+                kept = kept.union(*(_files_of(store, name) for name in names - allowed.names))
+    for entry in garbage.uploads:
+        delete(entry)
     return deleted
 
 
@@ -126,12 +142,6 @@ def verify_store(store: AdapterStore, catalog: Catalog, *, progress: Progress | 
         Damage(name, "is missing", tuple(needed_by[name])) for name in sorted(missing) if not _exists(store, name)
     ]
     return found
-
-
-def _batches(garbage: Garbage) -> Iterator[tuple[ObjectEntry, ...]]:
-    for entries in (garbage.manifests, garbage.blobs, garbage.uploads):
-        for start in range(0, len(entries), _BATCH):
-            yield entries[start : start + _BATCH]
 
 
 def _files_of(store: AdapterStore, digest: str) -> Set[str]:

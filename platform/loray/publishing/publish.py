@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from loray.adapters.manifest import (
     NO_DETAILS,
@@ -28,7 +26,6 @@ from loray.catalog import AdapterVersion, Catalog
 from loray.errors import (
     BaseMismatch,
     BaseNotFound,
-    CollectedMeanwhile,
     ConflictError,
     DataError,
     IntegrityError,
@@ -37,10 +34,6 @@ from loray.errors import (
 from loray.files import scratch_folder
 from loray.spec import AdapterManifest, ToolParserName
 from loray.store import AdapterStore
-
-T = TypeVar("T")
-
-_MAX_COLLECTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +103,31 @@ def register_stored(digest: str, to: Destination) -> AdapterVersion:
     """
     to.catalog.check_name(to.name, to.aliases)
     to.catalog.check_digest(digest)
-
-    def find() -> AdapterManifest:
-        manifest = to.store.manifest(digest)
-        to.store.check_files(digest, manifest)
-        return manifest
-
-    found = find()
-    to.catalog.add_base(found.base, found.base_fingerprint)
-    return _register(digest, find, to)
+    manifest = to.store.manifest(digest)
+    to.catalog.add_base(manifest.base, manifest.base_fingerprint)
+    with to.catalog.publishing(_names(digest, manifest)) as claim:
+        to.store.check_files(digest, to.store.manifest(digest))
+        return _register(digest, manifest, to, claim)
 
 
 def restore(name: str, version: int | None, store: AdapterStore, catalog: Catalog) -> None:
     """Restore a deleted name or version. Raises AdapterNotFound, or ConflictError where its bytes are gone."""
+    digests = catalog.deleted_digests(name, version)
+    names = {name for digest in digests for name in _names(digest, _stored(store, digest))}
+    with catalog.publishing(names) as claim:
+        for digest in digests:
+            _stored(store, digest)
+        catalog.restore(name, version, claim=claim)
 
-    def attempt(collections: int) -> None:
-        for digest in catalog.deleted_digests(name, version):
-            try:
-                store.check_files(digest, store.manifest(digest))
-            except (IntegrityError, NotFoundError) as e:
-                raise ConflictError(f"the bytes of adapter {digest[:12]} are gone; publish it again") from e
-        catalog.restore(name, version, collections=collections)
 
-    _between_collections(catalog, attempt)
+def _stored(store: AdapterStore, digest: str) -> AdapterManifest:
+    """Raises ConflictError where the adapter's bytes are gone."""
+    try:
+        manifest = store.manifest(digest)
+        store.check_files(digest, manifest)
+        return manifest
+    except (IntegrityError, NotFoundError) as e:
+        raise ConflictError(f"the bytes of adapter {digest[:12]} are gone; publish it again") from e
 
 
 def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
@@ -150,30 +145,21 @@ def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     canonical = read_canonical(folder)
     manifest = parse_manifest(canonical, source=str(folder))
     check_size(manifest, canonical)
-
-    def put() -> AdapterManifest:
+    digest = hashlib.sha256(canonical).hexdigest()
+    with to.catalog.publishing(_names(digest, manifest)) as claim:
         to.catalog.note_upload(to.store.put(folder))
-        return manifest
-
-    return _register(hashlib.sha256(canonical).hexdigest(), put, to)
+        return _register(digest, manifest, to, claim)
 
 
-def _register(digest: str, ensure_stored: Callable[[], AdapterManifest], to: Destination) -> AdapterVersion:
-    def attempt(collections: int) -> AdapterVersion:
-        manifest = ensure_stored()
-        return to.catalog.register(
-            to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate, collections=collections
-        )
-
-    return _between_collections(to.catalog, attempt)
+def _register(digest: str, manifest: AdapterManifest, to: Destination, claim: str) -> AdapterVersion:
+    return to.catalog.register(
+        to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate, claim=claim
+    )
 
 
-def _between_collections(catalog: Catalog, attempt: Callable[[int], T]) -> T:
-    """`attempt` looks at the store and then writes to the catalog; again where garbage was collected in between."""
-    for _ in range(_MAX_COLLECTIONS):
-        with suppress(CollectedMeanwhile):
-            return attempt(catalog.collections())
-    raise ConflictError("the store's garbage collection kept running; try again when it has ended")
+def _names(digest: str, manifest: AdapterManifest) -> Set[str]:
+    """Of the adapter's objects in the store."""
+    return {digest, *manifest.files.values()}
 
 
 def base_of(folder: Path, home: Path) -> BaseModel:

@@ -208,6 +208,8 @@ class UsageEvent:
     key_id      None: no key was needed
     model       the adapter's qualified name, or the base's
     digest      of the adapter; None: the base
+    num_prompt_tokens  as often as they are computed: those of a prompt once for all choices, or with `prompt_logprobs`
+                for each; `num_cached_tokens` are of these
     tier        OpenAI's service tier that its `priority` amounts to: `priority` below 0, `default` at 0, `flex` above
     seconds     from the request's arrival to its end
     outcome     `ok`, `disconnected`, `cancelled`, or the code of the error

@@ -17,6 +17,7 @@ from serve_apps.gateway import errors
 from serve_apps.gateway.answers.connection import Connection
 from serve_apps.gateway.answers.writers import Writer
 
+OUT_OF_QUOTA = "quota"  # the stop reason of an answer that a limit of tokens ended
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -146,12 +147,17 @@ class Answer(Response):
     async def _pump(self, index: int, connection: Connection) -> None:
         stream, text = self._choices[index]
         push = self._writer.push
-        meter = self._meter if index == 0 else None
+        meter, account, num_tokens = self._meter if index == 0 else None, self._account, 0
         async with aclosing(stream):
             async for tokens in stream:
                 if meter is not None:
                     meter.came()
-                self._last[index] = delta = text.push(tokens)
+                num_tokens += len(tokens.token_ids)
+                is_cut = account is not None and not account.may_go_on(index, num_tokens)
+                delta = text.push(tokens._replace(finish_reason=tokens.finish_reason or "length") if is_cut else tokens)
+                if is_cut and delta.finish_reason == "length":
+                    delta = delta._replace(stop_reason=OUT_OF_QUOTA)
+                self._last[index] = delta
                 if written := push(index, delta):
                     await connection.write(written)
                 if delta.finish_reason is not None:

@@ -12,6 +12,8 @@ from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of, converted_body
 
+_PART = 0.25  # of these tokens count as tokens a minute: no engine computes them
+
 BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
 
 
@@ -39,6 +41,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
         if body.return_token_strs:
             answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids)})
+        gateway.accounts.charge(principal_of(request), _PART * len(ids))
         return Response(answer.to_json(), media_type="application/json")
 
     @router.post("/detokenize")
@@ -47,6 +50,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         body = await body_of(request, DetokenizeRequest)
         target = await gateway.model(body.model, principal_of(request))
         answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens))
+        gateway.accounts.charge(principal_of(request), _PART * len(body.tokens))
         return Response(answer.to_json(), media_type="application/json")
 
     return router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,10 +15,13 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError
+from loray.spec import UsageEvent
 from serve_apps.accounting import usage
 from serve_apps.accounting.journal import FOLDER, Journal, abandoned
-from serve_apps.accounting.usage import UsageWriter
+from serve_apps.accounting.usage import REJECTED, UsageWriter
 from tests.catalog.test_usage import event
+from tests.catalogs import new_postgresql
+from tests.postgres import Postgres
 from tests.serve_apps.asking import eventually
 
 
@@ -67,6 +71,65 @@ def test_events_wait_for_a_database_that_is_away(
     writer.close()
     assert num_requests(catalog_url) == 2
     assert journals(tmp_path) == []
+
+
+def test_nothing_stops_for_good_while_the_database_refuses(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing privilege is neither an error of the connection nor of an event."""
+    monkeypatch.setattr(usage, "FLUSH_S", 0.01)
+    url = new_postgresql(postgres)
+    database, role = url.rpartition("/")[2], "no_usage"
+    postgres.execute(database, f"CREATE ROLE {role} LOGIN")
+    postgres.execute(database, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+    postgres.execute(database, f"REVOKE INSERT ON usage FROM {role}")
+    writer = UsageWriter(lambda: Catalog(f"postgresql://{role}@127.0.0.1:{postgres.port}/{database}"), tmp_path)
+    writer.add(event(1))
+    assert eventually(lambda: writer._num_failures > 1)
+    assert writer.status.is_alive
+    assert writer.status.num_bytes
+    assert writer.status.oldest_s > 0
+    postgres.execute(database, f"GRANT INSERT ON usage TO {role}")
+    writer.add(event(2))
+    assert eventually(lambda: num_requests(url) == 2)
+    assert eventually(lambda: writer.status == (True, 0, 0.0, 0))
+    writer.close()
+    assert not (tmp_path / FOLDER / REJECTED).exists()
+
+
+def test_an_event_that_the_database_refuses_does_not_stop_the_others(tmp_path: Path, postgres: Postgres) -> None:
+    url = new_postgresql(postgres)
+    writer = UsageWriter(lambda: Catalog(url), tmp_path)
+    for number, model in ((1, "tone"), (2, "to\0ne"), (3, "tone")):
+        writer.add(event(number, model=model))
+    writer.close()
+    assert num_requests(url) == 2
+    refused = (tmp_path / FOLDER / REJECTED).read_bytes()
+    assert UsageEvent.from_json(refused).request_id == "cmpl-2"
+    assert journals(tmp_path) == []
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, write, room = Journal.create(tmp_path), os.write, 2000
+
+    def write_some(fd: int, data: memoryview) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "no space left")
+        written = write(fd, data[: min(50, room)])
+        room -= written
+        return written
+
+    monkeypatch.setattr("serve_apps.accounting.journal.os.write", write_some)
+    assert journal.append([event(1), event(2)])
+    with pytest.raises(OSError, match="no space left"):
+        journal.append([event(i) for i in range(3, 20)])
+    room = 10_000
+    assert journal.append([event(20)])
+    events, offset = journal.read(100, 0)
+    assert [e.request_id for e in events] == ["cmpl-1", "cmpl-2", "cmpl-20"]
+    assert offset == journal.num_bytes
+    journal.close(delete=True)
 
 
 _KILLED = """

@@ -129,7 +129,7 @@ def prepare(api: Api, case: Any, mode: GenerationMode) -> None:
     """There is an alias that can be rolled back, whatever came before, and a valid request asks what there is."""
     for deleted in (None, 1):
         with suppress(AdapterNotFound):
-            api.catalog.restore("tone", deleted, collections=api.catalog.collections())
+            api.catalog.restore("tone", deleted)
     for version in (1, 2):
         api.catalog.promote("tone", "prod", version)
     if mode == GenerationMode.POSITIVE:

@@ -5,7 +5,8 @@ Sums of whole days are kept as events come, so that what is asked of a month doe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NamedTuple
@@ -15,12 +16,21 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.identity.usage_tables import TOKENS, usage, usage_days
-from loray.errors import SpecError
+from loray.errors import DataError, SpecError
 from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
 
 _COUNTS = ("num_requests", *TOKENS, "seconds")
 _COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
 _NO_KEY = ""  # in usage_days, whose primary key has no null
+
+
+@contextmanager
+def _refused_rows() -> Iterator[None]:
+    """What the database says of a row's values becomes DataError."""
+    try:
+        yield
+    except (sa.exc.DataError, sa.exc.IntegrityError) as e:
+        raise DataError(f"the catalog refuses a usage event: {str(e.orig).strip()}") from e
 
 
 class UsageRow(NamedTuple):
@@ -41,11 +51,14 @@ class Usage(Database):
     """The catalog's operations on usage. They neither count as changes nor wait for other writers."""
 
     def record_usage(self, events: Sequence[UsageEvent]) -> int:
-        """Returns how many of them were new. An event that is known already changes nothing."""
+        """Returns how many of them were new. An event that is known already changes nothing.
+
+        Raises DataError where the database refuses what one of them has; then none is recorded.
+        """
         if not events:
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
-        with writing(self._engine) as c:
+        with _refused_rows(), writing(self._engine) as c:
             statement = self._insert(usage).on_conflict_do_nothing(index_elements=["request_id"])
             new = set(c.scalars(statement.returning(usage.c.request_id), rows))
             if new:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from loray.catalog.database import Database, writing
 from loray.catalog.queries import count_change, load_entry, lock, log, now, owned
-from loray.catalog.removal.references import check_collections
+from loray.catalog.removal.claims import end_claim
 from loray.catalog.schema import adapters, alias_moves, jobs, versions
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import has_ended, meanings, split_qualified
@@ -74,15 +74,15 @@ class Deletion(Database):
         with writing(self._engine) as c:
             return tuple(row.digest for row in self._deleted(c, name, version))
 
-    def restore(self, name: str, version: int | None = None, *, collections: int) -> None:
+    def restore(self, name: str, version: int | None = None, *, claim: str | None = None) -> None:
         """Restore a deleted version, or a deleted name as it was. Versions that were deleted before the name stay so.
 
-        `collections` is the catalog's before the caller has found their bytes in the store. Raises AdapterNotFound
-        where nothing of that name is deleted, and CollectedMeanwhile.
+        `claim` is that of `publishing`, within which the caller has found their bytes in the store. Raises
+        AdapterNotFound where nothing of that name is deleted, and ConflictError where the claim has lapsed.
         """
         with writing(self._engine) as c:
             lock(c)
-            check_collections(c, collections)
+            end_claim(c, claim)
             found = self._deleted(c, name, version)
             adapter_id = found[0].adapter_id
             if version is None:

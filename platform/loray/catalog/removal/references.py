@@ -1,26 +1,17 @@
-"""What the catalog needs from the store, and the order of registrations and of the store's garbage collection.
-
-A batch of deletions in the store runs in a transaction that holds the catalog's write lock. `changes.collections` is
-odd from before it until its end, and never the same again. A registration, which holds the same lock, is refused where
-`collections` is not what it was when the publisher began to look at the store: it looks again then. So a version is
-registered only with bytes that no batch has deleted, and no later batch deletes them. A batch that was killed leaves
-an odd number: the next publisher waits for the lock, which nobody holds then, and makes it even.
-"""
+"""What the catalog needs from the store."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, reading, writing
-from loray.catalog.queries import lock, log, now
+from loray.catalog.database import Database, reading
+from loray.catalog.queries import now
 from loray.catalog.schema import adapters, bases, changes, versions
-from loray.errors import CollectedMeanwhile
 
 Files = Mapping[str, frozenset[str]]  # digest of an adapter → SHA-256 of its files
 
@@ -47,42 +38,11 @@ class StoredUse(NamedTuple):
 class StoreReferences(Database):
     """The catalog's operations for the store's garbage collection."""
 
-    def collections(self) -> int:
-        """A number that no batch of deletions leaves as it is; waits for the end of one. `register` and `restore` take
-        it.
-        """
-        with reading(self._engine) as c:
-            found = _collections(c)
-        if found % 2 == 0:
-            return found
-        with writing(self._engine) as c:
-            lock(c)
-            found = _collections(c)
-            return found if found % 2 == 0 else _set_collections(c, found + 1)
-
     def references(self, *, keep_deleted_s: float) -> References:
         """The adapters of all versions, without those that were deleted more than `keep_deleted_s` seconds ago."""
         with reading(self._engine) as c:
             counter = int(c.execute(sa.select(changes.c.counter)).scalar_one())
-            return References(counter, dict(_files(c, keep_deleted_s, since=-1)))
-
-    @contextmanager
-    def collecting(self, before: References, *, keep_deleted_s: float) -> Iterator[Files]:
-        """Around a batch of deletions: yields what has become needed since `before`. Keep the batch short: nothing else
-        can be written meanwhile.
-        """
-        while True:
-            with writing(self._engine) as c:
-                lock(c)
-                announced = _set_collections(c, (_collections(c) + 1) | 1)
-            with writing(self._engine) as c:
-                lock(c)
-                if _collections(c) != announced:  # a publisher came in between
-                    continue
-                log(c, self._actor, "collect", "store")
-                yield dict(_files(c, keep_deleted_s, since=before.counter))
-                _set_collections(c, announced + 1)
-                return
+            return References(counter, dict(needed_files(c, keep_deleted_s, since=-1)))
 
     def stored_use(self) -> tuple[StoredUse, ...]:
         """Versions by tenant, method and base, sorted."""
@@ -108,22 +68,7 @@ class StoreReferences(Database):
             )
 
 
-def check_collections(c: sa.Connection, collections: int | None) -> None:
-    """Raise CollectedMeanwhile where a batch of deletions has run since; within a transaction that holds the lock."""
-    if collections not in (None, _collections(c)):
-        raise CollectedMeanwhile("the store's garbage collection has run meanwhile; look at the store again")
-
-
-def _collections(c: sa.Connection) -> int:
-    return int(c.execute(sa.select(changes.c.collections)).scalar_one())
-
-
-def _set_collections(c: sa.Connection, number: int) -> int:
-    c.execute(changes.update().values(collections=number))
-    return number
-
-
-def _files(c: sa.Connection, keep_deleted_s: float, *, since: int) -> Iterator[tuple[str, frozenset[str]]]:
+def needed_files(c: sa.Connection, keep_deleted_s: float, *, since: int) -> Iterator[tuple[str, frozenset[str]]]:
     """(digest, files) of the needed versions whose names have changed after `since`."""
     oldest = now() - timedelta(seconds=keep_deleted_s)
     query = sa.select(versions.c.digest, versions.c.manifest).join(adapters, adapters.c.id == versions.c.adapter_id)

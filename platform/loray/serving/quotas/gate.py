@@ -11,9 +11,7 @@ from loray.serving.quotas.rules import Rule, rules_of
 from loray.serving.quotas.shares import Grant, Reply, Report, Share
 from loray.spec import Limits, Principal
 
-OPEN_ENDED_TOKENS = (
-    1024  # reserved for an answer whose request gives no limit; what it writes beyond is taken at its end
-)
+OPEN_ENDED_TOKENS = 1024  # reserved at once for an answer whose request gives no limit
 _MAX_PRINCIPALS = 4096  # whose rules are kept
 _KEPT_SHARES = 1024  # full shares are forgotten above this
 
@@ -33,6 +31,14 @@ class Reservation:
     def __init__(self, gate: QuotaGate, taken: Sequence[_Taken], headers: Mapping[str, str]) -> None:
         self._gate, self._taken, self.headers = gate, taken, headers
 
+    def extend(self, num_tokens: int, now: float) -> bool:
+        """Reserve more tokens for a request that goes on. False: a limit has no room, and nothing more is reserved."""
+        extended = self._gate.extend(self._taken, num_tokens, now)
+        if extended is None:
+            return False
+        self._taken = extended
+        return True
+
     def settle(self, num_tokens: int, now: float) -> None:
         """The request has ended, and has used `num_tokens`. A second call changes nothing."""
         taken, self._taken = self._taken, ()
@@ -51,24 +57,57 @@ class QuotaGate:
         self._admitted = Reservation(self, (), {})  # of all requests without limits
         self.new_budgets: list[Rule] = []  # of which nobody has said yet what was used before
 
-    def check(self, principal: Principal, now: float) -> None:
-        """Raises RateLimited if no request of it can begin now, however small it is. Takes nothing."""
-        shares = self._shares_of(principal, now)
-        if shares:
-            self._refuse_without_room([(share, 1.0) for share in shares])
+    def enter(self, principal: Principal, now: float) -> None:
+        """Take a request of those of a minute, which is not given back, before anything is known of it.
 
-    def admit(self, principal: Principal, num_tokens: int, now: float) -> Reservation:
-        """Reserves a request and its tokens in all that limits the principal. RateLimited: nothing is reserved."""
+        Raises RateLimited, and takes nothing, where none can begin now, however small it is.
+        """
+        shares = self._shares_of(principal, now)
+        if not shares:
+            return
+        self._refuse_without_room([(share, 1.0) for share in shares])
+        for share in shares:
+            if share.rule.kind == "requests":
+                share.admit(1.0)
+
+    def admit(
+        self, principal: Principal, num_tokens: int, now: float, *, num_requests: int = 1, num_sequences: int = 1
+    ) -> Reservation:
+        """Reserve requests of those of a minute (beside the one that `enter` took), tokens, and sequences at once, in
+        all that limits the principal. RateLimited: nothing is reserved.
+        """
         shares = self._shares_of(principal, now)
         if not shares:
             return self._admitted
-        costs = [(share, float(num_tokens) if _is_of_tokens(share) else 1.0) for share in shares]
+        units = {"requests": num_requests, "parallel": num_sequences}
+        costs = [(share, float(units.get(share.rule.kind, num_tokens))) for share in shares]
+        costs = [(share, cost) for share, cost in costs if cost]
         self._refuse_without_room(costs)
         taken = []
         for share, cost in costs:
             share.admit(cost)
             taken.append(_Taken(share, cost, share.period, now))
         return Reservation(self, taken, headers_of(shares))
+
+    def charge(self, principal: Principal, num_tokens: float, now: float) -> None:
+        """Take tokens of those of a minute for work that is done already; no budget pays for it."""
+        for share in self._shares_of(principal, now):
+            if share.rule.kind == "tokens":
+                share.take(num_tokens)
+
+    def extend(self, taken: Sequence[_Taken], num_tokens: int, now: float) -> Sequence[_Taken] | None:
+        """What is taken with `num_tokens` more; None where a limit has no room."""
+        of_tokens = [one.share for one in taken if _is_of_tokens(one.share)]
+        for share in of_tokens:
+            share.refresh(now)
+        full = [share for share in of_tokens if not share.has_room(num_tokens)]
+        for share in full:
+            share.refused(num_tokens)
+        if full:
+            return None
+        for share in of_tokens:
+            share.take(num_tokens)
+        return [one._replace(units=one.units + num_tokens) if _is_of_tokens(one.share) else one for one in taken]
 
     def settle(self, taken: Sequence[_Taken], num_tokens: int, now: float) -> None:
         for share, units, period, at in taken:
@@ -186,6 +225,9 @@ def _message(share: Share, cost: float, wait: float) -> str:
             f"the request asks for {cost:.0f} tokens, prompt and max_tokens together, and the limit is {rule.words}: "
             "send a shorter prompt or a smaller max_tokens"
         )
+    if cost > rule.limit:
+        what = "prompts" if rule.kind == "requests" else "sequences, which are prompts times n,"
+        return f"the request has {cost:.0f} {what} and the limit is {rule.words}: send fewer in one"
     asked = f", of which {cost:.0f} were asked and {share.remaining:.0f} are left" if _is_of_tokens(share) else ""
     return f"rate limit reached: {rule.words}{asked}; try again in {span(wait)}"
 
