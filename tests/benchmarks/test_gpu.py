@@ -62,7 +62,6 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_measurement_runs_and_goes_on(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "SIZES", (4,))
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA))
-    monkeypatch.setattr(graphs, "SPLITS", (16,))
     use_shim_ops(monkeypatch)
     monkeypatch.setitem(sys.modules, "llguidance", None)  # a machine that is lent may lack it
     file = tmp_path / "figures.json"

@@ -56,7 +56,8 @@ def cuda_ops(device: torch.device) -> Ops:
     from loray_kernels.cuda.ops import CudaOps
     from loray_kernels.cuda.tiles.launch import Tiles
 
-    return CudaOps(Gather(CupyLauncher(device)), Tiles(), flash_prompts(device))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return CudaOps(Gather(CupyLauncher(device), processors), Tiles(), flash_prompts(device))
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int]:

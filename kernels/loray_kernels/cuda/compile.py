@@ -24,7 +24,7 @@ from loray_kernels.cuda.nvrtc import FILES, compile_source, version
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = ("bf16", "fp16", "fp32")
-_CHOOSING = ("choose_", "sample_")
+_OF_ANY_DTYPE = ("attention_plan_", "choose_", "sample_")
 
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
@@ -38,8 +38,8 @@ _POINTERS = {
 
 
 class Usage(NamedTuple):
-    """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes. The kernels that choose tokens
-    have no dtype but fp32 and belong to every model.
+    """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes. The kernels that choose tokens,
+    or plan attention, belong to models of every dtype.
     """
 
     kernel: str
@@ -50,7 +50,7 @@ class Usage(NamedTuple):
 
     @property
     def dtype(self) -> str | None:
-        if self.kernel.startswith(_CHOOSING):
+        if self.kernel.startswith(_OF_ANY_DTYPE):
             return None
         return next(dtype for dtype in DTYPES if f"_{dtype}" in self.kernel or f"[{dtype}," in self.kernel)
 

@@ -4,11 +4,13 @@ equations.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.launch import SUFFIX
+from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.cuda.rows import RowLaunches
 from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Shrink, three_outputs
 from loray_kernels.cuda.vectors import OfInput as VectorsOfInput
@@ -25,8 +27,32 @@ MAX_HEAD_DIM = 256
 PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
 
 
+_BLOCKS = 8  # of attention, for each multiprocessor: some times as many as stand there at once, so that all are busy
+
+
+class Work(NamedTuple):
+    """Which splits of decoding sequences each launch of a layer's attention computes, made once for all layers; see
+    attention.cu.
+
+    starts_G1  of G launches, in `splits`
+    arrived    blocks that have come to a sequence, for each part of its heads
+    most       a launch has the sequences whose first split is one of so many
+    room       the most splits that these have
+    """
+
+    starts_G1: Tensor
+    splits: Tensor
+    arrived: Tensor
+    most: int
+    room: int
+
+
 class Gather(RowLaunches):
-    """Each method queues one launch, or two."""
+    """Each method but `attention` queues one launch. `num_processors`: the device's multiprocessors."""
+
+    def __init__(self, launch: Launcher, num_processors: int = 132) -> None:
+        super().__init__(launch)
+        self._num_blocks = _BLOCKS * num_processors
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, shrink: Shrink, h_TR: Tensor) -> None:
         rows = shrink.rows
@@ -176,24 +202,61 @@ class Gather(RowLaunches):
             ),
         )
 
-    def attention(
-        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
-    ) -> None:
-        """For sequences with one query. `pool` begins at the layer's share.
+    def plan_attention(self, tables: Attention, num_heads: int, layout: KvLayout) -> Work:
+        """The work of `attention` in each layer. Launches are so many that the partial sums of one fit into
+        PARTIAL_BYTES; those that a step does not need find no work.
+        """
+        device, num, splits = tables.context_len.device, tables.decoded.num, max(1, tables.max_splits)
+        room = max(splits, PARTIAL_BYTES // (4 * num_heads * (layout.head_dim + 2))) if splits > 1 else num
+        most = min(num * splits, room - splits + 1)
+        starts_G1 = torch.empty(1 - (-num * splits // most), dtype=torch.int64, device=device)
+        work = Work(
+            starts_G1,
+            torch.empty(num * splits, dtype=torch.int64, device=device),
+            torch.empty(num * _parts(num_heads, layout), dtype=torch.int32, device=device),
+            most,
+            min(num * splits, most + splits - 1),
+        )
+        self.launch(
+            "attention_plan_fp32",
+            (1, 1, 1),
+            _THREADS,
+            (
+                tables.decoded.data.data_ptr(),
+                tables.context_len.data_ptr(),
+                num,
+                most,
+                len(starts_G1) - 1,
+                starts_G1.data_ptr(),
+                work.splits.data_ptr(),
+                work.arrived.data_ptr(),
+                len(work.arrived),
+            ),
+        )
+        return work
 
-        Partial sums of splits are merged for as many sequences at a time as fit into PARTIAL_BYTES.
+    def attention(
+        self,
+        q_THd: Tensor,
+        out_THd: Tensor,
+        pool: Tensor,
+        layout: KvLayout,
+        tables: Attention,
+        work: Work,
+        scale: float,
+    ) -> None:
+        """For sequences with one query. `pool` begins at the layer's share. A launch has a number of blocks that does
+        not depend on the step, and they take the splits that there are by turns.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
         kernel = f"tensor{d}" if _by_tensors(pool, layout) else "decode"
-        group, splits, num = num_heads // num_kv, max(1, tables.max_splits), tables.decoded.num
-        own = splits * num_heads * (d + 2) if splits > 1 else 0  # numbers of a sequence
-        together = max(1, min(num, PARTIAL_BYTES // (4 * own))) if own else num
-        partial = torch.empty(together * own, device=pool.device)
-        for first in range(0, num, together):
-            now, items = min(together, num - first), tables.decoded.data[2 * first :]
+        parts = _parts(num_heads, layout)
+        blocks = max(1, min(work.room, self._num_blocks // parts))
+        partial = torch.empty(work.room * num_heads * (d + 2) if tables.max_splits > 1 else 0, device=pool.device)
+        for launch in range(len(work.starts_G1) - 1):
             self.launch(
                 f"attention_{kernel}_{kind}",
-                (now, num_kv * -(-group // _GROUP), splits),
+                (blocks, parts, 1),
                 _THREADS,
                 (
                     q_THd.data_ptr(),
@@ -204,19 +267,24 @@ class Gather(RowLaunches):
                     layout.block_tokens,
                     num_kv,
                     d,
-                    group,
-                    items.data_ptr(),
+                    num_heads // num_kv,
+                    tables.decoded.data.data_ptr(),
                     tables.context_len.data_ptr(),
                     tables.table_start.data_ptr(),
                     tables.blocks.data_ptr(),
                     np.float32(scale),
                     partial.data_ptr(),
+                    work.starts_G1[launch:].data_ptr(),
+                    work.splits.data_ptr(),
+                    launch * work.most,
+                    work.arrived.data_ptr(),
                 ),
             )
-            if splits > 1:
-                there = (out_THd.data_ptr(), partial.data_ptr(), splits, d)
-                then = (items.data_ptr(), tables.context_len.data_ptr())
-                self.launch(f"attention_combine_{kind}", (now, num_heads, 1), _THREADS, (*there, *then))
+
+
+def _parts(num_heads: int, layout: KvLayout) -> int:
+    """Blocks among which a split's heads are divided."""
+    return layout.num_kv_heads * -(-num_heads // layout.num_kv_heads // _GROUP)
 
 
 def _by_tensors(pool: Tensor, layout: KvLayout) -> bool:

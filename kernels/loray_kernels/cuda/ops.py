@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loray_kernels.arguments import Exchange, LoraTable, PairMatrix, Segments, StepInputs, VeraTable, alone
 from loray_kernels.cuda.flash import FlashPrompts
-from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
+from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather, Work
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.pages import PageUploader
 from loray_kernels.cuda.recording.graphs import DecodeGraphs, GraphRecorder
@@ -164,7 +164,10 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            self._gather.attention(q_THd, out_THd, cache, layout, packed, scale)
+            work: Work | None = meta.memo.get("cuda work")
+            if work is None:
+                work = meta.memo["cuda work"] = self._gather.plan_attention(packed, q_THd.shape[1], layout)
+            self._gather.attention(q_THd, out_THd, cache, layout, packed, work, scale)
         if packed.prefilled.num and not (self._flash and self._flash(q_THd, out_THd, pool, layout, layer, meta, scale)):
             self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
         return out_THd

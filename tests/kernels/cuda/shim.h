@@ -236,6 +236,7 @@ inline float __uint_as_float(unsigned u) {
   std::memcpy(&f, &u, 4);
   return f;
 }
+inline void __threadfence() {}
 inline int atomicAdd(int *to, int value) { return std::exchange(*to, *to + value); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

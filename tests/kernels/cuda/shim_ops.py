@@ -128,5 +128,4 @@ def use_three_forms(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     """As `use_shim_ops`. Engines record steps of the base with 1, 2 and 4 rows."""
     monkeypatch.setattr(graphs, "SIZES", (1, 2, 4))
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
-    monkeypatch.setattr(graphs, "SPLITS", (4,))
     return use_shim_ops(monkeypatch)

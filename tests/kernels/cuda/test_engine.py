@@ -40,7 +40,6 @@ SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     """Few steps are recorded before the start: each takes a tenth of a second."""
     monkeypatch.setattr(graphs, "SIZES", (16,))
-    monkeypatch.setattr(graphs, "SPLITS", (4,))
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA, graphs.KINDS[-1]))
     return use_shim_ops(monkeypatch)
 
@@ -216,7 +215,6 @@ def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
     moved, the same on both ranks, which is compared after each step.
     """
     monkeypatch.setattr(graphs, "SIZES", (8,))
-    monkeypatch.setattr(graphs, "SPLITS", (4,))
     monkeypatch.setattr(graphs, "KINDS", (Parts.LORA, graphs.KINDS[-1]))
     ranks = use_shim_ranks(monkeypatch)
     own = [mixed[name] for name in ("vera", "r7", "longlora", "vera too", "dora", "vera of one layer", "pattern")]

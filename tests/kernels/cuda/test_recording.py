@@ -60,27 +60,25 @@ def record(steps: DecodeGraphs, seconds: float = 1e9, num_bytes: int = 1 << 40) 
 ALL, LORA, NONE = graphs.KINDS[-1], Parts.LORA, Parts.NONE
 
 
-def test_all_sizes_kinds_and_contexts_that_requests_can_have_are_recorded() -> None:
-    steps = decode_graphs(Counting())  # nine requests of up to 640 tokens, which are three splits
+def test_all_sizes_and_kinds_that_requests_can_have_are_recorded() -> None:
+    steps = decode_graphs(Counting())  # nine requests
     done, progress = record(steps)
     forms = list(steps._recorded)
     assert forms == list(steps.forms())
     assert {f.size for f in forms} == {1, 2, 4, 8, 16}
-    assert {f.splits for f in forms} == {1, 4}
     assert {f.kind for f in forms} == set(graphs.KINDS)
     assert [p.num_recorded for p in progress] == list(range(1, len(forms) + 1))
     assert done == progress[-1]
-    assert (done.num_recorded, done.num_wanted, done.num_bytes) == (60, 60, 160 + 60)
+    assert (done.num_recorded, done.num_wanted, done.num_bytes) == (30, 30, 160 + 30)
 
 
 def test_what_serves_all_steps_is_recorded_first() -> None:
-    """Then what serves common steps better, and at last what serves some adapters better; large ones first."""
+    """Then what serves some adapters better; large ones first."""
     forms = list(decode_graphs(Counting()).forms())
     sizes = (16, 8, 4, 2, 1)
-    assert forms[:15] == [Form(size, kind, 4) for size in sizes for kind in (ALL, LORA, NONE)]
-    assert forms[15:30] == [Form(size, kind, 1) for size in sizes for kind in (ALL, LORA, NONE)]
-    assert {f.kind for f in forms[30:]} == set(graphs.KINDS) - {ALL, LORA, NONE}
-    assert len(set(forms)) == 60
+    assert forms[:15] == [Form(size, kind) for size in sizes for kind in (ALL, LORA, NONE)]
+    assert {f.kind for f in forms[15:]} == set(graphs.KINDS) - {ALL, LORA, NONE}
+    assert len(set(forms)) == 30
 
 
 def test_results_of_all_recordings_are_in_one_tensor() -> None:
@@ -111,8 +109,8 @@ def test_where_the_largest_steps_do_not_fit_smaller_ones_are_recorded(memory: in
     assert steps._out_SV is not None
     assert len(steps._out_SV) == 8  # nothing is left of the larger ones
     for kind in graphs.KINDS:
-        assert steps._serving_of(Form(8, kind, 4)) is not None
-        assert steps._serving_of(Form(16, kind, 4)) is None
+        assert steps._serving_of(Form(8, kind)) is not None
+        assert steps._serving_of(Form(16, kind)) is None
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -125,7 +123,7 @@ def test_a_form_for_which_another_rank_has_no_memory_is_dropped(recorded: bool) 
 
     steps = decode_graphs(Counting(), agree)
     record(steps)
-    assert list(steps._recorded) == [Form(16, ALL, 4), *(f for f in steps.forms() if f.size <= 8)]
+    assert list(steps._recorded) == [Form(16, ALL), *(f for f in steps.forms() if f.size <= 8)]
 
 
 def test_recording_ends_where_another_rank_has_no_time() -> None:
@@ -143,18 +141,18 @@ def test_recording_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_is_served_by_the_next_larger_recording_of_its_kind_or_of_one_with_more_parts() -> None:
     steps = decode_graphs(Counting())
-    record(steps, num_bytes=160 + 17)  # with four splits all sizes; with one split 16 rows, but for the base
-    assert steps._serving_of(Form(1, NONE, 1)) == Form(1, NONE, 4)
-    assert steps._serving_of(Form(16, NONE, 1)) == Form(16, NONE, 4)
-    assert steps._serving_of(Form(16, LORA, 1)) == Form(16, LORA, 1)
-    assert steps._serving_of(Form(4, Parts.VERA, 1)) == Form(4, ALL, 4)
-    assert steps._serving_of(Form(16, Parts.LORA | Parts.OWN, 1)) == Form(16, ALL, 1)
+    record(steps, num_bytes=160 + 17)  # for everything, LoRA and the base all sizes; for two kinds more 16 rows
+    assert steps._serving_of(Form(1, NONE)) == Form(1, NONE)
+    assert steps._serving_of(Form(16, LORA)) == Form(16, LORA)
+    assert steps._serving_of(Form(4, Parts.VERA)) == Form(4, ALL)
+    assert steps._serving_of(Form(16, Parts.LORA | Parts.OWN)) == Form(16, Parts.LORA | Parts.OWN)
+    assert steps._serving_of(Form(8, Parts.LORA | Parts.OWN)) == Form(16, Parts.LORA | Parts.OWN)
     one = decode_graphs(Counting())
     record(one, num_bytes=160 + 1)
-    assert {one._serving_of(f) for f in one.forms()} == {Form(16, ALL, 4)}
+    assert {one._serving_of(f) for f in one.forms()} == {Form(16, ALL)}
     nothing = decode_graphs(Counting())
     record(nothing, seconds=0.0)
-    assert nothing._serving_of(Form(1, NONE, 1)) is None
+    assert nothing._serving_of(Form(1, NONE)) is None
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_splits_of_long_contexts_are_longer(ops: Ops, longest: int) -> None:
 
 
 def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences whose partial sums do not fit together come one after another."""
+    """Splits whose partial sums do not fit together come in several launches."""
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     pool, meta = decoding(torch.float32, [530, 7, 300, 257, 1], layout)
     q_THd = randn(5, torch.float32, 5, 4, 16)
@@ -114,9 +114,10 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
         return out
 
     monkeypatch.setattr(gather.torch, "empty", counted)
-    of_one = 4 * 3 * 4 * 18
-    for num_bytes, most in ((1, of_one), (2 * of_one, 2 * of_one), (4 * of_one - 1, 3 * of_one)):
+    of_split = 4 * 4 * 18
+    for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
         monkeypatch.setattr(gather, "PARTIAL_BYTES", num_bytes)
+        meta.memo.pop("cuda work")
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
         assert max(made) == most
         made.clear()
@@ -135,7 +136,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
     max_blocks = 20
     blocks = torch.zeros(6 * max_blocks + 1, dtype=torch.int64)
     tokens, whole = torch.zeros(6, dtype=torch.int64), Decoding(layout, 6, max_blocks, (), torch.device("cpu"))
-    padded = PaddedStep(4, 2, blocks, tokens, whole)
+    padded = PaddedStep(4, blocks, tokens, whole)
     q_THd, k_TKd = randn(6, dtype, 4, 4, d), randn(7, dtype, 4, 2, d)
     for contexts in ([300, 20, 16, 5], [7, 290]):
         pool, meta = decoding(dtype, contexts, layout)
@@ -229,7 +230,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
             pytest.skip(str(e))
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
-    assert len(spills) == 3 * 14 + 2 * 2 + 2  # in three dtypes, on tensor cores in two, those that choose tokens
+    assert len(spills) == 3 * 13 + 2 * 2 + 3  # in three dtypes, on tensor cores in two, those of any dtype
     assert set(spills) == {"0"}
 
 

@@ -55,7 +55,7 @@ def test_they_take_what_they_can_read(ops: CudaOps, launcher: NotingLauncher, d:
     layout = KvLayout(num_layers=2, block_tokens=32, num_kv_heads=2, head_dim=d)
     pool, meta = decode_step(torch.bfloat16, [16, 300], layout)
     ops.paged_attention(randn(5, torch.bfloat16, 2, 6, d), pool, layout, 1, meta, 0.1)
-    assert launcher.kernels == [f"attention_tensor{d}_bf16", "attention_combine_bf16"]
+    assert launcher.kernels == ["attention_plan_fp32", f"attention_tensor{d}_bf16"]
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_what_they_cannot_read_is_not_theirs(
     q_THd = randn(5, dtype, 2, 2, d)
     got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.1)
     near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.1), dtype)
-    assert [name.rpartition("_")[0] for name in launcher.kernels] == ["attention_decode"]
+    assert [name.rpartition("_")[0] for name in launcher.kernels] == ["attention_plan", "attention_decode"]

@@ -1,5 +1,6 @@
 // Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks:
-// `attention_decode` for any type, head and block, `attention_tensor64` and `128` on tensor cores.
+// `attention_decode` for any type, head and block, `attention_tensor64` and `128` on tensor cores. Once for all layers
+// of a step `attention_plan` writes which splits there are, so that no block is launched for one that is not there.
 #include "splits.cuh"
 #include "tensor.cuh"
 
@@ -8,24 +9,34 @@ constexpr int LANES = 8;  // that share a key
 constexpr int DECODE_BLOCKS = 5; // on a multiprocessor, at least: up to 96 registers, of which none is spilled
 constexpr int TENSOR_BLOCKS = 2; // likewise: up to 255
 
-// Grid (sequences, KV heads × ceil(group / GROUP), splits). With one split `out` is final; else partial sums, their
-// maxima and weights go to `partial` (sequence, split, head, d + 2) in fp32, where each thread adds to its own columns.
+// `v`, of which the compiler knows nothing: it computes what follows from it where that is used. Without it, it holds in
+// registers through all splits what is equal for them, and spills others; not so for sm_100, where it is the reverse.
+__device__ inline int opaque(int v) {
+#if !defined(LORAY_SHIM) && __CUDA_ARCH__ < 1000
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// One split. Grid (any, KV heads × ceil(group / GROUP)). Of a sequence of one split `out` is final; else partial sums,
+// their maxima and weights go to `partial` (place, head, d + 2) in fp32, where each thread adds to its own columns, and
+// the last block to come merges them.
 template <class T>
 __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group, const i64 *items,
-                       const i64 *context_len, const i64 *table_start, const i64 *blocks, float scale,
-                       float *partial) {
+                       const i64 *context_len, const i64 *table_start, const i64 *blocks, float scale, float *partial,
+                       int *arrived, Split split) {
   __shared__ float q_shared[GROUP][HEAD];
   __shared__ float score[GROUP][SPLIT];
   __shared__ float top[GROUP], weight[GROUP], factor[GROUP]; // factor: of what has been summed before
   __shared__ float part[THREADS * 4];
-  const i64 sequence = items[2 * blockIdx.x], token = items[2 * blockIdx.x + 1];
+  const i64 sequence = items[2 * split.sequence], token = items[2 * split.sequence + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
-  const int start = static_cast<int>(blockIdx.z) * size, count = min(size, context - start);
-  const int d = static_cast<int>(cache.head_dim), num_kv = static_cast<int>(cache.num_kv_heads), tid = threadIdx.x;
+  const int start = split.number * size, count = min(size, context - start);
+  const int d = static_cast<int>(cache.head_dim), num_kv = static_cast<int>(cache.num_kv_heads);
   const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP, of_kv = static_cast<int>(group);
   const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
+  const int tid = opaque(threadIdx.x);
   const bool whole = context <= SPLIT;
-  if (count <= 0 && !(context == 0 && start == 0)) return;
   blocks += table_start[sequence];
 
   for (int i = tid; i < heads * d; i += THREADS)
@@ -100,6 +111,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       if (g >= heads) break;
+      const int row = opaque(head + g);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < 4; i++) part[tid * 4 + i] = sum[g][i];
@@ -108,10 +120,9 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
         float total = 0.0f;
         for (int t = 0; t < turns; t++) total += part[t * d + e];
         if (whole) {
-          store(out + (token * num_heads + head + g) * d + e, n > 0 ? total / weight[g] : 0.0f);
+          store(out + (token * num_heads + row) * d + e, n > 0 ? total / weight[g] : 0.0f);
         } else {
-          const i64 place = (blockIdx.x * static_cast<i64>(gridDim.z) + blockIdx.z) * num_heads + head + g;
-          float *own = partial + place * (d + 2);
+          float *own = partial + (split.place * num_heads + row) * (d + 2);
           own[e] = done ? own[e] * factor[g] + total : total;
           if (e == 0) own[d] = top[g], own[d + 1] = weight[g];
         }
@@ -119,53 +130,70 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
     }
     done += SPLIT;
   } while (done < count);
+  if (whole || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num_splits(context))) return;
+  partial += ((split.place - split.number) * num_heads + head) * (d + 2);
+  merge(out + (token * num_heads + head) * d, partial, num_splits(context), num_heads * (d + 2), heads, d);
 }
 
-// Merges the splits of sequences that have several. Grid (sequences, heads).
-template <class T>
-__device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_dim, const i64 *items,
-                        const i64 *context_len) {
-  const i64 token = items[2 * blockIdx.x + 1], stride = gridDim.y * (head_dim + 2);
-  const int context = static_cast<int>(context_len[items[2 * blockIdx.x]]);
-  const int size = positions_of_a_split(context), num_splits = (context + size - 1) / size;
-  if (num_splits < 2) return;
-  partial += blockIdx.x * max_splits * stride + blockIdx.y * (head_dim + 2);
-  float top = LOWEST;
-  for (i64 s = 0; s < num_splits; s++) top = fmaxf(top, partial[s * stride + head_dim]);
-  for (i64 e = threadIdx.x; e < head_dim; e += THREADS) {
-    float sum = 0.0f, weight = 0.0f;
-    for (i64 s = 0; s < num_splits; s++) {
-      const float factor = expf(partial[s * stride + head_dim] - top);
-      sum += factor * partial[s * stride + e];
-      weight += factor * partial[s * stride + head_dim + 1];
+// The splits of `num` sequences, by one block, and zeros for `arrived`. A launch has the sequences whose first split is
+// in [launch · most, (launch + 1) · most); its splits begin at starts[launch], and end where those of the next begin.
+__device__ inline void plan(const i64 *items, const i64 *context_len, i64 num, i64 most, i64 num_launches, i64 *starts,
+                            i64 *splits, int *arrived, i64 num_arrived) {
+  __shared__ int sum[THREADS];
+  const int tid = threadIdx.x;
+  for (i64 i = tid; i < num_arrived; i += THREADS) arrived[i] = 0;
+  i64 before = 0; // splits of earlier sequences
+  for (i64 first = 0; first < num; first += THREADS) {
+    const i64 sequence = first + tid;
+    const int own = sequence < num ? num_splits(static_cast<int>(context_len[items[2 * sequence]])) : 0;
+    sum[tid] = own;
+    __syncthreads();
+    for (int step = 1; step < THREADS; step *= 2) {
+      const int more = tid >= step ? sum[tid - step] : 0;
+      __syncthreads();
+      sum[tid] += more;
+      __syncthreads();
     }
-    store(out + (token * gridDim.y + blockIdx.y) * head_dim + e, sum / weight);
+    const i64 stop = before + sum[tid], start = stop - own;
+    for (int s = 0; s < own; s++) splits[start + s] = sequence * MAX_SPLITS + s;
+    if (own)
+      for (i64 launch = start / most + 1; launch * most <= stop; launch++) starts[launch] = stop;
+    before += sum[THREADS - 1];
+    __syncthreads();
   }
+  if (tid) return;
+  starts[0] = 0;
+  for (i64 launch = before / most + 1; launch <= num_launches; launch++) starts[launch] = before;
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_plan_fp32(const i64 *items, const i64 *context_len, i64 num, i64 most, i64 num_launches, i64 *starts,
+                        i64 *splits, int *arrived, i64 num_arrived) {
+  plan(items, context_len, num, most, num_launches, starts, splits, arrived, num_arrived);
+}
+LORAY_EXPORT(attention_plan_fp32)
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_decode_##suffix(                      \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
-      float scale, float *partial) {                                                                                   \
-    decode<T>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, items,         \
-              context_len, table_start, blocks, scale, partial);                                                       \
+      float scale, float *partial, const i64 *starts, const i64 *splits, i64 first, int *arrived) {                    \
+    for_each_split(Work{starts, splits, first}, [&](Split split) {                                                     \
+      decode<T>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group, items,       \
+                context_len, table_start, blocks, scale, partial, arrived, split);                                     \
+    });                                                                                                                \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      attention_combine_##suffix(T *out, const float *partial, i64 max_splits, i64 head_dim, const i64 *items,         \
-                                 const i64 *context_len) {                                                             \
-    combine<T>(out, partial, max_splits, head_dim, items, context_len);                                                \
-  }                                                                                                                    \
-  LORAY_EXPORT(attention_decode_##suffix)                                                                              \
-  LORAY_EXPORT(attention_combine_##suffix)
+  LORAY_EXPORT(attention_decode_##suffix)
 
 #define LORAY_DEFINE_TENSOR(D, suffix, T)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS) attention_tensor##D##_##suffix(                 \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
-      float scale, float *partial) {                                                                                   \
-    decode_by_tensors<T, D>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim}, group,  \
-                            items, context_len, table_start, blocks, scale, partial);                                  \
+      float scale, float *partial, const i64 *starts, const i64 *splits, i64 first, int *arrived) {                    \
+    for_each_split(Work{starts, splits, first}, [&](Split split) {                                                     \
+      decode_by_tensors<T, D>(q, q_stride, out, pool, Cache{block_stride, block_tokens, num_kv_heads, head_dim},       \
+                              group, items, context_len, table_start, blocks, scale, partial, arrived, split);         \
+    });                                                                                                                \
   }                                                                                                                    \
   LORAY_EXPORT(attention_tensor##D##_##suffix)
 

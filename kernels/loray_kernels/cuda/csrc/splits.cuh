@@ -1,4 +1,5 @@
-// What the kernels of paged attention with one query share: where keys and values are, and how they are split.
+// What the kernels of paged attention with one query share: where keys and values are, how they are split, which block
+// computes which split, and how the splits of a sequence are merged.
 //
 // A sequence's keys are split every SPLIT positions, or every SPLIT · 2^n, so that there are at most MAX_SPLITS. That
 // depends on its own context alone, so its result does not depend on other sequences.
@@ -25,4 +26,62 @@ __device__ inline int positions_of_a_split(int context) {
   int size = SPLIT;
   while (size * MAX_SPLITS < context) size *= 2;
   return size;
+}
+__device__ inline int num_splits(int context) {
+  const int size = positions_of_a_split(context);
+  return max(1, (context + size - 1) / size);
+}
+
+// The splits that a launch computes, in each of its blocks of the same blockIdx.y once: splits[starts[0]] to
+// splits[starts[1]], as `plan` has written them: sequence · MAX_SPLITS + split, those of a sequence one after another.
+// Places of partial sums are counted from `first`.
+struct Work {
+  const i64 *starts, *splits;
+  i64 first;
+};
+struct Split {
+  i64 sequence;
+  int number;
+  i64 place;
+};
+
+// Calls compute(Split) for this block's share of the work.
+template <class Compute> __device__ inline void for_each_split(const Work &work, Compute compute) {
+  for (i64 w = work.starts[0] + blockIdx.x; w < work.starts[1]; w += gridDim.x) {
+    const int word = static_cast<int>(work.splits[w]);
+    compute(Split{word / MAX_SPLITS, word % MAX_SPLITS, w - work.first});
+    __syncthreads(); // the next one uses the same shared memory
+  }
+}
+
+// Whether this block is the last of `num` that have written partial sums of a sequence, which it may read then. Counts
+// in `arrived`, which is zero before and afterwards.
+__device__ inline bool is_last(int *arrived, int num) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(arrived, 1) == num - 1;
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// out (heads, d) of partial sums, `stride` from split to split: for each head d sums, their maximum and their weight.
+template <class T>
+__device__ inline void merge(T *out, const float *partial, int num, i64 stride, int heads, int d) {
+  for (int i = threadIdx.x; i < heads * d; i += THREADS) {
+    const float *own = partial + i / d * (d + 2);
+    const int column = i % d;
+    float top = LOWEST, sum = 0.0f, weight = 0.0f;
+    for (int s = 0; s < num; s++) top = fmaxf(top, own[s * stride + d]);
+    for (int s = 0; s < num; s++) {
+      const float factor = expf(own[s * stride + d] - top);
+      sum += factor * own[s * stride + column];
+      weight += factor * own[s * stride + d + 1];
+    }
+    store(out + i, sum / weight);
+  }
 }

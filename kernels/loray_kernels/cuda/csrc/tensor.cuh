@@ -61,13 +61,12 @@ __device__ inline float quad_sum(float v) {
 template <class T, int D>
 __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *pool, Cache cache, i64 group,
                                   const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,
-                                  float scale, float *partial) {
+                                  float scale, float *partial, int *arrived, Split split) {
   __shared__ float2 sums[WARPS][GROUP][D / 2 + 4]; // as the threads have them; 4 more, so that no bank has two heads
   __shared__ float tops[WARPS][GROUP], weights[WARPS][GROUP];
-  const i64 sequence = items[2 * blockIdx.x], token = items[2 * blockIdx.x + 1];
+  const i64 sequence = items[2 * split.sequence], token = items[2 * split.sequence + 1];
   const int context = static_cast<int>(context_len[sequence]), size = positions_of_a_split(context);
-  const int start = static_cast<int>(blockIdx.z) * size, stop = min(start + size, context);
-  if (start >= stop && !(context == 0 && start == 0)) return;
+  const int start = split.number * size, stop = min(start + size, context);
   const int num_kv = static_cast<int>(cache.num_kv_heads), of_kv = static_cast<int>(group);
   const int kv_head = blockIdx.y % num_kv, first = blockIdx.y / num_kv * GROUP;
   const int heads = min(GROUP, of_kv - first), num_heads = num_kv * of_kv, head = kv_head * of_kv + first;
@@ -168,10 +167,12 @@ __device__ void decode_by_tensors(const T *q, i64 q_stride, T *out, const T *poo
     if (context <= SPLIT) {
       store(out + (token * num_heads + head + g) * D + column, context ? total / whole : 0.0f);
     } else {
-      const i64 place = (blockIdx.x * static_cast<i64>(gridDim.z) + blockIdx.z) * num_heads + head + g;
-      float *own = partial + place * (D + 2);
+      float *own = partial + (split.place * num_heads + head + g) * (D + 2);
       own[column] = total;
       if (column == 0) own[D] = largest, own[D + 1] = whole;
     }
   }
+  if (context <= SPLIT || !is_last(arrived + split.sequence * gridDim.y + blockIdx.y, num_splits(context))) return;
+  partial += ((split.place - split.number) * num_heads + head) * (D + 2);
+  merge(out + (token * num_heads + head) * D, partial, num_splits(context), num_heads * (D + 2), heads, D);
 }

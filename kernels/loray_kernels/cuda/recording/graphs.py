@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs: a step's launches are recorded once, before the first request, and replayed by one call.
 
 Steps of the base, with LoRA alone and with other parts of adapters have graphs of their own, so that nobody pays for
-what others bring; so have sizes, and contexts of different magnitude, for which attention has more splits. A step is
-padded to the next of each that has been recorded. Where nothing serves it, it is computed launch by launch: no request
-waits for a recording.
+what others bring; so have sizes. A step is padded to the next of each that has been recorded, whatever its contexts
+are: attention finds its work on the device. Where nothing serves it, it is computed launch by launch: no request waits
+for a recording.
 
 Recording has not run on a GPU yet. All else is tested on a CPU.
 """
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.recording.padded import PaddedStep
-from loray_kernels.cuda.tables import MAX_SPLITS, num_splits
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits
 from loray_kernels.memory import is_out_of_memory
 from loray_kernels.records import Directory
@@ -27,7 +26,6 @@ from loray_kernels.sampling.draws import TokenSeats
 from loray_kernels.vectors import VectorShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SPLITS = (1, 4, 16, MAX_SPLITS)  # of attention
 _ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
 KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
 
@@ -62,7 +60,6 @@ class Form(NamedTuple):
 
     size: int
     kind: Parts
-    splits: int
 
 
 class DecodeGraphs:
@@ -83,8 +80,8 @@ class DecodeGraphs:
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        num, splits = len(step.token_ids), _least(SPLITS, num_splits(int(step.positions.max()) + 1))
-        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k), splits)
+        num = len(step.token_ids)
+        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k))
         form = self._serving_of(needed)
         padded = self._step(form or needed)
         padded.words.fill(step)
@@ -103,18 +100,15 @@ class DecodeGraphs:
     def forms(self) -> Iterator[Form]:
         """All that steps may need, the most useful first, since limits may end recording.
 
-        First what serves every step: of each size with the most splits, adapters with everything, with LoRA alone, and
-        the base. Then these with fewer splits, and at last the other kinds. The first form needs the most memory, which
-        the others then share.
+        First what serves every step: of each size adapters with everything, with LoRA alone, and the base. Then the
+        other kinds. The first form needs the most memory, which the others then share.
         """
         size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
-        longest = self._decoding.max_blocks * self._decoding.layout.block_tokens
         sizes = [s for s in reversed(SIZES) if s <= size]
-        most, *fewer = (s for s in reversed(SPLITS) if s <= _least(SPLITS, num_splits(longest)))
         first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
         rest = [k for k in reversed(KINDS) if k not in first]
-        for kinds, splits in ((first, [most]), (first, fewer), (rest, [most, *fewer])):
-            yield from (Form(s, kind, n) for s in sizes for kind in kinds for n in splits)
+        for kinds in (first, rest):
+            yield from (Form(s, kind) for s in sizes for kind in kinds)
 
     def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
         """Where a form does not fit into memory, smaller ones may."""
@@ -169,7 +163,6 @@ class DecodeGraphs:
         if form not in self._steps:
             self._steps[form] = PaddedStep(
                 form.size,
-                form.splits,
                 self._blocks,
                 self._tokens,
                 self._decoding,
@@ -182,8 +175,8 @@ class DecodeGraphs:
     def _serving_of(self, needed: Form) -> Form | None:
         """The smallest recorded form that holds it: of its own kind, or else of one with more parts."""
         if needed not in self._serving:
-            size, kind, splits = needed
-            found = (f for f in self._recorded if f.size >= size and kind in f.kind and f.splits >= splits)
+            size, kind = needed
+            found = (f for f in self._recorded if f.size >= size and kind in f.kind)
             self._serving[needed] = min(found, key=lambda f: (KINDS.index(f.kind), f), default=None)
         return self._serving[needed]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import Attention, Items, upload
+from loray_kernels.cuda.tables import Attention, Items, num_splits, upload
 from loray_kernels.cuda.vectors import RecordedVectors
 from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta
@@ -89,7 +89,6 @@ class PaddedStep:
     def __init__(
         self,
         size: int,
-        splits: int,
         blocks: Tensor,
         tokens: Tensor,
         decoding: Decoding,
@@ -101,7 +100,7 @@ class PaddedStep:
         self._parts, self._shape = parts, shape
         self._has_vectors = bool(parts & ~Parts.LORA)
         self.words = StepWords(size, blocks, vectors=self._has_vectors)
-        self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
+        self._size, self._blocks, self._records, self._decoding = size, blocks, records, decoding
         self._tokens = tokens  # by seat, that the step before has drawn
         self._numbers = torch.arange(size + 1, device=device)
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
@@ -128,7 +127,7 @@ class PaddedStep:
             blocks=self._blocks,
             decoded=self._decoded,
             prefilled=self._prefilled,
-            max_splits=self._splits,
+            max_splits=num_splits(self._decoding.max_blocks * block_tokens),
         )
         if not self._parts or self._records is None:
             return RecordedStep(token_ids_S, at_S, meta, None)
