@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from loray.bases.registry import base_with
@@ -29,6 +28,7 @@ MAX_AT_ONCE = 2
 DEADLINE_S = 900.0
 _LOOK_S = 0.2  # between two looks whether the client is still there
 _RETRY_S = 60.0
+_HEADERS_BYTES = 1 << 20
 
 
 class Conversions:
@@ -55,15 +55,19 @@ class Conversions:
             with self._lock:
                 self._tenants.remove(tenant)
 
-    async def make(
-        self, form: Form, ref: AdapterRef, manifest: AdapterManifest, target: Path, *, client: Request
-    ) -> None:
+    def num_bytes(self, form: Form, manifest: AdapterManifest) -> int:
+        """At most so many bytes are made. Raises BaseMismatch where this machine does not have the base."""
+        base = base_with(self._settings.home, manifest.base_fingerprint, manifest.base)
+        if form == "gguf":
+            return 4 * manifest.nbytes + _HEADERS_BYTES
+        return sum(path.stat().st_size for path in base.path.iterdir()) + _HEADERS_BYTES
+
+    async def make(self, form: Form, ref: AdapterRef, target: Path, *, client: Request) -> None:
         """Write the adapter in this form to the new `target`.
 
-        Raises BaseMismatch where this machine does not have the base, RateLimited where others are being made,
-        DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
+        Raises RateLimited where others are being made, DeadlineExceeded, and as `publishing.convert` does;
+        ClientDisconnect where the client has left.
         """
-        await run_in_threadpool(base_with, self._settings.home, manifest.base_fingerprint, manifest.base)
         if not self._processes.acquire(blocking=False):
             raise RateLimited(f"{MAX_AT_ONCE} conversions are being made; ask again in a minute", _RETRY_S)
         try:

@@ -16,6 +16,8 @@ from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import Address
 from loray.publishing import Destination
+from loray.publishing.uploads import Uploads
+from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
@@ -48,6 +50,7 @@ class Services:
     """Opens each service on first use, so that the server starts without its database, and answers 503.
 
     long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
+    scratch  the bytes of all these on this machine's disk
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Services:
         self.conversions, self.streams = Conversions(settings), Streams()
         self.long = Places("publications and downloads", total=4, of_tenant=2, wait_s=10.0)
         self.sending = Places("files", total=16, of_tenant=2, wait_s=10.0)
+        self.scratch = Scratch(settings.scratch_bytes)
         self.followers = Places("followers of logs", total=64, of_tenant=16, of_key=4)
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
@@ -113,8 +117,11 @@ class Services:
             return self._store
 
     def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
-        """As `publication.publish_upload`, with the bases of this node."""
-        return publish_upload(self.home, asked, to)
+        """As `publication.publish_upload`, with the bases of this node. Overloaded: its disk has no room."""
+        assert asked.upload is not None
+        files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
+        with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
+            return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
         for places in (self.long, self.sending, self.followers):

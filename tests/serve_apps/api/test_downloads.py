@@ -144,7 +144,7 @@ def make(
     async def begin(target: Path, tenant: str = "acme", client: Client | None = None) -> None:
         with made.place(tenant):
             asked: Any = client or Client()
-            await made.make("gguf", version.ref, version.manifest, target, client=asked)
+            await made.make("gguf", version.ref, target, client=asked)
 
     return begin
 

@@ -1,0 +1,63 @@
+"""Temporary folders within a budget: bytes are counted before they are written, so that the disk does not fill."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from loray.errors import Overloaded
+from loray.files import scratch_folder
+
+_SHARE = 0.8  # of what is free at the start
+_RETRY_S = 10.0
+
+
+class Scratch:
+    """The budget of one process, of which several threads take."""
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """None: a share of what is free now where temporary files lie."""
+        if max_bytes is None:
+            max_bytes = int(_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+        self._max_bytes = max_bytes
+        self._lock = Lock()
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def folder(self, num_bytes: int, of: str = "") -> Iterator[Path]:
+        """A temporary folder for the block, which will hold so many bytes. Raises as `reserve`."""
+        with self.reserve(num_bytes, of), scratch_folder() as folder:
+            yield folder
+
+    @contextmanager
+    def reserve(self, num_bytes: int, of: str = "") -> Iterator[None]:
+        """So many bytes are taken for the block. `of`: by which `held` finds them.
+
+        Raises Overloaded where others hold too many.
+        """
+        with self._lock:
+            held = self._held.total()
+            if held + num_bytes > self._max_bytes:
+                raise Overloaded(
+                    f"{num_bytes:,} bytes do not fit on this server's disk beside the {held:,} of others; it may hold "
+                    f"{self._max_bytes:,} (LORAY_SCRATCH_BYTES): try again later",
+                    _RETRY_S,
+                )
+            self._held[of] += num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[of] -= num_bytes
+                if not self._held[of]:
+                    del self._held[of]
+
+    def held(self, of: str = "") -> int:
+        """The bytes of the blocks that have not ended."""
+        with self._lock:
+            return self._held[of]
