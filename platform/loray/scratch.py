@@ -1,4 +1,4 @@
-"""Temporary folders within a budget: bytes are counted before they are written, so that the disk does not fill."""
+"""Budgets of bytes, of memory and of temporary folders: what will be taken is counted before, and refused."""
 
 from __future__ import annotations
 
@@ -17,22 +17,13 @@ _SHARE = 0.8  # of what is free at the start
 _RETRY_S = 10.0
 
 
-class Scratch:
-    """The budget of one process, of which several threads take."""
+class Budget:
+    """Bytes that one process may take, in several threads. `name` is what they are, in messages."""
 
-    def __init__(self, max_bytes: int | None = None) -> None:
-        """None: a share of what is free now where temporary files lie."""
-        if max_bytes is None:
-            max_bytes = int(_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, name: str) -> None:
+        self.max_bytes, self._name = max_bytes, name
         self._lock = Lock()
         self._held: Counter[str] = Counter()
-
-    @contextmanager
-    def folder(self, num_bytes: int, of: str = "") -> Iterator[Path]:
-        """A temporary folder for the block, which will hold so many bytes. Raises as `reserve`."""
-        with self.reserve(num_bytes, of), scratch_folder() as folder:
-            yield folder
 
     @contextmanager
     def reserve(self, num_bytes: int, of: str = "") -> Iterator[None]:
@@ -42,10 +33,10 @@ class Scratch:
         """
         with self._lock:
             held = self._held.total()
-            if held + num_bytes > self._max_bytes:
+            if held + num_bytes > self.max_bytes:
                 raise Overloaded(
-                    f"{num_bytes:,} bytes do not fit on this server's disk beside the {held:,} of others; it may hold "
-                    f"{self._max_bytes:,} (LORAY_SCRATCH_BYTES): try again later",
+                    f"{num_bytes:,} bytes do not fit {self._name} beside the {held:,} of others; it may hold "
+                    f"{self.max_bytes:,}: try again later",
                     _RETRY_S,
                 )
             self._held[of] += num_bytes
@@ -61,3 +52,19 @@ class Scratch:
         """The bytes of the blocks that have not ended."""
         with self._lock:
             return self._held[of]
+
+
+class Scratch(Budget):
+    """That of temporary folders."""
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """None: a share of what is free now where temporary files lie."""
+        if max_bytes is None:
+            max_bytes = int(_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+        super().__init__(max_bytes, "on this server's disk (LORAY_SCRATCH_BYTES)")
+
+    @contextmanager
+    def folder(self, num_bytes: int, of: str = "") -> Iterator[Path]:
+        """A temporary folder for the block, which will hold so many bytes. Raises as `reserve`."""
+        with self.reserve(num_bytes, of), scratch_folder() as folder:
+            yield folder

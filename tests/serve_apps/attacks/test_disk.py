@@ -120,7 +120,10 @@ def test_of_two_files_that_fit_alone_one_waits_for_the_other(api: Api, monkeypat
         assert begun.wait(IN_TIME_S)
         refused = api.http.put(f"/uploads/{upload}/files/LICENSE", content=b"x" * 600)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
-        assert "600 bytes do not fit on this server's disk beside the 600 of others" in refused.json()["detail"]
+        assert (
+            "600 bytes do not fit on this server's disk (LORAY_SCRATCH_BYTES) beside the 600 of others"
+            in refused.json()["detail"]
+        )
         ends.set()
         assert first.result(IN_TIME_S).status_code == 200
     assert api.http.put(f"/uploads/{upload}/files/LICENSE", content=b"x" * 600).status_code == 200
@@ -179,4 +182,4 @@ def test_a_budget_is_free_again() -> None:
     with scratch.reserve(10):
         pass
     assert not folder.exists()
-    assert Scratch()._max_bytes > 0
+    assert Scratch().max_bytes > 0
