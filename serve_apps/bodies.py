@@ -20,8 +20,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loray.files import scratch_folder
-
 MAX_DEPTH = 64
 MAX_MEMBERS = 2048  # of one object
 MAX_ARRAYS_AND_OBJECTS = 1 << 15
@@ -83,13 +81,21 @@ async def read(request: Request, parse: Callable[[bytes], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_threads, parse, raw)
 
 
-async def receive_file(request: Request, name: str, limit: int, keep: Callable[[Path], T]) -> T:
-    """`keep` of the body as a file of this name, which is gone afterwards. 413 beyond `limit` bytes."""
-    with scratch_folder() as folder:
-        path = folder / name
-        with path.open("wb") as f:
-            await _write(request, f, limit)
-        return await run_in_threadpool(keep, path)
+def length_of(request: Request, limit: int) -> int:
+    """The bytes that a file's body will have. 411 where the request does not say it, 413 where they are too many."""
+    length = request.headers.get("content-length")
+    if length is None:
+        raise HTTPException(411, "send the file with its length in the header Content-Length")
+    if int(length) > limit:  # BodyLimit has checked that it is a number
+        raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
+    return int(length)
+
+
+async def receive_file(request: Request, path: Path, num_bytes: int, keep: Callable[[Path], T]) -> T:
+    """`keep` of the body, written to the new file `path`. 413 beyond its `num_bytes`."""
+    with path.open("wb") as f:
+        await _write(request, f, num_bytes)
+    return await run_in_threadpool(keep, path)
 
 
 async def _write(request: Request, f: BinaryIO, limit: int) -> None:
@@ -97,7 +103,7 @@ async def _write(request: Request, f: BinaryIO, limit: int) -> None:
     async for chunk in request.stream():
         num_bytes += len(chunk)
         if num_bytes > limit:
-            raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
+            raise HTTPException(413, f"the file is longer than the {limit:,} bytes of its Content-Length")
         pending += chunk
         if len(pending) >= _WRITE_BYTES:
             await run_in_threadpool(f.write, bytes(pending))

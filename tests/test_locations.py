@@ -93,3 +93,17 @@ def test_a_wrong_catalog_is_told_without_its_password(url: str) -> None:
     with pytest.raises(SettingsError, match=r"LORAY_CATALOG .* must be a sqlite:/// or postgresql:// URL") as error:
         Settings.from_env({"LORAY_CATALOG": url})
     assert "hush" not in str(error.value)
+
+
+def test_limits_of_a_server_are_numbers_sizes_or_none() -> None:
+    settings = Settings.from_env({})
+    assert (settings.max_jobs, settings.max_workers, settings.scratch_bytes) == (4, 16, None)
+    given = {"LORAY_MAX_JOBS": "none", "LORAY_MAX_WORKERS": "0", "LORAY_SCRATCH_BYTES": "20GiB"}
+    settings = Settings.from_env(given)
+    assert (settings.max_jobs, settings.max_workers, settings.scratch_bytes) == (None, 0, 20 << 30)
+    told = settings.to_env()
+    assert Settings.from_env({name: told[name] for name in given}) == settings
+    assert not Settings.from_env({}).to_env().keys() & given.keys()
+    for name in given:
+        with pytest.raises(SettingsError, match=name):
+            Settings.from_env({name: "many"})

@@ -17,6 +17,7 @@ from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
 from loray.adapters import quantised
+from loray.adapters.manifest import check_recipe
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
@@ -64,6 +65,7 @@ def prepare(
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
+    check_recipe(spec)
     _check_packages(spec)
     base = ensure_base(settings.home, spec.base)
     parent = None

@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.commands import Submission, from_spec, sweep_from_spec
 from jobs.submission.rules import JobLimits, check_allowed, limits_of
+from loray.adapters.manifest import check_recipe
 from loray.catalog import Catalog, Job, JobPage
-from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, SpecError
-from loray.files import canonical_json
+from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
 from loray.settings import Settings
-from loray.spec import MAX_RECIPE_BYTES, JobStatus, TrainSpec
+from loray.spec import JobStatus, TrainSpec
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -111,12 +111,7 @@ class JobTracker:
 
     def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
         catalog.check_name(spec.name, spec.publish.aliases)
-        num_bytes = len(canonical_json(spec.model_dump(mode="json", exclude_none=True)).encode())
-        if num_bytes > MAX_RECIPE_BYTES:
-            raise SpecError(
-                f"the recipe has {num_bytes:,} bytes, and a manifest has room for {MAX_RECIPE_BYTES:,}: "
-                "name folders of data instead of files"
-            )
+        check_recipe(spec)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
             self._settle_active()

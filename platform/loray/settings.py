@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -14,13 +13,24 @@ from urllib.parse import parse_qsl, urlsplit
 
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
+from loray.variables import (
+    NONE,
+    hashes,
+    log_target,
+    positive,
+    share,
+    size,
+    training_group,
+    whole,
+    whole_or_none,
+)
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
     from loray.spec import TrainingGroup
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS TRACES TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+    "MAX_WORKERS SCRATCH_BYTES TRACES TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -30,11 +40,9 @@ LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
 DEFAULT_USAGE_DAYS = 400
-STDOUT = "-"  # of LORAY_ACCESS_LOG
+DEFAULT_MAX_JOBS, DEFAULT_MAX_WORKERS = 4, 16
 DEFAULT_KEY_MAX_AGE_S = 3600.0
 _SHORTEST_KEY = 32
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_GROUP = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -57,7 +65,10 @@ class Settings:
              (`LORAY_ACCESS_LOG`, default None)
     data     s3:// URL below which each tenant's training data lies, in a folder of the tenant's name (`LORAY_DATA`,
              default None: tenants submit no jobs through the API)
-    max_jobs, max_workers  of a tenant at once, if neither it nor the key has a limit (`LORAY_MAX_JOBS`, `_WORKERS`)
+    max_jobs, max_workers  of a tenant at once, if neither it nor the key has a limit (`LORAY_MAX_JOBS`, `_WORKERS`,
+             default 4 and 16; `none`: as many as it likes)
+    scratch_bytes  of temporary files that a server holds at once (`LORAY_SCRATCH_BYTES`, for instance 20GiB; default
+             None: 80 % of what is free at its start)
     training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
@@ -75,8 +86,9 @@ class Settings:
     usage_days: int = DEFAULT_USAGE_DAYS
     access_log: str | None = None
     data: str | None = None
-    max_jobs: int | None = None
-    max_workers: int | None = None
+    max_jobs: int | None = DEFAULT_MAX_JOBS
+    max_workers: int | None = DEFAULT_MAX_WORKERS
+    scratch_bytes: int | None = None
     training_group: TrainingGroup | None = None
     api_key: str | None = field(default=None, repr=False)
     key_hashes: tuple[str, ...] = ()
@@ -118,18 +130,19 @@ class Settings:
             catalog=catalog,
             address=env.get("LORAY_ADDRESS") or None,
             log_level=level,
-            peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
-            gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
-            usage_days=DEFAULT_USAGE_DAYS if (days := _whole(env, "LORAY_USAGE_DAYS")) is None else days,
-            access_log=_log_target(env.get("LORAY_ACCESS_LOG")),
+            peak_tflops=positive(env, "LORAY_PEAK_TFLOPS"),
+            gate_tolerance=share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
+            usage_days=DEFAULT_USAGE_DAYS if (days := whole(env, "LORAY_USAGE_DAYS")) is None else days,
+            access_log=log_target(env.get("LORAY_ACCESS_LOG")),
             data=_data(env.get("LORAY_DATA"), store),
-            max_jobs=_whole(env, "LORAY_MAX_JOBS"),
-            max_workers=_whole(env, "LORAY_MAX_WORKERS"),
-            training_group=_group(group) if (group := env.get("LORAY_TRAINING_GROUP")) else None,
+            max_jobs=whole_or_none(env, "LORAY_MAX_JOBS", DEFAULT_MAX_JOBS),
+            max_workers=whole_or_none(env, "LORAY_MAX_WORKERS", DEFAULT_MAX_WORKERS),
+            scratch_bytes=size(env, "LORAY_SCRATCH_BYTES"),
+            training_group=training_group(group) if (group := env.get("LORAY_TRAINING_GROUP")) else None,
             api_key=env.get("LORAY_API_KEY") or None,
-            key_hashes=_hashes(env, "LORAY_API_KEYS_SHA256"),
-            metrics_key_hashes=_hashes(env, "LORAY_METRICS_KEYS_SHA256"),
-            key_max_age_s=_positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
+            key_hashes=hashes(env, "LORAY_API_KEYS_SHA256"),
+            metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
+            key_max_age_s=positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
         )
 
     @property
@@ -171,11 +184,16 @@ class Settings:
         optional = {
             "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,
-            "LORAY_MAX_JOBS": self.max_jobs,
-            "LORAY_MAX_WORKERS": self.max_workers,
+            "LORAY_SCRATCH_BYTES": self.scratch_bytes,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
+        for name, most, default in (
+            ("LORAY_MAX_JOBS", self.max_jobs, DEFAULT_MAX_JOBS),
+            ("LORAY_MAX_WORKERS", self.max_workers, DEFAULT_MAX_WORKERS),
+        ):
+            if most != default:
+                env[name] = NONE if most is None else str(most)
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -208,7 +226,7 @@ class Settings:
             location = replace(location, credentials_file=None)
         env = self.to_env(secrets=False) | {"LORAY_STORE": location.url}
         del env["LORAY_HOME"]
-        for name in ("LORAY_DATA", "LORAY_ACCESS_LOG"):  # of servers
+        for name in ("LORAY_DATA", "LORAY_ACCESS_LOG", "LORAY_SCRATCH_BYTES"):  # of servers
             env.pop(name, None)
         return env
 
@@ -216,42 +234,6 @@ class Settings:
     def catalog_has_password(self) -> bool:
         parts = urlsplit(self.catalog)
         return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
-
-
-def _positive(env: Mapping[str, str], name: str) -> float | None:
-    value = env.get(name)
-    if not value:
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise SettingsError(f"{name}={value!r} must be a positive number")
-    return number
-
-
-def _whole(env: Mapping[str, str], name: str) -> int | None:
-    value = env.get(name)
-    if not value:
-        return None
-    if not (value.isascii() and value.isdigit()) or len(value) > 9:
-        raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
-    return int(value)
-
-
-def _group(name: str) -> TrainingGroup:
-    from loray.spec import TrainingGroup
-
-    if not _GROUP.fullmatch(name):
-        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
-    return TrainingGroup(name)
-
-
-def _log_target(value: str | None) -> str | None:
-    if value and value != STDOUT and not value.startswith("/"):
-        raise SettingsError(f"LORAY_ACCESS_LOG={value!r} must be the absolute path of a file, or - for stdout")
-    return value or None
 
 
 def _data(url: str | None, store: str) -> str | None:
@@ -268,23 +250,6 @@ def _data(url: str | None, store: str) -> str | None:
         if inner.startswith(outer):
             raise SettingsError("LORAY_DATA and LORAY_STORE must not overlap: training data would lie among adapters")
     return url
-
-
-def _hashes(env: Mapping[str, str], name: str) -> tuple[str, ...]:
-    hashes = tuple(part.strip() for part in env.get(name, "").split(",") if part.strip())
-    if not all(_SHA256.fullmatch(part) for part in hashes):  # what is wrong is not shown: it may be a key
-        raise SettingsError(f"{name} must be SHA-256 sums in hexadecimal, with commas between them, and no keys")
-    return hashes
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
-    return value
 
 
 def _is_local_catalog(url: str) -> bool:

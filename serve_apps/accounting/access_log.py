@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loray.settings import STDOUT
 from loray.spec import Principal, UsageEvent
 from loray.telemetry import get_logger
+from loray.variables import STDOUT
 from serve_apps.http import CLIENT_LEFT
 
 _log = get_logger(__name__)

@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from loray.bases.registry import base_with
 from loray.errors import DeadlineExceeded, RateLimited
-from loray.publishing.process import Form, command_of, environment_of, raise_failure
+from loray.publishing.process import MAX_MEMORY_BYTES, Form, command_of, environment_of, raise_failure
+from loray.scratch import Budget
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 
@@ -29,13 +29,16 @@ MAX_AT_ONCE = 2
 DEADLINE_S = 900.0
 _LOOK_S = 0.2  # between two looks whether the client is still there
 _RETRY_S = 60.0
+_HEADERS_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 30  # of memory, with which a process can do anything
 
 
 class Conversions:
     """The conversions of one server. Safe from several threads and event loops."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, memory: Budget) -> None:
+        """`memory`: what all of them may take at once."""
+        self._settings, self._memory = settings, memory
         self._lock = Lock()
         self._tenants: set[str] = set()
         self._processes = BoundedSemaphore(MAX_AT_ONCE)
@@ -55,19 +58,25 @@ class Conversions:
             with self._lock:
                 self._tenants.remove(tenant)
 
-    async def make(
-        self, form: Form, ref: AdapterRef, manifest: AdapterManifest, target: Path, *, client: Request
-    ) -> None:
+    def num_bytes(self, form: Form, manifest: AdapterManifest) -> int:
+        """At most so many bytes are made. Raises BaseMismatch where this machine does not have the base."""
+        base = base_with(self._settings.home, manifest.base_fingerprint, manifest.base)
+        if form == "gguf":
+            return 4 * manifest.nbytes + _HEADERS_BYTES
+        return sum(path.stat().st_size for path in base.path.iterdir()) + _HEADERS_BYTES
+
+    async def make(self, form: Form, ref: AdapterRef, target: Path, *, client: Request) -> None:
         """Write the adapter in this form to the new `target`.
 
-        Raises BaseMismatch where this machine does not have the base, RateLimited where others are being made,
+        Raises RateLimited where others are being made, Overloaded where the memory that is left is too little,
         DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
         """
-        await run_in_threadpool(base_with, self._settings.home, manifest.base_fingerprint, manifest.base)
+        max_bytes = min(MAX_MEMORY_BYTES, max(_LEAST_BYTES, self._memory.max_bytes // MAX_AT_ONCE))
         if not self._processes.acquire(blocking=False):
             raise RateLimited(f"{MAX_AT_ONCE} conversions are being made; ask again in a minute", _RETRY_S)
         try:
-            output = await self._run(command_of(form, ref, target), client)
+            with self._memory.reserve(max_bytes):
+                output = await self._run(command_of(form, ref, target, max_bytes), client)
         finally:
             self._processes.release()
         raise_failure(*output)

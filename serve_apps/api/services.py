@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path as FilePath
 from threading import Lock
@@ -15,7 +16,10 @@ from loray.bases.registry import list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import Address
+from loray.machine import hardware
 from loray.publishing import Destination
+from loray.publishing.uploads import Uploads
+from loray.scratch import Budget, Scratch
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
@@ -29,6 +33,7 @@ from serve_apps.console import Gateway, Placements, Streams
 _log = get_logger(__name__)
 
 ACTOR = "api"
+_WORK_SHARE = 0.8  # of the memory that is free at the start
 _RETRY_S = 1.0  # between two attempts to open the catalog, as in the header Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
@@ -48,6 +53,7 @@ class Services:
     """Opens each service on first use, so that the server starts without its database, and answers 503.
 
     long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
+    scratch, memory  the bytes of all these on this machine's disk, and of checks and conversions in its memory
     """
 
     def __init__(
@@ -55,9 +61,11 @@ class Services:
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
-        self.conversions, self.streams = Conversions(settings), Streams()
+        self.memory = Budget(_memory_for_work(), "in this server's memory")
+        self.conversions, self.streams = Conversions(settings, self.memory), Streams()
         self.long = Places("publications and downloads", total=4, of_tenant=2, wait_s=10.0)
         self.sending = Places("files", total=16, of_tenant=2, wait_s=10.0)
+        self.scratch = Scratch(settings.scratch_bytes)
         self.followers = Places("followers of logs", total=64, of_tenant=16, of_key=4)
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
@@ -113,8 +121,11 @@ class Services:
             return self._store
 
     def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
-        """As `publication.publish_upload`, with the bases of this node."""
-        return publish_upload(self.home, asked, to)
+        """As `publication.publish_upload`, with the bases of this node. Overloaded: its disk has no room."""
+        assert asked.upload is not None
+        files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
+        with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
+            return publish_upload(self.home, asked, to, self.memory)
 
     def close(self) -> None:
         for places in (self.long, self.sending, self.followers):
@@ -130,6 +141,12 @@ async def _services(request: Request) -> Services:  # FastAPI would call a plain
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def _memory_for_work() -> int:
+    """Bytes: a part of what this machine or container has beside what this process takes now."""
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return max(0, int(_WORK_SHARE * (hardware().memory_bytes - taken)))
 
 
 def _reserve_bases(catalog: Catalog, home: FilePath) -> None:

@@ -5,6 +5,7 @@ from serve_apps.console.door import CheckConsole
 from serve_apps.console.live.gateway import Gateway
 from serve_apps.console.live.histories import Histories
 from serve_apps.console.live.streams import Streams
+from serve_apps.console.receiving import receive_upload
 from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 from serve_apps.console.site import ROUTES
@@ -20,4 +21,5 @@ __all__ = [
     "Renderer",
     "Sessions",
     "Streams",
+    "receive_upload",
 ]

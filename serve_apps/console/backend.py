@@ -11,6 +11,7 @@ from loray.api.status import AdapterPlacement
 from loray.api.uploads import Registration
 from loray.catalog import AdapterVersion, Catalog
 from loray.publishing import Destination
+from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
@@ -36,6 +37,7 @@ class Backend(Protocol):
     streams: Streams
     long: Places
     sending: Places
+    scratch: Scratch
 
     @property
     def settings(self) -> Settings: ...

@@ -110,14 +110,14 @@ def test_stored_bytes(catalog: Catalog, limit: int, is_allowed: bool) -> None:
     register(acme, "same", 1, nbytes=1000)  # the store keeps it once
     if is_allowed:
         register(acme, "a", 2, nbytes=2000)
-        acme.check_stored_bytes(limit - 3000)
+        acme.check_stored_bytes(lambda: limit - 3000)
     else:
         with pytest.raises(
             LimitExceeded, match=r"stores 1.0 kB and would store 2.0 kB more; max_stored_bytes allows 3.0 kB"
         ):
             register(acme, "a", 2, nbytes=2000)
     with pytest.raises(LimitExceeded):
-        acme.check_stored_bytes(limit)
+        acme.check_stored_bytes(lambda: limit)
 
 
 def test_templates_that_differ_are_summed(acme: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

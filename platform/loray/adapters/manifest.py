@@ -27,6 +27,7 @@ from loray.spec import (
     MAX_DESCRIPTION_CHARACTERS,
     MAX_EVALUATIONS,
     MAX_MANIFEST_BYTES,
+    MAX_RECIPE_BYTES,
     MAX_TEMPLATE_CHARACTERS,
     AdapterManifest,
     Evaluation,
@@ -160,6 +161,18 @@ def check_size(manifest: AdapterManifest, canonical: bytes) -> None:
     ]
     if too_many:
         raise SpecError(f"the adapter's manifest has {'; '.join(too_many)}")
+
+
+def check_recipe(spec: TrainSpec) -> None:
+    """Raise SpecError for a recipe whose adapter could not be published: before it is trained."""
+    num_bytes = len(canonical_json(spec.model_dump(mode="json", exclude_none=True)).encode())
+    if num_bytes > MAX_RECIPE_BYTES:
+        raise SpecError(
+            f"the recipe has {num_bytes:,} bytes, and a manifest has room for {MAX_RECIPE_BYTES:,}: name folders of data "
+            "instead of files"
+        )
+    if (length := len(spec.publish.description)) > MAX_DESCRIPTION_CHARACTERS:
+        raise SpecError(f"publish.description has {length:,} characters, and may have {MAX_DESCRIPTION_CHARACTERS:,}")
 
 
 def write_manifest(folder: Path, canonical: bytes) -> None:

@@ -1,8 +1,8 @@
-"""Conversions in a process of their own: `python -m loray.publishing.process FORM DIGEST LABEL TARGET`.
+"""Conversions in a process of their own: `python -m loray.publishing.process FORM DIGEST LABEL TARGET BYTES`.
 
-Servers start it, since they do not load torch. It takes `MAX_MEMORY_BYTES` at most beside the base's files, which it
-maps, runs in the background, and ends when its standard input does, that is with the server. What went wrong is
-one line of JSON on standard output: the error's class and its message.
+Servers start it, since they do not load torch. It takes so many bytes at most beside the base's files, which it maps,
+runs in the background, and ends when its standard input does, that is with the server. What went wrong is one line of
+JSON on standard output: the error's class and its message.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _MODULE = "loray.publishing.process"
 _FAILED = 1
 
 
-def command_of(form: Form, ref: AdapterRef, target: Path) -> list[str]:
-    """`target`: the new folder of the checkpoint, or the new GGUF file."""
-    return [sys.executable, "-m", _MODULE, form, ref.digest, ref.label, str(target)]
+def command_of(form: Form, ref: AdapterRef, target: Path, max_bytes: int = MAX_MEMORY_BYTES) -> list[str]:
+    """`target`: the new folder of the checkpoint, or the new GGUF file. `max_bytes`: of memory."""
+    return [sys.executable, "-m", _MODULE, form, ref.digest, ref.label, str(target), str(max_bytes)]
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
@@ -56,14 +56,14 @@ def raise_failure(code: int, output: bytes) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    form, digest, label, path = arguments
+    form, digest, label, path, max_bytes = arguments
     target = Path(path)
     if target.exists():
         raise SystemExit(f"{target} exists already")
     compute_in_background()
     threading.Thread(target=_end_with_the_server, args=(target,), daemon=True).start()
     try:
-        _convert(form, digest, label, target)
+        _convert(form, digest, label, target, int(max_bytes))
     except LorayError as e:
         kind, message = type(e).__name__, str(e)
     except (MemoryError, RuntimeError) as e:  # torch's allocator raises RuntimeError
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     return _FAILED
 
 
-def _convert(form: str, digest: str, label: str, target: Path) -> None:
+def _convert(form: str, digest: str, label: str, target: Path, max_bytes: int) -> None:
     from loray.publishing.convert import merge_into_base, save_as_gguf
 
     settings = Settings.from_env()
@@ -86,7 +86,7 @@ def _convert(form: str, digest: str, label: str, target: Path) -> None:
     name, _, version = label.rpartition("@")
     ref = manifest.ref(digest, name, int(version))
     base = base_with(settings.home, manifest.base_fingerprint, manifest.base)
-    limit = MAX_MEMORY_BYTES + sum(path.stat().st_size for path in base.path.iterdir())
+    limit = max_bytes + sum(path.stat().st_size for path in base.path.iterdir())
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     if form == "merged":
         merge_into_base(ref, target, base=base, store=store)

@@ -83,7 +83,7 @@ class Uploads:
     def put(self, upload: str, name: str, path: Path) -> UploadedFile:
         """Keep the file at `path` as `name`, instead of one of that name that has come before."""
         check_file_name(name)
-        self._check_open(upload)
+        self.check_open(upload)
         others = [file for file in self.files(upload) if file.name != name]
         if len(others) >= _MAX_FILES:
             raise SpecError(f"an adapter has at most {_MAX_FILES} files")
@@ -93,6 +93,18 @@ class Uploads:
             if file.name == name and file.sha256 != put.sha256:
                 self._objects.delete(self._file(upload, file))
         return put
+
+    def check_open(self, upload: str) -> None:
+        """Raise NotFoundError where there is no such upload, ConflictError where it is published already."""
+        self._check(upload)
+        if self.is_published(upload):
+            raise ConflictError(f"upload {upload} is published already; begin another one")
+
+    def num_bytes(self, *, beside: tuple[str, str]) -> int:
+        """Of all files that are not published, without one of (upload, name)."""
+        other = f"{self._prefix}/{beside[0]}/files/{beside[1]}/"
+        entries = self._objects.entries(f"{self._prefix}/")
+        return sum(e.num_bytes for e in entries if "/files/" in e.key and not e.key.startswith(other))
 
     def files(self, upload: str) -> tuple[UploadedFile, ...]:
         """What has come, sorted by name. Raises NotFoundError where there is no such upload."""
@@ -208,11 +220,6 @@ class Uploads:
             raise NotFoundError(f"{shown(upload)} is not the id of an upload")
         if not self._objects.exists(self._state(upload, "begun")):
             raise NotFoundError(f"there is no upload {upload}; begin one")
-
-    def _check_open(self, upload: str) -> None:
-        self._check(upload)
-        if self.is_published(upload):
-            raise ConflictError(f"upload {upload} is published already; begin another one")
 
     def _state(self, upload: str, state: str) -> str:
         return f"{self._prefix}/{upload}/state/{state}"

@@ -15,7 +15,6 @@ from starlette.concurrency import run_in_threadpool
 from loray.api.resources import VersionNumber
 from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
-from loray.files import scratch_folder
 from loray.publishing.archive import as_it_is, as_tar, folder_as_tar
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
@@ -65,14 +64,15 @@ async def download(
                 urls.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"}
             )
     label = f"{found.name.replace('/', '-')}-{version}"
+    num_bytes = await run_in_threadpool(_size_of, services, found, format)
     held = ExitStack()
-    made = held.enter_context(scratch_folder()) / "made"
+    made = held.enter_context(services.scratch.folder(num_bytes)) / "made"
     try:
         if format == "peft":
             archive = await services.long.run(asking, lambda: folder_as_tar(services.store, found.digest, label, made))
         else:
             held.enter_context(services.conversions.place(asking.tenant))
-            await services.conversions.make(format, found.ref, found.manifest, made, client=request)
+            await services.conversions.make(format, found.ref, made, client=request)
             archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label)
     except BaseException:
         held.close()
@@ -80,6 +80,13 @@ async def download(
     return ArchiveResponse(
         archive, held, label, format, etag=found.digest if format == "peft" else f"{found.digest}-{format}"
     )
+
+
+def _size_of(services: Services, found: AdapterVersion, form: DownloadForm) -> int:
+    """What it takes on this machine's disk."""
+    if form == "peft":
+        return services.store.num_bytes(found.digest, found.manifest)
+    return services.conversions.num_bytes(form, found.manifest)
 
 
 def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import Header, Path, Request
-from starlette.concurrency import run_in_threadpool
 
 from loray.api.uploads import FileResource, UploadResource
-from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
+from loray.publishing.uploads import UploadedFile, Uploads
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Services, ServicesDep
-from serve_apps.bodies import receive_file
+from serve_apps.console import receive_upload
 
 router = router_of("uploads")
 
@@ -45,17 +43,18 @@ def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadRes
 
 @router.put(
     "/uploads/{id}/files/{name}",
-    responses=responses(403, 404, 409) | examples.ok(examples.FILE),
+    responses=responses(403, 404, 409, 411) | examples.ok(examples.FILE),
     openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
 )
 async def put_file(
     services: ServicesDep, request: Request, asking: Asking, id: UploadId, name: FileName
 ) -> FileResource:
-    """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
-    limit = check_file_name(name)
-    uploads = await run_in_threadpool(_uploads, services, asking)
-    async with services.sending.one(asking):
-        return _file(await receive_file(request, name, limit, partial(uploads.put, id, name)))
+    """Send one file of the folder, as it is, with its Content-Length. A file of the same name is replaced.
+
+    403: the tenant would store more than it may. 409: it is published already. 411: without a length. 503: too many
+    files are being sent.
+    """
+    return _file(await receive_upload(services, request, asking, id, name))
 
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))

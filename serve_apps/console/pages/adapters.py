@@ -16,7 +16,6 @@ from loray.api.canaries import CanaryResource
 from loray.api.resources import VersionNumber
 from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
-from loray.files import scratch_folder
 from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking
@@ -140,10 +139,11 @@ def show_version(
 async def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
     """The files as a tar archive, verified before the first byte."""
     backend, held = console.backend, ExitStack()
-    made = held.enter_context(scratch_folder()) / "made"
 
     def make() -> tuple[Archive, AdapterVersion]:
         found = backend.catalog_of(asking).version(name, version)
+        num_bytes = backend.store.num_bytes(found.digest, found.manifest)
+        made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
 
     try:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from loray.adapters.manifest import PUBLISHED_FILES
 from loray.api.uploads import Registration
@@ -16,13 +14,13 @@ from loray.bases.registry import base_names
 from loray.catalog import AdapterVersion
 from loray.errors import SpecError
 from loray.publishing import Destination
-from loray.publishing.uploads import Uploads, check_file_name
+from loray.publishing.uploads import Uploads
 from loray.serving.access import check
 from loray.spec import AdapterManifest, Name, Principal
 from serve_apps.access import Asking
-from serve_apps.bodies import receive_file
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, Form, checked, read_form
+from serve_apps.console.receiving import receive_upload
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
@@ -52,10 +50,7 @@ async def put_file(
     console: ConsoleDep, request: Request, asking: Asking, id: UploadId, name: Annotated[str, Path(max_length=64)]
 ) -> Response:
     """One file, as it is."""
-    limit = check_file_name(name)
-    uploads = await run_in_threadpool(_uploads, console, asking)
-    async with console.backend.sending.one(asking):
-        await receive_file(request, name, limit, partial(uploads.put, id, name))
+    await receive_upload(console.backend, request, asking, id, name)
     return Response(status_code=204)
 
 

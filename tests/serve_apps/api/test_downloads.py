@@ -137,14 +137,14 @@ def make(
     """`make(target, tenant=…, client=…)` begins a conversion whose process writes its id to `target`, and waits."""
     version = import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
     monkeypatch.setattr(
-        conversions, "command_of", lambda form, ref, target: [sys.executable, "-c", STILL_THERE, str(target)]
+        conversions, "command_of", lambda form, ref, target, max_bytes: [sys.executable, "-c", STILL_THERE, str(target)]
     )
-    made = Conversions(api.settings)
+    made = Conversions(api.settings, api.services.memory)
 
     async def begin(target: Path, tenant: str = "acme", client: Client | None = None) -> None:
         with made.place(tenant):
             asked: Any = client or Client()
-            await made.make("gguf", version.ref, version.manifest, target, client=asked)
+            await made.make("gguf", version.ref, target, client=asked)
 
     return begin
 

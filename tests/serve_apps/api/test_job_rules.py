@@ -158,6 +158,23 @@ def test_so_many_jobs_and_workers_at_once(api: Tenants) -> None:
     assert api.by(principal(tenant=DEFAULT_TENANT)).post("/jobs", json=recipe()).status_code == 403  # its data
 
 
+def test_a_tenant_has_four_jobs_at_once_unless_it_is_said_otherwise(api: Tenants) -> None:
+    with api.by(principal()) as http:
+        assert [http.post("/jobs", json=recipe()).status_code for _ in range(5)] == [201] * 4 + [429]
+        problem(http.post("/jobs", json=recipe(num_workers=17)), 403)
+    with api.by(principal(tenant=DEFAULT_TENANT, scopes={"admin"})) as http:
+        assert [http.post("/jobs", json=recipe()).status_code for _ in range(5)] == [201] * 5
+
+
+@pytest.mark.parametrize(("field", "said"), [("licence", "the recipe has"), ("description", "publish.description has")])
+def test_a_recipe_that_could_not_be_published_is_refused_before_it_is_trained(
+    api: Tenants, field: str, said: str
+) -> None:
+    text = "x" * (225 << 10 if field == "licence" else 4097)
+    with api.by(principal()) as http:
+        assert said in problem(http.post("/jobs", json=recipe() | {"publish": {field: text}}), 422)["detail"]
+
+
 def test_the_deployments_limits_bind_tenants_without_limits(api: Tenants) -> None:
     api.services = Services(replace(api.settings, max_jobs=1), api.jobs, api.placements)
     with api.by(principal()) as http:

@@ -6,6 +6,7 @@ it can be restored. Limits that nobody has set bind keys that are no administrat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -29,10 +30,14 @@ from loray.spec import (
 class Allowances(Database):
     """The catalog's operation before bytes of a tenant are taken."""
 
-    def check_stored_bytes(self, num_bytes: int) -> None:
+    def check_stored_bytes(self, more: Callable[[], int]) -> None:
         """Raise LimitExceeded where so many bytes beside the adapters of the caller's tenant are more than it may
-        store.
+        store. They are counted only if there is a limit.
         """
+        with reading(self._engine) as c:
+            if _stored_limit(c, self._principal, self.own_tenant) is None:
+                return
+        num_bytes = more()
         with reading(self._engine) as c:
             _refuse_more_bytes(c, self._principal, self.own_tenant, num_bytes)
 
@@ -67,7 +72,7 @@ def refuse_more_versions(
 
 
 def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_bytes: int) -> None:
-    limit = _limit(c, principal, tenant, "max_stored_bytes", None)
+    limit = _stored_limit(c, principal, tenant)
     if limit is None:
         return
     one = sa.select(versions.c.digest, sa.func.max(versions.c.nbytes).label("nbytes"))
@@ -89,6 +94,10 @@ def _characters_of_templates(c: sa.Connection, tenant: str, beside: str | None) 
     length = sa.func.length(manifest_as_json(c)["chat_template"].as_string())
     query = sa.select(sa.func.coalesce(sa.func.sum(length), 0))
     return int(c.execute(query.where(versions.c.id.in_(one.group_by(versions.c.chat_template)))).scalar_one())
+
+
+def _stored_limit(c: sa.Connection, principal: Principal, tenant: str) -> int | None:
+    return _limit(c, principal, tenant, "max_stored_bytes", None)
 
 
 def _is_bound(principal: Principal) -> bool:

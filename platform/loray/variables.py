@@ -1,0 +1,93 @@
+"""Values of `LORAY_*` variables; errors name the variable."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from loray.errors import SettingsError
+
+if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
+    from loray.spec import TrainingGroup
+
+NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
+STDOUT = "-"  # of LORAY_ACCESS_LOG
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GROUP = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+
+def positive(env: Mapping[str, str], name: str) -> float | None:
+    value = env.get(name)
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise SettingsError(f"{name}={value!r} must be a positive number")
+    return number
+
+
+def whole(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name)
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit()) or len(value) > 9:
+        raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
+    return int(value)
+
+
+def whole_or_none(env: Mapping[str, str], name: str, default: int) -> int | None:
+    if env.get(name) == NONE:
+        return None
+    value = whole(env, name)
+    return default if value is None else value
+
+
+def size(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name)
+    if not value:
+        return None
+    from loray.spec import parse_size
+
+    try:
+        number = parse_size(value)
+    except ValueError:
+        number = 0
+    if not isinstance(number, int) or number <= 0:
+        raise SettingsError(f"{name}={value!r} must be a size, as 20GiB")
+    return number
+
+
+def training_group(name: str) -> TrainingGroup:
+    from loray.spec import TrainingGroup
+
+    if not _GROUP.fullmatch(name):
+        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
+    return TrainingGroup(name)
+
+
+def log_target(value: str | None) -> str | None:
+    if value and value != STDOUT and not value.startswith("/"):
+        raise SettingsError(f"LORAY_ACCESS_LOG={value!r} must be the absolute path of a file, or - for stdout")
+    return value or None
+
+
+def hashes(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in env.get(name, "").split(",") if part.strip())
+    if not all(_SHA256.fullmatch(part) for part in found):  # what is wrong is not shown: it may be a key
+        raise SettingsError(f"{name} must be SHA-256 sums in hexadecimal, with commas between them, and no keys")
+    return found
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+    return value
