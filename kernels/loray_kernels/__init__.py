@@ -26,7 +26,6 @@ from functools import cache
 import torch
 
 from loray_kernels.arguments import (
-    Exchange,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -35,7 +34,6 @@ from loray_kernels.arguments import (
     Segments,
     StepInputs,
     VeraTable,
-    alone,
 )
 from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
@@ -62,7 +60,6 @@ from loray_kernels.records import (
     InputShape,
     LoraRows,
     RowTables,
-    Split,
     record_words,
 )
 from loray_kernels.reference import ReferenceOps
@@ -84,7 +81,6 @@ __all__ = [
     "Directory",
     "Drawn",
     "Draws",
-    "Exchange",
     "InputShape",
     "KvLayout",
     "LayerTables",
@@ -105,7 +101,6 @@ __all__ = [
     "RecordedStep",
     "RowTables",
     "Segments",
-    "Split",
     "StepInputs",
     "StepRecords",
     "StepVectors",
@@ -115,7 +110,6 @@ __all__ = [
     "TokenSet",
     "VectorShape",
     "VeraTable",
-    "alone",
     "available",
     "backend",
     "device_memory",

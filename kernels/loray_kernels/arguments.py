@@ -144,12 +144,3 @@ class StepInputs:
     cos_Td: Tensor
     sin_Td: Tensor
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-
-
-# From a rank's intermediate, (T, columns), to that of N ranks, (N, T, columns). It has the values of padding as well.
-Exchange = Callable[[Tensor], Tensor]
-
-
-def alone(own_TR: Tensor) -> Tensor:
-    """The Exchange of one rank."""
-    return own_TR[None]

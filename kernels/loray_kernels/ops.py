@@ -12,7 +12,6 @@ from typing import Protocol
 from torch import Tensor
 
 from loray_kernels.arguments import (
-    Exchange,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -21,7 +20,6 @@ from loray_kernels.arguments import (
     StepInputs,
     TablesOf,
     VeraTable,
-    alone,
 )
 from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
@@ -137,10 +135,9 @@ class Ops(Protocol):
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
         """`lora_shrink` and `lora_expand` with the rows that the records have at `field`, which is layer × inputs + the
-        input; between them `exchange` of h, (T, its `part_rows`). Writes `outputs`.
+        input. Writes `outputs`.
         """
         ...
 
@@ -152,10 +149,9 @@ class Ops(Protocol):
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
         """`vera_shrink` and `vera_expand` with the vectors that the records have for `field`'s layer and input, whose
-        modules `y_TO` has side by side; between them `exchange` of z, whose first part is used. Writes `y_TO`.
+        modules `y_TO` has side by side. Writes `y_TO`.
         """
         ...
 

@@ -23,7 +23,7 @@ from loray_kernels.pages import to_device
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RECORD_TOKENS = 4  # of one adapter, that share the reading of its rows
-MAX_ROWS = 512  # of A, of all modules of one input and all ranks; an adapter with more has no record
+MAX_ROWS = 512  # of A, of all modules of one input; an adapter with more has no record
 _WORDS = 1 << 20  # of a directory: 8 MB, the records of 3,000 adapters of Llama-3-8B
 
 Columns = tuple[tuple[int, int], ...]  # (first column, columns) of each segment of a row
@@ -45,43 +45,17 @@ class LoraRows(NamedTuple):
     scale: float
 
 
-class Split(NamedTuple):
-    """What one of several ranks of tensor parallel has of adapters, for one input.
-
-    parts        ranks that divide the rows of A; each has all rows of B
-    pair_column  of A of a VeRA pair, the column that meets the input's first
-    pair_rows    of B of a VeRA pair, for each module the row of its first output
-    outputs      for each module the segments of DoRA's scale
-    """
-
-    parts: int
-    pair_column: int
-    pair_rows: tuple[int, ...]
-    outputs: tuple[Columns, ...]
-
-
 class InputShape(NamedTuple):
-    """Segments of rows of A, and of B for each module of INPUTS. Equal for all adapters of a base. `split` None: there
-    is one rank.
+    """Segments of rows of A, and of B for each module of INPUTS. Equal for all adapters of a base.
+
+    pair_column  of A of a VeRA pair, the column that meets the input's first: a rank of several may have a part of it
+    pair_rows    of B of a VeRA pair, for each module the row of this rank's first output
     """
 
     a: Columns
     b: tuple[Columns, ...]
-    split: Split | None = None
-
-    @property
-    def parts(self) -> int:
-        return 1 if self.split is None else self.split.parts
-
-    @property
-    def outputs(self) -> tuple[Columns, ...]:
-        """Segments of DoRA's scale for each module."""
-        return self.b if self.split is None else self.split.outputs
-
-    @property
-    def part_rows(self) -> int:
-        """The most rows of A that a rank has: columns of h."""
-        return MAX_ROWS // self.parts
+    pair_column: int = 0
+    pair_rows: tuple[int, ...] = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +106,7 @@ def record_words(
     groups: Sequence[Mapping[str, LoraRows]], layer_group: Sequence[int], inputs: Sequence[InputShape]
 ) -> npt.NDArray[np.int64] | None:
     """A record: for each layer and input where its block begins, or 0; then the blocks, which layers of one group
-    share. csrc/lora.cu describes a block. None if an input has more rows than `part_rows`.
+    share. csrc/lora.cu describes a block. None if an input has more than MAX_ROWS rows.
 
     layer_group  the group of each layer; −1 for a layer without LoRA
     """
@@ -144,7 +118,7 @@ def record_words(
             block = _block([rows.get(m) for m in modules], shape)
             numbers[-1].append(len(blocks) if block else -1)
             blocks += [block] if block else []
-            if block and sum(block[: len(modules)]) > shape.part_rows:
+            if block and sum(block[: len(modules)]) > MAX_ROWS:
                 return None
     head = len(layer_group) * len(INPUTS)
     starts = [*accumulate(map(len, blocks), initial=head)]
@@ -186,6 +160,6 @@ def read_block(words: Tensor, start: int, field: int, shape: InputShape) -> list
     firsts = [*accumulate(ranks, initial=0)]
     rows: list[LoraRows | None] = []
     for rank, first, scale, columns in zip(ranks, firsts, bits.view(np.float32), shape.b, strict=False):
-        b = tuple(take(rank * shape.parts) for _ in columns)
+        b = tuple(take(rank) for _ in columns)
         rows.append(LoraRows(tuple(s[first : first + rank] for s in a), b, float(scale)) if rank else None)
     return rows

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray_kernels.arguments import (
-    Exchange,
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -21,12 +20,11 @@ from loray_kernels.arguments import (
     StepInputs,
     TablesOf,
     VeraTable,
-    alone,
 )
 from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import DirectWriter, PageWriter
-from loray_kernels.records import INPUTS, Columns, LoraRows, RowTables, read_block
+from loray_kernels.records import INPUTS, MAX_ROWS, Columns, LoraRows, RowTables, read_block
 from loray_kernels.sampling.choosing import Chooser
 from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, sample
 from loray_kernels.vectors import MAX_PAIR_RANK, Pair, TokenRows
@@ -194,10 +192,9 @@ class ReferenceOps:
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
         shape = records.records.inputs[field % len(INPUTS)]
-        h_TR = torch.zeros(x_TI.shape[0], shape.part_rows, device=x_TI.device)
+        h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
         found: list[tuple[slice, list[LoraRows | None]]] = []
         for start, first, num in records.items_S3.tolist():
             own, column = slice(first, first + num), 0
@@ -206,14 +203,13 @@ class ReferenceOps:
                 a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
                 h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
                 column += len(a_RI)
-        h_NTR = exchange(h_TR)
         for own, modules in found:
             column = 0
             for y_TO, rows, columns in zip(outputs, modules, shape.b, strict=False):
                 if rows is not None:
                     b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
                     num = len(rows.a[0])
-                    own_TR = h_NTR[:, own, column : column + num].transpose(0, 1).flatten(1)
+                    own_TR = h_TR[own, column : column + num]
                     y_TO[own] = (y_TO[own].float() + rows.scale * (own_TR @ b_RO)).to(y_TO.dtype)
                     column += num
 
@@ -225,9 +221,8 @@ class ReferenceOps:
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
-        vectors, split = records.vectors, records.records.inputs[field % len(INPUTS)].split
+        vectors, shape = records.vectors, records.records.inputs[field % len(INPUTS)]
         assert vectors is not None
         z_TR = torch.zeros(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
         pairs = []
@@ -235,15 +230,14 @@ class ReferenceOps:
             pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
             pairs.append((pair, range(first, first + num)))
             a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
-            a_RI = a_RI[:, 0 if split is None else split.pair_column :]
+            a_RI = a_RI[:, shape.pair_column :]
             own = slice(first, first + num)
             z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], PairMatrix(a_RI))
-        z_TR = exchange(z_TR)[0]
         for pair, tokens in pairs:
             for token in tokens:
                 z_1R = z_TR[token : token + 1, : pair.rank]
                 for i, (module, layer, columns) in enumerate(vectors.modules(field, "vera_b")):
-                    b_at = pair.b + (0 if split is None else split.pair_rows[i]) * pair.rank
+                    b_at = pair.b + shape.pair_rows[i] * pair.rank
                     d, b = (
                         [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
                         for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))

@@ -74,8 +74,8 @@ class VectorShape:
             ("norm", "norm"): ((0, sum(width for _, width in hidden)),),
         }
         for modules, shape in zip(INPUTS, inputs, strict=False):
-            for module, own, outputs in zip(modules, shape.b, shape.outputs, strict=True):
-                columns |= {(module, "dora"): outputs, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
+            for module, own in zip(modules, shape.b, strict=True):
+                columns |= {(module, "dora"): own, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
         starts = accumulate(map(len, columns.values()), initial=0)
         slots = {name: Slot(word, own) for word, (name, own) in zip(starts, columns.items(), strict=False)}
         return cls(num_layers, slots, sum(map(len, columns.values())))

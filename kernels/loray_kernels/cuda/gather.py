@@ -122,7 +122,7 @@ class Gather(RowLaunches):
         )
 
     def recorded_expand(
-        self, outputs: tuple[Tensor, ...], h_NTR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
+        self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
     ) -> None:
         y = three_outputs(outputs)
         self.launch(
@@ -132,10 +132,8 @@ class Gather(RowLaunches):
             (
                 *(t.data_ptr() for t in y),
                 *(t.stride(0) for t in y),
-                h_NTR.data_ptr(),
-                h_NTR.stride(1),
-                h_NTR.stride(0),
-                h_NTR.shape[0],
+                h_TR.data_ptr(),
+                h_TR.stride(0),
                 pool.data_ptr(),
                 step.items_S3.data_ptr(),
                 tables.tiles.data_ptr(),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.arguments import Exchange, LoraTable, PairMatrix, Segments, StepInputs, VeraTable, alone
+from loray_kernels.arguments import LoraTable, PairMatrix, Segments, StepInputs, VeraTable
 from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather, Work
 from loray_kernels.cuda.launch import SUFFIX
@@ -41,7 +41,7 @@ from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, Ste
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import side_by_side, token_rows
 from loray_kernels.pages import PageWriter
-from loray_kernels.records import INPUTS
+from loray_kernels.records import INPUTS, MAX_ROWS
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling.choosing import Chooser
 from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
@@ -222,15 +222,14 @@ class CudaOps(ReferenceOps):
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
         assert _one_dtype(pool, x_TI, *outputs)
         assert all(y.stride(1) == 1 for y in outputs)
         x_TI, layer, number = token_rows(x_TI), pool[layer_offset:], field % len(INPUTS)
         tables = pack_input(records.records, number)
-        h_TR = torch.empty(x_TI.shape[0], records.records.inputs[number].part_rows, device=x_TI.device)
+        h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
         self._gather.recorded_shrink(x_TI, layer, records, field, tables, h_TR)
-        self._gather.recorded_expand(outputs, exchange(h_TR), layer, records, field, tables)
+        self._gather.recorded_expand(outputs, h_TR, layer, records, field, tables)
 
     def vera_of_records(
         self,
@@ -240,18 +239,16 @@ class CudaOps(ReferenceOps):
         records: StepRecords,
         field: int,
         layer_offset: int,
-        exchange: Exchange = alone,
     ) -> None:
         vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
-        split = records.records.inputs[number].split
         assert vectors is not None
         assert _one_dtype(pool, x_TI, y_TO)
         assert y_TO.stride(1) == 1
         x_TI, tables = token_rows(x_TI), pack_vectors(records.records, vectors.shape, number)
         z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        columns = pool if split is None else pool[split.pair_column :]
+        columns = pool[records.records.inputs[number].pair_column :]
         self._gather.vera_recorded_shrink(x_TI, columns, vectors, layer, tables, z_TR)
-        self._gather.vera_recorded_expand(y_TO, exchange(z_TR)[0], pool, layer_offset, vectors, layer, tables)
+        self._gather.vera_recorded_expand(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
 
     def scale_of_records(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int

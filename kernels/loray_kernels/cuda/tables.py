@@ -241,7 +241,7 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
 def pack_input(records: Records, number: int) -> OfInput:
     packed: OfInput | None = records.memo.get(number)
     if packed is None:
-        a, b, _ = records.inputs[number]
+        a, b = records.inputs[number][:2]
         tiles: list[int] = []
         for m, columns in enumerate(b):
             for s, (column, width) in enumerate(columns):

@@ -32,10 +32,10 @@ def pack_vectors(records: Records, shape: VectorShape, number: int) -> OfInput:
         tiles: list[int] = []
         scale_tiles: list[int] = []
         column = scale_column = 0
-        split = records.inputs[number].split
+        pair_rows = records.inputs[number].pair_rows
         for m, module in enumerate(INPUTS[number]):
             d, (b, segments) = shape.slots[module, "vera_d"].word, shape.slots[module, "vera_b"]
-            row = 0 if split is None else split.pair_rows[m]
+            row = pair_rows[m]  # of B, the first of this rank
             words.append(d)
             for s, (first, width) in enumerate(segments):
                 for at in range(0, width, TILE_COLUMNS):

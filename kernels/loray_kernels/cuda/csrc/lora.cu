@@ -41,12 +41,10 @@ __device__ void shrink(const T *x, i64 x_stride, const T *pool, const i64 *items
 }
 
 // y[t, o] += scale · sum_r h[t, h_column + r] · B[r, o], rounded once, for the columns of one tile, see `expand`.
-// `offsets`: of the adapter's `rank` rows of B in the tile's segment. h stands in parts, `part_stride` apart, of `own`
-// of these rows each.
+// `offsets`: of the adapter's `rank` rows of B in the tile's segment.
 template <class T>
 __device__ void expand_tile(T *y, i64 stride, const float *h, i64 h_stride, i64 h_column, const T *pool,
-                            const i64 *item, const i64 *tile, const i64 *offsets, int rank, int own, i64 part_stride,
-                            float s) {
+                            const i64 *item, const i64 *tile, const i64 *offsets, int rank, float s) {
   __shared__ float h_shared[TOKENS][RANKS];
   __shared__ i64 at[RANKS];
   const i64 first = item[1];
@@ -56,10 +54,8 @@ __device__ void expand_tile(T *y, i64 stride, const float *h, i64 h_stride, i64 
     const int n = min(RANKS, rank - r0);
     __syncthreads();
     for (int r = threadIdx.x; r < n; r += THREADS) {
-      const int part = (r0 + r) / own;
-      const float *from = h + part * part_stride + h_column + (r0 + r - part * own);
       at[r] = offsets[r0 + r] + tile[2];
-      for (int t = 0; t < count; t++) h_shared[t][r] = from[(first + t) * h_stride];
+      for (int t = 0; t < count; t++) h_shared[t][r] = h[(first + t) * h_stride + h_column + r0 + r];
     }
     __syncthreads();
     if (column < tile[4]) {
@@ -110,15 +106,14 @@ __device__ void expand(Outputs<T> y, const float *h, i64 h_stride, const T *pool
   const int rank = static_cast<int>(start[1] - start[0]);
   if (rank == 0) return;
   expand_tile(y.of(module), y.stride(module), h, h_stride, h_column[module], pool, item, tile,
-              offsets + tile[1] + start[0], rank, rank, 0, scale[module * num_adapters + adapter]);
+              offsets + tile[1] + start[0], rank, scale[module * num_adapters + adapter]);
 }
 
 // Decode steps that are recorded once and replayed: which adapters a step has stands in device memory only. An item is
 // (where its adapter's record begins in `directory`, first token, tokens); padding has no tokens. A record has at
 // `field` where a layer's block for one input begins, from the record's start, or 0. A block has, for each module of the
 // input, its rank; then each scale, a float's bits; then the offsets of all rows of A, segment by segment; then those of
-// B, module by module and segment by segment. If ranks of tensor parallel divide the rows of A, a block has those of its
-// own and `parts` times as many of B.
+// B, module by module and segment by segment.
 __device__ inline const i64 *block_of(const i64 *directory, const i64 *item, i64 field) {
   const i64 *record = directory + item[0];
   return item[2] && record[field] ? record + record[field] : nullptr;
@@ -139,24 +134,23 @@ __device__ void recorded_shrink(const T *x, i64 x_stride, const T *pool, const i
 }
 
 // A tile is (module, number of the segment in it, first column in the segment, first column in y, columns).
-// `module_segments`: of each module's B. h is (parts, tokens, columns). Grid (items, tiles), THREADS threads.
+// `module_segments`: of each module's B. Grid (items, tiles), THREADS threads.
 template <class T>
-__device__ void recorded_expand(Outputs<T> y, const float *h, i64 h_stride, i64 part_stride, i64 parts, const T *pool,
-                                const i64 *items, const i64 *tiles, const i64 *directory, i64 field, i64 num_modules,
-                                i64 num_segments, const i64 *module_segments) {
+__device__ void recorded_expand(Outputs<T> y, const float *h, i64 h_stride, const T *pool, const i64 *items,
+                                const i64 *tiles, const i64 *directory, i64 field, i64 num_modules, i64 num_segments,
+                                const i64 *module_segments) {
   const i64 *item = items + 3 * blockIdx.x, *tile = tiles + 5 * blockIdx.y, *block = block_of(directory, item, field);
   if (!block) return;
-  const i64 module = tile[0], own = block[module];
-  if (own == 0) return;
-  i64 num_rows = 0, h_column = 0, at = tile[1] * own;
+  const i64 module = tile[0], rank = block[module];
+  if (rank == 0) return;
+  i64 num_rows = 0, h_column = 0, at = tile[1] * rank;
   for (i64 m = 0; m < num_modules; m++) {
     num_rows += block[m];
     if (m < module) h_column += block[m], at += module_segments[m] * block[m];
   }
   const float scale = __uint_as_float(static_cast<unsigned>(block[num_modules + module]));
   expand_tile(y.of(module), y.stride(module), h, h_stride, h_column, pool, item, tile,
-              block + 2 * num_modules + num_segments * num_rows + parts * at, static_cast<int>(parts * own),
-              static_cast<int>(own), part_stride, scale);
+              block + 2 * num_modules + num_segments * num_rows + at, static_cast<int>(rank), scale);
 }
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
@@ -178,11 +172,11 @@ __device__ void recorded_expand(Outputs<T> y, const float *h, i64 h_stride, i64 
     recorded_shrink<T>(x, x_stride, pool, items, directory, field, num_modules, segments, num_segments, h, h_stride);  \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, EXPAND_BLOCKS) lora_recorded_expand_##suffix(                  \
-      T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride, i64 part_stride,       \
-      i64 parts, const T *pool, const i64 *items, const i64 *tiles, const i64 *directory, i64 field, i64 num_modules,  \
-      i64 num_segments, const i64 *module_segments) {                                                                  \
-    recorded_expand<T>({y0, y1, y2, stride0, stride1, stride2}, h, h_stride, part_stride, parts, pool, items, tiles,   \
-                       directory, field, num_modules, num_segments, module_segments);                                  \
+      T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride, const T *pool,         \
+      const i64 *items, const i64 *tiles, const i64 *directory, i64 field, i64 num_modules, i64 num_segments,          \
+      const i64 *module_segments) {                                                                                    \
+    recorded_expand<T>({y0, y1, y2, stride0, stride1, stride2}, h, h_stride, pool, items, tiles, directory, field,     \
+                       num_modules, num_segments, module_segments);                                                    \
   }                                                                                                                    \
   LORAY_EXPORT(lora_shrink_##suffix)                                                                                   \
   LORAY_EXPORT(lora_expand_##suffix)                                                                                   \

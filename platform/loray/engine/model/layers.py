@@ -19,15 +19,12 @@ from loray.engine.pool.resident import ResidentPair
 from loray_kernels import (
     INPUTS,
     LayerWeights,
-    LoraTable,
     Ops,
     Parts,
-    Segments,
     StepInputs,
     StepRecords,
     TokenRows,
     VeraTable,
-    alone,
 )
 
 
@@ -89,10 +86,9 @@ class Linear:
         """What `records` bring, to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
         if Parts.LORA in records.parts:
-            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset, self.exchange_h)
+            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset)
         if Parts.VERA in records.parts:
-            own_TO, exchange = self.own_columns(y_TO), self.exchange_z
-            step.ops.vera_of_records(x_TI, own_TO, pool, records, self._field, offset, exchange)
+            step.ops.vera_of_records(x_TI, y_TO, pool, records, self._field, offset)
         if Parts.DORA in records.parts:
             step.ops.scale_of_records(y_TO, self.weights.bias_O, pool, records, self._field, offset)
 
@@ -104,7 +100,6 @@ class Linear:
         pool, segments, offset = step.pool.tensor, step.batch.adapters.segments, step.offset(self._layer)
         tables = tuple(found[m] for m in own)
         h = step.ops.lora_shrink(x_TI, pool, tables, segments, offset)
-        h, tables = self.exchange_lora(h, tables, segments)
         step.ops.lora_expand(tuple(outputs[m] for m in own), h, pool, tables, segments, offset)
 
     def add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
@@ -128,24 +123,6 @@ class Linear:
                 step.ops.scale_rows(outputs[module], bias_O, step.pool.tensor, own, step.offset(self._layer))
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
-
-    def exchange_h(self, h_TR: Tensor) -> Tensor:
-        """LoRA's intermediate in a recorded step, see Exchange."""
-        return alone(h_TR)
-
-    def exchange_z(self, z_TR: Tensor) -> Tensor:
-        """VeRA's intermediate in a recorded step."""
-        return alone(z_TR)
-
-    def own_columns(self, y_TO: Tensor) -> Tensor:
-        """The columns of the result for which this rank has B."""
-        return y_TO
-
-    def exchange_lora(
-        self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments
-    ) -> tuple[tuple[Tensor, ...], tuple[LoraTable, ...]]:
-        """From the result of `lora_shrink` to the arguments of `lora_expand`."""
-        return h, tables
 
     def shrink_vera(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
         """z = A x, (T, R) in fp32."""

@@ -2,7 +2,7 @@
 
     shard         which part of every matrix a rank has
     rows          a packed adapter cut into the ranks' parts
-    communicator  collectives, and how many bytes they send
+    communicator  collectives
     linear        linear modules whose matrix, LoRA and VeRA are spread over the ranks
     decoder       one rank's part of the model
     pool          rank 0's allocator decides, and every rank's pool follows

@@ -6,11 +6,9 @@ carries rank 0's commands and adapters' rows, which are in host memory. There a 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from fractions import Fraction
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -27,32 +25,26 @@ from torch.distributed import (  # type: ignore[attr-defined]
 
 from loray.engine.parallel.shard import Shard
 
-Purpose = Literal["base", "adapter", "logits"]
+Collective = Literal["all_reduce", "gather"]
 
 _FORWARD_TIMEOUT = timedelta(minutes=5)  # within which every rank must start the same collective
 _IDLE_TIMEOUT = timedelta(days=10_000)
 
 
-class Traffic(NamedTuple):
-    collective: Literal["all_reduce", "all_gather", "gather"]
-    purpose: Purpose
-
-
 class _Call(NamedTuple):
-    collective: Literal["all_reduce", "all_gather", "gather"]
+    collective: Collective
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class Communicator:
-    """Of one rank. Counts the bytes that it passes to collectives of a forward pass, see `sent_bytes`."""
+    """One rank's end of both groups."""
 
     def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
         self.shard, self._device = shard, device
         self._silent = False
         self._skipped: dict[_Call, None] = {}  # by the last silent step, of those that are not connected
         self._connected: set[_Call] = set()
-        self._num_bytes: Counter[Traffic] = Counter()
         rank, size = shard.rank, shard.world_size
         make = _nccl if device.type == "cuda" else _gloo
         self._data = make(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT)
@@ -61,46 +53,19 @@ class Communicator:
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
     #    They may be recorded in a CUDA graph: they allocate and wait on the device alone.
 
-    def all_reduce(self, x: Tensor, purpose: Purpose) -> None:
+    def all_reduce(self, x: Tensor) -> None:
         """`x` becomes the sum over the ranks, in x's dtype."""
-        if self._skips("all_reduce", x):
-            return
-        self._num_bytes[Traffic("all_reduce", purpose)] += x.nbytes
-        self._data.allreduce([x]).wait()
+        if not self._skips("all_reduce", x):
+            self._data.allreduce([x]).wait()
 
-    def all_gather(self, x: Tensor, purpose: Purpose) -> Tensor:
-        """(ranks, *x.shape)"""
-        out = x.new_empty(self.shard.world_size, *x.shape)
-        if not self._skips("all_gather", x):
-            self._num_bytes[Traffic("all_gather", purpose)] += x.nbytes
-            self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
-        return out
-
-    def gather(self, x: Tensor, purpose: Purpose) -> Tensor | None:
+    def gather(self, x: Tensor) -> Tensor | None:
         """(ranks, *x.shape) on rank 0, None elsewhere."""
         out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
-        if self._skips("gather", x):
-            return out
-        self._num_bytes[Traffic("gather", purpose)] += x.nbytes
-        options = GatherOptions()
-        options.rootRank = 0
-        self._data.gather([] if out is None else [list(out.unbind())], [x.contiguous()], options).wait()
+        if not self._skips("gather", x):
+            options = GatherOptions()
+            options.rootRank = 0
+            self._data.gather([] if out is None else [list(out.unbind())], [x.contiguous()], options).wait()
         return out
-
-    def sent_bytes(self) -> dict[Traffic, Fraction]:
-        """Bytes that this rank has sent in forward passes if its collectives use a ring, which is optimal.
-
-        If each of N ranks passes n bytes, all_reduce sends 2(N−1)n/N, all_gather (N−1)n, and gather n from every rank
-        but rank 0. The measured traffic of gloo is within 0.6 % of that. Control messages and adapters' rows are not
-        counted, nor are steps that replay a recording; what is recorded counts once.
-        """
-        n = self.shard.world_size
-        factor = {
-            "all_reduce": Fraction(2 * (n - 1), n),
-            "all_gather": Fraction(n - 1),
-            "gather": Fraction(int(self.shard.rank > 0)),
-        }
-        return {traffic: factor[traffic.collective] * num_bytes for traffic, num_bytes in self._num_bytes.items()}
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -113,16 +78,14 @@ class Communicator:
 
     def connect(self) -> None:
         """Call what the last silent step has skipped, each collective of a dtype and shape once ever. Every rank calls
-        this after the same steps. The bytes are not counted.
+        this after the same steps.
         """
-        counted = self._num_bytes.copy()
         for name, dtype, shape in self._skipped:
-            getattr(self, name)(torch.zeros(shape, dtype=dtype, device=self._device), "base")
-        self._num_bytes = counted
+            getattr(self, name)(torch.zeros(shape, dtype=dtype, device=self._device))
         self._connected |= self._skipped.keys()
         self._skipped = {}
 
-    def _skips(self, collective: Literal["all_reduce", "all_gather", "gather"], x: Tensor) -> bool:
+    def _skips(self, collective: Collective, x: Tensor) -> bool:
         if self._silent and (call := _Call(collective, x.dtype, tuple(x.shape))) not in self._connected:
             self._skipped[call] = None
         return self._silent

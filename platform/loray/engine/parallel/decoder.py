@@ -57,7 +57,7 @@ class ShardedDecoder(Decoder):
     def _logits(self, x_RD: Tensor) -> Tensor:
         """On rank 0 as Decoder; on other ranks the logits of their part of the vocabulary."""
         logits_RV = super()._logits(x_RD)
-        parts_NRV = self._communicator.gather(logits_RV, "logits") if logits_RV.shape[0] else None
+        parts_NRV = self._communicator.gather(logits_RV) if logits_RV.shape[0] else None
         if parts_NRV is None:
             return logits_RV
         return torch.cat(tuple(parts_NRV.unbind()), dim=1)[:, : self._vocab_size]

@@ -1,13 +1,12 @@
-"""A packed adapter cut into the ranks' parts, as S-LoRA's section 6 has it.
+"""A packed adapter cut into the ranks' parts, as `linear` computes with them.
 
     module             A, r rows of the input's width          Bᵀ, r rows of the output's width
-    column-parallel    the rank's rows of r                    the rank's columns
-    row-parallel       the rank's columns, as of the input     the rank's columns
+    column-parallel    all of it                               the rank's columns
+    row-parallel       the rank's columns, as of the input     all of it
 
-All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b is split as the columns of B
-are. DoRA's scale is split as the outputs of the base's module: in row-parallel modules every rank has all of it. VeRA's
-vector d, norms and embedding rows are complete on every rank, and so is the shared pair, since modules of different
-widths use different parts of it.
+All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b and DoRA's scale are split as
+the columns of B are. VeRA's vector d, norms and embedding rows are complete on every rank, and so is the shared pair,
+since modules of different widths use different parts of it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,15 @@ from torch import Tensor
 from loray.adapters.weights import AdapterWeights
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import Geometry, Kind
-from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix, columns
-from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard, pad_rank
+from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
+from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard
 from loray.engine.pool.loading import AdapterSource, LoadAdapter, Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.records import input_shapes
-from loray_kernels import INPUTS, InputShape, Split
+from loray_kernels import INPUTS, InputShape
+
+_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora"})  # of column-parallel modules
+_SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,11 @@ def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[Inpu
     """`input_shapes` of a rank's part of adapters. `config` is the rank's."""
     shapes = []
     for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
-        outputs = [config.module_shape(module)[0] for module in modules]
+        outputs, inputs = zip(*map(config.module_shape, modules), strict=True)
         if modules[0] in COLUMN_PARALLEL:
-            parts, pair_column, b = shard.world_size, 0, shape.b
+            shapes.append(shape._replace(pair_rows=tuple(shard.rank * width for width in outputs)))
         else:
-            outputs = [width // shard.world_size for width in outputs]
-            parts, pair_column = 1, shard.rank * config.module_shape(modules[0])[1]
-            b = tuple(tuple(columns(width, capacity)) for width in outputs)
-        split = Split(parts, pair_column, tuple(shard.rank * width for width in outputs), shape.b)
-        shapes.append(InputShape(shape.a, b, split))
+            shapes.append(shape._replace(pair_column=shard.rank * inputs[0]))
     return tuple(shapes)
 
 
@@ -93,7 +91,7 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
         own: dict[Matrix, Tensor] = {}
         for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(Kind.LAYERED)).items():
             own_LRW = _slice(matrix, whole_LRW, shard)
-            own[matrix._replace(rows=own_LRW.shape[1], width=own_LRW.shape[2])] = own_LRW
+            own[matrix._replace(width=own_LRW.shape[2])] = own_LRW
         groups.append(LayerGroup(group.layers, tuple(own)))
         layered.append(_pack(own, local.capacity(Kind.LAYERED), pinned=pinned))
     flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(Kind.FLAT))
@@ -109,14 +107,8 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
 
 def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
     """The rank's part of a layered matrix's rows, (layers, rows, width)."""
-    columns = shard.slice(matrix.width) if matrix.role in ("lora_a", "lora_b", "vera_b") else slice(None)
-    if matrix.role == "dora" and matrix.module in COLUMN_PARALLEL:
-        columns = shard.slice(matrix.width)
-    if matrix.module in COLUMN_PARALLEL and matrix.role in ("lora_a", "lora_b"):
-        rows_LRW = pad_rank(rows_LRW, shard.world_size)
-        if matrix.role == "lora_a":
-            return rows_LRW[:, shard.slice(rows_LRW.shape[1])]
-    return rows_LRW[:, :, columns]
+    split = _SPLIT_BY_OUTPUT if matrix.module in COLUMN_PARALLEL else _SPLIT_BY_INPUT
+    return rows_LRW[:, :, shard.slice(matrix.width)] if matrix.role in split else rows_LRW
 
 
 def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dict[Matrix, Tensor]:

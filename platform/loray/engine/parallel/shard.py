@@ -91,12 +91,6 @@ def local_head(head_VD: Tensor, shard: Shard) -> Tensor:
     return padded[shard.slice(padded.shape[0])].clone()
 
 
-def pad_rank(rows_LRW: Tensor, world_size: int) -> Tensor:
-    """Rows of a column-parallel module's LoRA, padded with zeros so that all ranks have equally many."""
-    padding = -rows_LRW.shape[1] % world_size
-    return F.pad(rows_LRW, (0, 0, 0, padding)) if padding else rows_LRW
-
-
 def local_device(spec: ServeSpec, rank: int) -> torch.device:
     """On CUDA each rank has a device of its own if the process sees several."""
     device = torch.device(spec.device)

@@ -74,7 +74,7 @@ class AdapterLoads:
         return self._num_blocks.get(digest)
 
     def expected_blocks(self, ref: AdapterRef) -> int:
-        """Likewise; until it has been loaded, an estimate from its published size."""
+        """Likewise; until it has been loaded, an estimate from its published size. On several ranks it takes more."""
         estimate = min(-(-ref.nbytes // self._pool.block_bytes) + 1, self._pool.geometry.num_blocks // 2)
         return self._num_blocks.get(ref.digest) or estimate
 
