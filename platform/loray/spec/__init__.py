@@ -62,6 +62,7 @@ from loray.spec.evaluation import (
 from loray.spec.fields import (
     DEFAULT_ALIAS,
     DTYPE_BYTES,
+    MAX_CONTEXT,
     Alias,
     AnyDType,
     DType,
@@ -132,6 +133,7 @@ __all__ = [
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
     "LOSS",
+    "MAX_CONTEXT",
     "MAX_TEMPLATE_CHARACTERS",
     "MLP_MODULES",
     "MODULES_BY_INPUT",
