@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -89,6 +90,7 @@ class Recycled:
     def __init__(self, max_bytes: int, expected: Iterable[int] = ()) -> None:
         self._max_bytes = max_bytes
         self._idle: list[mmap.mmap] = []
+        self._returned: deque[mmap.mmap] = deque()  # that are not among the idle ones yet
         self._taken = list(expected)  # bytes of each since the last `prepare`
         self._lock = threading.Lock()
 
@@ -98,6 +100,7 @@ class Recycled:
         if num_bytes < _HUGE_PAGE:
             return torch.empty(num_elements, dtype=dtype)
         with self._lock:
+            self._take_returned()
             self._taken.append(num_bytes)
             pages = self._best(num_bytes)
             if pages is not None:
@@ -113,6 +116,7 @@ class Recycled:
         idle.
         """
         with self._lock:
+            self._take_returned()
             expected, self._taken = self._taken, []
             idle = list(self._idle)
             missing = []
@@ -139,10 +143,20 @@ class Recycled:
         return min(fits, key=len, default=None)
 
     def _give_back(self, pages: mmap.mmap) -> None:
-        with self._lock:
-            self._idle.append(pages)
-            while sum(map(len, self._idle)) > self._max_bytes:
-                self._idle.pop(0)
+        """A collection of garbage may call it in a thread that holds the lock, which therefore is not waited for."""
+        self._returned.append(pages)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_returned()
+            finally:
+                self._lock.release()
+
+    def _take_returned(self) -> None:
+        """With the lock."""
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        while sum(map(len, self._idle)) > self._max_bytes:
+            self._idle.pop(0)
 
 
 def _rounded(num_bytes: int) -> int:

@@ -30,6 +30,7 @@
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
     │   ├── RankLost           a rank of it has ended, and the engine with it
+    │   ├── EngineStopped      a step has failed, and the engine has ended; `adapters` were in that step
     │   ├── BaseStarting       no replica ran, and the one that is being started is not ready; retry after a while
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
     │       ├── ReplicaLost    the process that had the request died, or its connection broke
@@ -42,7 +43,7 @@ Every message says what was wrong and what to do. `serve_apps` maps errors to HT
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from reprlib import Repr
 
 _SHOWN = Repr()
@@ -200,6 +201,17 @@ class EngineError(LorayError):
 
 class RankLost(EngineError):
     """A rank of the engine has ended, and the engine with it: its requests may go on at another engine."""
+
+
+class EngineStopped(EngineError):
+    """A step has failed, and the engine has ended. `adapters`: digests of those that were in the step."""
+
+    def __init__(self, message: str, adapters: Collection[str] = ()) -> None:
+        super().__init__(message, tuple(adapters))
+        self.adapters = tuple(adapters)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BaseStarting(_RetryLater, EngineError):

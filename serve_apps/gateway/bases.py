@@ -16,7 +16,7 @@ from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.metrics import OfBase
 from serve_apps.gateway.prompts import PromptEncoder
 
-_MIN_BODY_BYTES = 1 << 20
+_MIN_BODY_BYTES, _MAX_BODY_BYTES = 1 << 20, 64 << 20
 _BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
 
 OpenEngines = Callable[[ServeSpec], Engines]
@@ -54,10 +54,10 @@ class ServedBase:
         return self.limit(self.base.config.max_position_embeddings if adapter is None else adapter.context_length)
 
     def max_body_bytes(self, longest_context: int) -> int:
-        """Of a request: the spec's, else what a prompt as long as the longest context may take."""
+        """Of a request: the spec's, else what a prompt as long as the longest context may take, at most 64 MiB."""
         if self.spec.max_body_bytes is not None:
             return self.spec.max_body_bytes
-        return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context))
+        return min(max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context)), _MAX_BODY_BYTES)
 
     async def healthy(self) -> bool:
         """Whether it can be asked: a replica answers, or the next request starts one. Not where a replica is wanted and

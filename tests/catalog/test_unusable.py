@@ -51,3 +51,19 @@ def stop_in_a_transaction(catalog: Catalog, postgres: Postgres) -> None:
 def runs(postgres: Postgres, pid: int) -> bool:
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         return connection.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is not None
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("SELECT CAST(4294967296 AS integer)", "out of range"),
+        ("SELECT * FROM not_granted", "does not exist"),
+    ],
+)
+def test_a_statement_that_the_server_refuses_is_the_catalogs_error(
+    postgres: Postgres, statement: str, reason: str
+) -> None:
+    catalog = Catalog(postgres.new_database())
+    with pytest.raises(CatalogError, match=reason), writing(catalog._engine) as c:
+        c.exec_driver_sql(statement)
+    catalog.close()

@@ -13,6 +13,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.recovery import undo_step
 from loray.engine.scheduling.plan import Chunk
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError
@@ -186,3 +187,9 @@ def test_other_errors_of_a_step_are_the_engines(base: BaseModel, monkeypatch: py
     engine.add(request("one", ids(5)))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.step()
+
+
+def test_where_no_request_is_left_to_end_the_error_is_the_engines(base: BaseModel) -> None:
+    engine, error = make_engine(base), torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        undo_step(error, [], engine.scheduler, engine._model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -113,3 +115,23 @@ def test_matrices_smaller_than_a_huge_page_share_one() -> None:
     shared = SharedPages()
     addresses = [shared.zeros(MB, torch.bfloat16).data_ptr() for _ in range(3)]
     assert [b - a for a, b in pairwise(addresses)] == [2 * MB, 2 * MB]
+
+
+def test_memory_that_a_collection_of_garbage_finds_while_the_lock_is_held_comes_back() -> None:
+    """In any allocation of Python's a collection may begin, also in the thread that holds the lock."""
+    memory = Recycled(64 * MB)
+    tensor = memory.empty(6 * MB, torch.uint8)
+    address = tensor.data_ptr()
+    cycle: list[object] = [tensor]
+    cycle.append(cycle)
+    del tensor, cycle
+
+    def collect() -> None:
+        with memory._lock:
+            gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert memory.empty(6 * MB, torch.uint8).data_ptr() == address

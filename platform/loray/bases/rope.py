@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from loray.spec import RopeParameters, RopeScaling
 
 
@@ -36,3 +38,10 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
         f"its RoPE is {base.rope_type!r} already, which {scaling.type} cannot scale further: take type: ntk, or leave "
         "rope_scaling out"
     )
+
+
+def extended_context(rope: RopeParameters, base: RopeParameters, *, original_context: int, head_dim: int) -> int:
+    """Tokens to which `rope` extends `original_context` tokens of `base`: the inverse of `scaled`, rounded up."""
+    stretched: float = (rope.rope_theta / base.rope_theta) ** ((head_dim - 2) / head_dim)
+    divided = (rope.factor or 1.0) / (base.factor or 1.0)
+    return math.ceil(original_context * max(1.0, stretched) * max(1.0, divided))

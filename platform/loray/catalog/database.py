@@ -13,10 +13,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
+    DataError,
     InterfaceError,
     InternalError,
     NoSuchModuleError,
     OperationalError,
+    ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -46,8 +48,9 @@ _KEEPALIVE = {
 }
 _POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 15, "pool_timeout": 10.0, "pool_recycle": 1800}
 _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
-# InternalError: the server was made read-only, or has ended the transaction.
-_UNUSABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+# InternalError: the server was made read-only, or has ended the transaction. DataError: a value that no column takes.
+# ProgrammingError: for instance a missing privilege.
+_UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, ProgrammingError, PoolTimeout)
 
 
 class Database:

@@ -24,9 +24,9 @@ def undo_step(
 ) -> tuple[Request, EngineError]:
     """As if the step of `chunks`, which `error` ended before a request got a token, had not been. Returns the request
     with the most tokens in it, which the caller ends, and the error that it gets. Raises `error` if it has another
-    reason than memory.
+    reason than memory, or if there are no chunks, so that no request could be ended for it.
     """
-    if not is_out_of_memory(error):
+    if not is_out_of_memory(error) or not chunks:
         raise error
     traceback.clear_frames(error.__traceback__)  # their tensors are freed
     torch.cuda.empty_cache()

@@ -22,6 +22,7 @@ from loray.adapters.manifest import (
 from loray.adapters.peft_format import read_config
 from loray.adapters.validate import validate_folder
 from loray.bases.registry import BaseModel, base_with, list_bases
+from loray.bases.rope import extended_context
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import (
     BaseMismatch,
@@ -137,7 +138,22 @@ def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
             f"the adapter was trained on {manifest.base} ({manifest.base_fingerprint[:12]}), not on {base.name} "
             f"({base.fingerprint[:12]}); add that base model and import it there"
         )
+    longest = _longest_context(manifest, base)
+    if manifest.context_length > longest:
+        raise IntegrityError(
+            f"the manifest of {folder} says a context of {manifest.context_length:,} tokens; its RoPE on {base.name} "
+            f"has at most {longest:,}"
+        )
     return manifest
+
+
+def _longest_context(manifest: AdapterManifest, base: BaseModel) -> int:
+    """Tokens that an adapter with this RoPE can have been trained for on `base`."""
+    window, rope = base.config.max_position_embeddings, manifest.rope_parameters
+    if rope is None:
+        return window
+    original = min(window, manifest.original_context_length or window)
+    return extended_context(rope, base.config.rope, original_context=original, head_dim=base.config.head_dim)
 
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:

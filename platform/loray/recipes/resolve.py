@@ -11,7 +11,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.rope import scaled
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Hardware, training_dtype
-from loray.spec import BatchSpec, RopeParameters, TrainSpec
+from loray.spec import MAX_CONTEXT, BatchSpec, RopeParameters, TrainSpec
 
 _MAX_LENGTH = 1024
 
@@ -72,6 +72,8 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
     scaling, rope = spec.rope_scaling, None
     if scaling is not None:
         original, context = scaling.extended_from(original), scaling.context_length(original)
+        if context > MAX_CONTEXT:
+            raise SpecError(f"rope_scaling makes a context of {context:,} tokens; at most {MAX_CONTEXT:,} are served")
         try:
             rope = scaled(model.rope, scaling, original_context=original, head_dim=model.head_dim)
         except ValueError as e:

@@ -1,6 +1,7 @@
 """Adapters that seem to kill replicas: which are suspected, and for how long they are refused.
 
-An adapter is suspected if the replica that had a request for it died before any token of the adapter had come. If it
+An adapter is suspected if the replica that had a request for it died before any token of the adapter had come, or its
+engine stopped in a step with the adapter. If it
 was the only such adapter of that replica, and no other replica has it, it is refused at once, else from its second
 death on: of several adapters that were loaded at the same time, most are innocent, and one that another replica has
 loaded is probably known to be good by gateways that this one has replaced. Later it is tried with one request at a
@@ -10,7 +11,7 @@ time, until a token comes or it is refused for twice as long.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from loray.errors import AdapterQuarantined
@@ -90,17 +91,24 @@ class Quarantine:
         return self._suspects.pop(digest, None) is not None
 
     def died(
-        self, request_id: str, replica: str, where: Callable[[str], str | None], is_held: Callable[[str], bool]
+        self,
+        request_id: str,
+        replica: str,
+        where: Callable[[str], str | None],
+        is_held: Callable[[str], bool],
+        among: Collection[str] | None = None,
     ) -> Death | None:
         """The replica died with this request; None if its adapter is not the reason. `where` gives the replica of
-        another request; `is_held` says whether another replica has the adapter.
+        another request; `is_held` says whether another replica has the adapter. `among`: the adapters that can be the
+        reason; None: all of the replica's.
         """
         digest = self._trying.get(request_id)
-        if digest is None:
+        if digest is None or (among is not None and digest not in among):
             return None
         together = self._deaths.setdefault(replica, set())
         _forget(self._deaths)
-        together |= {digest, *(d for request, d in self._trying.items() if where(request) == replica)}
+        there = {digest, *(d for request, d in self._trying.items() if where(request) == replica)}
+        together |= there if among is None else there.intersection(among)
         return Death(digest, replica, len(together) == 1 and not is_held(digest))
 
     def count(self, death: Death, now: float) -> None:

@@ -70,6 +70,7 @@ from loray.spec.evaluation import (
 from loray.spec.fields import (
     DEFAULT_ALIAS,
     DTYPE_BYTES,
+    MAX_CONTEXT,
     Alias,
     AnyDType,
     DType,
@@ -142,6 +143,7 @@ __all__ = [
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
     "LOSS",
+    "MAX_CONTEXT",
     "MAX_DESCRIPTION_CHARACTERS",
     "MAX_EVALUATIONS",
     "MAX_MANIFEST_BYTES",

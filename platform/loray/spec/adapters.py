@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from loray.errors import BaseMismatch
-from loray.spec.fields import Frozen, Method, Sha256
+from loray.spec.fields import MAX_CONTEXT, Frozen, Method, Sha256
 from loray.spec.tools import ToolParserName
 from loray.spec.training.recipe import TrainSpec
 
@@ -18,18 +18,25 @@ Subject = Literal["adapter", "base", "base_scaled", "parent"]
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 
 
+_Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # the catalog's integers have 32 bits
+_Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
 class RopeParameters(Frozen):
-    """RoPE as transformers names it (`config.rope_parameters`); the part of a checkpoint that LongLoRA changes."""
+    """RoPE as transformers names it (`config.rope_parameters`); the part of a checkpoint that LongLoRA changes.
+
+    Within these bounds every frequency is finite, and so is every angle of MAX_CONTEXT positions.
+    """
 
     rope_type: RopeType = "default"
-    rope_theta: float = Field(gt=0)
-    factor: float | None = Field(default=None, ge=1)
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    rope_theta: float = Field(ge=1, le=1e12)
+    factor: float | None = Field(default=None, ge=1, le=4096)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1, le=MAX_CONTEXT)
+    attention_factor: float | None = Field(default=None, ge=1e-6, le=16)
+    beta_fast: _Rotations | None = None
+    beta_slow: _Rotations | None = None
+    low_freq_factor: _Rotations | None = None
+    high_freq_factor: _Rotations | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -41,6 +48,11 @@ class RopeParameters(Frozen):
         missing = [f for f in needs.get(self.rope_type, ()) if getattr(self, f) is None]
         if missing:
             raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
+        if self.rope_type == "yarn" and self.rope_theta == 1:
+            raise ValueError("rope_type 'yarn' needs a rope_theta above 1, by whose logarithm it divides")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
         return self
 
     def to_hf(self) -> dict[str, Any]:
@@ -57,20 +69,20 @@ class Evaluation(Frozen):
     value: float
     dataset: str
     subject: Subject = "adapter"
-    context_length: int | None = None
-    stride: int | None = Field(default=None, description="perplexity: tokens from one window's start to the next's")
+    context_length: _Count | None = None
+    stride: _Count | None = Field(default=None, description="perplexity: tokens from one window's start to the next's")
     depth: float | None = Field(default=None, description="retrieval: where the key lies; 0 the beginning, 1 the end")
-    count: int | None = Field(default=None, description="windows or prompts that `value` is the mean of")
+    count: _Count | None = Field(default=None, description="windows or prompts that `value` is the mean of")
     data_sha256: Sha256 | None = Field(default=None, description="of the tokens of the documents")
 
 
 class Projection(Frozen):
     """VeRA's shared pair: a function of (key, rank, max_in, max_out), pinned by the SHA-256 of its fp32 bytes."""
 
-    key: int
-    rank: int
-    max_in: int
-    max_out: int
+    key: int = Field(ge=-(1 << 63), lt=1 << 63)
+    rank: _Count
+    max_in: _Count
+    max_out: _Count
     sha256: Sha256
 
 
@@ -97,9 +109,12 @@ class AdapterManifest(Frozen):
     target_modules: tuple[str, ...]
     num_parameters: int
     nbytes: int
-    context_length: int
+    context_length: int = Field(ge=1, le=MAX_CONTEXT)
     original_context_length: int | None = Field(
-        default=None, description="the context that was extended, where `rope_parameters` are the adapter's own"
+        default=None,
+        ge=1,
+        le=MAX_CONTEXT,
+        description="the context that was extended, where `rope_parameters` are the adapter's own",
     )
     rope_parameters: RopeParameters | None = None
     projection: Projection | None = None

@@ -23,6 +23,7 @@ Method = Literal["lora", "dora", "vera", "longlora"]
 DType = Literal["bfloat16", "float16", "float32"]
 AnyDType = DType | Literal["auto"]  # auto: what is fast on the device, see `loray.machine`
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+MAX_CONTEXT = 1 << 24  # tokens of any model
 DEFAULT_ALIAS = "prod"  # the version that a name without a selector means, where this alias is set
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$")

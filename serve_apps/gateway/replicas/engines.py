@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from prometheus_client.core import Metric as Family
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
-from loray.errors import BaseStarting, ReplicaLeaving, ReplicaLost, ReplicaUnavailable
+from loray.errors import BaseStarting, EngineStopped, ReplicaLeaving, ReplicaLost, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
@@ -184,15 +184,21 @@ class ServeEngines:
             raise
         except ReplicaLost as e:
             e.replica = e.replica or router.replica_of(request.request_id)
-            if e.replica is not None:
-                is_held = partial(router.is_held, self._deployment, e.replica)
-                await self._quarantine.died(request.request_id, e.replica, router.replica_of, is_held)
+            await self._died(request.request_id, e.replica)
+            raise
+        except EngineStopped as e:  # another replica's might stop of this request as well
+            await self._died(request.request_id, router.replica_of(request.request_id), e.adapters)
             raise
         finally:
             self._reading.pop(request.request_id, None)
             self._cold.discard(request.request_id)
             self._quarantine.leave(request.request_id)
             router.forget(request.request_id)
+
+    async def _died(self, request_id: str, replica: str | None, among: Collection[str] | None = None) -> None:
+        if replica is not None:
+            is_held = partial(router.is_held, self._deployment, replica)
+            await self._quarantine.died(request_id, replica, router.replica_of, is_held, among)
 
     def _cold_start_s(self, request_id: str) -> float | None:
         """For which this request, which waits now, waits for a replica to be started; None: one runs."""

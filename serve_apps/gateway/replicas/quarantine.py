@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
@@ -77,10 +77,15 @@ class SharedQuarantine:
             self._later(lambda records: records.clear_quarantine(digest))
 
     async def died(
-        self, request_id: str, replica: str, where: Callable[[str], str | None], is_held: Callable[[str], bool]
+        self,
+        request_id: str,
+        replica: str,
+        where: Callable[[str], str | None],
+        is_held: Callable[[str], bool],
+        among: Collection[str] | None = None,
     ) -> None:
         """The replica died with this request; see Quarantine. Other gateways know of it when this returns."""
-        death = self._known.died(request_id, replica, where, is_held)
+        death = self._known.died(request_id, replica, where, is_held, among)
         if death is None:
             return
         at = self._clock()

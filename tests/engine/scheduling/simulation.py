@@ -1,5 +1,5 @@
 """A scheduler with a real allocator and residency, adapters whose loads a test ends, and no model: tokens need no
-computation, and a step takes as long as `step_s`, `token_s` and `pair_s` say.
+computation, and a step takes as long as `step_s`, `token_s`, `pair_s` and `scored_s` say.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class Simulation:
         step_s: float = 0.0,
         token_s: float = 0.0,
         pair_s: float = 0.0,
+        scored_s: float = 0.0,
         **scheduler: Any,
     ) -> None:
         self.now = 0.0
-        self.step_s, self.token_s, self.pair_s = step_s, token_s, pair_s
+        self.step_s, self.token_s, self.pair_s, self.scored_s = step_s, token_s, pair_s, scored_s
         self.allocator = BlockAllocator(Geometry(num_blocks, 1, BLOCK_TOKENS, SHARE))
         self.loads: dict[str, Future[Packed]] = {}
         self.sizes: dict[str, int] = {}  # in bytes, by digest
@@ -195,7 +196,7 @@ class Simulation:
 
     def seconds(self, work: Work) -> float:
         num_tokens = work.num_decoded + work.num_prompt
-        return self.step_s + self.token_s * num_tokens + self.pair_s * work.num_pairs
+        return self.step_s + self.token_s * num_tokens + self.pair_s * work.num_pairs + self.scored_s * work.num_scored
 
     def run(self, until: Callable[[], bool] | None = None, *, max_steps: int = 100_000) -> None:
         for _ in range(max_steps):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.scheduling.simulation import Simulation, adapter
+from loray.engine.request import Request
+from loray.spec import GenerateRequest, SamplingParams
+from tests.engine.scheduling.simulation import BLOCK_TOKENS, Simulation, adapter
 
 
 def test_a_copy_to_the_pool_holds_up_nobody_else() -> None:
@@ -37,3 +39,33 @@ def test_adapters_of_those_that_wait_for_their_turn_come_where_there_is_room(pla
     assert sim.placed == (["small", "next"] if places_ahead else [])  # they leave too few blocks for the third
     sim.run()
     assert set(sim.outcomes) == {busy, *waiting}
+
+
+def test_a_prefix_counts_as_used_when_its_request_starts_and_not_while_it_waits_for_blocks() -> None:
+    """Else one that waits for long would make its prefix worth more than any adapter."""
+    sim = Simulation(max_num_seqs=8)
+    prompt = tuple(range(1, 18))
+
+    def add(name: str, max_tokens: int) -> Request:
+        request = Request(GenerateRequest(name, prompt, SamplingParams(max_tokens=max_tokens)), 100)
+        sim.scheduler.add(request)
+        sim.ends[request] = max_tokens
+        return request
+
+    add("a", 1)
+    sim.run()
+    nodes = sim.scheduler.prefix_cache._nodes.values()
+    assert [node.uses for node in nodes] == [1] * 4
+    others = [sim.add(8, n) for n in (6, 12, 18, 24)]
+    sim.run(until=lambda: all(r in sim.first_token_at for r in others))
+    sim.scheduler._admission._lasts = lambda request, running: len(running) < 2  # type: ignore[method-assign]
+    blocked = add("b", 60)
+    sim.run(until=lambda: blocked in sim.started)
+    assert len(sim.outcomes) > 1, "it has waited for others"
+    assert {node.uses for node in sim.scheduler.prefix_cache._nodes.values() if node.key in prefix_keys(prompt)} == {2}
+    sim.run()
+    assert all(sim.outcomes[r] is None for r in (*others, blocked))
+
+
+def prefix_keys(prompt: tuple[int, ...]) -> set[tuple[int, ...]]:
+    return {prompt[i : i + BLOCK_TOKENS] for i in range(0, len(prompt), BLOCK_TOKENS)}

@@ -60,6 +60,46 @@ def test_a_running_stream_hardly_notices_a_long_prompt(make: Any) -> None:
     assert worst_gap(by_tokens, stream) > 1
 
 
+def experienced(**options: Any) -> Simulation:
+    """A machine that knows what prompts without log-probabilities cost."""
+    sim = machine(**options)
+    sim.add(2000, 10)
+    sim.run()
+    return sim
+
+
+SCORED = pytest.mark.parametrize("scored_s", [0.3e-3, 2e-3])  # logits of 49,152 tokens, and of a larger vocabulary
+
+
+@SCORED
+@pytest.mark.parametrize("make", [machine, used, experienced])
+def test_a_stream_hardly_notices_log_probabilities_of_a_long_prompt(make: Any, scored_s: float) -> None:
+    sim = make(scored_s=scored_s)
+    stream = sim.add(5, 4000, tenant="stream")
+    sim.run(until=lambda: len(sim.token_times.get(stream, ())) > 5)
+    long = sim.add(LONG, 1, tenant="long", prompt_logprobs=20)
+    sim.run(until=lambda: long in sim.outcomes)
+    assert stream not in sim.outcomes
+    assert worst_gap(sim, stream) <= 0.15
+
+
+@SCORED
+@pytest.mark.parametrize("max_num_batched_tokens", [512, 2 * LONG])
+@pytest.mark.parametrize("make", [machine, used, experienced])
+def test_who_comes_beside_log_probabilities_of_a_long_prompt_waits_for_a_short_step(
+    make: Any, max_num_batched_tokens: int, scored_s: float
+) -> None:
+    sim = make(scored_s=scored_s)
+    sim.scheduler._max_tokens = max_num_batched_tokens
+    long, seconds = sim.add(LONG, 1, tenant="long", prompt_logprobs=20), []
+    while long not in sim.outcomes:
+        began = sim.now
+        sim.step()
+        seconds.append(sim.now - began)
+    assert max(seconds) <= 0.25
+    assert len(seconds) <= 1.2 * sum(seconds) / 0.24 + 8
+
+
 @pytest.mark.parametrize("tenant", ["long", "other"])
 @pytest.mark.parametrize("after", [0.1, 3.0, 9.0])
 def test_a_short_prompt_behind_a_long_one_is_answered_at_once(tenant: str, after: float) -> None:

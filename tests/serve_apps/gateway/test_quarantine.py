@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -11,14 +12,14 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from loray.catalog import Catalog
-from loray.errors import AdapterQuarantined, CatalogError
+from loray.errors import AdapterQuarantined, CatalogError, EngineStopped
 from loray.serving.quarantine import FIRST_S, TRIAL_S
 from loray.spec import AdapterRef
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas import quarantine, router
 from serve_apps.gateway.replicas.engines import ServeEngines
 from serve_apps.gateway.replicas.quarantine import SharedQuarantine
-from tests.serve_apps.gateway.test_engines import LAST, REQUEST, Handle, engines_of, tokens
+from tests.serve_apps.gateway.test_engines import LAST, REQUEST, Handle, engines_of, raised_by, tokens
 
 BAD = AdapterRef(
     digest="b" * 64, name="bad", version=1, method="lora", base_fingerprint="0" * 64, context_length=9, nbytes=1
@@ -31,6 +32,7 @@ class Deployment:
 
     def __init__(self, url: str) -> None:
         self.url, self.now, self.kills, self.num_deaths = url, 1_000_000.0, True, 0
+        self.death: Exception = ActorDiedError()
         self.num_asked = 0
 
     def catalog(self) -> Catalog:
@@ -56,7 +58,7 @@ class Replicas(Handle):
         dies = self._deployment.kills and request.adapter is not None and request.adapter.digest == BAD.digest
         self._deployment.num_deaths += dies
         router._placed[request.request_id] = f"replica#{self._deployment.num_deaths}"
-        self.scripts.append([ActorDiedError()] if dies else [LAST])
+        self.scripts.append([self._deployment.death] if dies else [LAST])
         return super().remote(request, fit, gateway, stream)
 
 
@@ -102,6 +104,31 @@ def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> 
 
     run(deployment, after_a_restart)
     assert deployment.num_deaths == 1
+
+
+def test_an_adapter_whose_step_stops_an_engine_costs_as_many_replicas_as_one_that_kills_it(
+    deployment: Deployment,
+) -> None:
+    deployment.death = raised_by(pickle.loads(pickle.dumps(EngineStopped("the engine stopped", [BAD.digest]))))
+
+    async def story(first: ServeEngines, second: ServeEngines) -> None:
+        with pytest.raises(EngineStopped):  # it is not sent to another replica
+            await ask(first, BAD)
+        assert [await refused(gateway) for gateway in (second, first)] == [FIRST_S, FIRST_S]
+        assert deployment.num_deaths == 1
+
+    run(deployment, story)
+
+
+def test_an_adapter_that_was_not_in_the_step_is_not_suspected(deployment: Deployment) -> None:
+    deployment.death = raised_by(EngineStopped("the engine stopped", [OTHER.digest]))
+
+    async def story(first: ServeEngines, second: ServeEngines) -> None:
+        for gateway in (first, second, first):
+            with pytest.raises(EngineStopped):
+                await ask(gateway, BAD)
+
+    run(deployment, story)
 
 
 def test_one_that_another_replica_has_is_sent_once_more(

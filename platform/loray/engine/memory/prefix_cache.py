@@ -83,7 +83,9 @@ class PrefixCache:
         return None if least is None else least[0][0]
 
     def match(self, digest: str | None, tokens: Sequence[int], salt: str = "") -> list[int]:
-        """The full blocks of the longest known prefix of `tokens`, retained for the caller."""
+        """The full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used when
+        `used` is told that its request runs: one that waits for blocks looks again and again.
+        """
         node = self._root.children.get(digest)
         if salt and node is not None:
             node = node.children.get(salt)
@@ -93,9 +95,13 @@ class PrefixCache:
             if node is None:
                 break
             self._retain(node)
-            self._use(node)
             blocks.append(node.block)
         return blocks
+
+    def used(self, blocks: Sequence[int]) -> None:
+        """A request that has begun to run found these."""
+        for block in blocks:
+            self._use(self._nodes[block])
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes

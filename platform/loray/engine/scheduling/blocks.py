@@ -59,7 +59,8 @@ class RequestBlocks:
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
     def count_cached(self, request: Request) -> None:
-        """Count its cached tokens, once, when it starts for the first time."""
+        """It starts: count the use of its cached blocks and, when it starts for the first time, its cached tokens."""
+        self.prefix_cache.used(request.blocks[: request.num_shared_blocks])
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)
             if self.prefix_cache.enabled and not request.needs_prompt_logits:

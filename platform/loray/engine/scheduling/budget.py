@@ -8,6 +8,10 @@ times that: nobody waits for the step, and a long prompt pays the fixed cost of 
 A model of a step's time may be wrong for long: after one slow step with few tokens, all steps are short and alike, and
 do not show what more tokens would cost. So a step may always have twice the prompts' tokens of the last one, if that
 took less than half of the target.
+
+Log-probabilities of a prompt need the logits of each of its tokens, vocabulary × hidden products, which may cost more
+than the rest. Few prompts ask for them, so their cost is often unknown when one does: the first step has MIN_CHUNK such
+tokens, and each later one at most twice as many as any before.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ ALONE = 4.0
 _BURST_PROMPTS, _BURST_TARGETS = 8, 40
 MIN_CHUNK = 16
 _MIN_SHARE = 0.25
-_GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
+_GROWTH = 2  # a step may have so many times the tokens of any measured one
 
 
 def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
@@ -117,10 +121,10 @@ class StepBudget:
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
-        seconds = self._seconds_left()
+        seconds, most = self._seconds_left(), self._most_unmeasured(start, scored=scored)
         if seconds == math.inf:
-            return seconds
-        costs, most = self._steps.costs, self._most_unmeasured(start)
+            return most
+        costs = self._steps.costs
         fixed = costs.num_keys * start
         curve = costs.num_pairs / 2
         slope = costs.num_prompt + costs.num_keys + costs.num_pairs * (start + 0.5) + scored * costs.num_scored
@@ -160,11 +164,17 @@ class StepBudget:
         )
         return max(0, tokens)
 
-    def _most_unmeasured(self, start: int) -> float:
-        """While a request decodes: tokens up to which the fit may be trusted, see _GROWTH."""
-        if not self._num_decoded and not self._forced.num_prompt:
-            return math.inf
-        largest, prompts = self._steps.largest, self._prompts
-        tokens = max(MIN_CHUNK, _GROWTH * largest.num_prompt) - prompts.num_prompt
-        pairs = max(MIN_CHUNK**2, _GROWTH * largest.num_pairs) - prompts.num_pairs
-        return min(tokens, pairs / (start + 1))
+    def _most_unmeasured(self, start: int, *, scored: bool) -> float:
+        """Tokens up to which the fit may be trusted, see _GROWTH: of those that are scored, and of all while a request
+        decodes. Infinite if only tokens count.
+        """
+        largest, prompts, most = self._steps.largest, self._prompts, math.inf
+        if self._itl_slo_s is None:
+            return most
+        if scored:
+            most = max(MIN_CHUNK, _GROWTH * largest.num_scored) - prompts.num_scored
+        if self._num_decoded or self._forced.num_prompt:
+            tokens = max(MIN_CHUNK, _GROWTH * largest.num_prompt) - prompts.num_prompt
+            pairs = max(MIN_CHUNK**2, _GROWTH * largest.num_pairs) - prompts.num_pairs
+            most = min(most, tokens, pairs / (start + 1))
+        return most

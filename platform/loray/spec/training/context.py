@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.fields import Frozen
+from loray.spec.fields import MAX_CONTEXT, Frozen
 
 
 class AttentionSpec(Frozen):
@@ -36,7 +36,7 @@ class RopeScaling(Frozen):
 
     type: Literal["linear", "ntk", "yarn"] = "linear"
     factor: float = Field(gt=1, le=4096)
-    original_context: int | None = Field(default=None, gt=0, le=1 << 32)
+    original_context: int | None = Field(default=None, gt=0, le=MAX_CONTEXT)
 
     def extended_from(self, window: int) -> int:
         """Tokens of the context before it is extended, on a base with a context of `window` tokens."""
