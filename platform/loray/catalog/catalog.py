@@ -18,7 +18,7 @@ from loray.catalog.entries import (
     AliasMove,
     split_model,
 )
-from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity import Audit, Keys, Logins, Sharing, Tenants, Transfer, Usage
 from loray.catalog.identity.sharing import check_digest
 from loray.catalog.jobs import Jobs
 from loray.catalog.notes import Evaluations, Tags
@@ -59,6 +59,7 @@ class Catalog(
     Evaluations,
     Jobs,
     Keys,
+    Logins,
     Projections,
     Quarantines,
     Sharing,
@@ -233,13 +234,15 @@ class Catalog(
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
             numbers = sorted((v for v in entry.versions if before is None or v < before), reverse=True)
-            return tuple(load_version(c, entry.name, adapter_id, v) for v in numbers[:limit])
+            found = (load_version(c, entry.name, adapter_id, v) for v in numbers[:limit])
+            return tuple(version.shown_to(self._principal) for version in found)
 
     def version(self, name: str, version: int) -> AdapterVersion:
         """Raises AdapterNotFound."""
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
-            return load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
+            found = load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
+            return found.shown_to(self._principal)
 
     def bases(self) -> dict[str, str]:
         """Name → fingerprint of the base models, sorted by name."""
@@ -259,7 +262,7 @@ class Catalog(
             numbers = sorted(entry.versions, reverse=True)
             return AdapterDetail(
                 entry=entry,
-                versions=tuple(load_version(c, entry.name, adapter_id, v) for v in numbers),
+                versions=tuple(load_version(c, entry.name, adapter_id, v).shown_to(self._principal) for v in numbers),
                 moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
                 canaries=self._known(c, adapter_id, entry),
             )
