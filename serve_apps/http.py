@@ -12,10 +12,21 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from loray.errors import LorayError
 
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
+# Of HTML. Pictures in style sheets are data: URLs. Nothing inline runs, and nothing is asked of another host.
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -48,13 +59,24 @@ def install_error_handlers(
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(app, request)
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         messages = {
             404: f"unknown URL: {request.method} {request.url.path}",
             405: f"{request.method} is not allowed for {request.url.path}",
         }
         response = refused(error.status_code, messages.get(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
+        response.headers.update(headers)
         return response
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of a path's routes, each of which has one."""
+    at_path = (r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in at_path for method in route.methods or ()}))
 
 
 def schema_reference(name: str) -> dict[str, str]:

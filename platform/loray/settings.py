@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS TRACES TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+    "MAX_WORKERS TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -59,6 +59,7 @@ class Settings:
              default None: tenants submit no jobs through the API)
     max_jobs, max_workers  of a tenant at once, if neither it nor the key has a limit (`LORAY_MAX_JOBS`, `_WORKERS`)
     training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
+    front_group  the group of the cluster's nodes that gateways run on (`LORAY_FRONT_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
@@ -78,6 +79,7 @@ class Settings:
     max_jobs: int | None = None
     max_workers: int | None = None
     training_group: TrainingGroup | None = None
+    front_group: str | None = None
     api_key: str | None = field(default=None, repr=False)
     key_hashes: tuple[str, ...] = ()
     metrics_key_hashes: tuple[str, ...] = ()
@@ -88,10 +90,10 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         env = os.environ if env is None else env
         ours = {k for k in env if k.startswith("LORAY_") and not _SERVICE_VARIABLE.search(k)}
-        unknown = sorted(ours - _KNOWN)
-        if unknown:
-            known = ", ".join(sorted(_KNOWN))
-            raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {known}")
+        if unknown := sorted(ours - _KNOWN):
+            raise SettingsError(
+                f"unknown environment variable {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}"
+            )
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
         url = env.get("LORAY_URL") or None
         if url is not None and not url.startswith(("http://", "https://")):
@@ -125,7 +127,8 @@ class Settings:
             data=_data(env.get("LORAY_DATA"), store),
             max_jobs=_whole(env, "LORAY_MAX_JOBS"),
             max_workers=_whole(env, "LORAY_MAX_WORKERS"),
-            training_group=_group(group) if (group := env.get("LORAY_TRAINING_GROUP")) else None,
+            training_group=_group(env, "LORAY_TRAINING_GROUP"),
+            front_group=(front := _group(env, "LORAY_FRONT_GROUP")) and front.name,
             api_key=env.get("LORAY_API_KEY") or None,
             key_hashes=_hashes(env, "LORAY_API_KEYS_SHA256"),
             metrics_key_hashes=_hashes(env, "LORAY_METRICS_KEYS_SHA256"),
@@ -162,18 +165,16 @@ class Settings:
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
-        if self.peak_tflops is not None:
-            env["LORAY_PEAK_TFLOPS"] = str(self.peak_tflops)
-        if self.gate_tolerance != DEFAULT_GATE_TOLERANCE:
-            env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
-        if self.usage_days != DEFAULT_USAGE_DAYS:
-            env["LORAY_USAGE_DAYS"] = str(self.usage_days)
         optional = {
+            "LORAY_PEAK_TFLOPS": self.peak_tflops,
+            "LORAY_GATE_TOLERANCE": None if self.gate_tolerance == DEFAULT_GATE_TOLERANCE else self.gate_tolerance,
+            "LORAY_USAGE_DAYS": None if self.usage_days == DEFAULT_USAGE_DAYS else self.usage_days,
             "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,
             "LORAY_MAX_JOBS": self.max_jobs,
             "LORAY_MAX_WORKERS": self.max_workers,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
+            "LORAY_FRONT_GROUP": self.front_group,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         if self.catalog_has_password and not secrets:
@@ -240,12 +241,13 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     return int(value)
 
 
-def _group(name: str) -> TrainingGroup:
+def _group(env: Mapping[str, str], name: str) -> TrainingGroup | None:
     from loray.spec import TrainingGroup
 
-    if not _GROUP.fullmatch(name):
-        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
-    return TrainingGroup(name)
+    value = env.get(name)
+    if value and not _GROUP.fullmatch(value):
+        raise SettingsError(f"{name}={value!r} must be the name of a worker group, as training")
+    return TrainingGroup(value) if value else None
 
 
 def _log_target(value: str | None) -> str | None:

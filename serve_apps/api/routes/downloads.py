@@ -10,25 +10,24 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from loray.api.resources import VersionNumber
 from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
 from loray.files import scratch_folder
-from loray.publishing.archive import Archive, as_it_is, as_tar, folder_as_tar
+from loray.publishing.archive import as_it_is, as_tar, folder_as_tar
+from serve_apps.access import address_of, may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Services, ServicesDep
+from serve_apps.archives import FILE, TAR, ArchiveResponse
 from serve_apps.http import schema_reference
 
 router = router_of("downloads")
 
 EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
-_TAR, _FILE = "application/x-tar", "application/octet-stream"
 
 FormQuery = Annotated[
     DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
@@ -36,7 +35,7 @@ FormQuery = Annotated[
 Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
 _URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
 _ANSWER: examples.Responses = {
-    200: {"description": "a tar archive, or one file", "content": {_TAR: {}, _FILE: {}, "application/json": _URLS}}
+    200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
 }
 
 
@@ -45,6 +44,7 @@ _ANSWER: examples.Responses = {
     response_class=Response,
     responses=responses(404, 429, 504) | _ANSWER,
 )
+@may("download")
 async def download(
     services: ServicesDep,
     request: Request,
@@ -60,7 +60,7 @@ async def download(
     machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
     `peft`; where the store is a folder, the archive comes as without it.
     """
-    found = await run_in_threadpool(lambda: services.catalog_of(asking).version(name, version))
+    found = await run_in_threadpool(_noted, services, asking, name, version, format, address_of(request.scope))
     if presigned and format == "peft":
         urls = await run_in_threadpool(_presigned, services, found)
         if urls is not None:
@@ -80,27 +80,17 @@ async def download(
     except BaseException:
         held.close()
         raise
-    return _ArchiveResponse(archive, held, found.digest, label, format)
+    return ArchiveResponse(archive, held, found.digest, label, format)
 
 
-class _ArchiveResponse(StreamingResponse):
-    """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
-
-    def __init__(self, archive: Archive, held: ExitStack, digest: str, label: str, form: DownloadForm) -> None:
-        suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
-        headers = {
-            "Content-Disposition": f'attachment; filename="{label}{suffix}"',
-            "Content-Length": str(archive.num_bytes),
-            "ETag": f'"{digest}"' if form == "peft" else f'"{digest}-{form}"',
-        }
-        super().__init__(archive.chunks, headers=headers, media_type=_FILE if form == "gguf" else _TAR)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._held.close()
+def _noted(
+    services: Services, asking: Asking, name: str, version: int, form: DownloadForm, address: str | None
+) -> AdapterVersion:
+    """The version, of whose download the audit log has an entry."""
+    catalog = services.catalog_of(asking)
+    found = catalog.version(name, version)
+    catalog.note("download", found.label, tenant=found.tenant, address=address, form=form)
+    return found
 
 
 def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:

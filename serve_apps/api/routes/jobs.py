@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.api.resources import JobResource, Page
 from loray.serving.access import check
 from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
+from serve_apps.access import may, until_revoked
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
@@ -36,6 +37,7 @@ _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YA
     openapi_extra=_BODY,
     responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
 )
+@may("train")
 def submit_job(
     services: ServicesDep,
     request: Request,
@@ -54,6 +56,7 @@ def submit_job(
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
+@may("train")
 def list_jobs(
     services: ServicesDep,
     request: Request,
@@ -70,6 +73,7 @@ def list_jobs(
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
+@may("train")
 def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
     return views.job(services.jobs_of(asking).get(id))
@@ -80,8 +84,10 @@ def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     response_class=PlainTextResponse,
     responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
 )
+@may("train")
 async def get_logs(
     services: ServicesDep,
+    request: Request,
     asking: Asking,
     id: JobPath,
     follow: Annotated[bool, Query(description="go on until the job ends")] = False,
@@ -89,11 +95,13 @@ async def get_logs(
     """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
     jobs = services.jobs_of(asking)
     if follow:
-        return StreamingResponse(await run_in_threadpool(jobs.follow, id), media_type="text/plain")
+        lines = await run_in_threadpool(jobs.follow, id)
+        return StreamingResponse(until_revoked(request, lines), media_type="text/plain")
     return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
 
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+@may("train")
 def stop_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
     return views.job(services.jobs_of(asking).stop(id))

@@ -10,8 +10,7 @@ from urllib.parse import urlencode
 
 import yaml
 from fastapi import Depends, Path, Query, Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import Response
 
 from loray.api.canaries import CanaryResource
 from loray.api.resources import VersionNumber
@@ -20,7 +19,8 @@ from loray.catalog.checks import parse_tags
 from loray.files import scratch_folder
 from loray.publishing.archive import folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
-from serve_apps.access import Asking
+from serve_apps.access import Asking, address_of, may
+from serve_apps.archives import ArchiveResponse
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
 from serve_apps.console.pictures.heat_maps import heat_maps_of
@@ -48,6 +48,7 @@ router = router_of("/adapters")
 
 
 @router.get("")
+@may("read")
 def list_adapters(
     console: ConsoleDep,
     request: Request,
@@ -88,6 +89,7 @@ def list_adapters(
 
 
 @router.get("/{name}")
+@may("read")
 def show_adapter(
     console: ConsoleDep,
     request: Request,
@@ -118,6 +120,7 @@ def show_adapter(
 
 
 @router.get("/{name}/versions/{version}")
+@may("read")
 def show_version(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
 ) -> Response:
@@ -138,25 +141,25 @@ def show_version(
 
 
 @router.get("/{name}/versions/{version}/download")
-def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
+@may("download")
+def download(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
+) -> Response:
     """The files as a tar archive, verified before the first byte."""
-    found = console.backend.catalog_of(asking).version(name, version)
+    catalog = console.backend.catalog_of(asking)
+    found = catalog.version(name, version)
+    address = address_of(request.scope)
+    catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
     label = f"{found.name.replace('/', '-')}-{version}"
     with ExitStack() as held:
         archive = folder_as_tar(
             console.backend.store, found.digest, label, held.enter_context(scratch_folder()) / "made"
         )
-        kept = held.pop_all()
-    headers = {
-        "Content-Disposition": f'attachment; filename="{label}.tar"',
-        "Content-Length": str(archive.num_bytes),
-    }
-    return StreamingResponse(
-        archive.chunks, headers=headers, media_type="application/x-tar", background=BackgroundTask(kept.close)
-    )
+        return ArchiveResponse(archive, held.pop_all(), found.digest, label, "peft")
 
 
 @router.get("/{name}/diff")
+@may("read")
 def show_difference(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, old: VersionNumber, new: VersionNumber
 ) -> Response:
@@ -170,6 +173,7 @@ def show_difference(
 
 
 @router.post("/{name}/aliases/{alias}")
+@may("promote")
 def promote(
     console: ConsoleDep,
     request: Request,
@@ -184,6 +188,7 @@ def promote(
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
+@may("promote")
 def roll_back(
     console: ConsoleDep,
     request: Request,
@@ -198,6 +203,7 @@ def roll_back(
 
 
 @router.post("/{name}/aliases/{alias}/canary")
+@may("promote")
 def set_canary(
     console: ConsoleDep,
     request: Request,
@@ -213,6 +219,7 @@ def set_canary(
 
 
 @router.post("/{name}/aliases/{alias}/canary/end")
+@may("promote")
 def end_canary(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
 ) -> Response:
