@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from loray.bases.registry import get_bases
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec, engine_of
-from serve_apps.deployment import APPLICATION, DRAIN_S, GATEWAY
+from serve_apps.deployment import APPLICATION, DRAIN_S, GATEWAY, front_nodes
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
 from serve_apps.replica.ranks import bundles
@@ -49,8 +49,7 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     reserve_names(bases, settings)
     fingerprints = {base.name: base.fingerprint for base in bases}
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
-    group = settings.training_group
-    where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
+    where = {"label_selector": nodes} if (nodes := front_nodes(settings)) else {}
 
     def gateway_app() -> FastAPI:  # called in the gateway's process
         return _gateway(fleet)
@@ -144,6 +143,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
 
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
+    from serve_apps.access import open_access
     from serve_apps.accounting.owner import RayExchange
     from serve_apps.garbage import collect_when_quiet, freeze_garbage
     from serve_apps.gateway.answers.headers import WithoutRequestId
@@ -151,6 +151,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     from serve_apps.gateway.replicas.demand_notes import DemandNotes
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
+    from serve_apps.listening import reachable_host
     from serve_apps.scaling.demand_records import DemandRecords
     from serve_apps.tracing import open_tracing
 
@@ -179,7 +180,8 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     if fleet.num_gateways > 1:
         exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)
     tracing = open_tracing("gateway", gateways.name)
-    gateway = open_gateway(fleet, settings, engines, gateways, exchange, tracing=tracing)
+    access = open_access(settings, reachable_host(fleet.host))
+    gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     counted = gateway.state.gateway.counted

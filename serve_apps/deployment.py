@@ -57,6 +57,15 @@ def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
     }
 
 
+def front_nodes(settings: Settings) -> dict[str, str]:
+    """Ray's label selector of the nodes that gateways run on; empty: all. Engines need none: they take a CPU, which the
+    nodes of other groups do not offer.
+    """
+    if settings.front_group is not None:
+        return {"ray.io/node-group": settings.front_group}
+    return {} if settings.training_group is None else settings.training_group.others
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """The state of all applications together. `status` is the worst one.

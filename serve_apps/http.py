@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Match, Route
 
-from loray.api.uploads import DownloadForm
 from loray.errors import LorayError
-from loray.publishing.archive import Archive
 
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
+# Of HTML. Pictures in style sheets are data: URLs. Nothing inline runs, and nothing is asked of another host.
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 _REFERENCE = "#/components/schemas/{model}"
-
-
-TAR, FILE = "application/x-tar", "application/octet-stream"
-
-
-class ArchiveResponse(StreamingResponse):
-    """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
-
-    def __init__(self, archive: Archive, held: ExitStack, label: str, form: DownloadForm, *, etag: str) -> None:
-        suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
-        headers = {
-            "Content-Disposition": f'attachment; filename="{label}{suffix}"',
-            "Content-Length": str(archive.num_bytes),
-            "ETag": f'"{etag}"',
-        }
-        super().__init__(archive.chunks, headers=headers, media_type=FILE if form == "gguf" else TAR)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._held.close()
 
 
 def install_error_handlers(
@@ -75,13 +59,24 @@ def install_error_handlers(
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(app, request)
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         messages = {
             404: f"unknown URL: {request.method} {request.url.path}",
             405: f"{request.method} is not allowed for {request.url.path}",
         }
         response = refused(error.status_code, messages.get(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
+        response.headers.update(headers)
         return response
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of a path's routes, each of which has one."""
+    at_path = (r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in at_path for method in route.methods or ()}))
 
 
 def schema_reference(name: str) -> dict[str, str]:

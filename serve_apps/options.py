@@ -13,7 +13,7 @@ import click
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, SettingsError, SpecError
-from loray.locations import is_this_machine
+from loray.locations import is_on_loopback
 from loray.settings import Settings
 from loray.spec import FleetSpec, ToolParserName, read_mapping
 from loray.telemetry import get_logger
@@ -70,7 +70,7 @@ def read_spec(file: Path | None, options: dict[str, Any]) -> FleetSpec:
 
 def check_keys(host: str, settings: Settings) -> None:
     """SettingsError where others than this machine could ask, and nobody has made a key that they would need."""
-    if is_this_machine(f"[{host}]" if ":" in host else host) or settings.static_key_hashes:
+    if is_on_loopback(host) or settings.static_key_hashes:
         return
     catalog = Catalog(settings.catalog)
     try:

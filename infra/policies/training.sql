@@ -4,7 +4,7 @@
 CREATE ROLE loray_training NOLOGIN;
 GRANT SELECT ON alembic_version, adapters, aliases, alias_moves, bases, canaries, changes, evaluations, jobs, projections, shares,
     tags, uploads, versions, quarantine TO loray_training;
-GRANT SELECT (id) ON audit_log TO loray_training;
+GRANT SELECT (id, hash) ON audit_log TO loray_training;
 GRANT INSERT ON adapters, aliases, alias_moves, audit_log, bases, jobs, projections, uploads, versions
     TO loray_training;
 GRANT UPDATE ON adapters, aliases, changes, jobs TO loray_training;

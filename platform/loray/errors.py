@@ -11,6 +11,7 @@
     │   └── JobNotFound        no such training job in the catalog or in Ray
     │       └── LogsGone       the job is known, but Ray no longer has its log
     ├── Unauthenticated        no API key, or none that is valid
+    │   └── KeyRevoked         the key was revoked or blocked while its request was answered
     ├── PermissionDenied       the key is valid, but may not do this
     │   └── LimitExceeded      it may, but not more than it has already
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
@@ -91,6 +92,10 @@ class KeyNotFound(NotFoundError):
 
 
 class Unauthenticated(LorayError):
+    pass
+
+
+class KeyRevoked(Unauthenticated):
     pass
 
 

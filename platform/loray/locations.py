@@ -70,6 +70,11 @@ def is_this_machine(address: str) -> bool:
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
+def is_on_loopback(host: str) -> bool:
+    """Whether a server that listens at this host is reached from this machine alone."""
+    return is_this_machine(f"[{host}]" if ":" in host else host)
+
+
 def http_url(address: str) -> str:
     """The URL of `host:port`; an address that is a URL already is returned unchanged."""
     return address if "://" in address else f"http://{address}"

@@ -20,9 +20,9 @@ from loray.variables import (
     positive,
     share,
     size,
-    training_group,
     whole,
     whole_or_none,
+    worker_group,
 )
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS SCRATCH_BYTES TRACES TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+    "MAX_WORKERS SCRATCH_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 "
+    "KEY_MAX_AGE_S"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -70,6 +71,7 @@ class Settings:
     scratch_bytes  of temporary files that a server holds at once (`LORAY_SCRATCH_BYTES`, for instance 20GiB; default
              None: 80 % of what is free at its start)
     training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
+    front_group  the group of the cluster's nodes that gateways run on (`LORAY_FRONT_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
@@ -90,6 +92,7 @@ class Settings:
     max_workers: int | None = DEFAULT_MAX_WORKERS
     scratch_bytes: int | None = None
     training_group: TrainingGroup | None = None
+    front_group: str | None = None
     api_key: str | None = field(default=None, repr=False)
     key_hashes: tuple[str, ...] = ()
     metrics_key_hashes: tuple[str, ...] = ()
@@ -100,10 +103,10 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         env = os.environ if env is None else env
         ours = {k for k in env if k.startswith("LORAY_") and not _SERVICE_VARIABLE.search(k)}
-        unknown = sorted(ours - _KNOWN)
-        if unknown:
-            known = ", ".join(sorted(_KNOWN))
-            raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {known}")
+        if unknown := sorted(ours - _KNOWN):
+            raise SettingsError(
+                f"unknown environment variable {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}"
+            )
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
         url = env.get("LORAY_URL") or None
         if url is not None and not url.startswith(("http://", "https://")):
@@ -138,7 +141,8 @@ class Settings:
             max_jobs=whole_or_none(env, "LORAY_MAX_JOBS", DEFAULT_MAX_JOBS),
             max_workers=whole_or_none(env, "LORAY_MAX_WORKERS", DEFAULT_MAX_WORKERS),
             scratch_bytes=size(env, "LORAY_SCRATCH_BYTES"),
-            training_group=training_group(group) if (group := env.get("LORAY_TRAINING_GROUP")) else None,
+            training_group=worker_group(env, "LORAY_TRAINING_GROUP"),
+            front_group=(front := worker_group(env, "LORAY_FRONT_GROUP")) and front.name,
             api_key=env.get("LORAY_API_KEY") or None,
             key_hashes=hashes(env, "LORAY_API_KEYS_SHA256"),
             metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
@@ -175,17 +179,15 @@ class Settings:
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
-        if self.peak_tflops is not None:
-            env["LORAY_PEAK_TFLOPS"] = str(self.peak_tflops)
-        if self.gate_tolerance != DEFAULT_GATE_TOLERANCE:
-            env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
-        if self.usage_days != DEFAULT_USAGE_DAYS:
-            env["LORAY_USAGE_DAYS"] = str(self.usage_days)
         optional = {
+            "LORAY_PEAK_TFLOPS": self.peak_tflops,
+            "LORAY_GATE_TOLERANCE": None if self.gate_tolerance == DEFAULT_GATE_TOLERANCE else self.gate_tolerance,
+            "LORAY_USAGE_DAYS": None if self.usage_days == DEFAULT_USAGE_DAYS else self.usage_days,
             "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,
             "LORAY_SCRATCH_BYTES": self.scratch_bytes,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
+            "LORAY_FRONT_GROUP": self.front_group,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         for name, most, default in (

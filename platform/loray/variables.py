@@ -62,12 +62,13 @@ def size(env: Mapping[str, str], name: str) -> int | None:
     return number
 
 
-def training_group(name: str) -> TrainingGroup:
+def worker_group(env: Mapping[str, str], name: str) -> TrainingGroup | None:
     from loray.spec import TrainingGroup
 
-    if not _GROUP.fullmatch(name):
-        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
-    return TrainingGroup(name)
+    value = env.get(name)
+    if value and not _GROUP.fullmatch(value):
+        raise SettingsError(f"{name}={value!r} must be the name of a worker group, as training")
+    return TrainingGroup(value) if value else None
 
 
 def log_target(value: str | None) -> str | None:

@@ -15,13 +15,21 @@ from loray.locations import is_this_machine
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 _NO_FORM_SENDS = frozenset({"authorization", "idempotency-key", "if-match", "x-requested-with"})
+# What proxies add: who asks is elsewhere then, though the connection comes from this machine.
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
 # Those of a request that are read here.
-HEADERS = _NO_FORM_SENDS | {"content-type", "host", "origin", "sec-fetch-site"}
+HEADERS = _NO_FORM_SENDS | {"content-type", "host", "origin", "sec-fetch-site", *_FORWARDED}
 _MAKE_A_KEY = "or make a key, `loray keys create --scope admin`, and send it"
 
 
 def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[str]) -> None:
     """Raises PermissionDenied. `names`: what Host may say beside loopback's names and addresses."""
+    for name in _FORWARDED:
+        if name in headers:
+            raise PermissionDenied(
+                f"the header {name} says that a proxy has sent this on, and without keys this server answers to this "
+                f"machine alone: ask it directly, {_MAKE_A_KEY}"
+            )
     host = headers.get("host")
     if host is not None and not _is_ours(host, names):
         raise PermissionDenied(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from loray.catalog import Catalog
+from loray.catalog.identity import Refused
 from loray.catalog.identity.disk import KeysFile
 from loray.catalog.snapshots.kept import Kept
-from loray.errors import CatalogError, PermissionDenied, Unauthenticated
-from loray.locations import is_this_machine
+from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
+from loray.locations import is_on_loopback
 from loray.serving.access import NO_KEY, Action, check
 from loray.serving.key_ring import KeyRing
 from loray.settings import Settings
@@ -23,6 +25,7 @@ REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one quer
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
 HEADERS = browsers.HEADERS | {"authorization", TENANT}  # those of a request that are read
+_MOST_REFUSED = 100  # kinds of refused requests that the audit log tells apart in a minute
 _BEARER = "bearer "
 
 
@@ -54,11 +57,13 @@ class Access:
         self._kept = kept
         self._keeper: Keeper[KeyChanges] = Keeper(kept, delay_s=0.0)
         self._num_changes = 0  # of keys and tenants, since the start
-        self._is_local = is_this_machine(f"[{host}]" if ":" in host else host)
+        self._is_local = is_on_loopback(host)
         self._names = names
         self._num_users = 0
         self._minutes: dict[str, int] = {}  # key id → the last period in which it was used
         self._used: dict[str, datetime] = {}  # not written yet
+        self._asking: dict[str, set[asyncio.Future[None]]] = {}  # key id → its requests that are answered now
+        self._refused: dict[Refused, int] = {}  # how often, not written yet
         self._wrote_at = time.monotonic()
         follower.add(self)
 
@@ -97,6 +102,7 @@ class Access:
     def take(self, state: KeyRing, at: float) -> None:
         if not state.has_same_keys(self.ring):
             self._num_changes += 1
+            self._end(self._asking.keys() - state.good_ids())
         self.ring = state.confirmed(at)
         if state.has_limits:
             self.is_limited.set()
@@ -109,22 +115,52 @@ class Access:
         if at - self._wrote_at >= _USE_S:
             self._write_uses()
 
+    def _end(self, key_ids: Iterable[str]) -> None:
+        for key_id in key_ids:
+            for revoked in self._asking[key_id]:
+                if not revoked.done():
+                    revoked.set_result(None)
+
     def _write_uses(self) -> None:
+        self._wrote_at = time.monotonic()
         if self._used:
-            self._wrote_at, used, self._used = time.monotonic(), self._used, {}
+            used, self._used = self._used, {}
             self.follower.soon(lambda catalog: catalog.note_key_use(used))
+        if self._refused:
+            refused, self._refused = self._refused, {}
+            self.follower.soon(lambda catalog: catalog.note_refused(refused))
+
+    def _note_refused(self, action: Action, headers: Mapping[str, str], address: str | None) -> None:
+        try:
+            principal = self._of_key(headers)
+            who = Refused(principal.actor, principal.tenant, address, action)
+        except LorayError:  # of no tenant: only administrators read of it
+            who = Refused("unknown", "", address, action)
+        if who not in self._refused and len(self._refused) >= _MOST_REFUSED:
+            who = Refused("others", "", None, action)
+        self._refused[who] = self._refused.get(who, 0) + 1
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal | None:
+    async def admit(
+        self, method: str, action: Action, headers: Mapping[str, str], address: str | None = None
+    ) -> Principal | None:
         """The principal of a request that may do `action`; None for what needs no key. `headers`: those of HEADERS.
 
-        Raises Unauthenticated, PermissionDenied, and CatalogError where it is not known whether a key is good.
+        `address` is where it comes from; the audit log has it where the request is refused. Raises Unauthenticated,
+        PermissionDenied, and CatalogError where it is not known whether a key is good.
         """
         if action == "open":
             return None
         if not self.follower.is_running:
             await self.refresh()
+        try:
+            return self._admit(method, action, headers)
+        except (Unauthenticated, PermissionDenied):
+            self._note_refused(action, headers, address)
+            raise
+
+    def _admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:
         if self._is_local and not self.ring.needs_key:
             return self._local(method, headers)
         principal = self._of_key(headers)
@@ -136,6 +172,23 @@ class Access:
             principal = self.ring.acting_for(principal, tenant)
         check(principal, action)
         return principal
+
+    @contextmanager
+    def until_revoked(self, principal: Principal | None) -> Iterator[asyncio.Future[None]]:
+        """While a request of this principal is answered: done as soon as its key is revoked or blocked."""
+        revoked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        key_id = None if principal is None else principal.key_id
+        if key_id is None or key_id in STATIC_KEYS:
+            yield revoked
+            return
+        asking = self._asking.setdefault(key_id, set())
+        asking.add(revoked)
+        try:
+            yield revoked
+        finally:
+            asking.discard(revoked)
+            if not asking:
+                self._asking.pop(key_id, None)
 
     def _local(self, method: str, headers: Mapping[str, str]) -> Principal:
         """Of a request without keys. It acts for any tenant."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loray.errors import LorayError, Unauthenticated
+from loray.serving.access import Action
 from loray.spec import Principal
 from serve_apps.access.door import HEADERS, Access
+from serve_apps.access.permission import Permissions
 from serve_apps.access.rates import Rates
-from serve_apps.access.rules import Rules
 
-_PRINCIPAL = "principal"
+_PRINCIPAL, _REVOKED = "principal", "revoked"
 _NAMES = {name.encode(): name for name in HEADERS}
 _ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
 
@@ -24,35 +26,43 @@ _ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, 
 class CheckAccess:
     """ASGI middleware: `scope["state"]["principal"]` is who asks. Nothing behind it looks at keys or tenants' headers.
 
-    refused  the response to an error, in the application's form
-    rates    how often keys and tenants may ask; None: as often as they like
+    `scope["state"]["revoked"]` is a future that is done when the key is revoked or blocked while its request is
+    answered. What has no route is passed on: the application says to everybody that it is not there.
+
+    permissions  of the application's routes
+    refused      the response to an error, in the application's form
+    rates        how often keys and tenants may ask; None: as often as they like
     """
 
     def __init__(
         self,
         app: ASGIApp,
         access: Access,
-        rules: Rules,
+        permissions: Permissions,
         refused: Callable[[Exception], Response],
         rates: Rates | None = None,
     ) -> None:
-        self._app, self._access, self._rules, self._refused, self._rates = app, access, rules, refused, rates
+        self._app, self._access, self._permissions, self._refused = app, access, permissions, refused
+        self._rates = rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                principal = await self._admit(scope)
-                if self._rates is not None and principal is not None:
-                    self._rates.take(principal, time.monotonic())
-            except LorayError as e:
-                await self._refusal(scope, e)(scope, receive, send)
-                return
-            scope.setdefault("state", {})[_PRINCIPAL] = principal
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or (action := self._permissions.action(scope)) is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            principal = await self._admit(scope, action)
+            if self._rates is not None and principal is not None:
+                self._rates.take(principal, time.monotonic())
+        except LorayError as e:
+            await self._refusal(scope, e)(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state[_PRINCIPAL] = principal
+        with self._access.until_revoked(principal) as state[_REVOKED]:
+            await self._app(scope, receive, send)
 
-    async def _admit(self, scope: Scope) -> Principal | None:
-        action = self._rules.action(scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
-        return await self._access.admit(scope["method"], action, self._headers(scope))
+    async def _admit(self, scope: Scope, action: Action) -> Principal | None:
+        return await self._access.admit(scope["method"], action, self._headers(scope), address_of(scope))
 
     def _refusal(self, scope: Scope, error: Exception) -> Response:
         return self._refused(error)
@@ -69,11 +79,33 @@ class CheckAccess:
         return headers
 
 
+def address_of(scope: Scope) -> str | None:
+    """From where the connection comes; behind a proxy, the proxy's."""
+    client = scope.get("client")
+    return str(client[0])[:64] if client else None
+
+
 def principal_of(request: Request) -> Principal:
     """Who asks. For routes that need a key."""
     principal = request.state.principal
     assert isinstance(principal, Principal), "this route is open to all: it has no principal"
     return principal
+
+
+async def until_revoked(request: Request, parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The parts of a long answer, which ends where the request's key is revoked or blocked meanwhile."""
+    revoked: asyncio.Future[None] = request.state.revoked
+    while True:
+        coming = asyncio.ensure_future(anext(parts, None))
+        either: tuple[asyncio.Future[Any], ...] = (coming, revoked)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not coming.done():
+                coming.cancel()
+        if revoked.done() or (part := coming.result()) is None:
+            return
+        yield part
 
 
 async def _asking(request: Request) -> Principal:  # FastAPI would call a plain function in a thread

@@ -16,6 +16,7 @@ from loray.serving.quotas import QuotaOwner, Reply, Report, Rule
 from loray.settings import Settings
 from loray.telemetry import get_logger
 from serve_apps.accounting.exchange import OwnerAway, UsedBefore
+from serve_apps.deployment import front_nodes
 
 _log = get_logger(__name__)
 
@@ -62,12 +63,15 @@ class RayExchange:
         return reply
 
     def _make(self) -> Any:
-        actor, group = ray.remote(OwnerActor), self._settings.training_group
-        return actor.options(
-            name=self._owner,
-            namespace=_NAMESPACE,
-            get_if_exists=True,
-            num_cpus=0,
-            label_selector=None if group is None else group.others,
-            runtime_env={"env_vars": self._settings.to_env(secrets=False)},
-        ).remote(self._num_gateways)
+        return (
+            ray.remote(OwnerActor)
+            .options(
+                name=self._owner,
+                namespace=_NAMESPACE,
+                get_if_exists=True,
+                num_cpus=0,
+                label_selector=front_nodes(self._settings) or None,
+                runtime_env={"env_vars": self._settings.to_env(secrets=False)},
+            )
+            .remote(self._num_gateways)
+        )

@@ -26,9 +26,11 @@ _MAX_ONGOING = 256  # including clients that follow a job's log
 
 
 class ApiSpec(Frozen):
-    """`host`, `port`: where Serve listens. On loopback no key is needed until one is made; elsewhere one always is."""
+    """`host`, `port`: where Serve listens. No key is needed until one is made where both this and Serve's own host are
+    loopback; elsewhere one always is.
+    """
 
-    host: str = "0.0.0.0"
+    host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
 
 
@@ -58,9 +60,10 @@ def _app(spec: ApiSpec) -> FastAPI:
     from jobs.submission.server import RayJobServer
     from loray.telemetry import configure_logging
     from serve_apps.api.placement import ServePlacements
+    from serve_apps.listening import reachable_host
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     gateway = Gateway(Address(spec.host, spec.port).url)
     services = Services(settings, RayJobServer(), ServePlacements(APPLICATION), gateway)
-    return log_access(create_app(services, open_access(settings, spec.host)), settings.access_log)
+    return log_access(create_app(services, open_access(settings, reachable_host(spec.host))), settings.access_log)

@@ -11,9 +11,9 @@ from loray import __version__
 from loray.api.resources import Problem
 from loray.api.uploads import DownloadResource
 from loray.spec import TrainSpec
-from serve_apps.access import Access
+from serve_apps import reference
+from serve_apps.access import Access, Permissions
 from serve_apps.access.documents import describe_keys
-from serve_apps.access.rules import API
 from serve_apps.api import problems
 from serve_apps.api.routes import access as access_routes
 from serve_apps.api.routes import adapters as adapter_routes
@@ -70,19 +70,27 @@ def create_app(services: Services, access: Access) -> FastAPI:
         version=__version__,
         description="Adapters, versions, aliases and training jobs. Errors are application/problem+json (RFC 9457).",
         lifespan=lifespan,
-        routes=[*_ROUTES, *CONSOLE_ROUTES],
+        routes=[*_ROUTES, *CONSOLE_ROUTES, *reference.router.routes],
+        docs_url=None,
+        redoc_url=None,
     )
-    sessions, renderer = Sessions(), Renderer(problems.failed)
+    permissions = Permissions(app.routes)
+    sessions, renderer = Sessions(services.catalog_of), Renderer(problems.failed)
     app.state.services = services
     app.state.console = Console(services, access, sessions, renderer, Histories())
     problems.install(app)
     app.add_middleware(
-        CheckConsole, access=access, rules=API, refused=problems.failed, sessions=sessions, renderer=renderer
+        CheckConsole,
+        access=access,
+        permissions=permissions,
+        refused=problems.failed,
+        sessions=sessions,
+        renderer=renderer,
     )
     # Routes read and write these themselves, so FastAPI does not know their schemas.
     extend_openapi(
         app,
         [(TrainSpec, "validation"), (Problem, "serialization"), (DownloadResource, "serialization")],
-        lambda document: describe_keys(document, API),
+        lambda document: describe_keys(document, permissions),
     )
     return app

@@ -6,15 +6,16 @@ import hmac
 from collections.abc import Callable
 from functools import partial
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
 from loray.errors import PermissionDenied
+from loray.serving.access import Action
 from loray.spec import Principal
-from serve_apps.access import Access, CheckAccess
+from serve_apps.access import Access, CheckAccess, Permissions, address_of
 from serve_apps.access.rates import Rates
-from serve_apps.access.rules import Rules
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer
 from serve_apps.console.sessions import COOKIE, Sessions
 
@@ -34,27 +35,29 @@ class CheckConsole(CheckAccess):
         self,
         app: ASGIApp,
         access: Access,
-        rules: Rules,
+        permissions: Permissions,
         refused: Callable[[Exception], Response],
         sessions: Sessions,
         renderer: Renderer,
     ) -> None:
-        super().__init__(app, access, rules, refused, Rates())
+        super().__init__(app, access, permissions, refused, Rates())
         self._sessions, self._renderer = sessions, renderer
 
-    async def _admit(self, scope: Scope) -> Principal | None:
+    async def _admit(self, scope: Scope, action: Action) -> Principal | None:
         path = _path(scope)
         if not _is_page(path):
-            return await super()._admit(scope)
+            return await super()._admit(scope, action)
         request, headers = Request(scope), self._headers(scope)
         given = headers.get("authorization")
-        session = None if given is not None else self._sessions.find(request.cookies.get(COOKIE))
+        session = None
+        if given is None and (cookie := request.cookies.get(COOKIE)) is not None:
+            session = await run_in_threadpool(self._sessions.find, cookie)
         if session is not None and session.key is not None:
             headers["authorization"] = f"Bearer {session.key}"
         state = scope.setdefault("state", {})
         state["authorization"] = headers.get("authorization")
-        state["admit"] = partial(self._admit_again, scope)
-        principal = await self._access.admit(scope["method"], self._rules.action(scope["method"], path), headers)
+        state["admit"] = partial(self._admit_again, scope, action)
+        principal = await self._access.admit(scope["method"], action, headers, address_of(scope))
         if session is None and given is None and principal is not None:
             session = self._sessions.keyless
         state["session"] = session
@@ -64,8 +67,8 @@ class CheckConsole(CheckAccess):
                 raise PermissionDenied("this page is of an earlier session, or of another site: load it again")
         return principal
 
-    async def _admit_again(self, scope: Scope) -> None:
-        scope["state"]["principal"] = await self._admit(scope)
+    async def _admit_again(self, scope: Scope, action: Action) -> None:
+        scope["state"]["principal"] = await self._admit(scope, action)
 
     def _refusal(self, scope: Scope, error: Exception) -> Response:
         if not _is_page(_path(scope)):

@@ -16,20 +16,11 @@ from loray import __version__
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.serving.access import Action, check
 from loray.spec import Principal, format_seconds
+from serve_apps.http import PAGE_HEADERS
 
 PREFIX = "/console"
 CSRF_HEADER = "x-csrf-token"
 _HERE = Path(__file__).parent
-# Pictures in tabler's style sheet are data: URLs. Nothing inline runs, and nothing is asked of another host.
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-        "frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 class Section(NamedTuple):
@@ -70,11 +61,11 @@ class Renderer:
             "principal": principal,
             "has_session": session is not None and session.key is not None,
             "csrf": "" if session is None else session.csrf,
-            "sections": [s for s in SECTIONS if principal is not None and may(principal, s.action)],
-            "may": lambda action, owner=None: principal is not None and may(principal, action, owner),
+            "sections": [s for s in SECTIONS if principal is not None and is_allowed(principal, s.action)],
+            "may": lambda action, owner=None: principal is not None and is_allowed(principal, action, owner),
         }
         html = _templates().get_template(template).render(shared | context)
-        return HTMLResponse(html, status, headers=_HEADERS)
+        return HTMLResponse(html, status, headers=PAGE_HEADERS)
 
     def refusal(self, request: Request, error: Exception) -> Response:
         """The page of an error, or for a part of a page its message alone. Without a key, the login."""
@@ -119,7 +110,7 @@ def _templates() -> Environment:
     return templates
 
 
-def may(principal: Principal, action: Action, owner: str | None = None) -> bool:
+def is_allowed(principal: Principal, action: Action, owner: str | None = None) -> bool:
     """Whether a page shows what leads to this action, which its own route checks again."""
     try:
         check(principal, action, owner)

@@ -1,63 +1,70 @@
-"""Sessions of browsers: a cookie names one, and the key that was given at the login stays in this process."""
+"""Sessions of browsers: a cookie names one, and opens the key that was given at the login.
+
+The catalog keeps the cookie's SHA-256 and the key, sealed with the cookie: it can be read with both together alone, and
+every process of the API finds it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loray.catalog import Catalog
+from loray.spec import Principal
 
 COOKIE = "loray_session"
-IDLE_S = 12 * 3600.0
-MOST = 1000  # the one that was not used for longest makes room
 
 
-@dataclass(slots=True)
-class Session:
+class Session(NamedTuple):
     """`key` is the API key, and None where the server needs none. `csrf` is what every change must repeat."""
 
     key: str | None
-    csrf: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    used_at: float = 0.0
+    csrf: str
 
 
 class Sessions:
-    """Used from one event loop. A session ends at logout, after `IDLE_S` without a request, and with its process.
+    """Safe from several threads, and waits for the database. When a session ends, `catalog.identity.logins` says.
 
     Whether the key is still good is not decided here: each request is admitted with the key as if it had sent it.
 
     keyless  the session of every browser while the server needs no key
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.keyless = Session(None)
-        self._clock = clock
-        self._by_digest: dict[bytes, Session] = {}  # in the order of use
+    def __init__(self, catalog_of: Callable[[Principal], Catalog]) -> None:
+        self.keyless = Session(None, secrets.token_urlsafe(32))
+        self._catalog_of = catalog_of
 
-    def begin(self, key: str) -> str:
-        """Returns the cookie's value, of which only the SHA-256 is kept."""
-        if len(self._by_digest) >= MOST:
-            self._by_digest.pop(next(iter(self._by_digest)))
+    def begin(self, key: str, principal: Principal, address: str | None) -> str:
+        """The new cookie's value. `principal` is the key's, `address` the browser's."""
         value = secrets.token_urlsafe(32)
-        self._by_digest[_digest(value)] = Session(key, used_at=self._clock())
+        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex(), address)
         return value
 
     def find(self, value: str | None) -> Session | None:
         if value is None:
             return None
-        digest, now = _digest(value), self._clock()
-        session = self._by_digest.pop(digest, None)
-        if session is None or now - session.used_at > IDLE_S:
+        sealed = self._catalog_of(Principal()).find_login(_sha256(value))
+        if sealed is None:
             return None
-        session.used_at = now
-        self._by_digest[digest] = session
-        return session
+        return Session(_sealed(value, bytes.fromhex(sealed)).decode(), _derived(value, "csrf", 32).hex())
 
-    def end(self, value: str | None) -> None:
+    def end(self, value: str | None, principal: Principal) -> None:
         if value is not None:
-            self._by_digest.pop(_digest(value), None)
+            self._catalog_of(principal).end_login(_sha256(value))
 
 
-def _digest(value: str) -> bytes:
-    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).digest()
+def _sha256(value: str) -> str:
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _sealed(value: str, key: bytes) -> bytes:
+    """The key under a pad of its own length, which follows from the cookie, and is used for this key alone; of a sealed
+    key, the key again.
+    """
+    return bytes(a ^ b for a, b in zip(key, _derived(value, "key", len(key)), strict=True))
+
+
+def _derived(value: str, what: str, num_bytes: int) -> bytes:
+    return hashlib.shake_256(f"loray {what}\0{value}".encode("utf-8", "surrogateescape")).digest(num_bytes)

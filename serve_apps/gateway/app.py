@@ -14,8 +14,8 @@ from loray.catalog.snapshots.disk import SnapshotFile
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import FleetSpec
-from serve_apps.access import Access, CheckAccess, open_access
-from serve_apps.access.rules import GATEWAY
+from serve_apps import reference
+from serve_apps.access import Access, CheckAccess, Permissions, open_access
 from serve_apps.accounting.access_log import log_access
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.admission import AdmitRequests
@@ -54,7 +54,16 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
         await gateway.directory.stop()
         await access.stop()
 
-    app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
+    routes = [route for part in (generation, tokens, adapters, server) for route in part.create_router(gateway).routes]
+    app = FastAPI(
+        title="loray",
+        version=__version__,
+        lifespan=lifespan,
+        routes=[*routes, *reference.router.routes],
+        docs_url=None,
+        redoc_url=None,
+    )
+    permissions = Permissions(app.routes)
     app.state.gateway = gateway
     errors.install(app)
 
@@ -71,13 +80,11 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
     )
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
-    app.add_middleware(CheckAccess, access=access, rules=GATEWAY, refused=refused)
+    app.add_middleware(CheckAccess, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
-    for routes in (generation, tokens, adapters, server):
-        app.include_router(routes.create_router(gateway))
-    describe(app, generation.BODIES | tokens.BODIES | adapters.BODIES)
+    describe(app, permissions, generation.BODIES | tokens.BODIES | adapters.BODIES)
     return app
 
 

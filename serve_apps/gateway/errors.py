@@ -21,6 +21,7 @@ from loray.errors import (
     DeadlineExceeded,
     EngineError,
     IntegrityError,
+    KeyRevoked,
     LorayError,
     NotFoundError,
     Overloaded,
@@ -62,6 +63,7 @@ class _Kind(NamedTuple):
 
 
 _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
+    (KeyRevoked, _Kind(401, _INVALID, "key_revoked")),
     (Unauthenticated, _Kind(401, _INVALID, "invalid_api_key")),
     (PermissionDenied, _Kind(403, _INVALID, "permission_denied")),
     (ContextLengthExceeded, _Kind(400, _INVALID, "context_length_exceeded")),

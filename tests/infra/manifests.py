@@ -21,7 +21,8 @@ KUBERAY = REPOSITORY / "infra" / "kuberay"
 CRDS = Path(__file__).parent / "crds"
 SERVICES = ("base", "overlays/cpu-dev", "overlays/gpu")
 JOBS = ("train", "overlays/gpu-train")
-SECRET_EXAMPLE = KUBERAY / "secret.env.example"
+# Secrets that people make of these files.
+EXAMPLES = {"loray": "secret.env", "loray-database": "database.env", "loray-training": "training.env"}
 
 Document = dict[str, Any]
 _VARIABLE = re.compile(r"\$\((\w+)\)")
@@ -104,8 +105,9 @@ def data(kind: str, name: str, folder: str) -> dict[str, str]:
         if (document["kind"], document["metadata"]["name"]) == (kind, name):
             values: dict[str, str] = document["data"]
             return {k: base64.b64decode(v).decode() for k, v in values.items()} if kind == "Secret" else values
-    if (kind, name) == ("Secret", "loray"):
-        lines = (line for line in SECRET_EXAMPLE.read_text().splitlines() if "=" in line and line[0] != "#")
+    if kind == "Secret" and name in EXAMPLES:
+        text = (KUBERAY / f"{EXAMPLES[name]}.example").read_text()
+        lines = (line for line in text.splitlines() if "=" in line and line[0] != "#")
         names = [line.partition("=")[0] for line in lines]
         return {name: "0" * 64 if name.endswith("_SHA256") else "secret" for name in names}
     raise AssertionError(f"{folder} refers to the {kind} {name}, which nothing makes")

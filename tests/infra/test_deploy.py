@@ -97,7 +97,10 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
     add_base(str(write_checkpoint(home / "checkpoint")), home=home, name=init["args"][-1])
     try:
         cluster = start_local_cluster(home, num_cpus=2, env=env)
-        with training_node(cluster, home, env | cluster.client_env):
+        with (
+            node_of("training", cluster, home, env | cluster.client_env),
+            node_of("front", cluster, home, env | cluster.client_env),
+        ):
             yield Laptop(cluster, Settings.from_env(env), policies, env | cluster.client_env)
     finally:
         stop_local_cluster(home)
@@ -106,14 +109,14 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
 
 
 @contextmanager
-def training_node(cluster: LocalCluster, home: Path, env: dict[str, str]) -> Iterator[None]:
-    """A node of the group for training, which Ray labels by this variable of KubeRay's."""
-    *_, group = cluster_spec(the("RayService", FOLDER))["workerGroupSpecs"]
+def node_of(name: str, cluster: LocalCluster, home: Path, env: dict[str, str]) -> Iterator[None]:
+    """A node of the worker group of this name, which Ray labels by this variable of KubeRay's."""
+    (group,) = (g for g in cluster_spec(the("RayService", FOLDER))["workerGroupSpecs"] if g["groupName"] == name)
     options = {f"--{name}={value}" for name, value in group["rayStartParams"].items() if name != "resources"}
     options |= {f"--resources={json.dumps(offered(group))}", f"--object-store-memory={OBJECT_STORE_BYTES}"}
     options |= {f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.gcs_address}"]
-    with (home / "training-node.log").open("wb") as log:
+    with (home / f"{name}-node.log").open("wb") as log:
         node = subprocess.Popen(
             [*command, "--node-ip-address=127.0.0.1", *options],
             env=os.environ | env | {"RAY_NODE_TYPE_NAME": group["groupName"]},

@@ -25,6 +25,7 @@ class Given(Access):
 
     def __init__(self, principal: Principal) -> None:
         self._principal = principal
+        self._asking = {}
 
     async def start(self) -> None:
         pass
@@ -32,5 +33,7 @@ class Given(Access):
     async def stop(self) -> None:
         pass
 
-    async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:
+    async def admit(
+        self, method: str, action: Action, headers: Mapping[str, str], address: str | None = None
+    ) -> Principal:
         return self._principal

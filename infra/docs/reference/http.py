@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import Mock
 
+from fastapi import FastAPI
+
 from infra.docs.markdown import table
 from infra.docs.reference.schemas import default_of, references, sentences, type_of
 from loray.serving.access import SCOPES_OF, Action
 from loray.settings import Settings
-from serve_apps.access.rules import API, GATEWAY, Rules
+from serve_apps.access import Permissions
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as catalog_app
 from serve_apps.gateway.app import create_app as openai_app
@@ -19,20 +21,21 @@ _ACCESS = "../guide/access.md#who-may-do-what"
 
 def openai_page() -> str:
     """The gateway's routes. Their document is the same whatever is behind them, so nothing is."""
-    return _page("The OpenAI-compatible API", openai_app(Mock(), Mock()).openapi(), "", GATEWAY)
+    return _page("The OpenAI-compatible API", openai_app(Mock(), Mock()), "")
 
 
 def catalog_page() -> str:
     """The routes of the catalog's REST API."""
     services = Services(Settings.from_env({}), Mock(), Mock())
-    return _page("The catalog's API", catalog_app(services, Mock()).openapi(), "/api/v1", API)
+    return _page("The catalog's API", catalog_app(services, Mock()), "/api/v1")
 
 
-def _page(title: str, document: dict[str, Any], prefix: str, rules: Rules) -> str:
+def _page(title: str, app: FastAPI, prefix: str) -> str:
+    document, permissions = app.openapi(), Permissions(app.routes)
     parts = [f"# {title}\n", f"Made from the document that a server has at `{prefix}/openapi.json`.\n"]
     for path, operations in sorted(document["paths"].items()):
         for method, operation in operations.items():
-            parts.append(_route(method.upper(), path, prefix, operation, rules.action(method.upper(), path)))
+            parts.append(_route(method.upper(), path, prefix, operation, permissions.named(method.upper(), path)))
     schemas: dict[str, Any] = document["components"]["schemas"]
     parts.append("## Schemas\n")
     waiting = list(dict.fromkeys(references(document["paths"])))

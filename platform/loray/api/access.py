@@ -177,7 +177,7 @@ class TenantChange(BaseModel):
 
 
 class AuditResource(Resource):
-    """One write: who did what to what, and whose it is."""
+    """One write, login, download or refusal: who did what to what, and whose it is."""
 
     id: int
     actor: str
@@ -186,6 +186,7 @@ class AuditResource(Resource):
     tenant: str
     detail: Annotated[dict[str, Any], Field(description="what was given")]
     created_at: datetime
+    address: Annotated[str | None, Field(description="from where the request came, as far as it is known")] = None
 
 
 def ends_at(duration: Duration) -> datetime:

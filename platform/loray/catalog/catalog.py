@@ -19,7 +19,7 @@ from loray.catalog.entries import (
     VersionPage,
     split_model,
 )
-from loray.catalog.identity import Allowances, Audit, Keys, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity import Allowances, Audit, Keys, Logins, Sharing, Tenants, Transfer, Usage
 from loray.catalog.identity.allowances import refuse_more_names, refuse_more_versions
 from loray.catalog.identity.sharing import check_digest
 from loray.catalog.jobs import Jobs
@@ -64,6 +64,7 @@ class Catalog(
     Evaluations,
     Jobs,
     Keys,
+    Logins,
     Projections,
     Quarantines,
     Sharing,
@@ -243,13 +244,15 @@ class Catalog(
         """
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
-            return list_versions(c, adapter_id, entry, limit, before)
+            page = list_versions(c, adapter_id, entry, limit, before)
+            return page._replace(versions=tuple(v.shown_to(self._principal) for v in page.versions))
 
     def version(self, name: str, version: int) -> AdapterVersion:
         """Raises AdapterNotFound."""
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
-            return load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
+            found = load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
+            return found.shown_to(self._principal)
 
     def bases(self) -> dict[str, str]:
         """Name → fingerprint of the base models, sorted by name."""
@@ -269,7 +272,7 @@ class Catalog(
             numbers = sorted(entry.versions, reverse=True)
             return AdapterDetail(
                 entry=entry,
-                versions=tuple(load_version(c, entry.name, adapter_id, v) for v in numbers),
+                versions=tuple(load_version(c, entry.name, adapter_id, v).shown_to(self._principal) for v in numbers),
                 moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
                 canaries=self._known(c, adapter_id, entry),
             )

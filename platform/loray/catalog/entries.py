@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from sys import intern
@@ -21,10 +21,16 @@ from loray.spec import (
     JobStatus,
     Method,
     Principal,
+    Scope,
     TrainSpec,
     Visibility,
     has_ended,
+    split_qualified,
 )
+
+_MAKERS: frozenset[Scope] = frozenset({"publish", "promote", "train"})
+# Fields of a manifest, as they are shown to those who may only ask the adapter.
+_HOW_IT_WAS_MADE = dict.fromkeys(("recipe", "sweep", "job_id", "parent", "derived_from", "data_fingerprint"))
 
 
 class ModelName(NamedTuple):
@@ -80,6 +86,16 @@ class AdapterVersion:
         return f"{self.name}@{self.version}"
 
     @property
+    def tenant(self) -> str:
+        return split_qualified(self.name).tenant or DEFAULT_TENANT
+
+    def shown_to(self, principal: Principal) -> AdapterVersion:
+        """What the caller may know of it: how it was made, those of its own tenant alone who may make others."""
+        if _may_know(self.name, principal):
+            return self
+        return replace(self, manifest=self.manifest.model_copy(update=_HOW_IT_WAS_MADE))
+
+    @property
     def ref(self) -> AdapterRef:
         return self.manifest.ref(self.digest, self.name, self.version)
 
@@ -105,6 +121,16 @@ class VersionSummary:
     aliases: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
     quarantine: Quarantined | None = None
+
+    def shown_to(self, principal: Principal) -> VersionSummary:
+        """As `AdapterVersion.shown_to`."""
+        return self if _may_know(self.name, principal) else replace(self, data_fingerprint=None, run=None)
+
+
+def _may_know(name: str, principal: Principal) -> bool:
+    """Whether the caller may know how an adapter's versions were made."""
+    tenant = split_qualified(name).tenant or DEFAULT_TENANT
+    return principal.is_admin or bool(tenant == principal.tenant and principal.scopes & _MAKERS)
 
 
 class VersionPage(NamedTuple):
@@ -170,12 +196,13 @@ class AdapterEntry:
 
     def exists_for(self, principal: Principal) -> bool:
         """What `queries.visible` is in SQL."""
-        return (
+        is_seen = (
             self.tenant == principal.tenant
             or self.visibility == "public"
             or (self.visibility == "shared" and principal.tenant in self.shared_with)
             or principal.is_admin
         )
+        return is_seen and (principal.names is None or self.name in principal.names)
 
     @property
     def versions(self) -> dict[int, AdapterRef]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from datetime import UTC, datetime
 from sys import intern
@@ -11,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.adapters.manifest import parse_manifest
+from loray.catalog.chain import log as log  # which operations take from here, with the other statements
 from loray.catalog.checks import NUM_COMPARED, check_name, check_qualified, unknown_adapter
 from loray.catalog.entries import (
     AdapterEntry,
@@ -23,7 +23,6 @@ from loray.catalog.entries import (
 from loray.catalog.schema import (
     adapters,
     aliases,
-    audit_log,
     bases,
     canaries,
     changes,
@@ -36,7 +35,6 @@ from loray.catalog.schema import (
 from loray.errors import ConflictError, PermissionDenied, SpecError
 from loray.spec import (
     DEFAULT_ALIAS,
-    DEFAULT_TENANT,
     AdapterRef,
     Evaluation,
     Principal,
@@ -80,20 +78,14 @@ def _served(column: str) -> sa.ScalarSelect[Any]:
     return query.correlate(adapters).scalar_subquery()
 
 
-def log(
-    c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
-) -> None:
-    """`tenant`: that of the subject."""
-    row = {"actor": actor, "action": action, "subject": subject, "detail": json.dumps(detail), "created_at": now()}
-    c.execute(audit_log.insert().values(row | {"tenant": tenant}))
-
-
 def visible(principal: Principal) -> sa.ColumnElement[bool]:
     """The adapters that exist for this caller: every statement that reads names has this condition.
 
     `AdapterEntry.exists_for` is the same for entries.
     """
-    exists = adapters.c.deleted_at.is_(None)
+    exists: sa.ColumnElement[bool] = adapters.c.deleted_at.is_(None)
+    if principal.names is not None:
+        exists = sa.and_(exists, adapters.c.name.in_(sorted(principal.names)))
     if principal.is_admin:
         return exists
     is_shared = sa.exists().where(shares.c.adapter_id == adapters.c.id, shares.c.tenant == principal.tenant)
@@ -107,7 +99,8 @@ def visible(principal: Principal) -> sa.ColumnElement[bool]:
 
 def owned(principal: Principal) -> sa.ColumnElement[bool]:
     """The adapters that this caller may change."""
-    return sa.true() if principal.is_admin else adapters.c.tenant == principal.tenant
+    mine = sa.true() if principal.is_admin else adapters.c.tenant == principal.tenant
+    return mine if principal.names is None else sa.and_(mine, adapters.c.name.in_(sorted(principal.names)))
 
 
 def load_entries(
@@ -220,14 +213,16 @@ def _beside(c: sa.Connection, principal: Principal, name: str) -> list[str]:
 def name_to_register(c: sa.Connection, principal: Principal, name: str) -> tuple[str, str]:
     """(catalog's name, tenant) of an adapter that this caller may add versions to, whether or not it exists yet.
 
-    Raises as `load_entry` does for a name of another tenant, SpecError for a malformed name or an unknown tenant, and
-    ConflictError for a base model's name.
+    Raises as `load_entry` does for a name of another tenant, PermissionDenied for one that the caller's key is not for,
+    SpecError for a malformed name or an unknown tenant, and ConflictError for a base model's name.
     """
     tenant, bare = split_qualified(name)
     tenant = principal.tenant if tenant is None else tenant
     stored = qualified_name(tenant, bare)
     check_qualified(stored)
     check_name(bare)
+    if principal.names is not None and stored not in principal.names:
+        raise PermissionDenied("this key is for other models; GET /api/v1/keys/self says for which")
     if c.execute(sa.select(bases.c.name).where(bases.c.name == bare)).first():
         raise ConflictError(f"{bare!r} is a base model's name; an adapter needs another")
     if tenant != principal.tenant:

@@ -23,7 +23,9 @@ projections      VeRA's pairs by base and tenant, in the order of their first re
 changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
 claims           names, SHA-256, of objects in the store that a publication relies on, or a collection deletes; see
                  `removal.claims`
-audit_log        every write with its actor and the tenant of its subject, append-only
+audit_log        what was done, with its actor and the tenant of its subject, append-only; `hash` is SHA-256 of the
+                 entry and of the hash before it (`identity.audit`)
+logins           browsers that are logged in at the console, by the SHA-256 of their cookie, which alone opens `sealed`
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
@@ -281,6 +283,15 @@ audit_log = Table(
     Column("detail", Text, nullable=False),
     Column("tenant", String(32), nullable=False, server_default="default", index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
+    *(Column(name, String(64)) for name in ("address", "previous_hash", "hash")),
+)
+
+logins = Table(
+    "logins",
+    metadata,
+    Column("cookie_sha256", String(64), primary_key=True),
+    Column("sealed", Text, nullable=False),
+    *(Column(name, DateTime(timezone=True), nullable=False) for name in ("created_at", "used_at")),
 )
 
 jobs = Table(

@@ -33,7 +33,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
     "store": _Command("loray.cli.storage.store:store", "Garbage, verification and statistics of the adapter store."),
-    "catalog": _Command("loray.cli.storage.catalog:catalog", "Back up the catalog, and restore it."),
+    "catalog": _Command("loray.cli.storage.catalog:catalog", "Back up the catalog, restore it, verify its audit log."),
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
     "keys": _Command("loray.cli.access.keys:keys", "Create, list, change, block, rotate and revoke API keys."),
     "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),

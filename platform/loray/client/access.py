@@ -40,8 +40,9 @@ class AccessCalls(PagedClient):
         body = change.model_dump(mode="json", exclude_unset=True)
         return self._ask(KeyResource, "PATCH", f"/keys/{key_id}", json=body)
 
-    def revoke_key(self, key_id: str) -> KeyResource:
-        return self._ask(KeyResource, "DELETE", f"/keys/{key_id}")
+    def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
+        """With those that it was rotated from and into, or `only_this`."""
+        return self._ask(KeyResource, "DELETE", f"/keys/{key_id}", params={"only_this": True} if only_this else {})
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
         """A new key instead of this one, which goes on for `grace_period`. A key may replace itself."""

@@ -68,8 +68,9 @@ class DirectAccess:
         )
         return KeyResource.of(changed)
 
-    def revoke_key(self, key_id: str) -> KeyResource:
-        return KeyResource.of(self._catalog.revoke_key(key_id))
+    def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
+        """With those that it was rotated from and into, or `only_this`."""
+        return KeyResource.of(self._catalog.revoke_key(key_id, only_this=only_this))
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
         """A new key instead of this one, which goes on for `grace_period`."""

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loray.adapters.checks.files import MAX_CONFIG_BYTES
-from loray.adapters.manifest import PUBLISHED_FILES
+from loray.adapters.manifest import PUBLISHED_FILES, manifest_json, read_manifest, write_manifest
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from loray.bases.registry import get_base
-from loray.catalog import AdapterVersion
+from loray.catalog import AdapterVersion, Catalog
 from loray.errors import (
     BaseMismatch,
     BaseNotFound,
@@ -140,8 +140,11 @@ class Uploads:
     ) -> AdapterVersion:
         """Check the uploaded folder as a whole, and publish it; if it is published already, register it as asked.
 
-        `check` is a further check of the folder. Raises NotFoundError for the upload, DataError where it is
-        damaged, and as `import_folder` does.
+        `check` is a further check of the folder. What a manifest that came with it claims, and nothing here has seen,
+        is left out: measurements, job and sweep, and adapters that it was made from and the sender does not have. Its
+        digest is another one then.
+
+        Raises NotFoundError for the upload, DataError where it is damaged, and as `import_folder` does.
         """
         self._check(upload)
         to.catalog.check_name(to.name, to.aliases)
@@ -152,6 +155,7 @@ class Uploads:
         try:
             with self._opened(upload, files) as folder, _about_the_upload(folder):
                 check(folder)
+                _leave_out_claims(folder, to.catalog)
                 model = get_base(home, base) if base else base_of(folder, home)
                 version = import_folder(
                     folder, model, to, licence=licence, description=description, tool_parser=tool_parser
@@ -229,6 +233,28 @@ class Uploads:
 
     def _file(self, upload: str, file: UploadedFile) -> str:
         return f"{self._prefix}/{upload}/files/{file.name}/{file.sha256}"
+
+
+def _leave_out_claims(folder: Path, catalog: Catalog) -> None:
+    """Rewrite the folder's `loray.json` without what its sender might have made up: the gate before aliases believes
+    measurements, and people believe lineage.
+    """
+    if not (folder / AdapterManifest.FILE).is_file():
+        return
+    manifest = read_manifest(folder)
+    parents = {name: _known(getattr(manifest, name), catalog) for name in ("parent", "derived_from")}
+    believed = manifest.model_copy(update={"evaluations": (), "job_id": None, "sweep": None} | parents)
+    if believed != manifest:
+        write_manifest(folder, manifest_json(believed))
+
+
+def _known(digest: str | None, catalog: Catalog) -> str | None:
+    if digest is not None:
+        try:
+            catalog.check_digest(digest)
+        except NotFoundError:
+            return None
+    return digest
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Who may do what: (principal, action, what it is about) → allowed, or an error that says why not.
 
-Plain rules without HTTP and database. The routes of both APIs have their actions in `serve_apps.access.rules`.
+Plain rules without HTTP and database. Each route of both APIs says its action (`serve_apps.access.may`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from typing import Literal
 from loray.errors import PermissionDenied, Unauthenticated
 from loray.spec import DEFAULT_TENANT, Principal, Scope, qualified_name
 
-Action = Literal["open", "identify", "infer", "read", "publish", "promote", "train", "audit", "observe", "manage"]
+Action = Literal[
+    "open", "identify", "infer", "read", "download", "publish", "promote", "train", "audit", "observe", "manage"
+]
 
 # One of these scopes is enough; an administrator does everything. "open" needs no key, "identify" any key.
 SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "infer": frozenset({"infer"}),
     "read": frozenset({"infer", "publish", "promote", "train"}),
+    "download": frozenset({"publish", "promote", "train"}),
     "publish": frozenset({"publish"}),
     "promote": frozenset({"promote"}),
     "train": frozenset({"train"}),

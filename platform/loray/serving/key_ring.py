@@ -97,6 +97,11 @@ class KeyRing:
             _not_static={**self._not_static, **ours},
         )
 
+    def good_ids(self) -> frozenset[str]:
+        """Of the keys that are neither revoked nor blocked, and whose tenants are not."""
+        entries = (e for same in self._entries.values() for e in same)
+        return frozenset(e.key.id for e in entries if not e.key.blocked and not self._tenants[e.key.tenant].blocked)
+
     @property
     def state(self) -> KeyChanges:
         """All that the ring knows of the catalog's keys."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, StringConstraints
@@ -67,7 +68,8 @@ class Principal(Frozen):
 
     key_id         the key's public id; None: no key was needed (a deployment on loopback, a command on the database)
     actor          written into the audit log
-    models         models that may be asked, as the key's owner names them; None: all that the tenant sees
+    models         models that may be asked, as the key's owner names them; other adapters do not exist for the key.
+                   None: all that the tenant sees
     limits         the key's own
     tenant_limits  those of its tenant
     """
@@ -84,6 +86,11 @@ class Principal(Frozen):
     def is_admin(self) -> bool:
         """An administrator sees and does everything, in every tenant."""
         return "admin" in self.scopes
+
+    @property
+    def names(self) -> frozenset[str] | None:
+        """The catalog's names that `models` may mean; None: all."""
+        return None if self.models is None else _names_of(self.models, self.tenant)
 
     @property
     def account(self) -> str | None:
@@ -199,6 +206,11 @@ def meanings(name: str, tenant: str) -> tuple[str, ...]:
     if slash:
         return (bare,) if owner == DEFAULT_TENANT and "/" not in bare else (name,)
     return (name,) if tenant == DEFAULT_TENANT else (qualified_name(tenant, name), name)
+
+
+@lru_cache(maxsize=4096)
+def _names_of(models: frozenset[str], tenant: str) -> frozenset[str]:
+    return frozenset(name for model in models for name in meanings(model.partition("@")[0], tenant))
 
 
 @dataclass(frozen=True, slots=True)

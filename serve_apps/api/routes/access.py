@@ -23,7 +23,7 @@ from loray.client.direct import DirectAccess
 from loray.errors import KeyNotFound
 from loray.serving.access import check
 from loray.spec import JobId, KeyAlias, TenantName
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import AccessRoute, router_of
@@ -45,6 +45,7 @@ def _access_of(services: Services, asking: Asking) -> DirectAccess:
 @router.post(
     "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
 )
+@may("manage")
 def create_key(
     services: ServicesDep, request: Request, response: Response, asking: Asking, wanted: KeyCreation
 ) -> NewKeyResource:
@@ -55,6 +56,7 @@ def create_key(
 
 
 @router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
+@may("manage")
 def list_keys(
     services: ServicesDep,
     request: Request,
@@ -70,37 +72,53 @@ def list_keys(
 
 
 @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
+@may("identify")
 def get_own_key(services: ServicesDep, asking: Asking) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
     return KeyResource.of(services.catalog.key(_own(asking.key_id)))
 
 
 @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+@may("manage")
 def get_key(services: ServicesDep, id: KeyPath) -> KeyResource:
     """One key."""
     return KeyResource.of(services.catalog.key(id))
 
 
 @router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
+@may("manage")
 def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
     """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
 
-    Servers follow within two seconds. 409: another key of the tenant has the alias.
+    Servers follow within two seconds. A key is blocked with those that it was rotated from and into. 409: another key
+    of the tenant has the alias.
     """
     return _access_of(services, asking).change_key(id, change)
 
 
 @router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
-def revoke_key(services: ServicesDep, id: KeyPath, asking: Asking) -> KeyResource:
-    """Revoke a key for ever: every server refuses it within two seconds."""
-    return _access_of(services, asking).revoke_key(id)
+@may("manage")
+def revoke_key(
+    services: ServicesDep,
+    id: KeyPath,
+    asking: Asking,
+    only_this: Annotated[bool, Query(description="the keys that it was rotated from and into go on")] = False,
+) -> KeyResource:
+    """Revoke a key for ever, with those that it was rotated from and into: every server refuses them within two
+    seconds, and answers that are under way end.
+    """
+    return _access_of(services, asking).revoke_key(id, only_this=only_this)
 
 
 @router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201))
+@may("identify")
 def rotate_key(
     services: ServicesDep, response: Response, id: KeyPath, asking: Asking, rotation: Rotation
 ) -> NewKeyResource:
-    """Replace a key by one with the same scopes and limits. A key may replace itself."""
+    """Replace a key by one with the same scopes and limits. A key may replace itself, once a day.
+
+    409: it was replaced already, or a third key would go on. The grace period is 30 days at most.
+    """
     if asking.key_id != id:
         check(asking, "manage")
     response.headers.update(_NO_STORE)
@@ -108,30 +126,35 @@ def rotate_key(
 
 
 @router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
+@may("manage")
 def create_tenant(services: ServicesDep, asking: Asking, wanted: TenantCreation) -> TenantResource:
     """Make a tenant."""
     return _access_of(services, asking).create_tenant(wanted.name, wanted.limits)
 
 
 @router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
+@may("manage")
 def list_tenants(services: ServicesDep) -> Page[TenantResource]:
     """All tenants, by name."""
     return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants()))
 
 
 @router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@may("manage")
 def get_tenant(services: ServicesDep, name: TenantPath) -> TenantResource:
     """One tenant."""
     return TenantResource.of(services.catalog.tenant(name))
 
 
 @router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+@may("manage")
 def change_tenant(services: ServicesDep, name: TenantPath, asking: Asking, change: TenantChange) -> TenantResource:
     """Block a tenant with all its keys, let it pass again, or give it other limits."""
     return _access_of(services, asking).change_tenant(name, change)
 
 
 @router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
+@may("audit")
 def read_audit(
     services: ServicesDep,
     request: Request,

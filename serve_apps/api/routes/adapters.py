@@ -24,6 +24,7 @@ from loray.errors import AdapterNotFound
 from loray.publishing import Destination, register_stored
 from loray.serving.access import check
 from loray.spec import Method, Name, QualifiedName, split_qualified
+from serve_apps.access import may
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -33,6 +34,7 @@ router = router_of("adapters")
 
 
 @router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
+@may("read")
 def list_adapters(
     services: ServicesDep,
     request: Request,
@@ -66,12 +68,14 @@ def list_adapters(
 
 
 @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
+@may("read")
 def get_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
     return _adapter(services.catalog_of(asking), name)
 
 
 @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
+@may("publish")
 def change_adapter(services: ServicesDep, asking: Asking, name: AdapterName, change: AdapterChange) -> AdapterResource:
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
     catalog = services.catalog_of(asking)
@@ -80,6 +84,7 @@ def change_adapter(services: ServicesDep, asking: Asking, name: AdapterName, cha
 
 
 @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
+@may("read")
 def list_versions(
     services: ServicesDep,
     request: Request,
@@ -96,6 +101,7 @@ def list_versions(
 
 
 @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+@may("read")
 def get_version(
     services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> VersionDetail:
@@ -108,6 +114,7 @@ def get_version(
     status_code=201,
     responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
 )
+@may("publish")
 async def register_version(
     services: ServicesDep,
     request: Request,
@@ -143,6 +150,7 @@ async def register_version(
 
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
+@may("read")
 async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName) -> PlacementResource:
     """In which replica's memory each version is; nothing where nothing is served.
 
@@ -153,6 +161,7 @@ async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName
 
 
 @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
+@may("identify")
 def list_bases(services: ServicesDep, asking: Asking) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
     catalog = services.catalog_of(asking)

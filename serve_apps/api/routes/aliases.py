@@ -6,6 +6,7 @@ from fastapi import Response
 
 from loray.api.resources import AliasResource, AliasTarget, Page
 from loray.catalog import AliasState
+from serve_apps.access import may
 from serve_apps.api import examples, views
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses
@@ -23,6 +24,7 @@ def _tagged(status: int = 200) -> examples.Responses:
 
 
 @router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
+@may("read")
 def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
     return Page[AliasResource](items=tuple(views.alias(state) for state in services.catalog_of(asking).aliases(name)))
@@ -33,6 +35,7 @@ def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Pa
     response_model=AliasResource,
     responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
 )
+@may("read")
 def get_alias(
     services: ServicesDep,
     response: Response,
@@ -50,6 +53,7 @@ def get_alias(
 
 
 @router.put(_PATH, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
+@may("promote")
 def put_alias(
     services: ServicesDep,
     response: Response,
@@ -74,6 +78,7 @@ def put_alias(
 
 
 @router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
+@may("promote")
 def delete_alias(
     services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
 ) -> None:
@@ -84,6 +89,7 @@ def delete_alias(
 
 
 @router.post(_PATH + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
+@may("promote")
 def roll_back(
     services: ServicesDep,
     response: Response,

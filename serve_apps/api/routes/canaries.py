@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loray.api.canaries import CanaryResource, CanaryTarget
+from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses
@@ -15,6 +16,7 @@ _PATH = "/adapters/{name}/aliases/{alias}/canary"
 
 
 @router.get(_PATH, responses=responses(403, 404) | examples.ok(examples.CANARY))
+@may("read")
 def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath) -> CanaryResource:
     """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
 
@@ -24,6 +26,7 @@ def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: 
 
 
 @router.put(_PATH, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
+@may("promote")
 def put_canary(
     services: ServicesDep,
     asking: Asking,
@@ -52,6 +55,7 @@ def put_canary(
 
 
 @router.delete(_PATH, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
+@may("promote")
 def end_canary(
     services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
 ) -> CanaryResource:

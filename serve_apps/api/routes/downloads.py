@@ -16,11 +16,13 @@ from loray.api.resources import VersionNumber
 from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
 from loray.publishing.archive import as_it_is, as_tar, folder_as_tar
+from serve_apps.access import address_of, may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Services, ServicesDep
-from serve_apps.http import FILE, TAR, ArchiveResponse, schema_reference
+from serve_apps.archives import FILE, TAR, ArchiveResponse
+from serve_apps.http import schema_reference
 
 router = router_of("downloads")
 
@@ -41,6 +43,7 @@ _ANSWER: examples.Responses = {
     response_class=Response,
     responses=responses(404, 429, 504) | _ANSWER,
 )
+@may("download")
 async def download(
     services: ServicesDep,
     request: Request,
@@ -56,7 +59,7 @@ async def download(
     machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
     `peft`; where the store is a folder, the archive comes as without it.
     """
-    found = await run_in_threadpool(lambda: services.catalog_of(asking).version(name, version))
+    found = await run_in_threadpool(_noted, services, asking, name, version, format, address_of(request.scope))
     if presigned and format == "peft":
         urls = await run_in_threadpool(_presigned, services, found)
         if urls is not None:
@@ -77,9 +80,7 @@ async def download(
     except BaseException:
         held.close()
         raise
-    return ArchiveResponse(
-        archive, held, label, format, etag=found.digest if format == "peft" else f"{found.digest}-{format}"
-    )
+    return ArchiveResponse(archive, held, found.digest, label, format)
 
 
 def _size_of(services: Services, found: AdapterVersion, form: DownloadForm) -> int:
@@ -87,6 +88,16 @@ def _size_of(services: Services, found: AdapterVersion, form: DownloadForm) -> i
     if form == "peft":
         return services.store.num_bytes(found.digest, found.manifest)
     return services.conversions.num_bytes(form, found.manifest)
+
+
+def _noted(
+    services: Services, asking: Asking, name: str, version: int, form: DownloadForm, address: str | None
+) -> AdapterVersion:
+    """The version, of whose download the audit log has an entry."""
+    catalog = services.catalog_of(asking)
+    found = catalog.version(name, version)
+    catalog.note("download", found.label, tenant=found.tenant, address=address, form=form)
+    return found
 
 
 def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from loray.api.resources import JobResource, Page
 from loray.serving.access import check
 from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
+from serve_apps.access import may, until_revoked
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
@@ -42,6 +43,7 @@ _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YA
     openapi_extra=_BODY,
     responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
 )
+@may("train")
 def submit_job(
     services: ServicesDep,
     request: Request,
@@ -60,6 +62,7 @@ def submit_job(
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
+@may("train")
 def list_jobs(
     services: ServicesDep,
     request: Request,
@@ -76,6 +79,7 @@ def list_jobs(
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
+@may("train")
 def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
     return views.job(services.jobs_of(asking).get(id))
@@ -86,8 +90,10 @@ def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     response_class=PlainTextResponse,
     responses=responses(404, 410, 429) | {200: {"description": "What the driver and its workers wrote"}},
 )
+@may("train")
 async def get_logs(
     services: ServicesDep,
+    request: Request,
     asking: Asking,
     id: JobPath,
     follow: Annotated[bool, Query(description="go on until the job ends")] = False,
@@ -100,7 +106,7 @@ async def get_logs(
         held = AsyncExitStack()
         await held.enter_async_context(services.followers.one(asking))
         try:
-            return _Followed(await run_in_threadpool(jobs.follow, id), held)
+            return _Followed(until_revoked(request, await run_in_threadpool(jobs.follow, id)), held)
         except BaseException:
             await held.aclose()
             raise
@@ -136,6 +142,7 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+@may("train")
 def stop_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
     return views.job(services.jobs_of(asking).stop(id))

@@ -13,6 +13,7 @@ from loray.api.resources import Resource
 from loray.bases.presets import known_shape
 from loray.planning.devices import PRESETS
 from loray.spec import Name
+from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -34,6 +35,7 @@ class RecommendationResource(Resource):
 
 
 @router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
+@may("identify")
 def recommend_methods(
     services: ServicesDep,
     context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],

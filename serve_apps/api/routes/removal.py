@@ -9,7 +9,7 @@ from fastapi import Path
 from loray.api.resources import AdapterResource, AdapterTransfer, VersionDetail, VersionNumber
 from loray.catalog import AdapterEntry, Catalog
 from loray.publishing import restore
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -21,6 +21,7 @@ _VERSION = "/adapters/{name}/versions/{version}"
 
 
 @router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
+@may("publish")
 def delete_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> None:
     """Delete a name with its versions and aliases. 409: a job trains for it.
 
@@ -30,6 +31,7 @@ def delete_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> 
 
 
 @router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
+@may("publish")
 def delete_version(
     services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> None:
@@ -38,6 +40,7 @@ def delete_version(
 
 
 @router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
+@may("publish")
 def restore_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
@@ -46,6 +49,7 @@ def restore_adapter(services: ServicesDep, asking: Asking, name: AdapterName) ->
 
 
 @router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
+@may("publish")
 def restore_version(
     services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> VersionDetail:
@@ -59,6 +63,7 @@ def restore_version(
     "/adapters/{name}/transfer",
     responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
 )
+@may("manage")
 def transfer_adapter(services: ServicesDep, asking: Asking, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
     """Hand an adapter to another tenant, with versions, aliases, tags and evaluations; for administrators.
 
@@ -69,6 +74,7 @@ def transfer_adapter(services: ServicesDep, asking: Asking, name: AdapterName, t
 
 
 @router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
+@may("manage")
 def release_version(
     services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> None:

@@ -9,7 +9,7 @@ from fastapi import Path, Response
 
 from loray.api.resources import Page, TagChange, TagResource
 from loray.spec import TagKey
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -22,6 +22,7 @@ _TAG = "/adapters/{name}/tags/{key}"
 
 
 @router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
+@may("read")
 def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[TagResource]:
     """All tags of an adapter, by key."""
     found: Mapping[str, str] = services.catalog_of(asking).tags(name)
@@ -29,6 +30,7 @@ def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[
 
 
 @router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
+@may("publish")
 def set_tag(
     services: ServicesDep, response: Response, asking: Asking, name: AdapterName, key: KeyPath, change: TagChange
 ) -> TagResource:
@@ -39,6 +41,7 @@ def set_tag(
 
 
 @router.delete(_TAG, status_code=204, responses=responses(403, 404))
+@may("publish")
 def delete_tag(services: ServicesDep, asking: Asking, name: AdapterName, key: KeyPath) -> None:
     """Take a tag away."""
     services.catalog_of(asking).delete_tag(name, key)

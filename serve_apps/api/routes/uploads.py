@@ -8,6 +8,7 @@ from fastapi import Header, Path, Request
 
 from loray.api.uploads import FileResource, UploadResource
 from loray.publishing.uploads import UploadedFile, Uploads
+from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -26,6 +27,7 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
+@may("publish")
 def begin_upload(services: ServicesDep, asking: Asking, idempotency_key: IdempotencyKey = None) -> UploadResource:
     """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
 
@@ -36,6 +38,7 @@ def begin_upload(services: ServicesDep, asking: Asking, idempotency_key: Idempot
 
 
 @router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
+@may("publish")
 def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadResource:
     """Which files have come: an upload that broke off is continued with the others."""
     return _resource(_uploads(services, asking), id)
@@ -46,6 +49,7 @@ def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadRes
     responses=responses(403, 404, 409, 411) | examples.ok(examples.FILE),
     openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
 )
+@may("publish")
 async def put_file(
     services: ServicesDep, request: Request, asking: Asking, id: UploadId, name: FileName
 ) -> FileResource:
@@ -58,6 +62,7 @@ async def put_file(
 
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
+@may("publish")
 def delete_upload(services: ServicesDep, asking: Asking, id: UploadId) -> None:
     """Forget an upload and its files. A version that was made of it stays."""
     _uploads(services, asking).delete(id)

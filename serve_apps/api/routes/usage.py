@@ -10,6 +10,7 @@ from fastapi import Query, Request, Response
 from loray.api.resources import Page
 from loray.api.usage import UsageResource
 from loray.spec import QualifiedName, TenantName, UsageGroup
+from serve_apps.access import may
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -25,6 +26,7 @@ _KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
 
 
 @router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
+@may("identify")
 def get_usage(
     services: ServicesDep,
     request: Request,

@@ -18,7 +18,8 @@ from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
 from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
-from serve_apps.access import Asking
+from serve_apps.access import Asking, address_of, may
+from serve_apps.archives import ArchiveResponse
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
 from serve_apps.console.pictures.heat_maps import heat_maps_of
@@ -26,7 +27,6 @@ from serve_apps.console.pictures.lineage import lineage_of
 from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
-from serve_apps.http import ArchiveResponse
 
 _PAGE = 50
 _VERSIONS = 20
@@ -47,6 +47,7 @@ router = router_of("/adapters")
 
 
 @router.get("")
+@may("read")
 def list_adapters(
     console: ConsoleDep,
     request: Request,
@@ -87,6 +88,7 @@ def list_adapters(
 
 
 @router.get("/{name}")
+@may("read")
 def show_adapter(
     console: ConsoleDep,
     request: Request,
@@ -116,6 +118,7 @@ def show_adapter(
 
 
 @router.get("/{name}/versions/{version}")
+@may("read")
 def show_version(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
 ) -> Response:
@@ -136,12 +139,17 @@ def show_version(
 
 
 @router.get("/{name}/versions/{version}/download")
-async def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
+@may("download")
+async def download(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
+) -> Response:
     """The files as a tar archive, verified before the first byte."""
-    backend, held = console.backend, ExitStack()
+    backend, held, address = console.backend, ExitStack(), address_of(request.scope)
 
     def make() -> tuple[Archive, AdapterVersion]:
-        found = backend.catalog_of(asking).version(name, version)
+        catalog = backend.catalog_of(asking)
+        found = catalog.version(name, version)
+        catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
         num_bytes = backend.store.num_bytes(found.digest, found.manifest)
         made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
@@ -151,10 +159,11 @@ async def download(console: ConsoleDep, asking: Asking, name: AdapterName, versi
     except BaseException:
         held.close()
         raise
-    return ArchiveResponse(archive, held, _label(found), "peft", etag=found.digest)
+    return ArchiveResponse(archive, held, found.digest, _label(found), "peft")
 
 
 @router.get("/{name}/diff")
+@may("read")
 def show_difference(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, old: VersionNumber, new: VersionNumber
 ) -> Response:
@@ -168,6 +177,7 @@ def show_difference(
 
 
 @router.post("/{name}/aliases/{alias}")
+@may("promote")
 def promote(
     console: ConsoleDep,
     request: Request,
@@ -182,6 +192,7 @@ def promote(
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
+@may("promote")
 def roll_back(
     console: ConsoleDep,
     request: Request,
@@ -196,6 +207,7 @@ def roll_back(
 
 
 @router.post("/{name}/aliases/{alias}/canary")
+@may("promote")
 def set_canary(
     console: ConsoleDep,
     request: Request,
@@ -211,6 +223,7 @@ def set_canary(
 
 
 @router.post("/{name}/aliases/{alias}/canary/end")
+@may("promote")
 def end_canary(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
 ) -> Response:

@@ -16,7 +16,7 @@ from loray.bases.presets import known_shape
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE
 from loray.simulation.asked import POLICY_NAMES, Asked
 from loray.spec import Method
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, checked, read_form
 from serve_apps.console.recipes import form_fields, plan_of, recipe_of
@@ -44,6 +44,7 @@ class Questions(BaseModel):
 
 
 @router.get("")
+@may("identify")
 def show_forms(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     return console.renderer.page(
         request,
@@ -63,6 +64,7 @@ def show_forms(console: ConsoleDep, request: Request, asking: Asking) -> Respons
 
 
 @router.post("/recommend")
+@may("identify")
 async def show_recommendation(console: ConsoleDep, request: Request) -> Response:
     """What `loray recommend` says. Raises SpecError, and NotFoundError for a base of unknown shape."""
     form = await read_form(request)
@@ -79,6 +81,7 @@ async def show_recommendation(console: ConsoleDep, request: Request) -> Response
 
 
 @router.post("/plan")
+@may("identify")
 async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray plan` says of the form."""
     form, settings = await read_form(request), console.backend.settings
@@ -91,6 +94,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 
 
 @router.post("/simulate")
+@may("identify")
 async def show_simulation(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray simulate` says of made-up requests, within bounds."""
     form = await read_form(request)

@@ -13,7 +13,7 @@ from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.serving.access import check
 from loray.spec import JobId, JobStatus, Method, Principal
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, read_form
 from serve_apps.console.live.histories import Seen
@@ -33,6 +33,7 @@ router = router_of("/jobs")
 
 
 @router.get("")
+@may("train")
 def list_jobs(
     console: ConsoleDep, request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
 ) -> Response:
@@ -44,6 +45,7 @@ def list_jobs(
 
 
 @router.get("/new")
+@may("train")
 def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The form of a recipe."""
     bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
@@ -53,6 +55,7 @@ def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response
 
 
 @router.post("/plan")
+@may("train")
 async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray plan` says of the form, and of each trial of a sweep; of one that is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
@@ -77,6 +80,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 
 
 @router.post("")
+@may("train")
 async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does, or a sweep of it, as `loray sweep`."""
     form, home = await read_form(request), console.backend.settings.home
@@ -93,6 +97,7 @@ async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> R
 
 
 @router.get("/compare")
+@may("train")
 def compare_jobs(
     console: ConsoleDep,
     request: Request,
@@ -110,6 +115,7 @@ def compare_jobs(
 
 
 @router.get("/{id}")
+@may("train")
 def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
@@ -117,6 +123,7 @@ def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath)
 
 
 @router.get("/{id}/live")
+@may("train")
 def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     """The part of the page that is asked for again and again until the job has ended."""
     job = console.backend.jobs_of(asking).get(id)
@@ -150,6 +157,7 @@ def _look(console: Console, asking: Principal, job: Job) -> Seen:
 
 
 @router.post("/{id}/stop")
+@may("train")
 def stop_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).stop(id)
     return led_to(request, f"/jobs/{job.id}")

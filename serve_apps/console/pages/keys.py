@@ -12,7 +12,7 @@ from loray.api.access import KeyCreation, KeyResource, TenantCreation
 from loray.client.direct import DirectAccess
 from loray.errors import SpecError
 from loray.spec import SCOPES, JobId, Principal, TenantName
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import Form, checked, read_form
 from serve_apps.console.rendering import led_to
@@ -30,6 +30,7 @@ def _access_of(console: Console, asking: Principal) -> DirectAccess:
 
 
 @router.get("/keys")
+@may("manage")
 def list_keys(
     console: ConsoleDep,
     request: Request,
@@ -54,6 +55,7 @@ def list_keys(
 
 
 @router.post("/keys")
+@may("manage")
 async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The key itself is in this answer, and nowhere else."""
     wanted = _key(await read_form(request))
@@ -62,6 +64,7 @@ async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> R
 
 
 @router.post("/keys/{id}/revoke")
+@may("manage")
 def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPath) -> Response:
     """For ever: every server refuses it within two seconds."""
     _access_of(console, asking).revoke_key(id)
@@ -69,6 +72,7 @@ def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPat
 
 
 @router.post("/tenants")
+@may("manage")
 async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     wanted = checked(TenantCreation, {"name": (await read_form(request)).get("name")})
     await run_in_threadpool(lambda: _access_of(console, asking).create_tenant(wanted.name))
@@ -76,6 +80,7 @@ async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -
 
 
 @router.post("/tenants/{name}/block")
+@may("manage")
 def block_tenant(
     console: ConsoleDep, request: Request, asking: Asking, name: Annotated[TenantName, Path()]
 ) -> Response:

@@ -13,9 +13,9 @@ from loray.catalog.identity.audit import AuditEntry
 from loray.client.metrics import TTFT, percentile, together
 from loray.errors import ClusterError, PermissionDenied
 from loray.spec import Principal
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import Backend, ConsoleDep
-from serve_apps.console.rendering import may
+from serve_apps.console.rendering import is_allowed
 from serve_apps.console.routing import router_of
 
 _NUM_NEWEST = 8
@@ -24,11 +24,13 @@ router = router_of("")
 
 
 @router.get("")
+@may("identify")
 async def show_overview(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     return console.renderer.page(request, "overview.html", **await _state(console.backend, request, asking))
 
 
 @router.get("/live")
+@may("identify")
 async def show_live(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The part of the page that is asked for again and again."""
     return console.renderer.page(request, "parts/live.html", **await _state(console.backend, request, asking))
@@ -72,8 +74,8 @@ def _target(status: Status) -> int:
 def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
     catalog = backend.catalog_of(asking)
     newest: tuple[AuditEntry, ...] = ()
-    if may(asking, "audit"):
+    if is_allowed(asking, "audit"):
         of = None if asking.is_admin else asking.tenant
         newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if may(asking, "train") else ()
+    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "train") else ()
     return {"newest": newest, "jobs": jobs}

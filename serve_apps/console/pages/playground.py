@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from loray.errors import LorayError
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.live.streams import EVENT_STREAM, STREAM_HEADERS
 from serve_apps.console.routing import router_of
@@ -29,6 +29,7 @@ router = router_of("/playground")
 
 
 @router.get("")
+@may("infer")
 def show_playground(
     console: ConsoleDep,
     request: Request,
@@ -48,6 +49,7 @@ def show_playground(
 
 
 @router.post("/chat")
+@may("infer")
 async def chat(console: ConsoleDep, request: Request) -> Response:
     """A request of OpenAI's chat completions, sent on with the key of this session; the answer as it comes."""
     status, chunks = await console.backend.gateway.stream(_CHAT, await request.body(), request.state.authorization)
@@ -55,6 +57,7 @@ async def chat(console: ConsoleDep, request: Request) -> Response:
 
 
 @router.get("/tier")
+@may("infer")
 async def find_tier(console: ConsoleDep, asking: Asking, model: Annotated[str, Query(max_length=300)] = "") -> Response:
     """Where the model's adapter is now: the next request takes it from there."""
     backend = console.backend
@@ -71,6 +74,7 @@ async def find_tier(console: ConsoleDep, asking: Asking, model: Annotated[str, Q
 
 
 @router.get("/models")
+@may("infer")
 async def find_models(
     console: ConsoleDep, request: Request, asking: Asking, search: Annotated[str, Query(max_length=96)] = ""
 ) -> Response:

@@ -14,6 +14,7 @@ from loray.api.status import ReplicaStatus
 from loray.client.metrics import STEPS, Buckets, percentile
 from loray.errors import ClusterError, NotFoundError, PermissionDenied
 from loray.spec import format_seconds
+from serve_apps.access import may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.live.places import KINDS, parts_of, rows_of, strip_of
 from serve_apps.console.routing import router_of
@@ -35,11 +36,13 @@ class Steps(NamedTuple):
 
 
 @router.get("/{name}")
+@may("observe")
 async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
     return await _page(console, request, name, "replica.html")
 
 
 @router.get("/{name}/live")
+@may("observe")
 async def show_live(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
     return await _page(console, request, name, "parts/replica.html")
 

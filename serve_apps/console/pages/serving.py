@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.api.status import Status
 from loray.client.metrics import ROUTED, STEPS, Metrics, percentile
 from loray.errors import ClusterError, PermissionDenied
+from serve_apps.access import may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.live.places import KINDS, heat_map, parts_of, strip_of
 from serve_apps.console.routing import router_of
@@ -30,11 +31,13 @@ router = router_of("/serving")
 
 
 @router.get("")
+@may("observe")
 async def show_serving(console: ConsoleDep, request: Request) -> Response:
     return await _page(console, request, "serving.html")
 
 
 @router.get("/live")
+@may("observe")
 async def show_live(console: ConsoleDep, request: Request) -> Response:
     return await _page(console, request, "parts/serving.html")
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 from fastapi import Path, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 from loray.errors import LorayError, NotFoundError
+from serve_apps.access import Asking, address_of, may
 from serve_apps.access.browsers import refuse_other_sites
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import read_form
@@ -24,37 +26,42 @@ router = router_of("")
 
 
 @router.get("/login")
+@may("open")
 def show_login(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(request, "login.html", message="")
 
 
 @router.post("/login")
+@may("open")
 async def log_in(console: ConsoleDep, request: Request) -> Response:
     refuse_other_sites(request.headers)
     key = (await read_form(request)).get("key")
+    address = address_of(request.scope)
     try:
-        await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"})
+        principal = await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"}, address)
+        assert principal is not None
+        cookie = await run_in_threadpool(console.sessions.begin, key, principal, address)
     except LorayError as e:
         answer = console.renderer.refusal(request, e)
         return console.renderer.page(request, "login.html", answer.status_code, message=str(e))
-    console.sessions.end(request.cookies.get(COOKIE))
+    await run_in_threadpool(console.sessions.end, request.cookies.get(COOKIE), principal)
     root = root_of(request)
     response = RedirectResponse(root, 303)
-    response.set_cookie(
-        COOKIE, console.sessions.begin(key), path=root, httponly=True, samesite="strict", secure=_is_https(request)
-    )
+    response.set_cookie(COOKIE, cookie, path=root, httponly=True, samesite="strict", secure=_is_https(request))
     return response
 
 
 @router.post("/logout")
-async def log_out(console: ConsoleDep, request: Request) -> Response:
-    console.sessions.end(request.cookies.get(COOKIE))
+@may("identify")
+def log_out(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    console.sessions.end(request.cookies.get(COOKIE), asking)
     response = led_to(request, "/login")
     response.delete_cookie(COOKIE, path=root_of(request), httponly=True, samesite="strict", secure=_is_https(request))
     return response
 
 
 @router.get("/static/{name}")
+@may("open")
 def get_static(name: Annotated[str, Path(max_length=64)]) -> Response:
     path = _FILES.get(name)
     if path is None:

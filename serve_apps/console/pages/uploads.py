@@ -17,7 +17,7 @@ from loray.publishing import Destination
 from loray.publishing.uploads import Uploads
 from loray.serving.access import check
 from loray.spec import AdapterManifest, Name, Principal
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, Form, checked, read_form
 from serve_apps.console.receiving import receive_upload
@@ -31,6 +31,7 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 @router.get("")
+@may("publish")
 def show_upload(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(
         request,
@@ -41,11 +42,13 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
 
 
 @router.post("")
+@may("publish")
 def begin_upload(console: ConsoleDep, asking: Asking) -> Response:
     return JSONResponse({"id": _uploads(console, asking).begin()}, 201)
 
 
 @router.put("/{id}/files/{name}")
+@may("publish")
 async def put_file(
     console: ConsoleDep, request: Request, asking: Asking, id: UploadId, name: Annotated[str, Path(max_length=64)]
 ) -> Response:
@@ -55,6 +58,7 @@ async def put_file(
 
 
 @router.post("/{id}/publish")
+@may("publish")
 async def publish(console: ConsoleDep, request: Request, asking: Asking, id: UploadId) -> Response:
     """Check the folder as a whole and publish it; then its page is shown."""
     form = await read_form(request)
@@ -64,6 +68,7 @@ async def publish(console: ConsoleDep, request: Request, asking: Asking, id: Upl
 
 
 @router.delete("/{id}")
+@may("publish")
 def forget(console: ConsoleDep, asking: Asking, id: UploadId) -> Response:
     """What could not be published does not count among the uploads that are open."""
     _uploads(console, asking).delete(id)

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from loray.catalog.identity.usage import UsageRow
 from loray.spec import UsageGroup
-from serve_apps.access import Asking
+from serve_apps.access import Asking, may
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.routing import router_of
 
@@ -32,6 +32,7 @@ router = router_of("")
 
 
 @router.get("/usage")
+@may("identify")
 def show_usage(
     console: ConsoleDep,
     request: Request,

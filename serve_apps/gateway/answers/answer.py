@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loray.errors import DeadlineExceeded
+from loray.errors import DeadlineExceeded, KeyRevoked
 from loray.spec import Delta, TokenDelta
 from serve_apps.accounting.account import Account
 from serve_apps.gateway import errors
@@ -63,8 +63,8 @@ class Answer(Response):
     """The response to a generation request. An ASGI application, which has no task for each token.
 
     Nothing is sent before the first event or heart-beat, so that an error until then has its own status; a later one
-    is the last event. The choices end, and their streams are closed at once, if one fails, the client disconnects, or
-    the deadline passes.
+    is the last event. The choices end, and their streams are closed at once, if one fails, the client disconnects, its
+    key is revoked, or the deadline passes.
     """
 
     def __init__(
@@ -103,13 +103,19 @@ class Answer(Response):
         connection = Connection(send, self.raw_headers, self._heartbeat_s)
         limit = asyncio.timeout_at(self._deadline and self._deadline.at)
         left = False
+        revoked: asyncio.Future[None] | None = scope.get("state", {}).get("revoked")
+
+        def end_now(_: object = None) -> None:
+            if not limit.expired():
+                limit.reschedule(0)  # ends the block below now
 
         async def watch() -> None:
             nonlocal left
+            if revoked is not None:
+                revoked.add_done_callback(end_now)
             await connection.until_left(receive)
             left = True
-            if not limit.expired():
-                limit.reschedule(0)  # ends the block below now
+            end_now()
 
         try:
             async with limit:
@@ -120,16 +126,22 @@ class Answer(Response):
                     return "ok"
                 finally:
                     watcher.cancel()
+                    if revoked is not None:
+                        revoked.remove_done_callback(end_now)
         except Exception as e:  # noqa: BLE001 - failure_of logs unexpected errors; the client gets a reason
             if left:
                 return "disconnected"
             error = e
             if limit.expired():
-                assert self._deadline is not None
+                is_revoked = revoked is not None and revoked.done()
                 if connection.is_blocked:
                     # The client does not read; without an end of the response, the server closes.
-                    return "deadline_exceeded"
-                error = DeadlineExceeded(f"the request took longer than {self._deadline.timeout_s:g} s, its limit")
+                    return "key_revoked" if is_revoked else "deadline_exceeded"
+                if is_revoked:
+                    error = KeyRevoked("the API key was revoked or blocked while this was answered")
+                else:
+                    assert self._deadline is not None
+                    error = DeadlineExceeded(f"the request took longer than {self._deadline.timeout_s:g} s, its limit")
             return await self._fail(error, connection, scope, receive, send)
 
     async def _run(self, connection: Connection) -> None:

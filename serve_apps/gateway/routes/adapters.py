@@ -13,7 +13,7 @@ from loray.api.openai.body import Body
 from loray.api.openai.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from loray.errors import RequestError, shown
 from loray.serving.access import check
-from serve_apps.access import principal_of
+from serve_apps.access import may, principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of
 
@@ -31,6 +31,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         check(principal, "publish", gateway.directory.entry(adapter).tenant)
 
     @router.post("/v1/load_lora_adapter")
+    @may("publish")
     async def load_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
         body = await body_of(request, LoadLoraRequest)
@@ -44,6 +45,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
 
     @router.post("/v1/unload_lora_adapter")
+    @may("publish")
     async def unload_lora_adapter(request: Request) -> Response:
         """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
         body = await body_of(request, UnloadLoraRequest)

@@ -15,8 +15,8 @@ from pydantic.json_schema import JsonSchemaMode
 from loray.api.openai import ChatCompletion, Completion, ErrorBody, Model, ModelList
 from loray.api.openai.vllm.tokens import DetokenizeResponse, TokenizeResponse
 from loray.api.status import Status
+from serve_apps.access import Permissions
 from serve_apps.access.documents import describe_keys
-from serve_apps.access.rules import GATEWAY
 from serve_apps.http import extend_openapi, schema_reference
 
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
@@ -71,7 +71,7 @@ _OF_LIMITS = {
 }
 
 
-def describe(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
+def describe(app: FastAPI, permissions: Permissions, bodies: Mapping[str, type[BaseModel]]) -> None:
     """Gives each operation its answers, says whether it needs a key, and gives the POST operation at each path of
     `bodies` its body's schema.
     """
@@ -87,7 +87,7 @@ def describe(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
             }
         for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's form of errors
             document["components"]["schemas"].pop(unused, None)
-        describe_keys(document, GATEWAY)
+        describe_keys(document, permissions)
 
     extend_openapi(app, [*((body, "validation") for body in bodies.values()), *_written()], edit)
 

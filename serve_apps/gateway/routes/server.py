@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response, Streamin
 
 from loray import __version__
 from loray.api.status import Status
-from serve_apps.access import principal_of
+from serve_apps.access import may, principal_of
 from serve_apps.deployment import CATALOG_PREFIX
 from serve_apps.gateway.gateway import Gateway
 
@@ -18,6 +18,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models", response_class=JSONResponse)
+    @may("read")
     async def models(
         request: Request,
         after: Annotated[str | None, Query(description="only models after this one")] = None,
@@ -29,6 +30,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         )
 
     @router.get("/v1/models/{model:path}")
+    @may("read")
     async def model(request: Request, model: str) -> Response:
         """One model, by `name`, `name@alias` or `name@version`."""
         card = await gateway.models.card(model, principal_of(request))
@@ -37,6 +39,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.get("/health")
     @router.get("/ping")
     @router.post("/ping")
+    @may("open")
     async def health() -> Response:
         """200 if a replica of any base answers that its engine runs, or a base is asleep and the next request starts
         one.
@@ -44,15 +47,18 @@ def create_router(gateway: Gateway) -> APIRouter:
         return await gateway.health()
 
     @router.get("/console", include_in_schema=False)
+    @may("open")
     async def console() -> Response:
         return RedirectResponse(f"{CATALOG_PREFIX}/console")
 
     @router.get("/version")
+    @may("open")
     async def version() -> Response:
         """The server's version."""
         return JSONResponse({"version": __version__})
 
     @router.get("/status")
+    @may("observe")
     async def status(
         layout: bool = False,
         replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
@@ -64,6 +70,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         return await gateway.status(frozenset(replica) if layout and replica else layout)
 
     @router.get("/metrics")
+    @may("observe")
     async def metrics(request: Request) -> Response:
         """Metrics of all gateways and replicas, for Prometheus."""
         return await gateway.metrics(request.headers.get("accept", ""))

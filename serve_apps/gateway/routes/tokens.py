@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from loray.api.openai import ChatCompletionRequest, parse
 from loray.api.openai.body import Body
 from loray.api.openai.vllm.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from serve_apps.access import principal_of
+from serve_apps.access import may, principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of, converted_body
 
@@ -26,6 +26,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(model))
 
     @router.post("/tokenize")
+    @may("infer")
     async def tokenize(request: Request) -> Response:
         """vLLM's: a text or a chat as token ids."""
         body, chat = await converted_body(request, tokenize_and_chat)
@@ -45,6 +46,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         return Response(answer.to_json(), media_type="application/json")
 
     @router.post("/detokenize")
+    @may("infer")
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
         body = await body_of(request, DetokenizeRequest)

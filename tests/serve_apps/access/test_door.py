@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from loray.spec import SCOPES, Limits
+from serve_apps.access import Permissions
 from serve_apps.access.door import REFRESH_S
-from serve_apps.access.rules import API, GATEWAY, Rules
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import METRICS, STATIC, Site, bearer
+from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.asking import eventually
 
 SiteOf = Callable[..., Site]
@@ -47,21 +52,44 @@ def test_no_route_passes_without_a_key(site_of: SiteOf) -> None:
                     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("rules", [GATEWAY, API])
-def test_every_route_has_its_action(site_of: SiteOf, rules: Rules) -> None:
-    """What no row of the table names is an administrator's."""
-    client = site_of().gateway if rules is GATEWAY else site_of().api
+def test_every_route_has_its_action(site_of: SiteOf, tmp_path: Path) -> None:
+    """None is an administrator's by accident."""
     of_administrators = {"/keys", "/keys/{id}", "/tenants", "/tenants/{name}", "/adapters/{name}/transfer"}
-    for method, path in operations(client.get("/openapi.json").json()):
-        action = rules.action(method, filled(path))
-        lifts = path.endswith("/quarantine")
-        expected = path in of_administrators or path.startswith("/keys/{id}/b") or lifts
-        assert (action == "manage") == expected, (method, path)
+    with closing(Api(tmp_path / "api", sqlite_catalog(tmp_path))) as api:
+        for app in (site_of().gateway.app, api.unmounted):
+            assert isinstance(app, FastAPI)
+            permissions = Permissions(app.routes)
+            for method, path in operations(app.openapi()):
+                expected = path in of_administrators or path.endswith("/quarantine") or path in ("/status", "/metrics")
+                assert (permissions.named(method, path) in ("manage", "observe")) == expected, (method, path)
 
 
-@pytest.mark.parametrize("path", ["//v1/models", "/v1/models/", "/V1/models", "/v1/../v1/models", "/nothing"])
-def test_a_path_that_is_no_route(site_of: SiteOf, path: str) -> None:
-    assert site_of().gateway.get(path, follow_redirects=False).status_code in (401, 307)
+def test_a_route_that_does_not_say_who_may_call_it() -> None:
+    app = FastAPI(docs_url=None, redoc_url=None)
+    app.add_api_route("/new", lambda: None)
+    with pytest.raises(TypeError, match="does not say who may call it"):
+        Permissions(app.routes)
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/V1/models", "/nothing", "/redoc"])
+def test_a_path_that_is_no_route_is_none_for_everybody(site_of: SiteOf, path: str) -> None:
+    site = site_of()
+    for headers in ({}, bearer("sk-lr-wrong"), site.key("infer"), site.key("admin")):
+        answer = site.gateway.get(f"http://testserver{path}", headers=headers, follow_redirects=False)
+        assert code_of(answer) == (404, "unknown_url"), headers
+        assert "nothing" not in path or answer.json()["error"]["message"] == "unknown URL: GET /nothing"
+    assert site.api.get("nothing").status_code == 404
+
+
+def test_a_method_that_a_path_does_not_have(site_of: SiteOf) -> None:
+    site = site_of()
+    for headers in ({}, site.key("infer")):
+        answer = site.gateway.delete("/v1/completions", headers=headers)
+        assert (*code_of(answer), answer.headers["allow"]) == (405, "method_not_allowed", "POST")
+        answer = site.api.put("adapters/tone", headers=headers)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, PATCH")
+        answer = site.gateway.options("/v1/chat/completions", headers=headers)
+        assert (answer.status_code, answer.headers["allow"], answer.text) == (204, "POST", "")
 
 
 def test_scopes_on_both_applications(site_of: SiteOf) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import tarfile
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
+from starlette.requests import ClientDisconnect
 
 from loray.spec import Evaluation
 from serve_apps.console.forms import MOST_SUGGESTED
@@ -152,3 +158,35 @@ def test_retrieval_is_a_heat_map(console: ConsoleSite) -> None:
     assert '<th scope="row">100%</th><td class="shade-5">100%</td>' in page
     assert "These are the first 100 of 120" in page
     assert "shade-" not in console.get("/adapters/tone/versions/1").text
+
+
+def test_a_browser_that_leaves_a_download_leaves_nothing_on_the_disk(
+    console: ConsoleSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    stored = console.store(7, tmp_path)
+    console.catalog.register("tone", stored, console.services.store.manifest(stored))
+    seen: list[list[Path]] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.request"}
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            seen.append(list(scratch.iterdir()))
+            raise OSError("the browser has left")
+
+    path = "/console/adapters/tone/versions/3/download"
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "query_string": b"", "scheme": "http"}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.4"}, "headers": [(b"host", b"test")]}
+
+    async def leave() -> None:
+        with suppress(ClientDisconnect, RuntimeError):
+            await console.unmounted(scope, receive, send)  # type: ignore[arg-type]
+
+    asyncio.run(leave())
+    assert len(seen) == 1
+    assert seen[0] != []
+    assert list(scratch.iterdir()) == []

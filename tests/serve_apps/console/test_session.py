@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 
 import pytest
+import sqlalchemy as sa
 
-from serve_apps.console.sessions import IDLE_S, MOST, Sessions
+from loray.catalog.schema import logins
+from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.console.site import HTMX, ROOT, URL, ConsoleSite
+from tests.serve_apps.keys import access_of
 
 
 def test_without_keys_no_login_is_needed(console: ConsoleSite) -> None:
@@ -100,14 +104,30 @@ def test_errors_are_pages_and_messages(console: ConsoleSite) -> None:
     assert console.get("/static/..%2fsite.py").status_code in (403, 404)
 
 
-def test_sessions_end_by_time_and_number() -> None:
-    now = 0.0
-    sessions = Sessions(lambda: now)
-    first = sessions.begin("a")
-    now = IDLE_S - 1
-    assert sessions.find(first) is not None
-    now += IDLE_S + 1
-    assert sessions.find(first) is None
-    kept = [sessions.begin(str(number)) for number in range(MOST + 1)]
-    assert (sessions.find(kept[0]), sessions.find(None)) == (None, None)
-    assert sessions.find(kept[-1]) is not None
+def test_every_process_of_the_api_knows_a_login(console: ConsoleSite) -> None:
+    """As behind a load balancer that sends each request to another one."""
+    key = console.key("admin")
+    value = console.log_in(key).cookies["loray_session"]
+    url = console.settings.catalog
+    with closing(Api(console.settings.home, url, access_of(url, host="0.0.0.0"))) as other:
+        cookie = {"Cookie": f"loray_session={value}"}
+        page = other.http.get(URL, headers=cookie)
+        assert (page.status_code, "Log out" in page.text) == (200, True)
+        token = re.search(r"X-CSRF-Token[^a-f0-9]+([a-f0-9]{64})", page.text)
+        assert token is not None
+        assert other.http.post(f"{URL}/logout", headers=cookie | {"X-CSRF-Token": token[1]}).status_code == 204
+        assert other.http.get(URL, headers=cookie).status_code == 401
+    assert console.get().status_code == 401
+
+
+def test_the_database_alone_opens_no_login(console: ConsoleSite) -> None:
+    key = console.key("admin")
+    value = console.log_in(key).cookies["loray_session"]
+    with console.catalog._engine.connect() as c:
+        (row,) = c.execute(sa.select(logins)).all()
+    assert key not in repr(row)
+    assert value not in repr(row)
+    assert bytes.fromhex(row.sealed) != key.encode()
+    for guess in (row.cookie_sha256, row.sealed, value[:-1]):
+        page = console.http.get(URL, headers={"Cookie": f"loray_session={guess}"})
+        assert page.status_code == (401 if guess != value else 200)

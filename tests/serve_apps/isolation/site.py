@@ -62,8 +62,8 @@ class Application:
         words |= {"model": thing.model}
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
-        if path.startswith("/console/static"):
-            words["name"] = "console.css"
+        if "/static/" in path:
+            words["name"] = "console.css" if "/console" in path else "swagger.js"
         path = path.replace(":path", "").format(**words)
         headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         options: dict[str, Any] = {
@@ -115,6 +115,10 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     for tenant in ("acme", "beta"):
         catalog.create_tenant(tenant)
     catalog.add_base(base.name, base.fingerprint)
+    recipe = load_recipe("lora_smollm2").spec
+    recipe = recipe.model_copy(
+        update={"name": SECRET.name, "data": recipe.data.model_copy(update={"train": "zq-data"})}
+    )
     acme = catalog.view(Principal(tenant="acme", scopes=frozenset(SCOPES), actor="ann"))
     described = manifest().model_copy(
         update={
@@ -122,16 +126,14 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
             "base_fingerprint": base.fingerprint,
             "description": "zq-words",
             "projection": _PAIR,
+            "recipe": recipe,
+            "job_id": SECRET.job,
         }
     )
     acme.note_upload(SECRET.digest)
     acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
     acme.set_tag(SECRET.name, "zq-tag", "zq-stage")
     assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload
-    recipe = load_recipe("lora_smollm2").spec
-    recipe = recipe.model_copy(
-        update={"name": SECRET.name, "data": recipe.data.model_copy(update={"train": "zq-data"})}
-    )
     acme.add_job(SECRET.job, name=SECRET.name, recipe=recipe)
     fakes.jobs.jobs[SECRET.job] = RayJob("RUNNING", "zq-words")
     fakes.placements.found = [
@@ -153,7 +155,9 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
         f"acme {scope}": catalog.create_key(f"acme {scope}", tenant="acme", scopes=frozenset({scope}))
         for scope in SCOPES
     }
-    made["narrow"] = catalog.create_key("narrow", tenant="acme", scopes=["infer"], models=["other"])
+    made["narrow"] = catalog.create_key("narrow", tenant="acme", scopes=SCOPES, models=["other"])
+    for scope in SCOPES:
+        made[f"beta {scope}"] = catalog.create_key(f"beta {scope}", tenant="beta", scopes={scope})
     made["publisher"] = catalog.create_key("publisher", scopes=["publish"])
     made["beta"] = catalog.create_key("beta", tenant="beta", scopes=frozenset(SCOPES))
     made["admin"] = catalog.create_key("admin", tenant="default", scopes=frozenset({"admin"}))

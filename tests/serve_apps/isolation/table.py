@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 OPEN = "open"  # without a key
 ANY = frozenset({"infer", "publish", "promote", "train"})  # any key
+MAKERS = ANY - {"infer"}  # who may make adapters or change where aliases point
 NOBODY: frozenset[str] = frozenset()  # administrators alone
 INFER, PUBLISH, PROMOTE, TRAIN = (frozenset({scope}) for scope in ("infer", "publish", "promote", "train"))
 
@@ -62,7 +63,7 @@ def _filled(value: Any, thing: Thing) -> Any:
     return value.format(**thing._asdict(), model=thing.model) if isinstance(value, str) else value
 
 
-_DOCUMENTS = {f"GET /{page}": Route(OPEN) for page in ("openapi.json", "docs", "docs/oauth2-redirect", "redoc")}
+_DOCUMENTS = {f"GET /{page}": Route(OPEN) for page in ("openapi.json", "docs", "docs/static/{name}")}
 _MODEL: dict[str, Any] = {"model": "{model}"}
 _SHORT = _MODEL | {"max_tokens": 1}
 _CHAT = _SHORT | {"messages": [{"role": "user", "content": "hi"}]}
@@ -109,7 +110,7 @@ API: dict[str, Route] = _DOCUMENTS | {
     "GET /console/adapters": Route(ANY, query=_OF),
     f"GET /console{_NAME}": Route(ANY, query=_OF),
     f"GET /console{_VERSION}": Route(ANY, query=_OF),
-    f"GET /console{_VERSION}/download": Route(ANY, query=_OF),
+    f"GET /console{_VERSION}/download": Route(MAKERS, query=_OF),
     f"GET /console{_NAME}/diff": Route(ANY, query=_OF | {"old": "1", "new": "1"}),
     f"POST /console{_ALIAS}": Route(PROMOTE, query=_OF | {"version": "1"}),
     f"POST /console{_ALIAS}/rollback": Route(PROMOTE, query=_OF),
@@ -156,7 +157,7 @@ API: dict[str, Route] = _DOCUMENTS | {
     f"GET {_VERSION}": Route(ANY, query=_OF),
     f"DELETE {_VERSION}": Route(PUBLISH, query=_OF),
     f"POST {_VERSION}/restore": Route(PUBLISH, query=_OF),
-    f"GET {_VERSION}/download": Route(ANY, query=_OF),
+    f"GET {_VERSION}/download": Route(MAKERS, query=_OF),
     f"DELETE {_VERSION}/quarantine": Route(NOBODY, query=_OF),
     "POST /uploads": Route(PUBLISH),
     "GET /uploads/{id}": Route(PUBLISH),
@@ -193,6 +194,6 @@ API: dict[str, Route] = _DOCUMENTS | {
     "GET /tenants": Route(NOBODY),
     "GET /tenants/{name}": Route(NOBODY),
     "PATCH /tenants/{name}": Route(NOBODY, {"blocked": True}),
-    "GET /audit": Route(PUBLISH | PROMOTE | TRAIN, query=_OF),
+    "GET /audit": Route(MAKERS, query=_OF),
     "GET /usage": Route(ANY, query=_OF),
 }

@@ -14,13 +14,14 @@ import sqlalchemy as sa
 from loray.catalog.backup.lines import BackupSummary, Line, header, read_header, rows_of, table_lines
 from loray.catalog.database import HEAD, Database, reading, writing
 from loray.catalog.queries import lock, log, now
-from loray.catalog.schema import adapters, changes, claims, metadata, tenants, versions
+from loray.catalog.schema import adapters, changes, claims, logins, metadata, tenants, versions
 from loray.errors import ConflictError, DataError, IntegrityError
 from loray.files import read_json_lines, replacing_private, write_json_lines
 from loray.spec import DEFAULT_TENANT
 
 _BATCH = 500  # rows
-_TABLES = [table for table in metadata.sorted_tables if table is not claims]  # which are of processes that run now
+# Without claims, which are of processes that run now, and logins: people log in again.
+_TABLES = [table for table in metadata.sorted_tables if table not in (claims, logins)]
 # Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
 _SKIPPED = 1 << 20
 

@@ -1,8 +1,9 @@
 """Who may use a deployment: tenants, keys, who sees adapters, the audit log, and what requests used."""
 
 from loray.catalog.identity.allowances import Allowances
-from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage
+from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage, AuditState, Refused
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
+from loray.catalog.identity.logins import Logins
 from loray.catalog.identity.sharing import Sharing
 from loray.catalog.identity.tenants import Tenants
 from loray.catalog.identity.transfer import Transfer
@@ -13,9 +14,12 @@ __all__ = [
     "Audit",
     "AuditEntry",
     "AuditPage",
+    "AuditState",
     "KeyPage",
     "Keys",
+    "Logins",
     "NewKey",
+    "Refused",
     "Sharing",
     "Tenants",
     "Transfer",

@@ -1,4 +1,4 @@
-"""The audit log: what was written, by whom, on whose data. Entries are added by the operations that write."""
+"""The audit log: what was written, taken and refused, by whom, on whose data. Operations that write add entries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database, reading
-from loray.catalog.queries import utc
+from loray.catalog.chain import add_entry, chained
+from loray.catalog.database import Database, reading, writing
+from loray.catalog.queries import lock, utc
 from loray.catalog.schema import audit_log
+from loray.errors import IntegrityError
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One write. `subject` is what was written, `tenant` whose it is, `detail` what was given."""
+    """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given, and
+    `address` from where the request came, as far as the server knows.
+    """
 
     id: int
     actor: str
@@ -26,6 +30,7 @@ class AuditEntry:
     tenant: str
     detail: Mapping[str, Any]
     created_at: datetime
+    address: str | None = None
 
 
 class AuditPage(NamedTuple):
@@ -35,8 +40,65 @@ class AuditPage(NamedTuple):
     next: int | None
 
 
+class Refused(NamedTuple):
+    """Requests of one kind that were refused. `what` is the action that they asked for."""
+
+    actor: str
+    tenant: str
+    address: str | None
+    what: str
+
+
+class AuditState(NamedTuple):
+    """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off.
+
+    num_entries   those in the chain
+    num_unlinked  those before it, which an older loray has written
+    """
+
+    num_entries: int
+    num_unlinked: int
+    last_id: int
+    last_hash: str
+
+
 class Audit(Database):
-    """The catalog's reading of the audit log."""
+    """The catalog's operations on the audit log."""
+
+    def note(self, action: str, subject: str, *, tenant: str, address: str | None = None, **detail: Any) -> None:
+        """Add an entry for what writes nothing else, such as a download."""
+        with writing(self._engine) as c:
+            lock(c)
+            add_entry(c, self._actor, action, subject, tenant, detail, address)
+
+    def note_refused(self, refused: Mapping[Refused, int]) -> None:
+        """Add an entry for each kind of request, with how often it was refused."""
+        with writing(self._engine) as c:
+            lock(c)
+            for one, count in refused.items():
+                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": count}, one.address)
+
+    def verify_audit(self, known: tuple[int, str] | None = None) -> AuditState:
+        """Compute all hashes of the log again. `known`: id and hash of an earlier end, which must still be there.
+
+        Raises IntegrityError that names the first entry which was changed, or before which one is missing.
+        """
+        previous, num_entries, num_unlinked, last = "", 0, 0, 0
+        is_known = known is None
+        query = sa.select(audit_log).order_by(audit_log.c.id)
+        with reading(self._engine) as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
+            for row in rows:
+                if row.hash is None and not num_entries:
+                    num_unlinked += 1
+                    continue
+                entry = row._asdict() | {"created_at": utc(row.created_at)}
+                if row.previous_hash != previous or row.hash != chained(previous, entry):
+                    raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
+                previous, last, num_entries = row.hash, row.id, num_entries + 1
+                is_known = is_known or (row.id, row.hash) == known
+        if not is_known:
+            raise IntegrityError("the audit log was changed: it does not have the entry with the known hash any more")
+        return AuditState(num_entries, num_unlinked, last, previous)
 
     def audit(
         self,
@@ -64,5 +126,5 @@ class Audit(Database):
 
 
 def _entry(row: sa.Row[Any]) -> AuditEntry:
-    fields = row._asdict()
+    fields = {name: getattr(row, name) for name in AuditEntry.__dataclass_fields__}
     return AuditEntry(**fields | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})

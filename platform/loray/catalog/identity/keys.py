@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from loray.catalog.database import Database, reading, writing
+from loray.catalog.identity.rotation import MAX_GRACE, refuse_rotation
 from loray.catalog.identity.tenants import get_tenant, tenant_of
 from loray.catalog.queries import count_change, lock, log, now, utc
 from loray.catalog.schema import changes, keys, tenants
@@ -100,17 +101,18 @@ class Keys(Database):
         """Replace a key by a new one with the same alias, scopes and limits, whose usage is counted on with the old
         one's. The old one goes on for `grace`.
 
-        Raises KeyNotFound, and ConflictError where the key is revoked.
+        Raises KeyNotFound, SpecError for a grace longer than `MAX_GRACE`, and ConflictError as `refuse_rotation` does.
         """
+        if not timedelta() <= grace <= MAX_GRACE:
+            raise SpecError(f"a replaced key may go on for at most {MAX_GRACE.days} days")
         secret = new_secret()
         with writing(self._engine) as c:
             lock(c)
             old = _get(c, key_id)
-            if old.revoked_at is not None:
-                raise ConflictError(f"key {key_id!r} is revoked; create another one")
             account = account_of(key_id)
-            query = sa.select(sa.func.count()).select_from(keys).where(_of_account(account))
-            number = c.execute(query).scalar_one() + 1
+            family = [_key(row) for row in c.execute(sa.select(keys).where(_of_account(account)))]
+            refuse_rotation(old, family, now(), is_kept=bool(grace), by_itself=self._principal.key_id == key_id)
+            number = len(family) + 1
             fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
             made = {"created_by": self._actor, "created_at": now(), "last_used_at": None}
             key = old.model_copy(update=fields | made)
@@ -123,14 +125,16 @@ class Keys(Database):
             log(c, self._actor, "rotate_key", key_id, tenant=key.tenant, replaced_by=key.id)
         return NewKey(secret, key)
 
-    def revoke_key(self, key_id: str) -> ApiKey:
-        """For ever. A second call changes nothing. Raises KeyNotFound."""
+    def revoke_key(self, key_id: str, *, only_this: bool = False) -> ApiKey:
+        """For ever, with the keys that it was rotated from and into: whoever has stolen one may have rotated it.
+        `only_this`: the others stay. A second call changes nothing. Raises KeyNotFound.
+        """
         with writing(self._engine) as c:
             lock(c)
-            key = _get(c, key_id)
-            if key.revoked_at is None:
-                _update(c, key_id, revoked_at=now())
-                log(c, self._actor, "revoke_key", key_id, tenant=key.tenant)
+            for key in _together(c, key_id, only_this=only_this):
+                if key.revoked_at is None:
+                    _update(c, key.id, revoked_at=now())
+                    log(c, self._actor, "revoke_key", key.id, tenant=key.tenant)
             return _get(c, key_id)
 
     def update_key(
@@ -146,7 +150,9 @@ class Keys(Database):
         expires_at: datetime | object | None = UNCHANGED,
     ) -> ApiKey:
         """Replaces what is given; of the limits also single ones, by name. A blocked key is refused until it is
-        unblocked. Raises KeyNotFound, and ConflictError where another key in use has the alias.
+        unblocked, with the keys that it was rotated from and into.
+
+        Raises KeyNotFound, and ConflictError where another key in use has the alias.
         """
         given: dict[str, Any] = {} if blocked is None else {"blocked": blocked}
         given |= {} if alias is None else {"alias": alias}
@@ -164,6 +170,10 @@ class Keys(Database):
                     _refuse_alias(c, after)
                 _update(c, key_id, **{name: value for name, value in _row(after).items() if name in given})
                 log(c, self._actor, "update_key", key_id, tenant=before.tenant, changed=sorted(given))
+            for other in _together(c, key_id) if blocked is not None else ():
+                if other.blocked != blocked:
+                    _update(c, other.id, blocked=blocked)
+                    log(c, self._actor, "update_key", other.id, tenant=other.tenant, changed=["blocked"])
             return _get(c, key_id)
 
     def key(self, key_id: str) -> ApiKey:
@@ -209,6 +219,14 @@ class Keys(Database):
             with writing(self._engine) as c:
                 where = keys.c.id == sa.bindparam("key")
                 c.execute(keys.update().where(where).values(last_used_at=sa.bindparam("at")), rows)
+
+
+def _together(c: sa.Connection, key_id: str, *, only_this: bool = False) -> list[ApiKey]:
+    """The key with this id, and those that it was rotated from and into. Raises KeyNotFound."""
+    key = _get(c, key_id)
+    if only_this:
+        return [key]
+    return [_key(row) for row in c.execute(sa.select(keys).where(_of_account(account_of(key_id))).order_by(keys.c.id))]
 
 
 def _refuse_alias(c: sa.Connection, key: ApiKey) -> None:

@@ -141,11 +141,12 @@ def update(
 
 @keys.command()
 @click.argument("key")
+@click.option("--only-this", is_flag=True, help="The keys that it was rotated from and into go on.")
 @json_option
-def revoke(key: str, as_json: bool) -> None:
-    """Revoke KEY for ever. Every server refuses it within two seconds."""
+def revoke(key: str, only_this: bool, as_json: bool) -> None:
+    """Revoke KEY for ever, with those that it was rotated from and into. Every server refuses it within two seconds."""
     with open_access() as access:
-        _show(access.revoke_key(_find(access, key)), as_json, "revoked")
+        _show(access.revoke_key(_find(access, key), only_this=only_this), as_json, "revoked")
 
 
 @keys.command()

@@ -1,4 +1,4 @@
-"""`loray catalog`: backups of the catalog's database."""
+"""`loray catalog`: backups of the catalog's database, and whether its audit log was changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 
 @click.group()
 def catalog() -> None:
-    """The catalog's database: back it up, and restore it."""
+    """The catalog's database: back it up, restore it, and verify its audit log."""
 
 
 @catalog.command()
@@ -43,6 +43,28 @@ def restore(file: Path, as_json: bool) -> None:
     with open_services() as services, Console(stderr=True).status("reading the backup"):
         restored = services.catalog.read_backup(file)
     _report("restored", restored, as_json)
+
+
+@catalog.command()
+@click.option("--known", metavar="ID:HASH", help="An earlier end of the log, which must still be in it.")
+@json_option
+def verify(known: str | None, as_json: bool) -> None:
+    """Compute the hashes of the audit log again: a changed or removed entry is found.
+
+    Keep the last line's ID:HASH elsewhere. Whoever can write to the database can cut off the log's end, or make all
+    hashes anew, and is found by nothing else.
+    """
+    number, _, sha256 = (known or "").partition(":")
+    if known is not None and not (number.isdigit() and sha256):
+        raise click.UsageError("--known is ID:HASH, as `loray catalog verify` prints it")
+    with open_services() as services, Console(stderr=True).status("reading the audit log"):
+        state = services.catalog.verify_audit(None if known is None else (int(number), sha256))
+    if as_json:
+        emit(state._asdict())
+        return
+    if state.num_unlinked:
+        click.echo(f"{state.num_unlinked:,} entries of an older loray have no hash")
+    click.echo(f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}")
 
 
 def _report(done: str, backup: BackupSummary, as_json: bool) -> None:

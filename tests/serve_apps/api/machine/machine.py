@@ -116,6 +116,8 @@ class CatalogMachine(AskingMachine):
         """It is rotated, by itself, or revoked where there are others."""
 
         def right() -> Caller:
+            if by_itself and "_" in key.id:  # made by a rotation, less than a day ago
+                raise Refused(409)
             key.is_revoked = True
             return Caller("", key.tenant, key.scopes)
 

@@ -1,0 +1,50 @@
+"""Entries of the audit log: each has the hash of the one before, so that a changed or removed one is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from loray.catalog.schema import audit_log
+from loray.files import canonical_json
+from loray.spec import DEFAULT_TENANT
+
+
+def log(
+    c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
+) -> None:
+    """`tenant`: that of the subject."""
+    add_entry(c, actor, action, subject, tenant, detail)
+
+
+def add_entry(
+    c: sa.Connection,
+    actor: str,
+    action: str,
+    subject: str,
+    tenant: str,
+    detail: Mapping[str, Any],
+    address: str | None = None,
+) -> None:
+    """As `log`, with the address from which the request came. The transaction has the catalog's lock, so that entries
+    follow each other.
+    """
+    entry: dict[str, Any] = {"actor": actor, "action": action, "subject": subject, "tenant": tenant}
+    entry |= {"detail": json.dumps(detail), "address": address, "created_at": datetime.now(UTC)}
+    last = sa.select(audit_log.c.hash).order_by(audit_log.c.id.desc()).limit(1)
+    previous = c.execute(last).scalar() or ""
+    c.execute(audit_log.insert().values(entry | {"previous_hash": previous, "hash": chained(previous, entry)}))
+
+
+def chained(previous: str, entry: Mapping[str, Any]) -> str:
+    """The hash of an entry of the audit log, whose `created_at` has a time zone. `previous`: that of the entry before
+    it; empty: it is the first one.
+    """
+    fields = {name: entry[name] for name in ("actor", "action", "subject", "tenant", "detail", "address")}
+    said = canonical_json(fields | {"created_at": entry["created_at"].astimezone(UTC).isoformat()})
+    return hashlib.sha256(f"{previous}\n{said}".encode()).hexdigest()

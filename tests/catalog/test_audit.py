@@ -1,0 +1,72 @@
+"""The audit log's chain: an entry that was changed or removed is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from loray.catalog import Catalog
+from loray.catalog.database import writing
+from loray.catalog.identity import Refused
+from loray.catalog.schema import audit_log
+from loray.errors import IntegrityError
+from tests.catalog.test_catalog import digest, manifest
+
+
+@pytest.fixture
+def written(catalog: Catalog) -> Catalog:
+    catalog.register("tone", digest(1), manifest(1), ["prod"])
+    catalog.note("download", "tone@1", tenant="default", address="10.0.0.1", form="peft")
+    catalog.note_refused({Refused("unknown", "", "10.0.0.1", "infer"): 10})
+    return catalog
+
+
+def test_what_was_written_is_verified(written: Catalog) -> None:
+    state = written.verify_audit()
+    assert (state.num_entries, state.num_unlinked) == (len(written.audit().entries), 0)
+    written.set_tag("tone", "team", "support")
+    assert written.verify_audit((state.last_id, state.last_hash)).num_entries == state.num_entries + 1
+    download, refused = (written.audit(action=action).entries[0] for action in ("download", "refuse"))
+    assert (download.subject, download.address, download.detail) == ("tone@1", "10.0.0.1", {"form": "peft"})
+    assert (refused.actor, refused.subject, refused.detail) == ("unknown", "infer", {"count": 10})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda last: audit_log.update().where(audit_log.c.id == last).values(actor="nobody"),
+        lambda last: audit_log.update().where(audit_log.c.action == "refuse").values(address=None),
+        lambda last: audit_log.update().where(audit_log.c.id == 1).values(detail="{}"),
+        lambda last: audit_log.update().where(audit_log.c.id == 1).values(created_at=sa.func.now()),
+        lambda last: audit_log.update().where(audit_log.c.id == last).values(hash=None, previous_hash=None),
+        lambda last: audit_log.delete().where(audit_log.c.id == last - 1),
+        lambda last: audit_log.delete().where(audit_log.c.id == 1),
+    ],
+)
+def test_a_changed_or_removed_entry_is_found(written: Catalog, change: Callable[[int], Any]) -> None:
+    written.create_tenant("acme")
+    with writing(written._engine) as c:
+        assert c.execute(change(written.audit(limit=1).entries[0].id)).rowcount == 1
+    with pytest.raises(IntegrityError, match="the audit log was changed"):
+        written.verify_audit()
+
+
+def test_an_end_that_was_cut_off_is_found_by_who_has_kept_it(written: Catalog) -> None:
+    state = written.verify_audit()
+    with writing(written._engine) as c:
+        c.execute(audit_log.delete().where(audit_log.c.id == state.last_id))
+    assert written.verify_audit().num_entries == state.num_entries - 1
+    with pytest.raises(IntegrityError, match="does not have the entry with the known hash"):
+        written.verify_audit((state.last_id, state.last_hash))
+
+
+def test_entries_of_an_older_loray_come_before_the_chain(written: Catalog) -> None:
+    before = written.verify_audit()
+    with writing(written._engine) as c:
+        c.execute(audit_log.update().values(previous_hash=None, hash=None))
+    written.create_tenant("acme")
+    state = written.verify_audit()
+    assert (state.num_entries, state.num_unlinked) == (1, before.num_entries)

@@ -1,0 +1,178 @@
+"""A key that was stolen: it makes no others that outlive its revocation, and what it has begun ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from jobs.submission.tracker import RayJob
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.catalog.identity import keys as stored_keys
+from loray.catalog.identity.rotation import SELF_ROTATION
+from loray.errors import ConflictError, SpecError
+from loray.recipes.load import load_recipe
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.access.conftest import bearer
+from tests.serve_apps.api.fakes import Api, FakeJobs
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
+from tests.serve_apps.keys import access_of
+
+
+class Asked:
+    """One request to an application, whose answer the test reads while it goes on."""
+
+    def __init__(self, app: FastAPI, method: str, path: str, key: str, body: Any = None) -> None:
+        content = b"" if body is None else json.dumps(body).encode()
+        headers = {"host": "test", "content-type": "application/json", "authorization": f"Bearer {key}"}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        path, _, query = path.partition("?")
+        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": raw}
+        self.text, self._changed, self._content = "", asyncio.Event(), [content]
+        self.task = asyncio.ensure_future(app({**scope, "root_path": "", "scheme": "http"}, self._receive, self._send))
+
+    async def said(self, text: str) -> None:
+        while text not in self.text:
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), 20)
+
+    async def _receive(self) -> Any:
+        if self._content:
+            return {"type": "http.request", "body": self._content.pop(), "more_body": False}
+        return await asyncio.Future[Any]()
+
+    async def _send(self, message: Any) -> None:
+        self.text += message.get("body", b"").decode()
+        self._changed.set()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Any:
+    with closing(Catalog(sqlite_catalog(tmp_path))) as catalog:
+        yield catalog
+
+
+def test_rotating_itself_gives_a_thief_no_key_that_outlives_the_revocation(catalog: Catalog, tmp_path: Path) -> None:
+    stolen = catalog.create_key("ci", scopes=["infer"])
+    with closing(Api(tmp_path, sqlite_catalog(tmp_path), access_of(sqlite_catalog(tmp_path), host="0.0.0.0"))) as api:
+
+        def rotate(key_id: str, secret: str, **body: str) -> Any:
+            return api.http.post(f"/keys/{key_id}/rotate", json=body, headers=bearer(secret))
+
+        assert rotate(stolen.key.id, stolen.secret, grace_period="99999d").status_code == 422
+        made = rotate(stolen.key.id, stolen.secret, grace_period="30d")
+        assert made.status_code == 201, made.text
+        again = rotate(made.json()["id"], made.json()["key"])
+        assert (again.status_code, "less than a day ago" in again.text) == (409, True)
+        assert rotate(stolen.key.id, stolen.secret).status_code == 409
+        catalog.revoke_key(stolen.key.id)
+        for secret in (stolen.secret, made.json()["key"]):
+            assert api.http.get("/keys/self", headers=bearer(secret)).status_code == 401
+
+
+def test_the_keys_of_a_family_are_revoked_and_blocked_together(catalog: Catalog) -> None:
+    first = catalog.create_key("ci").key
+    second = catalog.rotate_key(first.id, grace=timedelta(days=1)).key
+    other = catalog.create_key("other").key
+    catalog.update_key(second.id, blocked=True)
+    assert [catalog.key(k.id).blocked for k in (first, second, other)] == [True, True, False]
+    with pytest.raises(ConflictError, match="is blocked"):
+        catalog.rotate_key(second.id)
+    catalog.update_key(first.id, blocked=False)
+    assert not catalog.key(second.id).blocked
+    catalog.revoke_key(first.id, only_this=True)
+    assert catalog.key(second.id).revoked_at is None
+    third = catalog.rotate_key(second.id, grace=timedelta(days=1)).key
+    catalog.revoke_key(second.id)
+    assert [catalog.key(k.id).revoked_at is None for k in (first, second, third, other)] == [False, False, False, True]
+
+
+def test_at_most_two_keys_of_a_family_go_on(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = catalog.create_key("ci").key
+    with pytest.raises(SpecError, match="30 days"):
+        catalog.rotate_key(first.id, grace=timedelta(days=31))
+    second = catalog.rotate_key(first.id, grace=timedelta(days=30)).key
+    with pytest.raises(ConflictError, match=f"has been replaced by {second.id}"):
+        catalog.rotate_key(first.id)
+    with pytest.raises(ConflictError, match="a third one may not"):
+        catalog.rotate_key(second.id, grace=timedelta(days=1))
+    third = catalog.rotate_key(second.id).key  # without a grace
+    assert third.id.endswith("_3")
+    own = catalog.view(third.principal(catalog.tenant("default")))
+    with pytest.raises(ConflictError, match="less than a day ago"):
+        own.rotate_key(third.id)
+    later = third.created_at + SELF_ROTATION
+    monkeypatch.setattr(stored_keys, "now", lambda: later)
+    assert own.rotate_key(third.id).key.id.endswith("_4")
+
+
+@pytest.mark.parametrize("how", ["revoked", "blocked", "tenant"])
+def test_a_stream_ends_when_its_key_is_revoked(
+    catalog: Catalog, tiny_base: Callable[..., BaseModel], tmp_path: Path, how: str
+) -> None:
+    catalog.create_tenant("acme")
+    stolen = catalog.create_key("ci", tenant="acme")
+    other = catalog.create_key("other")
+
+    async def run() -> tuple[str, str, list[str]]:
+        base, url = tiny_base(), sqlite_catalog(tmp_path)
+        engines, access = ScriptedEngines([delta("ab")], hang=True), access_of(url, host="0.0.0.0")
+        app = gateway_app(base, url, engines, access=access)
+        body = {"model": base.name, "prompt": "a", "stream": True}
+        async with app.router.lifespan_context(app):
+            asked = [Asked(app, "POST", "/v1/completions", key.secret, body) for key in (stolen, other)]
+            for one in asked:
+                await one.said("ab")
+            if how == "revoked":
+                await asyncio.to_thread(catalog.revoke_key, stolen.key.id)
+            elif how == "blocked":
+                await asyncio.to_thread(lambda: catalog.update_key(stolen.key.id, blocked=True))
+            else:
+                await asyncio.to_thread(lambda: catalog.update_tenant("acme", blocked=True))
+            await access.refresh()
+            await asyncio.wait_for(asked[0].task, 20)
+            closed = list(engines.closed)
+            assert not asked[1].task.done()
+            asked[1].task.cancel()
+            await asyncio.gather(asked[1].task, return_exceptions=True)
+            return asked[0].text, asked[1].text, closed
+
+    ended, others, closed = asyncio.run(run())
+    assert '"code":"key_revoked"' in ended
+    assert "key_revoked" not in others
+    assert len(closed) == 1
+
+
+class EndlessLog(FakeJobs):
+    async def follow(self, job_id: str) -> AsyncIterator[str]:
+        yield "first line\n"
+        await asyncio.Event().wait()
+
+
+def test_a_follower_of_a_log_ends_when_its_key_is_revoked(catalog: Catalog, tmp_path: Path) -> None:
+    url = sqlite_catalog(tmp_path)
+    stolen = catalog.create_key("ci", scopes=["train"])
+    catalog.add_job("job-1", name="tone", recipe=load_recipe("lora_smollm2").spec)
+
+    async def run() -> str:
+        access = access_of(url, host="0.0.0.0")
+        api = Api(tmp_path, url, access)
+        api.services._job_server = EndlessLog({"job-1": RayJob("RUNNING", "")})
+        app = api.unmounted
+        async with app.router.lifespan_context(app):
+            asked = Asked(app, "GET", "/jobs/job-1/logs?follow=true", stolen.secret)
+            await asked.said("first line")
+            await asyncio.to_thread(catalog.revoke_key, stolen.key.id)
+            await access.refresh()
+            await asyncio.wait_for(asked.task, 20)
+            return asked.text
+
+    assert asyncio.run(run()) == "first line\n"
