@@ -131,7 +131,7 @@ class _Direct:
                 return
 
     def logs(self, job_id: str) -> str:
-        return self._tracker.logs(job_id)
+        return "".join(self._tracker.logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
         pieces, rest = self._tracker.follow(job_id), ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from jobs.submission.commands import Submission
@@ -36,7 +36,7 @@ class HomeJobServer:
     def stop(self, job_id: str) -> None:
         self._server().stop(job_id)
 
-    def logs(self, job_id: str) -> str:
+    def logs(self, job_id: str) -> Iterator[str]:
         return self._server().logs(job_id)
 
     def tail(self, job_id: str, num_lines: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,8 @@ from jobs.submission.tracker import AGENT_S, RayJob
 from loray.errors import ClusterError, ConflictError
 
 TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
+PIECE_BYTES = 64 << 10
+_ALL_LINES = -1  # as Ray says it
 _MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
 _AGENT_RETRY_S = 1.0
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
@@ -77,22 +80,37 @@ class RayJobServer:
         with _translate_errors():
             self._client.stop_job(job_id)
 
-    def logs(self, job_id: str) -> str:
-        with _translate_errors():
-            return str(self._client.get_job_logs(job_id))
+    def logs(self, job_id: str) -> Iterator[str]:
+        """In pieces of `PIECE_BYTES`, however long it is."""
+        held = ExitStack()
+        chunks = held.enter_context(self._log(job_id, _ALL_LINES))
+
+        def pieces() -> Iterator[str]:
+            with held:
+                yield from codecs.iterdecode(chunks, "utf-8", errors="replace")
+
+        return pieces()
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        """By Ray's API of log files, which reads the file from its end. Empty until the driver has begun."""
+        with self._log(job_id, num_lines) as chunks:
+            return end_of(chunks).decode(errors="replace")
+
+    @contextmanager
+    def _log(self, job_id: str, num_lines: int) -> Iterator[Iterator[bytes]]:
+        """The last lines, by Ray's API of log files, which reads the file from its end. None until the driver has
+        begun.
+        """
         with _translate_errors():
             node_id = self._client.get_job_info(job_id).driver_node_id
             if node_id is None:
-                return ""
+                yield iter(())
+                return
             asked = {"node_id": node_id, "submission_id": job_id, "lines": num_lines}
             url, headers = f"{self._client.get_address()}/api/v0/logs/file", self._client._headers
             with httpx.stream("GET", url, params=asked, headers=headers, timeout=_TAIL_TIMEOUT) as answer:
                 if answer.status_code != 200:
                     raise RuntimeError(f"status code {answer.status_code}: {answer.read().decode(errors='replace')}")
-                return end_of(answer.iter_bytes()).decode(errors="replace")
+                yield answer.iter_bytes(PIECE_BYTES)
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
         async for lines in self._client.tail_job_logs(job_id):

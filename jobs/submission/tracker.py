@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -61,8 +61,8 @@ class JobServer(Protocol):
     def stop(self, job_id: str) -> None:
         """Asks a job that Ray knows to stop, and returns before it has ended."""
 
-    def logs(self, job_id: str) -> str:
-        """The log so far of a job that Ray knows."""
+    def logs(self, job_id: str) -> Iterator[str]:
+        """The log so far of a job that Ray knows, in pieces."""
 
     def tail(self, job_id: str, num_lines: int) -> str:
         """The last lines of the log of a job that Ray knows; of many bytes the last."""
@@ -162,8 +162,10 @@ class JobTracker:
         self._server.stop(job.id)
         return self.get(job.id)
 
-    def logs(self, job_id: str) -> str:
-        """The job's log so far. Raises JobNotFound, or LogsGone if Ray no longer knows the job."""
+    def logs(self, job_id: str) -> Iterator[str]:
+        """The job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job, before the
+        first one.
+        """
         return self._server.logs(self._with_logs(job_id))
 
     def tail(self, job_id: str, num_lines: int) -> str:

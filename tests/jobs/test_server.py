@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from jobs.submission import server as module
@@ -65,3 +66,31 @@ def test_jobs_are_asked_for_together() -> None:
     ]
     found = server_of(list_jobs=lambda: listed).find_all(["a", "c", "gone"])
     assert {id: job.status for id, job in found.items()} == {"a": "RUNNING", "c": "RUNNING"}
+
+
+def test_a_log_comes_in_pieces_or_its_end_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is asked for all lines, and the pieces are text although they cut a character."""
+    asked: list[dict[str, object]] = []
+    log = "é\n".encode() * (module.PIECE_BYTES // 3 + 1)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(dict(request.url.params))
+        if request.url.params["submission_id"] == "lost":
+            return httpx.Response(500, text="gone")
+        return httpx.Response(200, content=iter([log]))
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(module.httpx, "stream", client.stream)
+    server = server_of(
+        _headers={},
+        get_address=lambda: "http://ray",
+        get_job_info=lambda job_id: SimpleNamespace(driver_node_id=None if job_id == "new" else "node"),
+    )
+    pieces = list(server.logs("job"))
+    assert ("".join(pieces), max(map(len, pieces)) <= module.PIECE_BYTES, len(pieces)) == (log.decode(), True, 2)
+    assert server.tail("job", 2) == log.decode()  # of which Ray sends the end alone
+    assert [int(str(params["lines"])) for params in asked] == [-1, 2]
+    assert (list(server.logs("new")), server.tail("new", 2)) == ([], "")
+    with pytest.raises(ClusterError, match="gone"):
+        server.logs("lost")
+    client.close()

@@ -168,8 +168,8 @@ def check_recipe(spec: TrainSpec) -> None:
     num_bytes = len(canonical_json(spec.model_dump(mode="json", exclude_none=True)).encode())
     if num_bytes > MAX_RECIPE_BYTES:
         raise SpecError(
-            f"the recipe has {num_bytes:,} bytes, and a manifest has room for {MAX_RECIPE_BYTES:,}: name folders of data "
-            "instead of files"
+            f"the recipe has {num_bytes:,} bytes, and a manifest has room for {MAX_RECIPE_BYTES:,}: name folders of "
+            "data instead of files"
         )
     if (length := len(spec.publish.description)) > MAX_DESCRIPTION_CHARACTERS:
         raise SpecError(f"publish.description has {length:,} characters, and may have {MAX_DESCRIPTION_CHARACTERS:,}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -97,27 +97,32 @@ async def get_logs(
     asking: Asking,
     id: JobPath,
     follow: Annotated[bool, Query(description="go on until the job ends")] = False,
+    tail: Annotated[
+        int | None, Query(ge=1, le=10_000, description="so many last lines, of which the last MiB; not with `follow`")
+    ] = None,
 ) -> Response:
     """The job's log: one JSON object per event, between other lines. It is followed for an hour at most. 410: Ray does
-    not have it any more. 429: the key, or its tenant, follows as many as it may.
+    not have it any more. 429: the key, or its tenant, reads as many logs as it may.
     """
     jobs = services.jobs_of(asking)
-    if follow:
-        held = AsyncExitStack()
-        await held.enter_async_context(services.followers.one(asking))
-        try:
-            return _Followed(until_revoked(request, await run_in_threadpool(jobs.follow, id)), held)
-        except BaseException:
-            await held.aclose()
-            raise
-    return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
+    if tail is not None and not follow:
+        return PlainTextResponse(await run_in_threadpool(jobs.tail, id, tail))
+    held = AsyncExitStack()
+    await held.enter_async_context(services.followers.one(asking))
+    try:
+        if follow:
+            return _Log(_for_an_hour(until_revoked(request, await run_in_threadpool(jobs.follow, id))), held)
+        return _Log(await run_in_threadpool(jobs.logs, id), held)
+    except BaseException:
+        await held.aclose()
+        raise
 
 
-class _Followed(StreamingResponse):
-    """A log while it is written, for an hour at most. `held` is closed at the end, also where the client leaves."""
+class _Log(StreamingResponse):
+    """A log in pieces. `held` is closed at the end, also where the client leaves."""
 
-    def __init__(self, pieces: AsyncIterator[str], held: AsyncExitStack) -> None:
-        super().__init__(_for_an_hour(pieces), media_type="text/plain")
+    def __init__(self, pieces: AsyncIterator[str] | Iterator[str], held: AsyncExitStack) -> None:
+        super().__init__(pieces, media_type="text/plain")
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

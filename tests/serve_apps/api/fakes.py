@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -73,12 +73,12 @@ class FakeJobs:
         self._check()
         self.stopped.append(job_id)
 
-    def logs(self, job_id: str) -> str:
+    def logs(self, job_id: str) -> Iterator[str]:
         self._check()
-        return f"log of {job_id}\n"
+        return iter((f"log of {job_id}", "\n"))
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        return "".join(self.logs(job_id).splitlines(keepends=True)[-num_lines:])
+        return "".join("".join(self.logs(job_id)).splitlines(keepends=True)[-num_lines:])
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
         for piece in ("a\n", "b", "\nc\n"):

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from starlette.types import Message
 
 from loray.errors import Overloaded, RateLimited
 from loray.spec import Principal, TrainSpec
@@ -172,6 +173,44 @@ def test_a_log_is_followed_for_an_hour(api: Api, monkeypatch: pytest.MonkeyPatch
     api.jobs.say(job.id, "RUNNING")
     said = api.http.get(f"/jobs/{job.id}/logs?follow=true").text
     assert said == "a line\n… the log goes on; follow it again\n"
+
+
+def test_a_log_of_any_length_passes_through_in_pieces(api: Api) -> None:
+    """Half a gigabyte, of which never more than a few pieces are in memory."""
+    sent, most = [0], [0]
+
+    def logs(job_id: str) -> Iterator[str]:
+        for _ in range(8192):
+            sent[0] += 1
+            yield "x" * (64 << 10)
+
+    async def answered(message: Message) -> None:
+        received[0] += len(message.get("body", b""))
+        most[0] = max(most[0], sent[0] * (64 << 10) - received[0])
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    received = [0]
+    api.jobs.logs = logs  # type: ignore[method-assign]
+    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    api.jobs.say(job.id, "RUNNING")
+    path = f"/api/v1/jobs/{job.id}/logs"
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": [(b"host", b"test")], "scheme": "http", "http_version": "1.1"}
+    scope |= {"server": ("test", 80), "client": ("127.0.0.1", 1)}
+    asyncio.run_coroutine_threadsafe(api.app(scope, receive, answered), _loop()).result(10 * IN_TIME_S)
+    assert (received[0], most[0] <= 1 << 20) == (512 << 20, True)
+
+
+def test_the_last_lines_of_a_log(api: Api) -> None:
+    api.jobs.logs = lambda job_id: iter(("a\nb", "\nc\n"))  # type: ignore[method-assign]
+    job = api.catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    api.jobs.say(job.id, "RUNNING")
+    assert api.http.get(f"/jobs/{job.id}/logs").text == "a\nb\nc\n"
+    assert api.http.get(f"/jobs/{job.id}/logs?tail=2").text == "b\nc\n"
+    assert api.http.get(f"/jobs/{job.id}/logs?tail=0").status_code == 422
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
