@@ -131,7 +131,9 @@ def _publish(
             context_length=resolved.context,
             created_at=state.saved_at,
         )
-        whole = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
+        whole = Catalog(
+            settings.catalog, gate_tolerance=settings.gate_tolerance, max_snapshot_bytes=settings.snapshot_bytes
+        )
         whole.add_base(base.name, base.fingerprint)
         catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)

@@ -17,6 +17,7 @@
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
     │   ├── RevisionConflict   an alias has another revision than the caller expected
     │   └── GateRefused        the evaluations of a LongLoRA adapter do not pass the gate before an alias
+    ├── CatalogFull            gateways could not hold more names in memory; nobody publishes until that is changed
     ├── CatalogError           the catalog's database cannot be reached or stays locked
     ├── StoreError             the adapter store cannot be reached or refuses a request
     ├── ClusterError           the local Ray cluster does not start
@@ -116,6 +117,10 @@ class RevisionConflict(ConflictError):
 
 
 class GateRefused(ConflictError):
+    pass
+
+
+class CatalogFull(LorayError):
     pass
 
 

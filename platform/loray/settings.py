@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS SCRATCH_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 "
-    "KEY_MAX_AGE_S"
+    "MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -41,6 +41,7 @@ LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
 DEFAULT_USAGE_DAYS = 400
+DEFAULT_SNAPSHOT_BYTES = 1 << 30
 DEFAULT_MAX_JOBS, DEFAULT_MAX_WORKERS = 4, 16
 DEFAULT_KEY_MAX_AGE_S = 3600.0
 _SHORTEST_KEY = 32
@@ -70,6 +71,8 @@ class Settings:
              default 4 and 16; `none`: as many as it likes)
     scratch_bytes  of temporary files that a server holds at once (`LORAY_SCRATCH_BYTES`, for instance 20GiB; default
              None: 80 % of what is free at its start)
+    snapshot_bytes  of all names in each gateway's memory, beyond which nobody publishes (`LORAY_SNAPSHOT_BYTES`,
+             default 1 GiB)
     training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
     front_group  the group of the cluster's nodes that gateways run on (`LORAY_FRONT_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
@@ -91,6 +94,7 @@ class Settings:
     max_jobs: int | None = DEFAULT_MAX_JOBS
     max_workers: int | None = DEFAULT_MAX_WORKERS
     scratch_bytes: int | None = None
+    snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES
     training_group: TrainingGroup | None = None
     front_group: str | None = None
     api_key: str | None = field(default=None, repr=False)
@@ -141,6 +145,7 @@ class Settings:
             max_jobs=whole_or_none(env, "LORAY_MAX_JOBS", DEFAULT_MAX_JOBS),
             max_workers=whole_or_none(env, "LORAY_MAX_WORKERS", DEFAULT_MAX_WORKERS),
             scratch_bytes=size(env, "LORAY_SCRATCH_BYTES"),
+            snapshot_bytes=size(env, "LORAY_SNAPSHOT_BYTES") or DEFAULT_SNAPSHOT_BYTES,
             training_group=worker_group(env, "LORAY_TRAINING_GROUP"),
             front_group=(front := worker_group(env, "LORAY_FRONT_GROUP")) and front.name,
             api_key=env.get("LORAY_API_KEY") or None,
@@ -186,6 +191,7 @@ class Settings:
             "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,
             "LORAY_SCRATCH_BYTES": self.scratch_bytes,
+            "LORAY_SNAPSHOT_BYTES": None if self.snapshot_bytes == DEFAULT_SNAPSHOT_BYTES else self.snapshot_bytes,
             "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
             "LORAY_FRONT_GROUP": self.front_group,
         }

@@ -17,6 +17,7 @@ from loray.api.resources import FieldError, Problem, problem_type
 from loray.errors import (
     BaseMismatch,
     CatalogError,
+    CatalogFull,
     ClusterError,
     ConflictError,
     DataError,
@@ -73,6 +74,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (BaseMismatch, 422),
     (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
     (Overloaded, 503),
+    (CatalogFull, 507),
     (CatalogError, 503),
     (StoreError, 503),
     (ClusterError, 503),

@@ -94,7 +94,12 @@ class Services:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    catalog = Catalog(self._settings.catalog, actor=ACTOR, gate_tolerance=self._settings.gate_tolerance)
+                    catalog = Catalog(
+                        self._settings.catalog,
+                        actor=ACTOR,
+                        gate_tolerance=self._settings.gate_tolerance,
+                        max_snapshot_bytes=self._settings.snapshot_bytes,
+                    )
                     _reserve_bases(catalog, self._settings.home)
                     self._catalog = catalog
                 except LorayError as e:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.identity import allowances
 from loray.catalog.schema import adapters
-from loray.errors import LimitExceeded
+from loray.errors import CatalogFull, LimitExceeded
 from loray.spec import DEFAULT_KEEP_DELETED_S, AdapterManifest, Limits, Principal
 from tests.catalog.test_catalog import digest, manifest
 
@@ -128,3 +128,17 @@ def test_templates_that_differ_are_summed(acme: Catalog, monkeypatch: pytest.Mon
     with pytest.raises(LimitExceeded, match="11 characters in chat templates, and may have 10"):
         register(acme, "c", 4, **templated("d"))
     register(acme, "c", 5, **templated("{{ a }}"))
+
+
+def test_nobody_publishes_where_gateways_memory_is_full_of_names(url: str) -> None:
+    """A name of one version takes 1,200 bytes; what is deleted takes none."""
+    catalog = Catalog(url, max_snapshot_bytes=2 * 1200 + 9 + 400)
+    register(catalog, "a", 1, **templated("{{ a }}"))
+    register(catalog, "b", 2)
+    with pytest.raises(CatalogFull, match=r"about 3.2 kB of each gateway's memory, and may take 2.8 kB"):
+        register(catalog, "c", 3)
+    assert [entry.name for entry in catalog.adapters()] == ["a", "b"]
+    catalog.register("a", digest(1), manifest(1).model_copy(update=templated("{{ a }}")))  # which is there
+    catalog.delete_adapter("b")
+    register(catalog, "c", 3)
+    catalog.close()

@@ -20,7 +20,7 @@ from loray.catalog.entries import (
     split_model,
 )
 from loray.catalog.identity import Allowances, Audit, Keys, Logins, Sharing, Tenants, Transfer, Usage
-from loray.catalog.identity.allowances import refuse_more_names, refuse_more_versions
+from loray.catalog.identity.allowances import refuse_more_memory, refuse_more_names, refuse_more_versions
 from loray.catalog.identity.sharing import check_digest
 from loray.catalog.jobs import Jobs
 from loray.catalog.notes import Evaluations, Tags
@@ -139,7 +139,7 @@ class Catalog(
         Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
         has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
         exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
-        does; LimitExceeded; ConflictError where the claim has lapsed.
+        does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -161,6 +161,7 @@ class Catalog(
                 number = version or newest + 1
                 _refuse_taken(c, name, adapter_id, number)
                 refuse_more_versions(c, self._principal, tenant, adapter_id, digest, manifest)
+                refuse_more_memory(c, self._max_snapshot_bytes)
                 kept = manifest_json(manifest)
                 check_size(manifest, kept)
                 row = {

@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.files import file_lock
-from loray.settings import DEFAULT_GATE_TOLERANCE
+from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES
 from loray.spec import Principal
 from loray.telemetry import get_logger
 
@@ -54,15 +54,24 @@ _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, Program
 
 
 class Database:
-    """The base class of the catalog's parts: engine, the principal that asks, and the gate's tolerance.
+    """The base class of the catalog's parts: engine, the principal that asks, the gate's tolerance, and
+    what the names may take of each gateway's memory.
 
     Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
     """
 
-    def __init__(self, url: str, *, actor: str = "local", gate_tolerance: float = DEFAULT_GATE_TOLERANCE) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        actor: str = "local",
+        gate_tolerance: float = DEFAULT_GATE_TOLERANCE,
+        max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
+    ) -> None:
         self._engine = open_database(url)
         self._principal = Principal(actor=actor)
         self._gate_tolerance = gate_tolerance
+        self._max_snapshot_bytes = max_snapshot_bytes
         self._root: Database = self
         # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
         self._finalizer = weakref.finalize(self, self._engine.dispose)

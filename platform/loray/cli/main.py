@@ -139,6 +139,7 @@ def cli() -> None:
       LORAY_TRACES     folder of traces that `loray simulate --trace azure` and mooncake look in (default: none)
       LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)
       LORAY_MAX_JOBS, LORAY_MAX_WORKERS  of a tenant at once, where it has no limit of its own (default: 4, 16)
+      LORAY_SNAPSHOT_BYTES  of all names in each gateway's memory; beyond it nobody publishes (default 1GiB)
       LORAY_SCRATCH_BYTES  of temporary files of a server, for instance 20GiB (default: 80 % of what is free)
       LORAY_API_KEY    the API key that clients send; a server started with it asks for it
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks

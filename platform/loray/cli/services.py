@@ -24,7 +24,9 @@ class Services(NamedTuple):
 @contextmanager
 def open_services() -> Iterator[Services]:
     settings = Settings.from_env()
-    catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
+    catalog = Catalog(
+        settings.catalog, gate_tolerance=settings.gate_tolerance, max_snapshot_bytes=settings.snapshot_bytes
+    )
     try:
         yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:

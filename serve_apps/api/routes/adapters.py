@@ -112,7 +112,7 @@ def get_version(
 @router.post(
     "/adapters/{name}/versions",
     status_code=201,
-    responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+    responses=responses(403, 404, 409, 507) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
 )
 @may("publish")
 async def register_version(
@@ -128,7 +128,8 @@ async def register_version(
 
     An upload is checked as a whole first: format, shapes, ranks, values, against its base. 404: the store has no
     adapter of this digest, or the own tenant has neither uploaded it nor sees it under a name. 403: the name is
-    another tenant's, or the key may not set aliases. 409: the name is a base model's, the number is taken, or the
+    another tenant's, the key may not set aliases, or the tenant has as much as it may. 507: gateways' memory is full
+    of names. 409: the name is a base model's, the number is taken, or the
     gate refuses the aliases.
     """
     fields = registration.model_dump(include={"aliases", "version", "no_gate"})

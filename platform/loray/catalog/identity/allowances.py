@@ -15,16 +15,22 @@ from loray.catalog.database import Database, reading
 from loray.catalog.identity.tenants import get_tenant
 from loray.catalog.queries import now
 from loray.catalog.schema import adapters, manifest_as_json, versions
-from loray.errors import LimitExceeded
+from loray.errors import CatalogFull, LimitExceeded
 from loray.spec import (
     DEFAULT_KEEP_DELETED_S,
     DEFAULT_MAX_ADAPTERS,
+    MAX_TEMPLATE_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS_OF_TENANT,
     MAX_VERSIONS,
     AdapterManifest,
     Principal,
     format_size,
 )
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+_NAME_BYTES, _VERSION_BYTES = 800, 400  # as `make bench-catalog` measures a hundred thousand names of one version
 
 
 class Allowances(Database):
@@ -71,6 +77,31 @@ def refuse_more_versions(
         _refuse(total, MAX_TEMPLATE_CHARACTERS_OF_TENANT, of_tenant, what)
 
 
+def refuse_more_memory(c: sa.Connection, max_bytes: int) -> None:
+    """Raise CatalogFull where a version more would not fit into the memory that gateways have for all names."""
+    # First what there can be at most, which two indexes tell without a count.
+    at_most = [c.execute(sa.select(sa.func.max(table.c.id))).scalar() or 0 for table in (adapters, versions)]
+    if _memory(*at_most) + MAX_TEMPLATE_CHARACTERS * _num_templates(c) < max_bytes:
+        return
+    names = sa.select(sa.func.count()).where(adapters.c.deleted_at.is_(None))
+    each = names.select_from(versions.join(adapters)).where(versions.c.deleted_at.is_(None))
+    needed = _memory(*(c.execute(query).scalar_one() for query in (names, each))) + _characters_of_templates(c)
+    if needed + _VERSION_BYTES > max_bytes:
+        use, most = format_size(needed), format_size(max_bytes)
+        told = f"all names take about {use} of each gateway's memory, and may take {most}"
+        _log.error("nobody can publish: %s", told)
+        raise CatalogFull(f"{told}: delete adapters, or give gateways more and set LORAY_SNAPSHOT_BYTES")
+
+
+def _memory(num_names: int, num_versions: int) -> int:
+    return num_names * _NAME_BYTES + num_versions * _VERSION_BYTES
+
+
+def _num_templates(c: sa.Connection) -> int:
+    query = sa.select(sa.func.count(sa.distinct(versions.c.chat_template)))
+    return int(c.execute(query.where(versions.c.chat_template.is_not(None))).scalar_one())
+
+
 def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_bytes: int) -> None:
     limit = _stored_limit(c, principal, tenant)
     if limit is None:
@@ -86,11 +117,14 @@ def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_
         )
 
 
-def _characters_of_templates(c: sa.Connection, tenant: str, beside: str | None) -> int:
-    """Of the tenant's chat templates that differ, without one."""
+def _characters_of_templates(c: sa.Connection, tenant: str | None = None, beside: str | None = None) -> int:
+    """Of the chat templates that differ, of a tenant or of all, without one."""
     one = sa.select(sa.func.min(versions.c.id)).join(adapters, adapters.c.id == versions.c.adapter_id)
-    one = one.where(adapters.c.tenant == tenant, _is_kept(versions), _is_kept(adapters))
-    one = one.where(versions.c.chat_template.is_not(None), versions.c.chat_template != beside)
+    one = one.where(versions.c.chat_template.is_not(None), _is_kept(versions), _is_kept(adapters))
+    if tenant is not None:
+        one = one.where(adapters.c.tenant == tenant)
+    if beside is not None:
+        one = one.where(versions.c.chat_template != beside)
     length = sa.func.length(manifest_as_json(c)["chat_template"].as_string())
     query = sa.select(sa.func.coalesce(sa.func.sum(length), 0))
     return int(c.execute(query.where(versions.c.id.in_(one.group_by(versions.c.chat_template)))).scalar_one())
