@@ -17,16 +17,6 @@ from starlette.routing import Match, Route
 from loray.errors import LorayError
 
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
-# Of HTML. Pictures in style sheets are data: URLs. Nothing inline runs, and nothing is asked of another host.
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-        "frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 _REFERENCE = "#/components/schemas/{model}"
 
 

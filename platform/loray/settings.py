@@ -57,8 +57,7 @@ class Settings:
              `file://HOME/store`)
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
-    peak_tflops  peak of a training worker's device, in 10¹² FLOP/s of the training dtype, for MFU
-             (`LORAY_PEAK_TFLOPS`, default None: measured with matrix products)
+    peak_tflops  of a training worker's device, 10¹² FLOP/s, for MFU (`LORAY_PEAK_TFLOPS`, default None: measured)
     url      of a server (`LORAY_URL`): commands on adapters ask its API then, and need neither database nor store
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
@@ -107,10 +106,8 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         env = os.environ if env is None else env
         ours = {k for k in env if k.startswith("LORAY_") and not _SERVICE_VARIABLE.search(k)}
-        if unknown := sorted(ours - _KNOWN):
-            raise SettingsError(
-                f"unknown environment variable {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}"
-            )
+        if unknown := ", ".join(sorted(ours - _KNOWN)):
+            raise SettingsError(f"unknown environment variable {unknown}; known are {', '.join(sorted(_KNOWN))}")
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
         url = env.get("LORAY_URL") or None
         if url is not None and not url.startswith(("http://", "https://")):

@@ -63,12 +63,13 @@ def size(env: Mapping[str, str], name: str) -> int | None:
 
 
 def worker_group(env: Mapping[str, str], name: str) -> TrainingGroup | None:
+    if not (value := env.get(name)):
+        return None
     from loray.spec import TrainingGroup
 
-    value = env.get(name)
-    if value and not _GROUP.fullmatch(value):
+    if not _GROUP.fullmatch(value):
         raise SettingsError(f"{name}={value!r} must be the name of a worker group, as training")
-    return TrainingGroup(value) if value else None
+    return TrainingGroup(value)
 
 
 def log_target(value: str | None) -> str | None:

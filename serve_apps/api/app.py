@@ -59,8 +59,8 @@ def build(args: dict[str, Any]) -> Application:
 def _app(spec: ApiSpec) -> FastAPI:
     from jobs.submission.server import RayJobServer
     from loray.telemetry import configure_logging
+    from serve_apps.access.listening import reachable_host
     from serve_apps.api.placement import ServePlacements
-    from serve_apps.listening import reachable_host
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

@@ -11,8 +11,7 @@ from loray import __version__
 from loray.api.resources import Problem
 from loray.api.uploads import DownloadResource
 from loray.spec import TrainSpec
-from serve_apps import reference
-from serve_apps.access import Access, Permissions
+from serve_apps.access import Access, Permissions, reference
 from serve_apps.access.documents import describe_keys
 from serve_apps.api import problems
 from serve_apps.api.routes import access as access_routes

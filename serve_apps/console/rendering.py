@@ -16,7 +16,7 @@ from loray import __version__
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.serving.access import Action, check
 from loray.spec import Principal, format_seconds
-from serve_apps.http import PAGE_HEADERS
+from serve_apps.access.reference import PAGE_HEADERS
 
 PREFIX = "/console"
 CSRF_HEADER = "x-csrf-token"

@@ -14,8 +14,7 @@ from loray.catalog.snapshots.disk import SnapshotFile
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import FleetSpec
-from serve_apps import reference
-from serve_apps.access import Access, CheckAccess, Permissions, open_access
+from serve_apps.access import Access, CheckAccess, Permissions, open_access, reference
 from serve_apps.accounting.access_log import log_access
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.admission import AdmitRequests

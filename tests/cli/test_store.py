@@ -53,9 +53,14 @@ def test_a_backup_is_restored_into_an_empty_catalog(
         loray("adapters", "import", peft_folder(base, seed=seed), "--name", "tone", "--alias", "prod")
     file = tmp_path / "backup"
     assert loray("catalog", "backup", file).out.startswith("backed up 1 names and 2 versions, as of ")
+    verified = loray("catalog", "verify").out.splitlines()
+    assert verified[0].endswith(" entries are as they were written")
     refused = loray("catalog", "restore", file)
     assert (refused.code, "the catalog is not empty" in refused.err) == (1, True)
     monkeypatch.setenv("LORAY_CATALOG", f"sqlite:///{tmp_path}/other.db")
     assert json.loads(loray("catalog", "restore", file, "--json").out)["versions"] == 2
     assert "prod→2" in loray("adapters", "ls").out
+    assert json.loads(loray("catalog", "verify", "--known", verified[-1], "--json").out)["num_unlinked"] == 0
+    assert loray("catalog", "verify", "--known", "1:" + "0" * 64).code == 1
+    assert loray("catalog", "verify", "--known", "wrong").code == 2
     assert loray("store", "verify").out == "the store is whole\n"

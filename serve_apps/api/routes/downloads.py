@@ -21,7 +21,7 @@ from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Services, ServicesDep
-from serve_apps.archives import FILE, TAR, ArchiveResponse
+from serve_apps.console.archives import FILE, TAR, ArchiveResponse
 from serve_apps.http import schema_reference
 
 router = router_of("downloads")

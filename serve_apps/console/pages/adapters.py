@@ -19,7 +19,7 @@ from loray.catalog.checks import parse_tags
 from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking, address_of, may
-from serve_apps.archives import ArchiveResponse
+from serve_apps.console.archives import ArchiveResponse
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
 from serve_apps.console.pictures.heat_maps import heat_maps_of

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tests.conftest import REPOSITORY
 from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
 
-FOLDER = REPOSITORY / "serve_apps" / "swagger"
+FOLDER = REPOSITORY / "serve_apps" / "access" / "swagger"
 
 
 def test_pages_load_nothing_from_another_host(site_of: Callable[..., Site]) -> None:  # noqa: F811

@@ -8,10 +8,9 @@ import pytest
 
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
-from serve_apps import listening
-from serve_apps.access import open_access
+from serve_apps.access import listening, open_access
+from serve_apps.access.listening import reachable_host
 from serve_apps.api.app import ApiSpec
-from serve_apps.listening import reachable_host
 from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
 from tests.serve_apps.access.test_door import code_of
 
