@@ -61,7 +61,7 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
+        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
         self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
             host_bytes=spec.host_bytes,
             load=self._start_load,
@@ -173,6 +173,11 @@ class Engine:
             self._collect(0, outputs)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
+
+    @property
+    def last_adapters(self) -> frozenset[str]:
+        """See ModelRunner."""
+        return self._runner.last_adapters
 
     def _collect(self, num_left: int, outputs: list[TokenOutput]) -> None:
         """Read steps until so many are in flight; adds to `outputs`."""

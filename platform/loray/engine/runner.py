@@ -76,6 +76,7 @@ class ModelRunner:
         self._model, self._pool, self._sampler, self._grammars = model, pool, sampler, grammars
         self._counters, self._resident, self._observe = counters, resident, observe
         self._launched: deque[_Launched] = deque()  # the oldest first, at most two
+        self._last_chunks: deque[Sequence[Chunk]] = deque(maxlen=2)  # the older ones may be in flight
         self._read_at = 0.0
         self._on_gpu = pool.tensor.is_cuda
 
@@ -84,6 +85,7 @@ class ModelRunner:
         step whose launch fails, but what its chunks' requests count as computed.
         """
         began = time.monotonic()
+        self._last_chunks.append(chunks)
         batch = self._model.batch(chunks, self._resident, self._pool)
         if batch is None:
             return False
@@ -110,6 +112,12 @@ class ModelRunner:
             _Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, wait, is_ahead)
         )
         return True
+
+    @property
+    def last_adapters(self) -> frozenset[str]:
+        """Digests of the adapters in the last step that was launched, or in the one that was in flight then."""
+        requests = (chunk.request for chunks in self._last_chunks for chunk in chunks)
+        return frozenset(r.adapter.digest for r in requests if r.adapter is not None)
 
     @property
     def num_in_flight(self) -> int:
