@@ -107,6 +107,11 @@ class Request:
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
+    def has_constraint(self) -> bool:
+        """Its answer must match one, which is compiled before it can run."""
+        return self.spec.params.structured is not None
+
+    @property
     def is_continued(self) -> bool:
         """Its first tokens, and its prompt's log-probabilities, are another engine's."""
         return bool(self.spec.output_ids)
