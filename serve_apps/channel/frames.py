@@ -4,7 +4,7 @@
     WELCOME  gateway   the connection stands
     TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
     SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
-    PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, before the first token
+    PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
@@ -69,6 +69,8 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
             prompt = iter(out.prompt_logprobs)
             while part := [_logprobs(lp) for lp in islice(prompt, _PER_FRAME)]:
                 frames.append(frame(PROMPT, stream, part))
+        if out.token_id is None and out.finish_reason is None:
+            continue  # a part of the prompt
         item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
         if out.logprobs is None:
             plain.append(item)

@@ -189,6 +189,7 @@ class Engine:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
+                part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
         outputs = [
             self._fail(r, sampled)
@@ -203,6 +204,9 @@ class Engine:
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
+        scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
+        going_on = (r for r in scored if r.request_id not in broken and r.state is not State.FINISHED)
+        outputs += [self._output(r, None, None, None) for r in going_on]
         return outputs + [self._fail_not_finite(r) for r in broken.values()]
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
@@ -235,14 +239,16 @@ class Engine:
         if reason is not None:
             self.counters.num_finished += 1
             self._remove(request)
-        scored = request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1
+        part: tuple[TokenLogprobs, ...] | None = None
+        if request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1:
+            part, request.prompt_logprobs = tuple(request.prompt_logprobs), []
         return TokenOutput(
             request.request_id,
             token,
             logprobs,
             reason,
             num_cached_tokens=request.num_cached_tokens or 0,
-            prompt_logprobs=tuple(request.prompt_logprobs) if scored else None,
+            prompt_logprobs=part,
         )
 
     def _remove(self, request: Request) -> None:
