@@ -78,9 +78,11 @@ class Communicator:
     def _exchanged(self, data: bytes, other: int) -> bytes:
         """What the other rank sends, as many bytes as `data`. Rank 0 sends first: sending waits for the receiver."""
         mine, theirs = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
-        steps = [lambda: self.send_rows(mine, other), lambda: self.receive_rows(theirs, other)]
-        for step in steps if self.shard.rank == 0 else reversed(steps):
-            step()
+        if self.shard.rank == 0:
+            self.send_rows(mine, other)
+        self.receive_rows(theirs, other)
+        if self.shard.rank > 0:
+            self.send_rows(mine, other)
         return theirs.numpy().tobytes()
 
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
@@ -190,7 +192,7 @@ class Communicator:
 
 # torch's stubs do not know that these are process groups.
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, own_address: str) -> ProcessGroup:
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
     options._timeout = timeout
     return cast("ProcessGroup", ProcessGroupGloo(store, rank, size, options))
