@@ -69,8 +69,6 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
             prompt = iter(out.prompt_logprobs)
             while part := [_logprobs(lp) for lp in islice(prompt, _PER_FRAME)]:
                 frames.append(frame(PROMPT, stream, part))
-        if out.token_id is None and out.finish_reason is None:
-            continue  # a part of the prompt
         item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
         if out.logprobs is None:
             plain.append(item)
