@@ -4,7 +4,7 @@
     WELCOME  gateway   the connection stands
     TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
     SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
-    PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, before the first token
+    PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, as it is computed, before the first token
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
     REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds

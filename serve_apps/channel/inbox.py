@@ -52,7 +52,9 @@ class Inbox:
 
     def push_prompt(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """A part of the prompt's log-probabilities. They are in the first delta."""
-        self._prompt_logprobs = [*(self._prompt_logprobs or ()), *logprobs]
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = []
+        self._prompt_logprobs.extend(logprobs)
 
     def fail(self, error: Exception) -> None:
         """After what has arrived, `take` raises this, unless the last token has arrived."""

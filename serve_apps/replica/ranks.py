@@ -29,21 +29,21 @@ def bundles(spec: ServeSpec) -> list[dict[str, float]]:
 class RankActor:
     """One rank. It uses the base on its own node."""
 
-    def run(self, args: WorkerArgs, host: str) -> None:
-        """Runs until rank 0, at `host`, has ended."""
+    def run(self, args: WorkerArgs) -> None:
+        """Runs until rank 0 has ended."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         os.environ["OMP_NUM_THREADS"] = str(args.spec.num_threads)  # before torch is imported: it is read once
         from loray.engine.parallel.worker import run_worker
 
-        run_worker(args, get_base(settings.home, args.spec.base), host)
+        run_worker(args, get_base(settings.home, args.spec.base), get_node_ip_address())
 
 
 class RankActors:
     """Implements `loray.engine.parallel.workers.Workers`. The actors end with the replica, which owns them."""
 
     def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
-        group, host = get_current_placement_group(), get_node_ip_address()
+        group = get_current_placement_group()
         assert group is not None, "the deployment gives each rank a bundle"
         self._actors: list[Any] = []
         for arg, bundle in zip(args, bundles(args[0].spec)[1:], strict=True):
@@ -53,7 +53,11 @@ class RankActors:
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=arg.rank),
             }
             self._actors.append(ray.remote(RankActor).options(**options).remote())
-        self._runs = [a.run.remote(arg, host).future() for a, arg in zip(self._actors, args, strict=True)]
+        self._runs = [a.run.remote(arg).future() for a, arg in zip(self._actors, args, strict=True)]
+
+    @staticmethod
+    def own_address() -> str:
+        return str(get_node_ip_address())
 
     def check(self) -> None:
         for rank, run in enumerate(self._runs, 1):

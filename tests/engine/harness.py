@@ -69,8 +69,8 @@ def run(
         for token in engine.step():
             if token.error is not None:
                 raise token.error
-            assert token.token_id is not None
-            out.setdefault(token.request_id, []).append(token.token_id)
+            tokens = out.setdefault(token.request_id, [])
+            tokens += [] if token.token_id is None else [token.token_id]  # None: a part of its prompt has been scored
         engine.check_integrity()
         if engine.idle:
             time.sleep(0.001)  # the threads that load need the interpreter

@@ -159,14 +159,14 @@ def test_an_adapter_under_way_blocks_nobody(base: BaseModel, adapters: list[Test
 def test_requests_that_can_never_run_are_refused(base: BaseModel, adapters: list[TestAdapter]) -> None:
     engine = make_engine(base, adapters, max_model_len=64, max_queued=1)
     with pytest.raises(ContextLengthExceeded, match=r"maximum context length is 64 tokens, but 70 were asked for \(60"):
-        engine.add(request("a", ids(60), max_tokens=10))
+        engine.check(request("a", ids(60), max_tokens=10))
     with pytest.raises(RequestError, match="empty"):
-        engine.add(request("a", []))
+        engine.check(request("a", []))
     with pytest.raises(RequestError, match="vocabulary of 320"):
-        engine.add(request("a", [320]))
+        engine.check(request("a", [320]))
     other = replace(adapters[0], ref=replace(adapters[0].ref, base_fingerprint="f" * 64))
     with pytest.raises(BaseMismatch, match="another base"):
-        engine.add(request("a", ids(4), other))
+        engine.check(request("a", ids(4), other))
     engine.add(request("a", ids(4)))
     with pytest.raises(Overloaded) as refused:
         engine.add(request("b", ids(4)))

@@ -14,8 +14,10 @@ import pytest
 from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
+from loray.engine import engine as engine_module
+from loray.engine.admission import check_request
 from loray.engine.stream import EngineStream
-from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, Overloaded, RequestError
+from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, IntegrityError, Overloaded, RequestError
 from loray.spec import GenerateRequest, TokenDelta
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import hold, make_engine, request, run
@@ -168,6 +170,24 @@ def test_a_dead_engine_fails_everyone_and_says_so(base: BaseModel) -> None:
     go(test)
 
 
+def test_an_engine_that_stops_says_which_adapters_were_in_its_step(base: BaseModel, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]), seed=0)
+
+    async def test() -> None:
+        stream = EngineStream(make_engine(base, [adapter], num_threads=1))
+        stream.start()
+        stream._engine._model.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck"))  # type: ignore[method-assign]
+        with pytest.raises(EngineStopped, match="out of luck") as e:
+            await collect(stream, request("r", IDS, adapter))
+        assert e.value.adapters == (adapter.ref.digest,)
+        with pytest.raises(EngineStopped) as e:
+            stream.check_health()
+        assert e.value.adapters == ()
+        stream.stop()
+
+    go(test)
+
+
 def test_who_asks_a_dying_engine_for_its_adapters_hears_of_it(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:
@@ -241,5 +261,22 @@ def test_a_request_id_in_use_is_refused_and_the_first_goes_on(base: BaseModel) -
             with pytest.raises(RequestError, match="in use"):
                 await collect(stream, request("r", IDS))
             assert len(await first) == 40
+
+    go(test)
+
+
+def test_a_prompt_is_checked_once_and_not_between_steps(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def check(spec: GenerateRequest, *args: Any, **limits: Any) -> None:
+        checked.append(threading.current_thread().name)
+        check_request(spec, *args, **limits)
+
+    monkeypatch.setattr(engine_module, "check_request", check)
+
+    async def test() -> None:
+        async with started(base) as stream:
+            assert await collect(stream, request("r", IDS, max_tokens=2))
+        assert checked == [threading.current_thread().name]
 
     go(test)

@@ -17,7 +17,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
         adapter.check_base(base.name, base.fingerprint)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
-    if not all(0 <= t < vocab for t in request.prompt_ids):
+    if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
     params = request.params
     if not all(0 <= t < vocab for t in request.output_ids):

@@ -61,7 +61,7 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
+        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
         self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
             host_bytes=spec.host_bytes,
             load=self._start_load,
@@ -104,8 +104,6 @@ class Engine:
         """Compile kernels and record decode steps, see `warmup`. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
 
-    # -- requests -----------------------------------------------------------------------------------------------------
-
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
 
@@ -124,14 +122,12 @@ class Engine:
         check_request(request, self.base, max_model_len=self.max_model_len(request.adapter))
 
     def add(self, spec: GenerateRequest) -> None:
-        """Queue a request. Raises what `check` raises, and Overloaded if too many requests wait, or for too long."""
-        self.check(spec)
+        """Queue a request that `check` accepts. Raises RequestError (its id is in use), Overloaded (too many wait)."""
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
         request = Request(spec, arrival=self.counters.num_requests, queued_at=time.monotonic())
-        if spec.params.structured is None:
-            self.scheduler.add(request)
-        else:
+        self.scheduler.add(request)
+        if spec.params.structured is not None:
             self._grammars.prepare(request, spec.params.structured)
         self.counters.num_requests += 1
         self._requests[spec.request_id] = request
@@ -143,12 +139,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._grammars.is_preparing
+        return self.scheduler.has_work
 
     @property
     def next_deadline(self) -> float:
-        """When an idle engine must step again although nothing happens, in seconds of `time.monotonic`; may be inf."""
-        return self.scheduler.next_deadline()
+        """When an idle engine must step although nothing happens, in seconds of `time.monotonic`; may be inf."""
+        return min(self.scheduler.next_deadline(), self._grammars.next_deadline)
 
     def step(self) -> list[TokenOutput]:
         """Advance every scheduled request by one chunk; returns the new tokens and errors, where the runner is ahead
@@ -157,9 +153,9 @@ class Engine:
         If the list is empty and `has_work`, all requests wait for adapters or are in the middle of their prompt, or a
         step is in flight.
         """
-        refused = self._grammars.queue_prepared(self.scheduler.add)
+        outputs = [self._fail(*refused) for refused in self._grammars.take_prepared(self.scheduler.waiting.prepared)]
         plan = self.scheduler.next()
-        outputs = [self._fail(request, error) for request, error in refused + plan.failed]
+        outputs += [self._fail(*failed) for failed in plan.failed]
         chunks, runner = plan.chunks, self._runner
         try:
             if chunks and not runner.launch(chunks, plan.work):  # it needs tokens that are in flight
@@ -173,6 +169,11 @@ class Engine:
             self._collect(0, outputs)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
+
+    @property
+    def last_adapters(self) -> frozenset[str]:
+        """See ModelRunner."""
+        return self._runner.last_adapters
 
     def _collect(self, num_left: int, outputs: list[TokenOutput]) -> None:
         """Read steps until so many are in flight; adds to `outputs`."""
@@ -188,6 +189,7 @@ class Engine:
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
+                part.request.num_scored += len(logprobs)
                 part.request.prompt_logprobs += logprobs
         outputs = [
             self._fail(r, sampled)
@@ -202,6 +204,9 @@ class Engine:
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
+        scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
+        going_on = (r for r in scored if r.request_id not in broken and r.state is not State.FINISHED)
+        outputs += [self._output(r, None, None, None) for r in going_on]
         return outputs + [self._fail_not_finite(r) for r in broken.values()]
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
@@ -234,25 +239,24 @@ class Engine:
         if reason is not None:
             self.counters.num_finished += 1
             self._remove(request)
-        scored = request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1
+        part: tuple[TokenLogprobs, ...] | None = None
+        if request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1:
+            part, request.prompt_logprobs = tuple(request.prompt_logprobs), []
         return TokenOutput(
             request.request_id,
             token,
             logprobs,
             reason,
             num_cached_tokens=request.num_cached_tokens or 0,
-            prompt_logprobs=tuple(request.prompt_logprobs) if scored else None,
+            prompt_logprobs=part,
         )
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
-        if self._grammars.forget(request):
-            return  # it was not queued, and holds nothing
+        self._grammars.forget(request)
         if (ref := request.adapter) is not None:
             self.residency.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
-
-    # -- adapters -----------------------------------------------------------------------------------------------------
 
     def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
         return self._loads.start(ref, self.scheduler.first_step_seconds(ref.digest))
@@ -267,8 +271,6 @@ class Engine:
         own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
         base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         return report(self.counters, self.scheduler, self.residency, self.pool)

@@ -17,9 +17,11 @@ class State(Enum):
 
 
 class TokenOutput(NamedTuple):
-    """One step's result for one request: a token, or the error that ended it, or neither if max_tokens is 0.
+    """One step's result for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a part
+    of the prompt has been scored.
 
-    `prompt_logprobs` come with the first result, for the prompt's tokens from the second on.
+    `prompt_logprobs` are those of the prompt's tokens from the second on, in parts: each step's are in its result, the
+    last ones with the first token or the finish reason.
     """
 
     request_id: str
@@ -44,8 +46,8 @@ class TokenOutput(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Request:
     """The scheduler writes `state`, `num_computed`, `blocks` and the fields after it. The engine and its runner write
-    `output_ids`, `prompt_logprobs`, `num_computed` and `num_in_flight`; the counters write `num_prompt_counted` and
-    `queued_at`. Nothing else writes.
+    `output_ids`, `num_scored`, `prompt_logprobs`, `num_computed` and `num_in_flight`; the counters write
+    `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     blocks              a list that only grows: where a block is replaced or moved there is a new list
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
@@ -64,7 +66,8 @@ class Request:
     arrival: int
     state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on, as far as known
+    num_scored: int = 0  # tokens of its prompt, from the second on, whose log-probabilities are known
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # those that have not been returned yet
     num_computed: int = 0
     num_prompt_counted: int = 0
     queued_at: float | None = None
@@ -104,7 +107,12 @@ class Request:
     def needs_prompt_logits(self) -> bool:
         """If so, every token of the prompt is computed, and the prefix cache is not used."""
         wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
-        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        return wanted and self.num_scored < self.num_prompt_tokens - 1
+
+    @property
+    def has_constraint(self) -> bool:
+        """Its answer must match one, which is compiled before it can run."""
+        return self.spec.params.structured is not None
 
     @property
     def is_continued(self) -> bool:

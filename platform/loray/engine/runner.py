@@ -76,7 +76,7 @@ class ModelRunner:
         self._model, self._pool, self._sampler, self._grammars = model, pool, sampler, grammars
         self._counters, self._resident, self._observe = counters, resident, observe
         self._launched: deque[_Launched] = deque()  # the oldest first, at most two
-        self.last_chunks: Sequence[Chunk] = ()  # of the last step that was launched, or should have been
+        self._last_chunks: deque[Sequence[Chunk]] = deque([()], maxlen=2)  # the older ones may be in flight
         self._read_at = 0.0
         self._on_gpu = pool.tensor.is_cuda
 
@@ -85,13 +85,14 @@ class ModelRunner:
         happened, if it needs tokens that are in flight. Nothing is kept of a step whose launch fails, but what its
         chunks' requests count as computed.
         """
-        began, self.last_chunks = time.monotonic(), chunks
+        began = time.monotonic()
+        self._last_chunks.append(chunks)
         batch = self._model.batch(chunks, self._resident, self._pool)
         if batch is None:
             return False
         if len(batch.chunks) < len(chunks):  # of each of which one token is computed
             chunks, keys = batch.chunks, sum(chunk.start + 1 for chunk in batch.chunks)
-            self.last_chunks, work = chunks, Work(1, len(chunks), keys)
+            self._last_chunks[-1], work = chunks, Work(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
         if partial and isinstance(batch, Batch):
@@ -115,6 +116,17 @@ class ModelRunner:
             _Launched(chunks, num_tokens, batch, work, began, partial, scores, outcomes, wait, is_ahead)
         )
         return True
+
+    @property
+    def last_chunks(self) -> Sequence[Chunk]:
+        """Of the last step that was launched, or should have been."""
+        return self._last_chunks[-1]
+
+    @property
+    def last_adapters(self) -> frozenset[str]:
+        """Digests of the adapters in the last step that was launched, or in the one that was in flight then."""
+        requests = (chunk.request for chunks in self._last_chunks for chunk in chunks)
+        return frozenset(r.adapter.digest for r in requests if r.adapter is not None)
 
     @property
     def num_in_flight(self) -> int:

@@ -23,7 +23,7 @@ from loray.engine.residency.prefetch import Prefetch, Prefetched
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.engine.threads import EngineThreads, Lane
-from loray.errors import EngineError, RankLost, RequestError
+from loray.errors import EngineError, EngineStopped, RankLost, RequestError
 from loray.priority import compute_in_background
 from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
@@ -92,10 +92,7 @@ class EngineStream:
 
     def check_health(self) -> None:
         """EngineError if the engine's thread or another rank has ended."""
-        if self.failure is not None:
-            raise EngineError(f"the engine stopped: {self.failure!r}")
-        if self._ended:
-            raise EngineError("the engine is shut down")
+        self._check_not_ended()
         self._engine.check_health()
 
     def stats(self) -> EngineStats:
@@ -200,8 +197,10 @@ class EngineStream:
         return self._engine.adapter_bytes(adapter)
 
     def _check_not_ended(self) -> None:
+        if self.failure is not None:
+            raise EngineStopped(f"the engine stopped: {self.failure!r}")
         if self._ended:
-            raise EngineError(f"the engine stopped: {self.failure!r}" if self.failure else "the engine is shut down")
+            raise EngineError("the engine is shut down")
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -232,7 +231,8 @@ class EngineStream:
         except Exception as e:  # noqa: BLE001 - the engine ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
-            self._end(e if isinstance(e, RankLost) else EngineError(f"the engine stopped: {e!r}"))
+            stopped = EngineStopped(f"the engine stopped: {e!r}", self._engine.last_adapters)
+            self._end(e if isinstance(e, RankLost) else stopped)
             return None
         return self._engine.next_deadline if is_idle else -math.inf  # a waiting request may become too late
 

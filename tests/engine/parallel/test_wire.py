@@ -1,13 +1,11 @@
-"""Commands and decode steps as bytes."""
+"""Steps as bytes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from torch import Tensor
 
 from loray.engine.model.batch import Batch, build_batch
 from loray.engine.parallel import wire
@@ -69,20 +67,3 @@ def test_a_batch_of_passed_chunks_is_the_batch_of_the_chunks() -> None:
     assert got.attention.context_len == want.attention.context_len
     assert all(map(torch.equal, got.attention.block_table, want.attention.block_table))
     assert torch.equal(got.attention.slots_T, want.attention.slots_T)
-
-
-def test_rows_follow_the_bytes_and_nothing_else_has_tensors() -> None:
-    tensors = (torch.arange(6.0).view(2, 3).T, torch.zeros(0, 4), torch.ones(2, dtype=torch.bfloat16))
-    with pytest.raises(AssertionError, match="not rows of adapters"):
-        wire.dumps(("step", tensors))
-    apart = wire.dumps(("rows", tensors), rows_apart=True)
-    assert all(rows.is_contiguous() for rows in apart.rows)
-    following, asked = iter(apart.rows), []
-
-    def receive(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        asked.append((dtype, shape))
-        return next(following)
-
-    _, back = wire.loads(apart.data, receive)
-    assert asked == [(t.dtype, tuple(t.shape)) for t in tensors]
-    assert all(map(torch.equal, back, tensors))

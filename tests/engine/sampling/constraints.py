@@ -42,7 +42,7 @@ class Ready:
         self.grammars.prepare(made, constraint)
         queued: list[Request] = []
         while not queued:
-            assert not self.grammars.queue_prepared(queued.append)
+            assert not self.grammars.take_prepared(queued.append)
         return made
 
     def allowed(self, *requests: Request) -> list[set[int]]:

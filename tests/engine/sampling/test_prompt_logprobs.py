@@ -40,7 +40,7 @@ Scores = dict[str, tuple[TokenLogprobs, ...]]
 
 
 def run(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[Scores, dict[str, list[int]]]:
-    """The tokens of each request, and its prompt_logprobs, which must come once, with the first output."""
+    """The tokens of each request, and its prompt_logprobs, whose last part must come with the first token."""
     scores: Scores = {}
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
     for r in requests:
@@ -49,9 +49,9 @@ def run(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[Scores, di
         for out in engine.step():
             assert out.error is None
             if out.prompt_logprobs is not None:
-                assert out.request_id not in scores
                 assert not tokens[out.request_id]
-                scores[out.request_id] = out.prompt_logprobs
+                assert len(out.prompt_logprobs) <= engine.spec.max_num_batched_tokens
+                scores[out.request_id] = (*scores.get(out.request_id, ()), *out.prompt_logprobs)
             tokens[out.request_id] += [] if out.token_id is None else [out.token_id]
         engine.check_integrity()
     return scores, tokens
@@ -174,6 +174,7 @@ def test_what_the_prefix_cache_holds_is_computed_for_its_scores(
 
 def test_a_prompt_whose_scores_are_not_finite_fails_alone(base: BaseModel, adapter: TestAdapter) -> None:
     engine = make_engine(base, [adapter])
+    run(engine, [request("first", ids(64, 2), prompt_logprobs=0, max_tokens=1)])  # a step may now have 64 such tokens
     forward = engine._model.forward
 
     def broken(batch, pool, on_scored):  # type: ignore[no-untyped-def]

@@ -72,6 +72,10 @@ class ThreadWorkers:
         for thread in self._threads.values():
             thread.start()
 
+    @staticmethod
+    def own_address() -> str:
+        return "127.0.0.1"
+
     def check(self) -> None:
         for rank, thread in self._threads.items():
             if not thread.is_alive():

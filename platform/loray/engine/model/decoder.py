@@ -19,6 +19,7 @@ from loray.engine.model.rope import Rope
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
+from loray.spec import RopeParameters
 from loray_kernels import (
     Decoding,
     InputShape,
@@ -62,6 +63,10 @@ class Decoder:
         self.embedding_VD = others[_EMBEDDING]
         self._head = ops.pack_linear(self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
+
+    def prepare_rope(self, rope: RopeParameters) -> None:
+        """See Rope.prepare."""
+        self._rope.prepare(rope)
 
     @property
     def records(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch
+from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 
 
@@ -50,6 +52,18 @@ class Rope:
         self._config = config
         self._dtype, self._device = dtype, device
         self._known: dict[RopeParameters, Frequencies] = {}
+
+    def prepare(self, rope: RopeParameters) -> None:
+        """Compute the frequencies of an adapter before a step needs them. May be called from any thread.
+
+        Raises IntegrityError where they cannot be computed or are not finite.
+        """
+        try:
+            inverse_d, factor = self._frequencies(rope)
+        except Exception as e:
+            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} cannot be computed: {e!r}") from e
+        if not (inverse_d.isfinite().all() and math.isfinite(factor)):
+            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} give frequencies that are not finite")
 
     def numbers(self, rope: RopeParameters) -> npt.NDArray[np.float32]:
         """Inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's record."""

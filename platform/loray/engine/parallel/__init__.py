@@ -7,7 +7,8 @@
     decoder       one rank's part of the model
     pool          rank 0's allocator decides, and every rank's pool follows
     channel       commands from rank 0 to the other ranks
-    wire          commands and decode steps as bytes
+    wire          steps as bytes
+    transport     where ranks find each other, and all other values as bytes
     workers       starts the other ranks and checks that they live
     driver        rank 0's side
     worker        the other ranks' side

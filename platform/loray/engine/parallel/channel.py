@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loray.engine.memory.blocks import Extent
-from loray.engine.memory.rows import AdapterShape
-from loray.engine.parallel import wire
+from loray.adapters.weights import ProjectionPair
+from loray.engine.memory.blocks import Extent, Kind
+from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
 from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.transport.codec import Codec, Packed
 from loray.engine.pool.packed import PackedAdapter
 from loray.engine.pool.resident import Record
 from loray.errors import RankLost
-from loray.spec import AdapterRef
-from loray_kernels import RecordLimits
+from loray.spec import AdapterRef, RopeParameters
+from loray_kernels import Parts, RecordLimits
 
 # Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
 Answer = list[Extent] | int | dict[int, int] | None
@@ -82,6 +82,34 @@ class AdapterPlace(NamedTuple):
 
 PoolMap = dict[str, AdapterPlace]  # by digest
 
+# The classes of all commands and answers, and of what they consist of.
+CODEC = Codec(
+    (
+        Forward,
+        Replay,
+        PlaceAdapter,
+        RemoveAdapter,
+        Compact,
+        GetPoolMap,
+        UseRecordings,
+        CompileAdapters,
+        RecordSteps,
+        RecordLimits,
+        AdapterRef,
+        PackedAdapter,
+        AdapterShape,
+        LayerGroup,
+        Matrix,
+        ProjectionPair,
+        RopeParameters,
+        AdapterPlace,
+        Extent,
+        Kind,
+        Record,
+        Parts,
+    )
+)
+
 
 class Channel:
     """Rank 0's end. The other ranks execute commands in the order of these calls."""
@@ -89,24 +117,24 @@ class Channel:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self.world_size = communicator.shard.world_size
-        self._waiting: list[list[wire.Packed]] = [[] for _ in range(1, self.world_size)]
+        self._waiting: list[list[Packed]] = [[] for _ in range(1, self.world_size)]
 
     def broadcast(self, command: Command) -> None:
         """The same command to all ranks."""
-        packed = wire.dumps(command)
+        packed = CODEC.dumps(command)
         for waiting in self._waiting:
             waiting.append(packed)
 
     def scatter(self, commands: Sequence[Command]) -> None:
         """One command each to ranks 1, 2 … Their tensors are rows of adapters, which stay in host memory."""
         for waiting, command in zip(self._waiting, commands, strict=True):
-            waiting.append(wire.dumps(command, rows_apart=True))
+            waiting.append(CODEC.dumps(command, rows_apart=True))
 
     def flush(self) -> None:
         """Send the collected commands. RankLost if a rank has ended."""
         for rank, waiting in enumerate(self._waiting, 1):
             try:
-                self._communicator.send(pickle.dumps([packed.data for packed in waiting]), rank)
+                self._communicator.send(CODEC.dumps([packed.data for packed in waiting]).data, rank)
                 for rows in (rows for packed in waiting for rows in packed.rows):
                     self._communicator.send_rows(rows, rank)
             except RuntimeError as e:
@@ -117,4 +145,4 @@ class Channel:
         """Send `command` and return the answers of ranks 1, 2 …"""
         self.broadcast(command)
         self.flush()
-        return [pickle.loads(self._communicator.receive(rank)) for rank in range(1, self.world_size)]
+        return [CODEC.loads(self._communicator.receive(rank)) for rank in range(1, self.world_size)]

@@ -2,10 +2,12 @@
 
 There are two groups. `data` carries tensors of a forward pass: NCCL on CUDA, gloo elsewhere. `control`, always gloo,
 carries rank 0's commands and adapters' rows, which are in host memory. There a rank may wait days for the next step.
+Rank 0 and each other rank prove to each other that they know the engine's secret before anything else is sent.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +26,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from loray.engine.parallel.shard import Shard
+from loray.engine.parallel.transport.meeting import new_nonce, proof
 
 Collective = Literal["all_reduce", "gather"]
 
@@ -38,17 +41,39 @@ class _Call(NamedTuple):
 
 
 class Communicator:
-    """One rank's end of both groups."""
+    """One rank's end of both groups. It listens at `own_address` alone."""
 
-    def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
+    def __init__(self, store: Store, shard: Shard, device: torch.device, own_address: str, secret: bytes) -> None:
+        """RuntimeError if a rank does not know the secret."""
         self.shard, self._device = shard, device
         self._silent = False
         self._skipped: dict[_Call, None] = {}  # by the last silent step, of those that are not connected
         self._connected: set[_Call] = set()
         rank, size = shard.rank, shard.world_size
-        make = _nccl if device.type == "cuda" else _gloo
-        self._data = make(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT)
-        self._control = _gloo(PrefixStore("control", store), rank, size, _IDLE_TIMEOUT)
+        self._control = _gloo(PrefixStore("control", store), rank, size, _IDLE_TIMEOUT, own_address)
+        for other in range(1, size) if rank == 0 else [0]:
+            self._authenticate(secret, other)
+        if device.type == "cuda":
+            self._data = _nccl(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT)
+        else:
+            self._data = _gloo(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT, own_address)
+
+    def _authenticate(self, secret: bytes, other: int) -> None:
+        own = new_nonce()
+        theirs = self._exchanged(own, other)
+        shown = self._exchanged(proof(secret, self.shard.rank, theirs), other)
+        if not hmac.compare_digest(shown, proof(secret, other, own)):
+            raise RuntimeError(f"rank {other} does not know the engine's secret")
+
+    def _exchanged(self, data: bytes, other: int) -> bytes:
+        """What the other rank sends, as many bytes as `data`. Rank 0 sends first: sending waits for the receiver."""
+        mine, theirs = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
+        if self.shard.rank == 0:
+            self.send_rows(mine, other)
+        self.receive_rows(theirs, other)
+        if self.shard.rank > 0:
+            self.send_rows(mine, other)
+        return theirs.numpy().tobytes()
 
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
     #    They may be recorded in a CUDA graph: they allocate and wait on the device alone.
@@ -127,8 +152,11 @@ class Communicator:
 
 
 # torch's stubs do not know that these are process groups.
-def _gloo(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
-    return cast("ProcessGroup", ProcessGroupGloo(store, rank, size, timeout))
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta, own_address: str) -> ProcessGroup:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
+    options._timeout = timeout
+    return cast("ProcessGroup", ProcessGroupGloo(store, rank, size, options))
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:

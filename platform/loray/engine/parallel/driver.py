@@ -4,13 +4,13 @@ themselves.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
@@ -32,7 +32,7 @@ from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import LeadingPool
 from loray.engine.parallel.rows import sharded_loads
 from loray.engine.parallel.shard import Shard, check_divisible, local_device
-from loray.engine.parallel.worker import joined
+from loray.engine.parallel.transport.meeting import SECRET_BYTES, joined, open_meeting
 from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
 from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
@@ -118,14 +118,15 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
     check_divisible(base.config, world_size)
     if spec.fixed_pool_bytes is not None:
         cut_pool(spec, base.config)  # what cannot be is told before a rank starts
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    args = [WorkerArgs(spec, rank, store.port) for rank in range(1, world_size)]
+    host, secret = start_workers.own_address(), secrets.token_bytes(SECRET_BYTES)
+    store, port = open_meeting(host, secret)
+    args = [WorkerArgs(spec, rank, host, port, secret) for rank in range(1, world_size)]
     workers = start_workers(args, base)
     try:
         while not store.check([joined(a.rank) for a in args]):
             workers.check()
             time.sleep(_POLL_S)
-        communicator = Communicator(store, Shard(0, world_size), local_device(spec, 0))
+        communicator = Communicator(store, Shard(0, world_size), local_device(spec, 0), host, secret)
         channel = Channel(communicator)
         model = LeadingDecoder(spec, base, communicator, channel)
         spec = sized(spec, model.config, local_device(spec, 0), communicator.least)

@@ -1,49 +1,22 @@
-"""Values as bytes between ranks: pickle, without tensors. Rows of adapters follow the bytes, each in a message of its
-own, straight into host memory that the receiver chooses. Steps are integers of 64 bits, so that sending one waits for
-no device. Of a recorded decode step: its parts, how many there are of each field, the fields. Of another one: its
-chunks, of which each rank makes a batch of its own.
+"""Steps as bytes between ranks: integers of 64 bits, so that sending one waits for no device. Of a recorded decode
+step: its parts, how many there are of each field, the fields. Of another one: its chunks, of which each rank makes a
+batch of its own.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import DecodeStep, Parts
 
 _STEP_HEAD = len(DecodeStep._fields)  # the parts, and a number for each of the others
-
-
-ReceiveRows = Callable[[torch.dtype, tuple[int, ...]], Tensor]
-
-
-class Packed(NamedTuple):
-    """A value; its tensors that follow in this order, contiguous and in host memory."""
-
-    data: bytes
-    rows: tuple[Tensor, ...]
-
-
-def dumps(value: object, *, rows_apart: bool = False) -> Packed:
-    """`rows_apart`: all tensors of `value` are rows of adapters."""
-    buffer, rows = io.BytesIO(), list[Tensor]()
-    _Pickler(buffer, rows if rows_apart else None).dump(value)
-    return Packed(buffer.getvalue(), tuple(rows))
-
-
-def loads(data: bytes, receive_rows: ReceiveRows) -> Any:
-    """`receive_rows` gives what follows, in order."""
-    return _Unpickler(io.BytesIO(data), receive_rows).load()
 
 
 def dump_step(step: DecodeStep) -> bytes:
@@ -116,25 +89,3 @@ def load_chunks(data: bytes, digests: Sequence[str]) -> list[PassedChunk]:
         digest, scored = None if adapter < 0 else digests[adapter], range(first, end)
         chunks.append(PassedChunk(digest, start, num_tokens, bool(wanted), scored, token_ids, blocks))
     return chunks
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, rows: list[Tensor] | None) -> None:
-        super().__init__(file, protocol=5)
-        self._rows = rows
-
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            assert self._rows is not None, "a command with tensors that are not rows of adapters"
-            self._rows.append(obj.detach().cpu().contiguous())
-            return obj.dtype, tuple(obj.shape)
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, receive_rows: ReceiveRows) -> None:
-        super().__init__(file)
-        self._receive_rows = receive_rows
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._receive_rows(*pid)

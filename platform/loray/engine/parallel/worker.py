@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
 from loray.engine.model.decoding import DecodeBatch
 from loray.engine.parallel import wire
 from loray.engine.parallel.channel import (
+    CODEC,
     Command,
     CompileAdapters,
     Forward,
@@ -25,30 +24,26 @@ from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import FollowingPool, pool_map
 from loray.engine.parallel.shard import Shard, local_device
-from loray.engine.parallel.workers import WorkerArgs
+from loray.engine.parallel.transport.meeting import joined, meeting
+from loray.engine.parallel.workers import ARGUMENTS, WorkerArgs
 from loray.engine.pool.sizing import sized
 from loray.priority import compute_in_background
 from loray.telemetry import configure_logging
 from loray_kernels.memory import keep_freed
 
 
-def joined(rank: int) -> str:
-    """The store's key that is set when this rank has started."""
-    return f"joined-{rank}"
-
-
-def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
-    """Runs until rank 0, at `host`, has ended."""
+def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
+    """Runs until rank 0 has ended. `own_address`: at which the other ranks reach this one."""
     spec, rank = args.spec, args.rank
     assert spec.num_threads is not None
     torch.set_num_threads(spec.num_threads)
     keep_freed()
-    store = TCPStore(host, args.port, is_master=False)
+    store = meeting(args.host, args.port, args.secret)
     device = local_device(spec, rank)  # may fail, so before `joined`: rank 0 waits for every rank that has joined
     store.set(joined(rank), "")
     if device.type == "cpu":
         compute_in_background()  # as rank 0
-    communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
+    communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device, own_address, args.secret)
     model = ShardedDecoder(spec, base, communicator)
     spec = sized(spec, model.config, device, communicator.least)
     pool = FollowingPool(spec, base.config, rank, model.ops.page_writer)
@@ -64,8 +59,8 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
             message = communicator.receive(0)
         except RuntimeError:
             return
-        for data in pickle.loads(message):
-            command: Command = wire.loads(data, receive_rows)
+        for data in CODEC.loads(message):
+            command: Command = CODEC.loads(data, receive_rows)
             match command:
                 case Forward(chunks, digests):
                     model.forward(model.passed(wire.load_chunks(chunks, digests), pool), pool)
@@ -78,16 +73,16 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
                 case RecordSteps(limits):
                     model.record(limits, lambda progress: None)
                 case GetPoolMap():
-                    communicator.send(pickle.dumps(pool_map(pool)), 0)
+                    communicator.send(CODEC.dumps(pool_map(pool)).data, 0)
                 case _:
                     pool.follow(command)
 
 
 def main() -> None:
     """A process on rank 0's machine; it reads its arguments from standard input."""
-    args, base = pickle.load(sys.stdin.buffer)
+    args, base = ARGUMENTS.loads(sys.stdin.buffer.read())
     configure_logging("INFO")
-    run_worker(args, base, "127.0.0.1")
+    run_worker(args, base, args.host)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
+from loray.engine.parallel.transport.codec import Codec
 from loray.errors import EngineError
-from loray.spec import ServeSpec
+from loray.spec import RopeParameters, ServeSpec
 
 
 class WorkerArgs(NamedTuple):
-    """What a rank needs to join rank 0, which listens at `port` of its machine. `spec.num_threads` is given."""
+    """What a rank needs to join rank 0, which listens at `host` and `port`. `spec.num_threads` is given. Who does not
+    know the `secret` is no rank.
+    """
 
     spec: ServeSpec
     rank: int
+    host: str
     port: int
+    secret: bytes
+
+
+ARGUMENTS = Codec((WorkerArgs, ServeSpec, BaseModel, ModelConfig, RopeParameters))  # of a process
 
 
 class Workers(Protocol):
@@ -34,8 +42,14 @@ class Workers(Protocol):
         ...
 
 
-# Rank 0 calls it with the other ranks' arguments and its base.
-StartWorkers = Callable[[Sequence[WorkerArgs], BaseModel], Workers]
+class StartWorkers(Protocol):
+    """Rank 0 calls it with the other ranks' arguments and its base."""
+
+    def own_address(self) -> str:
+        """Of this machine, at which the other ranks reach rank 0. Nothing listens at another one."""
+        ...
+
+    def __call__(self, args: Sequence[WorkerArgs], base: BaseModel, /) -> Workers: ...
 
 
 class LocalWorkers:
@@ -50,6 +64,10 @@ class LocalWorkers:
             self.stop()
             raise EngineError(f"a rank of the engine did not start: {e}") from e
 
+    @staticmethod
+    def own_address() -> str:
+        return "127.0.0.1"
+
     def _start(self, arg: WorkerArgs, base: BaseModel) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "loray.engine.parallel.worker"],
@@ -59,7 +77,7 @@ class LocalWorkers:
         )
         self._processes.append(process)
         assert process.stdin is not None
-        process.stdin.write(pickle.dumps((arg, base)))
+        process.stdin.write(ARGUMENTS.dumps((arg, base)).data)
         process.stdin.close()
 
     def check(self) -> None:

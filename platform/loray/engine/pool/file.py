@@ -71,6 +71,7 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
         shape = AdapterShape(groups=groups, flat=_matrices(header["flat"]))
         layered = [tensors[f"group{i}"] for i in range(len(groups))]
         flat = tensors["flat"]
+        rope = header["rope"] and RopeParameters.model_validate(header["rope"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise IntegrityError(f"{path} is damaged: {e}") from e
     return PackedAdapter(
@@ -79,7 +80,7 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
         flat=flat.pin_memory() if pinned else flat,
         token_ids=tuple(header["token_ids"]),
         pair=None,
-        rope=header["rope"] and RopeParameters.model_validate(header["rope"]),
+        rope=rope,
         pinned=pinned,
     )
 

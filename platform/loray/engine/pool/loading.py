@@ -20,7 +20,7 @@ from loray.adapters.weights import AdapterWeights
 from loray.engine.pool.packed import FIRST_BYTES, PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.errors import EngineError
-from loray.spec import AdapterBytes, AdapterRef
+from loray.spec import AdapterBytes, AdapterRef, RopeParameters
 from loray.telemetry import get_logger
 from loray_kernels import use_device
 
@@ -50,10 +50,22 @@ LoadAdapter = Callable[[AdapterRef], AdapterWeights | AdapterSource]
 
 
 class AdapterLoads:
-    """Runs loads in its threads, which call `wake` when an adapter that was given before it was complete is done."""
+    """Runs loads in its threads, which call `wake` when an adapter that was given before it was complete is done.
 
-    def __init__(self, pool: Pool, packer: Packer, load: LoadAdapter, wake: Callable[[], None]) -> None:
+    `prepare_rope` is called in these threads with the RoPE of each adapter that has its own; what it raises fails the
+    load.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        packer: Packer,
+        load: LoadAdapter,
+        wake: Callable[[], None],
+        prepare_rope: Callable[[RopeParameters], None] = lambda rope: None,
+    ) -> None:
         self._pool, self._packer, self._load, self._wake = pool, packer, load, wake
+        self._prepare_rope = prepare_rope
         self._threads = ThreadPoolExecutor(
             _NUM_THREADS, thread_name_prefix="adapter-load", initializer=_prepare_thread, initargs=(pool.tensor.device,)
         )
@@ -95,6 +107,8 @@ class AdapterLoads:
 
         def progress(packed: PackedAdapter, remaining_s: float) -> None:
             if not result.done():
+                if packed.rope is not None:
+                    self._prepare_rope(packed.rope)
                 complete = packed.partial is None or packed.partial.complete
                 if complete or (remaining_s <= lead_s and not self._whole):
                     self._note_size(ref, packed)

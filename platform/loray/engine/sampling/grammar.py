@@ -1,8 +1,9 @@
 """Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
 
-A constraint is compiled in a thread, and its request is queued when that is done. When a step's tokens are drawn, the
-matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a thread: until the
-model runs the engine uses one processor, so another one is free. What is not done by then goes on beside the model.
+A constraint is compiled in a thread (`compilations`), for which its request waits in the queue. When a step's tokens
+are drawn, the matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a
+thread: until the model runs the engine uses one processor, so another one is free. What is not done by then goes on
+beside the model.
 Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -24,15 +24,13 @@ import numpy.typing as npt
 from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
-from loray.errors import LorayError, RequestError
+from loray.engine.sampling.compilations import Compilations
+from loray.errors import RequestError
 from loray.priority import run_soon
 from loray.spec import Constraint
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
-
-_NUM_COMPILING = 2
-_MAX_COMPILED = 64  # constraints, the last used of which are kept
 
 
 class Masks(NamedTuple):
@@ -87,19 +85,13 @@ class Grammars:
     """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled."""
 
     def __init__(self, base: BaseModel, wake: Callable[[], None], *, on_gpu: bool = False) -> None:
-        self._compiler, self._wake, self._on_gpu = GrammarCompiler(base), wake, on_gpu
+        self._compilations, self._on_gpu = Compilations(GrammarCompiler(base).compile, wake), on_gpu
         self._num_words = -(-base.config.vocab_size // 32)
         self._words_MW = np.empty((0, self._num_words), dtype=np.int32)
-        self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
-        self._preparing: dict[Request, Future[LLMatcher]] = {}
         self._answers: dict[Request, _Answer] = {}
         self._begun: _Answers = []  # whose masks for the next step are the first rows
         self._computing: Future[None] | None = None  # the last masks
         self._entered = threading.Semaphore(0)
-
-    @cached_property
-    def _compiling(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_NUM_COMPILING, thread_name_prefix="grammar")
 
     @cached_property
     def _masking(self) -> ThreadPoolExecutor:
@@ -115,54 +107,38 @@ class Grammars:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     @property
-    def is_preparing(self) -> bool:
-        """Some requests are not queued yet."""
-        return bool(self._preparing)
+    def next_deadline(self) -> float:
+        """When a request has waited for its constraint for too long, in seconds of `time.monotonic`; may be inf."""
+        return self._compilations.next_deadline
 
     def prepare(self, request: Request, constraint: Constraint) -> None:
-        """Compile the constraint, unless it is known. Then `queue_prepared` queues the request."""
-        future = self._compiled.get(constraint)
-        if future is None:
-            future = self._compiled[constraint] = self._compiling.submit(self._compiler.compile, constraint)
-            future.add_done_callback(lambda _: self._wake())
-            if len(self._compiled) > _MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
-        self._preparing[request] = future
+        """Compile the constraint, unless it is known. Then `take_prepared` tells that the request can run."""
+        self._compilations.add(request, constraint)
 
-    def queue_prepared(self, add: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
-        """Call `add` for the requests whose constraint has been compiled; returns those that are refused, and why: the
-        caller forgets them.
+    def take_prepared(self, prepared: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
+        """Call `prepared` for the requests whose constraint has been compiled; returns those that are refused, and why:
+        the caller forgets them.
         """
-        if not self._preparing:
-            return []
         refused: list[tuple[Request, Exception]] = []
-        for request, compiled in [(r, f) for r, f in self._preparing.items() if f.done()]:
-            error = compiled.exception()
-            if error is not None:
-                mine = error if isinstance(error, LorayError) else RequestError(f"the constraint fails: {error!r}")
-                refused.append((request, mine))
-                continue
-            try:
-                add(request)
-            except LorayError as e:
-                refused.append((request, e))
+        for request, compiled in self._compilations.take():
+            if isinstance(compiled, Exception):
+                refused.append((request, compiled))
             else:
-                del self._preparing[request]
-                self._answers[request] = _Answer(compiled.result().deep_copy())
+                self._answers[request] = _Answer(compiled.deep_copy())
+                prepared(request)
         return refused
 
-    def forget(self, request: Request) -> bool:
-        """The request has ended. True where it was not queued yet."""
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        self._compilations.cancel(request)
         self._answers.pop(request, None)
         if not self._answers:
             self._begun = []  # no step comes that would replace it
-        return self._preparing.pop(request, None) is not None
 
     def close(self) -> None:
-        for name in ("_compiling", "_masking"):
-            if name in self.__dict__:
-                getattr(self, name).shutdown(cancel_futures=True)
+        self._compilations.close()
+        if "_masking" in self.__dict__:
+            self._masking.shutdown(cancel_futures=True)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

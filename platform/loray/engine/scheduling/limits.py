@@ -6,6 +6,8 @@ that has waited for its adapter for too long is refused. If no load has ended we
 requests that need it are refused as they come, but for one that tries after a time, which doubles, until a load ends
 well.
 
+A request whose constraint is compiled has a place in the queue meanwhile.
+
 A full queue is shared: a new request displaces the last one of the tenant that has most requests there, if that has at
 least two more than its own tenant. So a tenant that floods fills the queue for itself alone.
 """
@@ -62,11 +64,12 @@ class QueueLimits(Generic[P, R]):
         """Overloaded where too many wait and none gives way; StoreError where its adapter is in a store that is stuck.
         A request that another engine has begun is not one too many.
         """
-        num_loading = self._waiting.num_loading
-        if not self._is_cold(request):
-            num_waiting = len(self._waiting) - num_loading - sum(map(self._waiting.is_ready, self._displaced))
+        num_loading, is_cold = self._waiting.num_loading, self._is_cold(request)
+        if not is_cold or request.has_constraint:
+            num_waiting = len(self._waiting) - num_loading - sum(map(self._waiting.is_queued, self._displaced))
             if num_waiting >= self._max_queued and not request.is_continued:
                 self._displace(request, num_waiting)
+        if not is_cold:
             return
         self._try_store()
         if num_loading >= self._max_loading and not request.is_continued:
@@ -82,7 +85,7 @@ class QueueLimits(Generic[P, R]):
     def overdue(self) -> list[tuple[Request, Exception]]:
         """The requests that have waited for their adapters for too long, or gave way, each with its error, once."""
         now = self._clock()
-        found = [(r, self._too_many(r, self._max_queued)) for r in self._displaced if self._waiting.is_ready(r)]
+        found = [(r, self._too_many(r, self._max_queued)) for r in self._displaced if self._waiting.is_queued(r)]
         self._displaced.clear()
         is_stuck = False
         while self.next_deadline() <= now:
@@ -128,4 +131,5 @@ class QueueLimits(Generic[P, R]):
         return entry is None or self._residency.table.tier(request.adapter) is Tier.LOADING
 
     def _waits(self, request: Request) -> bool:
-        return self._waiting.is_loading(request) and self._is_cold(request)
+        waits = self._waiting.is_loading(request) or self._waiting.is_preparing(request)
+        return waits and self._is_cold(request)

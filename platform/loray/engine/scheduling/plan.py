@@ -57,7 +57,7 @@ class Chunk(NamedTuple):
         request = self.request
         if not request.needs_prompt_logits:
             return range(0)
-        first = max(self.start, len(request.prompt_logprobs))
+        first = max(self.start, request.num_scored)
         return range(first, max(first, min(self.start + self.num_tokens, request.num_prompt_tokens - 1)))
 
     @property

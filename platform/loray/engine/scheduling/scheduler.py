@@ -107,10 +107,10 @@ class Scheduler(Generic[P, R]):
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises what `QueueLimits.accept` and `FirstTokenTargets.accept` raise."""
+        """Queue a request; one with a constraint waits for `waiting.prepared`. Raises what the two `accept` raise."""
         self._limits.accept(request)
         self._targets.accept(request)
-        self.waiting.add(request)
+        self.waiting.add(request, prepares=request.has_constraint)
 
     def remove(self, request: Request) -> None:
         """The request is finished, cancelled or failed: release everything that it holds."""

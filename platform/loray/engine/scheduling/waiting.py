@@ -1,5 +1,5 @@
-"""The requests that wait: for their adapter, which does not block others, or for their turn. And the running ones whose
-prompt is partly computed, since they are served by turns with those that wait.
+"""The requests that wait: for their constraint or their adapter, which does not block others, or for their turn. And
+the running ones whose prompt is partly computed, since they are served by turns with those that wait.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_q
 
 
 class _State(Enum):
+    PREPARING = "preparing"  # its constraint is compiled
     LOADING = "loading"
     READY = "ready"
     REFUSED = "refused"  # its error has been returned; the caller removes it
 
 
 class WaitingRequests(Generic[P, R]):
-    """A request enters a FairQueue when its adapter has been loaded. Before that its tenant waits for the store and not
-    for service, so its counter must not fall behind. It stays there, running, until its prompt has been computed.
+    """A request enters a FairQueue when its constraint has been compiled and its adapter loaded. Before that its tenant
+    waits for other things than service, so its counter must not fall behind. It stays there, running, until its prompt
+    has been computed.
 
     `len` and iteration are of the requests that do not run. The only caller of Residency.want and Residency.unwant.
     """
@@ -44,14 +46,22 @@ class WaitingRequests(Generic[P, R]):
     def __iter__(self) -> Iterator[Request]:
         return iter(self._states)
 
-    def add(self, request: Request, *, again: bool = False) -> None:
-        """`again`: it was running before and has been preempted."""
+    def add(self, request: Request, *, again: bool = False, prepares: bool = False) -> None:
+        """`again`: it was running before and has been preempted. `prepares`: it cannot run before `prepared`."""
         if again:
             self.leave(request)
         if request.adapter is not None:
             self._residency.want(request.adapter, again=again)
             self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
-        self._enter(request)
+        if prepares:
+            self._states[request] = _State.PREPARING
+        else:
+            self._enter(request)
+
+    def prepared(self, request: Request) -> None:
+        """What it needs beside its adapter is there."""
+        if self._states[request] is _State.PREPARING:  # and has not been refused
+            self._enter(request)
 
     def remove(self, request: Request) -> None:
         """It was cancelled or refused."""
@@ -150,7 +160,7 @@ class WaitingRequests(Generic[P, R]):
         has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given way
         already. O(queue).
         """
-        queued = [r for r in self._states if self.is_ready(r) and r not in others]
+        queued = [r for r in self._states if self.is_queued(r) and r not in others]
         number = Counter(r.tenant for r in queued)
         most = number[request.tenant] + 1
         able = (r for r in queued if number[r.tenant] > most and r.priority >= request.priority)
@@ -160,6 +170,13 @@ class WaitingRequests(Generic[P, R]):
     def is_ready(self, request: Request) -> bool:
         """Whether it waits for its turn alone."""
         return self._states.get(request) is _State.READY
+
+    def is_preparing(self, request: Request) -> bool:
+        return self._states.get(request) is _State.PREPARING
+
+    def is_queued(self, request: Request) -> bool:
+        """Whether it has a place in the queue: it waits for its turn, or will when it is prepared."""
+        return self.is_ready(request) or self.is_preparing(request)
 
     @property
     def num_loading(self) -> int:
@@ -179,9 +196,10 @@ class WaitingRequests(Generic[P, R]):
         """
         in_state = {state: {r for r, s in self._states.items() if s is state} for state in _State}
         assert self.fair.requests() == in_state[_State.READY] | self.begun.keys()
+        others = self._states.keys() - in_state[_State.REFUSED]
         for index, expected in (
             (self._loading, in_state[_State.LOADING]),
-            (self._by_adapter, {r for r in in_state[_State.LOADING] | in_state[_State.READY] if r.adapter is not None}),
+            (self._by_adapter, {r for r in others if r.adapter is not None}),
         ):
             assert {r for same in index.values() for r in same} == expected
             assert all(same for same in index.values())
