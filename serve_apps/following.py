@@ -7,6 +7,7 @@ seconds, looks go on, and the other readers with them.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 KEEP_S = 60.0  # between two notes that a copy on disk is current
+SPREAD_S = 10.0  # over which processes read all again when the database is back
 _DATABASE_TIMEOUT_S = 5.0
 _NUM_THREADS = 5  # for a look, two readers, what one of them has to write, and a question
 
@@ -62,11 +64,14 @@ class Reader(Protocol[S]):
 
 
 class _Followed:
-    """`rereads`: nothing was read yet, or an error came since: what answers then may be another copy."""
+    """rereads   nothing was read yet, or an error came since: what answers then may be another copy
+    whole_at  when all is read again, though something is known, of the monotonic clock; None: not decided yet
+    """
 
     def __init__(self, reader: Reader[Any]) -> None:
         self.reader = reader
         self.rereads = True
+        self.whole_at: float | None = None
         self.tried_kept = False
         self.reading: asyncio.Task[None] | None = None
         self.began_at = 0.0
@@ -171,7 +176,7 @@ class CatalogFollower:
                     counter = await asyncio.shield(self._counting)
             except Exception as e:  # noqa: BLE001 - after any error of the database, what is known goes on
                 for followed in self._followed:
-                    followed.rereads = True
+                    followed.rereads, followed.whole_at = True, None
                 await self._failed(e)
                 return
             for followed in self._followed:
@@ -183,18 +188,30 @@ class CatalogFollower:
     def _follow(self, followed: _Followed, counter: int, at: float) -> None:
         if followed.reading is not None:
             return
-        if not followed.rereads and followed.reader.counter == counter:
+        known = followed.reader.counter
+        whole = followed.rereads and (known < 0 or counter < known or self._is_due(followed, at))
+        if known == counter and not whole:
             followed.reader.confirm(at)
             return
         followed.began_at = at
-        followed.reading = asyncio.create_task(self._read(followed, at))
+        followed.reading = asyncio.create_task(self._read(followed, at, whole))
 
-    async def _read(self, followed: _Followed, at: float) -> None:
-        reader, whole, followed.rereads = followed.reader, followed.rereads, False
+    def _is_due(self, followed: _Followed, at: float) -> bool:
+        """When the database is back after an error, all processes know what has changed at once. That it is no other
+        copy, for which each reads all, they find out one after another.
+        """
+        if followed.whole_at is None:
+            followed.whole_at = at + random.uniform(0, SPREAD_S)
+        return at >= followed.whole_at
+
+    async def _read(self, followed: _Followed, at: float, whole: bool) -> None:
+        reader = followed.reader
+        if whole:
+            followed.rereads, followed.whole_at = False, None
         try:
             state = await self._in_thread(lambda catalog: reader.read(catalog, whole=whole))
         except Exception as e:  # noqa: BLE001 - as in a look
-            followed.rereads = True
+            followed.rereads, followed.whole_at = True, None
             await self._failed(e)
         else:
             reader.take(state, at)
@@ -228,7 +245,9 @@ class CatalogFollower:
 
     def _note_success(self) -> None:
         """After a look or a reading that succeeded."""
-        if self.failure is not None and not any(f.rereads or f.reading is not None for f in self._followed):
+        if self.failure is not None and not any(
+            (f.rereads and f.whole_at is None) or f.reading is not None for f in self._followed
+        ):
             self.failure = None
             _log.info("the catalog can be read again")
 

@@ -27,6 +27,9 @@ class HomeJobServer:
     def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
         return self._server().submit(job, job_id, is_wanted)
 
+    def cluster(self) -> str:
+        return self._server().cluster()
+
     def find(self, job_id: str) -> RayJob | None:
         return self._server().find(job_id)
 

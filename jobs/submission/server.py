@@ -54,6 +54,12 @@ class RayJobServer:
             if not is_wanted():
                 raise ConflictError("the job has ended before Ray's agent started: it was stopped, or given up")
 
+    def cluster(self) -> str:
+        """Ray's session, which begins with the head and has its time and process in its name."""
+        with _translate_errors():
+            url, headers = f"{self._client.get_address()}/api/version", self._client._headers
+            return str(httpx.get(url, headers=headers, timeout=_TAIL_TIMEOUT).raise_for_status().json()["session_name"])
+
     def find(self, job_id: str) -> RayJob | None:
         try:
             with _translate_errors():

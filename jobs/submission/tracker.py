@@ -52,6 +52,9 @@ class JobServer(Protocol):
         ConflictError if Ray has a job with this id, or the job is not wanted any more.
         """
 
+    def cluster(self) -> str:
+        """Names the Ray cluster. One that was started anew is another one."""
+
     def find(self, job_id: str) -> RayJob | None:
         """None if Ray does not know the job, not yet or no longer."""
 
@@ -114,8 +117,13 @@ class JobTracker:
         check_recipe(spec)
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
-            self._settle_active()
-        job = catalog.add_job(job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers)
+            self.settle_active()
+        cluster = None
+        with suppress(ClusterError):  # submitting raises it again
+            cluster = self._server.cluster()
+        job = catalog.add_job(
+            job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers, cluster=cluster
+        )
         try:
             self._server.submit(submission, job_id, lambda: not catalog.job(job_id).has_ended)
         except ConflictError:
@@ -176,7 +184,14 @@ class JobTracker:
         """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
         return self._server.follow(self._with_logs(job_id))
 
-    def _settle_active(self) -> None:
+    def watch(self) -> None:
+        """Note that this cluster is there, and end the jobs that are lost; called each half minute. Raises ClusterError
+        and CatalogError.
+        """
+        self._open().note_cluster(self._server.cluster())
+        self.settle_active()
+
+    def settle_active(self) -> None:
         """Jobs that have ended without telling the catalog do not count any more."""
         for status in _ACTIVE:
             self.page(_MOST_ACTIVE, None, status, None)
@@ -215,8 +230,14 @@ class JobTracker:
 
         False if another cluster with the same catalog may be running it, or if its driver was started by hand.
         """
-        is_ours = job.actor != COMMAND_ACTOR and self._settings.catalog.startswith("sqlite:")
-        return is_ours and datetime.now(UTC) - job.created_at > timedelta(seconds=_SUBMISSION_S)
+        is_new = datetime.now(UTC) - job.created_at <= timedelta(seconds=_SUBMISSION_S)
+        if is_new or job.actor == COMMAND_ACTOR:
+            return False
+        if self._settings.catalog.startswith("sqlite:"):  # the only machine that uses it
+            return True
+        if job.cluster is None:
+            return False
+        return job.cluster == self._server.cluster() or not self._open().is_cluster_there(job.cluster)
 
     def _find(self, job_id: str) -> Job:
         """The caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""

@@ -46,9 +46,10 @@ class Account:
         """Whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit reserves
         is renewed while there is room.
         """
-        most = self.requests[choice].params.max_tokens
-        while num_tokens >= (granted := self.granted[choice]) and granted < most:
-            more = min(OPEN_ENDED_TOKENS, most - granted)
+        while num_tokens >= (granted := self.granted[choice]):
+            more = min(OPEN_ENDED_TOKENS, self.requests[choice].params.max_tokens - granted)
+            if more <= 0:
+                return True
             if not self.reservation.extend(more, time.time()):
                 return False
             self.granted[choice] += more

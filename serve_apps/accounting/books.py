@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from loray.catalog import Catalog
+from loray.locations import FileLocation, parse_location
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import UsageEvent
+from loray.store import open_store
 from serve_apps.accounting.exchange import Exchange, UsedBefore, follow_owner, follow_usage
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
 
@@ -40,7 +43,10 @@ class Books:
     @asynccontextmanager
     async def opened(self, gate: QuotaGate, woken: asyncio.Event) -> AsyncIterator[None]:
         """`woken` is set when the gate has a new budget."""
-        self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days)
+        url = self._settings.store
+        # A folder is on the disk that has the journal.
+        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
+        self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
         used_before = UsedBefore(self._catalog)
         if self._exchange is None:
             task = asyncio.create_task(follow_usage(gate, used_before, woken))

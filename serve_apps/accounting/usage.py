@@ -12,18 +12,23 @@ from threading import Event, Lock, Thread
 from typing import NamedTuple
 
 from loray.catalog import Catalog
-from loray.errors import DataError, LorayError
+from loray.errors import DataError, LorayError, StoreError
 from loray.spec import UsageEvent
+from loray.store.objects import ObjectStore
 from loray.telemetry import get_logger
 from serve_apps.accounting.journal import FOLDER, Journal, abandoned
+from serve_apps.accounting.stored import StoredEvents
 
 _log = get_logger(__name__)
 
 FLUSH_S = 1.0
 LONGEST_PAUSE_S = 60.0  # between two attempts while the catalog takes nothing
+STORE_AFTER_S = 10.0  # that the catalog has taken nothing, until events go to the store too
+STORE_S = 5.0  # between two times that they do
 REJECTED = "rejected.log"  # in the journals' folder: events that the catalog refuses, a JSON object a line
 ABANDONED_S = 60.0  # between two looks for journals that other processes have left
 _BATCH = 500
+_STORED_BATCH = 5000  # about a megabyte
 _MAX_QUEUED = 100_000
 _RETENTION_CHECK_S = 3600.0
 
@@ -44,14 +49,25 @@ class UsageWriter:
 
     open_catalog    its catalog is closed with the writer
     retention_days  older events are deleted; 0: never
+    open_objects    a store that outlives this machine, where events are kept too while the catalog takes none; None:
+                    there is none
     """
 
-    def __init__(self, open_catalog: Callable[[], Catalog], home: Path, retention_days: int = 0) -> None:
+    def __init__(
+        self,
+        open_catalog: Callable[[], Catalog],
+        home: Path,
+        retention_days: int = 0,
+        open_objects: Callable[[], ObjectStore] | None = None,
+    ) -> None:
         self._open, self._home = open_catalog, home
         self._retention_days = retention_days
         self._queue: queue.Queue[UsageEvent | None] = queue.Queue(_MAX_QUEUED)
         self._catalog: Catalog | None = None
         self._journal = Journal.create(home)
+        self._stored = None if open_objects is None else StoredEvents(open_objects, self._journal.path.stem)
+        self._stored_bytes = 0  # of the journal, which the store has
+        self._failing_since: float | None = None  # of the monotonic clock
         self._journal_lock = Lock()  # of appending and clearing
         self._stopped = Event()
         self._is_due = Event()  # there is something to send
@@ -105,7 +121,7 @@ class UsageWriter:
             with self._journal_lock:
                 try:
                     kept = self._journal.append(events)
-                except Exception:  # the next ones may come through
+                except Exception:  # noqa: BLE001 - the next ones may come through
                     _log.exception("usage events cannot be written to %s", self._journal.path)
                     kept = False
                 if kept and self._waits_since is None:
@@ -128,7 +144,8 @@ class UsageWriter:
         while True:
             is_due = self._is_due.wait(ABANDONED_S)
             self._is_due.clear()
-            last = self._stopped.wait(min(FLUSH_S * 2**self._num_failures, LONGEST_PAUSE_S) if is_due else 0.0)
+            longest_s = LONGEST_PAUSE_S if self._stored is None else STORE_S
+            last = self._stopped.wait(min(FLUSH_S * 2**self._num_failures, longest_s) if is_due else 0.0)
             try:
                 self._send(self._journal)
                 if last or time.monotonic() - looked_at >= ABANDONED_S:
@@ -137,8 +154,8 @@ class UsageWriter:
                 if self._retention_days and time.monotonic() - forgotten_at > _RETENTION_CHECK_S:
                     forgotten_at = time.monotonic()
                     self._known().forget_usage(datetime.now(UTC) - timedelta(days=self._retention_days))
-                self._num_failures = 0
-            except Exception as e:
+                self._num_failures, self._failing_since = 0, None
+            except Exception as e:  # noqa: BLE001 - whatever it is, what is used must be recorded
                 if not self._num_failures:
                     is_known = isinstance(e, (LorayError, OSError))
                     _log.warning(
@@ -149,6 +166,7 @@ class UsageWriter:
                     )
                 self._num_failures = min(self._num_failures + 1, 16)
                 self._is_due.set()  # once more, after a while
+                self._store_new(last)
             if last:
                 return
 
@@ -164,7 +182,7 @@ class UsageWriter:
                 if journal.num_bytes == offset:
                     journal.clear()
                     if journal is self._journal:
-                        self._waits_since = None
+                        self._waits_since, self._stored_bytes = None, 0
                     return
 
     def _record(self, events: Sequence[UsageEvent]) -> None:
@@ -190,6 +208,31 @@ class UsageWriter:
             except BaseException:
                 journal.close(delete=False)
                 raise
+        if self._stored is None:
+            return
+        try:
+            for key, events in self._stored.all():
+                self._record(events)
+                self._stored.delete(key)
+        except StoreError as e:
+            _log.warning("usage events that others have left in the store are not sent: %s", e)
+
+    def _store_new(self, last: bool) -> None:
+        """Put what has come since into the store, after a while or before the process ends."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if self._stored is None or (now - self._failing_since < STORE_AFTER_S and not last):
+            return
+        try:
+            while True:
+                with self._journal_lock:
+                    events, offset = self._journal.read(_STORED_BATCH, self._stored_bytes)
+                if not events:
+                    return
+                self._stored.put(events)
+                self._stored_bytes = offset
+        except Exception as e:  # noqa: BLE001 - the journal has them
+            _log.warning("usage events cannot be kept in the store: %s", e)
 
     def _known(self) -> Catalog:
         if self._catalog is None:

@@ -118,6 +118,10 @@ class Services:
         """The jobs of this caller's tenant."""
         return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
 
+    def watch_jobs(self) -> None:
+        """Of all tenants; see `JobTracker.watch`."""
+        JobTracker(lambda: self.catalog, self._job_server, self._settings).watch()
+
     @property
     def store(self) -> AdapterStore:
         with self._store_lock:

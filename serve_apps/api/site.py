@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,9 @@ from fastapi import FastAPI
 from loray import __version__
 from loray.api.resources import Problem
 from loray.api.uploads import DownloadResource
+from loray.errors import LorayError
 from loray.spec import TrainSpec
+from loray.telemetry import get_logger
 from serve_apps.access import Access, Permissions, reference
 from serve_apps.access.documents import describe_keys
 from serve_apps.api import problems
@@ -29,6 +32,10 @@ from serve_apps.api.services import Services
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
 from serve_apps.http import extend_openapi
+
+_log = get_logger(__name__)
+
+WATCH_S = 30.0  # between two comparisons of the jobs with Ray's
 
 # Given as they are: FastAPI makes the routes of a router that is included anew for each application.
 _ROUTES = [
@@ -50,6 +57,17 @@ _ROUTES = [
 ]
 
 
+async def _watch_jobs(services: Services) -> None:
+    while True:
+        await asyncio.sleep(WATCH_S)
+        try:
+            await asyncio.to_thread(services.watch_jobs)
+        except LorayError as e:
+            _log.warning("jobs are not compared with Ray's: %s", e)
+        except Exception:  # noqa: BLE001 - the next comparison may succeed
+            _log.exception("jobs are not compared with Ray's")
+
+
 def create_app(services: Services, access: Access) -> FastAPI:
     """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
 
@@ -59,7 +77,10 @@ def create_app(services: Services, access: Access) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
+        watching = asyncio.create_task(_watch_jobs(services))
         yield
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         await access.stop()
         await services.gateway.close()
         services.close()

@@ -58,6 +58,16 @@ def test_migrations_make_the_tables_of_the_schema(url: str) -> None:
     assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD
 
 
+def test_no_statement_is_prepared(postgres: Postgres) -> None:
+    engine = open_database(new_postgresql(postgres))  # a proxy gives each transaction another connection
+    for _ in range(10):  # more than psycopg waits for
+        with reading(engine) as c:
+            c.execute(sa.text("SELECT counter FROM changes"))
+    with reading(engine) as c:
+        assert c.execute(sa.text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() == 0
+    engine.dispose()
+
+
 def test_a_catalog_of_the_first_version_keeps_its_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loray.catalog.database._migrate", lambda engine: migrate(engine, "0001"))
     engine = open_database(url)

@@ -165,6 +165,7 @@ def test_ray_is_a_version_that_loray_takes(folder: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     (ray,) = (r for d in project["dependencies"] if (r := Requirement(d)).name == "ray")
     assert cluster_spec(ray_object(folder))["rayVersion"] in ray.specifier
+    assert "2.61.0" not in ray.specifier  # private names of Serve are used, which any version may change
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -16,6 +16,7 @@ from loray.catalog.snapshots.kept import Kept
 from loray.errors import CatalogError
 from loray.serving.key_ring import KeyRing
 from loray.spec import OPERATOR, Limits
+from serve_apps import following
 from serve_apps.access import Access
 from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
@@ -168,7 +169,11 @@ def test_what_began_before_a_call_is_not_its_answer() -> None:
 
 
 @pytest.mark.parametrize("kept", [None, Kept(7, 60.0)])
-def test_after_an_error_all_is_read_again(kept: Kept[int] | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_an_error_all_is_read_again(
+    kept: Kept[int] | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "SPREAD_S", 0.0)
+
     async def test(database: Database, follower: CatalogFollower) -> None:
         reader = Numbers(kept)
         follower.add(reader)
@@ -189,6 +194,37 @@ def test_after_an_error_all_is_read_again(kept: Kept[int] | None, caplog: pytest
         await follower.refresh()
         await follower.refresh()
         assert (reader.reads, follower.failure) == ([True, True], None)
+
+    run(test)
+
+
+def test_processes_do_not_read_all_at_once_when_the_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at once what has changed, and all where the database is behind what is known."""
+    delays = [1e6, 2e6]
+    monkeypatch.setattr(following.random, "uniform", lambda low, high: delays.pop())
+
+    async def test(database: Database, follower: CatalogFollower) -> None:
+        reader = Numbers()
+        follower.add(reader)
+        database.counter = 5
+        await follower.refresh()
+        for _ in range(2):
+            database.is_away = True
+            await follower.refresh()
+            database.is_away, database.counter = False, database.counter + 1
+            for _ in range(2):
+                await follower.refresh()
+                assert (reader.counter, follower.failure) == (database.counter, None)
+        assert (reader.reads, delays) == ([True, False, False], [])  # each outage has a time of its own
+        follower._followed[0].whole_at = 0.0  # it has come
+        await follower.refresh()
+        await follower.refresh()
+        assert reader.reads == [True, False, False, True]
+        database.is_away = True
+        await follower.refresh()
+        database.is_away, database.counter = False, 3
+        await follower.refresh()
+        assert (reader.reads[4:], reader.counter) == ([True], 3)
 
     run(test)
 

@@ -30,7 +30,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0010"  # the newest revision in migrations/versions
+HEAD = "0011"  # the newest revision in migrations/versions
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -197,7 +197,9 @@ def _engine(url: str) -> sa.Engine:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql":
-        given = {name: value for name, value in _KEEPALIVE.items() if name not in parsed.query}
+        given: dict[str, Any] = {name: value for name, value in _KEEPALIVE.items() if name not in parsed.query}
+        # A prepared statement is of a connection to the server, which a proxy (PgBouncer) gives to others.
+        given["prepare_threshold"] = None
         return sa.create_engine(
             parsed, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=given, **_POOL
         )

@@ -304,7 +304,9 @@ class AdapterDetail:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One training job. `id` is Ray's submission id, `version` the version of `name` that it published."""
+    """One training job. `id` is Ray's submission id, `version` the version of `name` that it published, `cluster` the
+    Ray cluster to which an API server submitted it.
+    """
 
     id: str
     name: str
@@ -317,6 +319,7 @@ class Job:
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    cluster: str | None = None
 
     @property
     def has_ended(self) -> bool:

@@ -8,18 +8,21 @@ A job belongs to the tenant that added it, and exists for that tenant and admini
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from loray.catalog.checks import check_job_id, check_name, check_qualified
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.entries import Job
 from loray.catalog.queries import lock, log, now, utc
-from loray.catalog.schema import jobs
+from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 
+_CLUSTER_IS_GONE = timedelta(minutes=2)
 _RETRY_S = 60.0  # after which a job may have ended
 
 
@@ -41,8 +44,10 @@ class Jobs(Database):
         recipe: TrainSpec,
         max_jobs: int | None = None,
         max_workers: int | None = None,
+        cluster: str | None = None,
     ) -> Job:
-        """Add a pending job. A job that has this id already does not change; it keeps its tenant.
+        """Add a pending job, which is for this Ray cluster. A job that has this id already does not change; it keeps
+        its tenant.
 
         Raises SpecError where id or name are malformed, and ConflictError where another job has the id,
         and RateLimited where the tenant would have more jobs, or workers of jobs, at once than these.
@@ -61,8 +66,8 @@ class Jobs(Database):
             if c.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is not None:
                 raise ConflictError(f"the id {job_id!r} is taken; choose another one")
             _refuse_more(c, tenant, recipe.num_workers, max_jobs, max_workers)
-            row = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
-            row |= {"message": "", "actor": self._actor, "tenant": tenant}
+            row: dict[str, Any] = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
+            row |= {"message": "", "actor": self._actor, "tenant": tenant, "cluster": cluster}
             c.execute(jobs.insert().values(row | {"created_at": now()}))
             log(c, self._actor, "add_job", job_id, tenant=tenant, name=name)
             return _get(c, principal, job_id)
@@ -91,6 +96,19 @@ class Jobs(Database):
                 _update(c, job_id, **ended)
                 log(c, self._actor, "end_job", job_id, tenant=job.tenant, status=status, version=version)
             return _get(c, self._principal, job_id)
+
+    def note_cluster(self, cluster: str) -> None:
+        """The Ray cluster is there: whoever follows its jobs says so each half minute."""
+        insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(clusters)
+        row = {"id": cluster, "seen_at": now()}
+        with writing(self._engine) as c:
+            c.execute(insert.values(row).on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
+
+    def is_cluster_there(self, cluster: str) -> bool:
+        """Whether it was noted within two minutes."""
+        seen = sa.select(clusters.c.id).where(clusters.c.id == cluster, clusters.c.seen_at > now() - _CLUSTER_IS_GONE)
+        with reading(self._engine) as c:
+            return c.execute(seen).first() is not None
 
     def job(self, job_id: str) -> Job:
         """Raises JobNotFound."""

@@ -21,16 +21,16 @@ evaluations      evaluations of a tenant's adapter recorded after it was publish
 uploads          the tenants that have brought the bytes of a digest, which they may register
 projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
 changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
-claims           names, SHA-256, of objects in the store that a publication relies on, or a collection deletes; see
-                 `removal.claims`
 audit_log        what was done, with its actor and the tenant of its subject, append-only; `hash` is SHA-256 of the
                  entry and of the hash before it (`identity.audit`)
 logins           browsers that are logged in at the console, by the SHA-256 of their cookie, which alone opens `sealed`
-jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
+jobs             training jobs by their submission id; they are kept when the Ray cluster is gone; `cluster` is the one
+                 to which an API server submitted the job
+clusters         Ray clusters whose API servers use this catalog, and when one of them was last there
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
 
-Those of usage are in `identity.usage_tables`.
+Those of usage are in `identity.usage_tables`, and that of claims in `removal.claims`.
 """
 
 from __future__ import annotations
@@ -262,17 +262,6 @@ changes = Table(
     Column("id", Integer, primary_key=True),
     Column("counter", BigInteger, nullable=False),
 )
-
-claims = Table(
-    "claims",
-    metadata,
-    Column("name", String(64), primary_key=True),
-    Column("claim", String(32), primary_key=True),
-    Column("deletes", Boolean, nullable=False),
-    Column("claimed_at", DateTime(timezone=True), nullable=False),
-    Index("ix_claims_claim", "claim"),
-)
-
 audit_log = Table(
     "audit_log",
     metadata,
@@ -308,6 +297,14 @@ jobs = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, index=True),
     Column("started_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
+    Column("cluster", String(128)),
+)
+
+clusters = Table(
+    "clusters",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("seen_at", DateTime(timezone=True), nullable=False),
 )
 
 quarantine = Table(

@@ -165,9 +165,9 @@ class Answer(Response):
                 if meter is not None:
                     meter.came()
                 num_tokens += len(tokens.token_ids)
-                is_cut = account is not None and not account.may_go_on(index, num_tokens)
-                delta = text.push(tokens._replace(finish_reason=tokens.finish_reason or "length") if is_cut else tokens)
-                if is_cut and delta.finish_reason == "length":
+                goes_on = tokens.finish_reason is not None or account is None or account.may_go_on(index, num_tokens)
+                delta = text.push(tokens if goes_on else tokens._replace(finish_reason="length"))
+                if not goes_on and delta.finish_reason == "length":
                     delta = delta._replace(stop_reason=OUT_OF_QUOTA)
                 self._last[index] = delta
                 if written := push(index, delta):

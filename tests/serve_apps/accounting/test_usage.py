@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from loray.catalog import Catalog
 from loray.errors import CatalogError
 from loray.spec import UsageEvent
+from loray.store import LocalStore
 from serve_apps.accounting import usage
 from serve_apps.accounting.journal import FOLDER, Journal, abandoned
 from serve_apps.accounting.usage import REJECTED, UsageWriter
@@ -130,6 +132,30 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert [e.request_id for e in events] == ["cmpl-1", "cmpl-2", "cmpl-20"]
     assert offset == journal.num_bytes
     journal.close(delete=True)
+
+
+def test_events_outlive_the_disk_while_the_database_is_away(
+    tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "FLUSH_S", 0.01)
+    monkeypatch.setattr(usage, "STORE_S", 0.01)
+    monkeypatch.setattr(usage, "STORE_AFTER_S", 0.05)
+    objects = LocalStore(tmp_path / "store")
+
+    def open_catalog() -> Catalog:
+        raise CatalogError("away")
+
+    lost = UsageWriter(open_catalog, tmp_path / "lost", open_objects=lambda: objects)
+    lost.add(event(1))
+    assert eventually(lambda: len([*objects.list("usage/")]) == 1)
+    lost.add(event(2))
+    assert eventually(lambda: len([*objects.list("usage/")]) == 2)  # what is new alone
+    lost.close()
+    shutil.rmtree(tmp_path / "lost")
+    objects.put_if_absent("usage/torn/000000.jsonl", f"{event(3).to_json()}\n{{".encode())
+    UsageWriter(lambda: Catalog(catalog_url), tmp_path / "other", open_objects=lambda: objects).close()
+    assert num_requests(catalog_url) == 3
+    assert [*objects.list("usage/")] == []
 
 
 _KILLED = """

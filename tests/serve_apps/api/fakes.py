@@ -42,6 +42,7 @@ class FakeJobs:
     uploaded: dict[str, dict[str, str]] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
     down: bool = False
+    name: str = "session_1"
     num_asked: int = 0
     while_waiting: Callable[[str], None] | None = None
 
@@ -60,6 +61,10 @@ class FakeJobs:
             self.uploaded[job_id] = {path.name: path.read_text() for path in folder.iterdir()}
         self.jobs[job_id] = RayJob("PENDING", "")
         return job_id
+
+    def cluster(self) -> str:
+        self._check()
+        return self.name
 
     def find(self, job_id: str) -> RayJob | None:
         return self.find_all([job_id]).get(job_id)

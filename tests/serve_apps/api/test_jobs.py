@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ import yaml
 from jobs.submission.tracker import AGENT_S, id_of
 from loray.catalog import Catalog
 from loray.catalog.database import writing
-from loray.catalog.schema import jobs
+from loray.catalog.schema import clusters, jobs
+from loray.errors import ClusterError
 from loray.recipes.load import load_recipe
 from loray.spec import DEFAULT_TENANT, TrainSpec
+from serve_apps.api import site
 from serve_apps.api.examples import RECIPE
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
@@ -254,19 +258,43 @@ def test_a_submission_may_wait_as_long_as_it_does(api: Api) -> None:
     assert api.http.get(f"/jobs/{late}").json()["status"] == "pending"
 
 
-def test_a_cluster_that_is_gone(api: Api) -> None:
-    """If only one machine uses the catalog, a job that Ray does not know is dead; otherwise it may run elsewhere."""
-    old = submit(api, "old")["id"]
-    submit(api, "fresh")
+def test_jobs_that_are_lost(api: Api) -> None:
+    """Those that Ray does not know. One of another cluster that is there may run, or one that was started by hand."""
+    for name, job in (("ours", "ours"), ("gone", "theirs"), ("there", "other"), ("ours", "fresh")):
+        api.jobs.name = name
+        submit(api, job)
+    api.jobs.name = "ours"
     api.catalog.add_job("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     api.catalog.start_job("by-hand")
     engine = api.catalog._engine
+    ids = {job.id.partition(".")[0]: job.id for job in api.catalog.jobs().jobs}
     with writing(engine) as c:
         c.execute(jobs.update().where(jobs.c.id == "by-hand").values(actor="local"))
-        for job_id in (old, "by-hand"):
-            created = c.execute(sa.select(jobs.c.created_at).where(jobs.c.id == job_id)).scalar_one()
-            c.execute(jobs.update().where(jobs.c.id == job_id).values(created_at=created - timedelta(hours=1)))
+        hour_ago = datetime.now(UTC) - timedelta(hours=1)
+        c.execute(jobs.update().where(jobs.c.id != ids["fresh"]).values(created_at=hour_ago))
+        c.execute(clusters.insert(), [{"id": "gone", "seen_at": hour_ago}, {"id": "there", "seen_at": hour_ago}])
+    api.catalog.note_cluster("there")
     api.jobs.jobs.clear()
-    statuses = {job_id: api.http.get(f"/jobs/{job_id}").json()["status"] for job_id in ("old", "fresh", "by-hand")}
-    lost = "failed" if engine.dialect.name == "sqlite" else "pending"
-    assert statuses == {"old": lost, "fresh": "pending", "by-hand": "running"}
+    api.services.watch_jobs()
+    found = {job.id.partition(".")[0]: job.status for job in api.catalog.jobs().jobs}
+    other = "failed" if engine.dialect.name == "sqlite" else "pending"  # of a catalog on this machine's disk
+    assert found == {"ours": "failed", "theirs": "failed", "other": other, "fresh": "pending", "by-hand": "running"}
+
+
+def test_jobs_are_watched_past_errors(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [ClusterError("Ray is away"), ZeroDivisionError()]
+    compared = Event()
+
+    def watch() -> None:
+        if errors:
+            raise errors.pop()
+        compared.set()
+
+    monkeypatch.setattr(site, "WATCH_S", 0.001)
+    monkeypatch.setattr(api.services, "watch_jobs", watch)
+
+    async def run() -> None:
+        async with api.unmounted.router.lifespan_context(api.unmounted):
+            assert await asyncio.to_thread(compared.wait, 30)
+
+    asyncio.run(run())

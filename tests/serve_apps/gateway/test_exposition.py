@@ -21,13 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
+from serve_apps.accounting.usage import UsageStatus
 from serve_apps.exposition import encode, merge
 from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, OfBase, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
-from serve_apps.accounting.usage import UsageStatus
 from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
@@ -58,7 +58,10 @@ def whole(base: BaseModel) -> list[Family]:
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
-    return together([gateway.families(directory, routed, resumes, 2, UsageStatus(True, 9, 1.5, 0)), None], {base.name: OfBase(3, replicas)})
+    return together(
+        [gateway.families(directory, routed, resumes, 2, UsageStatus(True, 9, 1.5, 0)), None],
+        {base.name: OfBase(3, replicas)},
+    )
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:

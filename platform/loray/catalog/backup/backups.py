@@ -14,14 +14,13 @@ import sqlalchemy as sa
 from loray.catalog.backup.lines import BackupSummary, Line, header, read_header, rows_of, table_lines
 from loray.catalog.database import HEAD, Database, reading, writing
 from loray.catalog.queries import lock, log, now
-from loray.catalog.schema import adapters, changes, claims, logins, metadata, tenants, versions
+from loray.catalog.removal.claims import claims
+from loray.catalog.schema import adapters, changes, clusters, logins, metadata, tenants, versions
 from loray.errors import ConflictError, DataError, IntegrityError
 from loray.files import read_json_lines, replacing_private, write_json_lines
 from loray.spec import DEFAULT_TENANT
 
 _BATCH = 500  # rows
-# Without claims, which are of processes that run now, and logins: people log in again.
-_TABLES = [table for table in metadata.sorted_tables if table not in (claims, logins)]
 # Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
 _SKIPPED = 1 << 20
 
@@ -64,13 +63,18 @@ class Backups(Database):
 
 def _lines(c: sa.Connection, first: Line) -> Iterator[Line]:
     yield first
-    for table in _TABLES:
+    for table in _tables():
         rows = c.execute(sa.select(table).order_by(*table.primary_key), execution_options={"yield_per": _BATCH})
         yield from table_lines(table, rows)
 
 
+def _tables() -> list[sa.Table]:
+    """All but those of what runs now, and logins: people log in again."""
+    return [table for table in metadata.sorted_tables if table not in (claims, clusters, logins)]
+
+
 def _refuse_used(c: sa.Connection) -> None:
-    for table in _TABLES:
+    for table in _tables():
         used = sa.select(sa.literal(1)).select_from(table).limit(1)
         if table is tenants:
             used = used.where(tenants.c.name != DEFAULT_TENANT)

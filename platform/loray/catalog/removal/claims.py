@@ -24,12 +24,21 @@ import sqlalchemy as sa
 from loray.catalog.database import Database, writing
 from loray.catalog.queries import lock, log, now
 from loray.catalog.removal.references import References, needed_files
-from loray.catalog.schema import claims
+from loray.catalog.schema import metadata
 from loray.errors import CatalogError, ConflictError
+
+claims = sa.Table(
+    "claims",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),  # the object's SHA-256
+    sa.Column("claim", sa.String(32), primary_key=True),
+    sa.Column("deletes", sa.Boolean, nullable=False),  # the claim is a collection's
+    sa.Column("claimed_at", sa.DateTime(timezone=True), nullable=False),
+)
 
 _LONGEST_PUBLICATION = timedelta(hours=12)
 _PUBLICATION_LAPSES = timedelta(hours=24)
-_DELETION_LAPSES = timedelta(minutes=10)  # after _BATCH_S no deletion begins, and one with all its attempts takes minutes
+_DELETION_LAPSES = timedelta(minutes=10)  # no deletion begins after _BATCH_S, and one may take minutes
 _LONGEST_WAIT_S = 30.0  # for a batch
 _POLL_S = 0.2
 _BATCH_S = 5.0
@@ -68,9 +77,7 @@ class Claims(Database):
             raise
 
     @contextmanager
-    def deleting(
-        self, names: Collection[str], before: References, *, keep_deleted_s: float
-    ) -> Iterator[Allowed]:
+    def deleting(self, names: Collection[str], before: References, *, keep_deleted_s: float) -> Iterator[Allowed]:
         """Around a batch of deletions: yields those of `names` that nothing has come to need since `before`. Where the
         block raises, a deletion may still be under way: the claim is kept, and lapses.
         """
@@ -120,6 +127,7 @@ def _holding(*, deletes: bool) -> sa.Select[tuple[str]]:
 
 def _insert(c: sa.Connection, claim: str, names: Collection[str], *, deletes: bool) -> None:
     c.execute(claims.delete().where(claims.c.claimed_at <= now() - _PUBLICATION_LAPSES))
-    rows = [{"name": name, "claim": claim, "deletes": deletes, "claimed_at": now()} for name in sorted(set(names))]
+    common = {"claim": claim, "deletes": deletes, "claimed_at": now()}
+    rows = [{"name": name} | common for name in sorted(set(names))]
     if rows:
         c.execute(claims.insert(), rows)

@@ -19,6 +19,5 @@ def upgrade() -> None:
         sa.Column("deletes", sa.Boolean, nullable=False),
         sa.Column("claimed_at", sa.DateTime(timezone=True), nullable=False),
     )
-    op.create_index("ix_claims_claim", "claims", ["claim"])
     with op.batch_alter_table("changes") as table:
         table.drop_column("collections")
