@@ -125,7 +125,7 @@ def _submit(
                 )
             else:
                 open_store(settings.store).check()  # refuses a store that the job could not publish to
-                job = commands.local(recipe, settings, resume=resume, no_plan=no_plan)
+                job = commands.local(recipe, settings, resume=resume, stage=Path(stage), no_plan=no_plan)
             if address is None:
                 from loray.local.cluster import ensure_started
 

@@ -12,12 +12,11 @@ import click
 from ray.train import Result
 
 from jobs.driver.fit import fit
-from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.resources import connect, find_workers
 from jobs.driver.tokenising import RayTasks
-from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
 from jobs.events.schema import Emit, Event, PublishedEvent
 from jobs.runs.folders import RunFolder, open_runs
@@ -44,8 +43,8 @@ from loray.telemetry import configure_logging
 def main(
     source: RecipeSource, as_events: bool, resume: bool, tenant: str, no_plan: bool, publish_checkpoint: bool
 ) -> None:
-    """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
-    the options on top of it, or that of the options alone.
+    """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object; -
+    for one on standard input), with the options on top of it, or that of the options alone.
     """
 
     def emit(event: Event) -> None:
@@ -110,9 +109,13 @@ def train(
 
 
 def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: str = DEFAULT_TENANT) -> None:
-    """Publishes the best checkpoint of the latest run, finished or not, and records that run's job as succeeded."""
+    """Publishes the best checkpoint of the latest run, finished or not, and records that run's job as succeeded. What
+    the recipe measures is measured on its workers.
+    """
     run = open_runs(settings).latest(qualified_name(tenant, recipe.spec.name))
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
+        if recipe.spec.evaluation.perplexity is not None or recipe.spec.evaluation.retrieval:
+            connect(recipe.spec, settings, interrupts)
         published = publish_best(run.result(), run, recipe, settings, emit, tenant=tenant)
     if run.job_id is not None:
         JobRecord(Catalog(settings.catalog).view(driver_of(tenant)), run.job_id).end(

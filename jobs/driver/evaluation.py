@@ -1,52 +1,54 @@
 """Evaluation before publishing: measures base, base under the adapter's RoPE, and adapter, as the recipe says.
 
-The gate reads the results. On a cluster a Ray task measures, because the driver's node may have no GPU; without a
-cluster this process does.
+The gate reads the results. On a cluster workers as those of the run measure, which share what one alone cannot hold;
+without a cluster this process does.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-import torch
-from ray.exceptions import RayTaskError
-from ray.train import Checkpoint
+from ray.train import Checkpoint, TrainingFailedError
 from transformers import AutoTokenizer
 
+from jobs.controller.restarts import is_lost
 from jobs.driver.data import fetched
+from jobs.driver.trainer import build_measuring, cause
+from jobs.events.messages import first_line
 from jobs.events.schema import Emit
 from jobs.runs.folders import RunFolder
-from jobs.workers.placement import worker_resources
-from jobs.workers.threads import num_threads
-from loray.bases.registry import BaseModel, ensure_base
-from loray.errors import SpecError
+from jobs.workers.measuring import Measurement, measure_here
+from loray.bases.registry import BaseModel
+from loray.errors import EvaluationError, SpecError
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import (
-    Evaluation,
-    EvaluationSpec,
-    Frozen,
-    PerplexitySpec,
-    RopeParameters,
-    TrainingGroup,
-    TrainSpec,
-)
-from loray.telemetry import configure_logging, get_logger
-from loray.train.checkpoint import ADAPTER
+from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
+from loray.telemetry import get_logger
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.prompts import make_prompt
+from loray_kernels.memory import is_out_of_memory
 
 log = get_logger(__name__)
 
 _EVALUATIONS = "evaluations.json"
+_MEASURE_LATER = (
+    "to measure it, publish it again with `--publish-checkpoint` and a recipe whose workers share the base "
+    "(`parallel.strategy: fsdp2`, or more `num_workers`), or with shorter context lengths"
+)
+
+
+class MeasuredCheckpoint(NamedTuple):
+    """`problem`: why there are no evaluations although the recipe asks for them, and how to get them."""
+
+    evaluations: tuple[Evaluation, ...]
+    problem: str | None = None
 
 
 def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> None:
-    """Raises SpecError or DataError if `measure_checkpoint` could not measure what the recipe asks for after training.
+    """Raises SpecError or DataError if what the recipe asks for could not be measured after training.
 
     Also refuses an alias that the gate could never grant to this run.
     """
@@ -73,15 +75,15 @@ def measure_checkpoint(
     run: RunFolder,
     settings: Settings,
     emit: Emit = lambda event: None,
-) -> tuple[Evaluation, ...]:
-    """Measures what `recipe.spec.evaluation` asks for. Emits one event before it begins.
+) -> MeasuredCheckpoint:
+    """Measures what `recipe.spec.evaluation` asks for, on workers of `recipe.spec`. Emits one event before it begins.
 
     The results are saved in the run's folder. Publishing the same checkpoint again reads them from there, so it
     publishes the same adapter. A measurement that was interrupted goes on with the windows that its machine has kept.
     """
     spec, wanted, documents = recipe.spec, recipe.spec.evaluation, None
     if wanted.perplexity is None and not wanted.retrieval:
-        return ()
+        return MeasuredCheckpoint(())
     if wanted.perplexity is not None:
         wanted = wanted.model_copy(update={"perplexity": _with_contexts(wanted.perplexity, spec, base)})
         documents = _documents(recipe, base, settings)
@@ -95,11 +97,16 @@ def measure_checkpoint(
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
         rope = resolve(spec, base.config).rope
-        task = _Task(spec, wanted, checkpoint, documents, rope, base.fingerprint, settings.home, settings.log_level)
-        found = _run(task, settings.training_group)
+        facts = base.fingerprint, settings.home, settings.log_level
+        try:
+            found = _measure(Measurement(spec, wanted, checkpoint, documents, rope, *facts), run, settings)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            return MeasuredCheckpoint((), f"not measured, out of memory: {first_line(e)}; {_MEASURE_LATER}")
         saved = _Saved(asked=asked, evaluations=tuple(e.model_dump(mode="json") for e in found))
         run.write(_EVALUATIONS, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
-    return tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved.evaluations)
+    return MeasuredCheckpoint(tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved.evaluations))
 
 
 class _Saved(Frozen):
@@ -119,58 +126,16 @@ def _read(run: RunFolder) -> _Saved | None:
         return None
 
 
-class _Task(NamedTuple):
-    """The arguments of a measurement, sent to the process that runs it."""
-
-    spec: TrainSpec
-    evaluation: EvaluationSpec
-    checkpoint: Checkpoint
-    documents: Documents | None
-    rope: RopeParameters | None
-    base_fingerprint: str
-    home: Path
-    log_level: str
-
-
-def _run(task: _Task, group: TrainingGroup | None) -> tuple[Evaluation, ...]:
+def _measure(measurement: Measurement, run: RunFolder, settings: Settings) -> tuple[Evaluation, ...]:
+    """Raises the worker's error: LorayError, or another one."""
     if not ray.is_initialized():
-        return _measure(task)
-    takes = worker_resources(task.spec, group)
-    num_cpus, num_gpus = takes.pop("CPU", 0), takes.pop("GPU", 0)
-    remote: Any = ray.remote(_measure_on_worker).options(
-        num_cpus=num_cpus, num_gpus=num_gpus, resources=takes, max_retries=1
-    )
+        return measure_here(measurement)
     try:
-        measured: tuple[Evaluation, ...] = ray.get(remote.remote(task))
-    except RayTaskError as e:
-        raise e.cause from None
-    return measured
-
-
-def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
-    configure_logging(task.log_level)
-    torch.set_num_threads(num_threads(1))
-    return _measure(task)
-
-
-def _measure(task: _Task) -> tuple[Evaluation, ...]:
-    # Late: PEFT and models take two seconds to import, which the driver spares itself.
-    from loray.train.evaluation.kept import KeptFigures
-    from loray.train.evaluation.measure import measure
-    from loray.train.evaluation.subjects import subjects
-
-    base = ensure_base(task.home, task.spec.base, fingerprint=task.base_fingerprint)
-    with task.checkpoint.as_directory() as folder:
-        return measure(
-            base,
-            subjects(task.rope, Path(folder) / ADAPTER, compare=True),
-            documents=task.documents,
-            perplexity=task.evaluation.perplexity,
-            retrieval=task.evaluation.retrieval,
-            dtype=task.spec.chosen_dtype,
-            device=torch.device("cuda" if task.spec.use_gpu else "cpu"),
-            kept=KeptFigures(task.home),
-        )
+        evaluations: tuple[Evaluation, ...] = build_measuring(measurement, run, settings).fit().return_value
+    except TrainingFailedError as e:
+        error = cause(e)
+        raise EvaluationError(f"measuring failed: {first_line(error)}") if is_lost(error) else error from e
+    return evaluations
 
 
 def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents:

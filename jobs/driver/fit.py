@@ -7,13 +7,13 @@ from collections.abc import Callable
 import ray
 from ray.train import Result, TrainingFailedError
 
-from jobs.driver.trainer import Workload, build_trainer
+from jobs.driver.trainer import Workload, build_trainer, cause
 from jobs.events.messages import EventTail, first_line
 from jobs.events.schema import Emit, Event
 from jobs.events.sink import start_sink
 from jobs.events.tensorboard import TensorBoardWriter
 from jobs.runs.folders import RunFolder
-from loray.errors import TrainingError
+from loray.errors import LorayError, TrainingError
 from loray.settings import Settings
 
 
@@ -41,10 +41,10 @@ def fit(
         try:
             return build_trainer(work, run, settings, sink).fit()
         except TrainingFailedError as e:
-            failures = getattr(e, "worker_failures", None) or {0: e}
+            error = cause(e)
+            reason = str(error) if isinstance(error, LorayError) else first_line(error)
             raise TrainingError(
-                f"training failed: {first_line(next(iter(failures.values())))}; "
-                f"go on from the last checkpoint with --resume, details are in {run}"
+                f"training failed: {reason}; go on from the last checkpoint with --resume, details are in {run}"
             ) from e
         except KeyboardInterrupt:
             on_interrupt()

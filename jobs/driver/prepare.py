@@ -7,12 +7,15 @@ from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import numpy as np
+import ray
+from ray import ObjectRef
 from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.parent import fetch_parent
 from jobs.driver.resources import Workers
+from jobs.driver.trainer import Workload
 from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -107,6 +110,14 @@ def prepare(
         cache=data.cache,
     )
     return Prepared(spec, base, data, None if parent is None else parent.files, dtype_reason)
+
+
+def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workload:
+    """Puts what workers need into the object store. `data`: the dataset there, where several runs have the same."""
+    initial = None if prepared.initial is None else ray.put(prepared.initial)
+    is_evaluated = len(prepared.data.evaluation) > 0
+    held = data or ray.put(prepared.data)
+    return Workload(prepared.spec, prepared.base, held, is_evaluated, initial, prepared.dtype_reason)
 
 
 def _check_packages(spec: TrainSpec) -> None:

@@ -50,7 +50,8 @@ def publish_best(
     """Publishes the run's best checkpoint for `tenant` with the recipe that it was trained with, and returns the event.
 
     The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
-    checkpoint is published without them, and the event's `refusal` says why. `sweep`: of which the run is the best
+    checkpoint is published without them, and the event's `refusal` says why; its `unmeasured` says why the version has
+    no evaluations, where the workers have too little memory for them. `sweep`: of which the run is the best
     trial. Raises LorayError.
     """
     latest = result.checkpoint
@@ -110,10 +111,12 @@ def _publish(
 ) -> PublishedEvent:
     state = _state(checkpoint)
     check_publishable(state)
-    recipe = recipe._replace(spec=_to_publish(state.recipe, recipe.spec))
+    at_hand = recipe.spec
+    recipe = recipe._replace(spec=_to_publish(state.recipe, at_hand))
     spec = recipe.spec
     base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
-    measured = measure_checkpoint(checkpoint, state.step, recipe, base, run, settings, emit)
+    on_workers = recipe._replace(spec=_on_workers_of(recipe.spec, at_hand))
+    measured = measure_checkpoint(checkpoint, state.step, on_workers, base, run, settings, emit)
     resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
@@ -124,7 +127,7 @@ def _publish(
             data_fingerprint=state.data_fingerprint,
             parent=state.parent,
             sweep=sweep,
-            evaluations=(*state.evaluations(), *measured),
+            evaluations=(*state.evaluations(), *measured.evaluations),
             licence=spec.publish.licence,
             description=spec.publish.description,
             rope_parameters=resolved.rope,
@@ -153,6 +156,7 @@ def _publish(
         "nbytes": version.manifest.nbytes,
         "aliases": list(aliases),
         "refusal": refusal,
+        "unmeasured": measured.problem,
         "step": state.step,
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
@@ -166,3 +170,9 @@ def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
     evaluation = trained.evaluation.model_copy(update=measured)
     publish = at_hand.publish.model_copy(update={"dtype": trained.publish.dtype})
     return trained.model_copy(update={"evaluation": evaluation, "publish": publish})
+
+
+def _on_workers_of(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
+    """The recipe that trained the checkpoint, on workers as the given recipe asks for, in number and sharing."""
+    names = ("num_workers", "min_workers", "parallel", *(() if at_hand.use_gpu == "auto" else ("use_gpu",)))
+    return trained.model_copy(update={name: getattr(at_hand, name) for name in names})

@@ -73,9 +73,8 @@ def describe(event: Event) -> str:
         case "published":
             aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
             line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
-            return "\n".join(
-                [line, *_perplexities(event.get("evaluations", [])), *filter(None, [event.get("refusal")])]
-            )
+            problems = filter(None, [event.get("unmeasured"), event.get("refusal")])
+            return "\n".join([line, *_perplexities(event.get("evaluations", [])), *problems])
         case "trial":
             loss = f", held-out loss {number(event['losses'][-1][1])}" if event["losses"] else ""
             at = f"step {event['losses'][-1][0]:.0f}/{event['num_steps']}" if event["losses"] else "no step"

@@ -107,7 +107,9 @@ class MeasureEvent(TypedDict):
 
 
 class PublishedEvent(TypedDict):
-    """`refusal`: why the gate refused the aliases, None if it did not. `evaluations`: as in the manifest."""
+    """`refusal`: why the gate refused the aliases, None if it did not. `unmeasured`: why it could not be measured, and
+    how to do it later, None if it was or was not to be. `evaluations`: as in the manifest.
+    """
 
     event: Literal["published"]
     name: str
@@ -117,6 +119,7 @@ class PublishedEvent(TypedDict):
     nbytes: int
     aliases: list[str]
     refusal: NotRequired[str | None]
+    unmeasured: NotRequired[str | None]
     step: int
     evaluations: NotRequired[list[dict[str, Any]]]
 

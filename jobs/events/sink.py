@@ -14,23 +14,14 @@ from jobs.events.schema import Event
 
 
 class _EventSink:
-    """Appends lines to the run's file, each in one write, and keeps why workers gave up, which those that Ray starts in
-    their place ask for. Ray may restart it: without that reason they try once more.
-    """
+    """Appends lines to the run's file, each in one write."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._reason: str | None = None
 
     def append(self, line: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
-
-    def give_up(self, reason: str) -> None:
-        self._reason = reason
-
-    def reason(self) -> str | None:
-        return self._reason
 
 
 def start_sink(path: Path) -> ActorHandle:

@@ -1,5 +1,8 @@
 """Builds what is submitted to Ray's job server: a command line, its environment, and metadata.
 
+A recipe that is no file goes to the driver's standard input, from a file that Ray uploads: a command line has no room
+for a large one.
+
 Ray's dashboard shows a job's environment, so no password is sent to a cluster of other machines. Its nodes have their
 own AWS credentials and, if the catalog's URL holds a password, their own LORAY_CATALOG.
 """
@@ -18,7 +21,7 @@ import yaml
 from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.locations import is_this_machine
-from loray.recipes.load import Recipe
+from loray.recipes.load import STDIN, Recipe
 from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
@@ -27,6 +30,7 @@ _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module in the recipe's folder must
 _OF_TRACKERS = ("MLFLOW_", "WANDB_")
 _SWEEP_DRIVER = ("-P", "-m", "jobs.sweeps.driver")
 _PLAN = "plan.json"
+_RECIPE = "recipe.json"
 # The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
 
@@ -40,20 +44,24 @@ class Submission(NamedTuple):
     entrypoint_resources: dict[str, float] | None = None
 
 
-def local(recipe: Recipe, settings: Settings, *, resume: bool, no_plan: bool = False) -> Submission:
-    """A job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded.
+def local(recipe: Recipe, settings: Settings, *, resume: bool, stage: Path, no_plan: bool = False) -> Submission:
+    """A job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded but a
+    recipe that is no file, from `stage`.
 
     Raises DataError if a data file does not exist, which the job would report only after it has started.
     """
     for data in _sources(recipe.data()):
         _local_files(data, recipe)
+    environment: dict[str, Any] = {"env_vars": _env_here(settings)}
+    redirect = ""
     if recipe.path is None:
-        source = _as_json(recipe.spec)
+        source, redirect = STDIN, f"exec {_staged(recipe.spec, stage)} && "
+        environment["working_dir"] = str(stage)
     else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
         source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
     command = _command(sys.executable, source, resume=resume, no_plan=no_plan)
-    entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {command}"
-    return Submission(entrypoint, {"env_vars": _env_here(settings)}, _metadata(recipe.spec), _of_driver(settings))
+    entrypoint = f"{redirect}cd {shlex.quote(str(recipe.folder))} && exec {command}"
+    return Submission(entrypoint, environment, _metadata(recipe.spec), _of_driver(settings))
 
 
 def remote(
@@ -66,13 +74,14 @@ def remote(
     folder, or named by an absolute path of this machine.
     """
     settings.check_reachable_from(address)
+    redirect = ""
     if recipe.path is None:
-        source = _as_json(recipe.spec)
+        source, redirect = STDIN, f" {_staged(recipe.spec, stage)}"
     else:
         source = recipe.path.name
         (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
     _stage_data(recipe, address, stage)
-    command = _command("python", source, resume=resume, no_plan=no_plan)
+    command = _command("python", source, resume=resume, no_plan=no_plan) + redirect
     runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
     return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
 
@@ -142,14 +151,17 @@ def for_server(recipe: Recipe, url: str) -> TrainSpec:
     return recipe.spec.model_copy(update={"data": recipe.data()})
 
 
-def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tenant: str = DEFAULT_TENANT) -> Submission:
+def from_spec(
+    spec: TrainSpec, settings: Settings, *, stage: Path, resume: bool = False, tenant: str = DEFAULT_TENANT
+) -> Submission:
     """A job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server) with its
-    settings.
+    settings. Ray uploads the recipe from `stage`.
 
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
     """
-    return _of_server(_command(sys.executable, _as_json(spec), resume=resume, tenant=tenant), spec, settings, tenant)
+    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
+    return _of_server(command, spec, settings, stage, tenant)
 
 
 def sweep_from_spec(
@@ -160,11 +172,11 @@ def sweep_from_spec(
     """
     (stage / _PLAN).write_text(plan, encoding="utf-8")
     flags = [] if tenant == DEFAULT_TENANT else ["--tenant", tenant]
-    job = _of_server(shlex.join([sys.executable, *_SWEEP_DRIVER, _PLAN, "--events", *flags]), spec, settings, tenant)
-    return job._replace(runtime_env={"working_dir": str(stage), **job.runtime_env})
+    command = shlex.join([sys.executable, *_SWEEP_DRIVER, _PLAN, "--events", *flags])
+    return _of_server(command, spec, settings, stage, tenant)
 
 
-def _of_server(command: str, spec: TrainSpec, settings: Settings, tenant: str) -> Submission:
+def _of_server(command: str, spec: TrainSpec, settings: Settings, stage: Path, tenant: str) -> Submission:
     """`command` begins with the Python of this image or environment, which the cluster's nodes have too."""
     for source in _sources(spec.data):
         if not Path(source).is_absolute():
@@ -172,7 +184,7 @@ def _of_server(command: str, spec: TrainSpec, settings: Settings, tenant: str) -
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)
-    environment = {"env_vars": settings.to_env(secrets=is_private)}
+    environment = {"working_dir": str(stage), "env_vars": settings.to_env(secrets=is_private)}
     return Submission(command, environment, _metadata(spec, tenant), _of_driver(settings))
 
 
@@ -206,8 +218,12 @@ def _unplanned(no_plan: bool) -> list[str]:
     return ["--no-plan"] if no_plan else []
 
 
-def _as_json(spec: TrainSpec) -> str:
-    return spec.model_dump_json()  # with what is null: left out, it would be given its default
+def _staged(spec: TrainSpec, stage: Path) -> str:
+    """Writes the recipe to `stage`, with what is null: left out, it would be given its default. Returns the redirection
+    with which a shell in that folder passes it to a driver whose recipe is STDIN.
+    """
+    (stage / _RECIPE).write_text(spec.model_dump_json(), encoding="utf-8")
+    return f"< {_RECIPE}"
 
 
 def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:

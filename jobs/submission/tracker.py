@@ -94,11 +94,13 @@ class JobTracker:
         """
         catalog = self._open()
         check_allowed(spec, catalog.principal, self._settings)
-        submission = from_spec(spec, self._settings, resume=resume, tenant=catalog.own_tenant)
-        job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(catalog.own_tenant, chosen)
-        if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
-            raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
-        return self._submit(catalog, job_id, spec, submission)
+        with tempfile.TemporaryDirectory(prefix="loray-job-") as stage:
+            tenant = catalog.own_tenant
+            submission = from_spec(spec, self._settings, stage=Path(stage), resume=resume, tenant=tenant)
+            job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(tenant, chosen)
+            if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
+                raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
+            return self._submit(catalog, job_id, spec, submission)
 
     def submit_sweep(self, spec: TrainSpec, trials: Sequence[TrainSpec], plan: str) -> Job:
         """One job that trains `trials`, as `plan` (JSON of `jobs.sweeps.trials.SweepPlan`) says, and publishes the best

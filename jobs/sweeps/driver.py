@@ -23,12 +23,11 @@ import click
 import numpy as np
 import ray
 
-from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.resources import Workers, connect, find_workers
 from jobs.driver.tokenising import RayTasks
-from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
 from jobs.events.schema import Emit, Event, PublishedEvent, TrialEvent
 from jobs.runs.folders import RunFolder, Runs, open_runs

@@ -33,6 +33,7 @@ from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.mesh import World
+from loray_kernels.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from jobs.workers.initial import InitialFiles
@@ -67,7 +68,7 @@ class WorkerConfig(TypedDict):
 def run(config: WorkerConfig) -> str | None:
     """Trains. Returns None, or the reason why training gave up.
 
-    An error that a restart cannot fix is returned, because Ray Train restarts the workers after an exception.
+    What every rank raises is returned. After an exception of one rank `jobs.controller.restarts` decides what follows.
     """
     configure_logging(config["log_level"])
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
@@ -83,23 +84,14 @@ def run(config: WorkerConfig) -> str | None:
     problems = [p for p in world.gather(problem) if p is not None]  # so that no rank waits for one that has ended
     if base is None or problems:
         return problems[0]
-    reason: str | None = ray.get(config["events"].reason.remote())
-    if reason is not None:  # of a worker before this one: it would come to the same end
-        return reason
     try:
         _train(spec, base, config, world)
-    except torch.OutOfMemoryError as e:
-        reason = _out_of_memory(spec, base, e)
-        if world.size == 1:
-            return reason
-        ray.get(config["events"].give_up.remote(reason))
-        raise  # the other ranks wait for this one
     except (SpecError, TrainingError, UnsupportedError) as e:
         return str(e)  # every rank raises it
-    except LorayError as e:
-        if world.size > 1:
-            raise  # maybe only this rank failed, and the others wait for it until Ray Train ends them
-        return str(e)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise TrainingError(_out_of_memory(spec, base, e)) from e  # the other ranks wait until Ray Train ends them
     return None
 
 
@@ -135,7 +127,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         )
 
 
-def _out_of_memory(spec: TrainSpec, base: BaseModel, error: torch.OutOfMemoryError) -> str:
+def _out_of_memory(spec: TrainSpec, base: BaseModel, error: RuntimeError) -> str:
     """Return what to change in a run that did not fit, although the plan may have said that it would."""
     per_node = ray.train.get_context().get_local_world_size()
     device = device_on(hardware(), per_node, use_gpu=spec.use_gpu is True)

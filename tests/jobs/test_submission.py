@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shlex
 import subprocess
 import sys
@@ -12,9 +14,10 @@ import pytest
 from jobs.submission import commands
 from jobs.sweeps.driver import main as sweep_driver
 from jobs.train import main as train_driver
-from loray.errors import DataError, SettingsError
-from loray.recipes.load import load_recipe
+from loray.errors import DataError, SettingsError, SpecError
+from loray.recipes.load import STDIN, load_recipe
 from loray.settings import Settings
+from loray.spec import TrainSpec
 from tests.test_recipe import write
 
 ADDRESS = "http://head.example:8265"
@@ -33,7 +36,7 @@ def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path, monkeypatch
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.setenv("WANDB_SERVICE", "of this process")
-    job = commands.local(write(tmp_path / "my recipes"), settings, resume=True)
+    job = commands.local(write(tmp_path / "my recipes"), settings, resume=True, stage=tmp_path)
     assert shlex.split(job.entrypoint) == [
         *("cd", str(tmp_path / "my recipes"), "&&", "exec", sys.executable, "-P", "-m", "jobs.train"),
         *(str(tmp_path / "my recipes" / "recipe.yaml"), "--events", "--resume"),
@@ -45,7 +48,7 @@ def test_shipped_recipes_keep_their_paths_here(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").touch()
-    job = commands.local(load_recipe("lora_smollm2"), Settings.from_env({}), resume=False)
+    job = commands.local(load_recipe("lora_smollm2"), Settings.from_env({}), resume=False, stage=tmp_path)
     assert shlex.split(job.entrypoint)[:2] == ["cd", str(tmp_path)]
     assert shlex.split(job.entrypoint)[-2:] == ["lora_smollm2", "--events"]
 
@@ -60,7 +63,9 @@ def test_kubernetes_service_variables_are_not_settings() -> None:
 
 def test_a_missing_data_file_is_no_job(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        commands.local(write(tmp_path, data={"train": "none.jsonl"}), Settings.from_env({}), resume=False)
+        commands.local(
+            write(tmp_path, data={"train": "none.jsonl"}), Settings.from_env({}), resume=False, stage=tmp_path
+        )
 
 
 def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_a_sweep_uploads_its_plan_and_to_another_cluster_its_data(tmp_path: Path
 def test_no_plan_is_passed_to_the_driver(tmp_path: Path) -> None:
     recipe, folder, there = write(tmp_path / "a"), stage(tmp_path), Settings.from_env(REACHABLE)
     for parser, job in (
-        (train_driver, commands.local(recipe, Settings.from_env({}), resume=True, no_plan=True)),
+        (train_driver, commands.local(recipe, Settings.from_env({}), resume=True, stage=folder, no_plan=True)),
         (train_driver, commands.remote(recipe, there, address=ADDRESS, resume=False, stage=folder, no_plan=True)),
         (sweep_driver, commands.sweep(recipe, "{}", there, address=ADDRESS, stage=folder, no_plan=True)),
         (sweep_driver, commands.resumed_sweep("arithmetic", there, address=ADDRESS, no_plan=True)),
@@ -144,36 +149,67 @@ def stage(folder: Path) -> Path:
     return folder / "stage"
 
 
-def test_a_recipe_needs_no_file(tmp_path: Path) -> None:
-    spec = write(tmp_path, data={"train": "s3://bucket/it's.jsonl", "eval": "/shared/eval.jsonl"}).spec
-    for settings in (Settings.from_env({"LORAY_HOME": str(tmp_path)}), Settings.from_env(REACHABLE)):
-        job = commands.from_spec(spec, settings, resume=True)
-        *command, source, as_events, resume = shlex.split(job.entrypoint)
-        assert command == ["exec", sys.executable, "-P", "-m", "jobs.train"]
-        assert (as_events, resume) == ("--events", "--resume")
-        assert load_recipe(source).spec == spec
-        assert job.runtime_env == {"env_vars": settings.to_env()}
-        assert job.metadata == {"loray_name": "arithmetic", "loray_method": "lora"}
-    local = commands.local(
-        load_recipe(source)._replace(spec=write(tmp_path).spec, folder=tmp_path), settings, resume=False
+def given_to(driver: commands.Submission, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
+    """The recipe that the driver of a job reads, whose command a shell runs in the folder that was uploaded."""
+    shown = shlex.split(driver.entrypoint)
+    assert shown[shown.index("jobs.train") + 1] == STDIN
+    read = re.sub(rf"(exec )?({re.escape(sys.executable)}|python) -P [^<]*", "cat ", driver.entrypoint)
+    folder = driver.runtime_env["working_dir"]
+    done = subprocess.run(read, shell=True, cwd=folder, capture_output=True, text=True, check=True)
+    monkeypatch.setattr("sys.stdin", io.StringIO(done.stdout))
+    return load_recipe(STDIN).spec
+
+
+def test_a_recipe_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, folder = (
+        write(tmp_path, data={"train": "s3://bucket/it's.jsonl", "eval": "/shared/eval.jsonl"}).spec,
+        stage(tmp_path),
     )
-    assert load_recipe(shlex.split(local.entrypoint)[-2]).spec == write(tmp_path).spec
+    for settings in (Settings.from_env({"LORAY_HOME": str(tmp_path)}), Settings.from_env(REACHABLE)):
+        job = commands.from_spec(spec, settings, stage=folder, resume=True)
+        command = ["exec", sys.executable, "-P", "-m", "jobs.train", "-", "--events", "--resume", "<", "recipe.json"]
+        assert shlex.split(job.entrypoint) == command
+        assert given_to(job, monkeypatch) == spec
+        assert job.runtime_env == {"working_dir": str(folder), "env_vars": settings.to_env()}
+        assert job.metadata == {"loray_name": "arithmetic", "loray_method": "lora"}
+
+
+def test_a_recipe_of_200_kib_fits_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux passes at most 128 KiB in one argument."""
+    paths = [f"s3://bucket/{'part-of-the-data' * 8}/{i:04}.jsonl" for i in range(1400)]
+    recipe = write(tmp_path / "a", data={"train": paths})._replace(path=None)
+    assert len(recipe.spec.model_dump_json()) > 200 << 10
+    settings, folder = Settings.from_env(REACHABLE), stage(tmp_path)
+    for job in (
+        commands.from_spec(recipe.spec, settings, stage=folder),
+        commands.local(recipe, settings, resume=False, stage=folder),
+        commands.remote(recipe, settings, address=ADDRESS, resume=False, stage=folder),
+    ):
+        assert len(job.entrypoint) < 1000
+        assert given_to(job, monkeypatch) == recipe.spec
+
+
+def test_standard_input_is_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("name: a\n"))
+    with pytest.raises(SpecError, match="the recipe on standard input is no JSON object"):
+        load_recipe(STDIN)
 
 
 def test_a_submitted_recipe_must_not_name_relative_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'data\.jsonl' is a relative path"):
-        commands.from_spec(write(tmp_path).spec, Settings.from_env({}))
+        commands.from_spec(write(tmp_path).spec, Settings.from_env({}), stage=tmp_path)
 
 
 def test_a_password_stays_in_the_environment_of_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write(tmp_path, data={"train": "s3://bucket/train.jsonl"}).spec
     settings = Settings.from_env(REACHABLE | {"LORAY_CATALOG": "postgresql://db/loray?user=loray&password=hush"})
     monkeypatch.setattr(commands, "current_cluster", lambda home: None)
-    elsewhere = commands.from_spec(spec, settings)
+    elsewhere = commands.from_spec(spec, settings, stage=tmp_path)
     assert "hush" not in str(elsewhere)
     assert "LORAY_CATALOG" in elsewhere.entrypoint
     monkeypatch.setattr(commands, "current_cluster", lambda home: "a cluster of this home, whose dashboard is private")
-    assert commands.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
+    here = commands.from_spec(spec, settings, stage=tmp_path)
+    assert here.runtime_env == {"working_dir": str(tmp_path), "env_vars": settings.to_env()}
 
 
 def test_absolute_paths_are_refused_for_remote_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,16 +237,15 @@ def test_a_server_gets_the_whole_recipe_and_data_that_it_can_open(tmp_path: Path
     assert commands.for_server(far, "http://head.example:8000") == far.spec
 
 
-def test_values_on_top_of_a_file_are_part_of_the_job(tmp_path: Path) -> None:
+def test_values_on_top_of_a_file_are_part_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a")
-    path = str(tmp_path / "a" / "recipe.yaml")
+    path, folder = str(tmp_path / "a" / "recipe.yaml"), stage(tmp_path)
     recipe = load_recipe(path, over={"seed": 7})
     for job in (
-        commands.local(recipe, Settings.from_env({}), resume=False),
-        commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=stage(tmp_path)),
+        commands.local(recipe, Settings.from_env({}), resume=False, stage=folder),
+        commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder),
     ):
-        text = next(word for word in shlex.split(job.entrypoint) if word.startswith("{"))
-        assert load_recipe(text).spec == recipe.spec
+        assert given_to(job, monkeypatch) == recipe.spec
     (tmp_path / "b").mkdir()
     folder = stage(tmp_path / "b")
     commands.remote(load_recipe(path), Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder)

@@ -59,8 +59,11 @@ def test_a_quantised_base_is_read_tensor_by_tensor() -> None:
 
 def test_measuring_before_publication_holds_the_base() -> None:
     perplexity = {"perplexity": {}}
-    assert sizes(llama(evaluation=perplexity))["the base, to be measured"] == BASE
+    assert sizes(llama(evaluation=perplexity))["the base, to be measured"] == 8 * BASE
     assert "the base, to be measured" not in sizes(llama())
+    shared = sizes(llama(strategy="fsdp2", evaluation=perplexity))
+    assert shared["a tensor of the base, to be measured"] == 8 * 2 * EMBEDDING
+    assert "the base, to be measured" not in shared
 
 
 def test_the_peak_is_the_fullest_moment() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loray.planning.devices import Device
+from loray.planning.measuring import num_shards
 from loray.planning.memory import CHECKPOINT
 from loray.planning.run import Run
 from loray.spec import LINEAR_MODULES
@@ -78,17 +79,21 @@ def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
     whole. What is whole then moves to the device.
     """
     e, model = run.element_bytes, run.model
+    shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
+    largest = max(out * width for out, width in shapes)
     if run.weight_shards > 1 or run.quantization is not None:
-        shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
-        largest = max(out * width for out, width in shapes)
         yield HostItem("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
     if run.weight_shards == 1:
         yield HostItem("the base, as each worker reads it", num_workers * run.base_bytes, ("loading",))
     rows = 0 if model.tie_word_embeddings else run.trained.embedding
     trained = e * (run.trained.total + rows)
     yield HostItem("trained parameters, before they move", num_workers * trained, ("loading",))
-    if run.is_measured:
-        yield HostItem("the base, to be measured", e * run.base.total, ("publishing",))
+    if run.measured_length is None:
+        return
+    if num_shards(run) > 1:
+        yield HostItem("a tensor of the base, to be measured", num_workers * e * largest, ("publishing",))
+    else:
+        yield HostItem("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
 
 
 def _data(run: Run, num_workers: int) -> Iterator[HostItem]:

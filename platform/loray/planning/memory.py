@@ -110,6 +110,12 @@ def _optimizer(run: Run, device: Device) -> Iterator[Item]:
         yield Item(CHECKPOINT, run.checkpoint_bytes)
 
 
+def gathered_weights(run: Run) -> int:
+    """Bytes of the base's weights that fsdp2 has gathered at once."""
+    base = run.base
+    return run.element_bytes * (_FSDP_LAYERS * base.layer + base.embedding + base.head + base.final_norm)
+
+
 def _communication(run: Run) -> Iterator[Item]:
     """Gradients that are being reduced, and gathered weights."""
     e, base, trained = run.element_bytes, run.base, run.trained
@@ -120,8 +126,7 @@ def _communication(run: Run) -> Iterator[Item]:
     yield Item("largest gradient, to be scattered in fp32", largest, ("gradients",), _FP32 * trained.largest)
     match run.strategy:
         case "fsdp2":
-            root = base.embedding + base.head + base.final_norm
-            yield Item("gathered weights", e * (_FSDP_LAYERS * base.layer + root))
+            yield Item("gathered weights", gathered_weights(run))
             if run.accumulation > 1:  # scattered after the last micro-batch
                 yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
         case "zero3":

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from loray.planning.compute import Flops, StepTime, count_flops, estimate_time
 from loray.planning.devices import Device
 from loray.planning.host import HOST_MOMENTS, HostPlan, plan_host
+from loray.planning.measuring import measuring_bytes
 from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
-from loray.planning.remedies import Remedy, smallest_remedy
+from loray.planning.remedies import Remedy, most_bytes, smallest_remedy
 from loray.planning.run import Run
 from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
 from loray.recipes.defaults import LARGE_BASE
@@ -27,11 +28,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`host` is the memory of a node beside its GPUs; None where there are none."""
+    """`host` is the memory of a node beside its GPUs; None where there are none. `measuring` are the bytes of a worker
+    that measures before publishing, 0 where nothing is measured.
+    """
 
     run: Run
     device: Device
     memory: MemoryPlan
+    measuring: int
     host: HostPlan | None
     traffic: Traffic
     flops: Flops
@@ -80,6 +84,7 @@ class Plan:
                 "peak_moment": memory.peak_moment,
                 "peak_bytes": memory.peak_bytes,
                 "dominant": memory.dominant.name,
+                "measuring_bytes": self.measuring,
             },
             "host": None if self.host is None else _host_facts(self.host),
             "traffic": asdict(self.traffic),
@@ -95,19 +100,22 @@ class Plan:
 def make_plan(run: Run, device: Device) -> Plan:
     """Raises SpecError where rows cannot be split over the sequence groups."""
     memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
+    measuring = measuring_bytes(run, device)
     problems = (
-        *_memory_problems(run, device, memory, host),
+        *_memory_problems(run, device, memory, measuring, host),
         *_device_problems(run, device),
         *_layout_problems(run, traffic),
     )
-    return Plan(run, device, memory, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
+    return Plan(
+        run, device, memory, measuring, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems
+    )
 
 
 def advice_for_less(run: Run, device: Device) -> str:
     """Return the smallest change with which a run takes less memory than the plan says, or than the device has where
     that is less: for a run that did not fit.
     """
-    least = min(device.usable_bytes, plan_memory(run, device).peak_bytes - 1)
+    least = min(device.usable_bytes, most_bytes(run, device) - 1)
     return _advice(smallest_remedy(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
 
 
@@ -120,7 +128,15 @@ def _host_facts(host: HostPlan) -> dict[str, Any]:
     }
 
 
-def _memory_problems(run: Run, device: Device, memory: MemoryPlan, host: HostPlan | None) -> list[Problem]:
+def _memory_problems(
+    run: Run, device: Device, memory: MemoryPlan, measuring: int, host: HostPlan | None
+) -> list[Problem]:
+    if measuring > device.usable_bytes >= memory.peak_bytes:
+        message = (
+            f"needs {_gb(measuring)} a worker to measure base and adapter before publishing (`evaluation`), where "
+            f"{device.name} has {_gb(device.usable_bytes)} to use"
+        )
+        return [Problem("refusal", message, f"{_advice(smallest_remedy(run, device))}, or leave out what is measured")]
     if memory.peak_bytes <= device.usable_bytes:
         if host is None or host.fits:
             return []

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from loray.planning.devices import Device
 from loray.planning.host import plan_host
+from loray.planning.measuring import measuring_bytes
 from loray.planning.memory import plan_memory
 from loray.planning.run import Run
 from loray.spec import StrategyName
@@ -33,13 +34,18 @@ def smallest_remedy(run: Run, device: Device) -> Remedy | None:
     num_workers = run.num_workers
     while num_workers <= _MAX_WORKERS:
         for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
-            peak, host = plan_memory(candidate, device).peak_bytes, plan_host(candidate, device)
+            peak, host = most_bytes(candidate, device), plan_host(candidate, device)
             if peak <= device.usable_bytes and (host is None or host.fits):
                 return Remedy(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
         if device.is_host:  # more workers would share the same memory
             return None
         num_workers *= 2
     return None
+
+
+def most_bytes(run: Run, device: Device) -> int:
+    """The most that a worker takes of its device, in a step or while it measures."""
+    return max(plan_memory(run, device).peak_bytes, measuring_bytes(run, device))
 
 
 def _variants(run: Run) -> Iterator[Run]:

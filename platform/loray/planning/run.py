@@ -8,7 +8,7 @@ from loray.bases.config import ModelConfig
 from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_quantised, count_trained
 from loray.planning.exchange.dense import DensePlan
 from loray.planning.exchange.halo import HaloPlan, padded_length
-from loray.recipes.resolve import check_token_budget, resolve
+from loray.recipes.resolve import Resolved, check_token_budget, resolve
 from loray.spec import DTYPE_BYTES, AdapterSpec, DType, QuantizationSpec, StrategyName, TrainSpec
 
 SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
@@ -25,7 +25,7 @@ class Run:
     usual_group  G of LongLoRA's paper
     context      tokens of the context that the adapter is trained for
     quantization of the base, None where it stays in `dtype`
-    is_measured  whether the adapter is measured beside its base before it is published
+    measured_length  tokens of the longest window or prompt that is measured before publishing; None: nothing is
     """
 
     model: ModelConfig
@@ -42,7 +42,7 @@ class Run:
     sequence: int
     strategy: StrategyName
     quantization: QuantizationSpec | None
-    is_measured: bool
+    measured_length: int | None
     row_size: int = 1
 
     @property
@@ -150,6 +150,14 @@ def run_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") ->
         sequence=spec.parallel.sequence,
         strategy=spec.parallel.strategy,
         quantization=spec.quantization,
-        is_measured=bool(spec.evaluation.perplexity or spec.evaluation.retrieval),
+        measured_length=_measured_length(spec, resolved),
         row_size=row_size,
     )
+
+
+def _measured_length(spec: TrainSpec, resolved: Resolved) -> int | None:
+    perplexity = spec.evaluation.perplexity
+    lengths = [length for task in spec.evaluation.retrieval for length in task.context_lengths]
+    if perplexity is not None:
+        lengths += perplexity.context_lengths or (resolved.original_context, resolved.context)
+    return max(lengths, default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from loray.recipes.sources import fixed_part
 from loray.spec import DataSpec, Name, TrainSpec, read_mapping
 
 ShapeOf = Callable[[str], ModelConfig | None]  # of a base by its name; None where it is not known
+STDIN = "-"  # the name of a recipe that is a JSON object on standard input
 _SOURCES = ("train", "eval")
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -63,9 +65,9 @@ def load_recipe(
     shape_of: ShapeOf = lambda base: None,
     is_example: bool = False,
 ) -> Recipe:
-    """A recipe from a file, from the package by its name, or from a JSON object, with `over` on top of it; of `over`
-    alone where `name` is None. What is left out has its default, which may depend on the size of the base. Raises
-    SpecError.
+    """A recipe from a file, from the package by its name, or from a JSON object (STDIN: that on standard input), with
+    `over` on top of it; of `over` alone where `name` is None. What is left out has its default, which may depend on the
+    size of the base. Raises SpecError.
 
     Relative data paths of a file start at its folder; those of a shipped recipe, of JSON and of `over` at the current
     folder. An example may lack name and data.
@@ -92,6 +94,10 @@ def size_of_base(base: object, shape_of: ShapeOf) -> BaseSize:
 
 def _read(name: str) -> tuple[dict[str, Any], Path | None, Path]:
     """(fields, file, folder of relative paths)."""
+    if name == STDIN:
+        name = sys.stdin.read()
+        if not name.lstrip().startswith("{"):
+            raise SpecError("the recipe on standard input is no JSON object")
     if name.lstrip().startswith("{"):
         try:
             fields = json.loads(name)

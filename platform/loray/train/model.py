@@ -43,13 +43,14 @@ def load_model(
     """
     return AutoModelForCausalLM.from_pretrained(
         base.path,
-        config=_config(base, rope, config_fields),
+        config=model_config(base, rope, config_fields),
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
     )
 
 
-def _config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any]) -> Any:
+def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Transformers' configuration of a base without a KV cache. `rope` None: the base's RoPE."""
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
     if rope is not None:
@@ -80,11 +81,11 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
         )
     attention = DENSE if resolved.group_size is None else ATTENTION
     if spec.parallel.strategy in SHARDS_WEIGHTS:
-        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
         with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
             attach(model, spec.adapter, seed=spec.seed)
     elif spec.quantization is not None:
-        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
         read_quantised(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
         attach(model, spec.adapter, seed=spec.seed)
     else:

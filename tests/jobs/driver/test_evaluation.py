@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from ray.train.v2.api.exceptions import WorkerGroupError
 
+from jobs.driver import evaluation
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
+from jobs.driver.trainer import build_measuring
 from jobs.events.messages import describe
+from jobs.runs.folders import open_runs
+from jobs.workers.measuring import Measurement, measure_here
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.catalog.gate import failures
-from loray.errors import DataError, SpecError
+from loray.errors import DataError, EvaluationError, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from tests.jobs.driver.test_driver import trained
@@ -109,6 +116,70 @@ def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_pat
     again = publish_best(made, run, overridden, settings)
     assert (again["aliases"], again["refusal"]) == (["prod"], None)
     assert [m.no_gate for m in catalog.adapter("bad").moves] == ["a quick run"]
+
+
+def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evaluations(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured later, on workers as the recipe then asks for."""
+    recipe = long_recipe(tmp_path, name="large")
+    run, made = trained(recipe, settings, tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loray.train.evaluation.measure.measure", fail)
+        published = publish_best(made, run, recipe, settings)
+    assert (published["label"], published["aliases"]) == ("large@1", [])
+    assert published["unmeasured"].startswith(
+        "not measured, out of memory: OutOfMemoryError: CUDA out of memory. Tried"
+    )
+    assert "`--publish-checkpoint` and a recipe whose workers share the base" in describe(published)
+    assert "alias 'prod' is refused to large@1" in published["refusal"]
+    assert {e.metric for e in Catalog(settings.catalog).version("large", 1).manifest.evaluations} == {"loss"}
+
+    asked: list[Measurement] = []
+    monkeypatch.setattr(evaluation, "measure_here", lambda wanted: asked.append(wanted) or measure_here(wanted))
+    later = long_recipe(tmp_path, name="large", num_workers=4, parallel={"strategy": "fsdp2"})
+    published = publish_best(made, run, later, settings)
+    assert (published["label"], published["aliases"], published["unmeasured"]) == ("large@2", ["prod"], None)
+    assert [(a.spec.num_workers, a.spec.parallel.strategy, a.spec.use_gpu) for a in asked] == [(4, "fsdp2", False)]
+    manifest = Catalog(settings.catalog).version("large", 2).manifest
+    assert manifest.recipe is not None
+    assert manifest.recipe.num_workers == 1  # that which trained it
+
+
+def test_measuring_takes_workers_as_the_run_does(settings: Settings, tmp_path: Path) -> None:
+    fields = {"num_workers": 4, "min_workers": 2, "parallel": {"strategy": "fsdp2", "sequence": 2}}
+    spec = long_recipe(tmp_path, **fields).spec
+    run = open_runs(settings).new("long", "job")
+    rest: Any = (None, None, None, "0" * 64, tmp_path, "INFO")
+    trainer = build_measuring(Measurement(spec, spec.evaluation, *rest), run, settings)
+    assert (trainer.scaling_config.num_workers, len(trainer.scaling_config.label_selector)) == ((2, 4), 4)
+    assert (trainer.run_config.storage_path, trainer.run_config.name) == (run.path, "measuring")
+    assert [type(callback).__name__ for callback in trainer.run_config.callbacks] == ["WholeGroups"]
+
+
+def test_a_workers_error_is_the_drivers(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker that lost its peer and the peer, the peer's counts. A lost peer alone can be tried again."""
+    recipe = long_recipe(tmp_path, name="broken")
+    run, made = trained(recipe, settings, tmp_path)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    failures: dict[int, Exception] = {0: lost, 1: EvaluationError("the loss is nan")}
+
+    def fail() -> None:
+        raise WorkerGroupError("failed", failures)
+
+    monkeypatch.setattr(evaluation.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation, "build_measuring", lambda *_: SimpleNamespace(fit=fail))
+    with pytest.raises(EvaluationError, match=r"^the loss is nan$"):
+        publish_best(made, run, recipe, settings)
+    failures.pop(1)
+    with pytest.raises(EvaluationError, match=r"measuring failed: RuntimeError: .* Connection closed by peer"):
+        publish_best(made, run, recipe, settings)
+    failures[1] = torch.OutOfMemoryError("CUDA out of memory")
+    assert (publish_best(made, run, recipe, settings)["unmeasured"] or "").startswith("not measured, out of memory")
 
 
 def test_an_alias_that_the_gate_could_not_grant_is_refused_before_training(settings: Settings, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from jobs.workers import elastic, placement
-from jobs.workers.elastic import WholeGroupScaling
+from jobs.controller import elastic
+from jobs.controller.elastic import WholeGroupScaling
+from jobs.workers import placement
 from jobs.workers.placement import WholeGroups, place, straddling, straddling_warning
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,8 +102,7 @@ def test_no_recipe_has_the_deployments_options(api: Tenants) -> None:
     job = response.json()
     assert job["recipe"]["data"]["train"] == MINE
     submission = api.jobs.submitted[job["id"]]
-    (given,) = (part for part in shlex.split(submission.entrypoint) if part.startswith("{"))
-    assert json.loads(given)["data"]["train"] == MINE
+    assert json.loads(api.jobs.uploaded[job["id"]]["recipe.json"])["data"]["train"] == MINE
     assert submission.runtime_env["env_vars"]["LORAY_DATA"] == DATA
 
 

@@ -58,7 +58,8 @@ def test_a_recipe_reaches_the_driver(api: Api) -> None:
     (job_id,) = api.jobs.submitted
     assert job_id == job["id"]
     command = shlex.split(api.jobs.submitted[job_id].entrypoint)
-    (recipe,) = (part for part in command if part.startswith("{"))
+    recipe = api.jobs.uploaded[job_id]["recipe.json"]
+    assert command[-3:] == ["--events", "<", "recipe.json"]
     assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == load_recipe(json.dumps(RECIPE)).spec
     assert command[command.index("-m") + 1] == "jobs.train"
     assert "--resume" not in command

@@ -125,8 +125,9 @@ def test_a_run_is_continued_by_its_tenant_alone(tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="there is no run"):
             runs.latest(name)
     data = recipe.data.model_copy(update={"train": "s3://bucket/data.jsonl", "eval": None})
-    submission = commands.from_spec(recipe.model_copy(update={"data": data}), settings, resume=True, tenant="acme")
-    assert submission.entrypoint.endswith("--resume --tenant acme")
+    whose = {"resume": True, "tenant": "acme"}
+    submission = commands.from_spec(recipe.model_copy(update={"data": data}), settings, stage=tmp_path, **whose)
+    assert submission.entrypoint.endswith("--resume --tenant acme < recipe.json")
 
 
 def _asked_by(made: Site, *keys: str) -> Iterator[object]:

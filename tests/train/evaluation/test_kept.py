@@ -31,7 +31,7 @@ LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 YARN = RopeParameters(rope_type="yarn", rope_theta=10000.0, factor=2, original_max_position_embeddings=512)
 CPU = torch.device("cpu")
 MODEL = {"base": "b"}
-PASSES = [Pass(str(i), 2) for i in range(4)]
+PASSES = [Pass(str(i), 2, "it") for i in range(4)]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -40,7 +40,7 @@ from loray.train.evaluation.kept import KeptFigures, Pass
 def compute(i):
     return {"nll": i / 7} if i < 2 else os.kill(os.getpid(), signal.SIGKILL)
 
-KeptFigures(Path(sys.argv[1])).figures({"base": "b"}, [Pass(str(i), 2) for i in range(4)], compute)
+KeptFigures(Path(sys.argv[1])).figures({"base": "b"}, [Pass(str(i), 2, "it") for i in range(4)], compute)
 """
 
 
@@ -71,9 +71,12 @@ def test_a_killed_process_loses_the_pass_under_way_alone(tmp_path: Path) -> None
 def test_what_is_kept_belongs_to_its_model_and_tokens(tmp_path: Path) -> None:
     kept = KeptFigures(tmp_path)
     for model, key, value in (("b", "x", pi), ("b", "y", 1e300), ("c", "x", 5e-324)):
-        assert kept.figures({"base": model}, [Pass(key, 1)], lambda i, v=value: {"nll": v}) == [{"nll": value}]  # type: ignore[misc]
+        assert kept.figures({"base": model}, [Pass(key, 1, "it")], lambda i, v=value: {"nll": v}) == [{"nll": value}]  # type: ignore[misc]
     assert kept.num_taken == 0
-    assert KeptFigures(tmp_path).figures(MODEL, [Pass("y", 1), Pass("x", 1)], no_pass) == [{"nll": 1e300}, {"nll": pi}]
+    assert KeptFigures(tmp_path).figures(MODEL, [Pass("y", 1, "it"), Pass("x", 1, "it")], no_pass) == [
+        {"nll": 1e300},
+        {"nll": pi},
+    ]
     assert digest("ab", [1, 2]) != digest("a", "b", [1, 2]) != digest("a", "b", [1], [2])
 
 
@@ -156,9 +159,9 @@ def test_nothing_is_loaded_where_all_is_kept(base: BaseModel, tmp_path: Path, mo
 def test_a_figure_that_is_not_finite_is_not_kept(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "score", lambda *_: retrieval.Answer(True, retrieval.finite(float("nan"), "it")))
+    monkeypatch.setattr(retrieval, "score", lambda *_: retrieval.Answer(float("nan"), 0))
     spec = RetrievalSpec(context_lengths=(400,), depths=(0.0,), samples=1)
-    with pytest.raises(EvaluationError, match="it is nan"):
+    with pytest.raises(EvaluationError, match="the log-likelihood of a key in 400 tokens is nan"):
         measure(base, [MeasuredModel("base")], retrieval=[spec], dtype="float32", kept=KeptFigures(tmp_path))
     assert not list(tmp_path.rglob("*.jsonl"))
 

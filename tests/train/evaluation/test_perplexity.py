@@ -26,6 +26,7 @@ from loray.train.attention import cpu
 from loray.train.evaluation import perplexity as module
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import measure
+from loray.train.evaluation.measured import Measured
 from loray.train.evaluation.perplexity import mean_loss
 from loray.train.evaluation.subjects import MeasuredModel, load, subjects
 from loray.train.model import build_model
@@ -129,7 +130,7 @@ def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Cal
     spec = recipe(original=128, group_size=16)
     model = build_model(base, spec).train()
     found = documents(300)
-    loss = mean_loss(lambda: model, cut_windows(found, 256, stride=44, max_windows=None))
+    loss = mean_loss(lambda: Measured(model), cut_windows(found, 256, stride=44, max_windows=None))
     assert loss == pytest.approx(naive_loss(base, found.ids_N, 256, 44, LINEAR), rel=1e-6)
     assert model.training
     assert model.config._attn_implementation == "s2_attn"
@@ -152,7 +153,7 @@ def test_what_is_published_is_measured_as_what_was_trained(
     loaded, plain = (
         load(base, MeasuredModel("adapter", rope, folder), dtype="float32", device=CPU) for folder in (tmp_path, None)
     )
-    loss = mean_loss(lambda: trained, windows)
+    loss = mean_loss(lambda: Measured(trained), windows)
     assert mean_loss(lambda: loaded, windows) == pytest.approx(loss, rel=1e-6)
     assert abs(mean_loss(lambda: plain, windows) - loss) > 1e-3
 
@@ -170,7 +171,7 @@ def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: py
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("attention with a mask"))
     monkeypatch.setattr(module, "summed_cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
     model = load(base, MeasuredModel("base"), dtype="bfloat16", device=CPU)
-    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("computed the logits of every position"))
+    monkeypatch.setattr(model.model, "forward", lambda *_, **__: pytest.fail("computed the logits of every position"))
     mean_loss(lambda: model, cut_windows(documents(512), 512, stride=1, max_windows=None))
     assert rows == [512] * 3
     assert products == [(511, 64)]
@@ -178,7 +179,7 @@ def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: py
 
 def test_a_loss_that_is_not_finite_is_an_error(base: BaseModel) -> None:
     model = load(base, MeasuredModel("base"), dtype="float32", device=CPU)
-    model.model.norm.weight.fill_(float("nan"))
+    model.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="windows of 64 tokens is nan"):
         mean_loss(lambda: model, cut_windows(documents(64), 64, stride=1, max_windows=None))
 

@@ -17,6 +17,7 @@ from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.evaluation.measure import measure
+from loray.train.evaluation.measured import Measured
 from loray.train.evaluation.prompts import Prompt, make_prompt
 from loray.train.evaluation.retrieval import retrieve, score
 from loray.train.evaluation.subjects import MeasuredModel, load
@@ -101,7 +102,7 @@ def test_log_likelihood_is_that_of_the_key(tiny_base: Callable[..., BaseModel], 
     log_probs = logits.log_softmax(-1)
     expected = sum(float(log_probs[len(made.ids) + i - 1, token]) for i, token in enumerate(made.answer_ids))
     assert found.log_likelihood == pytest.approx(expected, rel=1e-5)
-    assert not found.exact  # nobody has taught it to
+    assert not found.is_exact  # nobody has taught it to
 
 
 class Parrot(nn.Module):
@@ -135,8 +136,8 @@ def test_exact_is_what_greedy_decoding_would_write(suffix: str, edit: int | None
         words[edit] = TOKENIZER("x", add_special_tokens=False)["input_ids"][0]
     words += TOKENIZER(suffix, add_special_tokens=False)["input_ids"]
     parrot = Parrot(words, len(made.ids) - 1)
-    found = score(parrot, TOKENIZER, made)
-    assert found.exact is exact
+    found = score(Measured(parrot), TOKENIZER, made)
+    assert found.is_exact is exact
     assert found.log_likelihood == pytest.approx(0.0 if edit is None else -50.0, abs=1e-3)
 
 

@@ -63,13 +63,15 @@ def _memory(plan: Plan) -> Table:
 
 def _peak(plan: Plan) -> Table:
     memory = plan.memory
-    fits = "fits" if memory.peak_bytes <= plan.device.usable_bytes else "does not fit"
+    fits, usable = {True: "fits", False: "does not fit"}, plan.device.usable_bytes
+    measuring = [("measuring", f"{format_size(plan.measuring)}, before publishing: {fits[plan.measuring <= usable]}")]
     moments = [f"{format_size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
     return pairs(
         [
-            ("peak", f"{format_size(memory.peak_bytes)}, at {memory.peak_moment}: {fits}"),
+            ("peak", f"{format_size(memory.peak_bytes)}, at {memory.peak_moment}: {fits[memory.peak_bytes <= usable]}"),
             ("dominant", f"{memory.dominant.name}, {format_size(memory.dominant.nbytes)}"),
             ("moments", ", ".join(moments)),
+            *(measuring if plan.measuring else []),
         ]
     )
 

@@ -4,6 +4,8 @@ goes on where it was.
 A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
 tokens, and what the pass gave. It is appended in one write, so that a process that is killed loses the pass under way
 alone. Floats are read as they were written, to the last bit.
+
+Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have computed.
 """
 
 from __future__ import annotations
@@ -19,33 +21,41 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from loray.errors import EvaluationError
 from loray.files import canonical_json, touch
 from loray.telemetry import StageProgress, get_logger
+from loray.train.mesh import ALONE, Mesh
 
 log = get_logger(__name__)
 
 _FOLDER = Path("cache") / "evaluations"
-_FORMAT = 1  # to be raised where the same pass means another figure than before
+_FORMAT = 2  # to be raised where the same pass means another figure than before
 _UNUSED_S = 30 * 24 * 3600.0
 
-Figures = Mapping[str, float]
+Figures = Mapping[str, float]  # sums over the tokens of a pass, of which each rank of a sequence group has its part
 
 
 class Pass(NamedTuple):
-    """`key`: a digest of all that goes into the model. `num_items`: windows or prompts in the pass."""
+    """`key`: a digest of all that goes into the model. `num_items`: windows or prompts in the pass. `name`: what its
+    figures are, for an error.
+    """
 
     key: str
     num_items: int
+    name: str
 
 
 Take = Callable[[Sequence[Pass], Callable[[int], Figures]], list[Figures]]  # (passes, figures of the i-th)
 
 
-def compute_all(passes: Sequence[Pass], compute: Callable[[int], Figures]) -> list[Figures]:
-    """Keeps nothing."""
-    return [compute(i) for i in range(len(passes))]
+def finite(value: float, what: str) -> float:
+    """`value` itself. Raises EvaluationError where it is not finite."""
+    if not isfinite(value):
+        raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
+    return value
 
 
 def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
@@ -61,14 +71,22 @@ def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
 class KeptFigures:
     """`num_taken` and `num_computed` count windows and prompts, of all models.
 
-    home   None: nothing is kept
-    fresh  nothing is taken; what is computed replaces what was kept
+    home    None: nothing is kept
+    fresh   nothing is taken; what is computed replaces what was kept
+    mesh    the ranks that measure, which all make the same calls; `device` is this rank's
     Files that were not used for 30 days are removed.
     """
 
-    def __init__(self, home: Path | None = None, *, fresh: bool = False) -> None:
-        self._folder = None if home is None else home / _FOLDER
-        self._fresh = fresh
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        fresh: bool = False,
+        mesh: Mesh = ALONE,
+        device: torch.device | None = None,
+    ) -> None:
+        self._folder = None if home is None or mesh.world.rank else home / _FOLDER
+        self._fresh, self._mesh, self._device = fresh, mesh, device or torch.device("cpu")
         self.num_taken = self.num_computed = 0
         if self._folder is not None:
             _remove_unused(self._folder)
@@ -83,28 +101,47 @@ class KeptFigures:
         """The figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
 
         `model` is what decides the figures beside the passes, as JSON. Progress begins with the share that is taken.
+        Every rank calls `compute` equally often: one that has no pass repeats another's, which does not count. Raises
+        EvaluationError, on all ranks, where a figure is not finite.
         """
         path = (
             None
             if self._folder is None
             else self._folder / f"{digest(canonical_json({'format': _FORMAT, **model}))}.jsonl"
         )
-        known = {} if path is None or self._fresh else _read(path)
+        known = self._known(path, {p.key for p in passes})
         total = sum(p.num_items for p in passes)
         done = sum(p.num_items for p in passes if p.key in known)
         self.num_taken += done
         progress(done / total)
-        found: list[Figures] = []
-        for i, (key, num_items) in enumerate(passes):
-            if key not in known:
-                known[key] = compute(i)
+        missing = list({p.key: i for i, p in enumerate(passes) if p.key not in known}.values())
+        for first in range(0, len(missing), self._mesh.data_size):
+            together = missing[first : first + self._mesh.data_size]
+            for i, figures in zip(together, self._compute(together, compute), strict=True):
+                key, num_items, name = passes[i]
+                known[key] = {figure: finite(value, name) for figure, value in figures.items()}
                 if path is not None:
                     _append(path, {"pass": key, **known[key]})
                 done += num_items
                 self.num_computed += num_items
                 progress(done / total)
-            found.append(known[key])
-        return found
+        return [known[p.key] for p in passes]
+
+    def _known(self, path: Path | None, keys: set[str]) -> dict[str, Figures]:
+        """What rank 0 has kept of `keys`, on all ranks."""
+        found = {} if path is None or self._fresh else _read(path)
+        mine = json.dumps({key: figures for key, figures in found.items() if key in keys})
+        (known, *_) = self._mesh.world.gather(mine)
+        return dict(json.loads(known or "{}"))
+
+    def _compute(self, together: list[int], compute: Callable[[int], Figures]) -> list[Figures]:
+        """The figures of passes, at most one for each sequence group, summed over the ranks of the group."""
+        data_rank = self._mesh.data_rank
+        mine = compute(together[min(data_rank, len(together) - 1)])
+        names = sorted(mine)
+        sums = [mine[name] if i == data_rank else 0.0 for i in range(len(together)) for name in names]
+        sums = self._mesh.world.sum(*sums, device=self._device)
+        return [dict(zip(names, sums[i * len(names) :], strict=False)) for i in range(len(together))]
 
 
 def _read(path: Path) -> dict[str, Figures]:
@@ -144,3 +181,8 @@ def _remove_unused(folder: Path) -> None:
         with suppress(OSError):  # another process removes it too
             if time.time() - path.stat().st_mtime > _UNUSED_S:
                 path.unlink()
+
+
+def take_all(passes: Sequence[Pass], compute: Callable[[int], Figures]) -> list[Figures]:
+    """Compute the figures of each pass, and keep nothing."""
+    return KeptFigures().figures({}, passes, compute)

@@ -21,14 +21,16 @@ from loray.spec import (
     PerplexitySpec,
     RetrievalSpec,
     Subject,
+    TrainSpec,
     retrieval_metric,
 )
 from loray.telemetry import Progress
 from loray.train.evaluation.documents import Documents, cut_windows
-from loray.train.evaluation.kept import KeptFigures
-from loray.train.evaluation.perplexity import finite, mean_loss
+from loray.train.evaluation.kept import KeptFigures, finite
+from loray.train.evaluation.perplexity import mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.evaluation.subjects import MeasuredModel, identity, load
+from loray.train.mesh import ALONE, Mesh
 
 _MAX_LOSS = 700.0  # exp of it is still finite; the loss of a uniform guess is the logarithm of the vocabulary's size
 
@@ -44,19 +46,23 @@ def measure(
     device: torch.device | None = None,
     progress: Progress = lambda stage, share: None,
     kept: KeptFigures | None = None,
+    mesh: Mesh = ALONE,
+    trained_by: TrainSpec | None = None,
 ) -> tuple[Evaluation, ...]:
     """Perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose figures
-    are all in `kept` (None: nothing is kept).
+    are all in `kept` (None: nothing is kept). The ranks of `mesh` measure together, as `load` shares a model among the
+    workers of the recipe `trained_by`; all make the same call and get the same figures.
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
     one, and EvaluationError where a value is not finite.
     """
-    device, kept = device or torch.device("cpu"), kept or KeptFigures()
+    device = device or torch.device("cpu")
+    kept = kept or KeptFigures(mesh=mesh, device=device)
     windows = {} if perplexity is None or documents is None else _windows(documents, perplexity)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
     for measured_model in models:
-        model = cache(partial(load, base, measured_model, dtype=dtype, device=device))
+        model = cache(partial(load, base, measured_model, dtype=dtype, device=device, mesh=mesh, trained_by=trained_by))
         take = partial(kept.figures, identity(base, measured_model, dtype=dtype, device=device))
         subject = measured_model.subject
         name = subject.replace("_", " ")

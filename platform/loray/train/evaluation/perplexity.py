@@ -4,57 +4,47 @@ Every window is computed alone, from its first token on, so that its early token
 follow this rule, and are comparable. A window takes one pass without a KV cache: attention is dense and causal,
 without a T × T mask, and the output head computes a chunk of positions at a time.
 
-Shapes: T tokens of a window, B windows at once, D hidden size.
+Shapes: T tokens of a window, B windows at once, N predicted tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
-from loray.errors import EvaluationError
-from loray.train.evaluation.kept import Figures, Pass, Take, compute_all, digest
+from loray.planning.measuring import MEASURED_AT_ONCE
+from loray.train.data.batches import IGNORED
+from loray.train.evaluation.kept import Figures, Pass, Take, digest, take_all
+from loray.train.evaluation.measured import Measured
 from loray.train.loss import summed_cross_entropy
-from loray.train.model import evaluating
 
-_TOKENS_AT_ONCE = 4096  # short windows share a pass
+_TOKENS_AT_ONCE = MEASURED_AT_ONCE  # short windows share a pass
 
 
-def mean_loss(model: Callable[[], Any], windows_T: Sequence[NDArray[np.int32]], take: Take = compute_all) -> float:
+def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int32]], take: Take = take_all) -> float:
     """Mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of perplexity.
 
-    `model` gives a transformers causal language model, which does not change. It is called for passes alone whose
-    figures `take` does not have. Raises EvaluationError where a loss is not finite.
+    `model` is called for passes alone whose figures `take` does not have. Raises EvaluationError where a loss is not
+    finite.
     """
     num_windows, context_length = len(windows_T), len(windows_T[0])
     rows = max(1, _TOKENS_AT_ONCE // context_length)
     batches_BT = [np.stack(windows_T[start : start + rows]) for start in range(0, num_windows, rows)]
-    passes = [Pass(digest("perplexity", ids_BT), len(ids_BT)) for ids_BT in batches_BT]
+    name = f"the loss on windows of {context_length:,} tokens"
+    passes = [Pass(digest("perplexity", ids_BT), len(ids_BT), name) for ids_BT in batches_BT]
 
     def compute(i: int) -> Figures:
-        return {"nll": _summed_loss(model(), batches_BT[i]), "num_tokens": len(batches_BT[i]) * (context_length - 1)}
+        ids_BT = torch.from_numpy(batches_BT[i].astype(np.int64))
+        return model().figures(ids_BT, F.pad(ids_BT[:, 1:], (0, 1), value=IGNORED), _summed)
 
     figures = take(passes, compute)
     return sum(f["nll"] for f in figures) / sum(f["num_tokens"] for f in figures)
 
 
-@torch.no_grad()
-def _summed_loss(model: Any, ids_BT: NDArray[np.int32]) -> float:
-    inputs_BT = torch.from_numpy(ids_BT.astype(np.int64)).to(next(model.parameters()).device)
-    head = model.get_output_embeddings().weight
-    with evaluating(model):
-        hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
-        loss = float(summed_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), head, inputs_BT[:, 1:].flatten()))
-    return finite(loss, f"the loss on windows of {ids_BT.shape[1]:,} tokens")
-
-
-def finite(value: float, what: str) -> float:
-    """`value` itself. Raises EvaluationError where it is not finite."""
-    if not isfinite(value):
-        raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
-    return value
+def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
+    return {"nll": float(summed_cross_entropy(hidden_ND, head_VD, labels_N)), "num_tokens": float(len(labels_N))}

@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from loray.adapters.inject import attach, load_weights
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel
 from loray.files import file_sha256
-from loray.spec import DType, RopeParameters, Subject
+from loray.planning.measuring import num_shards
+from loray.spec import DType, RopeParameters, Subject, TrainSpec
+from loray.train.evaluation.measured import Measured
 from loray.train.hooks.dense import DENSE
-from loray.train.model import load_model
+from loray.train.mesh import ALONE, Mesh
+from loray.train.model import load_model, model_config
+from loray.train.weights.deferred import BaseWeights, stand_ins, without_weights
 
 
 class MeasuredModel(NamedTuple):
@@ -46,16 +51,38 @@ def identity(base: BaseModel, measured: MeasuredModel, *, dtype: DType, device: 
     }
 
 
-def load(base: BaseModel, measured: MeasuredModel, *, dtype: DType, device: torch.device) -> Any:
-    """A transformers causal language model with dense attention, frozen, for evaluation.
+def load(
+    base: BaseModel,
+    measured: MeasuredModel,
+    *,
+    dtype: DType,
+    device: torch.device,
+    mesh: Mesh = ALONE,
+    trained_by: TrainSpec | None = None,
+) -> Measured:
+    """The model with dense attention, frozen, for evaluation.
 
-    PEFT loads the adapter, in the dtypes of its file. Raises UnsupportedError, BaseMismatch or IntegrityError where it
-    could not be served on `base`, either.
+    trained_by  the recipe whose workers measure, as `mesh`: they share the weights where its strategy does, or where it
+                quantised them, since a base is measured and served as it is. None: PEFT loads the adapter, in the
+                dtypes of its file
+    A collective call. Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter could not be served on
+    `base`, either.
     """
+    weights = None if measured.adapter is None else read_adapter(measured.adapter, base.config)
+    if trained_by is not None and num_shards(trained_by) > 1 and mesh.world.size > 1:
+        from loray.train.strategies.fsdp2 import shard  # takes a second, and what is whole does not need it
+
+        source = BaseWeights(base, dtype)
+        model = without_weights(model_config(base, measured.rope), dtype=dtype, attention=DENSE)
+        if weights is not None:
+            with stand_ins(model, source):
+                attach(model, trained_by.adapter, seed=trained_by.seed)
+            load_weights(model, weights)
+        sharded: Measured = shard(Measured(model.requires_grad_(False), mesh), mesh.world, device, source)
+        return sharded.eval()
     model = load_model(base, dtype=dtype, rope=measured.rope)
     if measured.adapter is not None:
         from peft import PeftModel  # takes a second, and bases do not need it
 
-        read_adapter(measured.adapter, base.config)  # its errors say what is wrong with the folder
         model = PeftModel.from_pretrained(model, measured.adapter, autocast_adapter_dtype=False).get_base_model()
-    return model.requires_grad_(False).to(device).eval()
+    return Measured(model.requires_grad_(False), mesh).to(device).eval()

@@ -28,6 +28,32 @@ from loray.train.strategies.base import copied, weighted
 from loray.train.weights.deferred import BaseWeights, replace_parameters
 
 
+def shard(module: Any, world: World, device: torch.device, weights: BaseWeights) -> Any:
+    """Shard `module`, which has a causal language model as `model`, over all ranks, each layer by itself.
+
+    Parameters on meta are read from `weights`.
+    """
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for layer in module.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+    replace_parameters(module.model, lambda name, p: _read_shard(name, p, world, device, weights))
+    return sharded
+
+
+def _read_shard(name: str, parameter: Any, world: World, device: torch.device, weights: BaseWeights) -> Tensor | None:
+    """This rank's rows of a parameter that has none yet."""
+    if parameter.device.type != "meta":
+        return None
+    rows = torch.empty_like(parameter.to_local(), device=device)
+    if len(rows):
+        start = world.rank * -(-len(parameter) // world.size)
+        rows.copy_(weights.read_rows(name, start, start + len(rows)))
+    spread = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(rows, *spread, shape=parameter.shape, stride=parameter.stride())
+
+
 class FullyShard:
     def __init__(
         self,
@@ -38,29 +64,13 @@ class FullyShard:
         weights: BaseWeights,
         state: OptimizerState | None,
     ) -> None:
-        self._world, self._device = world, device
-        mesh = init_device_mesh(device.type, (world.size,))
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        for layer in objective.model.base_model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        self.objective: Any = fully_shard(objective, mesh=mesh, mp_policy=policy)
-        replace_parameters(objective.model, lambda name, p: self._read_shard(name, p, weights))
+        self._world = world
+        self.objective: Any = shard(objective, world, device, weights)
         self._parameters: dict[str, Any] = dict(objective.trained_parameters())
         masters = {name: _shard(p).float().clone() for name, p in self._parameters.items()}
         self._adam = MasterAdamW(masters, spec.optimizer)
         if state is not None:
             self._adam.restore(state, self._part)
-
-    def _read_shard(self, name: str, parameter: Any, weights: BaseWeights) -> Tensor | None:
-        """This rank's rows of a parameter that has none yet."""
-        if parameter.device.type != "meta":
-            return None
-        shard = torch.empty_like(parameter.to_local(), device=self._device)
-        if len(shard):
-            start = self._world.rank * -(-len(parameter) // self._world.size)
-            shard.copy_(weights.read_rows(name, start, start + len(shard)))
-        spread = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(shard, *spread, shape=parameter.shape, stride=parameter.stride())
 
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)

@@ -1,4 +1,4 @@
-"""What runs in Ray Train's controller: the events that only the controller can report."""
+"""What runs in Ray Train's controller and reports saved checkpoints, which only the controller knows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import Checkpoint
 
-from jobs.events.messages import first_line
 from jobs.events.schema import CheckpointEvent
 from jobs.events.sink import EventSender
 
 
 class EventLog(ray.train.UserCallback):  # type: ignore[misc]
-    """Reports saved checkpoints and lost workers. `run` is the name of the run's folder, as shown to people."""
+    """Reports saved checkpoints. `run` is the name of the run's folder, as shown to people."""
 
     def __init__(self, sink: ActorHandle, run: str) -> None:
         self._events = EventSender(sink)
@@ -31,8 +30,3 @@ class EventLog(ray.train.UserCallback):  # type: ignore[misc]
             }
             self._events.send(event)
             self._events.flush()
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = next(iter(worker_exceptions.items()))
-        self._events.send({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
-        self._events.flush()
