@@ -29,7 +29,8 @@ _OF_ANY_DTYPE = ("attention_plan_", "choose_", "sample_")
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
     "elements": {"x", "y", "y0", "y1", "y2", "q", "out", "pool", "b_matrix"},
-    "fp32": {"h", "z", "scale"},
+    "fp32": {"h", "z", "scale", "partial"},
+    "i32": {"arrived"},
     "i64": {
         *("items", "row_start", "offsets", "segments", "h_column", "tiles", "rank_start", "d_offsets", "d_segments"),
         *("b_offsets", "b_segments", "query_start", "context_len", "table_start", "blocks"),
@@ -66,6 +67,13 @@ def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
     """Every Triton kernel. BackendUnavailable without Triton."""
+    for label, made in triton_kernels(arch, dtypes):
+        ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
+        yield Usage(label, arch, registers, made.metadata.shared, spills)
+
+
+def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, Any]]:
+    """Every Triton kernel's name in the table, and what Triton made of it. BackendUnavailable without Triton."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -73,12 +81,14 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
     from loray_kernels.cuda.tiles import attention, lora
-    from loray_kernels.cuda.tiles.launch import OPTIONS
+    from loray_kernels.cuda.tiles.launch import OPTIONS, attention_stages, shrink_turns
 
     known = {**vars(attention), **vars(lora)}
-    for name, variants in _constants().items():
-        kernel = known[name]
-        for dtype in dtypes:
+    for dtype in dtypes:
+        size = 4 if dtype == "fp32" else 2
+        stages = {"lora_shrink": shrink_turns(size)[1], "attention_prefill": attention_stages(size)}
+        for name, variants in _constants(size).items():
+            kernel = known[name]
             for constants in variants:
                 types = {a: _type(name, a, dtype) for a in kernel.arg_names if a not in constants}
                 signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
@@ -87,14 +97,12 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
                 target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-                options = {**OPTIONS, "num_stages": 1 if dtype == "fp32" else 3}
-                made = triton.compile(source, target=target, options=options)
+                options = {**OPTIONS, **({"num_stages": stages[name]} if name in stages else {})}
                 label = f"{name}[{dtype}, {', '.join(f'{k}={v}' for k, v in constants.items())}]"
-                ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
-                yield Usage(label, arch, registers, made.metadata.shared, spills)
+                yield label, triton.compile(source, target=target, options=options)
 
 
-def _constants() -> dict[str, list[dict[str, int | bool]]]:
+def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
     """The constants of each kernel's launches in `tiles.launch`."""
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
     from loray_kernels.cuda.tiles import launch as tiles
@@ -104,7 +112,8 @@ def _constants() -> dict[str, list[dict[str, int | bool]]]:
     attention = {"BLOCK_TOKENS": 16, "NUM_KV_HEADS": 8, "GROUP": 4, "BLOCK_Q": TILE_QUERIES}
     return {
         "lora_shrink": [
-            {**tokens, "BLOCK_R": rows, "BLOCK_K": tiles.SHRINK_COLUMNS} for rows in (16, 32, tiles.SHRINK_ROWS)
+            {**tokens, "BLOCK_R": rows, "BLOCK_K": tiles.shrink_turns(element_size)[0]}
+            for rows in (16, 32, tiles.SHRINK_ROWS)
         ],
         "lora_expand": [{**expand, "VECTOR_Y": True}, {**expand, "VECTOR_Y": False}],
         "vera_expand": [{**tokens, "BLOCK_R": tiles.VERA_ROWS, "BLOCK_O": tiles.VERA_COLUMNS}],

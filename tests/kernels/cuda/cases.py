@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows
+from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows
 from loray_kernels.reference import ReferenceOps
 from tests.kernels.keys import turned
 
@@ -99,6 +99,48 @@ def test_neighbours_change_no_bit(ops: Ops) -> None:
             for at in (64, 1001)
         ]
         assert torch.equal(*h)
+
+
+def wide(dtype: torch.dtype, counts: list[int], odd: int) -> tuple[Tensor, Tensor, tuple[LoraTable, ...], Segments]:
+    """x, pool, tables of two modules and their segments: an input that several blocks add up, in three segments of
+    columns. The base has the last token.
+    """
+    width, ranks = 2376, ([40, 3, 16], [0, 30, 1])
+    starts = [sum(counts[:n]) for n in range(len(counts) + 1)]
+    tables, first = [], 64 + odd
+    for own in ranks:
+        a = rows(sum(own), width, first, step=2408, num_segments=3)
+        tables.append(LoraTable(a, a, tuple(sum(own[:n]) for n in range(len(own) + 1)), (1.0, 0.5, 2.0)))
+        first += 2408 * sum(own)
+    pool, x_TI = randn(1, dtype, first + 2408), randn(2, dtype, starts[-1] + 1, width)
+    return x_TI, pool, tuple(tables), Segments(tuple(starts[:-1]), tuple(starts[1:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("odd", [0, 3])
+def test_wide_inputs(ops: Ops, odd: int, dtype: torch.dtype) -> None:
+    """Adapters with several tiles of tokens and of rows, and with few tokens; twice, with equal bits."""
+    x_TI, pool, tables, segments = wide(dtype, [70, 3, 33], odd)
+    got, again, want = (o.lora_shrink(x_TI, pool, tables, segments, 24) for o in (ops, ops, REFERENCE))
+    for h_TR, same_TR, want_TR in zip(got, again, want, strict=True):
+        assert h_TR.dtype == torch.float32
+        assert torch.equal(h_TR, same_TR)
+        near(h_TR, want_TR, dtype)
+
+
+def test_neighbours_change_no_bit_of_a_wide_input(ops: Ops) -> None:
+    whole, alone = (wide(torch.bfloat16, counts, 0) for counts in ([70, 3, 33], [70, 0, 0]))
+    x_TI, pool, tables, segments = whole
+    got = ops.lora_shrink(x_TI, pool, tables, segments, 0)
+    own = ops.lora_shrink(x_TI[:71], pool, alone[2], alone[3], 0)
+    for all_TR, own_TR in zip(got, own, strict=True):
+        assert torch.equal(all_TR[:70], own_TR[:70])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pair_with_a_wide_input(ops: Ops, dtype: torch.dtype) -> None:
+    x_TI, a_RI = randn(1, dtype, 45, 1560), PairMatrix(randn(2, dtype, 70, 1700))
+    near(ops.vera_shrink(x_TI, a_RI), REFERENCE.vera_shrink(x_TI, a_RI), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
 from loray_kernels import Ops
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tiles.launch import Tiles
+from loray_kernels.cuda.tiles import launch
+from loray_kernels.cuda.tiles.launch import Tiles, split_input
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.test_ops import *  # noqa: F403
@@ -44,3 +46,25 @@ def dots() -> None:
 @pytest.fixture(scope="session")
 def ops() -> Ops:
     return CudaOps(Gather(ShimLauncher()), Tiles())
+
+
+def test_splits_depend_on_the_input_alone() -> None:
+    assert {width: split_input(width) for width in (64, 512, 576, 4096, 5120, 14336)} == {
+        64: (1, 128),
+        512: (1, 512),
+        576: (2, 384),
+        4096: (8, 512),
+        5120: (8, 640),
+        14336: (8, 1792),
+    }
+
+
+def test_partial_sums_beyond_their_memory_follow_each_other(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal bits, and what counts arrivals is left as it was found."""
+    x_TI, pool, tables, segments = wide(torch.bfloat16, [70, 3, 33], 0)  # noqa: F405
+    expected = ops.lora_shrink(x_TI, pool, tables, segments, 0)
+    monkeypatch.setattr(launch, "PARTIAL_BYTES", 1)
+    for got, want in zip(ops.lora_shrink(x_TI, pool, tables, segments, 0), expected, strict=True):
+        assert torch.equal(got, want)
+    assert isinstance(ops, CudaOps)
+    assert not bool(ops._tiles._counters(pool.device).any())

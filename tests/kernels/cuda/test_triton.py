@@ -44,6 +44,12 @@ def test_the_engine_when_interpreted() -> None:
 
 
 @pytest.mark.slow
+def test_loads_when_compiled() -> None:
+    out = run("pytest", "-q", str(_HERE / "ahead_of_time.py"), TRITON_INTERPRET="0")
+    assert "skipped" not in out
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_ahead_of_time() -> None:
     out = run("loray_kernels.cuda.compile", "--format", "json", "--dtype", "bf16", TRITON_INTERPRET="0")
     usages = json.loads(out)

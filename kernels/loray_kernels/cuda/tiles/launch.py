@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loray_kernels.cuda.gather import PARTIAL_BYTES
 from loray_kernels.cuda.tables import (
     TILE_COLUMNS,
     TILE_QUERIES,
@@ -28,35 +29,58 @@ from loray_kernels.kv import KvLayout
 OPTIONS = {"enable_fp_fusion": True}
 
 # Chosen so that the kernels compile without spilling registers (see `compile`). No GPU has run or timed them yet.
-SHRINK_ROWS, SHRINK_COLUMNS = 64, 32
+SHRINK_ROWS = 64
+SPLIT_COLUMNS, MAX_SPLITS = 512, 8  # of the input, that a block adds up at least, and how many blocks share a sum
+_SPLIT_UNIT = 128
 EXPAND_ROWS = 16
 VERA_ROWS, VERA_COLUMNS = 16, 64
 
 
 class Tiles:
-    """Each method queues one launch."""
+    """Each method queues one launch; `shrink` several if partial sums would take more than PARTIAL_BYTES."""
+
+    def __init__(self) -> None:
+        self._arrived: Tensor | None = None
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, table: Shrink, h_TR: Tensor) -> None:
-        rows = table.rows
+        """An input's splits depend on its width alone, so that the sums do not depend on a step's other tokens."""
+        rows, (block_k, stages) = table.rows, shrink_turns(x_TI.element_size())
         block_r = min(SHRINK_ROWS, max(16, _power_of_2(table.max_rows)))
-        lora_kernels.lora_shrink[(items.num, -(-table.max_rows // block_r))](
-            x_TI,
-            x_TI.stride(0),
-            pool,
-            items.data,
-            table.row_start_N1,
-            rows.offsets,
-            rows.num,
-            rows.segments,
-            rows.num_segments,
-            table.h_column_R,
-            h_TR,
-            h_TR.stride(0),
-            BLOCK_T=TILE_TOKENS,
-            BLOCK_R=block_r,
-            BLOCK_K=SHRINK_COLUMNS,
-            **OPTIONS,
-        )
+        row_tiles, (splits, each) = -(-table.max_rows // block_r), split_input(x_TI.shape[1])
+        together, partial = items.num, h_TR  # which one split does not use
+        if splits > 1:
+            own = row_tiles * splits * TILE_TOKENS * block_r  # numbers of an item
+            together = max(1, min(items.num, PARTIAL_BYTES // (4 * own)))
+            partial = torch.empty(together * own, device=h_TR.device)
+        for first in range(0, items.num, together):
+            lora_kernels.lora_shrink[(min(together, items.num - first), row_tiles, splits)](
+                x_TI,
+                x_TI.stride(0),
+                pool,
+                items.data[3 * first :] if first else items.data,
+                table.row_start_N1,
+                rows.offsets,
+                rows.num,
+                rows.segments,
+                rows.num_segments,
+                table.h_column_R,
+                h_TR,
+                h_TR.stride(0),
+                each,
+                partial,
+                self._counters(h_TR.device),
+                BLOCK_T=TILE_TOKENS,
+                BLOCK_R=block_r,
+                BLOCK_K=block_k,
+                num_stages=stages,
+                **OPTIONS,
+            )
+
+    def _counters(self, device: torch.device) -> Tensor:
+        """Zeros, which every launch leaves as zeros: as many as there can be tiles at a time."""
+        if self._arrived is None:
+            self._arrived = torch.zeros(PARTIAL_BYTES // (4 * 2 * TILE_TOKENS * 16), dtype=torch.int32, device=device)
+        return self._arrived
 
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, table: Expand) -> None:
         y = three_outputs(outputs)
@@ -136,7 +160,7 @@ class Tiles:
             BLOCK_Q=TILE_QUERIES,
             BLOCK_K=keys_at_once(d),
             BLOCK_D=max(16, _power_of_2(d)),
-            num_stages=3 if pool.element_size() == 2 else 1,  # limited by shared memory
+            num_stages=attention_stages(pool.element_size()),
             **OPTIONS,
         )
 
@@ -148,6 +172,25 @@ def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.de
         device, [v for t in tiles for v in t], range(0, rank * stride, stride), range(rank), (0, rank), (0, width)
     )
     return Items(items, len(tiles)), Shrink(Rows(offsets, segment, 1, rank, width), start, columns, rank, (rank,))
+
+
+def shrink_turns(element_size: int) -> tuple[int, int]:
+    """Columns of a turn of the shrink, and Triton's stages: one turn less has room in shared memory. In fp32 registers
+    limit them.
+    """
+    return (128, 4) if element_size == 2 else (32, 3)
+
+
+def split_input(width: int) -> tuple[int, int]:
+    """Splits of an input, and the columns of each, a multiple of 128."""
+    splits = min(MAX_SPLITS, -(-width // SPLIT_COLUMNS))
+    each = -(-width // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
+    return -(-width // each), each
+
+
+def attention_stages(element_size: int) -> int:
+    """Limited by shared memory."""
+    return 3 if element_size == 2 else 1
 
 
 def keys_at_once(head_dim: int) -> int:

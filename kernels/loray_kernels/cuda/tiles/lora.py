@@ -5,7 +5,8 @@ columns has an offset in each: `offsets[segment · num_rows + row]`; `segments[s
 
 A product with an fp32 factor is three TF32 products of its parts (tf32x3), about as exact as fp32; 16-bit factors are
 exact in TF32. Loads along a row are vectors if the offsets of all rows of the tile are multiples of 8 elements, else
-single elements; the sums are the same.
+single elements; the sums are the same. The compiler learns it from `at // 8 * 8`: a hint (`tl.multiple_of`) would hold
+wherever the number is used, in the other branch too.
 
 Numbers that vary with a step's adapters are not specialised on, nor is where its tables begin: each variant would be
 compiled while a request waits.
@@ -27,22 +28,43 @@ def _dot32(a, b, accumulator):
 
 @triton.jit
 def _shrink_segment(
-    total, x_rows, token_mask, a, at, row_mask, column, width, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr
+    total, x_rows, token_mask, a, at, row_mask, column, first, last, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """total_TR + x[:, segment] A[:, segment]ᵀ."""
+    """total_TR + x A.T over columns [first, last) of the segment that begins at `column`."""
     if VECTOR:
-        at, column, width = tl.multiple_of(at, 8), tl.multiple_of(column, 8), tl.multiple_of(width, 8)
-    for k in range(0, width, BLOCK_K):
+        at, column, first, last = at // 8 * 8, column // 8 * 8, first // 8 * 8, last // 8 * 8
+    for k in range(first, last, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
-        inside = columns < width
+        inside = columns < last
         x_TK = tl.load(x_rows + (column + columns)[None, :], mask=token_mask[:, None] & inside[None, :], other=0.0)
         a_RK = tl.load(a + at[:, None] + columns[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
         total = tl.dot(x_TK, tl.trans(a_RK), total, input_precision="tf32x3")
     return total
 
 
+@triton.jit
+def _sum_of_splits(total, partial, arrived, num_splits, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sum of all splits' `total` of a tile, in their order, and whether this block has it: the last that arrives.
+
+    `partial` has room for a tile of each split. `arrived` is 0 before and after.
+    """
+    SIZE: tl.constexpr = BLOCK_T * BLOCK_R
+    own = partial + tl.arange(0, BLOCK_T)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    tl.store(own + tl.program_id(2) * SIZE, total)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == num_splits - 1
+    if is_last:
+        total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for first in range(0, num_splits, 4):
+            for i in tl.static_range(4):  # loads that do not wait for each other
+                there = tl.full((BLOCK_T, BLOCK_R), first + i, tl.int32) < num_splits
+                total += tl.load(own + (first + i) * SIZE, mask=there, other=0.0, cache_modifier=".cg")
+        tl.store(arrived, 0)
+    return total, is_last
+
+
 @triton.jit(
-    do_not_specialize=["num_rows", "num_segments", "h_stride"],
+    do_not_specialize=["num_rows", "num_segments", "h_stride", "split_columns"],
     do_not_specialize_on_alignment=["items", "row_start", "offsets", "segments", "h_column"],
 )
 def lora_shrink(
@@ -58,12 +80,19 @@ def lora_shrink(
     h_column,
     h,
     h_stride,
+    split_columns,
+    partial,
+    arrived,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """h[t, h_column[r]] = A[r] · x[t], fp32. An item is (adapter, first token, tokens); an adapter's rows are those of
-    all modules of the input. Grid (items, tiles of the largest number of rows)."""
+    all modules of the input. Grid (items, tiles of the largest number of rows, splits of `split_columns` of the input).
+
+    With several splits, `partial` has (items, tiles, splits, BLOCK_T, BLOCK_R) numbers and `arrived` a zero for each of
+    (items, tiles). A sum has the same order whatever the step has beside it.
+    """
     item = items + 3 * tl.program_id(0)
     adapter = tl.load(item)
     token = tl.load(item + 1) + tl.arange(0, BLOCK_T)
@@ -73,18 +102,32 @@ def lora_shrink(
     if first < last:
         row = first + tl.arange(0, BLOCK_R)
         row_mask = row < last
+        begin = tl.program_id(2) * split_columns
         total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        x_rows = x + token[:, None] * x_stride
         for s in range(num_segments):
             column = tl.load(segments + 2 * s)
             width = tl.load(segments + 2 * s + 1)
             at = tl.load(offsets + s * num_rows + row, mask=row_mask, other=0)
-            x_rows = x + token[:, None] * x_stride
+            start = tl.maximum(begin - column, 0)
+            stop = tl.minimum(begin + split_columns - column, width)
             if tl.max(at % 8, axis=0) + width % 8 + column % 8 == 0:
-                total = _shrink_segment(total, x_rows, token_mask, pool, at, row_mask, column, width, True, BLOCK_K)
+                total = _shrink_segment(
+                    total, x_rows, token_mask, pool, at, row_mask, column, start, stop, True, BLOCK_K
+                )
             else:
-                total = _shrink_segment(total, x_rows, token_mask, pool, at, row_mask, column, width, False, BLOCK_K)
-        to = tl.load(h_column + row, mask=row_mask, other=0)
-        tl.store(h + token[:, None] * h_stride + to[None, :], total, mask=token_mask[:, None] & row_mask[None, :])
+                total = _shrink_segment(
+                    total, x_rows, token_mask, pool, at, row_mask, column, start, stop, False, BLOCK_K
+                )
+        num_splits = tl.num_programs(2)
+        is_last = num_splits == 1
+        if num_splits > 1:
+            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            at_tile = partial + tile.to(tl.int64) * num_splits * BLOCK_T * BLOCK_R
+            total, is_last = _sum_of_splits(total, at_tile, arrived + tile, num_splits, BLOCK_T, BLOCK_R)
+        if is_last:
+            to = tl.load(h_column + row, mask=row_mask, other=0)
+            tl.store(h + token[:, None] * h_stride + to[None, :], total, mask=token_mask[:, None] & row_mask[None, :])
 
 
 @triton.jit(
@@ -140,9 +183,8 @@ def lora_expand(
             hidden = tl.load(h_rows + ranks[None, :], mask=token_mask[:, None] & rank_mask[None, :], other=0.0)
             at = tl.load(at_start + ranks, mask=rank_mask, other=0) + tl.where(rank_mask, from_column, 0)
             if tl.max(at % 8, axis=0) + num_columns % 8 == 0:
-                vector = tl.multiple_of(at, 8)
-                b_mask = rank_mask[:, None] & (columns < tl.multiple_of(num_columns, 8))[None, :]
-                b = tl.load(pool + vector[:, None] + columns[None, :], mask=b_mask, other=0.0)
+                b_mask = rank_mask[:, None] & (columns < num_columns // 8 * 8)[None, :]
+                b = tl.load(pool + (at // 8 * 8)[:, None] + columns[None, :], mask=b_mask, other=0.0)
             else:
                 b_mask = rank_mask[:, None] & inside[None, :]
                 b = tl.load(pool + at[:, None] + columns[None, :], mask=b_mask, other=0.0)
