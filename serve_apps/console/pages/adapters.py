@@ -142,7 +142,7 @@ async def download(console: ConsoleDep, asking: Asking, name: AdapterName, versi
 
     def make() -> tuple[Archive, AdapterVersion]:
         found = backend.catalog_of(asking).version(name, version)
-        num_bytes = backend.store.num_bytes(found.digest, found.manifest)
+        num_bytes = backend.store.num_bytes(found.digest)
         made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
 
