@@ -113,10 +113,12 @@ class AdapterStore:
         with _named(digest, name):
             return self.objects.size(_blob_key(sha256))
 
-    def num_bytes(self, digest: str, manifest: AdapterManifest) -> int:
+    def num_bytes(self, digest: str) -> int:
         """Of all its files and its manifest. IntegrityError where one is missing."""
-        sizes = (self.file_size(digest, name, sha256) for name, sha256 in manifest.files.items())
-        return sum(sizes) + 2 * len(self._canonical(digest))  # which is indented in the folder
+        canonical = self._canonical(digest)
+        files = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}").files
+        sizes = (self.file_size(digest, name, sha256) for name, sha256 in files.items())
+        return sum(sizes) + 2 * len(canonical)  # which is indented in the folder
 
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
         """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""

@@ -86,7 +86,7 @@ async def download(
 def _size_of(services: Services, found: AdapterVersion, form: DownloadForm) -> int:
     """What it takes on this machine's disk."""
     if form == "peft":
-        return services.store.num_bytes(found.digest, found.manifest)
+        return services.store.num_bytes(found.digest)
     return services.conversions.num_bytes(form, found.manifest)
 
 

@@ -150,7 +150,7 @@ async def download(
         catalog = backend.catalog_of(asking)
         found = catalog.version(name, version)
         catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
-        num_bytes = backend.store.num_bytes(found.digest, found.manifest)
+        num_bytes = backend.store.num_bytes(found.digest)
         made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
 
