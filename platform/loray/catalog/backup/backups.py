@@ -20,7 +20,6 @@ from loray.files import read_json_lines, replacing_private, write_json_lines
 from loray.spec import DEFAULT_TENANT
 
 _BATCH = 500  # rows
-_TABLES = [table for table in metadata.sorted_tables if table is not logins]  # people log in again
 # Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
 _SKIPPED = 1 << 20
 
@@ -63,13 +62,18 @@ class Backups(Database):
 
 def _lines(c: sa.Connection, first: Line) -> Iterator[Line]:
     yield first
-    for table in _TABLES:
+    for table in _tables():
         rows = c.execute(sa.select(table).order_by(*table.primary_key), execution_options={"yield_per": _BATCH})
         yield from table_lines(table, rows)
 
 
+def _tables() -> list[sa.Table]:
+    """All but logins: people log in again."""
+    return [table for table in metadata.sorted_tables if table is not logins]
+
+
 def _refuse_used(c: sa.Connection) -> None:
-    for table in _TABLES:
+    for table in _tables():
         used = sa.select(sa.literal(1)).select_from(table).limit(1)
         if table is tenants:
             used = used.where(tenants.c.name != DEFAULT_TENANT)
