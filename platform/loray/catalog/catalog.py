@@ -226,7 +226,7 @@ class Catalog(
         search        part of the name, whatever its case
         tags          key → value; None: any value
         """
-        with reading(self._engine, plan_with_values=True) as c:  # some searches match all names, some none
+        with reading(self._engine) as c:
             query = select_names(
                 c, self._principal, after, tenant=tenant, base=base, method=method, search=search, tags=tags or {}
             )

@@ -155,17 +155,13 @@ def _checked_engine(url: str) -> sa.Engine:
 
 
 @contextmanager
-def reading(engine: sa.Engine, *, plan_with_values: bool = False) -> Iterator[sa.Connection]:
-    """A transaction with one consistent view of all tables.
-
-    plan_with_values  PostgreSQL plans each statement for its values, where it would have one plan for all of them
-    """
-    plans = {"plan_cache_mode": "force_custom_plan"} if plan_with_values else {}
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction with one consistent view of all tables."""
     with _translate_errors(engine), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
         with connection.begin():
-            _set(connection, statement_timeout=_READ_TIMEOUT_MS, **plans)
+            _set(connection, statement_timeout=_READ_TIMEOUT_MS)
             yield connection
 
 
@@ -184,7 +180,7 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
 
 
-def _set(connection: sa.Connection, **settings: int | str) -> None:
+def _set(connection: sa.Connection, **settings: int) -> None:
     """PostgreSQL's settings of this transaction; times are in milliseconds. Those of the session would outlive it in a
     proxy that shares connections.
     """
