@@ -32,11 +32,10 @@ from serve_apps.gateway.answers.echo import Echo
 from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
 from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
-from serve_apps.gateway.bases import ServedBase, Target
+from serve_apps.gateway.bases import Health, ServedBase, Target
 from serve_apps.gateway.canaries import Canaries, Meter
 from serve_apps.gateway.directory import Found, ModelDirectory
 from serve_apps.gateway.engines import Gateways
-from serve_apps.gateway.health import Health
 from serve_apps.gateway.lengths import extras, max_tokens, num_kept
 from serve_apps.gateway.metrics import GatewayMetrics, OfBase, together
 from serve_apps.gateway.models import ModelCards

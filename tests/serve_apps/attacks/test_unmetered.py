@@ -11,7 +11,7 @@ from loray.api.openai import ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
 from loray.spec import Principal
-from serve_apps.gateway import health, models
+from serve_apps.gateway import bases, models
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.attacks.front import Front, front
 from tests.serve_apps.gateway.scripted import ScriptedEngines, register
@@ -42,13 +42,13 @@ def listed(gateway: Front, tenant: str, query: str = "") -> ModelList:
 def test_all_questions_about_the_health_are_one(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FRESH_S", 3600.0)
+    monkeypatch.setattr(bases, "FRESH_S", 3600.0)
     engines = Counting()
     with front(tiny_base(), tmp_path, ("acme",), engines) as gateway:
         for _ in range(50):
             assert gateway.client.get("/health").status_code == gateway.client.post("/ping").status_code == 200
         assert engines.num_asked == 1
-        monkeypatch.setattr(health, "FRESH_S", 0.0)
+        monkeypatch.setattr(bases, "FRESH_S", 0.0)
         engines.replicas = []
         assert gateway.client.get("/health").status_code == 503
 

@@ -15,7 +15,6 @@ from loray.bases.registry import BaseModel, get_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
 from loray.spec import AutoscalingSpec, Principal, ServeSpec
-from serve_apps.gateway import health
 from serve_apps.gateway.bases import ServedBase
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, fleet_app, register
@@ -122,7 +121,7 @@ def test_messages_name_what_the_key_is_for(fleet: Fleet) -> None:
 
 
 def test_health_and_status_say_which_base(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FRESH_S", 0.0)
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     one, two = fleet.one.name, fleet.two.name
     status = fleet.client.get("/status").json()
     assert [(b["base"], b["status"], b["num_replicas"], b["num_adapters"]) for b in status["bases"]] == [
@@ -140,7 +139,7 @@ def test_health_and_status_say_which_base(fleet: Fleet, monkeypatch: pytest.Monk
 
 
 def test_a_base_that_is_asleep_is_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FRESH_S", 0.0)
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     one, two = fleet.one.name, fleet.two.name
     served = fleet.served[1]
     asleep = AutoscalingSpec(min_replicas=0)

@@ -12,7 +12,6 @@ import pytest
 from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from serve_apps.gateway import health
 from serve_apps.gateway.directory import REFRESH_S
 from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, register
 
@@ -220,7 +219,7 @@ _HALF_A_PAIR = (b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}')
 
 
 def test_health_and_status(client_of: Any, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FRESH_S", 0.0)
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     engines = ScriptedEngines()
     with client_of(engines, num_replicas=1) as client:
         assert client.get("/health").json() == {"status": "ok"}
