@@ -157,6 +157,13 @@ GATEWAY_METRICS = _table(
         "route",
         "code",
     ),
+    _counter(
+        "requests_total",
+        "HTTP requests that ended, by outcome: ok, client_error, refused (401, 403, 429), failed before the first byte,"
+        " broken after it, or left (the client, before it).",
+        "route",
+        "outcome",
+    ),
     _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
     _gauge("http_requests_waiting", "Of these, requests that wait for their tenant's turn while the gateway is late."),
     _counter("routing_decisions_total", "Choices of a replica, by reason.", "base", "reason"),

@@ -24,6 +24,7 @@ from serve_apps.channel.frames import (
     Output,
     frame,
     pack,
+    parts,
 )
 from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.reporting import Reporting
@@ -55,8 +56,19 @@ class Connection:
         self._reader = asyncio.create_task(self._read())
 
     def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
-        """One step's results, each with its stream. Never waits."""
-        self._writer.write(frame(SENT, time.monotonic()) + pack(outputs))
+        """One step's results, each with its stream. Never waits.
+
+        A prompt's log-probabilities are packed and sent in parts, when the gateway has read what came before; the
+        tokens of their stream follow them, and those of others go on.
+        """
+        behind = self._writer.behind
+        later = [(s, out) for s, out in outputs if out.prompt_logprobs is not None or s in behind]
+        if later:
+            outputs = [(s, out) for s, out in outputs if out.prompt_logprobs is None and s not in behind]
+            for stream, output in later:
+                self._writer.write_later(stream, parts(stream, output))
+        if outputs:
+            self._writer.write(frame(SENT, time.monotonic()) + pack(outputs))
 
     def watch(self, stream: int, left: Left) -> None:
         """`left` is called once the gateway wants no more of this stream, or the connection has ended."""
@@ -91,6 +103,7 @@ class Connection:
             raise FrameError(f"kind {kind}")
 
     def _left(self, stream: int, reason: str) -> None:
+        self._writer.drop(stream)
         left = self._streams.pop(stream, None)
         if left is not None:
             left(reason)

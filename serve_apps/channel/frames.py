@@ -31,6 +31,7 @@ HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT = range(
 MAX_FRAME = 1 << 20
 _HEADER = struct.Struct("<I")
 _PER_FRAME = 1024  # items, each of at most 800 bytes
+_PER_PART = 512  # items of a prompt, between which others' tokens go
 
 
 class FrameError(Exception):
@@ -60,15 +61,11 @@ def frame(kind: int, *fields: Any) -> bytes:
 
 
 def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
-    """The frames of one step's results, each with its stream."""
+    """The frames of one step's results, each with its stream. The log-probabilities of prompts are not in them."""
     plain: list[tuple[Any, ...]] = []
     scored: list[tuple[Any, ...]] = []
     frames: list[bytes] = []
     for stream, out in outputs:
-        if out.prompt_logprobs is not None:
-            prompt = iter(out.prompt_logprobs)
-            while part := [_logprobs(lp) for lp in islice(prompt, _PER_FRAME)]:
-                frames.append(frame(PROMPT, stream, part))
         item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
         if out.logprobs is None:
             plain.append(item)
@@ -77,6 +74,16 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
     for kind, items in ((TOKENS, plain), (SCORED, scored)):
         frames += [frame(kind, items[i : i + _PER_FRAME]) for i in range(0, len(items), _PER_FRAME)]
     return b"".join(frames)
+
+
+def parts(stream: int, output: Output) -> Iterator[bytes]:
+    """The frames of one result one after the other, with the log-probabilities of the prompt. Each is packed when it is
+    asked for.
+    """
+    prompt = iter(output.prompt_logprobs or ())
+    while part := [_logprobs(lp) for lp in islice(prompt, _PER_PART)]:
+        yield frame(PROMPT, stream, part)
+    yield pack([(stream, output)])
 
 
 class FrameReader:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from loray import __version__
 from loray.api.status import AutoscalingStatus, BaseStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.engine.memory.limits import max_model_len, pool_geometry
+from loray.errors import EngineError
 from loray.spec import AdapterRef, ServeSpec
 from loray.text.grammar import GrammarChecker
 from serve_apps.gateway.engines import Engines
@@ -18,6 +20,7 @@ from serve_apps.gateway.prompts import PromptEncoder
 
 _MIN_BODY_BYTES, _MAX_BODY_BYTES = 1 << 20, 64 << 20
 _BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
+FRESH_S = 1.0  # for which what replicas have said of their health is said again
 
 OpenEngines = Callable[[ServeSpec], Engines]
 
@@ -109,3 +112,26 @@ class Target(NamedTuple):
     base: ServedBase
     adapter: AdapterRef | None
     limit: int
+
+
+class Health:
+    """Whether the bases can be asked. Asks the replicas at most once in FRESH_S, however many callers, who need no key,
+    there are. Used from one event loop.
+    """
+
+    def __init__(self, bases: Sequence[ServedBase]) -> None:
+        self._bases = bases
+        self._asked: asyncio.Future[list[bool]] | None = None
+        self._asked_at = 0.0
+
+    async def found(self) -> str:
+        """JSON, with the number of the bases that cannot be asked. Raises EngineError if that are all of them."""
+        asked, now = self._asked, asyncio.get_running_loop().time()
+        if asked is None or (asked.done() and now >= self._asked_at + FRESH_S):
+            asked = self._asked = asyncio.gather(*(base.healthy() for base in self._bases))
+            self._asked_at = now
+        num_silent = (await asyncio.shield(asked)).count(False)
+        if num_silent == len(self._bases):
+            raise EngineError("no replica answers; `loray status` says more")
+        found = {"status": "degraded", "num_unavailable": num_silent} if num_silent else {"status": "ok"}
+        return json.dumps(found, separators=(",", ":"))

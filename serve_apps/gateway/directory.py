@@ -184,13 +184,13 @@ class ModelDirectory:
         return self._snapshot.templates[adapter.chat_template]
 
     def entries(self, principal: Principal, after: str | None = None) -> Iterator[AdapterEntry | None]:
-        """The catalog's adapters of this moment by name, those after the name `after`; None for each that is not
-        served here, or not to this caller.
+        """The adapters of this moment that exist for the caller by name, those after the name `after`; None for each
+        that is not served here, or that its key is not for.
         """
         if self._snapshot is None:
             return
-        for entry in self._snapshot.adapters.after(after):
-            is_served = entry.default.base_fingerprint in self._by_fingerprint and entry.exists_for(principal)
+        for entry in self._snapshot.models(after, principal):
+            is_served = entry.default.base_fingerprint in self._by_fingerprint
             yield entry if is_served and may_ask(principal, entry.name) else None
 
     def base_of(self, ref: AdapterRef) -> BaseModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from loray.api.openai.requests import GenerationRequest
 from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.api.openai.structured import Given
 from loray.api.status import CatalogStatus, Status, total
-from loray.errors import EngineError, RequestError
+from loray.errors import RequestError
 from loray.serving.access import share_of
 from loray.serving.canary import session_of
 from loray.serving.quotas import allowed_priority
@@ -30,10 +29,10 @@ from serve_apps.accounting.admission import TenantTurns
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
-from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders
+from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
 from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
-from serve_apps.gateway.bases import ServedBase, Target
+from serve_apps.gateway.bases import Health, ServedBase, Target
 from serve_apps.gateway.canaries import Canaries, Meter
 from serve_apps.gateway.directory import Found, ModelDirectory
 from serve_apps.gateway.engines import Gateways
@@ -61,6 +60,7 @@ class Gateway:
         self.accounts, self.turns = accounts or Accounts(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
         self.canaries = Canaries(directory.ask, self.counted)
+        self._health = Health(bases)
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -71,15 +71,16 @@ class Gateway:
             request.prompt, limit, special=request.add_special_tokens, keep=num_kept(request, limit)
         )
         answer = CompletionFormat(_new_id("cmpl"), *_about(request, target, prompts))
+        told = await self._check(target, request.constraint, headers, prompts)
         requests = await self._requests(request, target, prompts, answer.id, "prompt", headers, request.constraint)
         writer = writer_of(answer, len(requests), request)
         texts = [RequestText(encoder.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
         if not request.echo:
-            return self._answer(request, target, requests, texts, writer, answer.id, headers, meter)
+            return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
         echoed = request.prompt if request.truncate_prompt_tokens is None else prompts
         echoes = [partial(encoder.echo, prompt) for prompt in echoed for _ in range(request.n)]
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
-        return self._answer(request, target, requests, echoing, writer, answer.id, headers, meter)
+        return self._answer(request, target, requests, echoing, writer, answer.id, headers, meter, told)
 
     async def responses(
         self, request: ResponsesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
@@ -110,10 +111,11 @@ class Gateway:
         if use is not None:
             given = None if constraint is None else Given("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(request, target, [prompt]))
+        told = await self._check(target, given, headers, [prompt])
         requests = await self._requests(request, target, [prompt], answer.id, "messages", headers, given)
         writer = writer or writer_of(answer, len(requests), request)
         texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
-        return self._answer(request, target, requests, texts, writer, answer.id, headers, meter)
+        return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
 
     async def dialect(self, request: ChatCompletionRequest, target: Target, tenant: str) -> Dialect:
         """How the model of a chat is spoken to; `tenant` is who asks."""
@@ -146,6 +148,17 @@ class Gateway:
         arm = None if target.base.engines.is_cold() else arm
         return target, self.canaries.meter(arm, headers.received_at, has_timeout=has_own)
 
+    async def _check(
+        self, target: Target, given: Given | None, headers: RequestHeaders, prompts: Sequence[tuple[int, ...]]
+    ) -> dict[str, str]:
+        """The answer's headers that say what of a constraint is ignored. Raises RequestError where it is refused; what
+        was tokenised is charged then.
+        """
+        if given is None:
+            return {}
+        with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
+            return ignored_fields(await target.base.grammars.check(given.constraint, given.param))
+
     async def _requests(
         self,
         request: GenerationRequest,
@@ -161,8 +174,6 @@ class Gateway:
         `given`: what the answers must match. What was tokenised for a request that is refused is charged.
         """
         with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
-            if given is not None:
-                await target.base.grammars.check(given.constraint, given.param)
             bad_words = await target.base.prompts.bad_words(request.bad_words)
             prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
             return [
@@ -197,7 +208,9 @@ class Gateway:
         answer_id: str,
         headers: RequestHeaders,
         meter: Meter | None,
+        told: dict[str, str],
     ) -> Answer:
+        """`told`: headers that the answer has beside others."""
         if headers.trace is not None:
             headers.trace.asked(request, requests, answer_id)
         fit = request.requested_max_tokens is None
@@ -211,7 +224,8 @@ class Gateway:
             open_ended=fit,
         )
         base, adapter, priority = target.base, target.adapter, requests[0].priority
-        told = {} if adapter is None else {ADAPTER: adapter.label}
+        if adapter is not None:
+            told[ADAPTER] = adapter.label
         if priority or request.priority:
             told[PRIORITY] = str(priority)
         streams = [base.engines.generate(r, fit=fit) for r in requests]
@@ -236,12 +250,7 @@ class Gateway:
 
     async def health(self) -> Response:
         """200 while any base can be asked, with the number of the others: who asks needs no key. Raises EngineError."""
-        answers = await asyncio.gather(*(base.healthy() for base in self.bases.values()))
-        num_silent = answers.count(False)
-        if num_silent == len(self.bases):
-            raise EngineError("no replica answers; `loray status` says more")
-        found = {"status": "degraded", "num_unavailable": num_silent} if num_silent else {"status": "ok"}
-        return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
+        return Response(await self._health.found(), media_type="application/json")
 
     async def status(self, layout: bool | frozenset[str] = False) -> Status:
         """`layout`: as for `Engines.stats`."""

@@ -25,16 +25,19 @@ class GatewayMetrics:
     def __init__(self, name: str) -> None:
         self._name = name
         self._registry = CollectorRegistry()
-        self._answered, self._canary_requests, self._canary_rollbacks = (
+        names = ("http_requests", "requests", "canary_requests", "canary_rollbacks")
+        self._answered, self._ended, self._canary_requests, self._canary_rollbacks = (
             Counter(m.name, m.help, m.labels, registry=self._registry)
-            for m in (METRICS[f"{what}_total"] for what in ("http_requests", "canary_requests", "canary_rollbacks"))
+            for m in (METRICS[f"{what}_total"] for what in names)
         )
         for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
             self._canary_rollbacks.labels(bound)
         self.num_in_flight = 0
 
-    def answered(self, route: str, code: int) -> None:
+    def answered(self, route: str, code: int, *, is_broken: bool = False) -> None:
+        """A request has ended. `is_broken`: its answer had begun with this status, and failed."""
         self._answered.labels(route, str(code)).inc()
+        self._ended.labels(route, "broken" if is_broken else _outcome(code)).inc()
 
     def canary_request(self, version: str, outcome: str) -> None:
         self._canary_requests.labels(version, outcome).inc()
@@ -74,6 +77,15 @@ class GatewayMetrics:
 
 def _by_base(counts: Mapping[str, Mapping[str, int]]) -> dict[Labels, float]:
     return {(base, reason): n for base, of_base in counts.items() for reason, n in of_base.items()}
+
+
+def _outcome(code: int) -> str:
+    """Of a request whose answer, if it has one, is whole."""
+    if code == CLIENT_LEFT:
+        return "left"
+    if code >= 500:
+        return "failed"
+    return "ok" if code < 400 else "refused" if code in (401, 403, 429) else "client_error"
 
 
 class OfBase(NamedTuple):
@@ -132,4 +144,5 @@ class CountRequests:
         finally:
             self._metrics.num_in_flight -= 1
             # The route's pattern, not the path, which would be an unbounded label.
-            self._metrics.answered(getattr(scope.get("route"), "path", "unknown"), code)
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.answered(route, code, is_broken=scope.get("state", {}).get("is_broken", False))

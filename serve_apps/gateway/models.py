@@ -11,11 +11,15 @@ from itertools import islice
 from loray.api.openai import Model
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry
+from loray.errors import RateLimited
 from loray.serving.access import may_ask
-from loray.spec import AdapterRef, Principal
+from loray.serving.quotas import QuotaGate
+from loray.spec import AdapterRef, Limits, Principal
 from serve_apps.gateway.directory import ModelDirectory
 
 _OWNER = "loray"
+MAX_CARDS = 10_000  # of one answer
+_LISTS = Limits(rpm_limit=60)  # of a key, beside its own limits
 _AT_ONCE = 100  # models that are encoded before other requests have their turn: about a millisecond
 
 
@@ -27,24 +31,35 @@ class ModelCards:
     def __init__(self, directory: ModelDirectory, limit: Callable[[BaseModel, int], int]) -> None:
         self._directory, self._limit = directory, limit
         self._created = int(time.time())
+        self._lists = QuotaGate()
 
     async def card(self, model: str, principal: Principal) -> Model:
         """One model, by any name that the directory resolves for this caller. Raises what it raises."""
         base, ref = await self._directory.resolve(model, principal)
         return self._base(base) if ref is None else self._adapter(model, self._directory.entry(ref), ref)
 
+    def count_list(self, principal: Principal) -> None:
+        """Before a list. Raises RateLimited where the key has asked for too many in the last minute."""
+        counted = Principal(tenant=principal.tenant, key_id=principal.key_id, limits=_LISTS)
+        try:
+            self._lists.admit(counted, 0, time.time())
+        except RateLimited as e:
+            raise RateLimited(f"lists of models: {e}", e.retry_after_s) from e
+
     async def page(
         self, principal: Principal, after: str | None = None, limit: int | None = None
     ) -> AsyncIterator[bytes]:
         """The parts of a list's body: the bases, then adapters by name, as of one moment: what the caller may ask.
 
-        `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`.
+        `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`, and
+        never more than MAX_CARDS.
         """
+        limit = min(MAX_CARDS if limit is None else limit, MAX_CARDS)
         first = last = None
         num, has_more = 0, False
         yield b'{"object":"list","data":['
         async for cards in self._found(principal, after):
-            part = cards if limit is None else cards[: limit - num]
+            part = cards[: limit - num]
             if part:
                 yield (b"," if num else b"") + ",".join(card.to_json() for card in part).encode()
                 first, last = first or part[0].id, part[-1].id

@@ -17,7 +17,7 @@ from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect, Dialects
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway.fair_threads import FairThreads
+from serve_apps.accounting.fair_threads import FairThreads
 
 _LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 _VERY_LONG = 131_072  # about 60 ms

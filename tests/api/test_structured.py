@@ -41,9 +41,10 @@ OBJECT = Constraint.from_schema({"type": "object"})
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": None, "guided_json": None}, None),
         ({"response_format": {"type": "json_object"}}, OBJECT),
-        (response_format(schema=SCHEMA), JSON),
+        (response_format(schema=SCHEMA), Constraint.from_schema(SCHEMA, lenient=True)),
         (response_format(schema=SCHEMA, strict=True, description="d"), JSON),
         (response_format(schema=SCHEMA, strict=False), Constraint.from_schema(SCHEMA, lenient=True)),
+        (response_format(schema=SCHEMA, strict=None), Constraint.from_schema(SCHEMA, lenient=True)),
         ({"structured_outputs": {"json": SCHEMA}}, JSON),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, JSON),
         (

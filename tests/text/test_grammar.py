@@ -100,7 +100,7 @@ def test_what_is_checked_at_once_is_compiled_once(base: BaseModel, monkeypatch: 
         tasks[0].cancel()
         go_on.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(r) for r in results] == [asyncio.CancelledError, *[type(None)] * 4]
+        assert [type(results[0]), *results[1:]] == [asyncio.CancelledError, *[()] * 4]
         await checker.check(SCHEMA)
         checker.close()
 

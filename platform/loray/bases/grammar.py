@@ -34,7 +34,17 @@ _LIMITS: dict[str, Any] = {
 # A grammar is Lark if it has a rule `start`, perhaps with a modifier, a priority or attributes; GBNF has `root ::=`.
 _LARK = re.compile(r"^\s*(%llguidance\b|[?!]?start(\.\d+)?\s*(\[[^\]\n]*\])?\s*:(?!:=))", re.MULTILINE)
 _BRACKETS = re.compile(r"[][(){}]")
+_IGNORED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 _building = threading.Lock()
+
+
+def ignored_keywords(matcher: LLMatcher) -> tuple[str, ...]:
+    """The keywords of a lenient constraint's schema that answers may violate."""
+    found: dict[str, None] = {}
+    for warning in matcher.get_grammar_warnings():
+        for names in _IGNORED.findall(warning):
+            found |= dict.fromkeys(json.loads(names))
+    return tuple(found)
 
 
 class GrammarCompiler:

@@ -87,12 +87,15 @@ class Answer(Response):
         self._last: list[Delta | None] = [None] * len(choices)
         self._request_id, self._deadline, self._meter = request_id, deadline, meter
         self._heartbeat_s = heartbeat_s if writer.is_stream else None
+        self._is_broken = False  # it had begun, and has no end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = "cancelled"
         try:
             outcome = await self._answer(scope, receive, send)
         finally:
+            if self._is_broken:
+                scope.setdefault("state", {})["is_broken"] = True  # for the metrics
             if self._meter is not None:
                 self._meter.end(outcome, self._last[0])
             if self._account is not None:
@@ -136,6 +139,7 @@ class Answer(Response):
                 is_revoked = revoked is not None and revoked.done()
                 if connection.is_blocked:
                     # The client does not read; without an end of the response, the server closes.
+                    self._is_broken = True
                     return "key_revoked" if is_revoked else "deadline_exceeded"
                 if is_revoked:
                     error = KeyRevoked("the API key was revoked or blocked while this was answered")
@@ -180,6 +184,7 @@ class Answer(Response):
         if self._meter is not None:
             self._meter.failed(error, failure.status)
         if connection.started:
+            self._is_broken = True
             await connection.end(self._writer.failed(failure))
         else:
             response = errors.response_of(failure)

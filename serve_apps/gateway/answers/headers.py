@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastapi import Request
@@ -20,8 +20,10 @@ REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-S"
 SESSION_ID = "X-Session-ID"
 PRIORITY = "X-Loray-Priority"  # of the response: the priority that was applied, where one was asked or it is not 0
+IGNORED = "X-Loray-Ignored-Fields"  # of the response: keywords of a schema that answers may violate
 ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_ID = 128
+_MAX_IGNORED = 1024  # characters
 
 
 class RequestHeaders(NamedTuple):
@@ -47,6 +49,12 @@ class RequestHeaders(NamedTuple):
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
         is_modest = state.get("is_modest", False)
         return cls(received_at, principal_of(request), _request_id(headers), timeout_s, trace, session_id, is_modest)
+
+
+def ignored_fields(keywords: Sequence[str]) -> dict[str, str]:
+    """The header that names keywords of the client's schema, as far as they may stand in one."""
+    named = [word for word in keywords if word.isascii() and word.replace("$", "").isalnum()]
+    return {IGNORED: ", ".join(named)[:_MAX_IGNORED]} if named else {}
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

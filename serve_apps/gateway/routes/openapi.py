@@ -42,7 +42,7 @@ _ANSWERS: Mapping[str, _Answers] = {
     "/v1/completions": _Answers({_JSON: Completion, _EVENTS: None}, _GENERATES, limited=True),
     "/v1/chat/completions": _Answers({_JSON: ChatCompletion, _EVENTS: None}, _GENERATES, limited=True),
     "/v1/responses": _Answers({_JSON: None, _EVENTS: None}, _GENERATES, limited=True),
-    "/v1/models": _Answers({_JSON: ModelList}, (400, *_WITH_KEY)),
+    "/v1/models": _Answers({_JSON: ModelList}, (400, 429, *_WITH_KEY)),
     "/v1/models/{model}": _Answers({_JSON: Model}, _ABOUT_MODEL),
     "/v1/load_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),
     "/v1/unload_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),

@@ -22,12 +22,12 @@ def create_router(gateway: Gateway) -> APIRouter:
     async def models(
         request: Request,
         after: Annotated[str | None, Query(description="only models after this one")] = None,
-        limit: Annotated[int | None, Query(ge=1, description="at most as many models (default: all)")] = None,
+        limit: Annotated[int | None, Query(ge=1, description="at most as many models (and 10,000)")] = None,
     ) -> Response:
-        """The base and the adapters that the caller sees, in pages."""
-        return StreamingResponse(
-            gateway.models.page(principal_of(request), after, limit), media_type="application/json"
-        )
+        """The base and the adapters that the caller sees, in pages; 60 a minute for a key."""
+        principal = principal_of(request)
+        gateway.models.count_list(principal)
+        return StreamingResponse(gateway.models.page(principal, after, limit), media_type="application/json")
 
     @router.get("/v1/models/{model:path}")
     @may("read")

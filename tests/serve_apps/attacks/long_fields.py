@@ -15,7 +15,8 @@ def bodies(model: type[BaseModel], **required: Any) -> Iterator[tuple[str, Schem
     """The path of the string, and the body. `required` are fields that every body has unless the string is in them."""
     schema = model.model_json_schema(mode="validation")
     for path, body in _Long(schema.get("$defs", {})).values(schema, model.__name__):
-        yield path, required | body
+        field = path.removeprefix(f"{model.__name__}.").partition(".")[0].partition("[")[0]
+        yield path, body | {name: value for name, value in required.items() if name != field}
 
 
 class _Long:

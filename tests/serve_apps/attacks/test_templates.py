@@ -23,12 +23,19 @@ SLOW, OWN = "slow", "{{ messages[0].content }}"
 
 
 @pytest.fixture
-def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def held() -> threading.Event:
+    """Set while a rendering of SLOW holds a thread."""
+    return threading.Event()
+
+
+@pytest.fixture
+def release(held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Renderings of SLOW end when this is set."""
     event = threading.Event()
 
     def render(self: IsolatedRenderer, template: ChatTemplate, messages: Any, **options: Any) -> str:
         if template.source == SLOW:
+            held.set()
             assert event.wait(60)
         return template.render(messages, **options)
 
@@ -52,12 +59,14 @@ async def ask(encoder: PromptEncoder, template: str | None, tenant: str, num_cha
     return len(await encoder.chat(request, dialect, 1 << 20, tenant))
 
 
-def test_a_tenant_with_slow_templates_holds_one_place(encoder: PromptEncoder, release: threading.Event) -> None:
+def test_a_tenant_with_slow_templates_holds_one_place(
+    encoder: PromptEncoder, held: threading.Event, release: threading.Event
+) -> None:
     async def run() -> None:
-        attack = [asyncio.create_task(ask(encoder, SLOW, "greedy")) for _ in range(50)]
-        for _ in range(3):
-            await asyncio.sleep(0)
+        attack = [asyncio.create_task(ask(encoder, SLOW, "greedy")) for _ in range(10)]
         async with asyncio.timeout(30):
+            while not held.is_set():
+                await asyncio.sleep(0)
             assert await ask(encoder, None, "other", 5_000) > 5_000
             assert await ask(encoder, None, "greedy", 5_000) > 5_000
             assert await ask(encoder, OWN, "other") == 10

@@ -20,6 +20,7 @@ from serve_apps.channel.frames import (
     FrameReader,
     frame,
     pack,
+    parts,
     unpack_logprobs,
 )
 from tests.serve_apps.channel.plane import Out
@@ -49,7 +50,9 @@ OUTPUTS = st.lists(
 
 @given(OUTPUTS, st.lists(st.integers(1, 50), min_size=1))
 def test_what_goes_in_comes_out(outputs: list[tuple[int, Out]], cuts: list[int]) -> None:
-    data, reader, frames = pack(outputs), FrameReader(), []
+    data = pack([(stream, out) for stream, out in outputs if out.prompt_logprobs is None])
+    data += b"".join(part for stream, out in outputs if out.prompt_logprobs is not None for part in parts(stream, out))
+    reader, frames = FrameReader(), list[tuple[Any, ...]]()
     while data:
         size = cuts[len(frames) % len(cuts)]
         frames += reader.feed(data[:size])
@@ -71,10 +74,10 @@ def test_what_goes_in_comes_out(outputs: list[tuple[int, Out]], cuts: list[int])
 def test_long_prompts_and_many_streams_are_cut_into_frames() -> None:
     best = tuple((200_000 + i, -1.5) for i in range(20))
     prompt = tuple(TokenLogprobs(-0.5, best, i + 1) for i in range(5000))
-    outputs = [(1, Out(7, prompt_logprobs=prompt)), *((i, Out(7, logprobs=prompt[0])) for i in range(2, 5000))]
-    frames = list(FrameReader().feed(pack(outputs)))
-    parts = [unpack_logprobs(lp) for kind, *fields in frames if kind == PROMPT for lp in fields[1]]
-    assert tuple(parts) == prompt
+    outputs = [(i, Out(7, logprobs=prompt[0])) for i in range(2, 5000)]
+    data = b"".join(parts(1, Out(7, prompt_logprobs=prompt))) + pack(outputs)
+    frames = list(FrameReader().feed(data))
+    assert tuple(unpack_logprobs(lp) for kind, *fields in frames if kind == PROMPT for lp in fields[1]) == prompt
     assert sum(len(fields[0]) for kind, *fields in frames if kind == SCORED) == 4998
 
 

@@ -120,7 +120,8 @@ def test_messages_name_what_the_key_is_for(fleet: Fleet) -> None:
     assert [directory.base_names(Principal(models=m)) for m in asked] == [f"{one} and {two}", two, ""]
 
 
-def test_health_and_status_say_which_base(fleet: Fleet) -> None:
+def test_health_and_status_say_which_base(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     one, two = fleet.one.name, fleet.two.name
     status = fleet.client.get("/status").json()
     assert [(b["base"], b["status"], b["num_replicas"], b["num_adapters"]) for b in status["bases"]] == [
@@ -137,7 +138,8 @@ def test_health_and_status_say_which_base(fleet: Fleet) -> None:
     assert error_of(fleet.client.get("/health"), 503)["code"] == "engine_unavailable"
 
 
-def test_a_base_that_is_asleep_is_well(fleet: Fleet) -> None:
+def test_a_base_that_is_asleep_is_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     one, two = fleet.one.name, fleet.two.name
     served = fleet.served[1]
     asleep = AutoscalingSpec(min_replicas=0)

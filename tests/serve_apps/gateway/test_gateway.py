@@ -218,7 +218,8 @@ def test_adapter_of_another_base(client_of: Any, catalog: Catalog) -> None:
 _HALF_A_PAIR = (b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}')
 
 
-def test_health_and_status(client_of: Any, base: BaseModel) -> None:
+def test_health_and_status(client_of: Any, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     engines = ScriptedEngines()
     with client_of(engines, num_replicas=1) as client:
         assert client.get("/health").json() == {"status": "ok"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from loray import __version__
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
@@ -73,7 +75,8 @@ def test_adapters_are_those_of_the_catalog(client_of: Any, base: BaseModel, cata
         assert "loray adapters import" in error["message"]
 
 
-def test_ping_and_version(client_of: Any) -> None:
+def test_ping_and_version(client_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
     engines = ScriptedEngines()
     with client_of(engines) as client:
         assert client.get("/version").json() == {"version": __version__}

@@ -71,7 +71,7 @@ GrammarText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class NamedSchema(BaseModel):
-    """`strict` false: keywords that cannot be enforced are ignored; otherwise they are refused."""
+    """`strict` true: keywords that cannot be enforced are refused; otherwise they are ignored, as OpenAI does."""
 
     model_config = _FIELD
 
@@ -107,7 +107,7 @@ class AnswerFormat(BaseModel):
                 'structures and triggers belong to {"type": "structural_tag"}, which needs them', "response_format"
             )
         if self.json_schema is not None:
-            return Constraint.from_schema(self.json_schema.schema_, lenient=self.json_schema.strict is False)
+            return Constraint.from_schema(self.json_schema.schema_, lenient=not self.json_schema.strict)
         if self.structures is not None and self.triggers is not None:
             return _tags(self.structures, self.triggers, "response_format")
         return Constraint.from_schema(ANY_OBJECT) if self.type == "json_object" else None

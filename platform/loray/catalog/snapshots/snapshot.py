@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from heapq import merge
 
 from loray.catalog.checks import NUM_COMPARED, unknown_adapter
 from loray.catalog.entries import AdapterEntry, split_model
 from loray.catalog.snapshots.blocks import SortedMap
 from loray.spec import OPERATOR, AdapterRef, Principal, meanings
+
+PUBLIC = ""  # in place of a tenant's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class CatalogSnapshot:
     names      adapter's id → name
     templates  SHA-256 → text of the chat templates that adapters have of their own
     totals     by the base's fingerprint
+    seen       by tenant: its own adapters and those shared with it, by name; those that are public are under PUBLIC
     """
 
     counter: int = -1
@@ -57,6 +61,7 @@ class CatalogSnapshot:
     names: SortedMap[int, str] = field(default_factory=SortedMap)
     templates: Mapping[str, str] = field(default_factory=dict)
     totals: Mapping[str, BaseTotals] = field(default_factory=dict)
+    seen: Mapping[str, SortedMap[str, AdapterEntry]] = field(default_factory=dict)
 
     def after(self, changes: Changes) -> CatalogSnapshot:
         """The snapshot that these changes lead to. It shares with this one what did not change."""
@@ -81,6 +86,7 @@ class CatalogSnapshot:
             names=self.names.changed(stays),
             templates=changes.templates,
             totals=_totals(self.totals, before, now),
+            seen=_seen(self.seen, before, now),
         )
 
     def adapter(self, adapter_id: int) -> AdapterEntry | None:
@@ -108,7 +114,10 @@ class CatalogSnapshot:
 
     def models(self, after: str | None = None, principal: Principal = OPERATOR) -> Iterator[AdapterEntry]:
         """All names of the caller, sorted; those after the name `after`."""
-        return (entry for entry in self.adapters.after(after) if entry.exists_for(principal))
+        if principal.is_admin:
+            return self.adapters.after(after)
+        parts = (self.seen[who].after(after) for who in (principal.tenant, PUBLIC) if who in self.seen)
+        return merge(*parts, key=lambda entry: entry.name)
 
     def _beside(self, name: str, principal: Principal) -> list[str]:
         beside = self.adapters.around(name, NUM_COMPARED)
@@ -120,6 +129,29 @@ class CatalogSnapshot:
             if entry is not None and entry.exists_for(principal):
                 return entry
         return None
+
+
+def _seen(
+    seen: Mapping[str, SortedMap[str, AdapterEntry]], before: Iterable[AdapterEntry], now: Iterable[AdapterEntry]
+) -> Mapping[str, SortedMap[str, AdapterEntry]]:
+    changes: dict[str, dict[str, AdapterEntry | None]] = {}
+    for entry in before:
+        for who in _seers(entry):
+            changes.setdefault(who, {})[entry.name] = None
+    for entry in now:
+        for who in _seers(entry):
+            changes.setdefault(who, {})[entry.name] = entry
+    if not changes:
+        return seen
+    changed = {who: seen.get(who, SortedMap[str, AdapterEntry]()).changed(entries) for who, entries in changes.items()}
+    return {who: names for who, names in {**seen, **changed}.items() if names}
+
+
+def _seers(entry: AdapterEntry) -> Iterable[str]:
+    """As `AdapterEntry.exists_for`, without administrators."""
+    if entry.visibility == "public":
+        return (PUBLIC,)
+    return {entry.tenant, *entry.shared_with} if entry.visibility == "shared" else (entry.tenant,)
 
 
 def _totals(
