@@ -123,6 +123,7 @@ def _publish(
         shutil.copytree(Path(path) / ADAPTER, folder)  # publishing adds a manifest, which the run must not contain
         details = ManifestDetails(
             recipe=spec,
+            dtype_reason=state.dtype_reason,
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
             parent=state.parent,

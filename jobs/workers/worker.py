@@ -123,7 +123,15 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
         initial = _initial(config, stack)
         train(
-            spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, initial=initial, device=device
+            spec,
+            base,
+            data,
+            reporter=reporter,
+            workdir=folder,
+            resume_from=resume_from,
+            initial=initial,
+            device=device,
+            dtype_reason=config["dtype_reason"],
         )
 
 

@@ -131,6 +131,7 @@ def test_every_method_is_served_as_peft_computes_it(
     for method, (_, manifest) in adapters.items():
         assert manifest.method == method
         assert manifest.recipe is not None
+        assert manifest.dtype_reason == "the recipe says so"
         assert (manifest.rope_parameters is not None) == (method == "longlora")
         assert (manifest.projection is not None) == (method == "vera")
     assert adapters["longlora"][1].context_length == 128

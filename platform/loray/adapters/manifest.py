@@ -59,6 +59,7 @@ class ManifestDetails:
     """
 
     recipe: TrainSpec | None = None
+    dtype_reason: str | None = None
     job_id: str | None = None
     data_fingerprint: str | None = None
     derived_from: str | None = None
@@ -107,6 +108,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             parent=details.parent,
             sweep=details.sweep,
             recipe=details.recipe,
+            dtype_reason=details.dtype_reason,
             job_id=details.job_id,
             data_fingerprint=details.data_fingerprint,
             evaluations=tuple(details.evaluations),

@@ -30,7 +30,9 @@ from loray.spec import (
 
 _MAKERS: frozenset[Scope] = frozenset({"publish", "promote", "train"})
 # Fields of a manifest, as they are shown to those who may only ask the adapter.
-_HOW_IT_WAS_MADE = dict.fromkeys(("recipe", "sweep", "job_id", "parent", "derived_from", "data_fingerprint"))
+_HOW_IT_WAS_MADE = dict.fromkeys(
+    ("recipe", "dtype_reason", "sweep", "job_id", "parent", "derived_from", "data_fingerprint")
+)
 
 
 class ModelName(NamedTuple):

@@ -122,6 +122,7 @@ class AdapterManifest(Frozen):
     derived_from: Sha256 | None = Field(default=None, description="the adapter that this one was converted from")
     parent: Sha256 | None = Field(default=None, description="the adapter whose training this one goes on from")
     recipe: TrainSpec | None = None
+    dtype_reason: str | None = Field(default=None, max_length=256, description="why the recipe's dtype is what it is")
     sweep: str | None = Field(default=None, description="the sweep whose best trial it was, NAME/TIME, and the trial")
     job_id: str | None = None
     data_fingerprint: Sha256 | None = None

@@ -41,6 +41,7 @@ class RunState(Frozen):
     num_stale  evaluations in a row that were not better than the best one before by `early_stopping.min_delta`
     saved_at   when the checkpoint was written: the times of files are lost in a bucket
     parent     digest of the adapter that the run went on from
+    dtype_reason  why the recipe's dtype is what it is
     """
 
     FILE: ClassVar[str] = "state.json"
@@ -61,6 +62,7 @@ class RunState(Frozen):
     row_length: int
     saved_at: datetime | None = None
     parent: Sha256 | None = None
+    dtype_reason: str | None = None
 
     @property
     def progress(self) -> dict[str, int]:

@@ -48,6 +48,7 @@ def train(
     resume_from: Path | None = None,
     initial: InitialAdapter | None = None,
     device: torch.device | None = None,
+    dtype_reason: str | None = None,
     clock: Clock = time.monotonic,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
@@ -56,7 +57,7 @@ def train(
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
-    the next is due.
+    the next is due. `dtype_reason`, why the recipe's dtype is what it is, is kept in the state.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -65,7 +66,8 @@ def train(
     if (spec.init_adapter is None) != (initial is None):
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
     with deterministic(spec.deterministic):
-        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"), clock)
+        device = device or torch.device("cpu")
+        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device, dtype_reason, clock)
         try:
             return run.train()
         finally:
@@ -94,6 +96,7 @@ class _Run:
         resume_from: Path | None,
         initial: InitialAdapter | None,
         device: torch.device,
+        dtype_reason: str | None,
         clock: Clock,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
@@ -108,11 +111,12 @@ class _Run:
                 data_fingerprint=data.fingerprint,
                 row_length=data.max_length,
                 parent=initial and initial.digest,
+                dtype_reason=dtype_reason,
             )
         else:
             saved = checkpoint.read_state(resume_from)
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
-            self.state = saved.model_copy(update={"recipe": spec})
+            self.state = saved.model_copy(update={"recipe": spec, "dtype_reason": dtype_reason})
         self.model: Any = build_model(base, spec)
         if initial is not None and resume_from is None:
             load_weights(self.model, read_adapter(initial.folder, base.config))
