@@ -97,7 +97,7 @@ class PolicyServer:
         assert upstream.hostname is not None
         assert upstream.port is not None
         self._upstream = upstream.hostname, upstream.port
-        self._policy: Policy | None = None
+        self._policies: list[Policy] = []
         self.asked: set[Asked] = set()
         self.refused: set[Asked] = set()
         proxy = self
@@ -119,14 +119,14 @@ class PolicyServer:
         self.location = replace(behind, endpoint_url=f"http://127.0.0.1:{self._server.server_port}")
 
     @contextmanager
-    def role(self, name: str) -> Iterator[Policy]:
-        """Within the block, requests are those of this role; outside, everything is allowed."""
+    def role(self, name: str, *others: str) -> Iterator[Policy]:
+        """Within the block, requests are those of this role, or of others too; outside, everything is allowed."""
         self.asked, self.refused = set(), set()
-        self._policy = policy = Policy(name, self.location)
+        self._policies = [Policy(one, self.location) for one in (name, *others)]
         try:
-            yield policy
+            yield self._policies[0]
         finally:
-            self._policy = None
+            self._policies = []
 
     def close(self) -> None:
         self._server.shutdown()
@@ -134,10 +134,10 @@ class PolicyServer:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = _body(handler)
-        policy, needed = self._policy, asked(handler.command, handler.path, body)
-        if policy is not None:
+        policies, needed = self._policies, asked(handler.command, handler.path, body)
+        if policies:
             self.asked.update(needed)
-            refused = {one for one in needed if not policy.allows(one)}
+            refused = {one for one in needed if not any(policy.allows(one) for policy in policies)}
             # pyarrow asks for a bucket that nobody has, to learn from the answer what server it is
             self.refused |= {one for one in refused if one.resource.startswith(self.location.bucket)}
             if refused:

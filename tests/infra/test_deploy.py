@@ -41,6 +41,7 @@ from tests.infra.manifests import cluster_spec, data, development_key, environme
 from tests.infra.policy_server import POLICIES, PolicyServer
 from tests.postgres import Postgres
 from tests.s3 import S3Server
+from tests.serve_apps.asking import eventually
 from tests.tiny import write_checkpoint
 
 pytestmark = pytest.mark.cluster
@@ -125,10 +126,17 @@ def node_of(name: str, cluster: LocalCluster, home: Path, env: dict[str, str]) -
             start_new_session=True,
         )
     try:
+        assert eventually(lambda: "Ray runtime started" in log_of(name, home, node), timeout_s=DEADLINE_S)
         yield
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         node.wait(60)
+
+
+def log_of(name: str, home: Path, node: subprocess.Popen[bytes]) -> str:
+    text = (home / f"{name}-node.log").read_text()
+    assert node.poll() is None, text
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +194,7 @@ def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, publ
     laptop.ray("ray.serve.scripts", "deploy", "config.yaml", "--address", laptop.cluster.address, cwd=tmp_path)
 
     url, key = f"http://127.0.0.1:{config['http_options']['port']}", {"Authorization": f"Bearer {development_key()}"}
-    with httpx.Client(base_url=url, headers=key, timeout=60) as client, laptop.policies.role("serving"):
+    with httpx.Client(base_url=url, headers=key, timeout=60) as client, laptop.policies.role("serving", "gateway"):
         deadline = time.monotonic() + DEADLINE_S
         while not answers(client):
             state = laptop.ray("ray.serve.scripts", "status", "--address", laptop.cluster.address, cwd=tmp_path)

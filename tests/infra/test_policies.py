@@ -17,10 +17,12 @@ from loray.locations import S3Location, parse_location
 from loray.publishing.uploads import Uploads
 from loray.store import AdapterStore
 from loray.store.s3 import S3Store
+from serve_apps.accounting.stored import StoredEvents
 from tests.infra.policy_server import Asked, Policy, PolicyServer, asked
 from tests.s3 import S3Server
 
 BLOB, MANIFEST, RUN = "adapters/blobs/ab/abcd", "adapters/manifests/ab/abcd.json", "adapters/runs/my-lora/1/step_1/x"
+USAGE = "adapters/usage/gateway-1/000000.jsonl"
 DATA, THEIRS = "data/default/train.jsonl", "data/globex/train.jsonl"
 
 
@@ -62,12 +64,19 @@ def publish(store: S3Store, folder: Path, tmp_path: Path) -> None:
     uploads.delete(upload)
 
 
+def keep_usage(store: S3Store, folder: Path, tmp_path: Path) -> None:
+    stored = StoredEvents(lambda: store, "gateway-1")
+    stored.put([])
+    for key, _ in stored.all():
+        stored.delete(key)
+
+
 def adapters_in(tmp_path: Path) -> str:
     """The digest of the adapter that was there before."""
     return (tmp_path / "digest").read_text()
 
 
-@pytest.mark.parametrize(("role", "work"), [("serving", serve), ("publishing", publish)])
+@pytest.mark.parametrize(("role", "work"), [("serving", serve), ("publishing", publish), ("gateway", keep_usage)])
 def test_a_role_may_do_what_it_does(
     role: str, work: Callable[[S3Store, Path, Path], None], server: PolicyServer, folder: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +102,9 @@ def test_a_role_is_refused_the_rest(server: PolicyServer, folder: Path) -> None:
         ("serving", "s3:GetObject", (RUN, DATA)),
         ("publishing", "s3:DeleteObject", (BLOB, MANIFEST, RUN, DATA)),
         ("publishing", "s3:GetObject", (RUN, DATA)),
+        ("gateway", "s3:GetObject", (BLOB, MANIFEST, RUN, DATA)),
+        ("gateway", "s3:PutObject", (BLOB, MANIFEST, RUN, DATA)),
+        ("serving", "s3:PutObject", (USAGE,)),
         ("training", "s3:DeleteObject", (BLOB, MANIFEST, DATA, THEIRS, "adapters/uploads/acme/1/x")),
         ("training", "s3:PutObject", (DATA, THEIRS, "adapters/uploads/acme/1/x")),
         ("training", "s3:GetObject", (THEIRS, "adapters/uploads/acme/1/x")),

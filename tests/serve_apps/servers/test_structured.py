@@ -77,7 +77,7 @@ EXPLODING = {"allOf": [{"anyOf": [{"properties": {f"{k}{i}": {"type": "null"}}} 
         ({"guided_regex": "("}, "guided_regex", "regular expression cannot be enforced"),
         ({"guided_regex": "(" * 50_000}, "guided_regex", "nest"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "one constraint only"),
-        ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs.choice", "characters"),
+        ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs.choice.0", "characters"),
         ({"structured_outputs": {"grammar": "start: a"}}, "structured_outputs.grammar", "grammar cannot be enforced"),
     ],
 )
