@@ -86,7 +86,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
     known = {**vars(attention), **vars(lora)}
     for dtype in dtypes:
         size = 4 if dtype == "fp32" else 2
-        stages = {"lora_shrink": shrink_turns(size)[1], "attention_prefill": attention_stages(size)}
+        own = {"lora_shrink": shrink_turns(size)[1], "attention_prefill": {"num_stages": attention_stages(size)}}
         for name, variants in _constants(size).items():
             kernel = known[name]
             for constants in variants:
@@ -97,7 +97,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
                 target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-                options = {**OPTIONS, **({"num_stages": stages[name]} if name in stages else {})}
+                options = {**OPTIONS, **own.get(name, {})}
                 label = f"{name}[{dtype}, {', '.join(f'{k}={v}' for k, v in constants.items())}]"
                 yield label, triton.compile(source, target=target, options=options)
 

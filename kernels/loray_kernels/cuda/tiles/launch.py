@@ -44,7 +44,7 @@ class Tiles:
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, table: Shrink, h_TR: Tensor) -> None:
         """An input's splits depend on its width alone, so that the sums do not depend on a step's other tokens."""
-        rows, (block_k, stages) = table.rows, shrink_turns(x_TI.element_size())
+        rows, (block_k, options) = table.rows, shrink_turns(x_TI.element_size())
         block_r = min(SHRINK_ROWS, max(16, _power_of_2(table.max_rows)))
         row_tiles, (splits, each) = -(-table.max_rows // block_r), split_input(x_TI.shape[1])
         together, partial = items.num, h_TR  # which one split does not use
@@ -72,7 +72,7 @@ class Tiles:
                 BLOCK_T=TILE_TOKENS,
                 BLOCK_R=block_r,
                 BLOCK_K=block_k,
-                num_stages=stages,
+                **options,
                 **OPTIONS,
             )
 
@@ -174,11 +174,12 @@ def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.de
     return Items(items, len(tiles)), Shrink(Rows(offsets, segment, 1, rank, width), start, columns, rank, (rank,))
 
 
-def shrink_turns(element_size: int) -> tuple[int, int]:
-    """Columns of a turn of the shrink, and Triton's stages: one turn less has room in shared memory. In fp32 registers
-    limit them.
+def shrink_turns(element_size: int) -> tuple[int, dict[str, int]]:
+    """Columns of a turn of the shrink, and Triton's options: its stages (one turn less has room in shared memory), and
+    the registers of a thread with which four blocks stand on a multiprocessor. Without this limit ptxas wants seven
+    blocks on sm_80, and spills. In fp32 registers limit the turns.
     """
-    return (128, 4) if element_size == 2 else (32, 3)
+    return (64, {"num_stages": 5, "maxnreg": 128}) if element_size == 2 else (32, {"num_stages": 3})
 
 
 def split_input(width: int) -> tuple[int, int]:
