@@ -96,6 +96,11 @@ class Access:
         """Whether requests need one: a server on loopback needs none while nobody has made a key."""
         return not self._is_local or self.ring.needs_key
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the keys were last known to be current; infinite before the first time."""
+        return time.monotonic() - self.ring.read_at
+
     def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
         before = self._empty if whole else self.ring
         return before.updated(catalog.key_changes(before.counter), time.monotonic())

@@ -67,6 +67,7 @@ def create_app(
     )
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
+    gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 
     def refused(error: Exception) -> Response:
