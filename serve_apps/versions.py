@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import PrivateAttr
 from ray.serve import Deployment
-from ray.serve._private.config import DeploymentConfig  # private: no public option sets a deployment's version
 
 from loray import __version__
+from serve_apps.serve_internals import DeploymentConfig
 
 
 class VersionedConfig(DeploymentConfig):  # type: ignore[misc]

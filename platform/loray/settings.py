@@ -17,6 +17,7 @@ from loray.variables import (
     NONE,
     hashes,
     log_target,
+    origins,
     positive,
     share,
     size,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
     "MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
-    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+    "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
@@ -78,6 +79,8 @@ class Settings:
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
     key_max_age_s  how long the catalog's keys go on while it cannot be read (`LORAY_KEY_MAX_AGE_S`, default an hour)
+    origins  of sites whose pages may ask gateways that need keys (`LORAY_CORS_ORIGINS`, comma-separated, or `*`;
+             default none)
     """
 
     home: Path
@@ -100,6 +103,7 @@ class Settings:
     key_hashes: tuple[str, ...] = ()
     metrics_key_hashes: tuple[str, ...] = ()
     key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
+    origins: tuple[str, ...] = ()
     url: str | None = None
 
     @classmethod
@@ -149,6 +153,7 @@ class Settings:
             key_hashes=hashes(env, "LORAY_API_KEYS_SHA256"),
             metrics_key_hashes=hashes(env, "LORAY_METRICS_KEYS_SHA256"),
             key_max_age_s=positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
+            origins=origins(env, "LORAY_CORS_ORIGINS"),
         )
 
     @property
@@ -216,11 +221,12 @@ class Settings:
         return (hashlib.sha256(self.api_key.encode()).hexdigest(), *self.key_hashes)
 
     def to_serving_env(self) -> dict[str, str]:
-        """The variables that give servers of this deployment its own keys: their hashes, never the keys."""
+        """The variables that servers of this deployment alone are given: of its own keys the hashes, never the keys."""
         env = {
             "LORAY_API_KEYS_SHA256": ",".join(self.static_key_hashes),
             "LORAY_METRICS_KEYS_SHA256": ",".join(self.metrics_key_hashes),
             "LORAY_KEY_MAX_AGE_S": "" if self.key_max_age_s == DEFAULT_KEY_MAX_AGE_S else str(self.key_max_age_s),
+            "LORAY_CORS_ORIGINS": ",".join(self.origins),
         }
         return {name: value for name, value in env.items() if value}
 

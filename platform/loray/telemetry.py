@@ -182,6 +182,7 @@ GATEWAY_METRICS = _table(
     _counter("canary_rollbacks_total", "Canaries that left a bound and were ended: error_rate, ttft or itl.", "bound"),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot.", "base"),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
+    _gauge("keys_age_seconds", "Since the API keys were last known to be the catalog's."),
     _gauge("usage_writer_alive", "1: the threads that write usage run."),
     _gauge("usage_journal_bytes", "Usage events that wait until the catalog takes them."),
     _gauge("usage_oldest_unsent_seconds", "For which the oldest of them waits."),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
 STDOUT = "-"  # of LORAY_ACCESS_LOG
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?")
 _GROUP = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
@@ -82,6 +83,17 @@ def hashes(env: Mapping[str, str], name: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in env.get(name, "").split(",") if part.strip())
     if not all(_SHA256.fullmatch(part) for part in found):  # what is wrong is not shown: it may be a key
         raise SettingsError(f"{name} must be SHA-256 sums in hexadecimal, with commas between them, and no keys")
+    return found
+
+
+def origins(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in env.get(name, "").split(",") if part.strip())
+    for part in found:
+        if part != "*" and not _ORIGIN.fullmatch(part):
+            raise SettingsError(
+                f"{name} has {part!r}; an origin is scheme, host and port as browsers send them, https://chat.example "
+                "or http://localhost:3000, in small letters and without a path, or * for all"
+            )
     return found
 
 

@@ -91,6 +91,16 @@ class Access:
     def counter(self) -> int:
         return self.ring.counter
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests need one: a server on loopback needs none while nobody has made a key."""
+        return not self._is_local or self.ring.needs_key
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the keys were last known to be current; infinite before the first time."""
+        return time.monotonic() - self.ring.read_at
+
     def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
         before = self._empty if whole else self.ring
         return before.updated(catalog.key_changes(before.counter), time.monotonic())
@@ -161,7 +171,7 @@ class Access:
             raise
 
     def _admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:
-        if self._is_local and not self.ring.needs_key:
+        if not self.needs_key:
             return self._local(method, headers)
         principal = self._of_key(headers)
         if principal.key_id == METRICS_KEY:

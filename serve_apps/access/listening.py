@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ray
-from ray.serve.context import _get_global_client  # private: no public call tells the options of the proxies
 
 from loray.locations import is_on_loopback
+from serve_apps.serve_internals import _get_global_client
 
 _TIMEOUT_S = 30.0
 

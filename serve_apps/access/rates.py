@@ -9,12 +9,14 @@ from loray.spec import Principal
 
 KEY_RATE, KEY_BURST = 20.0, 100.0  # requests a second, and at once
 TENANT_RATE, TENANT_BURST = 200.0, 400.0
+ADVICE_RATE, ADVICE_BURST = 0.5, 30.0  # plans and recommendations of a key
 _KEPT = 4096  # buckets; above that, those that are full are forgotten
 
 
 class _Bucket(NamedTuple):
     level: float
     at: float
+    full_at: float
 
 
 class Rates:
@@ -27,16 +29,23 @@ class Rates:
         """Count a request at `now`, in seconds of any clock. Raises RateLimited, and then counts nothing."""
         if principal.account is None or principal.is_admin:
             return
-        limits = {
-            f"key {principal.account}": (KEY_RATE, KEY_BURST),
-            f"tenant {principal.tenant}": (TENANT_RATE, TENANT_BURST),
-        }
+        key, tenant = (KEY_RATE, KEY_BURST), (TENANT_RATE, TENANT_BURST)
+        self._take({f"key {principal.account}": key, f"tenant {principal.tenant}": tenant}, now)
+
+    def take_advice(self, principal: Principal, now: float) -> None:
+        """Count a plan or a recommendation. As `take`, which has counted its request."""
+        if principal.account is not None and not principal.is_admin:
+            self._take({f"for advice, key {principal.account}": (ADVICE_RATE, ADVICE_BURST)}, now)
+
+    def _take(self, limits: dict[str, tuple[float, float]], now: float) -> None:
         levels = {of: self._level(of, *limit, now) for of, limit in limits.items()}
         for of, (rate, _) in limits.items():
             if levels[of] < 1:
-                raise RateLimited(f"{of} may ask {rate:g} times a second: wait a moment", (1 - levels[of]) / rate)
-        for of, level in levels.items():
-            self._buckets[of] = _Bucket(level - 1, now)
+                often = f"{rate:g} times a second" if rate >= 1 else f"{60 * rate:g} times a minute"
+                raise RateLimited(f"{of} may ask {often}: wait a moment", (1 - levels[of]) / rate)
+        for of, (rate, burst) in limits.items():
+            level = levels[of] - 1
+            self._buckets[of] = _Bucket(level, now, now + (burst - level) / rate)
         if len(self._buckets) > _KEPT:
             self._forget_full(now)
 
@@ -45,5 +54,4 @@ class Rates:
         return burst if bucket is None else min(burst, bucket.level + rate * (now - bucket.at))
 
     def _forget_full(self, now: float) -> None:
-        longest_s = max(KEY_BURST / KEY_RATE, TENANT_BURST / TENANT_RATE)
-        self._buckets = {of: bucket for of, bucket in self._buckets.items() if now - bucket.at < longest_s}
+        self._buckets = {of: bucket for of, bucket in self._buckets.items() if now < bucket.full_at}

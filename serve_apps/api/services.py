@@ -26,6 +26,7 @@ from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.access.places import Places
+from serve_apps.access.rates import Rates
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.publication import publish_upload
 from serve_apps.console import Gateway, Placements, Streams
@@ -53,6 +54,7 @@ class Services:
     """Opens each service on first use, so that the server starts without its database, and answers 503.
 
     long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
+    rates    how often keys and tenants ask
     scratch, memory  the bytes of all these on this machine's disk, and of checks and conversions in its memory
     """
 
@@ -66,6 +68,7 @@ class Services:
         self.long = Places("publications and downloads", total=4, of_tenant=2, wait_s=10.0)
         self.sending = Places("files", total=16, of_tenant=2, wait_s=10.0)
         self.scratch = Scratch(settings.scratch_bytes)
+        self.rates = Rates()
         self.followers = Places("followers of logs", total=64, of_tenant=16, of_key=4)
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings

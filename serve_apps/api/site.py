@@ -104,6 +104,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         access=access,
         permissions=permissions,
         refused=problems.failed,
+        rates=services.rates,
         sessions=sessions,
         renderer=renderer,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, NamedTuple, Protocol
 
 from fastapi import Depends, Request
@@ -15,8 +16,9 @@ from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.access import Access
+from serve_apps.access import Access, Asking
 from serve_apps.access.places import Places
+from serve_apps.access.rates import Rates
 from serve_apps.console.live.gateway import Gateway
 from serve_apps.console.live.histories import Histories
 from serve_apps.console.live.streams import Streams
@@ -37,6 +39,7 @@ class Backend(Protocol):
     streams: Streams
     long: Places
     sending: Places
+    rates: Rates
     scratch: Scratch
 
     @property
@@ -73,3 +76,10 @@ async def _console(request: Request) -> Console:  # FastAPI would call a plain f
 
 
 ConsoleDep = Annotated[Console, Depends(_console)]
+
+
+async def _count_advice(console: ConsoleDep, asking: Asking) -> None:
+    console.backend.rates.take_advice(asking, time.monotonic())
+
+
+COUNTED_AS_ADVICE = [Depends(_count_advice)]  # of a route that plans or recommends: raises RateLimited

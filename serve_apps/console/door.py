@@ -37,10 +37,11 @@ class CheckConsole(CheckAccess):
         access: Access,
         permissions: Permissions,
         refused: Callable[[Exception], Response],
+        rates: Rates,
         sessions: Sessions,
         renderer: Renderer,
     ) -> None:
-        super().__init__(app, access, permissions, refused, Rates())
+        super().__init__(app, access, permissions, refused, rates)
         self._sessions, self._renderer = sessions, renderer
 
     async def _admit(self, scope: Scope, action: Action) -> Principal | None:

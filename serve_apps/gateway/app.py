@@ -15,6 +15,7 @@ from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import FleetSpec
 from serve_apps.access import Access, CheckAccess, Permissions, open_access, reference
+from serve_apps.access.origins import AllowOrigins
 from serve_apps.accounting.access_log import log_access
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.admission import AdmitRequests
@@ -37,8 +38,10 @@ CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
 
 
-def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None) -> FastAPI:
-    """Creates the ASGI application, which follows the catalog while it runs."""
+def create_app(
+    gateway: Gateway, access: Access, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
+) -> FastAPI:
+    """Creates the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -64,6 +67,7 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
     )
     permissions = Permissions(app.routes)
     app.state.gateway = gateway
+    gateway.counted.keys_age_s = lambda: access.age_s
     errors.install(app)
 
     def refused(error: Exception) -> Response:
@@ -81,6 +85,8 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(CheckAccess, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
+    if origins:
+        app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
     describe(app, permissions, generation.BODIES | tokens.BODIES | adapters.BODIES)
@@ -109,4 +115,4 @@ def open_gateway(
     accounts = Accounts(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
-    return log_access(create_app(gateway, access, tracing), settings.access_log)
+    return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)

@@ -68,7 +68,11 @@ class Gateway:
         target, meter = await self._chosen(request, headers)
         encoder, limit = target.base.prompts, target.limit
         prompts = await encoder.texts(
-            request.prompt, limit, special=request.add_special_tokens, keep=num_kept(request, limit)
+            request.prompt,
+            limit,
+            headers.principal.tenant,
+            special=request.add_special_tokens,
+            keep=num_kept(request, limit),
         )
         answer = CompletionFormat(_new_id("cmpl"), *_about(request, target, prompts))
         told = await self._check(target, request.constraint, headers, prompts)
@@ -107,7 +111,7 @@ class Gateway:
         dialect = await self.dialect(request, target, tenant)
         prompt = await target.base.prompts.chat(request, dialect, target.limit, tenant, keep=keep)
         given, use = request.constraint, request.tool_use
-        constraint = await target.base.prompts.constraint(request, dialect)
+        constraint = await target.base.prompts.constraint(request, dialect, tenant)
         if use is not None:
             given = None if constraint is None else Given("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(request, target, [prompt]))
@@ -174,7 +178,7 @@ class Gateway:
         `given`: what the answers must match. What was tokenised for a request that is refused is charged.
         """
         with self.accounts.charged_if_refused(headers.principal, sum(map(len, prompts))):
-            bad_words = await target.base.prompts.bad_words(request.bad_words)
+            bad_words = await target.base.prompts.bad_words(request.bad_words, headers.principal.tenant)
             prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
             return [
                 GenerateRequest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter
@@ -33,6 +33,7 @@ class GatewayMetrics:
         for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
             self._canary_rollbacks.labels(bound)
         self.num_in_flight = 0
+        self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway's door knows
 
     def answered(self, route: str, code: int, *, is_broken: bool = False) -> None:
         """A request has ended. `is_broken`: its answer had begun with this status, and failed."""
@@ -65,6 +66,8 @@ class GatewayMetrics:
             gauge("catalog_adapters", {(b.name,): directory.num_adapters_of(b) for b in directory.bases.values()}),
             gauge("catalog_age_seconds", {(): directory.age_s}),
         ]
+        if self.keys_age_s is not None:
+            families.append(gauge("keys_age_seconds", {(): self.keys_age_s()}))
         if usage is not None:
             families += [
                 gauge("usage_writer_alive", {(): usage.is_alive}),

@@ -21,6 +21,7 @@ from serve_apps.accounting.fair_threads import FairThreads
 
 _LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 _VERY_LONG = 131_072  # about 60 ms
+_LONG_WAIT_S = 30.0  # for which a very long text waits for its tenant's turn
 _OWN_THREADS = 2  # that render templates of adapters, each with a process
 _OWN_WAIT_S = 2.0  # for which such a request waits for its tenant's turn
 _PIECE = 8192  # tokens that are decoded at once; then other threads run
@@ -31,8 +32,9 @@ T = TypeVar("T")
 class PromptEncoder:
     """Encodes texts, the short ones at once, and others in threads, so that they do not delay other requests.
 
-    Very long ones have a thread of their own: however many come, they delay only each other. So have adapters' own
-    templates, which tenants render in turn.
+    Very long ones have a thread of their own, and adapters' own templates have others: however many come, they delay
+    only each other. Tenants use these threads in turn. `tenant` is who asks; a call that has waited for its turn for
+    too long raises Overloaded.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._dialects = Dialects(base.name, templates, tokenizer, form)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
-        self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
+        self._long_texts = FairThreads(1, _LONG_WAIT_S, "long-texts")
         self._own_templates = FairThreads(_OWN_THREADS, _OWN_WAIT_S, "own-templates")
 
     @classmethod
@@ -50,11 +52,18 @@ class PromptEncoder:
         return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form)
 
     def close(self) -> None:
+        self._long_texts.close()
         self._own_templates.close()
         self._dialects.close()
 
     async def texts(
-        self, prompts: Sequence[Prompt], limit: int | None, *, special: bool = True, keep: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        limit: int | None,
+        tenant: str = "",
+        *,
+        special: bool = True,
+        keep: int | None = None,
     ) -> list[tuple[int, ...]]:
         """Encodes texts, with the tokenizer's special tokens if `special`. Token ids are returned unchanged.
 
@@ -71,7 +80,7 @@ class PromptEncoder:
             ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
             return ids if keep is None else [self.tokenizer.cut(i, keep) for i in ids]
 
-        return await self._run(encode, sum(len(p) for p in prompts if isinstance(p, str)))
+        return await self._run(tenant, encode, sum(len(p) for p in prompts if isinstance(p, str)))
 
     def echo(self, prompt: Prompt) -> str:
         """The text of a prompt; token ids are decoded."""
@@ -80,7 +89,7 @@ class PromptEncoder:
     async def dialect(
         self, adapter: AdapterRef | None, template: str | None, tenant: str = "", *, with_tools: bool
     ) -> Dialect:
-        """How the model is spoken to; `template` is the adapter's own, `tenant` who asks.
+        """How the model is spoken to; `template` is the adapter's own.
 
         Raises RequestError if there is no template.
         """
@@ -97,10 +106,7 @@ class PromptEncoder:
         *,
         keep: int | None = None,
     ) -> tuple[int, ...]:
-        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`.
-
-        `tenant` is who asks. Raises Overloaded where the adapter's own template cannot be rendered soon.
-        """
+        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`."""
         use = request.tool_use
         begins = (
             not request.continue_final_message
@@ -127,24 +133,24 @@ class PromptEncoder:
             _check_characters(request.num_characters, most, limit, "messages")
         if dialect.own is None:
             characters = request.num_characters + _MESSAGE_OVERHEAD * len(request.messages)
-            return await self._run(lambda: encode(render()), characters)
+            return await self._run(tenant, lambda: encode(render()), characters)
         prompt = await self._own_templates.run(tenant, render)
         if most is not None and limit is not None:
             _check_characters(len(prompt), most, limit, "messages")
-        return await self._run(partial(encode, prompt), len(prompt))
+        return await self._run(tenant, partial(encode, prompt), len(prompt))
 
-    async def constraint(self, request: ChatCompletionRequest, dialect: Dialect) -> Constraint | None:
+    async def constraint(self, request: ChatCompletionRequest, dialect: Dialect, tenant: str = "") -> Constraint | None:
         """What the answer must match, of which the tools are a part: see `Dialect.constraint`."""
         answer = None if request.constraint is None else request.constraint.constraint
         if request.tool_use is None:
             return answer
-        return await self._run(partial(dialect.constraint, request.tool_use, answer), request.num_characters)
+        return await self._run(tenant, partial(dialect.constraint, request.tool_use, answer), request.num_characters)
 
-    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    async def bad_words(self, words: Sequence[str], tenant: str = "") -> tuple[tuple[int, ...], ...]:
         """Their token ids: see `bad_word_ids`."""
-        return await self._run(partial(bad_word_ids, self.tokenizer, words), 2 * sum(map(len, words)))
+        return await self._run(tenant, partial(bad_word_ids, self.tokenizer, words), 2 * sum(map(len, words)))
 
-    async def decode(self, ids: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int], tenant: str = "") -> str:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
         if max(ids, default=0) >= self.tokenizer.num_tokens:
             raise RequestError(f"a token id is outside the vocabulary of {self.tokenizer.num_tokens}", "tokens")
@@ -154,18 +160,19 @@ class PromptEncoder:
             pieces = [decoder.push(ids[i : i + _PIECE]) for i in range(0, len(ids), _PIECE)]
             return "".join(pieces) + decoder.flush()
 
-        return await self._run(decode, len(ids))
+        return await self._run(tenant, decode, len(ids))
 
-    async def token_strings(self, ids: Sequence[int]) -> list[str]:
+    async def token_strings(self, ids: Sequence[int], tenant: str = "") -> list[str]:
         """Each token as it stands in the vocabulary."""
-        return await self._run(partial(self.tokenizer.tokens, ids), len(ids))
+        return await self._run(tenant, partial(self.tokenizer.tokens, ids), len(ids))
 
-    async def _run(self, encode: Callable[[], T], num_characters: int) -> T:
+    async def _run(self, tenant: str, encode: Callable[[], T], num_characters: int) -> T:
         """Calls `encode` at once, or in a thread if the text is long."""
         if num_characters <= _LONG:
             return encode()
-        threads = self._threads if num_characters <= _VERY_LONG else self._long_texts
-        return await asyncio.get_running_loop().run_in_executor(threads, encode)
+        if num_characters > _VERY_LONG:
+            return await self._long_texts.run(tenant, encode)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
 
 def _check_characters(num: int, most: int, limit: int, param: str) -> None:

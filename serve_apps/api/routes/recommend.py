@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Literal
 
-from fastapi import Query
+from fastapi import Depends, Query
 
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import recommend
@@ -17,7 +18,7 @@ from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import ServicesDep
+from serve_apps.api.services import Asking, ServicesDep
 
 router = router_of("methods")
 
@@ -34,7 +35,15 @@ class RecommendationResource(Resource):
     remarks: tuple[str, ...]
 
 
-@router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
+async def _count(services: ServicesDep, asking: Asking) -> None:
+    services.rates.take_advice(asking, time.monotonic())
+
+
+@router.get(
+    "/recommend",
+    dependencies=[Depends(_count)],
+    responses=responses(404, 429) | examples.ok(examples.RECOMMENDATION),
+)
 @may("identify")
 def recommend_methods(
     services: ServicesDep,

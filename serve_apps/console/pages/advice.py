@@ -17,7 +17,7 @@ from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE
 from loray.simulation.asked import POLICY_NAMES, Asked
 from loray.spec import Method
 from serve_apps.access import Asking, may
-from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.backend import COUNTED_AS_ADVICE, ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED, checked, read_form
 from serve_apps.console.recipes import form_fields, plan_of, recipe_of
 from serve_apps.console.routing import router_of
@@ -63,7 +63,7 @@ def show_forms(console: ConsoleDep, request: Request, asking: Asking) -> Respons
     )
 
 
-@router.post("/recommend")
+@router.post("/recommend", dependencies=COUNTED_AS_ADVICE)
 @may("identify")
 async def show_recommendation(console: ConsoleDep, request: Request) -> Response:
     """What `loray recommend` says. Raises SpecError, and NotFoundError for a base of unknown shape."""
@@ -80,7 +80,7 @@ async def show_recommendation(console: ConsoleDep, request: Request) -> Response
     return console.renderer.page(request, "parts/recommendation.html", found=found, rows=rows, scores=scores)
 
 
-@router.post("/plan")
+@router.post("/plan", dependencies=COUNTED_AS_ADVICE)
 @may("identify")
 async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray plan` says of the form."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any, get_args
 
 from fastapi import Path, Query, Request
@@ -70,6 +71,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
         hint = "What a run takes is shown here once the recipe has a name and data."
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
     try:
+        console.backend.rates.take_advice(asking, time.monotonic())
         found = await run_in_threadpool(estimated)
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))

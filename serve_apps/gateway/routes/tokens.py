@@ -30,19 +30,19 @@ def create_router(gateway: Gateway) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """vLLM's: a text or a chat as token ids."""
         body, chat = await converted_body(request, tokenize_and_chat)
-        target = await gateway.model(body.model, principal_of(request))
+        principal = principal_of(request)
+        target, tenant = await gateway.model(body.model, principal), principal.tenant
         prompts = target.base.prompts
         if chat is not None:
-            tenant = principal_of(request).tenant
             ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
         else:
             special = body.add_special_tokens is not False
-            (ids,) = await prompts.texts((body.prompt or "",), None, special=special)
+            (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
         # Without a check of what may be hundreds of thousands of tokens.
         answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
         if body.return_token_strs:
-            answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids)})
-        gateway.accounts.charge(principal_of(request), _PART * len(ids))
+            answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids, tenant)})
+        gateway.accounts.charge(principal, _PART * len(ids))
         return Response(answer.to_json(), media_type="application/json")
 
     @router.post("/detokenize")
@@ -50,9 +50,10 @@ def create_router(gateway: Gateway) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
         body = await body_of(request, DetokenizeRequest)
-        target = await gateway.model(body.model, principal_of(request))
-        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens))
-        gateway.accounts.charge(principal_of(request), _PART * len(body.tokens))
+        principal = principal_of(request)
+        target = await gateway.model(body.model, principal)
+        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
+        gateway.accounts.charge(principal, _PART * len(body.tokens))
         return Response(answer.to_json(), media_type="application/json")
 
     return router

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -127,3 +129,20 @@ def test_a_file_that_cannot_be_used(world: World, harm: Callable[[Path], object]
     world.is_away = True
     (answer,) = admitted(world.server(), good)
     assert isinstance(answer, CatalogError)
+
+
+def test_keys_from_disk_are_as_old_as_they_are(world: World) -> None:
+    key = Catalog(world.url).create_key("ci", scopes=("infer",)).secret
+    with closing(world.server()) as before:
+        assert before.age_s == float("inf")
+        assert isinstance(admitted(before, key)[0], Principal)
+        assert 0 <= before.age_s < 60
+    world.is_away = True
+    at = time.time() - 600
+    os.utime(world.file.path, (at, at))
+    with closing(world.server()) as after:
+        assert isinstance(admitted(after, key)[0], Principal)
+        assert 600 <= after.age_s < 660
+        world.is_away = False
+        admitted(after, refreshes=2)
+        assert 0 <= after.age_s < 60

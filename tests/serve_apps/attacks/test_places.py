@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.types import Message
 
@@ -232,6 +233,43 @@ def test_rates_of_a_key_and_of_its_tenant() -> None:
     for principal in (Principal(), Principal(key_id="root")):  # without keys, and an administrator
         for _ in range(1000):
             counted.take(principal, 0.0)
+
+
+def test_advice_has_a_rate_of_its_own() -> None:
+    counted = Rates()
+    for _ in range(30):
+        counted.take_advice(of("acme", "key-1"), 0.0)
+    with pytest.raises(RateLimited, match="for advice, key key-1 may ask 30 times a minute") as refused:
+        counted.take_advice(of("acme", "key-1_2"), 0.0)
+    assert refused.value.retry_after_s == 2.0
+    counted.take(of("acme", "key-1"), 0.0)
+    counted.take_advice(of("acme", "key-2"), 0.0)
+    counted.take_advice(of("acme", "key-1"), 2.0)
+    for _ in range(100):
+        counted.take_advice(Principal(key_id="root"), 0.0)
+
+
+def test_a_loop_of_plans_and_recommendations_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "ADVICE_RATE", 0.001)
+    monkeypatch.setattr(rates, "ADVICE_BURST", 4.0)
+    api.catalog.create_tenant("acme")
+    secret = api.catalog.create_key("x", tenant="acme", scopes=["infer", "train"]).secret
+    key = {"Authorization": f"Bearer {secret}"}
+    form = key | {"Content-Type": "application/x-www-form-urlencoded"}
+    recipe = {"name": "tone", "data.train": "/rows.jsonl", "base": "nothing"}
+
+    def answers() -> list[httpx.Response]:
+        pages = [
+            api.http.post(f"/console/{path}", data=recipe, headers=form)
+            for path in ("advice/recommend", "advice/plan", "jobs/plan")
+        ]
+        return [api.http.get("/recommend?context_length=2048&num_tasks=9", headers=key), *pages]
+
+    assert not any("for advice, key" in answer.text for answer in answers())
+    refused = answers()
+    assert [answer.status_code for answer in refused] == [429, 429, 429, 200]  # the last shows it where a plan would be
+    assert all("for advice, key" in answer.text for answer in refused)
+    assert api.http.get("/adapters", headers=key).status_code == 200
 
 
 def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def whole(base: BaseModel) -> list[Family]:
 
         go(asked, test)
     gateway = GatewayMetrics("g1")
+    gateway.keys_age_s = lambda: 2.0
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
@@ -191,6 +192,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
     assert (samples["loray_replicas_reporting",], samples["loray_replicas_silent",]) == (2, 1)
     assert samples["loray_catalog_adapters",] == 1
     assert 0 <= samples["loray_catalog_age_seconds",] < 60
+    assert 0 <= samples["loray_keys_age_seconds",] < 60
     assert samples["loray_http_requests_in_flight",] == 1  # the scrape
     assert samples["loray_http_requests_waiting",] == 0
 

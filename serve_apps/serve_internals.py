@@ -1,0 +1,96 @@
+"""What loray uses of Ray Serve that Serve does not promise: each private name, and what it is called with.
+
+Other modules import Serve's private classes and functions from here. What they call or override of Serve's objects
+stands in PRIVATE. It is compared with the installed Ray where this module is imported, which the applications do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import ray
+
+from loray.errors import ClusterError
+
+
+class Private(NamedTuple):
+    """`path`: a function, a class, or a class's method or attribute in `module`. `parameters` are those that it is
+    called with by name or by position; None: it is an attribute, which the class's constructor sets.
+    """
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] | None = ()
+
+
+_ROUTER, _HANDLE = "ray.serve.request_router", "ray.serve.handle"
+
+PRIVATE = (
+    Private("ray.serve._private.config", "DeploymentConfig.to_proto"),
+    Private(
+        "ray.serve", "Deployment.__init__", ("name", "deployment_config", "replica_config", "version", "_internal")
+    ),
+    Private("ray.serve", "Deployment._deployment_config", None),
+    Private("ray.serve", "Deployment._replica_config", None),
+    Private("ray.serve.context", "_get_global_client"),
+    Private("ray.serve._private.client", "ServeControllerClient._controller", None),
+    Private(_HANDLE, "DeploymentHandle._init", ("kwargs",)),
+    Private(_HANDLE, "DeploymentBroadcastResponse._fetch_replica_results_async"),
+    Private(_HANDLE, "DeploymentResponseGenerator._fetch_future_result_async"),
+    Private(_HANDLE, "DeploymentResponseGenerator._replica_result_future", None),
+    Private(_ROUTER, "RequestRouter._choose_replica_for_request", ("pending_request",)),
+    Private(_ROUTER, "RequestRouter._deployment_id", None),
+    Private(_ROUTER, "RequestRouter._fulfill_next_pending_request", ("replica", "request_metadata")),
+    Private(_ROUTER, "RequestRouter._get_pending_request_matching_internal_request_id", ("request_metadata",)),
+    Private(_ROUTER, "RequestRouter._pending_requests_to_fulfill", None),
+    Private(_ROUTER, "RequestRouter._probe_queue_lens", ("replicas", "backoff_index")),
+    # Without an underscore, and not in Serve's documentation: an override that Serve does not call would count nothing.
+    Private(_ROUTER, "RequestRouter.decrement_queue_len_cache", ("replica_id",)),
+    Private(_ROUTER, "RequestRouter.on_new_queue_len_info", ("replica_id", "num_ongoing_requests")),
+    Private(_ROUTER, "RequestRouter.on_replica_actor_unavailable", ("replica_id",)),
+    Private(_ROUTER, "RequestRouter.on_send_request", ("replica_id",)),
+    Private(_ROUTER, "RequestRouter.update_replicas", ("replicas",)),
+)
+
+
+def check() -> None:
+    """Raises ClusterError where the installed Ray has one of PRIVATE not, or with other parameters."""
+    for private in PRIVATE:
+        if (problem := _problem(private)) is not None:
+            raise ClusterError(
+                f"loray does not run on Ray {ray.__version__}, whose {private.module}.{private.path} {problem}; "
+                "install the Ray that loray's package asks for"
+            )
+
+
+def _problem(private: Private) -> str | None:
+    try:
+        owner: Any = import_module(private.module)
+        *outer, name = private.path.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        if private.parameters is None:
+            return None if _is_set(owner, name) else "is not there"
+        found = getattr(owner, name)
+    except (ImportError, AttributeError):
+        return "is not there"
+    taken = inspect.signature(found).parameters
+    missing = [p for p in private.parameters if p not in taken]
+    return f"has no parameter {missing[0]!r}" if missing else None
+
+
+def _is_set(owner: Any, name: str) -> bool:
+    """By the constructor of the class or of one that it is derived from."""
+    return any(
+        name in base.__dict__["__init__"].__code__.co_names for base in owner.__mro__ if "__init__" in vars(base)
+    )
+
+
+check()
+
+from ray.serve._private.config import DeploymentConfig  # noqa: E402 - checked first; no public option sets a version
+from ray.serve.context import _get_global_client  # noqa: E402 - no public call tells the options of the proxies
+
+__all__ = ["PRIVATE", "DeploymentConfig", "Private", "_get_global_client", "check"]
