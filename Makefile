@@ -68,8 +68,9 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
+# Writes the guide's tables of limits, and makes the site without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
 docs: .venv/.docs-ready
+	$(BIN)/python -m infra.docs.limits
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html is the documentation"
 

@@ -13,7 +13,7 @@ from threading import Lock
 from loray.errors import Overloaded
 from loray.files import scratch_folder
 
-_SHARE = 0.8  # of what is free at the start
+SHARE = 0.8  # of what is free at the start
 _RETRY_S = 10.0
 
 
@@ -60,7 +60,7 @@ class Scratch(Budget):
     def __init__(self, max_bytes: int | None = None) -> None:
         """None: a share of what is free now where temporary files lie."""
         if max_bytes is None:
-            max_bytes = int(_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+            max_bytes = int(SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
         super().__init__(max_bytes, "on this server's disk (LORAY_SCRATCH_BYTES)")
 
     @contextmanager

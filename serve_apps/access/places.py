@@ -14,8 +14,20 @@ from loray.spec import Principal
 
 T = TypeVar("T")
 
-_MOST_WAITING = 8  # of one tenant
+MOST_WAITING = 8  # of one tenant
 _RETRY_S = 10.0
+
+
+class MostPlaces(NamedTuple):
+    """How many have a place at once, of all, of a tenant and of a key (None: as many as its tenant).
+
+    Who finds none waits in turn for `wait_s` seconds at most, and few of a tenant wait.
+    """
+
+    total: int
+    of_tenant: int
+    of_key: int | None = None
+    wait_s: float = 0.0
 
 
 class _Waiting(NamedTuple):
@@ -25,21 +37,13 @@ class _Waiting(NamedTuple):
 
 
 class Places:
-    """Used from one event loop.
+    """Used from one event loop. `what` says in messages what they are for."""
 
-    what       what they are for, in messages
-    total, of_tenant, of_key  how many at once; None: as many as its tenant
-    wait_s     how long, at most, somebody who finds none waits in turn. Few of a tenant wait
-    """
-
-    def __init__(
-        self, what: str, *, total: int, of_tenant: int, of_key: int | None = None, wait_s: float = 0.0
-    ) -> None:
-        self._what, self._total, self._of_tenant, self._of_key = what, total, of_tenant, of_key
-        self._wait_s = wait_s
+    def __init__(self, what: str, most: MostPlaces) -> None:
+        self._what, self._most = what, most
         self._taken: Counter[str] = Counter()
         self._waiting: list[_Waiting] = []
-        self._threads = ThreadPoolExecutor(total, thread_name_prefix="places")
+        self._threads = ThreadPoolExecutor(most.total, thread_name_prefix="places")
 
     @asynccontextmanager
     async def one(self, asking: Principal) -> AsyncIterator[None]:
@@ -64,9 +68,9 @@ class Places:
 
     def _wanted(self, asking: Principal) -> dict[str, int]:
         """What is counted → how many there may be."""
-        wanted = {"": self._total, f"tenant {asking.tenant}": self._of_tenant}
-        if self._of_key is not None and asking.account is not None:
-            wanted[f"key {asking.account}"] = self._of_key
+        wanted = {"": self._most.total, f"tenant {asking.tenant}": self._most.of_tenant}
+        if self._most.of_key is not None and asking.account is not None:
+            wanted[f"key {asking.account}"] = self._most.of_key
         return wanted
 
     def _has(self, wanted: dict[str, int]) -> bool:
@@ -75,20 +79,20 @@ class Places:
     async def _wait(self, tenant: str, wanted: dict[str, int]) -> None:
         full = next(counted for counted, most in wanted.items() if self._taken[counted] >= most)
         said = f"{wanted[full]} {self._what} are under way{full and f' for {full}'}"
-        if not self._wait_s:
+        if not self._most.wait_s:
             raise RateLimited(f"{said}, which is the most at once: end one, or ask again later", _RETRY_S)
-        if sum(one.tenant == tenant for one in self._waiting) >= _MOST_WAITING:
-            raise Overloaded(f"{said}, and {_MOST_WAITING} of tenant {tenant} wait for them: ask again later", _RETRY_S)
+        if sum(one.tenant == tenant for one in self._waiting) >= MOST_WAITING:
+            raise Overloaded(f"{said}, and {MOST_WAITING} of tenant {tenant} wait for them: ask again later", _RETRY_S)
         one = _Waiting(tenant, wanted, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(self._most.wait_s):
                 await one.given
         except BaseException as e:
             if one.given.done() and not one.given.cancelled():  # it came at the same moment
                 self._leave(wanted)
             if isinstance(e, TimeoutError):
-                raise Overloaded(f"{said}, and none ended in {self._wait_s:g} s: ask again", _RETRY_S) from None
+                raise Overloaded(f"{said}, and none ended in {self._most.wait_s:g} s: ask again", _RETRY_S) from None
             raise
         finally:
             if one in self._waiting:

@@ -17,7 +17,7 @@ from serve_apps.accounting.account import Accounts
 
 LOOK_S = 0.02  # between two looks how late the event loop is
 _LOOP_LATE_S = 0.003  # that the loop may be, in the mean
-_LONGEST_S = 30.0  # that a request waits for its turn
+LONGEST_S = 30.0  # that a request waits for its turn
 _RETRY_S = 5.0
 
 
@@ -54,7 +54,7 @@ class TenantTurns:
         if is_admitted:
             return
         try:
-            async with asyncio.timeout(_LONGEST_S):
+            async with asyncio.timeout(LONGEST_S):
                 await turn.came
         except BaseException as e:
             self._fair.withdraw(tenant, turn)

@@ -30,7 +30,7 @@ DEADLINE_S = 900.0
 _LOOK_S = 0.2  # between two looks whether the client is still there
 _RETRY_S = 60.0
 _HEADERS_BYTES = 1 << 20
-_LEAST_BYTES = 1 << 30  # of memory, with which a process can do anything
+LEAST_BYTES = 1 << 30  # of memory, with which a process can do anything
 
 
 class Conversions:
@@ -71,7 +71,7 @@ class Conversions:
         Raises RateLimited where others are being made, Overloaded where the memory that is left is too little,
         DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
         """
-        max_bytes = min(MAX_MEMORY_BYTES, max(_LEAST_BYTES, self._memory.max_bytes // MAX_AT_ONCE))
+        max_bytes = min(MAX_MEMORY_BYTES, max(LEAST_BYTES, self._memory.max_bytes // MAX_AT_ONCE))
         if not self._processes.acquire(blocking=False):
             raise RateLimited(f"{MAX_AT_ONCE} conversions are being made; ask again in a minute", _RETRY_S)
         try:

@@ -25,7 +25,7 @@ from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
-from serve_apps.access.places import Places
+from serve_apps.access.places import MostPlaces, Places
 from serve_apps.access.rates import Rates
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.publication import publish_upload
@@ -34,7 +34,10 @@ from serve_apps.console import Gateway, Placements, Streams
 _log = get_logger(__name__)
 
 ACTOR = "api"
-_WORK_SHARE = 0.8  # of the memory that is free at the start
+LONG = MostPlaces(total=4, of_tenant=2, wait_s=10.0)  # publications and downloads that are made
+SENDING = MostPlaces(total=16, of_tenant=2, wait_s=10.0)  # files
+FOLLOWERS = MostPlaces(total=64, of_tenant=16, of_key=4)  # of logs
+WORK_SHARE = 0.8  # of the memory that is free at the start
 _RETRY_S = 1.0  # between two attempts to open the catalog, as in the header Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
@@ -65,11 +68,11 @@ class Services:
         self.placements = placements
         self.memory = Budget(_memory_for_work(), "in this server's memory")
         self.conversions, self.streams = Conversions(settings, self.memory), Streams()
-        self.long = Places("publications and downloads", total=4, of_tenant=2, wait_s=10.0)
-        self.sending = Places("files", total=16, of_tenant=2, wait_s=10.0)
+        self.long = Places("publications and downloads", LONG)
+        self.sending = Places("files", SENDING)
         self.scratch = Scratch(settings.scratch_bytes)
         self.rates = Rates()
-        self.followers = Places("followers of logs", total=64, of_tenant=16, of_key=4)
+        self.followers = Places("followers of logs", FOLLOWERS)
         self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
@@ -158,7 +161,7 @@ ServicesDep = Annotated[Services, Depends(_services)]
 def _memory_for_work() -> int:
     """Bytes: a part of what this machine or container has beside what this process takes now."""
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return max(0, int(_WORK_SHARE * (hardware().memory_bytes - taken)))
+    return max(0, int(WORK_SHARE * (hardware().memory_bytes - taken)))
 
 
 def _reserve_bases(catalog: Catalog, home: FilePath) -> None:

@@ -18,8 +18,8 @@ from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.metrics import OfBase
 from serve_apps.gateway.prompts import PromptEncoder
 
-_MIN_BODY_BYTES, _MAX_BODY_BYTES = 1 << 20, 64 << 20
-_BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
+MIN_BODY_BYTES, MAX_BODY_BYTES = 1 << 20, 64 << 20
+BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
 FRESH_S = 1.0  # for which what replicas have said of their health is said again
 
 OpenEngines = Callable[[ServeSpec], Engines]
@@ -60,7 +60,7 @@ class ServedBase:
         """Of a request: the spec's, else what a prompt as long as the longest context may take, at most 64 MiB."""
         if self.spec.max_body_bytes is not None:
             return self.spec.max_body_bytes
-        return min(max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context)), _MAX_BODY_BYTES)
+        return min(max(MIN_BODY_BYTES, BYTES_PER_TOKEN * self.limit(longest_context)), MAX_BODY_BYTES)
 
     async def healthy(self) -> bool:
         """Whether it can be asked: a replica answers, or the next request starts one. Not where a replica is wanted and

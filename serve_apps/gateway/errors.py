@@ -39,7 +39,7 @@ _log = get_logger(__name__)
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
-_ROUTE_CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
+ROUTE_CODES = {404: "unknown_url", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 
 
 class Failure(NamedTuple):
@@ -126,6 +126,6 @@ def install(app: FastAPI) -> None:
         return RequestError(f"{param}: {first['msg']}", param)
 
     def refused(status: int, message: str) -> Response:
-        return response_of(_failure(_Kind(status, _INVALID, _ROUTE_CODES.get(status)), message))
+        return response_of(_failure(_Kind(status, _INVALID, ROUTE_CODES.get(status)), message))
 
     install_error_handlers(app, failed=lambda error: response_of(failure_of(error)), invalid=invalid, refused=refused)

@@ -19,7 +19,7 @@ from serve_apps.gateway.directory import ModelDirectory
 
 _OWNER = "loray"
 MAX_CARDS = 10_000  # of one answer
-_LISTS = Limits(rpm_limit=60)  # of a key, beside its own limits
+LISTS = Limits(rpm_limit=60)  # of a key, beside its own limits
 _AT_ONCE = 100  # models that are encoded before other requests have their turn: about a millisecond
 
 
@@ -40,7 +40,7 @@ class ModelCards:
 
     def count_list(self, principal: Principal) -> None:
         """Before a list. Raises RateLimited where the key has asked for too many in the last minute."""
-        counted = Principal(tenant=principal.tenant, key_id=principal.key_id, limits=_LISTS)
+        counted = Principal(tenant=principal.tenant, key_id=principal.key_id, limits=LISTS)
         try:
             self._lists.admit(counted, 0, time.time())
         except RateLimited as e:

@@ -19,11 +19,11 @@ from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.accounting.fair_threads import FairThreads
 
-_LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
-_VERY_LONG = 131_072  # about 60 ms
-_LONG_WAIT_S = 30.0  # for which a very long text waits for its tenant's turn
-_OWN_THREADS = 2  # that render templates of adapters, each with a process
-_OWN_WAIT_S = 2.0  # for which such a request waits for its tenant's turn
+LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
+VERY_LONG = 131_072  # about 60 ms
+LONG_WAIT_S = 30.0  # for which a very long text waits for its tenant's turn
+OWN_THREADS = 2  # that render templates of adapters, each with a process
+OWN_WAIT_S = 2.0  # for which such a request waits for its tenant's turn
 _PIECE = 8192  # tokens that are decoded at once; then other threads run
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
 T = TypeVar("T")
@@ -44,8 +44,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._dialects = Dialects(base.name, templates, tokenizer, form)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
-        self._long_texts = FairThreads(1, _LONG_WAIT_S, "long-texts")
-        self._own_templates = FairThreads(_OWN_THREADS, _OWN_WAIT_S, "own-templates")
+        self._long_texts = FairThreads(1, LONG_WAIT_S, "long-texts")
+        self._own_templates = FairThreads(OWN_THREADS, OWN_WAIT_S, "own-templates")
 
     @classmethod
     def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:
@@ -168,9 +168,9 @@ class PromptEncoder:
 
     async def _run(self, tenant: str, encode: Callable[[], T], num_characters: int) -> T:
         """Calls `encode` at once, or in a thread if the text is long."""
-        if num_characters <= _LONG:
+        if num_characters <= LONG:
             return encode()
-        if num_characters > _VERY_LONG:
+        if num_characters > VERY_LONG:
             return await self._long_texts.run(tenant, encode)
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 

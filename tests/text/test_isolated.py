@@ -61,7 +61,7 @@ def test_a_template_that_is_slow_again_and_again_is_refused(
     renderer: IsolatedRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, fast = ChatTemplate("{{ messages|length }}"), ChatTemplate("fast")
-    monkeypatch.setattr(isolated, "_SLOW_S", -1.0)
+    monkeypatch.setattr(isolated, "SLOW_S", -1.0)
     for _ in range(3):
         assert renderer.render(slow, [USER]) == "1"
     monkeypatch.undo()

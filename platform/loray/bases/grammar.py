@@ -18,11 +18,11 @@ from loray.bases import tokenizer
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError, UnsupportedError
 from loray.spec import Constraint
+from loray.spec.structured import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_CHARACTERS = 64 << 10  # of a schema, pattern, list of texts or grammar
 MAX_NESTING = 256  # of brackets in a pattern or grammar
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms

@@ -44,14 +44,14 @@ from loray.store.adapters import UPLOADS
 MAX_FILE_BYTES = 4 << 30
 MAX_OPEN = 32  # of one tenant that are not published
 
-_MAX_SMALL_BYTES = 1 << 20
-_MAX_BYTES = {
+MAX_SMALL_BYTES = 1 << 20
+MAX_BYTES = {
     WEIGHTS_FILE: MAX_FILE_BYTES,
     CONFIG_FILE: MAX_CONFIG_BYTES,
     AdapterManifest.FILE: MAX_MANIFEST_BYTES,
     AdapterManifest.TEMPLATE_FILE: 4 * MAX_TEMPLATE_CHARACTERS,
 }
-_MAX_FILES = 8
+MAX_FILES = 8
 
 
 class UploadedFile(NamedTuple):
@@ -85,8 +85,8 @@ class Uploads:
         check_file_name(name)
         self.check_open(upload)
         others = [file for file in self.files(upload) if file.name != name]
-        if len(others) >= _MAX_FILES:
-            raise SpecError(f"an adapter has at most {_MAX_FILES} files")
+        if len(others) >= MAX_FILES:
+            raise SpecError(f"an adapter has at most {MAX_FILES} files")
         put = UploadedFile(name, file_sha256(path), path.stat().st_size)
         self._objects.put_if_absent(self._file(upload, put), path)
         for file in self.files(upload):
@@ -274,4 +274,4 @@ def check_file_name(name: str) -> int:
     if not is_plain or not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed):
         hint = "; pickles are never read" if name.endswith((".bin", ".pt", ".pth", ".pkl")) else ""
         raise UnsupportedError(f"{shown(name)} is no file of an adapter, which are {', '.join(allowed)}{hint}")
-    return _MAX_BYTES.get(name, _MAX_SMALL_BYTES)
+    return MAX_BYTES.get(name, MAX_SMALL_BYTES)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 from loray.spec.fields import Frozen
 
 Schema = Mapping[str, Any] | bool
+MAX_CHARACTERS = 64 << 10  # of a schema, pattern, list of texts or grammar
 ANY_OBJECT: Schema = {"type": "object"}
 
 

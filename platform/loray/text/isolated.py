@@ -22,20 +22,20 @@ from loray.errors import Overloaded, RequestError
 from loray.text.templates import ChatTemplate
 
 MAX_PROMPT_CHARACTERS = 16 << 20
-_TIMEOUT_S = 0.5  # of one prompt; most take a few milliseconds
+TIMEOUT_S = 0.5  # of one prompt; most take a few milliseconds
 _START_S = 10.0  # for a process to start
-_SLOW_S = 0.25  # of the processor's time, for one prompt
-_MAX_SLOW = 3  # slow prompts of a template within _SLOW_WINDOW_S; then it is refused
-_SLOW_WINDOW_S = 60.0
+SLOW_S = 0.25  # of the processor's time, for one prompt
+MAX_SLOW = 3  # slow prompts of a template within SLOW_WINDOW_S; then it is refused
+SLOW_WINDOW_S = 60.0
 _MEMORY_BYTES = 1 << 30  # of the process's address space
-_REFUSED_S = 60.0  # for which a template that was stopped or is slow is not tried again
+REFUSED_S = 60.0  # for which a template that was stopped or is slow is not tried again
 _READY = b"ready\n"
 
 
 class IsolatedRenderer:
     """Renders in one process for each thread that calls it at the same time. There is none before the first call."""
 
-    def __init__(self, timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._idle: list[_Process] = []
         self._refused: dict[str, float] = {}  # a template's source → until when
@@ -60,7 +60,7 @@ class IsolatedRenderer:
             raise
         with self._lock:
             self._idle.append(process)
-        if answer["seconds"] > _SLOW_S:
+        if answer["seconds"] > SLOW_S:
             self._was_slow(template.source)
         if "error" in answer:
             raise RequestError(answer["error"], answer["param"])
@@ -84,15 +84,15 @@ class IsolatedRenderer:
         now = time.monotonic()
         with self._lock:
             self._refused = {s: until for s, until in self._refused.items() if until > now}
-            self._refused[source] = now + _REFUSED_S
+            self._refused[source] = now + REFUSED_S
 
     def _was_slow(self, source: str) -> None:
         now = time.monotonic()
         with self._lock:
-            self._slow = {s: times for s, times in self._slow.items() if times[-1] > now - _SLOW_WINDOW_S}
-            times = [at for at in self._slow.get(source, ()) if at > now - _SLOW_WINDOW_S]
+            self._slow = {s: times for s, times in self._slow.items() if times[-1] > now - SLOW_WINDOW_S}
+            times = [at for at in self._slow.get(source, ()) if at > now - SLOW_WINDOW_S]
             self._slow[source] = [*times, now]
-        if len(times) + 1 >= _MAX_SLOW:
+        if len(times) + 1 >= MAX_SLOW:
             self._refuse(source)
 
 

@@ -98,7 +98,7 @@ def test_a_turn_that_came_to_a_request_that_was_cancelled_goes_on() -> None:
 
 
 def test_who_waits_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "_LONGEST_S", 0.0)
+    monkeypatch.setattr(admission, "LONGEST_S", 0.0)
 
     async def run() -> None:
         fair = crowded()

@@ -187,7 +187,7 @@ def test_files_that_no_adapter_has(client: CatalogClient, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("length", [True, False])
 def test_files_are_limited(api: Api, monkeypatch: pytest.MonkeyPatch, length: bool) -> None:
-    monkeypatch.setitem(uploading._MAX_BYTES, "adapter_model.safetensors", 1000)
+    monkeypatch.setitem(uploading.MAX_BYTES, "adapter_model.safetensors", 1000)
     id = api.http.post("/uploads").json()["id"]
     body: Any = b"x" * 1001 if length else iter([b"x" * 600, b"x" * 600])
     answer = api.http.put(f"/uploads/{id}/files/adapter_model.safetensors", content=body)

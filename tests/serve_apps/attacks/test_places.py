@@ -15,7 +15,7 @@ from starlette.types import Message
 from loray.errors import Overloaded, RateLimited
 from loray.spec import Principal, TrainSpec
 from serve_apps.access import rates
-from serve_apps.access.places import Places
+from serve_apps.access.places import MostPlaces, Places
 from serve_apps.access.rates import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
@@ -79,7 +79,7 @@ def authorized_admin(api: Api) -> dict[str, str]:
 
 def test_places_are_given_in_turn_and_no_tenant_takes_all() -> None:
     async def test() -> None:
-        places = Places("publications", total=3, of_tenant=2, wait_s=IN_TIME_S)
+        places = Places("publications", MostPlaces(total=3, of_tenant=2, wait_s=IN_TIME_S))
         order: list[str] = []
         leave = {name: asyncio.Event() for name in ("a1", "a2", "a3", "b1", "b2")}
 
@@ -113,11 +113,11 @@ def test_places_are_given_in_turn_and_no_tenant_takes_all() -> None:
 
 def test_who_waits_too_long_or_is_one_of_many_is_told_to_come_again() -> None:
     async def test() -> None:
-        places = Places("publications", total=1, of_tenant=1, wait_s=0.01)
+        places = Places("publications", MostPlaces(total=1, of_tenant=1, wait_s=0.01))
         async with places.one(of("a")):
             with pytest.raises(Overloaded, match=r"1 publications are under way, and none ended in 0.01 s"):
                 await places.run(of("b"), lambda: None)
-        patient = Places("publications", total=1, of_tenant=1, wait_s=IN_TIME_S)
+        patient = Places("publications", MostPlaces(total=1, of_tenant=1, wait_s=IN_TIME_S))
         async with patient.one(of("a")):
             waiting = [asyncio.create_task(patient.run(of("b"), lambda: None)) for _ in range(8)]
             await asyncio.sleep(0)

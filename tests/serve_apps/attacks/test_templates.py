@@ -119,7 +119,7 @@ def test_nobody_waits_for_ever(
         assert not encoder._own_templates._num_free
         release.set()
         await held[1]
-        while encoder._own_templates._num_free < prompts._OWN_THREADS:
+        while encoder._own_templates._num_free < prompts.OWN_THREADS:
             await asyncio.sleep(0)
         assert not encoder._own_templates._waiting
         assert await ask(encoder, OWN, "other") == 10

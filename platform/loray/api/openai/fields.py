@@ -16,6 +16,7 @@ MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BIASES = 1024
 MAX_SHORT_CHARACTERS = 512  # of a name, and of what is one word
+MAX_DESCRIPTION = 16 << 10  # characters of what a tool or a schema is for
 MAX_OBJECT_CHARACTERS = 16 << 10  # of an object that may have any members
 Prompt = str | tuple[int, ...]
 PromptForms = str | list[str] | list[int] | list[list[int]]

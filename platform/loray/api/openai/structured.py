@@ -10,17 +10,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from loray.api.openai.fields import ShortText
+from loray.api.openai.fields import MAX_DESCRIPTION, ShortText
 from loray.errors import RequestError
 from loray.spec import Constraint
-from loray.spec.structured import ANY_OBJECT, Schema, Tag
+from loray.spec.structured import ANY_OBJECT, MAX_CHARACTERS, Schema, Tag
 
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
 MAX_SCHEMA_MEMBERS = 1_000  # of one object: properties that may be absent take time with their number squared, 0.1 s
 MAX_CHOICES = 10_000
-MAX_CHARACTERS = 64 << 10  # of a constraint that is given as a text, as of any constraint
-MAX_DESCRIPTION = 16 << 10
 _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from loray.api.openai.body import Body
-from loray.api.openai.fields import ShortText
+from loray.api.openai.fields import MAX_DESCRIPTION, ShortText
 from loray.api.openai.structured import JsonSchema
 from loray.errors import RequestError, shown
 from loray.spec import Tool, ToolUse
 
 MAX_TOOLS = 128
-MAX_DESCRIPTION = 16 << 10  # characters
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _HARMLESS = ("cache_control", "defer_loading", "eager_input_streaming")  # of other providers' APIs
 
