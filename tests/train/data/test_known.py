@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loray.recipes.sources import Source
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data import kept_plans
 from loray.train.data.batches import BatchStream
@@ -17,13 +18,18 @@ from loray.train.data.dataset import load_data
 from loray.train.data.kept_plans import kept_plan, plan_ahead
 from loray.train.data.plans import Plan, Share, plan_epoch
 from loray.train.data.reading import known, parts
-from loray.train.data.reading.files import open_rows
+from loray.train.data.reading.files import RowFile, read_head, rows_of
 from loray.train.data.reading.known import cut_known
 from loray.train.data.shards import FolderCache
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_shards import write
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
+
+
+def open_rows(path: str, name: str | None = None) -> RowFile:
+    source = Source(name or path, path)
+    return rows_of(source, read_head(source))
 
 
 class Counted:
@@ -77,7 +83,7 @@ def test_what_was_just_changed_or_fetched_is_read(
     tmp_path: Path, cuts: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write(tmp_path / "a.jsonl", ROWS), FolderCache(tmp_path / "cache")
-    fetched = open_rows("s3://bucket/a.jsonl", fetched=Path(path))
+    fetched = open_rows(path, name="hf://org/name")
     cut_known(fetched, None, cache)
     changed = Path(path).stat().st_ctime
     monkeypatch.setattr(known.time, "time", lambda: changed + 1)
