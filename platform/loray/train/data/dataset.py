@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
-from loray.train.data.batches import pair_lengths
 from loray.train.data.corpus import Corpus, Runner, TemporaryCache, load_corpus, run_here
 from loray.train.data.examples import Rows, TokenRows, pack_rows
-from loray.train.data.plans import Share
+from loray.train.data.plans import Share, pair_lengths
 from loray.train.data.reading.files import DataFormat, RowFile
 from loray.train.data.reading.known import open_known
 from loray.train.data.reading.tokenising import Tokenisation
@@ -65,6 +64,12 @@ class Dataset:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each training row; of a pair those of both answers, padded to the longer one."""
         return pair_lengths(self.train.lengths) if self.is_paired else self.train.lengths
+
+    @property
+    def length_counts(self) -> dict[int, int]:
+        """How many sequences of the training rows have a number of tokens."""
+        counts = np.bincount(self.train.lengths)
+        return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
 
 def load_data(
