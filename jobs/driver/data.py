@@ -1,77 +1,104 @@
-"""Data elsewhere: the driver downloads files, folders and globs of buckets, and data sets of the Hugging Face hub,
-reads its copies, and removes them.
+"""Data elsewhere: files, folders and globs of buckets, whose objects are fetched when they are read, and data sets of
+the Hugging Face hub. The copies are removed after the reading.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from pyarrow import fs as pafs
-
 from jobs.driver import hub
-from loray.errors import DataError, SettingsError
+from loray.errors import DataError, NotFoundError, StoreError, UnsupportedError
 from loray.locations import S3Location, parse_location
-from loray.recipes.sources import HUB, fixed_part, is_glob, is_read, matches
+from loray.recipes.sources import HUB, Copy, RemoteFile, fixed_part, is_glob, is_read, matches
 from loray.settings import Settings
-from loray.store import open_filesystem
+from loray.store.keys import ObjectEntry
+from loray.store.s3 import S3Store
 
 
 @contextmanager
-def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, Path]]:
-    """Maps each s3:// and hf:// source of `paths` to a copy on this machine, a file or a folder, which is removed when
-    the block ends.
+def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, Copy]]:
+    """Maps each s3:// and hf:// source of `paths` to a copy on this machine, which is removed when the block ends. Of a
+    bucket's objects only the state is asked for; one is fetched when it is read.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.
     Raises DataError, which does not show the options of this deployment: who reads the job's log need not know them.
     """
     with tempfile.TemporaryDirectory(prefix="loray-data-") as folder:
-        copies: dict[str, Path] = {}
+        copies: dict[str, Copy] = {}
         for source in paths:
             if source in copies or not source.startswith(("s3://", HUB)):
                 continue
-            copies[source] = Path(folder, str(len(copies)))
+            path = Path(folder, str(len(copies)))
             if source.startswith(HUB):
-                hub.fetch(source, copies[source])
+                hub.fetch(source, path)
+                copies[source] = Copy(path)
             else:
-                _fetch(source, settings, copies[source])
+                copies[source] = _in_bucket(source, settings, path)
         yield copies
 
 
-def _fetch(source: str, settings: Settings, copy: Path) -> None:
-    location: S3Location | None = None
-    try:
+def _in_bucket(source: str, settings: Settings, copy: Path) -> Copy:
+    """A file or a folder of empty files."""
+    with _data_errors(source, None):
         location = _location(source, settings)
-        files, key = open_filesystem(location.url)
-        folder = fixed_part(key).rstrip("/")
-        kind = files.get_file_info(folder).type
-        if kind == pafs.FileType.NotFound:
-            raise DataError(f"data file {source} does not exist")
-        if kind == pafs.FileType.File:
-            _copy(files, key, copy)
-            return
-        for found in files.get_file_info(pafs.FileSelector(folder, recursive=True)):
-            relative = found.path.removeprefix(f"{folder}/")
-            wanted = matches(relative, key.removeprefix(f"{folder}/")) if is_glob(key) else is_read(relative)
-            if found.type == pafs.FileType.File and wanted:
-                _copy(files, found.path, copy / relative)
-        copy.mkdir(exist_ok=True)  # what is no data is not fetched: maybe nothing is
-    except (SettingsError, OSError) as e:
+    with _data_errors(source, location):
+        store = S3Store(replace(location, prefix=""))
+        objects = _objects(source, store, location.prefix)
+        remote = {}
+        for relative, entry in objects.items():
+            path = copy / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            # With the options: who may list an object with other keys than before has to read it with them.
+            state = replace(location, prefix=entry.key).url, entry.num_bytes, int(entry.written_at), entry.etag
+            remote[path] = RemoteFile(path, state, partial(_fetch, source, store, location, entry))
+        if copy not in remote:
+            copy.mkdir(exist_ok=True)  # what is no data is not fetched: maybe nothing is
+        return Copy(copy, remote)
+
+
+def _objects(source: str, store: S3Store, key: str) -> dict[str, ObjectEntry]:
+    """By the path below the source; the path of a single object is empty."""
+    folder = fixed_part(key).rstrip("/")
+    single = store.entry(folder) if folder and not is_glob(key) else None
+    if single is not None:
+        return {"": single}
+    prefix = f"{folder}/" if folder else ""
+    found, is_empty = {}, True
+    for entry in store.entries(prefix):
+        is_empty, relative = False, entry.key.removeprefix(prefix)
+        if relative != str(PurePosixPath(relative)) or relative.startswith("/"):
+            continue  # no path of a file
+        if matches(relative, key.removeprefix(prefix)) if is_glob(key) else is_read(relative):
+            found[relative] = entry
+    if is_empty:
+        raise DataError(f"data file {source} does not exist")
+    return found
+
+
+def _fetch(source: str, store: S3Store, location: S3Location, entry: ObjectEntry, path: Path) -> None:
+    """Raises DataError also where the object is not that of `entry` any more."""
+    with _data_errors(source, location):
+        store.get_to(entry.key, path)
+        now = store.entry(entry.key)
+        if now is None or now.etag != entry.etag or path.stat().st_size != entry.num_bytes:
+            raise DataError(f"{source} was changed while it was read; start again")
+
+
+@contextmanager
+def _data_errors(source: str, location: S3Location | None) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, StoreError, NotFoundError, UnsupportedError, OSError) as e:
         reason = str(e) if location is None or location.url == source else _without_options(str(e), location)
         raise DataError(f"cannot read data file {source}: {reason}") from None
-
-
-def _copy(files: Any, key: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.open_input_stream(key) as remote, path.open("wb") as file:
-        shutil.copyfileobj(remote, file, 1 << 20)
 
 
 def _location(source: str, settings: Settings) -> S3Location:

@@ -7,9 +7,10 @@ that folder, which machines share as they share `LORAY_HOME`, or from copies on 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loray.train.data.shards import (
     NOTE,
     TOKENS,
     FolderCache,
+    Integers,
     Shard,
     ShardCache,
     ShardIndex,
@@ -34,6 +36,7 @@ log = get_logger(__name__)
 
 _FOLDER = "tokens"
 _READERS = 16  # threads that fetch indices
+_PIECE_BYTES = 64 << 20  # of an array that are in memory on the way: more than a shard's
 _MAX_COPIES_BYTES = 64 << 30  # on a machine's disk: those that were used least recently are removed
 
 
@@ -68,11 +71,8 @@ class BucketCache:
         with suppress(OSError, ValueError, EOFError):
             os.utime(path)
             return self._copies.tokens(key)
-        data = self._read(key, TOKENS)
-        if data is None:
+        if not self._copy(key):
             raise StoreError(f"{self._name(key, TOKENS)} was removed while a run reads it; start the run again")
-        self._make_room(len(data))
-        self._copies.write(key, TOKENS, data)
         return self._copies.tokens(key)
 
     def put(self, key: str, shard: Shard) -> None:
@@ -92,6 +92,45 @@ class BucketCache:
             self._write(key, NOTE, data)
         except StoreError as e:
             log.warning("the next run starts more slowly: %s", e)
+
+    def array(self, key: str, *, here: bool = False) -> Integers | None:
+        found = self._copies.array(key)
+        with suppress(OSError):
+            os.utime(self._copies.path(key, TOKENS))
+        if found is None and not here:
+            with suppress(StoreError):
+                if self._copy(key):
+                    found = self._copies.array(key)
+        return found
+
+    def keep_array(self, key: str, parts: Sequence[Integers], *, here: bool = False) -> None:
+        self._make_room(sum(part.nbytes for part in parts))
+        self._copies.keep_array(key, parts)
+        if here:
+            return
+        try:
+            with (
+                self._errors(key, TOKENS),
+                self._copies.path(key, TOKENS).open("rb") as copy,
+                self._filesystem.open_output_stream(self._name(key, TOKENS)) as file,
+            ):
+                shutil.copyfileobj(copy, file, _PIECE_BYTES)
+        except (FileNotFoundError, StoreError) as e:
+            log.warning("other machines make it again: %s", e)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._copies.alone()
+
+    def _copy(self, key: str) -> bool:
+        """Whether the bucket has such an array, of which there is a copy now."""
+        try:
+            with self._errors(key, TOKENS), self._filesystem.open_input_file(self._name(key, TOKENS)) as file:
+                self._make_room(file.size())
+                with self._copies.writing(key, TOKENS) as copy:
+                    shutil.copyfileobj(file, copy, _PIECE_BYTES)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _write(self, key: str, suffix: str, data: bytes) -> None:
         with self._errors(key, suffix), self._filesystem.open_output_stream(self._name(key, suffix)) as file:

@@ -166,7 +166,7 @@ def _utilisation(
     per_token = model_flops_per_token(
         base.config,
         spec.adapter,
-        data.train.lengths.tolist(),
+        data.length_counts,
         group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
         has_reference=spec.is_paired,

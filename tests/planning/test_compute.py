@@ -68,8 +68,8 @@ def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
     with pytest.raises(SpecError, match=r"batch\.tokens is 2000"):
         run_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
     options = {"group_size": None, "target_share": 1.0}
-    per_token = model_flops_per_token(model, dpo.adapter, [1024] * 4, has_reference=True, **options)
-    assert per_token - model_flops_per_token(model, dpo.adapter, [1024] * 4, **options) == paired.reference / tokens
+    per_token = model_flops_per_token(model, dpo.adapter, {1024: 4}, has_reference=True, **options)
+    assert per_token - model_flops_per_token(model, dpo.adapter, {1024: 4}, **options) == paired.reference / tokens
 
 
 def test_s2_attention_takes_about_a_quarter() -> None:

@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_model(tiny_base: Callable[..., BaseModel], adapt
     attention = sum(n for op, n in by_operation.items() if "attention" in str(op) or "bmm" in str(op))
     products = sum(by_operation.values()) - attention
     share = loss.num_targets / length
-    per_token = model_flops_per_token(base.config, adapter, row.lengths.tolist(), group_size=None, target_share=share)
+    per_token = model_flops_per_token(base.config, adapter, {length: 1}, group_size=None, target_share=share)
     pairs = attention_pairs(length, None, base.config.num_heads)
     ours = per_token * length - 12 * base.config.head_dim * base.config.num_layers * pairs
     assert ours == pytest.approx(products, rel=0.03)
@@ -59,7 +59,7 @@ def test_attention_grows_with_the_row_but_not_under_s2(tiny_base: Callable[..., 
     longlora = LongLoraSpec()
 
     def of(length: int, group_size: int | None) -> float:
-        return model_flops_per_token(config, longlora, [length], group_size=group_size)
+        return model_flops_per_token(config, longlora, {length: 1}, group_size=group_size)
 
     assert of(4096, None) - of(2048, None) == 12 * config.head_dim * config.num_layers * config.num_heads * 1024
     assert of(4096, 256) == pytest.approx(of(2048, 256), rel=0.02)

@@ -7,8 +7,7 @@ computes the gradient of hidden states in its forward pass. Checkpointing comput
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,21 +127,21 @@ def count_flops(run: Run) -> Flops:
 def model_flops_per_token(
     model: ModelConfig,
     adapter: AdapterSpec,
-    lengths: Collection[int],
+    length_counts: Mapping[int, int],
     *,
     group_size: int | None,
     target_share: float = 1.0,
     has_reference: bool = False,
 ) -> float:
-    """Model FLOPs per token of forward and backward pass, the mean over rows of these lengths. MFU is computed from it.
-    With a reference its forward pass counts too.
+    """Model FLOPs per token of forward and backward pass, the mean over rows, of which `length_counts` have so many
+    tokens. MFU is computed from it. With a reference its forward pass counts too.
 
     MFU (Chowdhery et al., 2022, PaLM, appendix B) counts the operations of the model's equations, without
     recomputation. The frozen output head is applied to `target_share` of the tokens, those with a label. Attention
     covers the causal pairs of S2-Attn with `group_size`, those of the whole row without.
     """
-    pairs = sum(k * attention_pairs(n, group_size, model.num_heads) for n, k in Counter(lengths).items())
-    num_tokens = float(sum(lengths))
+    pairs = sum(k * attention_pairs(n, group_size, model.num_heads) for n, k in length_counts.items())
+    num_tokens = float(sum(k * n for n, k in length_counts.items()))
     p = _products(model, adapter, num_tokens=num_tokens, num_targets=target_share * num_tokens, num_pairs=pairs)
     total = 2 * (p.linears + p.head)
     total += (1 + _adapter_gradients(adapter)) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from loray.errors import DataError
@@ -24,32 +25,70 @@ _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 _SPLIT = "train"
 
 
+class RemoteFile:
+    """A file elsewhere. Its copy on this machine is empty until `fetch` is called.
+
+    `state` names its content, as JSON: another content has another state. `read` writes it to the path of the copy.
+    """
+
+    def __init__(self, copy: Path, state: tuple[str | int, ...], read: Callable[[Path], None]) -> None:
+        self.state = state
+        self._copy, self._read, self._is_here = copy, read, False
+
+    def fetch(self) -> None:
+        """Raises DataError."""
+        if not self._is_here:
+            self._read(self._copy)
+            self._is_here = True
+
+
+class Copy(NamedTuple):
+    """What is on this machine of a source elsewhere: a file or a folder, and which files of it are still to be fetched
+    when they are read.
+    """
+
+    path: Path
+    remote: Mapping[Path, RemoteFile] = MappingProxyType({})
+
+
 class Source(NamedTuple):
-    """Errors use `name`; the file is read from `path`."""
+    """Errors use `name`; the file is read from `path`, of a remote one when it has been fetched."""
 
     name: str
     path: str
+    remote: RemoteFile | None = None
 
     def __str__(self) -> str:
         return self.name
 
+    def fetched(self) -> str:
+        """The path, at which the content is now. Raises DataError."""
+        if self.remote is not None:
+            self.remote.fetch()
+        return self.path
 
-def find_files(source: str, copy: Path | None = None) -> tuple[Source, ...]:
-    """The files of `source`, sorted by path. `copy` is what was fetched of a remote one: a file, or a folder.
+
+def find_files(source: str, copy: Copy | None = None) -> tuple[Source, ...]:
+    """The files of `source`, sorted by path. `copy` is of a remote one.
 
     Raises DataError where a folder or a glob has none. That a single file exists is not checked.
     """
     if copy is None and "://" in source:
         return (Source(source, source),)
-    root = Path(source).expanduser() if copy is None else copy
+    root, remote = (Path(source).expanduser(), {}) if copy is None else copy
     if root.is_dir():
+        for path, file in remote.items():
+            if path.name in (_STATE, _SPLITS):
+                file.fetch()
         files, name = list(_in_folder(source, root)), fixed_part(without_options(source)).rstrip("/")
-        found = tuple(Source(f"{name}/{file.relative_to(root).as_posix()}", str(file)) for file in files)
+        found = tuple(
+            Source(f"{name}/{file.relative_to(root).as_posix()}", str(file), remote.get(file)) for file in files
+        )
     elif copy is None and is_glob(source) and not root.is_file():
         matches = map(Path, sorted(glob.glob(str(root), recursive=True)))
         found = tuple(Source(str(file), str(file)) for file in matches if file.is_file())
     else:
-        return (Source(source, str(root)),)
+        return (Source(source, str(root), remote.get(root)),)
     if not found:
         raise DataError(
             f"{source} has no data file: a folder holds {', '.join(SUFFIXES)} or a data set saved by datasets, a glob "

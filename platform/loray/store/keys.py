@@ -9,11 +9,14 @@ TEMPORARY = ".tmp"  # first part of the names of a store's temporary objects
 
 
 class ObjectEntry(NamedTuple):
-    """`written_at` is the time at which the object was written, in seconds since 1970, by the store's clock."""
+    """`written_at` is the time at which the object was written, in seconds since 1970, by the store's clock. `etag` is
+    S3's name of the content, empty elsewhere.
+    """
 
     key: str
     num_bytes: int
     written_at: float
+    etag: str = ""
 
 
 def check_key(key: str) -> str:

@@ -122,7 +122,18 @@ class S3Store:
                 for item in page.get("Contents", ()):
                     key = item["Key"].removeprefix(self._prefix)
                     if not key.startswith(f"{TEMPORARY}/") and not key.endswith("/"):
-                        yield ObjectEntry(key, int(item["Size"]), item["LastModified"].timestamp())
+                        yield ObjectEntry(
+                            key, int(item["Size"]), item["LastModified"].timestamp(), item.get("ETag", "")
+                        )
+
+    def entry(self, key: str) -> ObjectEntry | None:
+        """What a listing tells of the object; None where there is none."""
+        with translate_errors(self.location):
+            found = self._head(self._name(key))
+        if found is None:
+            return None
+        written_at = found["LastModified"].timestamp()
+        return ObjectEntry(key, int(found["ContentLength"]), written_at, found.get("ETag", ""))
 
     def delete(self, key: str) -> None:
         with translate_errors(self.location):
@@ -236,10 +247,16 @@ class S3Store:
 
     def _find(self, name: str) -> str | None:
         """The mark of the object's writer ("" without one); None where there is no object."""
+        found = self._head(name)
+        return None if found is None else str(found["Metadata"].get("writer", ""))
+
+    def _head(self, name: str) -> Mapping[str, Any] | None:
+        """None where there is no object."""
         from botocore.exceptions import ClientError
 
         try:
-            return str(self._client.head_object(Bucket=self._bucket, Key=name)["Metadata"].get("writer", ""))
+            found: Mapping[str, Any] = self._client.head_object(Bucket=self._bucket, Key=name)
+            return found
         except ClientError as e:
             if status_of(e) != 404:
                 raise

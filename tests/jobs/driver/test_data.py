@@ -1,19 +1,41 @@
-"""Training data in buckets: with whose options a URL is opened, and what errors say."""
+"""Training data in buckets: with whose options a URL is opened, what is read of it, and what errors say."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.driver.data import _location, _without_options, fetched
-from loray.errors import DataError
+from jobs.workers.tokens import open_tokens
+from loray.errors import DataError, SpecError
 from loray.locations import S3Location, parse_location
+from loray.recipes.sources import find_files
 from loray.settings import Settings
+from loray.spec import DataSpec, TrainSpec
+from loray.store.keys import ObjectEntry
 from loray.store.s3 import S3Store
-from tests.s3 import S3Server
+from loray.train.checkpoint import RunState, check_resumable
+from loray.train.data.dataset import Dataset, load_data
+from tests.s3 import CountedS3, S3Server, counted_s3
+from tests.tiny import byte_tokenizer
 
+RECIPE = TrainSpec.model_validate(
+    {
+        "name": "a",
+        "base": "tiny",
+        "adapter": {"method": "lora", "rank": 8},
+        "data": {"train": "x"},
+        "batch": {"rows": 1},
+        "optimizer": {"learning_rate": 1},
+        "max_steps": 1,
+        "dtype": "float32",
+    }
+)
 OPTIONS = "endpoint_url=http://minio:9000&region=eu-1&credentials_file=/etc/keys"
 
 
@@ -40,7 +62,8 @@ def test_a_tenants_data_is_fetched_with_the_options_of_the_deployment(s3_server:
     S3Store(s3_of(url)).put_if_absent("acme/a.jsonl", b"{}")
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path), "LORAY_DATA": url})
     with fetched([source], settings) as copies:
-        assert copies[source].read_bytes() == b"{}"
+        (file,) = find_files(source, copies[source])
+        assert Path(file.fetched()).read_bytes() == b"{}"
     other = [source.replace("a.jsonl", "b.jsonl")]
     with pytest.raises(DataError, match=r"b\.jsonl does not exist$"), fetched(other, settings):
         pass
@@ -57,6 +80,122 @@ def test_an_error_calls_options_by_their_names() -> None:
     location = s3_of(f"s3://training/sets?{OPTIONS}&kms_key_id=k-77")
     shown = _without_options("no route to http://minio:9000 or minio with /etc/keys and k-77", location)
     assert shown == "no route to (endpoint_url) or (the endpoint's host) with (credentials_file) and (kms_key_id)"
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Sources in a bucket, and the requests for them. Tokens and notes are in another bucket."""
+
+    def __init__(self, server: S3Server, counted: CountedS3, tmp_path: Path) -> None:
+        self.location = s3_of(server.url("training", "sets"))
+        self.store, self._counted = S3Store(self.location), counted
+        self.settings = Settings.from_env({"LORAY_STORE": server.url("tokens"), "LORAY_HOME": str(tmp_path / "home")})
+
+    def put(self, name: str, *texts: str) -> None:
+        self.store.delete(name)
+        self.store.put_if_absent(name, b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts))
+
+    def source(self, name: str) -> str:
+        return replace(self.location, prefix=f"sets/{name}", endpoint_url=self._counted.url).url
+
+    def load(self, *names: str, home: str = "home", **options: Any) -> tuple[Dataset, list[str]]:
+        """The data, and the keys of what was read of it, by a driver with this home."""
+        self._counted.read.clear()
+        settings = replace(self.settings, home=self.settings.home.parent / home)
+        spec = DataSpec(train=tuple(self.source(name) for name in names), eval_fraction=0)
+        with fetched([source.path for source in spec.train_sources], settings) as copies:
+            data = load_data(
+                spec,
+                byte_tokenizer(),
+                max_length=40,
+                max_eval_rows=1,
+                seed=0,
+                fetched=copies,
+                cache=open_tokens(settings),
+                **options,
+            )
+        return data, sorted({key.rpartition("/sets/")[2] for key in self._counted.read})
+
+
+@pytest.fixture
+def data(s3_server: S3Server, tmp_path: Path) -> Iterator[Data]:
+    with counted_s3(s3_server.local) as counted:
+        found = Data(s3_server, counted, tmp_path)
+        found.put("web/a.jsonl", *(f"text {i}" for i in range(100)))
+        found.put("web/b.jsonl", "one", "two")
+        found.put("c.jsonl", "three")
+        found.put("web/read_me.txt", "no data")
+        yield found
+
+
+@pytest.mark.parametrize("home", ["home", "of another machine"])
+def test_a_second_run_reads_no_object(data: Data, home: str) -> None:
+    first, read = data.load("web", "c.jsonl")
+    assert read == ["c.jsonl", "web/a.jsonl", "web/b.jsonl"]
+    again, read = data.load("web", "c.jsonl", home=home)
+    assert read == []
+    assert (again.fingerprint, again.report) == (first.fingerprint, first.report)
+    assert rows(again) == rows(first)
+
+
+@pytest.mark.parametrize("source", ["web", "web/*.jsonl"])
+def test_a_changed_object_is_read_alone(data: Data, source: str) -> None:
+    first, _ = data.load(source)
+    data.put("web/b.jsonl", "one", "2nd")  # of the same size
+    changed, read = data.load(source)
+    assert read == ["web/b.jsonl"]
+    assert rows(changed) == rows(first) - {"two<|im_end|>"} | {"2nd<|im_end|>"}
+    assert changed.fingerprint != first.fingerprint
+    data.put("web/d.jsonl", "four")
+    added, read = data.load(source)
+    assert read == ["web/d.jsonl"]
+    assert added.report.num_documents == 103
+
+
+def test_other_tokens_are_made_of_known_objects(data: Data) -> None:
+    data.load("web")
+    joined, read = data.load("web", joined=True)
+    assert read == ["web/a.jsonl", "web/b.jsonl"]
+    assert data.load("web", joined=True)[1] == []
+    assert joined.is_joined
+
+
+def test_a_resumed_run_refuses_changed_objects(data: Data) -> None:
+    first, again = data.load("web")[0], data.load("web")[0]
+    state = RunState(
+        recipe=RECIPE, base_fingerprint="0" * 64, data_fingerprint=first.fingerprint, row_length=first.max_length
+    )
+    check_resumable(state, RECIPE, "0" * 64, again.fingerprint)
+    data.put("web/b.jsonl", "one", "2nd")
+    with pytest.raises(SpecError, match="the data files' contents changed since"):
+        check_resumable(state, RECIPE, "0" * 64, data.load("web")[0].fingerprint)
+
+
+def test_an_object_that_changes_while_it_is_read_is_refused(data: Data) -> None:
+    sources = [data.source("c.jsonl")]
+    with fetched(sources, data.settings) as copies:
+        data.put("c.jsonl", "THREE")
+        (file,) = find_files(sources[0], copies[sources[0]])
+        with pytest.raises(DataError, match="was changed while it was read; start again"):
+            file.fetched()
+
+
+def test_what_is_no_path_is_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On AWS a key may be what leads out of the folder of copies."""
+    keys = ("x//etc/a.jsonl", "x/b//c.jsonl", "x/../d.jsonl", "x/./e.jsonl", "x/ok.jsonl")
+    monkeypatch.setattr(S3Store, "entry", lambda store, key: None)
+    monkeypatch.setattr(S3Store, "entries", lambda store, prefix: [ObjectEntry(key, 1, 0.0, "e") for key in keys])
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    for source in ("s3://bucket/x?region=eu-1", "s3://bucket/x/**/*?region=eu-1"):
+        with fetched([source], settings) as copies:
+            assert [Path(file.path).name for file in find_files(source, copies[source])] == ["ok.jsonl"]
+
+
+def rows(data: Dataset) -> set[str]:
+    tokenizer = byte_tokenizer()
+    return {tokenizer.decode(data.train.row(i)[0]) for i in range(len(data.train.lengths))}
 
 
 def s3_of(url: str) -> S3Location:

@@ -67,6 +67,23 @@ def test_notes_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_pat
     assert nowhere.note("aa") is None
 
 
+def test_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
+    filesystem, root = open_filesystem(s3_server.url("tokens"))
+    cache, elsewhere = (BucketCache(filesystem, f"{root}/tokens", tmp_path / node) for node in ("a", "b"))
+    parts = [np.array([2], np.int32), np.arange(5, dtype=np.int32)]
+    cache.keep_array("aa", parts)
+    cache.keep_array("bb", parts, here=True)
+    for found in (cache.array("aa"), elsewhere.array("aa"), cache.array("bb", here=True)):
+        assert isinstance(found, np.memmap)
+        assert (found.tolist(), found.dtype) == ([2, 0, 1, 2, 3, 4], np.int32)
+    assert elsewhere.array("bb") is None
+    assert elsewhere.array("bb", here=True) is None
+    nowhere = BucketCache(filesystem, "no-such-bucket/tokens", tmp_path / "c")
+    assert nowhere.array("aa") is None
+    nowhere.keep_array("aa", parts)
+    assert nowhere.array("aa") is not None  # on this machine at least
+
+
 def test_a_node_keeps_the_copies_that_it_used_last(s3_server: S3Server, tmp_path: Path) -> None:
     cache = in_bucket(s3_server, tmp_path, max_bytes=1500)  # four copies, of which three are kept when one is added
     for number in range(6):

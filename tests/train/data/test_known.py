@@ -1,15 +1,21 @@
-"""What a run found out about its data is kept: how files were cut, and plans that take long."""
+"""What a run found out about its data is kept: how files were cut, and the plans of many rows."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from loray.recipes.sources import Source
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data import kept_plans
 from loray.train.data.batches import BatchStream
@@ -17,13 +23,28 @@ from loray.train.data.dataset import load_data
 from loray.train.data.kept_plans import kept_plan, plan_ahead
 from loray.train.data.plans import Plan, Share, plan_epoch
 from loray.train.data.reading import known, parts
-from loray.train.data.reading.files import open_rows
+from loray.train.data.reading.files import RowFile, read_head, rows_of
 from loray.train.data.reading.known import cut_known
 from loray.train.data.shards import FolderCache
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_shards import write
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
+
+
+def open_rows(path: str, name: str | None = None) -> RowFile:
+    source = Source(name or path, path)
+    return rows_of(source, read_head(source))
+
+
+class Lengths:
+    """Rows without tokens."""
+
+    def __init__(self, lengths: NDArray[np.int64]) -> None:
+        self.lengths = lengths
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        raise NotImplementedError
 
 
 class Counted:
@@ -77,7 +98,7 @@ def test_what_was_just_changed_or_fetched_is_read(
     tmp_path: Path, cuts: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write(tmp_path / "a.jsonl", ROWS), FolderCache(tmp_path / "cache")
-    fetched = open_rows("s3://bucket/a.jsonl", fetched=Path(path))
+    fetched = open_rows(path, name="hf://org/name")
     cut_known(fetched, None, cache)
     changed = Path(path).stat().st_ctime
     monkeypatch.setattr(known.time, "time", lambda: changed + 1)
@@ -125,17 +146,87 @@ def arrays(plan: Plan) -> list[list[int]]:
     return [array.tolist() for array in (plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B)]
 
 
-@pytest.mark.parametrize("damage", [None, 0, 20, 800])
-def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None) -> None:
-    cache, expected = FolderCache(tmp_path), arrays(plan_epoch(LENGTHS, PACKED, **PLAN))
-    assert arrays(kept_plan(LENGTHS, PACKED, **PLAN, cache=cache)) == expected
+@pytest.mark.parametrize("order", ["packed", "shuffled", "length_grouped"])
+@pytest.mark.parametrize("damage", [None, 0, 20, 160, 800])
+def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None, order: Any) -> None:
+    cache, spec = FolderCache(tmp_path), BatchSpec(tokens=128, order=order)
+    expected = arrays(plan_epoch(LENGTHS, spec, **PLAN))
+    assert arrays(kept_plan(LENGTHS, spec, **PLAN, cache=cache)) == expected
+    (file,) = tmp_path.rglob("*.npy")
+    assert file.stat().st_size < 16 * len(LENGTHS) + 200  # four numbers of four bytes
     if damage is not None:
-        (note,) = tmp_path.rglob("*.note")
-        note.write_bytes(note.read_bytes()[:damage])
-    found = kept_plan(LENGTHS, PACKED, **PLAN, cache=cache)
+        file.write_bytes(file.read_bytes()[:damage])
+    found = kept_plan(LENGTHS, spec, **PLAN, cache=cache)
     assert arrays(found) == expected
-    assert list(found) == list(plan_epoch(LENGTHS, PACKED, **PLAN))
+    assert list(found) == list(plan_epoch(LENGTHS, spec, **PLAN))
     assert plans.calls == (1 if damage is None else 2)
+
+
+def test_numbers_that_need_it_have_eight_bytes() -> None:
+    large = Plan(*(np.array(values) for values in ([1 << 31], [1], [0], [1])))
+    parts = kept_plans._parts_of(large)
+    assert {part.dtype for part in parts} == {np.dtype(np.int64)}
+    found = kept_plans._plan_of(np.concatenate(parts))
+    assert found is not None
+    assert arrays(found) == arrays(large)
+
+
+@pytest.mark.parametrize(
+    "options", [{"paired": True}, {"shares": (Share(20_000, 0.5), Share(180_000, 1.5))}, {}], ids=str
+)
+def test_a_worker_holds_no_plan(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Of 200,000 sequences: what it takes does not depend on their number. The first worker's plan is gone, too."""
+    lengths = np.random.default_rng(0).integers(2, 60, 200_000)
+    rows, spec = Lengths(lengths), BatchSpec(rows=1)
+    here: dict[str, Any] = {"max_length": 64, "seed": 5, "per_step": 2, "cache": FolderCache(tmp_path), **options}
+    tracemalloc.start()
+    try:
+        streams = [BatchStream(rows, spec, **here) for _ in range(2)]
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        BatchStream(rows, spec, **here).num_steps(1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 200_000
+    assert peak < 300_000
+    expected = BatchStream(rows, spec, **(here | {"cache": None}))
+    for stream in streams:
+        assert arrays(stream._plan) == arrays(expected._plan)
+
+
+def test_one_process_of_a_machine_makes_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes meanwhile waits."""
+
+    def made(*args: Any, **options: Any) -> Plan:
+        with pytest.raises(BlockingIOError):
+            lock()
+        return plan_epoch(*args, **options)
+
+    def lock() -> None:
+        with (tmp_path / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(kept_plans, "plan_epoch", made)
+    lengths = np.full(10_000, 9)
+    assert len(kept_plan(lengths, BatchSpec(rows=2), **PLAN, cache=FolderCache(tmp_path))) == 5000
+    lock()
+
+
+def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "t" * (i % 7)} for i in range(50)])
+    spec = DataSpec(train=source, eval_fraction=0)
+    data = load_data(spec, byte_tokenizer(), max_length=64, max_eval_rows=1, seed=0)
+    assert data.length_counts == Counter(data.train.lengths.tolist())
+    many = replace(data, train=Lengths(np.random.default_rng(0).integers(2, 60, 200_000)))
+    tracemalloc.start()
+    try:
+        counts = many.length_counts
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(counts.values()) == 200_000
+    assert peak < 50_000
 
 
 @pytest.mark.parametrize(
@@ -161,11 +252,9 @@ def test_another_plan_is_made(tmp_path: Path, plans: Counted, change: dict[str, 
     assert plans.calls == 2
 
 
-def test_what_is_planned_fast_is_not_kept(tmp_path: Path, plans: Counted) -> None:
-    cache = FolderCache(tmp_path)
-    kept_plan(LENGTHS[:99], PACKED, **PLAN, cache=cache)
-    kept_plan(LENGTHS, BatchSpec(rows=2), **PLAN, cache=cache)
-    assert not list(tmp_path.rglob("*.note"))
+def test_the_plan_of_few_rows_is_not_kept(tmp_path: Path, plans: Counted) -> None:
+    kept_plan(LENGTHS[:99], PACKED, **PLAN, cache=FolderCache(tmp_path))
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: Counted) -> None:

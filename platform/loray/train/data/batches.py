@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loray.spec import BatchSpec
@@ -94,12 +93,6 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
     )
 
 
-def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
-    padded: NDArray[np.int64] = 2 * lengths.reshape(-1, 2).max(1)
-    return padded
-
-
 def collate_pairs(rows: Rows, batch: MicroBatch) -> Batch:
     """The pairs of `batch`, each a row of a plan, as a batch of twice as many rows."""
     pairs = [pair for (pair,) in batch]
@@ -113,8 +106,8 @@ class BatchStream:
 
     All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
     depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
-    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. `cache` keeps plans that
-    take long. Not thread-safe.
+    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. `cache` has the plans of
+    many rows. Not thread-safe.
     """
 
     def __init__(
@@ -135,18 +128,18 @@ class BatchStream:
         self._paired = paired
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
         self._per_step, self._rank, self._size, self._shares, self._cache = per_step, rank, size, shares, cache
-        self._lengths = pair_lengths(rows.lengths) if paired else rows.lengths
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
     def _plan_of(self, epoch: int) -> Plan:
         return kept_plan(
-            self._lengths,
+            self._rows.lengths,
             self._spec,
             max_length=self._max_length,
             seed=self._seed,
             epoch=epoch,
             shares=self._shares,
+            paired=self._paired,
             cache=self._cache,
         )
 

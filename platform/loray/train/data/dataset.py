@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.recipes.sources import find_files
+from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
-from loray.train.data.batches import pair_lengths
 from loray.train.data.corpus import Corpus, Runner, TemporaryCache, load_corpus, run_here
 from loray.train.data.examples import Rows, TokenRows, pack_rows
-from loray.train.data.plans import Share
-from loray.train.data.reading.files import DataFormat, RowFile, open_rows
+from loray.train.data.plans import Share, pair_lengths
+from loray.train.data.reading.files import DataFormat, RowFile
+from loray.train.data.reading.known import open_known
 from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import ShardCache
 from loray.train.data.splits import SAMPLE_STREAM, Part, check_texts, joined_texts, windows
@@ -66,6 +65,12 @@ class Dataset:
         """Tokens of each training row; of a pair those of both answers, padded to the longer one."""
         return pair_lengths(self.train.lengths) if self.is_paired else self.train.lengths
 
+    @property
+    def length_counts(self) -> dict[int, int]:
+        """How many sequences of the training rows have a number of tokens."""
+        counts = np.bincount(self.train.lengths)
+        return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
+
 
 def load_data(
     spec: DataSpec,
@@ -77,7 +82,7 @@ def load_data(
     joined: bool | None = False,
     whole_windows: bool = False,
     paired: bool = False,
-    fetched: Mapping[str, Path] = MappingProxyType({}),
+    fetched: Mapping[str, Copy] = MappingProxyType({}),
     cache: ShardCache | None = None,
     run: Runner = run_here,
 ) -> Dataset:
@@ -92,13 +97,16 @@ def load_data(
     cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
     run            tokenises what the cache lacks
     """
-    train_files = [_open(source.path, spec, fetched, paired) for source in spec.train_sources]
-    eval_files = [_open(source.path, spec, fetched, paired) for source in spec.eval_sources]
+    cache = cache or TemporaryCache()
+    train_files, eval_files = (
+        [_open(source.path, spec, fetched, cache, paired) for source in sources]
+        for sources in (spec.train_sources, spec.eval_sources)
+    )
     files = [file for source in (*train_files, *eval_files) for file in source]
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
-    tokenisation, cache = Tokenisation(tokenizer, joined=is_joined), cache or TemporaryCache()
+    tokenisation = Tokenisation(tokenizer, joined=is_joined)
     train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
     eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
@@ -152,13 +160,11 @@ def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
     return (each * rows[:, None] + np.arange(each)).ravel()
 
 
-def _open(path: str, spec: DataSpec, fetched: Mapping[str, Path], paired: bool) -> tuple[RowFile, ...]:
+def _open(
+    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: ShardCache, paired: bool
+) -> tuple[RowFile, ...]:
     """The files of one source."""
-    files = []
-    for name, local in find_files(path, fetched.get(path)):
-        copy = None if name == local else Path(local)
-        files.append(open_rows(name, spec.format, fetched=copy, paired=paired))
-    return tuple(files)
+    return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
 
 
 def _fingerprint(train: Corpus, evaluation: Corpus | None) -> str:

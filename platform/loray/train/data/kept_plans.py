@@ -1,7 +1,8 @@
-"""Plans that take long are kept beside the shards: workers and further runs find them there.
+"""The plan of many rows is a file beside the shards, which the workers of a machine map into memory.
 
-First fit looks at one document after the other, in Python: half a minute for ten million. Its plan has 8 bytes a
-document.
+First fit looks at one document after the other, in Python: half a minute for ten million. So plans of packed rows are
+where all machines and further runs find them. Other plans are faster made than sent: each machine has its own, which
+one of its workers makes while the others wait.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from loray.spec import BatchSpec
-from loray.train.data.plans import Indices, Plan, Share, plan_epoch
+from loray.train.data.plans import Indices, Plan, PlanArray, Share, pair_lengths, plan_epoch
 from loray.train.data.shards import ShardCache
 
-_FORM = 1  # of plans: another one where the same key gives another plan, or is written in another way
-_LEAST = 10_000  # documents; fewer are planned in less than a tenth of a second
+_FORM = 2  # of plans: another one where the same key gives another plan, or is written in another way
+_LEAST = 10_000  # sequences; the plan of fewer takes less than a tenth of a second and 320 kB
 
 
 def kept_plan(
@@ -28,25 +29,29 @@ def kept_plan(
     seed: int,
     epoch: int,
     shares: Sequence[Share] = (),
+    paired: bool = False,
     cache: ShardCache | None,
 ) -> Plan:
-    """As `plan_epoch`, from `cache` or into it where that is faster."""
+    """As `plan_epoch`, from a file of `cache`, where there are many rows. `paired`: two lengths are a row."""
 
     def made() -> Plan:
-        return plan_epoch(lengths_D, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares)
+        lengths_R = pair_lengths(lengths_D) if paired else lengths_D
+        return plan_epoch(lengths_R, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares)
 
-    if cache is None or not _is_slow(len(lengths_D), spec):
+    if cache is None or len(lengths_D) < _LEAST:
         return made()
-    named = [_FORM, spec.model_dump(mode="json", exclude={"accumulation"}), max_length, seed, epoch, list(shares)]
+    asked = spec.model_dump(mode="json", exclude={"accumulation"})
+    named = [_FORM, asked, max_length, seed, epoch, list(shares), paired]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(lengths_D, np.int64).data)
-    key = digest.hexdigest()
-    kept = cache.note(key)
-    plan = None if kept is None else _plan_of(kept)
-    if plan is None:
+    key, here = digest.hexdigest(), spec.order != "packed"
+    with cache.alone():
+        kept = _plan_of(cache.array(key, here=here))
+        if kept is not None:
+            return kept
         plan = made()
-        cache.keep(key, _bytes_of(plan))
-    return plan
+        cache.keep_array(key, _parts_of(plan), here=here)
+        return _plan_of(cache.array(key, here=here)) or plan
 
 
 def plan_ahead(
@@ -60,26 +65,25 @@ def plan_ahead(
     cache: ShardCache | None,
 ) -> None:
     """Put into `cache` the plans of the first epochs that take long, so that no worker makes them."""
-    if cache is not None and _is_slow(len(lengths_D), spec):
+    if spec.order == "packed":
         for epoch in range(num_epochs):
             kept_plan(lengths_D, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares, cache=cache)
 
 
-def _is_slow(num_documents: int, spec: BatchSpec) -> bool:
-    return spec.order == "packed" and num_documents >= _LEAST
+def _parts_of(plan: Plan) -> list[PlanArray]:
+    """Three lengths, then the arrays; int32, or int64 where a number needs it."""
+    arrays = [plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B]
+    largest = max(int(array.max(initial=len(array))) for array in arrays)
+    dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+    lengths = np.array([len(array) for array in arrays[:3]])
+    return [array.astype(dtype) for array in (lengths, *arrays)]
 
 
-def _bytes_of(plan: Plan) -> bytes:
-    """Three lengths, then the arrays; int64."""
-    arrays = (plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B)
-    return np.concatenate([[len(array) for array in arrays[:3]], *arrays]).astype(np.int64).tobytes()
-
-
-def _plan_of(kept: bytes) -> Plan | None:
+def _plan_of(kept: PlanArray | None) -> Plan | None:
     """None where it is not whole."""
-    if len(kept) < 24 or len(kept) % 8:
+    if kept is None or kept.ndim != 1 or len(kept) < 3:
         return None
-    found = np.frombuffer(kept, np.int64)
+    found = np.asarray(kept)  # slices of a memmap are slower
     num_documents, num_rows, num_batches = (int(n) for n in found[:3])
     if len(found) != 3 + num_documents + num_rows + 2 * num_batches:
         return None

@@ -1,13 +1,13 @@
 """Plans: which documents make the rows of an epoch and which rows its micro-batches, a function of (seed, epoch) alone.
 
-A plan is three arrays, whatever the number of documents; only what is trained next becomes Python objects.
+A plan is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,17 @@ _GROUP = 50  # micro-batches that `length_grouped` sorts by length together: the
 Row = tuple[int, ...]  # documents of one row; several only where rows are packed
 MicroBatch = tuple[Row, ...]
 Indices = NDArray[np.int64]
+PlanArray = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan(Sequence[MicroBatch]):
     """Micro-batch b is the rows [starts_B[b], stops_B[b]), row r the documents from ends_R[r − 1] to ends_R[r] of D."""
 
-    documents_D: Indices
-    ends_R: Indices
-    starts_B: Indices
-    stops_B: Indices
+    documents_D: PlanArray
+    ends_R: PlanArray
+    starts_B: PlanArray
+    stops_B: PlanArray
 
     def __len__(self) -> int:
         return len(self.starts_B)
@@ -47,6 +48,12 @@ class Plan(Sequence[MicroBatch]):
     def _row(self, r: int) -> Row:
         start = int(self.ends_R[r - 1]) if r else 0
         return tuple(self.documents_D[start : int(self.ends_R[r])].tolist())
+
+
+def pair_lengths(lengths: Indices) -> Indices:
+    """Tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
+    padded: Indices = 2 * lengths.reshape(-1, 2).max(1)
+    return padded
 
 
 class Share(NamedTuple):

@@ -1,6 +1,6 @@
 """Shards: the tokens of one part of a file, and their cache.
 
-KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory
+KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory; or another array
 KEY.index  lengths of its examples and what of them is a target, without the tokens; it is written last, so that a shard
            with an index is whole
 KEY.note   what was found out about data and would take long again
@@ -10,15 +10,16 @@ Keys name what the tokens depend on: rows are cut out of shards later, and any n
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,9 @@ from loray.telemetry import get_logger
 log = get_logger(__name__)
 
 Tokens = NDArray[np.unsignedinteger[Any]]
+Integers = NDArray[np.signedinteger[Any]]
 TOKENS, INDEX, NOTE = ".npy", ".index", ".note"
+_LOCK = "lock"
 
 
 class ShardIndex(NamedTuple):
@@ -112,6 +115,18 @@ class ShardCache(Protocol):
         """Where that fails, there is no note."""
         ...
 
+    def array(self, key: str, *, here: bool = False) -> Integers | None:
+        """What `keep_array` was given, mapped from a file of this machine; None where there is none."""
+        ...
+
+    def keep_array(self, key: str, parts: Sequence[Integers], *, here: bool = False) -> None:
+        """The parts one after the other, of their smallest common type. Where that fails, there is no array."""
+        ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        """In the block no other process of this machine is in such a block."""
+        ...
+
 
 class FolderCache:
     """A folder of shards, which the processes of a machine share, or several machines."""
@@ -149,17 +164,48 @@ class FolderCache:
         except OSError as e:
             log.warning("%s cannot be written, so the next run starts more slowly: %s", self.path(key, NOTE), e)
 
+    def array(self, key: str, *, here: bool = False) -> Integers | None:
+        with suppress(OSError, ValueError, EOFError):
+            found: Integers = np.load(self.path(key, TOKENS), mmap_mode="r", allow_pickle=False)
+            return found
+        return None
+
+    def keep_array(self, key: str, parts: Sequence[Integers], *, here: bool = False) -> None:
+        dtype = np.result_type(*parts)
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (sum(map(len, parts)),)}
+        try:
+            with self.writing(key, TOKENS) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    part.astype(dtype, copy=False).tofile(file)
+        except OSError as e:
+            log.warning("%s cannot be written, so workers take more memory: %s", self.path(key, TOKENS), e)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            with suppress(OSError):  # where nothing can be written, all go on
+                self.folder.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context((self.folder / _LOCK).open("ab")), fcntl.LOCK_EX)
+            yield
+
     def path(self, key: str, suffix: str) -> Path:
         return self.folder / key[:2] / f"{key}{suffix}"
 
     def write(self, key: str, suffix: str, data: bytes) -> None:
         """Appears when it is complete."""
+        with self.writing(key, suffix) as file:
+            file.write(data)
+
+    @contextmanager
+    def writing(self, key: str, suffix: str) -> Iterator[IO[bytes]]:
+        """A file that appears when it is complete."""
         path = self.path(key, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(path)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.recipes.sources import find_files, without_options
+from loray.recipes.sources import Copy, find_files, without_options
 from loray.train.data.reading.files import read_columns, read_text
 from loray.train.data.reading.tokenising import check_tokenizer, prompt_ids
 
@@ -45,19 +45,19 @@ def read_documents(
     *,
     where: Mapping[str, str] = MappingProxyType({}),
     max_tokens: int | None = None,
-    fetched: Mapping[str, Path] = MappingProxyType({}),
+    fetched: Mapping[str, Copy] = MappingProxyType({}),
 ) -> Documents:
     """The documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a column
     `text`; a `.txt` file is one document.
 
     where       only rows whose columns have these values
     max_tokens  number of tokens to keep, from the beginning; None: all
-    fetched     local copies of sources to read instead
+    fetched     copies on this machine of remote sources
     Raises DataError.
     """
     named = [sources] if isinstance(sources, str) else list(sources)
     files = [file for source in named for file in find_files(source, fetched.get(source))]
-    texts = [text for file in files for text in _read(file.name, Path(file.path), where)]
+    texts = [text for file in files for text in _read(file.name, Path(file.fetched()), where)]
     if not texts:
         rule = " and ".join(f"{column}={value}" for column, value in where.items())
         raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))

@@ -14,9 +14,9 @@ from torch import nn
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.spec import Subject, TrainSpec
-from loray.train.data.batches import collate, collate_pairs, pair_lengths
+from loray.train.data.batches import collate, collate_pairs
 from loray.train.data.examples import TokenRows
-from loray.train.data.plans import plan_evaluation
+from loray.train.data.plans import pair_lengths, plan_evaluation
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import dense

@@ -38,6 +38,13 @@ _EXPECTED = {
 }
 
 
+class Head(NamedTuple):
+    """What a file is, and the columns of its rows."""
+
+    kind: FileKind
+    names: tuple[str, ...]
+
+
 class RowFile(NamedTuple):
     """A file of rows. `columns` are those that its format reads."""
 
@@ -47,13 +54,8 @@ class RowFile(NamedTuple):
     columns: tuple[str, ...]
 
 
-def open_rows(
-    name: str, format: DataFormat | Literal["auto"] = "auto", *, fetched: Path | None = None, paired: bool = False
-) -> RowFile:
-    """The rows of the source called `name`, read from its local copy `fetched` where given. `paired`: they must be
-    preference pairs. Raises DataError.
-    """
-    source = Source(name, name if fetched is None else str(fetched))
+def read_head(source: Source) -> Head:
+    """Raises DataError."""
     kind = _kind(source)
     match kind:
         case "parquet":
@@ -64,6 +66,14 @@ def open_rows(
                 names = reader.schema.names
         case "jsonl":
             names = _first_names(source)
+    return Head(kind, tuple(names))
+
+
+def rows_of(
+    source: Source, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
+) -> RowFile:
+    """The rows of the source that begins with `head`. `paired`: they must be preference pairs. Raises DataError."""
+    kind, names = head
     found = detect(source, names, format, paired=paired)
     tools = (_TOOLS,) if found in _WITH_CHATS and _TOOLS in names else ()
     return RowFile(source, found, kind, _COLUMNS[found] + tools)
@@ -98,7 +108,7 @@ def read_text(name: str, path: Path) -> str:
         raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
 
 
-def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"], *, paired: bool) -> DataFormat:
+def detect(source: Source, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool) -> DataFormat:
     """The format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are read
     where `paired` says so, and only there.
     """
@@ -148,6 +158,7 @@ def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
 
 def open_source(source: Source) -> Any:
     """A pyarrow file. Use it in a `with` block."""
+    source.fetched()
     try:
         if "://" in source.path:
             filesystem, path = pafs.FileSystem.from_uri(source.path)
