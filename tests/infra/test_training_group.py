@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -21,13 +23,13 @@ def recipe() -> TrainSpec:
 
 
 @pytest.mark.parametrize("folder", SERVICES)
-def test_driver_and_workers_of_a_job_fit_on_the_training_group_alone(folder: str) -> None:
+def test_driver_and_workers_of_a_job_fit_on_the_training_group_alone(folder: str, tmp_path: Path) -> None:
     spec = cluster_spec(the("RayService", folder))
     serving, training, front = spec["workerGroupSpecs"]
     (container,) = training["template"]["spec"]["containers"]
     settings = Settings.from_env(environment(container, folder))
     assert settings.training_group == TrainingGroup(training["groupName"])  # Ray's label of its nodes
-    job = from_spec(recipe(), settings)
+    job = from_spec(recipe(), settings, stage=tmp_path)
     assert job.entrypoint_resources is not None
     assert offered(training) == job.entrypoint_resources | worker_resources(recipe(), settings.training_group)
     assert training["rayStartParams"]["num-cpus"] == "0"  # an engine, and a rank of one, takes a CPU
@@ -91,10 +93,10 @@ def test_gateways_have_nodes_of_their_own(folder: str) -> None:
     assert front_nodes(Settings.from_env({})) == {}
 
 
-def test_without_a_group_nothing_of_it_is_asked_for() -> None:
+def test_without_a_group_nothing_of_it_is_asked_for(tmp_path: Path) -> None:
     settings = Settings.from_env({})
     assert settings.training_group is None
-    assert from_spec(recipe(), settings).entrypoint_resources is None
+    assert from_spec(recipe(), settings, stage=tmp_path).entrypoint_resources is None
     assert worker_resources(recipe(), None) == {"CPU": 1.0}
     gpu = recipe().model_copy(update={"use_gpu": True})
     assert worker_resources(gpu, TrainingGroup("gpus")) == {"gpus_worker": 1.0, "GPU": 1.0}

@@ -20,6 +20,7 @@ TABLE: dict[Action, str] = {
     "identify": "infer publish promote train act_for",
     "infer": "infer",
     "read": "infer publish promote train",
+    "download": "publish promote train",
     "publish": "publish",
     "promote": "promote",
     "train": "train",
