@@ -121,7 +121,7 @@ def _api(error: type[LorayError]) -> str:
 
 _WRONG = _gateway(RequestError("wrong"))
 _TOO_LONG = _gateway(ContextLengthExceeded("too long"))
-_BUSY = _gateway(Overloaded("busy", None))
+_BUSY = _gateway(Overloaded("busy", 1.0))
 _FULL, _SLOWER, _NO_MORE = _api(Overloaded), _api(RateLimited), _api(LimitExceeded)
 
 REQUESTS = (
@@ -206,7 +206,7 @@ REQUESTS = (
     Limit(
         "`GET /v1/models`",
         f"{models.MAX_CARDS:,} models of an answer (`has_more`), {models.LISTS.rpm_limit} lists a minute of a key",
-        _gateway(RateLimited("too many", None)),
+        _gateway(RateLimited("too many", 1.0)),
     ),
     Limit(
         "`/health`, `/ping`",
@@ -233,7 +233,7 @@ REQUESTS = (
     Limit(
         "a wait for the first replica",
         _time(_SPEC.cold_start_timeout_s),
-        _gateway(BaseStarting("starting", None)),
+        _gateway(BaseStarting("starting", 1.0)),
         "`cold_start_timeout_s`",
     ),
     Limit("a wait for the tenant's turn while the gateway is late", _time(LONGEST_S), _BUSY),
