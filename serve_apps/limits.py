@@ -354,7 +354,7 @@ CATALOG_API = (
         "`LORAY_SCRATCH_BYTES` (`20GiB`)",
     ),
     Limit(
-        "memory of conversions and of checks of VeRA's pairs",
+        "memory of conversions",
         f"{100 * services.WORK_SHARE:.0f} % of what the machine or container has beside the server at its start; a "
         f"conversion takes {_bytes(conversions.LEAST_BYTES)} to {_bytes(MAX_MEMORY_BYTES)}",
         _FULL,

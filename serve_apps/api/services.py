@@ -58,7 +58,7 @@ class Services:
 
     long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
     rates    how often keys and tenants ask
-    scratch, memory  the bytes of all these on this machine's disk, and of checks and conversions in its memory
+    scratch  the bytes of all these on this machine's disk
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Services:
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
-        self.memory = Budget(_memory_for_work(), "in this server's memory")
-        self.conversions, self.streams = Conversions(settings, self.memory), Streams()
+        memory = Budget(_memory_for_work(), "in this server's memory")
+        self.conversions, self.streams = Conversions(settings, memory), Streams()
         self.long = Places("publications and downloads", LONG)
         self.sending = Places("files", SENDING)
         self.scratch = Scratch(settings.scratch_bytes)
@@ -140,7 +140,7 @@ class Services:
         assert asked.upload is not None
         files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
         with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
-            return publish_upload(self.home, asked, to, self.memory)
+            return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
         for places in (self.long, self.sending, self.followers):

@@ -1,7 +1,7 @@
 """`loray.json`: the manifest of a published adapter, and the digest that identifies it.
 
 The digest is the SHA-256 of the manifest's canonical JSON. The manifest holds the SHA-256 of every file, so that the
-digest pins all bytes. Only `describe` of a VeRA adapter, whose pair it pins too, needs torch.
+digest pins all bytes, and VeRA's pair.
 """
 
 from __future__ import annotations

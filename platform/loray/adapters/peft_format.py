@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from loray.adapters.checks.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
 from loray.adapters.checks.patterns import ModulePatterns
 from loray.adapters.checks.shapes import check_shapes
+from loray.adapters.pairs import PairKey
 from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
@@ -150,12 +151,25 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
     return parse_adapter(folder, read_config(folder), read_tensors(folder), base)
 
 
+def make_pair(drawn: PairKey, stored: Mapping[str, Tensor]) -> ProjectionPair:
+    """VeRA's pair: the tensors A and B that are `stored`, else the one that is drawn."""
+    from loray.adapters.projections import draw_pair, pair_digest
+
+    if not stored:
+        return draw_pair(*drawn)
+    return ProjectionPair(stored["A"], stored["B"], pair_digest(stored["A"], stored["B"]))
+
+
 def parse_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: ModelConfig
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: ModelConfig,
+    pair_of: Callable[[PairKey, Mapping[str, Tensor]], ProjectionPair] = make_pair,
 ) -> AdapterWeights:
     """As `read_adapter`, from configuration and tensors that are in memory. Errors name `folder`.
 
-    Reads the values of a stored VeRA pair; of all other tensors only the shapes.
+    Reads only the shapes of tensors; `pair_of` reads the values of a stored VeRA pair.
     """
     norms: dict[str, Tensor] = {}
     embedding: EmbeddingRows | None = None
@@ -189,7 +203,7 @@ def parse_adapter(
         modules = {key: _vera(folder, config, key, p) for key, p in parts.items()}
         if not parts:
             raise IntegrityError(f"{folder}: a VeRA adapter without a module")
-        pair = _pair(folder, config, base, parts.keys(), pair_tensors)
+        pair = pair_of(_checked_pair(folder, config, base, parts.keys(), pair_tensors), pair_tensors)
     weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding)
     check_shapes(weights, base, source=str(folder))
     return weights
@@ -234,15 +248,15 @@ def _check_rank(folder: Path, key: ModuleKey, rank: int, configured: float) -> N
         )
 
 
-def _pair(
+def _checked_pair(
     folder: Path, config: Mapping[str, Any], base: ModelConfig, keys: Iterable[ModuleKey], stored: Mapping[str, Tensor]
-) -> ProjectionPair:
-    from loray.adapters.projections import draw_pair, pair_digest
-
+) -> PairKey:
+    """The pair that is drawn where none is stored. Raises where one is, and does not fit."""
     shapes = [base.module_shape(key.module) for key in keys]
     max_out, max_in = max(s[0] for s in shapes), max(s[1] for s in shapes)
+    drawn = PairKey(config.get("projection_prng_key", 0), config["r"], max_in, max_out)
     if not stored:
-        return draw_pair(config.get("projection_prng_key", 0), config["r"], max_in, max_out)
+        return drawn
     if set(stored) != {"A", "B"}:
         raise IntegrityError(f"{folder}: only vera_{next(iter(stored))} is stored; both or neither must be")
     a_RI, b_OR = stored["A"], stored["B"]
@@ -252,7 +266,7 @@ def _pair(
         raise BaseMismatch(
             f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base"
         )
-    return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
+    return drawn
 
 
 def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...]:

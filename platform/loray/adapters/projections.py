@@ -6,41 +6,47 @@ PEFT's own differs from it in last bits.
 
 from __future__ import annotations
 
-import hashlib
-import math
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from loray.adapters.pairs import PairKey, begin_digest, draw_blocks
 from loray.adapters.weights import ProjectionPair
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @lru_cache(maxsize=4)
 def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> ProjectionPair:
-    """A (rank, max_in) and B (max_out, rank), Kaiming-uniform in fan-in, fp32, from one CPU generator: A first, then B.
+    """A (rank, max_in) and B (max_out, rank) in fp32 on the CPU, the numbers of `pairs.draw_blocks`.
 
-    Kopiczko et al., *VeRA* (ICLR 2024), section 3.2; the order of draws is PEFT's. Two adapters share a pair only when
-    all four arguments are equal. Callers get the same tensors: do not write to them.
+    Two adapters share a pair only when all four arguments are equal. Callers get the same tensors: do not write to
+    them.
     """
-    generator = torch.Generator(device="cpu").manual_seed(key)
-    a_RI = _kaiming_uniform((rank, max_in), generator)
-    b_OR = _kaiming_uniform((max_out, rank), generator)
+    pair = PairKey(key, rank, max_in, max_out)
+    blocks = draw_blocks(pair)
+    a_RI, b_OR = (_filled(shape, blocks) for shape in pair.shapes)
     return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
 
 
 def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
     """SHA-256 over both shapes and the fp32 bytes of A and B in row order."""
-    digest = hashlib.sha256(f"{tuple(a_RI.shape)}{tuple(b_OR.shape)}".encode())
+    digest = begin_digest(tuple(a_RI.shape), tuple(b_OR.shape))
     for t in (a_RI, b_OR):
         digest.update(t.detach().to(torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    # Rounds in PEFT's order: gain/√fan first, then √3 times it.
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    # torch's uniform_ computes u · 2b - b for u in steps of 2⁻²⁴, rounded once or twice by the instruction set. Here
-    # u - ½ is exact, so that the product's rounding is the only one on each.
-    u = torch.rand(shape, dtype=torch.float32, device="cpu", generator=generator)
-    return u.sub_(0.5).mul_(2 * bound)
+def _filled(shape: tuple[int, int], blocks: Iterator[NDArray[np.float32]]) -> Tensor:
+    filled = torch.empty(shape, dtype=torch.float32, device="cpu")
+    numbers, start = filled.numpy().reshape(-1), 0
+    while start < numbers.size:
+        block = next(blocks)
+        numbers[start : start + block.size] = block
+        start += block.size
+    return filled

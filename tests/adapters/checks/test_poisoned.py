@@ -174,11 +174,12 @@ def test_a_manifest_says_what_the_file_has(base: BaseModel, peft_folder: Callabl
         validate_folder(folder, base.config, manifest.model_copy(update={"nbytes": nbytes}))
 
 
-def test_lora_needs_no_torch(base: BaseModel, peft_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_a_check_needs_no_torch(base: BaseModel, peft_folder: Callable[..., Path], method: str) -> None:
     import subprocess
     import sys
 
-    folder = peft_folder(base)
+    folder = peft_folder(base, method)
     code = (
         "import sys; from pathlib import Path; from loray.adapters.validate import validate_folder;"
         "from loray.bases.registry import get_base;"

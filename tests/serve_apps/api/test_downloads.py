@@ -25,6 +25,7 @@ from loray.client import CatalogClient, files
 from loray.errors import BaseMismatch, DeadlineExceeded, IntegrityError, LorayError, RateLimited, UnsupportedError
 from loray.publishing import Destination, import_folder
 from loray.publishing.process import command_of, environment_of, raise_failure
+from loray.scratch import Budget
 from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.services import Services
@@ -139,7 +140,7 @@ def make(
     monkeypatch.setattr(
         conversions, "command_of", lambda form, ref, target, max_bytes: [sys.executable, "-c", STILL_THERE, str(target)]
     )
-    made = Conversions(api.settings, api.services.memory)
+    made = Conversions(api.settings, Budget(8 << 30, "in this server's memory"))
 
     async def begin(target: Path, tenant: str = "acme", client: Client | None = None) -> None:
         with made.place(tenant):

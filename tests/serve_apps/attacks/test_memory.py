@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from loray.adapters.checks.files import PAIR_NAMES
+from loray.adapters.pairs import PairKey, drawn_digest
+from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
+from loray.adapters.projections import draw_pair
 from loray.bases.registry import BaseModel
 from loray.publishing import Destination, import_folder
 from loray.scratch import Budget
@@ -18,6 +25,20 @@ from tests.serve_apps.api.fakes import Api
 
 LITTLE = Budget((1 << 30) - 1, "in this server's memory")
 
+SERVER = """
+import sys
+from pathlib import Path
+from tests.serve_apps.api.fakes import Api
+
+home, catalog, folder, base = sys.argv[1:]
+api = Api(Path(home), catalog)
+upload = api.http.post("/uploads").json()["id"]
+for file in Path(folder).iterdir():
+    api.http.put(f"/uploads/{upload}/files/{file.name}", content=file.read_bytes())
+print(api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base}).status_code)
+print("torch" in sys.modules)
+"""
+
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
@@ -26,26 +47,31 @@ def api(tmp_path: Path) -> Iterator[Api]:
     api.close()
 
 
-def test_a_vera_folder_of_a_high_rank_is_refused_before_its_pair_is_drawn(
-    api: Api, base: BaseModel, peft_folder: Callable[..., Path]
+@pytest.mark.parametrize("is_stored", [False, True], ids=["drawn", "stored"])
+def test_a_vera_folder_is_published_without_torch(
+    tmp_path: Path, api: Api, base: BaseModel, peft_folder: Callable[..., Path], is_stored: bool
 ) -> None:
+    """By a process that has nothing but the server's modules. What was published is what engines read."""
     folder = peft_folder(base, "vera")
-    upload = send(api, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    api.services.memory = Budget(1 << 20, "in this server's memory")
-    refused = api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base.name})
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
-    assert "do not fit in this server's memory" in refused.json()["detail"]
-    assert api.http.get("/adapters").status_code == 200
-    api.services.memory = Budget(8 << 30, "in this server's memory")
-    assert api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base.name}).status_code == 201
-    assert (api.services.memory.held(), config["r"]) == (0, 16)
+    if is_stored:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        pair = draw_pair(5, 16, 128, 128)
+        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI.bfloat16(), pair.b_OR.half()), strict=True))
+        save_file(tensors, folder / WEIGHTS_FILE)
+    command = [sys.executable, "-W", "ignore", "-c", SERVER, str(api.settings.home), api.settings.catalog]
+    out = subprocess.run([*command, str(folder), base.name], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["201", "False"]
+    projection, pair_read = api.catalog.version("tone", 1).manifest.projection, read_adapter(folder, base.config).pair
+    assert (projection is None, pair_read is None) == (False, False)
+    assert projection.sha256 == pair_read.digest
 
 
-def test_a_folder_that_is_read_in_parts_needs_none(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> None:
-    upload = send(api, peft_folder(base))
-    api.services.memory = Budget(0, "in this server's memory")
-    assert api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base.name}).status_code == 201
+def test_a_pair_of_any_rank_is_checked_in_a_few_megabytes() -> None:
+    tracemalloc.start()
+    drawn_digest.__wrapped__(PairKey(0, 4096, 1024, 1024))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
@@ -73,10 +99,3 @@ def test_a_conversion_takes_no_more_than_its_part(
         api.services.conversions = Conversions(api.settings, Budget(max_bytes, "in this server's memory"))
         api.http.get("/adapters/tone/versions/1/download", params={"format": "gguf"})
     assert asked == [3 << 29, 8 << 30]
-
-
-def send(api: Api, folder: Path) -> str:
-    upload: str = api.http.post("/uploads").json()["id"]
-    for file in folder.iterdir():
-        assert api.http.put(f"/uploads/{upload}/files/{file.name}", content=file.read_bytes()).status_code == 200
-    return upload

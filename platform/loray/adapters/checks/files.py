@@ -17,7 +17,7 @@ MAX_CONFIG_BYTES = 4 << 20  # the ids of changed embedding rows are in it
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 1 << 15
 MAX_RANK = 1 << 14
-MAX_VERA_RANK = 1 << 12  # its shared pair is drawn from a key, so that a small file asks for a large allocation
+MAX_VERA_RANK = 1 << 12  # its shared pair is drawn from a key, so that a small file asks for many numbers
 
 PAIR_NAMES = ("base_model.vera_A", "base_model.vera_B")
 _DTYPES = ("F32", "BF16", "F16", "F64")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from loray.adapters.projections import draw_pair
+from loray.adapters.pairs import PairKey, drawn_digest
 from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
@@ -55,5 +55,5 @@ def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) 
 def _has_pair_of(spec: VeraSpec, weights: AdapterWeights, base: ModelConfig) -> bool:
     shapes = [base.module_shape(module) for module in spec.target_modules]
     max_out, max_in = (max(sizes) for sizes in zip(*shapes, strict=True))
-    drawn = draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out)
-    return weights.pair is not None and weights.pair.digest == drawn.digest
+    drawn = PairKey(spec.projection_prng_key, spec.rank, max_in, max_out)
+    return weights.pair is not None and weights.pair.digest == drawn_digest(drawn)
