@@ -57,8 +57,9 @@ def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.Monke
     assert loray("keys", "update", "nightly", "--rpm", "many").code == 2
     assert "KEY=VALUE" in loray("keys", "update", "nightly", "--metadata", "x").err
     assert loray("keys", "block", "nightly").out.endswith("is blocked\n")
+    assert loray("keys", "block", "nightly", "--off").code == 0
     assert json.loads(loray("keys", "rotate", "nightly", "--grace", "1h", "--json").out)["id"] == f"{key['id']}_2"
-    assert loray("keys", "revoke", key["id"]).code == 0
+    assert loray("keys", "revoke", key["id"], "--only-this").code == 0
     assert [k["key_alias"] for k in json.loads(loray("keys", "ls", "--tenant", "acme", "--json").out)] == ["nightly"]
     monkeypatch.setenv("LORAY_API_KEY", key["key"])
     refused = loray("tenants", "ls")

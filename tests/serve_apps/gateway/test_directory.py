@@ -127,8 +127,13 @@ def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: 
 
 
 def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
-    base: BaseModel, catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: BaseModel,
+    catalog: Catalog,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("serve_apps.following.SPREAD_S", 0.0)
     register(catalog, "tone", base.fingerprint, context_length=4096)
     kept, away = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere"), Away(catalog)
 

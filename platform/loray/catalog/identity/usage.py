@@ -58,7 +58,7 @@ class Usage(Database):
         if not events:
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
-        with _refused_rows(), writing(self._engine) as c:
+        with writing(self._engine) as c, _refused_rows():
             statement = self._insert(usage).on_conflict_do_nothing(index_elements=["request_id"])
             new = set(c.scalars(statement.returning(usage.c.request_id), rows))
             if new:

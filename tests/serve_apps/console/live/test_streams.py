@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from loray.api.status import Status
+from loray.spec import OPERATOR
 from serve_apps.console.live.streams import Streams
 from serve_apps.console.sessions import COOKIE
 from tests.serve_apps.console.site import HTMX, URL, ConsoleSite
@@ -69,7 +70,7 @@ def test_a_stream_ends_with_its_session(quick: ConsoleSite, monkeypatch: pytest.
         nonlocal looks
         looks += 1
         if looks == 2:
-            sessions.end(cookie)
+            sessions.end(cookie, OPERATOR)
         return state()
 
     monkeypatch.setattr(quick.engines, "status", status)
