@@ -97,7 +97,7 @@ def train(
 
 
 class _Jobs(Protocol):
-    """What Ray's job server and a loray server both offer."""
+    """Declares what Ray's job server and a loray server both offer."""
 
     @property
     def address(self) -> str: ...

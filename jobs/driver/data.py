@@ -65,7 +65,7 @@ def _in_bucket(source: str, settings: Settings, copy: Path) -> Copy:
 
 
 def _objects(source: str, store: S3Store, key: str) -> dict[str, ObjectEntry]:
-    """By the path below the source; the path of a single object is empty."""
+    """Return the objects by their path below the source; the path of a single one is empty."""
     folder = fixed_part(key).rstrip("/")
     single = store.entry(folder) if folder and not is_glob(key) else None
     if single is not None:

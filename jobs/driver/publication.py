@@ -96,7 +96,7 @@ def _state(checkpoint: Checkpoint) -> RunState:
 
 
 def driver_of(tenant: str) -> Principal:
-    """What a job may do: for its tenant alone."""
+    """Return what a job may do: for its tenant alone."""
     return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
 
 

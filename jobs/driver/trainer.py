@@ -29,9 +29,9 @@ _RESIZE_S = 60.0  # between two checks whether an elastic run can have more work
 
 
 class Workload(NamedTuple):
-    """What workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter that
-    the run goes on from. `is_evaluated`: there are held-out rows. `dtype_reason`: why the
-    recipe's dtype is what it is.
+    """Holds what workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter
+    that the run goes on from. `is_evaluated`: there are held-out rows. `dtype_reason`: why the recipe's dtype is what
+    it is.
     """
 
     spec: TrainSpec

@@ -91,7 +91,7 @@ def describe(event: Event) -> str:
 
 
 def _device(start: StartEvent) -> str:
-    """What trains, and in which dtype; older events do not say it."""
+    """Say what trains, and in which dtype; older events do not have it."""
     reason = f" ({start['dtype_reason']})" if start.get("dtype_reason") else ""
     return f"on {start['device']} in {start['dtype']}{reason}" if "dtype" in start else f"on {start['device']}"
 

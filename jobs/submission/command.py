@@ -23,7 +23,7 @@ _PAGE = 100
 
 
 class _Calls(Protocol):
-    """What these commands need; `CatalogClient` has it."""
+    """Declares what these commands need; `CatalogClient` has it."""
 
     def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]: ...
 

@@ -59,7 +59,7 @@ class JobServer(Protocol):
         """None if Ray does not know the job, not yet or no longer."""
 
     def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
-        """Those of these jobs that Ray knows, by one request."""
+        """Return those of these jobs that Ray knows, by one request."""
 
     def stop(self, job_id: str) -> None:
         """Asks a job that Ray knows to stop, and returns before it has ended."""
@@ -148,8 +148,8 @@ class JobTracker:
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
-        """As `Catalog.jobs`, updated from Ray, which is asked once. A job whose status no longer matches `status` is
-        left out.
+        """Return the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
+        matches `status` is left out.
         """
         page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
         active = [job.id for job in page.jobs if not job.has_ended]

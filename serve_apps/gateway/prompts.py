@@ -17,7 +17,7 @@ from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect, Dialects
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from serve_apps.accounting.fair_threads import FairThreads
+from serve_apps.gateway.fair_threads import FairThreads
 
 LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 VERY_LONG = 131_072  # about 60 ms
@@ -60,7 +60,7 @@ class PromptEncoder:
         self,
         prompts: Sequence[Prompt],
         limit: int | None,
-        tenant: str = "",
+        tenant: str,
         *,
         special: bool = True,
         keep: int | None = None,
@@ -87,7 +87,7 @@ class PromptEncoder:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     async def dialect(
-        self, adapter: AdapterRef | None, template: str | None, tenant: str = "", *, with_tools: bool
+        self, adapter: AdapterRef | None, template: str | None, tenant: str, *, with_tools: bool
     ) -> Dialect:
         """How the model is spoken to; `template` is the adapter's own.
 
@@ -102,7 +102,7 @@ class PromptEncoder:
         request: ChatCompletionRequest,
         dialect: Dialect,
         limit: int | None,
-        tenant: str = "",
+        tenant: str,
         *,
         keep: int | None = None,
     ) -> tuple[int, ...]:
@@ -139,18 +139,18 @@ class PromptEncoder:
             _check_characters(len(prompt), most, limit, "messages")
         return await self._run(tenant, partial(encode, prompt), len(prompt))
 
-    async def constraint(self, request: ChatCompletionRequest, dialect: Dialect, tenant: str = "") -> Constraint | None:
+    async def constraint(self, request: ChatCompletionRequest, dialect: Dialect, tenant: str) -> Constraint | None:
         """What the answer must match, of which the tools are a part: see `Dialect.constraint`."""
         answer = None if request.constraint is None else request.constraint.constraint
         if request.tool_use is None:
             return answer
         return await self._run(tenant, partial(dialect.constraint, request.tool_use, answer), request.num_characters)
 
-    async def bad_words(self, words: Sequence[str], tenant: str = "") -> tuple[tuple[int, ...], ...]:
+    async def bad_words(self, words: Sequence[str], tenant: str) -> tuple[tuple[int, ...], ...]:
         """Their token ids: see `bad_word_ids`."""
         return await self._run(tenant, partial(bad_word_ids, self.tokenizer, words), 2 * sum(map(len, words)))
 
-    async def decode(self, ids: Sequence[int], tenant: str = "") -> str:
+    async def decode(self, ids: Sequence[int], tenant: str) -> str:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
         if max(ids, default=0) >= self.tokenizer.num_tokens:
             raise RequestError(f"a token id is outside the vocabulary of {self.tokenizer.num_tokens}", "tokens")
@@ -162,7 +162,7 @@ class PromptEncoder:
 
         return await self._run(tenant, decode, len(ids))
 
-    async def token_strings(self, ids: Sequence[int], tenant: str = "") -> list[str]:
+    async def token_strings(self, ids: Sequence[int], tenant: str) -> list[str]:
         """Each token as it stands in the vocabulary."""
         return await self._run(tenant, partial(self.tokenizer.tokens, ids), len(ids))
 

@@ -249,7 +249,7 @@ def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) 
     with pytest.raises(CatalogError, match='database "absent" does not exist'):
         Catalog(url.rpartition("/")[0] + "/absent")
     postgres.execute(url.rpartition("/")[2], "CREATE ROLE guest LOGIN")
-    with pytest.raises(CatalogError, match="cannot be used: permission denied for schema public") as e:
+    with pytest.raises(CatalogError, match="cannot be migrated: permission denied for schema public") as e:
         Catalog(url.replace("loray@", "guest:secret@"))
     assert "secret" not in str(e.value)
 

@@ -117,7 +117,7 @@ def open_database(url: str) -> sa.Engine:
     except DatabaseError as e:
         engine.dispose()
         reason = str(e.orig).strip()
-        if engine.dialect.name == "postgresql":  # for instance a missing privilege
+        if engine.dialect.name == "postgresql":
             raise CatalogError(f"catalog {shown_url(url)} cannot be migrated: {reason}") from e
         raise IntegrityError(f"catalog {shown_url(url)} is damaged: {reason}") from e
     except LorayError:
@@ -246,7 +246,10 @@ def _migrate(engine: sa.Engine) -> None:
             )
         log.debug("migrating the catalog from revision %s to %s", revision, HEAD)
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except ProgrammingError as e:  # for instance a missing privilege
+            raise CatalogError(f"catalog {shown_url(engine.url)} cannot be migrated: {str(e.orig).strip()}") from e
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -89,7 +89,7 @@ class AdapterVersion:
 
     @property
     def tenant(self) -> str:
-        return split_qualified(self.name).tenant or DEFAULT_TENANT
+        return _tenant_of(self.name)
 
     def shown_to(self, principal: Principal) -> AdapterVersion:
         """What the caller may know of it: how it was made, those of its own tenant alone who may make others."""
@@ -131,8 +131,11 @@ class VersionSummary:
 
 def _may_know(name: str, principal: Principal) -> bool:
     """Whether the caller may know how an adapter's versions were made."""
-    tenant = split_qualified(name).tenant or DEFAULT_TENANT
-    return principal.is_admin or bool(tenant == principal.tenant and principal.scopes & _MAKERS)
+    return principal.is_admin or bool(_tenant_of(name) == principal.tenant and principal.scopes & _MAKERS)
+
+
+def _tenant_of(name: str) -> str:
+    return split_qualified(name).tenant or DEFAULT_TENANT
 
 
 class VersionPage(NamedTuple):

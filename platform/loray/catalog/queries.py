@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.adapters.manifest import parse_manifest
-from loray.catalog.auditing import log as log  # which operations take from here, with the other statements
+from loray.catalog.audit_chain import log as log  # which operations take from here, with the other statements
 from loray.catalog.checks import NUM_COMPARED, check_name, check_qualified, unknown_adapter
 from loray.catalog.entries import (
     AdapterEntry,

@@ -138,9 +138,9 @@ def test_what_reaches_the_template_is_rendered_in_a_thread(
     request = parse(ChatCompletionRequest, fields | {"tool_choice": "required" if "tools" in fields else "auto"})
 
     async def ask() -> None:
-        dialect = await encoder.dialect(None, None, with_tools=request.tool_use is not None)
-        await encoder.chat(request, dialect, 1 << 20)
-        await encoder.constraint(request, dialect)
+        dialect = await encoder.dialect(None, None, "acme", with_tools=request.tool_use is not None)
+        await encoder.chat(request, dialect, 1 << 20, "acme")
+        await encoder.constraint(request, dialect, "acme")
 
     asyncio.run(ask())
     assert threads.pop(threading.get_ident(), 0) <= INLINE

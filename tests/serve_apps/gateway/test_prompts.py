@@ -50,18 +50,18 @@ def encoder(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> PromptEn
 async def encoded(encoder: PromptEncoder, *contents: str, limit: int = LIMIT, **options: Any) -> tuple[int, ...]:
     messages = [{"role": "user", "content": content} for content in contents]
     request = parse(ChatCompletionRequest, {"model": "m", "messages": messages})
-    dialect = await encoder.dialect(None, None, with_tools=False)
-    return await encoder.chat(request, dialect, limit, **options)
+    dialect = await encoder.dialect(None, None, "acme", with_tools=False)
+    return await encoder.chat(request, dialect, limit, "acme", **options)
 
 
 def test_short_ones_are_encoded_at_once(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    assert asyncio.run(encoder.texts(["ab", (5, 6)], LIMIT)) == [(64, 65), (5, 6)]
+    assert asyncio.run(encoder.texts(["ab", (5, 6)], LIMIT, "acme")) == [(64, 65), (5, 6)]
     asyncio.run(encoded(encoder, "hi"))
     assert set(tokenizer.threads) == {"MainThread"}
 
 
 def test_many_short_ones_are_long_together(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    assert len(asyncio.run(encoder.texts(["x" * 4000] * 5, LIMIT))) == 5
+    assert len(asyncio.run(encoder.texts(["x" * 4000] * 5, LIMIT, "acme"))) == 5
     assert set(tokenizer.threads) == {"tokenizer_0"}
 
 
@@ -79,9 +79,11 @@ def test_long_chats_are_rendered_in_a_thread_too(
 
 def test_very_long_ones_delay_only_each_other(encoder: PromptEncoder, tokenizer: Watched) -> None:
     async def run() -> None:
-        very_long = [asyncio.create_task(encoder.texts(["wait" + "x" * 200_000], LIMIT)) for _ in range(8)]
+        very_long = [asyncio.create_task(encoder.texts(["wait" + "x" * 200_000], LIMIT, "acme")) for _ in range(8)]
         await asyncio.sleep(0)
-        await asyncio.gather(encoder.texts(["x"], LIMIT), *(encoder.texts(["x" * 20_000], LIMIT) for _ in range(4)))
+        await asyncio.gather(
+            encoder.texts(["x"], LIMIT, "acme"), *(encoder.texts(["x" * 20_000], LIMIT, "acme") for _ in range(4))
+        )
         assert not any(task.done() for task in very_long)
         tokenizer.release.set()
         assert [len(ids[0]) for ids in await asyncio.gather(*very_long)] == [200_004] * 8
@@ -91,18 +93,18 @@ def test_very_long_ones_delay_only_each_other(encoder: PromptEncoder, tokenizer:
 
 def test_what_cannot_fit_is_not_encoded(encoder: PromptEncoder, tokenizer: Watched) -> None:
     most = 10 * len("<|endoftext|>")  # the longest token
-    for ask in (encoder.texts(["x" * (most + 1)], 10), encoded(encoder, "x" * most, "x", limit=10)):
+    for ask in (encoder.texts(["x" * (most + 1)], 10, "acme"), encoded(encoder, "x" * most, "x", limit=10)):
         with pytest.raises(ContextLengthExceeded, match=f"10 tokens, which have {most} characters at most"):
             asyncio.run(ask)
     with pytest.raises(ContextLengthExceeded, match="11 messages"):
         asyncio.run(encoded(encoder, *["x"] * 11, limit=10))
     assert tokenizer.threads == []
-    assert len(asyncio.run(encoder.texts(["x" * most], 10))[0]) == most
+    assert len(asyncio.run(encoder.texts(["x" * most], 10, "acme"))[0]) == most
 
 
 def test_of_a_longer_prompt_the_end_is_kept(encoder: PromptEncoder, tokenizer: Watched) -> None:
     most = 10 * len("<|endoftext|>")
-    assert asyncio.run(encoder.texts(["x" * 10 * most + "abc", (1, 2, 3, 4), (5,)], 10, keep=3)) == [
+    assert asyncio.run(encoder.texts(["x" * 10 * most + "abc", (1, 2, 3, 4), (5,)], 10, "acme", keep=3)) == [
         (64, 65, 66),
         (2, 3, 4),
         (5,),
@@ -133,12 +135,13 @@ def test_an_adapters_template_is_rendered(tokenizer: Watched, encoder: PromptEnc
     )
 
     async def ask() -> tuple[int, ...]:
-        dialect = await encoder.dialect(adapter, "{{ messages[0].content }}!", with_tools=False)
+        dialect = await encoder.dialect(adapter, "{{ messages[0].content }}!", "acme", with_tools=False)
         assert dialect.form == "mistral"
         return await encoder.chat(
             parse(ChatCompletionRequest, {"model": "m", "messages": [{"role": "user", "content": "ab"}]}),
             dialect,
             LIMIT,
+            "acme",
         )
 
     assert asyncio.run(ask()) == (64, 65, 0)

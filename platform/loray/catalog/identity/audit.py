@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.auditing import add_entry, chained
+from loray.catalog.audit_chain import add_entry, chained
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.queries import lock, utc
 from loray.catalog.schema import audit_log

@@ -110,7 +110,7 @@ class Keys(Database):
             lock(c)
             old = _get(c, key_id)
             account = account_of(key_id)
-            family = [_key(row) for row in c.execute(sa.select(keys).where(_of_account(account)))]
+            family = _together(c, key_id)
             refuse_rotation(old, family, now(), is_kept=bool(grace), by_itself=self._principal.key_id == key_id)
             number = len(family) + 1
             fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-from loray.catalog.auditing import add_entry
+from loray.catalog.audit_chain import add_entry
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import logins
