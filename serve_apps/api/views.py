@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
@@ -22,9 +22,9 @@ from loray.api.resources import (
     VersionResource,
 )
 from loray.api.status import AdapterPlacement
-from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job, Quarantined, VersionSummary
+from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job, VersionSummary
 from loray.catalog.projections import canonical_digests
-from loray.spec import Projection
+from loray.spec import AdapterManifest, Projection
 
 T = TypeVar("T")
 
@@ -59,41 +59,28 @@ def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> Ba
 
 
 def version(v: VersionSummary) -> VersionResource:
-    return VersionResource(
-        name=v.name,
-        version=v.version,
-        digest=v.digest,
-        created_at=v.created_at,
-        aliases=v.aliases,
-        method=v.method,
-        base_fingerprint=v.base_fingerprint,
-        context_length=v.context_length,
-        nbytes=v.nbytes,
-        evaluations=v.evaluations,
-        quarantine=_quarantine(v.quarantine),
-    )
+    return VersionResource(**_fields(v, v))
 
 
 def detail(v: AdapterVersion) -> VersionDetail:
-    m = v.manifest
-    return VersionDetail(
-        name=v.name,
-        version=v.version,
-        digest=v.digest,
-        created_at=v.created_at,
-        aliases=v.aliases,
-        method=m.method,
-        base_fingerprint=m.base_fingerprint,
-        context_length=m.context_length,
-        nbytes=m.nbytes,
-        evaluations=v.evaluations,
-        quarantine=_quarantine(v.quarantine),
-        manifest=m,
-    )
+    return VersionDetail(**_fields(v, v.manifest), manifest=v.manifest)
 
 
-def _quarantine(found: Quarantined | None) -> QuarantineResource | None:
-    return None if found is None else QuarantineResource.model_validate(found._asdict())
+def _fields(v: VersionSummary | AdapterVersion, made: VersionSummary | AdapterManifest) -> dict[str, Any]:
+    """The fields of a version in a list, and of one by itself. `made` has those of the manifest."""
+    return {
+        "name": v.name,
+        "version": v.version,
+        "digest": v.digest,
+        "created_at": v.created_at,
+        "aliases": v.aliases,
+        "method": made.method,
+        "base_fingerprint": made.base_fingerprint,
+        "context_length": made.context_length,
+        "nbytes": made.nbytes,
+        "evaluations": v.evaluations,
+        "quarantine": None if v.quarantine is None else QuarantineResource.model_validate(v.quarantine._asdict()),
+    }
 
 
 def alias(state: AliasState) -> AliasResource:
