@@ -12,7 +12,8 @@
     SENT     replica   its clock, in seconds, when what follows was sent: tokens of a step
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
-one request; the gateway numbers them. `pool`, `host` and `gone` are the eight bytes of each adapter's routing key.
+one request; the gateway gives it a number that nobody can guess, and takes its frames from one connection. `pool`,
+`host` and `gone` are the eight bytes of each adapter's routing key.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 from loray.errors import ReplicaLost
@@ -43,6 +43,7 @@ _log = get_logger(__name__)
 
 _HANDSHAKE_S = 10.0
 _MAX_STRANGERS = 128  # connections that have not shown the token yet
+_STREAM_BITS = 62
 _LOST = "the replica that served this request was lost; send it again"
 _LOST_S = 2.0  # after a connection's end, for the call to say what happened
 
@@ -53,9 +54,11 @@ class Listener:
     def __init__(self, reports: RoutingReports | None = None, late: Callable[[float], None] = lambda _: None) -> None:
         """`reports` gets what the replicas report; `late` by how many seconds each step's tokens come late."""
         self._reports, self._late = reports or RoutingReports(), late
-        self._ids, self._wakes = count(1), Wakes()
+        self._wakes = Wakes()
+        # A replica that was not given a stream cannot guess which number it has.
+        self._ids: Iterator[int] = iter(partial(secrets.randbits, _STREAM_BITS), None)
         self._inboxes: dict[int, Inbox] = {}
-        self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come
+        self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come, alone
         self._peers: dict[str, _Peer] = {}  # by the connection's name
         self._reporters: dict[str, _Peer] = {}  # replica → its last connection, whose reports count
         self._all: set[_Peer] = set()
@@ -117,7 +120,7 @@ class Listener:
         if peer is None:
             inbox.fail(ReplicaLost(_LOST))
         else:
-            self._sources[inbox.stream] = peer
+            self._sources.setdefault(inbox.stream, peer)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -145,11 +148,8 @@ class Listener:
             del self._peers[peer.name]
         if peer.replica is not None and self._reporters.get(peer.replica) is peer:
             del self._reporters[peer.replica]
-        lost = [stream for stream, source in self._sources.items() if source is peer]
-        for stream in lost:
-            del self._sources[stream]
-        if lost:
-            inboxes = [self._inboxes[stream] for stream in lost]
+        inboxes = [self._inboxes[stream] for stream, source in self._sources.items() if source is peer]
+        if inboxes:
             asyncio.get_running_loop().call_later(_LOST_S, _fail, inboxes, peer.replica)
 
     def take(self, peer: _Peer, fields: tuple[Any, ...]) -> None:
@@ -187,11 +187,20 @@ class Listener:
             peer.write(frame(AGAIN))
 
     def _of(self, stream: int, peer: _Peer) -> Inbox | None:
-        """None for a stream that has been dropped: its tokens were on the way."""
+        """None for a stream that has been dropped, whose tokens were on the way, and for one that another connection
+        has: Serve may call a second replica where it loses sight of the first. The second one's work is ended.
+        """
         inbox = self._inboxes.get(stream)
-        if inbox is not None and stream not in self._sources:
-            self._sources[stream] = peer
-        return inbox
+        if inbox is None:
+            return None
+        source = self._sources.setdefault(stream, peer)
+        if source is peer:
+            return inbox
+        if stream not in peer.others:
+            peer.others.add(stream)
+            _log.warning("tokens of replica %s are ignored: replica %s has their stream", peer.replica, source.replica)
+            peer.write(frame(END, stream, "abort"))
+        return None
 
 
 class _Peer(asyncio.Protocol):
@@ -207,6 +216,7 @@ class _Peer(asyncio.Protocol):
         self._heartbeat: Heartbeat | None = None
         self.is_known = False
         self.name: str | None = None
+        self.others: set[int] = set()  # streams of other connections whose tokens it has sent
 
     @property
     def replica(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
+from itertools import count
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_a_frame_that_is_cut_at_any_byte_reaches_nobody(node: str, loop: str) ->
 
     async def run(cut: int) -> None:
         async with plane(node=node) as (gateway, _):
+            gateway._ids = count(goes_on)
             inboxes = [gateway.open() for _ in range(4)]
             assert [inbox.stream for inbox in inboxes] == [goes_on, ends, begins, scored]
             await killed_after(gateway, node, first + (tokens + scores)[:cut])

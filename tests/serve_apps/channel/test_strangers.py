@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from loray.errors import ReplicaUnavailable
+from loray.spec import TokenDelta, TokenLogprobs
 from serve_apps.channel import connection, listener
 from serve_apps.channel.address import abstract, dial
 from serve_apps.channel.connection import Connections
@@ -29,6 +31,69 @@ def test_without_the_token_nothing_is_read() -> None:
             await ended(sock)
             assert not inbox.has_ended
             gateway.forget(inbox, "abort")
+
+    go(test)
+
+
+@PLACES
+def test_a_streams_tokens_are_taken_from_one_connection(node: str) -> None:
+    async def test() -> None:
+        async with plane(node=node) as (gateway, replica):
+            inbox, own, last = (gateway.open() for _ in range(3))
+            left: list[str] = []
+            to, another = await replica.to(gateway.address), Connections(node, "another")
+            other = await another.to(gateway.address)
+            other.watch(inbox.stream, left.append)
+            to.send([(inbox.stream, Out(1))])
+            assert (await inbox.take()).token_ids == (1,)
+            foreign = Out(7, "stop", prompt_logprobs=(TokenLogprobs(-0.5, (), 1),))
+            other.send([(inbox.stream, foreign), (inbox.stream, Out(8)), (own.stream, Out(2, "stop"))])
+            gateway.returned(inbox, other.name)
+            assert await everything(own) == [2]
+            await until(lambda: not other._writer.behind)
+            other.send([(last.stream, Out(4, "stop"))])
+            assert await everything(last) == [4]  # so all that came before it has been read
+            to.send([(inbox.stream, Out(3, "stop"))])
+            assert await inbox.take() == TokenDelta((3,), "stop")
+            await until(lambda: left == ["abort"])  # nobody wants what it generates
+            assert other.is_open
+            for each in (inbox, own, last):
+                gateway.forget(each, "abort")
+            another.close()
+
+    go(test)
+
+
+def test_a_lost_connections_stream_is_taken_from_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_LOST_S", 0.0)
+
+    async def test() -> None:
+        async with plane() as (gateway, replica):
+            inbox, own = gateway.open(), gateway.open()
+            to, another = await replica.to(gateway.address), Connections(NODE, "another")
+            other = await another.to(gateway.address)
+            to.send([(inbox.stream, Out(1))])
+            assert (await inbox.take()).token_ids == (1,)
+            to.close()
+            await until(lambda: len(gateway._all) == 1)
+            other.send([(inbox.stream, Out(7, "stop")), (own.stream, Out(2, "stop"))])
+            assert await everything(own) == [2]
+            with pytest.raises(ReplicaUnavailable, match="lost"):
+                await inbox.take()
+            for each in (inbox, own):
+                gateway.forget(each, "abort")
+            another.close()
+
+    go(test)
+
+
+def test_a_stream_is_known_to_whom_it_was_given_alone() -> None:
+    async def test() -> None:
+        async with plane() as (gateway, _):
+            first, second = gateway.open(), gateway.open()
+            assert abs(first.stream - second.stream) > 1 << 20  # a replica that has one does not find the other
+            for each in (first, second):
+                gateway.forget(each, "abort")
 
     go(test)
 
