@@ -186,13 +186,13 @@ REQUESTS = (
     ),
     Limit(
         "rendering adapters' own chat templates",
-        f"one prompt of a tenant at a time, {prompts.OWN_THREADS} of all, tenants in turn, for each base; a wait of "
-        f"{_time(prompts.OWN_WAIT_S)}",
+        f"one prompt of a tenant at a time, {prompts.OWN_TEMPLATES.total} of all, tenants in turn, for each base; a "
+        f"wait of {_time(prompts.OWN_TEMPLATES.wait_s)}",
         _BUSY,
     ),
     Limit(
         f"tokenising texts of more than {prompts.VERY_LONG:,} characters",
-        f"one of all at a time, tenants in turn; a wait of {_time(prompts.LONG_WAIT_S)}",
+        f"one of all at a time, tenants in turn; a wait of {_time(prompts.LONG_TEXTS.wait_s)}",
         _BUSY,
     ),
     Limit("prompts × `n`", f"{fields.MAX_CHOICES}", _WRONG),
@@ -318,7 +318,7 @@ JOBS = (
 
 def _places(most: places.MostPlaces) -> str:
     of_key = "" if most.of_key is None else f", {most.of_key} of a key"
-    waiting = f"; more wait {_time(most.wait_s)}, {places.MOST_WAITING} of a tenant" if most.wait_s else ""
+    waiting = f"; more wait {_time(most.wait_s)}, {most.waiting} of a tenant" if most.wait_s else ""
     return f"{most.total}, {most.of_tenant} of a tenant{of_key}{waiting}"
 
 

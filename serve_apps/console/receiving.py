@@ -18,7 +18,7 @@ async def receive_upload(backend: Backend, request: Request, asking: Principal, 
     is left.
     """
     num_bytes = length_of(request, check_file_name(name))
-    async with backend.sending.one(asking):
+    async with backend.sending.one(asking.tenant):
         with backend.scratch.folder(num_bytes, of=asking.tenant) as folder:
             uploads = await run_in_threadpool(_room, backend, asking, id, name)
             return await receive_file(request, folder / name, num_bytes, lambda path: uploads.put(id, name, path))

@@ -17,13 +17,12 @@ from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect, Dialects
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway.fair_threads import FairThreads
+from serve_apps.access.places import MostPlaces, Places
 
 LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 VERY_LONG = 131_072  # about 60 ms
-LONG_WAIT_S = 30.0  # for which a very long text waits for its tenant's turn
-OWN_THREADS = 2  # that render templates of adapters, each with a process
-OWN_WAIT_S = 2.0  # for which such a request waits for its tenant's turn
+LONG_TEXTS = MostPlaces(total=1, of_tenant=1, wait_s=30.0, waiting=None)  # very long texts that are encoded
+OWN_TEMPLATES = MostPlaces(total=2, of_tenant=1, wait_s=2.0, waiting=None)  # renderings of adapters, each in a process
 _PIECE = 8192  # tokens that are decoded at once; then other threads run
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
 T = TypeVar("T")
@@ -44,8 +43,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._dialects = Dialects(base.name, templates, tokenizer, form)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
-        self._long_texts = FairThreads(1, LONG_WAIT_S, "long-texts")
-        self._own_templates = FairThreads(OWN_THREADS, OWN_WAIT_S, "own-templates")
+        self._long_texts = Places("very long texts", LONG_TEXTS)
+        self._own_templates = Places("renderings of adapters' templates", OWN_TEMPLATES)
 
     @classmethod
     def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:

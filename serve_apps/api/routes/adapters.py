@@ -143,7 +143,7 @@ async def register_version(
         return services.publish_upload(registration, to)
 
     if registration.digest is None:
-        version = await services.long.run(asking, register)
+        version = await services.long.run(asking.tenant, register)
     else:
         version = await run_in_threadpool(register)
     response.headers["Location"] = _location(request, version)

@@ -72,7 +72,9 @@ async def download(
     made = held.enter_context(services.scratch.folder(num_bytes)) / "made"
     try:
         if format == "peft":
-            archive = await services.long.run(asking, lambda: folder_as_tar(services.store, found.digest, label, made))
+            archive = await services.long.run(
+                asking.tenant, lambda: folder_as_tar(services.store, found.digest, label, made)
+            )
         else:
             held.enter_context(services.conversions.place(asking.tenant))
             await services.conversions.make(format, found.ref, made, client=request)

@@ -108,7 +108,7 @@ async def get_logs(
     if tail is not None and not follow:
         return PlainTextResponse(await run_in_threadpool(jobs.tail, id, tail))
     held = AsyncExitStack()
-    await held.enter_async_context(services.followers.one(asking))
+    await held.enter_async_context(services.followers.one(asking.tenant, asking.account))
     try:
         if follow:
             return _Log(_for_an_hour(until_revoked(request, await run_in_threadpool(jobs.follow, id))), held)

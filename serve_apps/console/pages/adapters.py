@@ -155,7 +155,7 @@ async def download(
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
 
     try:
-        archive, found = await backend.long.run(asking, make)
+        archive, found = await backend.long.run(asking.tenant, make)
     except BaseException:
         held.close()
         raise

@@ -62,7 +62,7 @@ async def put_file(
 async def publish(console: ConsoleDep, request: Request, asking: Asking, id: UploadId) -> Response:
     """Check the folder as a whole and publish it; then its page is shown."""
     form = await read_form(request)
-    version = await console.backend.long.run(asking, lambda: _publish(console, asking, id, form))
+    version = await console.backend.long.run(asking.tenant, lambda: _publish(console, asking, id, form))
     bare = version.name.rpartition("/")[2]
     return led_to(request, f"/adapters/{bare}?tenant={asking.tenant}&done=published")
 

@@ -14,6 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.errors import Overloaded
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
+from serve_apps.gateway import prompts
 from serve_apps.gateway.prompts import PromptEncoder
 from tests.serve_apps.attacks.front import front
 from tests.serve_apps.gateway.scripted import ScriptedEngines
@@ -69,12 +70,12 @@ def test_tenants_have_their_very_long_texts_encoded_in_turn(encoder: PromptEncod
 
 
 def test_nobody_waits_for_ever(encoder: PromptEncoder, tokenizer: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder._long_texts, "_longest_s", 0.01)
+    monkeypatch.setattr(encoder._long_texts, "_most", prompts.LONG_TEXTS._replace(wait_s=0.01))
 
     async def run() -> None:
         held = asyncio.create_task(encoder.texts(["f" + REST], LIMIT, "flood"))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="long-texts are busy, and tenant acme has waited"):
+        with pytest.raises(Overloaded, match="1 very long texts are under way, and tenant acme had no turn in 0"):
             await encoder.texts(["a" + REST], LIMIT, "acme")
         tokenizer.release.set()
         assert await held == [(1,)]

@@ -15,7 +15,6 @@ from starlette.types import Message
 from loray.errors import Overloaded, RateLimited
 from loray.spec import Principal, TrainSpec
 from serve_apps.access import rates
-from serve_apps.access.places import MostPlaces, Places
 from serve_apps.access.rates import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
@@ -75,59 +74,6 @@ def test_a_key_is_revoked_while_publications_have_all_their_places(
 
 def authorized_admin(api: Api) -> dict[str, str]:
     return {"Authorization": f"Bearer {api.catalog.create_key('root', scopes=['admin']).secret}"}
-
-
-def test_places_are_given_in_turn_and_no_tenant_takes_all() -> None:
-    async def test() -> None:
-        places = Places("publications", MostPlaces(total=3, of_tenant=2, wait_s=IN_TIME_S))
-        order: list[str] = []
-        leave = {name: asyncio.Event() for name in ("a1", "a2", "a3", "b1", "b2")}
-
-        async def take(name: str) -> None:
-            async with places.one(of(name[0])):
-                order.append(name)
-                await leave[name].wait()
-
-        async def settled() -> None:
-            for _ in range(20):
-                await asyncio.sleep(0)
-
-        tasks = {name: asyncio.create_task(take(name)) for name in leave}
-        await settled()
-        assert order == ["a1", "a2", "b1"]  # a3 came before, but its tenant has two
-        leave["b1"].set()
-        await settled()
-        assert order == ["a1", "a2", "b1", "b2"]
-        tasks["a3"].cancel()  # its client leaves
-        leave["a1"].set()
-        await settled()
-        assert order == ["a1", "a2", "b1", "b2"]
-        for event in leave.values():
-            event.set()
-        await asyncio.gather(*tasks.values(), return_exceptions=True)
-        assert places._taken == {}
-        assert places._waiting == []
-
-    asyncio.run(test())
-
-
-def test_who_waits_too_long_or_is_one_of_many_is_told_to_come_again() -> None:
-    async def test() -> None:
-        places = Places("publications", MostPlaces(total=1, of_tenant=1, wait_s=0.01))
-        async with places.one(of("a")):
-            with pytest.raises(Overloaded, match=r"1 publications are under way, and none ended in 0.01 s"):
-                await places.run(of("b"), lambda: None)
-        patient = Places("publications", MostPlaces(total=1, of_tenant=1, wait_s=IN_TIME_S))
-        async with patient.one(of("a")):
-            waiting = [asyncio.create_task(patient.run(of("b"), lambda: None)) for _ in range(8)]
-            await asyncio.sleep(0)
-            with pytest.raises(Overloaded, match="8 of tenant b wait"):
-                await patient.run(of("b"), lambda: None)
-        await asyncio.gather(*waiting)
-        places.close()
-        patient.close()
-
-    asyncio.run(test())
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ async def ask(encoder: PromptEncoder, template: str | None, tenant: str, num_cha
     return len(await encoder.chat(request, dialect, 1 << 20, tenant))
 
 
+def num_free(encoder: PromptEncoder) -> int:
+    """Places of renderings."""
+    return prompts.OWN_TEMPLATES.total - encoder._own_templates._taken[""]
+
+
 def test_a_tenant_with_slow_templates_holds_one_place(
     encoder: PromptEncoder, held: threading.Event, release: threading.Event
 ) -> None:
@@ -91,7 +96,7 @@ def test_where_all_places_are_held_the_others_have_their_turn_next(
         for tenant in ("first", "second"):
             assert await ask(encoder, OWN, tenant) == 10
         held = [asyncio.create_task(one(SLOW, tenant)) for tenant in ("first", "second", "first", "first")]
-        while encoder._own_templates._num_free or not encoder._own_templates._waiting:
+        while num_free(encoder) or not encoder._own_templates._waiting:
             await asyncio.sleep(0)
         other = asyncio.create_task(one(OWN, "other"))
         await asyncio.sleep(0)
@@ -105,21 +110,21 @@ def test_where_all_places_are_held_the_others_have_their_turn_next(
 def test_nobody_waits_for_ever(
     encoder: PromptEncoder, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder._own_templates, "_longest_s", 0.01)
+    monkeypatch.setattr(encoder._own_templates, "_most", prompts.OWN_TEMPLATES._replace(wait_s=0.01))
 
     async def run() -> None:
         held = [asyncio.create_task(ask(encoder, SLOW, tenant)) for tenant in ("first", "second")]
-        while encoder._own_templates._num_free:
+        while num_free(encoder):
             await asyncio.sleep(0)
         for tenant in ("first", "other"):
-            with pytest.raises(Overloaded, match=f"tenant {tenant} has waited"):
+            with pytest.raises(Overloaded, match=f"tenant {tenant} had no turn"):
                 await ask(encoder, OWN, tenant)
         held[0].cancel()  # its client has left; the place is held until its thread has ended
         await asyncio.sleep(0)
-        assert not encoder._own_templates._num_free
+        assert not num_free(encoder)
         release.set()
         await held[1]
-        while encoder._own_templates._num_free < prompts.OWN_THREADS:
+        while num_free(encoder) < prompts.OWN_TEMPLATES.total:
             await asyncio.sleep(0)
         assert not encoder._own_templates._waiting
         assert await ask(encoder, OWN, "other") == 10
