@@ -35,11 +35,11 @@ SECTIONS = (
     Section("", "Overview", "identify"),
     Section("/adapters", "Adapters", "read"),
     Section("/playground", "Playground", "infer"),
-    Section("/jobs", "Training", "train"),
+    Section("/jobs", "Training", "follow"),
     Section("/serving", "Serving", "observe"),
     Section("/advice", "Advice", "identify"),
     Section("/usage", "Usage", "identify"),
-    Section("/keys", "Keys", "manage"),
+    Section("/keys", "Keys", "manage_own"),
 )
 
 

@@ -16,15 +16,17 @@ from loray.spec import SCOPES, ApiKey, HashedKey, KeyChanges, Limits, Principal,
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 # Which scopes may do what; an administrator may do all of it.
 TABLE: dict[Action, str] = {
-    "open": "infer publish promote train act_for",
-    "identify": "infer publish promote train act_for",
+    "open": "infer publish promote train tenant_admin act_for",
+    "identify": "infer publish promote train tenant_admin act_for",
     "infer": "infer",
     "read": "infer publish promote train",
     "download": "publish promote train",
     "publish": "publish",
     "promote": "promote",
     "train": "train",
-    "audit": "publish promote train",
+    "follow": "train tenant_admin",
+    "audit": "publish promote train tenant_admin",
+    "manage_own": "tenant_admin",
     "observe": "",
     "manage": "",
 }
@@ -204,7 +206,7 @@ def test_a_key_of_the_catalog_is_no_key_of_the_deployment() -> None:
 
 def test_acting_for_another_tenant() -> None:
     found = ring()
-    proxy = principal("infer", "admin", "act_for")
+    proxy = principal("infer", "tenant_admin", "admin", "act_for")
     acting = found.acting_for(proxy, "acme")
     assert (acting.tenant, acting.scopes, acting.tenant_limits.rpm_limit) == ("acme", {"infer"}, 7)
     for asking, tenant in ((principal("infer", "admin"), "acme"), (proxy, "nobody")):

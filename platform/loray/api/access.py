@@ -9,7 +9,6 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from loray.api.resources import Resource
 from loray.spec import (
-    DEFAULT_TENANT,
     KEY_START,
     ApiKey,
     Duration,
@@ -78,10 +77,12 @@ class NewKeyResource(KeyResource):
 
 
 class KeyCreation(Limits):
-    """A key that is wanted. `duration` or `expires` says when it ends; without either it does not."""
+    """A key that is wanted, of the caller's tenant where none is named. `duration` or `expires` says when it ends;
+    without either it does not.
+    """
 
     key_alias: KeyAlias
-    tenant: TenantName = DEFAULT_TENANT
+    tenant: TenantName | None = None
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("infer",)
     models: Models = None
     metadata: Metadata

@@ -21,7 +21,7 @@ from loray.spec import Duration, Limits
 
 
 class AccessCalls(PagedClient):
-    """A part of CatalogClient. What is not about the own key is for administrators."""
+    """A part of CatalogClient. What is not about the own key is for administrators, keys also for those of a tenant."""
 
     def create_key(self, wanted: KeyCreation) -> NewKeyResource:
         """The key itself is in the answer, and nowhere else."""

@@ -12,7 +12,19 @@ from loray.errors import PermissionDenied, Unauthenticated
 from loray.spec import DEFAULT_TENANT, Principal, Scope, qualified_name
 
 Action = Literal[
-    "open", "identify", "infer", "read", "download", "publish", "promote", "train", "audit", "observe", "manage"
+    "open",
+    "identify",
+    "infer",
+    "read",
+    "download",
+    "publish",
+    "promote",
+    "train",
+    "follow",
+    "audit",
+    "manage_own",
+    "observe",
+    "manage",
 ]
 
 # One of these scopes is enough; an administrator does everything. "open" needs no key, "identify" any key.
@@ -23,7 +35,9 @@ SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "publish": frozenset({"publish"}),
     "promote": frozenset({"promote"}),
     "train": frozenset({"train"}),
-    "audit": frozenset({"publish", "promote", "train"}),
+    "follow": frozenset({"train", "tenant_admin"}),  # jobs
+    "audit": frozenset({"publish", "promote", "train", "tenant_admin"}),
+    "manage_own": frozenset({"tenant_admin"}),  # keys of the own tenant
     "observe": frozenset(),
     "manage": frozenset(),
 }
@@ -31,7 +45,7 @@ NO_KEY = (
     "this needs an API key, in the header `Authorization: Bearer sk-lr-…`; an administrator makes one with "
     "`loray keys create`"
 )
-_WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage"})
+_WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage_own", "manage"})
 
 
 def check(principal: Principal | None, action: Action, owner: str | None = None) -> None:

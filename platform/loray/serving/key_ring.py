@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import chain
 
 from loray.errors import CatalogError, PermissionDenied, Unauthenticated
-from loray.spec import KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Principal, Tenant
+from loray.spec import KEY_START, PREFIX_LENGTH, TENANT_SCOPES, ApiKey, HashedKey, KeyChanges, Principal, Tenant
 
 _PREFIX = slice(len(KEY_START), len(KEY_START) + PREFIX_LENGTH)
 _LONGEST_KEY = 512
@@ -141,14 +141,14 @@ class KeyRing:
 
     def acting_for(self, principal: Principal, tenant: str) -> Principal:
         """The principal that a key with the scope `act_for` stands for, where a request names another tenant: with its
-        own other scopes, but no administrator's, and the tenant's limits. Raises PermissionDenied.
+        own scopes, but none of an administrator, and the tenant's limits. Raises PermissionDenied.
         """
         if "act_for" not in principal.scopes:
             raise PermissionDenied("this key may not name a tenant (X-Tenant-Id): it has no scope act_for")
         known = self._tenants.get(tenant)
         if known is None or known.blocked:
             raise PermissionDenied(f"there is no tenant {tenant[:64]!r} to act for, or it is blocked")
-        scopes = principal.scopes - {"admin", "act_for"}
+        scopes = principal.scopes & TENANT_SCOPES
         return principal.model_copy(update={"tenant": tenant, "scopes": scopes, "tenant_limits": known.limits})
 
 

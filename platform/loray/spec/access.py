@@ -24,8 +24,10 @@ QualifiedName = Annotated[
     str,
     StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,31}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", max_length=96),
 ]
-Scope = Literal["infer", "publish", "promote", "train", "admin", "act_for"]
+Scope = Literal["infer", "publish", "promote", "train", "tenant_admin", "admin", "act_for"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+# What an administrator of one tenant may give. The others make more administrators, or reach other tenants.
+TENANT_SCOPES: frozenset[Scope] = frozenset({"infer", "publish", "promote", "train"})
 Visibility = Literal["private", "shared", "public"]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[smhd]$")]
 KeyAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@/-]{0,63}$")]
@@ -61,6 +63,17 @@ class Limits(Frozen):
         """Whether requests are counted for them."""
         counted = (self.rpm_limit, self.tpm_limit, self.max_parallel_requests, self.max_budget)
         return any(limit is not None for limit in counted)
+
+    def beyond(self, most: Limits) -> str | None:
+        """The first limit that allows more than the same one of `most`, which says 0 where it has no `min_priority`;
+        None: there is none. A limit that is not set allows no more, since both apply.
+        """
+        for name in [n for n in Limits.model_fields if n not in ("budget_duration", "min_priority")]:
+            own, bound = getattr(self, name), getattr(most, name)
+            if own is not None and bound is not None and own > bound:
+                return name
+        is_earlier = self.min_priority is not None and self.min_priority < (most.min_priority or 0)
+        return "min_priority" if is_earlier else None
 
 
 class Principal(Frozen):

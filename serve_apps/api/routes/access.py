@@ -45,29 +45,34 @@ def _access_of(services: Services, asking: Asking) -> DirectAccess:
 @router.post(
     "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
 )
-@may("manage")
+@may("manage_own")
 def create_key(
     services: ServicesDep, request: Request, response: Response, asking: Asking, wanted: KeyCreation
 ) -> NewKeyResource:
-    """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256."""
+    """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256.
+
+    An administrator of one tenant makes keys of it, with the scopes `infer`, `publish`, `promote` and `train`, and with
+    limits within the tenant's: others are 403.
+    """
     made = _access_of(services, asking).create_key(wanted)
     response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=made.id).path})
     return made
 
 
 @router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
-@may("manage")
+@may("manage_own")
 def list_keys(
     services: ServicesDep,
     request: Request,
     response: Response,
+    asking: Asking,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     tenant: Annotated[TenantName | None, Query(description="only keys of this tenant")] = None,
     key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
 ) -> Page[KeyResource]:
-    """Keys, newest first, those revoked included."""
-    page = services.catalog.keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
+    """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
+    page = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
     return views.page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
 
 
@@ -79,14 +84,14 @@ def get_own_key(services: ServicesDep, asking: Asking) -> KeyResource:
 
 
 @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
-@may("manage")
-def get_key(services: ServicesDep, id: KeyPath) -> KeyResource:
+@may("manage_own")
+def get_key(services: ServicesDep, asking: Asking, id: KeyPath) -> KeyResource:
     """One key."""
-    return KeyResource.of(services.catalog.key(id))
+    return _access_of(services, asking).key(id)
 
 
 @router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
-@may("manage")
+@may("manage_own")
 def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
     """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
 
@@ -97,7 +102,7 @@ def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyCh
 
 
 @router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
-@may("manage")
+@may("manage_own")
 def revoke_key(
     services: ServicesDep,
     id: KeyPath,
@@ -120,7 +125,7 @@ def rotate_key(
     409: it was replaced already, or a third key would go on. The grace period is 30 days at most.
     """
     if asking.key_id != id:
-        check(asking, "manage")
+        check(asking, "manage_own")
     response.headers.update(_NO_STORE)
     return _access_of(services, asking).rotate_key(id, grace_period=rotation.grace_period)
 

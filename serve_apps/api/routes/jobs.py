@@ -62,7 +62,7 @@ def submit_job(
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
-@may("train")
+@may("follow")
 def list_jobs(
     services: ServicesDep,
     request: Request,
@@ -79,7 +79,7 @@ def list_jobs(
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
-@may("train")
+@may("follow")
 def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
     return views.job(services.jobs_of(asking).get(id))
@@ -90,7 +90,7 @@ def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     response_class=PlainTextResponse,
     responses=responses(404, 410, 429) | {200: {"description": "What the driver and its workers wrote"}},
 )
-@may("train")
+@may("follow")
 async def get_logs(
     services: ServicesDep,
     request: Request,

@@ -34,7 +34,7 @@ router = router_of("/jobs")
 
 
 @router.get("")
-@may("train")
+@may("follow")
 def list_jobs(
     console: ConsoleDep, request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
 ) -> Response:
@@ -99,7 +99,7 @@ async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> R
 
 
 @router.get("/compare")
-@may("train")
+@may("follow")
 def compare_jobs(
     console: ConsoleDep,
     request: Request,
@@ -117,7 +117,7 @@ def compare_jobs(
 
 
 @router.get("/{id}")
-@may("train")
+@may("follow")
 def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
@@ -125,7 +125,7 @@ def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath)
 
 
 @router.get("/{id}/live")
-@may("train")
+@may("follow")
 def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     """The part of the page that is asked for again and again until the job has ended."""
     job = console.backend.jobs_of(asking).get(id)

@@ -1,4 +1,4 @@
-"""Keys and tenants: lists, new ones, and the end of a key. For administrators."""
+"""Keys and tenants: lists, new ones, and the end of a key. Tenants are for administrators of all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.api.access import KeyCreation, KeyResource, TenantCreation
 from loray.client.direct import DirectAccess
 from loray.errors import SpecError
-from loray.spec import SCOPES, JobId, Principal, TenantName
+from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName
 from serve_apps.access import Asking, may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import Form, checked, read_form
@@ -30,7 +30,7 @@ def _access_of(console: Console, asking: Principal) -> DirectAccess:
 
 
 @router.get("/keys")
-@may("manage")
+@may("manage_own")
 def list_keys(
     console: ConsoleDep,
     request: Request,
@@ -38,24 +38,25 @@ def list_keys(
     cursor: JobId | None = None,
     tenant: Annotated[str, Query(max_length=96)] = "",
 ) -> Response:
-    """Newest first, those revoked included."""
+    """Newest first, those revoked included; of the own tenant, and for administrators of all."""
     catalog = console.backend.catalog_of(asking)
-    tenants = catalog.tenants(limit=_TENANTS + 1)
+    tenants = catalog.tenants(limit=_TENANTS + 1) if asking.is_admin else ()
     page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
     return console.renderer.page(
         request,
         "keys.html",
         keys=[KeyResource.of(key) for key in page.keys],
+        fixed=set() if asking.is_admin else {key.id for key in page.keys if key.scopes - TENANT_SCOPES},
         more=page.next,
         tenants=tenants[:_TENANTS],
         is_cut=len(tenants) > _TENANTS,
         tenant=tenant,
-        scopes=SCOPES,
+        scopes=[scope for scope in SCOPES if asking.is_admin or scope in TENANT_SCOPES],
     )
 
 
 @router.post("/keys")
-@may("manage")
+@may("manage_own")
 async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The key itself is in this answer, and nowhere else."""
     wanted = _key(await read_form(request))
@@ -64,7 +65,7 @@ async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> R
 
 
 @router.post("/keys/{id}/revoke")
-@may("manage")
+@may("manage_own")
 def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPath) -> Response:
     """For ever: every server refuses it within two seconds."""
     _access_of(console, asking).revoke_key(id)

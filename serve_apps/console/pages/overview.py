@@ -77,5 +77,5 @@ def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
     if is_allowed(asking, "audit"):
         of = None if asking.is_admin else asking.tenant
         newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "train") else ()
+    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
     return {"newest": newest, "jobs": jobs}

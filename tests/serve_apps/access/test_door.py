@@ -54,14 +54,16 @@ def test_no_route_passes_without_a_key(site_of: SiteOf) -> None:
 
 def test_every_route_has_its_action(site_of: SiteOf, tmp_path: Path) -> None:
     """None is an administrator's by accident."""
-    of_administrators = {"/keys", "/keys/{id}", "/tenants", "/tenants/{name}", "/adapters/{name}/transfer"}
+    of_administrators = {"/tenants", "/tenants/{name}", "/adapters/{name}/transfer"}
     with closing(Api(tmp_path / "api", sqlite_catalog(tmp_path))) as api:
         for app in (site_of().gateway.app, api.unmounted):
             assert isinstance(app, FastAPI)
             permissions = Permissions(app.routes)
             for method, path in operations(app.openapi()):
                 expected = path in of_administrators or path.endswith("/quarantine") or path in ("/status", "/metrics")
-                assert (permissions.named(method, path) in ("manage", "observe")) == expected, (method, path)
+                action = permissions.named(method, path)
+                assert (action in ("manage", "observe")) == expected, (method, path)
+                assert (action == "manage_own") == (path in ("/keys", "/keys/{id}")), (method, path)
 
 
 def test_a_route_that_does_not_say_who_may_call_it() -> None:
@@ -100,6 +102,7 @@ def test_scopes_on_both_applications(site_of: SiteOf) -> None:
         "publish": {"models", "adapters", "bases"},
         "promote": {"models", "adapters", "bases"},
         "train": {"models", "adapters", "bases", "jobs"},
+        "tenant_admin": {"bases", "jobs"},
         "act_for": {"bases"},
         "admin": {"complete", "models", "adapters", "bases", "jobs", "status", "metrics"},
     }

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,115 @@ def test_tenants(as_: As) -> None:
         admin.create_tenant("acme")
     with pytest.raises(KeyNotFound):
         admin.create_key(KeyCreation(key_alias="ci", tenant="nobody"))
+
+
+@pytest.fixture
+def of_acme(as_: As) -> CatalogClient:
+    """An administrator of acme, a tenant with limits."""
+    admin = as_(ADMIN)
+    admin.create_tenant("acme", Limits(rpm_limit=60, max_budget=1000.0, min_priority=-5))
+    made = admin.create_key(KeyCreation(key_alias="boss", tenant="acme", scopes=("tenant_admin",)))
+    return as_(made.key)
+
+
+def test_an_administrator_of_one_tenant_keeps_its_keys(as_: As, of_acme: CatalogClient) -> None:
+    made = of_acme.create_key(KeyCreation(key_alias="ci", scopes=("infer", "train"), rpm_limit=60, min_priority=-5))
+    assert (made.tenant, made.created_by) == ("acme", f"boss ({of_acme.key().id})")
+    holder = as_(made.key)
+    assert holder.key() == of_acme.key(made.id)
+    changed = of_acme.change_key(made.id, KeyChange(key_alias="nightly", rpm_limit=None, models=("tone",)))
+    assert (changed.key_alias, changed.rpm_limit, changed.models) == ("nightly", None, ("tone",))
+    assert of_acme.change_key(made.id, KeyChange(blocked=True)).blocked
+    of_acme.change_key(made.id, KeyChange(blocked=False))
+    rotated = of_acme.rotate_key(made.id)
+    found = list(of_acme.keys())
+    assert [key.key_alias for key in found] == ["nightly", "nightly", "boss"]
+    assert of_acme.revoke_key(rotated.id).revoked_at is not None
+    assert {entry.action for entry in of_acme.audit()} >= {"create_key", "update_key", "rotate_key", "revoke_key"}
+    assert list(of_acme.jobs()) == []
+    for refused in (of_acme.tenants, lambda: of_acme.tenant("acme"), lambda: list(of_acme.adapters())):
+        with pytest.raises(PermissionDenied):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scopes": ("admin",)}, "with the scope admin"),
+        ({"scopes": ("infer", "tenant_admin")}, "with the scope tenant_admin"),
+        ({"scopes": ("act_for",)}, "with the scope act_for"),  # it would reach other tenants
+        ({"tenant": "default"}, "keys of tenant acme"),
+        ({"tenant": "nobody"}, "keys of tenant acme"),
+        ({"rpm_limit": 61}, "rpm_limit .* which is 60"),
+        ({"max_budget": 1000.5}, "max_budget .* which is 1000"),
+        ({"min_priority": -6}, "min_priority .* which is -5"),
+    ],
+)
+def test_an_administrator_of_one_tenant_gives_no_more_than_the_tenant_has(
+    of_acme: CatalogClient, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(PermissionDenied, match=said):
+        of_acme.create_key(KeyCreation(key_alias="ci", **given))
+    (boss,) = of_acme.keys()
+    assert boss.key_alias == "boss"
+    if given.keys() & Limits.model_fields:
+        made = of_acme.create_key(KeyCreation(key_alias="ci"))
+        with pytest.raises(PermissionDenied, match=said):
+            of_acme.change_key(made.id, KeyChange(**given))
+
+
+def test_keys_that_an_administrator_of_one_tenant_does_not_change(api: Api, as_: As, of_acme: CatalogClient) -> None:
+    admin, own = as_(ADMIN), of_acme.key()
+    others = admin.create_key(KeyCreation(key_alias="others"))
+    above = [
+        admin.create_key(KeyCreation(key_alias=scope, tenant="acme", scopes=(scope,)))
+        for scope in ("admin", "act_for", "tenant_admin")
+    ]
+    before = api.catalog.key_changes().counter
+    for key in (others, *above, own):
+        error = KeyNotFound if key is others else PermissionDenied
+        with pytest.raises(error):
+            of_acme.change_key(key.id, KeyChange(blocked=True))
+        with pytest.raises(error):
+            of_acme.change_key(key.id, KeyChange(key_alias="mine"))
+        with pytest.raises(error):
+            of_acme.revoke_key(key.id)
+        if key is not own:
+            with pytest.raises(error):
+                of_acme.rotate_key(key.id)
+    assert api.catalog.key_changes().counter == before
+    with pytest.raises(KeyNotFound):
+        of_acme.key(others.id)
+    found = list(of_acme.keys())
+    assert {key.id for key in found} == {own.id, *(key.id for key in above)}
+    assert list(of_acme.keys(tenant="default")) == []
+    api.http.headers["Authorization"] = f"Bearer {above[2].key}"
+    assert api.http.get("/keys", params={"cursor": others.id}).status_code == 422
+    assert of_acme.rotate_key(own.id).scopes == ("tenant_admin",)  # as any key replaces itself
+
+
+def test_an_administrator_for_some_models_gives_these_alone(as_: As, of_acme: CatalogClient) -> None:
+    admin = as_(ADMIN)
+    wanted = KeyCreation(key_alias="narrow", tenant="acme", scopes=("tenant_admin",), models=("tone", "legal"))
+    narrow = as_(admin.create_key(wanted).key)
+    made = narrow.create_key(KeyCreation(key_alias="ci", models=("tone",)))
+    wide = of_acme.create_key(KeyCreation(key_alias="wide"))
+    for refused in (
+        lambda: narrow.create_key(KeyCreation(key_alias="all")),
+        lambda: narrow.create_key(KeyCreation(key_alias="other", models=("tone", "other"))),
+        lambda: narrow.change_key(made.id, KeyChange(models=None)),
+        lambda: narrow.rotate_key(wide.id),
+    ):
+        with pytest.raises(PermissionDenied, match="models among these alone"):
+            refused()
+
+
+def test_limits_that_were_lowered_hold_up_no_other_change(as_: As, of_acme: CatalogClient) -> None:
+    made = of_acme.create_key(KeyCreation(key_alias="ci", rpm_limit=60))
+    as_(ADMIN).change_tenant("acme", TenantChange(limits=Limits(rpm_limit=10)))
+    assert of_acme.change_key(made.id, KeyChange(blocked=True)).blocked
+    with pytest.raises(PermissionDenied, match="which is 10"):
+        of_acme.change_key(made.id, KeyChange(rpm_limit=20))
 
 
 def test_the_audit_log_is_of_ones_own_tenant(as_: As) -> None:

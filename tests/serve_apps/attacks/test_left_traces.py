@@ -29,8 +29,8 @@ def test_refusals_are_counted_and_told_to_whom_they_concern(made: Site) -> None:
     finally:
         made.api.client.__enter__()
     assert sorted((e.actor.partition(" (")[0], e.tenant, e.subject, e.detail["count"]) for e in found) == [
-        ("acme infer", "acme", "manage", 3),
-        ("unknown", "", "manage", 10),
+        ("acme infer", "acme", "manage_own", 3),
+        ("unknown", "", "manage_own", 10),
     ]
     assert {e.address for e in found} == {"testclient"}
     assert made.catalog.verify_audit().num_entries > 2

@@ -10,7 +10,7 @@ import pytest
 from loray.catalog.identity.usage import UsageRow
 from loray.spec import UsageEvent
 from serve_apps.console.pages.usage import bars_of
-from tests.serve_apps.console.site import ConsoleSite
+from tests.serve_apps.console.site import ROOT, ConsoleSite
 
 
 def test_a_key_is_shown_once_and_revoked(console: ConsoleSite) -> None:
@@ -50,6 +50,25 @@ def test_tenants(console: ConsoleSite) -> None:
     assert console.post("/tenants/beta/block").status_code == 204
     assert console.catalog.tenant("beta").blocked
     assert "Let pass" in console.get("/keys").text
+
+
+def test_an_administrator_of_one_tenant_sees_and_makes_its_keys(console: ConsoleSite) -> None:
+    for scope, tenant in (("admin", "default"), ("admin", "acme"), ("infer", "acme")):
+        console.key(scope, tenant=tenant)
+    console.log_in(console.key("tenant_admin", tenant="acme"))
+    page = console.get("/keys").text
+    assert ("acme-admin" in page, "acme-infer" in page, "default-admin" in page) == (True, True, False)
+    assert "New tenant" not in page
+    assert set(re.findall(r'name="scopes" value="(\w+)"', page)) == {"infer", "publish", "promote", "train"}
+    assert re.findall(r'aria-label="Revoke ([\w-]+)"', page) == ["acme-infer"]
+    assert console.post("/keys", {"key_alias": "ci", "scopes": ["infer"]}).status_code == 201
+    assert console.catalog.keys(alias="ci").keys[0].tenant == "acme"
+    assert console.post("/keys", {"key_alias": "more", "scopes": ["admin"]}).status_code == 403
+    assert console.post("/tenants", {"name": "beta"}).status_code == 403
+    for section, is_shown in (("keys", True), ("jobs", True), ("adapters", False), ("serving", False)):
+        assert (f'href="{ROOT}/{section}"' in page) == is_shown, section
+    jobs = console.get("/jobs")
+    assert (jobs.status_code, "New job" in jobs.text) == (200, False)
 
 
 def test_the_list_of_tenants_ends(console: ConsoleSite) -> None:

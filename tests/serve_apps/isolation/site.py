@@ -20,6 +20,8 @@ from jobs.submission.tracker import RayJob
 from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.catalog.database import writing
+from loray.catalog.schema import keys
 from loray.publishing.uploads import Uploads
 from loray.recipes.load import load_recipe
 from loray.spec import Principal, Projection
@@ -29,11 +31,11 @@ from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, gateway_app
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
 
-SCOPES = ("infer", "publish", "promote", "train")
+SCOPES = ("infer", "publish", "promote", "train", "tenant_admin")
 _UPLOAD = hashlib.sha256(b"uploads/acme\0zq").hexdigest()[:32]  # as `Uploads.begin` makes it of a key
 SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD)
 # Words of acme that no request has.
-UNSAID = ("zq-words", "zq-data", "zq-stage", "5a5a5a5a")
+UNSAID = ("zq-words", "zq-alias", "zq-data", "zq-stage", "5a5a5a5a")
 _PAIR = Projection(key=77, rank=8, max_in=8, max_out=8, sha256="5a" * 32)
 
 
@@ -60,6 +62,8 @@ class Application:
         route, (method, path) = self.table[name], name.split(" ")
         words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "key": "zq-tag"}
         words |= {"model": thing.model}
+        if "/keys/" in path:
+            words["id"] = thing.key
         if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if "/static/" in path:
@@ -77,7 +81,7 @@ class Application:
 
 @dataclass
 class Site:
-    """`keys`: `tenant scope` → key; also `expired`, `revoked`, `admin`, and `beta`, which has every scope but admin."""
+    """`keys`: `tenant scope` → key; also `expired`, `revoked`, `admin`, and `beta`, which has every scope of SCOPES."""
 
     gateway: Application
     api: Application
@@ -155,6 +159,9 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
         f"acme {scope}": catalog.create_key(f"acme {scope}", tenant="acme", scopes=frozenset({scope}))
         for scope in SCOPES
     }
+    made["acme secret"] = catalog.create_key("zq-alias", tenant="acme", metadata={"team": "zq-words"})
+    with writing(catalog._engine) as c:  # so that the table knows its id
+        c.execute(keys.update().where(keys.c.id == made["acme secret"].key.id).values(id=SECRET.key))
     made["narrow"] = catalog.create_key("narrow", tenant="acme", scopes=SCOPES, models=["other"])
     for scope in SCOPES:
         made[f"beta {scope}"] = catalog.create_key(f"beta {scope}", tenant="beta", scopes={scope})

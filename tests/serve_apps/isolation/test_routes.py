@@ -97,6 +97,11 @@ def test_the_own_tenant_and_administrators_get_it(both: Site) -> None:
         for application, route in ((both.gateway, "GET /v1/models"), (both.api, "GET /adapters")):
             assert SECRET.digest in application.ask(route, SECRET, both.keys[key]).text, name
     assert SECRET.job in both.api.ask("GET /jobs", SECRET, both.keys["acme train"]).text
+    for key in ("acme tenant_admin", "admin"):
+        for route in ("GET /keys", "GET /console/keys", "GET /keys/{id}"):
+            assert "zq-alias" in both.api.ask(route, SECRET, both.keys[key]).text, (key, route)
+        assert SECRET.job in both.api.ask("GET /jobs", SECRET, both.keys[key]).text
+        assert SECRET.model in both.api.ask("GET /audit", SECRET, both.keys[key]).text
     assert "zq-words" in both.api.ask("GET /adapters/{name}/versions/{version}", SECRET, both.keys["admin"]).text
     assert f"{SECRET.model}@1" in both.gateway.ask("GET /status", SECRET, both.keys["admin"]).text
 

@@ -17,15 +17,16 @@ from loray.catalog.identity.rotation import MAX_GRACE, refuse_rotation
 from loray.catalog.identity.tenants import get_tenant, tenant_of
 from loray.catalog.queries import count_change, lock, log, now, utc
 from loray.catalog.schema import changes, keys, tenants
-from loray.errors import ConflictError, KeyNotFound, SpecError
+from loray.errors import ConflictError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
 from loray.spec import (
-    DEFAULT_TENANT,
     KEY_START,
     PREFIX_LENGTH,
+    TENANT_SCOPES,
     ApiKey,
     HashedKey,
     KeyChanges,
     Limits,
+    Principal,
     Scope,
     account_of,
 )
@@ -58,21 +59,28 @@ def digest_of(secret: str) -> bytes:
 
 
 class Keys(Database):
-    """The catalog's operations on keys. Each change of a key counts as a change, so that servers notice it."""
+    """The catalog's operations on keys. Each change of a key counts as a change, so that servers notice it.
+
+    Other tenants' keys exist for administrators alone. Who is none changes and replaces only keys that it might have
+    made: PermissionDenied where one has more scopes or models than it may give, and LimitExceeded where a limit would
+    allow more than its tenant's.
+    """
 
     def create_key(
         self,
         alias: str,
         *,
-        tenant: str = DEFAULT_TENANT,
+        tenant: str | None = None,
         scopes: Collection[Scope] = _INFER,
         models: Collection[str] | None = None,
         limits: Limits | None = None,
         metadata: Mapping[str, str] | None = None,
         expires_at: datetime | None = None,
     ) -> NewKey:
-        """Raises KeyNotFound where there is no such tenant, ConflictError where a key in use has the alias."""
-        secret = new_secret()
+        """`tenant` None: the caller's. Raises KeyNotFound where there is no such tenant, and ConflictError where a key
+        in use has the alias.
+        """
+        secret, tenant = new_secret(), self.own_tenant if tenant is None else tenant
         fields = {"scopes": scopes, "models": models, "metadata": dict(metadata or {}), "limits": limits or Limits()}
         key = ApiKey.parse(
             fields
@@ -88,10 +96,11 @@ class Keys(Database):
             source="the key",
         )
         if not key.scopes:
-            raise SpecError("a key without scopes could do nothing; give it infer, publish, promote, train or admin")
+            raise SpecError("a key without scopes could do nothing; give it infer, publish, promote or train")
         with writing(self._engine) as c:
             lock(c)
-            get_tenant(c, tenant)
+            _refuse_power(self._principal, key)
+            _refuse_limits(c, self._principal, key)
             _refuse_alias(c, key)
             _insert(c, key, secret)
             log(c, self._actor, "create_key", key.id, tenant=tenant, alias=alias, scopes=sorted(key.scopes))
@@ -108,10 +117,12 @@ class Keys(Database):
         secret = new_secret()
         with writing(self._engine) as c:
             lock(c)
-            old = _get(c, key_id)
+            old, by_itself = _get(c, self._principal, key_id), self._principal.key_id == key_id
+            if not by_itself:
+                _refuse_power(self._principal, old)
             account = account_of(key_id)
-            family = _together(c, key_id)
-            refuse_rotation(old, family, now(), is_kept=bool(grace), by_itself=self._principal.key_id == key_id)
+            family = _together(c, old)
+            refuse_rotation(old, family, now(), is_kept=bool(grace), by_itself=by_itself)
             number = len(family) + 1
             fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
             made = {"created_by": self._actor, "created_at": now(), "last_used_at": None}
@@ -131,11 +142,13 @@ class Keys(Database):
         """
         with writing(self._engine) as c:
             lock(c)
-            for key in _together(c, key_id, only_this=only_this):
+            found = _get(c, self._principal, key_id)
+            _refuse_power(self._principal, found)
+            for key in [found] if only_this else _together(c, found):
                 if key.revoked_at is None:
                     _update(c, key.id, revoked_at=now())
                     log(c, self._actor, "revoke_key", key.id, tenant=key.tenant)
-            return _get(c, key_id)
+            return _get(c, self._principal, key_id)
 
     def update_key(
         self,
@@ -161,36 +174,41 @@ class Keys(Database):
         given |= {} if expires_at is UNCHANGED else {"expires_at": expires_at}
         with writing(self._engine) as c:
             lock(c)
-            before = _get(c, key_id)
+            before = _get(c, self._principal, key_id)
+            _refuse_power(self._principal, before)
             if limits is not None or single_limits:
                 given["limits"] = (limits or before.limits).model_dump() | dict(single_limits)
             after = ApiKey.parse(before.model_dump() | given, source=f"key {key_id}")
+            _refuse_power(self._principal, after)
+            if after.limits != before.limits:
+                _refuse_limits(c, self._principal, after)
             if after != before:
                 if after.revoked_at is None and given.keys() & {"alias", "expires_at"}:
                     _refuse_alias(c, after)
                 _update(c, key_id, **{name: value for name, value in _row(after).items() if name in given})
                 log(c, self._actor, "update_key", key_id, tenant=before.tenant, changed=sorted(given))
-            for other in _together(c, key_id) if blocked is not None else ():
+            for other in _together(c, before) if blocked is not None else ():
                 if other.blocked != blocked:
                     _update(c, other.id, blocked=blocked)
                     log(c, self._actor, "update_key", other.id, tenant=other.tenant, changed=["blocked"])
-            return _get(c, key_id)
+            return _get(c, self._principal, key_id)
 
     def key(self, key_id: str) -> ApiKey:
         """Raises KeyNotFound."""
         with reading(self._engine) as c:
-            return _get(c, key_id)
+            return _get(c, self._principal, key_id)
 
     def keys(
         self, *, limit: int = 100, cursor: str | None = None, tenant: str | None = None, alias: str | None = None
     ) -> KeyPage:
         """At most `limit` keys, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
-        query = sa.select(keys).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
+        mine = _exist_for(self._principal)
+        query = sa.select(keys).where(mine).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
         wanted = {"tenant": tenant, "alias": alias}
         query = query.where(*(keys.c[name] == value for name, value in wanted.items() if value is not None))
         with reading(self._engine) as c:
             if cursor is not None:
-                last = c.execute(sa.select(keys.c.created_at, keys.c.id).where(keys.c.id == cursor)).first()
+                last = c.execute(sa.select(keys.c.created_at, keys.c.id).where(mine, keys.c.id == cursor)).first()
                 if last is None:
                     raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
                 earlier = sa.and_(keys.c.created_at == last.created_at, keys.c.id < last.id)
@@ -221,12 +239,40 @@ class Keys(Database):
                 c.execute(keys.update().where(where).values(last_used_at=sa.bindparam("at")), rows)
 
 
-def _together(c: sa.Connection, key_id: str, *, only_this: bool = False) -> list[ApiKey]:
-    """The key with this id, and those that it was rotated from and into. Raises KeyNotFound."""
-    key = _get(c, key_id)
-    if only_this:
-        return [key]
-    return [_key(row) for row in c.execute(sa.select(keys).where(_of_account(account_of(key_id))).order_by(keys.c.id))]
+def _exist_for(principal: Principal) -> sa.ColumnElement[bool]:
+    """The keys that exist for this caller: those of its tenant and its own, for administrators all."""
+    if principal.is_admin:
+        return sa.true()
+    return sa.or_(keys.c.tenant == principal.tenant, keys.c.id == principal.key_id)
+
+
+def _refuse_power(principal: Principal, key: ApiKey) -> None:
+    """Raise PermissionDenied where the caller is no administrator of all, and the key is another tenant's, or may do or
+    ask more than the caller may give.
+    """
+    if principal.is_admin:
+        return
+    if key.tenant != principal.tenant:
+        raise PermissionDenied(f"this key makes and changes keys of tenant {principal.tenant}, and of no other")
+    if beyond := key.scopes - TENANT_SCOPES:
+        scopes = ", ".join(sorted(beyond))
+        raise PermissionDenied(f"only an administrator of all makes and changes keys with the scope {scopes}")
+    if principal.models is not None and (key.models is None or not key.models <= principal.models):
+        raise PermissionDenied("this key is for some models, and makes and changes keys for models among these alone")
+
+
+def _refuse_limits(c: sa.Connection, principal: Principal, key: ApiKey) -> None:
+    """Raise KeyNotFound where there is no such tenant, LimitExceeded where a limit allows more than the tenant's."""
+    most = get_tenant(c, key.tenant).limits
+    name = None if principal.is_admin else key.limits.beyond(most)
+    if name is not None:
+        bound = getattr(most, name) or 0
+        raise LimitExceeded(f"{name} of a key may not go beyond that of tenant {key.tenant}, which is {bound}")
+
+
+def _together(c: sa.Connection, key: ApiKey) -> list[ApiKey]:
+    """The key, and those that it was rotated from and into."""
+    return [_key(row) for row in c.execute(sa.select(keys).where(_of_account(account_of(key.id))).order_by(keys.c.id))]
 
 
 def _refuse_alias(c: sa.Connection, key: ApiKey) -> None:
@@ -251,8 +297,8 @@ def _update(c: sa.Connection, key_id: str, **values: Any) -> None:
     c.execute(keys.update().where(keys.c.id == key_id).values(values | {"changed_at": count_change(c)}))
 
 
-def _get(c: sa.Connection, key_id: str) -> ApiKey:
-    row = c.execute(sa.select(keys).where(keys.c.id == key_id)).first()
+def _get(c: sa.Connection, principal: Principal, key_id: str) -> ApiKey:
+    row = c.execute(sa.select(keys).where(_exist_for(principal), keys.c.id == key_id)).first()
     if row is None:
         raise KeyNotFound(f"no key {key_id!r}; `loray keys ls` lists them")
     return _key(row)

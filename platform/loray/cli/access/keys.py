@@ -15,7 +15,7 @@ from loray.cli.access.options import describe, given_limits, limit_options
 from loray.cli.access.services import Access, open_access
 from loray.cli.output import console, emit, json_option, table, when
 from loray.errors import KeyNotFound, SpecError
-from loray.spec import DEFAULT_TENANT, SCOPES, Duration, Scope
+from loray.spec import SCOPES, Duration, Scope
 
 _ALL, _NEVER = "all", "never"  # what takes a key's models and its end away
 
@@ -25,7 +25,7 @@ def keys() -> None:
     """API keys: create, list, change, block, rotate and revoke them.
 
     While there is no key, a server on this machine's loopback needs none. KEY is a key's id or its alias. With
-    LORAY_URL these commands ask a server, with an administrator's LORAY_API_KEY.
+    LORAY_URL these commands ask a server, with the LORAY_API_KEY of an administrator, of all or of one tenant.
     """
 
 
@@ -34,7 +34,7 @@ def keys() -> None:
 @click.option(
     "--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="What it may do (default infer); repeatable."
 )
-@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose it is.")
+@click.option("--tenant", help="Whose it is (default: that of LORAY_API_KEY; without a server, `default`).")
 @click.option("--model", "models", multiple=True, help="Only this model; may be given several times.")
 @click.option("--expires", metavar="DURATION", help="When it ends, such as 12h or 90d (default: it does not).")
 @limit_options()
@@ -43,7 +43,7 @@ def keys() -> None:
 def create(
     alias: str | None,
     scopes: tuple[Scope, ...],
-    tenant: str,
+    tenant: str | None,
     models: tuple[str, ...],
     expires: str | None,
     static: bool,
@@ -64,7 +64,8 @@ def create(
             click.echo(f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}")
         return
     scopes = scopes or ("infer",)
-    fields: dict[str, Any] = {"key_alias": alias or scopes[0], "tenant": tenant, "scopes": scopes}
+    fields: dict[str, Any] = {"key_alias": alias or scopes[0], "scopes": scopes}
+    fields |= {} if tenant is None else {"tenant": tenant}
     fields |= {"models": models} if models else {}
     fields |= {} if expires is None else {"duration": _duration(expires)}
     wanted = KeyCreation.parse(fields | given_limits(limits), source="the command line")
