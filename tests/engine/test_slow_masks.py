@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def held(tenant: str, number: int, seconds: float = SLOW_S, length: int = _LENGT
     return replace(asked, tenant=tenant)
 
 
-def masked(base: BaseModel, **spec: object) -> tuple[Engine, SlowMasks]:
+def masked(base: BaseModel, **spec: Any) -> tuple[Engine, SlowMasks]:
     engine = make_engine(base, max_num_seqs=16, **spec)
     return engine, slow(engine)
 

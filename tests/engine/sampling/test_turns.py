@@ -16,6 +16,10 @@ BUDGET_S, GROUP_SIZE, SLOW_S = 0.005, 8, 0.015
 _Cost = Callable[[int], float]
 
 
+def always(seconds: float) -> _Cost:
+    return lambda number: seconds
+
+
 class World:
     """Requests that need a mask again as soon as they have one. `seconds`: of a request's mask, by its number."""
 
@@ -33,7 +37,7 @@ class World:
         for _ in range(number):
             spec = GenerateRequest(f"{len(self.cost)}", (1,), SamplingParams(), tenant=tenant)
             made.append(request := Request(spec, len(self.cost)))
-            self.cost[request] = seconds if callable(seconds) else lambda n: seconds
+            self.cost[request] = always(seconds) if isinstance(seconds, float) else seconds
             self.last[request] = len(self.spent)
             self.turns.enter(request)
         return made
