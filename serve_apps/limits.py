@@ -17,7 +17,7 @@ from loray.api.openai import fields, structured
 from loray.api.openai.chat import tools
 from loray.api.openai.requests import MAX_LOGPROBS
 from loray.api.resources import problem_type
-from loray.bases.grammar import MAX_NESTING
+from loray.bases.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, MAX_NESTING, MIN_MASKS
 from loray.catalog.identity import logins, rotation
 from loray.catalog.notes.tags import MAX_TAGS
 from loray.errors import (
@@ -28,6 +28,7 @@ from loray.errors import (
     ConflictError,
     ContextLengthExceeded,
     DeadlineExceeded,
+    GrammarTooExpensive,
     LimitExceeded,
     LorayError,
     Overloaded,
@@ -249,6 +250,16 @@ CONSTRAINTS = (
     ),
     Limit("choices of a list", f"{structured.MAX_CHOICES:,}", _WRONG),
     Limit("brackets inside each other, in patterns and grammars", f"{MAX_NESTING}", _WRONG),
+    Limit(
+        "time for masks in a step of the engine",
+        f"{1000 * MASK_BUDGET_S:g} ms on a CPU, {1000 * MASK_BUDGET_GPU_S:g} ms on a GPU, on average over steps",
+        "the request waits for later steps, tenants in turn",
+    ),
+    Limit(
+        "a token's mask",
+        f"{1000 * MAX_MEAN_MASK_S:g} ms in the mean, once a request has had {MIN_MASKS}",
+        f"{_gateway(GrammarTooExpensive('slow'))}; the last event of a stream",
+    ),
 )
 
 STORED = (

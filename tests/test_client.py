@@ -12,7 +12,14 @@ import pytest
 from loray.api.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
 from loray.api.openai.formats import Choice
 from loray.client import LorayClient
-from loray.errors import ContextLengthExceeded, EngineError, NotFoundError, Overloaded, RequestError
+from loray.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    GrammarTooExpensive,
+    NotFoundError,
+    Overloaded,
+    RequestError,
+)
 from tests.api.test_formats import Delta, fmt
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -75,6 +82,7 @@ def test_a_stream_that_fails_or_is_cut_off() -> None:
     [
         (failing(400), RequestError),
         (failing(400, "context_length_exceeded"), ContextLengthExceeded),
+        (failing(400, "grammar_too_expensive"), GrammarTooExpensive),
         (failing(404, "model_not_found"), NotFoundError),
         (failing(429, "overloaded", **{"retry-after": "7"}), Overloaded),
         (failing(503), EngineError),

@@ -25,7 +25,8 @@
     ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
-    │   └── ContextLengthExceeded
+    │   ├── ContextLengthExceeded
+    │   └── GrammarTooExpensive  the masks of its constraint take too long
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the server takes no more such requests now; retry after `retry_after_s` seconds
     ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
@@ -167,6 +168,10 @@ class RequestError(LorayError, ValueError):
 
 
 class ContextLengthExceeded(RequestError):
+    pass
+
+
+class GrammarTooExpensive(RequestError):
     pass
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_NESTING = 256  # of brackets in a pattern or grammar
+MASK_BUDGET_S, MASK_BUDGET_GPU_S = 0.005, 0.002  # for masks in a step
+MAX_MEAN_MASK_S = 0.005  # for a token's mask; a request with more ends
+MIN_MASKS = 32  # of a request, before that
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "max_grammar_size": 20_000,

@@ -21,6 +21,7 @@ from loray.client.http import HttpClient, R
 from loray.errors import (
     ContextLengthExceeded,
     EngineError,
+    GrammarTooExpensive,
     LorayError,
     NotFoundError,
     Overloaded,
@@ -108,6 +109,8 @@ class LorayClient(HttpClient):
 def _translate(error: Error, status: int, retry_after: str | None) -> LorayError:
     if error.code == "context_length_exceeded":
         return ContextLengthExceeded(error.message, error.param)
+    if error.code == "grammar_too_expensive":
+        return GrammarTooExpensive(error.message, error.param)
     if status == 401:
         return Unauthenticated(error.message)
     if status == 403:

@@ -150,10 +150,10 @@ class Engine:
         """Advance every scheduled request by one chunk; returns the new tokens and errors, where the runner is ahead
         those of the step before.
 
-        If the list is empty and `has_work`, all requests wait for adapters or are in the middle of their prompt, or a
-        step is in flight.
+        If the list is empty and `has_work`, all requests wait for adapters or masks or are in the middle of their
+        prompt, or a step is in flight.
         """
-        outputs = [self._fail(*refused) for refused in self._grammars.take_prepared(self.scheduler.waiting.prepared)]
+        outputs = [self._fail(*refused) for refused in self._grammars.take(self.scheduler.waiting.prepared)]
         plan = self.scheduler.next()
         outputs += [self._fail(*failed) for failed in plan.failed]
         chunks, runner = plan.chunks, self._runner
@@ -167,7 +167,8 @@ class Engine:
             outputs.append(self._fail(*undo_step(e, _not_ended(runner.last_chunks), self.scheduler, self._model)))
         if not self.scheduler.has_work:  # nobody may call again
             self._collect(0, outputs)
-        self.idle = not (plan.chunks or outputs or plan.residency_changed)
+        self._grammars.end_step()
+        self.idle = not (plan.chunks or outputs or plan.residency_changed or self._grammars.has_due)
         return outputs
 
     @property
@@ -200,7 +201,7 @@ class Engine:
         ]
         for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
             outputs.append(self._postprocess(request, token, None))
-        self._grammars.begin(requests)
+        self._grammars.advance(requests)
         for request in (r for r in results.computed if not r.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))

@@ -60,6 +60,7 @@ class Request:
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see sampling.history
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
+    awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
     """
 
     spec: GenerateRequest
@@ -85,6 +86,7 @@ class Request:
     changes_logits: bool = field(init=False)
     history: object | None = None
     num_in_flight: int = 0
+    awaits_mask: bool = False
 
     def __post_init__(self) -> None:
         self.changes_logits = self.spec.params.changes_logits

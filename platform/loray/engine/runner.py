@@ -97,7 +97,7 @@ class ModelRunner:
         partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
         if partial and isinstance(batch, Batch):
             batch = replace(batch, wait_for_layer=partial.wait_for_layer)
-        masks, scores = self._grammars.start([chunk.request for chunk in batch.sampled]), PromptScores(batch.scored)
+        scores = PromptScores(batch.scored)
         logits_SV = self._model.forward(batch, self._pool, scores.add)
         if partial and isinstance(batch, Batch):
             chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
@@ -107,7 +107,7 @@ class ModelRunner:
         requests, seats = [chunk.request for chunk in batch.sampled], self._model.seats(batch)
         is_ahead = seats is not None and not any(map(needs_history, requests))
         with torch.inference_mode():
-            outcomes = self._sampler(logits_SV, requests, None if masks is None else masks.result(), seats)
+            outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), seats)
         for request in requests:
             request.num_in_flight += 1
         # Nothing is read of a step without tokens and scores, which then has only been queued.

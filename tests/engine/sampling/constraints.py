@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.request import Request
-from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.grammar import Grammars, Masks
 from loray.spec import Constraint, GenerateRequest, SamplingParams
 
 EOS = 2
@@ -40,16 +40,24 @@ class Ready:
         spec = GenerateRequest("r", PROMPT, SamplingParams(max_tokens=99, structured=constraint))
         made = Request(spec, 0, output_ids=list(output_ids))
         self.grammars.prepare(made, constraint)
-        queued: list[Request] = []
-        while not queued:
-            assert not self.grammars.take_prepared(queued.append)
+        self.wait([made])
         return made
 
-    def allowed(self, *requests: Request) -> list[set[int]]:
-        masks = self.grammars.start(requests)
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Until the requests' masks have been computed."""
+        while any(r.awaits_mask for r in requests):
+            self.grammars.end_step()
+            assert not self.grammars.take(lambda request: None)
+
+    def masks(self, requests: Sequence[Request]) -> Masks:
+        self.grammars.advance(requests)
+        self.wait(requests)
+        masks = self.grammars.masks(requests)
         assert masks is not None
-        _, words_MW, *_ = masks.result()
-        bits = np.unpackbits(words_MW.view(np.uint8), axis=1, bitorder="little")
+        return masks
+
+    def allowed(self, *requests: Request) -> list[set[int]]:
+        bits = np.unpackbits(self.masks(requests).words_MW.view(np.uint8), axis=1, bitorder="little")
         return [set(np.flatnonzero(row).tolist()) for row in bits]
 
 

@@ -51,7 +51,7 @@ def masks_of(rng: random.Random, rows: Sequence[Request], vocab: int) -> Masks |
         return None
     bits = np.random.default_rng(rng.randrange(1000)).random((len(held), -(-vocab // 32), 32)) < 0.6
     words = (bits.astype(np.int64) << np.arange(32)).sum(2).astype(np.uint32).view(np.int32)
-    return Masks(held, words, frozenset(held[:1]), {})
+    return Masks(held, words, frozenset(held[:1]))
 
 
 def check(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -64,15 +63,13 @@ def test_a_request_follows_its_own_output(worded: BaseModel) -> None:
     assert ready.allowed(second, first)[0] == beginning
     assert EOS in ready.allowed(first)[0]
     ready.grammars.forget(first)
-    assert ready.grammars.start([first]) is None
+    assert ready.grammars.masks([first]) is None
 
 
 def test_masks_apply_to_the_rows_of_their_requests(worded: BaseModel) -> None:
     ready = Ready(worded)
     rows = [ready.start(constraint) for constraint, _ in LANGUAGES.values()]
-    future = ready.grammars.start(rows)
-    assert future is not None
-    masks = future.result()
+    masks = ready.masks(rows)
     logits_SV = torch.randn(len(rows) + 1, worded.config.vocab_size)
     requests = [rows[2], Request(GenerateRequest("f", PROMPT, SamplingParams()), 9), *rows[:2], *rows[3:]]
     here = process(logits_SV, requests, (EOS,), masks)
@@ -85,31 +82,26 @@ def test_masks_apply_to_the_rows_of_their_requests(worded: BaseModel) -> None:
     assert torch.isinf(here[0]).any()
 
 
-def test_masks_that_were_begun_are_used_and_what_they_lack_is_added(worded: BaseModel) -> None:
+def test_a_turn_of_the_thread_goes_on_while_requests_come_and_leave(worded: BaseModel) -> None:
     ids = Tokenizer.from_file(str(worded.path / "tokenizer.json")).encode('{"a": [1, 2, "x"]}').ids
     ready, alone = Ready(worded), Ready(worded)
     schema = Constraint.from_schema({"type": "object"})
-    begun, late, left = (ready.start(schema) for _ in range(3))
+    first, late, left = (ready.start(schema) for _ in range(3))
 
     def expected(request: Request) -> set[int]:
         (allowed,) = alone.allowed(alone.start(schema, *request.output_ids))
         return allowed
 
     for i, token in enumerate(ids):
-        begun.output_ids.append(token)
+        first.output_ids.append(token)
         left.output_ids.append(token)
-        ready.grammars.begin([begun, late, left])
-        late.output_ids += ids[:3] if i == 2 else []  # its row has become wrong
-        new = ready.start(schema)
+        ready.grammars.advance([first, late, left])
+        ready.grammars.end_step()
+        late.output_ids += ids[:3] if i == 2 else []
         if i == 3:
             ready.grammars.forget(left)
-        pending = ready.grammars.start([begun, late, new])
-        assert pending is not None
-        masks = pending.result()
-        row_of = {r: row for row, r in enumerate(masks.requests)}
-        for request in (begun, late, new):
-            bits = np.unpackbits(masks.words_MW[row_of[request]].view(np.uint8), bitorder="little")
-            assert set(np.flatnonzero(bits).tolist()) == expected(request), (i, request is late)
+        new = ready.start(schema)
+        assert ready.allowed(first, late, new) == [expected(r) for r in (first, late, new)], i
     assert len(late.output_ids) == 3
 
 
@@ -121,9 +113,12 @@ def test_a_request_that_has_ended_is_kept_by_nothing(worded: BaseModel) -> None:
         return sum(isinstance(o, Request) and o.spec.params.structured is constraint for o in gc.get_objects())
 
     request = ready.start(constraint)
-    ready.grammars.begin([request])
-    ready.grammars._wait()
+    request.output_ids.append(EOS)
+    ready.grammars.advance([request])
+    ready.grammars.end_step()
     assert num_held() == 1
     ready.grammars.forget(request)
     del request
+    while ready.grammars._computing is not None:
+        ready.grammars.take(lambda request: None)
     assert num_held() == 0

@@ -135,6 +135,6 @@ def test_a_request_that_has_ended_may_end_before_its_minimum(ops: Ops) -> None:
     request = make(0, temperature=0, min_tokens=5, logit_bias={EOS: 100.0})
     words = np.full((1, -(-VOCAB // 32)), -1, dtype=np.int32)
     for ended, ends in ((frozenset([request]), True), (frozenset[Request](), False)):
-        (sampled,) = Sampler(ops, (EOS,))(torch.zeros(1, VOCAB), [request], Masks([request], words, ended, {}))()
+        (sampled,) = Sampler(ops, (EOS,))(torch.zeros(1, VOCAB), [request], Masks([request], words, ended))()
         assert isinstance(sampled, Sampled)
         assert (sampled.token == EOS) == ends

@@ -127,9 +127,10 @@ def test_a_matcher_that_cannot_go_on_ends_its_request_alone(worded: BaseModel) -
 def test_no_matcher_no_thread(worded: BaseModel) -> None:
     engine = make_engine(worded)
     run(engine, [request("a", PROMPT)])
-    assert engine._grammars.start([]) is None
-    made = vars(engine._grammars).keys() | vars(engine._grammars._compilations).keys()
-    assert not {"_threads", "_masking", "_executor"} & made
+    grammars = engine._grammars
+    assert grammars.masks([]) is None
+    made = vars(grammars._thread).keys() | vars(grammars._compilations).keys()
+    assert not {"_threads", "_thread", "_executor"} & made
 
 
 @pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 20}, {"ignore_eos": False}], ids=str)

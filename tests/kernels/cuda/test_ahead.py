@@ -17,6 +17,7 @@ from loray_kernels.cuda.recording import graphs
 from loray_kernels.cuda.sampling.launch import Readback
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, run, submit
+from tests.engine.sampling.slow import constraint, slow
 from tests.kernels.cuda.shim_ops import ShimOps
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
 from tests.kernels.cuda.test_engine import adapters, base, mixed, ops  # noqa: F401
@@ -97,6 +98,29 @@ def test_where_a_token_depends_on_those_before_it_they_are_read_first(
     run(make_engine(base), [request("plain", range(3, 9)), request("other", range(3, 9), max_tokens=5, **params)])
     assert num_ahead(order[: order.index("launch") + 8]) == 0
     assert num_ahead(order) > 0  # when it has ended
+
+
+def test_steps_without_the_request_that_awaits_its_mask_are_launched_ahead(
+    base: BaseModel,  # noqa: F811
+    ops: ShimOps,  # noqa: F811
+    order: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = request("held", range(4, 9), structured=constraint(0.03, 6), max_tokens=7, temperature=1.0, seed=1)
+    requests = [request("plain", range(3, 9), max_tokens=60, **SAMPLING[1]), held]
+
+    def masked() -> Engine:
+        engine = make_engine(base)
+        slow(engine)
+        return engine
+
+    with monkeypatch.context() as patched:
+        use_reference(patched)
+        want = run(masked(), requests)
+    order.clear()
+    assert run(masked(), requests) == want
+    assert len(want["held"]) == 7
+    assert 20 < num_ahead(order) < 59
 
 
 def test_requests_that_stop_leave_a_row_that_nobody_reads(

@@ -11,7 +11,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
-from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
+from loray.errors import EngineError, GrammarTooExpensive, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
 from serve_apps.gateway import errors
 from tests.catalogs import sqlite_catalog
@@ -124,6 +124,7 @@ def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> N
         (StoreError("no answer", retry_after_s=31.5), 503, "store_unavailable", "32"),
         (IntegrityError("damaged file"), 500, "adapter_damaged", None),
         (RequestError("no", "prompt"), 400, None, None),
+        (GrammarTooExpensive("slow"), 400, "grammar_too_expensive", None),
         (ZeroDivisionError("secret"), 500, "internal_error", None),
     ],
 )

@@ -2,8 +2,9 @@
 
 A constraint is compiled in a thread (`compilations`), for which its request waits in the queue. When a step's tokens
 are drawn, the matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a
-thread: until the model runs the engine uses one processor, so another one is free. What is not done by then goes on
-beside the model.
+thread: until the model runs the engine uses one processor, so another one is free. A step waits for the thread as long
+as its budget of mask time at most, and the thread computes no more masks than fit into it (`turns`). A request whose
+mask is not there yet is not in the step, and is not begun before its first mask is there.
 Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
@@ -11,50 +12,47 @@ Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabular
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from loray.bases.grammar import GrammarCompiler
+from loray.bases.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
 from loray.engine.sampling.compilations import Compilations
-from loray.errors import RequestError
-from loray.priority import run_soon
+from loray.engine.sampling.maskthread import MaskThread
+from loray.engine.sampling.turns import MaskTurns
+from loray.errors import GrammarTooExpensive, RequestError
 from loray.spec import Constraint
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLMatcher
 
 
 class Masks(NamedTuple):
-    """Of one step. Valid until the next step's are begun.
+    """Of one step.
 
-    requests   those of the rows; of two rows of one request the later counts
+    requests   those of the rows
     words_MW   bit t % 32 of word t // 32 is set where token t is allowed
     ended      whose answer is complete: only the end of the text is allowed
-    errors     of those whose constraint cannot be followed any further, which have no row
     """
 
     requests: Sequence[Request]
     words_MW: npt.NDArray[np.int32]
     ended: frozenset[Request]
-    errors: dict[Request, RequestError]
 
 
 class _Answer:
-    """A matcher, and how many tokens of the output it has read."""
+    """A matcher, how many tokens of the output it has read, and the mask after `num_masked` of them."""
 
-    __slots__ = ("matcher", "num_read")
+    __slots__ = ("has_ended", "matcher", "num_masked", "num_read", "words_W")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, num_words: int) -> None:
         self.matcher, self.num_read = matcher, 0
+        self.words_W, self.num_masked, self.has_ended = np.empty(num_words, dtype=np.int32), -1, False
 
     def read(self, output_ids: Sequence[int]) -> None:
         """The tokens that came since the last call."""
@@ -63,46 +61,21 @@ class _Answer:
         self.num_read = len(output_ids)
 
 
-_Answers = list[tuple[Request, _Answer]]
-
-
-class PendingMasks:
-    """Masks that a thread computes, with the last of its calls for them."""
-
-    def __init__(self, answers: _Answers, words_MW: npt.NDArray[np.int32], computing: Future[None]) -> None:
-        self._answers, self._words_MW, self._computing = answers, words_MW, computing
-
-    def result(self) -> Masks:
-        """Waits for the thread."""
-        self._computing.result()
-        stopped = [(r, a.matcher) for r, a in self._answers if a.matcher.is_stopped()]  # those with errors are as well
-        errors = {r: _too_complex(matcher.get_error()) for r, matcher in stopped if matcher.is_error()}
-        ended = frozenset(r for r, _ in stopped if r not in errors)
-        return Masks([r for r, _ in self._answers], self._words_MW, ended, errors)
-
-
 class Grammars:
-    """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled."""
+    """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled.
+
+    It writes `awaits_mask` of requests.
+    """
 
     def __init__(self, base: BaseModel, wake: Callable[[], None], *, on_gpu: bool = False) -> None:
         self._compilations, self._on_gpu = Compilations(GrammarCompiler(base).compile, wake), on_gpu
         self._num_words = -(-base.config.vocab_size // 32)
-        self._words_MW = np.empty((0, self._num_words), dtype=np.int32)
+        self._thread = MaskThread()
+        self._turns = MaskTurns(MASK_BUDGET_GPU_S if on_gpu else MASK_BUDGET_S, self._thread.group_size)
+        self._words_MW = np.empty((0, self._num_words), dtype=np.int32)  # the rows of the thread's turn
+        self._computing: Future[list[float]] | None = None
         self._answers: dict[Request, _Answer] = {}
-        self._begun: _Answers = []  # whose masks for the next step are the first rows
-        self._computing: Future[None] | None = None  # the last masks
-        self._entered = threading.Semaphore(0)
-
-    @cached_property
-    def _masking(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="masks", initializer=run_soon)
-
-    @cached_property
-    def _executor(self) -> LLExecutor:
-        """Made in the masks' thread, so that its threads run as soon."""
-        from llguidance import LLExecutor
-
-        return LLExecutor(max(1, (os.cpu_count() or 1) // 2))
+        self._refused: list[tuple[Request, Exception]] = []
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -111,84 +84,67 @@ class Grammars:
         """When a request has waited for its constraint for too long, in seconds of `time.monotonic`; may be inf."""
         return self._compilations.next_deadline
 
+    @property
+    def has_due(self) -> bool:
+        """Whether `take` has something without being told: masks that the next steps compute, or requests that end."""
+        return bool(self._turns or self._refused)
+
     def prepare(self, request: Request, constraint: Constraint) -> None:
-        """Compile the constraint, unless it is known. Then `take_prepared` tells that the request can run."""
+        """Compile the constraint, unless it is known. Then `take` tells that the request can run."""
+        request.awaits_mask = True
         self._compilations.add(request, constraint)
 
-    def take_prepared(self, prepared: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
-        """Call `prepared` for the requests whose constraint has been compiled; returns those that are refused, and why:
-        the caller forgets them.
+    def take(self, prepared: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
+        """Take the masks that were begun, before a step is scheduled. Waits for them no longer than the budget.
+
+        Calls `prepared` for the requests that have a mask now; returns those that are refused or end, and why: the
+        caller forgets them.
         """
-        refused: list[tuple[Request, Exception]] = []
-        for request, compiled in self._compilations.take():
-            if isinstance(compiled, Exception):
-                refused.append((request, compiled))
-            else:
-                self._answers[request] = _Answer(compiled.deep_copy())
-                prepared(request)
+        self._take_compiled()
+        if self._computing is None and self._turns:
+            self._begin()
+        if self._computing is not None and wait((self._computing,), self._turns.budget_s).done:
+            self._end(prepared)
+        refused, self._refused = self._refused, []
         return refused
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
         self._compilations.cancel(request)
         self._answers.pop(request, None)
-        if not self._answers:
-            self._begun = []  # no step comes that would replace it
+        self._turns.leave(request)
+        self._refused = [(r, error) for r, error in self._refused if r is not request]
 
     def close(self) -> None:
         self._compilations.close()
-        if "_masking" in self.__dict__:
-            self._masking.shutdown(cancel_futures=True)
+        self._thread.close()
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def begin(self, requests: Sequence[Request]) -> None:
-        """Begin the next step's masks for those of `requests` that have a constraint. Their outputs are complete."""
-        if not self._answers:
-            return
-        self._wait()
-        self._begun = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
-        if self._begun:
-            self._fill(self._begun, 0)
+    def advance(self, requests: Sequence[Request]) -> None:
+        """Those of `requests` that have a constraint and got tokens need another mask. Their outputs are complete."""
+        for request in requests if self._answers else ():
+            answer = self._answers.get(request)
+            if answer is not None and answer.num_masked != len(request.output_ids):
+                request.awaits_mask = True
+                self._turns.add(request)
 
-    def start(self, requests: Sequence[Request]) -> PendingMasks | None:
-        """The masks of those of `requests` that have a constraint, those included that were begun; None if none has."""
-        if not self._answers:
+    def end_step(self) -> None:
+        """Begin the next step's masks, unless others are being computed."""
+        self._take_compiled()
+        if self._answers:
+            self._turns.next_step()
+            if self._computing is None:
+                self._begin()
+
+    def masks(self, requests: Sequence[Request]) -> Masks | None:
+        """Of those of `requests` that have a constraint, none of which awaits its mask; None if none has."""
+        found = [(r, a) for r in requests if (a := self._answers.get(r)) is not None] if self._answers else []
+        if not found:
             return None
-        answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
-        if not answers:
-            return None
-        begun, self._begun = self._begun, []
-        current = {r for r, a in begun if a.num_read == len(r.output_ids)}
-        others = [(r, a) for r, a in answers if r not in current]
-        if others:
-            self._wait()
-            self._fill(others, len(begun))
-        assert self._computing is not None
-        rows = begun + others
-        return PendingMasks(rows, self._words_MW[: len(rows)], self._computing)
-
-    def _wait(self) -> None:
-        """Until no matcher is used by the thread."""
-        if self._computing is not None:
-            self._computing.result()
-
-    def _fill(self, answers: _Answers, first: int) -> None:
-        """The matchers read what is new of the outputs. The thread makes a single call that does not need Python's
-        lock: whatever it ran in Python would stop the engine, with which the lock changes hands. It is waited for until
-        it has come to that call; else it would get the lock when the model runs.
-        """
-        for request, answer in answers:
-            answer.read(request.output_ids)
-        self._reserve(first + len(answers))
-        address, size = self._words_MW.ctypes.data, self._words_MW.strides[0]
-        rows = [(answer.matcher, first + i) for i, (_, answer) in enumerate(answers)]
-        self._computing = self._masking.submit(self._compute, rows, address, size)
-        self._entered.acquire()
-
-    def _compute(self, rows: list[tuple[LLMatcher, int]], address: int, size: int) -> None:
-        self._entered.release()
-        self._executor.unsafe_compute_mask_ptr(rows, address, size, rows[-1][1] + 1)
+        assert not any(r.awaits_mask for r, _ in found), "it must not be in the step"
+        ended = frozenset(r for r, a in found if a.has_ended)
+        return Masks([r for r, _ in found], np.stack([a.words_W for _, a in found]), ended)
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """What the requests' constraints leave no choice about, after their last tokens. The next step computes
@@ -209,13 +165,56 @@ class Grammars:
         answer.read(request.output_ids)
         return answer.matcher.compute_ff_tokens()
 
-    def _reserve(self, num_rows: int) -> None:
-        """While the thread has nothing to do."""
+    def _take_compiled(self) -> None:
+        for request, compiled in self._compilations.take():
+            if isinstance(compiled, Exception):
+                self._refused.append((request, compiled))
+            else:
+                self._answers[request] = _Answer(compiled.deep_copy(), self._num_words)
+                self._turns.enter(request)
+
+    def _begin(self) -> None:
+        """Begin a turn of the thread, if masks are due and there is time for them."""
+        groups = self._turns.begin()
+        if not groups:
+            return
+        num_rows = sum(len(group.requests) for group in groups)
         if num_rows > len(self._words_MW):
-            more_MW = np.empty((num_rows - len(self._words_MW), self._num_words), dtype=np.int32)
-            self._words_MW = np.concatenate((self._words_MW, more_MW))
+            self._words_MW = np.empty((num_rows, self._num_words), dtype=np.int32)
+        matchers: list[tuple[list[LLMatcher], float]] = []
+        for group in groups:
+            answers = [self._answers[request] for request in group.requests]
+            for request, answer in zip(group.requests, answers, strict=True):
+                answer.read(request.output_ids)
+            matchers.append(([answer.matcher for answer in answers], group.limit_s))
+        self._computing = self._thread.begin(matchers, self._words_MW)
+
+    def _end(self, prepared: Callable[[Request], None]) -> None:
+        """The thread's turn has ended."""
+        assert self._computing is not None
+        computed, self._computing = self._turns.end(self._computing.result()), None
+        for row, request in enumerate(computed):
+            answer = self._answers.get(request)
+            if answer is None:  # it was cancelled meanwhile
+                continue
+            answer.has_ended = answer.matcher.is_stopped()  # those with errors are as well
+            if answer.has_ended and answer.matcher.is_error():
+                self._refused.append((request, _too_complex(answer.matcher.get_error())))
+            elif self._turns.is_too_expensive(request):
+                self._refused.append((request, _too_expensive(self._turns.mean_s(request))))
+            else:
+                answer.words_W[:], answer.num_masked = self._words_MW[row], answer.num_read
+                request.awaits_mask = False
+                prepared(request)
 
 
 def _too_complex(reason: str) -> RequestError:
     first = reason.strip().splitlines()[0] if reason.strip() else "no reason is known"
     return RequestError(f"the answer cannot be held to its constraint any further: {first}; simplify the constraint")
+
+
+def _too_expensive(seconds: float) -> GrammarTooExpensive:
+    return GrammarTooExpensive(
+        f"what tokens the constraint allows takes {1e3 * seconds:.1f} ms a token to compute, more than "
+        f"{1e3 * MAX_MEAN_MASK_S:g}; simplify the constraint"
+    )

@@ -74,7 +74,7 @@ class Sampler:
         if not requests:
             return list
         found = self._found(logits_SV, requests, masks, seats)
-        return lambda: _outcomes(found(), logits_SV, requests, masks)
+        return lambda: _outcomes(found(), logits_SV, requests)
 
     def _found(
         self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, seats: TokenSeats | None
@@ -200,15 +200,13 @@ def needs_history(request: Request) -> bool:
     return request.changes_logits or request.spec.params.structured is not None
 
 
-def _outcomes(found: _Found, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None) -> list[Outcome]:
+def _outcomes(found: _Found, logits_SV: Tensor, requests: Sequence[Request]) -> list[Outcome]:
     chosen, logprobs = found
     out: list[Outcome] = [Sampled(chosen[i][0], lp) for i, lp in enumerate(logprobs)]
     for i, request in enumerate(requests):
         if not math.isfinite(chosen[i][1]):
             is_cut = needs_history(request) and math.isfinite(logits_SV[i].max())
             out[i] = _nothing_allowed() if is_cut else None
-    if masks is not None and masks.errors:
-        out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
     return out
 
 

@@ -1,4 +1,5 @@
-"""What runs in the next step: one token of every request that decodes, and as much of the prompts as fits its time.
+"""What runs in the next step: one token of every request that decodes and does not await its mask, and as much of the
+prompts as fits its time.
 
 Prompts are computed by priority and fairness (`fairness`), in chunks that `budget` measures out; a request is admitted
 when it is its turn. A request that waits for its adapter does not block others. A request that waits for blocks blocks
@@ -129,7 +130,7 @@ class Scheduler(Generic[P, R]):
         self.running.remove(request)
         self._release(request)
         request.state = State.WAITING
-        self.waiting.add(request, again=True)
+        self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
 
     def next_deadline(self) -> float:
@@ -202,7 +203,7 @@ class Scheduler(Generic[P, R]):
         for request in list(self.running):
             if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
-            if request.ends_in_flight:
+            if request.ends_in_flight or request.awaits_mask:
                 num_others -= 1
             elif request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
                 self.preempt(request)  # its adapter is late: a step has waited for the rest in vain

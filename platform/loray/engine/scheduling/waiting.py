@@ -16,16 +16,16 @@ from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_q
 
 
 class _State(Enum):
-    PREPARING = "preparing"  # its constraint is compiled
+    PREPARING = "preparing"  # its constraint is compiled, or its mask computed
     LOADING = "loading"
     READY = "ready"
     REFUSED = "refused"  # its error has been returned; the caller removes it
 
 
 class WaitingRequests(Generic[P, R]):
-    """A request enters a FairQueue when its constraint has been compiled and its adapter loaded. Before that its tenant
-    waits for other things than service, so its counter must not fall behind. It stays there, running, until its prompt
-    has been computed.
+    """A request enters a FairQueue when it has a mask for its constraint and its adapter has been loaded. Before that
+    its tenant waits for other things than service, so its counter must not fall behind. It stays there, running, until
+    its prompt has been computed.
 
     `len` and iteration are of the requests that do not run. The only caller of Residency.want and Residency.unwant.
     """
@@ -59,8 +59,8 @@ class WaitingRequests(Generic[P, R]):
             self._enter(request)
 
     def prepared(self, request: Request) -> None:
-        """What it needs beside its adapter is there."""
-        if self._states[request] is _State.PREPARING:  # and has not been refused
+        """What a request needs beside its adapter is there. Nothing happens if it runs or has been refused."""
+        if self._states.get(request) is _State.PREPARING:
             self._enter(request)
 
     def remove(self, request: Request) -> None:
