@@ -159,8 +159,7 @@ def test_a_download_has_a_place_until_its_client_has_it_or_leaves_and_nothing_of
     assert held == [(0, 1)]
     assert api.services.downloads._taken == {}
     api.services.downloads = Places("downloads", MostPlaces(total=1, of_tenant=0, wait_s=0.01))
-    refused = api.http.get(path)
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    assert api.http.get(path).status_code == 503
 
 
 def test_publishing_needs_place_for_two_copies(
