@@ -346,11 +346,12 @@ CATALOG_API = (
         f"{60 * rates.ADVICE_RATE:g} a minute of a key; administrators: none",
         _SLOWER,
     ),
-    Limit("publications of uploads and downloads of folders that are made", _places(services.LONG), _FULL),
+    Limit("publications of uploads", _places(services.LONG), _FULL),
     Limit("files that are sent", _places(services.SENDING), _FULL),
+    Limit("downloads, until they have been taken", _places(services.DOWNLOADS), _FULL),
     Limit(
         "conversions (`merged`, `gguf`)",
-        f"{conversions.MAX_AT_ONCE}, 1 of a tenant, each {_time(conversions.DEADLINE_S)}",
+        f"as many as there are processors and memory for, 1 of a tenant, each {_time(conversions.DEADLINE_S)}",
         f"{_SLOWER}; {_api(DeadlineExceeded)}",
     ),
     Limit(
@@ -360,15 +361,15 @@ CATALOG_API = (
     ),
     Limit(
         "temporary files on the server's disk",
-        f"{100 * SHARE:.0f} % of what is free at its start; a file's length, two copies of an upload, a download",
+        f"{100 * SHARE:.0f} % of what is free at its start; a file's length, two copies of an upload, a conversion",
         _FULL,
         "`LORAY_SCRATCH_BYTES` (`20GiB`)",
     ),
     Limit(
         "memory of conversions",
-        f"{100 * services.WORK_SHARE:.0f} % of what the machine or container has beside the server at its start; a "
-        f"conversion takes {_bytes(conversions.LEAST_BYTES)} to {_bytes(MAX_MEMORY_BYTES)}",
-        _FULL,
+        f"{100 * conversions.MEMORY_SHARE:.0f} % of what is left in the machine or container when one begins; it takes "
+        f"{_bytes(conversions.LEAST_BYTES)} to {_bytes(MAX_MEMORY_BYTES)} beside the base's files",
+        f"{_SLOWER} while others are made, else {_FULL}",
     ),
 )
 

@@ -98,6 +98,18 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
     assert machine._memory(tmp_path) == 1 << 20
 
 
+def test_the_memory_that_is_left_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+    info, whole = tmp_path / "meminfo", machine._memory(tmp_path)
+    assert machine._memory_left(info, tmp_path) == whole
+    info.write_text("MemTotal:  9000 kB\nMemAvailable:  3000 kB\nHugePages_Total:  0\n")
+    assert machine._memory_left(info, tmp_path) == 3000 << 10
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\nfile 400000\nactive_file 100000\ninactive_file 200000\n")
+    for limit, left in (("max", 3000 << 10), ("1000000", 400_000), ("500000", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert machine._memory_left(info, tmp_path) == left
+
+
 @pytest.mark.parametrize(
     ("found", "use_gpu", "has_kernels", "training", "serving"),
     [

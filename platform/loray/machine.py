@@ -22,6 +22,7 @@ from loray.spec import DType, format_size
 _VERSION = 3  # of what is measured: rates of another one are measured again
 _CPU_INFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMORY_INFO = Path("/proc/meminfo")
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 _NVIDIA_TIMEOUT_S = 10.0
 _AMPERE = (8, 0)  # the first GPUs that multiply bfloat16
@@ -224,6 +225,31 @@ def _memory(cgroup: Path) -> int:
         return min(total, int((cgroup / "memory.max").read_text(encoding="utf-8")))
     except (OSError, ValueError):  # no such file, or "max"
         return total
+
+
+def memory_left() -> int:
+    """Return the bytes of memory that this process and others may take now."""
+    return _memory_left(_MEMORY_INFO, _CGROUP)
+
+
+def _memory_left(info: Path, cgroup: Path) -> int:
+    """Return those of the machine, or of the control group (version 2) where it has fewer. What cached files take is
+    left: the system drops them.
+    """
+    left = _memory(cgroup)
+    try:
+        left = min(left, _numbers(info)["MemAvailable:"] << 10)
+        stat = _numbers(cgroup / "memory.stat")
+        used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
+        return max(0, min(left, _memory(cgroup) - used + stat["active_file"] + stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no such file, as outside of a control group
+        return left
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Return the first number of each line by its first word."""
+    lines = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Budgets of bytes, of memory and of temporary folders: what will be taken is counted before, and refused."""
+"""A budget of bytes of temporary folders: what will be taken is counted before, and refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ SHARE = 0.8  # of what is free at the start
 _RETRY_S = 10.0
 
 
-class Budget:
-    """Bytes that one process may take, in several threads. `name` is what they are, in messages."""
+class Scratch:
+    """Bytes that one process may take of the disk where temporary files lie, in several threads."""
 
-    def __init__(self, max_bytes: int, name: str) -> None:
-        self.max_bytes, self._name = max_bytes, name
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """None: a share of what is free there now."""
+        if max_bytes is None:
+            max_bytes = int(SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+        self.max_bytes = max_bytes
         self._lock = Lock()
         self._held: Counter[str] = Counter()
 
@@ -35,8 +38,8 @@ class Budget:
             held = self._held.total()
             if held + num_bytes > self.max_bytes:
                 raise Overloaded(
-                    f"{num_bytes:,} bytes do not fit {self._name} beside the {held:,} of others; it may hold "
-                    f"{self.max_bytes:,}: try again later",
+                    f"{num_bytes:,} bytes do not fit on this server's disk (LORAY_SCRATCH_BYTES) beside the {held:,} "
+                    f"of others; it may hold {self.max_bytes:,}: try again later",
                     _RETRY_S,
                 )
             self._held[of] += num_bytes
@@ -52,16 +55,6 @@ class Budget:
         """The bytes of the blocks that have not ended."""
         with self._lock:
             return self._held[of]
-
-
-class Scratch(Budget):
-    """That of temporary folders."""
-
-    def __init__(self, max_bytes: int | None = None) -> None:
-        """None: a share of what is free now where temporary files lie."""
-        if max_bytes is None:
-            max_bytes = int(SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
-        super().__init__(max_bytes, "on this server's disk (LORAY_SCRATCH_BYTES)")
 
     @contextmanager
     def folder(self, num_bytes: int, of: str = "") -> Iterator[Path]:

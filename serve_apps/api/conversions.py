@@ -1,7 +1,8 @@
 """Published adapters in forms that are computed: merged into the base, or as GGUF, each by a process of its own.
 
-The API loads no torch and must go on answering, so a conversion is a bounded process: few at once, one for a tenant,
-with a deadline, and ended when its client leaves. Nothing is kept: a merged checkpoint is as large as its base.
+The API loads no torch and must go on answering, so a conversion is a bounded process: as many at once as there are
+processors and memory for, one for a tenant, with a deadline, and ended when its client leaves. Nothing is kept: a
+merged checkpoint is as large as its base.
 """
 
 from __future__ import annotations
@@ -10,38 +11,38 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from loray.bases.registry import base_with
-from loray.errors import DeadlineExceeded, RateLimited
+from loray.errors import DeadlineExceeded, Overloaded, RateLimited
+from loray.machine import memory_left, num_cores
 from loray.publishing.process import MAX_MEMORY_BYTES, Form, command_of, environment_of, raise_failure
-from loray.scratch import Budget
 from loray.settings import Settings
-from loray.spec import AdapterManifest, AdapterRef
+from loray.spec import AdapterManifest, AdapterRef, format_size
 
-MAX_AT_ONCE = 2
 DEADLINE_S = 900.0
 _LOOK_S = 0.2  # between two looks whether the client is still there
 _RETRY_S = 60.0
 _HEADERS_BYTES = 1 << 20
 LEAST_BYTES = 1 << 30  # of memory, with which a process can do anything
+MEMORY_SHARE = 0.8  # of what is left when a conversion begins
 
 
 class Conversions:
     """The conversions of one server. Safe from several threads and event loops."""
 
-    def __init__(self, settings: Settings, memory: Budget) -> None:
-        """`memory`: what all of them may take at once."""
-        self._settings, self._memory = settings, memory
+    def __init__(self, settings: Settings, left: Callable[[], int] = memory_left) -> None:
+        """`left`: the bytes of memory that processes may take now."""
+        self._settings, self._left = settings, left
         self._lock = Lock()
         self._tenants: set[str] = set()
-        self._processes = BoundedSemaphore(MAX_AT_ONCE)
+        self._held: list[int] = []  # bytes that each process may take
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
@@ -68,18 +69,37 @@ class Conversions:
     async def make(self, form: Form, ref: AdapterRef, target: Path, *, client: Request) -> None:
         """Write the adapter in this form to the new `target`.
 
-        Raises RateLimited where others are being made, Overloaded where the memory that is left is too little,
-        DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
+        Raises RateLimited where others have the memory or the processors, Overloaded where there is too little memory
+        without them, DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
         """
-        max_bytes = min(MAX_MEMORY_BYTES, max(LEAST_BYTES, self._memory.max_bytes // MAX_AT_ONCE))
-        if not self._processes.acquire(blocking=False):
-            raise RateLimited(f"{MAX_AT_ONCE} conversions are being made; ask again in a minute", _RETRY_S)
-        try:
-            with self._memory.reserve(max_bytes):
-                output = await self._run(command_of(form, ref, target, max_bytes), client)
-        finally:
-            self._processes.release()
+        with self._memory() as max_bytes:
+            output = await self._run(command_of(form, ref, target, max_bytes), client)
         raise_failure(*output)
+
+    @contextmanager
+    def _memory(self) -> Iterator[int]:
+        """The bytes that one process may take, which are its own for the block."""
+        with self._lock:
+            left = int(MEMORY_SHARE * self._left())
+            max_bytes = min(MAX_MEMORY_BYTES, left - sum(self._held))
+            if self._held and (max_bytes < LEAST_BYTES or len(self._held) >= num_cores()):
+                raise RateLimited(
+                    f"{len(self._held)} conversions are being made, beside which there is no memory or no processor "
+                    "for another one; ask again in a minute",
+                    _RETRY_S,
+                )
+            if max_bytes < LEAST_BYTES:
+                raise Overloaded(
+                    f"a conversion takes {format_size(LEAST_BYTES)} of memory at least, and this server has "
+                    f"{format_size(max(0, left))} for it: give it more, or use `loray adapters convert` elsewhere",
+                    _RETRY_S,
+                )
+            self._held.append(max_bytes)
+        try:
+            yield max_bytes
+        finally:
+            with self._lock:
+                self._held.remove(max_bytes)
 
     async def _run(self, command: list[str], client: Request) -> tuple[int, bytes]:
         """(exit code, output)"""

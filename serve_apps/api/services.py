@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path as FilePath
 from threading import Lock
@@ -16,10 +15,9 @@ from loray.bases.registry import list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import Address
-from loray.machine import hardware
 from loray.publishing import Destination
 from loray.publishing.uploads import Uploads
-from loray.scratch import Budget, Scratch
+from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
@@ -34,10 +32,10 @@ from serve_apps.console import Gateway, Placements, Streams
 _log = get_logger(__name__)
 
 ACTOR = "api"
-LONG = MostPlaces(total=4, of_tenant=2, wait_s=10.0)  # publications and downloads that are made
+LONG = MostPlaces(total=4, of_tenant=2, wait_s=10.0)  # publications
 SENDING = MostPlaces(total=16, of_tenant=2, wait_s=10.0)  # files
+DOWNLOADS = MostPlaces(total=16, of_tenant=2, wait_s=10.0)
 FOLLOWERS = MostPlaces(total=64, of_tenant=16, of_key=4)  # of logs
-WORK_SHARE = 0.8  # of the memory that is free at the start
 _RETRY_S = 1.0  # between two attempts to open the catalog, as in the header Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
@@ -56,7 +54,8 @@ AdapterName = Annotated[str, Depends(_adapter_name)]
 class Services:
     """Opens each service on first use, so that the server starts without its database, and answers 503.
 
-    long, sending, followers  how many publications and downloads are made at once, files received, and logs followed
+    long, sending, downloads, followers  how many publications are made at once, files received, downloads made and
+                                         sent, and logs followed
     rates    how often keys and tenants ask
     scratch  the bytes of all these on this machine's disk
     """
@@ -66,10 +65,10 @@ class Services:
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
-        memory = Budget(_memory_for_work(), "in this server's memory")
-        self.conversions, self.streams = Conversions(settings, memory), Streams()
-        self.long = Places("publications and downloads", LONG)
+        self.conversions, self.streams = Conversions(settings), Streams()
+        self.long = Places("publications", LONG)
         self.sending = Places("files", SENDING)
+        self.downloads = Places("downloads", DOWNLOADS)
         self.scratch = Scratch(settings.scratch_bytes)
         self.rates = Rates()
         self.followers = Places("followers of logs", FOLLOWERS)
@@ -143,7 +142,7 @@ class Services:
             return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
-        for places in (self.long, self.sending, self.followers):
+        for places in (self.long, self.sending, self.downloads, self.followers):
             places.close()
         if self._catalog is not None:
             self._catalog.close()
@@ -156,12 +155,6 @@ async def _services(request: Request) -> Services:  # FastAPI would call a plain
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
-
-
-def _memory_for_work() -> int:
-    """Bytes: a part of what this machine or container has beside what this process takes now."""
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return max(0, int(WORK_SHARE * (hardware().memory_bytes - taken)))
 
 
 def _reserve_bases(catalog: Catalog, home: FilePath) -> None:

@@ -39,6 +39,7 @@ class Backend(Protocol):
     streams: Streams
     long: Places
     sending: Places
+    downloads: Places
     rates: Rates
     scratch: Scratch
 

@@ -198,6 +198,19 @@ def test_a_digest_is_registered_by_those_who_brought_it_or_see_it(catalog: Catal
         catalog.register("gamma/mine", digest(99), manifest(99))
 
 
+def test_who_registers_what_is_shared_is_not_told_how_it_was_made(catalog: Catalog, acme: Catalog) -> None:
+    beta, made = catalog.view(BETA), manifest(7).model_copy(update={"job_id": "train_7", "data_fingerprint": digest(8)})
+    acme.note_upload(digest(7))
+    acme.register("made", digest(7), made)
+    acme.share("made", "public")
+    for name in ("mine", "again"):
+        told = beta.register(name, digest(7), made).manifest
+        assert told == beta.version(name, 1).manifest == manifest(7)
+    assert acme.register("copy", digest(7), made).manifest == made
+    beta.note_upload(digest(7))
+    assert beta.register("brought", digest(7), made).manifest == made
+
+
 def test_a_member_takes_no_base_name(catalog: Catalog, acme: Catalog) -> None:
     with pytest.raises(PermissionDenied, match="an administrator adds it"):
         acme.add_base("tone", BASE)

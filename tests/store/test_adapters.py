@@ -10,7 +10,7 @@ import pytest
 from loray.adapters.manifest import digest, verify_folder
 from loray.errors import ConflictError, IntegrityError, NotFoundError
 from loray.spec import AdapterManifest
-from loray.store import AdapterStore, ObjectStore
+from loray.store import AdapterStore, ObjectStore, adapters
 from tests.store.conftest import damage, damage_object
 
 
@@ -103,3 +103,30 @@ def test_unknown_digests(store: AdapterStore) -> None:
     for wrong in ("../../etc", "0" * 63, "G" * 64):
         with pytest.raises(NotFoundError, match="not an adapter digest"):
             store.manifest(wrong)
+
+
+def test_a_file_in_pieces(
+    store: AdapterStore,
+    objects: ObjectStore,
+    describe_one: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last one comes when all of them are right."""
+    monkeypatch.setattr(adapters, "_PIECE_BYTES", 1000)
+    folder = describe_one(0)
+    name = store.put(folder)
+    weights = "adapter_model.safetensors"
+    sha256, data = store.manifest(name).files[weights], (folder / weights).read_bytes()
+    num_bytes = store.file_size(name, weights, sha256)
+    pieces = list(store.pieces(name, weights, sha256, num_bytes))
+    assert (b"".join(pieces), {len(piece) for piece in pieces[:-1]}) == (data, {1000})
+    damage_object(objects, blob_of(store.manifest(name), weights))
+    came: list[bytes] = []
+    with pytest.raises(IntegrityError, match=rf"{weights} in the store differs from its SHA-256"):
+        came.extend(store.pieces(name, weights, sha256, num_bytes))
+    assert came == pieces[:-1]
+    with pytest.raises(IntegrityError, match="differs"):
+        next(store.pieces(name, weights, sha256, 0))
+    objects.delete(blob_of(store.manifest(name), weights))
+    with pytest.raises(IntegrityError, match="is missing from the store"):
+        next(store.pieces(name, weights, sha256, num_bytes))

@@ -177,14 +177,15 @@ def check_recipe(spec: TrainSpec) -> None:
         raise SpecError(f"publish.description has {length:,} characters, and may have {MAX_DESCRIPTION_CHARACTERS:,}")
 
 
+def manifest_file(canonical: bytes) -> bytes:
+    """`canonical` as the bytes of `loray.json`, indented for people where it stays small enough to be uploaded."""
+    text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False).encode()
+    return (text if len(text) < MAX_MANIFEST_BYTES else canonical) + b"\n"
+
+
 def write_manifest(folder: Path, canonical: bytes) -> None:
-    """Write `canonical` as `loray.json`, indented for people where it stays small enough to be uploaded.
-    `read_canonical` reads the same bytes again.
-    """
-    text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False)
-    if len(text.encode()) >= MAX_MANIFEST_BYTES:
-        text = canonical.decode()
-    (folder / AdapterManifest.FILE).write_text(text + "\n", encoding="utf-8")
+    """Write `canonical` as `loray.json`. `read_canonical` reads the same bytes again."""
+    (folder / AdapterManifest.FILE).write_bytes(manifest_file(canonical))
 
 
 def read_manifest(folder: Path) -> AdapterManifest:

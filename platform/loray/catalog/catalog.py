@@ -21,7 +21,7 @@ from loray.catalog.entries import (
 )
 from loray.catalog.identity import Allowances, Audit, Keys, Logins, Sharing, Tenants, Transfer, Usage
 from loray.catalog.identity.allowances import refuse_more_memory, refuse_more_names, refuse_more_versions
-from loray.catalog.identity.sharing import check_digest
+from loray.catalog.identity.sharing import check_digest, known_manifest
 from loray.catalog.jobs import Jobs
 from loray.catalog.notes import Evaluations, Tags
 from loray.catalog.projections import Projections, note_projection
@@ -131,7 +131,7 @@ class Catalog(
         """Add a version of `name`, and move `aliases` to it. A digest that `name` has already keeps its version.
 
         A name that is new belongs to the caller's tenant, and is private. The caller's tenant must have uploaded the
-        digest, or see it under another name; an administrator may register any.
+        digest, or see it under another name, and then is not told how it was made; an administrator may register any.
 
         `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
         of `promote`. `claim` is that of `publishing`, within which the caller has put the files into the store.
@@ -162,6 +162,7 @@ class Catalog(
                 _refuse_taken(c, name, adapter_id, number)
                 refuse_more_versions(c, self._principal, tenant, adapter_id, digest, manifest)
                 refuse_more_memory(c, self._max_snapshot_bytes)
+                manifest = known_manifest(c, self._principal, digest, manifest)
                 kept = manifest_json(manifest)
                 check_size(manifest, kept)
                 row = {

@@ -95,7 +95,7 @@ class AdapterVersion:
         """What the caller may know of it: how it was made, those of its own tenant alone who may make others."""
         if _may_know(self.name, principal):
             return self
-        return replace(self, manifest=self.manifest.model_copy(update=_HOW_IT_WAS_MADE))
+        return replace(self, manifest=without_making(self.manifest))
 
     @property
     def ref(self) -> AdapterRef:
@@ -127,6 +127,11 @@ class VersionSummary:
     def shown_to(self, principal: Principal) -> VersionSummary:
         """As `AdapterVersion.shown_to`."""
         return self if _may_know(self.name, principal) else replace(self, data_fingerprint=None, run=None)
+
+
+def without_making(manifest: AdapterManifest) -> AdapterManifest:
+    """The manifest without how the adapter was made."""
+    return manifest.model_copy(update=_HOW_IT_WAS_MADE)
 
 
 def _may_know(name: str, principal: Principal) -> bool:

@@ -1,8 +1,8 @@
 """Conversions in a process of their own: `python -m loray.publishing.process FORM DIGEST LABEL TARGET BYTES`.
 
-Servers start it, since they do not load torch. It takes so many bytes at most beside the base's files, which it maps,
-runs in the background, and ends when its standard input does, that is with the server. What went wrong is one line of
-JSON on standard output: the error's class and its message.
+Servers start it, since they do not load torch. It takes so many bytes at most beside the base's files, which it maps
+to merge them, runs in the background, and ends when its standard input does, that is with the server. What went wrong
+is one line of JSON on standard output: the error's class and its message.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from loray import errors
+from loray.bases.checkpoint import weight_files
 from loray.bases.registry import base_with
-from loray.errors import LorayError, StoreError
+from loray.errors import LorayError, StoreError, UnsupportedError
 from loray.priority import compute_in_background
 from loray.settings import Settings
-from loray.spec import AdapterRef
+from loray.spec import AdapterRef, format_size
 from loray.store import AdapterStore, open_store
 
 Form = Literal["merged", "gguf"]
@@ -66,15 +67,25 @@ def main(arguments: Sequence[str]) -> int:
         _convert(form, digest, label, target, int(max_bytes))
     except LorayError as e:
         kind, message = type(e).__name__, str(e)
-    except (MemoryError, RuntimeError) as e:  # torch's allocator raises RuntimeError
-        reason = str(e).strip().partition("\n")[0] or type(e).__name__
-        kind, message = LorayError.__name__, f"the conversion failed: {reason}"
-    except OSError as e:  # such as a full disk
-        kind, message = StoreError.__name__, f"the conversion failed: {e.strerror or e}"
+    except (MemoryError, RuntimeError, OSError) as e:
+        kind, message = _failure(e, int(max_bytes))
     else:
         return 0
     sys.stdout.write(json.dumps({"kind": kind, "message": message}) + "\n")
     return _FAILED
+
+
+def _failure(error: Exception, max_bytes: int) -> tuple[str, str]:
+    """The class and the message of the error that the server raises."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or "allocate memory" in reason:  # as torch says it, and the system
+        return UnsupportedError.__name__, (
+            f"the conversion needs more than the {format_size(max_bytes)} of memory that this server has for it now: "
+            "ask again later, or use `loray adapters convert` where there is more"
+        )
+    if isinstance(error, OSError):  # such as a full disk
+        return StoreError.__name__, f"the conversion failed: {error.strerror or error}"
+    return LorayError.__name__, f"the conversion failed: {reason}"
 
 
 def _convert(form: str, digest: str, label: str, target: Path, max_bytes: int) -> None:
@@ -86,7 +97,8 @@ def _convert(form: str, digest: str, label: str, target: Path, max_bytes: int) -
     name, _, version = label.rpartition("@")
     ref = manifest.ref(digest, name, int(version))
     base = base_with(settings.home, manifest.base_fingerprint, manifest.base)
-    limit = max_bytes + sum(path.stat().st_size for path in base.path.iterdir())
+    mapped = weight_files(base.path) if form == "merged" else ()
+    limit = max_bytes + sum(path.stat().st_size for path in mapped)  # the system can drop what is mapped
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     if form == "merged":
         merge_into_base(ref, target, base=base, store=store)

@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 BLOBS, MANIFESTS, UPLOADS = "blobs", "manifests", "uploads"
 _MAX_MANIFEST_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20  # one request to S3 for each, and so much memory for each reader
 
 
 class PresignedFile(NamedTuple):
@@ -63,9 +64,16 @@ class AdapterStore:
                 self.objects.put_if_absent(key, canonical)
         return digest
 
+    def canonical(self, digest: str) -> bytes:
+        """The manifest as canonical JSON, whose SHA-256 is the digest. Raises as `manifest`."""
+        data = self._manifest_bytes(check_digest(digest))
+        if data is None:
+            raise IntegrityError(f"the stored manifest of adapter {digest[:12]} is damaged; publish the adapter again")
+        return data
+
     def manifest(self, digest: str) -> AdapterManifest:
         """Raises NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
-        return parse_manifest(self._canonical(digest), source=f"the manifest of adapter {digest[:12]}")
+        return parse_manifest(self.canonical(digest), source=f"the manifest of adapter {digest[:12]}")
 
     def fetch(
         self, digest: str, folder: Path, *, have: Mapping[str, bytes | memoryview] = MappingProxyType({})
@@ -75,7 +83,7 @@ class AdapterStore:
         Raises IntegrityError, which names the file, where one is missing or has another SHA-256. `have` are files that
         the caller has read with `read_range` and verified.
         """
-        canonical = self._canonical(digest)
+        canonical = self.canonical(digest)
         manifest = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder.parent))
@@ -113,12 +121,20 @@ class AdapterStore:
         with _named(digest, name):
             return self.objects.size(_blob_key(sha256))
 
-    def num_bytes(self, digest: str) -> int:
-        """Of all its files and its manifest. IntegrityError where one is missing."""
-        canonical = self._canonical(digest)
-        files = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}").files
-        sizes = (self.file_size(digest, name, sha256) for name, sha256 in files.items())
-        return sum(sizes) + 2 * len(canonical)  # which is indented in the folder
+    def pieces(self, digest: str, name: str, sha256: str, num_bytes: int) -> Iterator[bytes]:
+        """The adapter's file `name`, of `num_bytes`, in pieces that are read one by one.
+
+        Raises IntegrityError where the file is missing, and before the last piece where it has another SHA-256.
+        """
+        hashed, piece = hashlib.sha256(), b""
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            if piece:
+                yield piece
+            piece = self.read_range(digest, name, sha256, start, min(start + _PIECE_BYTES, num_bytes))
+            hashed.update(piece)
+        if hashed.hexdigest() != sha256:
+            raise _differs(digest, name)
+        yield piece
 
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
         """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""
@@ -187,15 +203,7 @@ class AdapterStore:
         with _named(digest, name):
             self.objects.get_to(_blob_key(sha256), path)
         if file_sha256(path) != sha256:
-            raise IntegrityError(
-                f"adapter {digest[:12]} is damaged: {name} in the store differs from its SHA-256; publish it again"
-            )
-
-    def _canonical(self, digest: str) -> bytes:
-        data = self._manifest_bytes(check_digest(digest))
-        if data is None:
-            raise IntegrityError(f"the stored manifest of adapter {digest[:12]} is damaged; publish the adapter again")
-        return data
+            raise _differs(digest, name)
 
     def _manifest_bytes(self, digest: str) -> bytes | None:
         """None where the stored bytes do not have this digest."""
@@ -207,6 +215,12 @@ class AdapterStore:
 def object_name(key: str) -> str:
     """The SHA-256 that is the name of a blob or a manifest."""
     return key.rpartition("/")[2].removesuffix(".json")
+
+
+def _differs(digest: str, name: str) -> IntegrityError:
+    return IntegrityError(
+        f"adapter {digest[:12]} is damaged: {name} in the store differs from its SHA-256; publish it again"
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from contextlib import ExitStack
 from itertools import islice
 from typing import Annotated, Any, get_args
 from urllib.parse import urlencode
@@ -11,15 +10,15 @@ from urllib.parse import urlencode
 import yaml
 from fastapi import Depends, Path, Query, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from loray.api.canaries import CanaryResource
 from loray.api.resources import VersionNumber
 from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
-from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking, address_of, may
-from serve_apps.console.archives import ArchiveResponse
+from serve_apps.console.archives import send_adapter
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
 from serve_apps.console.pictures.heat_maps import heat_maps_of
@@ -143,23 +142,16 @@ def show_version(
 async def download(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
 ) -> Response:
-    """The files as a tar archive, verified before the first byte."""
-    backend, held, address = console.backend, ExitStack(), address_of(request.scope)
+    """The files as a tar archive."""
+    address = address_of(request.scope)
 
-    def make() -> tuple[Archive, AdapterVersion]:
-        catalog = backend.catalog_of(asking)
+    def find() -> AdapterVersion:
+        catalog = console.backend.catalog_of(asking)
         found = catalog.version(name, version)
         catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
-        num_bytes = backend.store.num_bytes(found.digest)
-        made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
-        return folder_as_tar(backend.store, found.digest, _label(found), made), found
+        return found
 
-    try:
-        archive, found = await backend.long.run(asking.tenant, make)
-    except BaseException:
-        held.close()
-        raise
-    return ArchiveResponse(archive, held, found.digest, _label(found), "peft")
+    return await send_adapter(console.backend, asking, await run_in_threadpool(find))
 
 
 @router.get("/{name}/diff")
@@ -239,10 +231,6 @@ _DONE = {
     "divided": "The version gets its share of the alias's requests.",
     "ended": "The canary has ended.",
 }
-
-
-def _label(version: AdapterVersion) -> str:
-    return f"{version.name.replace('/', '-')}-{version.version}"
 
 
 def _names(name: str, tenant: str) -> dict[str, str]:

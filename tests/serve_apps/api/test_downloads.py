@@ -18,14 +18,25 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from starlette.requests import ClientDisconnect
 
-from loray.adapters.manifest import verify_folder
+from loray.adapters.manifest import ManifestDetails, describe, verify_folder
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.client import CatalogClient, files
-from loray.errors import BaseMismatch, DeadlineExceeded, IntegrityError, LorayError, RateLimited, UnsupportedError
+from loray.errors import (
+    BaseMismatch,
+    ClusterError,
+    DeadlineExceeded,
+    IntegrityError,
+    LorayError,
+    RateLimited,
+    UnsupportedError,
+)
 from loray.publishing import Destination, import_folder
+from loray.publishing.archive import adapter_as_tar, as_tar
 from loray.publishing.process import command_of, environment_of, raise_failure
-from loray.scratch import Budget
+from loray.scratch import Scratch
+from loray.spec import Principal
+from loray.store import adapters
 from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.services import Services
@@ -34,6 +45,7 @@ from tests.catalogs import sqlite_catalog
 from tests.s3 import S3Server
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
+from tests.store.conftest import damage_object
 
 STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); sys.stdin.read()'
 
@@ -118,6 +130,94 @@ def test_a_process_ends_with_its_server(
     assert {name for name in env if name.startswith("LORAY_")} == {"LORAY_HOME", "LORAY_STORE", "LORAY_LOG_LEVEL"}
 
 
+# -- archives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read in many pieces."""
+    monkeypatch.setattr(adapters, "_PIECE_BYTES", 4096)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_folder_is_sent_from_the_store_without_a_copy(
+    api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, store = peft_folder(base), api.services.store
+    (folder / "README.md").write_bytes(b"")
+    version = import_folder(folder, base, Destination("tone", store, api.catalog))
+    store.fetch(version.digest, tmp_path / "fetched")
+    expected = as_tar(tmp_path / "fetched", "tone-1")
+    api.services.scratch = Scratch(0)
+    for path in ("/adapters/tone/versions/1/download", "/console/adapters/tone/versions/1/download"):
+        assert api.http.get(path).content == b"".join(as_tar(tmp_path / "fetched", "tone-1").chunks)
+        assert int(api.http.get(path).headers["content-length"]) == expected.num_bytes
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_damaged_file_ends_the_connection_before_the_archive(
+    api: Api, url: str, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = api.services.store
+    version = import_folder(peft_folder(base), base, Destination("tone", store, api.catalog))
+    damage_object(store.objects, store.keys_of(version.manifest.files["adapter_model.safetensors"])[0])
+    with CatalogClient(url) as client, pytest.raises(ClusterError, match="closed connection without sending complete"):
+        client.fetch("tone", 1, tmp_path / "got")
+    assert not (tmp_path / "got").exists()
+    assert api.services.downloads._taken == {}
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_is_lost_meanwhile_is_noticed(
+    api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = api.services.store
+    version = import_folder(peft_folder(base), base, Destination("tone", store, api.catalog))
+    blob = store.keys_of(version.manifest.files["adapter_model.safetensors"])[0]
+    whole = store.objects.get(blob)
+    for left, error in ((None, "is missing from the store"), (whole[:-1], "differs from its SHA-256")):
+        archive = adapter_as_tar(store, version.digest, version.manifest, "tone-1")
+        sent = [next(archive.chunks)]
+        store.objects.delete(blob)
+        if left is not None:
+            store.objects.put_if_absent(blob, left)
+        with pytest.raises(IntegrityError, match=error):
+            sent.extend(archive.chunks)
+        assert sum(map(len, sent)) < archive.num_bytes
+        store.objects.delete(blob)
+        store.objects.put_if_absent(blob, whole)
+    store.objects.delete(blob)
+    problem(api.http.get("/adapters/tone/versions/1/download"), 500)
+
+
+def test_who_may_not_know_how_a_version_was_made_does_not_read_it_in_its_folder(
+    api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = peft_folder(base), api.services.store
+    api.catalog.add_base(base.name, base.fingerprint)
+    for tenant in ("acme", "beta"):
+        api.catalog.create_tenant(tenant)
+    describe(folder, base, ManifestDetails(job_id="train_7", data_fingerprint="5b" * 32, parent="5a" * 32))
+    acme = api.catalog.view(Principal(tenant="acme"))
+    version = import_folder(folder, base, Destination("tone", store, acme))
+    acme.share("tone", "public")
+    monkeypatch.setattr(type(store.objects), "presigned", lambda self, key, expires_s: "http://127.0.0.1:1/x")
+    told = {}
+    for tenant in ("acme", "beta"):
+        key = api.catalog.create_key(tenant, tenant=tenant, scopes=["publish"]).secret
+        with CatalogClient("http://test", api_key=key, transport=api.transport) as client:
+            client.fetch("acme/tone", 1, tmp_path / tenant)  # the store's URLs lead nowhere
+            told[tenant] = client.version("acme/tone", 1).manifest
+            answer = client._request("GET", "/adapters/tone/versions/1/download?tenant=acme&presigned=true")
+            for number in (1, 2):  # names of its own
+                told[f"{tenant} {number}"] = client.register(f"copy-{number}", version.digest).manifest
+        assert verify_folder(tmp_path / tenant) == told[tenant]
+        assert (answer.headers["content-type"] == "application/json") == (tenant == "acme")
+    assert told["acme"] == told["acme 1"] == told["acme 2"] == version.manifest
+    assert told["beta"] == told["beta 1"] == told["beta 2"]
+    assert (told["beta"].job_id, told["beta"].data_fingerprint, told["beta"].parent) == (None, None, None)
+
+
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +240,8 @@ def make(
     monkeypatch.setattr(
         conversions, "command_of", lambda form, ref, target, max_bytes: [sys.executable, "-c", STILL_THERE, str(target)]
     )
-    made = Conversions(api.settings, Budget(8 << 30, "in this server's memory"))
+    monkeypatch.setattr(conversions, "num_cores", lambda: 8)
+    made = Conversions(api.settings, lambda: 20 << 30)  # of which 16 are for two of 8
 
     async def begin(target: Path, tenant: str = "acme", client: Client | None = None) -> None:
         with made.place(tenant):

@@ -16,6 +16,7 @@ from loray.errors import Overloaded
 from loray.publishing import Destination, import_folder
 from loray.scratch import Scratch
 from loray.spec import Limits, Principal
+from serve_apps.access.places import MostPlaces, Places
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 
@@ -130,7 +131,7 @@ def test_of_two_files_that_fit_alone_one_waits_for_the_other(api: Api, monkeypat
 
 
 @pytest.mark.parametrize("pages", ["", "/console"])
-def test_a_download_is_counted_until_its_client_has_it_or_leaves(
+def test_a_download_has_a_place_until_its_client_has_it_or_leaves_and_nothing_of_the_disk(
     api: Api, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], pages: str
 ) -> None:
     base = tiny_base()
@@ -138,11 +139,12 @@ def test_a_download_is_counted_until_its_client_has_it_or_leaves(
     path = f"{pages}/adapters/tone/versions/1/download"
     whole = api.http.get(path)
     assert whole.status_code == 200
-    held: list[int] = []
+    held: list[tuple[int, int]] = []
+    api.services.scratch = Scratch(0)
 
     async def leaves(message: Message) -> None:
         if message["type"] == "http.response.body":
-            held.append(api.services.scratch.held())
+            held.append((api.services.scratch.held(), api.services.downloads._taken["tenant default"]))
             raise OSError("the client has left")
 
     async def receive() -> Message:
@@ -154,9 +156,9 @@ def test_a_download_is_counted_until_its_client_has_it_or_leaves(
     scope |= {"server": ("test", 80), "client": ("127.0.0.1", 1)}
     with pytest.raises(BaseException, match="left"):
         asyncio.run_coroutine_threadsafe(api.app(scope, receive, leaves), _loop()).result(IN_TIME_S)
-    assert len(whole.content) - 4096 < held[0] <= len(whole.content) + 4096
-    assert api.services.scratch.held() == 0
-    api.services.scratch = Scratch(100)
+    assert held == [(0, 1)]
+    assert api.services.downloads._taken == {}
+    api.services.downloads = Places("downloads", MostPlaces(total=1, of_tenant=0, wait_s=0.01))
     assert api.http.get(path).status_code == 503
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -16,14 +17,12 @@ from loray.adapters.pairs import PairKey, drawn_digest
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.adapters.projections import draw_pair
 from loray.bases.registry import BaseModel
-from loray.publishing import Destination, import_folder
-from loray.scratch import Budget
+from loray.publishing import Destination, import_folder, process
+from loray.publishing.process import environment_of
 from serve_apps.api.conversions import Conversions
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.conftest import base as base
 from tests.serve_apps.api.fakes import Api
-
-LITTLE = Budget((1 << 30) - 1, "in this server's memory")
 
 SERVER = """
 import sys
@@ -79,23 +78,80 @@ def test_where_less_than_a_gibibyte_is_left_nothing_is_converted(
     api: Api, base: BaseModel, peft_folder: Callable[..., Path], form: str
 ) -> None:
     import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
-    api.services.conversions = Conversions(api.settings, LITTLE)
+    api.services.conversions = Conversions(api.settings, lambda: 1 << 30)
     refused = api.http.get("/adapters/tone/versions/1/download", params={"format": form})
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
-    assert "1,073,741,824 bytes do not fit in this server's memory" in refused.json()["detail"]
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+    assert "takes 1.1 GB of memory at least, and this server has 859.0 MB for it" in refused.json()["detail"]
 
 
 def test_a_conversion_takes_no_more_than_its_part(
     api: Api, base: BaseModel, peft_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three GiB two conversions get a half each, so that both end and the server does not."""
+    """What is left when it begins, and of much memory not all."""
     asked: list[int] = []
     monkeypatch.setattr(
         "serve_apps.api.conversions.command_of",
         lambda form, ref, target, max_bytes: asked.append(max_bytes) or ["false"],  # type: ignore[func-returns-value]
     )
     import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
-    for max_bytes in (3 << 30, 64 << 30):
-        api.services.conversions = Conversions(api.settings, Budget(max_bytes, "in this server's memory"))
+    left = [5 << 30, 64 << 30]
+    api.services.conversions = Conversions(api.settings, lambda: left[len(asked)])
+    for _ in left:
         api.http.get("/adapters/tone/versions/1/download", params={"format": "gguf"})
-    assert asked == [3 << 29, 8 << 30]
+    assert asked == [4 << 30, 8 << 30]
+
+
+@pytest.mark.parametrize(("left", "num_cores"), [(6 << 30, 8), (64 << 30, 1)], ids=["memory", "processors"])
+def test_a_conversion_beside_which_there_is_nothing_left_is_the_only_one(
+    api: Api,
+    base: BaseModel,
+    peft_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    left: int,
+    num_cores: int,
+) -> None:
+    import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
+    monkeypatch.setattr("serve_apps.api.conversions.num_cores", lambda: num_cores)
+    made = api.services.conversions = Conversions(api.settings, lambda: left)
+    path = "/adapters/tone/versions/1/download?format=gguf"
+    with made._memory():
+        refused = api.http.get(path)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        assert api.http.get("/adapters").status_code == 200
+    assert api.http.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_only_files_that_a_conversion_maps_are_beside_its_memory(
+    api: Api,
+    base: BaseModel,
+    peft_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    version = import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    for name, value in environment_of(api.settings).items():
+        monkeypatch.setenv(name, value)
+    (api.settings.home / "bases" / base.name / "more.bin").write_bytes(b"x" * 1000)
+    process._convert(form, version.digest, version.label, tmp_path / "made", 1 << 30)
+    mapped = (base.path / "model.safetensors").stat().st_size if form == "merged" else 0
+    assert limits == [((1 << 30) + mapped,) * 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        ),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_a_conversion_that_needs_more_memory_says_so(error: Exception) -> None:
+    kind, message = process._failure(error, 3 << 29)
+    assert (kind, "needs more than the 1.6 GB of memory" in message) == ("UnsupportedError", True)
+    assert process._failure(OSError(28, "No space left on device"), 1)[0] == "StoreError"

@@ -6,13 +6,14 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
+from loray.adapters.manifest import parse_manifest
 from loray.catalog.checks import check_tenant
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import AdapterEntry
+from loray.catalog.entries import AdapterEntry, without_making
 from loray.catalog.queries import count_change, load_entry, lock, log, now, owned, visible
 from loray.catalog.schema import adapters, shares, uploads, versions
 from loray.errors import NotFoundError, SpecError
-from loray.spec import Principal, Visibility
+from loray.spec import AdapterManifest, Principal, Visibility
 
 
 class Sharing(Database):
@@ -64,9 +65,26 @@ def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
     """Raise NotFoundError unless the caller's tenant has uploaded the digest, or sees it under a name."""
     if principal.is_admin:
         return
-    uploaded = sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
+    uploaded = _uploaded(principal, digest)
     exists = sa.or_(versions.c.deleted_at.is_(None), owned(principal))  # a deleted version may come back to its owner
     seen = sa.select(versions.c.digest).join(adapters, adapters.c.id == versions.c.adapter_id)
     seen = seen.where(versions.c.digest == digest, visible(principal), exists)
     if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
         raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")
+
+
+def known_manifest(c: sa.Connection, principal: Principal, digest: str, manifest: AdapterManifest) -> AdapterManifest:
+    """What the caller's tenant may know of an adapter that it gives a name of its own: not how it was made, where
+    another tenant has made it and shares it.
+    """
+    if principal.is_admin or c.execute(_uploaded(principal, digest)).first() is not None:
+        return manifest
+    mine = sa.select(versions.c.manifest).join(adapters, adapters.c.id == versions.c.adapter_id)
+    kept = c.execute(mine.where(versions.c.digest == digest, adapters.c.tenant == principal.tenant).limit(1)).scalar()
+    if kept is None:
+        return without_making(manifest)
+    return parse_manifest(kept.encode(), source=f"the manifest of adapter {digest[:12]}")
+
+
+def _uploaded(principal: Principal, digest: str) -> sa.Select[tuple[str]]:
+    return sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
