@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from loray.bases.registry import get_bases
+from loray.encryption import uses_tls
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec, engine_of
 from serve_apps.deployment import APPLICATION, DRAIN_S, GATEWAY, front_nodes
@@ -74,6 +76,7 @@ def _engine(
 
     `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
     """
+    has_ranks = spec.tensor_parallel_size > 1
     engine = serve.deployment(
         EngineReplica,
         name=engine_of(spec.base),
@@ -86,7 +89,9 @@ def _engine(
             "num_gpus": 1 if spec.device.startswith("cuda") else 0,
             "runtime_env": environment,
         },
-        placement_group_bundles=bundles(spec) if spec.tensor_parallel_size > 1 else None,
+        placement_group_bundles=bundles(spec) if has_ranks else None,
+        # What ranks send has no TLS, neither Gloo's nor NCCL's: where it is wanted, nothing of it leaves a node.
+        placement_group_strategy="STRICT_PACK" if has_ranks and uses_tls(os.environ) else None,
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=DRAIN_S,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -12,6 +13,7 @@ from typing import Any
 from loray.serving.routing_report import Held
 from loray.telemetry import get_logger
 from serve_apps.channel.address import Address, dial
+from serve_apps.channel.cipher import Cipher
 from serve_apps.channel.frames import (
     AGAIN,
     ALIVE,
@@ -44,12 +46,12 @@ class Connection:
     When the connection ends, whatever the reason, all its streams are told that they are lost.
     """
 
-    def __init__(self, sock: socket.socket, name: str, held: Callable[[], Held] = Held) -> None:
+    def __init__(self, sock: socket.socket, cipher: Cipher, name: str, held: Callable[[], Held] = Held) -> None:
         """`held`: the adapters that the replica holds, which the gateway is told."""
         self.name = name
         self.is_open = True
-        self._sock = sock
-        self._writer = Writer(sock, asyncio.get_running_loop(), self._end)
+        self._sock, self._cipher = sock, cipher
+        self._writer = Writer(sock, asyncio.get_running_loop(), self._end, cipher.encrypt)
         self._heartbeat = Heartbeat(self._writer.write, self._end)
         self._reporting = Reporting(held, self._writer.write)
         self._streams: dict[int, Left] = {}
@@ -88,7 +90,7 @@ class Connection:
         try:
             while data := await loop.sock_recv(self._sock, _READ_BYTES):
                 self._heartbeat.heard()
-                for kind, *fields in frames.feed(data):
+                for kind, *fields in frames.feed(self._cipher.decrypt(data)):
                     self._take(kind, *fields)
             self._end("the gateway closed it")
         except (OSError, FrameError, ValueError, TypeError) as e:
@@ -127,20 +129,26 @@ class Connection:
             left("lost")
 
 
-async def connect(address: Address, node: str, name: str, held: Callable[[], Held] = Held) -> Connection:
-    """From a replica on `node` to the gateway; `name` is the connection's. OSError, also if the gateway is silent."""
+async def connect(
+    address: Address, node: str, name: str, held: Callable[[], Held] = Held, tls: ssl.SSLContext | None = None
+) -> Connection:
+    """From a replica on `node` to the gateway; `name` is the connection's. `tls`: to gateways on other nodes. OSError,
+    also if the gateway is silent.
+    """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(_HANDSHAKE_S):
+        cipher = Cipher(None if address.node == node else tls, address.host)
         sock = await dial(address, node)
         try:
-            await loop.sock_sendall(sock, address.token.encode() + frame(HELLO, name))
+            await cipher.greet(sock)
+            await loop.sock_sendall(sock, cipher.encrypt(address.token.encode() + frame(HELLO, name)))
             frames = FrameReader()
             answer: list[tuple[object, ...]] = []
             while not answer:
                 data = await loop.sock_recv(sock, _READ_BYTES)
                 if not data:
                     raise ConnectionError("the gateway refused the connection")
-                answer += frames.feed(data)
+                answer += frames.feed(cipher.decrypt(data))
             if answer != [(WELCOME,)]:
                 raise ConnectionError("the gateway answered something else")
         except FrameError as e:
@@ -149,15 +157,17 @@ async def connect(address: Address, node: str, name: str, held: Callable[[], Hel
         except BaseException:
             sock.close()
             raise
-    return Connection(sock, name, held)
+    return Connection(sock, cipher, name, held)
 
 
 class Connections:
     """A replica's connections, at most one to each gateway. Used from one event loop."""
 
-    def __init__(self, node: str, replica: str, held: Callable[[], Held] = Held) -> None:
-        """`held`: the adapters that the replica holds, which each gateway is told."""
-        self._node, self._replica, self._held = node, replica, held
+    def __init__(
+        self, node: str, replica: str, held: Callable[[], Held] = Held, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """`held`: the adapters that the replica holds, which each gateway is told. `tls`: to those on other nodes."""
+        self._node, self._replica, self._held, self._tls = node, replica, held, tls
         self._numbers = count()
         self._to: dict[Address, asyncio.Task[Connection]] = {}
 
@@ -170,7 +180,7 @@ class Connections:
             for gone in [a for a, t in self._to.items() if t.done() and (t.exception() or not t.result().is_open)]:
                 del self._to[gone]
             name = f"{self._replica}#{next(self._numbers)}"
-            task = self._to[address] = asyncio.create_task(connect(address, self._node, name, self._held))
+            task = self._to[address] = asyncio.create_task(connect(address, self._node, name, self._held, self._tls))
         return await asyncio.shield(task)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import hmac
 import os
 import secrets
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -71,8 +72,8 @@ class Listener:
         assert self._address is not None, "start it first"
         return self._address
 
-    async def start(self, node: str, host: str) -> None:
-        """Listens on `node` and, for other nodes, at a free port of `host`."""
+    async def start(self, node: str, host: str, tls: ssl.SSLContext | None = None) -> None:
+        """Listens on `node` and, for other nodes, at a free port of `host`, there with TLS if it is given."""
         loop = asyncio.get_running_loop()
         name = f"loray-{secrets.token_hex(16)}"
         unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -84,7 +85,9 @@ class Listener:
         self._address = Address(node, name, host, tcp.getsockname()[1], self._token)
         self._servers = [
             await loop.create_unix_server(lambda: _Peer(self), sock=unix),
-            await loop.create_server(lambda: _Peer(self), sock=tcp),
+            await loop.create_server(
+                lambda: _Peer(self), sock=tcp, ssl=tls, ssl_handshake_timeout=None if tls is None else _HANDSHAKE_S
+            ),
         ]
 
     async def close(self) -> None:

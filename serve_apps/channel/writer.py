@@ -25,8 +25,14 @@ class Writer:
     with the reason.
     """
 
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, failed: Callable[[str], None]) -> None:
-        self._sock, self._loop, self._failed = sock, loop, failed
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        failed: Callable[[str], None],
+        encrypt: Callable[[bytes], bytes],
+    ) -> None:
+        self._sock, self._loop, self._failed, self._encrypt = sock, loop, failed, encrypt
         self._lock = threading.Lock()
         self._backlog: deque[memoryview] = deque()
         self._num_behind = 0
@@ -42,6 +48,7 @@ class Writer:
             if self._num_behind > MAX_BACKLOG:
                 self._fail(f"it is {self._num_behind >> 20} MiB behind")
                 return
+            data = self._encrypted(data)
             sent = 0 if self._backlog else self._send(data)
             if sent < len(data) and not self._closed:
                 if not self._backlog:
@@ -109,14 +116,22 @@ class Writer:
                 if part is None:
                     waiting.popleft()
                 else:
-                    self._backlog.append(memoryview(part))
-                    self._num_behind += len(part)
+                    data = self._encrypted(part)
+                    self._backlog.append(memoryview(data))
+                    self._num_behind += len(data)
                 if self.behind.get(stream) is not waiting:
                     continue
                 if waiting:
                     self._turns.append(stream)
                 else:
                     del self.behind[stream]
+
+    def _encrypted(self, data: bytes) -> bytes:
+        try:
+            return self._encrypt(data)
+        except OSError as e:
+            self._fail(str(e))
+            return b""
 
     def _send(self, data: bytes | memoryview) -> int:
         try:

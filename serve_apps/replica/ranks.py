@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util import get_current_placement_group, get_node_ip_address
+from ray.util import get_current_placement_group, get_node_ip_address, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from loray.bases.registry import BaseModel, get_base
 from loray.errors import EngineError
+from loray.local.processes import LOOPBACK
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging
@@ -30,13 +31,14 @@ class RankActor:
     """One rank. It uses the base on its own node."""
 
     def run(self, args: WorkerArgs) -> None:
-        """Runs until rank 0 has ended."""
+        """Runs until rank 0 has ended. It listens at loopback where rank 0 does."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         os.environ["OMP_NUM_THREADS"] = str(args.spec.num_threads)  # before torch is imported: it is read once
         from loray.engine.parallel.worker import run_worker
 
-        run_worker(args, get_base(settings.home, args.spec.base), get_node_ip_address())
+        own_address = LOOPBACK if args.host == LOOPBACK else get_node_ip_address()
+        run_worker(args, get_base(settings.home, args.spec.base), own_address)
 
 
 class RankActors:
@@ -57,7 +59,8 @@ class RankActors:
 
     @staticmethod
     def own_address() -> str:
-        return str(get_node_ip_address())
+        nodes = placement_group_table(get_current_placement_group())["bundles_to_node_id"]
+        return LOOPBACK if len(set(nodes.values())) == 1 else str(get_node_ip_address())
 
     def check(self) -> None:
         for rank, run in enumerate(self._runs, 1):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loray.api.status import AdapterPlacement, ReplicaStatus
 from loray.bases.registry import get_base
+from loray.encryption import client_context
 from loray.errors import (
     BaseMismatch,
     EngineError,
@@ -77,7 +78,7 @@ class EngineReplica:
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
         self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
-        self._connections = Connections(_node_id(), _replica_id(), self._held)
+        self._connections = Connections(_node_id(), _replica_id(), self._held, client_context(os.environ))
         freeze_garbage()
         stream = self._stream
         collect_when_quiet(lambda: stream.stats().is_idle)

@@ -80,6 +80,36 @@ def test_gateway_and_engine_have_the_same_time_to_end_a_stream(
     assert times == [DRAIN_S, DRAIN_S]
 
 
+@pytest.mark.parametrize("tls", ["0", "1"])
+def test_with_tls_the_ranks_of_an_engine_are_on_one_node(
+    tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch, tls: str
+) -> None:
+    """What they send each other has none."""
+    from serve_apps.app import build
+
+    base = tiny_base()
+    monkeypatch.setenv("LORAY_HOME", str(base.path.parents[1]))
+    monkeypatch.setenv("RAY_USE_TLS", tls)
+    for size in (1, 2):
+        gateway = build({"base": base.name, "tensor_parallel_size": size})._bound_deployment
+        (engine,) = (bound._bound_deployment for bound in gateway.init_args)
+        strategy = engine._replica_config.placement_group_strategy
+        assert strategy == ("STRICT_PACK" if size > 1 and tls == "1" else None)
+
+
+@pytest.mark.parametrize(("nodes", "address"), [(["a", "a"], "127.0.0.1"), (["a", "b"], "192.0.2.7")])
+def test_ranks_on_one_node_cannot_be_reached_from_another(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[str], address: str
+) -> None:
+    from serve_apps.replica import ranks
+
+    table = {"bundles_to_node_id": dict(enumerate(nodes))}
+    monkeypatch.setattr(ranks, "get_current_placement_group", lambda: "group")
+    monkeypatch.setattr(ranks, "placement_group_table", {"group": table}.__getitem__)
+    monkeypatch.setattr(ranks, "get_node_ip_address", lambda: "192.0.2.7")
+    assert ranks.RankActors.own_address() == address
+
+
 def test_a_base_that_is_called_as_an_adapter_is_refused_and_others_keep_their_names(
     tiny_base: Callable[..., BaseModel],
     peft_folder: Callable[..., Path],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -47,19 +48,30 @@ def serve_details(cluster: LocalCluster | str) -> dict[str, Any]:
 
     ClusterError if the dashboard does not answer.
     """
-    address, headers = (cluster, {}) if isinstance(cluster, str) else (cluster.address, _token(cluster))
-    request = urllib.request.Request(f"{address}/api/serve/applications/", headers=headers)
+    return _read(cluster, "/api/serve/applications/", "Ray Serve's state")
+
+
+def raylets(cluster: LocalCluster | str) -> list[Address]:
+    """Where Ray's own server of each living node listens. ClusterError if the dashboard does not answer."""
+    try:
+        nodes = [node["raylet"] for node in _read(cluster, "/nodes?view=summary", "Ray's nodes")["data"]["summary"]]
+        living = [node for node in nodes if node["state"] == "ALIVE"]
+        return [Address(node["nodeManagerAddress"], int(node["nodeManagerPort"])) for node in living]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ClusterError(f"Ray's dashboard tells its nodes in another form: {e!r}") from e
+
+
+def _read(cluster: LocalCluster | str, path: str, what: str) -> dict[str, Any]:
+    address, token = cluster, os.environ.get("RAY_AUTH_TOKEN")  # which KubeRay gives every pod
+    if not isinstance(cluster, str):
+        address, token = cluster.address, Path(cluster.token_file).read_text(encoding="utf-8").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{address}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             return dict(json.load(response))
     except (urllib.error.URLError, OSError, ValueError) as e:
-        raise ClusterError(
-            f"Ray Serve's state cannot be read at {address}: {e}; `loray down` ends a cluster that hangs"
-        ) from e
-
-
-def _token(cluster: LocalCluster) -> dict[str, str]:
-    return {"Authorization": f"Bearer {Path(cluster.token_file).read_text(encoding='utf-8').strip()}"}
+        raise ClusterError(f"{what} cannot be read at {address}: {e}; `loray down` ends a cluster that hangs") from e
 
 
 def _http(details: dict[str, Any]) -> Address | None:

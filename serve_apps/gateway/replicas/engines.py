@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from ssl import SSLContext
 from typing import Any
 
 from prometheus_client.core import Metric as Family
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
+from loray.encryption import server_context
 from loray.errors import BaseStarting, EngineStopped, ReplicaLeaving, ReplicaLost, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
@@ -64,6 +67,7 @@ class ServeEngines:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
         self._deployment, self._place = deployment, (node, host)
+        self._tls = server_context(os.environ)  # here, so that a wrong setting fails the gateway and no request
         self._listener: asyncio.Task[Listener] | None = None
         self._tell_late: Callable[[float], None] = lambda _: None
         self._shortest = RecentLeast()  # time to a first token
@@ -209,7 +213,7 @@ class ServeEngines:
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):
-            self._listener = asyncio.create_task(_started(*self._place, self._late))
+            self._listener = asyncio.create_task(_started(*self._place, self._tls, self._late))
         return await asyncio.shield(self._listener)
 
     async def close(self) -> None:
@@ -247,7 +251,7 @@ class ServeEngines:
         return self._resumes
 
 
-async def _started(node: str, host: str, late: Callable[[float], None]) -> Listener:
+async def _started(node: str, host: str, tls: SSLContext | None, late: Callable[[float], None]) -> Listener:
     listener = Listener(router.reports, late)
-    await listener.start(node, host)
+    await listener.start(node, host, tls)
     return listener

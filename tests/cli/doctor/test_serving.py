@@ -7,8 +7,12 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import grpc
 import pytest
 
 from loray.cli.doctor import kernels, serving
@@ -17,6 +21,7 @@ from loray.cli.doctor.finding import Check, Finding, Situation
 from loray.errors import CatalogError
 from loray.local.processes import free_ports
 from loray.local.standalone import announced
+from tests.authority import Authority
 from tests.cli.doctor.conftest import Situations
 from tests.cli.run import Loray
 
@@ -34,6 +39,75 @@ def test_a_port_that_somebody_else_has(situation: Situations) -> None:
         with announced(here.settings.home, f"http://127.0.0.1:{port}"):
             assert serving.port(here).message == f"loray serves at port {port}"
     assert serving.port(situation(spec={"port": free_ports(1)[0]})).severity == "ok"
+
+
+@contextmanager
+def dashboard(*nodes: tuple[str, int, str]) -> Iterator[str]:
+    """Ray's, for the token `ray`. `nodes`: address, port and state."""
+    summary = [{"raylet": {"nodeManagerAddress": a, "nodeManagerPort": p, "state": s}} for a, p, s in nodes]
+    body = json.dumps({"result": True, "msg": "", "data": {"summary": summary}}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("Authorization") == "Bearer ray" and self.path == "/nodes?view=summary"
+            self.send_response_only(200 if known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def raylet(host: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, int, str]]:
+    """A gRPC server as Ray's, with the files of `env`."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    if env is None:
+        port = server.add_insecure_port(f"{host}:0")
+    else:
+        certificate, key, authority = (
+            Path(env[f"RAY_TLS_{name}"]).read_bytes() for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
+        )
+        credentials = grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+        port = server.add_secure_port(f"{host}:0", credentials)
+    server.start()
+    yield host, port, "ALIVE"
+    server.stop(None).wait()
+
+
+def test_several_nodes_without_tls(situation: Situations, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ray")
+    first, second = "127.0.0.1", "127.0.0.2"
+    env, port = Authority(tmp_path).node(first, second), free_ports(1)[0]
+    lost = ("127.0.0.3", port, "DEAD")
+
+    def found(*nodes: tuple[str, int, str]) -> Finding:
+        with dashboard(*nodes) as url:
+            return serving.encryption(situation(env={"LORAY_ADDRESS": url}))
+
+    with raylet(first) as plain, raylet(first, env) as secure, raylet(second, env) as secure_too:
+        away = (second, port, "ALIVE")
+        for nodes, severity, message in (
+            ([plain, secure_too, lost], "warning", "2 nodes, and what goes between them is not encrypted"),
+            ([plain, away, lost], "warning", "2 nodes, and what goes between them is not encrypted"),
+            ([secure, secure_too, lost], "ok", "2 nodes, with TLS between them"),
+            ([secure, away], "ok", "cannot be seen from this machine"),
+            ([plain, lost], "ok", "on one machine"),
+        ):
+            told = found(*nodes)
+            assert (told.severity, message in told.message) == (severity, True), told
+            assert ("RAY_USE_TLS" in (told.mend or "")) == (severity == "warning")
+        assert "no network" in serving.encryption(situation()).message
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        assert "could not be asked" in found(plain, secure_too).message
 
 
 @pytest.fixture

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
 import uvloop
 
+from loray.encryption import client_context, server_context
 from loray.serving.routing_report import Held
 from loray.spec import FinishReason, TokenLogprobs
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
+from tests.authority import Authority
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
 }
 NODE = "node"
+ENCRYPTED = "another with TLS"
 PLACES = pytest.mark.parametrize("node", [NODE, "another"])
+LINKS = pytest.mark.parametrize("node", [NODE, "another", ENCRYPTED])
 
 
 class Out(NamedTuple):
@@ -44,12 +52,13 @@ class Plane(NamedTuple):
 async def plane(
     *, node: str = NODE, held: Callable[[], Held] = Held, late: Callable[[float], None] = lambda _: None
 ) -> AsyncIterator[Plane]:
-    """`node`: the replica's; on another one than the gateway it connects over TCP. `held`: the adapters that it has;
-    `late`: the Listener's. At the end nothing is left.
+    """`node`: the replica's; on another one than the gateway it connects over TCP, on ENCRYPTED with TLS. `held`: the
+    adapters that it has; `late`: the Listener's. At the end nothing is left.
     """
     before = asyncio.all_tasks()
-    gateway, replica = Listener(late=late), Connections(node, "replica", held)
-    await gateway.start(NODE, "127.0.0.1")
+    server, client = contexts() if node == ENCRYPTED else (None, None)
+    gateway, replica = Listener(late=late), Connections(node, "replica", held, client)
+    await gateway.start(NODE, "127.0.0.1", server)
     try:
         yield Plane(gateway, replica)
     finally:
@@ -59,6 +68,17 @@ async def plane(
     assert [*gateway._peers, *gateway._inboxes, *gateway._sources, *gateway._reporters] == []
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+@functools.cache
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A gateway's and a replica's, of one authority."""
+    with TemporaryDirectory() as folder:
+        authority = Authority(Path(folder))
+        found = server_context(authority.node("127.0.0.1")), client_context(authority.node("127.0.0.1"))
+    assert found[0] is not None
+    assert found[1] is not None
+    return found[0], found[1]
 
 
 async def everything(inbox: Inbox) -> list[int]:

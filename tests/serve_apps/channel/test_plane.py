@@ -12,10 +12,10 @@ from loray.spec import TokenDelta, TokenLogprobs
 from serve_apps.channel import listener, writer
 from serve_apps.channel.connection import connect
 from serve_apps.channel.listener import Listener
-from tests.serve_apps.channel.plane import LOOPS, NODE, PLACES, Out, everything, go, plane, until
+from tests.serve_apps.channel.plane import ENCRYPTED, LINKS, LOOPS, NODE, Out, contexts, everything, go, plane, until
 
 
-@PLACES
+@LINKS
 @pytest.mark.parametrize("loop", LOOPS)
 def test_one_connection_carries_all_streams(node: str, loop: str) -> None:
     """A thread sends, as the engine does."""
@@ -41,7 +41,7 @@ def test_one_connection_carries_all_streams(node: str, loop: str) -> None:
     go(test, loop)
 
 
-@PLACES
+@LINKS
 def test_logprobs_of_a_long_prompt(node: str) -> None:
     best = tuple((i, -0.25 * i) for i in range(20))
     prompt = tuple(TokenLogprobs(-0.5 * i, best, i + 1) for i in range(20_000))
@@ -76,7 +76,7 @@ def test_a_stream_that_nobody_reads_any_more_is_ended(reason: str, loop: str) ->
     go(test, loop)
 
 
-@PLACES
+@LINKS
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_gateway_that_ends_leaves_no_work_behind(node: str, loop: str) -> None:
     async def test() -> None:
@@ -145,18 +145,19 @@ def test_a_broken_connection_is_replaced_and_its_streams_fail(loop: str, monkeyp
     go(test, loop)
 
 
-@PLACES
+@LINKS
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_next_connection_may_have_the_number_of_the_last_ones_socket(node: str, loop: str) -> None:
     """The loop has no turn between them."""
 
     async def test() -> None:
         async with plane(node=node) as (gateway, _):
-            old = await connect(gateway.address, node, "replica#old")
+            tls = contexts()[1] if node == ENCRYPTED else None
+            old = await connect(gateway.address, node, "replica#old", tls=tls)
             await asyncio.sleep(0)  # it reads
             number = old._sock.fileno()
             old.close()
-            new = await connect(gateway.address, node, "replica#new")
+            new = await connect(gateway.address, node, "replica#new", tls=tls)
             if loop == "asyncio":
                 assert new._sock.fileno() == number
             inbox, left = gateway.open(), list[str]()
@@ -170,7 +171,7 @@ def test_the_next_connection_may_have_the_number_of_the_last_ones_socket(node: s
     go(test, loop)
 
 
-@PLACES
+@LINKS
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_engine_never_waits_for_a_gateway_that_does_not_read(
     node: str, loop: str, monkeypatch: pytest.MonkeyPatch

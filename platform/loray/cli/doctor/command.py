@@ -34,6 +34,7 @@ CHECKS: Sequence[Check] = (
     Check("store", stores.store),
     Check("clock", stores.clock),
     Check("cluster", home.cluster),
+    Check("encryption", serving.encryption),
     Check("port", serving.port),
 )
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -66,9 +67,9 @@ def doctor(
         results.append((name, finding))
         if not as_json:
             style = _STYLES[finding.severity]
-            out.print(f"[{style}]{finding.severity:<8}[/] {name:<9} {escape(finding.message)}", soft_wrap=True)
+            out.print(f"[{style}]{finding.severity:<8}[/] {name:<10} {escape(finding.message)}", soft_wrap=True)
             if finding.mend is not None:
-                out.print(f"{'':<18} → [bold]{escape(finding.mend)}[/]", soft_wrap=True)
+                out.print(f"{'':<19} → [bold]{escape(finding.mend)}[/]", soft_wrap=True)
     errors = sum(finding.severity == "error" for _, finding in results)
     if as_json:
         emit({"ok": not errors, "checks": [{"name": name, **finding._asdict()} for name, finding in results]})
