@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -90,14 +89,13 @@ class Accounts:
         """`books` None: what requests use is recorded nowhere, and limits are this process's alone."""
         self._gate = gate or QuotaGate()
         self._books = books
-        self._woken = asyncio.Event()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         if self._books is None:
             yield
             return
-        async with self._books.opened(self._gate, self._woken):
+        async with self._books.opened(self._gate):
             yield
 
     @property
@@ -146,8 +144,6 @@ class Accounts:
             num_requests=len(requests) // num_choices - 1,
             num_sequences=len(requests),
         )
-        if self._gate.new_budgets:
-            self._woken.set()
         sink = None if self._books is None else self._books.add
         return Account(answer_id, principal, base, requests, num_choices, received_at, reservation, granted, sink)
 

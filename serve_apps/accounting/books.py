@@ -1,10 +1,12 @@
-"""Where a gateway's usage events go, and with whom it shares limits, while it runs."""
+"""Where a gateway's usage events go, and the owner of its limits, while it runs."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from loray.catalog import Catalog
@@ -13,13 +15,16 @@ from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import UsageEvent
 from loray.store import open_store
-from serve_apps.accounting.exchange import Exchange, UsedBefore, follow_owner, follow_usage
+from serve_apps.accounting.exchange import Exchange, follow_owner
+from serve_apps.accounting.shared_owner import SharedOwner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
+
+_START_S = 2.0  # that a start waits to hear what was used before
 
 
 class Books:
-    """`exchange` None: the gateway is the only one. `is_limited` is set while a key or a tenant has a limit; None: it
-    may always be so.
+    """`exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
+    while a key or a tenant has a limit; None: it may always be so.
     """
 
     def __init__(
@@ -41,21 +46,24 @@ class Books:
         return None if self._writer is None else self._writer.status
 
     @asynccontextmanager
-    async def opened(self, gate: QuotaGate, woken: asyncio.Event) -> AsyncIterator[None]:
-        """`woken` is set when the gate has a new budget."""
+    async def opened(self, gate: QuotaGate) -> AsyncIterator[None]:
         url = self._settings.store
         # A folder is on the disk that has the journal.
         open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
         self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
-        used_before = UsedBefore(self._catalog)
+        owner = SharedOwner(secrets.token_hex(8), 1, self._catalog)  # which does nothing until it is asked
+        exchange = self._exchange or partial(owner.exchange, "gateway")
         if self._exchange is None:
-            task = asyncio.create_task(follow_usage(gate, used_before, woken))
-        else:
-            task = asyncio.create_task(follow_owner(gate, self._exchange, self._is_limited))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_START_S):
+                    gate.apply(await exchange(()), time.time())
+        task = asyncio.create_task(follow_owner(gate, exchange, self._is_limited))
         try:
             yield
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await asyncio.to_thread(self._writer.close)
-            used_before.close()
+            if self._exchange is None:
+                await exchange(gate.reports(time.time()))
+                await owner.close()

@@ -1,16 +1,13 @@
-"""Keeps a gateway's shares up to date: with the owner of a deployment's limits, or alone."""
+"""Keeps a gateway's shares up to date with the owner of its deployment's limits."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from typing import Protocol
 
-from loray.catalog import Catalog
-from loray.errors import LorayError
-from loray.serving.quotas import QuotaGate, Reply, Report, Rule
+from loray.serving.quotas import QuotaGate, Reply, Report
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -29,27 +26,6 @@ class OwnerAway(Exception):
     pass
 
 
-class UsedBefore:
-    """How many tokens of a budget the catalog's usage has in its period. Not thread-safe."""
-
-    def __init__(self, open_catalog: Callable[[], Catalog]) -> None:
-        self._open = open_catalog
-        self._catalog: Catalog | None = None
-
-    def __call__(self, rule: Rule, now: float) -> float:
-        """Raises CatalogError."""
-        if self._catalog is None:
-            self._catalog = self._open()
-        since = datetime.fromtimestamp(rule.period(now) * rule.period_s, UTC)
-        if rule.owner == "key":
-            return self._catalog.tokens_used(key_id=rule.subject, since=since)
-        return self._catalog.tokens_used(tenant=rule.subject, since=since)
-
-    def close(self) -> None:
-        if self._catalog is not None:
-            self._catalog.close()
-
-
 async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.Event | None = None) -> None:
     """Runs until it is cancelled. While the owner is away, the gateway goes on with its share.
 
@@ -60,7 +36,6 @@ async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.
     while True:
         if is_limited is not None:
             await is_limited.wait()
-        gate.new_budgets.clear()  # the owner knows what was used
         reports = gate.reports(time.time())
         try:
             async with asyncio.timeout(_TIMEOUT_S):
@@ -75,20 +50,3 @@ async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.
         is_away = False
         if not gate.apply(reply, time.time()):
             await asyncio.sleep(BUSY_S if reports or reply.grants else IDLE_S)
-
-
-async def follow_usage(gate: QuotaGate, used_before: UsedBefore, woken: asyncio.Event) -> None:
-    """For the only gateway: budgets begin with what was used before. Runs until it is cancelled."""
-    while True:
-        await woken.wait()
-        woken.clear()
-        while gate.new_budgets:
-            rule = gate.new_budgets[0]
-            try:
-                used = await asyncio.to_thread(used_before, rule, time.time())
-            except LorayError as e:
-                _log.warning("what was used of %s is not known: %s", rule.words, e)
-                await asyncio.sleep(_RETRY_S)
-                continue
-            gate.new_budgets.pop(0)
-            gate.used_before(rule, used)

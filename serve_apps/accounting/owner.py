@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,11 @@ import ray
 from ray.exceptions import RayError
 
 from loray.catalog import Catalog
-from loray.errors import LorayError
-from loray.serving.quotas import QuotaOwner, Reply, Report, Rule
+from loray.serving.quotas import Reply, Report
 from loray.settings import Settings
-from loray.telemetry import get_logger
-from serve_apps.accounting.exchange import OwnerAway, UsedBefore
+from serve_apps.accounting.exchange import OwnerAway
+from serve_apps.accounting.shared_owner import SharedOwner
 from serve_apps.deployment import front_nodes
-
-_log = get_logger(__name__)
 
 _NAMESPACE = "serve"
 
@@ -26,20 +22,13 @@ _NAMESPACE = "serve"
 class OwnerActor:
     """It ends with the gateway that made it; the next exchange of another one makes a new one."""
 
-    def __init__(self, num_gateways: int) -> None:
+    def __init__(self, application: str, num_gateways: int) -> None:
         settings = Settings.from_env()
-        self._used_before = UsedBefore(lambda: Catalog(settings.catalog))
-        self._owner = QuotaOwner(num_gateways, self._used)
+        name = f"{ray.get_runtime_context().get_session_name()}/{application}/{num_gateways}"
+        self._owner = SharedOwner(name, num_gateways, lambda: Catalog(settings.catalog))
 
-    def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
-        return self._owner.exchange(gateway, reports, time.time())
-
-    def _used(self, rule: Rule, now: float) -> float:
-        try:
-            return self._used_before(rule, now)
-        except LorayError as e:
-            _log.warning("what was used of %s is not known: %s", rule.words, e)
-            return 0.0
+    async def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
+        return await self._owner.exchange(gateway, reports)
 
 
 class RayExchange:
@@ -47,7 +36,7 @@ class RayExchange:
 
     def __init__(self, application: str, name: str, num_gateways: int, settings: Settings) -> None:
         # Gateways with another number of gateways, while an application is replaced, have another owner.
-        self._owner = f"loray-quotas-{application}-{num_gateways}"
+        self._application, self._owner = application, f"loray-quotas-{application}-{num_gateways}"
         self._name, self._num_gateways, self._settings = name, num_gateways, settings
         self._handle: Any = None
 
@@ -73,5 +62,5 @@ class RayExchange:
                 label_selector=front_nodes(self._settings) or None,
                 runtime_env={"env_vars": self._settings.to_env(secrets=False)},
             )
-            .remote(self._num_gateways)
+            .remote(self._application, self._num_gateways)
         )

@@ -154,7 +154,7 @@ def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch:
     filled.write_backup(tmp_path / "backup")
     assert "concurrent" not in (tmp_path / "backup").read_text()
     monkeypatch.undo()
-    num_tables = len(metadata.sorted_tables) - 3  # without claims, clusters and logins
+    num_tables = len(metadata.sorted_tables) - 5  # without claims, clusters, logins, and owners and levels of quotas
     assert len(rows_of(filled)["versions"]) == len(before["versions"]) + num_tables
 
 

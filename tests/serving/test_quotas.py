@@ -156,15 +156,6 @@ def test_a_budget_begins_anew_with_its_period() -> None:
     assert admitted(gate, who, DAY, 1) is None
 
 
-def test_a_budget_used_by_an_earlier_process() -> None:
-    gate, who = QuotaGate(), principal(max_budget=100)
-    gate.admit(who, 1, 0.0)
-    (rule,) = gate.new_budgets
-    gate.used_before(rule, 95)
-    assert admitted(gate, who, 0.0, 5) is None
-    assert admitted(gate, who, 0.0, 4)
-
-
 def test_key_and_tenant_both_apply_and_a_refusal_takes_nothing() -> None:
     gate, tenant = QuotaGate(), Limits(rpm_limit=3)
     mine, theirs = (principal(rpm_limit=2, tenant_limits=tenant, key_id=key) for key in ("a", "b"))

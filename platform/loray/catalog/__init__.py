@@ -14,7 +14,7 @@ from loray.catalog.entries import (
     VersionSummary,
     split_model,
 )
-from loray.catalog.identity import UsageRow
+from loray.catalog.identity import QuotaState, QuotaUse, UsageRow
 from loray.catalog.jobs import JobPage
 from loray.catalog.snapshots import CatalogSnapshot
 
@@ -30,6 +30,8 @@ __all__ = [
     "Job",
     "JobPage",
     "Quarantined",
+    "QuotaState",
+    "QuotaUse",
     "UsageRow",
     "VersionPage",
     "VersionSummary",

@@ -19,7 +19,7 @@ from loray.catalog.entries import (
     VersionPage,
     split_model,
 )
-from loray.catalog.identity import Allowances, Audit, Keys, Logins, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity import Allowances, Audit, Keys, Logins, Quotas, Sharing, Tenants, Transfer, Usage
 from loray.catalog.identity.allowances import refuse_more_memory, refuse_more_names, refuse_more_versions
 from loray.catalog.identity.sharing import check_digest, known_manifest
 from loray.catalog.jobs import Jobs
@@ -67,6 +67,7 @@ class Catalog(
     Logins,
     Projections,
     Quarantines,
+    Quotas,
     Sharing,
     StoreReferences,
     Tags,

@@ -30,7 +30,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0012"  # the newest revision in migrations/versions
+HEAD = "0013"  # the newest revision in migrations/versions
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000

@@ -27,6 +27,8 @@ logins           browsers that are logged in at the console, by the SHA-256 of t
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone; `cluster` is the one
                  to which an API server submitted the job
 clusters         Ray clusters whose API servers use this catalog, and when one of them was last there
+quota_owners     who counts limits of keys and tenants in memory, and when it was last there (seconds since the epoch)
+quota_levels     what all of them have taken of a limit at the time `at`; rows with an earlier `ends_at` say nothing
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
 
@@ -305,6 +307,21 @@ clusters = Table(
     metadata,
     Column("id", String(128), primary_key=True),
     Column("seen_at", DateTime(timezone=True), nullable=False),
+)
+
+quota_owners = Table(
+    "quota_owners",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("seen_at", Double, nullable=False),
+)
+
+quota_levels = Table(
+    "quota_levels",
+    metadata,
+    Column("rule", String(200), primary_key=True),
+    *(Column(name, Double, nullable=False) for name in ("used", "at")),
+    Column("ends_at", Double, nullable=False, index=True),
 )
 
 quarantine = Table(

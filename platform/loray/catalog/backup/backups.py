@@ -15,7 +15,17 @@ from loray.catalog.backup.lines import BackupSummary, Line, header, read_header,
 from loray.catalog.database import HEAD, Database, reading, writing
 from loray.catalog.queries import lock, log, now
 from loray.catalog.removal.claims import claims
-from loray.catalog.schema import adapters, changes, clusters, logins, metadata, tenants, versions
+from loray.catalog.schema import (
+    adapters,
+    changes,
+    clusters,
+    logins,
+    metadata,
+    quota_levels,
+    quota_owners,
+    tenants,
+    versions,
+)
 from loray.errors import ConflictError, DataError, IntegrityError
 from loray.files import read_json_lines, replacing_private, write_json_lines
 from loray.spec import DEFAULT_TENANT
@@ -23,6 +33,7 @@ from loray.spec import DEFAULT_TENANT
 _BATCH = 500  # rows
 # Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
 _SKIPPED = 1 << 20
+_NOT_KEPT = (claims, clusters, logins, quota_levels, quota_owners)
 
 
 class Backups(Database):
@@ -70,7 +81,7 @@ def _lines(c: sa.Connection, first: Line) -> Iterator[Line]:
 
 def _tables() -> list[sa.Table]:
     """All but those of what runs now, and logins: people log in again."""
-    return [table for table in metadata.sorted_tables if table not in (claims, clusters, logins)]
+    return [table for table in metadata.sorted_tables if table not in _NOT_KEPT]
 
 
 def _refuse_used(c: sa.Connection) -> None:

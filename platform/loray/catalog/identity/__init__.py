@@ -4,6 +4,7 @@ from loray.catalog.identity.allowances import Allowances
 from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage, AuditState, Refused
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
 from loray.catalog.identity.logins import Logins
+from loray.catalog.identity.quotas import Quotas, QuotaState, QuotaUse
 from loray.catalog.identity.sharing import Sharing
 from loray.catalog.identity.tenants import Tenants
 from loray.catalog.identity.transfer import Transfer
@@ -19,6 +20,9 @@ __all__ = [
     "Keys",
     "Logins",
     "NewKey",
+    "QuotaState",
+    "QuotaUse",
+    "Quotas",
     "Refused",
     "Sharing",
     "Tenants",

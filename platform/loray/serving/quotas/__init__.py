@@ -9,17 +9,22 @@ parallel requests: `limit`), and one request more for each gateway: a request is
 not used up and the limit, as far as the gateway knows, has room for it. What was admitted beyond a share is paid back
 first. At most 5 % of a limit lies unused in shares of gateways without demand for it.
 
+Several deployments on one database have an owner each, which grants the limit divided by their number, and learns
+each TOLD_S what all have used: all together admit at most the bound and what one of them grants in that time.
+
 Without the owner each gateway goes on with its share: at most the limit is admitted, and less where requests come to
 some of the gateways alone.
 """
 
 from loray.serving.quotas.gate import OPEN_ENDED_TOKENS, QuotaGate, Reservation
-from loray.serving.quotas.owner import QuotaOwner
+from loray.serving.quotas.owner import TOLD_S, QuotaOwner
 from loray.serving.quotas.rules import Rule, allowed_priority, rules_of
-from loray.serving.quotas.shares import Grant, Reply, Report
+from loray.serving.quotas.shares import Counted, Grant, Reply, Report
 
 __all__ = [
     "OPEN_ENDED_TOKENS",
+    "TOLD_S",
+    "Counted",
     "Grant",
     "QuotaGate",
     "QuotaOwner",

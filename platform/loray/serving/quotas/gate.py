@@ -46,16 +46,18 @@ class Reservation:
 
 
 class QuotaGate:
-    """The shares of one gateway of `num_gateways`. Not thread-safe. Times are seconds since the epoch."""
+    """The shares of one gateway of `num_gateways`. Not thread-safe. Times are seconds since the epoch.
+
+    A gateway without an owner counts alone.
+    """
 
     def __init__(self, num_gateways: int = 1) -> None:
-        self._num_gateways = num_gateways
+        self._num_gateways, self._num_owners = num_gateways, 1
         self._shares: dict[Rule, Share] = {}
         self._max_shares = _KEPT_SHARES
         self._epoch = ""
         self._rules: dict[tuple[str, str | None], tuple[Limits, Limits, tuple[Rule, ...]]] = {}
         self._admitted = Reservation(self, (), {})  # of all requests without limits
-        self.new_budgets: list[Rule] = []  # of which nobody has said yet what was used before
 
     def enter(self, principal: Principal, now: float) -> None:
         """Take a request of those of a minute, which is not given back, before anything is known of it.
@@ -152,9 +154,7 @@ class QuotaGate:
         if share is None:
             if len(self._shares) >= self._max_shares:
                 self._forget_full(now)
-            share = self._shares[rule] = Share(rule, self._num_gateways, now)
-            if rule.kind == "budget":
-                self.new_budgets.append(rule)
+            share = self._new_share(rule, now)
         else:
             share.refresh(now)
         return share
@@ -166,12 +166,9 @@ class QuotaGate:
                 del self._shares[share.rule]
         self._max_shares = max(_KEPT_SHARES, 2 * len(self._shares))
 
-    def used_before(self, rule: Rule, num_tokens: float) -> None:
-        """What a budget's period had used before this process counted it. For a gateway without an owner."""
-        share = self._shares.get(rule)
-        if share is not None:
-            share.level -= num_tokens
-            share.known -= num_tokens
+    def _new_share(self, rule: Rule, now: float) -> Share:
+        share = self._shares[rule] = Share(rule, self._num_gateways, self._num_owners, now)
+        return share
 
     # -- with the owner -----------------------------------------------------------------------------------------------
 
@@ -185,7 +182,8 @@ class QuotaGate:
     def not_reported(self, reports: Iterable[Report]) -> None:
         """The owner did not answer."""
         for told in reports:
-            self._shares[told.rule].unreport(told)
+            if (share := self._shares.get(told.rule)) is not None:  # a full one may have been forgotten meanwhile
+                share.unreport(told)
 
     def apply(self, reply: Reply, now: float) -> bool:
         """Whether the owner should hear more at once: what this gateway gives back, or all if it has started anew."""
@@ -194,6 +192,11 @@ class QuotaGate:
             for share in self._shares.values():
                 share.is_dirty = True
         self._epoch = reply.epoch
+        if reply.num_owners != self._num_owners:
+            self._num_owners = reply.num_owners
+            for share in self._shares.values():
+                share.refresh(now)
+                share.divide(reply.num_owners)
         for grant in reply.grants:
             urgent |= self._apply(grant, now)
         return urgent
@@ -205,7 +208,7 @@ class QuotaGate:
                 del self._shares[grant.rule]
             return False
         if share is None:
-            share = self._shares[grant.rule] = Share(grant.rule, self._num_gateways, now)
+            share = self._new_share(grant.rule, now)
         else:
             share.refresh(now)
         share.apply(grant)
@@ -240,7 +243,7 @@ def headers_of(shares: Sequence[Share]) -> dict[str, str]:
         if of_kind:
             share = min(of_kind, key=lambda share: share.known)
             rule = share.rule
-            full_in = (rule.limit - share.known) / rule.rate if rule.rate else 0.0
+            full_in = (share.limit - share.known) / share.rate if share.rate else 0.0
             headers[f"x-ratelimit-limit-{kind}"] = f"{rule.limit:.0f}"
             headers[f"x-ratelimit-remaining-{kind}"] = f"{math.floor(share.remaining + 1e-6)}"
             headers[f"x-ratelimit-reset-{kind}"] = span(full_in)

@@ -32,6 +32,11 @@ class Rule(NamedTuple):
         """Units a second that come back."""
         return self.limit / self.period_s if self.kind in ("requests", "tokens") else 0.0
 
+    def limit_of(self, num_owners: int) -> float:
+        """What one of so many owners grants. Each grants a request at once, where any are allowed."""
+        part = self.limit / num_owners
+        return max(part, min(self.limit, 1.0)) if self.kind == "parallel" else part
+
     def period(self, now: float) -> int:
         """Which of the budget's periods `now` is in; 0 for all others."""
         return int(now // self.period_s) if self.kind == "budget" else 0

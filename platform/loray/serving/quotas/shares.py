@@ -52,11 +52,26 @@ class Grant(NamedTuple):
 class Reply(NamedTuple):
     """`grants` also of rules that the gateway did not report, where another one needs what it holds.
 
-    epoch  of the owner: one that has started anew has another, and is told all
+    epoch       of the owner: one that has started anew has another, and is told all
+    num_owners  that divide each limit
     """
 
     epoch: str
     grants: tuple[Grant, ...]
+    num_owners: int = 1
+
+
+class Counted(NamedTuple):
+    """What an owner counted of one rule since the others last knew.
+
+    units   taken, less those given back
+    is_new  of a budget: what its period had used before is not known yet
+    """
+
+    rule: Rule
+    period: int
+    units: float
+    is_new: bool
 
 
 class Share:
@@ -66,6 +81,7 @@ class Share:
         "_mean_cost",
         "_mean_held_s",
         "_moved",
+        "_num_gateways",
         "_part",
         "_rate",
         "_turns",
@@ -74,24 +90,39 @@ class Share:
         "is_dirty",
         "known",
         "level",
+        "limit",
         "period",
+        "rate",
         "rule",
         "spent",
         "target",
         "wanted",
     )
 
-    def __init__(self, rule: Rule, num_gateways: int, now: float) -> None:
-        self.rule = rule
-        self._part = rule.limit / num_gateways
-        self._rate = rule.rate / num_gateways
-        self.level, self.known = self._part, float(rule.limit)
+    def __init__(self, rule: Rule, num_gateways: int, num_owners: int, now: float) -> None:
+        self.rule, self._num_gateways = rule, num_gateways
+        self._divide(num_owners)
+        self.level, self.known = self._part, self.limit
         self.at, self.period = now, rule.period(now)
         self.spent = self.wanted = self.in_use = self._moved = 0.0
         self.target: float | None = None
         self.is_dirty = False
         self._mean_cost = self._mean_held_s = 0.0  # of the requests admitted here; 0: none yet
         self._turns = ReturnTimes()
+
+    def _divide(self, num_owners: int) -> None:
+        """`limit` and `rate` are what the own owner grants to all its gateways."""
+        self.limit, self.rate = self.rule.limit_of(num_owners), self.rule.rate / num_owners
+        self._part, self._rate = self.limit / self._num_gateways, self.rate / self._num_gateways
+
+    def divide(self, num_owners: int) -> None:
+        """Among another number of owners. The own one is to say what is left."""
+        before = self.limit
+        self._divide(num_owners)
+        if before:
+            self.level *= self.limit / before if self.level > 0 else 1.0
+            self.known *= self.limit / before if self.known > 0 else 1.0
+        self.is_dirty = True
 
     @property
     def remaining(self) -> float:
@@ -102,7 +133,7 @@ class Share:
     def is_full(self) -> bool:
         """Nothing is missing: a new share of the rule would be the same."""
         is_told = not self.is_dirty or self._part == self.rule.limit  # the only gateway tells nobody
-        return is_told and self.known >= self.rule.limit and self.level >= self._part and not self.in_use
+        return is_told and self.known >= self.limit and self.level >= self._part and not self.in_use
 
     def refresh(self, now: float) -> None:
         """What has come back until `now`. A clock that goes back neither stops this for as long, nor begins a period of
@@ -112,15 +143,17 @@ class Share:
         if self._rate:
             if self.level < self._part:
                 self.level = min(self._part, self.level + self._rate * elapsed)
-            self.known = min(self.rule.limit, self.known + self.rule.rate * elapsed)
+            self.known = min(self.limit, self.known + self.rate * elapsed)
         elif self.rule.period(self.at) > self.period:
             self.period = self.rule.period(self.at)
-            self.level, self.known = self._part, self.rule.limit
+            self.level, self.known = self._part, self.limit
             self.spent = 0.0
             self.target = None
 
     def has_room(self, cost: float) -> bool:
-        return self.level > NO_DEBT and self.known + NO_DEBT >= cost
+        """One that is larger than what the own owner grants has room where nothing else is used."""
+        is_possible = cost <= self.rule.limit + NO_DEBT
+        return is_possible and self.level > NO_DEBT and self.known + NO_DEBT >= min(cost, self.limit)
 
     def admit(self, cost: float) -> None:
         """A request for which there is room."""
@@ -147,14 +180,14 @@ class Share:
             self.in_use -= units
         if period != self.period:
             return
-        self.level = min(self.rule.limit, self.level + units)
-        self.known = min(self.rule.limit, self.known + units)
+        self.level = min(self.limit, self.level + units)
+        self.known = min(self.limit, self.known + units)
         self.spent -= units
         self.is_dirty = True
 
     def refused(self, cost: float) -> None:
         """It counts as demand, so that the owner moves units here."""
-        self.wanted += min(cost, self.rule.limit)
+        self.wanted += min(cost, self.limit)
         self.is_dirty = True
 
     def wait_s(self, cost: float) -> float:
@@ -165,7 +198,7 @@ class Share:
         if not rule.rate:
             return _UNKNOWN_S if rule.limit else 60.0
         from_others = min(_EXCHANGE_S, -self.level / self._rate)
-        return max((min(cost, rule.limit) - self.known) / rule.rate, from_others, 0.0)
+        return max((min(cost, self.limit) - self.known) / self.rate, from_others, 0.0)
 
     def turn_s(self, cost: float) -> float:
         """After which a request that is refused now may come again: as `wait_s`, and behind those refused before it."""
@@ -198,8 +231,8 @@ class Share:
         self.is_dirty = True
 
     def apply(self, grant: Grant) -> None:
-        self.level = min(self.rule.limit, self.level + grant.granted)
-        self.known = min(self.rule.limit, grant.known - self.spent)  # what was taken since the report
+        self.level = min(self.limit, self.level + grant.granted)
+        self.known = min(self.limit, grant.known - self.spent)  # what was taken since the report
         self.target = grant.target
         if self.target is not None and self.level > self.target:
             self.is_dirty = True

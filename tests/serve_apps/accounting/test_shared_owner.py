@@ -1,0 +1,276 @@
+"""Deployments on one database divide each limit, and one that starts anew goes on where the one before was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from loray.catalog import Catalog
+from loray.errors import CatalogError, RateLimited
+from loray.serving.quotas import QuotaGate, Reservation
+from loray.spec import Limits, Principal, UsageEvent
+from serve_apps.accounting.shared_owner import SharedOwner
+
+_START = 1_800_000_000.0
+
+
+class Deployment:
+    """A gateway and the owner of its limits."""
+
+    def __init__(self, database: Database, name: str, who: Principal) -> None:
+        self._database, self._who = database, who
+        self._gate = QuotaGate()
+        self.owner = SharedOwner(name, 1, database.catalog, lambda: database.now)
+
+    def ask(self, tokens: int = 1) -> Reservation | None:
+        try:
+            return self._gate.admit(self._who, tokens, self._database.now)
+        except RateLimited:
+            return None
+
+    def burst(self, number: int = 200) -> int:
+        """How many of so many requests are admitted at once."""
+        return sum(self.ask() is not None for _ in range(number))
+
+    async def exchange(self) -> None:
+        """Until the gateway knows all that the owner has been told."""
+        while True:
+            reports = self._gate.reports(self._database.now)
+            is_more = self._gate.apply(await self.owner.exchange("g", reports), self._database.now)
+            telling = self.owner._telling
+            if telling is not None and not telling.done():
+                await telling
+            elif not is_more:
+                return
+
+
+class Database:
+    """One catalog, and the time."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.now = url, _START
+        self.opened: list[Catalog] = []
+
+    def catalog(self) -> Catalog:
+        self.opened.append(Catalog(self.url))
+        return self.opened[-1]
+
+    async def started(self, *names: str, **limits: Any) -> list[Deployment]:
+        """They know of each other."""
+        who = Principal(key_id="k1", limits=Limits(**limits))
+        all_ = [Deployment(self, name, who) for name in names]
+        await self.wait(0.0, *all_)
+        await self.wait(5.0, *all_)
+        return all_
+
+    async def wait(self, seconds: float, *running: Deployment, each: Callable[[], object] = lambda: None) -> None:
+        """Exchanges each second, `each` before them."""
+        until = self.now + seconds
+        while self.now < until:
+            each()
+            self.now += 1.0
+            for deployment in running:
+                await deployment.exchange()
+        if not seconds:
+            for deployment in running:
+                await deployment.exchange()
+
+
+@pytest.fixture
+def database(catalog_url: str) -> Iterator[Database]:
+    database = Database(catalog_url)
+    yield database
+    for catalog in database.opened:
+        catalog.close()
+
+
+def run(test: Awaitable[None]) -> None:
+    async def awaited() -> None:
+        await test
+
+    asyncio.run(awaited())
+
+
+def test_two_deployments_admit_one_limit(database: Database) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", rpm_limit=60)
+        begin, total = database.now, first.burst() + second.burst()
+        assert 54 <= total <= 66
+
+        def both() -> None:
+            nonlocal total
+            total += first.burst(2) + second.burst(2)
+
+        await database.wait(120, first, second, each=both)
+        allowed = 60 + database.now - begin
+        assert 0.9 * allowed <= total <= 1.1 * allowed
+
+    run(test())
+
+
+def test_what_an_idle_deployment_does_not_use_is_granted_by_the_other(database: Database) -> None:
+    async def test() -> None:
+        busy, idle = await database.started("a", "b", rpm_limit=60)
+        total = 0
+
+        def ask() -> None:
+            nonlocal total
+            total += busy.burst(2)
+
+        await database.wait(600, busy, idle, each=ask)
+        assert 0.9 * 600 <= total <= 630
+        assert idle.burst() == 30
+        before = total
+        await database.wait(60, busy, idle, each=lambda: (ask(), idle.burst(2)))
+        assert total - before <= 30 + 5 + 1
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["a", "another"])
+def test_a_deployment_that_is_killed_grants_five_seconds_twice_at_most(database: Database, name: str) -> None:
+    async def test() -> None:
+        (killed,) = await database.started("a", rpm_limit=60)
+        total = killed.burst()
+        assert total == 60
+
+        def ask() -> None:
+            nonlocal total
+            total += running.burst(2)
+
+        running = killed
+        await database.wait(64, running, each=ask)
+        running = Deployment(database, name, killed._who)
+        await running.exchange()
+        await database.wait(60, running, each=ask)
+        assert total <= 60 + 64 + 60 + 5 + 1
+
+    run(test())
+
+
+def test_the_share_of_a_dead_deployment_returns(database: Database) -> None:
+    async def test() -> None:
+        first, _dead = await database.started("a", "b", rpm_limit=60)
+        await database.wait(10, first)
+        assert first.burst() == 30
+        await database.wait(70, first)
+        assert first.burst() == 60
+
+    run(test())
+
+
+def test_one_that_ends_leaves_its_share_at_once(database: Database) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", rpm_limit=60)
+        await second.owner.close()
+        await database.wait(5, first)
+        assert first.burst() == 60
+
+    run(test())
+
+
+def test_while_the_database_is_away_the_last_division_goes_on(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", rpm_limit=60)
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "count_quotas", away)
+            assert (first.burst(), second.burst()) == (30, 30)
+            await database.wait(100, first, second)
+            assert (first.burst(), second.burst()) == (30, 30)
+        await database.wait(5, first, second)
+        assert first.burst() + second.burst() <= 5
+
+    run(test())
+
+
+def test_a_deployment_that_starts_without_the_database_counts_alone(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "known_quotas", away)
+            (only,) = await database.started("a", rpm_limit=60)
+            assert only.burst() == 60
+        await database.wait(30, only)
+        assert only.burst() == 30
+
+    run(test())
+
+
+def away(*_: object) -> None:
+    raise CatalogError("the catalog is away")
+
+
+def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", max_budget=1000)
+        assert first.burst(2000) == 500
+        total = 500
+
+        def ask() -> None:
+            nonlocal total
+            total += first.burst(2000)
+
+        await database.wait(60, first, second, each=ask)
+        assert 990 <= total <= 1000
+        assert second.ask() is not None  # it has not asked what was used
+        await database.wait(2, first, second)
+        assert second.ask() is None
+
+    run(test())
+
+
+def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
+    catalog = database.catalog()
+    at = datetime.fromtimestamp(_START, UTC)
+    counts = {"num_prompt_tokens": 90, "num_cached_tokens": 0, "num_output_tokens": 5}
+    event = UsageEvent(
+        request_id="r", tenant="default", key_id="k1", model="tiny", digest=None, **counts,
+        tier="default", seconds=1.0, outcome="ok", created_at=at,
+    )  # fmt: skip
+    catalog.record_usage([event])
+
+    async def test() -> None:
+        (only,) = await database.started("a", max_budget=100)
+        assert only.ask(1) is not None
+        await database.wait(1, only)
+        assert only.ask(5) is None
+        assert only.ask(4) is not None
+
+    run(test())
+
+
+@pytest.mark.parametrize(("limit", "each"), [(4, 2), (5, 2), (1, 1), (0, 0)])
+def test_requests_at_once_are_divided(database: Database, limit: int, each: int) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", max_parallel_requests=limit)
+        running = [first.ask() for _ in range(9)]
+        assert sum(one is not None for one in running) == each
+        await database.wait(10, first, second)
+        assert (first.burst(), second.burst()) == (0, each)
+        for one in running:
+            if one is not None:
+                one.settle(1, database.now)
+        await database.wait(1, first, second)
+        assert first.burst() == each
+
+    run(test())
+
+
+def test_a_request_larger_than_what_an_owner_grants_is_admitted(database: Database) -> None:
+    async def test() -> None:
+        first, second = await database.started("a", "b", tpm_limit=1000)
+        assert first.ask(1001) is None
+        assert first.ask(900) is not None
+        await database.wait(5, first, second)
+        assert first.ask(1) is None  # until what it took too much has come back
+        await database.wait(60, first, second)
+        assert first.ask(1) is not None
+
+    run(test())
