@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from loray.catalog import Catalog, QuotaUse
+from loray.catalog.identity.quotas import OWNER_IS_GONE_S
 from loray.errors import LorayError
 from loray.serving.quotas import TOLD_S, Counted, QuotaOwner, Reply, Report, Rule
 from loray.telemetry import get_logger
@@ -34,7 +35,8 @@ class SharedOwner:
         self._owner = QuotaOwner(num_gateways)
         self._catalog: Catalog | None = None
         self._telling: asyncio.Task[None] | None = None
-        self._told_at = 0.0
+        self._told_at = self._known_at = 0.0
+        self._num_owners = 1
         self._is_away: bool | None = None  # the catalog; None: it was not asked yet
         self._knows = False  # what was used before
 
@@ -73,6 +75,11 @@ class SharedOwner:
             self._is_away = True
         else:
             self._is_away, self._knows = False, True
+            if (
+                abs(now - self._known_at) >= OWNER_IS_GONE_S
+            ):  # others, too, may have been unable to say that they are there
+                num_owners = max(num_owners, self._num_owners)
+            self._known_at, self._num_owners = now, num_owners
             self._owner.divide(num_owners, used, counted, self._clock())
 
     # -- in a thread --------------------------------------------------------------------------------------------------

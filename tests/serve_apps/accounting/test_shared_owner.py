@@ -198,7 +198,7 @@ def test_a_deployment_that_starts_without_the_database_counts_alone(
             (only,) = await database.started("a", rpm_limit=60)
             assert only.burst() == 60
         await database.wait(30, only)
-        assert only.burst() == 30
+        assert 29 <= only.burst() <= 30
 
     run(test())
 
