@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from loray.errors import (
     AdapterNotFound,
@@ -54,6 +54,18 @@ MAX_VERSION = 999_999_999
 VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 T = TypeVar("T")
+
+
+def _is_written_out(value: object) -> object:
+    """Pydantic would take a number for seconds since 1970, and a large one for milliseconds."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return value
+    raise ValueError("must be a time as ISO 8601 has it, 2026-01-31T18:00:00Z")
+
+
+WRITTEN_OUT = BeforeValidator(_is_written_out)  # of a time
 
 
 class Resource(BaseModel):
