@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import NamedTuple, TypeVar
 
 from loray.errors import Overloaded, RateLimited
@@ -61,7 +62,7 @@ class Places:
     async def run(self, asking: Principal, work: Callable[[], T]) -> T:
         """`work` in a place, and in a thread of it: however many wait, other work finds its threads."""
         async with self.one(asking):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

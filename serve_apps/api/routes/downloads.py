@@ -16,7 +16,7 @@ from loray.api.resources import VersionNumber
 from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
 from loray.publishing.archive import as_it_is, as_tar, folder_as_tar
-from serve_apps.access import address_of, may
+from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -59,7 +59,7 @@ async def download(
     machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
     `peft`; where the store is a folder, the archive comes as without it.
     """
-    found = await run_in_threadpool(_noted, services, asking, name, version, format, address_of(request.scope))
+    found = await run_in_threadpool(_noted, services, asking, name, version, format)
     if presigned and format == "peft":
         urls = await run_in_threadpool(_presigned, services, found)
         if urls is not None:
@@ -90,13 +90,11 @@ def _size_of(services: Services, found: AdapterVersion, form: DownloadForm) -> i
     return services.conversions.num_bytes(form, found.manifest)
 
 
-def _noted(
-    services: Services, asking: Asking, name: str, version: int, form: DownloadForm, address: str | None
-) -> AdapterVersion:
+def _noted(services: Services, asking: Asking, name: str, version: int, form: DownloadForm) -> AdapterVersion:
     """The version, of whose download the audit log has an entry."""
     catalog = services.catalog_of(asking)
     found = catalog.version(name, version)
-    catalog.note("download", found.label, tenant=found.tenant, address=address, form=form)
+    catalog.note("download", found.label, tenant=found.tenant, form=form)
     return found
 
 

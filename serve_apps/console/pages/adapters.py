@@ -18,7 +18,7 @@ from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
 from loray.publishing.archive import Archive, folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
-from serve_apps.access import Asking, address_of, may
+from serve_apps.access import Asking, may
 from serve_apps.console.archives import ArchiveResponse
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
@@ -144,12 +144,12 @@ async def download(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
 ) -> Response:
     """The files as a tar archive, verified before the first byte."""
-    backend, held, address = console.backend, ExitStack(), address_of(request.scope)
+    backend, held = console.backend, ExitStack()
 
     def make() -> tuple[Archive, AdapterVersion]:
         catalog = backend.catalog_of(asking)
         found = catalog.version(name, version)
-        catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
+        catalog.note("download", found.label, tenant=found.tenant, form="peft")
         num_bytes = backend.store.num_bytes(found.digest)
         made = held.enter_context(backend.scratch.folder(num_bytes)) / "made"
         return folder_as_tar(backend.store, found.digest, _label(found), made), found
