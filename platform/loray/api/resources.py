@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from loray.errors import (
     AdapterNotFound,
@@ -36,6 +36,7 @@ from loray.errors import (
 )
 from loray.spec import (
     DEFAULT_TENANT,
+    MAX_EVALUATIONS,
     AdapterManifest,
     Evaluation,
     JobStatus,
@@ -66,6 +67,7 @@ def _is_written_out(value: object) -> object:
 
 
 WRITTEN_OUT = BeforeValidator(_is_written_out)  # of a time
+_PRINTED = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 
 
 class Resource(BaseModel):
@@ -145,6 +147,23 @@ class TagChange(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     value: TagValue = ""
+
+
+class ReportedEvaluation(Evaluation):
+    """What the catalog's columns take."""
+
+    metric: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_PRINTED)]
+    dataset: Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=_PRINTED)]
+    depth: Annotated[float, Field(ge=0, le=1)] | None = None
+    measured_by: None = None  # the server says it
+
+
+class EvaluationReport(BaseModel):
+    """What was measured of a version, elsewhere."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    evaluations: Annotated[tuple[ReportedEvaluation, ...], Field(min_length=1, max_length=MAX_EVALUATIONS)]
 
 
 class QuarantineResource(Resource):
