@@ -152,11 +152,11 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     from serve_apps.access.listening import reachable_host
     from serve_apps.accounting.owner import RayExchange
     from serve_apps.garbage import collect_when_quiet, freeze_garbage
-    from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.demand_notes import DemandNotes
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
+    from serve_apps.http import WithoutRequestId
     from serve_apps.scaling.demand_records import DemandRecords
     from serve_apps.tracing import open_tracing
 

@@ -1,8 +1,9 @@
-"""HTTP that the gateway and the catalog's API share: errors of routes, schemas of the OpenAPI document."""
+"""HTTP that the gateway and the catalog's API share: errors of routes, requests' ids, schemas of OpenAPI documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,13 +11,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.errors import LorayError
 
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
+REQUEST_ID = "X-Request-Id"
+_MAX_ID = 128  # characters
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -67,6 +72,58 @@ def _allowed(app: FastAPI, request: Request) -> str:
     """The methods of a path's routes, each of which has one."""
     at_path = (r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
     return ", ".join(sorted({method for route in at_path for method in route.methods or ()}))
+
+
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """None where the client gives none, or one that is too long or not visible ASCII."""
+    given = headers.get(REQUEST_ID, "")
+    return given if 0 < len(given) <= _MAX_ID and all("!" <= char <= "~" for char in given) else None
+
+
+def new_request_id() -> str:
+    return f"req-{secrets.token_hex(8)}"
+
+
+class EchoRequestId:
+    """ASGI middleware: the response to a request that brings an id, whatever it is, has the same id.
+    `scope["state"]["request_id"]` is that.
+
+    make  an id where the request brings none; None: the application itself gives its response one
+    """
+
+    def __init__(self, app: ASGIApp, make: Callable[[], str] | None = None) -> None:
+        self._app, self._make = app, make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = None
+        if scope["type"] == "http":
+            request_id = request_id_of(Headers(scope=scope)) or (self._make and self._make())
+        if request_id is None:
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def echoing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        await self._app(scope, receive, echoing)
+
+
+class WithoutRequestId:
+    """ASGI middleware: the response has no id. Ray Serve gives each request one, and adds it to the response itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await self._app(scope, receive, without if scope["type"] == "http" else send)
 
 
 def schema_reference(name: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from loray.api.openai.requests import MAX_LOGPROBS
 from loray.api.resources import problem_type
 from loray.bases.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, MAX_NESTING, MIN_MASKS
 from loray.catalog.identity import logins, rotation
+from loray.catalog.notes.evaluations import MAX_REPORTED
 from loray.catalog.notes.tags import MAX_TAGS
 from loray.errors import (
     AdapterNotFound,
@@ -301,6 +302,7 @@ STORED = (
     ),
     Limit("a chat template", f"{MAX_TEMPLATE_CHARACTERS:,} characters", f"{_api(SpecError)}; 413 as a file"),
     Limit("a recipe through the API", f"{_bytes(MAX_RECIPE_BYTES)} as JSON", _api(SpecError)),
+    Limit("evaluations of a version that clients report", f"{MAX_REPORTED:,}", _api(ConflictError)),
     Limit("tags of a name", f"{MAX_TAGS}", _api(ConflictError)),
     Limit("uploads of a tenant that are not published", f"{uploads.MAX_OPEN}", _api(ConflictError)),
     Limit(

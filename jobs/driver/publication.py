@@ -136,7 +136,10 @@ def _publish(
             created_at=state.saved_at,
         )
         whole = Catalog(
-            settings.catalog, gate_tolerance=settings.gate_tolerance, max_snapshot_bytes=settings.snapshot_bytes
+            settings.catalog,
+            gate_tolerance=settings.gate_tolerance,
+            gate_trusts_keys=settings.gate_trusts_keys,
+            max_snapshot_bytes=settings.snapshot_bytes,
         )
         whole.add_base(base.name, base.fingerprint)
         catalog = whole.view(driver_of(tenant))

@@ -21,6 +21,7 @@ from loray.variables import (
     positive,
     share,
     size,
+    trusts_keys,
     whole,
     whole_or_none,
     worker_group,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing 
     from loray.spec import TrainingGroup
 
 _NAMES = (
-    "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
+    "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE GATE_TRUSTS USAGE_DAYS ACCESS_LOG DATA "
+    "MAX_JOBS MAX_WORKERS SCRATCH_BYTES SNAPSHOT_BYTES TRACES TRAINING_GROUP FRONT_GROUP API_KEY API_KEYS_SHA256 "
     "METRICS_KEYS_SHA256 KEY_MAX_AGE_S CORS_ORIGINS"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
@@ -62,6 +63,8 @@ class Settings:
     url      of a server (`LORAY_URL`): commands on adapters ask its API then, and need neither database nor store
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
+    gate_trusts_keys  whether that perplexity may be one which a client has reported (`LORAY_GATE_TRUSTS=keys`; default
+             `jobs`: what loray has measured alone)
     usage_days  days after which what a request used is forgotten (`LORAY_USAGE_DAYS`, default 400; 0: never)
     access_log  absolute path of a file, or `-` for stdout, that gets a JSON line for each HTTP request
              (`LORAY_ACCESS_LOG`, default None)
@@ -90,6 +93,7 @@ class Settings:
     log_level: str
     peak_tflops: float | None = None
     gate_tolerance: float = DEFAULT_GATE_TOLERANCE
+    gate_trusts_keys: bool = False
     usage_days: int = DEFAULT_USAGE_DAYS
     access_log: str | None = None
     data: str | None = None
@@ -140,6 +144,7 @@ class Settings:
             log_level=level,
             peak_tflops=positive(env, "LORAY_PEAK_TFLOPS"),
             gate_tolerance=share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
+            gate_trusts_keys=trusts_keys(env),
             usage_days=DEFAULT_USAGE_DAYS if (days := whole(env, "LORAY_USAGE_DAYS")) is None else days,
             access_log=log_target(env.get("LORAY_ACCESS_LOG")),
             data=_data(env.get("LORAY_DATA"), store),
@@ -189,6 +194,7 @@ class Settings:
         optional = {
             "LORAY_PEAK_TFLOPS": self.peak_tflops,
             "LORAY_GATE_TOLERANCE": None if self.gate_tolerance == DEFAULT_GATE_TOLERANCE else self.gate_tolerance,
+            "LORAY_GATE_TRUSTS": "keys" if self.gate_trusts_keys else None,
             "LORAY_USAGE_DAYS": None if self.usage_days == DEFAULT_USAGE_DAYS else self.usage_days,
             "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,

@@ -12,6 +12,7 @@ from loray.errors import SettingsError
 if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
     from loray.spec import TrainingGroup
 
+_JOBS, _KEYS = "jobs", "keys"  # of LORAY_GATE_TRUSTS
 NONE = "none"  # of LORAY_MAX_JOBS and LORAY_MAX_WORKERS
 STDOUT = "-"  # of LORAY_ACCESS_LOG
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -95,6 +96,13 @@ def origins(env: Mapping[str, str], name: str) -> tuple[str, ...]:
                 "or http://localhost:3000, in small letters and without a path, or * for all"
             )
     return found
+
+
+def trusts_keys(env: Mapping[str, str]) -> bool:
+    value = env.get("LORAY_GATE_TRUSTS") or _JOBS
+    if value not in (_JOBS, _KEYS):
+        raise SettingsError(f"LORAY_GATE_TRUSTS={value!r} must be {_JOBS} or {_KEYS}")
+    return value == _KEYS
 
 
 def share(text: str) -> float:

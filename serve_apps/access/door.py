@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from loray.catalog import Catalog
-from loray.catalog.identity import Refused
+from loray.catalog.audit_chain import origin
+from loray.catalog.identity import Refusals, Refused
 from loray.catalog.identity.disk import KeysFile
 from loray.catalog.snapshots.kept import Kept
 from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
@@ -63,7 +64,7 @@ class Access:
         self._minutes: dict[str, int] = {}  # key id → the last period in which it was used
         self._used: dict[str, datetime] = {}  # not written yet
         self._asking: dict[str, set[asyncio.Future[None]]] = {}  # key id → its requests that are answered now
-        self._refused: dict[Refused, int] = {}  # how often, not written yet
+        self._refused: dict[Refused, Refusals] = {}  # not written yet
         self._wrote_at = time.monotonic()
         follower.add(self)
 
@@ -140,7 +141,8 @@ class Access:
             refused, self._refused = self._refused, {}
             self.follower.soon(lambda catalog: catalog.note_refused(refused))
 
-    def _note_refused(self, action: Action, headers: Mapping[str, str], address: str | None) -> None:
+    def _note_refused(self, action: Action, headers: Mapping[str, str]) -> None:
+        address, request_id = origin()
         try:
             principal = self._of_key(headers)
             who = Refused(principal.actor, principal.tenant, address, action)
@@ -148,17 +150,16 @@ class Access:
             who = Refused("unknown", "", address, action)
         if who not in self._refused and len(self._refused) >= _MOST_REFUSED:
             who = Refused("others", "", None, action)
-        self._refused[who] = self._refused.get(who, 0) + 1
+        known = self._refused.get(who, Refusals(0, request_id))
+        self._refused[who] = known._replace(num_requests=known.num_requests + 1)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    async def admit(
-        self, method: str, action: Action, headers: Mapping[str, str], address: str | None = None
-    ) -> Principal | None:
+    async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal | None:
         """The principal of a request that may do `action`; None for what needs no key. `headers`: those of HEADERS.
 
-        `address` is where it comes from; the audit log has it where the request is refused. Raises Unauthenticated,
-        PermissionDenied, and CatalogError where it is not known whether a key is good.
+        The audit log has those that are refused. Raises Unauthenticated, PermissionDenied, and CatalogError where it is
+        not known whether a key is good.
         """
         if action == "open":
             return None
@@ -167,7 +168,7 @@ class Access:
         try:
             return self._admit(method, action, headers)
         except (Unauthenticated, PermissionDenied):
-            self._note_refused(action, headers, address)
+            self._note_refused(action, headers)
             raise
 
     def _admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:

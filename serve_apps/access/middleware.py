@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loray.catalog.audit_chain import Origin, coming_from
 from loray.errors import LorayError, Unauthenticated
 from loray.serving.access import Action
 from loray.spec import Principal
@@ -49,20 +50,21 @@ class CheckAccess:
         if scope["type"] != "http" or (action := self._permissions.action(scope)) is None:
             await self._app(scope, receive, send)
             return
-        try:
-            principal = await self._admit(scope, action)
-            if self._rates is not None and principal is not None:
-                self._rates.take(principal, time.monotonic())
-        except LorayError as e:
-            await self._refusal(scope, e)(scope, receive, send)
-            return
-        state = scope.setdefault("state", {})
-        state[_PRINCIPAL] = principal
-        with self._access.until_revoked(principal) as state[_REVOKED]:
-            await self._app(scope, receive, send)
+        with coming_from(_origin_of(scope)):
+            try:
+                principal = await self._admit(scope, action)
+                if self._rates is not None and principal is not None:
+                    self._rates.take(principal, time.monotonic())
+            except LorayError as e:
+                await self._refusal(scope, e)(scope, receive, send)
+                return
+            state = scope.setdefault("state", {})
+            state[_PRINCIPAL] = principal
+            with self._access.until_revoked(principal) as state[_REVOKED]:
+                await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope, action: Action) -> Principal | None:
-        return await self._access.admit(scope["method"], action, self._headers(scope), address_of(scope))
+        return await self._access.admit(scope["method"], action, self._headers(scope))
 
     def _refusal(self, scope: Scope, error: Exception) -> Response:
         return self._refused(error)
@@ -79,10 +81,10 @@ class CheckAccess:
         return headers
 
 
-def address_of(scope: Scope) -> str | None:
-    """From where the connection comes; behind a proxy, the proxy's."""
+def _origin_of(scope: Scope) -> Origin:
+    """The address is that of the connection; behind a proxy, the proxy's."""
     client = scope.get("client")
-    return str(client[0])[:64] if client else None
+    return Origin(str(client[0])[:64] if client else None, scope.get("state", {}).get("request_id"))
 
 
 def principal_of(request: Request) -> Principal:

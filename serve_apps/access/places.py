@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import NamedTuple, TypeVar
 
 from loray.errors import Overloaded, RateLimited
@@ -62,7 +63,7 @@ class Places:
         threads. Both are taken until it has ended, also where the caller is cancelled.
         """
         wanted = await self._take(tenant, None)
-        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
         running.add_done_callback(lambda done: self._ended(wanted, done))
         return await asyncio.shield(running)
 

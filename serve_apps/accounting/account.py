@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from loray.errors import RequestError
@@ -14,16 +14,19 @@ from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_ti
 from serve_apps.accounting.books import Books
 from serve_apps.accounting.usage import UsageStatus
 
-Sink = Callable[[UsageEvent], None]
+NOTED_TOKENS = 1024  # of a choice, after which what the request has used is noted again
+_ABANDONED = "abandoned"  # the outcome where the gateway was killed
 
 
 @dataclass(slots=True)
 class Account:
-    """Closed once, however the request ends. `event` is what it used, once it is closed.
+    """Closed once, however the request ends. `event` is what it used, once it is closed. Until then the books have a
+    note of what it is charged with where the gateway is killed.
 
     requests     one for each choice; those of one prompt, `num_choices`, follow each other
     received_at  seconds of the monotonic clock
     granted      for how many tokens of each choice there is a reservation
+    num_prompt_tokens  as often as they are computed
     """
 
     answer_id: str
@@ -34,8 +37,15 @@ class Account:
     received_at: float
     reservation: Reservation
     granted: list[int]
-    sink: Sink | None
+    num_prompt_tokens: int
+    books: Books | None
     event: UsageEvent | None = None
+    _num_output: list[int] = field(init=False)  # tokens of each choice
+    _noted: list[int] = field(init=False)  # those of them that the books know
+
+    def __post_init__(self) -> None:
+        self._num_output, self._noted = [0] * len(self.requests), [0] * len(self.requests)
+        self._note()
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -45,6 +55,10 @@ class Account:
         """Whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit reserves
         is renewed while there is room.
         """
+        self._num_output[choice] = num_tokens
+        if num_tokens - self._noted[choice] >= NOTED_TOKENS:
+            self._noted = self._num_output.copy()
+            self._note()
         while num_tokens >= (granted := self.granted[choice]):
             more = min(OPEN_ENDED_TOKENS, self.requests[choice].params.max_tokens - granted)
             if more <= 0:
@@ -61,25 +75,33 @@ class Account:
         of_prompts = [delta for delta in last[:: _prompt_step(self.requests, self.num_choices)] if delta is not None]
         num_prompt = sum(delta.num_prompt_tokens for delta in of_prompts)
         num_output = sum(delta.num_output_tokens for delta in last if delta is not None)
+        num_cached = sum(delta.num_cached_tokens for delta in of_prompts)
+        self.event = self._used(outcome, num_prompt, num_cached, num_output)
+        self.reservation.settle(num_prompt + num_output, time.time())
+        if self.books is not None:
+            self.books.add(self.event)
+        return self.event
+
+    def _note(self) -> None:
+        if self.books is not None:
+            self.books.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
+
+    def _used(self, outcome: str, num_prompt: int, num_cached: int, num_output: int) -> UsageEvent:
         first = self.requests[0]
-        self.event = UsageEvent(
+        return UsageEvent(
             request_id=self.answer_id,
             tenant=self.principal.tenant,
             key_id=self.principal.account,
             model=self.base if first.adapter is None else first.adapter.name,
             digest=None if first.adapter is None else first.adapter.digest,
             num_prompt_tokens=num_prompt,
-            num_cached_tokens=sum(delta.num_cached_tokens for delta in of_prompts),
+            num_cached_tokens=num_cached,
             num_output_tokens=num_output,
             tier=service_tier(first.priority),
             seconds=round(time.monotonic() - self.received_at, 6),
             outcome=outcome,
             created_at=datetime.now(UTC),
         )
-        self.reservation.settle(num_prompt + num_output, time.time())
-        if self.sink is not None:
-            self.sink(self.event)
-        return self.event
 
 
 class Accounts:
@@ -144,8 +166,18 @@ class Accounts:
             num_requests=len(requests) // num_choices - 1,
             num_sequences=len(requests),
         )
-        sink = None if self._books is None else self._books.add
-        return Account(answer_id, principal, base, requests, num_choices, received_at, reservation, granted, sink)
+        return Account(
+            answer_id,
+            principal,
+            base,
+            requests,
+            num_choices,
+            received_at,
+            reservation,
+            granted,
+            num_prompt,
+            self._books,
+        )
 
 
 def _prompt_step(requests: Sequence[GenerateRequest], num_choices: int) -> int:

@@ -40,6 +40,11 @@ class Books:
         assert self._writer is not None, "requests end before the books are closed"
         self._writer.add(event)
 
+    def note_open(self, event: UsageEvent) -> None:
+        """As `UsageWriter.note_open`."""
+        assert self._writer is not None, "requests begin after the books are opened"
+        self._writer.note_open(event)
+
     @property
     def status(self) -> UsageStatus | None:
         """None before the books are opened."""

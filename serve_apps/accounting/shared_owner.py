@@ -75,9 +75,8 @@ class SharedOwner:
             self._is_away = True
         else:
             self._is_away, self._knows = False, True
-            if (
-                abs(now - self._known_at) >= OWNER_IS_GONE_S
-            ):  # others, too, may have been unable to say that they are there
+            # After so long without the catalog, others have yet to say that they are there.
+            if abs(now - self._known_at) >= OWNER_IS_GONE_S:
                 num_owners = max(num_owners, self._num_owners)
             self._known_at, self._num_owners = now, num_owners
             self._owner.divide(num_owners, used, counted, self._clock())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,6 +44,13 @@ class UsageStatus(NamedTuple):
     num_lost: int
 
 
+class _Entry(NamedTuple):
+    """`is_open`: the request goes on, and is charged with this event only where this process is killed."""
+
+    event: UsageEvent
+    is_open: bool
+
+
 class UsageWriter:
     """Events reach the journal within milliseconds and the catalog within seconds, or when it can be reached again.
 
@@ -62,13 +69,14 @@ class UsageWriter:
     ) -> None:
         self._open, self._home = open_catalog, home
         self._retention_days = retention_days
-        self._queue: queue.Queue[UsageEvent | None] = queue.Queue(_MAX_QUEUED)
+        self._queue: queue.Queue[_Entry | None] = queue.Queue(_MAX_QUEUED)
         self._catalog: Catalog | None = None
         self._journal = Journal.create(home)
         self._stored = None if open_objects is None else StoredEvents(open_objects, self._journal.path.stem)
         self._stored_bytes = 0  # of the journal, which the store has
         self._failing_since: float | None = None  # of the monotonic clock
         self._journal_lock = Lock()  # of appending and clearing
+        self._unsettled: dict[str, UsageEvent] = {}  # of open requests that the journal has
         self._stopped = Event()
         self._is_due = Event()  # there is something to send
         self._num_failures = 0  # in sequence
@@ -84,17 +92,22 @@ class UsageWriter:
     def add(self, event: UsageEvent) -> None:
         """Returns at once. Where the disk has not kept up for very long, the event is lost, and the log says so."""
         try:
-            self._queue.put_nowait(event)
+            self._queue.put_nowait(_Entry(event, False))
         except queue.Full:
             self._lose(1)
+
+    def note_open(self, event: UsageEvent) -> None:
+        """Returns at once. The request is charged with the last of these events where this process is killed."""
+        with suppress(queue.Full):
+            self._queue.put_nowait(_Entry(event, True))
 
     @property
     def status(self) -> UsageStatus:
         """Used while the writer is open."""
         since = self._waits_since
-        oldest_s = 0.0 if since is None else time.monotonic() - since
+        num_bytes, oldest_s = (0, 0.0) if since is None else (self._journal.num_bytes, time.monotonic() - since)
         is_alive = all(thread.is_alive() for thread in self._threads)
-        return UsageStatus(is_alive, self._journal.num_bytes, oldest_s, self._num_lost)
+        return UsageStatus(is_alive, num_bytes, oldest_s, self._num_lost)
 
     def close(self) -> None:
         """Sends what is left. What the catalog does not take stays in the journal, for the next writer."""
@@ -116,20 +129,30 @@ class UsageWriter:
             with suppress(queue.Empty):
                 while len(batch) < _BATCH:
                     batch.append(self._queue.get_nowait())
-            events = [event for event in batch if event is not None]
-            running = len(events) == len(batch)
+            running = None not in batch
+            last = {entry.event.request_id: entry for entry in batch if entry is not None}  # of each request
+            events = [entry.event for entry in last.values() if not entry.is_open]
+            unsettled = {id: entry.event for id, entry in last.items() if entry.is_open}
             with self._journal_lock:
                 try:
-                    kept = self._journal.append(events)
+                    kept = self._journal.append(events, unsettled.values())
                 except Exception:  # noqa: BLE001 - the next ones may come through
                     _log.exception("usage events cannot be written to %s", self._journal.path)
                     kept = False
-                if kept and self._waits_since is None:
-                    self._waits_since = time.monotonic()
-            if kept:
-                self._is_due.set()
-            else:
+                if kept:
+                    self._settle(events, unsettled)
+            if not kept:
                 self._lose(len(events))
+            elif events:
+                self._is_due.set()
+
+    def _settle(self, events: Sequence[UsageEvent], unsettled: Mapping[str, UsageEvent]) -> None:
+        """What the journal has now, of which it has `events` and `unsettled` since just now."""
+        self._unsettled |= unsettled
+        for event in events:
+            self._unsettled.pop(event.request_id, None)
+        if events and self._waits_since is None:
+            self._waits_since = time.monotonic()
 
     def _lose(self, number: int) -> None:
         self._num_lost += number
@@ -179,11 +202,14 @@ class UsageWriter:
                 self._record(events)
                 continue
             with self._journal_lock:
-                if journal.num_bytes == offset:
+                if journal.num_bytes != offset:
+                    continue
+                if journal is self._journal:
+                    journal.clear(self._unsettled.values())
+                    self._waits_since, self._stored_bytes = None, 0
+                else:
                     journal.clear()
-                    if journal is self._journal:
-                        self._waits_since, self._stored_bytes = None, 0
-                    return
+                return
 
     def _record(self, events: Sequence[UsageEvent]) -> None:
         """One that the catalog refuses is put aside, so that it does not stop the others."""
@@ -203,6 +229,8 @@ class UsageWriter:
     def _send_abandoned(self) -> None:
         for journal in abandoned(self._home):
             try:
+                if unsettled := journal.unsettled():
+                    self._record(unsettled)
                 self._send(journal)
                 journal.close(delete=True)
             except BaseException:

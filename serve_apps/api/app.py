@@ -18,6 +18,7 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.console import Gateway
 from serve_apps.deployment import APPLICATION
+from serve_apps.http import WithoutRequestId
 
 API = "api"
 # The one server that writes to the store: on a node with no engine, so that its identity can be another one.
@@ -66,4 +67,6 @@ def _app(spec: ApiSpec) -> FastAPI:
     configure_logging(settings.log_level)
     gateway = Gateway(Address(spec.host, spec.port).url)
     services = Services(settings, RayJobServer(), ServePlacements(APPLICATION), gateway)
-    return log_access(create_app(services, open_access(settings, reachable_host(spec.host))), settings.access_log)
+    app = log_access(create_app(services, open_access(settings, reachable_host(spec.host))), settings.access_log)
+    app.add_middleware(WithoutRequestId)
+    return app

@@ -149,6 +149,8 @@ AUDIT = {
     "tenant": "acme",
     "detail": {"version": 3},
     "created_at": _TIME,
+    "address": "10.0.0.7",
+    "request_id": "req-5f1b2c3d4e5f6a7b",
 }
 RECOMMENDATION = {
     "base": "smollm2",

@@ -103,6 +103,7 @@ class Services:
                         self._settings.catalog,
                         actor=ACTOR,
                         gate_tolerance=self._settings.gate_tolerance,
+                        gate_trusts_keys=self._settings.gate_trusts_keys,
                         max_snapshot_bytes=self._settings.snapshot_bytes,
                     )
                     _reserve_bases(catalog, self._settings.home)

@@ -31,7 +31,7 @@ from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
-from serve_apps.http import extend_openapi
+from serve_apps.http import EchoRequestId, extend_openapi, new_request_id
 
 _log = get_logger(__name__)
 
@@ -108,6 +108,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         sessions=sessions,
         renderer=renderer,
     )
+    app.add_middleware(EchoRequestId, make=new_request_id)
     # Routes read and write these themselves, so FastAPI does not know their schemas.
     extend_openapi(
         app,

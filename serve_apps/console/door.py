@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Scope
 from loray.errors import PermissionDenied
 from loray.serving.access import Action
 from loray.spec import Principal
-from serve_apps.access import Access, CheckAccess, Permissions, address_of
+from serve_apps.access import Access, CheckAccess, Permissions
 from serve_apps.access.rates import Rates
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer
 from serve_apps.console.sessions import COOKIE, Sessions
@@ -58,7 +58,7 @@ class CheckConsole(CheckAccess):
         state = scope.setdefault("state", {})
         state["authorization"] = headers.get("authorization")
         state["admit"] = partial(self._admit_again, scope, action)
-        principal = await self._access.admit(scope["method"], action, headers, address_of(scope))
+        principal = await self._access.admit(scope["method"], action, headers)
         if session is None and given is None and principal is not None:
             session = self._sessions.keyless
         state["session"] = session

@@ -36,10 +36,10 @@ class Sessions:
         self.keyless = Session(None, secrets.token_urlsafe(32))
         self._catalog_of = catalog_of
 
-    def begin(self, key: str, principal: Principal, address: str | None) -> str:
-        """The new cookie's value. `principal` is the key's, `address` the browser's."""
+    def begin(self, key: str, principal: Principal) -> str:
+        """The new cookie's value. `principal` is the key's."""
         value = secrets.token_urlsafe(32)
-        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex(), address)
+        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex())
         return value
 
     def find(self, value: str | None) -> Session | None:

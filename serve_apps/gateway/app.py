@@ -23,7 +23,6 @@ from serve_apps.accounting.books import Books
 from serve_apps.accounting.exchange import Exchange
 from serve_apps.bodies import BodyLimit
 from serve_apps.gateway import errors
-from serve_apps.gateway.answers.headers import EchoRequestId
 from serve_apps.gateway.bases import OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Gateways
@@ -31,6 +30,7 @@ from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import adapters, generation, server, tokens
 from serve_apps.gateway.routes.openapi import describe
+from serve_apps.http import EchoRequestId
 from serve_apps.tracing import Tracing
 from serve_apps.tracing.middleware import TraceRequests
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +10,21 @@ import pytest
 import sqlalchemy as sa
 
 from loray.catalog import Catalog
+from loray.catalog.audit_chain import Origin, coming_from
 from loray.catalog.database import writing
-from loray.catalog.identity import Refused
+from loray.catalog.identity import Refusals, Refused
 from loray.catalog.schema import audit_log
 from loray.errors import IntegrityError
+from loray.files import canonical_json
 from tests.catalog.test_catalog import digest, manifest
 
 
 @pytest.fixture
 def written(catalog: Catalog) -> Catalog:
     catalog.register("tone", digest(1), manifest(1), ["prod"])
-    catalog.note("download", "tone@1", tenant="default", address="10.0.0.1", form="peft")
-    catalog.note_refused({Refused("unknown", "", "10.0.0.1", "infer"): 10})
+    with coming_from(Origin("10.0.0.1", "req-1")):
+        catalog.note("download", "tone@1", tenant="default", form="peft")
+    catalog.note_refused({Refused("unknown", "", "10.0.0.1", "infer"): Refusals(10, "req-2")})
     return catalog
 
 
@@ -30,8 +34,11 @@ def test_what_was_written_is_verified(written: Catalog) -> None:
     written.set_tag("tone", "team", "support")
     assert written.verify_audit((state.last_id, state.last_hash)).num_entries == state.num_entries + 1
     download, refused = (written.audit(action=action).entries[0] for action in ("download", "refuse"))
-    assert (download.subject, download.address, download.detail) == ("tone@1", "10.0.0.1", {"form": "peft"})
+    assert (download.subject, download.detail) == ("tone@1", {"form": "peft"})
+    assert (download.address, download.request_id) == ("10.0.0.1", "req-1")
     assert (refused.actor, refused.subject, refused.detail) == ("unknown", "infer", {"count": 10})
+    assert (refused.address, refused.request_id) == ("10.0.0.1", "req-2")
+    assert {(e.address, e.request_id) for e in written.audit().entries} >= {(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,8 @@ def test_what_was_written_is_verified(written: Catalog) -> None:
     [
         lambda last: audit_log.update().where(audit_log.c.id == last).values(actor="nobody"),
         lambda last: audit_log.update().where(audit_log.c.action == "refuse").values(address=None),
+        lambda last: audit_log.update().where(audit_log.c.action == "download").values(request_id="req-3"),
+        lambda last: audit_log.update().where(audit_log.c.action == "download").values(request_id=None),
         lambda last: audit_log.update().where(audit_log.c.id == 1).values(detail="{}"),
         lambda last: audit_log.update().where(audit_log.c.id == 1).values(created_at=sa.func.now()),
         lambda last: audit_log.update().where(audit_log.c.id == last).values(hash=None, previous_hash=None),
@@ -70,3 +79,13 @@ def test_entries_of_an_older_loray_come_before_the_chain(written: Catalog) -> No
     written.create_tenant("acme")
     state = written.verify_audit()
     assert (state.num_entries, state.num_unlinked) == (1, before.num_entries)
+
+
+def test_entries_without_a_request_have_the_hash_that_they_had(written: Catalog) -> None:
+    entry = written.audit(action="register").entries[0]
+    with written._engine.connect() as c:
+        row = c.execute(sa.select(audit_log).where(audit_log.c.id == entry.id)).one()
+    said = {name: getattr(row, name) for name in ("actor", "action", "subject", "tenant", "detail", "address")}
+    said["created_at"] = entry.created_at.isoformat()
+    expected = hashlib.sha256(f"{row.previous_hash}\n{canonical_json(said)}".encode()).hexdigest()
+    assert row.hash == expected

@@ -33,7 +33,5 @@ class Given(Access):
     async def stop(self) -> None:
         pass
 
-    async def admit(
-        self, method: str, action: Action, headers: Mapping[str, str], address: str | None = None
-    ) -> Principal:
+    async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:
         return self._principal

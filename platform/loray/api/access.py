@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from loray.api.resources import Resource
+from loray.api.resources import WRITTEN_OUT, Resource
 from loray.spec import (
     KEY_START,
     ApiKey,
@@ -32,7 +32,7 @@ def _utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC)
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_utc)]  # in UTC, which SQLite would not convert to
+Moment = Annotated[AwareDatetime, WRITTEN_OUT, AfterValidator(_utc)]  # in UTC, which SQLite would not convert to
 _LIMITS = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
@@ -188,6 +188,7 @@ class AuditResource(Resource):
     detail: Annotated[dict[str, Any], Field(description="what was given")]
     created_at: datetime
     address: Annotated[str | None, Field(description="from where the request came, as far as it is known")] = None
+    request_id: Annotated[str | None, Field(description="X-Request-Id of the answer; of refusals, the first")] = None
 
 
 def ends_at(duration: Duration) -> datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from loray.errors import (
     AdapterNotFound,
@@ -36,6 +36,7 @@ from loray.errors import (
 )
 from loray.spec import (
     DEFAULT_TENANT,
+    MAX_EVALUATIONS,
     AdapterManifest,
     Evaluation,
     JobStatus,
@@ -54,6 +55,19 @@ MAX_VERSION = 999_999_999
 VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 T = TypeVar("T")
+
+
+def _is_written_out(value: object) -> object:
+    """Pydantic would take a number for seconds since 1970, and a large one for milliseconds."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return value
+    raise ValueError("must be a time as ISO 8601 has it, 2026-01-31T18:00:00Z")
+
+
+WRITTEN_OUT = BeforeValidator(_is_written_out)  # of a time
+_PRINTED = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 
 
 class Resource(BaseModel):
@@ -133,6 +147,23 @@ class TagChange(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     value: TagValue = ""
+
+
+class ReportedEvaluation(Evaluation):
+    """What the catalog's columns take."""
+
+    metric: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_PRINTED)]
+    dataset: Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=_PRINTED)]
+    depth: Annotated[float, Field(ge=0, le=1)] | None = None
+    measured_by: None = None  # the server says it
+
+
+class EvaluationReport(BaseModel):
+    """What was measured of a version, elsewhere."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    evaluations: Annotated[tuple[ReportedEvaluation, ...], Field(min_length=1, max_length=MAX_EVALUATIONS)]
 
 
 class QuarantineResource(Resource):

@@ -182,7 +182,9 @@ class Aliases(Database):
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
         """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
-        against = gate.failures(version.manifest, version.evaluations, self._gate_tolerance)
+        against = gate.failures(
+            version.manifest, version.evaluations, self._gate_tolerance, trusts_keys=self._gate_trusts_keys
+        )
         if against and no_gate is None:
             raise GateRefused(
                 f"alias {alias!r} is refused to {version.label}: {'; '.join(against)}. "

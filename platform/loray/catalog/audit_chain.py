@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -15,11 +17,37 @@ from loray.files import canonical_json
 from loray.spec import DEFAULT_TENANT
 
 
+class Origin(NamedTuple):
+    """From where a request came, as far as the server knows, and the id that its answer has."""
+
+    address: str | None = None
+    request_id: str | None = None
+
+
+_NOWHERE = Origin()
+_origin: ContextVar[Origin] = ContextVar("origin", default=_NOWHERE)
+
+
+def origin() -> Origin:
+    """Of the request that is answered now; without its fields where it is none of a server."""
+    return _origin.get()
+
+
+@contextmanager
+def coming_from(origin: Origin) -> Iterator[None]:
+    """Entries that the block adds, and threads that have its context, are of a request from there."""
+    token = _origin.set(origin)
+    try:
+        yield
+    finally:
+        _origin.reset(token)
+
+
 def log(
     c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
 ) -> None:
     """`tenant`: that of the subject."""
-    add_entry(c, actor, action, subject, tenant, detail)
+    add_entry(c, actor, action, subject, tenant, detail, origin())
 
 
 def add_entry(
@@ -29,13 +57,11 @@ def add_entry(
     subject: str,
     tenant: str,
     detail: Mapping[str, Any],
-    address: str | None = None,
+    origin: Origin,
 ) -> None:
-    """As `log`, with the address from which the request came. The transaction has the catalog's lock, so that entries
-    follow each other.
-    """
+    """As `log`, of a request from there. The transaction has the catalog's lock, so that entries follow each other."""
     entry: dict[str, Any] = {"actor": actor, "action": action, "subject": subject, "tenant": tenant}
-    entry |= {"detail": json.dumps(detail), "address": address, "created_at": datetime.now(UTC)}
+    entry |= {"detail": json.dumps(detail), **origin._asdict(), "created_at": datetime.now(UTC)}
     last = sa.select(audit_log.c.hash).order_by(audit_log.c.id.desc()).limit(1)
     previous = c.execute(last).scalar() or ""
     c.execute(audit_log.insert().values(entry | {"previous_hash": previous, "hash": chained(previous, entry)}))
@@ -46,5 +72,7 @@ def chained(previous: str, entry: Mapping[str, Any]) -> str:
     it; empty: it is the first one.
     """
     fields = {name: entry[name] for name in ("actor", "action", "subject", "tenant", "detail", "address")}
+    if entry["request_id"] is not None:  # which older entries do not have
+        fields["request_id"] = entry["request_id"]
     said = canonical_json(fields | {"created_at": entry["created_at"].astimezone(UTC).isoformat()})
     return hashlib.sha256(f"{previous}\n{said}".encode()).hexdigest()

@@ -77,7 +77,8 @@ class Catalog(
 ):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
-    The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.
+    The audit log records `actor` with every write. `gate_tolerance` and `gate_trusts_keys`: as for
+    `catalog.gate`.
     """
 
     # -- writing ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0013"  # the newest revision in migrations/versions
+HEAD = "0014"  # the newest revision in migrations/versions
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -54,7 +54,7 @@ _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, Program
 
 
 class Database:
-    """The base class of the catalog's parts: engine, the principal that asks, the gate's tolerance, and
+    """The base class of the catalog's parts: engine, the principal that asks, what the gate lets pass, and
     what the names may take of each gateway's memory.
 
     Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
@@ -66,11 +66,12 @@ class Database:
         *,
         actor: str = "local",
         gate_tolerance: float = DEFAULT_GATE_TOLERANCE,
+        gate_trusts_keys: bool = False,
         max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
     ) -> None:
         self._engine = open_database(url)
         self._principal = Principal(actor=actor)
-        self._gate_tolerance = gate_tolerance
+        self._gate_tolerance, self._gate_trusts_keys = gate_tolerance, gate_trusts_keys
         self._max_snapshot_bytes = max_snapshot_bytes
         self._root: Database = self
         # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.

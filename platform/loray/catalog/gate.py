@@ -19,14 +19,18 @@ def is_gated(manifest: AdapterManifest) -> bool:
     return manifest.rope_parameters is not None
 
 
-def failures(manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float) -> tuple[str, ...]:
+def failures(
+    manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float, *, trusts_keys: bool = False
+) -> tuple[str, ...]:
     """The objections to an alias, one sentence each; empty where the alias is granted.
 
-    `evaluations` are sorted from the oldest to the latest. Values are compared where they were measured on the same
-    tokens in the same windows; of several such sets the latest counts.
+    `evaluations` are sorted from the oldest to the latest; what clients have reported counts where the gate
+    `trusts_keys`. Values are compared where they were measured on the same tokens in the same windows; of several such
+    sets the latest counts.
     """
     if not is_gated(manifest):
         return ()
+    evaluations = [e for e in evaluations if trusts_keys or e.measured_by is None]
     own, native = manifest.context_length, manifest.original_context_length
     return (*_at_its_own(evaluations, own), *_at_the_native(evaluations, native, tolerance))
 

@@ -239,6 +239,7 @@ evaluations = Table(
     Column("depth", Double),
     Column("count", Integer),
     Column("data_sha256", String(64)),
+    Column("measured_by", String(8)),
     Column("actor", String(96), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
@@ -275,6 +276,7 @@ audit_log = Table(
     Column("tenant", String(32), nullable=False, server_default="default", index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
     *(Column(name, String(64)) for name in ("address", "previous_hash", "hash")),
+    Column("request_id", String(128)),
 )
 
 logins = Table(

@@ -22,6 +22,7 @@ from loray.cli.transfer import pull, push
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
+from loray.settings import Settings
 from loray.spec import AdapterManifest, ToolParserName
 from loray.text.templates import ChatTemplate
 
@@ -120,7 +121,7 @@ def show(model: str, as_json: bool) -> None:
     A server does not tell how aliases moved, nor what its gate would refuse.
     """
     name, selector = split_model(model)
-    gate_tolerance: float | None = None
+    settings: Settings | None = None
     with open_remote() as client:
         if client is not None:
             detail = describe.detail_of(client, name)
@@ -129,7 +130,7 @@ def show(model: str, as_json: bool) -> None:
             with open_services() as services:
                 shown = services.catalog.resolve(model)
                 detail = services.catalog.adapter(shown.name)
-                gate_tolerance = services.settings.gate_tolerance
+                settings = services.settings
     version = next(v for v in detail.versions if v.version == shown.version)
     if as_json:
         described = describe.detail_json(detail, version)
@@ -138,7 +139,7 @@ def show(model: str, as_json: bool) -> None:
         emit(described)
         return
     out = console()
-    out.print(describe.lineage(version, gate_tolerance))
+    out.print(describe.lineage(version, settings))
     if version.evaluations:
         out.print(describe.evaluations(version.evaluations))
     out.print(describe.versions(detail))

@@ -22,6 +22,7 @@ from loray.catalog import (
 )
 from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
+from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_seconds, format_size
 
 
@@ -188,12 +189,13 @@ def _version_of(found: VersionDetail) -> AdapterVersion:
     )
 
 
-def lineage(version: AdapterVersion, gate_tolerance: float | None) -> Table:
-    """The version's properties and origin, and why the gate refuses it an alias; None: its tolerance is not known."""
+def lineage(version: AdapterVersion, settings: Settings | None) -> Table:
+    """The version's properties and origin, and why the gate of `settings` refuses it an alias; None: nobody knows."""
     m: AdapterManifest = version.manifest
     passes = None
-    if gate_tolerance is not None and gate.is_gated(m):
-        failures = gate.failures(m, version.evaluations, gate_tolerance)
+    if settings is not None and gate.is_gated(m):
+        trusts_keys = settings.gate_trusts_keys
+        failures = gate.failures(m, version.evaluations, settings.gate_tolerance, trusts_keys=trusts_keys)
         passes = "no alias: " + "; ".join(failures) if failures else "passed"
     return pairs(
         [
@@ -239,9 +241,10 @@ def evaluations(measured: Sequence[Evaluation]) -> Table:
         "STRIDE": [e.stride for e in measured],
         "MEAN OF": [e.count for e in measured],
         "DATASET": [e.dataset for e in measured],
+        "MEASURED BY": [e.measured_by for e in measured],
     }
     shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-    numbers = [name for name in shown if name not in ("METRIC", "MODEL", "DATASET")]
+    numbers = [name for name in shown if name not in ("METRIC", "MODEL", "DATASET", "MEASURED BY")]
     return table(list(shown), list(zip(*shown.values(), strict=True)), right=numbers)
 
 

@@ -25,7 +25,10 @@ class Services(NamedTuple):
 def open_services() -> Iterator[Services]:
     settings = Settings.from_env()
     catalog = Catalog(
-        settings.catalog, gate_tolerance=settings.gate_tolerance, max_snapshot_bytes=settings.snapshot_bytes
+        settings.catalog,
+        gate_tolerance=settings.gate_tolerance,
+        gate_trusts_keys=settings.gate_trusts_keys,
+        max_snapshot_bytes=settings.snapshot_bytes,
     )
     try:
         yield Services(settings, AdapterStore(open_store(settings.store)), catalog)

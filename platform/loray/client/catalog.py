@@ -31,7 +31,7 @@ from loray.client.access import AccessCalls
 from loray.client.files import FileCalls, path_of
 from loray.client.http import given
 from loray.errors import ClusterError, LorayError
-from loray.spec import DEFAULT_ALIAS, CanaryBounds, TrainSpec, UsageGroup, Visibility
+from loray.spec import DEFAULT_ALIAS, CanaryBounds, Evaluation, TrainSpec, UsageGroup, Visibility
 
 
 class CatalogClient(AccessCalls, FileCalls):
@@ -118,6 +118,11 @@ class CatalogClient(AccessCalls, FileCalls):
         body = given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
         body |= {"aliases": list(aliases)}
         return self._ask(VersionDetail, "POST", path_of(name, "/versions"), again=True, json=body)
+
+    def report_evaluations(self, name: str, version: int, measured: Sequence[Evaluation]) -> VersionDetail:
+        """Keeps with a version what was measured of it elsewhere; the gate may not believe it."""
+        body = {"evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured]}
+        return self._ask(VersionDetail, "POST", path_of(name, f"{_version(version)}/evaluations"), json=body)
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a name, or one version of it; it can be restored."""

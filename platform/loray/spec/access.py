@@ -237,7 +237,7 @@ class UsageEvent:
                 for each; `num_cached_tokens` are of these
     tier        OpenAI's service tier that its `priority` amounts to: `priority` below 0, `default` at 0, `flex` above
     seconds     from the request's arrival to its end
-    outcome     `ok`, `disconnected`, `cancelled`, or the code of the error
+    outcome     `ok`, `disconnected`, `cancelled`, `abandoned` by a gateway that was killed, or the code of the error
     created_at  when it ended
     """
 

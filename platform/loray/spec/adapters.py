@@ -74,6 +74,9 @@ class Evaluation(Frozen):
     depth: float | None = Field(default=None, description="retrieval: where the key lies; 0 the beginning, 1 the end")
     count: _Count | None = Field(default=None, description="windows or prompts that `value` is the mean of")
     data_sha256: Sha256 | None = Field(default=None, description="of the tokens of the documents")
+    measured_by: Literal["key"] | None = Field(
+        default=None, description="`key`: a client has reported it; null: loray's, of a job or `loray eval`"
+    )
 
 
 class Projection(Frozen):

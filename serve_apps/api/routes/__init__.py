@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial, wraps
 from typing import Any
 
@@ -20,7 +21,8 @@ class AccessRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         @wraps(endpoint)
         async def in_thread(*args: Any, **kwargs: Any) -> Any:
-            return await asyncio.get_running_loop().run_in_executor(_of_access, partial(endpoint, *args, **kwargs))
+            call = partial(copy_context().run, endpoint, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(_of_access, call)
 
         super().__init__(path, in_thread, **options)
 

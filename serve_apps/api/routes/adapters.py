@@ -11,6 +11,7 @@ from loray.api.resources import (
     AdapterChange,
     AdapterResource,
     BaseResource,
+    EvaluationReport,
     Page,
     PlacementResource,
     VersionDetail,
@@ -148,6 +149,25 @@ async def register_version(
         version = await run_in_threadpool(register)
     response.headers["Location"] = _location(request, version)
     return views.detail(version)
+
+
+@router.post(
+    "/adapters/{name}/versions/{version}/evaluations",
+    status_code=201,
+    responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201),
+)
+@may("publish")
+def report_evaluations(
+    services: ServicesDep,
+    asking: Asking,
+    name: AdapterName,
+    version: Annotated[VersionNumber, Path()],
+    report: EvaluationReport,
+) -> VersionDetail:
+    """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
+    believe it unless the server says so. 409: it has as many as it may.
+    """
+    return views.detail(services.catalog_of(asking).report_evaluations(name, version, report.evaluations))
 
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))

@@ -17,7 +17,7 @@ from loray.api.resources import VersionNumber
 from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
 from loray.publishing.archive import as_it_is, as_tar
-from serve_apps.access import address_of, may
+from serve_apps.access import may
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
@@ -62,7 +62,7 @@ async def download(
     `presigned` is for `peft`; where the store is a folder, the archive comes as without it. Who may not know how the
     version was made gets the archive, with a manifest that does not say it.
     """
-    found = await run_in_threadpool(_noted, services, asking, name, version, format, address_of(request.scope))
+    found = await run_in_threadpool(_noted, services, asking, name, version, format)
     if format == "peft":
         if presigned:
             urls = await run_in_threadpool(_presigned, services, found)
@@ -81,13 +81,11 @@ async def download(
         return ArchiveResponse(archive, held.pop_all(), found, format)
 
 
-def _noted(
-    services: Services, asking: Asking, name: str, version: int, form: DownloadForm, address: str | None
-) -> AdapterVersion:
+def _noted(services: Services, asking: Asking, name: str, version: int, form: DownloadForm) -> AdapterVersion:
     """The version, of whose download the audit log has an entry."""
     catalog = services.catalog_of(asking)
     found = catalog.version(name, version)
-    catalog.note("download", found.label, tenant=found.tenant, address=address, form=form)
+    catalog.note("download", found.label, tenant=found.tenant, form=form)
     return found
 
 

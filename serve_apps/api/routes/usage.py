@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
-from loray.api.resources import Page
+from loray.api.resources import WRITTEN_OUT, Page
 from loray.api.usage import UsageResource
 from loray.spec import QualifiedName, TenantName, UsageGroup
 from serve_apps.access import may
@@ -22,6 +22,7 @@ _Groups = Annotated[
     list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
 ]
 _MOST = 10**9
+_Time = Annotated[datetime, WRITTEN_OUT]
 _KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
 
 
@@ -38,8 +39,8 @@ def get_usage(
     tenant: Annotated[TenantName | None, Query(description="for administrators; others have their own")] = None,
     key_id: Annotated[str | None, Query(pattern=_KEY_ID, description="only this key's requests")] = None,
     model: Annotated[QualifiedName | None, Query(description="only requests to this model")] = None,
-    since: Annotated[datetime | None, Query(description="requests that ended then or later")] = None,
-    until: Annotated[datetime | None, Query(description="requests that ended before")] = None,
+    since: Annotated[_Time | None, Query(description="requests that ended then or later")] = None,
+    until: Annotated[_Time | None, Query(description="requests that ended before")] = None,
 ) -> Page[UsageResource]:
     """Requests and their tokens, summed up: of the own tenant, and for administrators of all."""
     found = services.catalog.usage(

@@ -17,7 +17,7 @@ from loray.api.resources import VersionNumber
 from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
-from serve_apps.access import Asking, address_of, may
+from serve_apps.access import Asking, may
 from serve_apps.console.archives import send_adapter
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import MOST_SUGGESTED
@@ -143,12 +143,11 @@ async def download(
     console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
 ) -> Response:
     """The files as a tar archive."""
-    address = address_of(request.scope)
 
     def find() -> AdapterVersion:
         catalog = console.backend.catalog_of(asking)
         found = catalog.version(name, version)
-        catalog.note("download", found.label, tenant=found.tenant, address=address, form="peft")
+        catalog.note("download", found.label, tenant=found.tenant, form="peft")
         return found
 
     return await send_adapter(console.backend, asking, await run_in_threadpool(find))

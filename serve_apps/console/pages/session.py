@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from loray.errors import LorayError, NotFoundError
-from serve_apps.access import Asking, address_of, may
+from serve_apps.access import Asking, may
 from serve_apps.access.browsers import refuse_other_sites
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import read_form
@@ -36,11 +36,10 @@ def show_login(console: ConsoleDep, request: Request) -> Response:
 async def log_in(console: ConsoleDep, request: Request) -> Response:
     refuse_other_sites(request.headers)
     key = (await read_form(request)).get("key")
-    address = address_of(request.scope)
     try:
-        principal = await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"}, address)
+        principal = await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"})
         assert principal is not None
-        cookie = await run_in_threadpool(console.sessions.begin, key, principal, address)
+        cookie = await run_in_threadpool(console.sessions.begin, key, principal)
     except LorayError as e:
         answer = console.renderer.refusal(request, e)
         return console.renderer.page(request, "login.html", answer.status_code, message=str(e))

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from jobs.submission.command import jobs as jobs_command
 from jobs.submission.tracker import id_of
+from loray.bases.registry import BaseModel
+from loray.cli.evaluation import harness
 from loray.client import CatalogClient
+from loray.settings import Settings
 from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
-from tests.catalog.test_catalog import digest, publish
+from tests.catalog.test_catalog import digest, manifest, publish
 from tests.catalog.test_usage import event
 from tests.catalogs import sqlite_catalog
 from tests.cli.run import Loray
+from tests.cli.test_tasks import RESULTS
 from tests.serve_apps.api.fakes import Api
 
 
@@ -139,3 +144,27 @@ def test_jobs(api: Api, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert api.jobs.stopped == [nightly.id]
     api.jobs.say(nightly.id, "STOPPED")
     assert call.invoke(jobs_command, ["stop", nightly.id]).output == f"{nightly.id} is stopped\n"
+
+
+def test_figures_of_tasks_are_reported_to_the_server(
+    loray: Loray, api: Api, base: BaseModel, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = manifest(1).model_copy(update={"base": base.name, "base_fingerprint": base.fingerprint})
+    api.catalog.register("tone", digest(1), described, ["prod"])
+    asked: list[str] = []
+
+    def run(settings: Settings, model: Mapping[str, Any], tasks: object, options: object, folder: Path) -> None:
+        asked.extend((model["model"], model["base_url"]))
+        (folder / "results_1.json").write_text(json.dumps(RESULTS))
+
+    monkeypatch.setenv("LORAY_HOME", str(api.settings.home))  # with the base's tokenizer; the catalog is not there
+    monkeypatch.setattr(harness, "find_spec", lambda name: True)
+    monkeypatch.setattr(harness, "_run", run)
+    told = loray("eval", "tasks", "tone@prod", "letters", "sums", "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["digest"] == digest(1)
+    assert asked == ["tone@1", f"{url}/v1/completions"]
+    found = [(e.metric, e.value, e.measured_by) for e in api.catalog.version("tone", 1).evaluations]
+    assert found == [("acc", 0.5, "key"), ("acc_norm", 0.25, "key"), ("exact_match/strict-match", 0.75, "key")]
+    shown = loray("adapters", "show", "tone")
+    assert "MEASURED BY" in shown.out

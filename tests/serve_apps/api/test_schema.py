@@ -73,6 +73,7 @@ OPERATIONS = [
     "POST /adapters/{name}/restore",
     "POST /adapters/{name}/transfer",
     "POST /adapters/{name}/versions",
+    "POST /adapters/{name}/versions/{version}/evaluations",
     "POST /adapters/{name}/versions/{version}/restore",
     "POST /jobs",
     "POST /jobs/{id}/stop",

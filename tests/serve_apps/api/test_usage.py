@@ -49,6 +49,10 @@ def test_an_administrator_sees_all(used: Api) -> None:
     second = used.http.get(f"http://test{first.links['next']['url']}").json()
     assert [row["tenant"] for row in second["items"]] == ["other"]
     assert second["next"] is None
+    for number in ("274", "1700000000", "1.7e9", "-1"):  # seconds since 1970, as far as one can guess
+        problem(used.http.get("/usage", params={"until": number}), 422)
+        problem(used.http.get("/audit", params={"since": number}), 422)
+    problem(used.http.post("/keys", json={"key_alias": "ci", "expires": 4_000_000_000}), 422)
     for wrong in ({"group_by": "hour"}, {"since": "yesterday"}, {"cursor": "-1"}, {"key_id": "a\0"}, {"model": "\0"}):
         problem(used.http.get("/usage", params=wrong), 422)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 from loray.adapters.manifest import describe, manifest_json, read_manifest, write_manifest
 from loray.bases.registry import BaseModel
 from loray.client import CatalogClient
-from loray.errors import GateRefused
-from loray.spec import RopeParameters
+from loray.errors import AdapterNotFound, ConflictError, GateRefused, PermissionDenied, SettingsError
+from loray.settings import Settings
+from loray.spec import Evaluation, RopeParameters
+from serve_apps.api.services import Services
 from tests.catalog.test_catalog import digest, manifest
 from tests.catalog.test_gate import figures
 from tests.catalogs import sqlite_catalog
@@ -70,6 +74,75 @@ def test_the_gate_believes_no_measurement_that_was_uploaded(
         client.promote("tone", "prod", 1)
     api.catalog.record_evaluations(version.digest, figures(good))  # measured by somebody who has the database
     assert client.promote("tone", "prod", 1).version == 1
+
+
+def test_the_gate_believes_no_measurement_that_a_client_has_reported(
+    api: Api, base: BaseModel, peft_folder: Callable[..., Path]
+) -> None:
+    folder = peft_folder(base)
+    native = base.config.max_position_embeddings
+    rope = RopeParameters(rope_type="linear", rope_theta=1e4, factor=2)
+    update = {"method": "longlora", "rope_parameters": rope, "context_length": 2 * native}
+    described = describe(folder, base).model_copy(update=update | {"original_context_length": native})
+    write_manifest(folder, manifest_json(described))
+    client = client_of(api, "publish", "promote")
+    stored = client.register("tone", upload=upload(client, folder)).digest
+    bad, good = (
+        {("adapter", 2 * native): at_its_own, ("base", 2 * native): 10.0, ("base_scaled", 2 * native): 12.0}
+        | {("adapter", native): 10.0, ("base", native): 10.0}
+        for at_its_own in (11.0, 9.0)
+    )
+    reported = client.report_evaluations("tone", 1, figures(good))
+    assert {e.measured_by for e in reported.evaluations} == {"key"}
+    with pytest.raises(GateRefused, match="have not been measured on the same data"):
+        client.promote("tone", "prod", 1)
+    api.catalog.record_evaluations(stored, figures(bad))
+    client.report_evaluations("tone", 1, figures(good))  # what is reported later hides nothing
+    with pytest.raises(GateRefused, match="its perplexity 11 is not below 10 of the base"):
+        client.promote("tone", "prod", 1)
+    (entry, *_) = api.catalog.audit(action="evaluate").entries
+    assert (entry.actor.partition(" (")[0], entry.subject, entry.detail) == ("publish promote", stored, {"count": 5})
+    env = api.settings.to_env() | {"LORAY_GATE_TRUSTS": "keys"}
+    settings = Settings.from_env(Settings.from_env(env).to_env())
+    with closing(Services(settings, api.jobs, api.placements)) as trusting:
+        assert trusting.catalog.promote("tone", "prod", 1).version == 1
+    with pytest.raises(SettingsError, match="LORAY_GATE_TRUSTS='all' must be jobs or keys"):
+        Settings.from_env({"LORAY_GATE_TRUSTS": "all"})
+
+
+def test_what_is_reported_is_bounded_and_the_tenants_own(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.catalog.create_tenant("acme")
+    api.catalog.register("tone", digest(1), manifest(1))
+    api.catalog.share("tone", "public")
+    measured = [Evaluation(metric="acc", value=0.5, dataset="letters")]
+    other = api.catalog.create_key("other", tenant="acme", scopes=["publish"]).secret
+    stranger = CatalogClient("http://test", api_key=other, transport=api.transport)
+    with pytest.raises(PermissionDenied):
+        stranger.report_evaluations("default/tone", 1, measured)
+    with pytest.raises(PermissionDenied):
+        client_of(api, "promote", "train", "infer").report_evaluations("tone", 1, measured)
+    client = client_of(api, "publish")
+    with pytest.raises(AdapterNotFound):
+        client.report_evaluations("tone", 2, measured)
+    key = api.catalog.create_key("raw", scopes=["publish"]).secret
+    for wrong in (
+        {"value": math.nan},
+        {"value": math.inf},
+        {"metric": "a" * 65},
+        {"dataset": "a\0b"},
+        {"count": 1 << 31},
+        {"measured_by": "key"},
+    ):
+        body = json.dumps({"evaluations": [{"metric": "acc", "value": 0.5, "dataset": "letters"} | wrong]})
+        headers = {"Authorization": f"Bearer {key}"}
+        told = api.http.post("/adapters/tone/versions/1/evaluations", content=body, headers=headers)
+        assert told.status_code == 422, wrong
+    monkeypatch.setattr("loray.catalog.notes.evaluations.MAX_REPORTED", 3)
+    client.report_evaluations("tone", 1, measured * 3)
+    with pytest.raises(ConflictError, match="has 3 evaluations that clients have reported"):
+        client.report_evaluations("tone", 1, measured)
+    api.catalog.record_evaluations(digest(1), measured)  # those of loray itself are not counted
+    assert len(client.version("tone", 1).evaluations) == 4
 
 
 def test_lineage_is_kept_where_the_sender_has_it(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> None:

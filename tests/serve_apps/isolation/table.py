@@ -159,6 +159,9 @@ API: dict[str, Route] = _DOCUMENTS | {
     f"GET {_VERSION}": Route(READ, query=_OF),
     f"DELETE {_VERSION}": Route(PUBLISH, query=_OF),
     f"POST {_VERSION}/restore": Route(PUBLISH, query=_OF),
+    f"POST {_VERSION}/evaluations": Route(
+        PUBLISH, {"evaluations": [{"metric": "acc", "value": 0.5, "dataset": "letters"}]}, _OF
+    ),
     f"GET {_VERSION}/download": Route(MAKERS, query=_OF),
     f"DELETE {_VERSION}/quarantine": Route(NOBODY, query=_OF),
     "POST /uploads": Route(PUBLISH),

@@ -1,7 +1,7 @@
 """Who may use a deployment: tenants, keys, who sees adapters, the audit log, and what requests used."""
 
 from loray.catalog.identity.allowances import Allowances
-from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage, AuditState, Refused
+from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage, AuditState, Refusals, Refused
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
 from loray.catalog.identity.logins import Logins
 from loray.catalog.identity.quotas import Quotas, QuotaState, QuotaUse
@@ -23,6 +23,7 @@ __all__ = [
     "QuotaState",
     "QuotaUse",
     "Quotas",
+    "Refusals",
     "Refused",
     "Sharing",
     "Tenants",

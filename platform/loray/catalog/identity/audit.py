@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.audit_chain import add_entry, chained
+from loray.catalog.audit_chain import Origin, add_entry, chained
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.queries import lock, utc
+from loray.catalog.queries import lock, log, utc
 from loray.catalog.schema import audit_log
 from loray.errors import IntegrityError
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given, and
-    `address` from where the request came, as far as the server knows.
+    """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given,
+    `address` from where the request came, as far as the server knows, and `request_id` the answer's X-Request-Id.
     """
 
     id: int
@@ -31,6 +31,7 @@ class AuditEntry:
     detail: Mapping[str, Any]
     created_at: datetime
     address: str | None = None
+    request_id: str | None = None
 
 
 class AuditPage(NamedTuple):
@@ -49,6 +50,13 @@ class Refused(NamedTuple):
     what: str
 
 
+class Refusals(NamedTuple):
+    """How often requests of one kind were refused, and the id of the first of them."""
+
+    num_requests: int
+    request_id: str | None = None
+
+
 class AuditState(NamedTuple):
     """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off.
 
@@ -65,18 +73,19 @@ class AuditState(NamedTuple):
 class Audit(Database):
     """The catalog's operations on the audit log."""
 
-    def note(self, action: str, subject: str, *, tenant: str, address: str | None = None, **detail: Any) -> None:
+    def note(self, action: str, subject: str, *, tenant: str, **detail: Any) -> None:
         """Add an entry for what writes nothing else, such as a download."""
         with writing(self._engine) as c:
             lock(c)
-            add_entry(c, self._actor, action, subject, tenant, detail, address)
+            log(c, self._actor, action, subject, tenant=tenant, **detail)
 
-    def note_refused(self, refused: Mapping[Refused, int]) -> None:
+    def note_refused(self, refused: Mapping[Refused, Refusals]) -> None:
         """Add an entry for each kind of request, with how often it was refused."""
         with writing(self._engine) as c:
             lock(c)
-            for one, count in refused.items():
-                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": count}, one.address)
+            for one, (num_requests, request_id) in refused.items():
+                origin = Origin(one.address, request_id)
+                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": num_requests}, origin)
 
     def verify_audit(self, known: tuple[int, str] | None = None) -> AuditState:
         """Compute all hashes of the log again. `known`: id and hash of an earlier end, which must still be there.

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-from loray.catalog.audit_chain import add_entry
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import logins
@@ -20,8 +19,8 @@ _NOTED = timedelta(minutes=5)  # between two times that a use is written
 class Logins(Database):
     """The catalog's operations on logins, which end at logout, `IDLE` after the last request, and after `LONGEST`."""
 
-    def begin_login(self, cookie_sha256: str, sealed: str, address: str | None = None) -> None:
-        """`sealed`: what `find_login` gives back; `address`: of the browser. Logins that have ended are deleted."""
+    def begin_login(self, cookie_sha256: str, sealed: str) -> None:
+        """`sealed`: what `find_login` gives back. Logins that have ended are deleted."""
         moment = now()
         with writing(self._engine) as c:
             lock(c)
@@ -31,7 +30,7 @@ class Logins(Database):
             c.execute(logins.delete().where(logins.c.cookie_sha256.not_in(newest)))
             row = {"cookie_sha256": cookie_sha256, "sealed": sealed, "created_at": moment, "used_at": moment}
             c.execute(logins.insert().values(row))
-            add_entry(c, self._actor, "login", "console", self._principal.tenant, {}, address)
+            log(c, self._actor, "login", "console", tenant=self._principal.tenant)
 
     def find_login(self, cookie_sha256: str) -> str | None:
         """What was sealed for this cookie; None where there is no such login, or it has ended."""

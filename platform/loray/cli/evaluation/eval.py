@@ -216,8 +216,10 @@ def _record(target: Target, options: Options, measured: Sequence[Evaluation]) ->
         if options.record:
             services.catalog.record_evaluations(version.digest, measured)
             known = services.catalog.version(version.name, version.version).evaluations
-        tolerance = services.settings.gate_tolerance
-    return gate.failures(version.manifest, known, tolerance) if gate.is_gated(version.manifest) else None
+        settings = services.settings
+    if not gate.is_gated(version.manifest):
+        return None
+    return gate.failures(version.manifest, known, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
 
 
 def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import click
 
+from loray.api.resources import VersionDetail
 from loray.bases.registry import get_base
-from loray.catalog import AdapterVersion
+from loray.catalog import AdapterVersion, split_model
+from loray.cli import describe
 from loray.cli.output import console, emit, json_option, table
-from loray.cli.services import open_services
+from loray.cli.services import open_remote, open_services
 from loray.errors import EvaluationError, SpecError
 from loray.settings import Settings
 from loray.spec import Evaluation
@@ -59,9 +61,7 @@ def tasks(
     if find_spec("lm_eval") is None:
         raise SpecError("lm-evaluation-harness is not installed: pip install 'lm-eval[api]'")
     settings = Settings.from_env()
-    with open_services() as services:
-        ref = services.catalog.resolve(model)
-        version = services.catalog.version(ref.name, ref.version)
+    version = _version_of(model)
     options = {"--num_fewshot": num_fewshot, "--limit": limit, "--include_path": include_path}
     with tempfile.TemporaryDirectory(prefix="loray-tasks-") as folder:
         arguments = {
@@ -73,9 +73,27 @@ def tasks(
         _run(settings, arguments, tasks, {k: v for k, v in options.items() if v is not None}, Path(folder))
         measured = read_results(Path(folder))
     if not no_record:
-        with open_services() as services:
-            services.catalog.record_evaluations(version.digest, measured)
+        _record(version, measured)
     _show(version, measured, is_recorded=not no_record, as_json=as_json)
+
+
+def _version_of(model: str) -> AdapterVersion | VersionDetail:
+    with open_remote() as client:
+        if client is not None:
+            name, selector = split_model(model)
+            return client.version(name, describe.detail_of(client, name).entry.select(selector).version)
+    with open_services() as services:
+        ref = services.catalog.resolve(model)
+        return services.catalog.version(ref.name, ref.version)
+
+
+def _record(version: AdapterVersion | VersionDetail, measured: Sequence[Evaluation]) -> None:
+    with open_remote() as client:
+        if client is not None:
+            client.report_evaluations(version.name, version.version, measured)
+            return
+    with open_services() as services:
+        services.catalog.record_evaluations(version.digest, measured)
 
 
 def _run(
@@ -120,7 +138,9 @@ def read_results(folder: Path) -> tuple[Evaluation, ...]:
     return tuple(measured)
 
 
-def _show(version: AdapterVersion, measured: Sequence[Evaluation], *, is_recorded: bool, as_json: bool) -> None:
+def _show(
+    version: AdapterVersion | VersionDetail, measured: Sequence[Evaluation], *, is_recorded: bool, as_json: bool
+) -> None:
     if as_json:
         evaluations = [e.model_dump(mode="json", exclude_none=True) for e in measured]
         emit({"model": version.label, "digest": version.digest, "evaluations": evaluations, "recorded": is_recorded})
