@@ -68,9 +68,10 @@ def case(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2.path)
     ids = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(len(adapters) + 1)]
-    ids[-1] = ids[-1] * 45  # the LongLoRA adapter gets a long prompt, for more than one step
+    ids[-1] = ids[-1] * 12  # the LongLoRA adapter gets a long prompt, for more than one step
     case = Case(smollm2, adapters, ids, {}, {})
-    engine = make_engine(smollm2, adapters, pool_bytes=1 << 30, max_num_batched_tokens=256)
+    engine = make_engine(smollm2, adapters, pool_bytes=1 << 30, max_num_batched_tokens=64)
+    assert len(ids[-1]) > 64
     spy = Spy(engine)
     case.mixed.update(run(engine, case.requests(list(range(len(ids)))), together=True))
     assert engine.stats().max_adapters_in_step >= 8
