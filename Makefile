@@ -1,18 +1,24 @@
 # Everything runs in .venv, which is made at first use with your own pip configuration.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiled modules are kept, also where an image's environment says otherwise: tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# The cluster's tests often wait; the others take what these leave of two cores. The output comes when a part has ended.
+# The cluster's tests often wait; the others take what these leave of two cores. All are begun at once, since the last one
+# would be alone with two cores. The output comes when a part has ended.
 test: .venv/.ready
-	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-cluster test-numeric test-kernels test-rest test-doors
+	@$(MAKE) --no-print-directory --jobs=5 --output-sync=target test-cluster test-numeric test-kernels test-rest test-doors
+
+# Only files with such a test: to import the others takes seconds.
+CLUSTER = $(sort $(shell grep -rl --include='test_*.py' 'mark\.cluster' tests)) tests/serve_apps/servers
 
 test-cluster: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(addprefix tests/,e2e infra jobs local serve_apps)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow" $(CLUSTER)
 
 NUMERIC := $(addprefix tests/,benchmarks engine)
 KERNELS := $(addprefix tests/,kernels train)

@@ -16,7 +16,7 @@ import pytest
 
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.local.cluster import LocalCluster, current_cluster, start_local_cluster, stop_local_cluster
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from loray.store import AdapterStore, open_store
@@ -24,7 +24,7 @@ from loray.store import AdapterStore, open_store
 NUM_CPUS = 4
 # Short intervals, in seconds: tests kill processes and wait until Serve and Train notice it.
 _QUICK = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, of machines that are taken away
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -71,7 +71,9 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_FOLDER / "h
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
     home = _FOLDER / "home"
-    settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
+    # To measure the peak takes longer than a tiny model's training. tests/infra/test_deploy.py leaves that to its job.
+    peak = {"LORAY_PEAK_TFLOPS": "1"}
+    settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"} | peak)
     local = start_local_cluster(home, num_cpus=NUM_CPUS, env=settings.to_env() | _QUICK)
     try:
         with pytest.MonkeyPatch.context() as environment:
@@ -83,17 +85,33 @@ def ray_cluster() -> Iterator[RayCluster]:
             ray.init(address=local.gcs_address, log_to_driver=False, logging_level="ERROR")
             yield RayCluster(home, settings, local)
             ray.shutdown()
+        _check_end(local, home)
     finally:
         stop_local_cluster(home)
         shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
+def _check_end(local: LocalCluster, home: Path) -> None:
+    """The cluster is stopped with everything that it started."""
+    assert current_cluster(home) == local
+    assert stop_local_cluster(home)
+    assert current_cluster(home) is None
+    assert not Path(local.temp_dir).exists()
+    stats = [p.read_text().rpartition(")")[2].split() for p in Path("/proc").glob("[0-9]*/stat") if p.exists()]
+    assert [state for state, _, _, session, *_ in stats if int(session) == local.pid and state != "Z"] == []
+
+
 @pytest.fixture(scope="session")
-def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def cluster_base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """The base of `served`."""
+    return served_base(tmp_path_factory.mktemp("checkpoint"), ray_cluster.home)
+
+
+@pytest.fixture(scope="session")
+def served(ray_cluster: RayCluster, cluster_base: BaseModel) -> Iterator[Served]:
     from serve_apps.deployment import ServeApi, serve_config
 
-    settings = ray_cluster.settings
-    base = served_base(tmp_path_factory.mktemp("checkpoint"), settings.home)
+    settings, base = ray_cluster.settings, cluster_base
     spec = ServeSpec(base=base.name, dtype="float32", port=free_port(), **SERVE)
     api = ServeApi(ray_cluster.address)
     api.deploy(serve_config(FleetSpec.of(spec), settings))

@@ -24,6 +24,7 @@ pytest_plugins = [
     "tests.postgres",
     "tests.s3",
     "tests.standalone",
+    "tests.trained",
 ]
 
 # An example may take as long as a busy machine makes it: no test is about time. The examples are the same in each run.

@@ -34,7 +34,6 @@ from loray.spec import LongLoraSpec, TrainSpec
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset, load_data
 from loray.train.data.kept_plans import plan_ahead
-from loray.train.strategies import zero
 
 
 class Prepared(NamedTuple):
@@ -127,6 +126,8 @@ def _check_packages(spec: TrainSpec) -> None:
     """
     check_installed(spec.tracking)
     if spec.parallel.strategy in ("zero2", "zero3"):
+        from loray.train.strategies import zero  # imports PEFT and models, which the driver spares itself
+
         zero.check_installed()
     if spec.quantization is not None:
         quantised.check_installed()

@@ -5,9 +5,6 @@ Served tokens and logprobs are compared with those of transformers + PEFT on the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,67 +15,49 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from jobs.events.messages import decode
 from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
-from loray.recipes.load import Recipe
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.replica.startup import adapter_loader
-from tests.cluster import RayCluster, Served
+from tests.cluster import Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
-from tests.jobs.driver.test_evaluation import long_recipe
+from tests.jobs.test_train import train_here
 from tests.serve_apps.asking import eventually
 from tests.test_recipe import write
 from tests.tiny import byte_tokenizer
+from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 
 PROMPT = "the adapter says: abcdefghijklm"
 NUM_TOKENS = 8
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
-    "vera": {"adapter": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]}},
-}
-FIELDS: dict[str, Any] = {
-    "dtype": "float32",
-    "max_steps": 4,
-    "optimizer": {"learning_rate": 0.1, "schedule": "constant"},
-    "evaluation": {"keep_best": False},
-    "data": {"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
-}
-
-
-def recipe_of(method: str, base: BaseModel, folder: Path) -> Recipe:
-    name = f"loop-{method}"
-    if method == "longlora":  # measured before it is published
-        return long_recipe(folder, name=name, base=base.name)
-    return write(folder, name=name, base=base.name, **METHODS[method], **FIELDS)
 
 
 @pytest.fixture(scope="module")
 def trained(
-    ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[dict[str, Any]]]:
-    """Method → the events of its driver; the three drivers run at the same time."""
-    environment = os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"}
-    drivers = {}
-    for method in (*METHODS, "longlora"):
-        folder = tmp_path_factory.mktemp(method)
-        recipe = recipe_of(method, served.base, folder)
-        command = [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"]
-        drivers[method] = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    events = {}
-    for method, driver in drivers.items():
-        out, err = driver.communicate(timeout=400)
-        events[method] = [event for line in out.splitlines() if (event := decode(line))]
-        assert driver.returncode == 0, f"{out}\n{err}"
-        assert events[method][-1]["event"] == "published"
-    return events
+    served: Served, command_job: Trained, api_job: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, str]]:
+    """Method → name and digest of an adapter. The cluster's jobs have trained LoRA and LongLoRA, this process VeRA."""
+    folder = tmp_path_factory.mktemp("vera")
+    recipe = write(
+        folder,
+        name="loop-vera",
+        base=served.base.name,
+        adapter={"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+        dtype="float32",
+        max_steps=4,
+        optimizer={"learning_rate": 0.1, "schedule": "constant"},
+        evaluation={"keep_best": False},
+        data={"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64},
+    )
+    train_here(recipe, served.settings, folder)
+    vera = served.catalog.version("loop-vera", 1)
+    ends = {"lora": command_job.events[-1], "longlora": api_job.events[-1]}
+    assert [end["event"] for end in ends.values()] == ["published"] * 2, f"{command_job.log}\n{api_job.log}"
+    return {method: (end["name"], end["digest"]) for method, end in ends.items()} | {"vera": (vera.name, vera.digest)}
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +98,13 @@ def engine_logits(served: Served, refs: list[AdapterRef | None], ids: tuple[int,
 
 
 def test_every_method_is_served_as_peft_computes_it(
-    client: openai.OpenAI, served: Served, trained: dict[str, list[dict[str, Any]]], tmp_path: Path
+    client: openai.OpenAI, served: Served, trained: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
     tokenizer = byte_tokenizer()
     ids = tuple(tokenizer(PROMPT)["input_ids"])
-    refs = {method: served.catalog.resolve(f"loop-{method}") for method in trained}
+    refs = {method: served.catalog.resolve(name) for method, (name, _) in trained.items()}
     assert {method: ref.digest for method, ref in refs.items()} == {
-        method: events[-1]["digest"] for method, events in trained.items()
+        method: digest for method, (_, digest) in trained.items()
     }
     adapters = {method: from_the_store(served, ref, tmp_path / method) for method, ref in refs.items()}
     for method, (_, manifest) in adapters.items():
@@ -144,23 +123,23 @@ def test_every_method_is_served_as_peft_computes_it(
         assert expected.argmax(-1).tolist() == tokens
         assert (logits[0] - base.logits[0]).abs().max() > 0.1, f"{method} does next to nothing: nothing is shown"
 
-        answer = ask(client, f"loop-{method}")  # over HTTP, from the replica in its own process
+        answer = ask(client, trained[method][0])  # over HTTP, from the replica in its own process
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
         drawn = expected.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(answer.logprobs.token_logprobs), drawn, atol=1e-4, rtol=1e-4)
 
 
-def test_a_task_of_the_cluster_measures_before_publishing(trained: dict[str, list[dict[str, Any]]]) -> None:
-    *_, measured, published = trained["longlora"]
+def test_workers_of_the_cluster_measure_before_publishing(api_job: Trained) -> None:
+    *_, measured, published = api_job.events
     assert (measured["event"], published["event"]) == ("measure", "published")
-    assert (published["aliases"], published["refusal"]) == (["prod"], None)
+    assert (published["aliases"], published["refusal"]) == (["measured"], None)
     assert len([e for e in published["evaluations"] if e["metric"] == "perplexity"]) == 6
 
 
 def test_promote_changes_the_next_answer_and_rollback_restores_it(
-    client: openai.OpenAI, served: Served, trained: dict[str, list[dict[str, Any]]], tmp_path: Path
+    client: openai.OpenAI, served: Served, trained: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
-    name = "loop-lora"
+    name, _ = trained["vera"]
     folder = tmp_path / "second"
     make_adapter(served.base, folder, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]), seed=5, std=0.3)
     served.catalog.promote(name, "prod", 1)

@@ -98,15 +98,19 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
     add_base(str(write_checkpoint(home / "checkpoint")), home=home, name=init["args"][-1])
     try:
         cluster = start_local_cluster(home, num_cpus=2, env=env)
-        with (
-            node_of("training", cluster, home, env | cluster.client_env),
-            node_of("front", cluster, home, env | cluster.client_env),
-        ):
+        with node_of("training", cluster, home, env | cluster.client_env):
             yield Laptop(cluster, Settings.from_env(env), policies, env | cluster.client_env)
     finally:
         stop_local_cluster(home)
         policies.close()
         shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def front(laptop: Laptop) -> Iterator[None]:
+    """The node of gateways, which training does not need."""
+    with node_of("front", laptop.cluster, laptop.settings.home, laptop.env):
+        yield
 
 
 @contextmanager
@@ -185,6 +189,7 @@ def test_the_job_publishes_into_s3_and_postgresql(laptop: Laptop, published: str
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("front")
 def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, published: str, tmp_path: Path) -> None:
     config: dict[str, Any] = yaml.safe_load(the("RayService", FOLDER)["spec"]["serveConfigV2"])
     config["http_options"] = {"host": "127.0.0.1", "port": free_port()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from jobs.command import train as train_command
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
 from jobs.events.messages import decode
@@ -30,6 +28,7 @@ from tests.cluster import RayCluster
 from tests.jobs.driver.test_driver import result
 from tests.test_recipe import write
 from tests.tiny import write_checkpoint
+from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 
@@ -49,34 +48,12 @@ def base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> B
     return add_base(str(checkpoint), home=ray_cluster.home, name=TINY)
 
 
-@pytest.fixture(scope="module")
-def submitted(
-    ray_cluster: RayCluster, base: BaseModel, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Recipe, str, list[str]]:
-    """The recipe, the job that trained it, and the job's log.
-
-    It is submitted from a folder with only recipe and data, as by `ray job submit --working-dir . -- python -m
-    jobs.train`.
-    """
-    from ray.job_submission import JobSubmissionClient
-
-    folder = tmp_path_factory.mktemp("only-recipe-and-data")
-    recipe = write(folder, name="submitted", **FIELDS)
-    client = JobSubmissionClient(ray_cluster.address)
-    job = client.submit_job(
-        entrypoint=f"{sys.executable} -m jobs.train recipe.yaml --events",
-        runtime_env={"working_dir": str(folder), "env_vars": ray_cluster.settings.to_env()},
-    )
-    return recipe, job, follow(client, job)
-
-
 def test_a_submitted_job_trains_and_publishes(
-    ray_cluster: RayCluster, base: BaseModel, submitted: tuple[Recipe, str, list[str]], tmp_path: Path
+    ray_cluster: RayCluster, cluster_base: BaseModel, command_job: Trained, tmp_path: Path
 ) -> None:
-    _, job, lines = submitted
-    events = [event for line in lines if (event := decode(line))]
+    events = command_job.events
     kinds = [e["event"] for e in events if e["event"] not in ("step", "checkpoint")]
-    assert kinds == ["start", *["eval"] * 4, "published"], "\n".join(lines)
+    assert kinds == ["start", *["eval"] * 4, "published"], "\n".join(command_job.log)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert events[0]["num_threads"] == 1  # as the cluster's environment says
     # Checkpoints are reported when they are uploaded, while training continues.
@@ -85,12 +62,12 @@ def test_a_submitted_job_trains_and_publishes(
         (e["step"], e["eval_loss"]) for e in events if e["event"] == "eval" and e["step"]
     ]
 
-    published = events[-1]
+    published, job_id = events[-1], command_job.job_id
     catalog = Catalog(ray_cluster.settings.catalog)
-    version = catalog.adapter("submitted").versions[-1]
-    assert (catalog.job(job).status, catalog.job(job).version) == ("succeeded", version.version)
+    (version,) = catalog.adapter("submitted").versions
+    assert (catalog.job(job_id).status, catalog.job(job_id).version) == ("succeeded", version.version)
     assert (version.label, version.digest, version.aliases) == (published["label"], published["digest"], ("prod",))
-    assert version.manifest.job_id == job
+    assert version.manifest.job_id == job_id
     assert version.manifest.recipe is not None
     assert version.manifest.recipe.data.train == "data.jsonl"
     assert version.manifest.licence == "CC0-1.0"
@@ -100,7 +77,15 @@ def test_a_submitted_job_trains_and_publishes(
     assert after.value < before.value
     store = AdapterStore(open_store(ray_cluster.settings.store))
     store.fetch(version.digest, tmp_path / "fetched")
-    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 8
+    assert len(read_adapter(tmp_path / "fetched", cluster_base.config).modules) == 6
+
+
+def test_the_command_follows_a_job_to_its_end(command_job: Trained) -> None:
+    assert "published submitted@1 (prod)" in command_job.output.splitlines()[-1]
+
+
+def test_a_published_run_has_nothing_left_to_do(ray_cluster: RayCluster, command_job: Trained) -> None:
+    assert run(command_job.recipe, ray_cluster.settings, resume=True) == command_job.events[-1:]
 
 
 def follow(client: Any, job: str) -> list[str]:
@@ -152,12 +137,12 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
 
 def train_here(recipe: Recipe, settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     """Trains and publishes in this process, without Ray, in one thread as the cluster's workers. Returns the events."""
-    prepared, threads = prepare(recipe, settings), torch.get_num_threads()
+    (spec, base, data, _, reason), threads = prepare(recipe, settings), torch.get_num_threads()
     run = open_runs(settings).new(recipe.spec.name, "here")
     reporter = FolderReporter(Path(run.path))
     torch.set_num_threads(1)
     try:
-        train_loop(prepared.spec, prepared.base, prepared.data, reporter=reporter, workdir=workdir)
+        train_loop(spec, base, data, reporter=reporter, workdir=workdir, dtype_reason=reason)
     finally:
         torch.set_num_threads(threads)
     publish_best(result(reporter), run, recipe, settings)
@@ -219,15 +204,3 @@ def test_the_driver_says_why_in_one_line(
     write(tmp_path, name="never-trained")
     nothing = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml"), "--publish-checkpoint", "--events"])
     assert (decode(nothing.stdout.strip()) or {}).get("kind") == "SpecError"
-
-
-def test_the_command_follows_a_job_to_its_end(
-    ray_cluster: RayCluster, submitted: tuple[Recipe, str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The recipe's run is published already, so the job has nothing to train."""
-    for name, value in ray_cluster.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    arguments = [str(submitted[0].path), "--address", ray_cluster.address, "--resume"]
-    result = CliRunner().invoke(train_command, arguments)
-    assert result.exit_code == 0, result.output
-    assert "published submitted@1 (prod)" in result.output.splitlines()[-1]

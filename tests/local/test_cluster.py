@@ -16,6 +16,7 @@ import pytest
 from loray.errors import ClusterError
 from loray.local.cluster import current_cluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import pid_scope, start_time
+from tests.cluster import NUM_CPUS, RayCluster
 
 
 def test_none_is_running(tmp_path: Path) -> None:
@@ -70,26 +71,20 @@ def test_failure_shows_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_started_once_and_stopped_whole(tmp_path: Path) -> None:
-    cluster = start_local_cluster(tmp_path, num_cpus=2)
-    try:
-        assert start_local_cluster(tmp_path) == cluster == current_cluster(tmp_path)
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
-        code = (
-            "import ray; ray.init(log_to_driver=False)\n"
-            "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42\n"
-            "print(int(ray.cluster_resources()['CPU']))"
-        )
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        driver = subprocess.run(
-            [sys.executable, "-c", code], env=env | cluster.client_env, capture_output=True, text=True, timeout=120
-        )
-        assert driver.stdout == "2\n", driver.stderr
-        assert (tmp_path / "ray-token").stat().st_mode & 0o777 == 0o600
-    finally:
-        assert stop_local_cluster(tmp_path)
-    assert current_cluster(tmp_path) is None
-    assert not Path(cluster.temp_dir).exists()
-    sessions = [p.read_text().rpartition(")")[2].split() for p in Path("/proc").glob("[0-9]*/stat") if p.exists()]
-    assert [f for f in sessions if int(f[3]) == cluster.pid and f[0] != "Z"] == []
+def test_started_once_and_for_its_user_alone(ray_cluster: RayCluster) -> None:
+    """The fixture checks at the end that it is stopped with everything that it started."""
+    cluster = ray_cluster.local
+    assert start_local_cluster(ray_cluster.home) == cluster == current_cluster(ray_cluster.home)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+    code = (
+        "import ray; ray.init(log_to_driver=False)\n"
+        "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42\n"
+        "print(int(ray.cluster_resources()['CPU']))"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    driver = subprocess.run(
+        [sys.executable, "-c", code], env=env | cluster.client_env, capture_output=True, text=True, timeout=120
+    )
+    assert driver.stdout == f"{NUM_CPUS}\n", driver.stderr
+    assert (ray_cluster.home / "ray-token").stat().st_mode & 0o777 == 0o600

@@ -24,6 +24,7 @@ ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 LINEAR = RopeParameters(rope_type="linear", rope_theta=100000.0, factor=2.0)
 NUM_TOKENS = 18  # past a block, whatever the prompt
 TIE = 1e-4
+POOL = 384 << 20  # all adapters and requests
 
 CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "lora-8": (LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION), None),
@@ -36,6 +37,7 @@ CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-all": (VeraConfig(r=128, target_modules=ALL, save_projection=False), None),
     "longlora": (LoraConfig(r=8, target_modules=ATTENTION, modules_to_save=["embed_tokens", *NORMS]), LINEAR),
 }
+ALONE = [0, *(1 + list(CONFIGS).index(name) for name in ("lora-64", "vera-256", "longlora"))]  # one of each method
 PROMPTS = [
     "The three largest oceans are",
     "def fibonacci(n):\n",
@@ -68,9 +70,10 @@ def case(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2.path)
     ids = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(len(adapters) + 1)]
-    ids[-1] = ids[-1] * 45  # the LongLoRA adapter gets a long prompt, for more than one step
+    ids[-1] = ids[-1] * 12  # the LongLoRA adapter gets a long prompt, for more than one step
     case = Case(smollm2, adapters, ids, {}, {})
-    engine = make_engine(smollm2, adapters, pool_bytes=1 << 30, max_num_batched_tokens=256)
+    engine = make_engine(smollm2, adapters, pool_bytes=POOL, max_num_batched_tokens=64)
+    assert len(ids[-1]) > 64
     spy = Spy(engine)
     case.mixed.update(run(engine, case.requests(list(range(len(ids)))), together=True))
     assert engine.stats().max_adapters_in_step >= 8
@@ -102,22 +105,22 @@ def test_logits_in_the_mixed_batch_are_pefts(case: Case, oracles: list[Oracle], 
 def test_tokens_do_not_depend_on_order_or_company(case: Case) -> None:
     n = len(case.prompts)
     shuffled = run(
-        make_engine(case.base, case.adapters, pool_bytes=1 << 30, max_num_batched_tokens=512),
+        make_engine(case.base, case.adapters, pool_bytes=POOL, max_num_batched_tokens=512),
         case.requests([(7 * i + 3) % n for i in range(n)]),
         together=True,
     )
-    alone_engine = make_engine(case.base, case.adapters, pool_bytes=1 << 30)
+    alone_engine = make_engine(case.base, case.adapters, pool_bytes=POOL)
     alone: dict[str, list[int]] = {}
-    for i in range(n):
+    for i in ALONE:
         alone |= run(alone_engine, case.requests([i], NUM_TOKENS // 2))
     with_ties = {i: ties for i in range(n) if (ties := _ties(case.logits[str(i)]))}
-    for i in range(n):
-        for other in (shuffled, alone):
-            first = next((k for k, token in enumerate(other[str(i)]) if token != case.mixed[str(i)][k]), None)
-            assert first is None or first in with_ties.get(i, ())
+    for other in (shuffled, alone):
+        for i, tokens in other.items():
+            first = next((k for k, token in enumerate(tokens) if token != case.mixed[i][k]), None)
+            assert first is None or first in with_ties.get(int(i), ())
     print(f"ties: {with_ties}")
     assert len(with_ties) <= 1  # the others are compared to their end, whatever the machine's rounding
-    assert len({tuple(t) for t in alone.values()}) == n
+    assert len({tuple(t[: NUM_TOKENS // 2]) for t in case.mixed.values()}) == n
 
 
 def _ties(logits: torch.Tensor) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,10 @@ def test_the_driver_plans_the_rows_that_there_are(tmp_path: Path, settings: Sett
     packed = fields["batch"] | {"order": "packed"}
     with pytest.raises(SpecError, match="a worker where this-machine has"):
         prepare(write(tmp_path, **(fields | {"batch": packed})), settings, workers_of=workers_of)
+
+
+def test_a_driver_starts_without_peft_and_models() -> None:
+    """To import them takes as long as all else that it does for a tiny model."""
+    code = "import sys, jobs.train; print([m for m in ('peft', 'transformers.modeling_utils') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

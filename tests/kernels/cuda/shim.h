@@ -1,4 +1,5 @@
-// Runs the CUDA kernels on one CPU thread: each CUDA thread is a fiber, blocks run one after another.
+// Runs the CUDA kernels on one CPU thread: each CUDA thread is a fiber, blocks run one after another. A fiber runs the
+// same thread of all blocks and launches: to make one takes longer than most threads of a kernel.
 //
 // Barriers and shuffles switch fibers. A barrier that a running thread of its group never reaches is reported as an
 // error rather than waited for: on a GPU it would hang, or be undefined.
@@ -61,9 +62,9 @@ struct Fiber {
   Dim thread;
 };
 
-inline std::vector<Fiber> fibers;
+inline std::vector<Fiber> fibers; // as many as the largest block had threads
+inline std::vector<std::unique_ptr<char[]>> stacks;
 inline std::vector<Warp> warps;
-inline std::vector<char> stacks;
 inline Barrier block;
 inline jmp_buf scheduler;
 inline Fiber *current = nullptr;
@@ -122,12 +123,14 @@ template <class T> void multiply(float (&c)[4], Registers own) {
 }
 
 inline void enter() {
-  body(arguments);
-  current->done = current->progressed = true;
-  Warp &warp = own_warp();
-  block.members--, warp.barrier.members--; // threads that have returned are not waited for
-  release(block), release(warp.barrier);
-  _longjmp(scheduler, 1);
+  for (;;) {
+    body(arguments);
+    current->done = current->progressed = true;
+    Warp &warp = own_warp();
+    block.members--, warp.barrier.members--; // threads that have returned are not waited for
+    release(block), release(warp.barrier);
+    yield(); // until the next block
+  }
 }
 
 inline void resume(size_t i) {
@@ -137,7 +140,7 @@ inline void resume(size_t i) {
   current->started = true;
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack.ss_sp = stacks.data() + i * STACK;
+  context.uc_stack.ss_sp = stacks[i].get();
   context.uc_stack.ss_size = STACK;
   context.uc_link = nullptr;
   makecontext(&context, enter, 0);
@@ -145,12 +148,12 @@ inline void resume(size_t i) {
 }
 
 inline bool run_block() {
-  const size_t n = fibers.size();
+  const size_t n = threads.x;
   block = Barrier{0, static_cast<int>(n), 0};
   for (size_t w = 0; w < warps.size(); w++)
     warps[w].barrier = Barrier{0, static_cast<int>(std::min<size_t>(WARP, n - w * WARP)), 0};
   for (size_t i = 0; i < n; i++) {
-    fibers[i].started = fibers[i].done = false;
+    fibers[i].done = false;
     fibers[i].thread = Dim{static_cast<unsigned>(i), 0, 0};
   }
   // A warp goes on until it waits for another, and every other block begins with the last thread: a barrier between
@@ -194,14 +197,16 @@ template <class... A> int launch(void (*kernel)(A...), const unsigned *g, unsign
   };
   arguments = &call;
   grid = {g[0], g[1], g[2]}, threads = {num_threads, 1, 1};
-  fibers.assign(num_threads, Fiber{});
   warps.assign((num_threads + WARP - 1) / WARP, Warp{});
-  stacks.resize(num_threads * STACK);
+  while (fibers.size() < num_threads) fibers.emplace_back(), stacks.emplace_back(new char[STACK]);
   for (unsigned z = 0; z < g[2]; z++)
     for (unsigned y = 0; y < g[1]; y++)
       for (unsigned x = 0; x < g[0]; x++) {
         block_index = {x, y, z};
-        if (!run_block()) return 1;
+        if (!run_block()) {
+          for (Fiber &fiber : fibers) fiber.started = false; // what stands in a barrier starts afresh
+          return 1;
+        }
       }
   return 0;
 }

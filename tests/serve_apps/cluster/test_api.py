@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from jobs.events.messages import decode
+from jobs.submission.commands import for_server
 from loray.client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec
 from tests.cluster import RayCluster, Served
-from tests.test_recipe import RECIPE, write
+from tests.test_recipe import RECIPE
+from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 
@@ -24,15 +23,6 @@ pytestmark = pytest.mark.cluster
 def catalog(served: Served) -> Iterator[CatalogClient]:
     with CatalogClient(served.url) as client:
         yield client
-
-
-@pytest.fixture
-def recipe(served: Served, tmp_path: Path) -> dict[str, Any]:
-    """The recipe of a tiny adapter that changes the base's output."""
-    write(tmp_path)
-    data = RECIPE["data"] | {"train": str(tmp_path / "data.jsonl")}
-    strong = {"learning_rate": 0.1, "schedule": "constant"}
-    return RECIPE | {"name": "posted", "base": served.base.name, "dtype": "float32", "data": data, "optimizer": strong}
 
 
 def until(what: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -54,20 +44,18 @@ def answer(served: Served, model: str) -> str:
     return str(response.json()["choices"][0]["text"])
 
 
-def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClient, recipe: dict[str, Any]) -> None:
-    job = catalog.submit(recipe | {"max_steps": 6})
-    lines = list(catalog.follow(job.id))
-    events = [event for line in lines if (event := decode(line))]
-    assert events, "\n".join(lines)
-    assert events[-1]["event"] == "published", "\n".join(lines)
+def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClient, api_job: Trained) -> None:
+    events, job_id = api_job.events, api_job.job_id
+    assert events, "\n".join(api_job.log)
+    assert events[-1]["event"] == "published", "\n".join(api_job.log)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    ended = catalog.job(job.id)
+    ended = catalog.job(job_id)
     assert (ended.status, ended.version, ended.actor) == ("succeeded", 1, "api")
     assert ended.started_at is not None
-    assert "published" in catalog.logs(job.id)
+    assert "published" in catalog.logs(job_id)
 
     version = catalog.version("posted", 1)
-    assert (version.digest, version.manifest.job_id) == (events[-1]["digest"], job.id)
+    assert (version.digest, version.manifest.job_id) == (events[-1]["digest"], job_id)
     assert version.manifest.recipe is not None
     before = answer(served, served.base.name)
     alias = catalog.promote("posted", "prod", 1, create=True)
@@ -82,7 +70,7 @@ def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClien
     assert (item.version, item.digest, item.uses >= 2) == (1, version.digest, True)
     assert catalog.alias("posted", "prod") == alias
     with pytest.raises(ConflictError, match="already"):
-        catalog.submit(recipe | {"max_steps": 6}, id=job.id)
+        catalog.submit(for_server(api_job.recipe, served.url), id=job_id)
 
 
 def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
