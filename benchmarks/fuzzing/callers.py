@@ -11,6 +11,7 @@ from loray.spec import Limits
 from tests.serve_apps.schemas import WRONG
 
 NUM_STREAMS = 10
+_NUM_OWN = 40  # adapters and keys of the hostile tenant, which deletes and revokes them
 HOSTILE, OTHER = "hostile", "other"  # tenants
 ADMINISTRATORS = ("administrator", "administrator of another tenant")  # whom nothing protects the well-behaved from
 _LIMITS = Limits(rpm_limit=60, tpm_limit=10_000, max_parallel_requests=2, max_adapters=4, max_jobs=0)
@@ -18,9 +19,8 @@ _LIMITS = Limits(rpm_limit=60, tpm_limit=10_000, max_parallel_requests=2, max_ad
 
 @dataclass(frozen=True)
 class Callers:
-    """`headers`: by kind of caller, the hostile client's. `known`: by kind of caller, values of path parameters that
-    exist, by parameter. `models`: those that the hostile client asks. `streams`: by tenant, the well-behaved one's
-    secret.
+    """`headers`: by kind of caller, the hostile client's. `known`: by kind of caller, values of parameters that exist,
+    by parameter. `models`: those that the hostile client asks. `streams`: by tenant, the well-behaved one's secret.
     """
 
     headers: Mapping[str, Mapping[str, str]]
@@ -38,11 +38,12 @@ def make_callers(catalog: Catalog, base: str, names: Sequence[str]) -> Callers:
         catalog.share(name, "public")
     for tenant in (HOSTILE, OTHER):
         catalog.create_tenant(tenant, _LIMITS if tenant == OTHER else None)
-    own = f"{HOSTILE}/tone"
-    version = catalog.resolve(names[0])
-    for _ in range(2):
-        catalog.register(own, version.digest, version.manifest, ["prod"])
-    catalog.set_tag(own, "team", "support")
+    own = [f"{HOSTILE}/tone-{number}" for number in range(_NUM_OWN)]
+    versions = [catalog.version(name, 1) for name in names[:2]]
+    for name in own:
+        for version in versions:
+            catalog.register(name, version.digest, version.manifest, ["prod"])
+        catalog.set_tag(name, "team", "support")
     made: dict[str, dict[str, Any]] = {
         "infer": {"scopes": ["infer"]},
         "infer of one model": {"scopes": ["infer"], "models": [names[0]]},
@@ -57,7 +58,7 @@ def make_callers(catalog: Catalog, base: str, names: Sequence[str]) -> Callers:
     keys = {
         kind: catalog.create_key(kind.replace("'", ""), **{"tenant": HOSTILE} | fields) for kind, fields in made.items()
     }
-    spare = catalog.create_key("spare", tenant=HOSTILE).key.id
+    spare = [catalog.create_key(f"spare-{number}", tenant=HOSTILE).key.id for number in range(_NUM_OWN)]
     streams, ids = {}, []
     for number in range(NUM_STREAMS):
         tenant = f"steady-{number}"
@@ -65,10 +66,11 @@ def make_callers(catalog: Catalog, base: str, names: Sequence[str]) -> Callers:
         key = catalog.create_key(tenant, tenant=tenant)
         streams[tenant] = key.secret
         ids.append(key.key.id)
-    common: dict[str, Sequence[str]] = {"alias": ["prod"], "version": ["1", "2"], "key": ["team"], "model": [base, own]}
-    harmless = common | {"name": [own], "id": [spare]}
-    anything = common | {"name": ["tone", own, *names[:2], *streams], "id": [spare, *ids[:2]]}
+    models, short = [base, *names, *own[:NUM_STREAMS]], [name.partition("/")[2] for name in own]
+    common: dict[str, Sequence[str]] = {"alias": ["prod"], "version": ["1", "2"], "key": ["team"], "model": models}
+    harmless = common | {"name": short, "id": spare, "tenant": [HOSTILE]}
+    anything = common | {"name": [*short, *names, *streams], "id": [*spare, *ids], "tenant": [HOSTILE, *streams]}
     headers = {kind: {"Authorization": f"Bearer {key.secret}"} for kind, key in keys.items()}
     headers |= {"none": {}, "wrong": {"Authorization": f"Bearer {WRONG}"}}
     known = {kind: harmless if kind in ADMINISTRATORS else anything for kind in headers}
-    return Callers(headers, known, [base, *names, own], streams)
+    return Callers(headers, known, models, streams)

@@ -6,6 +6,7 @@ import base64
 import json
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -13,12 +14,17 @@ from urllib.parse import quote, urlsplit
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from benchmarks.fuzzing.callers import Callers
 
 _OWN_HEADERS = ("X-Schemathesis-TestCaseId", "Connection", "Accept-Encoding", "Content-Length")
 _KNOWN_SHARE = 0.5  # of the values that name something: what exists
+_NEEDED, _FEW_SHARE = (
+    ("prompt", "messages", "input", "tokens"),
+    0.2,
+)  # of a body's other fields: all seldom fit together
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,8 @@ def _cases(strategy: Any, num: int, number: int) -> list[Any]:
     def collect(case: Any) -> None:
         found.append(case)
 
-    collect()
+    with suppress(Unsatisfiable):  # what takes any text has no invalid request
+        collect()
     return found
 
 
@@ -113,12 +120,18 @@ def _asked(case: Any, operation: str, prefix: str, callers: Callers, chance: ran
 
 def _name_what_exists(case: Any, caller: str, callers: Callers, chance: random.Random) -> None:
     """So that a part of the requests get further than to a name."""
+    known = callers.known[caller]
     if isinstance(case.path_parameters, dict):
-        for name, values in callers.known[caller].items():
+        for name, values in known.items():
             if name in case.path_parameters and chance.random() < _KNOWN_SHARE:
                 case.path_parameters[name] = quote(chance.choice(values), safe="")  # as the drawn ones are
+    for parameter in case.operation.query:
+        if parameter.name in known and chance.random() < _KNOWN_SHARE:
+            case.query = case.query if isinstance(case.query, dict) else {}
+            case.query[parameter.name] = chance.choice(known[parameter.name])
     if isinstance(case.body, dict) and "model" in case.body and chance.random() < _KNOWN_SHARE:
-        case.body["model"] = chance.choice(callers.models)
+        few = {name: value for name, value in case.body.items() if name in _NEEDED or chance.random() < _FEW_SHARE}
+        case.body = few | {"model": chance.choice(callers.models)}
 
 
 def _text(value: Any) -> str:

@@ -1,14 +1,14 @@
-"""Streams alone, then the same streams beside hostile requests; what clients saw, and what processes grew by."""
+"""Streams alone, then the same streams beside hostile requests; what clients saw, and what processes took."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import httpx
 
 from benchmarks.fuzzing.callers import make_callers
 from benchmarks.fuzzing.requests import draw
-from benchmarks.fuzzing.sender import Told, sender
-from benchmarks.fuzzing.streams import Seen, stream
-from benchmarks.processes import title
+from benchmarks.fuzzing.sender import Sent, Told, sender
+from benchmarks.fuzzing.streams import Gap, Seen, stream
+from benchmarks.processes import cpu_seconds, real_time, title
 from loray.catalog import Catalog
 
-MAX_PAUSE_S = 0.150
+MAX_GAP_S = 0.150
 MAX_GROWTH = 200_000_000  # bytes
 _DOCUMENTS = ("", "/api/v1")
-_SAMPLE_S = 0.5
+_SAMPLE_S = 1.0
+_SHOWN_GAPS = 10
+_SHOWN_BYTES, _SHOWN_CORES = 2_000_000, 0.02  # of a process that the report names
 
 
 @dataclass(frozen=True)
@@ -41,53 +43,94 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """`at_once`: hostile requests under way. `alone_s`: seconds of streams without any. `num_tokens`: of a stream."""
+    """`at_once`: hostile requests under way. `alone_s`: seconds of streams without any. `num_tokens`: of a stream.
+    `nice`: as for `sender`.
+    """
 
     num: int = 10_000
     seed: int = 0
     at_once: int = 8
+    nice: int = 0
     alone_s: float = 20.0
     num_tokens: int = 200
 
 
+@dataclass
+class Took:
+    """What one process took: `nbytes` of memory of its own, by how much it has grown at most; `cpu_s` of processors."""
+
+    title: str
+    nbytes: int = 0
+    cpu_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Found:
-    """`growth`: bytes of the process that grew most, and its title."""
+    """`took`: of each process, beside hostile requests."""
 
     alone: Seen
     beside: Seen
     told: Told
-    growth: tuple[int, str]
+    took: Sequence[Took] = field(default_factory=list)
 
-    def failures(self, max_pause_s: float = MAX_PAUSE_S) -> list[str]:
-        """What may not be. Where streams pause as long without hostile requests, their pauses show nothing."""
+    def failures(self, max_gap_s: float = MAX_GAP_S) -> list[str]:
+        """What may not be. Where streams pause as long without hostile requests, their gaps show nothing."""
         found = [f"stream of {why}" for why in self.alone.failed + self.beside.failed]
         found += [f"answer {why}" for why in self.told.wrong]
-        if self.told.num_wrong > len(self.told.wrong):
-            found.append(f"{self.told.num_wrong - len(self.told.wrong)} more answers")
-        if self.beside.longest_s > max_pause_s >= self.alone.longest_s:
-            found.append(f"{self.beside.longest_s:.3f} s without a token, of {max_pause_s:.3f} s")
-        if self.growth[0] > MAX_GROWTH:
-            found.append(f"{self.growth[1]} grew by {self.growth[0] / 1e6:.0f} MB, of {MAX_GROWTH / 1e6:.0f} MB")
+        if self.beside.longest_s > max_gap_s >= self.alone.longest_s:
+            found.append(f"{self.beside.longest_s:.3f} s without a token, of {max_gap_s:.3f} s")
+        for took in self.took:
+            if took.nbytes > MAX_GROWTH:
+                found.append(f"{took.title} grew by {took.nbytes / 1e6:.0f} MB, of {MAX_GROWTH / 1e6:.0f} MB")
         return found
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = [
-            f"{'streams':<24} {'number':>7} {'failed':>7} {'longest pause':>14} {'first token':>12} {'client late':>12}"
-        ]
-        for name, seen in (("alone", self.alone), ("beside hostile requests", self.beside)):
-            pause, first, late = (f"{1e3 * s:.0f} ms" for s in (seen.longest_s, seen.first_s, seen.late_s))
-            lines.append(f"{name:<24} {seen.num:>7} {len(seen.failed):>7} {pause:>14} {first:>12} {late:>12}")
-        if self.alone.longest_s > MAX_PAUSE_S:
-            lines.append(f"without hostile requests streams pause longer than {1e3 * MAX_PAUSE_S:.0f} ms too")
-        answers = ", ".join(f"{status}: {num}" for status, num in self.told.statuses.items())
-        lines.append(f"hostile requests were answered {answers}")
-        lines.append(f"the process that grew most, by {self.growth[0] / 1e6:.0f} MB: {self.growth[1]}")
+        rows = {"alone": self.alone.row, "beside hostile requests": self.beside.row}
+        lines = ["", f"{'streams; ms':<24}" + "".join(f"{name:>12}" for name in self.alone.row)]
+        for name, row in rows.items():
+            lines.append(f"{name:<24}" + "".join(f"{value:>12.0f}" for value in row.values()))
+        if self.alone.longest_s > MAX_GAP_S:
+            lines.append(f"without hostile requests there are gaps longer than {1e3 * MAX_GAP_S:.0f} ms too")
+        lines += ["", "the longest gaps, and the hostile requests that were under way"]
+        for gap in self.beside.gaps[:_SHOWN_GAPS]:
+            under_way = (f"{one.number} {one.operation} {one.status}" for one in _under_way(gap, self.told.sent))
+            lines.append(f"{1e3 * gap.seconds:>6.0f} ms  {'; '.join(under_way)}")
+        lines += ["", "hostile requests, and how many were answered by which status (0: none within a minute)"]
+        for operation, statuses in sorted(self.statuses.items()):
+            lines.append(f"{operation:<70}" + "  ".join(f"{status}: {num}" for status, num in sorted(statuses.items())))
+        told = self.told
+        lines.append(f"{len(told.sent)} in {told.seconds:.0f} s; their client took {told.cores:.2f} cores")
+        lines += ["", "processes: what they grew by, and the cores that they took"]
+        for took in sorted(self.took, key=lambda took: -took.nbytes):
+            cores = took.cpu_s / max(told.seconds, 1.0)
+            if took.nbytes > _SHOWN_BYTES or cores > _SHOWN_CORES:
+                lines.append(f"{took.nbytes / 1e6:>6.1f} MB  {cores:>5.2f}  {took.title}")
         return lines
 
+    @property
+    def statuses(self) -> dict[str, Counter[int]]:
+        """By operation, how many answers there were of each."""
+        found: dict[str, Counter[int]] = defaultdict(Counter)
+        for one in self.told.sent:
+            found[one.operation][one.status] += 1
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        streams = {"alone": self.alone.row, "beside": self.beside.row}
+        attack = {"seconds": self.told.seconds, "cores": self.told.cores, "num": len(self.told.sent)}
+        return {
+            "streams": streams,
+            "attack": attack,
+            "statuses": self.statuses,
+            "processes": [vars(took) for took in self.took],
+        }
+
+
+def _under_way(gap: Gap, sent: Sequence[Sent]) -> list[Sent]:
+    """Requests that were under way during a gap, the longest first."""
+    over = [one for one in sent if one.began < gap.began + gap.seconds and one.ended > gap.began]
+    return sorted(over, key=lambda one: one.began - one.ended)
 
 
 def run(place: Place, plan: Plan, say: Callable[[str], None]) -> Found:
@@ -98,22 +141,22 @@ def run(place: Place, plan: Plan, say: Callable[[str], None]) -> Found:
     asked = draw(documents, callers, plan.num, plan.seed)
 
     def streams(is_over: Callable[[], bool]) -> Seen:
-        return asyncio.run(stream(place.port, callers.streams, place.names, plan.num_tokens, is_over))
+        return stream(place.port, callers.streams, place.names, plan.num_tokens, is_over)
 
-    with sender(asked, place.folder, place.port, plan.at_once) as hostile:
+    attacker = sender(asked, place.folder, place.port, plan.at_once, plan.nice)
+    with attacker as hostile, real_time():  # all here but the hostile client
         streams(_after(plan.alone_s / 4))  # adapters are loaded, and processes have what they need
         say(f"streams go on alone for {plan.alone_s:g} s")
         alone = streams(_after(plan.alone_s))
         say(f"{len(asked)} hostile requests are sent, {plan.at_once} at once")
-        with _growth(place.processes) as grown:
-            told: list[Told] = []
-            thread = threading.Thread(target=lambda: told.append(hostile.go()))
+        told: list[Told] = []
+        thread = threading.Thread(target=lambda: told.append(hostile.go()))
+        with _watched(place.processes) as took:
             thread.start()
             beside = streams(lambda: not thread.is_alive())
             thread.join()
     (answers,) = told
-    most = max(grown, key=lambda pid: grown[pid][0])
-    return Found(alone, beside, answers, grown[most])
+    return Found(alone, beside, answers, list(took.values()))
 
 
 def _document(port: int, path: str, headers: Mapping[str, str]) -> Any:
@@ -127,20 +170,19 @@ def _after(seconds: float) -> Callable[[], bool]:
 
 
 @contextmanager
-def _growth(processes: Callable[[], Sequence[int]]) -> Iterator[dict[int, tuple[int, str]]]:
-    """Of each process, by how many bytes of its own it has grown at most during the block, and its title. What has
-    started meanwhile is compared with what it had when it was first seen.
-    """
-    first: dict[int, int] = {}
-    found: dict[int, tuple[int, str]] = {}
+def _watched(processes: Callable[[], Sequence[int]]) -> Iterator[dict[int, Took]]:
+    """Each process by its pid. What has started meanwhile is compared with what it had when it was first seen."""
+    first: dict[int, tuple[int, float]] = {}
+    found: dict[int, Took] = {}
     over = threading.Event()
 
     def look() -> None:
         for pid in processes():
-            nbytes = _own_bytes(pid)
-            grown = nbytes - first.setdefault(pid, nbytes)
-            if pid not in found or grown > found[pid][0]:
-                found[pid] = grown, title(pid)[:100]
+            nbytes, cpu_s = _own_bytes(pid), cpu_seconds(pid)
+            before = first.setdefault(pid, (nbytes, cpu_s))
+            took = found.setdefault(pid, Took(title(pid)[:100]))
+            took.nbytes = max(took.nbytes, nbytes - before[0])
+            took.cpu_s = max(took.cpu_s, cpu_s - before[1])
 
     def look_often() -> None:
         while not over.wait(_SAMPLE_S):

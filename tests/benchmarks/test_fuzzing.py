@@ -10,9 +10,9 @@ import pytest
 from benchmarks.copies import publish_copies
 from benchmarks.fuzzing.callers import Callers
 from benchmarks.fuzzing.requests import Asked, draw
-from benchmarks.fuzzing.sender import Told, problem
-from benchmarks.fuzzing.streams import Seen
-from benchmarks.fuzzing.trial import Found, Place, Plan, run
+from benchmarks.fuzzing.sender import Sent, Told, problem
+from benchmarks.fuzzing.streams import Gap, Seen
+from benchmarks.fuzzing.trial import Found, Place, Plan, Took, run
 from benchmarks.processes import tree
 from benchmarks.serving.systems.client import Received
 from tests.standalone import standalone
@@ -58,7 +58,7 @@ def test_requests_are_equal_for_equal_seeds() -> None:
         ("200 OK", None),
         ("404 Not Found", None),
         ("503 Busy\r\nRetry-After: 1", None),
-        ("507 Full", None),
+        ("507 Full", "507"),
         ("503 Busy", "503 without Retry-After"),
         ("500 Oh", "500"),
         ("504 Late", "504"),
@@ -73,24 +73,42 @@ def test_pauses_are_between_tokens() -> None:
     events += [b'data: {"choices": [{"finish_reason": "length"}]}\n\n']
     chunks = [b"%x\r\n%b\r\n" % (len(event), event) for event in events]
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    parts = [(1.0, head), *zip((3.0, 3.1, 3.5), chunks, strict=True)]
+    parts, end = [(1.0, head), *zip((3.0, 3.1, 3.5), chunks, strict=True)], (3.6, b"0\r\n\r\n")
     seen = Seen()
-    seen.read("steady", Received(parts), 0.5)
-    assert (seen.num, seen.failed, seen.first_s) == (1, [], 2.5)
-    assert seen.longest_s == pytest.approx(0.4)
-    seen.read("steady", Received(parts[:-1]), 0.5)
+    seen.read("steady", Received([*parts, end]), 0.5)
+    assert (seen.failed, seen.firsts) == ([], [2.5])
+    assert seen.gaps == [Gap(pytest.approx(0.1), 3.0), Gap(pytest.approx(0.4), 3.1)]
+    seen.read("steady", Received([*parts[:-1], end]), 0.5)
     assert seen.failed == ["steady: ended before its last event, after 2"]
+
+
+def gaps(*seconds: float) -> Seen:
+    return Seen(gaps=[Gap(s, 10.0) for s in seconds], firsts=[0.0])
 
 
 def test_what_is_a_failure() -> None:
     def failures(alone_s: float, beside_s: float, growth: int = 0, **told: Any) -> list[str]:
-        return Found(Seen(longest_s=alone_s), Seen(longest_s=beside_s), Told(**told), (growth, "gateway")).failures()
+        return Found(gaps(alone_s), gaps(beside_s), Told(**told), [Took("gateway", growth)]).failures()
 
     assert failures(0.01, 0.15) == []
     assert failures(0.01, 0.2) == ["0.200 s without a token, of 0.150 s"]
     assert failures(0.16, 0.2) == []
     assert failures(0, 0, growth=300_000_000) == ["gateway grew by 300 MB, of 200 MB"]
-    assert failures(0, 0, wrong=["500: GET"], num_wrong=3) == ["answer 500: GET", "2 more answers"]
+    assert failures(0, 0, wrong=["500: GET"]) == ["answer 500: GET"]
+
+
+def test_the_report_says_what_was_under_way_in_a_gap() -> None:
+    sent = [
+        Sent(3, "GET /a", "none", 200, 9.0, 10.1),
+        Sent(4, "GET /a", "none", 401, 9.5, 9.9),
+        Sent(5, "POST /b", "infer", 200, 8.0, 11.0),
+    ]
+    found = Found(gaps(0.1), gaps(0.3, 0.2), Told(sent=sent, seconds=2.0), [Took("gateway", 5_000_000, 1.0)])
+    lines = found.lines()
+    assert "   300 ms  5 POST /b 200; 3 GET /a 200" in lines
+    assert f"{'GET /a':<70}200: 1  401: 1" in lines
+    assert "   5.0 MB   0.50  gateway" in lines
+    assert found.to_json()["statuses"] == {"GET /a": {200: 1, 401: 1}, "POST /b": {200: 1}}
 
 
 @pytest.mark.slow
@@ -106,7 +124,7 @@ def test_hostile_requests_beside_streams(tmp_path: Path) -> None:
         names = publish_copies(tmp_path, served.base, served.settings, [config], 4)
         place = Place(served.spec.port, served.catalog, served.base.name, names, lambda: tree(pid), tmp_path)
         found = run(place, Plan(num=200, alone_s=2.0, num_tokens=60), lambda text: None)
-        assert found.failures(max_pause_s=60.0) == []
-        assert sum(found.told.statuses.values()) > 150
-        assert found.beside.num >= 10
+        assert found.failures(max_gap_s=60.0) == []
+        assert len(found.told.sent) > 150
+        assert len(found.beside.firsts) >= 10
         assert "Traceback" not in server.log
