@@ -113,7 +113,7 @@ def _asked(case: Any, operation: str, prefix: str, callers: Callers, chance: ran
         operation,
         str(made.method),
         f"{parts.path}?{parts.query}" if parts.query else parts.path,
-        headers | callers.headers[caller],
+        headers | dict(callers.headers[caller]),
         body.encode() if isinstance(body, str) else bytes(body),
     )
 
