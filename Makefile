@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiled modules are kept, also where an image's environment says otherwise: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos gpu clean
+.PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos fuzz gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -101,6 +101,9 @@ bench-catalog: .venv/.ready
 
 chaos: .venv/.ready
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+fuzz: .venv/.ready
+	$(BIN)/python -m benchmarks.fuzzing $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)
