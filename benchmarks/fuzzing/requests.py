@@ -21,10 +21,13 @@ from benchmarks.fuzzing.callers import Callers
 
 _OWN_HEADERS = ("X-Schemathesis-TestCaseId", "Connection", "Accept-Encoding", "Content-Length")
 _KNOWN_SHARE = 0.5  # of the values that name something: what exists
-_NEEDED, _FEW_SHARE = (
-    ("prompt", "messages", "input", "tokens"),
-    0.2,
-)  # of a body's other fields: all seldom fit together
+_FEW_SHARE = 0.2  # of a body's other fields: all seldom fit together
+_PLAIN: Mapping[str, Any] = {  # for drawn ones, which seldom are tokens of the base or a conversation
+    "prompt": "I am hostile",
+    "messages": [{"role": "user", "content": "I am hostile"}],
+    "input": "I am hostile",
+    "tokens": [40, 41, 42],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +133,9 @@ def _name_what_exists(case: Any, caller: str, callers: Callers, chance: random.R
             case.query = case.query if isinstance(case.query, dict) else {}
             case.query[parameter.name] = chance.choice(known[parameter.name])
     if isinstance(case.body, dict) and "model" in case.body and chance.random() < _KNOWN_SHARE:
-        few = {name: value for name, value in case.body.items() if name in _NEEDED or chance.random() < _FEW_SHARE}
-        case.body = few | {"model": chance.choice(callers.models)}
+        few = {name: value for name, value in case.body.items() if chance.random() < _FEW_SHARE}
+        asked = {name: plain for name, plain in _PLAIN.items() if name in case.body}
+        case.body = few | asked | {"model": chance.choice(callers.models)}
 
 
 def _text(value: Any) -> str:
