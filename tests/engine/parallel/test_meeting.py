@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
+from loray.engine.parallel import communicator
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import Shard
 from loray.engine.parallel.transport.meeting import joined, meeting, open_meeting
@@ -80,3 +82,23 @@ def test_a_rank_that_does_not_know_the_secret_is_sent_nothing() -> None:
     store = HashStore()
     expected = ["rank 1 does not know the engine's secret", "rank 0 does not know the engine's secret"]
     assert both((store, store), (SECRET, OTHER)) == expected
+
+
+def test_a_silent_rank_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has found the names, and shows nothing."""
+    monkeypatch.setattr(communicator, "_FORWARD_TIMEOUT", timedelta(seconds=0.2))
+    store, is_over = HashStore(), threading.Event()
+
+    def be_silent() -> None:
+        group = communicator._gloo(PrefixStore("control", store), 1, 2, timedelta(seconds=60), HOST)
+        is_over.wait()
+        del group
+
+    silent = threading.Thread(target=be_silent)
+    silent.start()
+    try:
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            Communicator(store, Shard(0, 2), CPU, HOST, SECRET)
+    finally:
+        is_over.set()
+        silent.join()

@@ -66,13 +66,15 @@ class Communicator:
             raise RuntimeError(f"rank {other} does not know the engine's secret")
 
     def _exchanged(self, data: bytes, other: int) -> bytes:
-        """What the other rank sends, as many bytes as `data`. Rank 0 sends first: sending waits for the receiver."""
+        """What the other rank sends, as many bytes as `data`. Rank 0 sends first: sending waits for the receiver.
+        RuntimeError if it is silent, as one may be that does not know the secret.
+        """
         mine, theirs = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
         if self.shard.rank == 0:
-            self.send_rows(mine, other)
-        self.receive_rows(theirs, other)
+            self._control.send([mine], other, 0).wait(_FORWARD_TIMEOUT)
+        self._control.recv([theirs], other, 0).wait(_FORWARD_TIMEOUT)
         if self.shard.rank > 0:
-            self.send_rows(mine, other)
+            self._control.send([mine], other, 0).wait(_FORWARD_TIMEOUT)
         return theirs.numpy().tobytes()
 
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------

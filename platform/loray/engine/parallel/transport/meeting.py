@@ -1,7 +1,8 @@
 """Where the ranks of an engine find each other: a store in rank 0's process, which listens at one address alone.
 
-The names in it are those of the ranks that know the engine's secret: whoever else reaches the port reads and writes
-other names, and takes the place of no rank. Nothing in it is a program, or is made into objects.
+The names in it begin with what only the ranks that know the engine's secret can compute. Whoever else reaches the port
+can list names, and so keep an engine from starting; but a rank is sent nothing before it has shown that it knows the
+secret (`communicator`). Nothing in the store is a program, or is made into objects.
 """
 
 from __future__ import annotations
