@@ -12,7 +12,7 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-BUSY_S, IDLE_S = 0.1, 0.5  # between two exchanges
+SOON_S, BUSY_S, IDLE_S = 0.01, 0.1, 0.5  # between two exchanges
 _TIMEOUT_S = 2.0
 _RETRY_S = 1.0
 
@@ -48,5 +48,7 @@ async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.
             await asyncio.sleep(_RETRY_S)
             continue
         is_away = False
-        if not gate.apply(reply, time.time()):
+        if gate.apply(reply, time.time()):
+            await asyncio.sleep(SOON_S)
+        else:
             await asyncio.sleep(BUSY_S if reports or reply.grants else IDLE_S)

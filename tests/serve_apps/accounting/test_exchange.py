@@ -49,3 +49,38 @@ def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.
             await task
 
     asyncio.run(run())
+
+
+def test_an_owner_in_the_same_process_is_asked_again_after_a_pause() -> None:
+    """What comes back while both are asked is not given back at once, again and again."""
+    gate, owner, now, asked = QuotaGate(1), QuotaOwner(1), 0.0, 0
+    gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=600)), 1, now)
+    for _ in range(20):
+        reply = owner.exchange("g", gate.reports(now), now)
+        now += 0.001
+        asked += gate.apply(reply, now)
+    assert not asked
+
+
+def test_others_have_their_turn_between_urgent_exchanges() -> None:
+    class Urgent(QuotaGate):
+        def apply(self, reply: Reply, now: float) -> bool:
+            return True
+
+    asked = 0
+
+    async def ask(reports: Sequence[Report]) -> Reply:
+        nonlocal asked
+        asked += 1
+        return Reply("epoch", ())
+
+    async def run() -> None:
+        task = asyncio.create_task(follow_owner(Urgent(), ask))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert asked == 1

@@ -212,7 +212,7 @@ class QuotaGate:
         else:
             share.refresh(now)
         share.apply(grant)
-        return share.is_dirty and share.target is not None and share.level > share.target
+        return share.has_too_much
 
 
 def _is_of_tokens(share: Share) -> bool:
