@@ -9,8 +9,8 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# The cluster's tests often wait; the others take what these leave of two cores. All are begun at once, since the last one
-# would be alone with two cores. The output comes when a part has ended.
+# The tests of clusters and servers often wait; the others take what these leave of two cores. All are begun at once,
+# since the last one would be alone with two cores. The output comes when a part has ended.
 test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=5 --output-sync=target test-cluster test-numeric test-kernels test-rest test-doors
 
@@ -34,7 +34,7 @@ test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(KERNELS) $(DOORS))
 
 test-doors: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
 
 # What a slower CPU computes: torch's kernels and ours as on one with AVX2, then as on any x86-64.
 PORTABLE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow"
