@@ -97,7 +97,7 @@ def test_a_silent_rank_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     silent = threading.Thread(target=be_silent)
     silent.start()
     try:
-        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             Communicator(store, Shard(0, 2), CPU, HOST, SECRET)
     finally:
         is_over.set()

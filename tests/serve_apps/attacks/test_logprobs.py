@@ -67,7 +67,7 @@ def test_parts_are_packed_when_there_is_room_for_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Writer, "_send", send)
 
     async def run() -> None:
-        here = Writer(None, asyncio.get_running_loop(), lambda _: None)  # type: ignore[arg-type]
+        here = Writer(None, asyncio.get_running_loop(), lambda _: None, bytes)  # type: ignore[arg-type]
         monkeypatch.setattr(here, "_arm", lambda: None)
         for stream in (1, 2):
             here.write_later(stream, parts_of(stream))
