@@ -135,12 +135,7 @@ def _publish(
             context_length=resolved.context,
             created_at=state.saved_at,
         )
-        whole = Catalog(
-            settings.catalog,
-            gate_tolerance=settings.gate_tolerance,
-            gate_trusts_keys=settings.gate_trusts_keys,
-            max_snapshot_bytes=settings.snapshot_bytes,
-        )
+        whole = Catalog.of(settings)
         whole.add_base(base.name, base.fingerprint)
         catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)

@@ -228,7 +228,7 @@ class JobTracker:
         return job
 
     def _is_lost(self, job: Job) -> bool:
-        """Whether a job that Ray does not know must have died.
+        """Say whether a job that Ray does not know must have died.
 
         False if another cluster with the same catalog may be running it, or if its driver was started by hand.
         """

@@ -56,19 +56,30 @@ class Books:
         # A folder is on the disk that has the journal.
         open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
         self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
-        owner = SharedOwner(secrets.token_hex(8), 1, self._catalog)  # which does nothing until it is asked
-        exchange = self._exchange or partial(owner.exchange, "gateway")
-        if self._exchange is None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_START_S):
-                    gate.apply(await exchange(()), time.time())
-        task = asyncio.create_task(follow_owner(gate, exchange, self._is_limited))
+        async with self._with_owner(gate) as exchange:
+            task = asyncio.create_task(follow_owner(gate, exchange, self._is_limited))
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await asyncio.to_thread(self._writer.close)
+
+    @asynccontextmanager
+    async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[Exchange]:
+        """The exchange with the owner of the limits. One of this process begins with what was used before, and is told
+        at the end what the gate has admitted since its last exchange.
+        """
+        if self._exchange is not None:
+            yield self._exchange
+            return
+        owner = SharedOwner(secrets.token_hex(8), 1, self._catalog)
+        exchange = partial(owner.exchange, "gateway")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_S):
+                gate.apply(await exchange(()), time.time())
         try:
-            yield
+            yield exchange
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await asyncio.to_thread(self._writer.close)
-            if self._exchange is None:
-                await exchange(gate.reports(time.time()))
-                await owner.close()
+            await exchange(gate.reports(time.time()))
+            await owner.close()

@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from loray.serving.quotas import QuotaGate, Reply, Report
+from loray.serving.quotas import IDLE_S, QuotaGate, Reply, Report
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-SOON_S, BUSY_S, IDLE_S = 0.01, 0.1, 0.5  # between two exchanges
+SOON_S, BUSY_S = 0.01, 0.1  # between two exchanges, or IDLE_S
 _TIMEOUT_S = 2.0
 _RETRY_S = 1.0
 

@@ -35,10 +35,9 @@ class SharedOwner:
         self._owner = QuotaOwner(num_gateways)
         self._catalog: Catalog | None = None
         self._telling: asyncio.Task[None] | None = None
-        self._told_at = self._known_at = 0.0
-        self._num_owners = 1
+        self._told_at = 0.0
+        self._known_at: float | None = None  # when the catalog last said what others did
         self._is_away: bool | None = None  # the catalog; None: it was not asked yet
-        self._knows = False  # what was used before
 
     async def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
         """The first one waits until the catalog has said how many owners there are, or cannot."""
@@ -74,11 +73,10 @@ class SharedOwner:
                 _log.warning("limits are not shared with other owners: %s", e)
             self._is_away = True
         else:
-            self._is_away, self._knows = False, True
             # After so long without the catalog, others have yet to say that they are there.
-            if abs(now - self._known_at) >= OWNER_IS_GONE_S:
-                num_owners = max(num_owners, self._num_owners)
-            self._known_at, self._num_owners = now, num_owners
+            if self._known_at is not None and abs(now - self._known_at) >= OWNER_IS_GONE_S:
+                num_owners = max(num_owners, self._owner.num_owners)
+            self._is_away, self._known_at = False, now
             self._owner.divide(num_owners, used, counted, self._clock())
 
     # -- in a thread --------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class SharedOwner:
         if self._catalog is None:
             self._catalog = self._open()
         catalog, used = self._catalog, dict[Rule, float]()
-        if not self._knows:
+        if self._known_at is None:
             for key, (units, at) in catalog.known_quotas(now).items():
                 rule = _rule_of(key)
                 used[rule] = max(0.0, units - rule.rate * max(0.0, now - at))

@@ -99,13 +99,7 @@ class Services:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    catalog = Catalog(
-                        self._settings.catalog,
-                        actor=ACTOR,
-                        gate_tolerance=self._settings.gate_tolerance,
-                        gate_trusts_keys=self._settings.gate_trusts_keys,
-                        max_snapshot_bytes=self._settings.snapshot_bytes,
-                    )
+                    catalog = Catalog.of(self._settings, ACTOR)
                     _reserve_bases(catalog, self._settings.home)
                     self._catalog = catalog
                 except LorayError as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,17 +143,18 @@ def finished(engine: Engine, got: dict[str, list[int]]) -> dict[str, list[int]]:
     return got
 
 
-def two(base: BaseModel) -> tuple[Sequence[GenerateRequest], dict[str, list[int]]]:
+def with_a_mask_held(base: BaseModel) -> tuple[Engine, SlowMasks, dict[str, list[int]], dict[str, list[int]]]:
+    """An engine with "a0", whose sixth mask is held, and a plain request; what they got, and what they will get."""
     requests = [held("a", 0, 1e-5), replace(PLAIN, params=PLAIN.params.model_copy(update={"max_tokens": 60}))]
-    return requests, {name: ids for name, (ids, _) in answers(masked(base)[0], requests).items()}
-
-
-def test_a_mask_that_is_not_there_in_time_is_not_waited_for(base: BaseModel) -> None:
-    requests, expected = two(base)
+    expected = {name: ids for name, (ids, _) in answers(masked(base)[0], requests).items()}
     engine, masks = masked(base)
     for r in requests:
         engine.add(r)
-    got = run_until(engine, masks, "a0", 5)
+    return engine, masks, run_until(engine, masks, "a0", 5), expected
+
+
+def test_a_mask_that_is_not_there_in_time_is_not_waited_for(base: BaseModel) -> None:
+    engine, masks, got, expected = with_a_mask_held(base)
     for _ in range(6):
         num = len(got["plain"])
         collect(engine, got)
@@ -167,11 +167,7 @@ def test_a_mask_that_is_not_there_in_time_is_not_waited_for(base: BaseModel) -> 
 
 
 def test_a_request_that_is_preempted_without_its_mask_comes_back_with_it(base: BaseModel) -> None:
-    requests, expected = two(base)
-    engine, masks = masked(base)
-    for r in requests:
-        engine.add(r)
-    got = run_until(engine, masks, "a0", 5)
+    engine, masks, got, expected = with_a_mask_held(base)
     engine.scheduler.preempt(engine._requests["a0"])
     for _ in range(3):
         collect(engine, got)
@@ -182,11 +178,7 @@ def test_a_request_that_is_preempted_without_its_mask_comes_back_with_it(base: B
 
 
 def test_a_request_that_is_cancelled_in_the_thread_leaves_nothing(base: BaseModel) -> None:
-    requests, expected = two(base)
-    engine, masks = masked(base)
-    for r in requests:
-        engine.add(r)
-    got = run_until(engine, masks, "a0", 5)
+    engine, masks, got, expected = with_a_mask_held(base)
     engine.cancel("a0")
     collect(engine, got)
     masks.go_on()

@@ -150,7 +150,7 @@ class TagChange(BaseModel):
 
 
 class ReportedEvaluation(Evaluation):
-    """What the catalog's columns take."""
+    """An evaluation that the catalog's columns take."""
 
     metric: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_PRINTED)]
     dataset: Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=_PRINTED)]
@@ -159,7 +159,7 @@ class ReportedEvaluation(Evaluation):
 
 
 class EvaluationReport(BaseModel):
-    """What was measured of a version, elsewhere."""
+    """Evaluations of a version that were measured elsewhere."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -88,7 +88,7 @@ class GrammarCompiler:
 
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """Of the base's tokenizer, about 30 MB. The model may have more tokens than the tokenizer."""
+    """Return that of the base's tokenizer, about 30 MB. The model may have more tokens than the tokenizer."""
     from llguidance import LLTokenizer
 
     try:
@@ -117,7 +117,7 @@ def _check_size(constraint: Constraint) -> None:
 
 
 def _grammar(constraint: Constraint) -> dict[str, Any]:
-    """As llguidance takes it. ValueError where the text is not what it must be."""
+    """Return it as llguidance takes it. ValueError where the text is not what it must be."""
     from llguidance import regex_to_lark
     from llguidance.gbnf_to_lark import gbnf_to_lark
 

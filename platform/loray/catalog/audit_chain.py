@@ -29,7 +29,7 @@ _origin: ContextVar[Origin] = ContextVar("origin", default=_NOWHERE)
 
 
 def origin() -> Origin:
-    """Of the request that is answered now; without its fields where it is none of a server."""
+    """Return that of the request that is answered now; without its fields where it is none of a server."""
     return _origin.get()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
@@ -24,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.files import file_lock
-from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES
+from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
 from loray.telemetry import get_logger
 
@@ -77,6 +78,17 @@ class Database:
         # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
         self._finalizer = weakref.finalize(self, self._engine.dispose)
 
+    @classmethod
+    def of(cls, settings: Settings, actor: str = "local") -> Self:
+        """Open the catalog of these settings."""
+        return cls(
+            settings.catalog,
+            actor=actor,
+            gate_tolerance=settings.gate_tolerance,
+            gate_trusts_keys=settings.gate_trusts_keys,
+            max_snapshot_bytes=settings.snapshot_bytes,
+        )
+
     def view(self, principal: Principal) -> Self:
         """The same database for this principal: what exists for it, what it may change, and who does it.
 
@@ -103,6 +115,14 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def insert_into(c: sa.Connection, table: sa.Table) -> Any:
+    """Return the insert that knows `on_conflict_do_update` and `on_conflict_do_nothing`. Both dialects' statements have
+    them; they have no common type. Many rows are given beside the statement, not in it: so it is compiled once, and not
+    by a thread that takes the interpreter from a gateway's event loop each time.
+    """
+    return (sqlite.insert if c.dialect.name == "sqlite" else postgresql.insert)(table)
 
 
 def open_database(url: str) -> sa.Engine:

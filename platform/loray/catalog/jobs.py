@@ -12,10 +12,9 @@ from datetime import timedelta
 from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from loray.catalog.checks import check_job_id, check_name, check_qualified
-from loray.catalog.database import Database, reading, writing
+from loray.catalog.database import Database, insert_into, reading, writing
 from loray.catalog.entries import Job
 from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import clusters, jobs
@@ -99,10 +98,10 @@ class Jobs(Database):
 
     def note_cluster(self, cluster: str) -> None:
         """The Ray cluster is there: whoever follows its jobs says so each half minute."""
-        insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(clusters)
         row = {"id": cluster, "seen_at": now()}
         with writing(self._engine) as c:
-            c.execute(insert.values(row).on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
+            statement = insert_into(c, clusters).values(row)
+            c.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
 
     def is_cluster_there(self, cluster: str) -> bool:
         """Whether it was noted within two minutes."""

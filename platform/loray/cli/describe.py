@@ -189,14 +189,21 @@ def _version_of(found: VersionDetail) -> AdapterVersion:
     )
 
 
+def objections(
+    manifest: AdapterManifest, evaluations: Sequence[Evaluation], settings: Settings
+) -> tuple[str, ...] | None:
+    """Why the gate of `settings` refuses an alias; None if the adapter is not gated."""
+    if not gate.is_gated(manifest):
+        return None
+    return gate.failures(manifest, evaluations, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
+
+
 def lineage(version: AdapterVersion, settings: Settings | None) -> Table:
     """The version's properties and origin, and why the gate of `settings` refuses it an alias; None: nobody knows."""
     m: AdapterManifest = version.manifest
     passes = None
-    if settings is not None and gate.is_gated(m):
-        trusts_keys = settings.gate_trusts_keys
-        failures = gate.failures(m, version.evaluations, settings.gate_tolerance, trusts_keys=trusts_keys)
-        passes = "no alias: " + "; ".join(failures) if failures else "passed"
+    if settings is not None and (against := objections(m, version.evaluations, settings)) is not None:
+        passes = "no alias: " + "; ".join(against) if against else "passed"
     return pairs(
         [
             ("adapter", version.label),

@@ -24,12 +24,7 @@ class Services(NamedTuple):
 @contextmanager
 def open_services() -> Iterator[Services]:
     settings = Settings.from_env()
-    catalog = Catalog(
-        settings.catalog,
-        gate_tolerance=settings.gate_tolerance,
-        gate_trusts_keys=settings.gate_trusts_keys,
-        max_snapshot_bytes=settings.snapshot_bytes,
-    )
+    catalog = Catalog.of(settings)
     try:
         yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,15 +42,13 @@ def test_a_port_that_somebody_else_has(situation: Situations) -> None:
 
 
 @contextmanager
-def dashboard(*nodes: tuple[str, int, str]) -> Iterator[str]:
-    """Ray's, for the token `ray`. `nodes`: address, port and state."""
-    summary = [{"raylet": {"nodeManagerAddress": a, "nodeManagerPort": p, "state": s}} for a, p, s in nodes]
-    body = json.dumps({"result": True, "msg": "", "data": {"summary": summary}}).encode()
+def answering(answer: Callable[[str, str | None], tuple[int, bytes]]) -> Iterator[str]:
+    """A server at this URL. `answer`: a path and the header Authorization → status and body."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = self.headers.get("Authorization") == "Bearer ray" and self.path == "/nodes?view=summary"
-            self.send_response_only(200 if known else 401)
+            status, body = answer(self.path, self.headers.get("Authorization"))
+            self.send_response_only(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -64,6 +62,19 @@ def dashboard(*nodes: tuple[str, int, str]) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@contextmanager
+def dashboard(*nodes: tuple[str, int, str]) -> Iterator[str]:
+    """Ray's, for the token `ray`. `nodes`: address, port and state."""
+    summary = [{"raylet": {"nodeManagerAddress": a, "nodeManagerPort": p, "state": s}} for a, p, s in nodes]
+    body = json.dumps({"result": True, "msg": "", "data": {"summary": summary}}).encode()
+
+    def answer(path: str, authorization: str | None) -> tuple[int, bytes]:
+        return (200 if authorization == "Bearer ray" and path == "/nodes?view=summary" else 401), body
+
+    with answering(answer) as url:
+        yield url
 
 
 @contextmanager
@@ -114,29 +125,17 @@ def test_several_nodes_without_tls(situation: Situations, monkeypatch: pytest.Mo
 def keyed() -> Iterator[str]:
     """A server that wants the key `right`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            passes = self.headers.get("Authorization") == "Bearer right"
-            model = {"id": "tiny", "object": "model", "created": 0, "owned_by": "loray", "root": "tiny"} | {
-                "max_model_len": 64
-            }
-            models = {"object": "list", "data": [model]}
-            refusal = {"error": {"message": "the API key has expired", "type": "invalid_request_error"}}
-            body = json.dumps(models if passes else refusal).encode()
-            self.send_response_only(200 if passes else 401)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(path: str, authorization: str | None) -> tuple[int, bytes]:
+        passes = authorization == "Bearer right"
+        model = {"id": "tiny", "object": "model", "created": 0, "owned_by": "loray", "root": "tiny"} | {
+            "max_model_len": 64
+        }
+        models = {"object": "list", "data": [model]}
+        refusal = {"error": {"message": "the API key has expired", "type": "invalid_request_error"}}
+        return (200 if passes else 401), json.dumps(models if passes else refusal).encode()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(answer) as url:
+        yield url
 
 
 def test_a_server_that_is_away_or_refuses(situation: Situations, keyed: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loray.engine.engine import Engine
-from loray.engine.sampling.maskthread import MaskThread
+from loray.engine.sampling.grammar import MaskThread
 from loray.spec import Constraint
 
 EOS = 258  # of the tiny base, whose other tokens are bytes

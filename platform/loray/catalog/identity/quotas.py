@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from loray.catalog.database import Database, reading, writing
+from loray.catalog.database import Database, insert_into, reading, writing
 from loray.catalog.schema import quota_levels, quota_owners
 
 OWNER_IS_GONE_S = 15.0  # without a word
@@ -98,7 +97,7 @@ class Quotas(Database):
     def _put(self, c: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        statement: Any = (sqlite.insert if c.dialect.name == "sqlite" else postgresql.insert)(table)
+        statement = insert_into(c, table)
         keys = [column.name for column in table.primary_key]
         values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
         c.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)

@@ -12,9 +12,8 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from loray.catalog.database import Database, reading, writing
+from loray.catalog.database import Database, insert_into, reading, writing
 from loray.catalog.identity.usage_tables import TOKENS, usage, usage_days
 from loray.errors import DataError, SpecError
 from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
@@ -59,7 +58,7 @@ class Usage(Database):
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
         with writing(self._engine) as c, _refused_rows():
-            statement = self._insert(usage).on_conflict_do_nothing(index_elements=["request_id"])
+            statement = insert_into(c, usage).on_conflict_do_nothing(index_elements=["request_id"])
             new = set(c.scalars(statement.returning(usage.c.request_id), rows))
             if new:
                 self._add_to_days(c, {row["request_id"]: row for row in rows if row["request_id"] in new}.values())
@@ -75,16 +74,9 @@ class Usage(Database):
             sums[of] = {name: known[name] + counts[name] for name in _COUNTS}
         names = [column.name for column in usage_days.primary_key]
         values = [dict(zip(names, of, strict=True)) | counts for of, counts in sorted(sums.items())]
-        statement = self._insert(usage_days)
+        statement = insert_into(c, usage_days)
         added = {name: usage_days.c[name] + statement.excluded[name] for name in _COUNTS}
         c.execute(statement.on_conflict_do_update(index_elements=names, set_=added), values)
-
-    def _insert(self, table: sa.Table) -> Any:
-        """Rows are to be given beside the statement, not in it: so it is compiled once, and not by a thread that takes
-        the interpreter from a gateway's event loop each time. Both dialects' statements have the methods; they have no
-        common type.
-        """
-        return (sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert)(table)
 
     def usage(
         self,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import click
 from rich.table import Table
 
-from loray.catalog import gate
+from loray.cli import describe
 from loray.cli.evaluation import heatmap
 from loray.cli.evaluation.harness import tasks
 from loray.cli.evaluation.options import Options, Where, measurement, retrieval_options
@@ -216,10 +216,7 @@ def _record(target: Target, options: Options, measured: Sequence[Evaluation]) ->
         if options.record:
             services.catalog.record_evaluations(version.digest, measured)
             known = services.catalog.version(version.name, version.version).evaluations
-        settings = services.settings
-    if not gate.is_gated(version.manifest):
-        return None
-    return gate.failures(version.manifest, known, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
+    return describe.objections(version.manifest, known, services.settings)
 
 
 def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:

@@ -19,9 +19,10 @@ some of the gateways alone.
 from loray.serving.quotas.gate import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.serving.quotas.owner import TOLD_S, QuotaOwner
 from loray.serving.quotas.rules import Rule, allowed_priority, rules_of
-from loray.serving.quotas.shares import Counted, Grant, Reply, Report
+from loray.serving.quotas.shares import IDLE_S, Counted, Grant, Reply, Report
 
 __all__ = [
+    "IDLE_S",
     "OPEN_ENDED_TOKENS",
     "TOLD_S",
     "Counted",

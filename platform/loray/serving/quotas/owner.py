@@ -106,13 +106,14 @@ class _Meter:
 
 
 class QuotaOwner:
-    """Answers the reports of `num_gateways` gateways, and divides limits with other owners. Not thread-safe.
+    """Answers the reports of `num_gateways` gateways, and divides limits with other owners, of which there are
+    `num_owners`, this one included. Not thread-safe.
 
     An owner that starts anew believes the first report of each rule, and what `divide` is told.
     """
 
     def __init__(self, num_gateways: int) -> None:
-        self._num_gateways, self._num_owners = num_gateways, 1
+        self._num_gateways, self.num_owners = num_gateways, 1
         self._meters: dict[Rule, _Meter] = {}
         self._short: set[Rule] = set()
         self._heard: dict[str, float] = {}
@@ -126,7 +127,7 @@ class QuotaOwner:
         self._drop_gone(now)
         grants = [self._answer(gateway, report, now) for report in reports]
         reported = {report.rule for report in reports}
-        return Reply(self._epoch, (*grants, *self._moved(gateway, reported, now)), self._num_owners)
+        return Reply(self._epoch, (*grants, *self._moved(gateway, reported, now)), self.num_owners)
 
     # -- with other owners --------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class QuotaOwner:
         """Grant so much of each limit from now on. `used`: what all owners had used of the rules when others were
         `told`, and at the start of any rule.
         """
-        is_anew, self._num_owners = num_owners != self._num_owners, num_owners
+        is_anew, self.num_owners = num_owners != self.num_owners, num_owners
         before = {}
         for rule, meter in self._meters.items():
             meter.refresh(now)
@@ -183,7 +184,7 @@ class QuotaOwner:
         if report.period == meter.period:
             meter.spend(report.spent)
             if not meter.holders:
-                meter.believe(report.known, is_anew=is_anew, is_alone=self._num_owners == 1)
+                meter.believe(report.known, is_anew=is_anew, is_alone=self.num_owners == 1)
         holder = meter.holders.setdefault(gateway, _Holder(0.0, now))
         if report.period == meter.period:
             holder.level = report.level
@@ -204,7 +205,7 @@ class QuotaOwner:
         return Grant(rule, granted, meter.left, target, idle)
 
     def _new(self, rule: Rule, now: float) -> _Meter:
-        meter = self._meters[rule] = _Meter(rule, self._num_gateways, self._num_owners, now)
+        meter = self._meters[rule] = _Meter(rule, self._num_gateways, self.num_owners, now)
         return meter
 
     def _forget(self, rule: Rule) -> None:

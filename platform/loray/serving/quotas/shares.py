@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loray.serving.quotas.return_times import ReturnTimes
 from loray.serving.quotas.rules import Rule
 
-_BETWEEN_S = 0.5  # two exchanges are at most so far apart, about
+IDLE_S = 0.5  # between two exchanges at most, about
 _EXCHANGE_S = 1.0  # in which the owner has moved units that others do not use
 _SOONEST_S = 0.1  # that a refused request may come again
 _UNKNOWN_S = 1.0  # until a request ends; nobody knows when
@@ -233,8 +233,8 @@ class Share:
 
     @property
     def has_too_much(self) -> bool:
-        """Others need what it holds above its target; what comes back between two exchanges they can wait for."""
-        return self.target is not None and self.level > self.target + self._rate * _BETWEEN_S
+        """Whether it holds what others need at once. For what comes back between two exchanges they can wait."""
+        return self.target is not None and self.level > self.target + self._rate * IDLE_S
 
     def apply(self, grant: Grant) -> None:
         self.level = min(self.limit, self.level + grant.granted)
