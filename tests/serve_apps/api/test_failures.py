@@ -13,6 +13,7 @@ import pytest
 from loray.api.resources import Problem
 from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
+from loray.settings import Settings
 from tests.catalog.test_catalog import publish
 from tests.cluster import free_port
 from tests.postgres import Postgres
@@ -37,12 +38,12 @@ def test_without_its_database(tmp_path: Path) -> None:
 def test_concurrent_requests_share_one_wait_for_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, everybody_waits = [], Barrier(9, timeout=300)
 
-    def unreachable(url: str, **_: object) -> Catalog:
-        tried.append(url)
+    def unreachable(settings: Settings, actor: str) -> Catalog:
+        tried.append(settings.catalog)
         everybody_waits.wait()
         raise CatalogError("no answer within 5 s")
 
-    monkeypatch.setattr("serve_apps.api.services.Catalog", unreachable)
+    monkeypatch.setattr(Catalog, "of", unreachable)
     monkeypatch.setattr("serve_apps.api.services._RETRY_S", 3600.0)
     api = Api(tmp_path, f"sqlite:///{tmp_path}/catalog.db")
 
