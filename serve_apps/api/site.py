@@ -17,17 +17,17 @@ from loray.telemetry import get_logger
 from serve_apps.access import Access, Permissions, reference
 from serve_apps.access.documents import describe_keys
 from serve_apps.api import problems
-from serve_apps.api.routes import access as access_routes
-from serve_apps.api.routes import adapters as adapter_routes
-from serve_apps.api.routes import aliases as alias_routes
-from serve_apps.api.routes import canaries as canary_routes
-from serve_apps.api.routes import downloads as download_routes
-from serve_apps.api.routes import jobs as job_routes
-from serve_apps.api.routes import recommend as recommend_routes
-from serve_apps.api.routes import removal as removal_routes
-from serve_apps.api.routes import tags as tag_routes
-from serve_apps.api.routes import uploads as upload_routes
-from serve_apps.api.routes import usage as usage_routes
+from serve_apps.api.routes.access import router as access_router
+from serve_apps.api.routes.adapters import router as adapters_router
+from serve_apps.api.routes.aliases import router as aliases_router
+from serve_apps.api.routes.canaries import router as canaries_router
+from serve_apps.api.routes.downloads import router as downloads_router
+from serve_apps.api.routes.jobs import router as jobs_router
+from serve_apps.api.routes.recommend import router as recommend_router
+from serve_apps.api.routes.removal import router as removal_router
+from serve_apps.api.routes.tags import router as tags_router
+from serve_apps.api.routes.uploads import router as uploads_router
+from serve_apps.api.routes.usage import router as usage_router
 from serve_apps.api.services import Services
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
@@ -40,20 +40,20 @@ WATCH_S = 30.0  # between two comparisons of the jobs with Ray's
 # Given as they are: FastAPI makes the routes of a router that is included anew for each application.
 _ROUTES = [
     route
-    for module in (
-        access_routes,
-        adapter_routes,
-        alias_routes,
-        canary_routes,
-        download_routes,
-        job_routes,
-        recommend_routes,
-        usage_routes,
-        removal_routes,
-        tag_routes,
-        upload_routes,
+    for router in (
+        access_router,
+        adapters_router,
+        aliases_router,
+        canaries_router,
+        downloads_router,
+        jobs_router,
+        recommend_router,
+        usage_router,
+        removal_router,
+        tags_router,
+        uploads_router,
     )
-    for route in module.router.routes
+    for route in router.routes
 ]
 
 

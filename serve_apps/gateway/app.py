@@ -28,8 +28,14 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes import adapters, generation, server, tokens
+from serve_apps.gateway.routes.adapters import BODIES as ADAPTER_BODIES
+from serve_apps.gateway.routes.adapters import create_router as create_adapters
+from serve_apps.gateway.routes.generation import BODIES as GENERATION_BODIES
+from serve_apps.gateway.routes.generation import create_router as create_generation
 from serve_apps.gateway.routes.openapi import describe
+from serve_apps.gateway.routes.server import create_router as create_server
+from serve_apps.gateway.routes.tokens import BODIES as TOKEN_BODIES
+from serve_apps.gateway.routes.tokens import create_router as create_tokens
 from serve_apps.http import EchoRequestId
 from serve_apps.tracing import Tracing
 from serve_apps.tracing.middleware import TraceRequests
@@ -56,7 +62,8 @@ def create_app(
         await gateway.directory.stop()
         await access.stop()
 
-    routes = [route for part in (generation, tokens, adapters, server) for route in part.create_router(gateway).routes]
+    parts = create_generation, create_tokens, create_adapters, create_server
+    routes = [route for create in parts for route in create(gateway).routes]
     app = FastAPI(
         title="loray",
         version=__version__,
@@ -78,7 +85,7 @@ def create_app(
         AdmitRequests,
         accounts=gateway.accounts,
         turns=gateway.turns,
-        paths=generation.BODIES | tokens.BODIES,
+        paths=GENERATION_BODIES | TOKEN_BODIES,
         refused=refused,
     )
     if tracing is not None:
@@ -89,7 +96,7 @@ def create_app(
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
-    describe(app, permissions, generation.BODIES | tokens.BODIES | adapters.BODIES)
+    describe(app, permissions, GENERATION_BODIES | TOKEN_BODIES | ADAPTER_BODIES)
     return app
 
 
