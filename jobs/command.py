@@ -1,4 +1,4 @@
-"""`loray train`: submits a recipe to Ray, follows the job, and prints the published adapter's name."""
+"""`loray train`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,51 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import click
 from rich.console import Console
 
-from jobs.events.messages import describe
-from jobs.events.terminal import RunView
+from jobs.events import RunView, describe
 from jobs.submission import commands
-from jobs.submission.api import ApiJobServer
-from jobs.submission.tracker import RayJob
-from loray.cli.planning.check import check_plan
-from loray.cli.planning.devices import device_option
-from loray.cli.recipes.command import explained
-from loray.cli.recipes.options import RecipeSource, recipe_options
-from loray.errors import ClusterError, LorayError
+from jobs.submission.tracker import RayJob, RayStatus
+from loray.cli.plan import check_plan, device_option
+from loray.cli.recipes import RecipeSource, explained, recipe_options
+from loray.client import CatalogClient
+from loray.errors import ClusterError, JobNotFound, LorayError
 from loray.locations import http_url, is_this_machine
 from loray.recipes.load import Recipe
 from loray.settings import Settings
+from loray.spec import TrainSpec
 from loray.store import open_store
 from loray.telemetry import get_logger
 
 if TYPE_CHECKING:
     from jobs.submission.server import RayJobServer
+
+
+class ApiJobServer:
+    """What `loray train` needs of a job server, over the REST API. Raises the client's errors."""
+
+    def __init__(self, url: str, client: CatalogClient | None = None) -> None:
+        self.address = url
+        self._client = client or CatalogClient(url)
+
+    def submit(self, spec: TrainSpec, *, resume: bool) -> str:
+        return self._client.submit(spec, resume=resume).id
+
+    def find(self, job_id: str) -> RayJob | None:
+        try:
+            job = self._client.job(job_id)
+        except JobNotFound:
+            return None
+        return RayJob(cast(RayStatus, job.status.upper()), job.message)
+
+    async def follow(self, job_id: str) -> AsyncIterator[str]:
+        """The log in whole lines, until the job ends. Blocks the event loop between them."""
+        for line in self._client.follow(job_id):
+            yield f"{line}\n"
+
 
 log = get_logger(__name__)
 

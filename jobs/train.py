@@ -11,18 +11,16 @@ from functools import partial
 import click
 from ray.train import Result
 
-from jobs.driver.fit import fit
+from jobs.driver.fit import connect, find_workers, fit
 from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import connect, find_workers
 from jobs.driver.tokenising import RayTasks
-from jobs.events.messages import describe, encode
-from jobs.events.schema import Emit, Event, PublishedEvent
+from jobs.events import Emit, Event, PublishedEvent, describe, encode
 from jobs.runs.folders import RunFolder, open_runs
-from jobs.tracking.trackers import TrackedRun, tracked
+from jobs.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
-from loray.cli.recipes.options import RecipeSource, recipe_options
+from loray.cli.recipes import RecipeSource, recipe_options
 from loray.errors import CatalogError, EvaluationError, StoreError, TrainingError
 from loray.recipes.load import Recipe
 from loray.settings import Settings

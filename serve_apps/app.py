@@ -1,16 +1,24 @@
-"""The Serve application `serve_apps.app:build`, for `loray up`, `serve run`, `serve deploy` and RayService."""
+"""`build`: the Serve application.
+
+Serve gives all deployments of an application one version, a hash of the application's arguments: a change of one base
+would replace the replicas of all of them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from pydantic import PrivateAttr
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
+from loray import __version__
 from loray.bases.registry import get_bases
 from loray.encryption import uses_tls
 from loray.settings import Settings
@@ -20,9 +28,8 @@ from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.options import reserve_names
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
-from serve_apps.scaling.log import ScalingLog
-from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
-from serve_apps.versions import versioned
+from serve_apps.scaling import AdapterDemandPolicy, ScalingLog, autoscaling_config
+from serve_apps.serve_internals import DeploymentConfig
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
@@ -30,6 +37,28 @@ if TYPE_CHECKING:
     from serve_apps.gateway.gateway import Gateway
 
 __all__ = ["GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
+
+
+class VersionedConfig(DeploymentConfig):  # type: ignore[misc]
+    """Has its own version in the form that Serve's controller is sent, whatever version Serve sets before."""
+
+    _own: str = PrivateAttr(default="")
+
+    def to_proto(self) -> Any:
+        proto = super().to_proto()
+        proto.version = self._own
+        return proto
+
+
+def versioned(deployment: Deployment, *arguments: Any) -> Deployment:
+    """The deployment with a version that follows from `arguments`, JSON of what its replicas are given, and from
+    loray's version. Serve itself replaces replicas whose actors' options change, such as the environment.
+    """
+    config = VersionedConfig(**dict(deployment._deployment_config))
+    said = json.dumps([__version__, deployment.name, *arguments], sort_keys=True)
+    config._own = hashlib.sha256(said.encode()).hexdigest()
+    return Deployment(deployment.name, config, deployment._replica_config, version=None, _internal=True)
+
 
 _UPDATED_S = 30.0  # three times the age of the autoscaler's last record
 _SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
@@ -148,16 +177,14 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
 
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
-    from serve_apps.access import open_access
-    from serve_apps.access.listening import reachable_host
-    from serve_apps.accounting.owner import RayExchange
-    from serve_apps.garbage import collect_when_quiet, freeze_garbage
+    from serve_apps.accounting.quotas import RayExchange
+    from serve_apps.auth import open_access
     from serve_apps.gateway.app import open_gateway
-    from serve_apps.gateway.replicas.demand_notes import DemandNotes
-    from serve_apps.gateway.replicas.engines import ServeEngines
-    from serve_apps.gateway.replicas.gateways import ServeGateways
+    from serve_apps.gateway.replicas.engines import DemandNotes, ServeEngines, ServeGateways
     from serve_apps.http import WithoutRequestId
-    from serve_apps.scaling.demand_records import DemandRecords
+    from serve_apps.python_gc import collect_when_quiet, freeze_garbage
+    from serve_apps.scaling import DemandRecords
+    from serve_apps.serve_internals import reachable_host
     from serve_apps.tracing import open_tracing
 
     settings = Settings.from_env()

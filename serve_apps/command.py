@@ -1,11 +1,17 @@
-"""The commands `loray up`, `loray status` and `loray down`. Importing this module does not import Ray."""
+"""`loray up`, `status`, `down`."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import click
@@ -13,27 +19,153 @@ from rich.console import Console
 from rich.markup import escape
 
 from loray.bases.registry import get_bases
-from loray.cli.output import emit, json_option
-from loray.errors import ClusterError, ConflictError
+from loray.cli.output import console, emit, json_option, pairs, table
+from loray.client import LorayClient
+from loray.errors import ClusterError, ConflictError, LorayError, PermissionDenied, Unauthenticated
 from loray.local.cluster import current_cluster, dead_cluster, ensure_started, stop_local_cluster
-from loray.local.home import (
-    describe_store,
-    has_local_s3,
-    move_to_local_s3,
-    start_home_store,
-    stop_home_store,
-)
 from loray.local.processes import check_port
-from loray.local.serving import Address
-from loray.local.standalone import standalone_servers
+from loray.local.s3 import describe_store, has_local_s3, move_to_local_s3, start_home_store, stop_home_store
+from loray.local.serving import Address, standalone_servers
 from loray.locations import http_url
+from loray.schemas.status import BaseStatus, ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
-from loray.spec import FleetSpec
-from serve_apps.deployment import DRAIN_S, ServeApi, serve_config
+from loray.spec import FleetSpec, format_size
+from serve_apps.deployment import DRAIN_S, ServeApi, State, serve_config
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
-from serve_apps.terminal import ask, show_server, show_status, welcome
 
-_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
+_DECISIONS_SHOWN = 5
+_TIMEOUT_S = 10.0
+
+
+def welcome(url: str, fleet: FleetSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
+    """`hints`: what to do next, as (what to type, what it does)."""
+    names, model = _models(url)
+    bases = ", ".join(fleet.names)
+    body = json.dumps(
+        {"model": model or fleet.names[0], "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
+    )
+    out = console()
+    out.print(f"[green]serving[/] {bases} at [bold]{url}/v1[/]{remark and f', {remark}'}")
+    out.print(f"models: {escape(names)}")
+    out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+    if model is None or os.environ.get("LORAY_API_KEY"):
+        out.print('    -H "Authorization: Bearer $LORAY_API_KEY" \\', soft_wrap=True)
+    out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
+    out.print("more")
+    for typed, does in hints:
+        out.print(f"  {typed:<14}  {does}")
+
+
+def _models(url: str) -> tuple[str, str | None]:
+    """The names of what is served, and one of them; a sentence and None where this needs a key."""
+    try:
+        with LorayClient(url) as client:
+            models = client.models()
+    except (Unauthenticated, PermissionDenied):
+        return "those that your API key sees (set LORAY_API_KEY to be shown them here)", None
+    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+    return names, models[-1].id
+
+
+class Answer(NamedTuple):
+    report: Status | None
+    problem: str | None
+
+
+def ask(url: str) -> Answer:
+    """GET /status of the server at `url`. `problem`: why there is no report."""
+    with LorayClient(url, timeout=_TIMEOUT_S) as client:
+        try:
+            return Answer(client.status(), None)
+        except LorayError as e:
+            return Answer(None, str(e))
+
+
+def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
+    """The status of a server of which only the URL is known. Exits with 1 if it does not answer, or is not well."""
+    report, problem = ask(url)
+    if as_json:
+        known = None if report is None else report.model_dump(mode="json")
+        emit({"serving": report is not None, "url": url, "store": store, "message": problem or "", "gateway": known})
+        return
+    state = "does not answer" if report is None else "running" if report.status == "ok" else report.status
+    show_status(url, state, report, problem, None, store)
+    if report is None:
+        sys.exit(1)
+
+
+def show_status(
+    url: str, state: State | str, report: Status | None, problem: str | None, dashboard: str | None, store: str | None
+) -> None:
+    """Exits with 1 if the report says that something is wrong. `dashboard`: None without Ray."""
+    out = console()
+    rows: list[tuple[str, object]] = [
+        ("state", state),
+        ("url", f"{url}/v1"),
+        ("dashboard", dashboard),
+        ("store", store),
+    ]
+    if report is not None:
+        catalog = report.catalog
+        rows += [(_of(report, b, "base"), _base_row(report, b)) for b in report.bases]
+        rows += [("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
+        for b in report.bases:
+            if (scaling := b.autoscaling) is not None:
+                rows.append((_of(report, b, "autoscaling"), f"{scaling.target} wanted: {scaling.reason}"))
+    message = state.reason if isinstance(state, State) else None
+    out.print(pairs([*rows, ("message", message), ("problem", problem)]))
+    if report is not None and report.replicas:
+        columns = (
+            "replica",
+            "base",
+            "pid",
+            "up",
+            "running",
+            "waiting",
+            "pool used",
+            "hit rate",
+            "host",
+            "output tokens",
+            "adapters in pool",
+        )
+        out.print(table(columns, [replica_row(r) for r in report.replicas], right=columns[2:10]))
+    for b in () if report is None else report.bases:
+        if b.autoscaling is not None and b.autoscaling.decisions:
+            changes = b.autoscaling.decisions[-_DECISIONS_SHOWN:]
+            head = (f"{b.base} scaled at", "from", "to", "because")
+            out.print(table(head, [_change(d) for d in changes], right=("from", "to")))
+    if report is not None and report.status != "ok":
+        sys.exit(1)
+
+
+def _of(report: Status, base: BaseStatus, what: str) -> str:
+    """The name of a row about one base."""
+    return what if len(report.bases) == 1 or what == "base" else f"{what} of {base.base}"
+
+
+def _base_row(report: Status, b: BaseStatus) -> str:
+    if len(report.bases) == 1:
+        return b.base if b.status != "asleep" else f"{b.base}, asleep"
+    replicas = "asleep" if b.status == "asleep" else f"{b.num_replicas} of {b.target} replicas"
+    return f"{b.base}: {replicas}, adapters: {b.num_adapters}"
+
+
+def _change(d: ScalingDecision) -> tuple[object, ...]:
+    at = datetime.fromtimestamp(d.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return (at, d.from_replicas, d.to_replicas, d.reason)
+
+
+def replica_row(r: ReplicaStatus) -> tuple[object, ...]:
+    blocks = sum(r.blocks.values())
+    used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
+    hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
+    names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
+    up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
+    counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
+    return (r.replica, r.base, r.pid, up, *counts, names)
+
+
+_COMMAND_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
 _SHUTDOWN_S = 10.0  # of Serve, beside the requests under way
 _POLL_S = 0.5
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("loray down", "stop it"))
@@ -245,7 +377,7 @@ def _hostname(fleet: FleetSpec, settings: Settings) -> str:
 
 def _wait(api: ServeApi, screen: Console) -> None:
     with screen.status("waiting for the engine") as spinner:
-        for state in api.watch(_TIMEOUT_S):
+        for state in api.watch(_COMMAND_TIMEOUT_S):
             spinner.update(escape(str(state)))
             if state.has_failed:
                 raise ClusterError(f"serving did not come up: {state.reason}")

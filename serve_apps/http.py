@@ -1,16 +1,27 @@
-"""HTTP that the gateway and the catalog's API share: errors of routes, requests' ids, schemas of OpenAPI documents."""
+"""Bodies limited while they are read; errors; OpenAPI.
+
+Python's JSON parser holds the interpreter's lock from beginning to end, so the limits bound how long a body can delay
+other requests: about 30 ms for the worst one that is taken. Longer bodies are parsed in a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -148,3 +159,157 @@ def extend_openapi(
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+MAX_DEPTH = 64
+MAX_MEMBERS = 2048  # of one object
+MAX_ARRAYS_AND_OBJECTS = 1 << 15
+MAX_VALUES = 1 << 18
+INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
+BODY_S = 30.0  # for a body to come, and a second more for each BODY_BYTES_PER_S that have come
+BODY_BYTES_PER_S = 16 << 10
+_TOO_SLOW = "the request's body came too slowly; send it at once"
+_WRITE_BYTES = 1 << 20
+_threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+T = TypeVar("T")
+
+
+class BodyLimit:
+    """ASGI middleware: a request whose body is larger than its `max_bytes` gets 413 from the error handlers of the app,
+    and one whose body comes slower than BODY_S and BODY_BYTES_PER_S allow gets 408.
+
+    It gets 413 before its body is read if Content-Length says the size, else as soon as that many bytes have come.
+    `advice` follows the limit in the message.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[Scope], int], advice: str) -> None:
+        self._app, self._max_bytes, self._advice = app, max_bytes, advice
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_bytes(scope)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        num_bytes, due, is_whole = 0, 0.0, False
+        is_too_long = not length.isdigit() or len(length) > 18 or int(length) > limit
+
+        async def counted() -> Message:
+            nonlocal num_bytes, due, is_whole
+            if is_whole:  # what comes now is that the client leaves
+                return await receive()
+            if not is_too_long:
+                due = due or asyncio.get_running_loop().time() + BODY_S
+                try:
+                    async with asyncio.timeout_at(due + num_bytes / BODY_BYTES_PER_S):
+                        message = await receive()
+                except TimeoutError as e:
+                    raise HTTPException(408, _TOO_SLOW, {"Connection": "close"}) from e
+                num_bytes += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
+            if is_too_long or num_bytes > limit:
+                raise HTTPException(413, f"the request's body is larger than {_size(limit)}; {self._advice}")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+async def read(request: Request, parse: Callable[[bytes], T]) -> T:
+    """`parse` of the body, in a thread if it is long."""
+    raw = await request.body()
+    if len(raw) <= INLINE_BYTES:
+        return parse(raw)
+    return await asyncio.get_running_loop().run_in_executor(_threads, parse, raw)
+
+
+def length_of(request: Request, limit: int) -> int:
+    """The bytes that a file's body will have. 411 where the request does not say it, 413 where they are too many."""
+    length = request.headers.get("content-length")
+    if length is None:
+        raise HTTPException(411, "send the file with its length in the header Content-Length")
+    if int(length) > limit:  # BodyLimit has checked that it is a number
+        raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
+    return int(length)
+
+
+async def receive_file(request: Request, path: Path, num_bytes: int, keep: Callable[[Path], T]) -> T:
+    """`keep` of the body, written to the new file `path`. 413 beyond its `num_bytes`."""
+    with path.open("wb") as f:
+        await _write(request, f, num_bytes)
+    return await run_in_threadpool(keep, path)
+
+
+async def _write(request: Request, f: BinaryIO, limit: int) -> None:
+    num_bytes, pending = 0, bytearray()
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            raise HTTPException(413, f"the file is longer than the {limit:,} bytes of its Content-Length")
+        pending += chunk
+        if len(pending) >= _WRITE_BYTES:
+            await run_in_threadpool(f.write, bytes(pending))
+            pending.clear()
+    await run_in_threadpool(f.write, bytes(pending))
+
+
+def parse_json(raw: str | bytes) -> Any:
+    """JSON as RFC 8259 defines it: unlike `json.loads`, without NaN, Infinity and halves of surrogate pairs.
+
+    Raises ValueError, also for JSON that is nested deeper or has more parts than the limits of this module.
+    """
+    text = raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw))
+    check_shape(text)
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    if "\\ud" in text or "\\uD" in text:  # half a pair is valid JSON, but not valid text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+_BACKSLASH, _QUOTE = b"\\\\", b'\\"'
+_STEPS = np.zeros(256, dtype=np.int32)  # in depth, by character
+_STEPS[list(b"[{")] = 1
+_STEPS[list(b"]}")] = -1
+_COMMA = ord(",")
+
+
+def check_shape(text: str) -> None:
+    """Raises ValueError if a JSON text is nested too deep or has too many parts.
+
+    In a few passes of numpy, which lets other threads run: a body as large as may be takes some milliseconds.
+    """
+    openings = text.count("[") + text.count("{")  # also those in strings, hence more than there are
+    if openings <= MAX_DEPTH and text.count(",") + openings < MAX_VALUES:
+        return
+    outside = _outside_strings(text)
+    steps = _STEPS[outside]
+    if np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    containers = np.count_nonzero(steps > 0)
+    if containers > MAX_ARRAYS_AND_OBJECTS:
+        raise ValueError(f"it has more than {MAX_ARRAYS_AND_OBJECTS:,} arrays and objects")
+    if containers + np.count_nonzero(outside == _COMMA) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+
+
+def _outside_strings(text: str) -> npt.NDArray[np.uint8]:
+    """The bytes that are in no string, closed or not, and the quotes that close strings. From the left, pairs of
+    backslashes are no escapes, and then a backslash before a quote is one.
+    """
+    raw = text.encode(errors="replace").replace(_BACKSLASH, b"  ").replace(_QUOTE, b"  ")
+    characters = np.frombuffer(raw, dtype=np.uint8)
+    return characters[~np.logical_xor.accumulate(characters == ord('"'))]
+
+
+def _size(num_bytes: int) -> str:
+    """Limits are powers of two, unlike the sizes that `format_size` shows."""
+    return f"{num_bytes / (1 << 20):g} MiB" if num_bytes >= 1 << 20 else f"{num_bytes / (1 << 10):g} KiB"
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members) > MAX_MEMBERS:
+        raise ValueError(f"an object has {len(members):,} members; at most {MAX_MEMBERS:,}")
+    return dict(members)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

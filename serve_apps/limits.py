@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loray import local
-from loray.adapters.checks.files import MAX_CONFIG_BYTES
-from loray.api.openai import fields, structured
-from loray.api.openai.chat import tools
-from loray.api.openai.requests import MAX_LOGPROBS
-from loray.api.resources import problem_type
-from loray.bases.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, MAX_NESTING, MIN_MASKS
-from loray.catalog.identity import logins, rotation
-from loray.catalog.notes.evaluations import MAX_REPORTED
-from loray.catalog.notes.tags import MAX_TAGS
+from loray.adapters.files import MAX_CONFIG_BYTES
+from loray.catalog import identity
+from loray.catalog.adapters import MAX_REPORTED, MAX_TAGS
 from loray.errors import (
     AdapterNotFound,
     BaseStarting,
@@ -39,10 +33,13 @@ from loray.errors import (
     SpecError,
     StoreError,
 )
+from loray.policy.quotas import LEAST_URGENT, MOST_URGENT
 from loray.publishing import uploads
-from loray.publishing.process import MAX_MEMORY_BYTES
+from loray.publishing.convert import MAX_MEMORY_BYTES
+from loray.schemas.openai import fields, requests, structured
+from loray.schemas.openai.requests import MAX_LOGPROBS
+from loray.schemas.resources import problem_type
 from loray.scratch import SHARE
-from loray.serving.quotas.rules import LEAST_URGENT, MOST_URGENT
 from loray.settings import DEFAULT_KEY_MAX_AGE_S, DEFAULT_MAX_JOBS, DEFAULT_MAX_WORKERS, DEFAULT_SNAPSHOT_BYTES
 from loray.spec import (
     DEFAULT_KEEP_DELETED_S,
@@ -56,18 +53,19 @@ from loray.spec import (
     MAX_VERSIONS,
     ServeSpec,
 )
-from loray.spec.structured import MAX_CHARACTERS
-from loray.text import isolated
-from serve_apps import bodies
-from serve_apps.access import places, rates
-from serve_apps.accounting.admission import LONGEST_S
+from loray.spec.generation import MAX_CHARACTERS
+from loray.text import templates
+from loray.text.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, MAX_NESTING, MIN_MASKS
+from serve_apps import auth, http, places
+from serve_apps.accounting.accounts import LONGEST_S
 from serve_apps.api import conversions, services
 from serve_apps.api.problems import MAX_BODY_BYTES, status_of
 from serve_apps.api.routes.jobs import LONGEST_FOLLOWED_S
-from serve_apps.gateway import bases, directory, models, prompts
+from serve_apps.gateway import bases, directory
+from serve_apps.gateway import bases as prompts
+from serve_apps.gateway import directory as models
 from serve_apps.gateway.errors import ROUTE_CODES, failure_of
-from serve_apps.standalone.protocol import HEADERS_S
-from serve_apps.standalone.server import SEND_S
+from serve_apps.standalone.server import HEADERS_S, SEND_S
 
 
 class Limit(NamedTuple):
@@ -141,7 +139,7 @@ REQUESTS = (
     ),
     Limit(
         "how long a body comes",
-        f"{_time(bodies.BODY_S)}, and a second more for each {_bytes(bodies.BODY_BYTES_PER_S)} that have come",
+        f"{_time(http.BODY_S)}, and a second more for each {_bytes(http.BODY_BYTES_PER_S)} that have come",
         _route(408),
     ),
     Limit(
@@ -158,8 +156,8 @@ REQUESTS = (
     ),
     Limit(
         "JSON",
-        f"{bodies.MAX_DEPTH} levels, {bodies.MAX_ARRAYS_AND_OBJECTS:,} arrays and objects, {bodies.MAX_VALUES:,} "
-        f"values, {bodies.MAX_MEMBERS:,} members of an object",
+        f"{http.MAX_DEPTH} levels, {http.MAX_ARRAYS_AND_OBJECTS:,} arrays and objects, {http.MAX_VALUES:,} "
+        f"values, {http.MAX_MEMBERS:,} members of an object",
         _WRONG,
     ),
     Limit(
@@ -169,7 +167,7 @@ REQUESTS = (
         "`max_model_len`",
     ),
     Limit("messages of a chat", "one for each token of the context", _TOO_LONG, "`max_model_len`"),
-    Limit("`tools`", f"{tools.MAX_TOOLS}, each with a description of {fields.MAX_DESCRIPTION:,} characters", _WRONG),
+    Limit("`tools`", f"{requests.MAX_TOOLS}, each with a description of {fields.MAX_DESCRIPTION:,} characters", _WRONG),
     Limit(
         "`chat_template_kwargs`, `metadata`, `reasoning`", f"{fields.MAX_OBJECT_CHARACTERS:,} characters each", _WRONG
     ),
@@ -182,9 +180,9 @@ REQUESTS = (
     ),
     Limit(
         "an adapter's own chat template",
-        f"{_time(isolated.TIMEOUT_S)} for a prompt; {isolated.MAX_SLOW} of more than {_time(isolated.SLOW_S)} in "
-        f"{_time(isolated.SLOW_WINDOW_S)}",
-        f"{_WRONG}, and for {_time(isolated.REFUSED_S)} for all its requests",
+        f"{_time(templates.TIMEOUT_S)} for a prompt; {templates.MAX_SLOW} of more than {_time(templates.SLOW_S)} in "
+        f"{_time(templates.SLOW_WINDOW_S)}",
+        f"{_WRONG}, and for {_time(templates.REFUSED_S)} for all its requests",
     ),
     Limit(
         "rendering adapters' own chat templates",
@@ -339,13 +337,13 @@ CATALOG_API = (
     Limit("a request's body that is no file", _bytes(MAX_BODY_BYTES), "413"),
     Limit(
         "requests",
-        f"{rates.KEY_RATE:g} a second and {rates.KEY_BURST:g} at once of a key, {rates.TENANT_RATE:g} a second and "
-        f"{rates.TENANT_BURST:g} at once of a tenant; administrators: none",
+        f"{auth.KEY_RATE:g} a second and {auth.KEY_BURST:g} at once of a key, {auth.TENANT_RATE:g} a second and "
+        f"{auth.TENANT_BURST:g} at once of a tenant; administrators: none",
         _SLOWER,
     ),
     Limit(
         "plans and recommendations (`/recommend`, the console's advice and estimates of recipes)",
-        f"{60 * rates.ADVICE_RATE:g} a minute of a key; administrators: none",
+        f"{60 * auth.ADVICE_RATE:g} a minute of a key; administrators: none",
         _SLOWER,
     ),
     Limit("publications of uploads", _places(services.LONG), _FULL),
@@ -378,14 +376,14 @@ CATALOG_API = (
 KEYS = (
     Limit(
         "a key that was replaced",
-        f"it goes on for {_time(rotation.MAX_GRACE.total_seconds())} at most",
+        f"it goes on for {_time(identity.MAX_GRACE.total_seconds())} at most",
         _api(SpecError),
         "`grace_period` (`--grace`), 0 unless given",
     ),
     Limit("keys of a family that go on", "two", _api(ConflictError)),
     Limit(
         "a key that rotates itself",
-        f"once in {_time(rotation.SELF_ROTATION.total_seconds())}; administrators any time",
+        f"once in {_time(identity.SELF_ROTATION.total_seconds())}; administrators any time",
         _api(ConflictError),
     ),
     Limit(
@@ -396,10 +394,10 @@ KEYS = (
     ),
     Limit(
         "a login at the console",
-        f"{_time(logins.LONGEST.total_seconds())}, or {_time(logins.IDLE.total_seconds())} without a request",
+        f"{_time(identity.LONGEST.total_seconds())}, or {_time(identity.IDLE.total_seconds())} without a request",
         "the console asks for the key again",
     ),
-    Limit("logins at the console", f"{logins.MOST:,}", "the one that was not used for longest ends"),
+    Limit("logins at the console", f"{identity.MOST:,}", "the one that was not used for longest ends"),
 )
 
 TABLES: Mapping[str, tuple[Limit, ...]] = {

@@ -1,4 +1,4 @@
-"""What loray uses of Ray Serve that Serve does not promise: each private name, and what it is called with.
+"""Private parts of Ray Serve that are used.
 
 Other modules import Serve's private classes and functions from here. What they call or override of Serve's objects
 stands in PRIVATE. It is compared with the installed Ray where this module is imported, which the applications do.
@@ -11,8 +11,13 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import ray
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.context import _get_global_client
 
 from loray.errors import ClusterError
+from loray.locations import is_on_loopback
+
+__all__ = ["PRIVATE", "DeploymentConfig", "Private", "_get_global_client", "check"]
 
 
 class Private(NamedTuple):
@@ -90,7 +95,20 @@ def _is_set(owner: Any, name: str) -> bool:
 
 check()
 
-from ray.serve._private.config import DeploymentConfig  # noqa: E402 - checked first; no public option sets a version
-from ray.serve.context import _get_global_client  # noqa: E402 - no public call tells the options of the proxies
 
-__all__ = ["PRIVATE", "DeploymentConfig", "Private", "_get_global_client", "check"]
+_TIMEOUT_S = 30.0
+
+
+def reachable_host(stated: str) -> str:
+    """The host for which keys are decided: `stated`, the application's, unless Serve listens where others can reach it.
+
+    Called in a replica. Both must be loopback for a server that needs no key.
+    """
+    host = _host_of_serve()
+    return stated if is_on_loopback(host) else host
+
+
+def _host_of_serve() -> str:
+    controller = _get_global_client()._controller
+    options = ray.get(controller.get_http_config.remote(), timeout=_TIMEOUT_S)
+    return str(options.host)

@@ -9,8 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.api.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
-from loray.api.openai.formats import Choice
 from loray.client import LorayClient
 from loray.errors import (
     ContextLengthExceeded,
@@ -20,6 +18,8 @@ from loray.errors import (
     Overloaded,
     RequestError,
 )
+from loray.schemas.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
+from loray.schemas.openai.formats import Choice
 from tests.api.test_formats import Delta, fmt
 
 CHAT = [{"role": "user", "content": "hi"}]

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loray.api.resources import Problem, problem_type
 from loray.client import CatalogClient
 from loray.errors import CatalogError, ClusterError, LorayError
+from loray.schemas.resources import Problem, problem_type
 from serve_apps.api import examples
 from tests.catalog.test_catalog import manifest
 
@@ -37,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("loray.client.retries.time", clock)
+    monkeypatch.setattr("loray.client.http.time", clock)
     return clock
 
 

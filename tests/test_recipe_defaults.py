@@ -11,9 +11,8 @@ import yaml
 from loray.bases.presets import preset
 from loray.errors import SpecError
 from loray.recipes.defaults import BASE_SIZES, METHODS, OBJECTIVES, complete, defaults_of, size_of
-from loray.recipes.fields import fields_of, given
+from loray.recipes.fields import defaults_table, fields_of, given, to_yaml
 from loray.recipes.load import load_recipe, purpose, shipped, size_of_base
-from loray.recipes.render import defaults_table, to_yaml
 from loray.spec import DpoSpec, Method, ObjectiveType, TrainSpec
 
 GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "recipes.md"
@@ -257,4 +256,4 @@ def test_shipped_recipes_say_what_they_are_for() -> None:
 def test_the_guide_has_the_table_of_defaults() -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     tables = [defaults_table(objective) for objective in OBJECTIVES]
-    assert all(table in guide for table in tables), "run python -m loray.recipes.render, and paste it"
+    assert all(table in guide for table in tables), "run python -m loray.recipes.fields, and paste it"

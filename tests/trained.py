@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.events.messages import decode
+from jobs.events import decode
 from loray.bases.registry import BaseModel
 from loray.client import CatalogClient
 from loray.recipes.load import Recipe

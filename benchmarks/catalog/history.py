@@ -11,8 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from benchmarks.catalog.fill import adapter_name, insert, tenant_name
-from jobs.events.messages import encode
-from jobs.events.schema import StepEvent
+from jobs.events import StepEvent, encode
 from loray.catalog import Catalog
 from loray.catalog.database import open_database, writing
 from loray.catalog.schema import audit_log, jobs

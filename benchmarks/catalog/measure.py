@@ -20,12 +20,11 @@ from benchmarks.catalog.fill import BASES, adapter_name, tenant_name
 from benchmarks.catalog.heartbeat import heartbeat
 from benchmarks.memory import resident_bytes
 from loray.catalog import Catalog, CatalogSnapshot
-from loray.catalog.snapshots.disk import SnapshotFile
+from loray.catalog.snapshot_file import SnapshotFile
 from loray.errors import AdapterNotFound
 from loray.spec import OPERATOR, Principal
-from serve_apps.following import CatalogFollower
-from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.models import ModelCards
+from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.gateway.directory import ModelCards, ModelDirectory
 
 _PAGE = 100
 _REPEATS = 7

@@ -7,10 +7,10 @@ from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import Any, cast
 
-from loray.api.status import BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.engine.memory.layout import MOST_STRETCHES
+from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
-from loray.engine.stats.stats import EngineStats
+from loray.schemas.status import BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import ServeSpec, Stretch
 from loray.telemetry import METRICS, HistogramCounts
 from serve_apps.exposition import counter, encode, labelled, merge

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.cluster.trace import Asked, random_prompts
 from benchmarks.processes import real_time
 from benchmarks.serving.systems.client import Received, ask, read_events
-from serve_apps.garbage import freeze_garbage
+from serve_apps.python_gc import freeze_garbage
 
 _NAN = float("nan")
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cluster.client import Seen
-from loray.simulation.clock import Slowdown
+from loray.simulation.cluster import Slowdown
 
 Floats = NDArray[np.float64]
 

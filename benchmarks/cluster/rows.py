@@ -12,7 +12,7 @@ from benchmarks.cluster.client import Seen
 from benchmarks.cluster.trace import HOT_SHARE
 from benchmarks.cluster.world import Figures
 from benchmarks.serving.figures.rows import quantile
-from loray.serving.routing import RoutingPolicy
+from loray.policy.routing import RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)

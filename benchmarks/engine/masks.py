@@ -38,7 +38,7 @@ from loray.engine.engine import Engine
 from loray.engine.request import Request
 from loray.errors import RequestError
 from loray.spec import AdapterRef, Constraint, GenerateRequest, SamplingParams, ServeSpec
-from serve_apps.garbage import freeze_garbage
+from serve_apps.python_gc import freeze_garbage
 
 PROMPT_TOKENS = 64
 FIRST, FREE, SINGLE, SCHEMA = "free, at first", "free", "token by token", "schema"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from serve_apps.bodies import MAX_VALUES
+from serve_apps.http import MAX_VALUES
 
 NUMBER = "NUMBER"  # stands for that of the repetition, because servers remember constraints that they have refused
 _CHUNK = 1 << 16

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from prometheus_client.core import Metric as Family
 
 from benchmarks.front.steps import Steps
-from loray.api.status import AutoscalingStatus, ReplicaStatus
+from loray.schemas.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import GenerateRequest, TokenDelta
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
@@ -23,7 +23,7 @@ NODE = "front"
 
 
 class FakeEngines:
-    """Implements `serve_apps.gateway.engines.Engines`. The tokens are `token_ids`, again and again."""
+    """Implements `serve_apps.gateway.bases.Engines`. The tokens are `token_ids`, again and again."""
 
     def __init__(self, token_ids: Sequence[int], interval_s: float) -> None:
         self._token_ids, self._interval_s = token_ids, interval_s

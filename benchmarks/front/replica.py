@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from benchmarks.front.engines import NODE
 from loray.engine.request import TokenOutput
-from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connection, connect
+from serve_apps.channel.frames import Address
 
 _READ_BYTES = 1 << 16
 

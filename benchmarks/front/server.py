@@ -24,12 +24,11 @@ from benchmarks.front.floor import FloorProtocol, chunk
 from loray.bases.registry import BaseModel, get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.access import open_access
+from serve_apps.auth import open_access
 from serve_apps.gateway.app import create_app
-from serve_apps.gateway.bases import ServedBase
+from serve_apps.gateway.bases import PromptEncoder, ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.prompts import PromptEncoder
 
 _TEXT = (
     "The engine makes tokens and the gateway writes them as events, each with its text, until the last one has come."

@@ -15,14 +15,14 @@ import torch
 
 from benchmarks.gpu.shape import Shape
 from benchmarks.serving.models import random_tensors
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
-from loray_kernels.cuda.sampling.launch import Readback
+from loray.text.grammar import GrammarCompiler
+from loray_kernels.cuda.sampling import Readback
 
 _FIRST_TOKEN, _VOCABULARY = 100, 400  # of prompts
 

@@ -17,19 +17,18 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.setting import Run
-from loray.adapters.inject import peft_config
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
+from loray.methods.attach import peft_config
 from loray.spec import TrainSpec
+from loray.train.checkpoint import FolderReporter
 from loray.train.data.batches import BatchStream
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.evaluation.held_out import held_out_loss
-from loray.train.loop import train
-from loray.train.loss import Objective
+from loray.train.data.rows import Dataset, load_data
+from loray.train.loop import held_out_loss, train
 from loray.train.mesh import Mesh
 from loray.train.model import count_parameters
+from loray.train.objectives import Objective
 from loray.train.optimizer import learning_rate
-from loray.train.reporting import FolderReporter
 
 _CPU = torch.device("cpu")
 

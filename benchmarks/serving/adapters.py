@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import PREFIX, write_folder
-from loray.adapters.weights import ModuleKey
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.local.s3 import start_local_s3, stop_local_s3
-from loray.planning.counts import count_factors, count_trained, count_vera_pair
+from loray.methods.weights import ModuleKey
+from loray.planning.run import count_factors, count_trained, count_vera_pair
 from loray.publishing import Destination, publish
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store

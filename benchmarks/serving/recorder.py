@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from loray.engine.residency.table import Tier
+from loray.engine.memory.adapter_manager import Tier
 from loray.spec import AdapterRef
 
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
-    from loray.engine.pool.resident import ResidentAdapter
-    from loray.engine.request import TokenOutput
-    from loray.engine.scheduling.plan import Plan
+    from loray.engine.pool.pool import ResidentAdapter
+    from loray.engine.request import Plan, TokenOutput
 
 
 class EngineStep(NamedTuple):

@@ -14,8 +14,8 @@ from benchmarks.training.peers import Trainer, Vera
 from benchmarks.training.rows import Case, Row, Setting, Target
 from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
-from loray.planning.exchange.halo import HaloPlan, ring_elements, ulysses_elements
 from loray.planning.run import run_of
+from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 
 _BF16 = 2  # bytes

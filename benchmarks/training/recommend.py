@@ -18,10 +18,9 @@ import click
 from benchmarks.machine import measure_machine, on_this_machine
 from benchmarks.output import write_json
 from benchmarks.training.steps import Measured, measure_recipe
-from loray.advice.estimates import Estimate, candidates, estimate_methods
-from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel, add_base
 from loray.planning.devices import host
+from loray.recommend import Answers, Estimate, candidates, estimate_methods
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
@@ -54,9 +53,9 @@ def main() -> None:
 
 def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
     """Bytes of the weights' file of the recipe's adapter, as it is published: in the base's dtype."""
-    from loray.adapters.export import save_adapter
     from loray.adapters.peft_format import WEIGHTS_FILE
     from loray.bases.checkpoint import stored_dtype
+    from loray.train.checkpoint import save_adapter
     from loray.train.model import build_model
 
     model = build_model(base, recipe.model_copy(update={"dtype": stored_dtype(base.path)}))

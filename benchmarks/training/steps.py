@@ -9,8 +9,8 @@ from typing import Literal
 
 from benchmarks import workers
 from benchmarks.machine import on_this_machine
-from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel
+from loray.recommend import recipe_of
 from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
 
 

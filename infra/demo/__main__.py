@@ -24,7 +24,7 @@ from rich.console import Console
 
 from loray.bases.registry import get_base
 from loray.client import LorayClient
-from loray.planning.counts import count_base
+from loray.planning.run import count_base
 from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent

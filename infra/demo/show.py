@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loray.api.status import Status
+from loray.schemas.status import Status
 
 PURPOSE = {
     "orders": "LoRA, spoken café orders to JSON",

@@ -13,11 +13,10 @@ import ray
 from ray.train import Checkpoint, TrainingFailedError
 from transformers import AutoTokenizer
 
-from jobs.controller.restarts import is_lost
+from jobs.controller import is_lost
 from jobs.driver.data import fetched
-from jobs.driver.trainer import build_measuring, cause
-from jobs.events.messages import first_line
-from jobs.events.schema import Emit
+from jobs.driver.fit import build_measuring, cause
+from jobs.events import Emit, first_line
 from jobs.runs.folders import RunFolder
 from jobs.workers.measuring import Measurement, measure_here
 from loray.bases.registry import BaseModel
@@ -27,8 +26,8 @@ from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.evaluation.documents import Documents, cut_windows, read_documents
-from loray.train.evaluation.prompts import make_prompt
+from loray.train.evaluation.perplexity import Documents, cut_windows, read_documents
+from loray.train.evaluation.retrieval import make_prompt
 from loray_kernels.memory import is_out_of_memory
 
 log = get_logger(__name__)

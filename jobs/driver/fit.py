@@ -1,20 +1,139 @@
-"""One run of Ray Train with its history: each event goes to the run's file, to its board, and to the caller."""
+"""One run of Ray Train: trainer, placement, failures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
-from ray.train import Result, TrainingFailedError
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.train import CheckpointConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
 
-from jobs.driver.trainer import Workload, build_trainer, cause
-from jobs.events.messages import EventTail, first_line
-from jobs.events.schema import Emit, Event
-from jobs.events.sink import start_sink
-from jobs.events.tensorboard import TensorBoardWriter
-from jobs.runs.folders import RunFolder
-from loray.errors import LorayError, TrainingError
+from jobs.controller import EventLog, Restarts, WholeGroupScaling, is_lost
+from jobs.driver.record import Interrupts
+from jobs.events import Emit, Event, EventTail, first_line
+from jobs.runs.folders import SCORE, RunFolder
+from jobs.trackers import TensorBoardWriter
+from jobs.workers import measuring, worker
+from jobs.workers.placement import WholeGroups, worker_resources
+from jobs.workers.reporting import EventSender, start_sink
+from loray.bases.registry import BaseModel
+from loray.errors import LorayError, SpecError, TrainingError
+from loray.machine import Hardware, hardware
 from loray.settings import Settings
+from loray.spec import TrainSpec
+from loray.telemetry import get_logger
+
+_HEALTH_CHECK_S = "0.2"  # Ray's default, 2 s, would delay by as much its knowledge of an uploaded checkpoint
+_MEASURING = "measuring"  # the folder of Ray's files, which has no checkpoints
+_RESIZE_S = 60.0  # between two checks whether an elastic run can have more workers
+
+
+class Workload(NamedTuple):
+    """Holds what workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter
+    that the run goes on from. `is_evaluated`: there are held-out rows. `dtype_reason`: why the recipe's dtype is what
+    it is.
+    """
+
+    spec: TrainSpec
+    base: BaseModel
+    data: ObjectRef
+    is_evaluated: bool
+    initial: ObjectRef | None
+    dtype_reason: str
+
+
+def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
+    spec = work.spec
+    ranked = spec.evaluation.keep_best and work.is_evaluated
+    config = worker.WorkerConfig(
+        recipe=spec.model_dump(mode="json"),
+        home=str(settings.home),
+        run=run.name,
+        base_fingerprint=work.base.fingerprint,
+        log_level=settings.log_level,
+        peak_tflops=settings.peak_tflops,
+        events=sink,
+        data=work.data,
+        initial=work.initial,
+        dtype_reason=work.dtype_reason,
+    )
+    run_config = RunConfig(
+        **run.storage,
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=spec.checkpoint.keep,
+            checkpoint_score_attribute=SCORE if ranked else None,
+            checkpoint_score_order="min",
+        ),
+        callbacks=[EventLog(sink, str(run)), *_placement(spec)],
+    )
+    return _workers(worker.run, config, run_config, spec, settings, Restarts(EventSender(sink).send))
+
+
+def build_measuring(measurement: measuring.Measurement, run: RunFolder, settings: Settings) -> TorchTrainer:
+    """The same workers as those of the run, which measure and write nothing. Ray's own files are in a folder of it."""
+    spec = measurement.spec
+    storage = {"name": _MEASURING, "storage_path": run.path, "storage_filesystem": run.storage["storage_filesystem"]}
+    run_config = RunConfig(**storage, callbacks=[*_placement(spec)])
+    return _workers(measuring.run, {"measurement": measurement}, run_config, spec, settings, Restarts())
+
+
+def _workers(
+    work: Callable[[Any], Any],
+    config: Mapping[str, Any],
+    run_config: RunConfig,
+    spec: TrainSpec,
+    settings: Settings,
+    restarts: Restarts,
+) -> TorchTrainer:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray passes it to its controller
+    scaling_config = _scaling(spec, settings)
+    return _Trainer(
+        work,
+        restarts=restarts,
+        scaling=None if spec.min_workers is None else WholeGroupScaling(scaling_config, spec.parallel.sequence),
+        train_loop_config=config,
+        scaling_config=scaling_config,
+        run_config=run_config,
+    )
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's, with policies of ours. `scaling` None: Ray Train's."""
+
+    def __init__(self, *args: Any, restarts: Restarts, scaling: WholeGroupScaling | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._policies = {"failure_policy": restarts} | ({} if scaling is None else {"scaling_policy": scaling})
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:  # private: the only way to pass a policy
+        return super()._initialize_and_run_controller(**kwargs | self._policies)
+
+
+def _scaling(spec: TrainSpec, settings: Settings) -> ScalingConfig:
+    has_groups = spec.parallel.sequence > 1
+    return ScalingConfig(
+        num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
+        elastic_resize_monitor_interval_s=_RESIZE_S,
+        use_gpu=spec.use_gpu,
+        resources_per_worker=worker_resources(spec, settings.training_group),
+        placement_strategy="PACK",
+        label_selector=WholeGroups.label_selectors(spec.num_workers) if has_groups else None,
+    )
+
+
+def _placement(spec: TrainSpec) -> list[WholeGroups]:
+    return [WholeGroups(spec.parallel.sequence)] if spec.parallel.sequence > 1 else []
+
+
+def cause(error: TrainingFailedError) -> Exception:
+    """The error of a worker with which a run ended. Of workers that lost a peer, that of the peer."""
+    failures: list[Exception] = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    return min(failures, key=is_lost)
 
 
 def fit(
@@ -51,3 +170,85 @@ def fit(
             raise
         finally:
             ray.kill(sink)
+
+
+log = get_logger(__name__)
+
+_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cluster that `ray up` has started
+
+
+def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None:
+    """To the cluster, or to one on this machine alone. Raises SpecError if it has too few resources."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    interrupts.arm()
+    check_resources(spec, settings)
+
+
+class Workers(NamedTuple):
+    """The hardware of the nodes that a recipe's workers run on, with a GPU for each worker or none. `per_node`: how
+    many share a node, at least.
+    """
+
+    hardware: Hardware
+    per_node: int
+
+    @classmethod
+    def here(cls, spec: TrainSpec) -> Workers:
+        """All on this machine."""
+        return cls(hardware(), spec.num_workers)
+
+
+def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Workers:
+    """Return what a recipe's workers run on.
+
+    A recipe that leaves it to the cluster uses GPUs where there are as many as workers. On a cluster of several nodes,
+    or with GPUs, a task that takes what a worker takes looks. A driver that is no cluster's job starts Ray on this
+    machine alone. Raises SpecError if there are too few resources.
+    """
+    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+        return Workers.here(spec)
+    connect(spec, settings, interrupts)
+    if spec.use_gpu == "auto":
+        spec = spec.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) >= spec.num_workers})
+    check_resources(spec, settings)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    if not spec.use_gpu and num_nodes == 1:
+        return Workers(replace(hardware(), gpus=()), spec.num_workers)
+    takes = worker_resources(spec, settings.training_group)
+    look = ray.remote(hardware).options(
+        num_cpus=takes.pop("CPU", 0), num_gpus=takes.pop("GPU", 0), resources=takes, max_retries=0
+    )
+    found: Hardware = ray.get(look.remote())
+    if not spec.use_gpu:
+        return Workers(replace(found, gpus=()), -(-spec.num_workers // num_nodes))
+    per_node = min(spec.num_workers, max(len(found.gpus), 1))
+    return Workers(replace(found, gpus=found.gpus[:1] * spec.num_workers), per_node)
+
+
+def check_resources(spec: TrainSpec, settings: Settings) -> None:
+    """Raises SpecError if the cluster has too few resources, for which Ray would wait without end.
+
+    With an autoscaler, which may add nodes, it only logs a warning.
+    """
+    have = ray.cluster_resources()
+    name, needed = ("num_workers", spec.num_workers) if spec.min_workers is None else ("min_workers", spec.min_workers)
+    for resource, each in worker_resources(spec, settings.training_group).items():
+        if have.get(resource, 0) >= needed * each:
+            continue
+        unit = f"{resource}s" if resource.isupper() else f"of the resource {resource}"
+        lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {unit}"
+        if not _has_autoscaler():
+            raise SpecError(f"{lack}; lower it, or use a larger cluster")
+        log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)
+
+
+def _has_autoscaler() -> bool:
+    """Return whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
+
+    KubeRay starts the head with --no-monitor if it runs the autoscaler itself, which does not show on other nodes;
+    `ray up` leaves its configuration file.
+    """
+    command = os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
+    is_worker = bool(command) and "--head" not in command
+    return is_worker or "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()

@@ -1,9 +1,11 @@
-"""Prepares a run: checks the recipe, finds the base, and tokenises the data, before any worker starts."""
+"""Recipe, base, parent adapter and data, before any worker."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,27 +15,107 @@ from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
-from jobs.driver.parent import fetch_parent
-from jobs.driver.resources import Workers
-from jobs.driver.trainer import Workload
-from jobs.tracking.trackers import check_installed
+from jobs.driver.fit import Workers, Workload
+from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
-from loray.adapters import quantised
-from loray.adapters.manifest import check_recipe
+from loray.adapters.manifest import check_recipe, read_manifest, with_manifest
+from loray.adapters.pairs import PairKey, drawn_digest
+from loray.bases import quantized
+from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan
 from loray.planning.run import run_of
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import check_row_lengths, check_token_budget, on_hardware, resolve
+from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
-from loray.spec import LongLoraSpec, TrainSpec
+from loray.spec import AdapterSpec, DoraSpec, LongLoraSpec, TrainSpec, VeraSpec
+from loray.store import AdapterStore, open_store
+from loray.train.data.batches import plan_ahead
 from loray.train.data.corpus import Runner, run_here
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.kept_plans import plan_ahead
+from loray.train.data.rows import Dataset, load_data
+
+
+def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
+    """Raise SpecError where training `spec` on `base` could not go on from `weights`, which are called `label`.
+
+    It must have the same matrices. It may train norms and the embedding where they are the base's so far.
+    """
+    if differences := list(_differences(spec, weights, base)):
+        raise SpecError(
+            f"init_adapter {label} is another adapter than this recipe trains: {'; '.join(differences)}; write them in "
+            "the recipe, or go on from another adapter"
+        )
+
+
+def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
+    theirs = "vera" if weights.pair is not None else "dora" if weights.has_magnitudes else "lora"
+    ours = "vera" if isinstance(spec, VeraSpec) else "dora" if isinstance(spec, DoraSpec) else "lora"
+    if theirs != ours:
+        yield f"its method is {theirs}"
+        return
+    modules = {key.module for key in weights.modules}
+    if modules != set(spec.target_modules):
+        yield f"its target_modules are {', '.join(sorted(modules))}"
+    elif len(weights.modules) != len(modules) * base.num_layers:
+        yield "it has no weights in some of the layers"
+    ranks = {m.a_RI.shape[0] if isinstance(m, LoraWeights) else m.d_R.shape[0] for m in weights.modules.values()}
+    if ranks != {spec.rank}:
+        yield f"its rank is {', '.join(map(str, sorted(ranks)))}"
+    elif isinstance(spec, VeraSpec):
+        if modules == set(spec.target_modules) and not _has_pair_of(spec, weights, base):
+            yield "its random pair is another one (projection_prng_key)"
+    else:
+        scale = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
+        scales = {m.scale for m in weights.modules.values() if isinstance(m, LoraWeights)}
+        if not all(math.isclose(s, scale) for s in scales):
+            yield f"its update is scaled by {', '.join(f'{s:g}' for s in sorted(scales))} (alpha, use_rslora)"
+    if weights.norms and not spec.train_norms:
+        yield "it has norms of its own (train_norms: true)"
+    if weights.embedding is not None and not spec.train_embeddings:
+        yield "it has an embedding of its own (train_embeddings: true)"
+
+
+def _has_pair_of(spec: VeraSpec, weights: AdapterWeights, base: ModelConfig) -> bool:
+    shapes = [base.module_shape(module) for module in spec.target_modules]
+    max_out, max_in = (max(sizes) for sizes in zip(*shapes, strict=True))
+    drawn = PairKey(spec.projection_prng_key, spec.rank, max_in, max_out)
+    return weights.pair is not None and weights.pair.digest == drawn_digest(drawn)
+
+
+class Parent(NamedTuple):
+    """`spec` is the recipe with what it takes over; `context` is what the adapter was trained for, in tokens."""
+
+    spec: TrainSpec
+    files: InitialFiles
+    context: int
+
+
+def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: Settings) -> Parent:
+    """The adapter that `spec` goes on from, its `init_adapter`.
+
+    Raises NotFoundError, BaseMismatch for an adapter of another base, and SpecError where the recipe trains another
+    adapter.
+    """
+    # imports torch, which other recipes do not need here
+    from loray.adapters.peft_format import read_adapter
+
+    assert spec.init_adapter is not None
+    ref = catalog.resolve(spec.init_adapter)
+    ref.check_base(base.name, base.fingerprint)
+    with tempfile.TemporaryDirectory(prefix="loray-initial-") as scratch:
+        folder = Path(scratch) / "adapter"
+        AdapterStore(open_store(settings.store)).fetch(ref.digest, folder)
+        manifest = read_manifest(folder)
+        spec = continued(spec, manifest, ref.label, base.config)
+        weights = with_manifest(read_adapter(folder, base.config), manifest, ref.label)
+        check_initial(spec.adapter, weights, base.config, ref.label)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return Parent(spec, InitialFiles(ref.digest, files), manifest.context_length)
 
 
 class Prepared(NamedTuple):
@@ -130,7 +212,7 @@ def _check_packages(spec: TrainSpec) -> None:
 
         zero.check_installed()
     if spec.quantization is not None:
-        quantised.check_installed()
+        quantized.check_installed()
 
 
 def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Workers) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
-from jobs.events.schema import Emit, PublishedEvent
+from jobs.events import Emit, PublishedEvent
 from jobs.runs.folders import PUBLISHED, RunFolder
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jobs.events.messages import first_line
-from jobs.events.schema import Emit
+from jobs.events import Emit, first_line
 from loray.catalog import Catalog
 from loray.errors import LorayError
 from loray.spec import EndStatus, TrainSpec

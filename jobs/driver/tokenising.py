@@ -16,9 +16,9 @@ from jobs.workers.placement import worker_resources
 from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.data.corpus import Task, located, run_here
-from loray.train.data.reading.parts import BadRow, Content, Part
-from loray.train.data.reading.tokenising import Tokenisation
+from loray.train.data.read import BadRow, Content, Part
 from loray.train.data.shards import ShardCache
+from loray.train.data.tokenize import Tokenisation
 
 log = get_logger(__name__)
 

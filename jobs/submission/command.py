@@ -10,12 +10,12 @@ from typing import Any, Protocol, cast, get_args
 
 import click
 
-from jobs.submission.home import HomeJobServer
+from jobs.submission.server import HomeJobServer
 from jobs.submission.tracker import JobTracker
-from loray.api.resources import JobResource
 from loray.catalog import Catalog, Job
+from loray.cli.connect import open_remote
 from loray.cli.output import console, emit, json_option, table, when
-from loray.cli.services import open_remote
+from loray.schemas.resources import JobResource
 from loray.settings import Settings
 from loray.spec import JobStatus
 

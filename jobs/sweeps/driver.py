@@ -1,4 +1,11 @@
-"""The driver of a sweep: `python -m jobs.sweeps.driver PLAN`, as a Ray job or alone.
+"""The trials, stopped early by rank (ASHA), and the best published.
+
+Ray's documentation has a trial start a trainer, and so it is here. The losses that Tune gets are those of the run's
+events and not of its checkpoints: with `checkpoint.interval_steps`, not every evaluation has a checkpoint.
+
+What became of a trial is written into the sweep's folder as it happens. A sweep that goes on after it was killed starts
+the trials that have not ended, which continue from their checkpoints, and gives ASHA the losses of the others first:
+Tune's own restoration would forget them, since it does not keep a scheduler's state.
 
 Checks all recipes and reads the data once, runs the trials (`search`), publishes the best one under the recipe's name
 through the same gate as a run, and draws what was measured. The sweep's folder is `sweeps/NAME/TIME`, beside the runs:
@@ -12,40 +19,229 @@ trials.svg           held-out losses by step
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import click
 import numpy as np
 import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from jobs.driver.fit import Workers, Workload, connect, find_workers, fit
 from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
-from jobs.driver.resources import Workers, connect, find_workers
 from jobs.driver.tokenising import RayTasks
-from jobs.events.messages import describe, encode
-from jobs.events.schema import Emit, Event, PublishedEvent, TrialEvent
+from jobs.events import Emit, Event, PublishedEvent, TrialEvent, describe, encode, first_line
 from jobs.runs.folders import RunFolder, Runs, open_runs
-from jobs.sweeps.picture import draw
-from jobs.sweeps.search import Records, num_at_once, search
-from jobs.sweeps.trial import TrialTask
-from jobs.sweeps.trials import PLAN, SweepPlan, TrialRecord, best
-from jobs.tracking.trackers import TrackedRun, tracked
+from jobs.sweeps.command import draw
+from jobs.sweeps.spec import PLAN, SweepPlan, TrialRecord, best, record_file
+from jobs.trackers import TrackedRun, tracked
+from jobs.workers.placement import worker_resources
 from loray.catalog import Catalog
-from loray.errors import SpecError, TrainingError
+from loray.errors import LorayError, SpecError, TrainingError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
+from loray.train.data.batches import TokenRows
 from loray.train.data.corpus import Runner, run_here
-from loray.train.data.dataset import Dataset
-from loray.train.data.examples import TokenRows
+from loray.train.data.rows import Dataset
+
+PERCENT, LOSS = "percent", "eval_loss"  # of the trial's steps; what is minimised
+
+
+class TrialTask(NamedTuple):
+    """A trial's workload, where its run is (below the sweeps of `open_runs`), and what trackers show of it."""
+
+    work: Workload
+    run: str
+    tracked: TrackedRun
+
+
+class Results:
+    """Passes a run's held-out losses to Tune, the last one only when the run has ended: Tune may stop a trial at any
+    result, and a finished run must have saved its last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._last: dict[str, Any] | None = None
+
+    def emit(self, event: Event) -> None:
+        match event["event"]:
+            case "start":
+                self._num_steps = event["num_steps"]
+            case "eval" if event["subject"] == "adapter" and event["eval_loss"] is not None:
+                result = self._result(event["step"], event["eval_loss"])
+                if event["step"] < self._num_steps:
+                    tune.report(result)
+                else:
+                    self._last = result
+
+    def end(self, failure: str | None, latest: Mapping[str, Any]) -> None:
+        """`latest`: of the last checkpoint. A run that had ended before its end was recorded has no event of it."""
+        if self._last is None and latest.get("eval_loss") is not None and self._num_steps:
+            self._last = self._result(latest["step"], latest["eval_loss"])
+        tune.report({**(self._last or {}), "ended": True, "failure": failure})
+
+    def _result(self, step: int, loss: float) -> dict[str, Any]:
+        return {"step": step, "num_steps": self._num_steps, PERCENT: 100 * step / self._num_steps, LOSS: loss}
+
+
+def run_trial(config: Mapping[str, Any], *, tasks: Mapping[int, TrialTask], settings: Settings) -> None:
+    """Trains trial `config["trial"]`, from its last checkpoint if it has one."""
+    configure_logging(settings.log_level)
+    task, results = tasks[config["trial"]], Results()
+    failure: str | None = None
+    latest: Mapping[str, Any] = {}
+    try:
+        with tracked(task.tracked, results.emit) as trackers:
+            result = fit(task.work, open_runs(settings, "sweeps").make(task.run), settings, trackers.emit)
+            if result.return_value is not None:
+                raise TrainingError(result.return_value)
+            latest = result.metrics or {}
+    except LorayError as e:
+        failure = str(e)
+    results.end(failure, latest)
+
+
+_REDUCTION = 3  # of the trials that reach a rung, one of so many goes on
+_FIRST_RUNG = 100 / _REDUCTION**2  # per cent of a trial's steps
+_MAX_LOST_DRIVERS = 3  # of a trial, whose process died
+_OF_DRIVER = (
+    0.001  # of the resource that each node has one of: trials' drivers run on the sweep's node, as its own does
+)
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their events
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table on stdout, whatever `verbose` is
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that fails before its first evaluation has no loss
+}
+
+
+class Records:
+    """The records of a sweep's trials, one file each. `changed` is called with each that has changed."""
+
+    def __init__(self, folder: RunFolder, plan: SweepPlan, changed: Callable[[TrialRecord], None]) -> None:
+        self._folder, self._changed = folder, changed
+        self._records = [self._read(i, trial.values) for i, trial in enumerate(plan.trials)]
+
+    def __iter__(self) -> Iterator[TrialRecord]:
+        return iter(tuple(self._records))
+
+    def __getitem__(self, trial: int) -> TrialRecord:
+        return self._records[trial]
+
+    def put(self, record: TrialRecord) -> None:
+        self._records[record.trial] = record
+        self._folder.write(record_file(record.trial), record.model_dump_json().encode() + b"\n")
+        self._changed(record)
+
+    def _read(self, trial: int, values: dict[str, str]) -> TrialRecord:
+        try:
+            return TrialRecord.parse(
+                json.loads(self._folder.read(record_file(trial)) or b""), source=record_file(trial)
+            )
+        except (ValueError, SpecError):  # not written yet, or in part by a killed driver
+            return TrialRecord(trial=trial, values=values)
+
+
+def search(
+    plan: SweepPlan, records: Records, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int
+) -> None:
+    """Runs the trials of `tasks`, those that have not ended, to their end."""
+    os.environ.update(_SETTINGS)
+    here = f"node:{ray.util.get_node_ip_address()}"
+    with_data = tune.with_parameters(run_trial, tasks=tasks, settings=settings)
+    trainable = tune.with_resources(with_data, tune.PlacementGroupFactory([{here: _OF_DRIVER}]))
+    with tempfile.TemporaryDirectory(prefix="loray-sweep-") as scratch:
+        tune.Tuner(
+            trainable,
+            param_space={"trial": tune.grid_search(sorted(tasks))},
+            tune_config=tune.TuneConfig(
+                scheduler=_scheduler(plan, records),
+                max_concurrent_trials=num_at_once,
+                trial_dirname_creator=lambda trial: f"trial_{trial.config['trial']:04}",
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=_MAX_LOST_DRIVERS),
+                callbacks=[_Watch(records)],
+                verbose=0,
+            ),
+        ).fit()
+
+
+def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
+    """How many of the largest trials the cluster has place for; at least one."""
+    have, fitting = ray.cluster_resources(), []
+    for spec in specs:
+        for resource, each in worker_resources(spec, settings.training_group).items():
+            fitting.append(int(have.get(resource, 0) / (each * spec.num_workers)))
+    return max(1, min(fitting))
+
+
+def _scheduler(plan: SweepPlan, records: Records) -> TrialScheduler:
+    if not plan.stops_early:
+        return FIFOScheduler()
+    scheduler = ASHAScheduler(
+        time_attr=PERCENT,
+        metric=LOSS,
+        mode="min",
+        max_t=100,
+        grace_period=_FIRST_RUNG,
+        reduction_factor=_REDUCTION,
+        stop_last_trials=False,
+    )
+    for record in records:
+        if record.has_ended and record.num_steps:
+            known = SimpleNamespace(trial_id=f"ended-{record.trial}")
+            scheduler.on_trial_add(None, known)
+            for step, loss in record.losses:
+                scheduler.on_trial_result(None, known, {PERCENT: 100 * step / record.num_steps, LOSS: loss})
+    return scheduler
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    """Keeps the records up to date, in the driver's process."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()  # Tune saves its callbacks, for a restoration that nobody asks for
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        record = self._records[trial.config["trial"]]
+        if LOSS in result:
+            record = record.with_loss(result["step"], result[LOSS], result["num_steps"])
+        if result.get("ended"):
+            failure = result["failure"]
+            ended = {"status": "failed", "message": failure} if failure else {"status": "completed"}
+            record = record.model_copy(update=ended)
+        self._records.put(record)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        record = self._records[trial.config["trial"]]
+        if not record.has_ended:
+            self._records.put(record.model_copy(update={"status": "stopped"}))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        record = self._records[trial.config["trial"]]
+        error = trial.get_pickled_error() or TrainingError(f"its driver died {_MAX_LOST_DRIVERS + 1} times")
+        self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
+
 
 PICTURE = "trials.svg"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pyarrow.fs import FileSelector
 
 from jobs.runs.history import RunFinder
-from jobs.sweeps.trials import PLAN, SweepPlan, TrialRecord, record_file
+from jobs.sweeps.spec import PLAN, SweepPlan, TrialRecord, record_file
 from loray.errors import SpecError, StoreError
 from loray.settings import Settings
 

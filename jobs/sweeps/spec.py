@@ -1,16 +1,245 @@
-"""What is asked of a sweep: what varies, how many draws, which trials run at once and which are stopped."""
+"""What varies, the trials, their records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from jobs.sweeps.axes import MAX_TRIALS, grid_axis, points, random_axis
-from jobs.sweeps.trials import SweepPlan, expand
 from loray.errors import SpecError
+from loray.recipes.fields import given
 from loray.spec import Frozen, TrainSpec
+
+MAX_TRIALS = 1000
+# Held-out losses of trials can be compared only where base and held-out rows are the same.
+_FIXED = ("name", "base", "data", "evaluation", "publish", "tracking")
+_DIGITS = 4  # of a drawn number
+
+Values = Mapping[str, str]  # field → value, as `--set FIELD=VALUE` takes it
+Draw = Callable[[random.Random], str]
+
+
+class Axis(NamedTuple):
+    """A field and its values, or what draws one."""
+
+    path: str
+    values: tuple[str, ...] = ()
+    draw: Draw | None = None
+
+
+def grid_axis(text: str) -> Axis:
+    """`adapter.rank=8,16`. A list as a value is in brackets: `adapter.target_modules=[q_proj],[q_proj,v_proj]`."""
+    path, given = _split(text, "adapter.rank=8,16")
+    values = _values(given)
+    if len(set(values)) < len(values):
+        raise SpecError(f"{text!r} names a value twice")
+    return Axis(path, values)
+
+
+def random_axis(text: str) -> Axis:
+    """`FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint` and `lograndint` as Ray Tune's, or values to choose from."""
+    path, given = _split(text, "optimizer.learning_rate=loguniform(1e-5,1e-3)")
+    match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", given)
+    if match is None:
+        if "(" in given:
+            raise SpecError(f"{given!r} is no range; write one as {', '.join(f'{name}(1,10)' for name in _DRAWS)}")
+        choices = _values(given)
+        return Axis(path, choices, lambda generator: generator.choice(choices))
+    name, low, high = match.groups()
+    if name not in _DRAWS:
+        raise SpecError(f"there is no range {name!r}; there are {', '.join(_DRAWS)}")
+    try:
+        bounds = float(low), float(high)
+    except ValueError as e:
+        raise SpecError(f"{given!r} needs two numbers") from e
+    is_log, is_whole = name.startswith("log"), name.endswith("randint")
+    if not bounds[0] < bounds[1] or not all(map(math.isfinite, bounds)) or (is_log and bounds[0] <= 0):
+        raise SpecError(f"{given!r}: the first number must be below the second" + (", and above 0" if is_log else ""))
+    if is_whole and any(bound != int(bound) for bound in bounds):
+        raise SpecError(f"{given!r} needs whole numbers")
+    return Axis(path, draw=lambda generator: _DRAWS[name](generator, *bounds))
+
+
+def points(grid: Sequence[Axis], ranges: Sequence[Axis], num_draws: int | None, *, seed: int) -> list[Values]:
+    """The values of each trial: every point of the grid, with `num_draws` draws of the ranges for each.
+
+    The same arguments give the same trials; a point that is drawn twice is one trial. Raises SpecError where nothing
+    varies, or what may not.
+    """
+    if not grid and not ranges:
+        raise SpecError("nothing varies: give a grid (--grid FIELD=VALUE,VALUE), or ranges (--random N FIELD=RANGE)")
+    if ranges and num_draws is None:
+        raise SpecError(f"{ranges[0].path} has a range: say how many draws there are (--random N)")
+    if num_draws is not None and not ranges:
+        raise SpecError("there is nothing to draw from: give a range, as optimizer.learning_rate=loguniform(1e-5,1e-3)")
+    paths = [axis.path for axis in (*grid, *ranges)]
+    _check_paths(paths)
+    count = math.prod(len(axis.values) for axis in grid) * (num_draws or 1)
+    if count > MAX_TRIALS:
+        raise SpecError(f"these are {count:,} trials, and {MAX_TRIALS:,} are the most: vary less")
+    generator = random.Random(seed)
+    found: dict[tuple[str, ...], None] = {}
+    for fixed in product(*(axis.values for axis in grid)):
+        for _ in range(num_draws or 1):
+            found[(*fixed, *(axis.draw(generator) for axis in ranges if axis.draw is not None))] = None
+    return [dict(zip(paths, point, strict=True)) for point in found]
+
+
+def _check_paths(paths: Sequence[str]) -> None:
+    for path in paths:
+        if paths.count(path) > 1:
+            raise SpecError(f"{path} varies twice: give it once")
+        if path.partition(".")[0] in _FIXED:
+            raise SpecError(
+                f"{path} cannot vary: the trials of a sweep train one adapter's name on one base and one set of rows, "
+                "so that their held-out losses can be compared"
+            )
+
+
+def _split(text: str, example: str) -> tuple[str, str]:
+    path, separator, given = (part.strip() for part in text.partition("="))
+    if not separator or not path or not given:
+        raise SpecError(f"{text!r} is no field with values; write it as {example}")
+    return path, given
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """At the commas that are in no brackets."""
+    values = tuple(part.strip() for part in re.split(r",(?![^\[]*\])", text))
+    if not all(values):
+        raise SpecError(f"{text!r} has an empty value")
+    return values
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_DIGITS}g}"
+
+
+def _whole_between(generator: random.Random, low: float, high: float) -> str:
+    return str(generator.randrange(int(low), int(high)))
+
+
+def _log_between(generator: random.Random, low: float, high: float) -> float:
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
+
+
+_DRAWS: Mapping[str, Callable[[random.Random, float, float], str]] = {
+    "uniform": lambda generator, low, high: _number(generator.uniform(low, high)),
+    "loguniform": lambda generator, low, high: _number(_log_between(generator, low, high)),
+    "randint": _whole_between,  # without the upper bound
+    "lograndint": lambda generator, low, high: str(min(int(high) - 1, int(_log_between(generator, low, high)))),
+}
+
+
+PLAN = "plan.json"  # in a sweep's folder
+TrialStatus = Literal["running", "completed", "stopped", "failed"]
+
+
+class Trial(Frozen):
+    """`values` are the fields that vary, as `--set` takes them; `recipe` is the whole of it."""
+
+    values: dict[str, str]
+    recipe: TrainSpec
+
+
+class SweepPlan(Frozen):
+    """All trials of a sweep, checked before the first one starts.
+
+    recipe          without what varies
+    folder          where relative data paths start
+    max_concurrent  trials at once; None: as many as the cluster has place for
+    stops_early     trials with a high held-out loss are stopped
+    """
+
+    recipe: TrainSpec
+    folder: str
+    trials: tuple[Trial, ...]
+    max_concurrent: int | None = None
+    stops_early: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+
+class TrialRecord(Frozen):
+    """What became of a trial so far. `losses`: step and held-out loss of each evaluation. `message`: why it failed."""
+
+    trial: int
+    values: dict[str, str]
+    status: TrialStatus = "running"
+    num_steps: int | None = None
+    losses: tuple[tuple[int, float], ...] = ()
+    message: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status != "running"
+
+    @property
+    def step(self) -> int:
+        return self.losses[-1][0] if self.losses else 0
+
+    def with_loss(self, step: int, loss: float, num_steps: int) -> TrialRecord:
+        """A resumed trial measures again what it had measured after its last checkpoint."""
+        kept = tuple(pair for pair in self.losses if pair[0] < step)
+        return self.model_copy(update={"losses": (*kept, (step, loss)), "num_steps": num_steps})
+
+    def loss(self, *, keep_best: bool) -> float | None:
+        """Of the checkpoint that would be published; None where nothing was measured."""
+        if not self.losses:
+            return None
+        return min(loss for _, loss in self.losses) if keep_best else self.losses[-1][1]
+
+
+def expand(points: Sequence[Values], load: Callable[[dict[str, Any]], TrainSpec]) -> tuple[Trial, ...]:
+    """The whole recipe of each point; `load` makes it from what lies on top of the sweep's. Raises SpecError."""
+    trials = []
+    for values in points:
+        try:
+            recipe = load(given([f"{path}={value}" for path, value in values.items()]))
+        except SpecError as e:
+            raise SpecError(f"trial {label(values)}: {e}") from e
+        trials.append(Trial(values=dict(values), recipe=recipe))
+    return tuple(trials)
+
+
+def ranked(records: Sequence[TrialRecord], *, keep_best: bool) -> list[TrialRecord]:
+    """Completed trials by their loss, then stopped ones, then the rest."""
+
+    def key(record: TrialRecord) -> tuple[int, float, int]:
+        loss = record.loss(keep_best=keep_best)
+        order = ("completed", "stopped", "running", "failed").index(record.status)
+        return order, float("inf") if loss is None else loss, record.trial
+
+    return sorted(records, key=key)
+
+
+def best(records: Sequence[TrialRecord], *, keep_best: bool) -> TrialRecord | None:
+    """The completed trial with the lowest held-out loss."""
+    for record in ranked(records, keep_best=keep_best)[:1]:
+        if record.status == "completed" and record.losses:
+            return record
+    return None
+
+
+def label(values: Values) -> str:
+    """`{"adapter.rank": "8"}` → "rank=8"; whole paths where two fields have one name."""
+    names = [path.rpartition(".")[2] for path in values]
+    return " ".join(
+        f"{name if names.count(name) == 1 else path}={value}"
+        for name, (path, value) in zip(names, values.items(), strict=True)
+    )
+
+
+def record_file(trial: int) -> str:
+    """The name of a trial's record in the sweep's folder."""
+    return f"trial_{trial:04}.json"
 
 
 class SweepSpec(Frozen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.submission.tracker import JobTracker
-from jobs.sweeps.trials import SweepPlan
+from jobs.sweeps.spec import SweepPlan
 from loray.catalog import Job
 from loray.errors import PermissionDenied
 

@@ -11,13 +11,13 @@ import ray.train
 import torch
 from ray.train import Checkpoint
 
-from jobs.workers.threads import num_threads
+from jobs.workers.worker import num_threads
 from loray.bases.registry import ensure_base
 from loray.priority import compute_in_background
 from loray.spec import Evaluation, EvaluationSpec, RopeParameters, TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
-from loray.train.evaluation.documents import Documents
+from loray.train.evaluation.perplexity import Documents
 
 
 class Measurement(NamedTuple):
@@ -48,9 +48,8 @@ def measure_here(measurement: Measurement) -> tuple[Evaluation, ...]:
     has too little memory.
     """
     # Late: PEFT and models take two seconds to import, which the driver spares itself.
-    from loray.train.evaluation.kept import KeptFigures
-    from loray.train.evaluation.measure import measure
-    from loray.train.evaluation.subjects import subjects
+    from loray.train.evaluation.measure import measure, subjects
+    from loray.train.evaluation.perplexity import KeptFigures
     from loray.train.mesh import ALONE, Mesh
 
     spec, home = measurement.spec, measurement.home

@@ -1,7 +1,8 @@
-"""What runs on each of Ray Train's workers: the training loop, with a reporter that reports to Ray and the driver."""
+"""What runs on each worker."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -14,14 +15,17 @@ import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from jobs.events.messages import first_line
-from jobs.events.sink import EventSender
-from jobs.workers.checkpoints import CheckpointUploads
-from jobs.workers.gauges import TrainingGauges
+from jobs.events import first_line
 from jobs.workers.placement import straddling_warning
-from jobs.workers.reporter import RayReporter
-from jobs.workers.threads import num_threads
-from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
+from jobs.workers.reporting import (
+    CheckpointUploads,
+    EventSender,
+    GivenPeak,
+    MeasuredPeak,
+    RayReporter,
+    TrainingGauges,
+    Utilisation,
+)
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.machine import hardware
@@ -37,8 +41,29 @@ from loray_kernels.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from jobs.workers.initial import InitialFiles
-    from loray.adapters.inject import InitialAdapter
-    from loray.train.data.dataset import Dataset
+    from loray.methods.attach import InitialAdapter
+    from loray.train.data.rows import Dataset
+
+
+def num_threads(num_workers: int) -> int:
+    """OMP_NUM_THREADS of the node's environment if it is set, else this node's cores divided by `num_workers` on it.
+
+    If it is not set, Ray sets it later to the number of CPUs that a worker reserves. A worker reserves one CPU, so that
+    training also starts on a node whose other CPUs a replica has reserved.
+    """
+    preset = preset_threads(Path("/proc/self/environ").read_bytes())
+    if preset is not None:
+        return preset
+    node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
+    cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
+    return max(1, cores // num_workers)
+
+
+def preset_threads(environ: bytes) -> int | None:
+    """OMP_NUM_THREADS in the environment that a process was started with: NAME=value, each followed by a NUL byte."""
+    variables = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
+    value = variables.get(b"OMP_NUM_THREADS", b"").partition(b",")[0]  # a list is for nested parallelism
+    return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 class WorkerConfig(TypedDict):
@@ -68,7 +93,7 @@ class WorkerConfig(TypedDict):
 def run(config: WorkerConfig) -> str | None:
     """Trains. Returns None, or the reason why training gave up.
 
-    What every rank raises is returned. After an exception of one rank `jobs.controller.restarts` decides what follows.
+    What every rank raises is returned. After an exception of one rank `jobs.controller` decides what follows.
     """
     configure_logging(config["log_level"])
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
@@ -96,8 +121,10 @@ def run(config: WorkerConfig) -> str | None:
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
-    from loray.train.determinism import deterministic
-    from loray.train.loop import train  # takes seconds; driver and controller import this module and do not need it
+    from loray.train.loop import (
+        deterministic,
+        train,  # takes seconds; driver and controller import this module and do not need it
+    )
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     data: Dataset = ray.get(config["data"])
@@ -147,7 +174,7 @@ def _initial(config: WorkerConfig, stack: ExitStack) -> InitialAdapter | None:
     """The adapter to go on from, in a folder that `stack` removes."""
     if config["initial"] is None:
         return None
-    from loray.adapters.inject import InitialAdapter  # imports PEFT
+    from loray.methods.attach import InitialAdapter  # imports PEFT
 
     files: InitialFiles = ray.get(config["initial"])
     return InitialAdapter(files.digest, stack.enter_context(files.as_folder()))

@@ -25,21 +25,11 @@ from functools import cache
 
 import torch
 
-from loray_kernels.arguments import (
-    LayerTables,
-    LayerWeights,
-    LinearWeights,
-    LoraTable,
-    PairMatrix,
-    Segments,
-    StepInputs,
-    VeraTable,
-)
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.cpu.native import release_threads
+from loray_kernels.cpu.build import release_threads
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops, device_memory, scratch_bytes, use_device, workspace_bytes
-from loray_kernels.decoding import (
+from loray_kernels.decode import (
     DecodeStep,
     Decoding,
     Parts,
@@ -50,22 +40,35 @@ from loray_kernels.decoding import (
     RecordLimits,
     StepRecords,
 )
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.ops import Ops
-from loray_kernels.pages import PageWriter, Piece, to_device
-from loray_kernels.records import (
+from loray_kernels.descriptors import (
     INPUTS,
+    MAX_PAIR_RANK,
     RECORD_TOKENS,
     Directory,
     InputShape,
     LoraRows,
+    Pair,
     RowTables,
+    StepVectors,
+    TokenRows,
+    VectorShape,
     record_words,
+    vector_words,
+)
+from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter, Piece, to_device
+from loray_kernels.ops import (
+    LayerTables,
+    LayerWeights,
+    LinearWeights,
+    LoraTable,
+    Ops,
+    PairMatrix,
+    Segments,
+    StepInputs,
+    VeraTable,
 )
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling.choosing import Change, Chooser, Chosen, TokenEdits, TokenSet
-from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
-from loray_kernels.vectors import MAX_PAIR_RANK, Pair, StepVectors, TokenRows, VectorShape, vector_words
+from loray_kernels.sampling import Change, Chooser, Chosen, Drawn, Draws, TokenEdits, TokenSeats, TokenSet
 
 __all__ = [
     "INPUTS",

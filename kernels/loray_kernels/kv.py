@@ -1,10 +1,16 @@
-"""How the pool's blocks hold keys and values, and the sequences of a step over them."""
+"""How blocks hold keys and values; writing rows into the pool.
+
+Shapes: L layers, E packed elements of a layer, P pieces.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -36,3 +42,78 @@ class AttentionMeta:
     block_table: tuple[Tensor, ...]
     slots_T: Tensor
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+class Piece(NamedTuple):
+    """`length` elements from `start` of a layer's rows go to `to` of the pool, plus the layer's offset."""
+
+    start: int
+    to: int
+    length: int
+
+
+class PageWriter(Protocol):
+    """Writes into one pool, from one thread."""
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """pool[offset + to : offset + to + length] = rows_LE[l, start : start + length], for each layer l with its
+        offset and each piece. The memory may be written later, but not after `wait`. Reads and writes of the pool that
+        were queued before are completed first.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Whatever is queued after this call sees all that was written. May block the device, not the thread."""
+        ...
+
+    def arrival(self) -> Callable[[], bool]:
+        """Says whether all that has been written up to now is there, so that nobody needs to wait for it."""
+        ...
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the host, on the device; the thread waits neither for the copy nor for what is queued before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class DirectWriter:
+    """Writes at once: one strided copy for each piece of several layers at equal distances."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self._pool = pool
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        for start, stop, stride in _neighbours(layer_offsets):
+            # If the pool is on a device: one transfer, and the copies below are made on the device.
+            rows = rows_LE[start:stop].to(self._pool.device, non_blocking=True)
+            layers = self._pool[layer_offsets[start] :]
+            for piece in pieces:
+                to = layers[piece.to :].as_strided((stop - start, piece.length), (stride, 1))
+                _copy(to, rows[:, piece.start : piece.start + piece.length])
+
+    def wait(self) -> None:
+        pass
+
+    def arrival(self) -> Callable[[], bool]:
+        return lambda: True
+
+
+def _copy(to: Tensor, rows: Tensor) -> None:
+    """On the CPU with one thread: with several, they would wait for each other at the end of every piece."""
+    if to.is_cpu and rows.dtype == to.dtype:
+        integers = torch.int16 if to.itemsize == 2 else torch.int32
+        np.copyto(to.view(integers).numpy(), rows.view(integers).numpy())
+    else:
+        to.copy_(rows)
+
+
+def _neighbours(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Stretches [start, stop) of layers that are `stride` elements apart."""
+    start = 0
+    while start < len(offsets):
+        stop = start + 1
+        stride = offsets[stop] - offsets[start] if stop < len(offsets) else 1
+        while stop < len(offsets) and offsets[stop] - offsets[stop - 1] == stride:
+            stop += 1
+        yield start, stop, stride
+        start = stop

@@ -1,4 +1,9 @@
-"""The set of ops. `arguments` has what they are given beside tensors.
+"""`Ops`: equations and arguments.
+
+The pool is one flat tensor. A row is given by the offset of its first element for layer 0; `layer_offset`
+(layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
+cut into several segments of columns. Every layer of a step passes the same tables, so each table has a `memo`: a
+backend keeps there, under its name, what it makes of the table once.
 
 Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
 d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
@@ -6,27 +11,143 @@ d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from loray_kernels.arguments import (
-    LayerWeights,
-    LinearWeights,
-    LoraTable,
-    PairMatrix,
-    Segments,
-    StepInputs,
-    TablesOf,
-    VeraTable,
-)
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.pages import PageWriter
-from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
-from loray_kernels.vectors import TokenRows
+from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.descriptors import RowTables, TokenRows
+from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTable:
+    """LoRA of one module for every adapter of the batch; adapter n has rows rank_start[n]:rank_start[n+1].
+
+    An adapter without this module has an empty range. Ranks are not padded.
+    """
+
+    a: RowTables
+    b: RowTables
+    rank_start: tuple[int, ...]
+    scale: tuple[float, ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of each adapter; 0 for one without this module."""
+        return [stop - start for start, stop in pairwise(self.rank_start)]
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks, default=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairMatrix:
+    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same object, so a
+    backend keeps in its memo what it makes of it once.
+    """
+
+    data: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def rows(self, start: int, stop: int) -> PairMatrix:
+        return self._part("rows", slice(start, stop), slice(None))
+
+    def columns(self, start: int, stop: int) -> PairMatrix:
+        return self._part("columns", slice(None), slice(start, stop))
+
+    def _part(self, what: str, rows: slice, columns: slice) -> PairMatrix:
+        key = (what, rows.start, rows.stop, columns.start, columns.stop)
+        part: PairMatrix | None = self.memo.get(key)
+        if part is None:
+            part = self.memo[key] = PairMatrix(self.data[rows, columns])
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class VeraTable:
+    """VeRA of one module for tokens [start, stop), which share a pair; d and b have one row for each token."""
+
+    a_RI: PairMatrix
+    b_OR: PairMatrix
+    d: RowTables
+    b: RowTables
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The tokens of one adapter are neighbours: adapter n has tokens start[n]:stop[n]."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTables:
+    """The adapters of a batch in one layer, or, in the flat tables, outside of the layers; by module."""
+
+    lora: Mapping[str, LoraTable]
+    vera: Mapping[str, Sequence[VeraTable]]
+    norms: Mapping[str, TokenRows]
+    dora: Mapping[str, TokenRows] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+TablesOf = Callable[[int], LayerTables]  # of a layer, by its number
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearWeights:
+    """A matrix in the layout of its backend, which only that backend can read."""
+
+    in_features: int
+    out_features: int
+    data: Tensor
+    bias_O: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
+    q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
+    """
+
+    attention_norm_D: Tensor
+    qkv: LinearWeights
+    q_norm_d: Tensor | None
+    k_norm_d: Tensor | None
+    o: LinearWeights
+    mlp_norm_D: Tensor
+    gate_up: LinearWeights
+    down: LinearWeights
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What all layers of a step share."""
+
+    pool: Tensor
+    layout: KvLayout
+    attention: AttentionMeta
+    segments: Segments
+    cos_Td: Tensor
+    sin_Td: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class Ops(Protocol):

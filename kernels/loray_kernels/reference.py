@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.arguments import (
+from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.descriptors import (
+    INPUTS,
+    MAX_PAIR_RANK,
+    MAX_ROWS,
+    Columns,
+    LoraRows,
+    Pair,
+    RowTables,
+    TokenRows,
+    read_block,
+)
+from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
+from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -21,13 +34,7 @@ from loray_kernels.arguments import (
     TablesOf,
     VeraTable,
 )
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.pages import DirectWriter, PageWriter
-from loray_kernels.records import INPUTS, MAX_ROWS, Columns, LoraRows, RowTables, read_block
-from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats, sample
-from loray_kernels.vectors import MAX_PAIR_RANK, Pair, TokenRows
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:

@@ -1,24 +1,65 @@
-"""The Serve application `catalog`: `serve_apps.api.app:build`. It has a process of its own, apart from the gateway."""
+"""The Serve application `catalog`; where replicas have an adapter."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from loray.local.serving import Address
+from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
-from loray.spec import Frozen
-from serve_apps.access import open_access
+from loray.spec import Frozen, is_engine
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
+from serve_apps.auth import open_access
 from serve_apps.console import Gateway
 from serve_apps.deployment import APPLICATION
 from serve_apps.http import WithoutRequestId
+
+_TIMEOUT_S = 5.0
+
+
+class ServePlacements:
+    """`application`: the one whose deployments are asked. Which bases it has may change meanwhile."""
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        names = await asyncio.to_thread(self._engines)
+        self._handles = {name: handle for name, handle in self._handles.items() if name in names}
+        answers = await asyncio.gather(*(self._ask(name, digests) for name in names))
+        return [placement for answer in answers for placement in answer]
+
+    def _engines(self) -> list[str]:
+        try:
+            application = serve.status().applications.get(self._application)
+        except RayServeException:
+            return []
+        return [] if application is None else sorted(filter(is_engine, application.deployments))
+
+    async def _ask(self, deployment: str, digests: list[str]) -> list[AdapterPlacement]:
+        try:
+            if deployment not in self._handles:
+                self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
+            answers = (
+                await self._handles[deployment]
+                .broadcast("adapters", digests)
+                .results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+            )
+        except (RayServeException, TimeoutError):  # it has just been removed, or it is starting
+            return []
+        return [placement for answer in answers if isinstance(answer, list) for placement in answer]
+
 
 API = "api"
 # The one server that writes to the store: on a node with no engine, so that its identity can be another one.
@@ -60,8 +101,7 @@ def build(args: dict[str, Any]) -> Application:
 def _app(spec: ApiSpec) -> FastAPI:
     from jobs.submission.server import RayJobServer
     from loray.telemetry import configure_logging
-    from serve_apps.access.listening import reachable_host
-    from serve_apps.api.placement import ServePlacements
+    from serve_apps.serve_internals import reachable_host
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

@@ -1,19 +1,18 @@
-"""Maps each error to an HTTP status and a body of application/problem+json (RFC 9457)."""
+"""Problem+json; preconditions."""
 
 from __future__ import annotations
 
 import math
 import re
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import ErrorDetails
 from starlette.types import Scope
 
-from loray.api.resources import FieldError, Problem, problem_type
 from loray.errors import (
     BaseMismatch,
     CatalogError,
@@ -37,9 +36,9 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.publishing.uploads import MAX_FILE_BYTES
+from loray.schemas.resources import FieldError, Problem, problem_type
 from loray.telemetry import get_logger
-from serve_apps.bodies import BodyLimit
-from serve_apps.http import install_error_handlers, schema_reference
+from serve_apps.http import BodyLimit, install_error_handlers, schema_reference
 
 _log = get_logger(__name__)
 
@@ -149,3 +148,65 @@ def _response(
 ) -> Response:
     problem = Problem(type=kind, title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
     return Response(problem.model_dump_json(exclude_none=True), status, _HEADERS.get(status), media_type=MEDIA_TYPE)
+
+
+_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+_LIST = re.compile(rf"\s*(?:\*|{_TAG}(?:\s*,\s*{_TAG})*)\s*")
+_STRONG = re.compile(r'(?<!W/)"(\d{1,18})"')
+_WEAK = re.compile(r'"(\d{1,18})"')
+
+
+class _Tags(NamedTuple):
+    any: bool
+    revisions: frozenset[int]
+
+    def match(self, revision: int) -> bool:
+        """Whether a tag matches `revision`, which is 0 for an alias that is not set."""
+        return revision > 0 and (self.any or revision in self.revisions)
+
+
+class Preconditions(NamedTuple):
+    if_match: str | None
+    if_none_match: str | None
+
+    def expected_revision(self, current: int, alias: str) -> int | None:
+        """The revision that the alias must have when it is written; None without preconditions.
+
+        `current`: the revision now, 0 if the alias is not set. RevisionConflict if it does not satisfy the headers,
+        SpecError if a header is malformed.
+        """
+        self.check_match(current, alias)
+        if self.found_unchanged(current):
+            raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which If-None-Match rules out")
+        return None if self.if_match is None and self.if_none_match is None else current
+
+    def check_match(self, current: int, alias: str) -> None:
+        """RevisionConflict if If-Match does not match the alias's revision."""
+        if self.if_match is not None and not _parse(self.if_match, "If-Match", _STRONG).match(current):
+            raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which is not what If-Match asks for")
+
+    def found_unchanged(self, revision: int) -> bool:
+        """Whether a GET gets the response 304."""
+        return self.if_none_match is not None and _parse(self.if_none_match, "If-None-Match", _WEAK).match(revision)
+
+
+def _describe(revision: int) -> str:
+    return f"has revision {revision}" if revision else "is not set"
+
+
+def _parse(header: str, name: str, tag: re.Pattern[str]) -> _Tags:
+    if not _LIST.fullmatch(header):
+        raise SpecError(f'{name} is neither * nor a list of ETags in quotes, as in {name}: "17"')
+    return _Tags(header.strip() == "*", frozenset(int(t) for t in tag.findall(header)))
+
+
+def _read(
+    if_match: Annotated[str | None, Header(description='Only if it has this ETag now, as in `"17"`')] = None,
+    if_none_match: Annotated[
+        str | None, Header(description="`*`: only if it is not set; for GET, an ETag that the client has")
+    ] = None,
+) -> Preconditions:
+    return Preconditions(if_match, if_none_match)
+
+
+Conditional = Annotated[Preconditions, Depends(_read)]

@@ -5,29 +5,29 @@ from __future__ import annotations
 import time
 from pathlib import Path as FilePath
 from threading import Lock
-from typing import Annotated
+from typing import Annotated, TypeVar
+from urllib.parse import urlencode
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request, Response
 
 from jobs.submission.tracker import JobServer, JobTracker
-from loray.api.uploads import Registration
 from loray.bases.registry import list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import Address
 from loray.publishing import Destination
 from loray.publishing.uploads import Uploads
+from loray.schemas.resources import Page, Registration
 from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
-from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
-from serve_apps.access.places import MostPlaces, Places
-from serve_apps.access.rates import Rates
-from serve_apps.api.conversions import Conversions
-from serve_apps.api.publication import publish_upload
+from serve_apps.api.conversions import Conversions, publish_upload
+from serve_apps.auth import Asking as Asking  # which routes take from here, with the other parameters
+from serve_apps.auth import Rates
 from serve_apps.console import Gateway, Placements, Streams
+from serve_apps.places import MostPlaces, Places
 
 _log = get_logger(__name__)
 
@@ -164,3 +164,15 @@ def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
             catalog.add_base(base.name, base.fingerprint)
         except ConflictError as e:
             _log.warning("%s", e)
+
+
+T = TypeVar("T")
+
+
+def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
+    """A page, with a Link header to the next one if there is one."""
+    if cursor is not None:
+        others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
+        query = urlencode([*others, ("cursor", cursor)])
+        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    return Page[T](items=items, next=cursor)

@@ -9,26 +9,23 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from loray import __version__
-from loray.api.resources import Problem
-from loray.api.uploads import DownloadResource
 from loray.errors import LorayError
+from loray.schemas.resources import DownloadResource, Problem
 from loray.spec import TrainSpec
 from loray.telemetry import get_logger
-from serve_apps.access import Access, Permissions, reference
-from serve_apps.access.documents import describe_keys
+from serve_apps import auth
 from serve_apps.api import problems
 from serve_apps.api.routes.access import router as access_router
+from serve_apps.api.routes.access import usage_router
+from serve_apps.api.routes.adapters import downloads_router, removal_router, tags_router
 from serve_apps.api.routes.adapters import router as adapters_router
+from serve_apps.api.routes.aliases import canaries_router
 from serve_apps.api.routes.aliases import router as aliases_router
-from serve_apps.api.routes.canaries import router as canaries_router
-from serve_apps.api.routes.downloads import router as downloads_router
+from serve_apps.api.routes.jobs import recommend_router
 from serve_apps.api.routes.jobs import router as jobs_router
-from serve_apps.api.routes.recommend import router as recommend_router
-from serve_apps.api.routes.removal import router as removal_router
-from serve_apps.api.routes.tags import router as tags_router
 from serve_apps.api.routes.uploads import router as uploads_router
-from serve_apps.api.routes.usage import router as usage_router
 from serve_apps.api.services import Services
+from serve_apps.auth import Access, Permissions, describe_keys
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
 from serve_apps.http import EchoRequestId, extend_openapi, new_request_id
@@ -90,7 +87,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         version=__version__,
         description="Adapters, versions, aliases and training jobs. Errors are application/problem+json (RFC 9457).",
         lifespan=lifespan,
-        routes=[*_ROUTES, *CONSOLE_ROUTES, *reference.router.routes],
+        routes=[*_ROUTES, *CONSOLE_ROUTES, *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )

@@ -1,4 +1,4 @@
-"""Frames: four bytes of length, then msgpack of a kind and its fields.
+"""Frames, addresses, heartbeat.
 
     HELLO    replica   the connection's name, REPLICA#NUMBER; after the token
     WELCOME  gateway   the connection stands
@@ -18,14 +18,17 @@ one request; the gateway gives it a number that nobody can guess, and takes its 
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
 import msgpack
 
-from loray.serving.routing_report import KEY_DIGITS, RoutingDelta
+from loray.policy.routing import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
 HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT = range(10)
@@ -149,3 +152,78 @@ def _unpacked(body: bytes) -> tuple[Any, ...]:
     if not isinstance(fields, tuple) or not fields:
         raise FrameError("no kind")
     return fields
+
+
+TOKEN_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Of one gateway process.
+
+    node   Ray's id of the gateway's node
+    name   of its socket in Linux' abstract namespace, which leaves no file behind
+    token  64 ASCII characters that begin every connection
+    """
+
+    node: str
+    name: str
+    host: str
+    port: int
+    token: str = field(repr=False)
+
+
+async def dial(address: Address, node: str) -> socket.socket:
+    """A non-blocking connection to the gateway from a process on `node`. Raises OSError."""
+    local = address.node == node
+    family = socket.AF_UNIX if local else (socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        target = abstract(address.name) if local else (address.host, address.port)
+        await asyncio.get_running_loop().sock_connect(sock, target)
+        if not local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # tokens are sent at once
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def abstract(name: str) -> str:
+    """The address of a socket in the abstract namespace."""
+    return f"\0{name}"
+
+
+PERIOD_S = 5.0
+_MAX_SILENT = 4  # periods
+
+_BEAT = frame(ALIVE)
+
+
+class Heartbeat:
+    """Sends a frame every period, and calls `gone`, once, when nothing has come for longer than four of them.
+
+    The kernel would say that the other side takes what is sent; so would its kernel while its process hangs, or a proxy
+    between both. Periods are those in which this event loop runs: after a pause of its own process it reads first.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], gone: Callable[[str], None]) -> None:
+        self._write, self._gone = write, gone
+        self._num_silent = 0
+        self._timer = asyncio.get_running_loop().call_later(PERIOD_S, self._beat)
+
+    def heard(self) -> None:
+        """Something has come."""
+        self._num_silent = 0
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _beat(self) -> None:
+        if self._num_silent == _MAX_SILENT:
+            self._gone(f"nothing came for {PERIOD_S * _MAX_SILENT:g} s")
+            return
+        self._num_silent += 1
+        self._timer = asyncio.get_running_loop().call_later(PERIOD_S, self._beat)
+        self._write(_BEAT)

@@ -15,9 +15,8 @@ from functools import partial
 from typing import Any, cast
 
 from loray.errors import ReplicaLost
-from loray.serving.routing_report import RoutingDelta, RoutingReports
+from loray.policy.routing import RoutingDelta, RoutingReports
 from loray.telemetry import get_logger
-from serve_apps.channel.address import TOKEN_BYTES, Address, abstract
 from serve_apps.channel.frames import (
     AGAIN,
     ALIVE,
@@ -27,15 +26,18 @@ from serve_apps.channel.frames import (
     REPORT,
     SCORED,
     SENT,
+    TOKEN_BYTES,
     TOKENS,
     WELCOME,
+    Address,
     FrameError,
     FrameReader,
+    Heartbeat,
+    abstract,
     frame,
     unpack_delta,
     unpack_logprobs,
 )
-from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.lateness import Lateness
 from serve_apps.channel.wakes import Wakes

@@ -1,18 +1,20 @@
-"""The response with an adapter's archive, of the REST API and of the console."""
+"""Archives, given and received in parts."""
 
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
+from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from loray.api.uploads import DownloadForm
 from loray.catalog import AdapterVersion
-from loray.publishing.archive import Archive, adapter_as_tar
+from loray.publishing.uploads import Archive, UploadedFile, Uploads, adapter_as_tar, check_file_name
+from loray.schemas.resources import DownloadForm
 from loray.spec import Principal
 from serve_apps.console.backend import Backend
+from serve_apps.http import length_of, receive_file
 
 TAR, FILE = "application/x-tar", "application/octet-stream"
 
@@ -52,3 +54,25 @@ async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersio
 def label_of(version: AdapterVersion) -> str:
     """The name of the archive's folder, and of the file without its suffix."""
     return f"{version.name.replace('/', '-')}-{version.version}"
+
+
+async def receive_upload(backend: Backend, request: Request, asking: Principal, id: str, name: str) -> UploadedFile:
+    """The file `name` of the upload `id`. All that it costs is counted before its first byte is read.
+
+    Raises as `Uploads.put`; LimitExceeded where the tenant would store too much, Overloaded where no place or no disk
+    is left.
+    """
+    num_bytes = length_of(request, check_file_name(name))
+    async with backend.sending.one(asking.tenant):
+        with backend.scratch.folder(num_bytes, of=asking.tenant) as folder:
+            uploads = await run_in_threadpool(_room, backend, asking, id, name)
+            return await receive_file(request, folder / name, num_bytes, lambda path: uploads.put(id, name, path))
+
+
+def _room(backend: Backend, asking: Principal, id: str, name: str) -> Uploads:
+    """The tenant's uploads, once it is known that its files under way may come."""
+    catalog = backend.catalog_of(asking)
+    uploads = Uploads(backend.store, catalog.own_tenant)
+    uploads.check_open(id)
+    catalog.check_stored_bytes(lambda: uploads.num_bytes(beside=(id, name)) + backend.scratch.held(asking.tenant))
+    return uploads

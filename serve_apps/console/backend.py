@@ -1,29 +1,88 @@
-"""What the console's pages need of the application that serves them, and how they get it."""
+"""What pages need; sessions.
+
+The catalog keeps the cookie's SHA-256 and the key, sealed with the cookie: it can be read with both together alone, and
+every process of the API finds it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
+from collections.abc import Callable
 from typing import Annotated, NamedTuple, Protocol
 
 from fastapi import Depends, Request
 
 from jobs.submission.tracker import JobTracker
-from loray.api.status import AdapterPlacement
-from loray.api.uploads import Registration
 from loray.catalog import AdapterVersion, Catalog
 from loray.publishing import Destination
+from loray.schemas.resources import Registration
+from loray.schemas.status import AdapterPlacement
 from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.access import Access, Asking
-from serve_apps.access.places import Places
-from serve_apps.access.rates import Rates
-from serve_apps.console.live.gateway import Gateway
-from serve_apps.console.live.histories import Histories
-from serve_apps.console.live.streams import Streams
-from serve_apps.console.rendering import Renderer
-from serve_apps.console.sessions import Sessions
+from serve_apps.auth import Access, Asking, Rates
+from serve_apps.console.gateway import Gateway
+from serve_apps.console.rendering import Renderer, Streams
+from serve_apps.console.runs import Histories
+from serve_apps.places import Places
+
+COOKIE = "loray_session"
+
+
+class Session(NamedTuple):
+    """`key` is the API key, and None where the server needs none. `csrf` is what every change must repeat."""
+
+    key: str | None
+    csrf: str
+
+
+class Sessions:
+    """Safe from several threads, and waits for the database. When a session ends, `catalog.identity.logins` says.
+
+    Whether the key is still good is not decided here: each request is admitted with the key as if it had sent it.
+
+    keyless  the session of every browser while the server needs no key
+    """
+
+    def __init__(self, catalog_of: Callable[[Principal], Catalog]) -> None:
+        self.keyless = Session(None, secrets.token_urlsafe(32))
+        self._catalog_of = catalog_of
+
+    def begin(self, key: str, principal: Principal) -> str:
+        """The new cookie's value. `principal` is the key's."""
+        value = secrets.token_urlsafe(32)
+        self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex())
+        return value
+
+    def find(self, value: str | None) -> Session | None:
+        if value is None:
+            return None
+        sealed = self._catalog_of(Principal()).find_login(_sha256(value))
+        if sealed is None:
+            return None
+        return Session(_sealed(value, bytes.fromhex(sealed)).decode(), _derived(value, "csrf", 32).hex())
+
+    def end(self, value: str | None, principal: Principal) -> None:
+        if value is not None:
+            self._catalog_of(principal).end_login(_sha256(value))
+
+
+def _sha256(value: str) -> str:
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _sealed(value: str, key: bytes) -> bytes:
+    """The key under a pad of its own length, which follows from the cookie, and is used for this key alone; of a sealed
+    key, the key again.
+    """
+    return bytes(a ^ b for a, b in zip(key, _derived(value, "key", len(key)), strict=True))
+
+
+def _derived(value: str, what: str, num_bytes: int) -> bytes:
+    return hashlib.shake_256(f"loray {what}\0{value}".encode("utf-8", "surrogateescape")).digest(num_bytes)
 
 
 class Placements(Protocol):

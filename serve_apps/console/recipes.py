@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.submission.rules import limits_of
+from jobs.submission.tracker import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
 from loray.errors import NotFoundError, PermissionDenied, SpecError
@@ -13,16 +13,13 @@ from loray.machine import Machine
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import Run, run_of
-from loray.recipes.continued import continued
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
-from loray.recipes.fields import fields_of, given, merge
+from loray.recipes.fields import fields_of, given, merge, parse_plain, to_yaml
 from loray.recipes.load import size_of_base
-from loray.recipes.plain_yaml import parse_plain
-from loray.recipes.render import to_yaml
-from loray.recipes.resolve import on_hardware
+from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from serve_apps.console.forms import Form
+from serve_apps.console.rendering import Form
 
 # What people set; whatever else a recipe has is written as YAML.
 _PATHS = (

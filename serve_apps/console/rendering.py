@@ -1,22 +1,28 @@
-"""From a template to a page: what every page shows, its headers, and how errors look."""
+"""Pages, forms, streamed parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qs
 
-from fastapi import Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel, ValidationError
 
 from loray import __version__
-from loray.errors import LorayError, PermissionDenied, Unauthenticated
-from loray.serving.access import Action, check
+from loray.errors import LorayError, PermissionDenied, SpecError, Unauthenticated
+from loray.policy.auth import Action, check
 from loray.spec import Principal, format_seconds
-from serve_apps.access.reference import PAGE_HEADERS
+from serve_apps.auth import PAGE_HEADERS
 
 PREFIX = "/console"
 CSRF_HEADER = "x-csrf-token"
@@ -151,3 +157,148 @@ def ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+EVENT_STREAM = "text/event-stream"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
+_INTERVAL_S = 3.0
+_LENGTH_S = 15.0  # after which the browser asks again: a server that stops waits no longer for its pages
+
+
+class Streams:
+    """All streams of a process. Used from one event loop; `end` also from a signal's handler in it.
+
+    interval_s  between two looks
+    length_s    of a stream
+    """
+
+    def __init__(self, interval_s: float = _INTERVAL_S, length_s: float = _LENGTH_S) -> None:
+        self._interval_s, self._length_s = interval_s, length_s
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """Streams end, and those that begin later have one event."""
+        self._ended.set()
+
+    async def events(self, first: str, look: Callable[[], Awaitable[str | None]]) -> AsyncIterator[str]:
+        """An event with the part at the beginning, and one whenever it has changed; a comment where it has not, so
+        that a connection which has broken is noticed. Ends where `look` has None.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._length_s
+        part: str | None = first
+        shown = None
+        while part is not None:
+            yield f"data: {json.dumps(part)}\n\n" if part != shown else ": the same\n\n"
+            shown = part
+            if loop.time() + self._interval_s > until or await self._has_ended():
+                return
+            part = await look()
+
+    async def _has_ended(self) -> bool:
+        """After the interval, or at once."""
+        try:
+            async with asyncio.timeout(self._interval_s):
+                await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class PageRoute(APIRoute):
+    """A route whose errors are pages. A part at `…/live` is also a stream, for those who accept one: each of its
+    events is a look of its own, for which the key is admitted again.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except LorayError as e:
+                error = e
+            except RequestValidationError as e:
+                error = SpecError(_first(e))
+            except HTTPException as e:  # the body is too long
+                return _renderer(request).told(request, e.status_code, e.detail)
+            return _renderer(request).refusal(request, error)
+
+        async def streamed(request: Request) -> Response:
+            first = await handled(request)
+            if first.status_code != 200 or request.headers.get("accept") != EVENT_STREAM:
+                return first
+            streams: Streams = request.app.state.console.backend.streams
+            events = streams.events(_text(first), partial(_look_again, request, handled))
+            return StreamingResponse(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
+
+        return streamed if self.path.endswith("/live") else handled
+
+
+async def _look_again(request: Request, handle: Callable[[Request], Awaitable[Response]]) -> str | None:
+    """None where the page cannot be looked at any more: the browser asks again, and learns why."""
+    try:
+        await request.state.admit()
+    except LorayError:
+        return None
+    answer = await handle(request)
+    return _text(answer) if answer.status_code == 200 else None
+
+
+def _text(answer: Response) -> str:
+    return bytes(answer.body).decode()
+
+
+def router_of(path: str) -> APIRouter:
+    """A new router of pages below the console's `path`."""
+    return APIRouter(prefix=PREFIX + path, route_class=PageRoute, include_in_schema=False)
+
+
+def _renderer(request: Request) -> Renderer:
+    renderer: Renderer = request.app.state.console.renderer
+    return renderer
+
+
+def _first(error: RequestValidationError) -> str:
+    wrong = error.errors()[0]
+    return f"{'.'.join(str(part) for part in wrong['loc'][1:])}: {wrong['msg']}"
+
+
+MOST_SUGGESTED = 200  # bases beside a field, which takes the names of others too
+_MOST_FIELDS = 200
+T = TypeVar("T", bound=BaseModel)
+
+
+class Form:
+    def __init__(self, fields: dict[str, list[str]]) -> None:
+        self._fields = fields
+
+    def get(self, name: str) -> str:
+        """The field's text without spaces around it; empty where it is not there."""
+        return self._fields.get(name, [""])[-1].strip()
+
+    def all(self, name: str) -> tuple[str, ...]:
+        return tuple(value.strip() for value in self._fields.get(name, []) if value.strip())
+
+
+async def read_form(request: Request) -> Form:
+    """Raises SpecError for what is neither a form nor an object of JSON."""
+    body = await request.body()
+    try:
+        if request.headers.get("content-type", "").startswith("application/json"):
+            given = json.loads(body or b"{}")
+            if not isinstance(given, dict):
+                raise SpecError("the body is no object")
+            return Form({k: [str(x) for x in v] if isinstance(v, list) else [str(v)] for k, v in given.items()})
+        return Form(parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError as e:
+        raise SpecError(f"the form cannot be read: {e}") from e
+
+
+def checked(model: type[T], given: dict[str, Any]) -> T:
+    """Raises SpecError that names each wrong field."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as e:
+        wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
+        raise SpecError(wrong) from e

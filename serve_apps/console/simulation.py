@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from loray.errors import LorayError, RateLimited, SpecError
 from loray.simulation.asked import Asked, Line, Told
-from serve_apps.console.live.series import Curve
+from serve_apps.console.runs import Curve
 
 _TIMEOUT_S = 60.0
 _PAUSES = 9.0  # times as long as its simulation took, before its account may have another one

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from serve_apps.console.pages.adapters import router as adapters_router
+from serve_apps.console.adapters import router as adapters_router
+from serve_apps.console.adapters import uploads_router
+from serve_apps.console.jobs import router as jobs_router
+from serve_apps.console.keys import router as keys_router
+from serve_apps.console.keys import usage_router
 from serve_apps.console.pages.advice import router as advice_router
-from serve_apps.console.pages.jobs import router as jobs_router
-from serve_apps.console.pages.keys import router as keys_router
-from serve_apps.console.pages.overview import router as overview_router
-from serve_apps.console.pages.playground import router as playground_router
-from serve_apps.console.pages.replicas import router as replicas_router
-from serve_apps.console.pages.serving import router as serving_router
-from serve_apps.console.pages.session import router as session_router
-from serve_apps.console.pages.uploads import router as uploads_router
-from serve_apps.console.pages.usage import router as usage_router
+from serve_apps.console.serving import playground_router, replicas_router, serving_router
+from serve_apps.console.serving import router as overview_router
+from serve_apps.console.session import router as session_router
 
 ROUTES = [
     route

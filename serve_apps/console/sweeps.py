@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_origin
 
-from jobs.sweeps.spec import SweepSpec
-from jobs.sweeps.trials import SweepPlan, Trial, label
+from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, label
 from loray.catalog import Catalog
 from loray.planning.run import Run
 from loray.recipes.fields import merge
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from serve_apps.console.forms import Form
 from serve_apps.console.recipes import Estimate, Workers, estimate, fields_given, planned_run, recipe_from, workers_of
+from serve_apps.console.rendering import Form
 
 _OF_SEARCH = "search."
 _MOST_TRIALS = 200  # each of a form's is made anew whenever a field changes

@@ -10,35 +10,29 @@ from fastapi.responses import Response
 
 from loray import __version__
 from loray.bases.registry import get_bases
-from loray.catalog.snapshots.disk import SnapshotFile
-from loray.serving.quotas import QuotaGate
+from loray.catalog.snapshot_file import SnapshotFile
+from loray.policy.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import FleetSpec
-from serve_apps.access import Access, CheckAccess, Permissions, open_access, reference
-from serve_apps.access.origins import AllowOrigins
+from serve_apps import auth
 from serve_apps.accounting.access_log import log_access
-from serve_apps.accounting.account import Accounts
-from serve_apps.accounting.admission import AdmitRequests
-from serve_apps.accounting.books import Books
-from serve_apps.accounting.exchange import Exchange
-from serve_apps.bodies import BodyLimit
+from serve_apps.accounting.accounts import Accounts, AdmitRequests, Books
+from serve_apps.accounting.quotas import Exchange
+from serve_apps.auth import Access, AllowOrigins, CheckAccess, Permissions, open_access
 from serve_apps.gateway import errors
-from serve_apps.gateway.bases import OpenEngines, ServedBase
+from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.engines import Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes.adapters import BODIES as ADAPTER_BODIES
-from serve_apps.gateway.routes.adapters import create_router as create_adapters
-from serve_apps.gateway.routes.generation import BODIES as GENERATION_BODIES
-from serve_apps.gateway.routes.generation import create_router as create_generation
-from serve_apps.gateway.routes.openapi import describe
-from serve_apps.gateway.routes.server import create_router as create_server
-from serve_apps.gateway.routes.tokens import BODIES as TOKEN_BODIES
-from serve_apps.gateway.routes.tokens import create_router as create_tokens
-from serve_apps.http import EchoRequestId
-from serve_apps.tracing import Tracing
-from serve_apps.tracing.middleware import TraceRequests
+from serve_apps.gateway.routes import BODIES as ADAPTER_BODIES
+from serve_apps.gateway.routes import GENERATION_BODIES, describe
+from serve_apps.gateway.routes import TOKENS_BODIES as TOKEN_BODIES
+from serve_apps.gateway.routes import create_router as create_adapters
+from serve_apps.gateway.routes import create_router_generation as create_generation
+from serve_apps.gateway.routes import create_router_server as create_server
+from serve_apps.gateway.routes import create_router_tokens as create_tokens
+from serve_apps.http import BodyLimit, EchoRequestId
+from serve_apps.tracing import TraceRequests, Tracing
 
 CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
@@ -68,7 +62,7 @@ def create_app(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*routes, *reference.router.routes],
+        routes=[*routes, *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from loray.catalog.canaries import ReportAnswer
+from loray.catalog.aliases import ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded
-from loray.serving.canary import Arm
+from loray.policy.canary import Arm
 from loray.spec import CanaryCounts, Delta, VersionCounts
 from loray.telemetry import get_logger
 from serve_apps.gateway.metrics import GatewayMetrics

@@ -11,7 +11,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
-from loray.api.openai import Error, ErrorBody
 from loray.errors import (
     AdapterQuarantined,
     BaseMismatch,
@@ -33,6 +32,7 @@ from loray.errors import (
     Unauthenticated,
     UnsupportedError,
 )
+from loray.schemas.openai import Error, ErrorBody
 from loray.telemetry import get_logger
 from serve_apps.http import install_error_handlers
 

@@ -1,4 +1,4 @@
-"""The gateway's operations: OpenAI's completions and chat completions; health, status and metrics."""
+"""Completions, chat, responses; status, metrics."""
 
 from __future__ import annotations
 
@@ -11,34 +11,59 @@ from functools import partial
 from fastapi.responses import Response
 from prometheus_client.core import Metric as Family
 
-from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
-from loray.api.openai.extras import Extras
-from loray.api.openai.requests import GenerationRequest
-from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
-from loray.api.openai.structured import Given
-from loray.api.status import CatalogStatus, Status, total
+from loray.engine.memory.limits import check_length
 from loray.errors import RequestError
-from loray.serving.access import share_of
-from loray.serving.canary import session_of
-from loray.serving.quotas import allowed_priority
+from loray.policy.auth import share_of
+from loray.policy.canary import session_of
+from loray.policy.quotas import allowed_priority
+from loray.schemas.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
+from loray.schemas.openai.formats import NO_EXTRAS, Extras
+from loray.schemas.openai.requests import GenerationRequest
+from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
+from loray.schemas.openai.structured import Given
+from loray.schemas.status import CatalogStatus, Status, total
 from loray.spec import GenerateRequest, Principal, cache_salt
 from loray.text.chat import Dialect
-from loray.text.deltas import RequestText
-from serve_apps.accounting.account import Accounts
-from serve_apps.accounting.admission import TenantTurns
+from loray.text.detokenizer import RequestText
+from serve_apps.accounting.accounts import Accounts, TenantTurns
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
-from serve_apps.gateway.answers.echo import Echo
 from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
-from serve_apps.gateway.answers.responses import response_writer
-from serve_apps.gateway.answers.writers import Writer, writer_of
-from serve_apps.gateway.bases import Health, ServedBase, Target
+from serve_apps.gateway.answers.writers import Echo, Writer, response_writer, writer_of
+from serve_apps.gateway.bases import Gateways, Health, ServedBase, Target
 from serve_apps.gateway.canaries import Canaries, Meter
-from serve_apps.gateway.directory import Found, ModelDirectory
-from serve_apps.gateway.engines import Gateways
-from serve_apps.gateway.lengths import extras, max_tokens, num_kept
+from serve_apps.gateway.directory import Found, ModelCards, ModelDirectory
 from serve_apps.gateway.metrics import GatewayMetrics, OfBase, together
-from serve_apps.gateway.models import ModelCards
+
+
+def max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
+    """The requested limit, else the API's default, at most what fits into the context.
+
+    Raises RequestError for an empty prompt, and ContextLengthExceeded.
+    """
+    if not num_prompt_tokens:
+        raise RequestError("the prompt is empty; give at least one token", param)
+    requested = request.requested_max_tokens
+    check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
+    left = limit - num_prompt_tokens
+    return min(left, request.default_max_tokens or left) if requested is None else requested
+
+
+def extras(request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> Extras:
+    usage = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    if not (usage or request.return_token_ids):
+        return NO_EXTRAS
+    of_choices = [prompt for prompt in prompts for _ in range(request.n)]
+    return Extras(of_choices, request.return_token_ids, usage)
+
+
+def num_kept(request: GenerationRequest, limit: int) -> int | None:
+    """How many tokens of a longer prompt are taken, by `truncate_prompt_tokens`; None: it may not be longer."""
+    given = request.truncate_prompt_tokens
+    if given != -1:
+        return given
+    requested = request.requested_max_tokens
+    return max(1, limit - ((request.default_max_tokens or 1) if requested is None else requested))
 
 
 class Gateway:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric as Family
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loray.catalog.traffic.verdict import Bound
+from loray.policy.canary import Bound
 from loray.telemetry import METRICS
 from serve_apps.accounting.usage import UsageStatus
 from serve_apps.exposition import Labels, counter, gauge, labelled, merge

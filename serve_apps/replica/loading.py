@@ -1,4 +1,6 @@
-"""Loads adapters for a replica's engine: from the node's cache, from another replica, or from the store.
+"""Node cache, else store → verified → packed.
+
+Until then hashing, packing and computing need the cores; the cache only helps later loads.
 
 What a replica has kept in host memory it needs not load. Otherwise the node's cache has the adapter, packed; or another
 replica gives its files, which become the cache's. If neither has it, the store does: it is read as ranges of its
@@ -11,20 +13,15 @@ adapter is written into the cache.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loray.adapters.checks.files import (
-    MAX_CONFIG_BYTES,
-    check_declared,
-    check_header_length,
-    check_tensors,
-    read_header,
-)
+from loray.adapters.files import MAX_CONFIG_BYTES, check_declared, check_header_length, check_tensors, read_header
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
@@ -35,26 +32,82 @@ from loray.adapters.peft_format import (
     without_prefix,
 )
 from loray.adapters.tensor_ranges import PartialFile, Range
+from loray.bases.checkpoint import parse_header
 from loray.bases.registry import BaseModel
-from loray.bases.safetensors import parse_header
-from loray.engine.pool.file import open_packed, packed_name, save_packed
-from loray.engine.pool.packed import PackedAdapter, Packer, Packing
+from loray.engine.pool.packed import PackedAdapter, Packer, Packing, open_packed, packed_name, save_packed
 from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError, UnsupportedError
+from loray.priority import compute_in_background
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache, AdapterCopy, AdapterStore, open_store
 from loray.store.cache import CacheEntry
 from loray.store.copies import write_copy
 from loray.telemetry import get_logger
-from serve_apps.replica.cache_writer import CacheWriter
+from loray_kernels.memory import Recycled
 from serve_apps.replica.metrics import LoadCounts, Source
 
 if TYPE_CHECKING:
-    from loray.adapters.weights import AdapterWeights
-    from loray.engine.pool.loading import Progress
+    from loray.engine.pool.loader import Progress
+    from loray.methods.weights import AdapterWeights
+
 
 _log = get_logger(__name__)
+
+_MAX_WAIT_S = 0.25  # for the first step on an adapter
+_MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
+
+
+class CacheWriter:
+    """One thread in the background that writes one adapter at a time. A failure is logged and affects no request."""
+
+    def __init__(self) -> None:
+        self._free_slots = threading.BoundedSemaphore(_MAX_WAITING)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-cache", initializer=compute_in_background)
+        self._last: Future[None] | None = None
+
+    def submit(
+        self, label: str, packed: PackedAdapter, write: Callable[[], None], held: ExitStack, memory: Recycled
+    ) -> None:
+        """Schedules `write`. After it, `held` is closed and `memory` is prepared for the next load.
+
+        If too many adapters wait already, `write` is called at once.
+        """
+        if self._free_slots.acquire(blocking=False):
+            due = time.monotonic() + _MAX_WAIT_S
+            self._last = self._thread.submit(self._run_and_release, label, packed, write, held, memory, due)
+        else:
+            self._run(label, packed, write, held, memory, 0.0)
+
+    def flush(self) -> None:
+        """Waits until everything has been written."""
+        if self._last is not None:
+            self._last.result()
+
+    def _run_and_release(self, *args: Any) -> None:
+        try:
+            self._run(*args)
+        finally:
+            self._free_slots.release()
+
+    def _run(
+        self,
+        label: str,
+        packed: PackedAdapter,
+        write: Callable[[], None],
+        held: ExitStack,
+        memory: Recycled,
+        due: float,
+    ) -> None:
+        try:
+            with held:
+                if packed.partial is not None:
+                    packed.partial.wait_until_used(max(0.0, due - time.monotonic()))
+                write()
+        except Exception as e:  # noqa: BLE001 - the adapter is served nevertheless
+            _log.warning("adapter %s is here, but the node's cache has not kept it: %s", label, e)
+        memory.prepare()
+
 
 _NODE_CACHE_BYTES = 16 << 30  # of disk
 _FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter

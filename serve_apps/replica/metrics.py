@@ -1,25 +1,32 @@
-"""A replica's metrics as Prometheus families: its requests, and its engine's totals."""
+"""A replica's metrics and report."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric as Family
 
-from loray.engine.residency.prefetch import Prefetched
-from loray.engine.stats.histogram import Histogram as CountedHistogram
-from loray.errors import LorayError
+from loray.engine.memory.adapter_manager import Prefetched
+from loray.engine.metrics import Histogram as CountedHistogram
+from loray.errors import EngineError, LorayError
+from loray.schemas.status import AdapterPlacement, ReplicaStatus
+from loray.spec import Stretch
 from loray.telemetry import METRICS
 from serve_apps.exposition import Labels, counter, gauge, histogram, labelled
 
 if TYPE_CHECKING:
+    from loray.engine.async_engine import EngineStream
+    from loray.engine.metrics import EngineStats
     from loray.engine.request import TokenOutput
-    from loray.engine.stats.stats import EngineStats
     from loray.spec import GenerateRequest
     from loray.telemetry import HistogramCounts
 
@@ -205,3 +212,51 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield histogram("engine_step_adapters", {(): stats.step_adapters})
     yield histogram("adapter_load_seconds", {(): stats.load_seconds})
     yield histogram("request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()})
+
+
+_LAYOUT_TIMEOUT_S = 1.0
+
+
+async def replica_status(
+    stream: EngineStream, replica: str, started_at: float, layout: bool | frozenset[str]
+) -> ReplicaStatus:
+    """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
+    the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
+    """
+    stretches: tuple[Stretch, ...] = ()
+    if layout if isinstance(layout, bool) else replica in layout:
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
+                stretches = await stream.layout()
+    return ReplicaStatus(
+        replica=replica,
+        node=socket.gethostname(),
+        pid=os.getpid(),
+        uptime_s=time.time() - started_at,
+        layout=stretches,
+        **dict(stream.stats()),
+    )
+
+
+async def placements(
+    stream: EngineStream, replica: str, digests: Collection[str] | None = None
+) -> list[AdapterPlacement]:
+    """Where these adapters are, or all that the engine has loaded. Adapters that were never used here, or not for long,
+    are left out. Raises EngineError if the engine has stopped.
+    """
+    node = socket.gethostname()
+    return [
+        AdapterPlacement(
+            replica=replica,
+            node=node,
+            digest=placement.ref.digest,
+            name=placement.ref.name,
+            version=placement.ref.version,
+            nbytes=placement.ref.nbytes,
+            tier="none" if placement.tier is None else placement.tier.value,
+            uses=placement.num_uses,
+            last_used_at=placement.last_used_at,
+            num_tokens=placement.num_tokens,
+        )
+        for placement in await stream.adapters(digests)
+    ]

@@ -18,7 +18,7 @@ from loray.spec import ServeSpec
 from loray.telemetry import configure_logging
 
 if TYPE_CHECKING:
-    from loray.engine.parallel.workers import WorkerArgs
+    from loray.engine.parallel.worker import WorkerArgs
 
 
 def bundles(spec: ServeSpec) -> list[dict[str, float]]:
@@ -42,7 +42,7 @@ class RankActor:
 
 
 class RankActors:
-    """Implements `loray.engine.parallel.workers.Workers`. The actors end with the replica, which owns them."""
+    """Implements `loray.engine.parallel.worker.Workers`. The actors end with the replica, which owns them."""
 
     def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
         group = get_current_placement_group()

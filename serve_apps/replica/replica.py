@@ -1,4 +1,4 @@
-"""A replica: an engine with its base. It loads adapters by digest from the store, through the node's cache.
+"""`EngineReplica`, and its warm start.
 
 This module does not import torch: the number of threads must be set first (`startup`), and the process that deploys the
 application needs only the class.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from loray.api.status import AdapterPlacement, ReplicaStatus
 from loray.bases.registry import get_base
 from loray.encryption import client_context
 from loray.errors import (
@@ -25,32 +24,74 @@ from loray.errors import (
     ReplicaUnavailable,
     RequestError,
 )
-from loray.serving.routing_report import Held
+from loray.policy.routing import Held
+from loray.policy.warm_start import expected
+from loray.schemas.status import AdapterPlacement, ReplicaStatus
 from loray.settings import Settings
 from loray.spec import ServeSpec, is_engine
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
-from serve_apps.garbage import collect_when_quiet, freeze_garbage
-from serve_apps.replica.demand import ReplicaDemand
-from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics
+from serve_apps.python_gc import collect_when_quiet, freeze_garbage
+from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, WarmStart, placements, replica_status
 from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
-from serve_apps.replica.report import placements, replica_status
-from serve_apps.replica.requests import Requests
+from serve_apps.replica.requests import ReplicaDemand, Requests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
+from serve_apps.scaling import DemandRecords
 from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
     from loray.bases.registry import BaseModel
+    from loray.engine.async_engine import EngineStream
     from loray.spec import AdapterOf, GenerateRequest
     from loray.store import AdapterCopy
-    from serve_apps.channel.address import Address
-    from serve_apps.replica.metrics import WarmStart
-    from serve_apps.scaling.demand_records import DemandRecords
+    from serve_apps.channel.frames import Address
+
 
 _log = get_logger(__name__)
+
+_ALONE = 0.2  # of the time, where no other replica takes requests, which wait meanwhile
+
+
+def warm_up(
+    stream: EngineStream,
+    records: DemandRecords,
+    own: str,
+    fingerprint: str,
+    timeout_s: float,
+    told: Callable[[str, tuple[str, ...]], None] = lambda digest, holders: None,
+) -> WarmStart:
+    """Loads what is expected of the replica `own`, whose base has this fingerprint. Blocks for `timeout_s` at most, and
+    a call of the cluster. Does not raise: a replica that could not load anything starts as well.
+
+    `told` gets who has an adapter before it is loaded, see `ReplicaPeers`.
+    """
+    began = time.monotonic()
+    try:
+        record = records.read()
+        if record is None:
+            return WarmStart()
+        wanted = [demand for demand in expected(record, own) if demand.ref.base_fingerprint == fingerprint]
+        for demand in wanted:
+            told(demand.ref.digest, demand.holders)
+        left_s = timeout_s * (1.0 if record.replicas else _ALONE) - (time.monotonic() - began)
+        loaded = stream.prefetch([demand.ref for demand in wanted], left_s)
+    except Exception:  # noqa: BLE001 - it only makes the first requests faster
+        _log.warning("the replica starts without adapters", exc_info=True)
+        return WarmStart(seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    _log.info(
+        "warm start: of %d adapters in demand, %d are expected here; after %.2f s %d are in the pool, %d on the host, "
+        "%d failed, %d are late",
+        len(record.adapters),
+        len(wanted),
+        seconds,
+        *loaded,
+    )
+    return WarmStart(loaded, seconds)
+
 
 _CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 
@@ -84,7 +125,7 @@ class EngineReplica:
         collect_when_quiet(lambda: stream.stats().is_idle)
 
     def _warm_up(self, base: BaseModel) -> WarmStart:
-        from serve_apps.replica.warming import warm_up  # late, as above
+        # late, as above
 
         records, timeout_s = _demand_records(), self._spec.warm_start_s
         return warm_up(self._stream, records, _replica_id(), base.fingerprint, timeout_s, self._peers.told)
@@ -188,7 +229,7 @@ def _own_deployment() -> Any:
 def _demand_records() -> DemandRecords:
     from ray import serve
 
-    from serve_apps.scaling.demand_records import DemandRecords
+    from serve_apps.scaling import DemandRecords
 
     here = serve.get_replica_context()
     return DemandRecords(here.app_name, here.deployment)

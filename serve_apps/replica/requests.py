@@ -1,23 +1,72 @@
-"""The requests of a replica's engine: submitted, measured once a step, and ended."""
+"""Requests of an engine: submitted, measured, ended."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
-from loray.errors import ContextLengthExceeded, ReplicaUnavailable
-from serve_apps.replica.demand import ReplicaDemand
+from loray.errors import ContextLengthExceeded, LorayError, Overloaded, ReplicaUnavailable
+from loray.policy.autoscaling import burst_s
+from loray.policy.demand import DemandMeter, EngineLoad, TrackedRequest
+from loray.spec import AutoscalingSpec, ServeSpec
+from serve_apps.channel.inbox import Inbox, reading
+from serve_apps.channel.wakes import Wakes
 from serve_apps.replica.metrics import ReplicaMetrics, RequestTimes
 from serve_apps.tracing import ReplicaTrace, Tracing
 
 if TYPE_CHECKING:
+    from loray.engine.async_engine import EngineStream
     from loray.engine.request import TokenOutput
-    from loray.engine.stream import EngineStream
-    from loray.serving.scaling.demand import TrackedRequest
-    from loray.spec import GenerateRequest
+    from loray.spec import GenerateRequest, TokenDelta
+
+
+class ReplicaDemand:
+    """The demand on a replica that Serve scales."""
+
+    def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: EngineStream) -> None:
+        self._stream, self._pool_bytes = stream, float(stream.pool_bytes)
+        self._meter = DemandMeter(
+            window_s=autoscaling.window_s,
+            max_num_seqs=spec.max_num_seqs,
+            pool_bytes=self._pool_bytes,
+            adapter_bytes=stream.adapter_bytes,
+            now=time.monotonic(),
+            burst_s=burst_s(autoscaling),
+        )
+
+    def arrived(self, request: GenerateRequest) -> TrackedRequest:
+        """The caller counts its output tokens as they come. What another replica has generated is prompt here."""
+        prompt, left = len(request.prompt_ids), request.params.max_tokens
+        if request.output_ids:
+            prompt, left = prompt + len(request.output_ids), left - len(request.output_ids)
+        return self._meter.arrived(prompt, left, request.adapter, time.monotonic())
+
+    def ended(self, tracked: TrackedRequest, error: Exception | None) -> None:
+        if isinstance(error, Overloaded):
+            self._meter.refused(tracked, time.monotonic())
+        elif isinstance(error, LorayError):
+            self._meter.rejected(tracked)
+        else:
+            self._meter.finished(tracked, time.monotonic())
+
+    def stats(self) -> dict[str, float]:
+        """The report for the autoscaler, which asks for it at its intervals."""
+        now, engine = time.monotonic(), self._stream.stats()
+        load = EngineLoad(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_loading=engine.num_loading,
+            num_tokens=engine.num_prompt_tokens + engine.num_output_tokens,
+            kv_bytes=self._pool_bytes * engine.blocks["kv"] / sum(engine.blocks.values()),
+        )
+        self._meter.sample(load, now)
+        loaded = frozenset((*engine.adapters_in_pool, *engine.adapters_on_host))
+        return self._meter.observe(now, loaded).to_stats()
 
 
 class Outlet(Protocol):
@@ -168,3 +217,62 @@ class Requests:
 def _end(ended: Sequence[tuple[_Ongoing, str | Exception]]) -> None:
     for ongoing, how in ended:
         ongoing.end(how)
+
+
+class LocalStreams:
+    """Used from one event loop, which is woken once a step for all streams."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._ids, self._wakes = count(), Wakes()
+        self._inboxes: dict[int, Inbox] = {}
+        self._left: dict[int, Callable[[str], None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        """As the gateway's `Engines.generate`."""
+        self._loop = asyncio.get_running_loop()
+        stream = next(self._ids)
+        inbox = self._inboxes[stream] = Inbox(stream, self._wakes)
+        call = asyncio.create_task(self._requests.run(request, fit, self, stream))
+        call.add_done_callback(lambda done: _pass_on(done, inbox))
+
+        def left(reason: str) -> None:
+            del self._inboxes[stream]
+            if inbox.has_ended:
+                return
+            tell = self._left.get(stream)
+            if tell is not None:
+                tell(reason)
+            else:
+                call.cancel()  # it has not begun, or is over
+
+        with reading(request, left):
+            async for delta in inbox:
+                yield delta
+
+    def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._put, outputs)
+
+    def watch(self, stream: int, left: Callable[[str], None]) -> None:
+        self._left[stream] = left
+
+    def unwatch(self, stream: int) -> None:
+        self._left.pop(stream, None)
+
+    def _put(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
+        for stream, out in outputs:
+            inbox = self._inboxes.get(stream)
+            if inbox is None:
+                continue
+            if out.prompt_logprobs is not None:
+                inbox.push_prompt(out.prompt_logprobs)
+            inbox.push(out.token_id, out.finish_reason, out.num_cached_tokens, out.logprobs)
+
+
+def _pass_on(call: asyncio.Task[None], inbox: Inbox) -> None:
+    error = None if call.cancelled() else call.exception()
+    if isinstance(error, Exception):
+        inbox.fail(error)

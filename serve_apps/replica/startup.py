@@ -15,8 +15,8 @@ from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from loray.engine.parallel.workers import StartWorkers
-    from loray.engine.stream import EngineStream
+    from loray.engine.async_engine import EngineStream
+    from loray.engine.parallel.worker import StartWorkers
     from serve_apps.replica.loading import AdapterLoader, Peers
     from serve_apps.replica.metrics import LoadCounts
 
@@ -52,9 +52,9 @@ def start_engine(
     `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
     is an `adapter_loader`.
     """
+    from loray.engine.async_engine import EngineStream
     from loray.engine.build import build_engine
-    from loray.engine.parallel.workers import LocalWorkers
-    from loray.engine.stream import EngineStream
+    from loray.engine.parallel.worker import LocalWorkers
 
     started = time.monotonic()
     load = load or adapter_loader(base, settings)

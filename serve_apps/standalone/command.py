@@ -14,16 +14,15 @@ from rich.console import Console
 
 from loray.bases.registry import get_base
 from loray.errors import LorayError, SpecError
-from loray.local.home import move_to_local_s3, start_home_store
 from loray.local.processes import bind
-from loray.local.serving import Address
-from loray.local.standalone import announced
+from loray.local.s3 import move_to_local_s3, start_home_store
+from loray.local.serving import Address, announced
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from loray.telemetry import configure_logging
+from serve_apps.command import welcome
 from serve_apps.deployment import DRAIN_S
 from serve_apps.options import cannot_listen, check_keys, read_spec, reserve_names, spec_options
-from serve_apps.terminal import welcome
 
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctrl-C", "stop it"))
 
@@ -76,7 +75,7 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
                 waits = f"requests under way: {num_requests}; waiting up to {DRAIN_S:.0f} s, again Ctrl-C ends them"
                 screen.print(waits, highlight=False)
 
-        from serve_apps.standalone.run import run  # late: it imports FastAPI
+        from serve_apps.standalone.server import run  # late: it imports FastAPI
 
         run(spec, base, settings, listener, started=started, stopping=stopping)
     screen.print("stopped serving", highlight=False)

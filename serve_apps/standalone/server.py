@@ -1,19 +1,184 @@
-"""The HTTP server of `loray serve`: uvicorn, whose end lets requests under way end."""
+"""One process: engine, gateway, API."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client.core import Metric as Family
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from loray.errors import EngineError
-from serve_apps.deployment import DRAIN_S
-from serve_apps.standalone.app import Site
-from serve_apps.standalone.protocol import BoundedProtocol
+from jobs.submission.server import HomeJobServer
+from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
+from loray.errors import ClusterError, EngineError
+from loray.local.serving import Address
+from loray.schemas.status import AdapterPlacement, AutoscalingStatus, ReplicaStatus
+from loray.settings import Settings
+from loray.spec import FleetSpec, GenerateRequest, ServeSpec, TokenDelta
+from serve_apps.accounting.access_log import log_access
+from serve_apps.api.services import Services
+from serve_apps.api.site import create_app as create_api
+from serve_apps.auth import open_access
+from serve_apps.console import Gateway
+from serve_apps.deployment import CATALOG_PREFIX, DRAIN_S
+from serve_apps.gateway.app import open_gateway
+from serve_apps.python_gc import collect_when_quiet, freeze_garbage
+from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, placements, replica_status
+from serve_apps.replica.requests import LocalStreams, Requests
+from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
+from serve_apps.tracing import Tracing
+
+HEADERS_S = 10.0  # for a request's headers to come, the first one's from the connection on
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with an end to a connection whose headers do not come within HEADERS_S."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._headers_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._headers_due is None:
+            self._expect_headers()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._headers_due = self.loop.call_later(HEADERS_S, self._are_late)
+
+    def _are_late(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._expect_headers()  # of the next request, which is not its turn yet
+        else:
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+
+REPLICA = "local"  # the engine's name where replicas have one
+
+
+class LocalEngines:
+    """Implements `serve_apps.gateway.bases.Engines` and `serve_apps.api.services.Placements` with one engine."""
+
+    def __init__(self, stream: EngineStream, tracing: Tracing | None = None, loads: LoadCounts | None = None) -> None:
+        self._stream = stream
+        self._metrics = ReplicaMetrics(loads=loads)
+        self._streams = LocalStreams(Requests(stream, self._metrics, tracing=tracing))
+        self._started_at = time.time()
+
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        return self._streams.generate(request, fit=fit)
+
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    def check_health(self) -> None:
+        """Raises EngineError if the engine has stopped."""
+        self._stream.check_health()
+
+    async def healthy(self) -> bool:
+        with suppress(EngineError):
+            self.check_health()
+            return True
+        return False
+
+    def is_cold(self) -> bool:
+        return False
+
+    def start_failed(self) -> bool:
+        return False
+
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+        if not await self.healthy():
+            return []
+        return [await replica_status(self._stream, REPLICA, self._started_at, layout)]
+
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        return None
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [self._metrics.families(self._stream.stats(), REPLICA)]
+
+    def routing_decisions(self) -> Mapping[str, int]:
+        return {}
+
+    def resumes(self) -> Mapping[str, int]:
+        return {}
+
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        return await placements(self._stream, REPLICA, digests)
+
+
+class LocalJobServer(HomeJobServer):
+    """Sends nothing to other machines, which have another store and catalog."""
+
+    def _address(self) -> str:
+        if self._settings.is_remote:
+            raise ClusterError(
+                f"`loray serve` sends no jobs to another machine ({self._settings.address}); use `loray train`, or the "
+                "API of `loray up`"
+            )
+        return super()._address()
+
+
+class Site:
+    """Two applications by path. They start and end together."""
+
+    def __init__(self, gateway: FastAPI, api: FastAPI, end_streams: Callable[[], None]) -> None:
+        """`end_streams`: lets the console's pages go, for which a server that stops need not wait."""
+        self._gateway, self._api, self.end_streams = gateway, api, end_streams
+        self._prefix = f"{CATALOG_PREFIX}/"
+
+        @asynccontextmanager
+        async def lifespan(_: object) -> AsyncIterator[None]:
+            async with gateway.router.lifespan_context(gateway), api.router.lifespan_context(api):
+                yield
+
+        self._lifespan = Router(lifespan=lifespan)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._lifespan(scope, receive, send)
+        elif scope["path"].startswith(self._prefix):
+            await self._api({**scope, "root_path": CATALOG_PREFIX}, receive, send)
+        else:
+            await self._gateway(scope, receive, send)
+
+
+def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, tracing: Tracing | None = None) -> Site:
+    """The application of this home's catalog and store."""
+    access = open_access(settings, spec.host)
+    services = Services(settings, LocalJobServer(settings), engines, Gateway(Address(spec.host, spec.port).url))
+    api = log_access(create_api(services, access), settings.access_log)
+    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
+    return Site(gateway, api, services.streams.end)
+
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close them first
@@ -104,3 +269,41 @@ def bound_silence(listener: socket.socket) -> None:
     """
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_S))
+
+
+def run(
+    spec: ServeSpec,
+    base: BaseModel,
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    started: Callable[[], None],
+    stopping: Callable[[int], None],
+) -> None:
+    """Serves at `listener` until a signal ends it. Raises EngineError if the engine stops before.
+
+    started   called once the server answers
+    stopping  called with the number of requests under way when the first signal comes
+    """
+    spec = set_num_threads(spec)
+    loader = adapter_loader(base, settings)
+    stream = start_engine(spec, base, settings, load=loader)
+    try:
+        from serve_apps.tracing import open_tracing
+
+        tracing = open_tracing("server", REPLICA)
+        engines = LocalEngines(stream, tracing, loader.counts)
+        site = create_site(spec, settings, engines, tracing)
+        freeze_garbage()
+        collect_when_quiet(lambda: stream.stats().is_idle)
+
+        def ending(num_requests: int) -> None:
+            site.end_streams()
+            stopping(num_requests)
+
+        server = Server(site, check_health=engines.check_health, started=started, stopping=ending)
+        server.run(sockets=[listener])
+    finally:
+        stream.stop()
+    if server.failure is not None:
+        raise server.failure

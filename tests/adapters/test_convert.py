@@ -12,9 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.export import save_adapter
-from loray.adapters.forms.convert import save_lora, vera_to_lora
-from loray.adapters.forms.merge import merge_adapter
+from loray.adapters.convert import merge_adapter, save_lora, vera_to_lora
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
@@ -25,6 +23,7 @@ from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
 from loray.spec import RopeParameters
 from loray.store import AdapterStore, open_store
+from loray.train.checkpoint import save_adapter
 from tests.adapters.test_export import ADAPTERS, in_peft, logits, recipe, trained
 
 BaseFactory = Callable[..., BaseModel]
@@ -89,7 +88,7 @@ def test_a_merge_of_changed_rows_alone(tiny_base: BaseFactory, tmp_path: Path) -
 
 
 def test_dtype_and_shards(tiny_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.adapters.forms.merge._SHARD_BYTES", 100_000)
+    monkeypatch.setattr("loray.adapters.convert._SHARD_BYTES", 100_000)
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS["lora"])
     model = trained(base, spec)
     folder = merged(base, model, spec, tmp_path, dtype=torch.bfloat16)

@@ -13,18 +13,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.export import save_adapter
-from loray.adapters.forms.gguf import write_gguf
-from loray.adapters.forms.merge import merge_adapter
-from loray.adapters.inject import attach
+from loray.adapters.convert import merge_adapter, write_gguf
 from loray.adapters.manifest import describe
 from loray.adapters.peft_format import CONFIG_FILE, read_adapter
-from loray.adapters.weights import LoraWeights
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, SpecError, UnsupportedError
+from loray.methods.attach import attach
+from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
+from loray.train.checkpoint import save_adapter
 from loray.train.data.batches import Batch
-from loray.train.loss import batch_loss
+from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
 from tests.adapters.test_export import IDS, logits, recipe, trained
 

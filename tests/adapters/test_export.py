@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loray.adapters.export import save_adapter
-from loray.adapters.inject import load_weights
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_adapter,
 )
-from loray.adapters.weights import VeraWeights
 from loray.bases.registry import BaseModel
+from loray.methods.attach import load_weights
+from loray.methods.weights import VeraWeights
 from loray.spec import TrainSpec
+from loray.train.checkpoint import save_adapter
 from loray.train.model import build_model, dense
 
 BaseFactory = Callable[..., BaseModel]

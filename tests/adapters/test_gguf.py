@@ -10,14 +10,13 @@ import torch
 from gguf import GGUFReader
 from torch import Tensor
 
-from loray.adapters.export import save_adapter
-from loray.adapters.forms.convert import as_lora
-from loray.adapters.forms.gguf import write_gguf
+from loray.adapters.convert import as_lora, write_gguf
 from loray.adapters.peft_format import read_adapter
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.bases import gguf as gguf_format
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.train.checkpoint import save_adapter
 from tests.adapters.test_export import ADAPTERS, recipe, trained
 
 BaseFactory = Callable[..., BaseModel]

@@ -17,9 +17,9 @@ from loray.adapters.manifest import (
     read_manifest,
     verify_folder,
 )
-from loray.adapters.projections import draw_pair
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, IntegrityError, SpecError, UnsupportedError
+from loray.methods.vera_module import draw_pair
 from loray.spec import Evaluation, RopeParameters, TrainSpec
 
 TinyBase = Callable[..., BaseModel]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loray.adapters.checks.files import read_header
+from loray.adapters.files import read_header
 from loray.adapters.pairs import PairKey, drawn_digest, stored_digest
-from loray.adapters.projections import draw_pair, pair_digest
+from loray.methods.vera_module import draw_pair, pair_digest
 from tests.draws import Normal
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loray.adapters.tensor_ranges import PartialFile
-from loray.bases.safetensors import header_end, parse_header
+from loray.bases.checkpoint import header_end, parse_header
 from loray.errors import IntegrityError
 
 

@@ -13,11 +13,10 @@ from peft.tuners.vera.model import _kaiming_init as peft_init
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
-from loray.adapters.inject import attach
-from loray.adapters.projections import draw_pair
-from loray.adapters.vera import VeraLinear
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
+from loray.methods.attach import attach
+from loray.methods.vera_module import VeraLinear, draw_pair
 from loray.spec import LINEAR_MODULES, LoraSpec, VeraSpec
 from tests.draws import Normal
 
@@ -185,7 +184,7 @@ def test_modules_with_one_input_share_the_product_with_a(
             widths.append(weight.shape[1])
         return linear(x, weight, *args)
 
-    monkeypatch.setattr("loray.adapters.vera.F.linear", counted)
+    monkeypatch.setattr("loray.methods.vera_module.F.linear", counted)
     model(input_ids=IDS).logits.sum().backward()
     assert widths == [64, 64, 64, 128] * 2  # q, k, v; o; gate, up; down, in both layers
     model.train()

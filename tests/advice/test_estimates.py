@@ -7,18 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loray.adapters.projections import draw_pair
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, VeraWeights
-from loray.advice.estimates import GIB, adapters_in, estimate_methods, recipe_of
-from loray.advice.recommendation import recommend
-from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
 from loray.bases.presets import preset
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
+from loray.methods.vera_module import draw_pair
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, VeraWeights
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
 from loray.planning.run import run_of
+from loray.recommend import GIB, Answers, adapters_in, estimate_methods, recipe_of, recommend
 from loray.spec import LINEAR_MODULES, AdapterRef, AdapterSpec, LoraSpec, VeraSpec
 from loray_kernels import KvLayout
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loray.advice.scorecard import Answers, score_methods
 from loray.errors import SpecError
+from loray.recommend import Answers, score_methods
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.api.openai.chunks import Chunks
-from loray.api.openai.formats import ChatFormat, CompletionFormat
+from loray.schemas.openai.formats import ChatFormat, Chunks, CompletionFormat
 from loray.spec import Delta, TokenLogprob
 
 LOGPROBS = (TokenLogprob(5, "é", -0.5, ((5, "é", -0.5), (6, "\n", -1.25)), 1),)

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatFormat, CompletionFormat, Usage
-from loray.api.openai.chunks import Chunks
-from loray.api.openai.extras import NO_EXTRAS, Extras
-from loray.api.openai.formats import Choice
+from loray.schemas.openai import ChatFormat, CompletionFormat, Usage
+from loray.schemas.openai.formats import NO_EXTRAS, Choice, Chunks, Extras
 from loray.spec import Delta
 
 PROMPTS = ((1, 2, 3), (4, 5))

@@ -9,9 +9,9 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from loray.api.openai import ChatFormat, CompletionFormat, Usage
-from loray.api.openai.formats import Choice, usage_of
-from loray.api.status import EngineStatus, ReplicaStatus, total
+from loray.schemas.openai import ChatFormat, CompletionFormat, Usage
+from loray.schemas.openai.formats import Choice, usage_of
+from loray.schemas.status import EngineStatus, ReplicaStatus, total
 
 
 class Logprob(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.errors import RequestError
+from loray.schemas.openai import ChatCompletionRequest, CompletionRequest, parse
 
 
 def completion(**fields: Any) -> CompletionRequest:

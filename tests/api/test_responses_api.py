@@ -9,9 +9,9 @@ from openai.types.responses import Response as OpenAIResponse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from loray.api.openai import Usage, parse
-from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest
 from loray.errors import RequestError
+from loray.schemas.openai import Usage, parse
+from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}

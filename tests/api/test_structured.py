@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.errors import RequestError
+from loray.schemas.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.spec import Constraint
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "integer"}}, "required": ["a"]}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, parse
-from loray.api.openai.chat.messages import for_template
-from loray.api.openai.chat.tool_calls import assistant_message, chat_delta
 from loray.errors import RequestError
+from loray.schemas.openai import ChatCompletionRequest, parse
+from loray.schemas.openai.formats import assistant_message, chat_delta
+from loray.schemas.openai.requests import for_template
 from loray.spec import Delta, Tool, ToolCallDelta, ToolUse
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}

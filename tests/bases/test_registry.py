@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprint, read_tensors
 from loray.bases.config import ARCHITECTURES
-from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
-from loray.bases.sources import read_config
+from loray.bases.registry import BaseModel, add_base, get_base, list_bases, read_config, verify_base
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, SpecError, UnsupportedError
 from tests.tiny import write_checkpoint
 

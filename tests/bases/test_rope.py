@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loray.bases.rope import scaled
-from loray.engine.model.rope import frequencies
+from loray.bases.config import scaled
+from loray.engine.model.decoder import frequencies
 from loray.spec import RopeParameters, RopeScaling
 
 DIM = 64

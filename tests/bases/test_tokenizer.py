@@ -68,15 +68,15 @@ import sys
 from pathlib import Path
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import ServeSpec
-from serve_apps.access import Access
-from serve_apps.following import CatalogFollower
+from serve_apps.auth import Access
+from serve_apps.catalog_watch import CatalogFollower
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.prompts import PromptEncoder
+from serve_apps.gateway.bases import PromptEncoder
 base = get_base(Path({str(base.path.parent.parent)!r}), {base.name!r})
 prompts = PromptEncoder.load(base)
 follower = CatalogFollower(lambda: Catalog("sqlite://"))

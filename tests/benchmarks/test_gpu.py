@@ -18,7 +18,7 @@ from benchmarks.gpu.shape import Shape
 from benchmarks.gpu.state import Figures
 from benchmarks.machine import MachineRates
 from loray_kernels import Parts
-from loray_kernels.cuda.recording import graphs
+from loray_kernels.cuda import graphs
 from tests.kernels.cuda.shim_ops import use_shim_ops
 
 TINY = Shape(

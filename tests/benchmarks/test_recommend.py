@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.training.recommend import file_bytes
-from loray.advice.estimates import candidates, estimate_methods
-from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel
 from loray.planning.devices import PRESETS
+from loray.recommend import Answers, candidates, estimate_methods
 
 
 def test_estimated_bytes_are_those_of_the_file(smollm2: BaseModel) -> None:

@@ -26,9 +26,9 @@ from benchmarks.training.workers.trainer import main as time_beside_trainer
 from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
 from loray.train.data.batches import Batch
-from loray.train.hooks.dense import DENSE
-from loray.train.loss import batch_loss
+from loray.train.hooks import DENSE
 from loray.train.model import build_model
+from loray.train.objectives import batch_loss
 from tests.train.sequence.ranks import Ranks
 
 

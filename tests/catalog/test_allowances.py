@@ -11,8 +11,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from loray.catalog import Catalog
-from loray.catalog.identity import allowances
+from loray.catalog import Catalog, allowances
 from loray.catalog.schema import adapters
 from loray.errors import CatalogFull, LimitExceeded
 from loray.spec import DEFAULT_KEEP_DELETED_S, AdapterManifest, Limits, Principal

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from loray.catalog import Catalog
-from loray.catalog.backup.lines import Line, table_lines
+from loray.catalog.backup import Line, table_lines
 from loray.catalog.database import reading, writing
 from loray.catalog.queries import utc
 from loray.catalog.schema import audit_log, changes, metadata
@@ -149,7 +149,7 @@ def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch:
         publish(filled, "concurrent", next(numbers))
         return table_lines(*args)
 
-    monkeypatch.setattr("loray.catalog.backup.backups.table_lines", interrupted)
+    monkeypatch.setattr("loray.catalog.backup.table_lines", interrupted)
     before = rows_of(filled)
     filled.write_backup(tmp_path / "backup")
     assert "concurrent" not in (tmp_path / "backup").read_text()

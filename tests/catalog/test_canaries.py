@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import aliases, versions
-from loray.catalog.traffic.verdict import breach
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
+from loray.policy.canary import breach
 from loray.spec import CanaryBounds, CanaryCounts, LogMoments, RopeParameters, VersionCounts
 from tests.catalog.test_catalog import digest, manifest, publish
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from loray.catalog import AdapterVersion, Catalog, VersionSummary
-from loray.catalog.projections import canonical_digests
+from loray.catalog.adapters import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, SpecError
 from loray.spec import AdapterManifest, Evaluation, Projection
 

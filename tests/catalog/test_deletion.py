@@ -6,8 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from loray.catalog import Catalog
-from loray.catalog.removal import claims
+from loray.catalog import Catalog, removal
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import TrainSpec
 from tests.adapters.test_manifest import RECIPE
@@ -124,7 +123,7 @@ def test_a_publication_waits_for_deletions_of_its_objects_alone(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = list[float]()
-    monkeypatch.setattr(claims, "sleep", waits.append)
+    monkeypatch.setattr(removal, "sleep", waits.append)
     before = catalog.references(keep_deleted_s=0)
     deleting = catalog.deleting([digest(1)], before, keep_deleted_s=0)
     deleting.__enter__()
@@ -133,9 +132,9 @@ def test_a_publication_waits_for_deletions_of_its_objects_alone(
 
     def end(_: float) -> None:
         deleting.__exit__(None, None, None)
-        monkeypatch.setattr(claims, "sleep", waits.append)
+        monkeypatch.setattr(removal, "sleep", waits.append)
 
-    monkeypatch.setattr(claims, "sleep", end)
+    monkeypatch.setattr(removal, "sleep", end)
     with catalog.publishing([digest(1), digest(2)]) as claim:
         assert waits == []
         catalog.register("tone", digest(1), manifest(1), claim=claim)
@@ -148,11 +147,11 @@ def test_a_collection_that_was_killed_is_waited_for_until_its_claim_lapses(
     before = catalog.references(keep_deleted_s=0)
     with pytest.raises(ZeroDivisionError), catalog.deleting([digest(1)], before, keep_deleted_s=0):
         raise ZeroDivisionError
-    monkeypatch.setattr(claims, "_LONGEST_WAIT_S", 0.0)
+    monkeypatch.setattr(removal, "_LONGEST_WAIT_S", 0.0)
     with pytest.raises(ConflictError, match="was cut off while it deleted the same files"):
         catalog.publishing([digest(1)]).__enter__()
-    moved = claims.now() + timedelta(minutes=11)
-    monkeypatch.setattr(claims, "now", lambda: moved)
+    moved = removal.now() + timedelta(minutes=11)
+    monkeypatch.setattr(removal, "now", lambda: moved)
     with catalog.publishing([digest(1)]) as claim:
         catalog.register("tone", digest(1), manifest(1), claim=claim)
 
@@ -161,13 +160,13 @@ def test_a_publication_that_took_too_long_is_refused_before_its_claim_lapses(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = catalog.references(keep_deleted_s=0)
-    started = claims.now()
+    started = removal.now()
     with catalog.publishing([digest(1)]) as claim:
-        monkeypatch.setattr(claims, "now", lambda: started + timedelta(hours=13))
+        monkeypatch.setattr(removal, "now", lambda: started + timedelta(hours=13))
         with pytest.raises(ConflictError, match="took more than 12 hours"):
             catalog.register("tone", digest(1), manifest(1), claim=claim)
         with catalog.deleting([digest(1)], before, keep_deleted_s=0) as allowed:
             assert not allowed.names
-        monkeypatch.setattr(claims, "now", lambda: started + timedelta(hours=25))
+        monkeypatch.setattr(removal, "now", lambda: started + timedelta(hours=25))
         with catalog.deleting([digest(1)], before, keep_deleted_s=0) as allowed:
             assert allowed.names == {digest(1)}

@@ -9,8 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 from loray.catalog import Catalog
+from loray.catalog.aliases import failures
 from loray.catalog.database import open_database
-from loray.catalog.gate import failures
 from loray.errors import AdapterNotFound, ConflictError, GateRefused
 from loray.spec import AdapterManifest, Evaluation, RopeParameters
 from tests.catalog.test_catalog import digest, manifest

@@ -9,10 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from benchmarks.catalog.fill import BASES, adapter_name, fill, tenant_name
-from loray.catalog import AdapterEntry, Catalog
+from loray.catalog import AdapterEntry, Catalog, queries
 from loray.catalog.database import reading, writing
 from loray.catalog.schema import adapters, tags
-from loray.catalog.snapshots import listing
 from loray.spec import Principal
 
 _NUM, _NUM_TENANTS = 500, 10
@@ -69,7 +68,7 @@ def passes(entry: AdapterEntry, tagged: Mapping[str, str], wanted: Mapping[str, 
 def test_pages_have_what_the_filters_say(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     tagged, snapshot = all_tags(catalog), catalog.snapshot()
     for few in (0, 10_000):
-        monkeypatch.setattr(listing, "_FEW", few)
+        monkeypatch.setattr(queries, "_FEW", few)
         for caller in CALLERS:
             view = catalog.view(caller)
             for wanted in FILTERS:
@@ -88,7 +87,7 @@ def test_sqlite_reads_pages_in_order_and_from_indices_alone(catalog: Catalog) ->
             for caller in CALLERS:
                 for wanted in (f for f in FILTERS if "tags" not in f and f.get("base") != "nobody"):
                     given = {"tenant": None, "base": None, "method": None, "search": None, "tags": {}} | wanted
-                    query = listing.select_names(c, caller, adapter_name(250, _NUM_TENANTS), **given).limit(100)
+                    query = queries.select_names(c, caller, adapter_name(250, _NUM_TENANTS), **given).limit(100)
                     words = str(query.compile(catalog._engine, compile_kwargs={"literal_binds": True}))
                     plan = [row[-1] for row in c.exec_driver_sql(f"EXPLAIN QUERY PLAN {words}")]
                     assert not [step for step in plan if "TEMP" in step or "SCAN" in step], plan

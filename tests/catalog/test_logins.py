@@ -7,8 +7,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from loray.catalog import Catalog
-from loray.catalog.identity import logins
+from loray.catalog import Catalog, identity
 from loray.catalog.queries import now
 
 
@@ -16,7 +15,7 @@ def test_a_login_ends_by_time_at_logout_and_by_number(catalog: Catalog, monkeypa
     began = now()
 
     def at(moment: timedelta) -> None:
-        monkeypatch.setattr(logins, "now", lambda: began + moment)
+        monkeypatch.setattr(identity, "now", lambda: began + moment)
 
     at(timedelta())
     catalog.begin_login("a", "sealed a")
@@ -29,7 +28,7 @@ def test_a_login_ends_by_time_at_logout_and_by_number(catalog: Catalog, monkeypa
     assert catalog.find_login("a") == "sealed a"
     at(timedelta(hours=24, seconds=1))  # however often it was used
     assert catalog.find_login("a") is None
-    monkeypatch.setattr(logins, "MOST", 2)
+    monkeypatch.setattr(identity, "MOST", 2)
     for name in "cde":
         at(timedelta(days=2, minutes=ord(name)))
         catalog.begin_login(name, name)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from loray.catalog import Catalog
-from loray.catalog.removal.quarantine import KEPT
+from loray.catalog.quarantine import KEPT
 from loray.errors import AdapterNotFound, NotFoundError, PermissionDenied
 from loray.spec import Principal
 from tests.catalog.test_catalog import digest, publish

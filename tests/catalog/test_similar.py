@@ -6,9 +6,9 @@ import difflib
 
 import pytest
 
-from loray.catalog import checks
-from loray.catalog.checks import NUM_COMPARED, similar, unknown_adapter
-from loray.catalog.snapshots.blocks import SortedMap
+from loray.catalog import entries
+from loray.catalog.entries import NUM_COMPARED, similar, unknown_adapter
+from loray.catalog.snapshot import SortedMap
 
 FEW = sorted(["tone", "tome", "dates", "legal-de", "legal-en", "Tone"])
 MANY = SortedMap((name, 1) for name in [f"customer-{i:05d}" for i in range(20_000)] + FEW)
@@ -34,5 +34,5 @@ def test_of_many_names_few_are_compared(name: str) -> None:
 
 
 def test_a_long_name_is_neither_compared_nor_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(checks.difflib, "get_close_matches")
+    monkeypatch.delattr(entries.difflib, "get_close_matches")
     assert len(str(unknown_adapter("x" * 1_000_000, {"x" * 1_000_000: FEW}, ()))) < 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loray.catalog import Catalog
-from loray.catalog.notes.tags import MAX_TAGS
+from loray.catalog.adapters import MAX_TAGS
 from loray.errors import AdapterNotFound, ConflictError, NotFoundError, PermissionDenied, SpecError
 from loray.recipes.load import load_recipe
 from loray.spec import SCOPES, Evaluation, Principal

@@ -14,7 +14,7 @@ from alembic.operations import Operations
 
 from loray.catalog import Catalog, UsageRow
 from loray.catalog.database import writing
-from loray.catalog.identity.usage_tables import usage_days
+from loray.catalog.schema import usage_days
 from loray.errors import SpecError
 from loray.spec import UsageEvent
 

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.cli.evaluation import heatmap
+from loray.cli import pictures
 from loray.cli.main import _run
 from loray.spec import Evaluation, RopeParameters
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
@@ -249,7 +249,7 @@ def test_colours_of_all_models_mean_the_same() -> None:
         same: dict[str, Any] = {"dataset": "d", "context_length": 1024, "depth": 0.5}
         return Evaluation(metric="passkey_log_likelihood", subject=subject, value=value, **same)
 
-    svg = heatmap.draw("a <title> & more", [cell("base", -10.0), cell("adapter", -0.01)])
+    svg = pictures.draw("a <title> & more", [cell("base", -10.0), cell("adapter", -0.01)])
     root = ET.fromstring(svg)
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a <title> & more" in texts

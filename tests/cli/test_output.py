@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import click
 import pytest
 
-from loray.cli import output
-from loray.cli.doctor import kernels
+from loray.cli import doctor, output
 from loray.cli.main import cli
 from loray.spec import format_seconds
 from tests.cli.run import Loray
@@ -41,7 +40,7 @@ def test_commands_have_json() -> None:
 
 def test_colours(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
     """None where the output is no terminal; on a terminal, for which FORCE_COLOR stands, none with NO_COLOR."""
-    monkeypatch.setattr(kernels, "problem", lambda: None)
+    monkeypatch.setattr(doctor, "problem", lambda: None)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")

@@ -41,7 +41,7 @@ Plan = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-    for module in ("loray.machine", "loray.cli.planning.plan", "loray.cli.planning.check"):
+    for module in ("loray.machine", "loray.cli.plan", "loray.cli.plan"):
         monkeypatch.setattr(f"{module}.hardware", lambda: HARDWARE)
     MACHINE.cache(tmp_path)
     return tmp_path
@@ -193,7 +193,7 @@ def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan:
 def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cached,) = home.glob("machine-*.json")
     cached.unlink()
-    monkeypatch.setattr("loray.cli.planning.devices.sys.executable", "/bin/false")
+    monkeypatch.setattr("loray.cli.plan.sys.executable", "/bin/false")
     code, _, err = plan("lora_smollm2")
     assert code == 1
     assert "this machine could not be measured; name a --device" in err
@@ -206,8 +206,8 @@ def test_rates_are_kept_where_nothing_else_ran(
     (cached,) = home.glob("machine-*.json")
     cached.unlink()
     printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(MACHINE.rates)), "")
-    monkeypatch.setattr("loray.cli.planning.devices.subprocess.run", lambda *args, **kwargs: printed)
-    monkeypatch.setattr("loray.cli.planning.devices.psutil.cpu_percent", lambda seconds: percent)
+    monkeypatch.setattr("loray.cli.plan.subprocess.run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr("loray.cli.plan.psutil.cpu_percent", lambda seconds: percent)
     code, out, err = plan("lora_smollm2", "--json")
     assert code == 0
     assert json.loads(out)["device"]["flops"] == MACHINE.rates.fastest

@@ -11,8 +11,8 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.cli.evaluation import harness
-from loray.cli.evaluation.harness import read_results
+from loray.cli import eval_tasks
+from loray.cli.eval_tasks import read_results
 from loray.errors import EvaluationError
 from loray.settings import Settings
 from tests.cli.run import Loray
@@ -110,7 +110,7 @@ def _folder(path: Path) -> Path:
 
 
 def test_without_the_package(loray: Loray, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr(eval_tasks, "find_spec", lambda name: None)
     assert "pip install 'lm-eval[api]'" in loray("eval", "tasks", "tone", "letters").err
 
 

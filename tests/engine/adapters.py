@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loray.adapters.peft_format import read_adapter
-from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
+from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, Method, RopeParameters
 from tests.draws import Normal
 

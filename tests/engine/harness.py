@@ -13,8 +13,8 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
+from loray.engine.memory.adapter_manager import Stage
 from loray.engine.request import TokenOutput
-from loray.engine.residency.table import Stage
 from loray.spec import GenerateRequest, SamplingParams, ServeSpec
 from tests.engine.adapters import TestAdapter
 

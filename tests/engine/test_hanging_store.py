@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
 from loray.engine.build import build_engine
-from loray.engine.stream import EngineStream
 from loray.errors import StoreError
+from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import request

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
-from loray.engine.stats.stats import EngineStats
+from loray.engine.metrics import EngineStats
 from loray.spec import RopeParameters
 from tests.engine.adapters import NORMS, Oracle, TestAdapter, make_adapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run

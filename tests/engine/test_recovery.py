@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine
-from loray.engine.recovery import undo_step
-from loray.engine.scheduling.plan import Chunk
-from loray.engine.stream import EngineStream
+from loray.engine.async_engine import EngineStream
+from loray.engine.engine import Engine, undo_step
+from loray.engine.request import Chunk
 from loray.errors import EngineError
 from loray.spec import GenerateRequest
 from tests.engine.adapters import TestAdapter

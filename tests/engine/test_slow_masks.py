@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from loray.bases.grammar import MASK_BUDGET_S, MIN_MASKS
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.errors import GrammarTooExpensive, RequestError
 from loray.spec import Constraint, GenerateRequest
+from loray.text.grammar import MASK_BUDGET_S, MIN_MASKS
 from tests.engine.harness import make_engine, request
 from tests.engine.sampling.constraints import answers
 from tests.engine.sampling.slow import EOS, SlowMasks, constraint, slow

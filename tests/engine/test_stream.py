@@ -15,8 +15,8 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine import engine as engine_module
-from loray.engine.admission import check_request
-from loray.engine.stream import EngineStream
+from loray.engine.async_engine import EngineStream
+from loray.engine.engine import check_request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, IntegrityError, Overloaded, RequestError
 from loray.spec import GenerateRequest, TokenDelta
 from tests.engine.adapters import make_adapter

@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loray.adapters.weights import AdapterWeights, LoraWeights, VeraWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.errors import IntegrityError
+from loray.methods.weights import AdapterWeights, LoraWeights, VeraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, run

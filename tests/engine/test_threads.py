@@ -13,8 +13,7 @@ from dataclasses import replace
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.stream import EngineStream
-from loray.engine.threads import EngineThreads, Lane
+from loray.engine.async_engine import EngineStream, EngineThreads, Lane
 from tests.engine.harness import make_engine, request
 
 WAIT_S = 30.0

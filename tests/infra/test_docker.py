@@ -17,7 +17,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from ray._common.usage import usage_constants
 
-from loray.local.proxy import haproxy_script
+from loray.local.cluster import haproxy_script
 from loray.recipes.load import load_recipe, shipped
 from loray.settings import Settings
 from tests.conftest import REPOSITORY

@@ -17,7 +17,7 @@ from loray.locations import S3Location, parse_location
 from loray.publishing.uploads import Uploads
 from loray.store import AdapterStore
 from loray.store.s3 import S3Store
-from serve_apps.accounting.stored import StoredEvents
+from serve_apps.accounting.usage import StoredEvents
 from tests.infra.policy_server import Asked, Policy, PolicyServer, asked
 from tests.s3 import S3Server
 

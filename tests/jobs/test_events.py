@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.events.messages import EventTail, decode, describe, duration, encode
-from jobs.events.terminal import RunView
+from jobs.events import EventTail, RunView, decode, describe, duration, encode
 
 START: dict[str, Any] = {
     "event": "start",

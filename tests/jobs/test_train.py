@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
-from jobs.events.messages import decode
+from jobs.events import decode
 from jobs.runs.folders import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
@@ -22,8 +22,8 @@ from loray.errors import AdapterNotFound, DataError, LorayError, SpecError, Trai
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
+from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train as train_loop
-from loray.train.reporting import FolderReporter
 from tests.cluster import RayCluster
 from tests.jobs.driver.test_driver import result
 from tests.test_recipe import write

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from loray_kernels import BackendUnavailable, Ops, backend
-from loray_kernels.cpu.native import ISA_FLAGS, supported
+from loray_kernels.cpu.build import ISA_FLAGS, supported
 from loray_kernels.cpu.ops import CpuOps
 from tests.kernels import emulated
 

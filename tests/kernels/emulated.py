@@ -21,7 +21,7 @@ from unittest import mock
 
 import pytest
 
-from loray_kernels.cpu import native
+from loray_kernels.cpu import build
 from loray_kernels.cpu.build import library
 
 ISA = "aarch64"
@@ -41,8 +41,8 @@ def provide() -> None:
     emulated = _Library()
     atexit.register(emulated.stop)
     for name in ("_library", "_beside_python"):
-        own = getattr(native, name)
-        setattr(native, name, cache(lambda isa, own=own: emulated if isa == ISA else own(isa)))
+        own = getattr(build, name)
+        setattr(build, name, cache(lambda isa, own=own: emulated if isa == ISA else own(isa)))
 
 
 class _Library:
@@ -50,7 +50,7 @@ class _Library:
 
     def __init__(self) -> None:
         with mock.patch.dict(os.environ, CXX=_COMPILER):
-            kernels = library(ISA, native._SOURCES, (f"-DLORAY_ISA={ISA}",))
+            kernels = library(ISA, build._SOURCES, (f"-DLORAY_ISA={ISA}",))
         driver = kernels.with_name(f"emulated-{hashlib.sha256(_DRIVER.read_bytes()).hexdigest()[:16]}")
         if not driver.exists():
             made = driver.with_suffix(f".{os.getpid()}")

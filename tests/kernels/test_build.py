@@ -15,7 +15,8 @@ import pytest
 
 import loray_kernels
 from loray_kernels import BackendUnavailable, available, backend, compiled
-from loray_kernels.cpu import build, native
+from loray_kernels.cpu import build
+from loray_kernels.cpu import build as native
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.reference import ReferenceOps
 

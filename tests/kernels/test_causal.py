@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loray_kernels import BackendUnavailable
 from loray_kernels.cpu import causal
-from loray_kernels.cpu.native import ISA_FLAGS, supported
+from loray_kernels.cpu.build import ISA_FLAGS, supported
 from tests.kernels import emulated
 
 # one position, a block and a bit, several blocks, more than a strip of the forward pass

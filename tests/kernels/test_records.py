@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from loray_kernels import Directory, InputShape, LoraRows, record_words
-from loray_kernels.records import MAX_ROWS, read_block
+from loray_kernels.descriptors import MAX_ROWS, read_block
 
 ONE = ((0, 8),)
 SHAPES = (

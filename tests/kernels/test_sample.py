@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels import BackendUnavailable, Draws, Ops
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.kernels.backends import BACKENDS as NATIVE
 from tests.kernels.backends import make_ops as make_native

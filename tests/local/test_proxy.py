@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.api.openai import ErrorBody
-from loray.local import proxy
+from loray.local import cluster
+from loray.local.cluster import serve_environment
 from loray.local.processes import free_ports
-from loray.local.proxy import serve_environment
+from loray.schemas.openai import ErrorBody
 
 
 def test_everything_of_it_is_in_a_folder_for_this_user_alone(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_without_haproxy_rays_own_proxy_serves(tmp_path: Path, monkeypatch: pyte
     if without == "asked":
         monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     else:
-        monkeypatch.setattr(proxy, "_haproxy", lambda: None)
+        monkeypatch.setattr(cluster, "_haproxy", lambda: None)
     environment = serve_environment(tmp_path, tmp_path / "http")
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment
     assert environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
@@ -80,7 +80,7 @@ def test_only_this_user_reaches_statistics_and_metrics_and_nobody_holds_a_connec
     """On Ray's own template. The script then becomes HAProxy, with the same arguments."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-    monkeypatch.setattr(proxy, "_haproxy", lambda: "/bin/echo")
+    monkeypatch.setattr(cluster, "_haproxy", lambda: "/bin/echo")
     folder = tmp_path / "http"
     environment = serve_environment(tmp_path, folder)
     values = {"frontend_host": "127.0.0.1", "frontend_port": "8000"}

@@ -17,8 +17,15 @@ from click.testing import CliRunner, Result
 from loray.bases.registry import BaseModel, add_base
 from loray.cli.main import cli
 from loray.errors import ClusterError, SettingsError, StoreError
-from loray.local.home import describe_store, move_to_local_s3, start_home_store
-from loray.local.s3 import LocalS3, current_local_s3, start_local_s3, stop_local_s3
+from loray.local.s3 import (
+    LocalS3,
+    current_local_s3,
+    describe_store,
+    move_to_local_s3,
+    start_home_store,
+    start_local_s3,
+    stop_local_s3,
+)
 from loray.settings import Settings
 from loray.store import LocalStore, open_store
 from loray.store.s3 import S3Store, create_bucket

@@ -8,10 +8,9 @@ import pytest
 
 from loray.bases.presets import preset
 from loray.errors import SpecError
-from loray.planning.compute import attention_pairs, count_flops, estimate_time, model_flops_per_token
+from loray.planning.compute import attention_pairs, count_flops, estimate_time, model_flops_per_token, plan_traffic
 from loray.planning.memory import plan_memory
 from loray.planning.run import run_of
-from loray.planning.traffic import plan_traffic
 from tests.planning.recipes import A100, long_run, recipe
 
 

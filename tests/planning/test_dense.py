@@ -8,13 +8,11 @@ import pytest
 
 from loray.bases.presets import preset
 from loray.errors import SpecError
-from loray.planning.compute import count_flops, estimate_time
-from loray.planning.exchange.dense import DensePlan
-from loray.planning.exchange.halo import ring_elements, ulysses_elements
+from loray.planning.compute import count_flops, estimate_time, plan_traffic
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan
 from loray.planning.run import Run, run_of
-from loray.planning.traffic import plan_traffic
+from loray.planning.sequence import DensePlan, ring_elements, ulysses_elements
 from tests.planning.recipes import A100, bare, recipe
 
 

@@ -9,13 +9,7 @@ import sys
 import pytest
 
 from loray.errors import SpecError
-from loray.planning.exchange.halo import (
-    HaloPlan,
-    Transfer,
-    padded_length,
-    ring_elements,
-    ulysses_elements,
-)
+from loray.planning.sequence import HaloPlan, Transfer, padded_length, ring_elements, ulysses_elements
 from tests.planning.closed_form import closed_form_elements
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1), (2, 1), (32, 8)]
@@ -137,5 +131,5 @@ def test_padding_of_a_row() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, loray.planning.exchange.halo; assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
+    code = "import sys, loray.planning.sequence; assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loray.planning.devices import GB, host
-from loray.planning.host import HOST_MOMENTS, plan_host
+from loray.planning.memory import HOST_MOMENTS, plan_host
 from loray.planning.plan import make_plan
 from loray.planning.run import Run
 from tests.planning.recipes import A100, MACHINE, long_run

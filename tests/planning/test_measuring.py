@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loray.bases.presets import preset
-from loray.planning.measuring import MEASURED_AT_ONCE, measuring_bytes
+from loray.planning.memory import MEASURED_AT_ONCE, measuring_bytes
 from loray.planning.plan import advice_for_less, make_plan
 from loray.planning.run import Run, run_of
 from tests.planning.recipes import A100, bare, long_run, recipe

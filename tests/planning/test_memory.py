@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from loray.bases.presets import preset, preset_names
-from loray.planning.compute import estimate_time
-from loray.planning.counts import count_base
+from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import host
 from loray.planning.memory import CHECKPOINT, MOMENTS, MemoryPlan, plan_memory
-from loray.planning.run import Run
-from loray.planning.traffic import plan_traffic
+from loray.planning.run import Run, count_base
 from tests.planning.recipes import A100, MACHINE, bare, long_run
 
 TOTALS = {

@@ -12,8 +12,7 @@ from loray.bases.presets import preset
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.devices import host
 from loray.planning.memory import plan_memory
-from loray.planning.plan import make_plan
-from loray.planning.remedies import smallest_remedy
+from loray.planning.plan import make_plan, smallest_remedy
 from loray.planning.run import run_of
 from loray.spec import RopeParameters
 from tests.planning.recipes import A100, MACHINE, long_run, machine, recipe

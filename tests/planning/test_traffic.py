@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loray.errors import SpecError
-from loray.planning.traffic import exchange, exchanges, group_sizes, plan_traffic
+from loray.planning.compute import exchange, exchanges, group_sizes, plan_traffic
 from loray.recipes.resolve import quarter
 from tests.planning.recipes import long_run
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loray.catalog import Catalog
-from loray.serving.access import Action
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import Action, KeyRing
 from loray.spec import Principal
-from serve_apps.access import Access
-from serve_apps.following import CatalogFollower
+from serve_apps.auth import Access
+from serve_apps.catalog_watch import CatalogFollower
 
 
 def following(catalog_url: str) -> CatalogFollower:

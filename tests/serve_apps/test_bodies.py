@@ -15,8 +15,8 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_apps import bodies
-from serve_apps.bodies import (
+from serve_apps import http
+from serve_apps.http import (
     INLINE_BYTES,
     MAX_ARRAYS_AND_OBJECTS,
     MAX_DEPTH,
@@ -121,7 +121,7 @@ def depth(value: Any) -> int:
 
 @given(st.recursive(st.integers() | st.text('[{"\\,'), lambda v: st.lists(v) | st.dictionaries(st.text('[{"\\'), v)))
 def test_the_depth_of_a_text_is_that_of_its_value(value: Any) -> None:
-    with mock.patch.object(bodies, "MAX_DEPTH", 2):
+    with mock.patch.object(http, "MAX_DEPTH", 2):
         if depth(value) <= 2:
             check_shape(json.dumps(value))
         else:

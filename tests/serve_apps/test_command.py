@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from loray.api.status import (
+from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
+from loray.local.serving import Address
+from loray.schemas.status import (
     AutoscalingStatus,
     BaseStatus,
     CatalogStatus,
@@ -22,15 +24,12 @@ from loray.api.status import (
     ScalingDecision,
     Status,
 )
-from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
-from loray.local.serving import Address
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from serve_apps import command
-from serve_apps.command import _settle_port
+from serve_apps.command import _settle_port, replica_row, show_status
 from serve_apps.deployment import State, serve_config
 from serve_apps.options import read_spec
-from serve_apps.terminal import replica_row, show_status
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
 from tests.serve_apps.conftest import Loray

@@ -8,12 +8,12 @@ import time
 import pytest
 from ray.exceptions import RpcError
 
-from loray.serving.adapter_demand import AdapterDemand, DemandRecord
-from loray.serving.routing_report import Held, RoutingReports, RoutingSeries
+from loray.policy.routing import Held, RoutingReports, RoutingSeries
+from loray.policy.warm_start import AdapterDemand, DemandRecord
+from serve_apps import scaling
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.demand_notes import DemandNotes
-from serve_apps.scaling import demand_records
-from serve_apps.scaling.demand_records import DemandRecords
+from serve_apps.gateway.replicas.engines import DemandNotes
+from serve_apps.scaling import DemandRecords
 from tests.serving.scaling.made import adapter
 
 
@@ -48,7 +48,7 @@ class Gcs:
 @pytest.fixture
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Gcs:
     found = Gcs()
-    monkeypatch.setattr(demand_records, "internal_kv_get_gcs_client", found)
+    monkeypatch.setattr(scaling, "internal_kv_get_gcs_client", found)
     return found
 
 

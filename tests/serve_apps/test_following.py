@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from loray.catalog import Catalog
-from loray.catalog.snapshots.kept import Kept
+from loray.catalog.snapshot_file import Kept
 from loray.errors import CatalogError
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import OPERATOR, Limits
-from serve_apps import following
-from serve_apps.access import Access
-from serve_apps.following import CatalogFollower
+from serve_apps import catalog_watch
+from serve_apps.auth import Access
+from serve_apps.catalog_watch import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
 from tests.serve_apps.gateway.scripted import register
 
@@ -138,7 +138,7 @@ def test_a_reader_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
             database.counter += 1
             await until(lambda: quick.counter == database.counter)
         assert slow.counter == 0
-        monkeypatch.setattr("serve_apps.following._DATABASE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr("serve_apps.catalog_watch._DATABASE_TIMEOUT_S", 0.01)
         await until(lambda: follower.failure is not None)
         slow.free.set()
         await until(lambda: slow.counter == database.counter)
@@ -172,7 +172,7 @@ def test_what_began_before_a_call_is_not_its_answer() -> None:
 def test_after_an_error_all_is_read_again(
     kept: Kept[int] | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "SPREAD_S", 0.0)
+    monkeypatch.setattr(catalog_watch, "SPREAD_S", 0.0)
 
     async def test(database: Database, follower: CatalogFollower) -> None:
         reader = Numbers(kept)
@@ -201,7 +201,7 @@ def test_after_an_error_all_is_read_again(
 def test_processes_do_not_read_all_at_once_when_the_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """But at once what has changed, and all where the database is behind what is known."""
     delays = [1e6, 2e6]
-    monkeypatch.setattr(following.random, "uniform", lambda low, high: delays.pop())
+    monkeypatch.setattr(catalog_watch.random, "uniform", lambda low, high: delays.pop())
 
     async def test(database: Database, follower: CatalogFollower) -> None:
         reader = Numbers()

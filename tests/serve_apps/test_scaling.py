@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 import pytest
 from ray.serve.config import AutoscalingContext
 
-from loray.api.status import AutoscalingStatus
-from loray.serving.scaling.demand import DemandMeter, EngineLoad
-from loray.serving.scaling.observation import Observation
+from loray.policy.demand import DemandMeter, EngineLoad, Observation
+from loray.schemas.status import AutoscalingStatus
 from loray.spec import AdapterBytes, AutoscalingSpec, ServeSpec
-from serve_apps.scaling import log as scaling_log
-from serve_apps.scaling.log import KEPT, ScalingLog
-from serve_apps.scaling.policy import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s
+from serve_apps import scaling as scaling_log
+from serve_apps.scaling import (
+    KEPT,
+    POLICY_CLASS,
+    AdapterDemandPolicy,
+    ScalingLog,
+    autoscaling_config,
+    observations,
+    report_s,
+)
 from tests.serving.scaling.made import adapter, observation
 
 SPEC = AutoscalingSpec(max_replicas=4, window_s=60, upscale_delay_s=0, wait_slo_s=None)

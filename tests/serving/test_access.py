@@ -9,8 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
-from loray.serving.access import Action, check, check_model
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import Action, KeyRing, check, check_model
 from loray.spec import SCOPES, ApiKey, HashedKey, KeyChanges, Limits, Principal, Tenant
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

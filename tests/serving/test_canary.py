@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loray.serving.canary import is_taken, session_of
+from loray.policy.canary import is_taken, session_of
 from loray.spec import Principal
 
 SESSIONS = [f"default/session/{i}" for i in range(4000)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loray.errors import AdapterQuarantined
-from loray.serving.quarantine import FIRST_S, LONGEST_S, Quarantine, Suspicion
+from loray.policy.quarantine import FIRST_S, LONGEST_S, Quarantine, Suspicion
 
 BAD, GOOD = "b" * 64, "a" * 64
 

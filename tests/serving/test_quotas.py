@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.errors import RateLimited
-from loray.serving.quotas import QuotaGate, Reservation, rules_of
-from loray.serving.quotas.gate import span
+from loray.policy.quotas import QuotaGate, Reservation, rules_of, span
 from loray.spec import Limits, Principal
 
 DAY = 86400.0

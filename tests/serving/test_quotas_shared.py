@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.errors import RateLimited
-from loray.serving.quotas import QuotaGate, QuotaOwner, Reply, Report, Reservation
+from loray.policy.quotas import QuotaGate, QuotaOwner, Reply, Report, Reservation
 from loray.spec import Limits, Principal
 
 _PERIOD_S = 0.1

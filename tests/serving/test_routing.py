@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.serving.routing import Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.policy.routing import Candidate, ReplicaView, Routing, RoutingPolicy
 
 POLICY = RoutingPolicy(floor=4)
 ADAPTERS = [f"{i:016x}" for i in range(200)]
@@ -295,5 +295,5 @@ def test_an_adapter_that_is_held_and_was_just_sent_counts_once() -> None:
 def test_an_order_is_kept_while_the_replicas_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     routing = Routing(POLICY)
     before = routing.rank(replicas(300), ADAPTERS[0], now=0.0)
-    monkeypatch.setattr("loray.serving.routing.mixed", None)
+    monkeypatch.setattr("loray.policy.routing.mixed", None)
     assert routing.rank(replicas(300, load=1), ADAPTERS[0], now=0.0) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loray.serving.routing import Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.policy.routing import Candidate, ReplicaView, Routing, RoutingPolicy
 
 ADAPTER = "0" * 16
 HELD = frozenset({ADAPTER})

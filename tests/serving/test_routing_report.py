@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.serving import routing_report
-from loray.serving.routing_report import (
-    Held,
-    RoutingDelta,
-    RoutingReport,
-    RoutingReports,
-    RoutingSeries,
-    apply,
-    routing_key,
-)
+from loray.policy import routing
+from loray.policy.routing import Held, RoutingDelta, RoutingReport, RoutingReports, RoutingSeries, apply, routing_key
 
 DIGESTS = [f"{i // 2:016x}{i:048x}" for i in range(12)]  # two and two have one routing key
 adapter_sets = st.frozensets(st.sampled_from(DIGESTS))
@@ -59,7 +51,7 @@ def test_whatever_is_lost_the_gateway_knows_what_the_replica_holds(
     happened: list[tuple[object, ...]], at_last: frozenset[str], max_keys: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(routing_report, "MAX_KEYS", max_keys)
+        patched.setattr(routing, "MAX_KEYS", max_keys)
         replica = Replica()
         for kind, *change in happened:
             if kind == "change":

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loray.serving.adapter_demand import HALF_LIFE_S, AdapterDemand, DemandMemory, DemandRecord, merged
-from loray.serving.routing import ReplicaView, Routing
-from loray.serving.routing_report import routing_key
-from loray.serving.warm_start import expected
+from loray.policy.routing import ReplicaView, Routing, routing_key
+from loray.policy.warm_start import HALF_LIFE_S, AdapterDemand, DemandMemory, DemandRecord, expected, merged
 from loray.spec import AdapterRef
 from tests.serving.scaling.made import adapter
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from loray.simulation.policies.routers import RandomRouter
-from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES, Profile
+from loray.simulation.routers import RandomRouter
+from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.workload.requests import Floats, Requests
+from loray.simulation.workload import Floats, Requests
 from tests.engine.scheduling.simulation import Simulation
 
 STEP_S, TOKEN_S, PAIR_S = 0.0113, 6e-4, 2.56e-7

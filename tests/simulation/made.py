@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loray.simulation.policies.routers import RandomRouter
-from loray.simulation.policies.scalers import Fixed
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.routers import RandomRouter
+from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.workload.requests import Requests
+from loray.simulation.workload import Requests
 
 
 def requests(*rows: tuple[float, int, int, int]) -> Requests:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from loray.simulation.cluster import Cluster
-from loray.simulation.policies.routers import AdapterRouter
-from loray.simulation.policies.scalers import AdapterDemand
+from loray.simulation.cluster import Cluster, Job
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
-from loray.simulation.replica import Job
+from loray.simulation.routers import AdapterRouter
+from loray.simulation.scalers import AdapterDemand
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
 from loray.spec import AutoscalingSpec
 from tests.simulation.test_simulation import requests

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from loray.simulation.clock import Clock, Slowdown
-from loray.simulation.policies.routers import TwoChoices
-from loray.simulation.policies.scalers import Fixed
+from loray.simulation.cluster import Clock, Slowdown
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.routers import TwoChoices
+from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.workload.requests import Requests
+from loray.simulation.workload import Requests
 from tests.simulation.made import requests, run_one
 
 LONG = (400, 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loray.simulation.workload.requests import Requests
+from loray.simulation.workload import Requests
 from tests.simulation.exact import PROFILE, STEP_S, TOKEN_S, as_fluid, by_steps
 
 

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from loray.serving.routing import ReplicaView, Routing, RoutingPolicy, hashed
-from loray.simulation.policies import index as index_module
-from loray.simulation.policies.index import RoutingIndex
+from loray.policy.routing import ReplicaView, Routing, RoutingPolicy, hashed
+from loray.simulation import routers as index_module
+from loray.simulation.routers import RoutingIndex
 
 NUM_SLOTS, NUM_ADAPTERS, LIMIT = 9, 12, 12
 KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]

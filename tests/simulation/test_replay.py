@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 
 from loray.errors import DataError, SpecError
-from loray.simulation.cluster import Cluster
-from loray.simulation.policies.routers import RandomRouter, Slots
-from loray.simulation.policies.scalers import Fixed
+from loray.simulation.cluster import HOST, NOWHERE, POOL, Cluster, Job, ReplicaAdapters
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.profile import load_profile
-from loray.simulation.replica import Job
-from loray.simulation.residency import HOST, NOWHERE, POOL, ReplicaAdapters
+from loray.simulation.routers import RandomRouter, Slots
+from loray.simulation.scalers import Fixed
 from loray.simulation.scenario import Scenario, simulate
-from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.summary import summary
-from loray.simulation.workload.traces import read
+from loray.simulation.simulator import Outcome, Policy, Simulator, summary
+from loray.simulation.workload import read
 from tests.simulation.made import requests, run_one
 
 

@@ -11,7 +11,7 @@ from loray.errors import SpecError
 from loray.simulation.profile import SMOLLM2_TWO_CORES
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import Scenario, simulate
-from loray.simulation.summary import course, summary
+from loray.simulation.simulator import course, summary
 
 SMALL = Scenario(SMOLLM2_TWO_CORES, replicas=3, adapters=20, minutes=0.5)
 POLICIES = ("loray", "ray")

@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 
 from loray.errors import DataError, SpecError
-from loray.serving.routing import RoutingPolicy
-from loray.simulation import simulator
-from loray.simulation.policies.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
-from loray.simulation.policies.scalers import Fixed, Foreseen, OngoingRequests
+from loray.policy.routing import RoutingPolicy
+from loray.simulation import simulator, workload
+from loray.simulation.cluster import Job
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.profile import load_profile
-from loray.simulation.replica import Job
+from loray.simulation.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
+from loray.simulation.scalers import Fixed, Foreseen, OngoingRequests
 from loray.simulation.scenario import POLICIES, Scenario, simulate
-from loray.simulation.simulator import Policy, Simulator
-from loray.simulation.summary import course, summary
-from loray.simulation.workload import synthetic
-from loray.simulation.workload.requests import at_rate, with_adapters
-from loray.simulation.workload.traces import read
+from loray.simulation.simulator import Policy, Simulator, course, summary
+from loray.simulation.workload import at_rate, read, with_adapters
 from tests.simulation.made import requests, run_one
 
 SMALL = Scenario(PROFILE, replicas=4, adapters=40, minutes=2.0, utilization=0.5, seed=3)
@@ -209,7 +206,7 @@ def test_adapters_follow_a_power_law() -> None:
 
 
 def test_synthetic_requests_have_bursts_and_adapters_that_come_and_go() -> None:
-    made = synthetic.generate(rate=50.0, seconds=1200.0, num_adapters=200, alpha=0.8, seed=1)
+    made = workload.generate(rate=50.0, seconds=1200.0, num_adapters=200, alpha=0.8, seed=1)
     assert made.rate == pytest.approx(50, rel=0.2)
     per_segment = np.bincount((made.at_R / 20).astype(int))
     assert per_segment.max() > 2 * np.median(per_segment)

@@ -12,7 +12,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import ConflictError, IntegrityError
 from loray.publishing import Destination, import_folder, register_stored, restore
-from loray.publishing.collect import collect, find_garbage, verify_store
+from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.store import AdapterStore
 from loray.store.adapters import object_name
 from tests.store.conftest import damage_object

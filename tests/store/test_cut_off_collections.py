@@ -13,13 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from loray.bases.registry import BaseModel
-from loray.catalog import Catalog
-from loray.catalog.removal import claims
+from loray.catalog import Catalog, removal
 from loray.errors import CatalogError, ConflictError
 from loray.publishing import Destination, import_folder
-from loray.publishing.collect import collect, find_garbage, verify_store
+from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.store import AdapterStore, LocalStore
-from loray.store.keys import ObjectEntry
+from loray.store.objects import ObjectEntry
 from tests.catalogs import new_postgresql
 from tests.postgres import Postgres
 
@@ -103,7 +102,7 @@ def test_no_version_loses_its_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(claims, "_LONGEST_WAIT_S", 2 * _BLOCKED_S)
+    monkeypatch.setattr(removal, "_LONGEST_WAIT_S", 2 * _BLOCKED_S)
     url, folder, base, adapter = new_postgresql(postgres), tmp_path / "store", tiny_base(), describe_one(2)
     catalog, store = Catalog(url), AdapterStore(LocalStore(folder))
 

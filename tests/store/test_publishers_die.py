@@ -15,7 +15,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.publishing.collect import collect, find_garbage, verify_store
+from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.store import AdapterStore, open_store
 from loray.store.adapters import object_name
 from loray.store.s3 import S3Store

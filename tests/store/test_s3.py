@@ -15,8 +15,7 @@ from botocore.httpsession import URLLib3Session
 
 from loray.errors import StoreError, UnsupportedError
 from loray.locations import S3Location
-from loray.store.parts import PART_BYTES
-from loray.store.s3 import LARGE_BYTES, S3Store
+from loray.store.s3 import LARGE_BYTES, PART_BYTES, S3Store
 
 
 class Requests:

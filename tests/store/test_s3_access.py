@@ -11,8 +11,7 @@ from botocore.exceptions import ClientError
 from loray.errors import SettingsError, StoreError
 from loray.locations import S3Location
 from loray.store import open_store
-from loray.store.parts import Source
-from loray.store.s3 import S3Store
+from loray.store.s3 import S3Store, Source
 from tests.cluster import free_port
 from tests.store.test_s3 import Requests, answer
 

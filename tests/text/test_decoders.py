@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from loray.text.decoders import ByteDecoder, WindowDecoder
+from loray.text.tokenizer import ByteDecoder, WindowDecoder
 from loray.text.tokenizer import Tokenizer as BaseTokenizer
 from tests.tiny import byte_tokenizer
 

@@ -17,7 +17,7 @@ from loray.spec import (
     ToolCallDelta,
     ToolUse,
 )
-from loray.text.deltas import RequestText
+from loray.text.detokenizer import RequestText
 from loray.text.tokenizer import Tokenizer
 from loray.text.tools import parser_for
 

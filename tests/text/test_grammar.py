@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
 from loray.spec import Constraint
-from loray.spec.structured import MAX_CHARACTERS, Tag
-from loray.text.grammar import GrammarChecker
+from loray.spec.generation import MAX_CHARACTERS, Tag
+from loray.text.grammar import GrammarChecker, GrammarCompiler
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from loray.errors import RequestError
-from loray.text import isolated
-from loray.text.isolated import IsolatedRenderer
-from loray.text.templates import ChatTemplate
+from loray.text import templates
+from loray.text.templates import ChatTemplate, IsolatedRenderer
 from tests.text.chat_templates import LLAMA, QWEN
 
 USER = {"role": "user", "content": "ü" * 10_000}
@@ -61,7 +60,7 @@ def test_a_template_that_is_slow_again_and_again_is_refused(
     renderer: IsolatedRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, fast = ChatTemplate("{{ messages|length }}"), ChatTemplate("fast")
-    monkeypatch.setattr(isolated, "SLOW_S", -1.0)
+    monkeypatch.setattr(templates, "SLOW_S", -1.0)
     for _ in range(3):
         assert renderer.render(slow, [USER]) == "1"
     monkeypatch.undo()

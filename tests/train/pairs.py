@@ -8,9 +8,9 @@ from typing import Any
 
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
-from loray.train.data.dataset import Dataset, load_data
+from loray.train.checkpoint import FolderReporter
+from loray.train.data.rows import Dataset, load_data
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 from tests.train.test_loop import METHODS, recipe
 

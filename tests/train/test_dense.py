@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loray.bases.registry import BaseModel
-from loray.train.hooks.dense import DENSE
+from loray.train.hooks import DENSE
 from loray.train.model import build_model
 from tests.train.attention.test_s2_attention import runs
 from tests.train.test_model import ARCHITECTURES, batch, logits_and_gradients, positions, recipe, strengthen, tokens

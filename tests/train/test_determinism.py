@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from loray.bases.registry import BaseModel
+from loray.train.checkpoint import FolderReporter, Metrics
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter, Metrics
 from tests.train.test_loop import TINY, curve, make_data, recipe
 
 

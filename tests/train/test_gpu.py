@@ -15,10 +15,10 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.spec import DType, TrainSpec
-from loray.train.attention import sdpa, segments, varlen
-from loray.train.data.dataset import load_data
+from loray.train.attention import attend
+from loray.train.checkpoint import FolderReporter
+from loray.train.data.rows import load_data
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 from tests.train.pairs import pair
 
@@ -87,7 +87,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
         functions.install_flash_attn(monkeypatch, None)
         monkeypatch.setattr(functions.torch_varlen, "varlen_attn", functions.varlen_attn_on_cpu)
-        monkeypatch.setattr(segments, "select", lambda q_BHTD: varlen.attend_runs)
+        monkeypatch.setattr(attend, "select", lambda q_BHTD: attend.attend_runs_varlen)
     return "cuda" if request.param == "GPU" else "cpu"
 
 
@@ -98,7 +98,7 @@ def test_three_steps(case: str, device: str, tiny_base: BaseFactory, tmp_path: P
     base = tiny_base(std=0.1, dtype=torch.bfloat16)  # so that both dtypes begin with equal weights
     found = steps(case, "bfloat16", base, tmp_path, device)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(segments, "select", lambda q_BHTD: sdpa.attend_runs)
+        patched.setattr(attend, "select", lambda q_BHTD: attend.attend_runs_sdpa)
         expected = steps(case, "float32", base, tmp_path)
     losses = [loss for loss, _ in found]
     assert losses == sorted(losses, reverse=True)
@@ -110,6 +110,6 @@ def test_three_steps(case: str, device: str, tiny_base: BaseFactory, tmp_path: P
 @needs_gpu
 def test_a_gpu_attends_with_a_kernel() -> None:
     """Without one a run is right, and slow."""
-    if varlen._kernel() is None:
+    if attend._kernel() is None:
         pytest.skip(f"neither flash-attn is installed, nor does torch {torch.__version__} have a kernel")
-    assert segments.select(torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16, device="cuda")) is varlen.attend_runs
+    assert attend.select(torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16, device="cuda")) is attend.attend_runs_varlen

@@ -11,18 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from loray.adapters.checks.initial import check_initial
-from loray.adapters.export import save_adapter
-from loray.adapters.inject import InitialAdapter
+from jobs.driver.prepare import check_initial
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
+from loray.methods.attach import InitialAdapter
 from loray.recipes.defaults import defaults_of
 from loray.spec import Method
-from loray.train.checkpoint import ADAPTER
-from loray.train.data.dataset import load_data
+from loray.train.checkpoint import ADAPTER, FolderReporter, save_adapter
+from loray.train.data.rows import load_data
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter
 from tests.adapters.test_export import ADAPTERS, in_peft, trained
 from tests.adapters.test_export import recipe as adapter_recipe
 from tests.tiny import byte_tokenizer

@@ -19,10 +19,9 @@ from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import TrainSpec
 from loray.train import checkpoint, loop
-from loray.train.checkpoint import RunState
-from loray.train.data.dataset import Dataset, load_data
+from loray.train.checkpoint import FolderReporter, RunState
+from loray.train.data.rows import Dataset, load_data
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {

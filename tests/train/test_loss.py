@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train import loss as loss_module
-from loray.train.loss import summed_cross_entropy
+from loray.train import objectives as loss_module
+from loray.train.objectives import summed_cross_entropy
 
 
 def draw(

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from loray.bases.registry import BaseModel
-from loray.engine.model.rope import frequencies
+from loray.engine.model.decoder import frequencies
 from loray.errors import UnsupportedError
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
-from loray.train.hooks import s2
+from loray.train import hooks
 from loray.train.model import build_model, dense
 from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
 
@@ -181,8 +181,8 @@ def test_packed_documents_are_independent(tiny_base: BaseFactory) -> None:
 def test_cuts_are_computed_once_a_batch(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tiny_base(num_hidden_layers=3), recipe(gradient_checkpointing=True)).train()
     calls = []
-    compute = s2.compute_cuts
-    monkeypatch.setattr(s2, "compute_cuts", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    compute = hooks.compute_cuts
+    monkeypatch.setattr(hooks, "compute_cuts", lambda *a, **k: calls.append(a) or compute(*a, **k))
     model(**batch("packed")[0]).logits.sum().backward()
     assert len(calls) == 1
 

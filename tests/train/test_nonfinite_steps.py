@@ -13,11 +13,10 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.train import checkpoint, loop
-from loray.train import loss as loss_module
-from loray.train.evaluation.held_out import HeldOut
-from loray.train.loop import train
-from loray.train.loss import Loss, batch_loss
-from loray.train.reporting import FolderReporter
+from loray.train import objectives as loss_module
+from loray.train.checkpoint import FolderReporter
+from loray.train.loop import HeldOut, train
+from loray.train.objectives import Loss, batch_loss
 from tests.train.test_loop import EXPLODING, TINY, make_data, masters, recipe, run
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loray.spec import OptimizerSpec
 from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState, StepResult, check_fits, is_decayed, learning_rate
-from loray.train.strategies import buckets
+from loray.train.strategies import ddp as buckets
 from loray.train.strategies.ddp import DataParallel
 
 

@@ -17,8 +17,7 @@ from loray.spec import REWARDS
 from loray.train import checkpoint
 from loray.train.data.batches import BatchStream, collate_pairs
 from loray.train.model import build_model
-from loray.train.objectives.choice import objective_of
-from loray.train.objectives.preference import log_probs
+from loray.train.objectives import log_probs, objective_of
 from tests.train.pairs import curve, make_pairs, paired, run
 from tests.train.test_loop import TINY, masters
 

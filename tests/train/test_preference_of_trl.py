@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.inject import peft_config
 from loray.bases.registry import BaseModel
+from loray.methods.attach import peft_config
 from loray.spec import REWARDS, TrainSpec
 from loray.train.data.batches import collate_pairs
 from loray.train.model import build_model
-from loray.train.objectives.choice import objective_of
-from loray.train.objectives.preference import PreferenceObjective
+from loray.train.objectives import PreferenceObjective, objective_of
 from tests.tiny import byte_tokenizer
 from tests.train.pairs import MAX_LENGTH, make_pairs, pair, paired
 from tests.train.test_loop import TINY

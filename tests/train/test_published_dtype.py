@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from loray.adapters.export import peft_name
-from loray.adapters.inject import is_magnitude
 from loray.adapters.peft_format import PREFIX, WEIGHTS_FILE
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
+from loray.methods.attach import is_magnitude
 from loray.train import checkpoint
+from loray.train.checkpoint import peft_name
 from loray.train.model import build_model
 from tests.adapters.test_export import in_peft, logits
 from tests.train.test_loop import METHODS, TINY, recipe, run

@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from loray.bases.registry import BaseModel
 from loray.planning.compute import attention_pairs, model_flops_per_token
 from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
-from loray.train.data.batches import collate
-from loray.train.data.examples import pack_rows
-from loray.train.loss import batch_loss
+from loray.train.data.batches import collate, pack_rows
 from loray.train.model import build_model
+from loray.train.objectives import batch_loss
 from loray.train.rates import product_flops
 
 

@@ -14,11 +14,10 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.spec import CheckpointSpec, TrainSpec
-from loray.train import checkpoint, saving
-from loray.train.checkpoint import Snapshot
+from loray.train import checkpoint
+from loray.train import checkpoint as saving
+from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter, Metrics
-from loray.train.saving import Checkpoints
 from tests.train.test_loop import TINY, curve, make_data, masters, recipe
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.cluster.growth.course import ROW_S, Course, Row
 from benchmarks.cluster.growth.watch import Look
-from loray.cli.simulation.picture import Panel, page
-from loray.simulation.workload.requests import Floats
+from loray.cli.pictures import Panel, page
+from loray.simulation.workload import Floats
 
 
 def draw(title: str, courses: Sequence[Course], rows: Sequence[Sequence[Row]], seconds: float, slo_s: float) -> str:

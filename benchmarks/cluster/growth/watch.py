@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import httpx
 
-from loray.api.status import BaseStatus, ReplicaStatus, Status
 from loray.errors import LorayError
+from loray.schemas.status import BaseStatus, ReplicaStatus, Status
 
 _PERIOD_S = 1.0
 _MIB = 1 << 20

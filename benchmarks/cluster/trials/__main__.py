@@ -22,7 +22,7 @@ from benchmarks.cluster.trials.world import World, started
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
-from serve_apps.garbage import freeze_garbage
+from serve_apps.python_gc import freeze_garbage
 
 _FLOOD_ADAPTERS = 20
 

@@ -13,12 +13,12 @@ from unittest.mock import Mock
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.catalog import Catalog
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import DEFAULT_TENANT, KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Tenant
-from serve_apps.access import Access, CheckAccess, Permissions
-from serve_apps.following import CatalogFollower
+from serve_apps.auth import Access, CheckAccess, Permissions
+from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.gateway import routes
 from serve_apps.gateway.errors import failure_of, response_of
-from serve_apps.gateway.routes import generation
 
 TARGET_US = 50.0
 _NUM_KEYS = 10_000
@@ -57,7 +57,7 @@ async def _measure(num_requests: int) -> KeyCost:
         raise AssertionError("a check needs no database")
 
     access = _Held(ring, CatalogFollower(no_catalog), host="0.0.0.0")
-    permissions = Permissions(generation.create_router(Mock()).routes)
+    permissions = Permissions(routes.create_router_generation(Mock()).routes)
     checked = CheckAccess(_nothing, access, permissions, lambda e: response_of(failure_of(e)))
     right, wrong = _scope(secret), _scope(KEY_START + secrets.token_urlsafe(32))
     floor = await _seconds(_nothing, right, num_requests)

@@ -11,7 +11,7 @@ from benchmarks.machine import MachineRates
 from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, most_tokens_per_second
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record
-from loray.engine.stats.stats import EngineStats
+from loray.engine.metrics import EngineStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from benchmarks.serving.models import RANDOM, random_tensors
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray.engine.residency.table import Stage
+from loray.engine.memory.adapter_manager import Stage
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _WARM = 8  # steps of all rows before the first that counts
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for _ in range(_WARM):
             _step(engine, args, prompts)
         gc.collect()
-        gc.freeze()  # as a replica does, see serve_apps.garbage
+        gc.freeze()  # as a replica does, see serve_apps.python_gc
         seconds = []
         for _ in range(args.steps):
             num_tokens, took = _step(engine, args, prompts)

@@ -7,8 +7,8 @@ from itertools import cycle, islice
 
 import torch
 
-from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.spec import ATTENTION_MODULES, RopeParameters
 
 METHODS = ("lora", "vera", "longlora")

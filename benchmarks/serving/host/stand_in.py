@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loray_kernels import Decoding, LinearWeights, PageWriter, RecordedDecoding, RecordedStep
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording, StepWords
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.recording.graphs import DecodeGraphs, Recording
-from loray_kernels.cuda.recording.padded import StepWords
-from loray_kernels.cuda.sampling.launch import Readback
-from loray_kernels.pages import DirectWriter
+from loray_kernels.cuda.sampling import Readback
+from loray_kernels.kv import DirectWriter
 
 _SYNCHRONISES = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
 _ALLOCATES = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}

@@ -26,8 +26,8 @@ from loray.spec import AdapterRef, SamplingParams, ServeSpec
 
 if TYPE_CHECKING:
     from loray.bases.registry import BaseModel
+    from loray.engine.async_engine import EngineStream
     from loray.engine.engine import Engine
-    from loray.engine.stream import EngineStream
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class EngineSession:
     def __init__(self, setup: Setup) -> None:
         from benchmarks.serving.ablations import ablate
         from benchmarks.serving.recorder import EngineRecorder
-        from loray.engine.stream import EngineStream
-        from serve_apps.garbage import freeze_garbage
+        from loray.engine.async_engine import EngineStream
+        from serve_apps.python_gc import freeze_garbage
 
         base = bench_base(setup.spec.base, setup.folder)
         self._refs, self._num = setup.refs, 0

@@ -24,8 +24,8 @@ from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.train.data.batches import BatchStream
 from loray.train.data.corpus import Task
-from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import Shard, ShardCache, ShardIndex
+from loray.train.data.tokenize import Tokenisation
 
 _BYTES_PER_TOKEN = 3.1  # of the benchmark's words
 

@@ -27,14 +27,12 @@ from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from loray.bases.registry import get_base
 from loray.planning.run import run_of
 from loray.spec import TrainSpec
-from loray.train.data.batches import Batch, collate
-from loray.train.data.examples import pack_rows
-from loray.train.hooks.dense import DENSE
-from loray.train.loss import Objective
+from loray.train.data.batches import Batch, collate, pack_rows
+from loray.train.hooks import DENSE
 from loray.train.mesh import Mesh
-from loray.train.model import build_model
+from loray.train.model import BaseWeights, build_model
+from loray.train.objectives import Objective
 from loray.train.strategies import prepare
-from loray.train.weights.deferred import BaseWeights
 
 _SHORT_ROW = 64  # tokens of a rank
 

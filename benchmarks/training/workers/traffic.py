@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loray.train.sequence import SequenceGroup, Traffic
-from loray.train.sequence.attention import attend_shard
-from loray.train.sequence.cuts import shard_cuts
+from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
+from loray.train.sequence.halo import attend_shard, shard_cuts
 from loray.train.sequence.ring import ring_attention, ring_cuts
-from loray.train.sequence.ulysses import ulysses_attention, ulysses_cuts
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 64
 

@@ -29,13 +29,11 @@ from benchmarks.machine import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recipes.resolve import resolve
 from loray.spec import LongLoraSpec, TrainSpec, VeraSpec
-from loray.train.data.batches import collate
-from loray.train.data.examples import pack_rows
-from loray.train.loss import Objective
+from loray.train.data.batches import collate, pack_rows
 from loray.train.mesh import Mesh
-from loray.train.model import build_model
+from loray.train.model import BaseWeights, build_model
+from loray.train.objectives import Objective
 from loray.train.strategies import prepare
-from loray.train.weights.deferred import BaseWeights
 
 _RATE = 1e-4
 _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]

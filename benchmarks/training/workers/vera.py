@@ -27,16 +27,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import on_this_machine
-from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel, get_base
+from loray.recommend import recipe_of
 from loray.spec import LINEAR_MODULES, VeraSpec
-from loray.train.data.batches import Batch, collate
-from loray.train.data.examples import pack_rows
-from loray.train.loss import Objective, batch_loss
+from loray.train.data.batches import Batch, collate, pack_rows
 from loray.train.mesh import Mesh
-from loray.train.model import build_model
+from loray.train.model import BaseWeights, build_model
+from loray.train.objectives import Objective, batch_loss
 from loray.train.strategies import prepare
-from loray.train.weights.deferred import BaseWeights
 
 _RATE = 4e-3  # the paper's for instruction tuning
 

@@ -9,11 +9,11 @@ from fastapi import FastAPI
 
 from infra.docs.markdown import table
 from infra.docs.reference.schemas import default_of, references, sentences, type_of
-from loray.serving.access import SCOPES_OF, Action
+from loray.policy.auth import SCOPES_OF, Action
 from loray.settings import Settings
-from serve_apps.access import Permissions
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as catalog_app
+from serve_apps.auth import Permissions
 from serve_apps.gateway.app import create_app as openai_app
 
 _ACCESS = "../guide/access.md#who-may-do-what"

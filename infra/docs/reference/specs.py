@@ -7,8 +7,8 @@ from typing import Any
 from infra.docs.markdown import table
 from infra.docs.reference.schemas import default_of, sentences, type_of
 from loray.recipes.defaults import OBJECTIVES
+from loray.recipes.fields import defaults_table
 from loray.recipes.load import purpose, shipped
-from loray.recipes.render import defaults_table
 from loray.spec import ServeSpec, TrainSpec
 
 

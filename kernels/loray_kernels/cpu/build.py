@@ -1,4 +1,4 @@
-"""Compiles csrc/*.cpp into shared libraries with the machine's C++ compiler, and caches them.
+"""Compiles, chooses and loads the C++ library.
 
 The sources are plain C functions without torch's headers, so compiling takes seconds, not minutes. A library's name has
 the hash of its sources and flags and the hash of the compiler, so an outdated library is never loaded. Without a
@@ -7,6 +7,7 @@ compiler, a cached library that any compiler made of the same sources is used (a
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -16,7 +17,12 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
@@ -97,3 +103,144 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         first = "\n".join(done.stderr.splitlines()[:10])
         raise BackendUnavailable(f"{command[0]} cannot compile the cpu kernels; install g++ 12 or newer:\n{first}")
+
+
+# From slow to fast, with the compiler's flags; host.cpp knows them by their index.
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
+ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
+# Where torch is held to a slower one by its own variable, so are these kernels.
+_HELD_TO = {"default": "generic", "avx2": "avx2"}
+_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
+
+_P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "pack_linear": (_P, _I, _I, _P, _N),
+    "linear": (_P, _I, _I, _P, _P, _N),
+    "logits": (_P, _I, _I, _P, _P, _N),
+    "layers": (_P, _P, _P, _I, _P, _I, _I, _N),
+    "silu_mul": (_P, _I, _I, _I, _P, _N),
+    "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
+    "lora_expand": (_P, _P, _P, _I, _P, _N),
+    "vera_shrink": (_P, _I, _I, _P, _P, _N),
+    "vera_expand": (_P, _I, _P, _I, _I, _P, _P, _P, _P, _N),
+    "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
+    "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _P, _P, _P, _I, _P, _N),
+    "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
+    "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
+    "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
+}
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Functions(NamedTuple):
+    """The kernels for one dtype; the arguments are in csrc."""
+
+    pack_linear: Any
+    linear: Any
+    logits: Any
+    layers: Any
+    silu_mul: Any
+    lora_shrink: Any
+    lora_expand: Any
+    vera_shrink: Any
+    vera_expand: Any
+    paged_attention: Any
+    rms_norm: Any
+    scale_rows: Any
+    rope: Any
+    write_kv: Any
+
+
+@cache
+def supported() -> tuple[str, ...]:
+    """Instruction sets that this CPU has, from slow to fast, up to that of ATEN_CPU_CAPABILITY.
+
+    BackendUnavailable if there is no library.
+    """
+    host = _host()
+    known = list(ISA_FLAGS)
+    last = known.index(_HELD_TO.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), known[-1]))
+    return tuple(isa for i, isa in enumerate(known) if i <= last and host.loray_supports(i))
+
+
+def release_threads() -> None:
+    """End the OpenMP threads of the calling thread; its next parallel region makes new ones.
+
+    If OpenMP has more threads than there are cores, all of them wait by system calls instead of spinning, and a step of
+    a few hundred short regions takes half as long again. So the thread that builds a model calls this before another
+    thread runs it.
+    """
+    with suppress(BackendUnavailable):
+        _host().loray_release_threads()
+
+
+@cache
+def _host() -> ctypes.PyDLL:
+    return _load("host", ("host.cpp",), ())
+
+
+@cache
+def functions(isa: str) -> dict[torch.dtype, Functions]:
+    """Compiled at first use. BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`."""
+    loaded, beside = _library(isa), _beside_python(isa)
+    found = {}
+    for dtype, suffix in _SUFFIX.items():
+        kernels = []
+        for name, signature in _SIGNATURES.items():
+            function = (beside if name == "layers" else loaded)[f"{name}_{suffix}_{isa}"]
+            function.argtypes, function.restype = signature, None
+            kernels.append(function)
+        found[dtype] = Functions(*kernels)
+    return found
+
+
+@cache
+def _library(isa: str) -> ctypes.PyDLL:
+    if isa not in supported():
+        raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
+    return _load(isa, _SOURCES, (f"-DLORAY_ISA={isa}", *ISA_FLAGS[isa]))
+
+
+def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.PyDLL:
+    # torch is imported above: this finds torch's OpenMP library already loaded, so both share their threads.
+    path = library(name, sources, flags)
+    try:
+        # A call keeps Python's lock: its threads use all cores, and Python code of other threads would only delay them.
+        return ctypes.PyDLL(str(path))
+    except OSError as e:
+        raise BackendUnavailable(f"the cpu kernels do not load: {e}; delete {path} to have it made anew") from e
+
+
+def _beside_python(isa: str) -> ctypes.CDLL:
+    """The library for calls that take long: they release Python's lock."""
+    return ctypes.CDLL(_library(isa)._name)
+
+
+@cache
+def sample_function(isa: str) -> Any:
+    """csrc/sample.cpp; its logits are fp32 whatever the model's dtype is."""
+    function = _library(isa)[f"sample_{isa}"]
+    function.argtypes, function.restype = (_P, _I, _I, _P, _I, _P, _I, _P, _P, _N), None
+    return function
+
+
+@cache
+def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """csrc/causal.cpp: forward and backward."""
+    library = _beside_python(isa)
+    forward, backward = (library[f"causal_{way}_{_SUFFIX[dtype]}_{isa}"] for way in ("forward", "backward"))
+    shape = (_I, _I, _I, _I, _F, _N)
+    forward.argtypes, forward.restype = (*[_P] * 5, *shape), None
+    backward.argtypes, backward.restype = (*[_P] * 10, *shape), None
+    return forward, backward
+
+
+@cache
+def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) -> int:
+    """The number of elements of a packed matrix."""
+    size = ctypes.c_int64()
+    function = _library(isa)[f"packed_size_{isa}"]
+    function.argtypes = (_I, _I, _I, _P)
+    function(in_features, out_features, itemsize, ctypes.addressof(size))
+    return size.value

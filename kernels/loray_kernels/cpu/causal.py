@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.cpu.native import causal_functions, supported
+from loray_kernels.cpu.build import causal_functions, supported
 
 _torch_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _torch_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -1,4 +1,7 @@
-"""The ops in C++ on the CPU: csrc's kernels for bf16 and fp32.
+"""The ops in C++.
+
+Each call with another dtype, with mixed dtypes, or with attention heads whose width is no multiple of 16, goes to the
+reference.
 
 Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, in any batch and for any chunking of its
 prompt; the C++ sources say how.
@@ -7,12 +10,30 @@ prompt; the C++ sources say how.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.arguments import (
+from loray_kernels.cpu.build import Functions, functions, packed_size, sample_function, supported
+from loray_kernels.cpu.structs import (
+    pack_layer_tables,
+    pack_layer_weights,
+    pack_layout,
+    pack_lora,
+    pack_matrix,
+    pack_meta,
+    pack_rows,
+    pack_segments,
+    pack_step,
+    pack_words,
+)
+from loray_kernels.descriptors import TokenRows, token_rows
+from loray_kernels.kv import AttentionMeta, KvLayout
+from loray_kernels.memory import SharedPages, huge_pages
+from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
@@ -22,20 +43,216 @@ from loray_kernels.arguments import (
     TablesOf,
     VeraTable,
 )
-from loray_kernels.cpu.dense import DenseOps, address_at
-from loray_kernels.cpu.tables import (
-    pack_layer_tables,
-    pack_layer_weights,
-    pack_lora,
-    pack_matrix,
-    pack_rows,
-    pack_segments,
-    pack_step,
-    pack_words,
-)
-from loray_kernels.layout import token_rows
-from loray_kernels.memory import huge_pages
-from loray_kernels.vectors import TokenRows
+from loray_kernels.reference import ReferenceOps
+from loray_kernels.sampling import Drawn, Draws, TokenSeats, log_share
+
+_CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
+
+
+class DenseOps(ReferenceOps):
+    """`embed` is torch's: it is called once in a step, and copies rows.
+
+    isa  instruction set: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
+    BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
+    """
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = isa or supported()[-1]
+        self._functions = functions(self.isa)
+        self._pages = SharedPages()
+
+    def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
+        """The kernels for these tensors; None if the call goes to the reference."""
+        dtype = pool.dtype
+        for other in others:
+            if other.dtype != dtype:
+                return None
+        assert pool.is_cpu
+        return self._functions.get(dtype)
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        return self._packed(weight_OI, bias_O, self._pages.zeros)
+
+    def _packed(self, weight_OI: Tensor, bias_O: Tensor | None, zeros: Callable[..., Tensor]) -> LinearWeights:
+        f = self._for(weight_OI)
+        if f is None:
+            return super().pack_linear(weight_OI, bias_O)
+        weight_OI = weight_OI.contiguous()
+        out_features, in_features = weight_OI.shape
+        packed = zeros(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
+        f.pack_linear(weight_OI.data_ptr(), in_features, out_features, packed.data_ptr(), torch.get_num_threads())
+        return LinearWeights(in_features, out_features, packed, None if bias_O is None else bias_O.contiguous())
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        f = self._for(weights.data, x_TI)
+        if f is None or weights.data.dim() != 1:
+            return super().linear(x_TI, weights)
+        return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
+
+    def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        f = self._for(weights.data, x_TD)
+        if f is None or weights.data.dim() != 1:
+            return super().logits(x_TD, weights)
+        return self._multiply(f.logits, x_TD, weights, torch.float32)
+
+    def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
+        x_TI = token_rows(x_TI)
+        num_tokens, width = x_TI.shape
+        assert width == weights.in_features
+        y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
+        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
+        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
+        return y_TO
+
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1 or seats is not None:
+            return super().sample(logits_SV, draws, seats)
+        num, words_MW = len(draws.rows), draws.words_MW
+        choices = np.empty(num, dtype=_CHOICE)
+        choices["row"], choices["mask"] = draws.rows, draws.masks
+        choices["temperature"], choices["uniform"] = draws.temperature, draws.uniform
+        choices["log_min_p"] = [log_share(p) for p in draws.min_p]
+        assert max(draws.rows) < len(logits_SV)
+        assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
+        assert words_MW is None or (32 * words_MW.shape[1] >= logits_SV.shape[1] and words_MW.stride(1) == 1)
+        tokens, best = np.empty(num, dtype=np.int64), np.empty(num, dtype=np.float32)
+        sample_function(self.isa)(
+            logits_SV.data_ptr(),
+            logits_SV.stride(0),
+            logits_SV.shape[1],
+            choices.ctypes.data,
+            num,
+            None if words_MW is None else words_MW.data_ptr(),
+            0 if words_MW is None else words_MW.stride(0),
+            tokens.ctypes.data,
+            best.ctypes.data,
+            torch.get_num_threads(),
+        )
+        drawn = tokens.tolist(), best.tolist()
+        return lambda: drawn
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        f = self._for(gate_up_TM)
+        if f is None:
+            return super().silu_mul(gate_up_TM)
+        gate_up_TM = token_rows(gate_up_TM)
+        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+        y_TM = gate_up_TM.new_empty(num_tokens, width)
+        f.silu_mul(
+            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
+        )
+        return y_TM
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+    ) -> Tensor:
+        f = self._for(pool, x_TD, weight_D)
+        if f is None:
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+        x_TD = token_rows(x_TD)
+        num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
+        width = x_TD.shape[-1]
+        y_TD = _like(x_TD)
+        tokens, num_own, rows = None, 0, None
+        if own is not None:
+            tokens_N, packed = own.tokens_N.contiguous(), pack_rows(own.rows)
+            tokens, num_own, rows = tokens_N.data_ptr(), tokens_N.shape[0], packed.address
+            assert packed.widths == (width,)
+        f.rms_norm(
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            x_TD.shape[0],
+            num_heads,
+            width,
+            weight_D.data_ptr(),
+            eps,
+            y_TD.data_ptr(),
+            address_at(pool, layer_offset),
+            tokens,
+            num_own,
+            rows,
+            torch.get_num_threads(),
+        )
+        return y_TD
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+        f = self._for(x_THd, cos_Td, sin_Td)
+        if f is None:
+            return super().rope(x_THd, cos_Td, sin_Td)
+        x_THd, cos_Td, sin_Td = token_rows(x_THd), cos_Td.contiguous(), sin_Td.contiguous()
+        num_tokens, num_heads, width = x_THd.shape
+        assert cos_Td.shape == (num_tokens, width) == sin_Td.shape
+        y_THd = _like(x_THd)
+        f.rope(
+            x_THd.data_ptr(),
+            x_THd.stride(0),
+            num_tokens,
+            num_heads,
+            width,
+            cos_Td.data_ptr(),
+            sin_Td.data_ptr(),
+            y_THd.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y_THd
+
+    def write_kv(
+        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
+    ) -> None:
+        f = self._for(pool, k_TKd, v_TKd)
+        if f is None:
+            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
+            return
+        k_TKd, v_TKd, slots_T = token_rows(k_TKd), token_rows(v_TKd), meta.slots_T.contiguous()
+        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
+        f.write_kv(
+            address_at(pool, layer * layout.layer_share),
+            layout.num_layers * layout.layer_share,
+            layout.block_tokens,
+            k_TKd.data_ptr(),
+            k_TKd.stride(0),
+            v_TKd.data_ptr(),
+            v_TKd.stride(0),
+            layout.num_kv_heads * layout.head_dim,
+            slots_T.data_ptr(),
+            slots_T.shape[0],
+            torch.get_num_threads(),
+        )
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        f = self._for(pool, q_THd)
+        if f is None or layout.head_dim % 16:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+        q_THd = token_rows(q_THd)
+        packed = pack_meta(meta, layout.block_tokens)
+        num_heads = q_THd.shape[1]
+        assert q_THd.shape[2] == layout.head_dim
+        assert num_heads % layout.num_kv_heads == 0
+        assert packed.widths == (q_THd.shape[0],)
+        out_THd = _like(q_THd)
+        f.paged_attention(
+            q_THd.data_ptr(),
+            q_THd.stride(0),
+            out_THd.data_ptr(),
+            num_heads,
+            pool.data_ptr(),
+            pack_layout(layout).address,
+            layer,
+            packed.address,
+            scale,
+            torch.get_num_threads(),
+        )
+        return out_THd
+
+
+def address_at(pool: Tensor, offset: int) -> int:
+    return pool.data_ptr() + offset * pool.element_size()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class CpuOps(DenseOps):

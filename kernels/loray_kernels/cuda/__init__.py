@@ -51,10 +51,10 @@ def cuda_ops(device: torch.device) -> Ops:
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("the cuda kernels need Triton: pip install 'loray[cuda]'")
     from loray_kernels.cuda.flash import flash_prompts
-    from loray_kernels.cuda.gather import Gather
+    from loray_kernels.cuda.kernels import Gather
     from loray_kernels.cuda.launch import CupyLauncher
     from loray_kernels.cuda.ops import CudaOps
-    from loray_kernels.cuda.tiles.launch import Tiles
+    from loray_kernels.cuda.triton_launch import Tiles
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return CudaOps(Gather(CupyLauncher(device), processors), Tiles(), flash_prompts(device))
@@ -71,8 +71,8 @@ def device_memory(device: torch.device) -> tuple[int, int, int]:
 
 def scratch_bytes() -> dict[str, int]:
     """What kernels take of a GPU beside their arguments and results, by what it is for, at most."""
-    from loray_kernels.cuda.gather import PARTIAL_BYTES
-    from loray_kernels.cuda.pages import STAGING_BYTES
+    from loray_kernels.cuda.kernels import PARTIAL_BYTES
+    from loray_kernels.cuda.upload import STAGING_BYTES
 
     return {"partial sums": PARTIAL_BYTES, "staging": STAGING_BYTES, "cuBLAS": _CUBLAS_BYTES}
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.cuda.nvrtc import FILES, compile_source, version
+from loray_kernels.cuda.launch import FILES, compile_source, version
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -80,8 +80,9 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda.tiles import attention, lora
-    from loray_kernels.cuda.tiles.launch import OPTIONS, attention_stages, shrink_turns
+    from loray_kernels.cuda import triton_kernels as attention
+    from loray_kernels.cuda import triton_kernels as lora
+    from loray_kernels.cuda.triton_launch import OPTIONS, attention_stages, shrink_turns
 
     known = {**vars(attention), **vars(lora)}
     for dtype in dtypes:
@@ -104,8 +105,8 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
 
 def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
     """The constants of each kernel's launches in `tiles.launch`."""
+    from loray_kernels.cuda import triton_launch as tiles
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
-    from loray_kernels.cuda.tiles import launch as tiles
 
     tokens = {"BLOCK_T": TILE_TOKENS}
     expand = {**tokens, "BLOCK_R": tiles.EXPAND_ROWS, "BLOCK_O": TILE_COLUMNS}

@@ -18,14 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.arguments import LoraTable, PairMatrix, Segments, StepInputs, VeraTable
 from loray_kernels.cuda.flash import FlashPrompts
-from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather, Work
+from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
+from loray_kernels.cuda.kernels import MAX_HEAD_DIM, Gather, Work
 from loray_kernels.cuda.launch import SUFFIX
-from loray_kernels.cuda.pages import PageUploader
-from loray_kernels.cuda.recording.graphs import DecodeGraphs, GraphRecorder
-from loray_kernels.cuda.sampling.choosing import Choosing
-from loray_kernels.cuda.sampling.plain import MAX_VOCAB, Sampling
+from loray_kernels.cuda.sampling import MAX_VOCAB, Choosing, Sampling
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
@@ -35,20 +32,18 @@ from loray_kernels.cuda.tables import (
     pack_shrink,
     pack_spans,
     pack_token_rows,
+    pack_vectors,
 )
-from loray_kernels.cuda.vectors import pack_vectors
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.layout import side_by_side, token_rows
-from loray_kernels.pages import PageWriter
-from loray_kernels.records import INPUTS, MAX_ROWS
+from loray_kernels.cuda.upload import PageUploader
+from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, TokenRows, side_by_side, token_rows
+from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
+from loray_kernels.ops import LoraTable, PairMatrix, Segments, StepInputs, VeraTable
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling.choosing import Chooser
-from loray_kernels.sampling.draws import Drawn, Draws, TokenSeats
-from loray_kernels.vectors import MAX_PAIR_RANK, TokenRows
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
-    from loray_kernels.cuda.tiles.launch import Tiles
+    from loray_kernels.cuda.triton_launch import Tiles
 
 
 class CudaOps(ReferenceOps):

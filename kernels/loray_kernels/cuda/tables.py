@@ -1,4 +1,4 @@
-"""A step's tables as tensors on the device, made once and kept in the tables' `memo`.
+"""A step's tables on the device.
 
 All are int64, except scales, which are fp32. Each table is uploaded from the host in one copy.
 Shapes: S sequences, N adapters, M modules of one input, R rows of all of them.
@@ -13,11 +13,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from loray_kernels.arguments import LoraTable, Segments
+from loray_kernels.descriptors import INPUTS, Columns, Records, RowTables, StepVectors, TokenRows, VectorShape, row_size
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.layout import row_size
-from loray_kernels.records import Records, RowTables
-from loray_kernels.vectors import TokenRows
+from loray_kernels.ops import LoraTable, Segments
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
@@ -298,3 +296,80 @@ def three_outputs(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) != 1 else parts[0].contiguous()
+
+
+VECTORS_TILE_COLUMNS = 64  # of VeRA's outputs
+_SCALE_COLUMNS = 512
+
+
+class VectorsOfInput(NamedTuple):
+    """What launches need of one input; see vera.cu and rows.cu."""
+
+    words_M: Tensor
+    tiles: Tensor
+    num_tiles: int
+    scale_tiles: Tensor
+    num_scale_tiles: int
+
+
+def pack_vectors(records: Records, shape: VectorShape, number: int) -> VectorsOfInput:
+    packed: VectorsOfInput | None = records.memo.get(("vectors", number))
+    if packed is None:
+        words: list[int] = []
+        tiles: list[int] = []
+        scale_tiles: list[int] = []
+        column = scale_column = 0
+        pair_rows = records.inputs[number].pair_rows
+        for m, module in enumerate(INPUTS[number]):
+            d, (b, segments) = shape.slots[module, "vera_d"].word, shape.slots[module, "vera_b"]
+            row = pair_rows[m]  # of B, the first of this rank
+            words.append(d)
+            for s, (first, width) in enumerate(segments):
+                for at in range(0, width, VECTORS_TILE_COLUMNS):
+                    tiles += (
+                        d,
+                        b + s,
+                        at,
+                        row + first + at,
+                        column + first + at,
+                        min(VECTORS_TILE_COLUMNS, width - at),
+                    )
+            column += sum(width for _, width in segments)
+            dora, segments = shape.slots[module, "dora"]
+            for s, (first, width) in enumerate(segments):
+                for at in range(0, width, _SCALE_COLUMNS):
+                    scale_tiles += (dora + s, at, scale_column + first + at, min(_SCALE_COLUMNS, width - at))
+            scale_column += sum(width for _, width in segments)
+        uploaded = upload(records.words.device, words, tiles, scale_tiles)
+        packed = VectorsOfInput(uploaded[0], uploaded[1], len(tiles) // 6, uploaded[2], len(scale_tiles) // 4)
+        records.memo["vectors", number] = packed
+    return packed
+
+
+class RecordedVectors(StepVectors):
+    """Its rows are packed already, so that a recording uploads nothing."""
+
+    def __init__(self, records: Records, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
+        super().__init__(shape, records.words, starts_S, items_S3)
+        self._records = records
+        self._index_LWS = torch.where(self.rows_LWS >= 0, self.tokens_S, -1)
+
+    def token_rows(self, layer: int | None, module: str, role: str) -> TokenRows:
+        word, columns = self.shape.slots[module, role]
+        at = self.shape.num_layers if layer is None else layer
+        own = super().token_rows(layer, module, role)
+        own.rows.memo["cuda tokens"] = self._index_LWS[at, word]
+        return self._packed(own, self.rows_LWS[at, word : word + len(columns)].view(-1), columns)
+
+    def embedding_rows(self, offsets_S: Tensor) -> TokenRows:
+        columns = self.shape.slots["norm", "norm"].columns
+        return self._packed(super().embedding_rows(offsets_S), offsets_S, columns)
+
+    def _packed(self, own: TokenRows, offsets: Tensor, columns: Columns) -> TokenRows:
+        segments = self._records.memo.get(columns)
+        if segments is None:
+            numbers = [v for pair in columns for v in pair]
+            segments = self._records.memo[columns] = upload(self.words.device, numbers)[0]
+        width = sum(width for _, width in columns)
+        own.rows.memo["cuda"] = Rows(offsets, segments, len(columns), self.tokens_S.shape[0], width)
+        return own

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from loray.bases.safetensors import TensorEntry
+from loray.bases.checkpoint import TensorEntry
 
 if TYPE_CHECKING:
     import numpy as np

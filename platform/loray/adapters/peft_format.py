@@ -1,4 +1,8 @@
-"""PEFT's on-disk format, `adapter_config.json` and `adapter_model.safetensors`: written, and read as AdapterWeights.
+"""PEFT's format, read and written; shapes against the base.
+
+In PEFT a pattern is a regular expression, and Python's may run for ever. Here it is a subset, matched by following all
+of its positions in the path at once: characters, `.`, `\\d`, `\\w`, escapes, sets, each with `*`, `+` or `?`; groups
+of alternatives without groups in them; `^` at the beginning and `$` at the end. The number of steps is limited.
 
 Does not import PEFT. An option with which loray would compute something else than PEFT is refused by name, not ignored.
 """
@@ -8,23 +12,269 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from loray.adapters.checks.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
-from loray.adapters.checks.patterns import ModulePatterns
-from loray.adapters.checks.shapes import check_shapes
+from loray.adapters.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
 from loray.adapters.pairs import PairKey
-from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.spec import LINEAR_MODULES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MAX_LITERALS = 1 << 14
+MAX_PATTERNS = 64  # that are not plain paths
+MAX_CHARACTERS = 512
+MAX_STEPS = 1 << 20  # of one adapter
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
+_PARTS = {"model", "layers", "self_attn", "mlp", *LINEAR_MODULES}
+_WORD = frozenset(string.ascii_letters + string.digits + "_")
+_CLASSES = {"d": frozenset(string.digits), "w": _WORD}
+_ANY = frozenset(map(chr, range(32, 127)))  # of which the paths of modules consist
+_QUANTIFIERS = {"*": (True, True), "+": (False, True), "?": (True, False)}  # may be absent, may be repeated
+
+
+class _Atom(NamedTuple):
+    characters: Set[str]
+    optional: bool = False
+    repeated: bool = False
+
+
+class _Group(NamedTuple):
+    alternatives: tuple[tuple[_Atom, ...], ...]
+    optional: bool = False
+
+
+class _Pattern(NamedTuple):
+    """Alternatives; `from_start`: the pattern begins with ^."""
+
+    sequences: tuple[tuple[_Atom | _Group, ...], ...]
+    from_start: bool
+
+
+class ModulePatterns:
+    """Values of modules. Raises UnsupportedError, which names `source`, for what is not in the subset."""
+
+    def __init__(self, option: str, raw: object, *, source: str) -> None:
+        self._where = f"{source}: {option}"
+        if raw is not None and not isinstance(raw, dict):
+            raise UnsupportedError(f"{self._where} is {shown(raw)}, not an object of patterns and numbers")
+        self._literals: dict[str, tuple[int, float]] = {}
+        self._patterns: list[tuple[int, float, _Pattern]] = []
+        self._steps_left = MAX_STEPS
+        for i, (pattern, value) in enumerate((raw or {}).items()):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+                raise UnsupportedError(f"{self._where} of {shown(pattern)} is {shown(value)}, not a finite number")
+            if len(pattern) > MAX_CHARACTERS:
+                raise UnsupportedError(f"{self._where}: a pattern has more than {MAX_CHARACTERS} characters")
+            if _is_path(pattern):
+                self._literals.setdefault(pattern, (i, float(value)))
+            else:
+                self._patterns.append((i, float(value), _Parser(pattern, self._where).parse()))
+        if len(self._literals) > MAX_LITERALS or len(self._patterns) > MAX_PATTERNS:
+            raise UnsupportedError(
+                f"{self._where} has too many patterns; {MAX_LITERALS:,} paths and {MAX_PATTERNS} others may be in it"
+            )
+
+    def value(self, path: str, default: float) -> float:
+        """PEFT's rule: the value of the first pattern that matches `path` or a dotted suffix of it."""
+        starts = [0, *(i + 1 for i, character in enumerate(path) if character == ".")]
+        found = [self._literals[path[s:]] for s in starts if path[s:] in self._literals]
+        first = min(found, default=None)
+        for i, value, pattern in self._patterns:
+            if first is not None and first[0] < i:
+                break
+            if self._matches(pattern, path, {0} if pattern.from_start else set(starts)):
+                return value
+        return default if first is None else first[1]
+
+    def _matches(self, pattern: _Pattern, path: str, starts: set[int]) -> bool:
+        return any(len(path) in self._ends(sequence, path, starts) for sequence in pattern.sequences)
+
+    def _ends(self, sequence: tuple[_Atom | _Group, ...], path: str, positions: set[int]) -> set[int]:
+        """Where a match of `sequence` that begins at one of `positions` may end."""
+        for element in sequence:
+            if not positions:
+                return positions
+            self._count(len(positions))
+            if isinstance(element, _Atom):
+                positions = self._step(element, path, positions)
+            else:
+                ends = [self._ends(alternative, path, positions) for alternative in element.alternatives]
+                positions = set().union(*ends, positions if element.optional else ())
+        return positions
+
+    def _step(self, atom: _Atom, path: str, positions: set[int]) -> set[int]:
+        ends = {p + 1 for p in positions if p < len(path) and path[p] in atom.characters}
+        if atom.repeated:
+            for p in range(min(ends, default=len(path)), len(path)):
+                if p in ends and path[p] in atom.characters:
+                    ends.add(p + 1)
+            self._count(len(path))
+        return ends | positions if atom.optional else ends
+
+    def _count(self, steps: int) -> None:
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise UnsupportedError(f"{self._where} needs too many steps; name the modules by their paths instead")
+
+
+class _Parser:
+    def __init__(self, pattern: str, where: str) -> None:
+        self._rest, self._pattern, self._where = list(reversed(pattern)), pattern, where
+
+    def parse(self) -> _Pattern:
+        from_start = self._take("^")
+        sequences = tuple(self._sequences(end=None))
+        if from_start and len(sequences) > 1:
+            raise self._refused("^ with alternatives")
+        return _Pattern(sequences, from_start)
+
+    def _sequences(self, end: str | None) -> Iterator[tuple[_Atom | _Group, ...]]:
+        """Alternatives up to `end`."""
+        current: list[_Atom | _Group] = []
+        while self._rest and self._rest[-1] != end:
+            if self._take("|"):
+                yield tuple(current)
+                current = []
+            elif self._rest == ["$"] and end is None:
+                self._rest.pop()
+            else:
+                current.append(self._element(in_group=end is not None))
+        yield tuple(current)
+
+    def _element(self, *, in_group: bool) -> _Atom | _Group:
+        character = self._rest.pop()
+        if character == "(":
+            if in_group:
+                raise self._refused("a group in a group")
+            return self._group()
+        if character == "[":
+            characters: Set[str] = self._set()
+        elif character == "\\":
+            characters = self._escaped()
+        elif character == ".":
+            characters = _ANY
+        elif character in "*+?{}^$)]" or character not in _ANY:
+            raise self._refused(shown(character))
+        else:
+            characters = {character}
+        return _Atom(characters, *self._quantifier())
+
+    def _group(self) -> _Group:
+        if self._take("?") and not self._take(":"):
+            raise self._refused("(?")
+        alternatives = tuple(tuple(a for a in s if isinstance(a, _Atom)) for s in self._sequences(end=")"))
+        if not self._take(")"):
+            raise self._refused("a group without an end")
+        optional, repeated = self._quantifier()
+        if repeated:
+            raise self._refused("a repeated group")
+        return _Group(alternatives, optional)
+
+    def _set(self) -> Set[str]:
+        text = ""
+        while self._rest and self._rest[-1] != "]":
+            text += self._rest.pop()
+        if not self._take("]") or not re.fullmatch(r"(?:\w-\w|\w|[.-](?=$)|\.)+", text, re.ASCII):
+            raise self._refused(f"the set [{text}]")
+        ranges = re.findall(r"(\w)-(\w)|(.)", text)
+        return {c for a, b, one in ranges for c in ([one] if one else map(chr, range(ord(a), ord(b) + 1)))}
+
+    def _escaped(self) -> Set[str]:
+        character = self._rest.pop() if self._rest else ""
+        if character in _CLASSES:
+            return _CLASSES[character]
+        if not character or character in _WORD or character not in _ANY:
+            raise self._refused(f"\\{character}")
+        return {character}
+
+    def _quantifier(self) -> tuple[bool, bool]:
+        if not self._rest or self._rest[-1] not in _QUANTIFIERS:
+            return False, False
+        found = _QUANTIFIERS[self._rest.pop()]
+        self._take("?")  # lazy: it matches the same paths
+        return found
+
+    def _take(self, character: str) -> bool:
+        if self._rest and self._rest[-1] == character:
+            self._rest.pop()
+            return True
+        return False
+
+    def _refused(self, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self._where}: the pattern {shown(self._pattern)} is not supported ({what}); name the modules by their "
+            "paths, as q_proj or layers.3.self_attn.q_proj"
+        )
+
+
+def _is_path(pattern: str) -> bool:
+    """Whether `.` in it can only match a dot of a module's path: then it matches as text."""
+    parts = pattern.split(".")
+    return (
+        _PLAIN.fullmatch(pattern) is not None
+        and all(part in _PARTS or part.isdigit() for part in parts)
+        and not any(a.isdigit() and b.isdigit() for a, b in pairwise(parts))
+    )
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+def check_shapes(weights: AdapterWeights, base: ModelConfig, *, source: str) -> None:
+    """Raise BaseMismatch unless every tensor fits a base of this configuration."""
+    for what, shape, expected in _shapes(weights, base):
+        if shape != expected:
+            raise BaseMismatch(
+                f"{source}: {what} has shape {shape}, this base needs {expected}; the adapter is for another base model"
+            )
+
+
+def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    for key, module in w.modules.items():
+        out_width, in_width = base.module_shape(key.module)
+        label = f"layer {key.layer} {key.module}"
+        if key.layer >= base.num_layers:
+            raise BaseMismatch(
+                f"{label}: this base has {base.num_layers} layers; the adapter is for another base model"
+            )
+        if isinstance(module, LoraWeights):
+            rank = module.a_RI.shape[0]
+            yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
+            yield f"{label} lora_B", tuple(module.b_OR.shape), (out_width, rank)
+            if module.magnitude_O is not None:
+                yield f"{label} lora_magnitude_vector", tuple(module.magnitude_O.shape), (out_width,)
+        else:
+            assert w.pair is not None
+            yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)
+            yield f"{label} vera_lambda_b", tuple(module.b_O.shape), (out_width,)
+    for path, norm in w.norms.items():
+        if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
+            raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
+        if path.endswith(("q_norm", "k_norm")) and not base.qk_norm:
+            raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
+        width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
+        yield f"norm {path}", tuple(norm.shape), (width,)
+    if w.embedding is not None:
+        ids = w.embedding.token_ids
+        rows = base.vocab_size if ids is None else len(ids)
+        yield "embed_tokens", tuple(w.embedding.rows_VD.shape), (rows, base.hidden_size)
+
 
 T = TypeVar("T")
 
@@ -153,7 +403,7 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
 
 def make_pair(drawn: PairKey, stored: Mapping[str, Tensor]) -> ProjectionPair:
     """VeRA's pair: the tensors A and B that are `stored`, else the one that is drawn."""
-    from loray.adapters.projections import draw_pair, pair_digest
+    from loray.methods.vera_module import draw_pair, pair_digest
 
     if not stored:
         return draw_pair(*drawn)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.bases.safetensors import DTYPES, TensorEntry, header_end
+from loray.bases.checkpoint import DTYPES, TensorEntry, header_end
 from loray.errors import IntegrityError
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

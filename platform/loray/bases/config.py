@@ -1,4 +1,4 @@
-"""The model configuration that the decoder needs, from a checkpoint's `config.json`.
+"""`ModelConfig`, `LayerSpec`, one `Architecture` for each family.
 
 An architecture that the decoder does not cover is refused by name.
 """
@@ -6,13 +6,14 @@ An architecture that the decoder does not cover is refused by name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from loray.errors import UnsupportedError
-from loray.spec import LINEAR_MODULES, RopeParameters, RopeType
+from loray.spec import LINEAR_MODULES, RopeParameters, RopeScaling, RopeType
 
 # transformers' architecture → (QKV biases, RMSNorm on each query and key head)
 ARCHITECTURES: Mapping[str, tuple[bool, bool]] = {
@@ -124,3 +125,43 @@ def _rope(hf: Mapping[str, Any]) -> RopeParameters:
     if unknown or rope_type not in get_args(RopeType):
         raise UnsupportedError(f"RoPE {rope_type!r}{f' with {unknown}' if unknown else ''} is not supported")
     return RopeParameters(**{k: v for k, v in raw.items() if v is not None})
+
+
+def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int, head_dim: int) -> RopeParameters:
+    """The RoPE of `base`, scaled by `scaling` from `original_context` tokens.
+
+    linear  positions ÷ factor (Chen et al., 2023)
+    ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
+    yarn    by frequency band, with attention temperature (Peng et al., 2023)
+    A base that is scaled already is scaled further: factors of linear and of yarn multiply, each on a base of its own
+    type, and ntk stretches theta under any type. Raises ValueError for other combinations, which are no RoPE that
+    transformers computes.
+    """
+    match scaling.type, base.rope_type:
+        case "linear", "default" | "linear":
+            factor = scaling.factor * (base.factor or 1.0)
+            return RopeParameters(rope_type="linear", rope_theta=base.rope_theta, factor=factor)
+        case "ntk", _:
+            return base.model_copy(
+                update={"rope_theta": base.rope_theta * scaling.factor ** (head_dim / (head_dim - 2))}
+            )
+        case "yarn", "default":
+            return RopeParameters(
+                rope_type="yarn",
+                rope_theta=base.rope_theta,
+                factor=scaling.factor,
+                original_max_position_embeddings=original_context,
+            )
+        case "yarn", "yarn":  # the temperature is that of the whole factor
+            return base.model_copy(update={"factor": scaling.factor * (base.factor or 1.0), "attention_factor": None})
+    raise ValueError(
+        f"its RoPE is {base.rope_type!r} already, which {scaling.type} cannot scale further: take type: ntk, or leave "
+        "rope_scaling out"
+    )
+
+
+def extended_context(rope: RopeParameters, base: RopeParameters, *, original_context: int, head_dim: int) -> int:
+    """Tokens to which `rope` extends `original_context` tokens of `base`: the inverse of `scaled`, rounded up."""
+    stretched: float = (rope.rope_theta / base.rope_theta) ** ((head_dim - 2) / head_dim)
+    divided = (rope.factor or 1.0) / (base.factor or 1.0)
+    return math.ceil(original_context * max(1.0, stretched) * max(1.0, divided))

@@ -1,16 +1,18 @@
-"""The base models of this machine: one folder each below `HOME/bases`, with a fingerprint.
+"""The base models of this machine; folder and hub as sources.
 
 A folder appears complete, or not at all.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,115 @@ from typing import ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from loray.bases import checkpoint, smollm2, sources, tokenizer
+from loray.bases import checkpoint, smollm2, tokenizer
 from loray.bases.config import ModelConfig
-from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
+from loray.errors import (
+    BaseMismatch,
+    BaseNotFound,
+    ConflictError,
+    IntegrityError,
+    LorayError,
+    SpecError,
+    UnsupportedError,
+)
 from loray.files import file_lock
 from loray.spec import Frozen, Name, Sha256
 from loray.telemetry import Progress, get_logger
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Files that are copied besides the weights. Pickles and Python files are not: they can run code.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "README.md",
+)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a checkpoint. Raises UnsupportedError where the decoder does not cover it or where it is
+    quantised.
+
+    End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
+    ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
+    """
+    try:
+        config = ModelConfig.from_folder(folder)
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        generation = folder / "generation_config.json"
+        eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        ends = tuple(t for t in dict.fromkeys((*config.eos_token_ids, *more)) if 0 <= t < config.vocab_size)
+    except KeyError as e:
+        raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
+    if raw.get("quantization_config"):
+        raise UnsupportedError(f"{folder} is a quantised checkpoint; add the bf16, fp16 or fp32 one")
+    return replace(config, eos_token_ids=ends)
+
+
+def checked_config(folder: Path) -> ModelConfig:
+    """The configuration of a checkpoint, checked against its tensors and tokenizer. Reads no tensor.
+
+    Raises as `read_config` and `checkpoint.check_tensors` do.
+    """
+    config = read_config(folder)
+    checkpoint.check_tensors(folder, config)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UnsupportedError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it beside the weights")
+    return config
+
+
+def fill_from_folder(source: Path, target: Path, scratch: Path, progress: Progress) -> None:
+    """Copy weights, configuration and tokenizer to `target`, and nothing else. Links are followed."""
+    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_copied(p.name)]
+    weights = checkpoint.weight_files(source)
+    index = source / checkpoint.INDEX_FILE
+    files += [*weights, index] if index.is_file() else weights
+    total = sum(p.stat().st_size for p in files) or 1
+    done = 0
+    for file in files:
+        with file.open("rb") as src, (target / file.name).open("wb") as dst:
+            while chunk := src.read(16 << 20):
+                dst.write(chunk)
+                done += len(chunk)
+                progress("copying", done / total)
+
+
+def fill_from_hub(model_id: str, target: Path, scratch: Path, progress: Progress) -> None:
+    """Download to `target`. An unsupported architecture is refused before its weights are downloaded."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress(f"downloading {model_id}", 0.0)
+    try:
+        read_config(Path(hf_hub_download(model_id, "config.json")).parent)
+        patterns = [*_COPIED, "model*.safetensors", checkpoint.INDEX_FILE]
+        snapshot_download(model_id, allow_patterns=patterns, local_dir=str(target))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
+        raise BaseNotFound(
+            f"{model_id} could not be fetched from the Hugging Face hub: {reason}. Check the id, the network "
+            "and HF_TOKEN, or add a checkpoint that is on disk with `loray base add PATH`"
+        ) from e
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    progress(f"downloading {model_id}", 1.0)
+
+
+def is_copied(name: str) -> bool:
+    """Whether a base includes this file of a checkpoint's folder. Weights are not meant."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)
+
 
 log = get_logger(__name__)
 
@@ -72,11 +177,11 @@ def add_base(source: str, *, home: Path, name: str | None = None, progress: Prog
     if source == smollm2.NAME:
         return _add(name or smollm2.NAME, smollm2.SOURCE, home, progress, smollm2.build, licence=smollm2.LICENCE)
     if folder.is_dir():
-        sources.checked_config(folder)
-        fill = partial(sources.fill_from_folder, folder)
+        checked_config(folder)
+        fill = partial(fill_from_folder, folder)
         return _add(name or folder.resolve().name, str(folder.resolve()), home, progress, fill, origin=folder)
     if _HF_ID.fullmatch(source):
-        fill = partial(sources.fill_from_hub, source)
+        fill = partial(fill_from_hub, source)
         return _add(name or source.split("/")[1], f"hf:{source}", home, progress, fill)
     raise BaseNotFound(f"{source!r} is neither {smollm2.NAME!r}, nor a folder, nor a Hugging Face id (OWNER/NAME)")
 
@@ -89,7 +194,7 @@ def get_base(home: Path, name: str) -> BaseModel:
         known = ", ".join(base.name for base in list_bases(home))
         hint = f"this machine has {known}" if known else "this machine has none"
         raise BaseNotFound(f"no base model {name!r} ({hint}); add it with `loray base add {name}`")
-    return BaseModel(name, folder, record.fingerprint, sources.read_config(folder), record.source)
+    return BaseModel(name, folder, record.fingerprint, read_config(folder), record.source)
 
 
 def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
@@ -219,7 +324,7 @@ def _add(
         target.mkdir()
         scratch.mkdir()
         fill(target, scratch, progress)
-        config = sources.checked_config(target)
+        config = checked_config(target)
         tokenizer.write(target)
         record = _Record(
             source=source,
@@ -258,7 +363,7 @@ def _move(target: Path, final: Path, record: _Record) -> None:
 
 
 def _fingerprint(folder: Path, progress: Progress) -> str:
-    config_json = checkpoint.canonical_config(sources.read_config(folder))
+    config_json = checkpoint.canonical_config(read_config(folder))
     return checkpoint.fingerprint(folder, config_json, partial(progress, "comparing"))
 
 

@@ -14,9 +14,10 @@ from loray.catalog.entries import (
     VersionSummary,
     split_model,
 )
-from loray.catalog.identity import QuotaState, QuotaUse, UsageRow
 from loray.catalog.jobs import JobPage
-from loray.catalog.snapshots import CatalogSnapshot
+from loray.catalog.quotas import QuotaState, QuotaUse
+from loray.catalog.snapshot import CatalogSnapshot
+from loray.catalog.usage import UsageRow
 
 __all__ = [
     "AdapterDetail",

@@ -1,13 +1,23 @@
-"""Aliases: moves, rollbacks and deletion. The revision of an alias shows whether another caller has moved it."""
+"""`catalog.aliases`: moves, roll back, canaries, the gate.
+
+At the adapter's context, its perplexity must be below the base's, both with and without the adapter's RoPE. At the
+context that was extended, it may be at most a share (`tolerance`) above the perplexity of the unscaled base.
+
+Gateways report what they have counted since a canary began; the catalog adds it up and decides, in one transaction, so
+that all of them see the same end.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
 import sqlalchemy as sa
 
-from loray.catalog import gate
-from loray.catalog.checks import check_alias
+from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import AdapterVersion, AliasState
+from loray.catalog.entries import AdapterEntry, AdapterVersion, AliasState, check_alias
 from loray.catalog.queries import (
     alias_is,
     count_change,
@@ -15,14 +25,166 @@ from loray.catalog.queries import (
     load_entry,
     load_version,
     lock,
-    log,
     now,
+    utc,
     version_id_of,
 )
-from loray.catalog.schema import alias_moves, aliases, versions
-from loray.catalog.traffic.rows import end_running
-from loray.errors import AdapterNotFound, ConflictError, GateRefused, RevisionConflict
-from loray.spec import DEFAULT_ALIAS
+from loray.catalog.schema import adapters, alias_moves, aliases, canaries, versions
+from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
+from loray.policy.canary import Bound, breach
+from loray.spec import (
+    DEFAULT_ALIAS,
+    PERPLEXITY,
+    AdapterManifest,
+    CanaryBounds,
+    CanaryCounts,
+    CanaryOutcome,
+    CanaryState,
+    Evaluation,
+    Subject,
+)
+
+_NAMES: Mapping[Subject, str] = {"base": "the base", "base_scaled": "the base under its RoPE", "adapter": "the adapter"}
+
+
+def is_gated(manifest: AdapterManifest) -> bool:
+    """An adapter that extends no context has nothing to show here, whatever attention it was trained with."""
+    return manifest.rope_parameters is not None
+
+
+def failures(
+    manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float, *, trusts_keys: bool = False
+) -> tuple[str, ...]:
+    """The objections to an alias, one sentence each; empty where the alias is granted.
+
+    `evaluations` are sorted from the oldest to the latest; what clients have reported counts where the gate
+    `trusts_keys`. Values are compared where they were measured on the same tokens in the same windows; of several such
+    sets the latest counts.
+    """
+    if not is_gated(manifest):
+        return ()
+    evaluations = [e for e in evaluations if trusts_keys or e.measured_by is None]
+    own, native = manifest.context_length, manifest.original_context_length
+    return (*_at_its_own(evaluations, own), *_at_the_native(evaluations, native, tolerance))
+
+
+def _at_its_own(evaluations: Sequence[Evaluation], context: int) -> list[str]:
+    where = f"at its own context of {context:,} tokens"
+    found = _measured(evaluations, context, ("adapter", "base", "base_scaled"))
+    if not found:
+        return [f"{where} adapter, base and base under its RoPE have not been measured on the same data"]
+    adapter = found["adapter"]
+    return [
+        f"{where} its perplexity {adapter.value:.4g} is not below {found[subject].value:.4g} of {_NAMES[subject]} "
+        f"({_data(adapter)})"
+        for subject in ("base", "base_scaled")
+        if not adapter.value < found[subject].value
+    ]
+
+
+def _at_the_native(evaluations: Sequence[Evaluation], context: int | None, tolerance: float) -> list[str]:
+    if context is None:
+        return ["its manifest does not say which context was extended: publish it again"]
+    where = f"at the native context of {context:,} tokens"
+    found = _measured(evaluations, context, ("adapter", "base"))
+    if not found:
+        return [f"{where} adapter and base have not been measured on the same data"]
+    adapter, base = found["adapter"], found["base"]
+    if adapter.value <= (1 + tolerance) * base.value:
+        return []
+    return [
+        f"{where} its perplexity {adapter.value:.4g} is {adapter.value / base.value - 1:.1%} above {base.value:.4g} of "
+        f"the base ({_data(adapter)}); {tolerance:.0%} is allowed"
+    ]
+
+
+def _measured(
+    evaluations: Sequence[Evaluation], context: int, subjects: tuple[Subject, ...]
+) -> Mapping[Subject, Evaluation]:
+    """Evaluations by subject, from the set that was measured last and has all `subjects`; empty where none has."""
+    sets: dict[tuple[object, ...], dict[Subject, Evaluation]] = {}
+    for e in evaluations:
+        if e.metric == PERPLEXITY and e.context_length == context:
+            key = (e.dataset, e.data_sha256, e.stride, e.count)
+            sets[key] = sets.pop(key, {}) | {e.subject: e}  # moves to the end: measured last
+    complete = (found for found in reversed(sets.values()) if found.keys() >= set(subjects))
+    return next(complete, {})
+
+
+def _data(e: Evaluation) -> str:
+    windows = "" if e.count is None else f", {e.count} windows"
+    return f"{e.dataset}{windows}"
+
+
+_stable, _new = versions.alias("stable"), versions.alias("new")
+_STATES = (
+    sa.select(canaries, _stable.c.version.label("stable"), _new.c.version)
+    .join(_stable, _stable.c.id == canaries.c.stable_id)
+    .join(_new, _new.c.id == canaries.c.version_id)
+    .order_by(canaries.c.ended_at.is_not(None), canaries.c.id.desc())
+)
+
+
+def load_states(c: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None) -> list[CanaryState]:
+    """Canaries for which the conditions hold: those that run, then the newest first."""
+    return [_state(row) for row in c.execute(_STATES.where(*where).limit(limit))]
+
+
+def running(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+    return sa.and_(canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, canaries.c.ended_at.is_(None))
+
+
+def end_running(
+    c: sa.Connection,
+    adapter_id: int,
+    alias: str,
+    revision: int,
+    outcome: CanaryOutcome,
+    reason: str | None = None,
+    target: int | None = None,
+) -> CanaryState | None:
+    """Give all requests of the alias to the version that it points at, and the alias this revision. A canary that the
+    alias moves to (`target`) is promoted, whatever `outcome` says.
+
+    Returns the canary that ran until now; None: there was none, and nothing has changed.
+    """
+    found = load_states(c, running(adapter_id, alias))
+    if not found:
+        return None
+    outcome = "promoted" if found[0].version == target else outcome
+    end = {"ended_at": now(), "outcome": outcome, "reason": reason}
+    c.execute(canaries.update().where(canaries.c.id == found[0].id).values(end))
+    c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=revision))
+    return found[0]
+
+
+def read_reports(text: str) -> dict[str, CanaryCounts]:
+    """Gateway → what it has counted so far."""
+    return {gateway: CanaryCounts.of_json(fields) for gateway, fields in json.loads(text).items()}
+
+
+def write_reports(reports: Mapping[str, CanaryCounts]) -> str:
+    return json.dumps(reports, separators=(",", ":"))
+
+
+def total(reports: Mapping[str, CanaryCounts]) -> CanaryCounts:
+    return sum(reports.values(), CanaryCounts())
+
+
+def _state(row: sa.Row[Any]) -> CanaryState:
+    return CanaryState(
+        id=row.id,
+        alias=row.alias,
+        stable=row.stable,
+        version=row.version,
+        percent=row.percent,
+        bounds=CanaryBounds.model_validate_json(row.bounds),
+        counts=total(read_reports(row.reports)),
+        created_at=utc(row.created_at),
+        ended_at=None if row.ended_at is None else utc(row.ended_at),
+        outcome=row.outcome,
+        reason=row.reason,
+    )
 
 
 class Aliases(Database):
@@ -182,7 +344,7 @@ class Aliases(Database):
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
         """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
-        against = gate.failures(
+        against = failures(
             version.manifest, version.evaluations, self._gate_tolerance, trusts_keys=self._gate_trusts_keys
         )
         if against and no_gate is None:
@@ -223,3 +385,166 @@ def _where(name: str, alias: str, version: int) -> str:
 
 def _not_undone(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
     return sa.and_(alias_moves.c.adapter_id == adapter_id, alias_moves.c.alias == alias, ~alias_moves.c.undone)
+
+
+_MAX_KNOWN = 100  # canaries of one name that are listed
+
+
+class EndedCanary(NamedTuple):
+    """A canary that a report has ended: `label` is its `name@version`, `model` the `name@alias` that had it."""
+
+    label: str
+    model: str
+    bound: Bound
+    reason: str
+
+
+class ReportAnswer(NamedTuple):
+    """`over`: ids of canaries that do not run any more; `ended`: those of them that this report has ended."""
+
+    over: frozenset[int]
+    ended: tuple[EndedCanary, ...]
+
+
+class Canaries(Aliases):
+    """The catalog's operations on canaries."""
+
+    def set_canary(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        percent: int,
+        *,
+        bounds: CanaryBounds | None = None,
+        expected_revision: int | None = None,
+        no_gate: str | None = None,
+    ) -> CanaryState:
+        """Give `percent` of the requests of `alias` to `version`, or change share or bounds of the canary that runs.
+
+        `bounds` None: those that it has, else the defaults. `expected_revision` and `no_gate` are those of `promote`;
+        the gate is asked when a canary starts or its share grows.
+
+        Raises AdapterNotFound where name, alias or version do not exist, SpecError for a share outside of 1 to 99,
+        ConflictError where the alias points at the version, has another canary, or the version is of another base than
+        the stable one; RevisionConflict and GateRefused as `promote` does.
+        """
+        check_alias(alias)
+        if not 1 <= percent <= 99:
+            raise SpecError(f"a canary gets 1 to 99 % of the requests, not {percent}; promote gives it all")
+        with writing(self._engine) as c:
+            counter = lock(c)
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            name = entry.name
+            stable, new = entry.select(alias), entry.select(str(version))
+            check_revision(c, adapter_id, name, alias, expected_revision)
+            if stable.version == version:
+                raise ConflictError(f"alias {alias!r} of {name!r} points at version {version} already")
+            if stable.base_fingerprint != new.base_fingerprint:
+                raise ConflictError(f"{new.label} and {stable.label} are of different bases: no server has both")
+            found = load_states(c, running(adapter_id, alias))
+            if found and found[0].stable != stable.version:  # an older loray moved the alias and left it
+                self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
+                found = []
+            if found and found[0].version != version:
+                raise ConflictError(
+                    f"version {found[0].version} is the canary of {name}@{alias}: promote or end it before another"
+                )
+            before = found[0] if found else None
+            grows = before is None or percent > before.percent
+            new_version = load_version(c, name, adapter_id, version)
+            against = self._check_gate(new_version, alias, no_gate) if grows else ()
+            bounds = bounds or (before.bounds if before else CanaryBounds())
+            if before is not None and (before.percent, before.bounds) == (percent, bounds):
+                return before
+            values = {"percent": percent, "bounds": bounds.model_dump_json()}
+            if before is not None:
+                c.execute(canaries.update().where(canaries.c.id == before.id).values(values))
+            else:
+                numbers = {"stable_id": stable.version, "version_id": version}
+                ids = {column: version_id_of(c, adapter_id, number) for column, number in numbers.items()}
+                row = {"id": counter + 1, "adapter_id": adapter_id, "alias": alias, "reports": "{}"}
+                c.execute(canaries.insert().values(row | ids | values | {"created_at": now()}))
+            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(revision=counter + 1))
+            detail = {"version": version, "stable": stable.version, "percent": percent, "bounds": bounds.model_dump()}
+            override = {"no_gate": no_gate, "against": against} if against else {}
+            log(c, self._actor, "canary", f"{name}@{alias}", tenant=entry.tenant, **detail, **override)
+            count_change(c, adapter_id)
+            return load_states(c, running(adapter_id, alias))[0]
+
+    def end_canary(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> CanaryState:
+        """Give all requests of `alias` to its stable version again.
+
+        Raises AdapterNotFound as `alias`, NotFoundError where no canary runs, and RevisionConflict as `promote` does.
+        """
+        check_alias(alias)
+        with writing(self._engine) as c:
+            counter = lock(c)
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            entry.select(alias)
+            check_revision(c, adapter_id, entry.name, alias, expected_revision)
+            if not self._end(c, adapter_id, entry.tenant, entry.name, alias, counter + 1):
+                raise _no_canary(entry.name, alias)
+            count_change(c, adapter_id)
+            return load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
+
+    def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
+        """The canary of an alias that runs, else the last one. Raises AdapterNotFound, NotFoundError, and
+        PermissionDenied for another tenant's adapter: what was counted speaks of that tenant's requests.
+        """
+        with reading(self._engine) as c:
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            found = load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)
+        if not found:
+            raise _no_canary(entry.name, alias)
+        return found[0]
+
+    def canaries(self, name: str) -> tuple[CanaryState, ...]:
+        """Canaries of all aliases of a name, the running ones and then the newest first; none of another tenant's.
+
+        Raises AdapterNotFound.
+        """
+        with reading(self._engine) as c:
+            adapter_id, entry = load_entry(c, self._principal, name)
+            return self._known(c, adapter_id, entry)
+
+    def _known(self, c: sa.Connection, adapter_id: int, entry: AdapterEntry) -> tuple[CanaryState, ...]:
+        if not self._principal.is_admin and entry.tenant != self._principal.tenant:
+            return ()
+        return tuple(load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
+
+    def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
+        """What a gateway has counted of each canary since it began, by the canary's id. It replaces its last report, so
+        that one which comes twice counts once.
+
+        A canary that is outside of its bounds now is ended, with the reason.
+        """
+        over: set[int] = set()
+        ended: list[EndedCanary] = []
+        with writing(self._engine) as c:
+            counter = lock(c)
+            query = sa.select(canaries.c.reports, adapters.c.id, adapters.c.name, adapters.c.tenant)
+            query = query.join(adapters, adapters.c.id == canaries.c.adapter_id).where(canaries.c.ended_at.is_(None))
+            for canary_id, counts in counted.items():
+                row = c.execute(query.where(canaries.c.id == canary_id)).first()
+                if row is None:
+                    over.add(canary_id)
+                    continue
+                reports = read_reports(row.reports) | {gateway: counts}
+                this = canaries.c.id == canary_id
+                c.execute(canaries.update().where(this).values(reports=write_reports(reports)))
+                state = load_states(c, this)[0]
+                left = breach(state.bounds, state.counts)
+                if left is not None:
+                    end_running(c, row.id, state.alias, counter + 1, "rolled_back", left.reason)
+                    model, label = f"{row.name}@{state.alias}", f"{row.name}@{state.version}"
+                    detail = {"version": state.version, "stable": state.stable, "reason": left.reason}
+                    log(c, self._actor, "rollback_canary", model, tenant=row.tenant, **detail)
+                    count_change(c, row.id)
+                    over.add(canary_id)
+                    ended.append(EndedCanary(label, model, *left))
+        return ReportAnswer(frozenset(over), tuple(ended))
+
+
+def _no_canary(name: str, alias: str) -> NotFoundError:
+    return NotFoundError(f"alias {alias!r} of {name!r} has no canary; `loray adapters canary` starts one")

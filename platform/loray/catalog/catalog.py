@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 
 from loray.adapters.manifest import check_size, manifest_json
+from loray.catalog.adapters import (
+    Evaluations,
+    Projections,
+    Sharing,
+    Tags,
+    Transfer,
+    check_digest,
+    known_manifest,
+    note_projection,
+)
+from loray.catalog.aliases import Canaries
+from loray.catalog.allowances import Allowances, refuse_more_memory, refuse_more_names, refuse_more_versions
 from loray.catalog.backup import Backups
-from loray.catalog.canaries import Canaries
-from loray.catalog.checks import check_alias, check_name
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
     AdapterDetail,
@@ -17,16 +27,16 @@ from loray.catalog.entries import (
     AdapterVersion,
     AliasMove,
     VersionPage,
+    check_alias,
+    check_name,
     split_model,
 )
-from loray.catalog.identity import Allowances, Audit, Keys, Logins, Quotas, Sharing, Tenants, Transfer, Usage
-from loray.catalog.identity.allowances import refuse_more_memory, refuse_more_names, refuse_more_versions
-from loray.catalog.identity.sharing import check_digest, known_manifest
+from loray.catalog.identity import Audit, Keys, Logins, Tenants
 from loray.catalog.jobs import Jobs
-from loray.catalog.notes import Evaluations, Tags
-from loray.catalog.projections import Projections, note_projection
+from loray.catalog.quarantine import Quarantines
 from loray.catalog.queries import (
     count_change,
+    list_versions,
     load_entries,
     load_entry,
     load_version,
@@ -35,16 +45,14 @@ from loray.catalog.queries import (
     name_to_register,
     new_id,
     now,
+    select_names,
     utc,
 )
-from loray.catalog.removal.claims import Claims, end_claim
-from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
-from loray.catalog.removal.quarantine import Quarantines
-from loray.catalog.removal.references import StoreReferences
+from loray.catalog.quotas import Quotas
+from loray.catalog.removal import Claims, Deletion, StoreReferences, end_claim, refuse_deleted, restore_version
 from loray.catalog.schema import adapters, alias_moves, bases, versions
-from loray.catalog.snapshots.feed import changes_since, read_counter
-from loray.catalog.snapshots.listing import list_versions, select_names
-from loray.catalog.snapshots.snapshot import CatalogSnapshot
+from loray.catalog.snapshot import CatalogSnapshot, changes_since, read_counter
+from loray.catalog.usage import Usage
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger

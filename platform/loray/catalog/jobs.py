@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
 
-from loray.catalog.checks import check_job_id, check_name, check_qualified
 from loray.catalog.database import Database, insert_into, reading, writing
-from loray.catalog.entries import Job
+from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
 from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError

@@ -1,4 +1,4 @@
-"""The catalog's tables. Migrations in `migrations/versions` create them; a test compares both.
+"""The tables.
 
 tenants          who adapters, keys, jobs and usage belong to; `limits` is spec.Limits as JSON
 keys             API keys: the SHA-256 of each, never the key; `prefix` finds it; scopes, models and limits are JSON;
@@ -33,6 +33,9 @@ quarantine       adapters on which replicas died, by digest; `replica` is the la
                  report; `refused_until` is null where an adapter is only suspected
 
 Those of usage are in `identity.usage_tables`, and that of claims in `removal.claims`.
+
+usage       what each request used, by its id, which is unique: an event that comes twice is counted once
+usage_days  sums of `usage` by day (UTC, as 2026-01-31), tenant, key and model; `key_id` is empty where there was none
 """
 
 from __future__ import annotations
@@ -334,4 +337,36 @@ quarantine = Table(
     Column("replica", String(96), nullable=False),
     Column("died_at", DateTime(timezone=True), nullable=False),
     Column("refused_until", DateTime(timezone=True)),
+)
+
+
+TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("request_id", String(96), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("key_id", String(32)),
+    Column("model", String(200), nullable=False),
+    Column("digest", String(64)),
+    *(Column(name, Integer, nullable=False) for name in TOKENS),
+    Column("tier", String(16), nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("outcome", String(32), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
+    Index(None, "tenant", "created_at"),
+)
+
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("day", String(10), primary_key=True),
+    Column("tenant", String(32), primary_key=True),
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(200), primary_key=True),
+    Column("num_requests", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in TOKENS),
+    Column("seconds", Double, nullable=False),
+    Index(None, "tenant", "day"),
 )

@@ -1,30 +1,447 @@
-"""`loray adapters`: published adapters, their versions and aliases."""
+"""`loray adapters`."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
-from loray.api.canaries import CanaryResource
+from loray.adapters.manifest import published_files
 from loray.bases.registry import base_with, get_base
-from loray.catalog import AdapterVersion, split_model
+from loray.catalog import AdapterVersion, Catalog, split_model
+from loray.catalog.entries import parse_tags
 from loray.cli import describe
-from loray.cli.access.share import share, transfer
-from loray.cli.interactive.completing import complete_models
-from loray.cli.lifecycle import canary, no_gate_option, promote, release, restore, rm, rollback
-from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
-from loray.cli.search import search, tag
-from loray.cli.services import open_remote, open_services
-from loray.cli.transfer import pull, push
-from loray.errors import IntegrityError, NotFoundError
+from loray.cli.connect import Services, complete_models, needed_remote, open_catalog, open_remote, open_services
+from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report
+from loray.client import CatalogClient
+from loray.errors import ConflictError, DataError, IntegrityError, NotFoundError, SpecError
+from loray.files import appearing, file_sha256
 from loray.publishing import Destination, base_of, import_folder
+from loray.publishing import restore as restore_stored
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
+from loray.schemas.resources import CanaryResource, DownloadForm
 from loray.settings import Settings
-from loray.spec import AdapterManifest, ToolParserName
+from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
+
+
+@click.command()
+@click.argument("name")
+@click.option("--with", "tenants", metavar="TENANT,…", help="These tenants see it, and no others.")
+@click.option("--public", is_flag=True, help="Every tenant sees it.")
+@click.option("--private", is_flag=True, help="Its own tenant alone sees it.")
+@json_option
+def share(name: str, tenants: str | None, public: bool, private: bool, as_json: bool) -> None:
+    """Say who sees NAME and may ask it, beside its own tenant, which alone changes it.
+
+    NAME is `tenant/name`, or a bare name of the default tenant.
+    """
+    if [tenants is not None, public, private].count(True) != 1:
+        raise click.UsageError("give one of --with, --public and --private")
+    shared_with = () if tenants is None else tuple(filter(None, (t.strip() for t in tenants.split(","))))
+    visibility: Visibility = "public" if public else "private" if private else "shared"
+    with open_catalog() as catalog:
+        changed = catalog.share(name, visibility, shared_with)
+        shown = describe.one_json(changed, catalog)
+    if as_json:
+        emit(shown)
+    else:
+        click.echo(f"{changed.name} is seen by {describe.seen_by(changed)}")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--to", "tenant", required=True, metavar="TENANT", help="Whose it is to be.")
+@click.option("--name", "new_name", help="What it is called there (default: as it is).")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: bool) -> None:
+    """Hand NAME to another tenant, with versions, aliases, tags and evaluations. Its old name is free then.
+
+    For administrators. Refused where the tenant has an adapter of that name, or a job trains for it.
+    """
+    if not yes:
+        click.confirm(f"hand {name} to tenant {tenant}? requests for {name} will not find it any more", abort=True)
+    with open_catalog() as catalog:
+        changed = catalog.transfer(name, tenant, new_name)
+        shown = describe.one_json(changed, catalog)
+    if as_json:
+        emit(shown)
+    else:
+        click.echo(f"{name} is {changed.name} now")
+
+
+no_gate_option = click.option(
+    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
+)
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@click.argument("alias", default=DEFAULT_ALIAS)
+@click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
+@no_gate_option
+@json_option
+def promote(model: str, alias: str, expected: int | None, no_gate: str | None, as_json: bool) -> None:
+    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version.
+
+    A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
+    """
+    name, selector = split_model(model)
+    with open_remote() as client:
+        if client is not None:
+            target = version_of(client, name, selector or "newest")
+            etag, create = _precondition(client, name, alias, expected)
+            moved = client.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
+            described: dict[str, Any] = moved.model_dump(mode="json")
+            _say(described if as_json else None, f"{name}@{alias} is version {moved.version} now")
+            return
+    with open_services() as services:
+        if selector is None:
+            target = max(services.catalog.adapter(name).entry.versions)
+        else:
+            target = services.catalog.resolve(model).version
+        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
+        version = services.catalog.version(name, state.version)
+    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} now")
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_models)
+@click.option("--version", type=click.IntRange(1), help="The version that gets a share of the alias's requests.")
+@click.option("--percent", type=click.IntRange(1, 99), help="How many of 100 requests it gets.")
+@click.option("--alias", default=DEFAULT_ALIAS, show_default=True, help="Whose requests are divided.")
+@click.option("--end", is_flag=True, help="Give all requests to the alias's version again.")
+@click.option("--max-error-rate", type=click.FloatRange(0, 1, max_open=True), help="Ends it: of its requests, 0.05.")
+@click.option("--max-ttft-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
+@click.option("--max-itl-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
+@click.option("--min-requests", type=click.IntRange(1, 1_000_000), help="Before which times are not compared, 50.")
+@no_gate_option
+@json_option
+def canary(
+    name: str,
+    version: int | None,
+    percent: int | None,
+    alias: str,
+    end: bool,
+    no_gate: str | None,
+    as_json: bool,
+    **limits: float | None,
+) -> None:
+    """Give a version of NAME a share of an alias's requests; without options, show the canary.
+
+    It is ended by itself where it leaves a bound. Repeat it with another --percent to change the share. `promote` gives
+    it all requests; --end or `rollback` gives it none.
+    """
+    wanted = {field: value for field, value in limits.items() if value is not None}
+    if (version is None) != (percent is None) or (end and version is not None) or (wanted and version is None):
+        raise click.UsageError("give --version and --percent, or --end, or neither to see the canary")
+    with open_catalog() as catalog:
+        if end:
+            found = catalog.end_canary(name, alias)
+        elif version is None or percent is None:
+            found = catalog.canary(name, alias)
+        else:
+            bounds = _bounds(catalog, name, alias, version, wanted) if wanted else None
+            found = catalog.set_canary(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
+    shown = found if isinstance(found, CanaryResource) else CanaryResource.of(found)
+    if as_json:
+        emit(shown.model_dump(mode="json"))
+    else:
+        console().print(describe.canaries([shown]))
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_models)
+@click.argument("alias", default=DEFAULT_ALIAS)
+@json_option
+def rollback(name: str, alias: str, as_json: bool) -> None:
+    """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
+    with open_remote() as client:
+        if client is not None:
+            moved = client.rollback(name, alias)
+            line = f"{name}@{alias} is version {moved.version} again"
+            _say(moved.model_dump(mode="json") if as_json else None, line)
+            return
+    with open_services() as services:
+        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
+    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} again")
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def rm(model: str, yes: bool, as_json: bool) -> None:
+    """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
+
+    It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
+    alias points at it, or it is a canary.
+    """
+    name, version = _name_and_version(model)
+    if not yes:
+        click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
+    with open_remote() as client:
+        if client is not None:
+            client.delete(name, version)
+        else:
+            with open_services() as services:
+                if version is None:
+                    services.catalog.delete_adapter(name)
+                else:
+                    services.catalog.delete_version(name, version)
+    deleted = {"deleted": model} if as_json else None
+    _say(deleted, f"deleted {model}; `loray adapters restore {model}` brings it back")
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@json_option
+def restore(model: str, as_json: bool) -> None:
+    """Restore a deleted MODEL, `name` or `name@3`."""
+    name, version = _name_and_version(model)
+    with open_remote() as client:
+        if client is not None:
+            client.restore(name, version)
+        else:
+            with open_services() as services:
+                restore_stored(name, version, services.store, services.catalog)
+    _say({"restored": model} if as_json else None, f"restored {model}")
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@json_option
+def release(model: str, as_json: bool) -> None:
+    """Serve MODEL again, `name`, `name@3` or `name@canary`, on which replicas have died, before its time is over."""
+    name, selector = split_model(model)
+    with open_remote() as client:
+        if client is not None:
+            version = version_of(client, name, selector)
+            client.release(name, version)
+        else:
+            with open_services() as services:
+                version = services.catalog.resolve(model).version
+                services.catalog.release(name, version)
+    released = {"released": f"{name}@{version}"} if as_json else None
+    _say(released, f"released {name}@{version}: the next request tries it")
+
+
+def _bounds(
+    catalog: CatalogClient | Catalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
+) -> CanaryBounds:
+    """Those of the version's running canary, else the defaults, with what is wanted instead."""
+    try:
+        known = catalog.canary(name, alias)
+    except NotFoundError:
+        return CanaryBounds.model_validate(wanted)
+    runs = known.outcome is None and known.version == version
+    return CanaryBounds.model_validate((known.bounds if runs else CanaryBounds()).model_dump() | dict(wanted))
+
+
+def version_of(client: CatalogClient, name: str, selector: str | None) -> int:
+    """The version that `name`, `name@3` or `name@alias` means at the server, or the newest."""
+    if selector is None:
+        return client.adapter(name).version
+    if selector == "newest":
+        return max(client.adapter(name).versions)
+    return int(selector) if selector.isascii() and selector.isdigit() else client.alias(name, selector).version
+
+
+def _precondition(client: CatalogClient, name: str, alias: str, expected: int | None) -> tuple[str | None, bool]:
+    """(ETag, whether the alias must not be set) for `--expected`."""
+    if expected is None:
+        return None, False
+    try:
+        state = client.alias(name, alias)
+    except NotFoundError:
+        if expected == 0:
+            return None, True
+        raise
+    if state.version != expected:
+        raise ConflictError(f"alias {alias!r} of {name!r} points at version {state.version}, not {expected or 'unset'}")
+    return state.etag, False
+
+
+def _name_and_version(model: str) -> tuple[str, int | None]:
+    """The parts of `name` or `name@3`."""
+    name, selector = split_model(model)
+    if selector is None:
+        return name, None
+    if not (selector.isascii() and selector.isdigit()):
+        raise click.UsageError(f"{model!r} must be a name or one version of it, as in {name}@3")
+    return name, int(selector)
+
+
+def _say(data: dict[str, Any] | None, line: str) -> None:
+    if data is not None:
+        emit(data)
+    else:
+        click.echo(line)
+
+
+@click.command()
+@click.argument("text", default="")
+@click.option("--tag", "tags", multiple=True, metavar="KEY[=VALUE]", help="With this tag; may be given several times.")
+@click.option("--base", help="Of this base model.")
+@click.option("--method", type=click.Choice(get_args(Method)))
+@click.option("--tenant", help="Of this tenant.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True)
+@json_option
+def search(
+    text: str,
+    tags: tuple[str, ...],
+    base: str | None,
+    method: str | None,
+    tenant: str | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List adapters whose names contain TEXT, in upper or lower case."""
+    wanted: dict[str, Any] = {"search": text or None, "tags": parse_tags(tags), "base": base, "method": method}
+    with open_remote() as client:
+        if client is not None:
+            rows = describe.of_resources(islice(client.adapters(**wanted, tenant=tenant), limit + 1))
+        else:
+            with open_services() as services:
+                found = services.catalog.names(limit=limit + 1, tenant=tenant, **wanted)
+                bases = {fingerprint: name for name, fingerprint in services.catalog.bases().items()}
+            rows = [describe.entry_json(entry, bases) for entry in found]
+    if as_json:
+        emit(rows[:limit])
+    elif not rows:
+        click.echo("no adapter is like that; `loray adapters ls` lists all")
+    else:
+        console().print(describe.adapters(rows[:limit]))
+        if len(rows) > limit:
+            click.echo(f"the first {limit}; there are more (--limit)")
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_models)
+@click.argument("tags", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--unset", "unset", multiple=True, metavar="KEY", help="Take this tag away; may be given several times.")
+@json_option
+def tag(name: str, tags: tuple[str, ...], unset: tuple[str, ...], as_json: bool) -> None:
+    """Set tags of NAME, take some away, and show those that it has then.
+
+    Tags are for people and programs that look for adapters: `loray adapters search --tag KEY=VALUE`.
+    """
+    wanted = parse_tags(tags)
+    valueless = [key for key, value in wanted.items() if value is None]
+    if valueless:
+        raise SpecError(f"give {valueless[0]!r} a value, as {valueless[0]}=VALUE")
+    with open_catalog() as catalog:
+        for key, value in wanted.items():
+            catalog.set_tag(name, key, value or "")
+        for key in unset:
+            catalog.delete_tag(name, key)
+        found = dict(catalog.tags(name))
+    if as_json:
+        emit(found)
+    elif not found:
+        click.echo(f"{name} has no tags")
+    else:
+        console().print(pairs(list(found.items())))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Publish it as the next version of this adapter.")
+@click.option("--base", help="The server's base model that it was trained on (default: found from the folder).")
+@click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
+@no_gate_option
+@click.option("--licence", help="Its licence, as an SPDX identifier.")
+@click.option("--description", help="One line for people.")
+@click.option("--tool-parser", type=click.Choice(get_args(ToolParserName)), help="How it writes tool calls.")
+@json_option
+def push(
+    folder: Path,
+    name: str,
+    base: str | None,
+    aliases: tuple[str, ...],
+    no_gate: str | None,
+    licence: str | None,
+    description: str | None,
+    tool_parser: ToolParserName | None,
+    as_json: bool,
+) -> None:
+    """Upload FOLDER, a LoRA or VeRA adapter saved by PEFT, to the server of LORAY_URL, and publish it there.
+
+    An upload that broke off is continued when the command is repeated. The server checks the folder as a whole.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    manifest = [path for path in (folder / AdapterManifest.FILE,) if path.is_file()]
+    files = {path: file_sha256(path) for path in published_files(folder) + manifest}
+    content = hashlib.sha256(repr(sorted((p.name, sha256) for p, sha256 in files.items())).encode()).hexdigest()
+    with needed_remote() as client, progress_bar() as progress:
+        upload = client.begin_upload(content)
+        there = {file.name: file.sha256 for file in upload.files}
+        for i, (path, sha256) in enumerate(files.items()):
+            if not upload.published and there.get(path.name) != sha256:
+                client.put_file(upload.id, path)
+            progress("uploading", (i + 1) / len(files))
+        version = client.register(
+            name,
+            upload=upload.id,
+            aliases=aliases,
+            no_gate=no_gate,
+            base=base,
+            licence=licence,
+            description=description,
+            tool_parser=tool_parser,
+        )
+    if as_json:
+        emit(version.model_dump(mode="json"))
+    else:
+        click.echo(f"published {version.label}")
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(get_args(DownloadForm)), default="peft", show_default=True)
+@json_option
+def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
+    """Write MODEL to the new folder TARGET, from the server of LORAY_URL or from the store.
+
+    \b
+    peft    what PEFT loads, and `push` and `import` take
+    merged  base and adapter as one checkpoint, as `loray adapters convert --to merged` makes it
+    gguf    GGUF-LoRA for llama.cpp: TARGET is the new file
+    """
+    name, selector = split_model(model)
+    with open_remote() as client:
+        if client is not None:
+            version = version_of(client, name, selector)
+            client.fetch(name, version, target, form)
+            label = f"{name}@{version}"
+        else:
+            with open_services() as services:
+                label = _from_store(services, model, target, form)
+    if as_json:
+        emit({"model": label, "path": target, "format": form})
+    else:
+        click.echo(f"downloaded {label} to {target}")
+
+
+def _from_store(services: Services, model: str, target: Path, form: DownloadForm) -> str:
+    ref = services.catalog.resolve(model)
+    if form == "peft":
+        with appearing(target) as made:
+            services.store.fetch(ref.digest, made)
+        return ref.label
+    base = base_with(services.settings.home, ref.base_fingerprint, "its base")
+    if form == "merged":
+        merge_into_base(ref, target, base=base, store=services.store)
+    else:
+        save_as_gguf(ref, target, base=base, store=services.store)
+    return ref.label
 
 
 @click.group()

@@ -7,8 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from loray.api.canaries import CanaryResource
-from loray.api.resources import AdapterResource, VersionDetail
 from loray.catalog import (
     AdapterDetail,
     AdapterEntry,
@@ -18,10 +16,11 @@ from loray.catalog import (
     Catalog,
     CatalogSnapshot,
     Quarantined,
-    gate,
+    aliases,
 )
 from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
+from loray.schemas.resources import AdapterResource, CanaryResource, VersionDetail
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_seconds, format_size
 
@@ -193,9 +192,9 @@ def objections(
     manifest: AdapterManifest, evaluations: Sequence[Evaluation], settings: Settings
 ) -> tuple[str, ...] | None:
     """Why the gate of `settings` refuses an alias; None if the adapter is not gated."""
-    if not gate.is_gated(manifest):
+    if not aliases.is_gated(manifest):
         return None
-    return gate.failures(manifest, evaluations, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
+    return aliases.failures(manifest, evaluations, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
 
 
 def lineage(version: AdapterVersion, settings: Settings | None) -> Table:

@@ -29,31 +29,29 @@ class _Command(NamedTuple):
 
 
 _COMMANDS: Mapping[str, _Command] = {
-    "doctor": _Command("loray.cli.doctor.command:doctor", "Find what is wrong with this machine, and what mends it."),
+    "doctor": _Command("loray.cli.doctor:doctor", "Find what is wrong with this machine, and what mends it."),
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
-    "store": _Command("loray.cli.storage.store:store", "Garbage, verification and statistics of the adapter store."),
-    "catalog": _Command("loray.cli.storage.catalog:catalog", "Back up the catalog, restore it, verify its audit log."),
+    "store": _Command("loray.cli.storage:store", "Garbage, verification and statistics of the adapter store."),
+    "catalog": _Command("loray.cli.storage:catalog", "Back up the catalog, restore it, verify its audit log."),
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
-    "keys": _Command("loray.cli.access.keys:keys", "Create, list, change, block, rotate and revoke API keys."),
-    "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),
-    "chat": _Command("loray.cli.interactive.chat:chat", "Talk to a model, or to several side by side."),
-    "top": _Command("loray.cli.interactive.top:top", "Watch replicas, gateways and adapters."),
-    "logs": _Command("loray.cli.interactive.logs:logs", "Print the logs of what is served here, and of jobs."),
-    "open": _Command("loray.cli.interactive.opening:open_page", "Open the server's console, metrics or documentation."),
-    "completion": _Command("loray.cli.interactive.completion:completion", "Print a shell's completion script."),
-    "recipes": _Command("loray.cli.recipes.command:recipes", "List, explain and write recipes: what training needs."),
-    "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
+    "keys": _Command("loray.cli.access:keys", "Create, list, change, block, rotate and revoke API keys."),
+    "tenants": _Command("loray.cli.access:tenants", "Create, list, limit and block tenants."),
+    "chat": _Command("loray.cli.chat:chat", "Talk to a model, or to several side by side."),
+    "top": _Command("loray.cli.top:top", "Watch replicas, gateways and adapters."),
+    "logs": _Command("loray.cli.logs:logs", "Print the logs of what is served here, and of jobs."),
+    "open": _Command("loray.cli.shell:open_page", "Open the server's console, metrics or documentation."),
+    "completion": _Command("loray.cli.shell:completion", "Print a shell's completion script."),
+    "recipes": _Command("loray.cli.recipes:recipes", "List, explain and write recipes: what training needs."),
+    "plan": _Command("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
-        "loray.cli.planning.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
+        "loray.cli.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
     ),
     "simulate": _Command(
-        "loray.cli.simulation.command:simulate",
+        "loray.cli.simulate:simulate",
         "Simulate replicas, routing and scaling under a trace, before they run.",
     ),
-    "eval": _Command(
-        "loray.cli.evaluation.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."
-    ),
+    "eval": _Command("loray.cli.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."),
 }
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {

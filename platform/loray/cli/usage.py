@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import click
 
-from loray.api.usage import UsageResource
+from loray.cli.connect import open_remote, open_services
 from loray.cli.output import console, emit, json_option, table
-from loray.cli.services import open_remote, open_services
+from loray.schemas.resources import UsageResource
 from loray.spec import USAGE_GROUPS, UsageGroup
 
 _MOST = 100_000  # rows

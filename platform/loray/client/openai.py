@@ -15,8 +15,6 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from loray.api.openai import ChatCompletion, ChatCompletionChunk, Completion, Error, ErrorBody, Model, ModelList
-from loray.api.status import Status
 from loray.client.http import HttpClient, R
 from loray.errors import (
     ContextLengthExceeded,
@@ -29,6 +27,8 @@ from loray.errors import (
     RequestError,
     Unauthenticated,
 )
+from loray.schemas.openai import ChatCompletion, ChatCompletionChunk, Completion, Error, ErrorBody, Model, ModelList
+from loray.schemas.status import Status
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.memory.device_memory import sized
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.driver import start_ranks
-from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_threads
-from loray.engine.pool.loading import LoadAdapter
+from loray.engine.parallel.worker import LocalWorkers, StartWorkers, num_threads
+from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
-from loray.engine.pool.sizing import sized
 from loray.machine import Gpu, hardware, serving_dtype
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
+from loray.text.grammar import GrammarCompiler
 from loray_kernels import backend, use_device
 from loray_kernels.memory import keep_freed
 from loray_kernels.reference import ReferenceOps

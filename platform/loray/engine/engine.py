@@ -1,43 +1,225 @@
-"""The engine's step: take loaded adapters, schedule, launch, read, postprocess. One thread calls it, see `stream`."""
+"""`Engine.step`; what it accepts, reports, undoes and checks."""
 
 from __future__ import annotations
 
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from itertools import chain
+from typing import Any
 
 import torch
 
 from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
-from loray.engine.admission import check_request
-from loray.engine.integrity import check_integrity
-from loray.engine.memory.limits import max_model_len
+from loray.engine.memory.adapter_manager import Placement, Residency, Tier
+from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.metrics import Counters, EngineStats, UsageLog
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.warmup import warm_up
-from loray.engine.parallel.workers import Workers
-from loray.engine.pool.loading import AdapterLoads, LoadAdapter
+from loray.engine.parallel.worker import Workers
+from loray.engine.pool.loader import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.resident import ResidentAdapter
-from loray.engine.recovery import undo_step
-from loray.engine.report import report
-from loray.engine.request import Request, State, TokenOutput
-from loray.engine.residency.residency import Residency
-from loray.engine.residency.table import Placement
+from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine.request import Chunk, Request, State, TokenOutput
 from loray.engine.runner import ModelRunner, StepResults
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
-from loray.engine.scheduling.limits import WaitLimits
-from loray.engine.scheduling.plan import Chunk
 from loray.engine.scheduling.scheduler import Scheduler
-from loray.engine.stats.counters import Counters
-from loray.engine.stats.stats import EngineStats
-from loray.engine.stats.usage import UsageLog
-from loray.errors import IntegrityError, RequestError
-from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec, TokenLogprobs
-from loray_kernels import Recorded
+from loray.engine.scheduling.waiting import WaitLimits
+from loray.errors import EngineError, IntegrityError, RequestError
+from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
+from loray.telemetry import get_logger
+from loray_kernels import Recorded, RecordLimits
+from loray_kernels.memory import is_out_of_memory
+
+_log = get_logger(__name__)
+
+_PROGRESS_S = 5.0  # between two lines of the log
+
+
+def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> Recorded | None:
+    """How far recording has come; None where the backend records no steps. Done once: a further call changes nothing.
+
+    `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
+    steps, since cuBLAS has a handle and workspaces for each thread.
+    """
+    if not model.records or model.recorded is not None:
+        return model.recorded
+    began = time.monotonic()
+    for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
+        batch = model.batch(prompts, lambda chunk: None, pool)
+        assert batch is not None
+        model.forward(batch, pool)
+    model.compile_adapters(pool)
+    _log.info("steps with prompts are compiled, %.1f s", time.monotonic() - began)
+    shown = time.monotonic()
+
+    def show(progress: Recorded) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= _PROGRESS_S:
+            shown = time.monotonic()
+            _log.info("recording decode steps: %s", _text(progress))
+
+    recorded = model.record(RecordLimits(spec.graph_seconds, spec.graph_bytes), show)
+    assert recorded is not None
+    _log.info("recorded decode steps: %s", _text(recorded))
+    if recorded.num_recorded < recorded.num_wanted:
+        _log.warning(
+            "%d kinds of decode steps are not recorded (graph_record_s %g, graph_bytes %d); they are padded to larger "
+            "ones, or are computed launch by launch",
+            recorded.num_wanted - recorded.num_recorded,
+            spec.graph_seconds,
+            spec.graph_bytes,
+        )
+    return recorded
+
+
+def _text(r: Recorded) -> str:
+    return f"{r.num_recorded} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
+
+
+def _prompts(pool: Pool, max_tokens: int) -> list[list[Chunk]]:
+    """Steps of one prompt and of several: Triton compiles numbers that are 1 or multiples of 16 apart from others."""
+    geometry = pool.geometry
+    longest = min(max_tokens, geometry.num_blocks * geometry.block_tokens)
+    steps = []
+    for lengths in ((longest,), (longest // 4 * 2 + 1, longest // 4), (17, 2, 2)):
+        step: list[Chunk] = []
+        block = 0
+        for i, length in enumerate(n for n in lengths if n > 1):
+            request = Request(GenerateRequest(str(i), (0,) * length, SamplingParams(max_tokens=1)), i)
+            num_blocks = geometry.blocks_for_tokens(length)
+            request.blocks = list(range(block, block + num_blocks))
+            block += num_blocks
+            step.append(Chunk(request, 0, length))
+        if step and block <= geometry.num_blocks:
+            steps.append(step)
+    return steps
+
+
+def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: int) -> None:
+    """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
+    adapter, vocab = request.adapter, base.config.vocab_size
+    if adapter is not None:
+        adapter.check_base(base.name, base.fingerprint)
+    if not request.prompt_ids:
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab:
+        raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
+    params = request.params
+    if not all(0 <= t < vocab for t in request.output_ids):
+        raise RequestError(f"output_ids: a token id is outside the vocabulary of {vocab}", param="output_ids")
+    if request.output_ids and len(request.output_ids) >= params.max_tokens:
+        raise RequestError(
+            f"the answer has {len(request.output_ids)} tokens and max_tokens is {params.max_tokens}; there is nothing "
+            "to go on with",
+            param="output_ids",
+        )
+    for param, ids in {
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": chain.from_iterable(params.bad_words),
+    }.items():
+        if not all(0 <= t < vocab for t in ids):
+            raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
+    num_prompt_tokens = len(request.prompt_ids)
+    param = "max_tokens" if num_prompt_tokens < max_model_len else "prompt"
+    check_length(max_model_len, num_prompt_tokens, request.params.max_tokens, param=param)
+
+
+def check_integrity(
+    scheduler: Scheduler[PackedAdapter, ResidentAdapter],
+    residency: Residency[PackedAdapter, ResidentAdapter],
+    pool: Pool,
+) -> None:
+    """AssertionError unless each block is free or held by running requests, the prefix cache or resident adapters, as
+    their books say.
+    """
+    kv = Counter(block for request in scheduler.running for block in request.blocks)
+    kv.update(scheduler.prefix_cache.blocks())
+    scheduler.prefix_cache.check_integrity()
+    pool.check_integrity(kv, residency.table.residents())
+    residency.table.check_integrity()
+    scheduler.waiting.check_integrity()
+    pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
+    wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
+    assert pins == Counter(residency.table.pins()), "adapter pins differ from the running requests"
+    assert wants == Counter(residency.table.wants()), "wanted adapters differ from the waiting requests"
+
+
+def undo_step(
+    error: RuntimeError, chunks: Sequence[Chunk], scheduler: Scheduler[Any, Any], model: Decoder
+) -> tuple[Request, EngineError]:
+    """As if the step of `chunks`, which `error` ended before a request got a token, had not been. Returns the request
+    with the most tokens in it, which the caller ends, and the error that it gets. Raises `error` if it has another
+    reason than memory, or if there are no chunks, so that no request could be ended for it.
+    """
+    if not is_out_of_memory(error) or not chunks:
+        raise error
+    traceback.clear_frames(error.__traceback__)  # their tensors are freed
+    torch.cuda.empty_cache()
+    model.forget_steps()
+    for chunk in chunks:
+        chunk.request.num_computed, chunk.request.history = chunk.start, None
+    largest = max(chunks, key=lambda chunk: (chunk.num_tokens, chunk.request.num_tokens))
+    for request in (chunk.request for chunk in chunks if chunk is not largest):
+        # A prompt that this step would have ended is served by turns again; others go on where they were.
+        if request.num_pending > 1 and request not in scheduler.waiting.begun:
+            scheduler.preempt(request)
+    total = sum(chunk.num_tokens for chunk in chunks)
+    _log.warning("a step of %d tokens needed more memory than the device has: %s", total, error)
+    reason = (
+        f"the step needed more memory than the device has; this request had the most of its {total} tokens, "
+        f"{largest.num_tokens}. Send it again, or lower max_num_batched_tokens, pool_bytes or graph_bytes of the spec"
+    )
+    return largest.request, EngineError(reason)
+
+
+def report(
+    counters: Counters,
+    scheduler: Scheduler[PackedAdapter, ResidentAdapter],
+    residency: Residency[PackedAdapter, ResidentAdapter],
+    pool: Pool,
+) -> EngineStats:
+    """Of the pool's KV blocks those that only the prefix cache holds are `cached`."""
+    tiers, counts = residency.table.by_tier(), residency.counts
+    blocks, num_cached = pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
+    return EngineStats(
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_loading=len(tiers[Tier.LOADING]),
+        blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
+        host_bytes=residency.table.host_used,
+        num_steps=counters.num_steps,
+        num_prompt_tokens=counters.num_prompt_tokens,
+        num_output_tokens=counters.num_output_tokens,
+        num_finished=counters.num_finished,
+        num_preemptions=scheduler.num_preemptions,
+        num_aborted=scheduler.num_aborted,
+        num_loads=counts.num_loads,
+        num_failed_loads=counts.num_failed_loads,
+        num_evictions=counts.num_evictions,
+        num_host_evictions=counts.num_host_evictions,
+        num_pool_hits=counts.num_pool_hits,
+        num_host_hits=counts.num_host_hits,
+        num_misses=counts.num_misses,
+        num_loaded_bytes=counts.num_loaded_bytes,
+        max_adapters_in_step=counters.max_adapters_in_step,
+        adapters_in_pool=tuple(ref.digest for ref in tiers[Tier.POOL]),
+        adapters_on_host=tuple(ref.digest for ref in tiers[Tier.HOST]),
+        adapters_loading=tuple(ref.digest for ref in tiers[Tier.LOADING]),
+        prefix_cache_queries=scheduler.prefix_cache_queries,
+        prefix_cache_hits=scheduler.prefix_cache_hits,
+        step_seconds=counters.step_seconds.counts(),
+        step_tokens=counters.step_tokens.counts(),
+        step_adapters=counters.step_adapters.counts(),
+        load_seconds=residency.load_seconds.counts(),
+        queue_seconds={kind: histogram.counts() for kind, histogram in counters.queue_seconds.items()},
+    )
 
 
 class Engine:

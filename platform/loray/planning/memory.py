@@ -1,21 +1,109 @@
-"""A worker's memory, item by item, at the moments of a step at which it can peak.
+"""A worker's memory, item by item.
+
+Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
+with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
+attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
 
 Each item is in memory at some of the moments; the peak of the plan is the moment with the largest sum. Weights,
 gradients and optimizer states are replicated or sharded (Rajbhandari et al., *ZeRO*, 2020).
+
+Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the base,
+tokens, the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from loray.planning import activations
-from loray.planning.counts import count_vera_pair
 from loray.planning.devices import Device
-from loray.planning.exchange.dense import DensePlan
-from loray.planning.run import Run
-from loray.spec import DTYPE_BYTES, LINEAR_MODULES, DoraSpec
+from loray.planning.run import SHARDS_WEIGHTS, Run, count_vera_pair
+from loray.planning.sequence import DensePlan
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MODULES_BY_INPUT, DoraSpec, TrainSpec, VeraSpec
+
+_FP32 = DTYPE_BYTES["float32"]
+
+
+class Kept(NamedTuple):
+    """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
+
+    name: str
+    nbytes: int
+    block: int
+
+
+def of_layer(run: Run) -> tuple[Kept, ...]:
+    kept = (_norms(run), _attention(run), _adapter(run), _mlp(run))
+    return tuple(part for part in kept if part.nbytes)
+
+
+def layer_input(run: Run) -> int:
+    """Bytes per token of a layer's input. Checkpointing keeps nothing else of the layer until its backward pass."""
+    return run.element_bytes * run.model.hidden_size
+
+
+def _norms(run: Run) -> Kept:
+    """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
+    model, e = run.model, run.element_bytes
+    trained = e if run.adapter.train_norms else 0
+    heads = model.num_heads + model.num_kv_heads
+    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
+    nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
+    return Kept("norms", nbytes, _FP32 * model.hidden_size)
+
+
+def _attention(run: Run) -> Kept:
+    """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
+    model, e = run.model, run.element_bytes
+    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
+    return Kept("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
+
+
+def _adapter(run: Run) -> Kept:
+    """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
+
+    The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
+    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. DoRA also keeps
+    what it scales: the outputs of the base and of B. VeRA keeps the operands of its two vectors; A x is computed once
+    for modules with the same input.
+    """
+    model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
+    shapes = {module: model.module_shape(module) for module in targets}
+    if isinstance(run.adapter, VeraSpec):
+        outs = [out for out, _ in shapes.values()]
+        products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
+        return Kept("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
+    inner = e * run.adapter.rank * len(targets)
+    if isinstance(run.adapter, DoraSpec):
+        inner += 2 * e * sum(out for out, _ in shapes.values())
+    inputs = [e * width for _, width in shapes.values()]
+    if run.adapter.dropout:
+        return Kept("adapter", inner + 2 * sum(inputs), max(inputs))
+    shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
+    if run.sequence == 1:
+        shared.pop(_input_of("o_proj"), None)
+    return Kept("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
+
+
+def _input_of(module: str) -> tuple[str, ...]:
+    """The modules that have the same input as `module`, itself included."""
+    return next(modules for modules in MODULES_BY_INPUT if module in modules)
+
+
+def _mlp(run: Run) -> Kept:
+    """gate, silu(gate) and up."""
+    width = run.element_bytes * run.model.intermediate_size
+    return Kept("mlp", 3 * width, width)
+
+
+def layer_gradients(run: Run) -> Kept:
+    """The most gradients of activations that exist at once in a layer's backward pass: those of up, silu(gate), their
+    product, the residual stream and the layer's output.
+    """
+    width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
+    return Kept("gradients of activations", 3 * width + 2 * hidden, width)
+
 
 Moment = Literal["loss", "backward", "gradients", "update"]
 WHAT: dict[Moment, str] = {
@@ -29,7 +117,6 @@ MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 CHECKPOINT = "a checkpoint, as rank 0 writes it"  # in the host's memory, while steps go on
 GRADIENT_BUCKET_BYTES = 25 << 20  # fp32 gradients that are reduced together: 25 MiB, as in torch's DDP
 
-_FP32 = DTYPE_BYTES["float32"]
 _DEEPSPEED_LIVE = 1_000_000_000  # elements: stage3_max_live_parameters
 _DEEPSPEED_PREFETCH = 50_000_000  # elements: stage3_prefetch_bucket_size
 _FSDP_LAYERS = 3  # the current layer, the next one, and the flat buffer that the next one is gathered in
@@ -139,11 +226,11 @@ def _communication(run: Run) -> Iterator[Item]:
 
 def _activations(run: Run) -> Iterator[Item]:
     tokens, layers = run.tokens_per_worker, run.model.num_layers
-    kept = activations.of_layer(run)
+    kept = of_layer(run)
     rope = 2 * run.element_bytes * run.model.head_dim
     alive: tuple[Moment, ...] = ("loss", "backward")
     if run.checkpointing:
-        per_token = activations.layer_input(run)
+        per_token = layer_input(run)
         yield Item("layer inputs", per_token * tokens * layers, alive, per_token * tokens)
         for part in kept:
             name = f"one layer, recomputed: {part.name}"
@@ -159,7 +246,7 @@ def _activations(run: Run) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in run.adapter.target_modules)
         largest = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("W + s B A of a module", 4 * largest, ("backward",) if run.checkpointing else (), largest)
-    gradients = activations.layer_gradients(run)
+    gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
     if (shared := run.shared_dense) is not None:
@@ -220,7 +307,7 @@ def _loss(run: Run, device: Device) -> Iterator[Item]:
     """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
     and its exponentials.
     """
-    tokens, row = run.tokens_per_worker, activations.layer_input(run)
+    tokens, row = run.tokens_per_worker, layer_input(run)
     nbytes = (_FP32 * run.model.hidden_size + 3 * row) * tokens
     yield Item("hidden states and their gradients", nbytes, ("loss", "backward"), row * tokens)
     chunk = min(device.loss_chunk, tokens * run.model.vocab_size)
@@ -229,3 +316,124 @@ def _loss(run: Run, device: Device) -> Iterator[Item]:
 
 def _share(nbytes: int, shards: int) -> int:
     return -(-nbytes // shards)
+
+
+MEASURED_AT_ONCE = 4096  # tokens of short windows that share a pass
+
+
+def num_shards(spec: TrainSpec | Run) -> int:
+    """Workers over which the weights of a measured model are spread. A base that training quantises is measured as it
+    is served, in four times the memory, which one worker need not have.
+    """
+    strategy = spec.strategy if isinstance(spec, Run) else spec.parallel.strategy
+    return spec.num_workers if strategy in SHARDS_WEIGHTS or spec.quantization is not None else 1
+
+
+def measuring_bytes(run: Run, device: Device) -> int:
+    """The peak of a worker in its longest pass; 0 where the recipe measures nothing.
+
+    Of a layer there are at once its input in two dtypes, queries, keys, values and output of attention, and gate, up
+    and their product; then the hidden states twice, and a chunk of logits.
+    """
+    if run.measured_length is None:
+        return 0
+    e, model, shards = run.element_bytes, run.model, num_shards(run)
+    weights = -(-e * (run.base.total + run.trained.total) // shards)
+    if shards > 1:
+        weights += gathered_weights(run)
+    tokens = -(-max(MEASURED_AT_ONCE, run.measured_length) // run.sequence)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    layer = (2 * e + _FP32) * model.hidden_size + e * max(heads, 3 * model.intermediate_size)
+    logits = 2 * _FP32 * min(device.loss_chunk, tokens * model.vocab_size)
+    passing = tokens * layer + logits
+    return weights + passing + int(device.fragmentation * passing) + device.framework_bytes
+
+
+HostMoment = Literal["loading", "training", "publishing"]
+HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
+
+_TOKENISED_BYTES = 64 * (8 << 20)  # parts of data files that the driver has given to tasks
+_BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit integers
+
+
+@dataclass(frozen=True, slots=True)
+class HostItem:
+    name: str
+    nbytes: int
+    moments: tuple[HostMoment, ...] = HOST_MOMENTS
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """`usable_bytes` is None where nothing is known of the node's memory."""
+
+    items: tuple[HostItem, ...]
+    num_workers: int
+    usable_bytes: int | None
+
+    def at(self, moment: HostMoment) -> int:
+        return sum(item.nbytes for item in self.items if moment in item.moments)
+
+    @property
+    def peak_moment(self) -> HostMoment:
+        return max(HOST_MOMENTS, key=self.at)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.at(self.peak_moment)
+
+    @property
+    def dominant(self) -> HostItem:
+        """The largest item at the peak."""
+        return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.usable_bytes is None or self.peak_bytes <= self.usable_bytes
+
+
+def plan_host(run: Run, device: Device) -> HostPlan | None:
+    """Of the node with the driver and rank 0, which holds most. None where workers compute in the host's memory."""
+    if device.is_host:
+        return None
+    num_workers = min(run.num_workers, device.workers_per_node)
+    items = (*_processes(num_workers, device), *_base(run, num_workers), *_data(run, num_workers), *_state(run))
+    usable = None if device.host_memory_bytes is None else int(device.host_memory_bytes * device.usable_share)
+    return HostPlan(tuple(item for item in items if item.nbytes), num_workers, usable)
+
+
+def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
+    yield HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes)
+
+
+def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
+    """Strategies that shard the base read it tensor by tensor, and so does one that is quantised; the others build it
+    whole. What is whole then moves to the device.
+    """
+    e, model = run.element_bytes, run.model
+    shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
+    largest = max(out * width for out, width in shapes)
+    if run.weight_shards > 1 or run.quantization is not None:
+        yield HostItem("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
+    if run.weight_shards == 1:
+        yield HostItem("the base, as each worker reads it", num_workers * run.base_bytes, ("loading",))
+    rows = 0 if model.tie_word_embeddings else run.trained.embedding
+    trained = e * (run.trained.total + rows)
+    yield HostItem("trained parameters, before they move", num_workers * trained, ("loading",))
+    if run.measured_length is None:
+        return
+    if num_shards(run) > 1:
+        yield HostItem("a tensor of the base, to be measured", num_workers * e * largest, ("publishing",))
+    else:
+        yield HostItem("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
+
+
+def _data(run: Run, num_workers: int) -> Iterator[HostItem]:
+    """The tokens of training data are mapped files."""
+    yield HostItem("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
+    tokens = run.accumulation * run.num_sequences * run.padded_length
+    yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
+
+
+def _state(run: Run) -> Iterator[HostItem]:
+    yield HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",))

@@ -1,24 +1,39 @@
-"""Conversion of a published adapter: from VeRA to LoRA, published as a new adapter; merged into its base; as GGUF."""
+"""Conversions, in a bounded process for servers.
+
+Servers start it, since they do not load torch. It takes so many bytes at most beside the base's files, which it maps
+to merge them, runs in the background, and ends when its standard input does, that is with the server. What went wrong
+is one line of JSON on standard output: the error's class and its message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import resource
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from loray import errors
 from loray.adapters.manifest import ManifestDetails, read_manifest, with_manifest
 from loray.adapters.peft_format import read_adapter
-from loray.bases.registry import BaseModel
+from loray.bases.checkpoint import weight_files
+from loray.bases.registry import BaseModel, base_with
 from loray.catalog import AdapterVersion
-from loray.errors import ConflictError, SpecError
+from loray.errors import ConflictError, LorayError, SpecError, StoreError, UnsupportedError
 from loray.files import scratch_folder
+from loray.priority import compute_in_background
 from loray.publishing.publish import Destination, publish
-from loray.spec import AdapterManifest, AdapterRef
-from loray.store import AdapterStore
+from loray.settings import Settings
+from loray.spec import AdapterManifest, AdapterRef, format_size
+from loray.store import AdapterStore, open_store
 
 if TYPE_CHECKING:
-    from loray.adapters.weights import AdapterWeights
+    from loray.methods.weights import AdapterWeights
 
 
 def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> AdapterVersion:
@@ -27,7 +42,7 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
     It computes the same, so RoPE, context and evaluations are those of `ref`. Raises UnsupportedError where `ref` is
     not VeRA.
     """
-    from loray.adapters.forms.convert import save_lora, vera_to_lora
+    from loray.adapters.convert import save_lora, vera_to_lora
 
     with _opened(ref, base, to.store) as (manifest, weights), scratch_folder() as made:
         save_lora(vera_to_lora(weights, base.config), made, base_name=base.name)
@@ -61,7 +76,7 @@ def merge_into_base(
     """
     import torch
 
-    from loray.adapters.forms.merge import RoundedBase, merge_adapter
+    from loray.adapters.convert import RoundedBase, merge_adapter
 
     with _opened(ref, base, store) as (manifest, weights):
         recipe, trained_on = manifest.recipe, None
@@ -75,7 +90,7 @@ def merge_into_base(
 
 def save_as_gguf(ref: AdapterRef, path: Path, *, base: BaseModel, store: AdapterStore) -> None:
     """Write `ref` as GGUF-LoRA to the new file `path`: see `adapters.forms.gguf`."""
-    from loray.adapters.forms.gguf import write_gguf
+    from loray.adapters.convert import write_gguf
 
     if path.exists():
         raise ConflictError(f"{path} exists already; name a new file")
@@ -94,3 +109,94 @@ def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[t
         manifest = read_manifest(fetched)
         weights = with_manifest(read_adapter(fetched, base.config), manifest, ref.label)
         yield manifest, weights
+
+
+Form = Literal["merged", "gguf"]
+MAX_MEMORY_BYTES = 8 << 30
+
+_MODULE = "loray.publishing.convert"
+_FAILED = 1
+
+
+def command_of(form: Form, ref: AdapterRef, target: Path, max_bytes: int = MAX_MEMORY_BYTES) -> list[str]:
+    """`target`: the new folder of the checkpoint, or the new GGUF file. `max_bytes`: of memory."""
+    return [sys.executable, "-m", _MODULE, form, ref.digest, ref.label, str(target), str(max_bytes)]
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Without the catalog, which a conversion does not need, and without keys."""
+    ours = {"LORAY_HOME": str(settings.home), "LORAY_STORE": settings.store, "LORAY_LOG_LEVEL": settings.log_level}
+    return {name: value for name, value in os.environ.items() if not name.startswith("LORAY_")} | ours
+
+
+def raise_failure(code: int, output: bytes) -> None:
+    """Raise the error of a process that ended with `code`, if it failed."""
+    if code == 0:
+        return
+    try:
+        said: Mapping[str, str] = json.loads(output.splitlines()[-1])
+        kind, message = getattr(errors, said["kind"], None), said["message"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise LorayError(f"the conversion ended without an answer (exit code {code})") from None
+    raise (kind if isinstance(kind, type) and issubclass(kind, LorayError) else LorayError)(message)
+
+
+def main(arguments: Sequence[str]) -> int:
+    form, digest, label, path, max_bytes = arguments
+    target = Path(path)
+    if target.exists():
+        raise SystemExit(f"{target} exists already")
+    compute_in_background()
+    threading.Thread(target=_end_with_the_server, args=(target,), daemon=True).start()
+    try:
+        _convert(form, digest, label, target, int(max_bytes))
+    except LorayError as e:
+        kind, message = type(e).__name__, str(e)
+    except (MemoryError, RuntimeError, OSError) as e:
+        kind, message = _failure(e, int(max_bytes))
+    else:
+        return 0
+    sys.stdout.write(json.dumps({"kind": kind, "message": message}) + "\n")
+    return _FAILED
+
+
+def _failure(error: Exception, max_bytes: int) -> tuple[str, str]:
+    """The class and the message of the error that the server raises."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or "allocate memory" in reason:  # as torch says it, and the system
+        return UnsupportedError.__name__, (
+            f"the conversion needs more than the {format_size(max_bytes)} of memory that this server has for it now: "
+            "ask again later, or use `loray adapters convert` where there is more"
+        )
+    if isinstance(error, OSError):  # such as a full disk
+        return StoreError.__name__, f"the conversion failed: {error.strerror or error}"
+    return LorayError.__name__, f"the conversion failed: {reason}"
+
+
+def _convert(form: str, digest: str, label: str, target: Path, max_bytes: int) -> None:
+
+    settings = Settings.from_env()
+    store = AdapterStore(open_store(settings.store))
+    manifest = store.manifest(digest)
+    name, _, version = label.rpartition("@")
+    ref = manifest.ref(digest, name, int(version))
+    base = base_with(settings.home, manifest.base_fingerprint, manifest.base)
+    mapped = weight_files(base.path) if form == "merged" else ()
+    limit = max_bytes + sum(path.stat().st_size for path in mapped)  # the system can drop what is mapped
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if form == "merged":
+        merge_into_base(ref, target, base=base, store=store)
+    else:
+        save_as_gguf(ref, target, base=base, store=store)
+
+
+def _end_with_the_server(target: Path) -> None:
+    while os.read(0, 1024):  # not sys.stdin, whose lock Python would wait for at its end
+        pass
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True)
+    os._exit(_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -17,12 +17,12 @@ from loray.adapters.manifest import (
     published_files,
     read_canonical,
     read_manifest,
+    validate_folder,
     verify_folder,
 )
 from loray.adapters.peft_format import read_config
-from loray.adapters.validate import validate_folder
+from loray.bases.config import extended_context
 from loray.bases.registry import BaseModel, base_with, list_bases
-from loray.bases.rope import extended_context
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import (
     BaseMismatch,

@@ -1,17 +1,31 @@
-"""Fields of a recipe by their dotted names: which there are, values given as text, and names that are near."""
+"""Fields by dotted name; recipes as YAML with reasons."""
 
 from __future__ import annotations
 
 import difflib
+import json
+import sys
+import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
+from yaml.composer import ComposerError
 
 from loray.errors import SpecError
-from loray.recipes.defaults import FIRST_OBJECTIVE, METHODS, OBJECTIVES
-from loray.recipes.plain_yaml import parse_plain
+from loray.recipes.defaults import (
+    BASE_SIZES,
+    FIRST_OBJECTIVE,
+    METHODS,
+    OBJECTIVES,
+    BaseSize,
+    Default,
+    alternatives,
+    defaults_of,
+)
 from loray.spec import (
     DoraSpec,
     DpoSpec,
@@ -23,6 +37,25 @@ from loray.spec import (
     TrainSpec,
     VeraSpec,
 )
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, f"write out what the alias *{event.anchor} stands for", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def parse_plain(text: str | bytes, *, source: str) -> Any:
+    """What `text` says. Raises SpecError, which begins with `source`, for what is no YAML and for aliases: a few lines
+    of them may stand for more than fits in memory.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
+        raise SpecError(f"{source} is not valid YAML: {e}") from e
+
 
 _ADAPTERS: Mapping[Method, type[BaseModel]] = {
     "lora": LoraSpec,
@@ -149,3 +182,105 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     if origin is Annotated:
         return _members(get_args(annotation)[0])
     return get_args(annotation) if origin in (Union, types.UnionType) else (annotation,)
+
+
+_WIDTH = 110
+_NONE = "–"
+
+
+def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size. `here`: by field,
+    what a value means on this machine.
+
+    A field without a value is a comment, except where it would have a default if it were left out.
+    """
+    kind = spec.adapter.method, spec.objective.type
+    defaults = defaults_of(*kind, is_continued=spec.init_adapter is not None)
+    lines: list[str] = []
+    at: list[str] = []
+    for path, field in fields_of(*kind).items():
+        *sections, name = path.split(".")
+        value = value_at(spec, path)
+        if isinstance(value, BaseModel) or (sections and value_at(spec, ".".join(sections)) is None):
+            continue  # a section's fields follow, or it has none
+        shared = next((i for i, pair in enumerate(zip(at, sections, strict=False)) if pair[0] != pair[1]), None)
+        for depth in range(min(len(at), len(sections)) if shared is None else shared, len(sections)):
+            lines.append(f"{'  ' * depth}{sections[depth]}:")
+        at = sections
+        usual = _usual(field, defaults, size)
+        is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
+        is_left_out = value is None and (usual is None or is_another_given)
+        text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
+        why = _why(path, defaults)
+        if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
+            why = f"default {_scalar(usual)}: {why}"
+        why = "; ".join(filter(None, (here.get(path), why)))
+        lines += _commented(text, why, "  " * len(sections))
+    return "\n".join(lines) + "\n"
+
+
+def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
+    """Markdown: every field, its default by method, and why. The value on a large base is behind the slash. Of another
+    objective than the first, the fields that differ from the first one's.
+    """
+    fields = {method: fields_of(method, objective) for method in METHODS}
+    rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
+    for path in dict.fromkeys(path for known in fields.values() for path in known):
+        having = [method for method in METHODS if path in fields[method]]
+        if objective != FIRST_OBJECTIVE and not any(_differs(path, method, objective) for method in having):
+            continue
+        cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
+        reasons = dict.fromkeys(_why(path, defaults_of(method, objective)) for method in having)
+        rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _differs(path: str, method: Method, objective: ObjectiveType) -> bool:
+    return defaults_of(method, objective).get(path) != defaults_of(method).get(path)
+
+
+def _cell(field: RecipeField, method: Method, objective: ObjectiveType) -> str:
+    defaults = defaults_of(method, objective)
+    small, large = (_scalar(_usual(field, defaults, size)) for size in BASE_SIZES)
+    return (small if small == large else f"{small} / {large}").replace("null", _NONE)
+
+
+def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> object:
+    default = defaults.get(field.path)
+    value = None if default is None else default.on(size)
+    return field.default if value is None else value
+
+
+def _why(path: str, defaults: dict[str, Default]) -> str:
+    default = defaults.get(path)
+    return "" if default is None else default.why
+
+
+def _scalar(value: object) -> str:
+    """As YAML in one line, which is JSON but for plain words."""
+    if value is None:
+        return "null"
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(mode="json"))
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, str) and value.replace("_", "").isalnum() and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def _commented(text: str, why: str, indent: str) -> Iterator[str]:
+    line = f"{indent}{text}"
+    if not why:
+        yield line
+    elif len(line) + len(why) + 4 <= _WIDTH:
+        yield f"{line}  # {why}" if not text.startswith("#") else f"{line}  ({why})"
+    else:
+        yield from (f"{indent}# {part}" for part in textwrap.wrap(why, _WIDTH - len(indent) - 2))
+        yield line
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(defaults_table(objective) for objective in OBJECTIVES))

@@ -10,11 +10,11 @@ import sys
 
 from loray.errors import SpecError
 from loray.priority import compute_in_background
+from loray.simulation import workload
 from loray.simulation.asked import MOST_REQUESTS, Asked, Line, Told
 from loray.simulation.profile import SMOLLM2_TWO_CORES
 from loray.simulation.scenario import POLICIES, Scenario, simulate
-from loray.simulation.summary import course, summary
-from loray.simulation.workload import synthetic
+from loray.simulation.simulator import course, summary
 
 _PROFILE = SMOLLM2_TWO_CORES
 
@@ -24,7 +24,7 @@ def told(asked: Asked) -> Told:
     if not set(asked.policies) <= set(POLICIES):
         raise SpecError(f"choose policies of {', '.join(POLICIES)}")
     scenario = Scenario(_PROFILE, asked.replicas, asked.adapters, asked.minutes, None, asked.utilization)
-    expected = asked.utilization * asked.replicas / _PROFILE.work_seconds(*synthetic.mean_tokens()) * scenario.seconds
+    expected = asked.utilization * asked.replicas / _PROFILE.work_seconds(*workload.mean_tokens()) * scenario.seconds
     if expected > MOST_REQUESTS:
         raise SpecError(
             f"these would be about {expected:,.0f} requests, and here at most {MOST_REQUESTS:,} are simulated: ask for "

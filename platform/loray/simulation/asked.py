@@ -23,7 +23,7 @@ class Asked(BaseModel):
 
 
 class Line(BaseModel):
-    """What came of one policy: `summary` has the fields of `loray.simulation.summary.Summary`. By time: the 99th
+    """What came of one policy: `summary` has the fields of `loray.simulation.simulator.Summary`. By time: the 99th
     percentile of seconds to the first token, None where no request came, and replicas.
     """
 

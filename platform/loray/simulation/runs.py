@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from loray.machine import num_cores
 from loray.simulation.scenario import Scenario, simulate
-from loray.simulation.summary import Course, Summary, course, summary
+from loray.simulation.simulator import Course, Summary, course, summary
 
 _BETWEEN_S = 0.5
 

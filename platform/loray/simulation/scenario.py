@@ -11,13 +11,12 @@ from math import ceil
 import numpy as np
 
 from loray.errors import SpecError
-from loray.simulation.policies.placement import ProportionalPlacement
-from loray.simulation.policies.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
-from loray.simulation.policies.scalers import AdapterDemand, Fixed, Foreseen, OngoingRequests, Scaler
+from loray.simulation import workload
 from loray.simulation.profile import Profile
+from loray.simulation.routers import AdapterRouter, LeastWork, ProportionalPlacement, RandomRouter, TwoChoices
+from loray.simulation.scalers import AdapterDemand, Fixed, Foreseen, OngoingRequests, Scaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
-from loray.simulation.workload import synthetic
-from loray.simulation.workload.requests import Requests, at_rate, with_adapters
+from loray.simulation.workload import Requests, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
 
 _TARGET = float(AutoscalingSpec.model_fields["target_utilization"].default)
@@ -90,8 +89,8 @@ class Scenario:
         context = self.profile.context_length
         capacity = self.utilization * self.replicas
         if self.trace is None:
-            rate = capacity / self.profile.work_seconds(*synthetic.mean_tokens())
-            made = synthetic.generate(
+            rate = capacity / self.profile.work_seconds(*workload.mean_tokens())
+            made = workload.generate(
                 rate=rate, seconds=self.seconds, num_adapters=self.adapters, alpha=self.alpha, seed=self.seed
             )
             return self._checked(made.cut(context))

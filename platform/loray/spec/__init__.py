@@ -47,26 +47,18 @@ from loray.spec.adapters import (
     AdapterManifest,
     AdapterOf,
     AdapterRef,
+    CanaryBounds,
+    CanaryCounts,
+    CanaryOutcome,
+    CanaryState,
     Evaluation,
+    LogMoments,
+    Percent,
     Projection,
     RopeParameters,
     RopeType,
     Subject,
-)
-from loray.spec.canary import CanaryBounds, CanaryCounts, CanaryOutcome, CanaryState, LogMoments, Percent, VersionCounts
-from loray.spec.evaluation import (
-    EXACT_MATCH,
-    LOG_LIKELIHOOD,
-    LOSS,
-    PERPLEXITY,
-    REWARDS,
-    ContextLength,
-    Depth,
-    NoGateReason,
-    PerplexitySpec,
-    RetrievalSpec,
-    RetrievalTask,
-    retrieval_metric,
+    VersionCounts,
 )
 from loray.spec.fields import (
     DEFAULT_ALIAS,
@@ -83,13 +75,14 @@ from loray.spec.fields import (
     Sha256,
     TagKey,
     TagValue,
+    ToolParserName,
     format_seconds,
     format_size,
     parse_size,
     read_mapping,
 )
-from loray.spec.figures import EngineFigures, Stretch
 from loray.spec.generation import (
+    Constraint,
     Delta,
     FinishReason,
     GenerateRequest,
@@ -97,15 +90,12 @@ from loray.spec.generation import (
     TokenDelta,
     TokenLogprob,
     TokenLogprobs,
+    Tool,
+    ToolCallDelta,
+    ToolUse,
     cache_salt,
 )
-from loray.spec.jobs import EndStatus, JobStatus, TrainingGroup, has_ended
-from loray.spec.serving import AutoscalingSpec, FleetSpec, ServeSpec, engine_of, is_engine
-from loray.spec.structured import Constraint
-from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
-from loray.spec.training.context import AttentionSpec, RopeScaling
-from loray.spec.training.data import BatchSpec, DataSource, DataSpec
-from loray.spec.training.methods import (
+from loray.spec.methods import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
     MLP_MODULES,
@@ -117,20 +107,42 @@ from loray.spec.training.methods import (
     LoraSpec,
     VeraSpec,
 )
-from loray.spec.training.objective import DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
-from loray.spec.training.older import upgraded
-from loray.spec.training.quantization import QuantizationSpec
-from loray.spec.training.recipe import (
+from loray.spec.objectives import DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
+from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, Stretch, engine_of, is_engine
+from loray.spec.training import (
+    EXACT_MATCH,
+    LOG_LIKELIHOOD,
+    LOSS,
+    PERPLEXITY,
+    REWARDS,
+    AttentionSpec,
+    BatchSpec,
     CheckpointSpec,
+    ContextLength,
+    DataSource,
+    DataSpec,
+    Depth,
     EarlyStoppingSpec,
+    EndStatus,
     EvaluationSpec,
+    JobStatus,
+    NoGateReason,
     OptimizerSpec,
     ParallelSpec,
+    PerplexitySpec,
     PublishSpec,
+    QuantizationSpec,
+    RetrievalSpec,
+    RetrievalTask,
+    RopeScaling,
     StrategyName,
     TrackerName,
+    TrainingGroup,
     TrainSpec,
+    has_ended,
+    retrieval_metric,
 )
+from loray.spec.training_older import upgraded
 
 __all__ = [
     "ATTENTION_MODULES",

@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 
 from loray.errors import SpecError
 
+ToolParserName = Literal["hermes", "llama3_json", "mistral"]
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,47}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]

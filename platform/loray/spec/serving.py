@@ -1,16 +1,15 @@
-"""A deployment: its base models, their replicas, and how the number of these changes."""
+"""`ServeSpec`, `FleetSpec`, autoscaling; `EngineStats`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loray.errors import SpecError
-from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, read_mapping
-from loray.spec.tools import ToolParserName
+from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, ToolParserName, read_mapping
 
 
 class AutoscalingSpec(Frozen):
@@ -291,3 +290,52 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
         default = fields.get(name)
         fields[name] = {**default, **value} if isinstance(default, Mapping) and isinstance(value, Mapping) else value
     return ServeSpec.parse(fields, source=where)
+
+
+class Stretch(NamedTuple):
+    """Neighbouring blocks of the pool, and what they hold, or most of them: free, kv, cached, layered, flat or run."""
+
+    holds: str
+    num_blocks: int
+
+
+class EngineFigures(BaseModel):
+    """The state at one moment, and totals since the engine started.
+
+    num_loading         adapters on their way from the store
+    blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run
+    host_bytes          host memory that adapters take
+    num_pool_hits       requests whose adapter was in the pool when they came; num_host_hits: on the host; num_misses:
+                        neither
+    num_loads           loads that have started; num_loaded_bytes: host memory of the complete ones
+    num_evictions       adapters evicted from the pool; num_host_evictions: from host memory
+    num_aborted         requests refused because their first token would have come too late
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_loading: int = 0
+    blocks: dict[str, int] = {}
+    host_bytes: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_finished: int = 0
+    num_preemptions: int = 0
+    num_aborted: int = 0
+    num_loads: int = 0
+    num_failed_loads: int = 0
+    num_evictions: int = 0
+    num_host_evictions: int = 0
+    num_pool_hits: int = 0
+    num_host_hits: int = 0
+    num_misses: int = 0
+    num_loaded_bytes: int = 0
+    max_adapters_in_step: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """There is no request."""
+        return self.num_running + self.num_waiting == 0

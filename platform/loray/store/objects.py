@@ -1,4 +1,4 @@
-"""Object stores: objects by key, each written once and atomically. `LocalStore` is a folder, `store.s3` a bucket."""
+"""`ObjectStore`, and a folder as one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,32 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol
 
 from loray.errors import NotFoundError, StoreError
-from loray.locations import FileLocation, parse_location
-from loray.store.keys import TEMPORARY, ObjectEntry, check_key
+
+TEMPORARY = ".tmp"  # first part of the names of a store's temporary objects
+
+
+class ObjectEntry(NamedTuple):
+    """`written_at` is the time at which the object was written, in seconds since 1970, by the store's clock. `etag` is
+    S3's name of the content, empty elsewhere.
+    """
+
+    key: str
+    num_bytes: int
+    written_at: float
+    etag: str = ""
+
+
+def check_key(key: str) -> str:
+    """`key` itself. Raises ValueError where it leads out of the store or to its temporary objects."""
+    parts = PurePosixPath(key).parts
+    if not parts or key != "/".join(parts) or ".." in parts or parts[0] == TEMPORARY:
+        raise ValueError(f"{key!r} is not a valid key")
+    return key
+
 
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -174,19 +194,6 @@ class LocalStore:
             yield Path(name)
         finally:
             Path(name).unlink(missing_ok=True)
-
-
-def open_store(url: str) -> ObjectStore:
-    """The store at `file:///absolute/folder` (created at the first write) or `s3://bucket/prefix?…`.
-
-    Raises SettingsError where the URL or its credentials file is wrong. Connects at the first request.
-    """
-    location = parse_location(url)
-    if isinstance(location, FileLocation):
-        return LocalStore(location.folder)
-    from loray.store.s3 import S3Store
-
-    return S3Store(location)
 
 
 def _missing(key: str, root: Path) -> NotFoundError:

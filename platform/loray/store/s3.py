@@ -1,22 +1,233 @@
-"""An ObjectStore in a bucket of AWS S3, or of a server with the same protocol."""
+"""A bucket as one; AWS's configuration and errors."""
 
 from __future__ import annotations
 
+import configparser
 import io
+import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from loray.errors import NotFoundError, StoreError, UnsupportedError
+from loray.errors import LorayError, NotFoundError, SettingsError, StoreError, UnsupportedError
 from loray.locations import S3Location
-from loray.store.aws import NUM_CONNECTIONS, connect, endpoint_of
-from loray.store.keys import TEMPORARY, ObjectEntry, check_key
-from loray.store.parts import PART_BYTES, Source, upload_parts
-from loray.store.s3_errors import missing_bucket, status_of, translate_errors, was_retried
+from loray.store.objects import TEMPORARY, ObjectEntry, check_key
 from loray.telemetry import get_logger
+
+NUM_CONNECTIONS = 8  # parallel transfers of one object's parts
+
+_PROFILE = "default"
+_DEFAULT_REGION = "us-east-1"  # for servers without regions
+_CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_S = 60
+_QUICK_READ_TIMEOUT_S = 5
+_MAX_ATTEMPTS = 4  # of each request, with growing pauses
+_QUICK_MAX_ATTEMPTS = 2
+
+
+class Keys(NamedTuple):
+    access_key: str
+    secret_key: str
+    session_token: str | None = None
+
+
+def read_keys(file: Path) -> Keys:
+    """The keys of profile `default` in a shared credentials file. Raises SettingsError where there are none."""
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read_string(file.read_text(encoding="utf-8"), source=str(file))
+        profile = parser[_PROFILE]
+        return Keys(
+            profile["aws_access_key_id"], profile["aws_secret_access_key"], profile.get("aws_session_token") or None
+        )
+    except OSError as e:
+        raise SettingsError(f"the store's credentials_file {file} cannot be read: {e.strerror}") from e
+    except (configparser.Error, KeyError, UnicodeDecodeError) as e:
+        raise SettingsError(
+            f"the store's credentials_file {file} needs a section [{_PROFILE}] with aws_access_key_id and "
+            "aws_secret_access_key"
+        ) from e
+
+
+def endpoint_of(location: S3Location) -> str | None:
+    """The endpoint of the URL, else of AWS's environment variables. None means AWS itself."""
+    return location.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def region_of(location: S3Location) -> str | None:
+    """The region of the URL, else of AWS's environment variables. None means AWS's configuration files."""
+    region = location.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return region or (_DEFAULT_REGION if endpoint_of(location) else None)
+
+
+def connect(location: S3Location, *, quick: bool = False) -> Any:
+    """A boto3 client, which several threads may use. It retries requests and verifies checksums. Sends nothing yet.
+
+    `quick` is for small objects: a request fails within seconds instead of minutes. Raises SettingsError where the
+    credentials file is wrong.
+    """
+    import boto3
+    from botocore.config import Config
+
+    keys = Keys("", "") if location.credentials_file is None else read_keys(location.credentials_file)
+    endpoint = endpoint_of(location)
+    session = boto3.session.Session(
+        aws_access_key_id=keys.access_key or None,
+        aws_secret_access_key=keys.secret_key or None,
+        aws_session_token=keys.session_token,
+        region_name=region_of(location),
+    )
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"} if endpoint else None,
+            retries={"mode": "standard", "total_max_attempts": _QUICK_MAX_ATTEMPTS if quick else _MAX_ATTEMPTS},
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_QUICK_READ_TIMEOUT_S if quick else _READ_TIMEOUT_S,
+            max_pool_connections=2 * NUM_CONNECTIONS,
+            request_checksum_calculation="when_supported",
+            response_checksum_validation="when_supported",
+        ),
+    )
+
+
+PART_BYTES = 8 << 20
+
+_MAX_PARTS = 10_000  # S3's own limit
+
+
+class Source(NamedTuple):
+    """Bytes in memory, or a file. Several threads may read it."""
+
+    data: bytes | Path
+    num_bytes: int
+
+    @classmethod
+    def of(cls, data: bytes | Path) -> Source:
+        return cls(data, len(data) if isinstance(data, bytes) else data.stat().st_size)
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        with io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data.open("rb") as f:
+            yield f
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        with self.open() as f:
+            f.seek(start)
+            return f.read(num_bytes)
+
+
+def upload_parts(client: Any, target: Mapping[str, str], source: Source) -> Sequence[Mapping[str, Any]]:
+    """Send all parts of the multipart upload `target`. Returns the list of parts for CompleteMultipartUpload.
+
+    Raises boto3's errors, after all transfers have ended.
+    """
+    part_bytes = max(PART_BYTES, -(-source.num_bytes // _MAX_PARTS))
+
+    def upload(number: int) -> dict[str, Any]:
+        body = source.read((number - 1) * part_bytes, part_bytes)
+        sent = client.upload_part(**target, PartNumber=number, Body=body, ChecksumAlgorithm="CRC32")
+        return {"PartNumber": number, **{name: sent[name] for name in ("ETag", "ChecksumCRC32") if name in sent}}
+
+    pool = ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="s3-upload")
+    try:
+        return list(pool.map(upload, range(1, max(1, -(-source.num_bytes // part_bytes)) + 1)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_REFUSED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "403",
+}
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status of a botocore ClientError."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def was_retried(error: Any) -> bool:
+    """Whether the request was sent more than once, so that an earlier attempt may have succeeded."""
+    return bool(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
+
+
+@contextmanager
+def translate_errors(location: S3Location) -> Iterator[None]:
+    """Errors of boto3 in the block become StoreError, or UnsupportedError where the server lacks the operation."""
+    from boto3.exceptions import RetriesExceededError
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+    from s3transfer.exceptions import RetriesExceededError as TransferFailed
+
+    try:
+        yield
+    except ClientError as e:
+        raise _of_response(e, location) from e
+    except (RetriesExceededError, TransferFailed) as e:
+        raise _unreachable(e.last_exception, location) from e
+    except ResponseParserError as e:  # an answer that was cut off, or a proxy's
+        raise StoreError(f"{_place(location)} gives an answer that is none of S3 ({e}); try again later") from e
+    except BotoCoreError as e:
+        raise _of_client(e, location) from e
+
+
+def _of_response(error: Any, location: S3Location) -> LorayError:
+    code, message = str(error.response["Error"].get("Code")), str(error.response["Error"].get("Message"))
+    place = _place(location)
+    if code == "NoSuchBucket":
+        return missing_bucket(location)
+    if code in _REFUSED:
+        return StoreError(
+            f"{place} refuses {error.operation_name} ({code}): check the keys (credentials_file of the store's URL, or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and that they may list, read, write and delete there"
+        )
+    if code in _ELSEWHERE:
+        return StoreError(f"{place} lies in another region ({message}): add region=… to the store's URL")
+    if code == "NotImplemented":
+        return UnsupportedError(f"{place} does not implement what {error.operation_name} asks for: {message}")
+    return StoreError(f"{place} failed in {error.operation_name}: {code} {message}; try again later")
+
+
+def _of_client(error: Exception, location: S3Location) -> LorayError:
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
+        return StoreError(
+            f"there are no keys for {_place(location)}: name a credentials_file in the store's URL, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError):
+        return _unreachable(error, location)
+    return StoreError(f"{_place(location)} cannot be used: {error}")
+
+
+def missing_bucket(location: S3Location) -> StoreError:
+    return StoreError(
+        f"{_place(location)} does not exist; create the bucket first, for instance: aws s3 mb s3://{location.bucket}"
+    )
+
+
+def _unreachable(error: Exception, location: S3Location) -> StoreError:
+    hint = "`loray up` starts a local server again" if location.is_local else "check endpoint_url and the network"
+    return StoreError(f"{_place(location)} cannot be reached ({error}); {hint}, then try again")
+
+
+def _place(location: S3Location) -> str:
+    return f"bucket {location.bucket!r} at {endpoint_of(location) or 'AWS'}"
+
 
 log = get_logger(__name__)
 

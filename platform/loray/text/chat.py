@@ -10,9 +10,8 @@ from typing import Any
 
 from loray.errors import RequestError
 from loray.spec import Constraint, GenerateRequest, ToolParserName, ToolUse
-from loray.text.deltas import RequestText
-from loray.text.isolated import IsolatedRenderer
-from loray.text.templates import ChatTemplate, ChatTemplates
+from loray.text.detokenizer import RequestText
+from loray.text.templates import ChatTemplate, ChatTemplates, IsolatedRenderer
 from loray.text.tokenizer import Tokenizer
 from loray.text.tools import MARKERS, calls_constraint, detect, parser_for, with_tools
 

@@ -1,16 +1,159 @@
-"""Checks what an answer must match before an engine sees it: beside the event loop, and each constraint once."""
+"""Constraints compiled by llguidance.
+
+A grammar is refused where it exceeds a limit; the limits are chosen so that a refusal takes less than a tenth of a
+second.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loray.bases.grammar import GrammarCompiler, ignored_keywords
+from loray.bases import tokenizer
 from loray.bases.registry import BaseModel
-from loray.errors import RequestError
+from loray.errors import RequestError, UnsupportedError
 from loray.spec import Constraint
+from loray.spec.generation import MAX_CHARACTERS
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+MAX_NESTING = 256  # of brackets in a pattern or grammar
+MASK_BUDGET_S, MASK_BUDGET_GPU_S = 0.005, 0.002  # for masks in a step
+MAX_MEAN_MASK_S = 0.005  # for a token's mask; a request with more ends
+MIN_MASKS = 32  # of a request, before that
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,  # about 20 ms
+    "max_grammar_size": 20_000,
+    "step_lexer_fuel": 200_000,  # of one token's mask: about 15 ms
+    "step_max_items": 50_000,  # 3 ms
+    "max_lexer_states": 50_000,  # 50 to 100 MB
+}
+# A grammar is Lark if it has a rule `start`, perhaps with a modifier, a priority or attributes; GBNF has `root ::=`.
+_LARK = re.compile(r"^\s*(%llguidance\b|[?!]?start(\.\d+)?\s*(\[[^\]\n]*\])?\s*:(?!:=))", re.MULTILINE)
+_BRACKETS = re.compile(r"[][(){}]")
+_IGNORED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
+_building = threading.Lock()
+
+
+def ignored_keywords(matcher: LLMatcher) -> tuple[str, ...]:
+    """The keywords of a lenient constraint's schema that answers may violate."""
+    found: dict[str, None] = {}
+    for warning in matcher.get_grammar_warnings():
+        for names in _IGNORED.findall(warning):
+            found |= dict.fromkeys(json.loads(names))
+    return tuple(found)
+
+
+class GrammarCompiler:
+    """May be used by several threads, which llguidance lets run side by side."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._args = base.path, base.config.vocab_size, tuple(base.config.eos_token_ids)
+
+    def compile(self, constraint: Constraint) -> LLMatcher:
+        """A matcher at the beginning of an answer. RequestError where the constraint is wrong or exceeds a limit."""
+        _check_size(constraint)
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            grammar = json.dumps({"grammars": [_grammar(constraint)]})
+        except (ValueError, RecursionError) as e:
+            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be read: {e}") from e
+        limits = LLParserLimits(**_LIMITS, verbose_errors=False)
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be enforced: {_first_line(matcher.get_error())}")
+        matcher.compute_bitmask()  # the first takes milliseconds; copies of the matcher have what it found
+        if matcher.is_error():
+            raise RequestError(f"no answer can match the {_NAMES[constraint.kind]}; correct it")
+        return matcher
+
+    def warm(self) -> None:
+        """Build the tokenizer now: that holds the interpreter for a quarter of a second, once in a process."""
+        with suppress(RequestError):
+            _ = self.tokenizer
+
+    @property
+    def tokenizer(self) -> LLTokenizer:
+        """RequestError if the base has none that llguidance can read."""
+        with _building:
+            return _tokenizer(*self._args)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """Return that of the base's tokenizer, about 30 MB. The model may have more tokens than the tokenizer."""
+    from llguidance import LLTokenizer
+
+    try:
+        return LLTokenizer(tokenizer.read(folder), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except (OSError, ValueError, UnsupportedError) as e:
+        raise RequestError(f"answers of {folder.name} cannot be held to a constraint by its tokenizer: {e}") from e
+
+
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}
+
+
+def _check_size(constraint: Constraint) -> None:
+    text = constraint.text
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(
+            f"a constraint on the answer may have {MAX_CHARACTERS} characters, this one has {len(text)}; shorten it"
+        )
+    if constraint.kind == "choice":
+        return
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(text):
+        depth += 1 if found[0] in "([{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_NESTING:
+        raise RequestError(f"a constraint on the answer may nest {MAX_NESTING} brackets, this one nests {deepest}")
+
+
+def _grammar(constraint: Constraint) -> dict[str, Any]:
+    """Return it as llguidance takes it. ValueError where the text is not what it must be."""
+    from llguidance import regex_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if constraint.kind == "json_schema":
+        return {"json_schema": _schema(constraint)}
+    if constraint.kind == "regex":  # ASCII's classes, so that Python's and JavaScript's expressions agree
+        return {"lark_grammar": f"start: /{regex_to_lark(constraint.text, 'dws')}/"}
+    if constraint.kind == "choice":
+        return {"lark_grammar": f"start: {' | '.join(json.dumps(text) for text in json.loads(constraint.text))}"}
+    if _LARK.search(constraint.text):
+        return {"lark_grammar": constraint.text}
+    try:
+        return {"lark_grammar": gbnf_to_lark(constraint.text)}
+    except Exception as e:
+        raise ValueError(f"it is not Lark, as no rule is called start, and as GBNF it is wrong: {e}") from e
+
+
+def _schema(constraint: Constraint) -> dict[str, Any]:
+    schema = json.loads(constraint.text)
+    if not isinstance(schema, dict):
+        schema = {"allOf": [schema]}  # true or false; anything else is refused as a schema
+    options: dict[str, Any] = {"lenient": True} if constraint.lenient else {}
+    if constraint.whitespace:
+        options["whitespace_pattern"] = constraint.whitespace
+    elif constraint.whitespace is not None:
+        options["whitespace_flexible"] = False
+    return schema | {"x-guidance": options}
+
+
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[0] if message.strip() else "no reason is known"
+
 
 _MAX_KNOWN = 512  # constraints that were checked, the last used of which are remembered
 _NUM_THREADS = 2

@@ -1,4 +1,6 @@
-"""A checkpoint: the adapter as it would be published, and the state from which a run can be resumed.
+"""Checkpoints: what, when, and how they are written.
+
+Every trained parameter is saved under PEFT's name and in the dtype that it is given in.
 
     adapter/       PEFT's format, in the dtype in which it would be published
     optimizer.pt   OptimizerState: fp32 masters of the trained parameters and AdamW's moments, as full tensors
@@ -10,19 +12,115 @@ the step. A run with any strategy and number of workers can resume from a checkp
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from math import isfinite
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from loray.adapters.peft_format import AdapterFiles, write_folder
+from loray.adapters.files import PAIR_NAMES
+from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.spec import LOSS, DType, Evaluation, Frozen, Sha256, Subject, TrainSpec
+from loray.methods.attach import ADAPTER as ATTACH_ADAPTER
+from loray.methods.attach import BASE_ROWS, is_magnitude, peft_config, trained_norms
+from loray.methods.vera_module import VeraLinear
+from loray.spec import (
+    LOSS,
+    AdapterSpec,
+    CheckpointSpec,
+    DType,
+    Evaluation,
+    Frozen,
+    Sha256,
+    Subject,
+    TrainSpec,
+    VeraSpec,
+)
+from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+_INDEX_NBYTES = 16  # of one token id as a line of the configuration
+
+
+def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter that `attach` put into `model` to `folder`, in PEFT's format.
+
+    `trained` has the full values of the trained parameters by name, for a model that holds only shards of them.
+    """
+    if trained is None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_folder(folder, *adapter_files(model, spec, trained))
+
+
+def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) -> AdapterFiles:
+    """The same in memory. The tensors are those of `trained`, and VeRA's pair.
+
+    The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
+    head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    """
+    tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
+    token_ids = _replace_embedding_by_rows(model, spec, tensors)
+    modules_to_save = trained_norms(model)
+    if token_ids is None and model.get_input_embeddings().weight.requires_grad:
+        modules_to_save.append("embed_tokens")
+    if isinstance(spec, VeraSpec) and spec.save_projection:
+        pair = next(m.shared.pair for m in model.modules() if isinstance(m, VeraLinear))
+        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI, pair.b_OR), strict=True))
+    options: dict[str, Any] = {
+        "modules_to_save": modules_to_save or None,
+        "base_model_name_or_path": PurePath(model.config.name_or_path).name,
+        "inference_mode": True,
+    }
+    if token_ids is not None:
+        options["trainable_token_indices"] = token_ids
+    return AdapterFiles(_fields(peft_config(spec, **options)), tensors)
+
+
+def peft_name(name: str) -> str:
+    """A parameter's name in a checkpoint, where PEFT leaves out the name of the adapter, and what follows it in the
+    names of DoRA's magnitudes.
+    """
+    stored = name.replace(f".{ATTACH_ADAPTER}.", ".")
+    return stored.removesuffix(".weight") if is_magnitude(name) else stored
+
+
+def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str, Tensor]) -> list[int] | None:
+    """Replace the dense embedding in `tensors` by its changed rows, and return their token ids. None where the
+    embedding stays dense.
+    """
+    embedding = model.get_input_embeddings()
+    base_VD = getattr(embedding, BASE_ROWS, None)
+    if base_VD is None or isinstance(spec, VeraSpec):  # tied: PEFT would change the head too. VeraConfig has no rows
+        return None
+    name = PREFIX + next(name for name, p in model.named_parameters() if p is embedding.weight)
+    weight_VD = tensors[name].detach()
+    changed = (weight_VD != base_VD.to(weight_VD.device)).any(dim=1).nonzero().squeeze(1)
+    row_nbytes = weight_VD[0].nbytes
+    if not len(changed) or len(changed) * (row_nbytes + _INDEX_NBYTES) >= weight_VD.nbytes:
+        return None
+    del tensors[name]
+    tensors[name.removesuffix(".weight") + ROWS_SUFFIX] = weight_VD[changed]
+    return [int(i) for i in changed]
+
+
+def _fields(config: PeftConfig) -> dict[str, Any]:
+    """The fields of `config` with sets sorted: PEFT writes them in the order of their hashes, which varies."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
 
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
@@ -119,8 +217,8 @@ def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DTyp
     """`model` has the adapter's modules; the adapter has the masters' values, rounded to `dtype`. DoRA's magnitudes,
     whose steps are smaller than those of 16 bits, stay fp32.
     """
-    from loray.adapters.export import adapter_files  # imports PEFT, which reading does not need
-    from loray.adapters.inject import is_magnitude
+    # imports PEFT, which reading does not need
+    from loray.methods.attach import is_magnitude
 
     masters = optimizer.masters.items()
     trained = {name: master if is_magnitude(name) else master.to(getattr(torch, dtype)) for name, master in masters}
@@ -190,3 +288,177 @@ def _comparable(spec: TrainSpec) -> TrainSpec:
     unnamed = tuple(source.model_copy(update={"path": ""}) for source in spec.data.train_sources)
     data = spec.data.model_copy(update={"train": unnamed, "eval": None})
     return spec.model_copy(update={"data": data, "batch": spec.batch.model_copy(update={"accumulation": 1})})
+
+
+Metrics = dict[str, Any]
+
+
+class Reporter(Protocol):
+    def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
+        """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
+
+        `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
+        """
+
+
+def start_event(num_parameters: int, num_trainable: int, data: dict[str, Any]) -> Metrics:
+    """What this process trains, and with what. `data` is the data set's report."""
+    return {
+        "event": "start",
+        "num_parameters": num_parameters,
+        "num_trainable": num_trainable,
+        "trainable_share": num_trainable / num_parameters,
+        "num_threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+        "data": data,
+    }
+
+
+class SavedCheckpoint(NamedTuple):
+    path: Path
+    step: int
+    eval_loss: float | None
+
+
+class FolderReporter:
+    """Keeps events in `events`, and checkpoints as `folder/step_000010`: the `keep` best, and the latest."""
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self._folder, self._keep = folder, keep
+        self.events: list[Metrics] = []
+        self.checkpoints: list[SavedCheckpoint] = []
+
+    def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
+        self.events.append(metrics)
+        if checkpoint is None:
+            return
+        path = self._folder / f"step_{metrics['step']:06d}"
+        shutil.copytree(checkpoint, path)
+        latest = SavedCheckpoint(path, metrics["step"], metrics.get("eval_loss"))
+        self.checkpoints.append(latest)
+        for old in self._ranked()[self._keep :]:
+            if old != latest:
+                shutil.rmtree(old.path)
+                self.checkpoints.remove(old)
+
+    @property
+    def best(self) -> SavedCheckpoint:
+        """The checkpoint with the lowest evaluation loss; the latest where none was evaluated. Raises IndexError where
+        there is none.
+        """
+        return self._ranked()[0]
+
+    def _ranked(self) -> list[SavedCheckpoint]:
+        return sorted(self.checkpoints, key=lambda c: (float("inf") if c.eval_loss is None else c.eval_loss, -c.step))
+
+
+Clock = Callable[[], float]
+WRITTEN = "written-"  # before the step in the name of a checkpoint that is whole, and not reported yet
+_UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
+
+
+class Signals(NamedTuple):
+    """What rank 0 tells the others in a sum that they take anyway; other ranks add zeros.
+
+    overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier
+    status   of the checkpoint that is being written
+    """
+
+    overdue: float = 0.0
+    status: float = _UNDER_WAY
+
+
+class _Pending(NamedTuple):
+    """A checkpoint that is not reported yet. `written` is the folder to come, None on ranks that write none."""
+
+    metrics: Metrics
+    written: Future[Path] | None
+
+
+class Checkpoints:
+    """Writes one checkpoint at a time, in a thread of rank 0; the next one waits for it.
+
+    A checkpoint is reported, on all ranks at the same step, once it is written. All ranks make the same calls.
+    """
+
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        reporter: Reporter,
+        workdir: Path,
+        world: World,
+        device: torch.device,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        minutes = spec.interval_minutes
+        self._interval_s = float("inf") if minutes is None else 60 * minutes
+        self._reporter, self._workdir, self._world, self._device = reporter, workdir, world, device
+        self._clock, self._begun_at = clock, clock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+
+    def signals(self) -> Signals:
+        if self._world.rank:
+            return Signals()
+        return Signals(float(self._clock() - self._begun_at >= self._interval_s), self._status())
+
+    def take(self, status: float) -> None:
+        """Report the checkpoint under way if it is written. `status` is the sum over ranks of the signal.
+
+        Raises TrainingError, on all ranks, where it could not be written.
+        """
+        pending = self._pending
+        if pending is None or status == _UNDER_WAY:
+            return
+        self._pending = None
+        if status == _FAILED:
+            error = None if pending.written is None else str(pending.written.exception())
+            (reason, *_) = self._world.gather(error)
+            raise TrainingError(
+                f"the checkpoint of step {pending.metrics['step']} could not be written to {self._workdir}: {reason}; "
+                "see that there is space and that it may be written to, then go on from the checkpoint before with "
+                "--resume"
+            )
+        folder = None if pending.written is None else pending.written.result()
+        try:
+            self._reporter.report(pending.metrics, folder)
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def begin(self, snapshot: Snapshot | None, *, step: int, eval_loss: float | None) -> None:
+        """Start to write `snapshot`, which only rank 0 has. The checkpoint before must be finished."""
+        assert self._pending is None, "the checkpoint before is finished"
+        self._begun_at = self._clock()
+        metrics: dict[str, Any] = {"event": "checkpoint", "step": step, "eval_loss": eval_loss}
+        written = None if snapshot is None else self._thread.submit(self._write, snapshot, step)
+        self._pending = _Pending(metrics, written)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is written, and report it. Raises as `take` does."""
+        if self._pending is None:
+            return
+        if self._pending.written is not None:
+            self._pending.written.exception()  # waits
+        (status,) = self._world.sum(self._status(), device=self._device)
+        self.take(status)
+
+    def close(self) -> None:
+        """Wait for the thread. A checkpoint that it has written and that is not reported stays in the folder."""
+        self._thread.shutdown()
+
+    def _status(self) -> float:
+        written = None if self._pending is None else self._pending.written
+        if written is None or not written.done():
+            return _UNDER_WAY
+        return _WRITTEN if written.exception() is None else _FAILED
+
+    def _write(self, snapshot: Snapshot, step: int) -> Path:
+        """A folder gets its name when it is whole: a worker that replaces a lost one may use it."""
+        partial = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._workdir))
+        try:
+            write(partial, snapshot)
+            return partial.rename(self._workdir / f"{WRITTEN}{step:06d}")
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

@@ -1,4 +1,4 @@
-"""The training loop in plain Python: one process, or one of several over torch.distributed.
+"""`train`: the loop, its seeds, held-out loss.
 
 A step: its batches → sum of losses over all targets or pairs → gradients, summed over micro-batches and ranks → clip →
 AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
@@ -6,34 +6,153 @@ AdamW. The strategy distributes parameters, gradients and states over ranks. All
 
 from __future__ import annotations
 
+import copy
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 
-from loray.adapters.inject import InitialAdapter, load_weights
 from loray.adapters.peft_format import read_adapter
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, TrainingError
+from loray.methods.attach import InitialAdapter, load_weights
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import RunState, evaluation
-from loray.train.data.batches import BatchStream, Cursor
-from loray.train.data.dataset import Dataset
-from loray.train.determinism import deterministic, seed_step
-from loray.train.evaluation.held_out import HeldOut, held_out_loss, measure_baselines
+from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation, start_event
+from loray.train.data.batches import (
+    BatchStream,
+    Cursor,
+    TokenRows,
+    collate,
+    collate_pairs,
+    pair_lengths,
+    plan_evaluation,
+)
+from loray.train.data.rows import Dataset
 from loray.train.mesh import Mesh
-from loray.train.model import build_model, count_parameters
-from loray.train.objectives.choice import objective_of
+from loray.train.model import BaseWeights, build_model, count_parameters, dense
+from loray.train.objectives import Objective, objective_of
 from loray.train.optimizer import StepResult, learning_rate
-from loray.train.reporting import Reporter, start_event
-from loray.train.saving import Checkpoints, Clock
 from loray.train.strategies import prepare
-from loray.train.weights.deferred import BaseWeights
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from these arguments alone, so that a resumed run draws the same numbers."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Where `enabled`, torch's deterministic algorithms inside the block; an operation without one raises RuntimeError.
+
+    On a GPU enter it before the first product: cuBLAS reads its setting once.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
+
+
+class HeldOut(NamedTuple):
+    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
+    objective's further figures.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: Objective, compute: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+) -> HeldOut:
+    """The mean loss over all rows and ranks. Leaves the model in training mode.
+
+    `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
+    rank without a batch repeats the last one, and does not count it.
+    """
+    lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
+    batches = plan_evaluation(lengths, spec.batch)
+    total, num_terms = 0.0, 0
+    sums = [0.0] * len(objective.METRICS)
+    compute.eval()
+    with dense(objective.model, mesh.sequence):
+        for first in range(0, len(batches), mesh.data_size):
+            mine = first + mesh.data_rank
+            planned = batches[min(mine, len(batches) - 1)]
+            whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
+            with mesh.part(whole) as part:
+                loss = float(compute(part))
+            taken = objective.take()
+            if mine < len(batches):
+                total += loss
+                num_terms += part.num_terms
+                sums = [a + b for a, b in zip(sums, taken, strict=True)]
+    compute.train()
+    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
+    return HeldOut(total / count, {name: s / count for name, s in zip(objective.METRICS, sums, strict=True)})
+
+
+def measure_baselines(
+    model: Any, base: BaseModel, spec: TrainSpec, measure: Callable[[], HeldOut]
+) -> Iterator[tuple[Subject, HeldOut]]:
+    """What the model is before training, and its held-out loss, which `measure` finds. An untrained adapter does not
+    change the base, which is base_scaled under scaled RoPE; a run that goes on from an adapter starts at its parent.
+
+    Raises TrainingError for a loss that is not finite.
+    """
+    if spec.init_adapter is not None:
+        yield "parent", _finite(measure(), "parent", spec)
+        return
+    if spec.rope_scaling is not None:
+        with unscaled(model, base):
+            measured = measure()
+        yield "base", _finite(measured, "base", spec)
+    subject: Subject = "base" if spec.rope_scaling is None else "base_scaled"
+    yield subject, _finite(measure(), subject, spec)
+
+
+def _finite(measured: HeldOut, subject: Subject, spec: TrainSpec) -> HeldOut:
+    if not isfinite(measured.loss):
+        raise TrainingError(
+            f"the held-out loss of {subject} is {measured.loss} before any training; "
+            f"check the base model and the data, or train in float32 (dtype is {spec.dtype})"
+        )
+    return measured
+
+
+@contextmanager
+def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
+    """The base's RoPE inside the block: an untrained model then computes as the base does."""
+    inner = model.base_model
+    scaled = inner.rotary_emb
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = base.config.rope.to_hf()
+    inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
+    try:
+        yield
+    finally:
+        inner.rotary_emb = scaled
+
 
 log = get_logger(__name__)
 

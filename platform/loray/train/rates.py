@@ -19,7 +19,7 @@ from torch import Tensor
 from loray.machine import GpuRates, Rates, hardware, serving_dtype, training_dtype
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs
 from loray.spec import DType
-from loray.train.attention.shifted import s2_attention
+from loray.train.attention.attend import s2_attention
 
 _PRODUCT_WIDTH = {"cpu": 2048, "cuda": 8192}
 _READ_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}

@@ -1,12 +1,15 @@
-"""Routes of keys, tenants and the audit log."""
+"""Keys, tenants, audit, usage."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 
-from loray.api.access import (
+from loray.errors import KeyNotFound
+from loray.policy.auth import check
+from loray.schemas.access import (
     AuditResource,
     KeyChange,
     KeyCreation,
@@ -18,16 +21,15 @@ from loray.api.access import (
     TenantCreation,
     TenantResource,
 )
-from loray.api.resources import Page
-from loray.client.direct import DirectAccess
-from loray.errors import KeyNotFound
-from loray.serving.access import check
-from loray.spec import JobId, KeyAlias, TenantName
-from serve_apps.access import Asking, may
-from serve_apps.api import examples, views
+from loray.schemas.resources import WRITTEN_OUT, Page, UsageResource
+from loray.service import DirectAccess
+from loray.spec import JobId, KeyAlias, QualifiedName, TenantName, UsageGroup
+from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import AccessRoute, router_of
-from serve_apps.api.services import Limit, Services, ServicesDep
+from serve_apps.api.services import Limit, Services, ServicesDep, page
+from serve_apps.api.services import page as views_page
+from serve_apps.auth import Asking, may
 
 router = router_of("access", AccessRoute)
 
@@ -73,7 +75,7 @@ def list_keys(
 ) -> Page[KeyResource]:
     """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
     page = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-    return views.page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
+    return views_page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
 
 
 @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
@@ -179,10 +181,51 @@ def read_audit(
         limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
     )
     items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
-    return views.page(items, None if found.next is None else str(found.next), request, response)
+    return views_page(items, None if found.next is None else str(found.next), request, response)
 
 
 def _own(key_id: str | None) -> str:
     if key_id is None:
         raise KeyNotFound("this request has no key, and needs none")
     return key_id
+
+
+usage_router = router_of("usage")
+
+_Groups = Annotated[
+    list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
+]
+_MOST = 10**9
+_Time = Annotated[datetime, WRITTEN_OUT]
+_KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
+
+
+@usage_router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
+@may("identify")
+def get_usage(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    limit: Limit = 100,
+    cursor: Annotated[int, Query(ge=0, le=_MOST, description="`next` of the page before")] = 0,
+    group_by: _Groups = [],  # noqa: B006 - FastAPI copies it
+    tenant: Annotated[TenantName | None, Query(description="for administrators; others have their own")] = None,
+    key_id: Annotated[str | None, Query(pattern=_KEY_ID, description="only this key's requests")] = None,
+    model: Annotated[QualifiedName | None, Query(description="only requests to this model")] = None,
+    since: Annotated[_Time | None, Query(description="requests that ended then or later")] = None,
+    until: Annotated[_Time | None, Query(description="requests that ended before")] = None,
+) -> Page[UsageResource]:
+    """Requests and their tokens, summed up: of the own tenant, and for administrators of all."""
+    found = services.catalog.usage(
+        group_by,
+        tenant=tenant if asking.is_admin else asking.tenant,
+        key_id=key_id,
+        model=model,
+        since=since,
+        until=until,
+        limit=limit + 1,
+        offset=cursor,
+    )
+    rows = tuple(UsageResource(**row._asdict()) for row in found[:limit])
+    return page(rows, str(cursor + limit) if len(found) > limit else None, request, response)

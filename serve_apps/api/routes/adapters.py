@@ -1,35 +1,52 @@
-"""Routes of adapters, their versions, their placement in memory, and base models."""
+"""Adapters, versions, tags, removal, downloads.
+
+Nothing is in memory as a whole: PEFT's files are sent while they are read from the store, and what is computed goes to
+a folder of this machine first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from loray.api.resources import (
+from loray import service
+from loray.catalog import AdapterEntry, AdapterVersion, Catalog
+from loray.catalog.entries import parse_tags
+from loray.errors import AdapterNotFound
+from loray.policy.auth import check
+from loray.publishing import Destination, register_stored, restore
+from loray.publishing.uploads import as_it_is, as_tar
+from loray.schemas.resources import (
     AdapterChange,
     AdapterResource,
+    AdapterTransfer,
     BaseResource,
+    DownloadForm,
+    DownloadResource,
     EvaluationReport,
     Page,
     PlacementResource,
+    PresignedFileResource,
+    Registration,
+    TagChange,
+    TagResource,
     VersionDetail,
     VersionNumber,
     VersionResource,
 )
-from loray.api.uploads import Registration
-from loray.catalog import AdapterEntry, AdapterVersion, Catalog
-from loray.catalog.checks import parse_tags
-from loray.errors import AdapterNotFound
-from loray.publishing import Destination, register_stored
-from loray.serving.access import check
-from loray.spec import Method, Name, QualifiedName, split_qualified
-from serve_apps.access import may
-from serve_apps.api import examples, views
+from loray.spec import Method, Name, QualifiedName, TagKey, split_qualified
+from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import AdapterName, Asking, Limit, Services, ServicesDep, TenantQuery
+from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, page
+from serve_apps.auth import Asking, may
+from serve_apps.console.archives import FILE, TAR, ArchiveResponse, label_of, send_adapter
+from serve_apps.http import schema_reference
 
 router = router_of("adapters")
 
@@ -64,8 +81,8 @@ def list_adapters(
         tags=tags,
     )
     names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
-    items = tuple(views.adapter(entry, names) for entry in found[:limit])
-    return views.page(items, items[-1].name if len(found) > limit else None, request, response)
+    items = tuple(service.adapter(entry, names) for entry in found[:limit])
+    return page(items, items[-1].name if len(found) > limit else None, request, response)
 
 
 @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
@@ -97,8 +114,8 @@ def list_versions(
 ) -> Page[VersionResource]:
     """Versions, newest first."""
     found = services.catalog_of(asking).versions(name, limit=limit, before=cursor)
-    items = tuple(views.version(v) for v in found.versions)
-    return views.page(items, None if found.next is None else str(found.next), request, response)
+    items = tuple(service.version(v) for v in found.versions)
+    return page(items, None if found.next is None else str(found.next), request, response)
 
 
 @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
@@ -107,7 +124,7 @@ def get_version(
     services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-    return views.detail(services.catalog_of(asking).version(name, version))
+    return service.detail(services.catalog_of(asking).version(name, version))
 
 
 @router.post(
@@ -148,7 +165,7 @@ async def register_version(
     else:
         version = await run_in_threadpool(register)
     response.headers["Location"] = _location(request, version)
-    return views.detail(version)
+    return service.detail(version)
 
 
 @router.post(
@@ -167,7 +184,7 @@ def report_evaluations(
     """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
     believe it unless the server says so. 409: it has as many as it may.
     """
-    return views.detail(services.catalog_of(asking).report_evaluations(name, version, report.evaluations))
+    return service.detail(services.catalog_of(asking).report_evaluations(name, version, report.evaluations))
 
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
@@ -186,12 +203,12 @@ async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName
 def list_bases(services: ServicesDep, asking: Asking) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
     catalog = services.catalog_of(asking)
-    items = (views.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
+    items = (service.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
     return Page[BaseResource](items=tuple(items))
 
 
 def _adapter(catalog: Catalog, name: str) -> AdapterResource:
-    return views.adapter(catalog.entry(name), {fingerprint: base for base, fingerprint in catalog.bases().items()})
+    return service.adapter(catalog.entry(name), {fingerprint: base for base, fingerprint in catalog.bases().items()})
 
 
 def _location(request: Request, version: AdapterVersion) -> str:
@@ -205,7 +222,188 @@ async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool)
     if not versions:
         raise AdapterNotFound(f"adapter {entry.name!r} has no version")
     found = await services.placements.adapters(list(versions))
-    items = (views.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
+    items = (service.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
     return PlacementResource(
         name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
     )
+
+
+removal_router = router_of("adapters")
+
+_VERSION = "/adapters/{name}/versions/{version}"
+
+
+@removal_router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
+@may("publish")
+def delete_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> None:
+    """Delete a name with its versions and aliases. 409: a job trains for it.
+
+    It does not exist any more, but nobody can take the name; it can be restored while the store has its bytes.
+    """
+    services.catalog_of(asking).delete_adapter(name)
+
+
+@removal_router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
+@may("publish")
+def delete_version(
+    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+) -> None:
+    """Delete one version. 409: an alias points at it, or it is the only one. Its number is not used again."""
+    services.catalog_of(asking).delete_version(name, version)
+
+
+@removal_router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
+@may("publish")
+def restore_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
+    """Restore a deleted name as it was. 409: the store has its bytes no more."""
+    catalog = services.catalog_of(asking)
+    restore(name, None, services.store, catalog)
+    return _shown(catalog.entry(name), catalog)
+
+
+@removal_router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
+@may("publish")
+def restore_version(
+    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+) -> VersionDetail:
+    """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
+    catalog = services.catalog_of(asking)
+    restore(name, version, services.store, catalog)
+    return service.detail(catalog.version(name, version))
+
+
+@removal_router.post(
+    "/adapters/{name}/transfer",
+    responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
+)
+@may("manage")
+def transfer_adapter(services: ServicesDep, asking: Asking, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
+    """Hand an adapter to another tenant, with versions, aliases, tags and evaluations; for administrators.
+
+    Its old name is free then. 409: the new name is taken, or a job trains for the old one.
+    """
+    catalog = services.catalog_of(asking)
+    return _shown(catalog.transfer(name, to.tenant, to.name), catalog)
+
+
+@removal_router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
+@may("manage")
+def release_version(
+    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+) -> None:
+    """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
+    services.catalog_of(asking).release(name, version)
+
+
+def _shown(entry: AdapterEntry, catalog: Catalog) -> AdapterResource:
+    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})
+
+
+tags_router = router_of("tags")
+
+KeyPath = Annotated[TagKey, Path(description="`team`, `stage`, …")]
+_TAG = "/adapters/{name}/tags/{key}"
+
+
+@tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
+@may("read")
+def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[TagResource]:
+    """All tags of an adapter, by key."""
+    found: Mapping[str, str] = services.catalog_of(asking).tags(name)
+    return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
+
+
+@tags_router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
+@may("publish")
+def set_tag(
+    services: ServicesDep, response: Response, asking: Asking, name: AdapterName, key: KeyPath, change: TagChange
+) -> TagResource:
+    """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
+    made = services.catalog_of(asking).set_tag(name, key, change.value)
+    response.status_code = 201 if made else 200
+    return TagResource(key=key, value=change.value)
+
+
+@tags_router.delete(_TAG, status_code=204, responses=responses(403, 404))
+@may("publish")
+def delete_tag(services: ServicesDep, asking: Asking, name: AdapterName, key: KeyPath) -> None:
+    """Take a tag away."""
+    services.catalog_of(asking).delete_tag(name, key)
+
+
+downloads_router = router_of("downloads")
+
+EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
+
+FormQuery = Annotated[
+    DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
+]
+Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
+_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
+_ANSWER: examples.Responses = {
+    200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
+}
+
+
+@downloads_router.get(
+    "/adapters/{name}/versions/{version}/download",
+    response_class=Response,
+    responses=responses(404, 429, 504) | _ANSWER,
+)
+@may("download")
+async def download(
+    services: ServicesDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    version: Annotated[VersionNumber, Path()],
+    format: FormQuery = "peft",
+    presigned: Presigned = False,
+) -> Response:
+    """A version's files. Those of `peft` are verified while they are sent: where one is damaged in the store, the
+    connection ends before the archive does.
+
+    `merged` and `gguf` are computed for each request, and end with it. 422: the adapter has no such form, this
+    machine does not have its base, or not the memory. 429: others are being made. 504: it takes too long here.
+    `presigned` is for `peft`; where the store is a folder, the archive comes as without it. Who may not know how the
+    version was made gets the archive, with a manifest that does not say it.
+    """
+    found = await run_in_threadpool(_noted, services, asking, name, version, format)
+    if format == "peft":
+        if presigned:
+            urls = await run_in_threadpool(_presigned, services, found)
+            if urls is not None:
+                return Response(
+                    urls.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"}
+                )
+        return await send_adapter(services, asking, found)
+    num_bytes = await run_in_threadpool(services.conversions.num_bytes, format, found.manifest)
+    async with AsyncExitStack() as held:
+        await held.enter_async_context(services.downloads.one(asking.tenant))
+        held.enter_context(services.conversions.place(asking.tenant))
+        made = held.enter_context(services.scratch.folder(num_bytes)) / "made"
+        await services.conversions.make(format, found.ref, made, client=request)
+        archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label_of(found))
+        return ArchiveResponse(archive, held.pop_all(), found, format)
+
+
+def _noted(services: Services, asking: Asking, name: str, version: int, form: DownloadForm) -> AdapterVersion:
+    """The version, of whose download the audit log has an entry."""
+    catalog = services.catalog_of(asking)
+    found = catalog.version(name, version)
+    catalog.note("download", found.label, tenant=found.tenant, form=form)
+    return found
+
+
+def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:
+    """None where the store has no URLs, and where its manifest tells more than the caller may know."""
+    if services.store.manifest(found.digest) != found.manifest:
+        return None
+    ends = datetime.now(UTC) + timedelta(seconds=EXPIRES_S)
+    files = services.store.presigned(found.digest, EXPIRES_S)
+    if files is None:
+        return None
+    shown = (
+        PresignedFileResource(name=file.name, sha256=file.sha256, nbytes=file.num_bytes, url=file.url) for file in files
+    )
+    return DownloadResource(files=tuple(shown), expires_at=ends)

@@ -1,17 +1,17 @@
-"""Routes of aliases: promote, roll back, delete. Strong ETags prevent a client from undoing changes it has not seen."""
+"""Aliases, canaries."""
 
 from __future__ import annotations
 
 from fastapi import Response
 
-from loray.api.resources import AliasResource, AliasTarget, Page
+from loray import service
 from loray.catalog import AliasState
-from serve_apps.access import may
-from serve_apps.api import examples, views
-from serve_apps.api.preconditions import Conditional
-from serve_apps.api.problems import responses
+from loray.schemas.resources import AliasResource, AliasTarget, CanaryResource, CanaryTarget, Page
+from serve_apps.api import examples
+from serve_apps.api.problems import Conditional, responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import AdapterName, AliasPath, Asking, ServicesDep
+from serve_apps.api.services import AdapterName, AliasPath, ServicesDep
+from serve_apps.auth import Asking, may
 
 router = router_of("aliases")
 
@@ -27,7 +27,7 @@ def _tagged(status: int = 200) -> examples.Responses:
 @may("read")
 def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
-    return Page[AliasResource](items=tuple(views.alias(state) for state in services.catalog_of(asking).aliases(name)))
+    return Page[AliasResource](items=tuple(service.alias(state) for state in services.catalog_of(asking).aliases(name)))
 
 
 @router.get(
@@ -105,6 +105,61 @@ def roll_back(
 
 
 def _tag(state: AliasState, response: Response) -> AliasResource:
-    found = views.alias(state)
+    found = service.alias(state)
     response.headers["ETag"] = found.etag
     return found
+
+
+canaries_router = router_of("aliases")
+
+_CANARIES_PATH = "/adapters/{name}/aliases/{alias}/canary"
+
+
+@canaries_router.get(_CANARIES_PATH, responses=responses(403, 404) | examples.ok(examples.CANARY))
+@may("read")
+def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath) -> CanaryResource:
+    """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
+
+    403: the adapter is another tenant's.
+    """
+    return CanaryResource.of(services.catalog_of(asking).canary(name, alias))
+
+
+@canaries_router.put(_CANARIES_PATH, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
+@may("promote")
+def put_canary(
+    services: ServicesDep,
+    asking: Asking,
+    name: AdapterName,
+    alias: AliasPath,
+    target: CanaryTarget,
+    conditions: Conditional,
+) -> CanaryResource:
+    """Give a version a share of the alias's requests, or change the share or the bounds of its canary.
+
+    What has been counted stays. Preconditions are on the alias's ETag, as of its own PUT. 409: another version is the
+    canary, the alias points at this one, or the gate refuses it.
+    """
+    catalog = services.catalog_of(asking)
+    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+    state = catalog.set_canary(
+        name,
+        alias,
+        target.version,
+        target.percent,
+        bounds=target.bounds,
+        expected_revision=expected,
+        no_gate=target.no_gate,
+    )
+    return CanaryResource.of(state)
+
+
+@canaries_router.delete(_CANARIES_PATH, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
+@may("promote")
+def end_canary(
+    services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+) -> CanaryResource:
+    """Give all requests to the version that the alias points at. Moving the alias, or rolling it back, does it too."""
+    catalog = services.catalog_of(asking)
+    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+    return CanaryResource.of(catalog.end_canary(name, alias, expected_revision=expected))

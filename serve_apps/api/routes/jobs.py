@@ -1,27 +1,75 @@
-"""Routes of training jobs: submit a recipe, read status and log, stop."""
+"""Jobs, recommendations."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Literal
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Depends, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from loray.api.resources import JobResource, Page
-from loray.serving.access import check
-from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
-from serve_apps.access import may, until_revoked
-from serve_apps.api import examples, views
-from serve_apps.api.problems import responses
-from serve_apps.api.recipes import JSON, YAML, RecipeBody
+from loray import service
+from loray.bases.presets import known_shape, shapes_in
+from loray.errors import SpecError
+from loray.planning.devices import PRESETS
+from loray.policy.auth import check
+from loray.recipes.defaults import complete
+from loray.recipes.fields import parse_plain
+from loray.recipes.load import size_of_base
+from loray.recommend import Answers, Constraint, Estimate, Scale, Score, recommend
+from loray.schemas.resources import JobResource, Page, Resource
+from loray.settings import Settings
+from loray.spec import JobId, JobStatus, Name, QualifiedName, TrainSpec
+from loray.spec.fields import mistakes
+from serve_apps.api import examples
+from serve_apps.api.problems import InvalidFields, fields_of, responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import Asking, Limit, ServicesDep
-from serve_apps.http import schema_reference
+from serve_apps.api.services import Limit, ServicesDep
+from serve_apps.api.services import page as views_page
+from serve_apps.auth import Asking, may, until_revoked
+from serve_apps.http import parse_json, read, schema_reference
+
+JSON = ("application/json",)
+YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+
+
+async def _read(request: Request) -> TrainSpec:
+    media_type = request.headers.get("content-type", JSON[0]).partition(";")[0].strip().lower()
+    if media_type not in JSON + YAML:
+        raise HTTPException(415, f"a recipe is {JSON[0]} or {YAML[0]}, not {media_type or 'without a type'}")
+    return await read(request, partial(_parse, is_yaml=media_type in YAML))
+
+
+def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
+    try:
+        data = parse_plain(raw, source="the recipe") if is_yaml else parse_json(raw)
+    except SpecError as e:
+        raise InvalidFields(str(e), ()) from e
+    except (ValueError, RecursionError) as e:
+        raise InvalidFields(f"the recipe is not valid JSON: {e}", ()) from e
+    try:
+        return TrainSpec.model_validate(_completed(data))
+    except ValidationError as e:
+        raise InvalidFields("the recipe is not valid", fields_of(mistakes(e))) from e
+
+
+def _completed(data: object) -> object:
+    if not isinstance(data, dict):
+        return data
+    base = data.get("base", TrainSpec.model_fields["base"].default)
+    return complete(data, size_of_base(base, shapes_in(Settings.from_env().home)))
+
+
+RecipeBody = Annotated[TrainSpec, Depends(_read)]
+
 
 router = router_of("jobs")
 
@@ -58,7 +106,7 @@ def submit_job(
         check(asking, "promote")
     job = services.jobs_of(asking).submit(recipe, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
-    return views.job(job)
+    return service.job(job)
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
@@ -75,14 +123,14 @@ def list_jobs(
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
     page = services.jobs_of(asking).page(limit, cursor, status, name)
-    return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
+    return views_page(tuple(service.job(job) for job in page.jobs), page.next, request, response)
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
 @may("follow")
 def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
-    return views.job(services.jobs_of(asking).get(id))
+    return service.job(services.jobs_of(asking).get(id))
 
 
 @router.get(
@@ -150,4 +198,44 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
 @may("train")
 def stop_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return views.job(services.jobs_of(asking).stop(id))
+    return service.job(services.jobs_of(asking).stop(id))
+
+
+recommend_router = router_of("methods")
+
+DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
+
+
+class RecommendationResource(Resource):
+    """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
+
+    base: str
+    device: str
+    scores: tuple[Score, ...]
+    estimates: tuple[Estimate, ...]
+    remarks: tuple[str, ...]
+
+
+async def _count(services: ServicesDep, asking: Asking) -> None:
+    services.rates.take_advice(asking, time.monotonic())
+
+
+@recommend_router.get(
+    "/recommend",
+    dependencies=[Depends(_count)],
+    responses=responses(404, 429) | examples.ok(examples.RECOMMENDATION),
+)
+@may("identify")
+def recommend_methods(
+    services: ServicesDep,
+    context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],
+    num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
+    resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
+    deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",
+    base: Annotated[Name, Query(description="a base of this node, or a well-known one")] = "smollm2",
+    device: Annotated[DeviceName, Query(description="what each worker and each replica has")] = "a100-80gb",
+) -> RecommendationResource:
+    """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
+    answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
+    found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
+    return RecommendationResource.model_validate(found.to_dict())

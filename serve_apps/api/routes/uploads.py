@@ -6,13 +6,13 @@ from typing import Annotated
 
 from fastapi import Header, Path, Request
 
-from loray.api.uploads import FileResource, UploadResource
 from loray.publishing.uploads import UploadedFile, Uploads
-from serve_apps.access import may
+from loray.schemas.resources import FileResource, UploadResource
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Services, ServicesDep
+from serve_apps.auth import may
 from serve_apps.console import receive_upload
 
 router = router_of("uploads")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from loray.api.status import Status
+from loray.schemas.status import Status
 
 _BETWEEN_S = 1.0
 _WINDOW_S = 60.0

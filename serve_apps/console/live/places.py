@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from loray.api.status import ReplicaStatus
+from loray.schemas.status import ReplicaStatus
 from loray.spec import Stretch
 
 # What a pool's block holds, in the order of the pictures.

@@ -9,18 +9,16 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from loray.advice.estimates import Estimate as Cost
-from loray.advice.recommendation import recommend
-from loray.advice.scorecard import Answers, Constraint, Scale
 from loray.bases.presets import known_shape
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE
+from loray.recommend import Answers, Constraint, Scale, recommend
+from loray.recommend import Estimate as Cost
 from loray.simulation.asked import POLICY_NAMES, Asked
 from loray.spec import Method
-from serve_apps.access import Asking, may
+from serve_apps.auth import Asking, may
 from serve_apps.console.backend import COUNTED_AS_ADVICE, ConsoleDep
-from serve_apps.console.forms import MOST_SUGGESTED, checked, read_form
 from serve_apps.console.recipes import form_fields, plan_of, recipe_of
-from serve_apps.console.routing import router_of
+from serve_apps.console.rendering import MOST_SUGGESTED, checked, read_form, router_of
 from serve_apps.console.simulation import simulated
 
 # Of a recipe's form, those that a plan needs; the rest of it is what the run is called and where its data is.

@@ -1,4 +1,4 @@
-"""A response that runs the choices of a request: from the engines' tokens to what its writer sends."""
+"""Runs the choices of a request."""
 
 from __future__ import annotations
 
@@ -8,14 +8,69 @@ from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from loray.errors import DeadlineExceeded, KeyRevoked
 from loray.spec import Delta, TokenDelta
-from serve_apps.accounting.account import Account
+from serve_apps.accounting.accounts import Account
 from serve_apps.gateway import errors
-from serve_apps.gateway.answers.connection import Connection
 from serve_apps.gateway.answers.writers import Writer
+
+HEARTBEAT = ": waiting\n\n"  # a comment, which clients of server-sent events skip
+
+
+class Connection:
+    """Sends one response. Several tasks may write; each text goes out whole.
+
+    heartbeat_s  after which a silent stream gets a comment; None: never
+    """
+
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], heartbeat_s: float | None) -> None:
+        self._send, self._headers, self._heartbeat_s = send, headers, heartbeat_s
+        self._writing = asyncio.Lock()
+        self._time = asyncio.get_running_loop().time
+        self._written_at = self._time()
+        self.started = False  # the status has been sent
+        self.is_blocked = False  # a write waits until the client reads, or was cancelled while it did
+
+    async def write(self, text: str) -> None:
+        message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
+        async with self._writing:
+            self.is_blocked = True
+            if not self.started:
+                await self._start(self._headers)
+            await self._send(message)
+            self.is_blocked = False
+        self._written_at = self._time()
+
+    async def end(self, text: str) -> None:
+        message: Message = {"type": "http.response.body", "body": text.encode(), "more_body": False}
+        async with self._writing:
+            self.is_blocked = True
+            if not self.started:
+                await self._start([*self._headers, (b"content-length", str(len(message["body"])).encode())])
+            await self._send(message)
+            self.is_blocked = False
+
+    async def until_left(self, receive: Receive) -> None:
+        """Returns when the client has disconnected. Writes the heart-beats meanwhile."""
+        while True:
+            due = None if self._heartbeat_s is None else self._written_at + self._heartbeat_s
+            try:
+                async with asyncio.timeout_at(due):
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+                return
+            except TimeoutError:
+                if self.is_blocked:
+                    self._written_at = self._time()  # the client has something to read
+                elif self._heartbeat_s is not None and self._time() >= self._written_at + self._heartbeat_s:
+                    await self.write(HEARTBEAT)
+
+    async def _start(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+
 
 OUT_OF_QUOTA = "quota"  # the stop reason of an answer that a limit of tokens ended
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from loray.errors import RequestError
 from loray.spec import Principal
-from serve_apps.access import principal_of
+from serve_apps.auth import principal_of
 from serve_apps.http import request_id_of
 from serve_apps.tracing import RequestTrace
 

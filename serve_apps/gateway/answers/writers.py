@@ -1,13 +1,17 @@
-"""What of an answer is sent, and when: server-sent events as the deltas come, or one body at the end."""
+"""Events or one body."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
-from loray.api.openai.chunks import Chunks
-from loray.api.openai.formats import ChatFormat, Choice, CompletionFormat, usage_of
-from loray.api.openai.requests import GenerationRequest
-from loray.spec import Delta
+from loray.schemas.openai import CompletionRequest
+from loray.schemas.openai.formats import ChatFormat, Choice, Chunks, CompletionFormat, chat_logprobs, usage_of
+from loray.schemas.openai.requests import GenerationRequest
+from loray.schemas.openai.responses_api import Event, ResponseBuilder
+from loray.spec import Delta, TokenDelta, TokenLogprob
+from loray.text.detokenizer import RequestText
 from serve_apps.gateway.errors import Failure
 
 
@@ -81,3 +85,129 @@ def writer_of(answer: CompletionFormat | ChatFormat, num_choices: int, request: 
 
 def event(data: str) -> str:
     return f"data: {data}\n\n"
+
+
+_RATE_LIMITED = 429
+
+
+class _Response:
+    """What both writers do: they take the deltas of the only choice."""
+
+    def __init__(self, builder: ResponseBuilder) -> None:
+        self._builder = builder
+        self._choice = Choice()
+
+    def _take(self, delta: Delta) -> list[Event]:
+        builder = self._builder
+        events = []
+        self._choice.count(delta)
+        self._choice.finish_reason = delta.finish_reason or self._choice.finish_reason
+        if delta.text:
+            events += builder.text(delta.text, _logprobs(delta))
+        for call in delta.tool_calls:
+            if call.id is not None and call.name is not None:
+                events += builder.call(call.id, call.name)
+            events += builder.arguments(call.arguments)
+        return events
+
+    def _finish(self) -> list[Event]:
+        return self._builder.finish(self._choice.finish_reason, usage_of([self._choice], 1))
+
+
+class ResponseEvents(_Response):
+    media_type: ClassVar[str] = "text/event-stream"
+    is_stream: ClassVar[bool] = True
+
+    def __init__(self, builder: ResponseBuilder) -> None:
+        super().__init__(builder)
+        self._is_first = True
+
+    def push(self, index: int, delta: Delta) -> str:
+        opening = self._builder.opening() if self._is_first else []
+        self._is_first = False
+        return _events(opening + self._take(delta))
+
+    def end(self) -> str:
+        return _events(self._finish())
+
+    def failed(self, failure: Failure) -> str:
+        opening = self._builder.opening() if self._is_first else []
+        return _events(opening + self._builder.fail(_code(failure), failure.error.message))
+
+
+class WholeResponse(_Response):
+    media_type: ClassVar[str] = "application/json"
+    is_stream: ClassVar[bool] = False
+
+    def push(self, index: int, delta: Delta) -> str:
+        self._take(delta)
+        return ""
+
+    def end(self) -> str:
+        return _json(self._finish()[-1]["response"])
+
+    def failed(self, failure: Failure) -> str:
+        return failure.body
+
+
+def response_writer(builder: ResponseBuilder, *, stream: bool) -> Writer:
+    return (ResponseEvents if stream else WholeResponse)(builder)
+
+
+def _logprobs(delta: Delta) -> list[dict[str, Any]]:
+    logprobs = chat_logprobs(delta.logprobs)
+    return [] if logprobs is None else [token.model_dump() for token in logprobs.content]
+
+
+def _code(failure: Failure) -> str:
+    """OpenAI's code of a response's error."""
+    if failure.status == _RATE_LIMITED:
+        return "rate_limit_exceeded"
+    return "invalid_prompt" if failure.status < 500 else "server_error"
+
+
+def _events(events: list[Event]) -> str:
+    return "".join(f"event: {e['type']}\ndata: {_json(e)}\n\n" for e in events)
+
+
+def _json(value: Event) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Echo:
+    """A request's text, with the prompt's text and logprobs prepended to the first delta.
+
+    `prompt` returns the text. It is called after the engine has accepted the prompt, because token ids may be invalid.
+    """
+
+    def __init__(self, text: RequestText, prompt: Callable[[], str], request: CompletionRequest) -> None:
+        self._text, self._prompt, self._request = text, prompt, request
+        self._is_first = True
+
+    def push(self, tokens: TokenDelta) -> Delta:
+        delta = self._text.push(tokens)
+        if not self._is_first:
+            return delta
+        self._is_first = False
+        return _with_prompt(delta, self._prompt(), self._request)
+
+
+def _with_prompt(delta: Delta, prompt: str, request: CompletionRequest) -> Delta:
+    """Prepends the prompt, with as many most likely tokens as each of `logprobs` and `prompt_logprobs` requests.
+
+    The engine returns as many as the larger of the two requests.
+    """
+    prompt_logprobs = delta.prompt_logprobs or ()
+    logprobs = delta.logprobs
+    if request.logprobs is not None:
+        logprobs = (*_best(prompt_logprobs, request.logprobs), *(logprobs or ()))
+    num_top = request.prompt_logprobs
+    return delta._replace(
+        text=prompt + delta.text,
+        logprobs=logprobs,
+        prompt_logprobs=None if num_top is None else _best(prompt_logprobs, num_top),
+    )
+
+
+def _best(logprobs: tuple[TokenLogprob, ...], num_top: int) -> tuple[TokenLogprob, ...]:
+    return tuple(lp._replace(top=lp.top[:num_top]) for lp in logprobs)

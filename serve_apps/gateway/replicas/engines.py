@@ -1,4 +1,4 @@
-"""The engines behind a Ray Serve handle: routing, retries and errors through a call, tokens through the channel."""
+"""Engines behind a Serve handle: attempts, resumption."""
 
 from __future__ import annotations
 
@@ -6,37 +6,339 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client.core import Metric as Family
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.encryption import server_context
-from loray.errors import BaseStarting, EngineStopped, ReplicaLeaving, ReplicaLost, ReplicaUnavailable
-from loray.spec import GenerateRequest, TokenDelta
+from loray.errors import (
+    BaseStarting,
+    EngineError,
+    EngineStopped,
+    LorayError,
+    Overloaded,
+    ReplicaLeaving,
+    ReplicaLost,
+    ReplicaUnavailable,
+)
+from loray.policy.warm_start import AdapterDemand, DemandMemory, DemandRecord
+from loray.schemas.status import AutoscalingStatus, ReplicaStatus
+from loray.spec import AdapterRef, GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.broadcast import Broadcast
-from serve_apps.gateway.replicas.call import Call
-from serve_apps.gateway.replicas.demand_notes import DemandNotes
-from serve_apps.gateway.replicas.departures import Departures
-from serve_apps.gateway.replicas.progress import Progress
-from serve_apps.gateway.replicas.quarantine import Records, SharedQuarantine
+from serve_apps.gateway.replicas.quarantine import Records as QuarantineRecords
+from serve_apps.gateway.replicas.quarantine import SharedQuarantine
+from serve_apps.scaling import ScalingLog
+
+_STATS_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 1.0  # the timeout of Kubernetes' probes
+
+
+class Broadcast:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
+
+    async def ask(self, method: str, *args: Any) -> list[Any]:
+        """Calls `method` of every replica. Returns each result or exception; nothing if there are no replicas.
+
+        It runs in a thread: if one replica does not answer, only Serve's blocking call returns the others' results.
+        """
+        call = partial(
+            self._handle.broadcast(method, *args).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
+        )
+        try:
+            return list(await asyncio.get_running_loop().run_in_executor(self._threads, call))
+        except (TimeoutError, DeploymentUnavailableError):
+            return []
+
+    async def healthy(self) -> bool:
+        """Returns at the first replica that is healthy."""
+        checks: list[asyncio.Future[Any]] = []
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                # Private: Serve's public `results` waits for every replica.
+                answers = await self._handle.broadcast("check_health")._fetch_replica_results_async()
+                checks = [asyncio.ensure_future(answer.get_async()) for answer in answers]
+                for checked in asyncio.as_completed(checks):
+                    with suppress(Exception):
+                        await checked
+                        return True
+        except (TimeoutError, DeploymentUnavailableError):
+            pass
+        finally:
+            for future in checks:
+                future.cancel()
+            await asyncio.gather(*checks, return_exceptions=True)
+        return False
+
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        log = ScalingLog(self._handle.deployment_id.app_name, self._handle.deployment_id.name)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, log.read)
+
+
+_NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
+_STARTING_S = 10.0  # after which a client tries again while a replica starts
+_REAP_S = 10.0  # for a call whose stream has ended
+_REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+
+
+class Call:
+    """Follows the call; its error becomes the inbox's. Used from one event loop.
+
+    `cold_start_s`: for which it waits for a replica to be started; None: replicas run, and one will take it soon. It is
+    asked at the beginning and, since the last replica may stop in between, when none has taken the call in time.
+    """
+
+    def __init__(
+        self,
+        response: DeploymentResponseGenerator[Any],
+        listener: Listener,
+        inbox: Inbox,
+        cold_start_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self._response, self._listener, self._inbox = response, listener, inbox
+        self._cold_start_s = cold_start_s
+        self._task = asyncio.create_task(self._follow())
+
+    def leave(self, reason: str) -> None:
+        """Nobody reads the stream any more. If tokens are still expected, the request is ended: "stop" or "abort"."""
+        is_told = self._listener.forget(self._inbox, reason)
+        if self._task.done():
+            return
+        if is_told:
+            timer = asyncio.get_running_loop().call_later(_REAP_S, self._cancel)
+            self._task.add_done_callback(lambda _: timer.cancel())
+        else:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._give_back()
+        self._task.cancel()
+
+    def _give_back(self) -> None:
+        """Serve keeps a call until its end has been read or it has been cancelled.
+
+        `_replica_result_future` is private: what is accepted in this turn of the loop, Serve's own `cancel` leaves out.
+        """
+        accepted = self._response._replica_result_future
+        if not accepted.done():
+            self._response.cancel()
+        elif not accepted.cancelled() and accepted.exception() is None:
+            accepted.result().cancel()
+
+    async def _follow(self) -> None:
+        try:
+            await _accepted(self._response, self._cold_start_s)
+            connection = None
+            async for name in self._response:
+                connection = str(name)
+            self._listener.returned(self._inbox, connection or "")
+        except (asyncio.CancelledError, RequestCancelledError):
+            self._inbox.fail(EngineError("the request was cancelled"))
+            self._give_back()
+            raise
+        except Exception as e:  # noqa: BLE001 - the inbox's reader gets it
+            self._inbox.fail(_translated(e))
+            self._give_back()
+
+
+async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: Callable[[], float | None]) -> None:
+    """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
+    began, limit_s = asyncio.get_running_loop().time(), cold_start_s()
+
+    def look_again() -> None:
+        nonlocal limit_s
+        limit_s = cold_start_s()
+        limit.reschedule(began + (limit_s or 0.0))
+
+    limit = asyncio.timeout(limit_s)
+    timer = None if limit_s is not None else asyncio.get_running_loop().call_later(_NO_REPLICA_S, look_again)
+    try:
+        async with limit:
+            await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
+    except TimeoutError as e:
+        if limit_s is not None:
+            raise BaseStarting(
+                f"the base had no replica, and the one that is being started was not ready after {limit_s:g} s; "
+                "send the request again",
+                retry_after_s=_STARTING_S,
+            ) from e
+        raise EngineError("no replica takes requests; `loray status` says why") from e
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _translated(error: Exception) -> Exception:
+    """The error with loray's class. What the replica raised, Ray wraps into an exception of both classes."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, LorayError):
+            return cause
+        return cause if isinstance(cause, Exception) else error
+    translated: Exception = error
+    if isinstance(error, _REPLICA_LOST):
+        translated = ReplicaLost("the replica that served this request was lost; send it again")
+    elif isinstance(error, DeploymentUnavailableError):
+        translated = ReplicaUnavailable("no replica is running; `loray status` says why")
+    elif isinstance(error, BackPressureError):
+        translated = Overloaded("too many requests wait for a replica; try again later", retry_after_s=1.0)
+    if translated is not error:
+        translated.__cause__ = error
+    return translated
+
+
+_LOOK_S = 1.0
+_WRITE_S = 5.0  # between two notes, unless the replicas change or a request waits for the first one
+
+
+class Records(Protocol):
+    """`serve_apps.scaling.DemandRecords`."""
+
+    def write(self, gateway: str, record: DemandRecord) -> None: ...
+
+
+class DemandNotes:
+    """Of one base at the gateway `name`. Used from one event loop."""
+
+    def __init__(self, records: Records, name: str, deployment: str) -> None:
+        self._records, self._name, self._deployment = records, name, deployment
+        self._memory = DemandMemory()
+        self._has_news = False
+        self._written_at = float("-inf")
+        self._replicas: frozenset[str] = frozenset()  # as written last
+
+    def came(self, ref: AdapterRef) -> None:
+        """A request for an adapter came."""
+        self._memory.came(ref, time.time())
+        self._has_news = True
+
+    async def run(self) -> None:
+        """Writes until it is cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Writes if there is something to be written now."""
+        now, replicas = time.monotonic(), router.replicas(self._deployment)
+        is_due = self._has_news and (now - self._written_at >= _WRITE_S or not replicas)
+        if not is_due and replicas == self._replicas:
+            return
+        self._has_news, self._written_at, self._replicas = False, now, replicas
+        if most := self._memory.most(time.time()):
+            await asyncio.to_thread(self._write, most, replicas)
+
+    def _write(self, most: Sequence[AdapterDemand], replicas: frozenset[str]) -> None:
+        known = tuple(d._replace(holders=router.holders(self._deployment, d.ref.digest)) for d in most)
+        self._records.write(self._name, DemandRecord(time.time(), tuple(sorted(replicas)), known))
+
+
+class Departures:
+    """Serve tells routers at once that a replica is removed, by an update or by scaling, and the replica nothing: it
+    takes no new requests and ends when it has none.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        """`grace_s`: seconds for its requests to end by themselves."""
+        self._grace_s = grace_s
+        self._since: dict[str, float] = {}
+
+    def due(self, busy: Collection[str | None], running: Collection[str], now: float) -> frozenset[str]:
+        """Those of `busy`, which have requests, whose requests go elsewhere now; none while no replica is `running`.
+
+        `now`: seconds of one clock.
+        """
+        gone = {name for name in busy if name is not None and name not in running}
+        self._since = {name: self._since.get(name, now) for name in gone}
+        if not running:
+            return frozenset()
+        return frozenset(name for name, since in self._since.items() if now - since >= self._grace_s)
+
+
+ATTEMPTS = 3  # in a row that bring no token
+
+
+class Progress:
+    """The attempts of one request. Each goes on after the tokens that the earlier ones have brought.
+
+    An answer that has begun survives `max_resumes` replicas, so that a request that kills replicas stops there. A
+    replica counts once: routers may send the next attempt to it before they know that it is gone. One that is leaving
+    does not count.
+    """
+
+    def __init__(self, request: GenerateRequest, max_resumes: int) -> None:
+        self._request = request
+        self._num_resumes_left = max_resumes
+        self._output_ids: list[int] = []
+        self._num_cached_tokens: int | None = None
+        self._lost: set[str] = set()
+        self._num_attempts = 0
+        self._has_brought = False  # the attempt under way, a token
+        self.num_failed = 0  # attempts in a row that brought no token
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer so far."""
+        return len(self._output_ids)
+
+    def attempt(self) -> GenerateRequest:
+        """The request of the next attempt. Its id is its own, since a replica may still have the last one's."""
+        n, request = self._num_attempts, self._request
+        self._num_attempts, self._has_brought = n + 1, False
+        if n == 0:
+            return request
+        return replace(request, request_id=f"{request.request_id}-{n}", output_ids=tuple(self._output_ids))
+
+    def took(self, delta: TokenDelta) -> TokenDelta:
+        """What came, as the caller gets it. The prompt's cached tokens are those that the first replica found."""
+        self._output_ids += delta.token_ids
+        self._has_brought, self.num_failed = True, 0
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = delta.num_cached_tokens
+        return delta._replace(num_cached_tokens=self._num_cached_tokens)
+
+    def failed(self, error: ReplicaUnavailable, replica: str | None) -> None:
+        """The attempt has ended with `error` at `replica`, if it came to one. Raises it where that was the last one."""
+        is_leaving = isinstance(error, ReplicaLeaving)
+        is_another = isinstance(error, ReplicaLost) and replica is not None and replica not in self._lost
+        if replica is not None:
+            self._lost.add(replica)
+        if is_leaving:
+            return
+        if self._has_brought or (self._output_ids and is_another):
+            if self._num_resumes_left == 0:
+                raise error
+            self._num_resumes_left -= 1
+            return
+        self.num_failed += 1
+        if self.num_failed == ATTEMPTS:
+            raise error
+
 
 _log = get_logger(__name__)
 
 _BACKOFF_S = 0.2
 _ASK_S = 1.0  # between looks for replicas that do not report yet
-_LOOK_S = 0.5  # between looks for replicas that are leaving
+_ENGINES_LOOK_S = 0.5  # between looks for replicas that are leaving
 
 
 class ServeEngines:
@@ -56,7 +358,7 @@ class ServeEngines:
         deployment: str,
         node: str,
         host: str,
-        open_records: Callable[[], Records] | None = None,
+        open_records: Callable[[], QuarantineRecords] | None = None,
         *,
         notes: DemandNotes | None = None,
         max_resumes: int = 1,
@@ -118,7 +420,7 @@ class ServeEngines:
         while True:
             self._move_streams(time.monotonic())
             self._start_failed = self.start_failed()
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_ENGINES_LOOK_S)
 
     def _move_streams(self, now: float) -> None:
         """Ends the streams of replicas that are leaving; `generate` goes on elsewhere."""
@@ -255,3 +557,14 @@ async def _started(node: str, host: str, tls: SSLContext | None, late: Callable[
     listener = Listener(router.reports, late)
     await listener.start(node, host, tls)
     return listener
+
+
+class ServeGateways:
+    """Implements `serve_apps.gateway.bases.Gateways`. `handle` is that of the gateways' own deployment."""
+
+    def __init__(self, handle: DeploymentHandle[Any], name: str) -> None:
+        self.name = name
+        self._replicas = Broadcast(handle)
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [a if isinstance(a, list) else None for a in await self._replicas.ask("metrics")]

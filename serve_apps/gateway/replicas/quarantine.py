@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from loray.catalog import Quarantined
 from loray.errors import LorayError
-from loray.serving.quarantine import TRIAL_S, Death, Quarantine, Suspicion, being_tried
+from loray.policy.quarantine import TRIAL_S, Death, Quarantine, Suspicion, being_tried
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)

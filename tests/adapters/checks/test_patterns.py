@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loray.adapters.checks.patterns import MAX_CHARACTERS, MAX_PATTERNS, ModulePatterns
+from loray.adapters.peft_format import MAX_CHARACTERS, MAX_PATTERNS, ModulePatterns
 from loray.errors import UnsupportedError
 from loray.spec import MLP_MODULES
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loray.adapters import projections
-from loray.adapters.checks.files import MAX_HEADER_BYTES, MAX_TENSORS, MAX_VERA_RANK
-from loray.adapters.manifest import describe
+from loray.adapters.files import MAX_HEADER_BYTES, MAX_TENSORS, MAX_VERA_RANK
+from loray.adapters.manifest import describe, validate_folder
 from loray.adapters.peft_format import read_adapter
-from loray.adapters.validate import validate_folder
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, IntegrityError, LorayError, UnsupportedError
+from loray.methods import vera_module
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -104,7 +103,7 @@ def test_ranks(
     def allocated(*_: object) -> None:
         raise AssertionError("a pair was drawn")
 
-    monkeypatch.setattr(projections, "draw_pair", allocated)
+    monkeypatch.setattr(vera_module, "draw_pair", allocated)
     folder = peft_folder(base, method)
     edit(folder, **fields)
     with pytest.raises(IntegrityError, match=message):
@@ -181,7 +180,7 @@ def test_a_check_needs_no_torch(base: BaseModel, peft_folder: Callable[..., Path
 
     folder = peft_folder(base, method)
     code = (
-        "import sys; from pathlib import Path; from loray.adapters.validate import validate_folder;"
+        "import sys; from pathlib import Path; from loray.adapters.manifest import validate_folder;"
         "from loray.bases.registry import get_base;"
         f"home, name = Path({str(base.path.parent.parent)!r}), {base.name!r};"
         f"print(validate_folder(Path({str(folder)!r}), get_base(home, name).config).nbytes, 'torch' in sys.modules)"

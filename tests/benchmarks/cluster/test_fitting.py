@@ -17,10 +17,10 @@ from benchmarks.cluster.fitting import decoding, end_known_s, fit, profile, undi
 from benchmarks.cluster.rows import row
 from benchmarks.cluster.trace import Asked, Load, make_trace
 from benchmarks.cluster.world import Figures
-from loray.simulation.policies.routers import RandomRouter
-from loray.simulation.policies.scalers import Fixed
+from loray.simulation.cluster import Job
 from loray.simulation.profile import SMOLLM2_TWO_CORES, Profile
-from loray.simulation.replica import Job
+from loray.simulation.routers import RandomRouter
+from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Policy, Simulator
 from loray.spec import ServeSpec
 from tests.benchmarks.test_cluster import figures, seen

@@ -21,8 +21,8 @@ from benchmarks.serving.systems.engine import EngineSession, Setup
 from benchmarks.serving.workload import Workload, generate
 from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
-from loray.adapters.weights import LoraWeights
 from loray.bases.registry import BaseModel
+from loray.methods.weights import LoraWeights
 from loray.spec import ServeSpec
 from tests.s3 import S3Server
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.catalog.snapshots import blocks
-from loray.catalog.snapshots.blocks import SortedMap
+from loray.catalog import snapshot
+from loray.catalog.snapshot import SortedMap
 
 KEYS = st.integers(0, 60)
 CHANGES = st.lists(st.dictionaries(KEYS, st.none() | st.integers(1, 9), max_size=12), max_size=12)
@@ -16,7 +16,7 @@ CHANGES = st.lists(st.dictionaries(KEYS, st.none() | st.integers(1, 9), max_size
 def test_it_is_a_sorted_dictionary(
     start: dict[int, int], changes: list[dict[int, int | None]], asked: int, size: int
 ) -> None:
-    full, blocks._FULL = blocks._FULL, size
+    full, snapshot._FULL = snapshot._FULL, size
     try:
         found, expected = SortedMap(start.items()), dict(start)
         for change in changes:
@@ -25,7 +25,7 @@ def test_it_is_a_sorted_dictionary(
             expected = {k: v for k, v in (expected | change).items() if v is not None}
             assert before == kept
     finally:
-        blocks._FULL = full
+        snapshot._FULL = full
     assert (list(found), len(found), found) == (sorted(expected), len(expected), expected)
     assert found.find(asked) == expected.get(asked)
     assert (asked in found) == (asked in expected)

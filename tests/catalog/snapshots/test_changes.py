@@ -88,8 +88,8 @@ WRITES: tuple[Callable[[Catalog, str, random.Random], object], ...] = (
 
 @pytest.mark.parametrize("seed", range(2))
 def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.catalog.snapshots.feed._PAGE", 3)
-    monkeypatch.setattr("loray.catalog.snapshots.blocks._FULL", 4)
+    monkeypatch.setattr("loray.catalog.snapshot._PAGE", 3)
+    monkeypatch.setattr("loray.catalog.snapshot._FULL", 4)
     draw = random.Random(seed)
     follower = CatalogSnapshot()
     for _ in range(25):

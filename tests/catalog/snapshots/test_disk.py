@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loray.catalog import Catalog, CatalogSnapshot
-from loray.catalog.snapshots import kept as frame
-from loray.catalog.snapshots.disk import SnapshotFile
+from loray.catalog import snapshot_file as frame
+from loray.catalog.snapshot_file import SnapshotFile
 from loray.files import touch
 from loray.spec import AdapterManifest
 from loray.spec.adapters import text_sha256

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from loray.cli.doctor.facts import Facts
-from loray.cli.doctor.finding import Situation
+from loray.cli.doctor import Facts, Situation
 from loray.settings import Settings
 from loray.spec import ServeSpec
 

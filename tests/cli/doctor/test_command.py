@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loray.cli.doctor.command import _specs
+from loray.cli.doctor import _specs
 from loray.errors import SpecError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import add_base
-from loray.cli.doctor import home, kernels
+from loray.cli import doctor
 from loray.local.cluster import LocalCluster, current_cluster, dead_cluster
 from loray.local.processes import pid_scope, write_state
 from tests.cli.doctor.conftest import Situations
@@ -17,40 +17,40 @@ from tests.tiny import write_checkpoint
 
 
 def test_a_home_that_cannot_be_written_to(situation: Situations, tmp_path: Path) -> None:
-    assert home.writable(situation()).severity == "ok"
+    assert doctor.writable(situation()).severity == "ok"
     assert not (tmp_path / "home").exists()
     for path in ("/proc/nowhere/home", "/sys/home"):
-        finding = home.writable(situation(env={"LORAY_HOME": path}))
+        finding = doctor.writable(situation(env={"LORAY_HOME": path}))
         assert finding.severity == "error"
         assert finding.message.startswith(f"LORAY_HOME={path} cannot be written to")
         assert "export LORAY_HOME=" in (finding.mend or "")
     (tmp_path / "file").touch()
-    assert "is a file" in home.writable(situation(env={"LORAY_HOME": f"{tmp_path}/file/home"})).message
+    assert "is a file" in doctor.writable(situation(env={"LORAY_HOME": f"{tmp_path}/file/home"})).message
 
 
 def test_a_base_that_is_missing_or_damaged(situation: Situations, tmp_path: Path) -> None:
     s = situation()
-    missing = home.base(s)
+    missing = doctor.base(s)
     assert (missing.severity, missing.mend) == ("error", "loray base add tiny")
     base = add_base(str(write_checkpoint(tmp_path / "tiny")), home=s.settings.home)
     deep = replace(s, deep=True)
-    assert [home.base(s).severity, home.base(deep).severity] == ["ok", "ok"]
+    assert [doctor.base(s).severity, doctor.base(deep).severity] == ["ok", "ok"]
     weights = base.path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
-    assert [home.base(s).severity, home.base(deep).severity] == ["ok", "error"]
+    assert [doctor.base(s).severity, doctor.base(deep).severity] == ["ok", "error"]
     weights.write_bytes(whole[:-100])
-    cut = home.base(s)
+    cut = doctor.base(s)
     assert cut.severity == "error"
     assert "is damaged" in cut.message
     assert cut.mend == f"loray base add {base.source} --name tiny"
     (base.path / "loray-base.json").write_text("{}")
-    assert "loray base add tiny" in (home.base(s).mend or "")
+    assert "loray base add tiny" in (doctor.base(s).mend or "")
 
 
 def test_a_cluster_that_died(situation: Situations, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     s = situation()
-    assert home.cluster(s).severity == "ok"
+    assert doctor.cluster(s).severity == "ok"
     ended = subprocess.Popen(["true"])
     ended.wait()
     state = LocalCluster(
@@ -65,7 +65,7 @@ def test_a_cluster_that_died(situation: Situations, tmp_path: Path, capsys: pyte
     )
     s.settings.home.mkdir()
     write_state(s.settings.home / "cluster.json", state)
-    dead = home.cluster(s)
+    dead = doctor.cluster(s)
     assert (dead.severity, dead.mend) == ("error", "loray down")
     assert f"process {ended.pid}" in dead.message
     assert current_cluster(s.settings.home) is None
@@ -77,43 +77,43 @@ def test_a_cluster_that_died(situation: Situations, tmp_path: Path, capsys: pyte
 
     env = {"LORAY_HOME": str(s.settings.home)}
     assert "removed what was left of a Ray cluster" in CliRunner().invoke(cli, ["down"], env=env).output
-    assert home.cluster(s).severity == "ok"
+    assert doctor.cluster(s).severity == "ok"
     assert "nothing is running" in CliRunner().invoke(cli, ["down"], env=env).output
 
 
 def test_no_compiler(situation: Situations, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = kernels.compiler(situation())
+    finding = doctor.compiler(situation())
     assert finding.severity == "error"
     assert "apt-get install g++" in (finding.mend or "")
     program = tmp_path / "g++"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    assert kernels.compiler(situation()).severity == "ok"
+    assert doctor.compiler(situation()).severity == "ok"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert kernels.compiler(situation()).mend == "unset CXX"
+    assert doctor.compiler(situation()).mend == "unset CXX"
 
 
 def test_kernels_that_do_not_build_or_load(
     situation: Situations, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from loray_kernels.cpu import native
+    from loray_kernels.cpu import build
 
-    assert kernels.load() == 0
+    assert doctor.load() == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
-    held = (native.supported, native.functions, native._host, native._library)
+    held = (build.supported, build.functions, build._host, build._library)
     for cached in held:
         cached.cache_clear()
     try:
-        reason = kernels.load()
+        reason = doctor.load()
     finally:
         for cached in held:
             cached.cache_clear()
     assert "/bin/false cannot compile the cpu kernels" in str(reason)
-    assert "g++" in (kernels._mend(str(reason)) or "")
-    assert kernels.library(situation(spec={"device": "cuda:0"})).severity == "ok"
+    assert "g++" in (doctor._mend(str(reason)) or "")
+    assert doctor.library(situation(spec={"device": "cuda:0"})).severity == "ok"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_library_that_ends_its_process(
 ) -> None:
     ended = subprocess.CompletedProcess[str](["python"], code, "", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    finding = kernels.library(situation())
+    finding = doctor.library(situation())
     assert finding.severity == "error"
     assert message in finding.message
     assert mend in (finding.mend or "")

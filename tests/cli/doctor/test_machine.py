@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from loray.cli.doctor import machine
-from loray.cli.doctor.facts import Facts, _left_in_container, existing
-from loray.cli.doctor.finding import Finding, Situation
-from loray.local.standalone import announced
+from loray.cli import doctor
+from loray.cli.doctor import Facts, Finding, Situation, _left_in_container, existing
+from loray.local.serving import announced
 from tests.cli.doctor.conftest import GIB, Situations
 
-ALL = (machine.python, machine.packages, machine.memory, machine.shared_memory, machine.disk, machine.open_files)
+ALL = (doctor.python, doctor.packages, doctor.memory, doctor.shared_memory, doctor.disk, doctor.open_files)
 
 
 @pytest.mark.parametrize("check", ALL)
@@ -27,25 +26,25 @@ def test_all_is_well(check: Callable[[Situation], Finding], situation: Situation
 @pytest.mark.parametrize(
     ("check", "planted", "severity", "message", "mend"),
     [
-        (machine.python, {"python": "3.10.4"}, "error", "Python 3.10.4", "-m venv"),
-        (machine.packages, {"installed": {"torch": "2.9"}}, "error", "numpy is missing", "pip install 'numpy>=1.26'"),
+        (doctor.python, {"python": "3.10.4"}, "error", "Python 3.10.4", "-m venv"),
+        (doctor.packages, {"installed": {"torch": "2.9"}}, "error", "numpy is missing", "pip install 'numpy>=1.26'"),
         (
-            machine.packages,
+            doctor.packages,
             {"installed": {"numpy": "2.0", "torch": "2.5.0"}},
             "error",
             "torch 2.5.0 is not <3,>=2.6",
             "pip install 'torch<3,>=2.6'",
         ),
-        (machine.packages, {"requirements": None}, "error", "not installed", "pip install -e ."),
-        (machine.memory, {"available": GIB // 4}, "error", "536.9 MB are needed", "--pool-bytes 128MiB"),
-        (machine.memory, {"available": GIB}, "warning", "host_bytes full", "--host-bytes 256MiB"),
-        (machine.shared_memory, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
-        (machine.shared_memory, {"shm": None}, "warning", "is missing", "/dev/shm"),
-        (machine.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
-        (machine.disk, {"disk_free": 5 * GIB}, "warning", "free", "loray store gc --yes"),
-        (machine.open_files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
+        (doctor.packages, {"requirements": None}, "error", "not installed", "pip install -e ."),
+        (doctor.memory, {"available": GIB // 4}, "error", "536.9 MB are needed", "--pool-bytes 128MiB"),
+        (doctor.memory, {"available": GIB}, "warning", "host_bytes full", "--host-bytes 256MiB"),
+        (doctor.shared_memory, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
+        (doctor.shared_memory, {"shm": None}, "warning", "is missing", "/dev/shm"),
+        (doctor.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
+        (doctor.disk, {"disk_free": 5 * GIB}, "warning", "free", "loray store gc --yes"),
+        (doctor.open_files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
         (
-            machine.open_files,
+            doctor.open_files,
             {"max_open_files": 256, "hard_open_files": 256},
             "error",
             "256 open files",
@@ -70,10 +69,10 @@ def test_what_is_wrong_is_found(
 def test_what_is_served_has_its_memory(situation: Situations) -> None:
     s = situation(available=0)
     with announced(s.settings.home, "http://127.0.0.1:1"):
-        assert machine.memory(s).severity == "ok"
-    gpu = machine.memory(situation(available=0, spec={"device": "cuda", "gpu_memory_utilization": 0.8}))
+        assert doctor.memory(s).severity == "ok"
+    gpu = doctor.memory(situation(available=0, spec={"device": "cuda", "gpu_memory_utilization": 0.8}))
     assert gpu.message == "weights are on cuda; the pool has what they and the steps leave of 80% of its memory"
-    given = machine.memory(situation(available=0, spec={"device": "cuda", "pool_bytes": GIB}))
+    given = doctor.memory(situation(available=0, spec={"device": "cuda", "pool_bytes": GIB}))
     assert (given.severity, given.message) == ("ok", "weights and a pool of 1.1 GB are on cuda")
 
 
@@ -81,13 +80,13 @@ def test_the_memory_of_all_bases_is_counted(situation: Situations) -> None:
     """What mends it leaves the other bases in the file."""
     s = situation(available=GIB)
     other = s.spec.model_copy(update={"base": "other", "pool_bytes": GIB * 3 // 4})
-    found = machine.memory(replace(s, others=(other,), file=Path("fleet.yaml")))
+    found = doctor.memory(replace(s, others=(other,), file=Path("fleet.yaml")))
     assert found.severity == "error"
     assert "536.9 MB of tiny" in found.message
     assert "805.3 MB of other" in found.message
     assert found.mend == "set pool_bytes of tiny in fleet.yaml to 128MiB"
     gpu = other.model_copy(update={"device": "cuda"})
-    assert machine.memory(replace(s, others=(gpu,))).severity == "warning"
+    assert doctor.memory(replace(s, others=(gpu,))).severity == "warning"
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:

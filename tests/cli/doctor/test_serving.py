@@ -15,12 +15,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from loray.cli.doctor import kernels, serving
-from loray.cli.doctor.command import CHECKS, examined
-from loray.cli.doctor.finding import Check, Finding, Situation
+from loray.cli import doctor
+from loray.cli.doctor import CHECKS, Check, Finding, Situation, examined
 from loray.errors import CatalogError
 from loray.local.processes import free_ports
-from loray.local.standalone import announced
+from loray.local.serving import announced
 from tests.authority import Authority
 from tests.cli.doctor.conftest import Situations
 from tests.cli.run import Loray
@@ -32,13 +31,13 @@ def test_a_port_that_somebody_else_has(situation: Situations) -> None:
         s.listen()
         port = s.getsockname()[1]
         here = situation(spec={"port": port})
-        taken = serving.port(here)
+        taken = doctor.port(here)
         assert taken.severity == "error"
         assert f"port {port} is taken by process {os.getpid()}" in taken.message
         assert taken.mend == f"loray up --port {port + 1}"
         with announced(here.settings.home, f"http://127.0.0.1:{port}"):
-            assert serving.port(here).message == f"loray serves at port {port}"
-    assert serving.port(situation(spec={"port": free_ports(1)[0]})).severity == "ok"
+            assert doctor.port(here).message == f"loray serves at port {port}"
+    assert doctor.port(situation(spec={"port": free_ports(1)[0]})).severity == "ok"
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def test_several_nodes_without_tls(situation: Situations, monkeypatch: pytest.Mo
 
     def found(*nodes: tuple[str, int, str]) -> Finding:
         with dashboard(*nodes) as url:
-            return serving.encryption(situation(env={"LORAY_ADDRESS": url}))
+            return doctor.encryption(situation(env={"LORAY_ADDRESS": url}))
 
     with raylet(first) as plain, raylet(first, env) as secure, raylet(second, env) as secure_too:
         away = (second, port, "ALIVE")
@@ -116,7 +115,7 @@ def test_several_nodes_without_tls(situation: Situations, monkeypatch: pytest.Mo
             told = found(*nodes)
             assert (told.severity, message in told.message) == (severity, True), told
             assert ("RAY_USE_TLS" in (told.mend or "")) == (severity == "warning")
-        assert "no network" in serving.encryption(situation()).message
+        assert "no network" in doctor.encryption(situation()).message
         monkeypatch.delenv("RAY_AUTH_TOKEN")
         assert "could not be asked" in found(plain, secure_too).message
 
@@ -139,8 +138,8 @@ def keyed() -> Iterator[str]:
 
 
 def test_a_server_that_is_away_or_refuses(situation: Situations, keyed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert serving.server(situation()).severity == "ok"
-    away = serving.server(situation(env={"LORAY_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}))
+    assert doctor.server(situation()).severity == "ok"
+    away = doctor.server(situation(env={"LORAY_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}))
     assert away.severity == "error"
     assert "no answer" in away.message
     assert "LORAY_URL" in (away.mend or "")
@@ -150,7 +149,7 @@ def test_a_server_that_is_away_or_refuses(situation: Situations, keyed: str, mon
         ("right", "ok", "1 models"),
     ):
         monkeypatch.setenv("LORAY_API_KEY", key)
-        finding = serving.server(situation(env={"LORAY_URL": keyed, "LORAY_API_KEY": key}))
+        finding = doctor.server(situation(env={"LORAY_URL": keyed, "LORAY_API_KEY": key}))
         assert finding.severity == severity
         assert message in finding.message
         assert ("loray keys create" in (finding.mend or "")) == (severity == "error")
@@ -168,7 +167,7 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(situation: Situatio
 
 @pytest.mark.usefixtures("known_rates")
 def test_the_command(loray: Loray, monkeypatch: pytest.MonkeyPatch, checkpoint: object) -> None:
-    monkeypatch.setattr(kernels, "problem", lambda: None)
+    monkeypatch.setattr(doctor, "problem", lambda: None)
     port = free_ports(1)[0]
     ailing = loray("doctor", "--base", "tiny", "--port", port)
     assert ailing.code == 1

@@ -15,7 +15,7 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.catalog.database import HEAD
-from loray.cli.doctor import stores
+from loray.cli import doctor
 from loray.local.processes import free_ports
 from tests.cli.doctor.conftest import Situations
 
@@ -27,17 +27,17 @@ def set_revision(file: Path, revision: str) -> None:
 
 def test_a_catalog_of_another_version(situation: Situations, tmp_path: Path) -> None:
     s, file = situation(), tmp_path / "home" / "catalog.db"
-    assert stores.catalog(s).message == "the catalog is empty; its tables are made at first use"
+    assert doctor.catalog(s).message == "the catalog is empty; its tables are made at first use"
     assert not file.exists()
     Catalog(s.settings.catalog).close()
-    assert stores.catalog(s).severity == "ok"
+    assert doctor.catalog(s).severity == "ok"
     set_revision(file, "0003")
-    older = stores.catalog(s)
+    older = doctor.catalog(s)
     assert older.severity == "warning"
     assert f"revision 0003, this one has {HEAD}" in older.message
     assert "loray catalog backup" in (older.mend or "")
     set_revision(file, "9999")
-    newer = stores.catalog(s)
+    newer = doctor.catalog(s)
     assert (newer.severity, newer.mend) == ("error", "pip install --upgrade loray")
     with closing(sqlite3.connect(file)) as database:  # the check migrates nothing
         assert database.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)
@@ -46,20 +46,20 @@ def test_a_catalog_of_another_version(situation: Situations, tmp_path: Path) -> 
 def test_a_catalog_that_cannot_be_read(situation: Situations, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "catalog.db").write_bytes(b"no database" * 1000)
-    damaged = stores.catalog(situation())
+    damaged = doctor.catalog(situation())
     assert damaged.severity == "error"
     assert "is damaged" in damaged.message
     assert "loray catalog restore" in (damaged.mend or "")
     (port,) = free_ports(1)
-    away = stores.catalog(situation(env={"LORAY_CATALOG": f"postgresql://loray:secret@127.0.0.1:{port}/loray"}))
+    away = doctor.catalog(situation(env={"LORAY_CATALOG": f"postgresql://loray:secret@127.0.0.1:{port}/loray"}))
     assert away.severity == "error"
     assert "LORAY_CATALOG" in (away.mend or "")
     assert "secret" not in away.message
 
 
 def test_a_store_that_cannot_be_written_to(situation: Situations) -> None:
-    assert stores.store(situation()).severity == "ok"
-    finding = stores.store(situation(env={"LORAY_STORE": "file:///proc/nowhere/store"}))
+    assert doctor.store(situation()).severity == "ok"
+    finding = doctor.store(situation(env={"LORAY_STORE": "file:///proc/nowhere/store"}))
     assert finding.severity == "error"
     assert "cannot be written to" in finding.message
 
@@ -101,7 +101,7 @@ def credentials(tmp_path: Path) -> Path:
 def test_a_bucket_that_refuses_or_is_away(situation: Situations, credentials: Path) -> None:
     def found(endpoint: str) -> tuple[str, str]:
         url = f"s3://bucket?endpoint_url={endpoint}&credentials_file={credentials}"
-        finding = stores.store(situation(env={"LORAY_STORE": url}))
+        finding = doctor.store(situation(env={"LORAY_STORE": url}))
         assert "LORAY_STORE" in (finding.mend or "")
         return finding.severity, finding.message
 
@@ -124,12 +124,12 @@ def test_a_bucket_that_refuses_or_is_away(situation: Situations, credentials: Pa
 )
 def test_clocks(minutes: int, severity: str, message: str, situation: Situations) -> None:
     with server(timedelta(minutes=minutes)) as url:
-        finding = stores.clock(situation(env={"LORAY_STORE": f"s3://bucket?endpoint_url={url}"}))
+        finding = doctor.clock(situation(env={"LORAY_STORE": f"s3://bucket?endpoint_url={url}"}))
     assert finding.severity == severity
     assert message in finding.message
 
 
 def test_the_clock_of_a_folder(situation: Situations, tmp_path: Path) -> None:
-    assert "could not be compared" in stores.clock(situation()).message
+    assert "could not be compared" in doctor.clock(situation()).message
     (tmp_path / "home" / "store").mkdir(parents=True)
-    assert "agree" in stores.clock(situation()).message
+    assert "agree" in doctor.clock(situation()).message

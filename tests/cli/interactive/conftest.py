@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.api.openai import ChatFormat, Error, ErrorBody, Usage
-from loray.api.status import BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
 from loray.client import LorayClient
+from loray.schemas.openai import ChatFormat, Error, ErrorBody, Usage
+from loray.schemas.status import BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
 from loray.spec import ServeSpec
 from tests.api.test_formats import Delta, fmt
 

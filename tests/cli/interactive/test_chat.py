@@ -9,8 +9,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from loray.cli.interactive.answers import Answer, printable
-from loray.cli.interactive.chat import _Talk
+from loray.cli.chat import Answer, _Talk, printable
 from loray.client import LorayClient
 from tests.cli.interactive.conftest import Server
 from tests.cli.run import Loray

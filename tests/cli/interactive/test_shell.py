@@ -15,13 +15,12 @@ import click
 import pytest
 
 from loray.catalog import Catalog
-from loray.cli.interactive import logs
-from loray.cli.interactive.completing import complete_models
-from loray.cli.interactive.logs import following, last_lines, output_of, ray_files
+from loray.cli import logs
+from loray.cli.connect import complete_models
+from loray.cli.logs import following, last_lines, output_of, ray_files
 from loray.errors import ClusterError, NotFoundError
 from loray.local.cluster import LocalCluster
-from loray.local.serving import serve_details, serving_urls
-from loray.local.standalone import announced, standalone_servers
+from loray.local.serving import announced, serve_details, serving_urls, standalone_servers
 from loray.settings import Settings
 from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from loray.cli.interactive.figures import since
+from loray.cli.top import since
 from loray.client.metrics import percentile
 from tests.cli.interactive.conftest import Server
 from tests.cli.run import Loray

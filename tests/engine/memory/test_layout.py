@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry, Kind
+from loray.engine.memory.kv_cache import PrefixCache
 from loray.engine.memory.layout import MOST_STRETCHES, layout, summary
-from loray.engine.memory.prefix_cache import PrefixCache
 
 
 def pool(num_blocks: int) -> tuple[BlockAllocator, PrefixCache]:

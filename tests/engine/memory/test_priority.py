@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.memory.priority import PriorityQueue
+from loray.engine.memory.eviction import PriorityQueue
 
 
 @settings(max_examples=100, deadline=None)

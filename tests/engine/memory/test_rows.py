@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from loray.engine.memory.adapter_layout import AdapterShape, Matrix, columns, place
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.memory.rows import AdapterShape, Matrix, columns, place
 
 # SmolLM2-135M: hidden 576, 9 query and 3 key/value heads of 64, 30 layers, blocks of 16 tokens.
 SMOLLM2 = Geometry(num_blocks=64, num_layers=30, block_tokens=16, layer_share=2 * 16 * 3 * 64)

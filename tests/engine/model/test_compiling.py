@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.engine.model.compiling import compile_adapters
-from loray.engine.pool.records import input_shapes
-from loray_kernels.cuda.gather import Gather
+from loray.engine.model.decoder import compile_adapters
+from loray.engine.pool.pool import input_shapes
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
-from loray.engine.model.decoding import DecodeBatch, DecodeSteps
-from loray.engine.pool.resident import Record
-from loray.engine.request import Request, State
-from loray.engine.scheduling.blocks import RequestBlocks
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.memory.kv_cache import RequestBlocks
+from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps
+from loray.engine.pool.pool import Record
+from loray.engine.request import Chunk, Request, State
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import Parts
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.model import decoder
-from loray.engine.model.batch import Batch
+from loray.engine.model.batch import Batch, kept_part
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.kept import kept_part
 from loray.engine.pool.pool import Pool
 from loray.spec import LINEAR_MODULES
 from tests.engine.adapters import LINEAR_ROPE, NORMS, TestAdapter, make_adapters

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.engine.pool.loading import Progress
+from loray.engine.memory.adapter_manager import Tier
+from loray.engine.pool.loader import Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import TokenOutput
 from loray.engine.residency.partial import PartialLoad
-from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter

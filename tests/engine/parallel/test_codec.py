@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 import loray.engine
-from loray.adapters.weights import ProjectionPair
 from loray.bases.registry import BaseModel
+from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import Extent, Kind
-from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
-from loray.engine.parallel.channel import (
+from loray.engine.parallel.pool import (
     CODEC,
     AdapterPlace,
     Compact,
@@ -31,10 +30,11 @@ from loray.engine.parallel.channel import (
     Replay,
     UseRecordings,
 )
-from loray.engine.parallel.transport.codec import WireError
-from loray.engine.parallel.workers import ARGUMENTS, WorkerArgs
+from loray.engine.parallel.transport import WireError
+from loray.engine.parallel.worker import ARGUMENTS, WorkerArgs
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.resident import Record
+from loray.engine.pool.pool import Record
+from loray.methods.weights import ProjectionPair
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import Parts, RecordLimits
 

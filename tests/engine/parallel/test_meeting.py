@@ -16,7 +16,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from loray.engine.parallel import communicator
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import Shard
-from loray.engine.parallel.transport.meeting import joined, meeting, open_meeting
+from loray.engine.parallel.transport import joined, meeting, open_meeting
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
 SECRET, OTHER = b"s" * 32, b"o" * 32

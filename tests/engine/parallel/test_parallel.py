@@ -14,17 +14,17 @@ import torch
 from jsonschema import Draft202012Validator
 from peft import LoraConfig, VeraConfig
 
-from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
 from loray.engine.engine import Engine
 from loray.engine.parallel.communicator import Communicator
-from loray.engine.parallel.rows import ShardedAdapter, shard_adapter, sharded_loads
-from loray.engine.parallel.workers import LocalWorkers
-from loray.engine.pool.loading import AdapterLoads, Progress
+from loray.engine.parallel.shard import ShardedAdapter, shard_adapter, sharded_loads
+from loray.engine.parallel.worker import LocalWorkers
+from loray.engine.pool.loader import AdapterLoads, Progress
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
-from loray.engine.stream import EngineStream
 from loray.errors import EngineError, RankLost, SpecError
+from loray.methods.weights import AdapterWeights
 from loray.spec import Constraint, RopeParameters
 from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter

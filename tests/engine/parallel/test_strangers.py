@@ -13,7 +13,7 @@ import psutil
 
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
-from loray.engine.parallel.workers import LocalWorkers, WorkerArgs
+from loray.engine.parallel.worker import LocalWorkers, WorkerArgs
 from loray.spec import ServeSpec
 from tests.conftest import REPOSITORY
 from tests.engine.harness import make_engine, request, run

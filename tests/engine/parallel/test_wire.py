@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from loray.engine.model.batch import Batch, build_batch
-from loray.engine.parallel import wire
-from loray.engine.request import Request
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.parallel import communicator
+from loray.engine.request import Chunk, Request
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from loray_kernels import DecodeStep, Parts
 from tests.engine.harness import GREEDY
@@ -38,7 +37,7 @@ def test_a_step_comes_back_as_it_was() -> None:
         own_rows=numbers(-1, 1 << 40),
     )
     for step in (plain, own):
-        back = wire.load_step(wire.dump_step(step))
+        back = communicator.load_step(communicator.dump_step(step))
         assert back.parts is step.parts
         for name in DecodeStep._fields:
             assert list(np.atleast_1d(getattr(back, name))) == list(np.atleast_1d(getattr(step, name))), name
@@ -52,9 +51,9 @@ def test_a_batch_of_passed_chunks_is_the_batch_of_the_chunks() -> None:
     for request, blocks in ((scoring, [3, 9, 1]), (decoding, [7, 2]), (loading, [4])):
         request.blocks = blocks
     chunks = [Chunk(scoring, 16, 20), Chunk(decoding, 20, 1), Chunk(loading, 0, 2)]
-    numbers, digests = wire.dump_chunks(chunks)
+    numbers, digests = communicator.dump_chunks(chunks)
     assert digests == ("x", "y")
-    passed = wire.load_chunks(numbers, digests)
+    passed = communicator.load_chunks(numbers, digests)
     assert [c.adapter for c in passed] == [None, "x", "y"]
 
     def batch(of: Any) -> Batch:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loray.engine.pool.pool import Pool
 from loray_kernels import PageWriter
-from loray_kernels.pages import DirectWriter
+from loray_kernels.kv import DirectWriter
 from tests.engine.adapters import TestAdapter
 from tests.engine.pool.test_packed import LAYOUT, packer, weights
 

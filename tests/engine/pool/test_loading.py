@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loray.engine.pool.loading import AdapterLoads, Progress
+from loray.engine.pool.loader import AdapterLoads, Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.residency.partial import PartialLoad
 from tests.engine.adapters import TestAdapter

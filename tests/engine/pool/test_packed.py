@@ -12,15 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
-from loray.engine.pool import embedding
-from loray.engine.pool.file import open_packed, packed_name, save_packed
-from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.resident import ResidentAdapter
+from loray.engine.pool import packed as embedding
+from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, open_packed, packed_name, save_packed
+from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.errors import IntegrityError
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from loray_kernels import KvLayout
 from tests.engine.adapters import TestAdapter
 from tests.store.conftest import damage

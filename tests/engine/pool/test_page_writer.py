@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, ProjectionPair
 from loray.engine import build
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.resident import ResidentAdapter
+from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.methods.weights import AdapterWeights, ProjectionPair
 from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
-from loray_kernels.pages import DirectWriter
+from loray_kernels.kv import DirectWriter
 from tests.engine.adapters import TestAdapter
 from tests.engine.late import Late
 from tests.engine.pool.test_packed import LAYOUT, check_rows, packer, weights

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
 from loray.errors import IntegrityError
+from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit

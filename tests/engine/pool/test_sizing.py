@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
+from loray.engine.memory import device_memory
+from loray.engine.memory.device_memory import sized
 from loray.engine.memory.limits import block_bytes, max_model_len
-from loray.engine.pool import sizing
-from loray.engine.pool.sizing import sized
 from loray.errors import SpecError
 from loray.spec import ServeSpec
 from tests.engine.memory.test_device import BASE, CONFIG, GIB, SPEC
@@ -19,8 +19,8 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "device_memory", lambda device: (80 * GIB, 64 * GIB, BASE))
-    monkeypatch.setattr(sizing, "workspace_bytes", dict)
+    monkeypatch.setattr(device_memory, "device_memory", lambda device: (80 * GIB, 64 * GIB, BASE))
+    monkeypatch.setattr(device_memory, "workspace_bytes", dict)
 
 
 def test_a_cpu_has_its_default() -> None:
@@ -59,7 +59,7 @@ def test_ranks_have_what_the_least_of_them_has() -> None:
 
 
 def test_a_full_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "device_memory", lambda device: (16 * GIB, GIB, BASE))
+    monkeypatch.setattr(device_memory, "device_memory", lambda device: (16 * GIB, GIB, BASE))
     with pytest.raises(SpecError, match="lower max_num_batched_tokens"):
         sized(SPEC, CONFIG, GPU)
     assert 2 * block_bytes(SPEC, CONFIG) == 4 << 20

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.residency.backoff import Backoff
-from loray.engine.residency.table import Tier
+from loray.engine.memory.adapter_manager import Backoff, Tier
 from loray.errors import IntegrityError, StoreError, UnsupportedError
 from tests.engine.residency.world import World, ref
 

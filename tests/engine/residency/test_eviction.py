@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from loray.engine.residency.eviction import AdapterWorth, EvictionScore
+from loray.engine.memory.eviction import AdapterWorth, EvictionScore
 from tests.engine.residency.world import World, ref
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from loray.engine.memory.adapter_manager import Tier
 from loray.engine.residency.partial import PartialLoad
-from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
 from tests.engine.residency.world import Packed, World, ref
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loray.engine.residency.table import Stage, Tier
+from loray.engine.memory.adapter_manager import Stage, Tier
 from loray.spec import AdapterRef
 from tests.engine.residency.world import World, ref
 

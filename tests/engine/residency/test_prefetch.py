@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loray.engine.residency.prefetch import Prefetch, Prefetched
-from loray.engine.residency.table import Tier
+from loray.engine.memory.adapter_manager import Prefetch, Prefetched, Tier
 from loray.errors import StoreError
 from tests.engine.residency.world import Packed, World, ref
 

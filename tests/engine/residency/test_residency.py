@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.residency.table import Tier
-from loray.engine.stats.usage import ResidencyCounts
+from loray.engine.memory.adapter_manager import Tier
+from loray.engine.metrics import ResidencyCounts
 from loray.errors import IntegrityError
 from tests.engine.residency.world import Packed, Pair, World, ref
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from loray.engine.memory.adapter_manager import Residency
+from loray.engine.metrics import UsageLog
 from loray.engine.residency.partial import PartialLoad
-from loray.engine.residency.residency import Residency
-from loray.engine.stats.usage import UsageLog
 from loray.spec import AdapterRef
 
 

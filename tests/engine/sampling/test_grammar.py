@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
-from loray.engine.sampling.logits import process
+from loray.engine.sampling.sampler import process
 from loray.spec import Constraint, GenerateRequest, SamplingParams
 from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, Ready, token_bytes
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from loray.engine.request import Request
-from loray.engine.sampling import logits as logits_module
-from loray.engine.sampling.history import BadWords, Occurrences
-from loray.engine.sampling.logits import process
+from loray.engine.sampling import sampler as logits_module
+from loray.engine.sampling.sampler import BadWords, Occurrences, process
 from loray.spec import GenerateRequest, SamplingParams
 
 VOCAB, EOS = 300, 2

@@ -16,7 +16,7 @@ from loray.engine.sampling.sampler import Sampled, Sampler
 from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import BackendUnavailable, Ops, TokenEdits, backend
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.engine.sampling.mixes import EOS, check
 from tests.kernels.cuda.shim import NotingLauncher

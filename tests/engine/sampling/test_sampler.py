@@ -21,11 +21,10 @@ from transformers import (
 )
 
 from loray.engine.request import Request
-from loray.engine.sampling.logits import process
-from loray.engine.sampling.sampler import Sampler, _best, candidates
+from loray.engine.sampling.sampler import Sampler, _best, candidates, process
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import backend
-from loray_kernels.sampling.draws import draw
+from loray_kernels.sampling import draw
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
 EOS = 2

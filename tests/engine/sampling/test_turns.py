@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from loray.bases.grammar import MAX_MEAN_MASK_S, MIN_MASKS
 from loray.engine.request import Request
 from loray.engine.sampling.turns import MaskTurns
 from loray.spec import GenerateRequest, SamplingParams
+from loray.text.grammar import MAX_MEAN_MASK_S, MIN_MASKS
 
 BUDGET_S, GROUP_SIZE, SLOW_S = 0.005, 8, 0.015
 _Cost = Callable[[int], float]

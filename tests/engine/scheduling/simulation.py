@@ -11,15 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from loray.engine.memory.adapter_manager import Backoff, Residency
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.request import Request
-from loray.engine.residency.backoff import Backoff
+from loray.engine.metrics import UsageLog
+from loray.engine.request import Plan, Request, Work
 from loray.engine.residency.partial import PartialLoad
-from loray.engine.residency.residency import Residency
-from loray.engine.scheduling.limits import WaitLimits
-from loray.engine.scheduling.plan import Plan, Work
 from loray.engine.scheduling.scheduler import Scheduler
-from loray.engine.stats.usage import UsageLog
+from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.residency.table import Tier
+from loray.engine.memory.adapter_manager import Tier
 from tests.engine.scheduling.life import Life
 from tests.engine.scheduling.simulation import Simulation, adapter
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.engine.request import Request
-from loray.engine.scheduling.budget import ALONE, MIN_CHUNK, StepBudget
-from loray.engine.scheduling.plan import Chunk, Work
-from loray.engine.scheduling.steptime import StepTime
+from loray.engine.request import Chunk, Request, Work
+from loray.engine.scheduling.step_budget import ALONE, MIN_CHUNK, StepBudget, StepTime
 from loray.spec import GenerateRequest, SamplingParams
 
 TARGET, MAX_TOKENS = 0.1, 512

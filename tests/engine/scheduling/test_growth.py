@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.engine.request import Request
-from loray.engine.scheduling.admission import Admission
-from loray.engine.scheduling.growth import Growth, OutputLengths, blocks_wanted
+from loray.engine.scheduling.scheduler import Admission, Growth, OutputLengths, blocks_wanted
 from tests.engine.scheduling.simulation import BLOCK_TOKENS, Simulation
 
 

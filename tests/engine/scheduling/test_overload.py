@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from loray.engine.scheduling.overload import Backlog, FirstTokenEstimate
-from loray.engine.scheduling.plan import Work
-from loray.engine.scheduling.steptime import StepTime
+from loray.engine.request import Work
+from loray.engine.scheduling.early_abort import Backlog, FirstTokenEstimate
+from loray.engine.scheduling.step_budget import StepTime
 
 
 def test_a_full_batch_lets_one_in_every_mean_output_over_its_size_steps() -> None:

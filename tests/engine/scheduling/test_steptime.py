@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from loray.engine.scheduling.plan import Work
-from loray.engine.scheduling.steptime import StepTime
+from loray.engine.request import Work
+from loray.engine.scheduling.step_budget import StepTime
 
 COSTS = Work(13e-3, 0.7e-3, 0.2e-6, 0.45e-3, 0.26e-6, 0.3e-3)  # about those of a CPU and a model of 135 M parameters
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from loray.engine.memory.blocks import Extent
+from loray.engine.memory.kv_cache import RequestBlocks
 from loray.engine.request import Request
-from loray.engine.scheduling.blocks import RequestBlocks
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from tests.engine.scheduling.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
 

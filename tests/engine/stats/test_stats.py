@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loray.bases.registry import BaseModel
-from loray.engine.stats.stats import EngineStats
+from loray.engine.metrics import EngineStats
 from tests.engine.harness import make_engine
 
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from loray.engine.stats.histogram import Histogram
-from loray.engine.stats.usage import AdapterUsage, UsageLog
+from loray.engine.metrics import AdapterUsage, Histogram, UsageLog
 from tests.engine.residency.world import ref
 
 

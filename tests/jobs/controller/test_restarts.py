@@ -12,8 +12,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from jobs.controller.restarts import Restarts
-from jobs.driver.trainer import Workload, build_trainer
+from jobs.controller import Restarts
+from jobs.driver.fit import Workload, build_trainer
 from jobs.runs.folders import open_runs
 from loray.errors import StoreError, TrainingError
 from loray.settings import Settings

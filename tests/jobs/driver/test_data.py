@@ -17,10 +17,10 @@ from loray.locations import S3Location, parse_location
 from loray.recipes.sources import find_files
 from loray.settings import Settings
 from loray.spec import DataSpec, TrainSpec
-from loray.store.keys import ObjectEntry
+from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 from loray.train.checkpoint import RunState, check_resumable
-from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.rows import Dataset, load_data
 from tests.s3 import CountedS3, S3Server, counted_s3
 from tests.tiny import byte_tokenizer
 

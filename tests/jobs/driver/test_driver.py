@@ -18,25 +18,25 @@ from ray.train import Checkpoint
 
 from jobs import command
 from jobs import train as driver
-from jobs.driver import resources
+from jobs.driver import fit
+from jobs.driver.fit import check_resources
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
-from jobs.driver.resources import check_resources
-from jobs.events.messages import decode
-from jobs.runs.folders import RunFolder, open_runs
-from jobs.runs.saved import score
+from jobs.events import decode
+from jobs.runs.folders import RunFolder, open_runs, score
 from jobs.submission import commands
 from jobs.submission.tracker import RayJob
-from jobs.workers import threads, worker
-from loray.adapters.inject import InitialAdapter
+from jobs.workers import worker
+from jobs.workers import worker as threads
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError
+from loray.methods.attach import InitialAdapter
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
+from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train
-from loray.train.reporting import FolderReporter
 from tests.cluster import free_port
 from tests.test_recipe import write
 from tests.tiny import write_checkpoint
@@ -148,14 +148,14 @@ def test_the_driver_waits_for_what_an_autoscaler_may_add(tmp_path: Path, monkeyp
     recipe, settings = write(tmp_path, num_workers=3), Settings.from_env({})
     in_a_group = Settings.from_env({"LORAY_TRAINING_GROUP": "training"})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(resources, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+    monkeypatch.setattr(fit, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --num-cpus=0")
     with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 2 CPUs"):
         check_resources(recipe.spec, settings)
     with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 0 of the resource training_worker"):
         check_resources(recipe.spec, in_a_group)
     warned: list[str] = []
-    monkeypatch.setattr(resources.log, "warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(fit.log, "warning", lambda text, *args: warned.append(text % args))
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
     check_resources(recipe.spec, settings)
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --address=head:6379")  # nobody else adds such nodes

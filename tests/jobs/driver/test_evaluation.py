@@ -12,15 +12,15 @@ import torch
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from jobs.driver import evaluation
+from jobs.driver.fit import build_measuring
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
-from jobs.driver.trainer import build_measuring
-from jobs.events.messages import describe
+from jobs.events import describe
 from jobs.runs.folders import open_runs
 from jobs.workers.measuring import Measurement, measure_here
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
-from loray.catalog.gate import failures
+from loray.catalog.aliases import failures
 from loray.errors import DataError, EvaluationError, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.driver import resources
+from jobs.driver import fit
 from jobs.workers import worker
 from loray.errors import SpecError
 from loray.machine import Hardware
@@ -51,15 +51,15 @@ def look(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> Ha
     return workers(monkeypatch, cluster, **fields).hardware
 
 
-def workers(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> resources.Workers:
-    monkeypatch.setattr(resources, "ray", cluster)
+def workers(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, **fields: Any) -> fit.Workers:
+    monkeypatch.setattr(fit, "ray", cluster)
     monkeypatch.setattr(cluster, "remote", lambda *_: cluster)
-    monkeypatch.setattr(resources, "hardware", lambda: AVX2)
+    monkeypatch.setattr(fit, "hardware", lambda: AVX2)
 
     class Interrupts:
         def arm(self) -> None: ...
 
-    return resources.find_workers(recipe(dtype="auto", **fields), SETTINGS, Interrupts())  # type: ignore[arg-type]
+    return fit.find_workers(recipe(dtype="auto", **fields), SETTINGS, Interrupts())  # type: ignore[arg-type]
 
 
 def test_one_node_without_gpus_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from jobs.driver.data import fetched
-from jobs.driver.hub import HubSource, parse
+from jobs.driver.data import HubSource, fetched, parse
 from loray.errors import DataError
 from loray.settings import Settings
 from loray.spec import DataSpec
-from loray.train.data.dataset import load_data
+from loray.train.data.rows import load_data
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import whole
 from tests.train.data.test_sources import save_to_disk

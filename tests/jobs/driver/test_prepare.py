@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from jobs.driver.fit import Workers
 from jobs.driver.prepare import prepare
-from jobs.driver.resources import Workers
 from loray.bases.registry import add_base
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Gpu, Hardware

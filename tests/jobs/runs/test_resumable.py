@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runs.folders import PUBLISHED, open_runs
-from jobs.runs.saved import SNAPSHOT
+from jobs.runs.folders import PUBLISHED, SNAPSHOT, open_runs
 from loray.errors import SpecError
 from loray.settings import Settings
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from pyarrow import fs as pafs
 
-from jobs.runs.folders import RunFolder
-from jobs.runs.saved import SNAPSHOT, metrics_of, name_of
+from jobs.runs.folders import SNAPSHOT, RunFolder, metrics_of, name_of
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loray.errors import IntegrityError, StoreError, TrainingError
 from loray.recipes.load import load_recipe

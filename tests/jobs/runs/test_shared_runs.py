@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.events.messages import decode
+from jobs.events import decode
 from jobs.runs import leases
 from jobs.runs.folders import open_runs
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter

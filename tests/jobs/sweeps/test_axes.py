@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jobs.sweeps.axes import grid_axis, points, random_axis
+from jobs.sweeps.spec import grid_axis, points, random_axis
 from loray.errors import SpecError
 
 

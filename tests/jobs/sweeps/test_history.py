@@ -10,11 +10,11 @@ import pytest
 
 from jobs.sweeps import history
 from jobs.sweeps.history import SweepTrials
-from jobs.sweeps.trials import PLAN, SweepPlan, Trial, TrialRecord, record_file
+from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.errors import StoreError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
-from serve_apps.console.pictures.runs import rank
+from serve_apps.console.runs import rank
 
 BEGAN = datetime(2026, 1, 2, 12, tzinfo=UTC)
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobs.events.messages import decode
+from jobs.events import decode
 from jobs.runs.folders import open_runs
-from jobs.sweeps.axes import grid_axis, points
 from jobs.sweeps.command import sweep as sweep_command
-from jobs.sweeps.trials import SweepPlan, expand
+from jobs.sweeps.spec import SweepPlan, expand, grid_axis, points
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.recipes.load import load_recipe

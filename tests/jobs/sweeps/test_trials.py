@@ -13,12 +13,9 @@ from click.testing import CliRunner
 from pyarrow import fs
 
 from jobs.runs.folders import RunFolder
-from jobs.sweeps.command import sweep
-from jobs.sweeps.driver import _prepare
-from jobs.sweeps.picture import draw
-from jobs.sweeps.search import Records, _scheduler
-from jobs.sweeps.trial import LOSS, PERCENT
-from jobs.sweeps.trials import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
+from jobs.sweeps.command import draw, sweep
+from jobs.sweeps.driver import LOSS, PERCENT, Records, _prepare, _scheduler
+from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError

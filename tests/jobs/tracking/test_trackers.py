@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from jobs import trackers
 from jobs.driver.prepare import prepare
-from jobs.tracking import trackers
-from jobs.tracking.trackers import TrackedRun, Trackers, check_installed, tracked
+from jobs.trackers import TrackedRun, Trackers, check_installed, tracked
 from loray.errors import SpecError, TrainingError
 from loray.settings import Settings
 from loray.spec import TrainSpec

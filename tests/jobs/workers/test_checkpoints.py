@@ -18,12 +18,11 @@ from pyarrow import fs as pafs
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from jobs.workers.checkpoints import CheckpointUploads
+from jobs.workers.reporting import CheckpointUploads
 from loray.errors import TrainingError
 from loray.spec import TrainSpec
-from loray.train.checkpoint import RunState
+from loray.train.checkpoint import WRITTEN, RunState
 from loray.train.mesh import World
-from loray.train.saving import WRITTEN
 from tests.test_recipe import RECIPE
 
 

@@ -13,8 +13,8 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from jobs.controller import elastic
-from jobs.controller.elastic import WholeGroupScaling
+from jobs import controller
+from jobs.controller import WholeGroupScaling
 from jobs.workers import placement
 from jobs.workers.placement import WholeGroups, place, straddling, straddling_warning
 
@@ -79,7 +79,7 @@ def test_workers_are_bound_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
 
 def with_nodes(monkeypatch: pytest.MonkeyPatch, **alive: bool) -> None:
     found = [{"NodeID": name, "Alive": is_alive} for name, is_alive in alive.items()]
-    monkeypatch.setattr(elastic.ray, "nodes", lambda: found)
+    monkeypatch.setattr(controller.ray, "nodes", lambda: found)
 
 
 @pytest.mark.parametrize("is_cut", [True, False])

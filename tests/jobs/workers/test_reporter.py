@@ -11,11 +11,9 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from jobs.events.tensorboard import TensorBoardWriter
-from jobs.workers import gauges as gauges_module
-from jobs.workers.gauges import TrainingGauges
-from jobs.workers.reporter import RayReporter
-from jobs.workers.utilisation import GivenPeak, Utilisation
+from jobs.trackers import TensorBoardWriter
+from jobs.workers import reporting as gauges_module
+from jobs.workers.reporting import GivenPeak, RayReporter, TrainingGauges, Utilisation
 from loray.telemetry import TRAINING_METRICS
 from loray.train.mesh import World
 from tests.jobs.test_events import FIGURES, START, step

@@ -16,9 +16,9 @@ from loray.errors import DataError, StoreError
 from loray.settings import Settings
 from loray.spec import BatchSpec, DataSpec
 from loray.store import open_filesystem
+from loray.train.data import read
 from loray.train.data.batches import Batch, BatchStream
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.reading import parts
+from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, Shard, ShardIndex
 from tests.cluster import RayCluster
 from tests.s3 import S3Server
@@ -123,7 +123,7 @@ def test_tasks_make_the_shards_that_workers_read(
     ray_cluster: RayCluster, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into a bucket; each worker has the rows that one process has, which are those tokenised in one process."""
-    monkeypatch.setattr(parts, "PART_BYTES", 200)
+    monkeypatch.setattr(read, "PART_BYTES", 200)
     records: list[dict[str, Any]] = [{"prompt": f"{i}: " + "p" * (i % 9), "completion": "c" * i} for i in range(40)]
     spec = DataSpec(train=jsonl(tmp_path, *records), eval_fraction=0.2)
     recipe = write_recipe(tmp_path).spec

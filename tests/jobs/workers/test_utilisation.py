@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
+from jobs.workers.reporting import GivenPeak, MeasuredPeak, Utilisation
 
 
 class Machine:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jobs.events.messages import first_line
+from jobs.events import first_line
 from jobs.workers import worker
 from loray.bases.registry import add_base, get_base
 from loray.errors import TrainingError

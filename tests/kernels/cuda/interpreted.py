@@ -14,10 +14,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from loray_kernels import Ops
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda import triton_launch
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tiles import launch
-from loray_kernels.cuda.tiles.launch import Tiles, split_input
+from loray_kernels.cuda.triton_launch import Tiles, split_input
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.test_ops import *  # noqa: F403
@@ -63,7 +63,7 @@ def test_partial_sums_beyond_their_memory_follow_each_other(ops: Ops, monkeypatc
     """With equal bits, and what counts arrivals is left as it was found."""
     x_TI, pool, tables, segments = wide(torch.bfloat16, [70, 3, 33], 0)  # noqa: F405
     expected = ops.lora_shrink(x_TI, pool, tables, segments, 0)
-    monkeypatch.setattr(launch, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1)
     for got, want in zip(ops.lora_shrink(x_TI, pool, tables, segments, 0), expected, strict=True):
         assert torch.equal(got, want)
     assert isinstance(ops, CudaOps)

@@ -15,7 +15,7 @@ from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.parallel import decoder, driver, worker
 from loray.engine.parallel.communicator import Communicator
-from loray.engine.parallel.workers import WorkerArgs
+from loray.engine.parallel.worker import WorkerArgs
 from loray.errors import EngineError
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops

@@ -16,8 +16,7 @@ from typing import Any
 
 from loray_kernels import BackendUnavailable
 from loray_kernels.compiled import cache_folder
-from loray_kernels.cuda.launch import Argument, file_of
-from loray_kernels.cuda.nvrtc import FILES, SOURCES
+from loray_kernels.cuda.launch import FILES, SOURCES, Argument, file_of
 
 _SHIM = Path(__file__).parent / "shim.h"
 # Fortified longjmp takes a switch between two stacks for an error.

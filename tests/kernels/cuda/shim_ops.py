@@ -23,13 +23,12 @@ from loray_kernels import (
     RecordedDecoding,
     RecordedStep,
 )
-from loray_kernels.cuda import tables
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda import graphs, tables
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.pages import piece_table
-from loray_kernels.cuda.recording import graphs
-from loray_kernels.cuda.recording.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.tables import pack_attention
+from loray_kernels.cuda.upload import piece_table
 from loray_kernels.reference import ReferenceOps
 from tests.engine.late import Late
 from tests.kernels.cuda.memory import Arena

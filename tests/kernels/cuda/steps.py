@@ -10,7 +10,7 @@ import pytest
 
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.request import Chunk
 from loray.spec import GenerateRequest
 from loray_kernels.reference import ReferenceOps
 from tests.engine.harness import submit

@@ -13,8 +13,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.spec import GenerateRequest
 from loray_kernels import DecodeStep, Parts
-from loray_kernels.cuda.recording import graphs
-from loray_kernels.cuda.sampling.launch import Readback
+from loray_kernels.cuda import graphs
+from loray_kernels.cuda.sampling import Readback
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, run, submit
 from tests.engine.sampling.slow import constraint, slow

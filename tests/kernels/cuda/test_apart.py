@@ -9,8 +9,8 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.model.batch import Batch
-from loray.engine.model.decoding import DecodeBatch
-from loray_kernels import records
+from loray.engine.model.decode_batch import DecodeBatch
+from loray_kernels import descriptors
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, submit
 from tests.kernels.cuda.ranks import use_shim_ranks
@@ -22,7 +22,7 @@ from tests.kernels.cuda.test_engine import base, mixed, ops  # noqa: F401
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter of rank 70 has too many for a record."""
-    monkeypatch.setattr(records, "MAX_ROWS", 64)
+    monkeypatch.setattr(descriptors, "MAX_ROWS", 64)
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[bool, set[str]]]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from loray_kernels import BackendUnavailable, KvLayout
-from loray_kernels.cuda import gather
-from loray_kernels.cuda.gather import Gather, Work
+from loray_kernels.cuda import kernels
+from loray_kernels.cuda.kernels import Gather, Work
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, Attention, Items
@@ -61,7 +61,7 @@ def test_each_split_that_there_is_has_one_launch_and_a_place_in_it(
     launcher: GridLauncher, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """`room`: for partial sums of so many splits. 300 sequences are more than a block has threads."""
-    monkeypatch.setattr(gather, "PARTIAL_BYTES", room * 4 * 8 * 66)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", room * 4 * 8 * 66)
     generator = torch.Generator().manual_seed(1)
     contexts = (torch.rand(300, generator=generator) ** 6 * 40_000).long().tolist()
     contexts[:4] = [0, SPLIT, SPLIT + 1, 64 * SPLIT + 1]

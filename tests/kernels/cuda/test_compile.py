@@ -10,7 +10,7 @@ import pytest
 from loray_kernels import BackendUnavailable
 from loray_kernels.cuda import compile as compiling
 from loray_kernels.cuda.compile import Usage, markdown, missing, ptxas_report
-from loray_kernels.cuda.nvrtc import Compiled
+from loray_kernels.cuda.launch import Compiled
 
 LOG = """
 ptxas info    : 4 bytes gmem

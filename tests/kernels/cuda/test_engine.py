@@ -16,12 +16,12 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.model.decoding import DecodeBatch
+from loray.engine.model.decode_batch import DecodeBatch
 from loray.spec import RopeParameters
 from loray_kernels import Parts
-from loray_kernels.cuda.recording import graphs
+from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
-from loray_kernels.pages import DirectWriter
+from loray_kernels.kv import DirectWriter
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run
 from tests.kernels.cuda.ranks import use_shim_ranks

@@ -31,7 +31,7 @@ from loray_kernels import (
     backend,
     use_device,
 )
-from loray_kernels.cuda.recording.graphs import DecodeGraphs
+from loray_kernels.cuda.graphs import DecodeGraphs
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
 from tests.kernels.keys import store
@@ -125,9 +125,9 @@ def test_flashinfers_attention_is_ours(dtype: torch.dtype) -> None:
 
 def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
     """Pinned rows, others, and those that are on the device already."""
-    from loray_kernels.cuda.gather import Gather
+    from loray_kernels.cuda.kernels import Gather
     from loray_kernels.cuda.launch import CupyLauncher
-    from loray_kernels.cuda.pages import PageUploader
+    from loray_kernels.cuda.upload import PageUploader
 
     device = torch.device("cuda")
     pool = torch.zeros(1 << 20, device=device)

@@ -10,7 +10,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.spec import GenerateRequest
 from loray_kernels import Parts, backend
-from loray_kernels.cuda.recording.graphs import DecodeGraphs
+from loray_kernels.cuda.graphs import DecodeGraphs
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.conftest import adapters, base  # noqa: F401

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from loray_kernels import BackendUnavailable
-from loray_kernels.cuda import launch, nvrtc
+from loray_kernels.cuda import launch
+from loray_kernels.cuda import launch as nvrtc
 from loray_kernels.cuda.launch import CupyLauncher
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda import pages
-from loray_kernels.cuda.pages import PageUploader
-from loray_kernels.pages import Piece
+from loray_kernels.cuda import upload
+from loray_kernels.cuda.upload import PageUploader
+from loray_kernels.kv import Piece
 
 
 class Stream:
@@ -100,7 +100,7 @@ def test_each_adapter_has_an_event_of_its_own(steps: Stream) -> None:
 
 
 def test_rows_cross_the_bus_in_parts(steps: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "STAGING_BYTES", 6 * 4)
+    monkeypatch.setattr(upload, "STAGING_BYTES", 6 * 4)
     made, gather = uploader(64)
     made.write(torch.ones(2, 8), [0, 16], [Piece(0, 3, 8)])
     assert gather.sizes == [6, 6, 4]

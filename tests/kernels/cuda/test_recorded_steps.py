@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray_kernels import DecodeStep, Parts
-from loray_kernels.cuda.recording import graphs
+from loray_kernels.cuda import graphs
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run, submit
 from tests.kernels.cuda.shim_ops import ShimOps

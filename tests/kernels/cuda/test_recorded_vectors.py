@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loray_kernels import Directory, InputShape, Ops, Pair, Parts, StepRecords, VectorShape, vector_words
-from loray_kernels.cuda.vectors import RecordedVectors
+from loray_kernels.cuda.tables import RecordedVectors
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 from tests.kernels.cuda.test_shim import launcher, ops  # noqa: F401
 

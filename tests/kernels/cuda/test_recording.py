@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray_kernels import Decoding, KvLayout, Parts, Ranks, Recorded, RecordedStep, RecordLimits
-from loray_kernels.cuda.recording import graphs
-from loray_kernels.cuda.recording.graphs import DecodeGraphs, Form, Recording
+from loray_kernels.cuda import graphs
+from loray_kernels.cuda.graphs import DecodeGraphs, Form, Recording
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 

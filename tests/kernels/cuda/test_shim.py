@@ -27,17 +27,17 @@ from loray_kernels import (
     backend,
     use_device,
 )
-from loray_kernels.cuda import gather, nvrtc, tables
-from loray_kernels.cuda import rows as row_launches
-from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
+from loray_kernels import sampling as draws
+from loray_kernels.cuda import kernels, sampling, tables
+from loray_kernels.cuda import kernels as row_launches
+from loray_kernels.cuda import launch as nvrtc
+from loray_kernels.cuda.graphs import PaddedStep
+from loray_kernels.cuda.kernels import Gather
+from loray_kernels.cuda.launch import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.pages import parts, piece_table
-from loray_kernels.cuda.recording.padded import PaddedStep
-from loray_kernels.cuda.sampling import launch, plain
-from loray_kernels.pages import DirectWriter
-from loray_kernels.sampling import draws
-from loray_kernels.sampling.choosing import MAX_TOP
+from loray_kernels.cuda.upload import parts, piece_table
+from loray_kernels.kv import DirectWriter
+from loray_kernels.sampling import MAX_TOP
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,
     decoding,
@@ -113,10 +113,10 @@ def test_partial_sums_have_a_bounded_memory(ops: Ops, monkeypatch: pytest.Monkey
         made.append(out.nbytes if (out := empty(*shape, **kwargs)).dim() == 1 else 0)
         return out
 
-    monkeypatch.setattr(gather.torch, "empty", counted)
+    monkeypatch.setattr(kernels.torch, "empty", counted)
     of_split = 4 * 4 * 18
     for num_bytes, most in ((1, 3 * of_split), (4 * of_split, 4 * of_split), (1 << 30, 5 * 3 * of_split)):
-        monkeypatch.setattr(gather, "PARTIAL_BYTES", num_bytes)
+        monkeypatch.setattr(kernels, "PARTIAL_BYTES", num_bytes)
         meta.memo.pop("cuda work")
         assert torch.equal(ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25), expected)
         assert max(made) == most
@@ -203,20 +203,20 @@ def test_launches_and_kernels_agree() -> None:
         return int(value)
 
     assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == RECORD_TOKENS
-    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == gather._SHRINK_WARPS
+    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == kernels._SHRINK_WARPS
     assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
-    assert 2 * constant("lora.cu", "THREADS") == 2 * gather._EXPAND_THREADS == tables.TILE_COLUMNS
+    assert 2 * constant("lora.cu", "THREADS") == 2 * kernels._EXPAND_THREADS == tables.TILE_COLUMNS
     assert constant("splits.cuh", "SPLIT") == tables.SPLIT
     assert constant("splits.cuh", "MAX_SPLITS") == tables.MAX_SPLITS
-    assert constant("splits.cuh", "GROUP") == gather._GROUP
-    assert constant("tensor.cuh", "KEYS") == gather._TENSOR_KEYS
-    assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
-    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == launch._THREADS
+    assert constant("splits.cuh", "GROUP") == kernels._GROUP
+    assert constant("tensor.cuh", "KEYS") == kernels._TENSOR_KEYS
+    assert constant("attention.cu", "HEAD") == kernels.MAX_HEAD_DIM
+    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == sampling._THREADS
     assert constant("draw.cuh", "BLOCK") == draws._BLOCK
-    assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == plain.MAX_VOCAB <= 1 << 20
+    assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == sampling.MAX_VOCAB <= 1 << 20
     assert constant("choose.cu", "MAX_TOP") == MAX_TOP
-    assert gather._THREADS == row_launches._THREADS
-    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {gather._THREADS}
+    assert kernels._GATHER_THREADS == row_launches._THREADS
+    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {kernels._GATHER_THREADS}
     assert constant("rows.cu", "NORM_THREADS") == row_launches._NORM_THREADS
 
 

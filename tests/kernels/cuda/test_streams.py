@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels import Decoding, KvLayout, Ranks, RecordedStep, RecordLimits
-from loray_kernels.cuda.recording.graphs import DecodeGraphs, GraphRecorder
+from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 
 _WORKSPACE, _GRAPH, _CARD = 32 << 20, 2 << 20, 80 << 30
 

@@ -9,7 +9,7 @@ import torch
 
 from loray_kernels import AttentionMeta, BackendUnavailable, KvLayout
 from loray_kernels.cuda import tables
-from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,

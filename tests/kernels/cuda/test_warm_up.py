@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
-from loray.engine.stream import EngineStream
 from loray.errors import EngineError
 from loray.spec import ServeSpec
 from tests.engine.harness import request

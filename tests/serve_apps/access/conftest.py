@@ -15,10 +15,10 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import Principal, Scope, ServeSpec
-from serve_apps.access.door import METRICS_KEY
 from serve_apps.api.site import create_app as create_api
+from serve_apps.auth import METRICS_KEY
 from serve_apps.gateway.app import create_app as create_gateway
 from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory

@@ -12,8 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from loray.spec import SCOPES, Limits
-from serve_apps.access import Permissions
-from serve_apps.access.door import REFRESH_S
+from serve_apps.auth import REFRESH_S, Permissions
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import METRICS, STATIC, Site, bearer
 from tests.serve_apps.api.fakes import Api

@@ -13,12 +13,14 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import Unauthenticated
-from loray.serving import key_ring
-from serve_apps.access import Access, door, middleware
+from loray.policy import auth
+from serve_apps import auth as door
+from serve_apps import auth as middleware
+from serve_apps.auth import Access
 from tests.serve_apps.access.conftest import Site, bearer
 from tests.serve_apps.keys import access_of
 
-KEPT_BY = [module.__file__ for module in (key_ring, door, middleware)]
+KEPT_BY = [module.__file__ for module in (auth, door, middleware)]
 
 
 def wrong_key() -> str:

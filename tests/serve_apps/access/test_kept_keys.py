@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from loray.catalog import Catalog
-from loray.catalog.identity.disk import KeysFile
+from loray.catalog.snapshot_file import KeysFile
 from loray.errors import CatalogError, Unauthenticated
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import Principal
-from serve_apps.access import Access
-from serve_apps.following import CatalogFollower
+from serve_apps.auth import Access
+from serve_apps.catalog_watch import CatalogFollower
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 

@@ -14,7 +14,7 @@ from loray.catalog import Catalog
 from loray.errors import SettingsError
 from loray.settings import Settings
 from loray.spec import FleetSpec, Limits, ServeSpec
-from serve_apps.access.origins import ANY
+from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loray.errors import Overloaded, RateLimited
-from serve_apps.access.places import MostPlaces, Places
+from serve_apps.places import MostPlaces, Places
 
 IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up
 

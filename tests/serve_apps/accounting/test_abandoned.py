@@ -16,10 +16,8 @@ from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, SamplingParams
 from serve_apps.accounting import usage
-from serve_apps.accounting.account import Account, Accounts
-from serve_apps.accounting.books import Books
-from serve_apps.accounting.journal import FOLDER, Journal, abandoned
-from serve_apps.accounting.usage import UsageWriter
+from serve_apps.accounting.accounts import Account, Accounts, Books
+from serve_apps.accounting.usage import FOLDER, Journal, UsageWriter, abandoned
 from tests.catalog.test_usage import event
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.asking import eventually

@@ -14,9 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 from loray.errors import Overloaded
 from loray.serving.fair_admission import FairAdmission
 from loray.spec import Limits, Principal
-from serve_apps.accounting import admission
-from serve_apps.accounting.account import Accounts
-from serve_apps.accounting.admission import AdmitRequests, TenantTurns, Turn
+from serve_apps.accounting import accounts
+from serve_apps.accounting.accounts import Accounts, AdmitRequests, TenantTurns, Turn
 from serve_apps.gateway.answers.headers import RequestHeaders
 
 
@@ -98,7 +97,7 @@ def test_a_turn_that_came_to_a_request_that_was_cancelled_goes_on() -> None:
 
 
 def test_who_waits_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "LONGEST_S", 0.0)
+    monkeypatch.setattr(accounts, "LONGEST_S", 0.0)
 
     async def run() -> None:
         fair = crowded()

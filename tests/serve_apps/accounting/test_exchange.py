@@ -8,15 +8,15 @@ from contextlib import suppress
 
 import pytest
 
-from loray.serving.quotas import QuotaGate, QuotaOwner, Reply, Report
+from loray.policy.quotas import QuotaGate, QuotaOwner, Reply, Report
 from loray.spec import Limits, Principal
-from serve_apps.accounting import exchange
-from serve_apps.accounting.exchange import follow_owner
+from serve_apps.accounting import quotas
+from serve_apps.accounting.quotas import follow_owner
 
 
 def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "IDLE_S", 0.001)
-    monkeypatch.setattr(exchange, "BUSY_S", 0.001)
+    monkeypatch.setattr(quotas, "IDLE_S", 0.001)
+    monkeypatch.setattr(quotas, "BUSY_S", 0.001)
     gate, owner, asked = QuotaGate(2), QuotaOwner(2), list[int]()
 
     async def ask(reports: Sequence[Report]) -> Reply:

@@ -11,9 +11,9 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError, RateLimited
-from loray.serving.quotas import QuotaGate, Reservation
+from loray.policy.quotas import QuotaGate, Reservation
 from loray.spec import Limits, Principal, UsageEvent
-from serve_apps.accounting.shared_owner import SharedOwner
+from serve_apps.accounting.quotas import SharedOwner
 
 _START = 1_800_000_000.0
 

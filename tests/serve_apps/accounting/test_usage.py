@@ -19,8 +19,7 @@ from loray.errors import CatalogError
 from loray.spec import UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
-from serve_apps.accounting.journal import FOLDER, Journal, abandoned
-from serve_apps.accounting.usage import REJECTED, UsageWriter
+from serve_apps.accounting.usage import FOLDER, REJECTED, Journal, UsageWriter, abandoned
 from tests.catalog.test_usage import event
 from tests.catalogs import new_postgresql
 from tests.postgres import Postgres
@@ -122,7 +121,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         room -= written
         return written
 
-    monkeypatch.setattr("serve_apps.accounting.journal.os.write", write_some)
+    monkeypatch.setattr("serve_apps.accounting.usage.os.write", write_some)
     assert journal.append([event(1), event(2)])
     with pytest.raises(OSError, match="no space left"):
         journal.append([event(i) for i in range(3, 20)])
@@ -232,7 +231,7 @@ def test_old_events_are_forgotten(tmp_path: Path, catalog_url: str, monkeypatch:
 def test_a_journal_that_is_full_loses_events_and_says_so(
     tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serve_apps.accounting.journal.MAX_BYTES", 0)
+    monkeypatch.setattr("serve_apps.accounting.usage.MAX_BYTES", 0)
     writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
     writer.add(event(1))
     writer.close()

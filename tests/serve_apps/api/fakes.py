@@ -17,13 +17,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jobs.submission.commands import Submission
 from jobs.submission.tracker import RayJob, RayStatus
 from loray.adapters.manifest import manifest_json, write_manifest
-from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
+from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
-from serve_apps.access import Access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
+from serve_apps.auth import Access
 from serve_apps.console import Gateway
 from tests.catalog.test_catalog import manifest
 from tests.serve_apps.keys import access_of

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from loray.api.access import KeyChange, KeyCreation, TenantChange
 from loray.client import CatalogClient
 from loray.errors import ConflictError, KeyNotFound, PermissionDenied, SpecError, Unauthenticated
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
+from loray.schemas.access import KeyChange, KeyCreation, TenantChange
 from loray.spec import Limits, Principal
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.keys import access_of

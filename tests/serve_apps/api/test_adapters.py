@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from loray.api.status import AdapterPlacement
 from loray.client import CatalogClient
+from loray.schemas.status import AdapterPlacement
 from loray.spec import RopeParameters
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobs.submission.api import ApiJobServer
+from jobs.command import ApiJobServer
 from jobs.submission.tracker import id_of
 from loray.client import CatalogClient
 from loray.errors import (

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from jobs.submission.command import jobs as jobs_command
 from jobs.submission.tracker import id_of
 from loray.bases.registry import BaseModel
-from loray.cli.evaluation import harness
+from loray.cli import eval_tasks
 from loray.client import CatalogClient
 from loray.settings import Settings
 from loray.spec import Evaluation
@@ -158,8 +158,8 @@ def test_figures_of_tasks_are_reported_to_the_server(
         (folder / "results_1.json").write_text(json.dumps(RESULTS))
 
     monkeypatch.setenv("LORAY_HOME", str(api.settings.home))  # with the base's tokenizer; the catalog is not there
-    monkeypatch.setattr(harness, "find_spec", lambda name: True)
-    monkeypatch.setattr(harness, "_run", run)
+    monkeypatch.setattr(eval_tasks, "find_spec", lambda name: True)
+    monkeypatch.setattr(eval_tasks, "_run", run)
     told = loray("eval", "tasks", "tone@prod", "letters", "sums", "--json")
     assert told.code == 0, told.err
     assert json.loads(told.out)["digest"] == digest(1)

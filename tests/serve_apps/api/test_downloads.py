@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from loray.adapters.manifest import ManifestDetails, describe, verify_folder
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
-from loray.client import CatalogClient, files
+from loray.client import CatalogClient, catalog
 from loray.errors import (
     BaseMismatch,
     ClusterError,
@@ -32,8 +32,8 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.publishing import Destination, import_folder
-from loray.publishing.archive import adapter_as_tar, as_tar
-from loray.publishing.process import command_of, environment_of, raise_failure
+from loray.publishing.convert import command_of, environment_of, raise_failure
+from loray.publishing.uploads import adapter_as_tar, as_tar
 from loray.scratch import Scratch
 from loray.spec import Principal
 from loray.store import adapters
@@ -380,6 +380,6 @@ def test_a_bucket_that_only_the_server_reaches(
 
 def test_names_of_files_are_plain(tmp_path: Path) -> None:
     for name in ("../x", "/etc/x", ".bashrc", "", "a/b"):
-        file = files.PresignedFileResource(name=name, sha256="0" * 64, nbytes=1, url="http://127.0.0.1:1")
+        file = catalog.PresignedFileResource(name=name, sha256="0" * 64, nbytes=1, url="http://127.0.0.1:1")
         with pytest.raises(IntegrityError, match="not a plain one"):
-            files._read_from_store(file, tmp_path)
+            catalog._read_from_store(file, tmp_path)

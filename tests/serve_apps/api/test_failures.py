@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.api.resources import Problem
 from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
+from loray.schemas.resources import Problem
 from loray.settings import Settings
 from tests.catalog.test_catalog import publish
 from tests.cluster import free_port

@@ -182,7 +182,7 @@ def test_the_deployments_limits_bind_tenants_without_limits(api: Tenants) -> Non
 
 
 def test_errors_come_back_as_they_were() -> None:
-    from loray.api.resources import Problem, problem_type
+    from loray.schemas.resources import Problem, problem_type
 
     for kind in (RateLimited, PermissionDenied):
         told = Problem(type=problem_type(kind), title="", status=0, detail="why").exception()

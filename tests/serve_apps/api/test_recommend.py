@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from loray.bases.registry import add_base
-from serve_apps.api.routes.recommend import RecommendationResource
+from serve_apps.api.routes.jobs import RecommendationResource
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
 from tests.tiny import write_checkpoint

@@ -13,7 +13,7 @@ from hypothesis import given
 from schemathesis import GenerationMode
 
 from loray.errors import AdapterNotFound
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import Principal
 from tests.catalog.test_catalog import BASE, publish
 from tests.serve_apps.api.fakes import Api
@@ -186,7 +186,8 @@ def test_the_document(document: Any) -> None:
 
 
 def test_examples_are_what_they_are_examples_of() -> None:
-    from loray.api import access, resources, uploads
+    from loray.schemas import access, resources
+    from loray.schemas import resources as uploads
     from loray.spec import TrainSpec
     from serve_apps.api import examples
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.serving.quotas import OPEN_ENDED_TOKENS
+from loray.policy.quotas import OPEN_ENDED_TOKENS
 from loray.spec import TokenDelta
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta
 from tests.serve_apps.gateway.test_quotas import Front
@@ -90,7 +90,7 @@ def test_tokens_without_an_answer_count_in_those_of_a_minute(front: Front, path:
 
 
 def test_answers_without_a_limit_end_where_the_budget_does(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_apps.accounting.account.OPEN_ENDED_TOKENS", 20)
+    monkeypatch.setattr("serve_apps.accounting.accounts.OPEN_ENDED_TOKENS", 20)
     assert OPEN_ENDED_TOKENS > 20
     budget, num_requests = 100, 4
 

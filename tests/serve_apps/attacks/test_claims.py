@@ -137,7 +137,7 @@ def test_what_is_reported_is_bounded_and_the_tenants_own(api: Api, monkeypatch: 
         headers = {"Authorization": f"Bearer {key}"}
         told = api.http.post("/adapters/tone/versions/1/evaluations", content=body, headers=headers)
         assert told.status_code == 422, wrong
-    monkeypatch.setattr("loray.catalog.notes.evaluations.MAX_REPORTED", 3)
+    monkeypatch.setattr("loray.catalog.adapters.MAX_REPORTED", 3)
     client.report_evaluations("tone", 1, measured * 3)
     with pytest.raises(ConflictError, match="has 3 evaluations that clients have reported"):
         client.report_evaluations("tone", 1, measured)

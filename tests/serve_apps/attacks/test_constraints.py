@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.errors import Overloaded
 from loray.spec import Constraint, GenerateRequest
+from loray.text.grammar import GrammarCompiler
 from tests.engine.harness import make_engine, request
 
 SLOW = threading.Event()

@@ -16,7 +16,7 @@ from loray.errors import Overloaded
 from loray.publishing import Destination, import_folder
 from loray.scratch import Scratch
 from loray.spec import Limits, Principal
-from serve_apps.access.places import MostPlaces, Places
+from serve_apps.places import MostPlaces, Places
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 

@@ -9,8 +9,8 @@ from itertools import count
 import pytest
 
 from loray.spec import TokenLogprobs
-from serve_apps.channel import writer
-from serve_apps.channel.writer import Writer
+from serve_apps.channel import connection
+from serve_apps.channel.connection import Writer
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, everything, go, plane, until
 
 BEST = tuple((200_000 + i, -0.25 * i) for i in range(20))
@@ -22,7 +22,7 @@ PROMPT = tuple(TokenLogprobs(-0.5, BEST, i + 1) for i in range(3_000))  # about 
 def test_a_gateway_that_pauses_beside_sixteen_long_prompts(
     node: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "MAX_BACKLOG", 1 << 20)
+    monkeypatch.setattr(connection, "MAX_BACKLOG", 1 << 20)
 
     async def test() -> None:
         async with plane(node=node) as (gateway, replica):

@@ -14,8 +14,8 @@ from loray.bases.registry import BaseModel
 from loray.errors import Overloaded
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway import prompts
-from serve_apps.gateway.prompts import PromptEncoder
+from serve_apps.gateway import bases
+from serve_apps.gateway.bases import PromptEncoder
 from tests.serve_apps.attacks.front import front
 from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
@@ -70,7 +70,7 @@ def test_tenants_have_their_very_long_texts_encoded_in_turn(encoder: PromptEncod
 
 
 def test_nobody_waits_for_ever(encoder: PromptEncoder, tokenizer: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder._long_texts, "_most", prompts.LONG_TEXTS._replace(wait_s=0.01))
+    monkeypatch.setattr(encoder._long_texts, "_most", bases.LONG_TEXTS._replace(wait_s=0.01))
 
     async def run() -> None:
         held = asyncio.create_task(encoder.texts(["f" + REST], LIMIT, "flood"))

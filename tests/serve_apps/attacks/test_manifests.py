@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel
 from loray.client import CatalogClient
-from loray.engine.model.rope import frequencies
+from loray.engine.model.decoder import frequencies
 from loray.errors import DataError, IntegrityError
 from loray.spec import MAX_CONTEXT, RopeParameters, RopeType, ServeSpec
 from serve_apps.gateway.bases import ServedBase

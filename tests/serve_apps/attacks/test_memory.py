@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loray.adapters.checks.files import PAIR_NAMES
+from loray.adapters.files import PAIR_NAMES
 from loray.adapters.pairs import PairKey, drawn_digest
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
-from loray.adapters.projections import draw_pair
 from loray.bases.registry import BaseModel
-from loray.publishing import Destination, import_folder, process
-from loray.publishing.process import environment_of
+from loray.methods.vera_module import draw_pair
+from loray.publishing import Destination, convert, import_folder
+from loray.publishing.convert import environment_of
 from serve_apps.api.conversions import Conversions
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.conftest import base as base
@@ -136,7 +136,7 @@ def test_only_files_that_a_conversion_maps_are_beside_its_memory(
     for name, value in environment_of(api.settings).items():
         monkeypatch.setenv(name, value)
     (api.settings.home / "bases" / base.name / "more.bin").write_bytes(b"x" * 1000)
-    process._convert(form, version.digest, version.label, tmp_path / "made", 1 << 30)
+    convert._convert(form, version.digest, version.label, tmp_path / "made", 1 << 30)
     mapped = (base.path / "model.safetensors").stat().st_size if form == "merged" else 0
     assert limits == [((1 << 30) + mapped,) * 2]
 
@@ -152,6 +152,6 @@ def test_only_files_that_a_conversion_maps_are_beside_its_memory(
     ],
 )
 def test_a_conversion_that_needs_more_memory_says_so(error: Exception) -> None:
-    kind, message = process._failure(error, 3 << 29)
+    kind, message = convert._failure(error, 3 << 29)
     assert (kind, "needs more than the 1.6 GB of memory" in message) == ("UnsupportedError", True)
-    assert process._failure(OSError(28, "No space left on device"), 1)[0] == "StoreError"
+    assert convert._failure(OSError(28, "No space left on device"), 1)[0] == "StoreError"

@@ -14,10 +14,10 @@ from starlette.types import Message
 
 from loray.errors import Overloaded, RateLimited
 from loray.spec import Principal, TrainSpec
-from serve_apps.access import rates
-from serve_apps.access.rates import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
+from serve_apps import auth
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
+from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 
@@ -196,8 +196,8 @@ def test_advice_has_a_rate_of_its_own() -> None:
 
 
 def test_a_loop_of_plans_and_recommendations_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "ADVICE_RATE", 0.001)
-    monkeypatch.setattr(rates, "ADVICE_BURST", 4.0)
+    monkeypatch.setattr(auth, "ADVICE_RATE", 0.001)
+    monkeypatch.setattr(auth, "ADVICE_BURST", 4.0)
     api.catalog.create_tenant("acme")
     secret = api.catalog.create_key("x", tenant="acme", scopes=["infer", "train"]).secret
     key = {"Authorization": f"Bearer {secret}"}
@@ -219,7 +219,7 @@ def test_a_loop_of_plans_and_recommendations_is_slowed_down(api: Api, monkeypatc
 
 
 def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "_KEPT", 8)
+    monkeypatch.setattr(auth, "_KEPT", 8)
     counted = Rates()
     for number in range(100):
         counted.take(of(f"tenant-{number}", f"key-{number}"), 10.0 * number)
@@ -227,8 +227,8 @@ def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loop_of_requests_is_slowed_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "KEY_RATE", 0.25)
-    monkeypatch.setattr(rates, "KEY_BURST", 3.0)
+    monkeypatch.setattr(auth, "KEY_RATE", 0.25)
+    monkeypatch.setattr(auth, "KEY_BURST", 3.0)
     api.catalog.create_tenant("acme")
     key = {"Authorization": f"Bearer {api.catalog.create_key('x', tenant='acme', scopes=['publish']).secret}"}
     answers = [api.http.get("/adapters", headers=key) for _ in range(4)]

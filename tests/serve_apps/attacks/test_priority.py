@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.serving.quotas import allowed_priority
+from loray.policy.quotas import allowed_priority
 from loray.spec import Limits, Principal
 from serve_apps.gateway.answers.headers import PRIORITY
 from tests.engine.scheduling.simulation import Simulation

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
-from loray.api.openai.responses_api import ResponsesRequest
 from loray.bases.registry import BaseModel
-from loray.text.bad_words import bad_word_ids
+from loray.schemas.openai import ChatCompletionRequest, CompletionRequest, parse
+from loray.schemas.openai.responses_api import ResponsesRequest
 from loray.text.chat import Dialect
 from loray.text.templates import ChatTemplates
-from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway import prompts
-from serve_apps.gateway.prompts import PromptEncoder
+from loray.text.tokenizer import Tokenizer, bad_word_ids
+from serve_apps.gateway import bases
+from serve_apps.gateway.bases import PromptEncoder
 from tests.serve_apps.attacks.front import Front, front
 from tests.serve_apps.attacks.long_fields import LONG, bodies
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta
@@ -75,7 +74,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     watched(Dialect, "render", lambda self, messages, use=None, **options: (messages, use, options))
     watched(Tokenizer, "encode", lambda self, text, **options: text)
     watched(Dialect, "constraint", lambda self, use, answer: use)
-    watched(prompts, "bad_word_ids", lambda tokenizer, words: "".join(words))
+    watched(bases, "bad_word_ids", lambda tokenizer, words: "".join(words))
     return found
 
 

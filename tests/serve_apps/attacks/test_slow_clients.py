@@ -15,10 +15,11 @@ from uvicorn.server import ServerState
 
 from loray.bases.registry import BaseModel
 from loray.spec import ServeSpec
-from serve_apps import bodies
+from serve_apps import http
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.standalone import protocol, server
-from serve_apps.standalone.protocol import BoundedProtocol
+from serve_apps.standalone import server
+from serve_apps.standalone import server as protocol
+from serve_apps.standalone.server import BoundedProtocol
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 
@@ -65,7 +66,7 @@ async def answer_of(reader: asyncio.StreamReader) -> bytes:
 def test_a_body_that_does_not_come_is_given_up_and_its_place_is_free(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "BODY_S", SOON_S)
+    monkeypatch.setattr(http, "BODY_S", SOON_S)
     engines = ScriptedEngines()
     app = gateway_app(tiny_base(), sqlite_catalog(tmp_path), engines)
     gateway: Gateway = app.state.gateway
@@ -111,10 +112,10 @@ def test_a_body_that_comes_slowly_but_steadily_is_read(monkeypatch: pytest.Monke
                 pass
 
         begun = now
-        limited = bodies.BodyLimit(app, max_bytes=lambda _: 1 << 20, advice="")
+        limited = http.BodyLimit(app, max_bytes=lambda _: 1 << 20, advice="")
         try:
             await limited({"type": "http", "headers": []}, receive, send)
-        except bodies.HTTPException as e:
+        except http.HTTPException as e:
             status = e.status_code
         return status
 

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from jobs.submission.tracker import RayJob
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.catalog.identity import keys as stored_keys
-from loray.catalog.identity.rotation import SELF_ROTATION
+from loray.catalog import identity as stored_keys
+from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
 from tests.catalogs import sqlite_catalog

@@ -12,8 +12,7 @@ import sqlalchemy as sa
 
 from loray.adapters.manifest import ManifestDetails, describe, manifest_json, read_manifest
 from loray.bases.registry import BaseModel
-from loray.catalog import Catalog
-from loray.catalog.identity import allowances
+from loray.catalog import Catalog, allowances
 from loray.catalog.schema import versions
 from loray.client import CatalogClient
 from loray.errors import SpecError

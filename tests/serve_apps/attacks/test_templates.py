@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, parse
 from loray.bases.registry import BaseModel
 from loray.errors import Overloaded, RequestError
-from loray.text.isolated import IsolatedRenderer
-from loray.text.templates import ChatTemplate, ChatTemplates
+from loray.schemas.openai import ChatCompletionRequest, parse
+from loray.text.templates import ChatTemplate, ChatTemplates, IsolatedRenderer
 from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway import prompts
-from serve_apps.gateway.prompts import PromptEncoder
+from serve_apps.gateway import bases
+from serve_apps.gateway.bases import PromptEncoder
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 SLOW, OWN = "slow", "{{ messages[0].content }}"
@@ -61,7 +60,7 @@ async def ask(encoder: PromptEncoder, template: str | None, tenant: str, num_cha
 
 def num_free(encoder: PromptEncoder) -> int:
     """Places of renderings."""
-    return prompts.OWN_TEMPLATES.total - encoder._own_templates._taken[""]
+    return bases.OWN_TEMPLATES.total - encoder._own_templates._taken[""]
 
 
 def test_a_tenant_with_slow_templates_holds_one_place(
@@ -110,7 +109,7 @@ def test_where_all_places_are_held_the_others_have_their_turn_next(
 def test_nobody_waits_for_ever(
     encoder: PromptEncoder, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder._own_templates, "_most", prompts.OWN_TEMPLATES._replace(wait_s=0.01))
+    monkeypatch.setattr(encoder._own_templates, "_most", bases.OWN_TEMPLATES._replace(wait_s=0.01))
 
     async def run() -> None:
         held = [asyncio.create_task(ask(encoder, SLOW, tenant)) for tenant in ("first", "second")]
@@ -124,7 +123,7 @@ def test_nobody_waits_for_ever(
         assert not num_free(encoder)
         release.set()
         await held[1]
-        while num_free(encoder) < prompts.OWN_TEMPLATES.total:
+        while num_free(encoder) < bases.OWN_TEMPLATES.total:
             await asyncio.sleep(0)
         assert not encoder._own_templates._waiting
         assert await ask(encoder, OWN, "other") == 10

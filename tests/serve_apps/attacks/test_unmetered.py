@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loray.api.openai import ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
+from loray.schemas.openai import ModelList
 from loray.spec import Principal
-from serve_apps.gateway import bases, models
+from serve_apps.gateway import bases, directory
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.attacks.front import Front, front
 from tests.serve_apps.gateway.scripted import ScriptedEngines, register
@@ -83,12 +83,12 @@ def test_a_list_looks_at_no_name_that_the_caller_does_not_see(
         assert gateway.client.portal is not None
         gateway.client.portal.call(gateway.client.app.state.gateway.directory.refresh)  # type: ignore[attr-defined]
         looked: list[str] = []
-        monkeypatch.setattr(models, "may_ask", lambda principal, name: looked.append(name) or True)
+        monkeypatch.setattr(directory, "may_ask", lambda principal, name: looked.append(name) or True)
         monkeypatch.setattr("serve_apps.gateway.directory.may_ask", lambda principal, name: looked.append(name) or True)
         seen = [card.id for card in listed(gateway, "acme").data]
         assert seen == [base.name, *(f"acme/acme-{i:03}" for i in range(3))]
         assert sorted(looked) == sorted(seen)
-        monkeypatch.setattr(models, "MAX_CARDS", 30)
+        monkeypatch.setattr(directory, "MAX_CARDS", 30)
         first = listed(gateway, "other")
         assert (len(first.data), first.has_more) == (30, True)
         rest = listed(gateway, "other", f"?after={first.last_id}&limit=1000")

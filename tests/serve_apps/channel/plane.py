@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from loray.encryption import client_context, server_context
-from loray.serving.routing_report import Held
+from loray.policy.routing import Held
 from loray.spec import FinishReason, TokenLogprobs
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.inbox import Inbox

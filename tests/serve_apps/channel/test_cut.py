@@ -12,8 +12,7 @@ import pytest
 from loray.errors import ReplicaUnavailable
 from loray.spec import TokenLogprobs
 from serve_apps.channel import listener
-from serve_apps.channel.address import dial
-from serve_apps.channel.frames import HELLO, frame, pack
+from serve_apps.channel.frames import HELLO, dial, frame, pack
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, ended, go, plane, until

@@ -14,9 +14,8 @@ import pytest
 
 from loray.encryption import client_context, server_context
 from loray.spec import TokenLogprobs
-from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connection, connect
-from serve_apps.channel.frames import HELLO, frame, pack, parts
+from serve_apps.channel.frames import HELLO, Address, frame, pack, parts
 from serve_apps.channel.listener import Listener
 from tests.authority import Authority
 from tests.serve_apps.channel.plane import ENCRYPTED, LOOPS, NODE, Out, contexts, everything, go, plane, until

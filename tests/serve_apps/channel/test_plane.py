@@ -9,7 +9,7 @@ import pytest
 
 from loray.errors import ReplicaUnavailable
 from loray.spec import TokenDelta, TokenLogprobs
-from serve_apps.channel import listener, writer
+from serve_apps.channel import connection, listener
 from serve_apps.channel.connection import connect
 from serve_apps.channel.listener import Listener
 from tests.serve_apps.channel.plane import ENCRYPTED, LINKS, LOOPS, NODE, Out, contexts, everything, go, plane, until
@@ -177,7 +177,7 @@ def test_the_engine_never_waits_for_a_gateway_that_does_not_read(
     node: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it does not take is kept up to a bound; then the connection ends, and with it all its requests."""
-    monkeypatch.setattr(writer, "MAX_BACKLOG", 1 << 20)
+    monkeypatch.setattr(connection, "MAX_BACKLOG", 1 << 20)
 
     async def test() -> None:
         async with plane(node=node) as (gateway, replica):

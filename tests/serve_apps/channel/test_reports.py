@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from loray.serving.routing_report import Held, RoutingReport, RoutingSeries, routing_key
-from serve_apps.channel import connection, heartbeat, reporting
+from loray.policy.routing import Held, RoutingReport, RoutingSeries, routing_key
+from serve_apps.channel import connection, frames
+from serve_apps.channel import connection as reporting
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.frames import ALIVE, REPORT, FrameReader, pack_delta, unpack_delta
 from serve_apps.channel.listener import Listener
@@ -20,7 +21,7 @@ KEYS = [routing_key(d) for d in DIGESTS]
 @pytest.fixture(autouse=True)
 def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "PERIOD_S", 0.01)
-    monkeypatch.setattr(heartbeat, "PERIOD_S", 0.05)
+    monkeypatch.setattr(frames, "PERIOD_S", 0.05)
 
 
 def known(gateway: Listener, replica: str = "replica") -> RoutingReport | None:
@@ -118,7 +119,7 @@ def test_an_idle_replica_sends_nothing_but_signs_of_life(monkeypatch: pytest.Mon
         async with plane(held=lambda: held) as (gateway, replica):
             await replica.to(gateway.address)
             began = await age(gateway)
-            while await age(gateway) < began + 4 * heartbeat.PERIOD_S:
+            while await age(gateway) < began + 4 * frames.PERIOD_S:
                 await asyncio.sleep(reporting.PERIOD_S)
 
     async def age(gateway: Listener) -> float:

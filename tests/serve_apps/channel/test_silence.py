@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from loray.errors import ReplicaUnavailable
-from serve_apps.channel import heartbeat, listener
-from serve_apps.channel.address import Address
+from serve_apps.channel import frames, listener
+from serve_apps.channel.frames import Address
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, go, plane, until
 
 PERIOD_S = 0.05
@@ -21,7 +21,7 @@ ELSEWHERE = "another"
 
 @pytest.fixture(autouse=True)
 def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "PERIOD_S", PERIOD_S)
+    monkeypatch.setattr(frames, "PERIOD_S", PERIOD_S)
     monkeypatch.setattr(listener, "_LOST_S", 0.0)
 
 

@@ -11,9 +11,8 @@ import pytest
 from loray.errors import ReplicaUnavailable
 from loray.spec import TokenDelta, TokenLogprobs
 from serve_apps.channel import connection, listener
-from serve_apps.channel.address import abstract, dial
 from serve_apps.channel.connection import Connections
-from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, frame
+from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, abstract, dial, frame
 from tests.serve_apps.channel.plane import NODE, PLACES, Out, ended, everything, go, plane, until
 
 

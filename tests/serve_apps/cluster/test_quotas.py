@@ -11,11 +11,10 @@ import pytest
 import ray
 
 from loray.errors import RateLimited
-from loray.serving.quotas import QuotaGate
+from loray.policy.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import Limits, Principal
-from serve_apps.accounting.exchange import follow_owner
-from serve_apps.accounting.owner import RayExchange
+from serve_apps.accounting.quotas import RayExchange, follow_owner
 from tests.cluster import RayCluster
 
 pytestmark = pytest.mark.cluster

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from loray.api.status import Status
 from loray.client import LorayClient
 from loray.publishing import Destination, publish
+from loray.schemas.status import Status
 from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
 

@@ -18,7 +18,7 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps.replica.startup import start_engine
-from serve_apps.standalone.engines import LocalEngines
+from serve_apps.standalone.server import LocalEngines
 from tests.serve_apps.gateway.scripted import gateway_app
 
 

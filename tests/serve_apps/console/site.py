@@ -11,10 +11,10 @@ import httpx
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from jobs.sweeps.trials import PLAN, SweepPlan, Trial, TrialRecord, record_file
-from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
+from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.catalog import Job
 from loray.recipes.load import load_recipe
+from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import Gateway
 from tests.catalog.test_catalog import BASE, digest, manifest

@@ -14,7 +14,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from loray.spec import Evaluation
-from serve_apps.console.forms import MOST_SUGGESTED
+from serve_apps.console.rendering import MOST_SUGGESTED
 from tests.catalog.test_catalog import digest, manifest
 from tests.serve_apps.console.site import ConsoleSite
 

@@ -7,9 +7,9 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from loray.catalog.identity.usage import UsageRow
+from loray.catalog.usage import UsageRow
 from loray.spec import UsageEvent
-from serve_apps.console.pages.usage import bars_of
+from serve_apps.console.keys import bars_of
 from tests.serve_apps.console.site import ROOT, ConsoleSite
 
 

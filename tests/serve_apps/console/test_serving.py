@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from loray.api.status import AdapterPlacement
+from loray.schemas.status import AdapterPlacement
 from loray.spec import Stretch
 from tests.catalog.test_catalog import digest
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from jobs.sweeps.spec import SweepSpec
-from jobs.sweeps.trials import SweepPlan
+from jobs.sweeps.spec import SweepPlan, SweepSpec
 from loray.spec import Limits
 from tests.serve_apps.console.markup import parse
 from tests.serve_apps.console.site import ConsoleSite
@@ -91,7 +90,7 @@ def test_a_search_becomes_a_sweep_of_one_job(console: ConsoleSite) -> None:
 
 
 def test_a_tenants_sweep_stays_within_its_workers(console: ConsoleSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.submission.rules._check_source", lambda *_: None)
+    monkeypatch.setattr("jobs.submission.tracker._check_source", lambda *_: None)
     console.catalog.update_tenant("acme", limits=Limits(max_workers=2))
     console.log_in(console.key("train", tenant="acme"))
     mixed = console.post("/jobs", SEARCH | {"search.grid": "num_workers=1,2"})

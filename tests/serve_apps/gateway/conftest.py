@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.serving.routing_report import RoutingReports
+from loray.policy.routing import RoutingReports
 from serve_apps.gateway.replicas import router
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.routed import Replica

@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from loray.serving.routing_report import Held, RoutingSeries
+from loray.policy.routing import Held, RoutingSeries
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import AdapterRouter

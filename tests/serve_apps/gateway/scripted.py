@@ -11,15 +11,14 @@ from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
 from tokenizers.pre_tokenizers import ByteLevel
 
-from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
+from loray.schemas.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
-from serve_apps.access import Access
+from serve_apps.auth import Access
 from serve_apps.gateway.app import create_app
-from serve_apps.gateway.bases import ServedBase
+from serve_apps.gateway.bases import Engines, ServedBase
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway
 from tests.serve_apps.keys import access_of
 

@@ -10,10 +10,10 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.core import CounterMetricFamily
 
-from loray.api.status import AutoscalingStatus
 from loray.bases.registry import BaseModel, get_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.schemas.status import AutoscalingStatus
 from loray.spec import AutoscalingSpec, Principal, ServeSpec
 from serve_apps.gateway.bases import ServedBase
 from tests.catalogs import sqlite_catalog

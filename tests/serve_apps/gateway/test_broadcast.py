@@ -9,12 +9,13 @@ import pytest
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from loray.api.status import ReplicaStatus
 from loray.errors import EngineError
-from loray.serving.routing_report import Held, RoutingReports
+from loray.policy.routing import Held, RoutingReports
+from loray.schemas.status import ReplicaStatus
 from serve_apps.channel.connection import Connections
-from serve_apps.gateway.replicas import broadcast, router
+from serve_apps.gateway.replicas import engines as broadcast
 from serve_apps.gateway.replicas import engines as generation
+from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ServeEngines
 from tests.serve_apps.channel.plane import NODE, until
 

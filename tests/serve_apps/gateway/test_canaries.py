@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.catalog.canaries import EndedCanary, ReportAnswer
+from loray.catalog.aliases import EndedCanary, ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded, EngineError, Overloaded
-from loray.serving.canary import Arm
+from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
 from serve_apps.gateway.canaries import Canaries, Reports
 from serve_apps.gateway.metrics import GatewayMetrics

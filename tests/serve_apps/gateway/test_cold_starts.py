@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from loray.api.status import AutoscalingStatus
 from loray.errors import BaseStarting, EngineError
+from loray.schemas.status import AutoscalingStatus
 from serve_apps.gateway.errors import failure_of
-from serve_apps.gateway.replicas import call, router
+from serve_apps.gateway.replicas import engines as call
+from serve_apps.gateway.replicas import router
 from tests.serve_apps.gateway.test_engines import REQUEST, Handle, engines_of, tokens
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.catalog.snapshots.disk import SnapshotFile
+from loray.catalog.snapshot_file import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError
 from loray.spec import OPERATOR
-from serve_apps.following import CatalogFollower
+from serve_apps.catalog_watch import CatalogFollower
 from serve_apps.gateway.directory import LOOK_AGAIN_S, Found, ModelDirectory
 from serve_apps.gateway.errors import failure_of
 from tests.serve_apps.gateway.scripted import register
@@ -133,7 +133,7 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("serve_apps.following.SPREAD_S", 0.0)
+    monkeypatch.setattr("serve_apps.catalog_watch.SPREAD_S", 0.0)
     register(catalog, "tone", base.fingerprint, context_length=4096)
     kept, away = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere"), Away(catalog)
 

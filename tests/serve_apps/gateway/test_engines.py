@@ -24,13 +24,13 @@ from loray.errors import (
 )
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.channel import listener
-from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connection, connect
+from serve_apps.channel.frames import Address
 from serve_apps.gateway.errors import failure_of
-from serve_apps.gateway.replicas import call, router
+from serve_apps.gateway.replicas import engines as call
 from serve_apps.gateway.replicas import engines as generation
-from serve_apps.gateway.replicas.engines import ServeEngines
-from serve_apps.gateway.replicas.progress import ATTEMPTS
+from serve_apps.gateway.replicas import router
+from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngines
 from tests.serve_apps.channel.plane import NODE, Out
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.stream import EngineStream
-from serve_apps.standalone.engines import LocalEngines
+from loray.engine.async_engine import EngineStream
+from serve_apps.standalone.server import LocalEngines
 from tests.catalogs import sqlite_catalog
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine

@@ -22,8 +22,8 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.accounting.usage import UsageStatus
+from serve_apps.catalog_watch import CatalogFollower
 from serve_apps.exposition import encode, merge
-from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, OfBase, together
 from serve_apps.gateway.replicas.router import decisions

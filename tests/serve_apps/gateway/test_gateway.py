@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.schemas.status import AutoscalingStatus, ScalingDecision
 from serve_apps.gateway.directory import REFRESH_S
 from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, register
 
@@ -166,7 +166,7 @@ def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
 
 
 def test_pages_of_models(client_of: Any, base: BaseModel, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_apps.gateway.models._AT_ONCE", 2)
+    monkeypatch.setattr("serve_apps.gateway.directory._AT_ONCE", 2)
     names = [base.name, *sorted(f"{first}{i}" for first in "az" for i in range(3))]
     for name in names[1:]:
         register(catalog, name, base.fingerprint)

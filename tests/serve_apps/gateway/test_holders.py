@@ -7,7 +7,7 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from loray.errors import ReplicaUnavailable
-from loray.serving.routing_report import RoutingReports
+from loray.policy.routing import RoutingReports
 from loray.spec import AdapterOf
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import AdapterRouter, decisions, holders, is_held

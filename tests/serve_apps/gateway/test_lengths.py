@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_apps.gateway.replicas.lengths import QueueLengths
+from serve_apps.gateway.replicas.router import QueueLengths
 
 
 class Clock:

@@ -13,11 +13,11 @@ from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
 
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
 from loray.engine.request import TokenOutput
-from loray.engine.stream import EngineStream
 from loray.spec import GenerateRequest
-from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connection, connect
+from serve_apps.channel.frames import Address
 from serve_apps.gateway.replicas.engines import ServeEngines
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import Requests

@@ -13,10 +13,10 @@ import openai
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
 from loray.engine.build import build_engine
-from loray.engine.stream import EngineStream
 from loray.spec import ServeSpec
-from serve_apps.standalone.engines import LocalEngines
+from serve_apps.standalone.server import LocalEngines
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import gateway_app
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatCompletionRequest, parse
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
+from loray.schemas.openai import ChatCompletionRequest, parse
 from loray.spec import AdapterRef
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from serve_apps.gateway.prompts import PromptEncoder
+from serve_apps.gateway.bases import PromptEncoder
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 LIMIT = 1 << 20

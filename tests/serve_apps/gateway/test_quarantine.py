@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError
 
 from loray.catalog import Catalog
 from loray.errors import AdapterQuarantined, CatalogError, EngineStopped
-from loray.serving.quarantine import FIRST_S, TRIAL_S
+from loray.policy.quarantine import FIRST_S, TRIAL_S
 from loray.spec import AdapterRef
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas import quarantine, router

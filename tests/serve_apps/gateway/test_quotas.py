@@ -18,8 +18,7 @@ from loray.errors import Overloaded
 from loray.settings import Settings
 from loray.spec import Limits, Principal, ServeSpec, UsageEvent
 from serve_apps.accounting.access_log import AccessLog, LogAccess
-from serve_apps.accounting.account import Accounts
-from serve_apps.accounting.books import Books
+from serve_apps.accounting.accounts import Accounts, Books
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory

@@ -15,11 +15,9 @@ from ray.exceptions import ActorDiedError
 
 from loray.errors import EngineError, Overloaded, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta, TokenLogprobs
-from serve_apps.channel.address import Address
-from serve_apps.channel.frames import pack
+from serve_apps.channel.frames import Address, pack
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.departures import Departures
-from serve_apps.gateway.replicas.progress import ATTEMPTS
+from serve_apps.gateway.replicas.engines import ATTEMPTS, Departures
 from tests.serve_apps.channel.plane import Out
 from tests.serve_apps.gateway.test_engines import REQUEST, Handle, Response, _no_waiting, engines_of, raised_by, tokens
 

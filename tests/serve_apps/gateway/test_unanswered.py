@@ -10,8 +10,7 @@ import pytest
 from ray.serve.request_router import PendingRequest
 
 from serve_apps.gateway.replicas import router as module
-from serve_apps.gateway.replicas.router import AdapterRouter
-from serve_apps.gateway.replicas.unanswered import UnansweredPrompts
+from serve_apps.gateway.replicas.router import AdapterRouter, UnansweredPrompts
 from tests.serve_apps.gateway.routed import DIGESTS, Replica, pending, route, with_router
 
 NAMES = ("prompts-one", "prompts-two")

@@ -17,13 +17,13 @@ from fastapi.testclient import TestClient
 from starlette.routing import Route as PlainRoute
 
 from jobs.submission.tracker import RayJob
-from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import keys
 from loray.publishing.uploads import Uploads
 from loray.recipes.load import load_recipe
+from loray.schemas.status import AdapterPlacement
 from loray.spec import Principal, Projection
 from tests.catalog.test_catalog import manifest
 from tests.catalogs import sqlite_catalog

@@ -13,8 +13,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.startup import start_engine
-from serve_apps.standalone.app import create_site
-from serve_apps.standalone.engines import LocalEngines
+from serve_apps.standalone.server import LocalEngines, create_site
 from tests.cluster import SERVE, served_base
 
 

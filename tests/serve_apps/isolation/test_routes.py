@@ -62,7 +62,7 @@ def test_each_scope_opens_its_routes_alone(both: Site, application: Application,
 def test_another_tenant_gets_what_it_gets_for_a_name_that_does_not_exist(
     both: Site, application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_apps.access.rates.KEY_BURST", 1e6)  # every route is asked twice
+    monkeypatch.setattr("serve_apps.auth.KEY_BURST", 1e6)  # every route is asked twice
     before, jobs = both.catalog.snapshot(), both.catalog.jobs().jobs
     for name, route in application.table.items():
         if route.scopes == OPEN:

@@ -15,8 +15,7 @@ from typing import Protocol
 from loray.local.processes import free_ports, is_free, kill, session_members
 from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import S3Location, parse_location
-from loray.store.aws import connect
-from loray.store.s3 import _PROBE
+from loray.store.s3 import _PROBE, connect
 from tests.serve_apps.kills.publisher import Options, arguments
 
 

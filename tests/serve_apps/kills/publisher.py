@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from loray.api.resources import VersionDetail
 from loray.cli.main import cli
 from loray.client import CatalogClient
 from loray.errors import CatalogError, ClusterError, StoreError
+from loray.schemas.resources import VersionDetail
 from tests.store.publisher import write_adapter
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ import uvicorn
 
 from loray.settings import Settings
 from loray.telemetry import configure_logging
-from serve_apps.access import open_access
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
+from serve_apps.auth import open_access
 from tests.serve_apps.api.fakes import FakeJobs, FakePlacements, mounted
 
 HOST = "127.0.0.1"

@@ -18,13 +18,13 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from loray.api.resources import VersionDetail
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.cli.main import cli
 from loray.client import CatalogClient
 from loray.files import file_sha256
-from loray.publishing.collect import collect, find_garbage, verify_store
+from loray.publishing.gc import collect, find_garbage, verify_store
+from loray.schemas.resources import VersionDetail
 from loray.store import AdapterStore, LocalStore, open_store
 from loray.store.s3 import create_bucket
 from tests.postgres import Postgres, start_postgres

@@ -12,19 +12,17 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.engine.async_engine import EngineStream
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
-from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
+from loray.policy.demand import Observation
 from loray.publishing import Destination, publish
-from loray.serving.scaling.observation import Observation
 from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.demand import ReplicaDemand
-from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import Requests
+from serve_apps.replica.requests import LocalStreams, ReplicaDemand, Requests
 from serve_apps.replica.startup import adapter_loader
 
 SCALING = AutoscalingSpec(window_s=3600)

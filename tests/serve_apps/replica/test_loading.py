@@ -15,12 +15,11 @@ import torch
 from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
-from loray.engine.pool.file import open_packed
-from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.packed import PackedAdapter, Packer, open_packed
 from loray.errors import BaseMismatch, IntegrityError
 from loray.files import file_sha256
 from loray.store import AdapterStore
-from serve_apps.replica import cache_writer
+from serve_apps.replica import loading
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
 from tests.serve_apps.replica.conftest import World, same
@@ -148,7 +147,7 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
 
 
 def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_writer, "_MAX_WAIT_S", 60.0)
+    monkeypatch.setattr(loading, "_MAX_WAIT_S", 60.0)
     packed = world.loader(world.ref).pack(world.packer, world.seen)
     assert packed.partial is not None
     assert packed.partial.complete

@@ -15,17 +15,16 @@ import pytest
 from peft import LoraConfig
 from prometheus_client.core import Metric as Family
 
-from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import EngineStream
+from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
-from loray.engine.stats.stats import EngineStats
-from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
+from loray.schemas.status import AdapterPlacement
 from loray_kernels import KvLayout
-from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica
-from serve_apps.replica.requests import Requests
+from serve_apps.replica.requests import LocalStreams, Requests
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import hold, make_engine, request
 

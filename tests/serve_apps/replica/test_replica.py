@@ -12,18 +12,17 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
+from loray.engine.async_engine import EngineStream, Sink
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
-from loray.engine.stream import EngineStream, Sink
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import without_expected_tracebacks
-from serve_apps.replica.requests import Requests
+from serve_apps.replica.requests import LocalStreams, Requests
 from serve_apps.replica.startup import adapter_loader
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from loray.errors import EngineError
 from loray.spec import EngineFigures, Stretch
-from serve_apps.replica import report
-from serve_apps.replica.report import replica_status
+from serve_apps.replica import metrics
+from serve_apps.replica.metrics import replica_status
 
 LAYOUT = (Stretch("kv", 2), Stretch("free", 10))
 
@@ -32,7 +32,7 @@ class Stream:
 
 @pytest.mark.parametrize("answer", [LAYOUT, EngineError("stopped"), None], ids=["in time", "stopped", "hangs"])
 def test_layouts(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
-    monkeypatch.setattr(report, "_LAYOUT_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(metrics, "_LAYOUT_TIMEOUT_S", 0.01)
     stream: Any = Stream(answer)
     status = asyncio.run(replica_status(stream, "r1", 0.0, layout=frozenset({"r1"})))
     assert (status.num_running, status.layout) == (1, LAYOUT if answer is LAYOUT else ())

@@ -13,17 +13,17 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.engine.metrics import EngineStats
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.stats.stats import EngineStats
 from loray.errors import StoreError
+from loray.policy.warm_start import AdapterDemand, DemandRecord
 from loray.publishing import Destination, publish
-from loray.serving.adapter_demand import AdapterDemand, DemandRecord
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.loading import AdapterLoader, StoredAdapter
+from serve_apps.replica.replica import warm_up
 from serve_apps.replica.startup import start_engine
-from serve_apps.replica.warming import warm_up
 
 NAMES = ("a", "b", "c")
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SpecError
-from loray.local.standalone import announced, standalone_servers
+from loray.local.serving import announced, standalone_servers
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from serve_apps.standalone.command import one_engine
-from serve_apps.standalone.jobs import LocalJobServer
+from serve_apps.standalone.server import LocalJobServer
 from tests.conftest import REPOSITORY
 from tests.serve_apps.asking import answer_of
 from tests.serve_apps.conftest import Loray
@@ -28,7 +28,7 @@ from tests.tiny import write_checkpoint
 
 def test_the_command_is_light() -> None:
     code = (
-        "import sys, serve_apps.standalone.command, serve_apps.standalone.run;"
+        "import sys, serve_apps.standalone.command, serve_apps.standalone.server;"
         "print([m for m in 'torch ray transformers fastapi uvicorn'.split() if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

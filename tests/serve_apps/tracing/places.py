@@ -15,17 +15,16 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loray.engine.stream import EngineStream
+from loray.engine.async_engine import EngineStream
 from loray.settings import Settings
 from loray.spec import FleetSpec, GenerateRequest, ServeSpec
-from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connections
+from serve_apps.channel.frames import Address
 from serve_apps.gateway.app import open_gateway
 from serve_apps.gateway.replicas.engines import ServeEngines
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import Requests
-from serve_apps.standalone.app import create_site
-from serve_apps.standalone.engines import LocalEngines
+from serve_apps.standalone.server import LocalEngines, create_site
 from serve_apps.tracing import Tracing
 from tests.serve_apps.channel.plane import NODE, until
 

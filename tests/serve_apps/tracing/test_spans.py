@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.engine.async_engine import EngineStream
 from loray.engine.build import build_engine
-from loray.engine.stream import EngineStream
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import ServeSpec

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from hashlib import sha256
 from typing import Any
 
-from loray.serving.routing_report import routing_key
-from loray.serving.scaling.observation import Observation
+from loray.policy.demand import Observation
+from loray.policy.routing import routing_key
 from loray.spec import AdapterRef
 
 MIB = 1 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loray.serving.scaling.decision import Decision, ScalingState, decide
+from loray.policy.autoscaling import Decision, ScalingState, decide
 from loray.spec import AutoscalingSpec
 from tests.serving.scaling.made import observation
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.serving.scaling.bursts import Bursts
-from loray.serving.scaling.decision import Decision, ScalingState, decide
+from loray.policy.autoscaling import Bursts, Decision, ScalingState, decide
 from loray.spec import AutoscalingSpec
 from tests.serving.scaling.made import observation
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.serving.routing_report import routing_key
-from loray.serving.scaling.decision import Decision, ScalingState, decide
-from loray.serving.scaling.demand import DemandMeter
-from loray.serving.scaling.observation import Observation
+from loray.policy.autoscaling import Decision, ScalingState, decide
+from loray.policy.demand import DemandMeter, Observation
+from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AutoscalingSpec
 from tests.serving.scaling.made import MIB, adapter, observation
 

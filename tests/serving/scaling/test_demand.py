@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from loray.serving.routing_report import routing_key
-from loray.serving.scaling.demand import MAX_KEYS, DemandMeter, EngineLoad, TrackedRequest
-from loray.serving.scaling.observation import Observation, adapter_rank, key_of_rank
+from loray.policy.demand import (
+    MAX_KEYS,
+    DemandMeter,
+    EngineLoad,
+    Observation,
+    TrackedRequest,
+    adapter_rank,
+    key_of_rank,
+)
+from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AdapterRef
 from tests.serving.scaling.made import adapter
 

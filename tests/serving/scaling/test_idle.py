@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from loray.serving.scaling.decision import Decision
-from loray.serving.scaling.demand import DemandMeter, EngineLoad, TrackedRequest
-from loray.serving.scaling.idle import IdleState, PolicyState, decide_from_zero
+from loray.policy.autoscaling import Decision, IdleState, PolicyState, decide_from_zero
+from loray.policy.demand import DemandMeter, EngineLoad, TrackedRequest
 from loray.spec import AdapterBytes, AutoscalingSpec
 from tests.serving.scaling.made import MIB, observation
 

@@ -13,10 +13,10 @@ import jsonschema
 import pytest
 from tokenizers import AddedToken
 
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
 from loray.spec import Constraint, Tool, ToolParserName, ToolUse
+from loray.text.grammar import GrammarCompiler
 from loray.text.tools import MARKERS, calls_constraint, parser_for
 from tests.tiny import byte_tokenizer
 

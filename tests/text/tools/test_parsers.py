@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.text.tools import Piece, ToolParser, parser_for
-from loray.text.tools.parser import CharacterParser
+from loray.text.tools.parsers import CharacterParser
 
 USE = ToolUse((Tool("add", {}), Tool("now", {})))
 A, B = '{"a": [1, {"b": "}]"}], "c": "\\"</tool_call>"}', "{}"

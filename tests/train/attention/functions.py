@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
-from loray.train.attention import varlen
+from loray.train.attention import attend
 
 
 def flash_attn_varlen_func(
@@ -67,4 +67,4 @@ def install_flash_attn(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
         package.__spec__ = ModuleSpec("flash_attn", None)
         package.flash_attn_varlen_func = function
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(varlen, "_kernel", varlen._kernel.__wrapped__)  # what an earlier case found is kept
+    monkeypatch.setattr(attend, "_kernel", attend._kernel.__wrapped__)  # what an earlier case found is kept

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loray.train import s2_attention
-from loray.train.attention import cpu, sdpa, varlen
-from loray.train.attention import segments as segment_attention
+from loray.train.attention import attend
+from loray.train.attention import attend as segment_attention
 from tests.train.attention.functions import flash_attn_varlen_func, install_flash_attn, torch_varlen
 from tests.train.attention.test_s2_attention import qkv, runs
 
@@ -41,20 +41,20 @@ NONE, OLD, NEW = None, flash_attn_of_2023, flash_attn_varlen_func
 @pytest.mark.parametrize(
     ("device", "dtype", "width", "flash_attn", "has_new_torch", "capability", "expected"),
     [
-        ("cuda", torch.bfloat16, 128, NEW, True, 9, varlen),
-        ("cuda", torch.float32, 128, NEW, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 512, NEW, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, NONE, True, 9, varlen),
-        ("cuda", torch.bfloat16, 128, OLD, True, 9, varlen),
-        ("cuda", torch.bfloat16, 128, NEW, False, 9, varlen),
-        ("cuda", torch.bfloat16, 128, NONE, False, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, OLD, False, 9, sdpa),
-        ("cuda", torch.bfloat16, 12, NEW, True, 9, varlen),
-        ("cuda", torch.bfloat16, 12, NONE, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 12, OLD, True, 9, sdpa),
-        ("cuda", torch.bfloat16, 128, NEW, True, 7, sdpa),
-        ("cpu", torch.bfloat16, 128, NEW, True, 9, cpu),
-        ("meta", torch.bfloat16, 128, NEW, True, 9, sdpa),
+        ("cuda", torch.bfloat16, 128, NEW, True, 9, attend),
+        ("cuda", torch.float32, 128, NEW, True, 9, attend),
+        ("cuda", torch.bfloat16, 512, NEW, True, 9, attend),
+        ("cuda", torch.bfloat16, 128, NONE, True, 9, attend),
+        ("cuda", torch.bfloat16, 128, OLD, True, 9, attend),
+        ("cuda", torch.bfloat16, 128, NEW, False, 9, attend),
+        ("cuda", torch.bfloat16, 128, NONE, False, 9, attend),
+        ("cuda", torch.bfloat16, 128, OLD, False, 9, attend),
+        ("cuda", torch.bfloat16, 12, NEW, True, 9, attend),
+        ("cuda", torch.bfloat16, 12, NONE, True, 9, attend),
+        ("cuda", torch.bfloat16, 12, OLD, True, 9, attend),
+        ("cuda", torch.bfloat16, 128, NEW, True, 7, attend),
+        ("cpu", torch.bfloat16, 128, NEW, True, 9, attend),
+        ("meta", torch.bfloat16, 128, NEW, True, 9, attend),
     ],
 )
 def test_choice_of_a_kernel(
@@ -78,7 +78,7 @@ def test_choice_of_a_kernel(
 def test_a_torch_without_attention_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     install_flash_attn(monkeypatch, None)
     monkeypatch.setitem(sys.modules, torch_varlen.__name__, None)
-    assert varlen._kernel() is None
+    assert attend._kernel() is None
 
 
 @pytest.mark.parametrize("ids", [None, [runs((0, 11), (1, 12), (-1, 7))]], ids=["one document", "packed and padded"])
@@ -87,7 +87,7 @@ def test_the_function_of_the_installed_torch_takes_its_arguments(
 ) -> None:
     """Forward and backward, without storage: the function itself runs, and its kernel says the shapes alone."""
     install_flash_attn(monkeypatch, None)
-    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: varlen.attend_runs)
+    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: attend.attend_runs_varlen)
     q, k, v = (x.detach().to("meta").requires_grad_() for x in qkv(1, 9, 3, 30, torch.bfloat16))
     out = s2_attention(q, k, v, group_size=8, document_ids_BT=None if ids is None else torch.tensor(ids))
     assert out.shape == q.shape

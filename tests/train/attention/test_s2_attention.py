@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from loray.train import s2_attention
-from loray.train.attention import cpu, sdpa, varlen
-from loray.train.attention import segments as segment_attention
-from loray.train.attention.cuts import Bucket, compute_cuts
+from loray.train.attention import attend
+from loray.train.attention import attend as segment_attention
+from loray.train.attention.segments import Bucket, compute_cuts
 from tests.train.attention.functions import (
     flash_attn_varlen_func,
     install_flash_attn,
@@ -24,7 +24,7 @@ from tests.train.attention.functions import (
 @pytest.fixture(params=["cpu", "sdpa", "flash-attn", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to compute, on this machine's CPU."""
-    chosen = {"cpu": cpu, "sdpa": sdpa}.get(request.param, varlen).attend_runs
+    chosen = {"cpu": attend, "sdpa": attend}.get(request.param, attend).attend_runs
     monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: chosen)
     install_flash_attn(monkeypatch, flash_attn_varlen_func if request.param == "flash-attn" else None)
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_on_cpu)
@@ -213,8 +213,8 @@ def test_one_call_computes_all_segments_of_a_length(monkeypatch: pytest.MonkeyPa
         calls.append(tuple(q.shape))
         return forward(q, *rest, **options)
 
-    forward = cpu.causal_forward
-    monkeypatch.setattr(cpu, "causal_forward", counted)
+    forward = attend.causal_forward
+    monkeypatch.setattr(attend, "causal_forward", counted)
     q, k, v = qkv(2, 9, 3, 32)
     s2_attention(q, k, v, group_size=8)
     plain, shifted = {(8, 3, 8, 8), (8, 1, 8, 8)}, {(4, 2, 4, 8), (6, 2, 8, 8), (4, 3, 4, 8), (6, 3, 8, 8)}

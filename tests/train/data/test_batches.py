@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
-from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor, collate
-from loray.train.data.examples import TokenRows, pack_rows
-from loray.train.data.plans import MicroBatch, first_fit, plan_epoch
+from loray.train.data.batches import (
+    IGNORED,
+    Batch,
+    BatchStream,
+    Cursor,
+    MicroBatch,
+    TokenRows,
+    collate,
+    first_fit,
+    pack_rows,
+    plan_epoch,
+)
 
 MAX_LENGTH = 64
 ORDERS = ["shuffled", "length_grouped", "packed"]

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data.dataset import load_data
-from loray.train.data.examples import Rows
-from loray.train.data.reading.chats import conversations
+from loray.train.data.batches import Rows
+from loray.train.data.rows import load_data
+from loray.train.data.tokenize import conversations
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 

@@ -14,9 +14,9 @@ import pytest
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.examples import Rows, pack_rows
-from loray.train.data.reading import parts
+from loray.train.data import read
+from loray.train.data.batches import Rows, pack_rows
+from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -121,7 +121,7 @@ def test_strings_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_errors_are_numbered_through_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    monkeypatch.setattr(read, "PART_BYTES", 100)
     records = [{"prompt": "p" * (i % 7), "completion": "c" * (i * 13 % 90)} for i in range(50)]
     path = jsonl(tmp_path, *records[:45], {"prompt": "p", "completion": None}, *records[45:])
     if kind == "parquet":

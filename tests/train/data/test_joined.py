@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor
-from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 
 N = 32

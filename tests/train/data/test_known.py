@@ -17,14 +17,12 @@ from numpy.typing import NDArray
 
 from loray.recipes.sources import Source
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data import kept_plans
-from loray.train.data.batches import BatchStream
-from loray.train.data.dataset import load_data
-from loray.train.data.kept_plans import kept_plan, plan_ahead
-from loray.train.data.plans import Plan, Share, plan_epoch
-from loray.train.data.reading import known, parts
-from loray.train.data.reading.files import RowFile, read_head, rows_of
+from loray.train.data import batches, read
+from loray.train.data.batches import BatchStream, Plan, Share, kept_plan, plan_ahead, plan_epoch
+from loray.train.data.read import RowFile, read_head, rows_of
+from loray.train.data.reading import known
 from loray.train.data.reading.known import cut_known
+from loray.train.data.rows import load_data
 from loray.train.data.shards import FolderCache
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_shards import write
@@ -61,10 +59,10 @@ class Counted:
 @pytest.fixture
 def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """An hour after the files were written."""
-    counted, now = Counted(parts.cut), known.time.time
+    counted, now = Counted(read.cut), known.time.time
     monkeypatch.setattr(known, "cut", counted)
     monkeypatch.setattr(known.time, "time", lambda: now() + 3600)
-    monkeypatch.setattr(parts, "PART_BYTES", 50)
+    monkeypatch.setattr(read, "PART_BYTES", 50)
     return counted
 
 
@@ -73,7 +71,7 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
 def test_a_file_that_did_not_change_is_not_read(tmp_path: Path, cuts: Counted, name: str, max_rows: int | None) -> None:
     file, cache = open_rows(write(tmp_path / name, ROWS)), FolderCache(tmp_path / "cache")
     first = cut_known(file, max_rows, cache)
-    assert first == parts.cut(file, max_rows)
+    assert first == read.cut(file, max_rows)
     assert len(first.parts) > 1
     assert cut_known(file, max_rows, cache) == first
     assert cuts.calls == 1
@@ -85,12 +83,12 @@ def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Counted) -> None:
     cut_known(file, None, cache)
     with path.open("a") as opened:
         opened.write('{"text": "more"}\n')
-    assert cut_known(file, None, cache) == parts.cut(file)
+    assert cut_known(file, None, cache) == read.cut(file)
     other = Path(write(tmp_path / "b.jsonl", [*ROWS[1:], ROWS[0], {"text": "text10"}]))
     other.write_bytes(other.read_bytes().ljust(path.stat().st_size))
     os.utime(other, ns=(before.st_atime_ns, path.stat().st_mtime_ns))
     other.replace(path)  # of the same size, and with the times of the one before
-    assert cut_known(file, None, cache) == parts.cut(file)
+    assert cut_known(file, None, cache) == read.cut(file)
     assert cuts.calls == 3
 
 
@@ -137,8 +135,8 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 200)
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted(plan_epoch)
-    monkeypatch.setattr(kept_plans, "plan_epoch", counted)
-    monkeypatch.setattr(kept_plans, "_LEAST", 100)
+    monkeypatch.setattr(batches, "plan_epoch", counted)
+    monkeypatch.setattr(batches, "_LEAST", 100)
     return counted
 
 
@@ -164,9 +162,9 @@ def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None,
 
 def test_numbers_that_need_it_have_eight_bytes() -> None:
     large = Plan(*(np.array(values) for values in ([1 << 31], [1], [0], [1])))
-    parts = kept_plans._parts_of(large)
+    parts = batches._parts_of(large)
     assert {part.dtype for part in parts} == {np.dtype(np.int64)}
-    found = kept_plans._plan_of(np.concatenate(parts))
+    found = batches._plan_of(np.concatenate(parts))
     assert found is not None
     assert arrays(found) == arrays(large)
 
@@ -207,7 +205,7 @@ def test_one_process_of_a_machine_makes_a_plan(tmp_path: Path, monkeypatch: pyte
         with (tmp_path / "lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    monkeypatch.setattr(kept_plans, "plan_epoch", made)
+    monkeypatch.setattr(batches, "plan_epoch", made)
     lengths = np.full(10_000, 9)
     assert len(kept_plan(lengths, BatchSpec(rows=2), **PLAN, cache=FolderCache(tmp_path))) == 5000
     lock()

@@ -15,9 +15,8 @@ from loray.planning.run import run_of
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import check_row_lengths, resolve
 from loray.spec import TrainSpec
-from loray.train.data.batches import BatchStream
-from loray.train.data.examples import TokenRows
-from loray.train.data.joined import JoinedRows, join
+from loray.train.data.batches import BatchStream, TokenRows
+from loray.train.data.rows import JoinedRows, join
 
 RECIPES = {"7b_32k": 32768, "7b_100k": 102400, "13b_64k": 65536, "70b_32k": 32768}
 ROWS_A_STEP, STEPS = 64, 20  # the paper's rows; a fiftieth of its steps, so that the corpus fits

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data.batches import BatchStream
+from loray.train.data import read
+from loray.train.data.batches import BatchStream, Rows, pack_rows
 from loray.train.data.corpus import Task, run_here
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.examples import Rows, pack_rows
-from loray.train.data.reading import parts
-from loray.train.data.reading.tokenising import Tokenisation
+from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex
+from loray.train.data.tokenize import Tokenisation
 from tests.tiny import byte_tokenizer
 from tests.train.data import in_memory
 from tests.train.data.test_joined import tokenizer as beginning_tokenizer
@@ -90,7 +89,7 @@ def test_rows_are_those_of_the_plain_rule(
     }
     tokenizer = TOKENIZERS[data.draw(st.booleans())]
     order = "concat" if form == "joined" else data.draw(st.sampled_from(["shuffled", "packed"]))
-    monkeypatch.setattr(parts, "PART_BYTES", data.draw(st.sampled_from([1, 100, 400, 8 << 20])))
+    monkeypatch.setattr(read, "PART_BYTES", data.draw(st.sampled_from([1, 100, 400, 8 << 20])))
     expected = in_memory.rows_of(sources, tokenizer, joined=form == "joined", evaluation=held_out, **plain)
     spec = DataSpec(
         train=tuple({"path": path, "weight": 2.0} for path in paths),  # type: ignore[arg-type]
@@ -147,7 +146,7 @@ class Counted:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Ten parts."""
-    monkeypatch.setattr(parts, "PART_BYTES", 50)
+    monkeypatch.setattr(read, "PART_BYTES", 50)
     return write(tmp_path / "data.jsonl", [{"text": f"text {i} " + "x" * 40} for i in range(10)])
 
 

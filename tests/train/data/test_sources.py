@@ -14,9 +14,8 @@ import pytest
 from loray.errors import DataError
 from loray.recipes.sources import matches, uploaded_files
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data.batches import BatchStream
-from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.plans import Share, plan_epoch
+from loray.train.data.batches import BatchStream, Share, plan_epoch
+from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 

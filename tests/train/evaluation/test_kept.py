@@ -21,9 +21,8 @@ from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError
 from loray.spec import PerplexitySpec, RetrievalSpec, RopeParameters
 from loray.train.evaluation import perplexity, retrieval
-from loray.train.evaluation.kept import Figures, KeptFigures, Pass, digest
-from loray.train.evaluation.measure import measure
-from loray.train.evaluation.subjects import MeasuredModel, identity, subjects
+from loray.train.evaluation.measure import MeasuredModel, identity, measure, subjects
+from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
 from tests.engine.adapters import make_adapter
 from tests.train.evaluation.test_perplexity import documents
 
@@ -35,7 +34,7 @@ PASSES = [Pass(str(i), 2, "it") for i in range(4)]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from loray.train.evaluation.kept import KeptFigures, Pass
+from loray.train.evaluation.perplexity import KeptFigures, Pass
 
 def compute(i):
     return {"nll": i / 7} if i < 2 else os.kill(os.getpid(), signal.SIGKILL)

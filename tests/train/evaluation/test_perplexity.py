@@ -18,17 +18,14 @@ from peft import LoraConfig, PeftModel, VeraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loray.adapters.export import save_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, DataError, EvaluationError
 from loray.spec import PerplexitySpec, RopeParameters
-from loray.train.attention import cpu
+from loray.train.attention import attend
+from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import perplexity as module
-from loray.train.evaluation.documents import Documents, cut_windows, read_documents
-from loray.train.evaluation.measure import measure
-from loray.train.evaluation.measured import Measured
-from loray.train.evaluation.perplexity import mean_loss
-from loray.train.evaluation.subjects import MeasuredModel, load, subjects
+from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
+from loray.train.evaluation.perplexity import Documents, Measured, cut_windows, mean_loss, read_documents
 from loray.train.model import build_model
 from tests.engine.adapters import NORMS, make_adapter
 from tests.tiny import byte_tokenizer
@@ -161,13 +158,13 @@ def test_what_is_published_is_measured_as_what_was_trained(
 def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long window must not cost memory in its square, nor positions times vocabulary."""
     rows, products = [], []
-    attention, loss = cpu.causal_forward, module.summed_cross_entropy
+    attention, loss = attend.causal_forward, module.summed_cross_entropy
 
     def spied(q_FRLD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         rows.append(q_FRLD.shape[2])
         return attention(q_FRLD, *others)
 
-    monkeypatch.setattr(cpu, "causal_forward", spied)  # which has no mask
+    monkeypatch.setattr(attend, "causal_forward", spied)  # which has no mask
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("attention with a mask"))
     monkeypatch.setattr(module, "summed_cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
     model = load(base, MeasuredModel("base"), dtype="bfloat16", device=CPU)

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from loray.adapters.export import save_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import EvaluationError
 from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RopeParameters, TrainSpec
+from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import measure as module
-from loray.train.evaluation.documents import Documents
-from loray.train.evaluation.kept import KeptFigures
-from loray.train.evaluation.measure import measure
-from loray.train.evaluation.subjects import MeasuredModel, load, subjects
+from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
+from loray.train.evaluation.perplexity import Documents, KeptFigures
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
 from tests.train.evaluation.test_perplexity import documents

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.exchange.halo import HaloPlan
+from loray.planning.sequence import HaloPlan
 from loray.train import s2_attention
-from loray.train.sequence import SequenceGroup, attention, exchange
-from loray.train.sequence.attention import attend_shard
-from loray.train.sequence.cuts import shard_cuts
-from loray.train.sequence.group import Pending
+from loray.train.sequence import SequenceGroup, halo
+from loray.train.sequence.halo import attend_shard, shard_cuts
+from loray.train.sequence.shard import Pending
 from tests.planning.closed_form import closed_form_elements
 from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
@@ -144,7 +143,7 @@ def test_traffic_depends_neither_on_the_tokens_nor_on_the_ranks(ranks: Ranks) ->
 def order_of_work(group: SequenceGroup) -> list[str]:
     """What happens in a forward and a backward pass, as this rank sees it."""
     log: list[str] = []
-    attend, post, wait = attention.attend_heads, exchange.post, Pending.wait
+    attend, post, wait = halo.attend_heads, halo.post, Pending.wait
 
     def attend_heads(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = "halo segments" if "wait" in log else "local segments"
@@ -156,8 +155,8 @@ def order_of_work(group: SequenceGroup) -> list[str]:
         return lambda *args: (log.append(name), function(*args))[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attend_heads", attend_heads)
-        patch.setattr(exchange, "post", logged("post", post))
+        patch.setattr(halo, "attend_heads", attend_heads)
+        patch.setattr(halo, "post", logged("post", post))
         patch.setattr(Pending, "wait", logged("wait", wait))
         compute(group, Case(32, 4, 2, documents("full", 64)))
     return log

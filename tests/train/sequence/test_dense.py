@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.exchange.dense import DenseExchange, DensePlan
+from loray.planning.sequence import DenseExchange, DensePlan
 from loray.train.sequence import SequenceGroup, Traffic
+from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
 from loray.train.sequence.partial import flash, flash_gradients
 from loray.train.sequence.ring import ring_attention, ring_cuts
-from loray.train.sequence.ulysses import ulysses_attention, ulysses_cuts
 from tests.train.attention.test_s2_attention import oracle, oracle_mask
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks

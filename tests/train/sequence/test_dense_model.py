@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.planning.exchange.dense import DensePlan
-from loray.planning.exchange.halo import padded_length
+from loray.planning.sequence import DensePlan, padded_length
 from tests.train.sequence.ranks import Ranks
 from tests.train.sequence.test_model import HEADS, KINDS, LAYERS, batch, train, train_alone
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
-from loray.planning.exchange.halo import HaloPlan, padded_length
+from loray.planning.sequence import HaloPlan, padded_length
 from loray.train.data.batches import IGNORED, Batch
-from loray.train.loss import batch_loss
 from loray.train.model import build_model, dense
+from loray.train.objectives import batch_loss
 from loray.train.sequence import SequenceGroup, Traffic, sequence_parallel, shard
 from tests.train.attention.test_s2_attention import runs
 from tests.train.sequence.ranks import Ranks

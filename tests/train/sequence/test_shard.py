@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.planning.exchange.halo import padded_length
+from loray.planning.sequence import padded_length
 from loray.train.data.batches import IGNORED, collate
 from loray.train.sequence import SequenceGroup, ShardedBatch, shard
 from tests.train.data.test_batches import make_rows

@@ -14,7 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.spec import REWARDS, TrainSpec
 from loray.train import checkpoint
-from loray.train.reporting import FolderReporter
+from loray.train.checkpoint import FolderReporter
 from loray.train.strategies import zero
 from tests.train.pairs import curve, paired, run
 from tests.train.ranks import run_ranks

@@ -21,14 +21,14 @@ from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.spec import ParallelSpec, TrainSpec
 from loray.train import checkpoint
-from loray.train import loss as loss_module
-from loray.train.data.dataset import Dataset
+from loray.train import objectives as loss_module
+from loray.train.checkpoint import FolderReporter
+from loray.train.data.rows import Dataset
 from loray.train.loop import train
-from loray.train.loss import Loss, batch_loss
 from loray.train.mesh import World
+from loray.train.objectives import Loss, batch_loss
 from loray.train.optimizer import OptimizerState
-from loray.train.reporting import FolderReporter
-from loray.train.strategies import buckets, zero
+from loray.train.strategies import ddp, zero
 from tests.train.ranks import run_ranks
 from tests.train.test_loop import METHODS, make_data, recipe
 
@@ -96,7 +96,7 @@ class Case(NamedTuple):
 def _runs(rank: int, case: Case, strategy: str) -> None:
     assert World.current().gather(f"rank {rank}") == [f"rank {r}" for r in range(SIZE)]
     events = {}
-    buckets.BUCKET_ELEMENTS = zero.BUCKET_ELEMENTS = 3000  # several, and the embedding larger than one
+    ddp.BUCKET_ELEMENTS = zero.BUCKET_ELEMENTS = 3000  # several, and the embedding larger than one
     for name in RUNS:
         # DeepSpeed's own number is for large models: all of a tiny one's parameters would stay gathered.
         zero._PERSISTENT_ELEMENTS = 0 if name != "vera" else 100_000

@@ -18,11 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
-from loray.train.loss import Objective
 from loray.train.mesh import World
-from loray.train.model import build_model
+from loray.train.model import BaseWeights, build_model
+from loray.train.objectives import Objective
 from loray.train.strategies import prepare
-from loray.train.weights.deferred import BaseWeights
 from tests.train.ranks import run_ranks
 from tests.train.test_loop import METHODS, recipe
 

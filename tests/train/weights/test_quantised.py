@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loray.adapters import quantised
-from loray.adapters.forms.merge import RoundedBase, merge_adapter
-from loray.adapters.inject import is_magnitude
+from loray.adapters.convert import RoundedBase, merge_adapter
 from loray.adapters.peft_format import read_adapter
-from loray.adapters.quantised import dequantised, is_quantised, numel, rounded
+from loray.bases import quantized
+from loray.bases.quantized import dequantised, is_quantised, numel, rounded
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, UnsupportedError
+from loray.methods.attach import is_magnitude
 from loray.planning.run import run_of
 from loray.spec import QuantizationSpec, TrainSpec
 from loray.train import checkpoint
@@ -49,7 +49,7 @@ def plain_with_rounded_weights(base: BaseModel, spec: TrainSpec) -> Any:
 def test_bitsandbytes_is_asked_for_and_strategies_that_shard_are_refused(
     tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'loray\[qlora\]'"):
         build_model(tiny_base(**TINY), spec_of("lora"))
     with pytest.raises(SpecError, match="a quantised base is whole on every worker, and fsdp2 takes it apart: use ddp"):

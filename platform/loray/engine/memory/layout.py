@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loray.engine.memory.blocks import BlockAllocator, Occupancy
-from loray.engine.memory.prefix_cache import PrefixCache
+from loray.engine.memory.kv_cache import PrefixCache
 from loray.spec import Stretch
 
 MOST_STRETCHES = 200

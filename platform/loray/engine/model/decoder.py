@@ -1,35 +1,216 @@
-"""The decoder: Llama, Mistral, Qwen2, Qwen3 over the pool's paged KV cache. One pass serves a heterogeneous batch."""
+"""`Decoder`: weights, RoPE, the pass.
+
+Which kernel an op takes depends on the base, on how many rows of A an adapter has for an input: 16, 32, or more, and on
+whether the rank of a VeRA pair is a multiple of 16. All rows are the pool's first elements, and the results go nowhere.
+
+Shapes: T tokens, I input width, O output width, R ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
-from loray.engine.memory.device import SCORED_BYTES
-from loray.engine.model.batch import AdapterBatch, Batch, build_batch
-from loray.engine.model.compiling import compile_adapters
-from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
-from loray.engine.model.kept import kept_part
+from loray.engine.memory.device_memory import SCORED_BYTES
+from loray.engine.model.batch import AdapterBatch, Batch, build_batch, kept_part
+from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step, through
-from loray.engine.model.loading import load_layers
-from loray.engine.model.rope import Rope
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.records import AdapterRecords, input_shapes
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.pool.pool import AdapterRecords, Pool, input_shapes
+from loray.engine.request import Chunk
+from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 from loray_kernels import (
     Decoding,
     InputShape,
+    LoraTable,
     Ops,
+    PairMatrix,
     Recorded,
     RecordedDecoding,
     RecordedStep,
     RecordLimits,
+    RowTables,
+    Segments,
     TokenSeats,
+    VeraTable,
 )
+
+_TOKENS = 32  # a tile
+_NUM_ROWS = (16, 32, 64)
+_PAIR_RANKS = (64, 24)
+_Columns = tuple[tuple[int, int], ...]
+
+
+@torch.inference_mode()
+def compile_adapters(ops: Ops, pool: Tensor, inputs: Sequence[InputShape]) -> None:
+    """`inputs`: of the rank's part of the base. Writes nothing that is kept."""
+    for shape in inputs:
+        x_TI = pool.new_zeros(_TOKENS, _width(shape.a))
+        outputs = torch.split(pool.new_zeros(_TOKENS, sum(map(_width, shape.b))), [_width(b) for b in shape.b], dim=1)
+        for num_rows in _NUM_ROWS:
+            _lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
+        for rank in _PAIR_RANKS:
+            _vera(ops, pool, shape, rank, x_TI, outputs[0])
+
+
+def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    segments = Segments((0,), (_TOKENS,))
+    tables = tuple(
+        LoraTable(_rows(shape.a, rank, pool), _rows(b, rank, pool), (0, rank), (1.0,)) for b in map(tuple, shape.b)
+    )
+    h = ops.lora_shrink(x_TI, pool, tables, segments, 0)
+    ops.lora_expand(outputs, h, pool, tables, segments, 0)
+
+
+def _vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
+    a_RI = PairMatrix(pool.new_zeros(rank, x_TI.shape[1]))
+    b_OR = PairMatrix(pool.new_zeros(y_TO.shape[1], rank))
+    d, b = _rows(((0, rank),), _TOKENS, pool), _rows(shape.b[0], _TOKENS, pool)
+    z_TR = ops.vera_shrink(x_TI, a_RI)
+    ops.vera_expand(y_TO, z_TR, pool, VeraTable(a_RI, b_OR, d, b, 0, _TOKENS), 0)
+
+
+def _rows(columns: _Columns, num: int, pool: Tensor) -> RowTables:
+    at = torch.zeros(num, dtype=torch.int64, device=pool.device)
+    return RowTables(tuple((column, width, at) for column, width in columns))
+
+
+def _width(columns: _Columns) -> int:
+    return sum(width for _, width in columns)
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+L = TypeVar("L")
+
+
+def load_layers(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    take: Callable[[str, Tensor], Tensor],
+    make: Callable[[int, Mapping[str, Tensor]], L],
+) -> tuple[list[L], Mapping[str, Tensor]]:
+    """The layers of the decoder, each made when the last of its tensors has been taken, and the tensors of no layer.
+
+    A layer packs its matrices into other memory; what it was made from is given up with it. In the order of a
+    checkpoint, by name, a layer's tensors follow each other. Tensors that the decoder does not read are not taken.
+    IntegrityError if one is missing.
+    """
+    missing = set(expected_shapes(config))
+    if config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    left = Counter(_layer_of(name) for name in missing)
+    taken: defaultdict[int | None, dict[str, Tensor]] = defaultdict(dict)
+    layers: dict[int, L] = {}
+    for name, tensor in tensors:
+        if name not in missing:
+            continue
+        missing.remove(name)
+        layer = _layer_of(name)
+        taken[layer][name] = take(name, tensor)
+        left[layer] -= 1
+        if layer is not None and not left[layer]:
+            layers[layer] = make(layer, taken.pop(layer))
+    if missing:
+        raise IntegrityError(f"the checkpoint lacks the tensor {min(missing)!r}; add the base again")
+    return [layers[i] for i in range(config.num_layers)], taken[None]
+
+
+def _layer_of(name: str) -> int | None:
+    found = _LAYER.match(name)
+    return None if found is None else int(found[1])
+
+
+class Frequencies(NamedTuple):
+    """Inverse frequencies, fp32 (head_dim/2), and the factor of cos and sin (YaRN's attention temperature)."""
+
+    inverse_d: Tensor
+    attention_factor: float
+
+
+def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
+    """Equal to transformers' bit for bit; its functions compute all scaled kinds."""
+    if rope.rope_type == "default":
+        exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
+    from transformers import LlamaConfig  # takes seconds, and few bases are of a scaled kind
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # The supported kinds do not use the model's context length; transformers warns if it does not fit.
+    context = round((rope.original_max_position_embeddings or 1 << 20) * (rope.factor or 1))
+    config = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        rope_parameters=rope.to_hf(),
+        max_position_embeddings=context,
+    )
+    inverse_d, attention_factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
+    return Frequencies(inverse_d, float(attention_factor))
+
+
+class Rope:
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        self._dtype, self._device = dtype, device
+        self._known: dict[RopeParameters, Frequencies] = {}
+
+    def prepare(self, rope: RopeParameters) -> None:
+        """Compute the frequencies of an adapter before a step needs them. May be called from any thread.
+
+        Raises IntegrityError where they cannot be computed or are not finite.
+        """
+        try:
+            inverse_d, factor = self._frequencies(rope)
+        except Exception as e:
+            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} cannot be computed: {e!r}") from e
+        if not (inverse_d.isfinite().all() and math.isfinite(factor)):
+            raise IntegrityError(f"its RoPE parameters {rope.to_hf()} give frequencies that are not finite")
+
+    def numbers(self, rope: RopeParameters) -> npt.NDArray[np.float32]:
+        """Inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's record."""
+        inverse_d, factor = self._frequencies(rope)
+        return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        positions_T = batch.positions_T.float()
+        if (vectors := batch.own_vectors) is None:
+            angles_Th, factor_T = self._angles(positions_T, self._config.rope)
+        else:
+            inverse_Th, factor_T = vectors.rope(*self._frequencies(self._config.rope))
+            angles_Th = positions_T.unsqueeze(1) * inverse_Th
+        for slot in batch.adapters.slots:
+            if slot.adapter.rope is not None:
+                own = slice(slot.start, slot.stop)
+                angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
+        factor_T1 = factor_T.unsqueeze(1)
+        cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
+        return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
+
+    def _angles(self, positions_T: Tensor, rope: RopeParameters) -> tuple[Tensor, Tensor]:
+        inverse_d, factor = self._frequencies(rope)
+        return torch.outer(positions_T, inverse_d), torch.full_like(positions_T, factor)
+
+    def _frequencies(self, rope: RopeParameters) -> Frequencies:
+        found = self._known.get(rope)
+        if found is None:
+            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
+        return found
+
 
 _EMBEDDING = "model.embed_tokens.weight"
 

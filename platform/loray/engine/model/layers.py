@@ -14,8 +14,7 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.resident import ResidentPair
+from loray.engine.pool.pool import Pool, ResidentPair
 from loray_kernels import (
     INPUTS,
     LayerWeights,

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from loray.engine.model.batch import Batch
-from loray.engine.pool.pool import Pool
-from loray.engine.pool.resident import ResidentAdapter
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine.request import Chunk
 
 T = TypeVar("T")
 

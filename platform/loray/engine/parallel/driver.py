@@ -14,30 +14,29 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
+from loray.engine.memory.device_memory import sized
 from loray.engine.model.batch import Batch
-from loray.engine.model.decoding import DecodeBatch, Resident
-from loray.engine.parallel import wire
-from loray.engine.parallel.channel import (
+from loray.engine.model.decode_batch import DecodeBatch, Resident
+from loray.engine.parallel import communicator as wire
+from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.decoder import ShardedDecoder
+from loray.engine.parallel.pool import (
     Channel,
     Command,
     CompileAdapters,
     Forward,
     GetPoolMap,
+    LeadingPool,
     RecordSteps,
     Replay,
     UseRecordings,
 )
-from loray.engine.parallel.communicator import Communicator
-from loray.engine.parallel.decoder import ShardedDecoder
-from loray.engine.parallel.pool import LeadingPool
-from loray.engine.parallel.rows import sharded_loads
-from loray.engine.parallel.shard import Shard, check_divisible, local_device
-from loray.engine.parallel.transport.meeting import SECRET_BYTES, joined, open_meeting
-from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
-from loray.engine.pool.loading import LoadAdapter
+from loray.engine.parallel.shard import Shard, check_divisible, local_device, sharded_loads
+from loray.engine.parallel.transport import SECRET_BYTES, joined, open_meeting
+from loray.engine.parallel.worker import StartWorkers, WorkerArgs, Workers
+from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
-from loray.engine.pool.sizing import sized
-from loray.engine.scheduling.plan import Chunk
+from loray.engine.request import Chunk
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
 from loray_kernels import Recorded, RecordLimits

@@ -1,14 +1,22 @@
-"""Which part of the model a rank has: Megatron's split (Shoeybi et al., *Megatron-LM*, 2019).
+"""A rank's part of the model and of an adapter.
 
 q, k, v, gate and up are split by output (heads, columns of the MLP): column-parallel. o and down are split by input:
 row-parallel, and each rank's result is a partial sum. Norms and the embedding are complete on every rank: adapters
 replace whole embedding rows, and a vocabulary-parallel lookup would cost an all-reduce as wide as the hidden size. The
 output head, all of which is read for every token, is split by vocabulary.
+
+    module             A, r rows of the input's width          Bᵀ, r rows of the output's width
+    column-parallel    all of it                               the rank's columns
+    row-parallel       the rank's columns, as of the input     all of it
+
+All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b and DoRA's scale are split as
+the columns of B are. VeRA's vector d, norms and embedding rows are complete on every rank, and so is the shared pair,
+since modules of different widths use different parts of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
+from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
+from loray.engine.memory.blocks import Geometry, Kind
+from loray.engine.pool.loader import AdapterSource, LoadAdapter, Progress
+from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
+from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError
+from loray.methods.weights import AdapterWeights
 from loray.spec import LINEAR_MODULES, ServeSpec
+from loray_kernels import INPUTS, InputShape
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
@@ -97,3 +112,142 @@ def local_device(spec: ServeSpec, rank: int) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", rank % torch.cuda.device_count())
     return device
+
+
+_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora"})  # of column-parallel modules
+_SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedAdapter(PackedAdapter):
+    """Rank 0's part, and `others`: those of ranks 1, 2 …"""
+
+    others: tuple[PackedAdapter, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all ranks' parts."""
+        return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all ranks' parts."""
+        parts = (self, *self.others)
+        return sum(bytes_taken(t, pinned=part.pinned) for part in parts for t in (*part.layered, part.flat))
+
+
+def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
+    """`input_shapes` of a rank's part of adapters. `config` is the rank's."""
+    shapes = []
+    for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
+        outputs, inputs = zip(*map(config.module_shape, modules), strict=True)
+        if modules[0] in COLUMN_PARALLEL:
+            shapes.append(shape._replace(pair_rows=tuple(shard.rank * width for width in outputs)))
+        else:
+            shapes.append(shape._replace(pair_column=shard.rank * inputs[0]))
+    return tuple(shapes)
+
+
+def shard_adapter(
+    packed: PackedAdapter, whole: Geometry, local: Geometry, world_size: int, *, pinned: bool = False
+) -> ShardedAdapter:
+    """`packed` for blocks of the geometry `whole`, in parts for blocks of the geometry `local`. `pinned`: rank 0's part
+    is in page-locked memory; the others are sent.
+    """
+    parts = [
+        _part(packed, whole, local, Shard(rank, world_size), pinned=pinned and rank == 0) for rank in range(world_size)
+    ]
+    first = parts[0]
+    assert all(part.shape == first.shape for part in parts)
+    return ShardedAdapter(
+        shape=first.shape,
+        layered=first.layered,
+        flat=first.flat,
+        token_ids=first.token_ids,
+        pair=first.pair,
+        rope=first.rope,
+        pinned=first.pinned,
+        others=tuple(parts[1:]),
+    )
+
+
+def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard, *, pinned: bool) -> PackedAdapter:
+    groups: list[LayerGroup] = []
+    layered: list[Tensor] = []
+    for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
+        own: dict[Matrix, Tensor] = {}
+        for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(Kind.LAYERED)).items():
+            own_LRW = _slice(matrix, whole_LRW, shard)
+            own[matrix._replace(width=own_LRW.shape[2])] = own_LRW
+        groups.append(LayerGroup(group.layers, tuple(own)))
+        layered.append(_pack(own, local.capacity(Kind.LAYERED), pinned=pinned))
+    flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(Kind.FLAT))
+    return replace(
+        packed,
+        shape=AdapterShape(tuple(groups), packed.shape.flat),
+        layered=tuple(layered),
+        flat=_pack(flat, local.capacity(Kind.FLAT), pinned=pinned)[0],
+        partial=None,
+        pinned=pinned,
+    )
+
+
+def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
+    """The rank's part of a layered matrix's rows, (layers, rows, width)."""
+    split = _SPLIT_BY_OUTPUT if matrix.module in COLUMN_PARALLEL else _SPLIT_BY_INPUT
+    return rows_LRW[:, :, shard.slice(matrix.width)] if matrix.role in split else rows_LRW
+
+
+def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dict[Matrix, Tensor]:
+    """(layers, rows, width) of each matrix."""
+    stretches = row_order(matrices, capacity).stretches
+    return {
+        m: torch.cat(
+            [rows_LE[:, s.start : s.start + m.rows * s.width].view(-1, m.rows, s.width) for s in stretches[m]],
+            dim=2,
+        )
+        for m in matrices
+    }
+
+
+def _pack(rows: Mapping[Matrix, Tensor], capacity: int, *, pinned: bool) -> Tensor:
+    """(layers, elements) in the order in which the pool takes them; (1, 0) if there are no rows."""
+    order = row_order(tuple(rows), capacity)
+    tensors = list(rows.values())
+    if not tensors:
+        return torch.empty(1, 0)
+    packed_LE = torch.empty(tensors[0].shape[0], order.num_elements, dtype=tensors[0].dtype, pin_memory=pinned)
+    for matrix, rows_LRW in rows.items():
+        for column, width, start in order.stretches[matrix]:
+            to_LE = packed_LE[:, start : start + matrix.rows * width]
+            to_LE.view(-1, matrix.rows, width).copy_(rows_LRW[:, :, column : column + width])
+    return packed_LE
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardedSource:
+    """The adapter is complete before it is cut: if one rank waited for a layer, all ranks would wait."""
+
+    loaded: AdapterWeights | AdapterSource
+    whole: Geometry
+    world_size: int
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        """Usable as soon as it is complete; an error in storing it afterwards does not fail its requests."""
+        whole = replace(packer, geometry=self.whole, pinned=False)
+        ready: list[ShardedAdapter] = []
+
+        def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
+            if not ready and (packed.partial is None or packed.partial.complete):
+                sharded = shard_adapter(packed, self.whole, packer.geometry, self.world_size, pinned=packer.pinned)
+                ready.append(sharded)
+                progress(ready[0], 0.0)
+
+        loaded = self.loaded
+        cut(whole.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(whole, cut))
+        return ready[0]
+
+
+def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
+    """`load`, whose adapters are cut. `whole`: the geometry of an engine of one rank with as many blocks."""
+    return lambda ref: _ShardedSource(load(ref), whole, world_size)

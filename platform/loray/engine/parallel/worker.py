@@ -1,35 +1,124 @@
-"""The other ranks' side: each has a part of the model and of the pool, and executes rank 0's commands."""
+"""The other ranks."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
-from loray.engine.model.decoding import DecodeBatch
-from loray.engine.parallel import wire
-from loray.engine.parallel.channel import (
+from loray.engine.memory.device_memory import sized
+from loray.engine.model.decode_batch import DecodeBatch
+from loray.engine.parallel import communicator as wire
+from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.decoder import ShardedDecoder
+from loray.engine.parallel.pool import (
     CODEC,
     Command,
     CompileAdapters,
+    FollowingPool,
     Forward,
     GetPoolMap,
     RecordSteps,
     Replay,
     UseRecordings,
+    pool_map,
 )
-from loray.engine.parallel.communicator import Communicator
-from loray.engine.parallel.decoder import ShardedDecoder
-from loray.engine.parallel.pool import FollowingPool, pool_map
 from loray.engine.parallel.shard import Shard, local_device
-from loray.engine.parallel.transport.meeting import joined, meeting
-from loray.engine.parallel.workers import ARGUMENTS, WorkerArgs
-from loray.engine.pool.sizing import sized
+from loray.engine.parallel.transport import Codec, joined, meeting
+from loray.errors import EngineError
 from loray.priority import compute_in_background
+from loray.spec import RopeParameters, ServeSpec
 from loray.telemetry import configure_logging
 from loray_kernels.memory import keep_freed
+
+
+class WorkerArgs(NamedTuple):
+    """What a rank needs to join rank 0, which listens at `host` and `port`. `spec.num_threads` is given. Who does not
+    know the `secret` is no rank.
+    """
+
+    spec: ServeSpec
+    rank: int
+    host: str
+    port: int
+    secret: bytes
+
+
+ARGUMENTS = Codec((WorkerArgs, ServeSpec, BaseModel, ModelConfig, RopeParameters))  # of a process
+
+
+class Workers(Protocol):
+    """Ranks 1, 2 … of one engine. May be called from any thread."""
+
+    def check(self) -> None:
+        """EngineError if one of them has ended."""
+        ...
+
+    def stop(self) -> None:
+        """End them."""
+        ...
+
+
+class StartWorkers(Protocol):
+    """Rank 0 calls it with the other ranks' arguments and its base."""
+
+    def own_address(self) -> str:
+        """Of this machine, at which the other ranks reach rank 0. Nothing listens at another one."""
+        ...
+
+    def __call__(self, args: Sequence[WorkerArgs], base: BaseModel, /) -> Workers: ...
+
+
+class LocalWorkers:
+    """Processes. They end when rank 0 does."""
+
+    def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for arg in args:
+                self._start(arg, base)
+        except OSError as e:
+            self.stop()
+            raise EngineError(f"a rank of the engine did not start: {e}") from e
+
+    @staticmethod
+    def own_address() -> str:
+        return "127.0.0.1"
+
+    def _start(self, arg: WorkerArgs, base: BaseModel) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loray.engine.parallel.worker"],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": str(arg.spec.num_threads)},
+            process_group=0,  # Ctrl-C is for rank 0, which lets its requests end
+        )
+        self._processes.append(process)
+        assert process.stdin is not None
+        process.stdin.write(ARGUMENTS.dumps((arg, base)).data)
+        process.stdin.close()
+
+    def check(self) -> None:
+        for rank, process in enumerate(self._processes, 1):
+            if process.poll() is not None:
+                raise EngineError(f"rank {rank} of the engine has ended with {process.returncode}; see its log")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()  # they have no state to save
+        for process in self._processes:
+            process.wait()
+
+
+def num_threads(spec: ServeSpec) -> int:
+    """Threads of one rank. All ranks of an engine compute at the same time."""
+    return spec.num_threads or max(1, len(os.sched_getaffinity(0)) // spec.tensor_parallel_size)
 
 
 def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:

@@ -1,30 +1,70 @@
-"""An adapter in host memory, as rows in the pool's dtype and in the order in which the pool takes them.
+"""An adapter as rows in host memory, and as a file.
+
+Shapes: V vocabulary, D hidden, R rows of a part.
 
 `AdapterShape.demand` asks for rows by width. Here the rows of one width follow each other, widest first, cut into
 segments as in the pool. So every extent that the allocator gives is filled from one contiguous stretch of each layer.
+
+Reading maps the rows into memory and touches every page; nothing is copied, parsed or converted.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import mmap
+import os
+import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
-from loray.bases.checkpoint import CheckpointReader
+from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
+from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, columns, rows_by_width
 from loray.engine.memory.blocks import Extent, Geometry, Kind
-from loray.engine.memory.rows import AdapterShape, Matrix, columns, rows_by_width
-from loray.engine.pool.embedding import own_embedding_rows
 from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
+
+_COMPARED_BYTES = 16 << 20  # of the base's rows at a time
+
+
+def own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
+    """Tokens whose rows an adapter brings, and these rows: of a dense embedding those that differ from the base's."""
+    if weights.embedding is None:
+        return (), base_VD[:0]
+    rows_VD = weights.embedding.rows_VD.to(dtype)
+    if weights.embedding.token_ids is not None:
+        return weights.embedding.token_ids, rows_VD
+    differs = _differs(rows_VD, base_VD)
+    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
+
+
+def _differs(rows_VD: Tensor, base_VD: Tensor) -> Tensor:
+    """Which rows are others than those of `base_VD`, (V,). From a device these are copied on a stream of their own and
+    a few MiB at a time: no step waits for them, and they take no memory to speak of.
+    """
+    num_rows = max(1, _COMPARED_BYTES // (base_VD.element_size() * base_VD.shape[1]))
+    with torch.cuda.stream(_beside_steps(base_VD.device) if base_VD.is_cuda else None):
+        parts = zip(torch.split(rows_VD, num_rows), torch.split(base_VD, num_rows), strict=True)
+        return torch.cat([(own_RD != base_RD.cpu().to(own_RD.dtype)).any(dim=1) for own_RD, base_RD in parts])
+
+
+@cache
+def _beside_steps(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
 
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
@@ -282,3 +322,94 @@ def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], d
             assert name in _NORMS
             layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
     return layers, flat
+
+
+_FORMAT = 1
+_PAGE = mmap.PAGESIZE
+
+
+def packed_name(packer: Packer, base_fingerprint: str) -> str:
+    """Name of the file in an adapter's folder. It says for which base and which kind of pool the file was made."""
+    return f"packed{_FORMAT}-{packer.key}-{base_fingerprint[:16]}.safetensors"
+
+
+def save_packed(packed: PackedAdapter, path: Path) -> None:
+    """Write `path` atomically. Not for adapters with a VeRA pair, which many adapters share."""
+    assert packed.pair is None
+    shape = packed.shape
+    header = json.dumps(
+        {
+            "groups": [(group.layers, group.matrices) for group in shape.groups],
+            "flat": shape.flat,
+            "token_ids": packed.token_ids,
+            "rope": packed.rope and packed.rope.model_dump(mode="json"),
+        }
+    )
+    tensors = {f"group{i}": rows for i, rows in enumerate(packed.layered)} | {"flat": packed.flat}
+    handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write_file(file, tensors, {"packed": header, "crc32": _crc32(header, tensors)})
+        os.chmod(temporary, 0o444)
+        os.rename(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> PackedAdapter:
+    """IntegrityError if the file is damaged; damage to the rows is found only with `verify`."""
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            metadata: dict[str, str] = f.metadata()
+            tensors: dict[str, Tensor] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        if verify and _crc32(metadata["packed"], tensors) != metadata["crc32"]:
+            raise IntegrityError(f"{path} is damaged: its checksum differs")
+        for tensor in tensors.values():
+            tensor.view(-1).view(torch.uint8)[::_PAGE].sum()  # so that the engine does not wait for the disk
+        header: dict[str, Any] = json.loads(metadata["packed"])
+        groups = tuple(LayerGroup(tuple(layers), _matrices(matrices)) for layers, matrices in header["groups"])
+        shape = AdapterShape(groups=groups, flat=_matrices(header["flat"]))
+        layered = [tensors[f"group{i}"] for i in range(len(groups))]
+        flat = tensors["flat"]
+        rope = header["rope"] and RopeParameters.model_validate(header["rope"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise IntegrityError(f"{path} is damaged: {e}") from e
+    return PackedAdapter(
+        shape=shape,
+        layered=tuple(rows.pin_memory() if pinned else rows for rows in layered),
+        flat=flat.pin_memory() if pinned else flat,
+        token_ids=tuple(header["token_ids"]),
+        pair=None,
+        rope=rope,
+        pinned=pinned,
+    )
+
+
+def _write_file(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the safetensors format directly from the rows: the library's writer copies each tensor twice."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        dtype = DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": tuple(tensor.shape), "data_offsets": (begin, end)}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for tensor in tensors.values():
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _matrices(raw: list[list[Any]]) -> tuple[Matrix, ...]:
+    return tuple(Matrix(*fields) for fields in raw)
+
+
+def _crc32(header: str, tensors: dict[str, Tensor]) -> str:
+    crc = zlib.crc32(header.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(_bytes(tensors[name]), crc)
+    return str(crc)

@@ -1,4 +1,4 @@
-"""The pool: one tensor for KV cache and adapters, and where each adapter is in it.
+"""`Pool`: the tensor, resident adapters, their descriptors.
 
 `packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` and `Pool.take` copy the rows
 into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
@@ -8,24 +8,234 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
+from loray.engine.memory.adapter_layout import AdapterShape, Matrix, Role, RowTable, Table, columns, place
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
-from loray.engine.memory.rows import Matrix, place
 from loray.engine.pool.packed import PackedAdapter, row_order
-from loray.engine.pool.records import AdapterRecords
-from loray.engine.pool.resident import ResidentAdapter, ResidentPair
-from loray.engine.pool.tables import row_tensors, token_row
-from loray.spec import AdapterRef, ServeSpec
-from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece
+from loray.methods.weights import ProjectionPair
+from loray.spec import AdapterRef, RopeParameters, ServeSpec
+from loray_kernels import (
+    INPUTS,
+    MAX_PAIR_RANK,
+    Directory,
+    InputShape,
+    KvLayout,
+    LoraRows,
+    PageWriter,
+    Pair,
+    PairMatrix,
+    Parts,
+    Piece,
+    RowTables,
+    VectorShape,
+    record_words,
+    to_device,
+    vector_words,
+)
+from loray_kernels.kv import DirectWriter
 from loray_kernels.memory import huge_pages
-from loray_kernels.pages import DirectWriter
+
+
+class Record(NamedTuple):
+    """An adapter's words on the device, [start, start + size), and in them where its LoRA rows, its vectors and the
+    words of its pair begin; None, or 0 for vectors: it has none.
+    """
+
+    start: int
+    size: int
+    parts: Parts
+    lora: int | None
+    vectors: int
+    pair: int | None
+
+
+@dataclass(slots=True, eq=False)
+class ResidentAdapter:
+    """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
+
+    rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
+    scales     LoRA's alpha/r by (group, module)
+    num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
+    token_row  {token: offset of the adapter's embedding row for it}
+    record     on the device; None without one, see `records`
+    pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
+    """
+
+    ref: AdapterRef
+    shape: AdapterShape
+    table: RowTable
+    rows: Mapping[tuple[int, str, Role], RowTables]
+    scales: Mapping[tuple[int, str], float]
+    extents: tuple[Extent, ...]
+    num_blocks: float
+    token_row: Mapping[int, int]
+    rope: RopeParameters | None
+    pair: ResidentPair | None
+    pending: PackedAdapter | None = None
+    num_layers: int = 0
+    record: Record | None = None
+
+
+@dataclass(slots=True, eq=False)
+class ResidentPair:
+    """A VeRA pair in a run of blocks, shared by all resident adapters that were trained with it."""
+
+    digest: str
+    first_block: int
+    num_blocks: int
+    a_RI: PairMatrix
+    b_OR: PairMatrix
+    references: int = 0
+
+
+RopeNumbers = Callable[[RopeParameters], npt.NDArray[np.float32]]  # inverse frequencies, the factor of cos and sin
+
+_LORA = {"lora_a", "lora_b"}
+_PARTS: dict[Role, Parts] = {
+    "lora_a": Parts.LORA,
+    "lora_b": Parts.LORA,
+    "vera_d": Parts.VERA,
+    "vera_b": Parts.VERA,
+    "dora": Parts.DORA,
+    "norm": Parts.OWN,
+    "embedding": Parts.OWN,
+}
+
+
+class _Words(NamedTuple):
+    lora: npt.NDArray[np.int64]
+    vectors: npt.NDArray[np.int64]
+
+
+def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
+    """`capacity`: elements of a layer's share of a block, at which rows are cut."""
+    shapes = [[config.module_shape(module) for module in modules] for modules in INPUTS]
+    return tuple(
+        InputShape(tuple(columns(of_input[0][1], capacity)), tuple(tuple(columns(o, capacity)) for o, _ in of_input))
+        for of_input in shapes
+    )
+
+
+class AdapterRecords:
+    """Writes `record` of residents. An adapter has none if an input has more than MAX_ROWS rows of it, if its pair has
+    more than MAX_PAIR_RANK ranks or too many for a row of one segment, or if the directory is full.
+    """
+
+    def __init__(self, directory: Directory, vectors: VectorShape, *, block_size: int, rope: RopeNumbers) -> None:
+        self._directory, self._vectors = directory, vectors
+        self._block_size, self._rope = block_size, rope
+
+    def placed(self, adapter: ResidentAdapter) -> None:
+        adapter.record = None
+        words = self._words(adapter)
+        start = None if words is None else self._directory.add(np.concatenate(words))
+        if words is None or start is None:
+            return
+        lora, vectors = map(len, words)
+        adapter.record = Record(
+            start,
+            lora + vectors,
+            _parts(adapter),
+            start if lora else None,
+            start + lora if vectors else 0,
+            None if adapter.pair is None else start + lora + vectors - len(Pair._fields),
+        )
+
+    def moved(self, adapter: ResidentAdapter) -> None:
+        """Its rows are elsewhere. The record stays where it is: it is as long as before."""
+        if adapter.record is not None and (words := self._words(adapter)) is not None:
+            self._directory.write(adapter.record.start, np.concatenate(words))
+
+    def removed(self, adapter: ResidentAdapter) -> None:
+        if adapter.record is not None:
+            self._directory.remove(adapter.record.start, adapter.record.size)
+            adapter.record = None
+
+    def _words(self, adapter: ResidentAdapter) -> _Words | None:
+        """Those of LoRA and of vectors, each empty if it has none."""
+        table, parts, none = adapter.table, _parts(adapter), np.array([], dtype=np.int64)
+        lora: npt.NDArray[np.int64] | None = none
+        if Parts.LORA in parts:
+            groups = [_lora_rows(table, group, adapter.scales) for group in range(len(table.groups))]
+            lora = record_words(groups, table.layer_group, self._directory.records.inputs)
+        vectors = self._vector_words(adapter) if parts & ~Parts.LORA else none
+        return None if lora is None or vectors is None else _Words(lora, vectors)
+
+    def _vector_words(self, adapter: ResidentAdapter) -> npt.NDArray[np.int64] | None:
+        table, pair = adapter.table, None
+        own = [_vectors(group) for group in table.groups]
+        if adapter.pair is not None:
+            a_RI = adapter.pair.a_RI.data
+            first, (rank, width) = adapter.pair.first_block * self._block_size, a_RI.shape
+            cut = any(len(offsets) > 1 for group in own for (_, role), offsets in group.items() if role == "vera_d")
+            if rank > MAX_PAIR_RANK or cut:
+                return None
+            pair = Pair(first, first + rank * width, rank, width)
+        rope = None if adapter.rope is None else self._rope(adapter.rope)
+        return vector_words(self._vectors, own, table.layer_group, _vectors(table.flat), rope, pair)
+
+
+def _parts(adapter: ResidentAdapter) -> Parts:
+    parts = Parts.NONE if adapter.rope is None else Parts.OWN
+    for table in (*adapter.table.groups, adapter.table.flat):
+        for _, role in table:
+            parts |= _PARTS[role]
+    return parts
+
+
+def _vectors(table: Table) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Offsets of each segment of what has one row. Embedding rows are named by steps."""
+    return {
+        (module, role): tuple(s.offsets[0] for s in segments)
+        for (module, role), segments in table.items()
+        if role not in _LORA and role != "embedding"
+    }
+
+
+def _lora_rows(table: RowTable, group: int, scales: Mapping[tuple[int, str], float]) -> dict[str, LoraRows]:
+    rows = table.groups[group]
+    return {
+        module: LoraRows(
+            tuple(s.offsets for s in segments),
+            tuple(s.offsets for s in rows[module, "lora_b"]),
+            scales[group, module],
+        )
+        for (module, role), segments in rows.items()
+        if role == "lora_a"
+    }
+
+
+def row_tensors(table: RowTable, device: torch.device) -> dict[tuple[int, str, Role], RowTables]:
+    """By (group, module, role); group -1 holds rows without a layer. All are parts of one tensor, copied at once."""
+    found = {
+        (group, module, role): segments
+        for group, tables in ((-1, table.flat), *enumerate(table.groups))
+        for (module, role), segments in tables.items()
+        if role != "embedding"
+    }
+    offsets = [segment.offsets for segments in found.values() for segment in segments]
+    joined = torch.tensor([*chain.from_iterable(offsets)], dtype=torch.int64)
+    own = iter(torch.split(to_device(joined, device), [len(o) for o in offsets]))
+    return {key: RowTables(tuple((s.column, s.width, next(own)) for s in segments)) for key, segments in found.items()}
+
+
+def token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
+    """{token: offset of its embedding row}"""
+    if not token_ids:
+        return {}
+    (segment,) = table.flat["embed_tokens", "embedding"]
+    return dict(zip(token_ids, segment.offsets, strict=True))
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:

@@ -1,0 +1,1 @@
+"""loray.engine.residency"""

@@ -1,4 +1,4 @@
-"""Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
+"""Masks of structured requests.
 
 A constraint is compiled in a thread (`compilations`), for which its request waits in the queue. When a step's tokens
 are drawn, the matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from loray.bases.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
 from loray.engine.sampling.compilations import Compilations
@@ -31,9 +30,11 @@ from loray.engine.sampling.turns import MaskTurns
 from loray.errors import GrammarTooExpensive, RequestError
 from loray.priority import run_soon
 from loray.spec import Constraint
+from loray.text.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, GrammarCompiler
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
+
 
 _GROUP_SIZE = 16  # masks for each of llguidance's threads
 

@@ -1,4 +1,4 @@
-"""Samples tokens from logits, for the whole batch at once.
+"""Logits → tokens.
 
 The order is vLLM's: constraints, minimum length and biases, penalties (`logits.process`), then greedy, or temperature,
 min-p, top-k, top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position.
@@ -16,22 +16,267 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Masks
-from loray.engine.sampling.history import history_of
-from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
-from loray.spec import SamplingParams, TokenLogprobs
-from loray_kernels import Change, Chooser, Draws, Ops, TokenSeats
-from loray_kernels.sampling.draws import draw, rows_of, scaled
+from loray.spec import GenerateRequest, SamplingParams, TokenLogprobs
+from loray_kernels import Change, Chooser, Draws, Ops, TokenEdits, TokenSeats, TokenSet
+from loray_kernels.sampling import allowed, draw, rows_of, scaled
+
+N = TypeVar("N", bound=np.generic)
+Tokens = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
+
+
+class Occurrences:
+    """Distinct tokens in the order of their first occurrence, with how often each occurred, and a value of each."""
+
+    def __init__(self, token_ids: Iterable[int] = (), *, value: float = 0.0, others: float = 0.0) -> None:
+        """`value`: of all of `token_ids`; `others`: of tokens that have not occurred."""
+        counts: dict[int, int] = {}
+        for token in token_ids:
+            counts[token] = counts.get(token, 0) + 1
+        self._places = {token: place for place, token in enumerate(counts)}
+        self._counts = list(counts.values())
+        self._tokens = np.array([*counts], dtype=np.int64)
+        self._values: Values = np.full(len(counts), value)
+        self._others = others
+        self._dense: npt.NDArray[np.float32] | None = None
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._tokens[: len(self._counts)]
+
+    @property
+    def values(self) -> Values:
+        return self._values[: len(self._counts)]
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def dense(self, vocab_size: int) -> npt.NDArray[np.float32]:
+        """A value for each token of the vocabulary. Made at the first call, and kept from then on."""
+        if self._dense is None:
+            self._dense = np.full(vocab_size, self._others, dtype=np.float32)
+            self._dense[self.tokens] = self.values
+        return self._dense
+
+    def add(self, token: int) -> int:
+        """One more occurrence; returns how many there are now."""
+        place = self._places.setdefault(token, len(self._counts))
+        if place == len(self._counts):
+            self._counts.append(0)
+            if place == len(self._tokens):
+                self._tokens, self._values = _grown(self._tokens), _grown(self._values)
+            self._tokens[place] = token
+        self._counts[place] += 1
+        return self._counts[place]
+
+    def set_value(self, token: int, value: float) -> None:
+        self._values[self._places[token]] = value
+        if self._dense is not None:
+            self._dense[token] = value
+
+
+class BadWords:
+    """vLLM's bad_words: a word's last token may not follow its other tokens."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
+        self._always = [word[0] for word in words if len(word) == 1]
+        self._by_previous: dict[int, list[tuple[int, ...]]] = {}
+        for word in words:
+            if len(word) > 1:
+                self._by_previous.setdefault(word[-2], []).append(word)
+
+    def after(self, output_ids: Sequence[int]) -> list[int]:
+        """Tokens that may not be next."""
+        words = self._by_previous.get(output_ids[-1], ()) if output_ids else ()
+        return self._always + [w[-1] for w in words if tuple(output_ids[1 - len(w) :]) == w[:-1]]
+
+
+class History:
+    """Of one request. `read` takes in its tokens; the rest is what they mean for the logits of the next one.
+
+    repeated  tokens of prompt and output, with their repetition penalty
+    produced  tokens of the output, with what frequency and presence penalty add to their logits
+    """
+
+    def __init__(self, spec: GenerateRequest, eos_token_ids: Sequence[int]) -> None:
+        p = self._params = spec.params
+        self._ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *eos_token_ids)
+        self._bad_words = BadWords(p.bad_words) if p.bad_words else None
+        self._num_read = 0
+        self.allowed = None if p.allowed_token_ids is None else np.array(sorted({*p.allowed_token_ids}), dtype=np.int64)
+        self.bias = np.array([*p.logit_bias], dtype=np.int64), np.array([*p.logit_bias.values()], dtype=np.float64)
+        self.repeated: Occurrences | None = None
+        if (penalty := p.repetition_penalty) != 1:
+            self.repeated = Occurrences(spec.prompt_ids, value=penalty, others=1.0)
+        self.produced = Occurrences() if p.presence_penalty or p.frequency_penalty else None
+        self._edits: TokenEdits | None = None
+        self._allowed_set: TokenSet | None = None
+
+    def read(self, output_ids: Sequence[int]) -> None:
+        """Take in the tokens that came since the last call."""
+        p = self._params
+        for token in output_ids[self._num_read :]:
+            factor = added = None
+            if self.repeated is not None and self.repeated.add(token) == 1:
+                factor = p.repetition_penalty
+                self.repeated.set_value(token, factor)
+            if self.produced is not None:
+                added = -(p.frequency_penalty * self.produced.add(token) + p.presence_penalty)
+                self.produced.set_value(token, added)
+            if self._edits is not None and (factor is not None or added is not None):
+                self._edits.set(token, factor, added)
+        self._num_read = len(output_ids)
+
+    @property
+    def edits(self) -> TokenEdits | None:
+        """Biases and penalties, for a device: made at the first call, and followed by `read` from then on."""
+        has_none = self.repeated is None and self.produced is None and not self._params.logit_bias
+        if self._edits is None and not has_none:
+            edits = self._edits = TokenEdits()
+            edits.set_all("bias", *self.bias)
+            for name, found in (("factor", self.repeated), ("added", self.produced)):
+                if found is not None:
+                    edits.set_all(name, found.tokens, found.values)
+        return self._edits
+
+    def allowed_set(self, vocab_size: int) -> TokenSet | None:
+        """`allowed`, for a device."""
+        if self._allowed_set is None and self.allowed is not None:
+            self._allowed_set = TokenSet(self.allowed, vocab_size)
+        return self._allowed_set
+
+    @property
+    def is_over(self) -> bool:
+        """No later token's logits are changed: there was a minimum length alone."""
+        steady = (self._bad_words, self.allowed, self.repeated, self.produced, self._params.logit_bias or None)
+        return self._num_read >= self._params.min_tokens and all(cause is None for cause in steady)
+
+    def forbidden(self, output_ids: Sequence[int], *, may_end: bool) -> Tokens:
+        """Tokens that may not be next. `may_end`: also before min_tokens, as nothing else is allowed."""
+        tokens = [] if self._bad_words is None else self._bad_words.after(output_ids)
+        if len(output_ids) < self._params.min_tokens and not may_end:
+            tokens.extend(self._ends)
+        return np.array(tokens, dtype=np.int64)
+
+
+def history_of(request: Request, eos_token_ids: Sequence[int]) -> History | None:
+    """The request's, with all tokens of its output; None where it changes nothing any more."""
+    history = request.history
+    if not isinstance(history, History):
+        history = request.history = History(request.spec, eos_token_ids)
+    history.read(request.output_ids)
+    request.changes_logits = not history.is_over
+    return history if request.changes_logits else None
+
+
+def _grown(array: npt.NDArray[N]) -> npt.NDArray[N]:
+    return np.concatenate((array, np.zeros(max(64, len(array)), dtype=array.dtype)))
+
+
+_MANY = 4096  # tokens of a row
+_Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
+
+
+def process(
+    logits_SV: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks | None = None
+) -> Tensor:
+    """Apply constraints, allowed tokens, bad words, minimum length, biases and penalties, in vLLM's order.
+
+    Returns `logits_SV` itself if no request has any.
+    """
+    changed = [(i, r) for i, r in enumerate(requests) if r.changes_logits]
+    rows = [(i, r, h) for i, r in changed if (h := history_of(r, eos_token_ids)) is not None]
+    if not rows and masks is None:
+        return logits_SV
+    logits_SV = logits_SV.clone() if masks is None else _masked(masks, logits_SV, requests)
+    for i, _, history in rows:
+        if history.allowed is not None:
+            _keep(logits_SV[i], history.allowed)
+    ended = masks.ended if masks is not None else ()
+    forbidden = [(i, h.forbidden(r.output_ids, may_end=r in ended), -math.inf) for i, r, h in rows]
+    _assign(logits_SV, forbidden)
+    _add(logits_SV, [(i, *h.bias) for i, _, h in rows])
+    _penalise(logits_SV, [(i, h.repeated) for i, _, h in rows if h.repeated is not None], _scale, _scaled)
+    _penalise(logits_SV, [(i, h.produced) for i, _, h in rows if h.produced is not None], _add, torch.add)
+    return logits_SV
+
+
+def _penalise(
+    logits_SV: Tensor,
+    rows: Sequence[tuple[int, Occurrences]],
+    some: Callable[[Tensor, Sequence[_Entry]], None],
+    whole: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """With `some`, or on a CPU with `whole` rows where that is less work than to look up so many tokens."""
+    most = math.inf if logits_SV.is_cuda else _MANY
+    some(logits_SV, [(i, found.tokens, found.values) for i, found in rows if len(found) <= most])
+    for i, found in ((i, found) for i, found in rows if len(found) > most):
+        logits_SV[i] = whole(logits_SV[i], torch.from_numpy(found.dense(logits_SV.shape[1])))
+
+
+def _masked(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """A copy, in which tokens that a request's constraint does not allow have −∞."""
+    mask_of = {r: m for m, r in enumerate(masks.requests)}
+    return allowed(logits_SV.clone(), [mask_of.get(r, -1) for r in requests], torch.from_numpy(masks.words_MW))
+
+
+def _keep(logits_V: Tensor, tokens: Tokens) -> None:
+    """All other tokens get −∞."""
+    at = torch.from_numpy(tokens).to(logits_V.device)
+    kept = logits_V[at]
+    logits_V.fill_(-math.inf)
+    logits_V[at] = kept
+
+
+def _index(logits_SV: Tensor, entries: Sequence[_Entry]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """Where the entries are, and their values; None if there are none."""
+    lengths = [len(tokens) for _, tokens, _ in entries]
+    if not any(lengths):
+        return None
+    rows = np.repeat(np.array([row for row, _, _ in entries]), lengths)
+    tokens = np.concatenate([tokens for _, tokens, _ in entries])
+    values = np.concatenate([np.broadcast_to(np.asarray(v, dtype=np.float64), t.shape) for _, t, v in entries])
+    device = logits_SV.device
+    at = (torch.from_numpy(rows).to(device), torch.from_numpy(tokens).to(device))
+    return at, torch.from_numpy(values).to(device, logits_SV.dtype)
+
+
+def _assign(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
+        logits_SV[at] = values
+
+
+def _add(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
+    """No (row, token) may occur twice."""
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
+        logits_SV[at] += values
+
+
+def _scale(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
+    """Keskar et al., 2019 (CTRL), equation 3: logits that are positive are divided, others multiplied."""
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
+        logits_SV[at] = _scaled(logits_SV[at], values)
+
+
+def _scaled(logits: Tensor, values: Tensor) -> Tensor:
+    return torch.where(logits > 0, logits / values, logits * values)
+
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
 _CANDIDATES = (72, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted

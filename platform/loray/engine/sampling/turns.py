@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loray.bases.grammar import MAX_MEAN_MASK_S, MIN_MASKS
 from loray.engine.request import Request
+from loray.text.grammar import MAX_MEAN_MASK_S, MIN_MASKS
 
 _QUICK_S = 0.001  # of a mask that is computed in a group
 _FADES = 0.9  # what is left, with each mask, of the time for which the next one is expected

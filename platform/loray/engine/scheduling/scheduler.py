@@ -1,5 +1,9 @@
-"""What runs in the next step: one token of every request that decodes and does not await its mask, and as much of the
-prompts as fits its time.
+"""`Scheduler.next`: who runs, who is admitted, who is preempted.
+
+Admission without that question fills the pool with prompts; then each further token takes the blocks of a running
+request, which is computed again and again. So a request is admitted only if it and all that run can be expected to
+reach their ends. Source of the formula: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees",
+ASPLOS 2025: the demand is largest when a request ends, so it is enough to look at these moments.
 
 Prompts are computed by priority and fairness (`fairness`), in chunks that `budget` measures out; a request is admitted
 when it is its turn. A request that waits for its adapter does not block others. A request that waits for blocks blocks
@@ -13,27 +17,218 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import insort
-from collections.abc import Callable, Mapping
-from itertools import chain
-from typing import Generic
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import accumulate, chain, islice
+from typing import Generic, NamedTuple
 
+from loray.engine.memory.adapter_manager import P, R, Residency, Tier
 from loray.engine.memory.blocks import BlockAllocator
-from loray.engine.memory.prefix_cache import PrefixCache
-from loray.engine.request import Request, State
-from loray.engine.residency.residency import Residency
-from loray.engine.residency.table import P, R, Tier
-from loray.engine.scheduling.admission import Admission
-from loray.engine.scheduling.blocks import RequestBlocks
-from loray.engine.scheduling.budget import Burst, StepBudget
+from loray.engine.memory.kv_cache import PrefixCache, RequestBlocks
+from loray.engine.request import Chunk, Plan, Request, State, Work
+from loray.engine.scheduling.early_abort import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
-from loray.engine.scheduling.growth import OutputLengths
-from loray.engine.scheduling.limits import QueueLimits, WaitLimits
-from loray.engine.scheduling.overload import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
-from loray.engine.scheduling.plan import Chunk, Plan, Work
-from loray.engine.scheduling.steptime import StepTime
-from loray.engine.scheduling.waiting import WaitingRequests
+from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTime
+from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
+
+_MEMORY_REQUESTS = 64
+_FIRST_GUESS = 128  # tokens of an output, before any request has ended
+
+
+class OutputLengths:
+    """The lengths of the latest outputs, in tokens, and what they say about outputs that have not ended."""
+
+    def __init__(self) -> None:
+        self._latest: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._means: list[float] = []  # of the lengths from each place of `_sorted` on
+
+    def observe(self, num_output: int) -> None:
+        """A request has ended."""
+        if len(self._latest) == _MEMORY_REQUESTS:
+            self._sorted.remove(self._latest.popleft())
+        self._latest.append(num_output)
+        insort(self._sorted, num_output)
+        sums = accumulate(reversed(self._sorted))
+        self._means = [total / n for n, total in enumerate(sums, 1)][::-1]
+
+    @property
+    def mean(self) -> float:
+        """0 before a request has ended."""
+        return self._means[0] if self._means else 0.0
+
+    def remaining(self, generated: int) -> float:
+        """Tokens that a request which has generated so many is expected to generate still: by the mean of the longer
+        outputs, or if there is none as many again.
+        """
+        if not self._means:
+            return max(generated, _FIRST_GUESS)
+        longer = bisect_right(self._sorted, generated)
+        return self._means[longer] - generated if longer < len(self._means) else generated
+
+
+class Growth(NamedTuple):
+    """A running request: tokens whose keys and values it has, or will have when its prompt is computed; blocks that it
+    holds, or shares with other requests; tokens that it will still generate.
+    """
+
+    num_tokens: int
+    num_blocks: int
+    num_shared_blocks: int
+    remaining: float
+
+
+def blocks_wanted(running: Iterable[Growth], block_tokens: int) -> float:
+    """The most blocks beyond those held now that the requests need at once, if each generates `remaining` more tokens,
+    one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
+    """
+    longest_first = sorted(running, key=lambda g: -g.remaining)
+    released = sum([g.num_blocks - g.num_shared_blocks for g in longest_first])
+    most = num_tokens = 0.0
+    num_blocks = 0
+    for i, g in enumerate(longest_first, 1):  # when g ends, the first i have run until then
+        num_tokens += (
+            g.num_tokens + block_tokens / 2 - 1
+        )  # half of the last block is empty; the last token is not stored
+        num_blocks += g.num_blocks
+        released -= g.num_blocks - g.num_shared_blocks
+        most = max(most, (num_tokens + i * g.remaining) / block_tokens - num_blocks - released)
+    return most
+
+
+# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
+# so in every load that was simulated, see docs/decisions/0017-steps-by-time.md.
+_SHARE = 0.75
+_LOOKED_AHEAD = 32  # waiting requests
+_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
+
+
+class Admission(Generic[P, R]):
+    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known. `ahead`: adapters may be placed
+    before their requests' turn.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        residency: Residency[P, R],
+        blocks: RequestBlocks,
+        lengths: OutputLengths,
+        adapter_blocks: Callable[[Request], int],
+        *,
+        ahead: bool = False,
+    ) -> None:
+        self._places_ahead = ahead
+        self._allocator, self._residency, self._blocks = allocator, residency, blocks
+        self._lengths, self._adapter_blocks = lengths, adapter_blocks
+        self._short: Request | None = None  # for which blocks were short; nothing has been released since
+        self._growing: list[Growth] | None = None  # those that run, in this step
+        self.emptied = False  # the pool, in this step
+
+    def fits_at_all(self, request: Request) -> bool:
+        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
+        return needed <= self._allocator.geometry.num_blocks
+
+    def why_not(self, request: Request) -> str:
+        """For a request that does not fit at all."""
+        geometry = self._allocator.geometry
+        return (
+            f"{request.max_tokens} tokens and their adapter need "
+            f"{geometry.blocks_for_tokens(request.max_tokens)} + {self._adapter_blocks(request)} blocks, the pool has "
+            f"{geometry.num_blocks}; ask for fewer tokens or serve with a larger pool_bytes"
+        )
+
+    def start(self, request: Request, running: Collection[Request]) -> bool:
+        """Pin its adapter and allocate blocks for all tokens known so far; all or nothing. False if blocks are short,
+        now or, beside those that run, before it can be expected to end.
+        """
+        if running and request is self._short:
+            return False
+        self._short = request
+        ref = request.adapter
+        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
+        if running and not self._lasts(request, running):
+            self._blocks.release(request)
+            return False
+        if ref is not None:
+            while self._residency.acquire(ref) is None:
+                missing = self._adapter_blocks(request) - self._allocator.num_free
+                tier = self._residency.table.tier(ref)
+                if tier is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                    if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
+                        self._short = None
+                    self._blocks.release(request)
+                    return False
+        if not self._blocks.extend(request, request.num_tokens):
+            self._blocks.release(request)
+            if ref is not None:
+                self._residency.release(ref)
+            return False
+        self._blocks.count_cached(request)
+        self._short = None
+        if self._growing is not None:
+            self._growing.append(self._growth(request))
+        return True
+
+    def place_one_ahead(self, waiting: Iterable[Request], num_running: int) -> None:
+        """Copy the adapter of a request that waits for its turn into free blocks, where that leaves one for each that
+        runs: it is there when the turn comes. Of the first few that wait; one a step, beside which the copy goes on.
+        """
+        if not self._places_ahead:
+            return
+        most = self._allocator.num_free - num_running - int(_WATERMARK * self._allocator.geometry.num_blocks)
+        for request in islice(waiting, _LOOKED_AHEAD):
+            ref = request.adapter
+            if ref is None or self._residency.table.tier(ref) is not Tier.HOST:
+                continue
+            if 0 < self._adapter_blocks(request) <= most and self._residency.place_ahead(ref):
+                return
+
+    def released(self) -> None:
+        """A running request has released its blocks and its adapter."""
+        self._short = self._growing = None
+
+    def stepped(self) -> None:
+        """The running requests have grown."""
+        self._growing, self.emptied = None, False
+
+    def empty_pool(self) -> bool:
+        """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
+        fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
+        """
+        while self._residency.evict_one():
+            self.emptied = True
+        return self.emptied
+
+    def _lasts(self, request: Request, running: Collection[Request]) -> bool:
+        """True if the pool suffices until `request` and those that run have ended."""
+        geometry = self._allocator.geometry
+        if self._growing is None:
+            self._growing = [self._growth(r) for r in running]
+        growing = [*self._growing, self._growth(request, num_shared_blocks=len(request.blocks))]
+        wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
+        if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+            wanted += self._adapter_blocks(request)
+        missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
+        return missing <= 0 or self._idle_adapters_have(missing)
+
+    def _idle_adapters_have(self, num_blocks: float) -> bool:
+        table = self._residency.table
+        for digest in table.idle:
+            num_blocks -= self._residency.size(table.resident(table.entries[digest].ref))
+            if num_blocks <= 0:
+                return True
+        return False
+
+    def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
+        num_output = len(request.output_ids)
+        if num_shared_blocks is None:
+            num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
+        remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
+        return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
+
 
 Failures = list[tuple[Request, Exception]]
 

@@ -1,23 +1,292 @@
-"""Batches: the micro-batches of an epoch's plan as tensors, and a cursor into the plan.
+"""Plans of an epoch, micro-batches, the cursor.
+
+A plan is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
+
+First fit looks at one document after the other, in Python: half a minute for ten million. So plans of packed rows are
+where all machines and further runs find them. Other plans are faster made than sent: each machine has its own, which
+one of its workers makes while the others wait.
 
 Shapes: B rows, T positions. Padding is on the right.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from loray.recipes.resolve import check_token_budget
 from loray.spec import BatchSpec
-from loray.train.data.examples import Rows
-from loray.train.data.kept_plans import kept_plan
-from loray.train.data.plans import MicroBatch, Plan, Share
 from loray.train.data.shards import ShardCache
+
+
+class Rows(Protocol):
+    """Rows of tokens."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids of row i, and which of them are targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Row i is [starts[i], starts[i] + lengths[i]) of N tokens. Some of them may belong to no row."""
+
+    ids_N: NDArray[np.int32]
+    targets_N: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        part = slice(self.starts[i], self.starts[i] + self.lengths[i])
+        return self.ids_N[part], self.targets_N[part]
+
+    def select(self, indices: NDArray[np.int64]) -> TokenRows:
+        """These rows, without a copy of the tokens."""
+        return TokenRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
+
+
+def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
+    """TokenRows of (ids, targets) pairs. The first token of a row is never a target."""
+    lengths = np.array([len(ids) for ids, _ in rows], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
+    targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
+    targets_N[starts] = False
+    return TokenRows(ids_N, targets_N, starts, lengths)
+
+
+_GROUP = 50  # micro-batches that `length_grouped` sorts by length together: their order stays random
+
+Row = tuple[int, ...]  # documents of one row; several only where rows are packed
+MicroBatch = tuple[Row, ...]
+Indices = NDArray[np.int64]
+PlanArray = NDArray[np.signedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan(Sequence[MicroBatch]):
+    """Micro-batch b is the rows [starts_B[b], stops_B[b]), row r the documents from ends_R[r − 1] to ends_R[r] of D."""
+
+    documents_D: PlanArray
+    ends_R: PlanArray
+    starts_B: PlanArray
+    stops_B: PlanArray
+
+    def __len__(self) -> int:
+        return len(self.starts_B)
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rows = range(int(self.starts_B[index]), int(self.stops_B[index]))
+        return tuple(self._row(r) for r in rows)
+
+    def _row(self, r: int) -> Row:
+        start = int(self.ends_R[r - 1]) if r else 0
+        return tuple(self.documents_D[start : int(self.ends_R[r])].tolist())
+
+
+def pair_lengths(lengths: Indices) -> Indices:
+    """Tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
+    padded: Indices = 2 * lengths.reshape(-1, 2).max(1)
+    return padded
+
+
+class Share(NamedTuple):
+    """The next `num_rows` rows, of one source, are `weight` times in an epoch."""
+
+    num_rows: int
+    weight: float
+
+
+def plan_epoch(
+    lengths: Sequence[int] | Indices,
+    spec: BatchSpec,
+    *,
+    max_length: int,
+    seed: int,
+    epoch: int,
+    shares: Sequence[Share] = (),
+) -> Plan:
+    """Every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch. Raises
+    SpecError where a row does not fit the token budget.
+    """
+    lengths_D = np.asarray(lengths, np.int64)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(_drawn(shares, rng) if shares else len(lengths_D))
+    check_token_budget(spec, int(lengths_D.max(initial=0)))
+    if spec.order == "packed":
+        rows_D = first_fit(lengths_D[order], max_length if spec.tokens is None else min(max_length, spec.tokens))
+        return _filled(order[np.argsort(rows_D, kind="stable")], np.cumsum(np.bincount(rows_D)), lengths_D, spec)
+    if spec.order == "length_grouped":
+        group = _GROUP * max(1, _capacity(spec, int(lengths_D.max(initial=1))))
+        order = order[np.lexsort((-lengths_D[order], np.arange(len(order)) // group))]
+    plan = _filled(order, np.arange(1, len(order) + 1), lengths_D, spec)
+    if spec.order == "length_grouped":
+        batches = rng.permutation(len(plan))
+        return Plan(plan.documents_D, plan.ends_R, plan.starts_B[batches], plan.stops_B[batches])
+    return plan
+
+
+def _drawn(shares: Sequence[Share], rng: np.random.Generator) -> Indices:
+    """The rows of an epoch: of each source whole rounds, and another part of it every epoch."""
+    drawn, first = [], 0
+    for num_rows, weight in shares:
+        count = max(1, round(num_rows * weight)) if num_rows else 0
+        drawn.append(np.resize(first + rng.permutation(num_rows), count))
+        first += num_rows
+    return np.concatenate(drawn)
+
+
+def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> Plan:
+    """Every row once, the longest first, in micro-batches of the size of training's: little padding, equal memory."""
+    lengths_D = np.asarray(lengths, np.int64)
+    longest = int(lengths_D.max(initial=0))
+    if spec.tokens is not None and longest > spec.tokens:
+        spec = spec.model_copy(update={"tokens": longest})
+    order = np.argsort(-lengths_D, kind="stable")
+    return _filled(order, np.arange(1, len(order) + 1), lengths_D, spec)
+
+
+def first_fit(lengths_D: Indices, max_length: int) -> Indices:
+    """The row of each document, of rows of up to `max_length` tokens: the first one with room. O(D log D), with a tree
+    of some 20 bytes a document.
+    """
+    size = 1 << max(0, (len(lengths_D) - 1).bit_length())
+    room = [max_length] * (2 * size)  # free tokens; room[1] is the maximum over rows, leaves start at `size`
+    rows_D = np.empty(len(lengths_D), np.int64)
+    rows = rows_D.data
+    for document, length in enumerate(np.ascontiguousarray(lengths_D, np.int64).data):
+        node = 1
+        while node < size:
+            node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        rows[document] = node - size
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows_D
+
+
+def _capacity(spec: BatchSpec, longest: int) -> int:
+    """Number of rows of up to `longest` tokens that fit into one micro-batch."""
+    if spec.rows is not None:
+        return spec.rows
+    assert spec.tokens is not None
+    return spec.tokens // longest
+
+
+def _filled(documents_D: Indices, ends_R: Indices, lengths: Indices, spec: BatchSpec) -> Plan:
+    """Rows, one after the other, in as few micro-batches as hold them in this order."""
+    num_rows = len(ends_R)
+    if spec.rows is not None:
+        stops = np.minimum(np.arange(spec.rows, num_rows + spec.rows, spec.rows), num_rows)
+    else:
+        stops = _within_budget(np.diff(np.cumsum(lengths[documents_D])[ends_R - 1], prepend=0), spec)
+    return Plan(documents_D, ends_R, np.concatenate([[0], stops])[:-1].astype(np.int64), stops)
+
+
+def _within_budget(lengths_R: Indices, spec: BatchSpec) -> Indices:
+    stops, first, longest = list[int](), 0, 0
+    for r, length in enumerate(lengths_R.tolist()):
+        longest = max(longest, length)
+        if r > first and r - first + 1 > _capacity(spec, longest):
+            stops.append(r)
+            first, longest = r, length
+    return np.array([*stops, len(lengths_R)] if len(lengths_R) else [], np.int64)
+
+
+_FORM = 2  # of plans: another one where the same key gives another plan, or is written in another way
+_LEAST = 10_000  # sequences; the plan of fewer takes less than a tenth of a second and 320 kB
+
+
+def kept_plan(
+    lengths_D: Indices,
+    spec: BatchSpec,
+    *,
+    max_length: int,
+    seed: int,
+    epoch: int,
+    shares: Sequence[Share] = (),
+    paired: bool = False,
+    cache: ShardCache | None,
+) -> Plan:
+    """As `plan_epoch`, from a file of `cache`, where there are many rows. `paired`: two lengths are a row."""
+
+    def made() -> Plan:
+        lengths_R = pair_lengths(lengths_D) if paired else lengths_D
+        return plan_epoch(lengths_R, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares)
+
+    if cache is None or len(lengths_D) < _LEAST:
+        return made()
+    asked = spec.model_dump(mode="json", exclude={"accumulation"})
+    named = [_FORM, asked, max_length, seed, epoch, list(shares), paired]
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(lengths_D, np.int64).data)
+    key, here = digest.hexdigest(), spec.order != "packed"
+    with cache.alone():
+        kept = _plan_of(cache.array(key, here=here))
+        if kept is not None:
+            return kept
+        plan = made()
+        cache.keep_array(key, _parts_of(plan), here=here)
+        return _plan_of(cache.array(key, here=here)) or plan
+
+
+def plan_ahead(
+    lengths_D: Indices,
+    spec: BatchSpec,
+    *,
+    max_length: int,
+    seed: int,
+    num_epochs: int,
+    shares: Sequence[Share] = (),
+    cache: ShardCache | None,
+) -> None:
+    """Put into `cache` the plans of the first epochs that take long, so that no worker makes them."""
+    if spec.order == "packed":
+        for epoch in range(num_epochs):
+            kept_plan(lengths_D, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares, cache=cache)
+
+
+def _parts_of(plan: Plan) -> list[PlanArray]:
+    """Three lengths, then the arrays; int32, or int64 where a number needs it."""
+    arrays = [plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B]
+    largest = max(int(array.max(initial=len(array))) for array in arrays)
+    dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+    lengths = np.array([len(array) for array in arrays[:3]])
+    return [array.astype(dtype) for array in (lengths, *arrays)]
+
+
+def _plan_of(kept: PlanArray | None) -> Plan | None:
+    """None where it is not whole."""
+    if kept is None or kept.ndim != 1 or len(kept) < 3:
+        return None
+    found = np.asarray(kept)  # slices of a memmap are slower
+    num_documents, num_rows, num_batches = (int(n) for n in found[:3])
+    if len(found) != 3 + num_documents + num_rows + 2 * num_batches:
+        return None
+    documents_D, ends_R, starts_B, stops_B = np.split(found[3:], np.cumsum([num_documents, num_rows, num_batches]))
+    return Plan(documents_D, ends_R, starts_B, stops_B)
+
 
 IGNORED = -100
 

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data.reading.files import RowFile
+from loray.train.data.read import BadRow, Content, Part, RowFile, place, read_parts
 from loray.train.data.reading.known import cut_known
-from loray.train.data.reading.parts import BadRow, Content, Part, place, read_parts
-from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex, Tokens
+from loray.train.data.tokenize import Tokenisation
 
 _OPEN_SHARDS = 32  # of a reader: each is one mapping and one file
 

@@ -1,27 +1,242 @@
-"""Dense perplexity as in the evaluation of LongLoRA (Chen et al., ICLR 2024): exp of the mean loss over whole windows.
+"""Documents, windows, perplexity.
+
+A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
+tokens, and what the pass gave. It is appended in one write, so that a process that is killed loses the pass under way
+alone. Floats are read as they were written, to the last bit.
+
+Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have computed.
+
+Shapes: B rows, T positions, D hidden size, V vocabulary; N positions with a label.
 
 Every window is computed alone, from its first token on, so that its early tokens have little context. All values
 follow this rule, and are comparable. A window takes one pass without a KV cache: attention is dense and causal,
 without a T × T mask, and the output head computes a chunk of positions at a time.
 
 Shapes: T tokens of a window, B windows at once, N predicted tokens, D hidden size, V vocabulary.
+
+Shapes: N tokens of a document, T tokens of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from loray.planning.measuring import MEASURED_AT_ONCE
-from loray.train.data.batches import IGNORED
-from loray.train.evaluation.kept import Figures, Pass, Take, digest, take_all
-from loray.train.evaluation.measured import Measured
-from loray.train.loss import summed_cross_entropy
+from loray.errors import DataError, EvaluationError
+from loray.files import canonical_json, touch
+from loray.planning.memory import MEASURED_AT_ONCE
+from loray.recipes.sources import Copy, find_files, without_options
+from loray.telemetry import StageProgress, get_logger
+from loray.train.data.batches import IGNORED, Batch
+from loray.train.data.read import read_columns, read_text
+from loray.train.data.tokenize import check_tokenizer, prompt_ids
+from loray.train.mesh import ALONE, Mesh
+from loray.train.model import evaluating
+from loray.train.objectives import summed_cross_entropy
+
+log = get_logger(__name__)
+
+_FOLDER = Path("cache") / "evaluations"
+_FORMAT = 2  # to be raised where the same pass means another figure than before
+_UNUSED_S = 30 * 24 * 3600.0
+
+Figures = Mapping[str, float]  # sums over the tokens of a pass, of which each rank of a sequence group has its part
+
+
+class Pass(NamedTuple):
+    """`key`: a digest of all that goes into the model. `num_items`: windows or prompts in the pass. `name`: what its
+    figures are, for an error.
+    """
+
+    key: str
+    num_items: int
+    name: str
+
+
+Take = Callable[[Sequence[Pass], Callable[[int], Figures]], list[Figures]]  # (passes, figures of the i-th)
+
+
+def finite(value: float, what: str) -> float:
+    """`value` itself. Raises EvaluationError where it is not finite."""
+    if not isfinite(value):
+        raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
+    return value
+
+
+def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
+    """SHA-256 of texts and token ids in order, with their shapes."""
+    found = hashlib.sha256()
+    for data in inputs:
+        array = np.frombuffer(data.encode(), np.uint8) if isinstance(data, str) else np.asarray(data, "<i4")
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+class KeptFigures:
+    """`num_taken` and `num_computed` count windows and prompts, of all models.
+
+    home    None: nothing is kept
+    fresh   nothing is taken; what is computed replaces what was kept
+    mesh    the ranks that measure, which all make the same calls; `device` is this rank's
+    Files that were not used for 30 days are removed.
+    """
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        fresh: bool = False,
+        mesh: Mesh = ALONE,
+        device: torch.device | None = None,
+    ) -> None:
+        self._folder = None if home is None or mesh.world.rank else home / _FOLDER
+        self._fresh, self._mesh, self._device = fresh, mesh, device or torch.device("cpu")
+        self.num_taken = self.num_computed = 0
+        if self._folder is not None:
+            _remove_unused(self._folder)
+
+    def figures(
+        self,
+        model: Mapping[str, Any],
+        passes: Sequence[Pass],
+        compute: Callable[[int], Figures],
+        progress: StageProgress = lambda share: None,
+    ) -> list[Figures]:
+        """The figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
+
+        `model` is what decides the figures beside the passes, as JSON. Progress begins with the share that is taken.
+        Every rank calls `compute` equally often: one that has no pass repeats another's, which does not count. Raises
+        EvaluationError, on all ranks, where a figure is not finite.
+        """
+        path = (
+            None
+            if self._folder is None
+            else self._folder / f"{digest(canonical_json({'format': _FORMAT, **model}))}.jsonl"
+        )
+        known = self._known(path, {p.key for p in passes})
+        total = sum(p.num_items for p in passes)
+        done = sum(p.num_items for p in passes if p.key in known)
+        self.num_taken += done
+        progress(done / total)
+        missing = list({p.key: i for i, p in enumerate(passes) if p.key not in known}.values())
+        for first in range(0, len(missing), self._mesh.data_size):
+            together = missing[first : first + self._mesh.data_size]
+            for i, figures in zip(together, self._compute(together, compute), strict=True):
+                key, num_items, name = passes[i]
+                known[key] = {figure: finite(value, name) for figure, value in figures.items()}
+                if path is not None:
+                    _append(path, {"pass": key, **known[key]})
+                done += num_items
+                self.num_computed += num_items
+                progress(done / total)
+        return [known[p.key] for p in passes]
+
+    def _known(self, path: Path | None, keys: set[str]) -> dict[str, Figures]:
+        """What rank 0 has kept of `keys`, on all ranks."""
+        found = {} if path is None or self._fresh else _read(path)
+        mine = json.dumps({key: figures for key, figures in found.items() if key in keys})
+        (known, *_) = self._mesh.world.gather(mine)
+        return dict(json.loads(known or "{}"))
+
+    def _compute(self, together: list[int], compute: Callable[[int], Figures]) -> list[Figures]:
+        """The figures of passes, at most one for each sequence group, summed over the ranks of the group."""
+        data_rank = self._mesh.data_rank
+        mine = compute(together[min(data_rank, len(together) - 1)])
+        names = sorted(mine)
+        sums = [mine[name] if i == data_rank else 0.0 for i in range(len(together)) for name in names]
+        sums = self._mesh.world.sum(*sums, device=self._device)
+        return [dict(zip(names, sums[i * len(names) :], strict=False)) for i in range(len(together))]
+
+
+def _read(path: Path) -> dict[str, Figures]:
+    """The figures by pass. A line that a dying process left unfinished is passed over; of equal passes the last one
+    counts.
+    """
+    touch(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return {}
+    found: dict[str, Figures] = {}
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            record = json.loads(line)
+            key, figures = record.pop("pass"), {name: float(value) for name, value in record.items()}
+            if all(map(isfinite, figures.values())):
+                found[key] = figures
+    return found
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    """Begins with a line's end, lest the record join an unfinished one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, f"\n{json.dumps(record)}\n".encode())
+        finally:
+            os.close(handle)
+    except OSError as e:
+        log.warning("a figure is not kept, and is computed again after an interruption: %s", e)
+
+
+def _remove_unused(folder: Path) -> None:
+    for path in folder.glob("*.jsonl"):
+        with suppress(OSError):  # another process removes it too
+            if time.time() - path.stat().st_mtime > _UNUSED_S:
+                path.unlink()
+
+
+def take_all(passes: Sequence[Pass], compute: Callable[[int], Figures]) -> list[Figures]:
+    """Compute the figures of each pass, and keep nothing."""
+    return KeptFigures().figures({}, passes, compute)
+
+
+Score = Callable[[Tensor, Tensor, Tensor], Figures]  # of (hidden_ND, head_VD, labels_N)
+
+
+class Measured(nn.Module):
+    """`model` is a transformers causal language model. The ranks of a sequence group of `mesh` share each row."""
+
+    def __init__(self, model: Any, mesh: Mesh = ALONE) -> None:
+        super().__init__()
+        self.model, self._mesh = model, mesh
+
+    @torch.no_grad()
+    def figures(self, ids_BT: Tensor, labels_BT: Tensor, score: Score) -> Figures:
+        """Figures of this rank's positions with a label. `labels_BT[b, t]` is for the hidden state at t, −100 for none.
+
+        A collective call. The model is as before afterwards.
+        """
+        num_targets = int((labels_BT != IGNORED).sum())
+        batch = Batch(ids_BT, labels_BT, None, None, num_tokens=ids_BT.numel(), num_targets=num_targets)
+        with evaluating(self.model), self._mesh.part(batch) as part:
+            found: Figures = self(part, score)
+        return found
+
+    def forward(self, batch: Batch, score: Score) -> Figures:
+        device = next(self.model.parameters()).device
+        hidden_BTD = self.model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
+        labels_BT = batch.labels_BT.to(device)
+        labelled_BT = labels_BT != IGNORED
+        head_VD = self.model.get_output_embeddings().weight
+        return score(hidden_BTD[labelled_BT], head_VD, labels_BT[labelled_BT])
+
 
 _TOKENS_AT_ONCE = MEASURED_AT_ONCE  # short windows share a pass
 
@@ -48,3 +263,103 @@ def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int3
 
 def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
     return {"nll": float(summed_cross_entropy(hidden_ND, head_VD, labels_N)), "num_tokens": float(len(labels_N))}
+
+
+_NO_LIMIT = 1 << 62
+_TEXT = "text"
+
+
+class Documents(NamedTuple):
+    """`name` is for people; `sha256` is over the tokens of all documents and their lengths."""
+
+    name: str
+    ids_N: tuple[NDArray[np.int32], ...]
+    sha256: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.ids_N)
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for ids in self.ids_N)
+
+
+def read_documents(
+    sources: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    where: Mapping[str, str] = MappingProxyType({}),
+    max_tokens: int | None = None,
+    fetched: Mapping[str, Copy] = MappingProxyType({}),
+) -> Documents:
+    """The documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a column
+    `text`; a `.txt` file is one document.
+
+    where       only rows whose columns have these values
+    max_tokens  number of tokens to keep, from the beginning; None: all
+    fetched     copies on this machine of remote sources
+    Raises DataError.
+    """
+    named = [sources] if isinstance(sources, str) else list(sources)
+    files = [file for source in named for file in find_files(source, fetched.get(source))]
+    texts = [text for file in files for text in _read_documents(file.name, Path(file.fetched()), where)]
+    if not texts:
+        rule = " and ".join(f"{column}={value}" for column, value in where.items())
+        raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))
+    check_tokenizer(tokenizer)
+    documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
+    for ids in token_ids(tokenizer, texts):
+        documents.append(np.array([*ids, tokenizer.eos_token_id][:left], np.int32))
+        left -= len(documents[-1])
+        if left <= 0:
+            break
+    names = [PurePosixPath(without_options(source)).name for source in named]
+    name = ", ".join([*names, *(f"{column}={value}" for column, value in where.items())])
+    return Documents(name, tuple(documents), _sha256(documents))
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Token ids of each text, as in training and serving, without an end-of-sequence token."""
+    for text in texts:  # one at a time: the tokenizer's memory for a long text is many times the text
+        yield from prompt_ids(tokenizer, [text])
+
+
+def cut_windows(
+    documents: Documents, context_length: int, *, stride: int, max_windows: int | None
+) -> tuple[NDArray[np.int32], ...]:
+    """Windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it, as
+    views of the documents. `max_windows` of them are evenly spread from the first to the last; None: all.
+
+    Raises DataError where no document is long enough.
+    """
+    starts = [(ids, start) for ids in documents.ids_N for start in range(0, len(ids) - context_length + 1, stride)]
+    if not starts:
+        raise DataError(
+            f"no document of {documents.name} has {context_length:,} tokens, the longest has {documents.longest:,}; "
+            "give longer documents, or a shorter context length"
+        )
+    count = len(starts) if max_windows is None else min(max_windows, len(starts))
+    chosen = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, count).round()]
+    return tuple(ids[start : start + context_length] for ids, start in chosen)
+
+
+def _read_documents(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
+    if path.suffix == ".txt" and not where:
+        return [text for text in [read_text(name, path)] if text]
+    records = read_columns(name, path, [_TEXT, *where])
+    texts = [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
+    return [text for text in texts if text]
+
+
+def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.astype("<i4").tobytes())
+    return digest.hexdigest()

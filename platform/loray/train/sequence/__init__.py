@@ -6,10 +6,10 @@
         loss = batch_loss(model, sharded.local)       # or model(**sharded.local.model_inputs(device))
     (loss.total / num_targets).backward()
 
-With S2-Attn (`loray.train.hooks.s2`) a rank receives the keys and values of its halo from earlier ranks, see
-`loray.planning.exchange.halo`. With dense attention (`loray.train.hooks.dense`, and evaluation inside
+With S2-Attn (`loray.train.hooks`) a rank receives the keys and values of its halo from earlier ranks, see
+`loray.planning.sequence`. With dense attention (`loray.train.hooks`, and evaluation inside
 `dense(model, group)`) the ranks exchange heads for tokens or pass keys and values around, see
-`loray.planning.exchange.dense`.
+`loray.planning.sequence`.
 
 - `sharded.local` is a `Batch` of L positions per row. Labels are shifted over the whole row before it is cut, positions
   count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all ranks,
@@ -24,7 +24,6 @@ With S2-Attn (`loray.train.hooks.s2`) a rank receives the keys and values of its
 - `group.traffic` counts the bytes that this rank sent.
 """
 
-from loray.train.sequence.group import SequenceGroup, Traffic
-from loray.train.sequence.shard import ShardedBatch, sequence_parallel, shard
+from loray.train.sequence.shard import SequenceGroup, ShardedBatch, Traffic, sequence_parallel, shard
 
 __all__ = ["SequenceGroup", "ShardedBatch", "Traffic", "sequence_parallel", "shard"]

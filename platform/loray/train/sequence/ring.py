@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loray.train.attention.cuts import Segments, filled, find_segments, ordered, uniform
-from loray.train.attention.shifted import attend_heads
-from loray.train.sequence.group import Pending, SequenceGroup, post
+from loray.train.attention.attend import attend_heads
+from loray.train.attention.segments import Segments, filled, find_segments, ordered, uniform
 from loray.train.sequence.partial import Partial, attend_block, block_gradients, merge
+from loray.train.sequence.shard import Pending, SequenceGroup, post
 
 
 class Continued(NamedTuple):

@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and the context through which the attention of a model gets it.
+"""A rank's part of a batch; the group's messages.
 
 Shapes: B rows, T positions of the whole row as collated, N = P·L of them after padding, L of one rank.
 """
@@ -8,17 +8,63 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from loray.errors import UnsupportedError
-from loray.planning.exchange.halo import padded_length
+from loray.planning.sequence import padded_length
 from loray.spec import RopeType
 from loray.train.data.batches import IGNORED, Batch
-from loray.train.sequence.group import SequenceGroup
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that one rank has sent. Recomputation counts as forward."""
+
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceGroup:
+    """`size` ranks; `rank` r holds the tokens [r·L, (r+1)·L) of every row. The default is a single process."""
+
+    process_group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup) -> SequenceGroup:
+        """A collective call: NCCL's first communication needs all ranks of a group, and a halo may not involve all."""
+        dist.barrier(group=process_group)
+        return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+class Pending:
+    """Messages that are being sent and received. It keeps their buffers until `wait`."""
+
+    def __init__(self, works: list[dist.Work], buffers: list[Tensor]) -> None:
+        self._works, self._buffers = works, buffers
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works, self._buffers = [], []
+
+
+def post(group: SequenceGroup, sent: dict[int, Tensor], received: dict[int, Tensor]) -> Pending:
+    """Start to send and to receive: at most one contiguous message per peer (a rank of the group) and direction."""
+    ops = [dist.P2POp(dist.isend, x, group=group.process_group, group_peer=peer) for peer, x in sent.items()]
+    ops += [dist.P2POp(dist.irecv, x, group=group.process_group, group_peer=peer) for peer, x in received.items()]
+    if not ops:
+        return Pending([], [])
+    return Pending(dist.batch_isend_irecv(ops), [*sent.values(), *received.values()])
 
 
 class ShardedBatch(NamedTuple):
@@ -71,7 +117,7 @@ def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
 
 
 def _document_ids(batch: Batch) -> Tensor:
-    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hooks.s2` finds in a whole batch."""
+    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hooks` finds in a whole batch."""
     ids_BT = torch.zeros_like(batch.input_ids_BT)
     if batch.position_ids_BT is not None:
         ids_BT[:, 1:] = (torch.diff(batch.position_ids_BT, dim=1) != 1).cumsum(1)

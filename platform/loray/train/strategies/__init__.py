@@ -8,7 +8,7 @@
 All work over the whole world, sequence × data: a rank's loss is its share of the step's loss, and gradients are summed.
 """
 
-from loray.train.strategies.base import Strategy
 from loray.train.strategies.choice import prepare
+from loray.train.strategies.ddp import Strategy
 
 __all__ = ["Strategy", "prepare"]

@@ -6,12 +6,11 @@ import torch
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
-from loray.train.loss import Objective
 from loray.train.mesh import World
+from loray.train.model import BaseWeights
+from loray.train.objectives import Objective
 from loray.train.optimizer import OptimizerState, check_fits
-from loray.train.strategies.base import Strategy
-from loray.train.strategies.ddp import DataParallel
-from loray.train.weights.deferred import BaseWeights
+from loray.train.strategies.ddp import DataParallel, Strategy
 
 
 def prepare(

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
-from loray.train.loss import Objective
 from loray.train.mesh import World
+from loray.train.model import BaseWeights, replace_parameters
+from loray.train.objectives import Objective
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
-from loray.train.strategies.base import copied, weighted
-from loray.train.weights.deferred import BaseWeights, replace_parameters
+from loray.train.strategies.ddp import copied, weighted
 
 
 def shard(module: Any, world: World, device: torch.device, weights: BaseWeights) -> Any:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
-from loray.train.loss import Objective
 from loray.train.mesh import World
+from loray.train.model import BaseWeights, replace_parameters
+from loray.train.objectives import Objective
 from loray.train.optimizer import (
     MOMENTS,
     OptimizerState,
@@ -30,9 +31,7 @@ from loray.train.optimizer import (
     set_learning_rate,
     start_moments,
 )
-from loray.train.strategies.base import copied, weighted
-from loray.train.strategies.buckets import BUCKET_ELEMENTS
-from loray.train.weights.deferred import BaseWeights, replace_parameters
+from loray.train.strategies.ddp import BUCKET_ELEMENTS, copied, weighted
 
 _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: DeepSpeed's own default
 

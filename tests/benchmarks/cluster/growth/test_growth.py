@@ -18,8 +18,8 @@ from benchmarks.cluster.growth.course import Course, Verdict, rows, table, verdi
 from benchmarks.cluster.growth.picture import draw
 from benchmarks.cluster.growth.plan import Names, Plan
 from benchmarks.cluster.growth.watch import Change, Look, Watch
-from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
-from loray.api.status import ScalingDecision as Told
+from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
+from loray.schemas.status import ScalingDecision as Told
 from loray.spec import FleetSpec, ServeSpec
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

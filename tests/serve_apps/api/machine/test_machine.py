@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from loray.serving.key_ring import KeyRing
+from loray.policy.auth import KeyRing
 from loray.spec import Principal, RopeParameters
 from tests.catalog.test_catalog import BASE as FINGERPRINT
 from tests.catalogs import new_postgresql, sqlite_catalog

@@ -13,7 +13,7 @@ from loray.catalog import Catalog
 from loray.errors import LogsGone
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
-from serve_apps.console.live.histories import CURVE_LINES, LOG_LINES, MOST_JOBS, Histories, Seen
+from serve_apps.console.runs import CURVE_LINES, LOG_LINES, MOST_JOBS, Histories, Seen
 from tests.catalogs import sqlite_catalog
 
 

@@ -6,9 +6,8 @@ import json
 from itertools import pairwise
 from typing import cast
 
-from jobs.events.schema import Event
-from serve_apps.console.live.losses import MOST_POINTS, Losses
-from serve_apps.console.live.series import curve_of
+from jobs.events import Event
+from serve_apps.console.runs import MOST_POINTS, Losses, curve_of
 
 
 def step(number: int, loss: float) -> Event:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from jobs.events.schema import Event
-from serve_apps.console.live.progress import MOST_STEPS, Progress
+from jobs.events import Event
+from serve_apps.console.runs import MOST_STEPS, Progress
 
 
 def test_few_steps_of_many_and_the_last() -> None:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from loray.api.status import Status
+from loray.schemas.status import Status
 from loray.spec import OPERATOR
-from serve_apps.console.live.streams import Streams
-from serve_apps.console.sessions import COOKIE
+from serve_apps.console.backend import COOKIE
+from serve_apps.console.rendering import Streams
 from tests.serve_apps.console.site import HTMX, URL, ConsoleSite
 
 STREAM = HTMX | {"Accept": "text/event-stream"}

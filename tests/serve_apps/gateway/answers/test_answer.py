@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from loray.api.openai.formats import CompletionFormat
 from loray.errors import EngineError
+from loray.schemas.openai.formats import CompletionFormat
 from loray.spec import Delta, FinishReason, TokenDelta
-from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline
-from serve_apps.gateway.answers.connection import HEARTBEAT
+from serve_apps.gateway.answers.answer import HEARTBEAT, Answer, ChoiceStream, Deadline
 from serve_apps.gateway.answers.writers import Events, Whole
 
 FORMAT = CompletionFormat("cmpl-1", 1, "m", "f")

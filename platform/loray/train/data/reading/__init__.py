@@ -1,0 +1,1 @@
+"""loray.train.data.reading"""

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from loray.recipes.sources import Source
-from loray.train.data.reading import parts
-from loray.train.data.reading.files import DataFormat, Head, RowFile, read_head, rows_of
-from loray.train.data.reading.parts import CutFile, Part, cut
+from loray.train.data import read
+from loray.train.data.read import CutFile, DataFormat, Head, Part, RowFile, cut, read_head, rows_of
 from loray.train.data.shards import ShardCache
 
 _FORM = 1  # of what is kept
@@ -43,7 +42,7 @@ def cut_known(file: RowFile, max_rows: int | None, cache: ShardCache) -> CutFile
     state, here = _state(file.source), file.source.remote is None
     if state is None:
         return cut(file, max_rows)
-    key = _key(parts.PART_BYTES, file.kind, file.format, file.columns, max_rows, state)
+    key = _key(read.PART_BYTES, file.kind, file.format, file.columns, max_rows, state)
     kept = cache.note(key, here=here)
     found = None if kept is None else _read(kept, file)
     if found is None:

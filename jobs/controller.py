@@ -1,0 +1,119 @@
+"""Ray Train's controller: restarts, elastic sizes, its events.
+
+Ray Train's elastic scaling decides when to resize, and restarts the workers from the last checkpoint. It has no public
+setting for the size of a group, so this module overrides a private method of it. What it knows of nodes may be 20 s
+old: workers that it places on a node that was just lost would be waited for until Ray Train's timeout, a minute.
+
+A lost process or node, a peer that no longer answers, and a disk, network or storage that failed say nothing about the
+run, which goes on from its last checkpoint. Every other error would come again, and ends the run at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.train import Checkpoint, FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision  # private: no hook
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from jobs.events import CheckpointEvent, Emit, first_line
+from jobs.workers.reporting import EventSender
+from loray.errors import StoreError
+from loray_kernels.memory import is_out_of_memory
+
+
+class WholeGroupScaling(ElasticScalingPolicy):  # type: ignore[misc]
+    """Ray Train's elastic policy, with numbers of workers that are multiples of `group_size`, on nodes that live."""
+
+    def __init__(self, scaling_config: ScalingConfig, group_size: int) -> None:
+        super().__init__(scaling_config)
+        self._group_size = group_size
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:  # private: Ray has no public hook for the number
+        live = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        reserved = {node: resources for node, resources in reserved_resources.items() if node in live}
+        possible: int = super()._count_possible_workers(reserved)
+        return possible - possible % self._group_size
+
+
+class EventLog(ray.train.UserCallback):  # type: ignore[misc]
+    """Reports saved checkpoints. `run` is the name of the run's folder, as shown to people."""
+
+    def __init__(self, sink: ActorHandle, run: str) -> None:
+        self._events = EventSender(sink)
+        self._run = run
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None:
+            event: CheckpointEvent = {
+                "event": "checkpoint",
+                "step": metrics[0]["step"],
+                "eval_loss": metrics[0]["eval_loss"],
+                "path": f"{self._run}/{Path(checkpoint.path).name}",
+            }
+            self._events.send(event)
+            self._events.flush()
+
+
+_MAX_AT_ONCE = 3
+_REFILL_S = 3600.0  # after which one more loss is allowed again, up to `_MAX_AT_ONCE`
+# Beside these types: what gloo, which has no type of its own, and a device that failed say.
+_LOST = (RayError, RayTrainError, torch.distributed.DistError, OSError, StoreError)
+_WORDS_OF_LOST = ("gloo/", "CUDA error")
+
+
+class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
+    """Allows three losses at once and one more an hour, over a run of any length. Nodes whose end was announced, and
+    workers that could not start, are Ray Train's to decide.
+    """
+
+    def __init__(self, tell: Emit = lambda event: None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`tell` gets an event of each restart."""
+        super().__init__(FailureConfig())
+        self._tell, self._clock = tell, clock
+        self._left, self._counted_at = float(_MAX_AT_ONCE), 0.0
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        decision = self._decide(training_failed_error)
+        failures = getattr(training_failed_error, "worker_failures", None)
+        if decision is FailureDecision.RETRY and failures:
+            rank, error = next(iter(failures.items()))
+            self._tell({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
+        return decision
+
+    def _decide(self, error: TrainingFailedError) -> FailureDecision:
+        decision: FailureDecision = super().make_decision(error)
+        if decision is FailureDecision.RETRY or not isinstance(error, WorkerGroupError):
+            return decision
+        if not any(map(is_lost, error.worker_failures.values())):
+            return FailureDecision.RAISE
+        return FailureDecision.RETRY if self._take() else FailureDecision.RAISE
+
+    def _take(self) -> bool:
+        """Return whether one more loss is allowed, and count it."""
+        now = self._clock()
+        self._left = min(float(_MAX_AT_ONCE), self._left + (now - self._counted_at) / _REFILL_S)
+        self._counted_at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether a worker failed by what is around it, and not by what it computes."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, _LOST) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in _WORDS_OF_LOST)
+    )

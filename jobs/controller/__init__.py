@@ -1,1 +1,0 @@
-"""What runs in Ray Train's controller: events, the size of a run, and restarts."""

@@ -1,0 +1,402 @@
+"""Events of a run, as JSON and for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from loray.spec import PERPLEXITY, Subject
+
+# Of DPO: means over pairs, by TRL's names.
+RewardFigures = TypedDict(
+    "RewardFigures",
+    {
+        "rewards/chosen": NotRequired[float | None],
+        "rewards/rejected": NotRequired[float | None],
+        "rewards/accuracies": NotRequired[float | None],
+        "rewards/margins": NotRequired[float | None],
+    },
+)
+
+
+class StartEvent(TypedDict):
+    """Training starts, or resumes after `step`. Rank 0 adds why the dtype is what it is, and how MFU is
+    computed (`jobs.workers.reporting`).
+    """
+
+    event: Literal["start"]
+    step: int
+    num_steps: int
+    num_parameters: int
+    num_trainable: int
+    trainable_share: float
+    num_workers: int
+    num_threads: int
+    device: str
+    dtype: str
+    pid: int
+    data: dict[str, Any]
+    dtype_reason: NotRequired[str]
+    flops_per_token: NotRequired[float]
+    peak_flops: NotRequired[float]
+    peak_source: NotRequired[str]
+
+
+class StepEvent(RewardFigures):
+    """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU, the peak FLOP/s of
+    a worker that it is a share of, and peak memory.
+    """
+
+    event: Literal["step"]
+    step: int
+    num_steps: int
+    epoch: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    tokens_per_s: float
+    num_tokens: int
+    skipped_steps: int
+    eta_s: float
+    mfu: NotRequired[float]
+    peak_flops: NotRequired[float]
+    memory_bytes: NotRequired[int]
+
+
+class EvalEvent(RewardFigures):
+    event: Literal["eval"]
+    step: int
+    subject: Subject
+    eval_loss: float | None
+
+
+class EarlyStopEvent(TypedDict):
+    """The run ends here: `num_stale` evaluations in a row were no better than the best one before them."""
+
+    event: Literal["early_stop"]
+    step: int
+    num_steps: int
+    best_eval_loss: float | None
+    num_stale: int
+
+
+class CheckpointEvent(TypedDict):
+    """A checkpoint; `path` is where it was uploaded to."""
+
+    event: Literal["checkpoint"]
+    step: int
+    eval_loss: float | None
+    path: NotRequired[str]
+
+
+class WarningEvent(TypedDict):
+    event: Literal["warning"]
+    message: str
+
+
+class WorkerLostEvent(TypedDict):
+    event: Literal["worker_lost"]
+    message: str
+
+
+class MeasureEvent(TypedDict):
+    """The evaluation before publishing begins."""
+
+    event: Literal["measure"]
+    tasks: list[str]
+
+
+class PublishedEvent(TypedDict):
+    """`refusal`: why the gate refused the aliases, None if it did not. `unmeasured`: why it could not be measured, and
+    how to do it later, None if it was or was not to be. `evaluations`: as in the manifest.
+    """
+
+    event: Literal["published"]
+    name: str
+    version: int
+    label: str
+    digest: str
+    nbytes: int
+    aliases: list[str]
+    refusal: NotRequired[str | None]
+    unmeasured: NotRequired[str | None]
+    step: int
+    evaluations: NotRequired[list[dict[str, Any]]]
+
+
+class TrialEvent(TypedDict):
+    """A sweep's trial has changed: the fields are those of `jobs.sweeps.spec.TrialRecord`."""
+
+    event: Literal["trial"]
+    num_trials: int
+    trial: int
+    values: dict[str, str]
+    status: str
+    num_steps: int | None
+    losses: list[list[float]]
+    message: str
+
+
+class SweepEvent(TypedDict):
+    """All trials have ended. `folder` holds their records, and `picture` their losses; `best`: None if all failed.
+    `keep_best`: trials rank by their lowest loss and not by their last one, as the recipe says.
+    """
+
+    event: Literal["sweep"]
+    sweep: str
+    folder: str
+    picture: str
+    best: int | None
+    keep_best: bool
+
+
+class ErrorEvent(TypedDict):
+    """`kind`: the name of the error's class."""
+
+    event: Literal["error"]
+    kind: str
+    message: str
+
+
+LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent
+Event = (
+    LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | TrialEvent | SweepEvent | ErrorEvent
+)
+Emit = Callable[[Event], None]
+
+
+_POLL_S = 0.2
+
+
+def encode(event: Event) -> str:
+    """The event as one line of JSON. NaN and infinity become null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
+
+
+def decode(line: str) -> Event | None:
+    """The event in a line of a job's log; None if the line is not an event. Its fields are not checked."""
+    if not line.startswith('{"event"'):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return cast("Event", event) if isinstance(event, dict) else None
+
+
+def describe(event: Event) -> str:
+    """The event as a line for people."""
+    match event["event"]:
+        case "start":
+            data = event["data"]
+            rows = "pairs" if data.get("format") == "preference" else "rows"
+            parts = [
+                f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
+                f"({event['trainable_share']:.2%})",
+                f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
+                f"{data['num_rows']:,} {rows}, {data['num_tokens']:,} tokens, {data['num_eval_rows']} {rows} held out",
+            ]
+            if data["num_truncated"] or data["num_without_targets"]:
+                parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
+            parts.append(_device(event))
+            return "; ".join(parts)
+        case "step":
+            skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
+            return (
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{rewards(event)}  "
+                f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
+                f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
+            )
+        case "eval":
+            figures = f"{number(event['eval_loss'])}{rewards(event)}"
+            return f"step {event['step']}  held-out loss {figures} ({event['subject']})"
+        case "early_stop":
+            return (
+                f"step {event['step']}  ends early: {event['num_stale']} evaluations in a row were no better than "
+                f"{number(event['best_eval_loss'])}"
+            )
+        case "checkpoint":
+            return f"step {event['step']}  checkpoint saved"
+        case "warning":
+            return f"warning: {event['message']}"
+        case "worker_lost":
+            return f"a worker was lost ({event['message']}); going on from the last checkpoint"
+        case "measure":
+            return f"measuring {' and '.join(event['tasks'])} of base and adapter before publishing"
+        case "published":
+            aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
+            line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
+            problems = filter(None, [event.get("unmeasured"), event.get("refusal")])
+            return "\n".join([line, *_perplexities(event.get("evaluations", [])), *problems])
+        case "trial":
+            loss = f", held-out loss {number(event['losses'][-1][1])}" if event["losses"] else ""
+            at = f"step {event['losses'][-1][0]:.0f}/{event['num_steps']}" if event["losses"] else "no step"
+            fields = " ".join(f"{path}={value}" for path, value in event["values"].items())
+            reason = f": {event['message']}" if event["message"] else ""
+            return f"trial {event['trial']} of {event['num_trials']} ({fields}) {event['status']}, {at}{loss}{reason}"
+        case "sweep":
+            chosen = "no trial was completed" if event["best"] is None else f"the best is trial {event['best']}"
+            return f"sweep {event['sweep']}: {chosen}; records and {event['picture']} are in {event['folder']}"
+        case "error":
+            return f"error: {event['message']}"
+        case other:
+            return str(other)
+
+
+def _device(start: StartEvent) -> str:
+    """Say what trains, and in which dtype; older events do not have it."""
+    reason = f" ({start['dtype_reason']})" if start.get("dtype_reason") else ""
+    return f"on {start['device']} in {start['dtype']}{reason}" if "dtype" in start else f"on {start['device']}"
+
+
+def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each context length."""
+    by_length: dict[int, list[str]] = {}
+    for e in evaluations:
+        if e["metric"] == PERPLEXITY:
+            figures = by_length.setdefault(e["context_length"], [])
+            figures.append(f"{e['subject'].replace('_', ' ')} {e['value']:.4g}")
+    return [f"perplexity at {length:,} tokens: {', '.join(figures)}" for length, figures in by_length.items()]
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def rewards(figures: RewardFigures) -> str:
+    """The share of pairs that are told apart, and the margin; nothing without pairs."""
+    if "rewards/accuracies" not in figures:
+        return ""
+    return f"  accuracy {number(figures['rewards/accuracies'])}  margin {number(figures.get('rewards/margins'))}"
+
+
+def speed(step: StepEvent) -> str:
+    """Tokens per second of all workers, and model FLOPs utilisation (MFU)."""
+    return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the innermost cause: Ray wraps errors in layers that hold tracebacks as text."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+
+
+class EventTail:
+    """A thread that passes every event appended to a file to `emit`, until the `with` block ends.
+
+    Another process, `jobs.workers.reporting`, writes the file, which remains as the run's history.
+    """
+
+    def __init__(self, path: Path, emit: Emit) -> None:
+        self._path, self._emit = path, emit
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="loray-events", daemon=True)
+
+    def __enter__(self) -> EventTail:
+        self._path.touch()
+        self._offset = self._path.stat().st_size  # events of earlier drivers are not emitted again
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        partial = ""
+        with self._path.open(encoding="utf-8") as file:
+            file.seek(self._offset)
+            while True:
+                finished = self._done.is_set()  # read first: events written before it is set are still emitted
+                *lines, partial = (partial + file.read()).split("\n")
+                for line in lines:
+                    if event := decode(line):
+                        self._emit(event)
+                if finished:
+                    return
+                self._done.wait(_POLL_S)
+
+
+_LOG_LINES = 20
+_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
+
+
+class RunView:
+    """Shows the lines of a job's log. Keeps the events `published` and `error`, and the last other lines in `log`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=None, figures="")
+        self._eval_loss: float | None = None
+        self.published: PublishedEvent | None = None
+        self.error: ErrorEvent | None = None
+        self.log: deque[str] = deque(maxlen=_LOG_LINES)
+
+    def __enter__(self) -> RunView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def feed(self, line: str) -> None:
+        event = decode(line)
+        if event is None:
+            if line.strip():
+                self.log.append(line)
+            return
+        match event["event"]:
+            case "start":
+                self._progress.update(
+                    self._task, description="training", total=event["num_steps"], completed=event["step"]
+                )
+                self._print(event)
+            case "step":
+                self._step(event)
+            case "eval":
+                self._eval_loss = event["eval_loss"]
+                self._print(event)
+            case "warning" | "worker_lost" | "measure" | "early_stop":
+                self._print(event)
+            case "published":
+                self.published = event
+            case "error":
+                self.error = event
+
+    def _step(self, event: StepEvent) -> None:
+        held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
+        figures = f"loss {number(event['loss'])}{rewards(event)}{held_out}  {speed(event)}"
+        self._progress.update(self._task, completed=event["step"], figures=figures)
+        every = max(1, event["num_steps"] // _LINES_OF_STEPS)
+        if not self._console.is_terminal and event["step"] % every == 0:
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
+        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

@@ -1,0 +1,263 @@
+"""TensorBoard, MLflow, Weights & Biases.
+
+A tracker's library is imported only where a recipe names it. What it reaches, and with which key, the library reads
+from its own environment variables (MLFLOW_…, WANDB_…), which no recipe and no event shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import wandb
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from tensorboardX import SummaryWriter
+
+from jobs.events import Emit, Event
+from loray.errors import LorayError, SpecError, TrainingError
+from loray.spec import REWARDS, TrackerName, TrainSpec
+from loray.telemetry import get_logger
+
+_STEP = {
+    "loss": "train/loss",
+    **{name: f"train/{name}" for name in REWARDS},
+    "lr": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "skipped_steps": "train/skipped_steps",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "mfu": "throughput/mfu",
+    "memory_bytes": "memory/peak_bytes",
+}
+_FLUSH_S = 5
+
+
+class TensorBoardWriter:
+    """Writes event files to `folder` until the `with` block ends. Not thread-safe.
+
+    Restarted workers repeat the steps after their checkpoint; TensorBoard drops the earlier values of those steps.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def __enter__(self) -> TensorBoardWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, event: Event) -> None:
+        match event["event"]:
+            case "start":
+                if self._writer is not None:
+                    self._writer.close()
+                self._writer = SummaryWriter(
+                    str(self._folder),
+                    purge_step=event["step"] + 1,
+                    flush_secs=_FLUSH_S,
+                    filename_suffix=f".{event['pid']}",
+                )
+            case _ if self._writer is not None:
+                values, step = scalars(event)
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
+
+
+def scalars(event: Event) -> tuple[dict[str, float], int]:
+    """(values by tag, step) of an event; no values where it has none. A number that was not finite is left out."""
+    match event["event"]:
+        case "step":
+            values: Mapping[str, Any] = event
+            found = {tag: values.get(name) for name, tag in _STEP.items()}
+            return {tag: value for tag, value in found.items() if value is not None}, event["step"]
+        case "eval" if event["eval_loss"] is not None:
+            figures: Mapping[str, Any] = event
+            measured = {"loss": event["eval_loss"]} | {name: figures.get(name) for name in REWARDS}
+            tags = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
+            return {tag: value for tag, value in tags.items() if value is not None}, event["step"]
+    return {}, 0
+
+
+log = get_logger(__name__)
+
+_MODULES: Mapping[TrackerName, str] = {"mlflow": "jobs.trackers", "wandb": "jobs.trackers"}
+
+
+class TrackedRun(NamedTuple):
+    """What a tracker shows of a run. `at` names it among all runs, so that a resumed run goes on in its tracker too.
+
+    name   of the adapter, with its tenant
+    sweep  of which it is a trial
+    """
+
+    name: str
+    at: str
+    recipe: TrainSpec
+    sweep: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The recipe, by dotted names."""
+        return dict(_flat(self.recipe.model_dump(mode="json"), ""))
+
+    @property
+    def tags(self) -> dict[str, str]:
+        tags = {"loray.run": self.at, "loray.adapter": self.name, "loray.base": self.recipe.base}
+        return tags if self.sweep is None else tags | {"loray.sweep": self.sweep}
+
+
+class Tracker(Protocol):
+    """A run in a tracker. Its methods may raise any error of its library."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def tag(self, tags: Mapping[str, str]) -> None: ...
+
+    def end(self, *, succeeded: bool) -> None: ...
+
+
+def check_installed(names: Sequence[TrackerName]) -> None:
+    """Raises SpecError with what to install where a tracker's library is missing."""
+    for name in names:
+        if name in _MODULES and find_spec(name) is None:
+            raise SpecError(f"tracking: {name} is not installed on this machine: pip install 'loray[{name}]'")
+
+
+class Trackers:
+    """The open trackers of one run. One that fails is left out with a warning: training does not end for it."""
+
+    def __init__(self, opened: Mapping[TrackerName, Tracker], emit: Emit) -> None:
+        self._opened, self._emit = dict(opened), emit
+
+    def emit(self, event: Event) -> None:
+        """Tells the trackers, and the caller of `tracked`."""
+        self.tell(event)
+        self._emit(event)
+
+    def tell(self, event: Event) -> None:
+        values, step = scalars(event)
+        if values:
+            self._each(lambda tracker: tracker.log(values, step))
+        if event["event"] == "published":
+            tags = {"loray.version": event["label"], "loray.digest": event["digest"]}
+            self._each(lambda tracker: tracker.tag(tags))
+
+    def end(self, *, succeeded: bool) -> None:
+        self._each(lambda tracker: tracker.end(succeeded=succeeded))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in tuple(self._opened.items()):
+            try:
+                call(tracker)
+            except Exception as e:
+                log.debug("%s failed", name, exc_info=True)
+                log.warning("%s is told nothing more of this run: %s", name, e)
+                del self._opened[name]
+
+
+@contextmanager
+def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Trackers]:
+    """Opens the trackers that the recipe names. TrainingError where one cannot be reached."""
+    trackers = Trackers({name: _opened(name, run) for name in run.recipe.tracking if name in _MODULES}, emit)
+    try:
+        yield trackers
+    except BaseException:
+        trackers.end(succeeded=False)
+        raise
+    trackers.end(succeeded=True)
+
+
+def _opened(name: TrackerName, run: TrackedRun) -> Tracker:
+    opener = import_module(_MODULES[name])
+    try:
+        opened: Tracker = opener.open_run(run)
+    except LorayError:
+        raise
+    except Exception as e:
+        raise TrainingError(f"tracking: {name} cannot be reached, or refuses: {e}") from e
+    return opened
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _flat(below, f"{path}.{name}" if path else name)
+    elif value is not None:
+        yield path, str(value)
+
+
+_LONGEST = 6000  # characters of a parameter's value
+_MOST = 100  # parameters in one request
+
+
+class _MlflowRun:
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self._id = client, run_id
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self._id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def end(self, *, succeeded: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if succeeded else "FAILED")
+
+
+def open_run(run: TrackedRun) -> Tracker:
+    """The run with the tag `loray.run`, made with the recipe as its parameters where there is none."""
+    client = MlflowClient()
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "loray")
+    experiment = client.get_experiment_by_name(name)
+    at = client.create_experiment(name) if experiment is None else experiment.experiment_id
+    found = client.search_runs([at], f"tags.`loray.run` = '{run.at}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return _MlflowRun(client, run_id)
+    run_id = client.create_run(at, run_name=run.at, tags=run.tags).info.run_id
+    parameters = [Param(key, value[:_LONGEST]) for key, value in run.parameters.items()]
+    for first in range(0, len(parameters), _MOST):
+        client.log_batch(run_id, params=parameters[first : first + _MOST])
+    return _MlflowRun(client, run_id)
+
+
+class _WandbRun:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})  # not as W&B's own step, which drops what a resumed run repeats
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._run.summary.update(dict(tags))
+
+    def end(self, *, succeeded: bool) -> None:
+        self._run.finish(exit_code=0 if succeeded else 1)
+
+
+def open_run_wandb(run: TrackedRun) -> Tracker:
+    """The run whose id is made of `at`, with the recipe as its configuration."""
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "loray"),
+        id=re.sub(r"[^\w.-]", "-", run.at)[-128:],
+        name=run.at,
+        group=run.sweep or run.name,
+        config=run.parameters | run.tags,
+        resume="allow",
+        reinit="create_new",  # trials of a sweep may share a process
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    opened.define_metric("*", step_metric="step")
+    return _WandbRun(opened)

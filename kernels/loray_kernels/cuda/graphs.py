@@ -1,0 +1,363 @@
+"""Decode steps as CUDA graphs.
+
+Whatever changes from step to step stands in tensors that stay in place, since a recorded step contains their addresses.
+Padding has no context, and its keys and values are not written.
+
+Steps of the base, with LoRA alone and with other parts of adapters have graphs of their own, so that nobody pays for
+what others bring; so have sizes. A step is padded to the next of each that has been recorded, whatever its contexts
+are: attention finds its work on the device. Where nothing serves it, it is computed launch by launch: no request waits
+for a recording.
+
+Recording has not run on a GPU yet. All else is tested on a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda.tables import Attention, Items, RecordedVectors, num_splits, upload
+from loray_kernels.decode import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits, StepRecords
+from loray_kernels.descriptors import Directory, Records, VectorShape
+from loray_kernels.kv import AttentionMeta
+from loray_kernels.memory import is_out_of_memory
+from loray_kernels.sampling import TokenSeats
+
+_MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequences; more are a copy of their own
+
+
+class StepWords:
+    """The numbers of a step on the device: token ids (−1: the one drawn before), positions, seats, items of adapters;
+    with `vectors` their starts, pairs and own embedding rows; then places and blocks of a new block for each sequence,
+    which the step itself writes to the tables; then those of more, which are written before it.
+
+    They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
+
+    blocks  the tables of all seats, and an element that nobody reads, for what is no new block
+    """
+
+    def __init__(self, size: int, blocks: Tensor, *, vectors: bool = False) -> None:
+        self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
+        self._blocks, self._nowhere = blocks, len(blocks) - 1
+        words, pinned = self._num + 2 * size + 2 * _MORE_BLOCKS, blocks.is_cuda
+        self.words = torch.zeros(words, dtype=torch.int64, device=blocks.device)
+        self.words[size : 2 * size] = -1  # the run before a recording writes no keys,
+        self.words[self._num : self._num + size] = self._nowhere  # and no tables
+        self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._views = [staged.numpy() for staged in self._staged]
+        self._turn = 0
+
+    def fill(self, step: DecodeStep) -> None:
+        """At most `size` sequences; the rest is padding."""
+        size, num, new = self._size, len(step.token_ids), len(step.places)
+        self._turn ^= 1
+        view = self._views[self._turn]
+        view[:num] = step.token_ids
+        view[size : size + num] = step.positions
+        view[size + num : 2 * size] = -1
+        view[2 * size : 2 * size + num] = step.seats
+        view[3 * size : 3 * size + len(step.items)] = step.items
+        view[3 * size + len(step.items) : self._num] = 0
+        if self._vectors:
+            view[6 * size : 10 * size] = 0
+            view[6 * size : 6 * size + len(step.vectors)] = step.vectors
+            view[7 * size : 7 * size + len(step.pairs)] = step.pairs
+            view[10 * size : 10 * size + len(step.own_rows)] = step.own_rows
+            view[10 * size + len(step.own_rows) : self._num] = -1
+        first, used = self._num, self._num + 2 * size
+        view[first : first + size] = self._nowhere
+        if new <= size:
+            view[first : first + new] = step.places
+            view[first + size : first + size + new] = step.blocks
+        elif new <= _MORE_BLOCKS:
+            view[used : used + new] = step.places
+            view[used + new : used + 2 * new] = step.blocks
+            self.send(self._staged[self._turn][: used + 2 * new])
+            self._blocks.index_copy_(0, self.words[used : used + new], self.words[used + new : used + 2 * new])
+            return
+        else:
+            self._blocks.index_copy_(0, *upload(self._blocks.device, step.places, step.blocks))
+        self.send(self._staged[self._turn][:used])
+
+    def write_blocks(self) -> None:
+        """Those of the step, to the tables."""
+        places_S, blocks_S = self.words[self._num : self._num + 2 * self._size].view(2, self._size)
+        self._blocks.index_copy_(0, places_S, blocks_S)
+
+    def send(self, staged: Tensor) -> None:
+        """The one copy to the device of a step. It waits for nothing."""
+        self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
+
+
+class PaddedStep:
+    """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
+
+    def __init__(
+        self,
+        size: int,
+        blocks: Tensor,
+        tokens: Tensor,
+        decoding: Decoding,
+        parts: Parts = Parts.NONE,
+        records: Records | None = None,
+        shape: VectorShape | None = None,
+    ) -> None:
+        device = blocks.device
+        self._parts, self._shape = parts, shape
+        self._has_vectors = bool(parts & ~Parts.LORA)
+        self.words = StepWords(size, blocks, vectors=self._has_vectors)
+        self._size, self._blocks, self._records, self._decoding = size, blocks, records, decoding
+        self._tokens = tokens  # by seat, that the step before has drawn
+        self._numbers = torch.arange(size + 1, device=device)
+        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
+        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
+
+    def seats(self, num: int) -> TokenSeats:
+        """Of the first `num` rows, where their tokens are drawn to."""
+        return TokenSeats(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
+
+    def step(self) -> RecordedStep:
+        size, block_tokens = self._size, self._decoding.layout.block_tokens
+        self.words.write_blocks()
+        words = self.words.words
+        known_S, positions_S, seats_S = words[: 3 * size].view(3, size)
+        token_ids_S = torch.where(known_S < 0, self._tokens[seats_S], known_S)
+        at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
+        block_S = self._blocks[start_S + at_S // block_tokens]
+        slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
+        meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
+        meta.memo["cuda"] = Attention(
+            query_start=self._numbers,
+            context_len=positions_S + 1,
+            table_start=start_S,
+            blocks=self._blocks,
+            decoded=self._decoded,
+            prefilled=self._prefilled,
+            max_splits=num_splits(self._decoding.max_blocks * block_tokens),
+        )
+        if not self._parts or self._records is None:
+            return RecordedStep(token_ids_S, at_S, meta, None)
+        items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
+        if self._has_vectors and self._shape is not None:
+            pairs_S3 = words[7 * size : 10 * size].view(size, 3)
+            vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
+        records = StepRecords(self._records, items_S3, self._parts, vectors)
+        own_rows = None
+        if vectors is not None and Parts.OWN in self._parts:
+            own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
+        return RecordedStep(token_ids_S, at_S, meta, records, own_rows)
+
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
+KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
+
+T = TypeVar("T")
+
+
+class Recording(NamedTuple):
+    """`replay` repeats the recorded launches on the current stream, and so overwrites `out`."""
+
+    replay: Callable[[], None]
+    out: Tensor
+
+
+class Recorder(Protocol):
+    """Recordings share memory: what one of them needs is there for the next."""
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        """Run once, which waits for no other rank. The result, called when all ranks have run, records."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Memory of the device that all recordings take."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of recordings, of which none is left."""
+        ...
+
+
+class Form(NamedTuple):
+    """What a step is padded to. `kind`: parts that its adapters may have."""
+
+    size: int
+    kind: Parts
+
+
+class DecodeGraphs:
+    """A RecordedDecoding."""
+
+    def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, recorder: Recorder) -> None:
+        self._forward, self._decoding, self._recorder = forward, decoding, recorder
+        num_blocks = decoding.num_seats * decoding.max_blocks + 1  # the last one is not a seat's, see StepWords
+        self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
+        self._tokens = torch.zeros(decoding.num_seats, dtype=torch.int64, device=decoding.device)
+        self._seats: TokenSeats | None = None
+        self._steps: dict[Form, PaddedStep] = {}
+        self._recorded: dict[Form, Recording] = {}
+        self._serving: dict[Form, Form | None] = {}  # by needed form: the recorded one that serves it
+        self._out_SV: Tensor | None = None  # of all recordings
+        self.vectors = VectorShape.of(decoding.inputs, decoding.layout.num_layers, decoding.layout.head_dim)
+        self.directory = Directory(decoding.inputs, decoding.device, reserved=self.vectors.head)
+        self.max_rows = SIZES[-1]
+
+    def __call__(self, step: DecodeStep) -> Tensor:
+        num = len(step.token_ids)
+        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k))
+        form = self._serving_of(needed)
+        padded = self._step(form or needed)
+        padded.words.fill(step)
+        self._seats = padded.seats(num)
+        if form is None:
+            return self._forward(padded.step())[:num]
+        recording = self._recorded[form]
+        recording.replay()
+        return recording.out[:num]
+
+    @property
+    def seats(self) -> TokenSeats:
+        assert self._seats is not None, "a step has been computed"
+        return self._seats
+
+    def forms(self) -> Iterator[Form]:
+        """All that steps may need, the most useful first, since limits may end recording.
+
+        First what serves every step: of each size adapters with everything, with LoRA alone, and the base. Then the
+        other kinds. The first form needs the most memory, which the others then share.
+        """
+        size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
+        sizes = [s for s in reversed(SIZES) if s <= size]
+        first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
+        rest = [k for k in reversed(KINDS) if k not in first]
+        for kinds in (first, rest):
+            yield from (Form(s, kind) for s in sizes for kind in kinds)
+
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+        """Where a form does not fit into memory, smaller ones may."""
+        forms = list(self.forms())
+        began, taken = time.monotonic(), self._recorder.num_bytes()
+        largest, adds = forms[0].size, 0  # `adds`: what a further form takes beside the memory that all share
+        progress = Recorded(0, len(forms), 0.0, 0)
+        agree = self._decoding.ranks.agree
+        for form in forms:
+            if form.size > largest:
+                continue
+            left = limits.num_bytes - progress.num_bytes
+            if not agree(time.monotonic() - began < limits.seconds and max(adds, 1) <= left):
+                break
+            recording = self._recording(form)
+            num_bytes = self._recorder.num_bytes() - taken
+            fits = bool(self._recorded) or num_bytes <= limits.num_bytes
+            if not agree(recording is not None and fits) or recording is None:
+                del recording
+                largest = form.size - 1
+                if not self._recorded:
+                    self._release(form)
+                continue
+            adds = num_bytes - progress.num_bytes if self._recorded else 0
+            self._recorded[form] = recording
+            progress = Recorded(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
+            on_progress(progress)
+        self._serving.clear()
+        return progress
+
+    def _release(self, form: Form) -> None:
+        """The only form that has been computed leaves nothing on the device."""
+        self._steps.pop(form, None)
+        self._out_SV = None
+        self._recorder.release()
+
+    def _recording(self, form: Form) -> Recording | None:
+        """None if the memory of the device, or of another rank's for the run before, is too small."""
+        record = _unless_full(lambda: self._recorder(partial(self._compute, form)))
+        if not self._decoding.ranks.agree(record is not None) or record is None:
+            return None
+        return _unless_full(record)
+
+    def _compute(self, form: Form) -> Tensor:
+        """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
+        logits_SV = self._forward(self._step(form).step())
+        if self._out_SV is None or self._out_SV.shape[0] < form.size:
+            self._out_SV = torch.empty_like(logits_SV)
+        return self._out_SV[: form.size].copy_(logits_SV)
+
+    def _step(self, form: Form) -> PaddedStep:
+        if form not in self._steps:
+            self._steps[form] = PaddedStep(
+                form.size,
+                self._blocks,
+                self._tokens,
+                self._decoding,
+                form.kind,
+                self.directory.records,
+                self.vectors,
+            )
+        return self._steps[form]
+
+    def _serving_of(self, needed: Form) -> Form | None:
+        """The smallest recorded form that holds it: of its own kind, or else of one with more parts."""
+        if needed not in self._serving:
+            size, kind = needed
+            found = (f for f in self._recorded if f.size >= size and kind in f.kind)
+            self._serving[needed] = min(found, key=lambda f: (KINDS.index(f.kind), f), default=None)
+        return self._serving[needed]
+
+
+def _least(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def _unless_full(call: Callable[[], T]) -> T | None:
+    """None if the device's memory is too small."""
+    try:
+        return call()
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return None
+
+
+class GraphRecorder:
+    """CUDA graphs that share their memory, since only one is replayed at a time. The run before a recording is silent,
+    then collectives are called that it would have been the first to need, and what is recorded is not executed.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self._device, self._memory, self._ranks = device, torch.cuda.graph_pool_handle(), ranks
+        # One for all recordings, since cuBLAS keeps a workspace for each stream: 32 MiB on a card of 2022.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+        """Compiles kernels and initialises libraries."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), self._ranks.silent():
+            run()
+        current.wait_stream(self._stream)
+        return lambda: self._record(run)
+
+    def _record(self, run: Callable[[], Tensor]) -> Recording:
+        with torch.cuda.stream(self._stream):
+            self._ranks.connect()
+        graph = torch.cuda.CUDAGraph()
+        # Threads that load adapters may allocate pinned memory meanwhile, which must not break this recording.
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            out = run()
+        return Recording(graph.replay, out)
+
+    def num_bytes(self) -> int:
+        """What the whole device has in use, without what torch keeps free: graphs take memory of the driver too."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def release(self) -> None:
+        """Memory that no graph shares any more cannot be recorded into again, so the next one has another."""
+        torch.cuda.empty_cache()
+        self._memory = torch.cuda.graph_pool_handle()

@@ -1,0 +1,145 @@
+"""Decode steps that a backend captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import IntFlag
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loray_kernels.descriptors import Directory, InputShape, Records, StepVectors, TokenRows, VectorShape
+from loray_kernels.kv import AttentionMeta, KvLayout
+from loray_kernels.sampling import TokenSeats
+
+_NONE = np.array([], dtype=np.int64)
+
+
+class Parts(IntFlag):
+    """What the adapters of a step have. OWN: norms, embedding rows, a RoPE."""
+
+    NONE = 0
+    LORA = 1
+    VERA = 2
+    DORA = 4
+    OWN = 8
+
+
+class StepRecords(NamedTuple):
+    """Of a decode step. items_S3: (start of an adapter's record, first token, tokens); without tokens it is padding.
+
+    vectors  given if `parts` is more than LoRA
+    """
+
+    records: Records
+    items_S3: Tensor
+    parts: Parts = Parts.LORA
+    vectors: StepVectors | None = None
+
+
+class DecodeStep(NamedTuple):
+    """One token of each of S sequences, as numbers on the host. A sequence has a seat: a row of the block tables that
+    stay on the device.
+
+    token_ids  −1: the token that the step before has drawn for this seat
+    items    flat: (start of a LoRA record, first token, tokens up to RECORD_TOKENS) for each; tokens without LoRA have
+             none
+    places   in the block tables, (seats, max_blocks) flat, whose `blocks` are new
+    parts    with LoRA alone, what follows is empty
+    vectors  where each sequence's record of vectors begins; 0: none
+    pairs    as `items`, of sequences that share a VeRA pair: (where its words are, first token, tokens)
+    own_rows offset of the embedding row that a sequence's adapter has for its token; −1: none. Empty: all have none
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    seats: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+    places: Sequence[int] = ()
+    blocks: Sequence[int] = ()
+    parts: Parts = Parts.NONE
+    vectors: npt.NDArray[np.int64] = _NONE
+    pairs: npt.NDArray[np.int64] = _NONE
+    own_rows: npt.NDArray[np.int64] = _NONE
+
+
+class RecordedStep(NamedTuple):
+    """A decode step as the device's tensors. `records` None: all tokens are the base's. `own_rows`: of embeddings; None
+    without the part OWN.
+    """
+
+    token_ids_S: Tensor
+    positions_S: Tensor
+    attention: AttentionMeta
+    records: StepRecords | None
+    own_rows: TokenRows | None = None
+
+
+class Ranks(NamedTuple):
+    """What recording needs of ranks that compute a step together; the defaults are those of one rank.
+
+    silent  while it is entered, a step of this rank waits for no other, and its result means nothing
+    agree   whether a condition holds on every rank; each rank calls it equally often
+    connect calls the collectives that the last silent step would have called, as far as that has not been done: ranks
+            connect to each other at the first call of a kind and size, which cannot be recorded
+    """
+
+    silent: Callable[[], AbstractContextManager[None]] = nullcontext
+    agree: Callable[[bool], bool] = bool
+    connect: Callable[[], None] = lambda: None
+
+
+class Decoding(NamedTuple):
+    """What a backend needs to record decode steps. `max_blocks`: the most of a sequence."""
+
+    layout: KvLayout
+    num_seats: int
+    max_blocks: int
+    inputs: tuple[InputShape, ...]
+    device: torch.device
+    ranks: Ranks = Ranks()
+
+
+class RecordLimits(NamedTuple):
+    """Seconds after which no further recording begins; bytes of the device that all of them may take."""
+
+    seconds: float
+    num_bytes: int
+
+
+class Recorded(NamedTuple):
+    """How far recording has come."""
+
+    num_recorded: int
+    num_wanted: int
+    seconds: float
+    num_bytes: int
+
+
+class RecordedDecoding(Protocol):
+    """`directory` has the records of adapters that steps may name, and `vectors` is their shape. Steps have at most
+    `max_rows` sequences.
+    """
+
+    directory: Directory
+    vectors: VectorShape
+    max_rows: int
+
+    @property
+    def seats(self) -> TokenSeats:
+        """Of the last step's rows: the next step takes tokens from there."""
+        ...
+
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+        """Record steps, within `limits` of every rank: all have the same recordings. Only before the first step."""
+        ...
+
+    def __call__(self, step: DecodeStep) -> Tensor:
+        """The result for each sequence, which the next call overwrites. Never records: a step for which no recording
+        serves is computed launch by launch.
+        """
+        ...

@@ -1,0 +1,258 @@
+"""Merged into the base, as LoRA, as GGUF.
+
+For tools that know LoRA alone, or to continue training as LoRA. The result computes the same, and is as large as a LoRA
+adapter of that rank.
+
+LongLoRA's RoPE and context go into `config.json`, and trained norms replace the base's. If the adapter has an input
+embedding and the base's output head is tied, the checkpoint has both the adapter's embedding and the base's head.
+
+llama.cpp adds alpha / rank · B A x to a linear module. Shapes as in `adapters.weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loray.adapters.peft_format import PREFIX, write_folder
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
+from loray.bases.config import ModelConfig
+from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
+from loray.bases.quantized import rounded
+from loray.bases.registry import BaseModel, is_copied
+from loray.errors import ConflictError, UnsupportedError
+from loray.methods.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.spec import LINEAR_MODULES, QuantizationSpec
+
+
+def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
+    """B' = Λb B[:O] and A' = Λd A[:, :I], in fp32, with scale 1. Raises UnsupportedError for other adapters."""
+    if weights.pair is None:
+        raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
+    modules = {
+        key: as_lora(module, weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+    }
+    return replace(weights, modules=modules, pair=None)
+
+
+def as_lora(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> LoraWeights:
+    """A module with an input of `width` elements as LoRA. A LoRA module is returned unchanged."""
+    if isinstance(module, LoraWeights):
+        return module
+    assert pair is not None
+    inner_RI = module.d_R.float()[:, None] * pair.a_RI[:, :width].float()
+    outer_OR = module.b_O.float()[:, None] * pair.b_OR[: module.b_O.shape[0]].float()
+    return LoraWeights(inner_RI, outer_OR, scale=1.0)
+
+
+def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
+    """Write a LoRA adapter of one rank and scale 1 in PEFT's format, with norms and embedding as `modules_to_save`."""
+    prefix = f"{PREFIX}model."
+    tensors: dict[str, Tensor] = {}
+    ranks = set()
+    for key, module in weights.modules.items():
+        assert isinstance(module, LoraWeights)
+        assert module.scale == 1.0
+        ranks.add(module.a_RI.shape[0])
+        tensors[f"{prefix}{key.path}.lora_A.weight"] = module.a_RI
+        tensors[f"{prefix}{key.path}.lora_B.weight"] = module.b_OR
+    (rank,) = ranks
+    whole = {path.rpartition(".")[2] for path in weights.norms}
+    tensors |= {f"{prefix}{path}.weight": norm for path, norm in weights.norms.items()}
+    if weights.embedding is not None:
+        assert weights.embedding.token_ids is None, "PEFT's VeRA stores embeddings whole"
+        whole.add("embed_tokens")
+        tensors[f"{prefix}embed_tokens.weight"] = weights.embedding.rows_VD
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)],
+        "modules_to_save": sorted(whole) or None,
+        "inference_mode": True,
+    }
+    write_folder(folder, config, tensors)
+
+
+_SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
+
+
+class RoundedBase(NamedTuple):
+    """How the base was quantised, and in which dtype it computed."""
+
+    quantization: QuantizationSpec
+    dtype: torch.dtype
+
+
+def merge_adapter(
+    base: BaseModel,
+    weights: AdapterWeights,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trained_on: RoundedBase | None = None,
+) -> None:
+    """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
+
+    With `trained_on` the base's linear layers have the values that they had, quantised, while the adapter was trained;
+    else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
+    `weights.rope` and `context_length` replace the base's. Raises ConflictError where `folder` exists and is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConflictError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(base.path.iterdir()):
+        if is_copied(path.name) and path.name != "config.json":
+            shutil.copy2(path, folder / path.name)
+    _write_shards(_merged(base, weights, dtype, trained_on), folder)
+    _write_config(base, weights, folder, dtype)
+
+
+def _merged(
+    base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
+) -> Iterator[tuple[str, Tensor]]:
+    norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
+    adapted = {f"model.{key.path}.weight": key for key in weights.modules}
+    for name, stored in read_tensors(base.path):
+        tensor, kept = stored, dtype or stored.dtype
+        if name == _HEAD and base.config.tie_word_embeddings:
+            continue  # some exporters write the tied copy
+        if trained_on is not None and name.endswith(_LINEAR):
+            tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
+        if name in adapted:
+            lora = as_lora(weights.modules[adapted[name]], weights.pair, tensor.shape[1])
+            merged_OI = tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())
+            if lora.magnitude_O is not None:
+                merged_OI *= lora.output_scale(tensor)[:, None]
+            yield name, merged_OI.to(kept)
+        elif name == _EMBEDDING and weights.embedding is not None:
+            rows_VD, ids = tensor.to(kept, copy=True), weights.embedding.token_ids
+            rows_VD[slice(None) if ids is None else list(ids)] = weights.embedding.rows_VD.to(kept)
+            yield name, rows_VD
+            if base.config.tie_word_embeddings:
+                yield _HEAD, tensor.to(kept, copy=True)
+        else:
+            yield name, norms.get(name, tensor).to(kept)
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write files of up to `_SHARD_BYTES`, with an index where there are several, as transformers does."""
+    shards: list[dict[str, str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def write() -> None:
+        nonlocal size
+        path = folder / f"shard-{len(shards)}.safetensors"
+        save_file({name: t.contiguous() for name, t in held.items()}, path, metadata={"format": "pt"})
+        shards.append(dict.fromkeys(held, path.name))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > _SHARD_BYTES:
+            write()
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / SINGLE_FILE)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}.safetensors").rename(folder / name)
+    weight_map = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype: torch.dtype | None) -> None:
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    if weights.rope is not None:
+        config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
+        config["rope_parameters"] = weights.rope.to_hf()
+        assert weights.context_length is not None
+        config["max_position_embeddings"] = weights.context_length
+    if weights.embedding is not None:
+        config["tie_word_embeddings"] = False
+    if dtype is not None:
+        config = {field: value for field, value in config.items() if field != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+_MODULES = {name.rpartition(".")[2]: called for called, name in LAYER_NAMES.items()}
+_ARCHITECTURES: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_PERMUTED_IN = "llama"
+
+
+def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
+    """Write the adapter in fp32 to the new file `path`. VeRA becomes LoRA of its rank.
+
+    Where modules have several ranks or scales, B has the scale in it and alpha is 0, which llama.cpp takes as a scale
+    of 1. Raises UnsupportedError for an adapter that changes more than linear modules.
+    """
+    import numpy as np
+    from gguf import GGUFType, GGUFWriter, Keys
+
+    _check_linear(weights)
+    architecture = _ARCHITECTURES[base.architecture]
+    modules = {
+        key: as_lora(module, weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+    }
+    alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}
+    is_one = len(alphas) == 1
+    alpha = next(rank * scale for rank, scale in alphas) if is_one else 0.0
+    writer = GGUFWriter(path, architecture)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+    for key, module in sorted(modules.items()):
+        b_OR = module.b_OR.float() if is_one else module.scale * module.b_OR.float()
+        if architecture == _PERMUTED_IN and key.module in PERMUTED:
+            b_OR = permuted(b_OR, base.head_dim)
+        name = f"blk.{key.layer}.{_MODULES[key.module]}.weight"
+        for part, tensor in (("lora_a", module.a_RI.float()), ("lora_b", b_OR)):
+            writer.add_tensor(f"{name}.{part}", np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _check_linear(weights: AdapterWeights) -> None:
+    more = {
+        "norms": bool(weights.norms),
+        "the input embedding": weights.embedding is not None,
+        "RoPE": weights.rope is not None,
+        "the magnitudes of outputs (DoRA)": weights.has_magnitudes,
+    }
+    changed = [what for what, is_changed in more.items() if is_changed]
+    if changed:
+        raise UnsupportedError(
+            f"GGUF-LoRA holds linear modules alone, and this adapter also changes {', '.join(changed)}: take it merged"
+        )

@@ -1,1 +1,0 @@
-"""Requests and answers of routes that vLLM has and OpenAI does not."""

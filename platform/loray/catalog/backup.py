@@ -1,0 +1,185 @@
+"""All rows as JSON lines, and back.
+
+{"format": 1, "revision": "0006", "created_at": …}    the revision of the tables
+{"table": "tenants", "columns": ["name", …]}          then its rows, one a line
+["default", …]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from loray.catalog.audit_chain import log
+from loray.catalog.database import HEAD, Database, reading, writing
+from loray.catalog.queries import lock, now, utc
+from loray.catalog.removal import claims
+from loray.catalog.schema import (
+    adapters,
+    changes,
+    clusters,
+    logins,
+    metadata,
+    quota_levels,
+    quota_owners,
+    tenants,
+    versions,
+)
+from loray.errors import ConflictError, DataError, IntegrityError, UnsupportedError
+from loray.files import read_json_lines, replacing_private, write_json_lines
+from loray.spec import DEFAULT_TENANT
+
+_FORMAT = 1
+
+Line = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BackupSummary:
+    """When a backup was made, and how many names and versions it has, deleted ones included."""
+
+    created_at: datetime
+    num_names: int
+    num_versions: int
+
+
+def header(revision: str, created_at: datetime) -> Line:
+    return {"format": _FORMAT, "revision": revision, "created_at": created_at.isoformat()}
+
+
+def read_header(line: Line, revision: str) -> datetime:
+    """When the backup was made. Raises UnsupportedError where its tables are not of this revision."""
+    if not isinstance(line, Mapping) or "format" not in line:
+        raise IntegrityError("it is no backup of a catalog")
+    if line["format"] != _FORMAT or line["revision"] != revision:
+        raise UnsupportedError(
+            f"the backup was made by another loray (format {line['format']}, revision {line['revision']}; this one "
+            f"reads format {_FORMAT}, revision {revision}): restore it with that one, then upgrade"
+        )
+    return datetime.fromisoformat(line["created_at"])
+
+
+def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
+    yield {"table": table.name, "columns": [column.name for column in table.columns]}
+    for row in rows:
+        yield [utc(v).astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
+
+
+def rows_of(lines: Iterable[Line], tables: Mapping[str, sa.Table]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
+    """(table, row) in the file's order. Raises IntegrityError where a line is neither a table nor a row of it."""
+    table: sa.Table | None = None
+    columns: list[sa.Column[Any]] = []
+    for line in lines:
+        if isinstance(line, Mapping):
+            table = tables[line["table"]]
+            columns = [table.columns[name] for name in line["columns"]]
+            continue
+        if table is None:
+            raise IntegrityError("it has a row before its first table")
+        yield table, {column.name: _value(column, v) for column, v in zip(columns, line, strict=True)}
+
+
+def _value(column: sa.Column[Any], value: Any) -> Any:
+    is_time = value is not None and isinstance(column.type, sa.DateTime)
+    return datetime.fromisoformat(value) if is_time else value
+
+
+_BATCH = 500  # rows
+# Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
+_SKIPPED = 1 << 20
+_NOT_KEPT = (claims, clusters, logins, quota_levels, quota_owners)
+
+
+class Backups(Database):
+    """The catalog's operations that write and read backups."""
+
+    def write_backup(self, path: Path) -> BackupSummary:
+        """Write all rows as they are at one moment, beside readers and writers. `path` is replaced when it is complete,
+        and readable by this user only.
+        """
+        created_at = now()
+        with reading(self._engine) as c:
+            with replacing_private(path) as f:
+                write_json_lines(f, _lines(c, header(HEAD, created_at)))
+            return _summary(c, created_at)
+
+    def read_backup(self, path: Path) -> BackupSummary:
+        """Read a backup into this catalog, which must be empty, in one transaction. Its servers must not run.
+
+        Raises ConflictError where it is not empty, DataError where there is no such file, IntegrityError where the file
+        is damaged or not whole, and UnsupportedError where another revision of the tables has made it.
+        """
+        try:
+            with path.open("rb") as f, writing(self._engine) as c:
+                lock(c)
+                _refuse_used(c)
+                lines: Iterator[Line] = read_json_lines(f)
+                created_at = read_header(next(lines), HEAD)
+                _insert(c, lines)
+                c.execute(changes.update().values(counter=changes.c.counter + _SKIPPED))
+                log(c, self._actor, "restore_backup", "catalog", created_at=created_at.isoformat())
+                return _summary(c, created_at)
+        except OSError as e:
+            raise DataError(f"the backup {path} cannot be read: {e.strerror}") from e
+        except (AttributeError, IntegrityError, KeyError, StopIteration, TypeError, ValueError) as e:
+            reason = str(e) if isinstance(e, IntegrityError) else f"it is damaged: {e!r}"
+            raise IntegrityError(f"the backup {path} is not used: {reason}; nothing was restored") from e
+
+
+def _lines(c: sa.Connection, first: Line) -> Iterator[Line]:
+    yield first
+    for table in _tables():
+        rows = c.execute(sa.select(table).order_by(*table.primary_key), execution_options={"yield_per": _BATCH})
+        yield from table_lines(table, rows)
+
+
+def _tables() -> list[sa.Table]:
+    """All but those of what runs now, and logins: people log in again."""
+    return [table for table in metadata.sorted_tables if table not in _NOT_KEPT]
+
+
+def _refuse_used(c: sa.Connection) -> None:
+    for table in _tables():
+        used = sa.select(sa.literal(1)).select_from(table).limit(1)
+        if table is tenants:
+            used = used.where(tenants.c.name != DEFAULT_TENANT)
+        if table is not changes and c.execute(used).first() is not None:
+            raise ConflictError(
+                f"the catalog is not empty (it has {table.name}): stop its servers, and name an empty database in "
+                "LORAY_CATALOG"
+            )
+
+
+def _insert(c: sa.Connection, lines: Iterator[Line]) -> None:
+    for table in (tenants, changes):  # of the empty catalog
+        c.execute(table.delete())
+    for table, rows in groupby(rows_of(lines, metadata.tables), key=itemgetter(0)):
+        batch: list[dict[str, Any]] = []
+        for _, row in rows:
+            batch.append(row)
+            if len(batch) == _BATCH:
+                c.execute(table.insert(), batch)
+                batch = []
+        if batch:
+            c.execute(table.insert(), batch)
+        _move_sequence(c, table)
+
+
+def _move_sequence(c: sa.Connection, table: sa.Table) -> None:
+    """Behind the ids that were given, which do not move a sequence of PostgreSQL."""
+    column = table.autoincrement_column
+    if column is not None and c.dialect.name == "postgresql":
+        sequence = sa.func.pg_get_serial_sequence(table.name, column.name)
+        c.execute(sa.select(sa.func.setval(sequence, sa.select(sa.func.max(column)).scalar_subquery())))
+
+
+def _summary(c: sa.Connection, created_at: datetime) -> BackupSummary:
+    names, found = (c.execute(sa.select(sa.func.count()).select_from(t)).scalar_one() for t in (adapters, versions))
+    return BackupSummary(created_at, names, found)

@@ -1,1 +1,0 @@
-"""What leaves: names and versions that are deleted and restored, and what the store must keep."""

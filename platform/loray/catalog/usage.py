@@ -1,0 +1,183 @@
+"""`catalog.usage`: sums by tenant, key, model, day.
+
+Sums of whole days are kept as events come, so that what is asked of a month does not read its requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from loray.catalog.database import Database, insert_into, reading, writing
+from loray.catalog.schema import TOKENS, usage, usage_days
+from loray.errors import DataError, SpecError
+from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
+
+_COUNTS = ("num_requests", *TOKENS, "seconds")
+_COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
+_NO_KEY = ""  # in usage_days, whose primary key has no null
+
+
+@contextmanager
+def _refused_rows() -> Iterator[None]:
+    """What the database says of a row's values becomes DataError."""
+    try:
+        yield
+    except (sa.exc.DataError, sa.exc.IntegrityError) as e:
+        raise DataError(f"the catalog refuses a usage event: {str(e.orig).strip()}") from e
+
+
+class UsageRow(NamedTuple):
+    """Sums of a group; what it is not grouped by is None."""
+
+    tenant: str | None
+    key_id: str | None
+    model: str | None
+    day: date | None
+    num_requests: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    seconds: float
+
+
+class Usage(Database):
+    """The catalog's operations on usage. They neither count as changes nor wait for other writers."""
+
+    def record_usage(self, events: Sequence[UsageEvent]) -> int:
+        """Returns how many of them were new. An event that is known already changes nothing.
+
+        Raises DataError where the database refuses what one of them has; then none is recorded.
+        """
+        if not events:
+            return 0
+        rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
+        with writing(self._engine) as c, _refused_rows():
+            statement = insert_into(c, usage).on_conflict_do_nothing(index_elements=["request_id"])
+            new = set(c.scalars(statement.returning(usage.c.request_id), rows))
+            if new:
+                self._add_to_days(c, {row["request_id"]: row for row in rows if row["request_id"] in new}.values())
+            return len(new)
+
+    def _add_to_days(self, c: sa.Connection, rows: Collection[dict[str, Any]]) -> None:
+        """In the order of the primary key, so that two writers do not wait for each other."""
+        sums: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        for row in rows:
+            of = (row["created_at"].date().isoformat(), row["tenant"], row["key_id"] or _NO_KEY, row["model"])
+            counts = row | {"num_requests": 1}
+            known = sums.setdefault(of, dict.fromkeys(_COUNTS, 0))
+            sums[of] = {name: known[name] + counts[name] for name in _COUNTS}
+        names = [column.name for column in usage_days.primary_key]
+        values = [dict(zip(names, of, strict=True)) | counts for of, counts in sorted(sums.items())]
+        statement = insert_into(c, usage_days)
+        added = {name: usage_days.c[name] + statement.excluded[name] for name in _COUNTS}
+        c.execute(statement.on_conflict_do_update(index_elements=names, set_=added), values)
+
+    def usage(
+        self,
+        group_by: Collection[UsageGroup],
+        *,
+        tenant: str | None = None,
+        key_id: str | None = None,
+        model: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 1000,
+        offset: int = 0,
+    ) -> tuple[UsageRow, ...]:
+        """Sums over events from `since` until before `until`, in the order of their groups. Raises SpecError."""
+        unknown = [group for group in group_by if group not in USAGE_GROUPS]
+        if unknown:
+            raise SpecError(f"usage is not grouped by {unknown[0]!r}: {', '.join(USAGE_GROUPS)}")
+        given = {"tenant": tenant, "key_id": key_id, "model": model}
+        found = self._rows(given, since and _utc(since), until and _utc(until)).subquery()
+        columns = [found.c[_COLUMNS[name]].label(f"group_{name}") for name in _COLUMNS if name in group_by]
+        sums = [sa.func.coalesce(sa.func.sum(found.c[name]), 0).label(name) for name in _COUNTS]
+        query = sa.select(*columns, *sums).select_from(found)
+        query = query.group_by(*columns).order_by(*columns).limit(limit).offset(offset)
+        with reading(self._engine) as c:
+            return tuple(_row(row._mapping) for row in c.execute(query))
+
+    def _rows(
+        self, given: dict[str, str | None], since: datetime | None, until: datetime | None
+    ) -> sa.CompoundSelect[Any]:
+        """Sums of the whole days from `since` until before `until`, and the events before and after these days."""
+        first = None if since is None else _midnight(since, is_next=True)
+        last = None if until is None else _midnight(until)
+        days = sa.select(*(usage_days.c[name].label(name) for name in (*_COLUMNS.values(), *_COUNTS)))
+        events = sa.select(
+            *self._columns(), sa.literal(1).label("num_requests"), *(usage.c[name] for name in _COUNTS[1:])
+        )
+        if first is not None:
+            days = days.where(usage_days.c.day >= first.date().isoformat())
+        if last is not None:
+            days = days.where(usage_days.c.day < last.date().isoformat())
+        if first is not None and last is not None and first >= last:  # no whole day
+            days, edges = days.where(sa.false()), [sa.and_(usage.c.created_at >= since, usage.c.created_at < until)]
+        else:
+            before = None if first == since else sa.and_(usage.c.created_at >= since, usage.c.created_at < first)
+            after = None if last == until else sa.and_(usage.c.created_at >= last, usage.c.created_at < until)
+            edges = [edge for edge in (before, after) if edge is not None]
+        events = events.where(sa.or_(sa.false(), *edges))
+        for name, value in given.items():
+            if value is not None:
+                days, events = days.where(usage_days.c[name] == value), events.where(usage.c[name] == value)
+        return sa.union_all(days, events)
+
+    def tokens_used(self, *, tenant: str | None = None, key_id: str | None = None, since: datetime) -> int:
+        """Tokens of prompts and answers since then, of a tenant or of a key."""
+        (found,) = self.usage([], tenant=tenant, key_id=key_id, since=since)
+        return found.num_prompt_tokens + found.num_output_tokens
+
+    def forget_usage(self, before: datetime) -> int:
+        """Deletes what is older, in whole days. Returns how many events that was."""
+        midnight = _midnight(_utc(before))
+        with writing(self._engine) as c:
+            c.execute(usage_days.delete().where(usage_days.c.day < midnight.date().isoformat()))
+            return int(c.execute(usage.delete().where(usage.c.created_at < midnight)).rowcount)
+
+    def _columns(self) -> list[sa.ColumnElement[Any]]:
+        """Those of `usage` that `usage_days` has, as it has them."""
+        if self._engine.dialect.name == "sqlite":
+            day: sa.ColumnElement[Any] = sa.func.date(usage.c.created_at)
+        else:
+            day = sa.func.to_char(sa.func.timezone(sa.literal_column("'UTC'"), usage.c.created_at), "YYYY-MM-DD")
+        key_id = sa.func.coalesce(usage.c.key_id, _NO_KEY)
+        return [usage.c.tenant, key_id.label("key_id"), usage.c.model, day.label("day")]
+
+
+def _midnight(moment: datetime, *, is_next: bool = False) -> datetime:
+    """The last one until then, or the next one from then on. Raises SpecError."""
+    midnight = datetime.combine(moment.date(), time(), UTC)
+    try:
+        return midnight + timedelta(days=1) if is_next and midnight < moment else midnight
+    except OverflowError as e:  # after 9999
+        raise SpecError(f"{moment.isoformat()} is out of range") from e
+
+
+def _utc(value: datetime) -> datetime:
+    """SQLite stores times without their zone. Raises SpecError."""
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as e:  # in UTC it is before the year 1, or after 9999
+        raise SpecError(f"{value.isoformat()} is out of range") from e
+
+
+def _row(row: Any) -> UsageRow:
+    day = row.get("group_day")
+    return UsageRow(
+        tenant=row.get("group_tenant"),
+        key_id=row.get("group_key") or None,
+        model=row.get("group_model"),
+        day=None if day is None else date.fromisoformat(day),
+        num_requests=int(row["num_requests"]),
+        num_prompt_tokens=int(row["num_prompt_tokens"]),
+        num_cached_tokens=int(row["num_cached_tokens"]),
+        num_output_tokens=int(row["num_output_tokens"]),
+        seconds=float(row["seconds"]),
+    )

@@ -1,0 +1,375 @@
+"""`loray keys`, `loray tenants`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from loray.catalog.identity import new_secret
+from loray.cli.connect import open_catalog
+from loray.cli.output import console, emit, json_option, table, when
+from loray.client import CatalogClient
+from loray.client.catalog import AccessCalls
+from loray.errors import KeyNotFound, SpecError
+from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange, TenantResource
+from loray.service import DirectAccess
+from loray.spec import SCOPES, Duration, Limits, Scope, format_size
+
+
+class _Limit(click.ParamType):  # type: ignore[type-arg]  # generic in some versions of click
+    """A number, or `word`, which takes the limit away."""
+
+    def __init__(self, number: Callable[[str], Any], word: str) -> None:
+        self.name, self._number, self._word = f"number|{word}", number, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == self._word:
+            return value
+        try:
+            return self._number(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor {self._word!r}", param, ctx)
+
+
+# option, field, type, help
+_Row = tuple[str, str, type[Any], str]
+_OF_KEYS: tuple[_Row, ...] = (
+    ("--rpm", "rpm_limit", int, "Requests a minute."),
+    ("--tpm", "tpm_limit", int, "Tokens a minute, of prompts and answers."),
+    ("--parallel", "max_parallel_requests", int, "Requests at once."),
+    ("--budget", "max_budget", float, "Tokens in one --budget-duration."),
+    ("--budget-duration", "budget_duration", str, "Such as 12h or 30d (default 30d)."),
+    ("--min-priority", "min_priority", int, "The most urgent priority that requests may ask for."),
+)
+_OF_TENANTS: tuple[_Row, ...] = (
+    ("--adapters", "max_adapters", int, "Names of adapters."),
+    ("--stored-bytes", "max_stored_bytes", str, "Size of all adapters, for instance 20GiB."),
+    ("--jobs", "max_jobs", int, "Training jobs at once."),
+    ("--workers", "max_workers", int, "Training workers at once."),
+)
+_AWAY = "none"
+
+
+def limit_options(
+    *, of_tenant: bool = False, takes_away: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`takes_away`: `none` is allowed, too, and takes a limit away."""
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option, field, kind, text in reversed(_OF_KEYS + (_OF_TENANTS if of_tenant else ())):
+            of: Any = _Limit(kind, _AWAY) if takes_away and kind is not str else kind
+            command = click.option(option, field, type=of, help=text)(command)
+        return command
+
+    return decorated
+
+
+def given_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Field → value of the options that are given; None where `none` is."""
+    return {name: None if value == _AWAY else value for name, value in options.items() if value is not None}
+
+
+def limits_from(options: Mapping[str, Any], before: Limits | None = None) -> Limits:
+    """The options that are given, over the limits of `before`."""
+    known = {} if before is None else before.model_dump(include=set(Limits.model_fields))
+    return Limits.parse(known | given_limits(options), source="the command line")
+
+
+def describe(limits: Limits) -> str:
+    """In a few words; empty without limits."""
+    words = {
+        "requests/min": limits.rpm_limit,
+        "tokens/min": limits.tpm_limit,
+        "at once": limits.max_parallel_requests,
+        f"tokens/{limits.budget_duration}": None if limits.max_budget is None else f"{limits.max_budget:,.0f}",
+        "adapters": limits.max_adapters,
+        "stored": None if limits.max_stored_bytes is None else format_size(limits.max_stored_bytes),
+        "jobs": limits.max_jobs,
+        "workers": limits.max_workers,
+        "least priority": limits.min_priority,
+    }
+    return ", ".join(f"{value} {name}" for name, value in words.items() if value is not None)
+
+
+Access = AccessCalls | DirectAccess
+
+
+@contextmanager
+def open_access() -> Iterator[Access]:
+    with open_catalog() as catalog:
+        yield catalog if isinstance(catalog, CatalogClient) else DirectAccess(catalog)
+
+
+_ALL, _NEVER = "all", "never"  # what takes a key's models and its end away
+
+
+@click.group()
+def keys() -> None:
+    """API keys: create, list, change, block, rotate and revoke them.
+
+    While there is no key, a server on this machine's loopback needs none. KEY is a key's id or its alias. With
+    LORAY_URL these commands ask a server, with the LORAY_API_KEY of an administrator, of all or of one tenant.
+    """
+
+
+@keys.command()
+@click.argument("alias", required=False)
+@click.option(
+    "--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="What it may do (default infer); repeatable."
+)
+@click.option("--tenant", help="Whose it is (default: that of LORAY_API_KEY; without a server, `default`).")
+@click.option("--model", "models", multiple=True, help="Only this model; may be given several times.")
+@click.option("--expires", metavar="DURATION", help="When it ends, such as 12h or 90d (default: it does not).")
+@limit_options()
+@click.option("--static", is_flag=True, help="Make one for the deployment itself, which the catalog does not keep.")
+@json_option
+def create(
+    alias: str | None,
+    scopes: tuple[Scope, ...],
+    tenant: str | None,
+    models: tuple[str, ...],
+    expires: str | None,
+    static: bool,
+    as_json: bool,
+    **limits: Any,
+) -> None:
+    """Make a key and show it once. ALIAS is what people call it (default: its first scope).
+
+    With --static: an administrator's key that works without the database. Servers are given its SHA-256 in
+    LORAY_API_KEYS_SHA256, for instance through a Secret.
+    """
+    if static:
+        secret = new_secret()
+        hashed = hashlib.sha256(secret.encode()).hexdigest()
+        if as_json:
+            emit({"key": secret, "sha256": hashed})
+        else:
+            click.echo(f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}")
+        return
+    scopes = scopes or ("infer",)
+    fields: dict[str, Any] = {"key_alias": alias or scopes[0], "scopes": scopes}
+    fields |= {} if tenant is None else {"tenant": tenant}
+    fields |= {"models": models} if models else {}
+    fields |= {} if expires is None else {"duration": _duration(expires)}
+    wanted = KeyCreation.parse(fields | given_limits(limits), source="the command line")
+    with open_access() as access:
+        made = access.create_key(wanted)
+    _show_new(made, as_json)
+
+
+@keys.command("ls")
+@click.option("--tenant", help="Only keys of this tenant.")
+@click.option("--all", "every", is_flag=True, help="Also those that are revoked or have expired.")
+@json_option
+def ls(tenant: str | None, every: bool, as_json: bool) -> None:
+    """List keys, the newest first."""
+    with open_access() as access:
+        found = [key for key in access.keys(tenant=tenant) if every or _is_in_use(key)]
+    if as_json:
+        emit([key.model_dump(mode="json") for key in found])
+    elif not found:
+        click.echo("no keys; make the first one with `loray keys create --scope admin`")
+    else:
+        columns = ("ID", "KEY", "ALIAS", "TENANT", "SCOPES", "MODELS", "LIMITS", "STATE", "EXPIRES", "LAST USED")
+        rows = [
+            (
+                key.id,
+                key.key_name,
+                key.key_alias,
+                key.tenant,
+                " ".join(key.scopes),
+                _ALL if key.models is None else " ".join(key.models),
+                describe(key),
+                _state(key),
+                key.expires and when(key.expires),
+                key.last_used_at and when(key.last_used_at),
+            )
+            for key in found
+        ]
+        console().print(table(columns, rows))
+
+
+@keys.command()
+@click.argument("key")
+@click.option("--alias", "key_alias", help="What people call it.")
+@click.option("--model", "models", multiple=True, help="Only this model; may be given several times. `all`: all.")
+@click.option("--expires", metavar="DURATION", help="When it ends, from now, such as 90d. `never`: it does not.")
+@click.option("--metadata", "pairs", multiple=True, metavar="KEY=VALUE", help="Replaces what is noted; repeatable.")
+@limit_options(takes_away=True)
+@json_option
+def update(
+    key: str,
+    key_alias: str | None,
+    models: tuple[str, ...],
+    expires: str | None,
+    pairs: tuple[str, ...],
+    as_json: bool,
+    **limits: Any,
+) -> None:
+    """Change KEY; what is left out stays, and `none` takes a limit away. Servers follow within two seconds."""
+    fields: dict[str, Any] = {} if key_alias is None else {"key_alias": key_alias}
+    if models:
+        fields["models"] = None if models == (_ALL,) else models
+    if expires is not None:
+        fields |= {"expires": None} if expires == _NEVER else {"duration": _duration(expires)}
+    if pairs:
+        fields["metadata"] = _metadata(pairs)
+    fields |= given_limits(limits)
+    if not fields:
+        raise click.UsageError("say what is to change: `loray keys update --help`")
+    change = KeyChange.parse(fields, source="the command line")
+    with open_access() as access:
+        changed = access.change_key(_find(access, key), change)
+    _show(changed, as_json, "is changed")
+
+
+@keys.command()
+@click.argument("key")
+@click.option("--only-this", is_flag=True, help="The keys that it was rotated from and into go on.")
+@json_option
+def revoke(key: str, only_this: bool, as_json: bool) -> None:
+    """Revoke KEY for ever, with those that it was rotated from and into. Every server refuses it within two seconds."""
+    with open_access() as access:
+        _show(access.revoke_key(_find(access, key), only_this=only_this), as_json, "revoked")
+
+
+@keys.command()
+@click.argument("key")
+@click.option("--off", is_flag=True, help="Let it pass again.")
+@json_option
+def block(key: str, off: bool, as_json: bool) -> None:
+    """Refuse KEY until `loray keys block KEY --off`."""
+    with open_access() as access:
+        changed = access.change_key(_find(access, key), KeyChange(blocked=not off))
+    _show(changed, as_json, "passes again" if off else "is blocked")
+
+
+@keys.command()
+@click.argument("key")
+@click.option("--grace", metavar="DURATION", help="How long the old one goes on, such as 1h (default: not at all).")
+@json_option
+def rotate(key: str, grace: str | None, as_json: bool) -> None:
+    """Replace KEY by a new one with the same alias, scopes and limits."""
+    with open_access() as access:
+        made = access.rotate_key(_find(access, key), grace_period=None if grace is None else _duration(grace))
+    _show_new(made, as_json)
+
+
+def _find(access: Access, given: str) -> str:
+    """The id of the key that people name by its id or its alias."""
+    if given.startswith("key-"):
+        return given
+    found = [key for key in access.keys(key_alias=given) if _is_in_use(key)]
+    if not found:
+        raise KeyNotFound(f"no key {given!r} in use; `loray keys ls` lists them")
+    if len(found) > 1:
+        raise SpecError(
+            f"{len(found)} keys have the alias {given!r}; name one by its id: {', '.join(k.id for k in found)}"
+        )
+    return found[0].id
+
+
+def _is_in_use(key: KeyResource) -> bool:
+    return _state(key) in ("good", "blocked")
+
+
+def _state(key: KeyResource) -> str:
+    if key.revoked_at is not None:
+        return "revoked"
+    if key.expires is not None and key.expires <= datetime.now(UTC):
+        return "expired"
+    return "blocked" if key.blocked else "good"
+
+
+def _duration(given: str) -> Duration:
+    try:
+        return TypeAdapter(Duration).validate_python(given)
+    except ValidationError as e:
+        raise SpecError(f"{given!r} is not a duration; write a number with s, m, h or d, such as 90d") from e
+
+
+def _metadata(given: tuple[str, ...]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in given)
+    if not all("=" in pair and pair[0] != "=" for pair in given):
+        raise SpecError("--metadata is KEY=VALUE, and its key is not empty")
+    return found
+
+
+def _show_new(made: NewKeyResource, as_json: bool) -> None:
+    if as_json:
+        emit(made.model_dump(mode="json"))
+        return
+    click.echo(made.key)
+    about = f"{made.id}, {made.key_alias}, of tenant {made.tenant}, may {', '.join(made.scopes)}"
+    click.echo(f"{about}; it is shown this once: export LORAY_API_KEY=…", err=True)
+
+
+def _show(key: KeyResource, as_json: bool, what: str) -> None:
+    if as_json:
+        emit(key.model_dump(mode="json"))
+    else:
+        click.echo(f"{key.id} ({key.key_alias}) {what}")
+
+
+@click.group()
+def tenants() -> None:
+    """Tenants: create, list, limit and block them. What one has, the others do not see unless it is shared.
+
+    With LORAY_URL these commands ask a server, with an administrator's LORAY_API_KEY.
+    """
+
+
+@tenants.command("create")
+@click.argument("name")
+@limit_options(of_tenant=True)
+@json_option
+def create_tenants(name: str, as_json: bool, **limits: Any) -> None:
+    """Make the tenant NAME, with limits for all its keys together."""
+    with open_access() as access:
+        made = access.create_tenant(name, limits_from(limits))
+    _show_tenants(
+        made, as_json, f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`"
+    )
+
+
+@tenants.command("ls")
+@json_option
+def ls_tenants(as_json: bool) -> None:
+    """List tenants."""
+    with open_access() as access:
+        found = access.tenants()
+    if as_json:
+        emit([tenant.model_dump(mode="json") for tenant in found])
+        return
+    columns = ("NAME", "LIMITS", "STATE", "CREATED")
+    rows = [(t.name, describe(t), "blocked" if t.blocked else "good", when(t.created_at)) for t in found]
+    console().print(table(columns, rows))
+
+
+@tenants.command("set")
+@click.argument("name")
+@limit_options(of_tenant=True, takes_away=True)
+@click.option("--blocked/--unblocked", default=None, help="Refuse all its keys, or let them pass again.")
+@click.option("--no-limits", is_flag=True, help="Take all limits away before those that are given.")
+@json_option
+def set_(name: str, blocked: bool | None, no_limits: bool, as_json: bool, **limits: Any) -> None:
+    """Change limits of NAME; those that are left out stay, and `none` takes one away."""
+    with open_access() as access:
+        before = None if no_limits else access.tenant(name)
+        changed = access.change_tenant(name, TenantChange(limits=limits_from(limits, before), blocked=blocked))
+    _show_tenants(
+        changed, as_json, f"{name}: {describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
+    )
+
+
+def _show_tenants(tenant: TenantResource, as_json: bool, line: str) -> None:
+    if as_json:
+        emit(tenant.model_dump(mode="json"))
+    else:
+        click.echo(line)

@@ -1,0 +1,234 @@
+"""`loray chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loray.cli.connect import complete_models, target, url_option
+from loray.client import LorayClient
+from loray.errors import EngineError, LorayError
+from loray.spec import format_seconds
+
+
+@dataclass(slots=True)
+class Answer:
+    """`ttft_s`: from the request to the first text. `num_tokens`: as the server counts them; 0 before the end."""
+
+    model: str
+    text: str = ""
+    error: str | None = None
+    ttft_s: float | None = None
+    total_s: float = 0.0
+    num_tokens: int = 0
+
+    @property
+    def figures(self) -> str:
+        """Tokens, tokens a second after the first, and the time to the first."""
+        if self.ttft_s is None:
+            return f"{self.num_tokens} tokens"
+        after = self.total_s - self.ttft_s
+        rate = f", {(self.num_tokens - 1) / after:,.1f} tokens/s" if self.num_tokens > 1 and after > 0 else ""
+        return f"{self.num_tokens} tokens{rate}, first after {format_seconds(self.ttft_s)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and tokens; `error` is null where there is none."""
+        return asdict(self)
+
+
+def printable(text: str) -> str:
+    """Without control characters, by which a text could change what a terminal shows; lines and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def stream(
+    client: LorayClient,
+    answer: Answer,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    show: Callable[[str], None],
+) -> None:
+    """Fills `answer`; `show` gets each piece of text as a terminal may have it. Raises what the client raises."""
+    began = time.monotonic()
+    chunks = client.stream_chat(answer.model, messages, stream_options={"include_usage": True}, **options)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            piece = choice.delta.content
+            if piece:
+                if answer.ttft_s is None:
+                    answer.ttft_s = time.monotonic() - began
+                answer.text += piece
+                show(printable(piece))
+        if chunk.usage is not None:
+            answer.num_tokens = chunk.usage.completion_tokens
+    answer.total_s = time.monotonic() - began
+
+
+_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends (as Ctrl-D does)"
+_REFRESH_S = 0.1
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_models)
+@click.option(
+    "--compare", multiple=True, metavar="MODEL", shell_complete=complete_models, help="Also ask this; repeatable."
+)
+@click.option("--system", help="The system prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
+@click.option("--temperature", type=click.FloatRange(0), help="Default: the server's.")
+@click.option("--quiet", "-q", is_flag=True, help="No figures after answers.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each answer.")
+@url_option
+def chat(
+    model: str,
+    compare: tuple[str, ...],
+    system: str | None,
+    max_tokens: int,
+    temperature: float | None,
+    quiet: bool,
+    as_json: bool,
+    url: str | None,
+) -> None:
+    """Talk to MODEL: a base, or an adapter as `name`, `name@3` or `name@alias`.
+
+    Each line is a message, from the terminal or a pipe. /reset forgets the conversation, /system TEXT sets the system
+    prompt, /quit ends. With --compare every model gets each message and has its own conversation; answers are in
+    columns, or under headings where the output is no terminal.
+    """
+    options: dict[str, Any] = {"max_tokens": max_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    names = list(dict.fromkeys((model, *compare)))
+    with LorayClient(target(url)) as client:
+        for name in names:
+            client.model(name)  # says at once what is not served
+        talk = _Talk(client, names, system, options, quiet, as_json)
+        for line in _lines(f"{_HELP}\n"):
+            if line == "/quit":
+                return
+            if line == "/reset":
+                talk.reset()
+                click.echo("a new conversation", err=True)
+            elif line.startswith("/system"):
+                talk.reset(line.removeprefix("/system").strip())
+                click.echo("a new conversation, with that system prompt", err=True)
+            elif line.startswith("/"):
+                click.echo(_HELP, err=True)
+            elif line:
+                talk.ask(line)
+
+
+class _Talk:
+    """One conversation for each model."""
+
+    def __init__(
+        self,
+        client: LorayClient,
+        names: list[str],
+        system: str | None,
+        options: Mapping[str, Any],
+        quiet: bool,
+        as_json: bool = False,
+    ) -> None:
+        self._client, self._names, self._options, self._quiet = client, names, options, quiet
+        self._as_json = as_json
+        self._system = system
+        self._messages: dict[str, list[dict[str, str]]] = {}
+        self.reset()
+
+    def reset(self, system: str | None = None) -> None:
+        """Forgets what was said; `system` replaces the system prompt."""
+        self._system = self._system if system is None else system or None
+        first = [{"role": "system", "content": self._system}] if self._system else []
+        self._messages = {name: list(first) for name in self._names}
+
+    def ask(self, line: str) -> None:
+        """A failed answer is told, and its question is forgotten. Ctrl-C ends an answer, not the conversation."""
+        answers = [Answer(name) for name in self._names]
+        if self._as_json:
+            for answer in answers:
+                self._answer(line, answer, lambda piece: None)
+                click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
+        elif len(answers) > 1 and sys.stdout.isatty():
+            self._side_by_side(line, answers)
+        else:
+            for answer in answers:
+                if len(answers) > 1:
+                    click.secho(f"── {answer.model} ──", bold=True)
+                self._answer(line, answer, partial(click.echo, nl=False))
+                click.echo()
+                if answer.error is not None:
+                    click.echo(f"error: {answer.error}", err=True)
+                elif not self._quiet:
+                    click.secho(answer.figures, dim=True, err=not sys.stdout.isatty())
+        errors = [answer.error for answer in answers if answer.error is not None]
+        if len(errors) == len(answers) and not sys.stdin.isatty():
+            raise EngineError(errors[0])
+
+    def _answer(self, line: str, answer: Answer, show: Any) -> None:
+        messages = [*self._messages[answer.model], {"role": "user", "content": line}]
+        try:
+            stream(self._client, answer, messages, self._options, show)
+        except LorayError as e:
+            answer.error = str(e)
+            return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+        self._messages[answer.model] = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _side_by_side(self, line: str, answers: list[Answer]) -> None:
+        screen = Console()
+        with (
+            ThreadPoolExecutor(len(answers)) as threads,
+            Live(self._columns(answers), console=screen, auto_refresh=False, vertical_overflow="visible") as live,
+        ):
+            asked = [threads.submit(self._answer, line, answer, lambda piece: None) for answer in answers]
+            while wait(asked, timeout=_REFRESH_S).not_done:
+                live.update(self._columns(answers), refresh=True)
+            live.update(self._columns(answers), refresh=True)
+            for task in asked:
+                task.result()
+
+    def _columns(self, answers: list[Answer]) -> Table:
+        made = Table.grid(expand=True)
+        for _ in answers:
+            made.add_column(ratio=1)
+        panels = []
+        for answer in answers:
+            text = Text(printable(answer.text)) if answer.error is None else Text(f"error: {answer.error}", style="red")
+            subtitle = None if self._quiet or not answer.total_s else answer.figures
+            panels.append(Panel(text, title=answer.model, subtitle=subtitle))
+        made.add_row(*panels)
+        return made
+
+
+def _lines(greeting: str) -> Iterator[str]:
+    """Messages from the terminal, with a prompt and its history, or the lines of stdin."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401  input() has a history and arrow keys with it
+
+    click.echo(greeting, err=True, nl=False)
+    while True:
+        try:
+            line = input("› ")
+        except EOFError:
+            click.echo()
+            return
+        yield line.strip()

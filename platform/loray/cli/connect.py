@@ -1,0 +1,130 @@
+"""The server or the service that a command asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from loray.client import CatalogClient
+from loray.errors import ClusterError, LorayError, SettingsError
+from loray.local.serving import serving_urls
+from loray.settings import Settings
+
+if TYPE_CHECKING:
+    from loray.catalog import Catalog
+    from loray.store import AdapterStore
+
+
+_TRANSFER_RETRY_S = 60.0
+
+
+class Services(NamedTuple):
+    settings: Settings
+    store: AdapterStore
+    catalog: Catalog
+
+
+@contextmanager
+def open_services() -> Iterator[Services]:
+    from loray.catalog import Catalog
+    from loray.store import AdapterStore, open_store
+
+    settings = Settings.from_env()
+    catalog = Catalog.of(settings)
+    try:
+        yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
+    finally:
+        catalog.close()
+
+
+@contextmanager
+def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
+    """A client of the server at LORAY_URL; None where commands work on store and catalog themselves.
+
+    `retry_s`: how long it waits for a server that is away.
+    """
+    settings = Settings.from_env()
+    if settings.url is None:
+        yield None
+        return
+    with CatalogClient(settings.url, retry_s=retry_s) as client:
+        yield client
+
+
+@contextmanager
+def open_catalog() -> Iterator[CatalogClient | Catalog]:
+    """A client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+    with open_remote() as client:
+        if client is not None:
+            yield client
+        else:
+            with open_services() as services:
+                yield services.catalog
+
+
+@contextmanager
+def needed_remote() -> Iterator[CatalogClient]:
+    """As `open_remote`; transfers go on when the server comes back. Raises SettingsError without LORAY_URL."""
+    with open_remote(retry_s=_TRANSFER_RETRY_S) as client:
+        if client is None:
+            raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
+        yield client
+
+
+url_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--url", help="A server's URL (default: LORAY_URL, else what is served from this LORAY_HOME)."
+)
+
+
+def target(url: str | None) -> str:
+    """The URL without a path. ClusterError where nothing is served."""
+    settings = Settings.from_env()
+    chosen = url or settings.url
+    if chosen is not None:
+        return chosen.rstrip("/").removesuffix("/v1")
+    found = serving_urls(settings)
+    if not found:
+        raise ClusterError(
+            "nothing is being served; start it with `loray serve` or `loray up`, or set LORAY_URL to a server's address"
+        )
+    return found[0]
+
+
+_TIMEOUT_S = 1.0
+_MOST = 200
+
+
+def complete_models(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Adapters and bases whose names begin like this, and aliases after `@`: of LORAY_URL, else of this machine."""
+    try:
+        return [name for name in _names(Settings.from_env(), incomplete) if name.startswith(incomplete)][:_MOST]
+    except (LorayError, OSError):
+        return []
+
+
+def _names(settings: Settings, incomplete: str) -> list[str]:
+    if settings.url is not None:
+        from loray.client import LorayClient
+
+        with LorayClient(settings.url, timeout=_TIMEOUT_S) as client:
+            models = client.models()
+        return [f"{m.id}{at}" for m in models for at in ("", *(f"@{alias}" for alias in m.aliases or ()))]
+    bases = sorted(folder.name for folder in (settings.home / "bases").glob("[!.]*"))
+    file = settings.catalog.removeprefix("sqlite:///")
+    if file != settings.catalog and not Path(file).exists():
+        return bases
+    from loray.catalog import Catalog
+
+    catalog = Catalog(settings.catalog)
+    try:
+        name, at, _ = incomplete.partition("@")
+        if at:
+            return [f"{name}@{alias}" for alias, _ in catalog.adapter(name).entry.pointers]
+        return bases + [entry.name for entry in islice(catalog.names(limit=_MOST, search=name or None), _MOST)]
+    finally:
+        catalog.close()

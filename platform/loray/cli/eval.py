@@ -1,0 +1,507 @@
+"""`loray eval`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import click
+from pydantic import ValidationError
+from rich.table import Table
+
+from loray.adapters.manifest import verify_folder
+from loray.bases.config import scaled
+from loray.bases.registry import BaseModel, get_base, list_bases
+from loray.catalog import AdapterVersion
+from loray.cli import describe
+from loray.cli import pictures as heatmap
+from loray.cli.connect import open_services
+from loray.cli.eval_tasks import tasks
+from loray.cli.output import console, emit, json_option, progress_bar, table
+from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
+from loray.machine import hardware, training_dtype
+from loray.publishing import base_of
+from loray.settings import Settings
+from loray.spec import (
+    EXACT_MATCH,
+    LOG_LIKELIHOOD,
+    AdapterManifest,
+    AnyDType,
+    DType,
+    Evaluation,
+    PerplexitySpec,
+    RetrievalSpec,
+    RetrievalTask,
+    RopeParameters,
+    RopeScaling,
+    retrieval_metric,
+)
+
+
+class _Numbers(click.ParamType[tuple[float, ...]]):
+    """`2048` or `2048,4096`."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+        self.name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers; separate them by commas", param, ctx)
+
+
+class _Rope(click.ParamType[RopeScaling]):
+    """`linear:2`."""
+
+    name = "rope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> RopeScaling:
+        kind, _, factor = str(value).partition(":")
+        try:
+            return RopeScaling.model_validate({"type": kind, "factor": factor})
+        except ValidationError:
+            self.fail(f"{value!r} is not TYPE:FACTOR, such as linear:2, ntk:2 or yarn:4", param, ctx)
+
+
+class Where(click.ParamType[tuple[str, str]]):
+    """`split=validation`."""
+
+    name = "where"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        column, separator, wanted = str(value).partition("=")
+        if not separator or not column:
+            self.fail(f"{value!r} is not COLUMN=VALUE", param, ctx)
+        return column, wanted
+
+
+class Options(NamedTuple):
+    """The options that every measurement has."""
+
+    model: str
+    base_name: str | None
+    scaling: RopeScaling | None
+    original_context: int | None
+    context_lengths: tuple[int, ...]
+    compare: bool
+    dtype: AnyDType
+    device: str | None
+    record: bool
+    fresh: bool
+    as_json: bool
+
+
+def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
+    """The values of an option that is given several times, each time with several values."""
+    return tuple(number for numbers in values for number in numbers)
+
+
+_MEASUREMENT = (
+    click.argument("model"),
+    click.option(
+        "-c",
+        "--context-length",
+        "context_lengths",
+        type=_Numbers(int),
+        multiple=True,
+        callback=_joined,
+        metavar="TOKENS",
+        help="Several: 4096,8192 (default: the model's own context, and the one that it was extended from).",
+    ),
+    click.option("--rope", "scaling", type=_Rope(), help="Scale RoPE: linear:2, ntk:2 or yarn:4."),
+    click.option("--original-context", type=int, help="What --rope extends (default: the base's window)."),
+    click.option("--base", "base_name", help="The base of a folder that does not say which."),
+    click.option("--compare", is_flag=True, help="Also the base as it is, and under the adapter's RoPE."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *get_args(DType)]),
+        default="auto",
+        show_default=True,
+        help="Of weights; auto: what the device multiplies fast.",
+    ),
+    click.option("--device", help="A torch device (default: cuda where there is one, else cpu)."),
+    click.option("--record/--no-record", default=True, help="Record the figures of a published adapter (default)."),
+    click.option("--fresh", is_flag=True, help="Compute all, also what an earlier run has computed."),
+    json_option,
+)
+
+_RETRIEVAL = (
+    click.option(
+        "--depths",
+        type=_Numbers(float),
+        multiple=True,
+        callback=_joined,
+        metavar="SHARES",
+        help="Where the key lies, from 0 to 1 (default: 0,0.25,0.5,0.75,1).",
+    ),
+    click.option("--samples", type=int, default=4, show_default=True, help="Prompts for a depth and length."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Keys are drawn from it."),
+    click.option("--heatmap", "picture", type=click.Path(path_type=Path), help="Draw depth × length, as SVG."),
+)
+
+
+def measurement(command: Callable[..., None]) -> Callable[..., Any]:
+    """Adds the argument and options of `Options`, and passes them to the command as its first argument."""
+
+    @wraps(command)
+    def gathered(**options: Any) -> None:
+        ours = {name: options.pop(name) for name in Options._fields}
+        command(Options(**ours), **options)
+
+    return _with(_MEASUREMENT, gathered)
+
+
+def retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
+    return _with(_RETRIEVAL, command)
+
+
+def _with(options: Sequence[Any], command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model to measure. With `rope` None, RoPE and `context_length` are the base's. `version`: if published."""
+
+    label: str
+    base: BaseModel
+    context_length: int
+    original_context_length: int | None = None
+    rope: RopeParameters | None = None
+    adapter: Path | None = None
+    version: AdapterVersion | None = None
+
+    @property
+    def default_context_lengths(self) -> tuple[int, ...]:
+        """The lengths that the gate compares: the original context, and the extended one."""
+        original = () if self.original_context_length is None else (self.original_context_length,)
+        return (*original, self.context_length)
+
+    def described(self, manifest: AdapterManifest) -> Target:
+        """Adds context lengths and RoPE of the adapter's manifest."""
+        return replace(
+            self,
+            context_length=manifest.context_length,
+            original_context_length=manifest.original_context_length,
+            rope=manifest.rope_parameters,
+        )
+
+
+@contextmanager
+def opened(
+    model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
+) -> Iterator[Target]:
+    """Opens the target. A published adapter's files are fetched, verified, and removed when the block ends.
+
+    A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
+    adapter. `scaling` scales the RoPE of a model that has none of its own. Raises BaseNotFound, AdapterNotFound,
+    DataError, SpecError and what reading raises.
+    """
+    settings = Settings.from_env()
+    if os.sep in model:
+        yield _scaled(_folder(Path(model).expanduser(), settings, base_name), scaling, original_context)
+        return
+    if base_name is not None:
+        raise SpecError("--base is for folders: a published adapter names its base")
+    if model in {base.name for base in list_bases(settings.home)}:
+        base = get_base(settings.home, model)
+        target = Target(model, base, base.config.max_position_embeddings)
+        yield _scaled(target, scaling, original_context)
+        return
+    with _published(model) as target:
+        yield _scaled(target, scaling, original_context)
+
+
+def _folder(folder: Path, settings: Settings, base_name: str | None) -> Target:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    base = get_base(settings.home, base_name) if base_name else base_of(folder, settings.home)
+    target = Target(folder.name, base, base.config.max_position_embeddings, adapter=folder)
+    return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
+
+
+@contextmanager
+def _published(model: str) -> Iterator[Target]:
+    with open_services() as services:
+        try:
+            ref = services.catalog.resolve(model)
+        except AdapterNotFound as e:
+            raise AdapterNotFound(
+                f"{e}; `loray base ls` lists bases, and a folder is named by a path: ./{model}"
+            ) from e
+        version = services.catalog.version(ref.name, ref.version)
+        with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
+            folder = Path(scratch) / "adapter"
+            services.store.fetch(ref.digest, folder)
+            base = base_of(folder, services.settings.home)
+            target = Target(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
+            yield target.described(version.manifest)
+
+
+def _scaled(target: Target, scaling: RopeScaling | None, original_context: int | None) -> Target:
+    if scaling is None:
+        if original_context is not None:
+            raise SpecError("--original-context says what --rope extends; give that too")
+        return target
+    if target.rope is not None or target.version is not None:
+        raise SpecError(f"{target.label} is published with its RoPE; --rope is for bases and for folders without one")
+    original = original_context or target.base.config.max_position_embeddings
+    try:
+        rope = scaled(target.base.config.rope, scaling, original_context=original, head_dim=target.base.config.head_dim)
+    except ValueError as e:
+        raise UnsupportedError(f"--rope on {target.base.name}: {e}") from e
+    return replace(
+        target,
+        label=f"{target.label} ({scaling.type} × {scaling.factor:g})",
+        context_length=int(original * scaling.factor),
+        original_context_length=original,
+        rope=rope,
+    )
+
+
+@click.group()
+def evaluate() -> None:
+    """Measure long-context perplexity and retrieval, and tasks of lm-evaluation-harness.
+
+    MODEL is a base model (scaled by --rope), a published adapter (`name`, `name@3`, `name@alias`), or a folder saved by
+    PEFT, named by a path (`./folder`). Attention is dense; figures of a published adapter are recorded with it.
+    """
+
+
+evaluate.add_command(tasks)
+
+
+@evaluate.command()
+@click.option("--data", required=True, help="Documents: JSONL or Parquet with a column `text`, or a .txt file.")
+@click.option("--where", type=Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
+@click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
+@click.option(
+    "--max-windows",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="For each length, evenly spread; 0: every window.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="Only the first so many tokens of the data.")
+@measurement
+def perplexity(
+    options: Options,
+    data: str,
+    where: tuple[tuple[str, str], ...],
+    stride: int,
+    max_windows: int,
+    max_tokens: int | None,
+) -> None:
+    """Dense perplexity of MODEL by LongLoRA's rule.
+
+    Windows of the context length, a new one every --stride tokens of a document, the mean loss over the whole window.
+    With --compare: what the gate asks for before a LongLoRA adapter gets an alias.
+    """
+    with _target(options) as target:
+        lengths = options.context_lengths or target.default_context_lengths
+        spec = PerplexitySpec.parse(
+            {"context_lengths": lengths, "stride": stride, "max_windows": max_windows or None}, source="the command"
+        )
+        from transformers import AutoTokenizer  # takes seconds
+
+        from loray.train.evaluation.perplexity import read_documents
+
+        tokenizer = AutoTokenizer.from_pretrained(target.base.path)
+        documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)
+        measured, took = _measure(target, options, documents=documents, perplexity=spec)
+        if options.as_json:
+            counts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
+            failures = _record(target, options, measured)
+            emit(_as_json(target, options, measured, took) | counts | {"gate": failures})
+            return
+        out = console()
+        out.print(
+            f"perplexity of {target.label} on {documents.name}: {len(documents.ids_N)} documents, "
+            f"{documents.num_tokens:,} tokens\nwindows of the context length, a new one every {stride} tokens, "
+            "mean loss over the whole window, dense attention"
+        )
+        out.print(_perplexities(measured))
+        failures = _record(target, options, measured)
+        _print_end(target, options, took, "windows")
+        if failures is not None:
+            click.echo("gate: " + ("no alias, " + "; ".join(failures) if failures else "passed"))
+
+
+@evaluate.command()
+@retrieval_options
+@measurement
+def passkey(options: Options, **retrieval: Any) -> None:
+    """Passkey retrieval of MODEL by depth and length (Mohtashami & Jaggi, 2023).
+
+    A five-digit number in a text of filler. Exact match: greedy decoding writes it. Log-likelihood: of the number, in
+    nats; one drawn at random from all has −11.4.
+    """
+    _retrieve("passkey", options, **retrieval)
+
+
+@evaluate.command()
+@retrieval_options
+@measurement
+def topics(options: Options, **retrieval: Any) -> None:
+    """Topic retrieval of MODEL by depth and length (LongChat's LongEval).
+
+    A record of conversations, and the question for the topic of one by its number. Exact match: greedy decoding writes
+    the topic word for word. Log-likelihood: of the topic, in nats.
+    """
+    _retrieve("topics", options, **retrieval)
+
+
+def _retrieve(
+    task: RetrievalTask,
+    options: Options,
+    *,
+    depths: tuple[float, ...],
+    samples: int,
+    seed: int,
+    picture: Path | None,
+) -> None:
+    if picture is not None and picture.suffix != ".svg":
+        raise click.UsageError(f"--heatmap draws SVG: {picture.with_suffix('.svg')}")
+    if picture is not None and not picture.parent.is_dir():
+        raise click.UsageError(f"--heatmap: {picture.parent} is not a folder")
+    with _target(options) as target:
+        lengths = options.context_lengths or target.default_context_lengths
+        fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
+        spec = RetrievalSpec.parse(fields | ({"depths": depths} if depths else {}), source="the command")
+        measured, took = _measure(target, options, retrieval=[spec])
+        title = f"{task} retrieval of {target.label}"
+        if picture is not None:
+            picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
+        if options.as_json:
+            _record(target, options, measured)
+            emit(_as_json(target, options, measured, took) | {"heatmap": picture})
+            return
+        out = console()
+        out.print(f"{title}, {samples} prompts a cell, seed {seed}: exact match, and log-likelihood of the key in nats")
+        for subject in dict.fromkeys(e.subject for e in measured):
+            out.print(_cells(task, subject, [e for e in measured if e.subject == subject]))
+        if picture is not None:
+            click.echo(f"heat map: {picture}")
+        _record(target, options, measured)
+        _print_end(target, options, took, "prompts")
+
+
+def _target(options: Options) -> AbstractContextManager[Target]:
+    return opened(
+        options.model,
+        base_name=options.base_name,
+        scaling=options.scaling,
+        original_context=options.original_context,
+    )
+
+
+class _Took(NamedTuple):
+    """Seconds, including loading; windows or prompts that were computed, and those taken from earlier runs; the dtype,
+    and why where nobody chose it.
+    """
+
+    seconds: float
+    num_computed: int
+    num_taken: int
+    dtype: DType
+    why: str
+
+
+def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
+    import torch  # takes seconds
+    from transformers.utils.logging import disable_progress_bar
+
+    from loray.train.evaluation.measure import measure, subjects
+    from loray.train.evaluation.perplexity import KeptFigures
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise SpecError(f"--device {options.device}: {str(e).splitlines()[0]}") from e
+    if options.compare and target.rope is None and target.adapter is None:
+        raise SpecError(f"there is nothing to compare {target.label} with: --compare is for adapters and for --rope")
+    dtype, why = training_dtype(hardware(), use_gpu=device.type == "cuda")
+    if options.dtype != "auto":
+        dtype, why = options.dtype, ""
+    disable_progress_bar()
+    kept, started = KeptFigures(Settings.from_env().home, fresh=options.fresh), time.monotonic()
+    with progress_bar() as tell:
+        chosen = subjects(target.rope, target.adapter, compare=options.compare)
+        measured = measure(target.base, chosen, dtype=dtype, device=device, progress=tell, kept=kept, **what)
+    return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken, dtype, why)
+
+
+def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
+    """Records the evaluations if asked to. Returns why the gate refuses an alias; None if the adapter is not gated."""
+    version = target.version
+    if version is None:
+        return None
+    known = version.evaluations + tuple(measured)
+    with open_services() as services:
+        if options.record:
+            services.catalog.record_evaluations(version.digest, measured)
+            known = services.catalog.version(version.name, version.version).evaluations
+    return describe.objections(version.manifest, known, services.settings)
+
+
+def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:
+    return {
+        "model": target.label,
+        "digest": target.version and target.version.digest,
+        "base": target.base.name,
+        "rope_parameters": target.rope and target.rope.to_hf(),
+        "dtype": took.dtype,
+        "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured],
+        "recorded": target.version is not None and options.record,
+        "seconds": round(took.seconds, 1),
+        "num_computed": took.num_computed,
+        "num_taken": took.num_taken,
+    }
+
+
+def _perplexities(measured: Sequence[Evaluation]) -> Table:
+    """One row per context length, one column per model."""
+    subjects = list(dict.fromkeys(e.subject for e in measured))
+    by_length: dict[int, dict[str, Evaluation]] = {}
+    for e in measured:
+        by_length.setdefault(e.context_length or 0, {})[e.subject] = e
+    names = [subject.replace("_", " ").upper() for subject in subjects]
+    rows = [
+        (f"{length:,}", next(iter(found.values())).count, *(f"{found[s].value:.4g}" for s in subjects))
+        for length, found in by_length.items()
+    ]
+    return table(("CONTEXT", "WINDOWS", *names), rows, right=("CONTEXT", "WINDOWS", *names))
+
+
+def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
+    """One row per depth, one column per context length."""
+    exact, likelihood = (
+        {(e.depth, e.context_length): e.value for e in measured if e.metric == retrieval_metric(task, metric)}
+        for metric in (EXACT_MATCH, LOG_LIKELIHOOD)
+    )
+    depths, lengths = dict.fromkeys(depth for depth, _ in exact), dict.fromkeys(length for _, length in exact)
+    columns = [f"{length:,}" for length in lengths if length is not None]
+    rows = [(f"{d:.0%}", *(f"{exact[d, n]:.0%}  {likelihood[d, n]:6.2f}" for n in lengths)) for d in depths]
+    made = table(("DEPTH", *columns), rows, right=("DEPTH", *columns))
+    made.title, made.title_justify = subject.replace("_", " "), "left"
+    return made
+
+
+def _print_end(target: Target, options: Options, took: _Took, what: str) -> None:
+    if took.num_taken:
+        total = took.num_computed + took.num_taken
+        click.echo(f"{took.num_taken} of {total} {what} taken from earlier runs; --fresh computes all again")
+    recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
+    why = f" ({took.why})" if took.why else ""
+    click.echo(f"{took.seconds:.1f} s, {took.dtype}{why}{recorded}")

@@ -1,1 +1,0 @@
-"""What people use at a terminal: chat, top, logs, open, completion."""

@@ -1,1 +1,0 @@
-"""`loray recipes`, and the options from which commands make a recipe."""

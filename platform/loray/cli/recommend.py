@@ -1,0 +1,90 @@
+"""`loray recommend`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from loray.cli.output import console, count, emit, table
+from loray.cli.plan import config_option, device_of, device_option, shape_of
+from loray.recommend import Answers, Constraint, Estimate, Recommendation, Scale, recommend
+from loray.settings import Settings
+from loray.spec import format_seconds, format_size
+
+
+@click.command("recommend")
+@click.option("--context-length", type=click.IntRange(min=1), required=True, help="Tokens of the longest row.")
+@click.option("--num-tasks", type=click.IntRange(min=1), required=True, help="Adapters that there will be.")
+@click.option(
+    "--resource-constraint",
+    type=click.Choice(["low", "medium", "high"]),
+    default="medium",
+    show_default=True,
+    help="How scarce memory and money are.",
+)
+@click.option("--deployment-scale", type=click.Choice(["single", "distributed"]), default="single", show_default=True)
+@click.option("--base", default="smollm2", show_default=True, help="A base on this machine, or a well-known one.")
+@device_option("Default: a100-80gb.")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON: a list of {method, score, reason}.")
+@click.option("--estimates", "with_estimates", is_flag=True, help="With --json: an object, estimates and remarks too.")
+def command(
+    context_length: int,
+    num_tasks: int,
+    resource_constraint: Constraint,
+    deployment_scale: Scale,
+    base: str,
+    device_name: str | None,
+    config: Path | None,
+    as_json: bool,
+    with_estimates: bool,
+) -> None:
+    """Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what is to be built.
+
+    Two answers stand side by side: a score card that knows neither base nor machine, and an estimate for them.
+    """
+    home = Settings.from_env().home
+    answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
+    device = device_of(device_name or "a100-80gb", home, num_workers=1)
+    found = recommend(answers, base, shape_of(base, config, home), device)
+    if not as_json:
+        _show(found)
+    elif with_estimates:
+        emit(found.to_dict())
+    else:
+        emit([asdict(score) for score in found.scores])
+
+
+def _show(found: Recommendation) -> None:
+    to = console()
+    to.print("[bold]Score card[/bold]")
+    scores = [(score.method, f"{score.score:g}", score.reason) for score in found.scores]
+    to.print(table(("METHOD", "SCORE", "REASON"), scores, right=("SCORE",)))
+    to.print(
+        f"\n[bold]Estimates for {found.base} on {found.device}[/bold] (rows of {found.answers.context_length:,} tokens)"
+    )
+    columns = ("METHOD", "SETTINGS", "TRAINED", "BYTES", "TRAINING", "STEP", "PER GIB", "1,000 SERVED", "SPEED")
+    to.print(table(columns, [_row(e) for e in found.estimates], right=columns[2:]))
+    to.print("SPEED: of the base's, decoding 32 requests on 32 adapters, at most. 1,000 SERVED: pool, and devices.")
+    for estimate in found.estimates:
+        if estimate.problem:
+            to.print(f"[yellow]{estimate.method}[/yellow]: {estimate.problem}", soft_wrap=True)
+    for remark in found.remarks:
+        to.print(f"- {remark}", soft_wrap=True, markup=False)
+
+
+def _row(e: Estimate) -> tuple[str, ...]:
+    training = "–" if e.training_bytes is None else format_size(e.training_bytes) + " (checkpointing)" * e.checkpointing
+    return (
+        e.method,
+        e.settings,
+        count(e.trained_parameters),
+        format_size(e.adapter_bytes),
+        training,
+        "–" if e.step_s is None else format_seconds(e.step_s),
+        f"{e.adapters_per_gib:,.0f}",
+        f"{format_size(e.served_pool_bytes)}, {e.served_devices}",
+        f"{e.throughput:.0%}",
+    )

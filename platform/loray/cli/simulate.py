@@ -1,0 +1,177 @@
+"""`loray simulate`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import click
+
+from loray.cli.output import console, emit, json_option, progress_bar, table
+from loray.cli.pictures import draw_picture
+from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
+from loray.simulation.runs import run_all
+from loray.simulation.scenario import POLICIES, Scenario
+from loray.simulation.simulator import Summary, mean
+from loray.simulation.workload import WHERE, Requests, find, read
+
+_COLUMNS = (
+    "policy", "p50 TTFT s", "p99 TTFT s", "mean s", "cold loads", "cold %", "evicted", "replica-hours", "most", "run s",
+)  # fmt: skip
+
+
+@click.command()
+@click.option("--replicas", type=click.IntRange(1), default=16, show_default=True, help="That may run at once.")
+@click.option("--adapters", type=click.IntRange(1), default=1000, show_default=True)
+@click.option(
+    "--trace",
+    default="synthetic",
+    show_default=True,
+    help="synthetic; azure or mooncake, from the folder LORAY_TRACES; azure:FILE, mooncake:FILE or FILE.",
+)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True)
+@click.option(
+    "--utilization",
+    type=click.FloatRange(0, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Mean work that comes, as a share of what all replicas can do; the trace is scaled to it.",
+)
+@click.option("--alpha", type=click.FloatRange(0), default=1.0, show_default=True, help="Popularity ∝ rank^-alpha.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs, whose means are shown.")
+@click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="Repeatable. Default: all.")
+@click.option("--fixed", is_flag=True, help="All replicas run all the time: compares routing alone.")
+@click.option(
+    "--target-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.8,
+    show_default=True,
+    help="Of loray's autoscaling, and so of the oracle, random and dynamo.",
+)
+@click.option(
+    "--wait-slo",
+    "wait_slo_s",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Of loray's autoscaling, and so of random and dynamo: seconds that first tokens may wait in a burst.",
+)
+@click.option(
+    "--profile",
+    "profile_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON of what steps and loads cost. Default: SmolLM2-135M on two cores.",
+)
+@click.option(
+    "--replay",
+    is_flag=True,
+    help="The trace's own times, and adapters where its lines name them; --adapters, --minutes and --utilization are "
+    "not used.",
+)
+@click.option(
+    "--warm-up",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Seconds at the start that are not counted.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG of the first run's course.")
+@json_option
+def simulate(
+    *,
+    replicas: int,
+    adapters: int,
+    trace: str,
+    minutes: float,
+    utilization: float,
+    alpha: float,
+    seed: int,
+    seeds: int,
+    names: tuple[str, ...],
+    fixed: bool,
+    target_utilization: float,
+    wait_slo_s: float,
+    profile_file: Path | None,
+    replay: bool,
+    warm_up: float,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Simulate a deployment under a trace: how long first tokens take, how often adapters are loaded, and how many
+    replicas run, with loray's routing and scaling and with others'.
+
+    ray is Ray Serve's default router and autoscaler; random and dynamo (placement in proportion to demand) are scaled
+    as loray is; oracle knows all requests in advance.
+    """
+    names = names or tuple(POLICIES)
+    profile = load_profile(profile_file) if profile_file is not None else SMOLLM2_TWO_CORES
+    loaded = _trace(trace)
+    if replay and loaded is not None:
+        adapters, minutes = loaded.num_adapters, max(loaded.seconds, 1.0) / 60
+    scenarios = [
+        Scenario(
+            profile,
+            replicas,
+            adapters,
+            minutes,
+            loaded,
+            utilization,
+            alpha,
+            number,
+            fixed,
+            target_utilization,
+            replay,
+            warm_up,
+            wait_slo_s,
+        )
+        for number in range(seed, seed + seeds)
+    ]
+    with progress_bar() as progress:
+        runs = run_all(scenarios, names, partial(progress, f"{len(names) * seeds} runs"))
+    num_requests = sum(run.num_requests for run in runs[:: len(names)])
+    title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"
+    if plot is not None:
+        plot.write_text(draw_picture(title, [run.course for run in runs[: len(names)]]))
+    means = {name: mean([run.summary for run in runs[i :: len(names)]]) for i, name in enumerate(names)}
+    if as_json:
+        policies = {name: made.to_json() for name, made in means.items()}
+        emit({"profile": profile.name, "requests": num_requests, "runs": seeds, "policies": policies})
+        return
+    seconds = [sum(run.seconds for run in runs[i :: len(names)]) for i in range(len(names))]
+    rows = [_row(name, made, took) for (name, made), took in zip(means.items(), seconds, strict=True)]
+    console().print(f"{title}, {minutes:g} minutes, {profile.name}; means of {seeds} runs" if seeds > 1 else title)
+    console().print(table(_COLUMNS, rows, right=_COLUMNS[1:]))
+
+
+def _row(name: str, made: Summary, seconds: float) -> tuple[object, ...]:
+    return (
+        name,
+        f"{made.p50_ttft_s:.3f}",
+        f"{made.p99_ttft_s:.2f}",
+        f"{made.mean_ttft_s:.3f}",
+        f"{made.cold_loads:,.0f}",
+        f"{100 * made.cold_share:.1f}",
+        f"{made.evictions:,.0f}",
+        f"{made.replica_hours:,.2f}",
+        f"{made.max_replicas:,.0f}",
+        f"{seconds:.1f}",
+    )
+
+
+def _trace(name: str) -> Requests | None:
+    """None: synthetic."""
+    if name == "synthetic":
+        return None
+    kind, _, path = name.partition(":")
+    if kind in WHERE:
+        folder = os.environ.get("LORAY_TRACES")
+        return read(_existing(Path(path)) if path else find(kind, Path(folder) if folder else None))
+    return read(_existing(Path(name)))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise click.BadParameter(f"{path} is no file; synthetic, azure and mooncake need none", param_hint="--trace")
+    return path

@@ -1,1 +1,0 @@
-"""`loray simulate` and its picture."""

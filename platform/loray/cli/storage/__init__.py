@@ -1,1 +1,0 @@
-"""Commands on what lies below the adapters: `loray store`, the objects; `loray catalog`, the database."""

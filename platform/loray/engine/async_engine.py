@@ -1,0 +1,399 @@
+"""`AsyncEngine`: the engine in its thread, streams of tokens.
+
+On a CPU, steps run in the background (`loray.priority`). That is right for most of them, and wrong for a first token of
+a tenant that asks for little beside others (`GenerateRequest.is_modest`): where processors are busy, its steps would
+wait for them as the steps of all other engines do. While there is one, steps run in a second thread, which has the
+priority of its process. There are two since a thread may give up its priority, but not take it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from loray.engine.engine import Engine
+from loray.engine.memory.adapter_manager import Placement, Prefetch, Prefetched
+from loray.engine.memory.layout import layout
+from loray.engine.metrics import EngineStats
+from loray.engine.request import TokenOutput
+from loray.errors import EngineError, EngineStopped, RankLost, RequestError
+from loray.priority import compute_in_background
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
+from loray.telemetry import get_logger
+from loray_kernels import release_threads, use_device
+
+
+class Lane(IntEnum):
+    """`FIRST`: while a modest request waits for its first token. `USUAL`: all other steps."""
+
+    USUAL = 0
+    FIRST = 1
+
+
+class EngineThreads:
+    """Two threads that take turns, or one. May be called from any thread.
+
+    prepare  called once in each thread, before its first turn
+    turn     does what is to be done. Returns when it is to be called next although nothing comes, in seconds of
+             time.monotonic(): -inf for at once, inf for never. None: no turn follows
+    lanes    those that have a thread of their own. The first one does the work of one that has none
+    """
+
+    def __init__(
+        self, prepare: Callable[[Lane], None], turn: Callable[[], float | None], lanes: tuple[Lane, ...]
+    ) -> None:
+        self._prepare, self._turn, self._lanes = prepare, turn, lanes
+        lock = self._lock = threading.Lock()
+        self._theirs = {lane: threading.Condition(lock) for lane in lanes}
+        self._wanted = lanes[0]
+        self._holder: Lane | None = None
+        self._has_news, self._ended = False, False
+        self._due = -math.inf
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name=f"engine-{lane.name.lower()}", daemon=True)
+            for lane in lanes
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """Something has come: there is a turn after this call."""
+        with self._lock:
+            self._has_news = True
+            self._theirs[self._wanted].notify()
+
+    def use(self, lane: Lane) -> None:
+        """From the next turn on."""
+        if lane is self._wanted or lane not in self._theirs:
+            return
+        with self._lock:
+            self._wanted = lane
+            self._theirs[lane].notify()
+
+    def stop(self) -> None:
+        """After the turn that is under way there is none. Returns when the threads have ended."""
+        with self._lock:
+            self._end()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _run(self, lane: Lane) -> None:
+        self._prepare(lane)
+        while self._take(lane):
+            due = self._turn()
+            if due is None:
+                with self._lock:
+                    self._end()
+                return
+            self._due = due
+
+    def _take(self, lane: Lane) -> bool:
+        """Gives up the turn that this thread had, and waits for its next one. False: there is none."""
+        if self._holder is lane and self._wanted is not lane:
+            release_threads()  # OpenMP's: with those of the other thread there would be more than cores
+        with self._lock:
+            if self._holder is lane:
+                self._holder = None
+                if self._wanted is not lane:
+                    self._theirs[self._wanted].notify()
+            while not self._ended:
+                seconds = self._due - time.monotonic()
+                if self._holder is not None or self._wanted is not lane:
+                    self._theirs[lane].wait()
+                elif not self._has_news and seconds > 0:
+                    self._theirs[lane].wait(None if seconds > threading.TIMEOUT_MAX else seconds)
+                else:
+                    self._has_news, self._holder = False, lane
+                    return True
+        return False
+
+    def _end(self) -> None:
+        self._ended = True
+        for condition in self._theirs.values():
+            condition.notify()
+
+
+_log = get_logger(__name__)
+
+_STATS_INTERVAL_S = 0.2
+_PREFETCH_LOOK_S = 0.01
+
+T = TypeVar("T")
+
+
+class Sink(Protocol):
+    """Takes the results of requests. Sinks that are equal get the results of one step together."""
+
+    def deliver(self, outputs: Sequence[tuple[Any, TokenOutput]]) -> None:
+        """One step's results, each with the `key` of its request. Called in the engine's thread, which waits for it, so
+        it must neither block nor raise. A request's last result has a finish reason or an error.
+        """
+
+
+class _Subscriber(NamedTuple):
+    sink: Sink
+    key: Any
+
+
+class EngineStream:
+    """Owns the engine's threads; its thread, below, is the one whose turn it is. May be called from any thread and any
+    event loop.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._first: set[str] = set()  # of the subscribers, modest ones without a token
+        self._subscribers: dict[str, _Subscriber] = {}
+        self._calls: set[Future[Any]] = set()  # that the engine's thread has not begun
+        self._lock = threading.Lock()
+        self._ended = False
+        self._stats_due = 0.0
+        self._device = engine.pool.tensor.device
+        lanes = (Lane.USUAL, Lane.FIRST) if self._device.type == "cpu" else (Lane.USUAL,)
+        self._threads = EngineThreads(self._prepare, self._turn, lanes)
+        self._warm: Future[Any] = Future()  # has a result when the thread of the usual lane can step
+        self._stats = engine.stats()
+        self.failure: Exception | None = None
+        engine.wake = self._threads.wake
+
+    def start(self) -> None:
+        """Called from the thread that built the engine. That thread's OpenMP threads end: with those of the engine's
+        thread there would be more threads than cores. Raises what Engine.warm_up raises; then the engine is closed.
+        """
+        release_threads()
+        self._threads.start()
+        if (error := self._warm.exception()) is not None:
+            self.stop()
+            raise error
+
+    def stop(self) -> None:
+        """End the threads after the current step; running and waiting requests fail with EngineError."""
+        self._threads.stop()
+        if not self._ended:
+            self._end(EngineError("the engine is shutting down"))
+        self._engine.close()
+
+    def check_health(self) -> None:
+        """EngineError if the engine's thread or another rank has ended."""
+        self._check_not_ended()
+        self._engine.check_health()
+
+    def stats(self) -> EngineStats:
+        """While the engine works at most 0.2 s or one step old; exact when it is idle."""
+        return self._stats
+
+    async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
+        """See Engine. EngineError if the engine has stopped."""
+        return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
+
+    async def layout(self) -> tuple[Stretch, ...]:
+        """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
+        pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
+        return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
+
+    def prefetch(self, refs: Iterable[AdapterRef], timeout_s: float) -> Prefetched:
+        """Loads adapters, in their order, before requests come: into the pool as long as half of it stays free, and
+        else into host memory. Blocks until they are there, but no longer than `timeout_s` and a step.
+
+        EngineError if the engine has stopped.
+        """
+        deadline, engine = time.monotonic() + timeout_s, self._engine
+        prefetch = Prefetch(engine.residency, engine.spec.host_bytes, partial(_leaves_half_free, engine))
+        is_done = self.call(lambda: prefetch.begin(refs)).result()
+        while not is_done and time.monotonic() < deadline:
+            time.sleep(_PREFETCH_LOOK_S)
+            is_done = self.call(prefetch.look).result()
+        return self.call(prefetch.end).result()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` in the engine's thread after its current step; the future has its result or error.
+
+        EngineError, raised here or by the future, if the engine has stopped.
+        """
+        result: Future[T] = Future()
+        with self._lock:
+            self._check_not_ended()
+            self._calls.add(result)
+        self._post(lambda: self._run_call(result, function))
+        return result
+
+    def subscribe(self, request: GenerateRequest, sink: Sink, key: Any) -> None:
+        """Submits the request; `sink` gets its results, with `key`.
+
+        Raises RequestError, ContextLengthExceeded, BaseMismatch or EngineError. The result may be one of those, an
+        Overloaded or an error of loading the adapter.
+        """
+        self._engine.check(request)
+        with self._lock:  # before the request is posted, so that `_end` reaches it whenever the engine stops
+            self._check_not_ended()
+            if request.request_id in self._subscribers:
+                raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+            self._subscribers[request.request_id] = _Subscriber(sink, key)
+            if request.is_modest:
+                self._first.add(request.request_id)
+        if self._first:
+            self._threads.use(Lane.FIRST)
+        self._post(lambda: self._add(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it has not ended, before the next step. Its sink gets nothing more after that step."""
+        self._post(lambda: self._cancel(request_id))
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """The tokens as they come; the last delta has a finish reason. Closing the iterator cancels the request.
+
+        Raises what `subscribe` raises and what its sink would get.
+        """
+        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self.subscribe(request, _Queues(asyncio.get_running_loop()), queue)
+        finished = False
+        try:
+            while not finished:
+                out = await queue.get()
+                finished = out.finish_reason is not None or out.error is not None
+                if out.error is not None:
+                    raise out.error
+                yield out.delta
+        finally:
+            if not finished:
+                self.cancel(request.request_id)
+
+    def on_first_step(self, called: Callable[[str, float], None]) -> None:
+        """`called` gets the id of each traced request when its first step begins, and the time of `time.monotonic`. It
+        runs in the engine's thread, so it neither blocks nor raises.
+        """
+        self._engine.counters.first_step = called
+
+    @property
+    def pool_bytes(self) -> int:
+        """On all ranks. From any thread."""
+        pool_bytes = self._engine.spec.pool_bytes
+        assert pool_bytes is not None, "an engine's spec says it, see `sized`"
+        return pool_bytes
+
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        """See Engine."""
+        return self._engine.max_model_len(adapter)
+
+    def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
+        """See Engine."""
+        return self._engine.adapter_bytes(adapter)
+
+    def _check_not_ended(self) -> None:
+        if self.failure is not None:
+            raise EngineStopped(f"the engine stopped: {self.failure!r}")
+        if self._ended:
+            raise EngineError("the engine is shut down")
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._threads.wake()
+
+    def _prepare(self, lane: Lane) -> None:
+        if self._device.type == "cpu" and lane is Lane.USUAL:
+            compute_in_background()  # before it makes threads of its own
+        use_device(self._device)  # the thread that built the engine has a current device of its own
+        if self._engine.spec.num_threads is not None:
+            torch.set_num_threads(self._engine.spec.num_threads)
+        torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
+        if lane is Lane.USUAL:
+            self._run_call(self._warm, self._engine.warm_up)
+
+    def _turn(self) -> float | None:
+        """See EngineThreads."""
+        try:
+            while self._inbox:
+                self._inbox.popleft()()
+            self._deliver(self._engine.step())
+            now, is_idle = time.monotonic(), self._engine.idle
+            if is_idle or now > self._stats_due:
+                self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
+            self._threads.use(Lane.FIRST if self._first else Lane.USUAL)
+        except Exception as e:  # noqa: BLE001 - the engine ends: all that wait get the error
+            _log.exception("the engine stopped")
+            self.failure = e
+            stopped = EngineStopped(f"the engine stopped: {e!r}", self._engine.last_adapters)
+            self._end(e if isinstance(e, RankLost) else stopped)
+            return None
+        return self._engine.next_deadline if is_idle else -math.inf  # a waiting request may become too late
+
+    def _add(self, request: GenerateRequest) -> None:
+        if request.request_id not in self._subscribers:
+            return
+        try:
+            self._engine.add(request)
+        except Exception as e:  # noqa: BLE001 - the error is this request's
+            self._deliver([TokenOutput(request.request_id, None, error=e)])
+
+    def _run_call(self, result: Future[T], function: Callable[[], T]) -> None:
+        self._calls.discard(result)
+        if result.set_running_or_notify_cancel():
+            try:
+                result.set_result(function())
+            except Exception as e:  # noqa: BLE001 - the caller gets it
+                result.set_exception(e)
+
+    def _cancel(self, request_id: str) -> None:
+        self._subscribers.pop(request_id, None)
+        self._first.discard(request_id)
+        self._engine.cancel(request_id)
+
+    def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
+        by_sink: dict[Sink, list[tuple[Any, TokenOutput]]] = {}
+        for output in outputs:
+            last = output.finish_reason is not None or output.error is not None
+            subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
+            self._first.discard(output.request_id)
+            if subscriber is not None:
+                by_sink.setdefault(subscriber.sink, []).append((subscriber.key, output))
+        for sink, items in by_sink.items():
+            sink.deliver(items)
+
+    def _end(self, error: Exception) -> None:
+        with self._lock:
+            self._ended = True
+        for result in self._calls:
+            if result.set_running_or_notify_cancel():
+                result.set_exception(error)
+        self._deliver([TokenOutput(request_id, None, error=error) for request_id in self._subscribers])
+
+
+@dataclass(frozen=True, slots=True)
+class _Queues:
+    """The sink of all streams of one event loop, which it wakes once a step. Keys are the streams' queues."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def deliver(self, outputs: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
+        with suppress(RuntimeError):  # the caller's loop is closed: the output is not needed
+            self.loop.call_soon_threadsafe(_put, outputs)
+
+
+def _put(items: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
+    for queue, output in items:
+        queue.put_nowait(output)
+
+
+def _leaves_half_free(engine: Engine, ref: AdapterRef) -> bool:
+    """Whether half of the pool stays free when `ref`, which has been loaded, is placed there."""
+    pool, (own, pair) = engine.pool, engine.adapter_bytes(ref)
+    left = pool.allocator.num_free * pool.block_bytes - own - (pair[1] if pair else 0)
+    return 2 * left >= pool.geometry.num_blocks * pool.block_bytes

@@ -1,0 +1,152 @@
+"""Matrices as rows, and where the rows are.
+
+A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, DoRA's scale of a module's outputs
+less one, and a norm weight are one row each.
+A row is at the same offset of every layer's share, so layers that have the same matrices form a group and share one
+table. Groups have different layers, so all groups use the same rows of the pool. A row that is wider than a layer's
+share is cut into segments of columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from loray.engine.memory.blocks import Extent, Geometry, Kind
+
+Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
+
+
+class Matrix(NamedTuple):
+    """`rows` rows of `width` elements. `scale` is LoRA's alpha/r; only lora_b has it."""
+
+    module: str
+    role: Role
+    rows: int
+    width: int
+    scale: float = 1.0
+
+
+class LayerGroup(NamedTuple):
+    layers: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """The matrices of an adapter without their values: what must be placed."""
+
+    groups: tuple[LayerGroup, ...]
+    flat: tuple[Matrix, ...]
+
+    @classmethod
+    def of(cls, layers: Mapping[int, Iterable[Matrix]], flat: Iterable[Matrix] = ()) -> AdapterShape:
+        grouped: dict[tuple[Matrix, ...], list[int]] = defaultdict(list)
+        for layer in sorted(layers):
+            grouped[tuple(sorted(layers[layer]))].append(layer)
+        groups = tuple(LayerGroup(tuple(ls), m) for m, ls in grouped.items() if m)
+        return cls(groups=groups, flat=tuple(flat))
+
+    def demand(self, geometry: Geometry) -> dict[Kind, dict[int, int]]:
+        """Rows by kind and width. Of layered rows the most that any group has."""
+        layered: Counter[int] = Counter()
+        for group in self.groups:
+            layered |= rows_by_width(group.matrices, geometry.capacity(Kind.LAYERED))
+        flat = rows_by_width(self.flat, geometry.capacity(Kind.FLAT))
+        return {kind: dict(c) for kind, c in ((Kind.LAYERED, layered), (Kind.FLAT, flat)) if c}
+
+    def num_blocks(self, geometry: Geometry) -> int:
+        """The most blocks that the adapter takes, which is what it takes in an empty pool."""
+        total = 0
+        for kind, demand in self.demand(geometry).items():
+            capacity = geometry.capacity(kind)
+            tails: list[int] = []
+            for width in sorted(demand, reverse=True):
+                rows = demand[width]
+                for i, tail in enumerate(tails):
+                    n = min(tail // width, rows)
+                    tails[i] -= n * width
+                    rows -= n
+                while rows:
+                    n = min(capacity // width, rows)
+                    tails.append(capacity - n * width)
+                    rows -= n
+            total += len(tails)
+        return total
+
+
+class Segment(NamedTuple):
+    """Columns [column, column + width) of a matrix. `offsets`: each row's first element in the pool, for layer 0."""
+
+    column: int
+    width: int
+    offsets: tuple[int, ...]
+
+
+Table = Mapping[tuple[str, Role], tuple[Segment, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """Where an adapter's rows are. Layer l of a layered row is at its offset + l · layer_share.
+
+    groups       one table for each group of the shape
+    layer_group  the group of each layer of the base; -1 if the adapter has nothing there
+    flat         rows without a layer
+    """
+
+    groups: tuple[Table, ...]
+    layer_group: tuple[int, ...]
+    flat: Table
+
+
+def columns(width: int, capacity: int) -> list[tuple[int, int]]:
+    """(column, width) of each segment of a row; one segment unless the row is wider than `capacity`."""
+    num_segments = -(-width // capacity)
+    step = -(-width // num_segments)
+    return [(c, min(step, width - c)) for c in range(0, width, step)]
+
+
+def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
+    """{width of a segment: number of rows}"""
+    count: Counter[int] = Counter()
+    for m in matrices:
+        for _, width in columns(m.width, capacity):
+            count[width] += m.rows
+    return count
+
+
+def place(shape: AdapterShape, extents: Sequence[Extent], geometry: Geometry) -> RowTable:
+    """Assign the rows of `extents`, which the allocator gave for `shape.demand(geometry)`, to the matrices."""
+    layered = _offsets((e for e in extents if e.kind is Kind.LAYERED), geometry)
+    flat = _offsets((e for e in extents if e.kind is Kind.FLAT), geometry)
+    layer_group = [-1] * geometry.num_layers
+    groups: list[Table] = []
+    for i, group in enumerate(shape.groups):
+        for layer in group.layers:
+            layer_group[layer] = i
+        groups.append(_table(group.matrices, layered, geometry.capacity(Kind.LAYERED)))
+    return RowTable(tuple(groups), tuple(layer_group), _table(shape.flat, flat, geometry.capacity(Kind.FLAT)))
+
+
+def _offsets(extents: Iterable[Extent], geometry: Geometry) -> dict[int, list[int]]:
+    by_width: dict[int, list[int]] = defaultdict(list)
+    for e in extents:
+        first = e.block * geometry.block_size + e.offset
+        by_width[e.width].extend(range(first, first + e.rows * e.width, e.width))
+    return by_width
+
+
+def _table(matrices: Iterable[Matrix], offsets: Mapping[int, Sequence[int]], capacity: int) -> Table:
+    used: Counter[int] = Counter()
+    table: dict[tuple[str, Role], tuple[Segment, ...]] = {}
+    for m in matrices:
+        segments = []
+        for column, width in columns(m.width, capacity):
+            first = used[width]
+            segments.append(Segment(column, width, tuple(offsets[width][first : first + m.rows])))
+            used[width] += m.rows
+        table[m.module, m.role] = tuple(segments)
+    return table

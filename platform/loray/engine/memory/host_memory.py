@@ -1,0 +1,195 @@
+"""Adapters in host memory.
+
+Counted are packed rows, with what page-locked memory takes beside them; each VeRA pair once, however many adapters
+share it; and loads that have started, with the adapter's published size.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Generic, Protocol, TypeVar
+
+from loray.engine.residency.partial import PartialLoad
+
+
+class SharedPair(Protocol):
+    """A VeRA pair."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Packed(Protocol):
+    """An adapter in host memory, ready to be copied into the pool."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its rows, without the pair."""
+        ...
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take here: page-locked memory may be more."""
+        ...
+
+    @property
+    def pair(self) -> SharedPair | None: ...
+
+    @property
+    def partial(self) -> PartialLoad | None:
+        """None if it was complete from the start."""
+        ...
+
+
+P = TypeVar("P", bound=Packed)
+
+
+class HostMemory(Generic[P]):
+    """Owns the count, and the order in which copies are dropped: first those for which no request waits, least recently
+    used first; then, for a load, those for which only requests wait that came later, the latest first.
+
+    Adapters are named by digest. Looking for copies to drop visits all of them if they do not suffice: then it is not
+    tried again before they may.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used = 0
+        self._copies: dict[str, P] = {}
+        self._sharers: Counter[str] = Counter()  # of each pair
+        self._removable: dict[str, float] = {}  # when the first request came that waits; infinite without one
+        self._evictable: OrderedDict[str, None] = OrderedDict()  # the infinite ones
+        self._needed: list[tuple[float, str]] = []  # the others, sorted
+        # Of the last load that did not fit: when its first request came, and at least the bytes that may be dropped for
+        # it less those that are used.
+        self._blocked: tuple[str, float] = ("", math.inf)
+        self._slack = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """A load starts."""
+        self._use(nbytes)
+
+    def end_reservation(self, nbytes: int) -> None:
+        """The load has a result or has failed."""
+        self._use(-nbytes)
+
+    def add(self, digest: str, packed: P) -> None:
+        self._copies[digest] = packed
+        self._use(packed.host_bytes)
+        if packed.pair is not None:
+            self._sharers[packed.pair.digest] += 1
+            if self._sharers[packed.pair.digest] == 1:
+                self._use(packed.pair.nbytes)
+
+    def drop(self, digest: str) -> None:
+        self.set_removable(digest, None)
+        packed = self._copies.pop(digest)
+        self._use(-packed.host_bytes)
+        if packed.pair is not None:
+            self._sharers[packed.pair.digest] -= 1
+            if not self._sharers[packed.pair.digest]:
+                del self._sharers[packed.pair.digest]
+                self._use(-packed.pair.nbytes)
+
+    def set_removable(self, digest: str, came: float | None) -> None:
+        """`came`: when the first request came that waits for the copy, infinite without one. None: it may not be
+        dropped.
+        """
+        before = self._removable.pop(digest, None)
+        if came is not None:
+            self._removable[digest] = came
+        if came == before:
+            return
+        if before is not None:
+            if math.isinf(before):
+                del self._evictable[digest]
+            else:
+                del self._needed[bisect_left(self._needed, (before, digest))]
+            if before > self._blocked[1]:
+                self._slack -= self._copies[digest].host_bytes
+        if came is not None:
+            if math.isinf(came):
+                self._evictable[digest] = None
+            else:
+                insort(self._needed, (came, digest))
+            if came > self._blocked[1]:
+                packed = self._copies[digest]
+                self._slack += packed.host_bytes + (0 if packed.pair is None else packed.pair.nbytes)
+
+    def touch(self, digest: str) -> None:
+        """The copy was used."""
+        if digest in self._evictable:
+            self._evictable.move_to_end(digest)
+
+    def surplus(self) -> list[str]:
+        """Copies to drop for which no request waits, the oldest first, because the limit is exceeded; it may still be
+        afterwards.
+        """
+        victims, _ = self._victims(self.used - self._limit, self._evictable)
+        return victims
+
+    def room_for(self, digest: str, nbytes: int, came: float) -> list[str] | None:
+        """Copies to drop so that a load of `nbytes` fits, whose first request came at `came`.
+
+        None if that does not free enough; but one adapter alone always fits, whatever its size.
+        """
+        excess = self.used + nbytes - self._limit
+        if self._blocked[0] == digest and self._slack + self.used < min(self.used, excess):
+            return None
+        victims, freed = self._victims(excess, chain(self._evictable, self._needed_after(came)))
+        if freed >= min(self.used, excess):
+            return victims
+        self._blocked, self._slack = (digest, came), freed - self.used
+        return None
+
+    def _use(self, nbytes: int) -> None:
+        self.used += nbytes
+        self._slack -= nbytes
+
+    def _needed_after(self, came: float) -> Iterator[str]:
+        """The latest first."""
+        for first_came, digest in reversed(self._needed):
+            if first_came <= came:
+                return
+            yield digest
+
+    def _victims(self, excess: int, candidates: Iterable[str]) -> tuple[list[str], int]:
+        """Copies whose removal frees `excess` bytes, or all of them; and how many bytes they free."""
+        victims: list[str] = []
+        freed = 0
+        sharers: Counter[str] = Counter()
+        for digest in candidates:
+            if freed >= excess:
+                break
+            packed = self._copies[digest]
+            victims.append(digest)
+            freed += packed.host_bytes
+            if packed.pair is not None:
+                sharers[packed.pair.digest] += 1
+                if sharers[packed.pair.digest] == self._sharers[packed.pair.digest]:
+                    freed += packed.pair.nbytes
+        return victims, freed
+
+    def check_integrity(self, reserved: int, removable: Mapping[str, float | None]) -> None:
+        """AssertionError unless the count is right, and exactly the copies of `removable` are here and may be dropped,
+        see `set_removable`.
+        """
+        pairs = {p.pair.digest: p.pair.nbytes for p in self._copies.values() if p.pair is not None}
+        assert self.used == reserved + sum(p.host_bytes for p in self._copies.values()) + sum(pairs.values())
+        assert removable.keys() == self._copies.keys()
+        known = {digest: came for digest, came in removable.items() if came is not None}
+        assert known == self._removable, "removable copies differ from those that no request waits for, or a later one"
+        assert set(self._evictable) == {digest for digest, came in known.items() if math.isinf(came)}
+        assert self._needed == sorted((came, digest) for digest, came in known.items() if not math.isinf(came))
+        slack = (
+            sum(self._copies[digest].host_bytes for digest, came in known.items() if came > self._blocked[1])
+            - self.used
+        )
+        assert not self._blocked[0] or self._slack >= slack, "a load that fits would not be tried"

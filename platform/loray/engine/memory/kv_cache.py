@@ -1,0 +1,352 @@
+"""`KVCacheManager` and the prefix cache.
+
+There is one tree for each adapter's content digest and one for the base; an edge is a full block of tokens. Blocks are
+compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys and values: so
+nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool. Callers with
+a salt share with those of the same salt alone.
+
+Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that holds a
+block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted by their
+value, see `worth`, and the end of a prefix before its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.eviction import Floor, PriorityQueue, Reuse
+from loray.engine.request import Request
+
+_Key = str | tuple[int, ...] | None
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A block of tokens after those of its parents. The root's children stand for adapters, and those of their children
+    that have a text as key for salts; neither holds a block.
+
+    uses  requests that computed it or found it
+    rank  since it is idle: its value; of equal ones what was released first
+    """
+
+    key: _Key
+    block: int
+    parent: _Node | None
+    children: dict[_Key, _Node] = field(default_factory=dict)
+    uses: int = 0
+    rank: tuple[float, int] = (0.0, 0)
+
+
+class PrefixCache:
+    """Holds one reference to each of its blocks; each request that uses a block holds another one.
+
+    A request that has called `store` releases its KV blocks with `release`, not with the allocator.
+
+    floor          of the pool's blocks
+    token_seconds  to compute a token of a prompt again; 0 while that is not known: then a block has no value
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        *,
+        enabled: bool = True,
+        floor: Floor | None = None,
+        token_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._allocator = allocator
+        self.enabled = enabled
+        self._floor, self._reuse = floor or Floor(), Reuse()
+        self._token_seconds = token_seconds
+        self._block_tokens = allocator.geometry.block_tokens
+        self._root = _Node(None, -1, None)
+        self._nodes: dict[int, _Node] = {}
+        self._idle: set[_Node] = set()
+        self._ends: PriorityQueue[_Node] = PriorityQueue()  # idle blocks after which none is known, by rank
+        self._num_released = 0
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that `evict` could free."""
+        return len(self._idle)
+
+    def idle_blocks(self) -> list[int]:
+        """Those blocks."""
+        return [node.block for node in self._idle]
+
+    @property
+    def least_value(self) -> float | None:
+        """Of the block that `evict` would free first; None if none is idle."""
+        least = self._ends.peek()
+        return None if least is None else least[0][0]
+
+    def match(self, digest: str | None, tokens: Sequence[int], salt: str = "") -> list[int]:
+        """The full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used when
+        `used` is told that its request runs: one that waits for blocks looks again and again.
+        """
+        node = self._root.children.get(digest)
+        if salt and node is not None:
+            node = node.children.get(salt)
+        blocks: list[int] = []
+        for key in self._keys(tokens):
+            node = None if node is None else node.children.get(key)
+            if node is None:
+                break
+            self._retain(node)
+            blocks.append(node.block)
+        return blocks
+
+    def used(self, blocks: Sequence[int]) -> None:
+        """A request that has begun to run found these."""
+        for block in blocks:
+            self._use(self._nodes[block])
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._nodes
+
+    def store(
+        self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "", num_known: int = 0
+    ) -> list[int]:
+        """Add `blocks`, of which the tree has the first `num_known`; the others hold the keys and values of `tokens`.
+
+        Returns what the request holds from now on: `blocks` itself, or, if the tree already has blocks of the same
+        tokens, a new list with those in place of the request's.
+        """
+        if not self.enabled or len(tokens) < self._block_tokens:
+            return blocks
+        held = blocks
+        if num_known:
+            node = self._nodes[blocks[num_known - 1]]
+        else:
+            node = self._child(self._root, digest, -1)
+            if salt:
+                node = self._child(node, salt, -1)
+        for i, key in enumerate(self._keys(tokens), num_known):
+            known = node.children.get(key)
+            if known is None:
+                known = self._child(node, key, blocks[i])
+                self._nodes[blocks[i]] = known
+                self._use(known)
+                self._allocator.retain_kv((blocks[i],))
+            elif known.block != blocks[i]:
+                self._retain(known)
+                self._use(known)
+                self._allocator.release_kv((blocks[i],))
+                if held is blocks:
+                    held = [*blocks]
+                held[i] = known.block
+            node = known
+        return held
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Release a request's references to its blocks, given in the order of its tokens."""
+        block_seconds = self._block_tokens * self._token_seconds()
+        for block in reversed(blocks):
+            self._allocator.release_kv((block,))
+            node = self._nodes.get(block)
+            if node is not None and self._allocator.references(block) == 1:
+                self._num_released += 1
+                value = self._floor.value + self._reuse.expected(node.uses) * block_seconds
+                node.rank = (value, self._num_released)
+                self._idle.add(node)
+                if not node.children:
+                    self._ends.set(node, node.rank)
+
+    def evict(self, num_blocks: int) -> int:
+        """Free up to `num_blocks` idle blocks; returns how many."""
+        freed = 0
+        while freed < num_blocks and (least := self._ends.peek()) is not None:
+            (value, _), node = least
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.key]
+            if not parent.children and parent in self._idle:
+                self._ends.set(parent, parent.rank)
+            while not parent.children and parent.block < 0 and parent.parent is not None:
+                del parent.parent.children[parent.key]
+                parent = parent.parent
+            self._floor.evicted(value)
+            self._drop(node)
+            freed += 1
+        return freed
+
+    def forget(self, digest: str | None) -> None:
+        """Drop all prefixes of an adapter, or of the base. Requests that hold blocks of them keep those blocks."""
+        adapter = self._root.children.pop(digest, None)
+        for node in [] if adapter is None else list(_below(adapter)):
+            self._drop(node)
+
+    def moved(self, moves: Mapping[int, int]) -> None:
+        """The contents of blocks have been copied from the keys of `moves` to its values."""
+        nodes = [(moves[block], self._nodes.pop(block)) for block in moves if block in self._nodes]
+        for block, node in nodes:
+            node.block = block
+            self._nodes[block] = node
+
+    def blocks(self) -> list[int]:
+        return list(self._nodes)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
+        adapters = self._root.children.values()
+        assert {node.block: node for adapter in adapters for node in _below(adapter)} == self._nodes, (
+            "the prefix cache's tree differs from its blocks"
+        )
+        salts = [node for adapter in adapters for node in adapter.children.values() if node.block < 0]
+        assert all(node.children for node in (*adapters, *salts)), "an adapter or a salt without a prefix stays"
+        idle = {node for block, node in self._nodes.items() if self._allocator.references(block) == 1}
+        assert idle == self._idle, "idle prefixes differ from those that no request holds"
+        ends = {node for node in idle if not node.children}
+        assert ends == self._ends.items(), "the blocks that can be evicted differ from the ends of idle prefixes"
+        for node in idle:
+            assert idle.issuperset(node.children.values()), "a request holds a block, and not the one before it"
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _keys(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        n = self._block_tokens
+        for start in range(0, len(tokens) - n + 1, n):
+            yield tuple(tokens[start : start + n])
+
+    def _child(self, parent: _Node, key: _Key, block: int) -> _Node:
+        node = parent.children.get(key)
+        if node is None:
+            node = parent.children[key] = _Node(key, block, parent)
+        return node
+
+    def _retain(self, node: _Node) -> None:
+        self._allocator.retain_kv((node.block,))
+        self._idle.discard(node)
+        self._ends.discard(node)
+
+    def _use(self, node: _Node) -> None:
+        node.uses += 1
+        self._reuse.used(node.uses)
+
+    def _drop(self, node: _Node) -> None:
+        self._idle.discard(node)
+        self._ends.discard(node)
+        del self._nodes[node.block]
+        self._allocator.release_kv((node.block,))
+
+
+def _below(node: _Node) -> Iterator[_Node]:
+    """All blocks of an adapter."""
+    stack = list(node.children.values())
+    while stack:
+        node = stack.pop()
+        if node.block >= 0:
+            yield node
+        stack.extend(node.children.values())
+
+
+class IdleAdapters(Protocol):
+    """See Residency."""
+
+    @property
+    def floor(self) -> Floor: ...
+
+    @property
+    def least_value(self) -> float | None: ...
+
+    def evict_one(self) -> bool: ...
+
+
+class RequestBlocks:
+    """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
+
+    compact        tries to free that many blocks by closing gaps between rows; False if it frees none
+    token_seconds  see PrefixCache
+    num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
+                   request counts once.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        adapters: IdleAdapters,
+        compact: Callable[[int], bool],
+        token_seconds: Callable[[], float],
+        *,
+        enable_prefix_caching: bool,
+    ) -> None:
+        self.prefix_cache = PrefixCache(
+            allocator, enabled=enable_prefix_caching, floor=adapters.floor, token_seconds=token_seconds
+        )
+        self.num_queries = self.num_hits = 0
+        self._allocator = allocator
+        self._adapters = adapters
+        self._compact = compact
+
+    def take_cached(self, request: Request) -> None:
+        """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
+        if request.needs_prompt_logits:
+            return
+        tokens = request.tokens(0, request.num_tokens - 1)
+        request.blocks = self.prefix_cache.match(request.adapter_digest, tokens, request.spec.cache_salt)
+        request.num_shared_blocks = len(request.blocks)
+        request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
+
+    def count_cached(self, request: Request) -> None:
+        """It starts: count the use of its cached blocks and, when it starts for the first time, its cached tokens."""
+        self.prefix_cache.used(request.blocks[: request.num_shared_blocks])
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)
+            if self.prefix_cache.enabled and not request.needs_prompt_logits:
+                self.num_queries += request.num_prompt_tokens
+            self.num_hits += request.num_cached_tokens
+
+    def share(self, request: Request) -> None:
+        """Add the blocks that have become full to the prefix cache, if it is enabled."""
+        if not self.prefix_cache.enabled:
+            return  # it forgets what it is given, and would be given the whole context with each block
+        block_tokens = self._allocator.geometry.block_tokens
+        full = request.num_computed // block_tokens
+        known = request.num_shared_blocks
+        if full > known:
+            if known and request.blocks[known - 1] not in self.prefix_cache:
+                known = 0  # the adapter's prefixes were forgotten
+            tokens = request.tokens(known * block_tokens, full * block_tokens)
+            request.blocks = self.prefix_cache.store(
+                request.adapter_digest, tokens, request.blocks, request.spec.cache_salt, known
+            )
+            request.num_shared_blocks = full
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Allocate blocks for `num_tokens` tokens in all; False, and nothing changed, if blocks are short."""
+        missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
+        if missing <= 0:
+            return True
+        while (blocks := self._allocator.allocate_kv(missing)) is None:
+            if not self.make_room(missing - self._allocator.num_free):
+                return False
+        request.blocks.extend(blocks)
+        return True
+
+    def make_room(self, num_blocks: int) -> bool:
+        """Try to free that many blocks; False if there is nothing to evict.
+
+        Of cached prefixes and idle adapters what is worth least goes first, see `memory.worth`. An adapter may leave
+        gaps that suffice instead of blocks: the caller tries again after each. At last gaps are closed.
+        """
+        for freed in range(num_blocks):
+            prefix, adapter = self.prefix_cache.least_value, self._adapters.least_value
+            if prefix is None or (adapter is not None and adapter < prefix):
+                return self._adapters.evict_one() or freed > 0 or self._compact(num_blocks)
+            self.prefix_cache.evict(1)
+        return True
+
+    def release(self, request: Request) -> None:
+        """Release all its blocks. What it has computed is lost, except for what the prefix cache keeps."""
+        self.prefix_cache.release(request.blocks)
+        request.blocks = []
+        request.num_computed = request.num_shared_blocks = 0
+
+    def moved(self, requests: Iterable[Request], moves: Mapping[int, int]) -> None:
+        """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
+        self.prefix_cache.moved(moves)
+        for request in requests:
+            request.blocks = [moves.get(block, block) for block in request.blocks]

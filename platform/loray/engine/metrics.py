@@ -1,0 +1,181 @@
+"""Counters, histograms, an adapter's usage."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pydantic import ConfigDict, SkipValidation
+
+from loray.engine.request import Request
+from loray.spec import AdapterRef, EngineFigures
+from loray.telemetry import METRICS, HistogramCounts
+
+
+class Histogram:
+    """Written by one thread. `bounds` are inclusive upper bounds in ascending order, as in Prometheus."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def counts(self) -> HistogramCounts:
+        return HistogramCounts(self._bounds, tuple(self._counts), self._sum)
+
+
+class Counters:
+    """Totals since the start. A prompt token counts once: preempted or not, computed or found in the prefix cache."""
+
+    def __init__(self) -> None:
+        self.num_requests = self.num_finished = 0
+        self.num_steps = self.num_prompt_tokens = self.num_output_tokens = 0
+        self.max_adapters_in_step = 0
+        self.step_seconds = Histogram(METRICS["engine_step_seconds"].buckets)
+        self.step_tokens = Histogram(METRICS["engine_step_tokens"].buckets)
+        self.step_adapters = Histogram(METRICS["engine_step_adapters"].buckets)
+        self.queue_seconds: dict[str, Histogram] = {}
+        self.first_step: Callable[[str, float], None] | None = None  # called with a traced request's id and the time
+
+    def scheduled(self, requests: Iterable[Request], now: float) -> None:
+        """Count the seconds that requests waited for their first step; those that ran before are left out."""
+        for request in requests:
+            if request.queued_at is not None:
+                kind = "base" if request.adapter is None else request.adapter.method
+                if kind not in self.queue_seconds:
+                    self.queue_seconds[kind] = Histogram(METRICS["request_queue_time_seconds"].buckets)
+                self.queue_seconds[kind].observe(now - request.queued_at)
+                request.queued_at = None
+                if self.first_step is not None and request.spec.traceparent is not None:
+                    self.first_step(request.request_id, now)
+
+    def computed(self, request: Request) -> None:
+        """`num_computed` of the request has grown."""
+        prompt = min(request.num_computed, request.num_prompt_tokens)
+        self.num_prompt_tokens += max(0, prompt - request.num_prompt_counted)
+        request.num_prompt_counted = max(prompt, request.num_prompt_counted)
+
+    def stepped(self, num_tokens: int, num_adapters: int, seconds: float) -> None:
+        self.num_steps += 1
+        self.max_adapters_in_step = max(self.max_adapters_in_step, num_adapters)
+        self.step_seconds.observe(seconds)
+        self.step_tokens.observe(num_tokens)
+        self.step_adapters.observe(num_adapters)
+
+
+class EngineStats(EngineFigures):
+    """`EngineFigures` and what else the metrics show.
+
+    adapters_in_pool       digests; adapters_on_host: of those that are on the host and not in the pool;
+                           adapters_loading: on their way from the store
+    prefix_cache_queries   prompt tokens looked up in the prefix cache; prefix_cache_hits: those found there
+    queue_seconds          by the adapter's method, or "base"
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapters_in_pool: SkipValidation[tuple[str, ...]]
+    adapters_on_host: SkipValidation[tuple[str, ...]]
+    adapters_loading: SkipValidation[tuple[str, ...]]
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    step_seconds: SkipValidation[HistogramCounts]
+    step_tokens: SkipValidation[HistogramCounts]
+    step_adapters: SkipValidation[HistogramCounts]
+    load_seconds: SkipValidation[HistogramCounts]
+    queue_seconds: SkipValidation[dict[str, HistogramCounts]]
+
+
+NUM_KEPT = 10_000  # dropped adapters whose usage is kept; some 15 MB
+
+
+@dataclass(slots=True)
+class AdapterUsage:
+    """`last_used_at`: seconds since the epoch. `num_tokens`: of prompt and output, counted as requests end."""
+
+    ref: AdapterRef
+    last_used_at: float
+    num_uses: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class ResidencyCounts:
+    """Totals. Hits and misses are requests, by where their adapter was when they came; a preempted request counts
+    once. A load counts when it starts, its bytes (in host memory) when it is complete.
+
+    num_evictions       from the pool; most of these adapters stay on the host
+    num_host_evictions  from host memory
+    """
+
+    num_pool_hits: int = 0
+    num_host_hits: int = 0
+    num_misses: int = 0
+    num_loads: int = 0
+    num_failed_loads: int = 0
+    num_loaded_bytes: int = 0
+    num_evictions: int = 0
+    num_host_evictions: int = 0
+
+
+class UsageLog:
+    """Usage of the adapters that the engine holds, and of the last `num_kept` that it has dropped. For one thread."""
+
+    def __init__(
+        self,
+        *,
+        num_kept: int = NUM_KEPT,
+        now: Callable[[], float] = time.time,
+        on_forget: Callable[[str], None] = lambda digest: None,
+    ) -> None:
+        """`on_forget` is called with the digest of each adapter whose usage is forgotten."""
+        self._num_kept, self._now, self._on_forget = num_kept, now, on_forget
+        self._held: dict[str, AdapterUsage] = {}
+        self._dropped: OrderedDict[str, AdapterUsage] = OrderedDict()
+
+    def expected(self, ref: AdapterRef) -> None:
+        """The engine holds `ref` from now on, although no request came."""
+        usage = self._hold(ref)
+        if not usage.num_uses:
+            usage.last_used_at = self._now()
+
+    def request_came(self, ref: AdapterRef) -> None:
+        """A request for `ref` came; the engine holds `ref` from now on."""
+        usage = self._hold(ref)
+        usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
+        usage.num_uses += 1
+        usage.last_used_at = self._now()
+
+    def request_ended(self, ref: AdapterRef, num_tokens: int) -> None:
+        """A request for `ref` ended, with or without an error; the engine holds `ref`."""
+        usage = self._held[ref.digest]
+        usage.num_tokens += num_tokens
+        usage.last_used_at = self._now()
+
+    def dropped(self, ref: AdapterRef) -> None:
+        """The engine does not hold `ref` any more."""
+        self._dropped[ref.digest] = self._held.pop(ref.digest)
+        if len(self._dropped) > self._num_kept:
+            self._on_forget(self._dropped.popitem(last=False)[0])
+
+    def get(self, digest: str) -> AdapterUsage | None:
+        """None for an adapter that was never used, or is forgotten."""
+        return self._held.get(digest) or self._dropped.get(digest)
+
+    def all(self) -> list[AdapterUsage]:
+        """Held adapters first, then dropped ones, the longest dropped first."""
+        return [*self._held.values(), *self._dropped.values()]
+
+    def _hold(self, ref: AdapterRef) -> AdapterUsage:
+        usage = self._held.get(ref.digest)
+        if usage is None:
+            usage = self._dropped.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
+            self._held[ref.digest] = usage
+        return usage

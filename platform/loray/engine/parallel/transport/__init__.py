@@ -1,1 +1,0 @@
-"""How ranks find each other, and how values become bytes."""

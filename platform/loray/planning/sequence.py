@@ -1,0 +1,277 @@
+"""Which tokens and heads each rank of a sequence group sends.
+
+Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L. Its first queries may belong to a group that starts on
+an earlier rank: the halo of a head half is [start of the group that holds token r·L, r·L). The forward pass sends the
+keys and values of these tokens, for the KV heads that serve this half, to rank r; queries and outputs stay. The
+backward pass sends as many gradients back.
+
+This holds for every L. Where L is a multiple of G/2, a boundary between ranks is a group cut of one half and the middle
+of a group of the other, so that exactly G·d·h elements cross it: 2 (K and V) · G/2 tokens · h KV heads of the latter
+half · head width d. For other L both halves have a halo. A halo that is longer than L comes from several ranks.
+
+Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L, as with S2-Attn's halo.
+
+ulysses  Jacobs et al., *DeepSpeed Ulysses*, 2023. An all-to-all exchanges tokens for heads: rank r attends over whole
+         rows with the query heads [r·H/P, (r+1)·H/P) and the KV heads that serve them. A KV head that serves the query
+         heads of several ranks is sent to each of them. It needs a P that divides H.
+ring     Liu et al., *Ring Attention*, 2023, for any other P. Keys and values pass from rank to rank. Rank r needs those
+         of ranks 0 … r alone, so that the ring is open and the last rank works longest.
+
+Where both are possible it is ulysses, in which all ranks work equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from loray.errors import SpecError
+from loray.spec import DTYPE_BYTES
+
+
+class Half(NamedTuple):
+    """The plain or the shifted query heads, and the KV heads that serve them.
+
+    Groups are cut at 0, `offset`, `offset` + G, …. A KV head that serves query heads of both halves is in both.
+    """
+
+    name: Literal["plain", "shifted"]
+    offset: int
+    query_heads: range
+    kv_heads: range
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of the whole row, all held by `rank`."""
+
+    rank: int
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+class Halo(NamedTuple):
+    """Tokens [start, stop) that `rank` needs from earlier ranks for the queries of one half; empty where equal.
+
+    spans  the tokens that each earlier rank holds, in order
+    """
+
+    rank: int
+    half: Half
+    start: int
+    stop: int
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_hops(self) -> int:
+        """Distance to the earliest rank that holds a part of it: 1 for the previous rank."""
+        return self.rank - self.spans[0].rank if self.spans else 0
+
+
+class Transfer(NamedTuple):
+    """Keys and values of `span` for one half, from the rank that holds them to rank `to`."""
+
+    span: Span
+    to: int
+    half: Half
+
+    def num_elements(self, head_dim: int, num_rows: int = 1) -> int:
+        """Keys and values together."""
+        return 2 * num_rows * self.span.num_tokens * len(self.half.kv_heads) * head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class HaloPlan:
+    """Every halo of one S2-Attn layer over a sequence group.
+
+    num_tokens N, a multiple of num_ranks P (pad rows with `padded_length`); group_size G; H query and K KV heads.
+    Raises SpecError, which is a ValueError, for values that do not fit together.
+    """
+
+    num_tokens: int
+    num_ranks: int
+    group_size: int
+    num_heads: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        if self.num_ranks < 1 or self.num_tokens < 1:
+            raise SpecError(f"{self.num_tokens} tokens over {self.num_ranks} ranks: both must be at least 1")
+        if self.num_tokens % self.num_ranks:
+            raise SpecError(
+                f"{self.num_tokens} tokens do not divide by {self.num_ranks} ranks; "
+                f"pad rows to {padded_length(self.num_tokens, self.num_ranks)}"
+            )
+        if self.num_heads < 1 or self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise SpecError(f"{self.num_heads} query heads do not divide by {self.num_kv_heads} KV heads")
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """L"""
+        return self.num_tokens // self.num_ranks
+
+    @property
+    def halves(self) -> tuple[Half, Half]:
+        repeats, middle = self.num_heads // self.num_kv_heads, self.num_heads // 2
+        plain_kv, shifted_kv = range(-(-middle // repeats)), range(middle // repeats, self.num_kv_heads)
+        return (
+            Half("plain", 0, range(middle), plain_kv),
+            Half("shifted", self.group_size // 2, range(middle, self.num_heads), shifted_kv),
+        )
+
+    def halo(self, rank: int, half: Half) -> Halo:
+        self._check_rank(rank)
+        stop = rank * self.tokens_per_rank
+        start = group_start(stop, self.group_size, half.offset) if half.kv_heads else stop  # no plain head for H = 1
+        return Halo(rank, half, start, stop, tuple(self._spans(start, stop)))
+
+    def received(self, rank: int) -> tuple[Transfer, ...]:
+        """Transfers to `rank` in the forward pass. In the backward pass it sends gradients of the same sizes."""
+        halos = (self.halo(rank, half) for half in self.halves)
+        return tuple(Transfer(span, rank, halo.half) for halo in halos for span in halo.spans)
+
+    def sent(self, rank: int) -> tuple[Transfer, ...]:
+        """Transfers from `rank` in the forward pass. In the backward pass it receives gradients of the same sizes."""
+        self._check_rank(rank)
+        sent: list[Transfer] = []
+        for to in range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank))):
+            sent += (transfer for transfer in self.received(to) if transfer.span.rank == rank)
+        return tuple(sent)
+
+    @property
+    def num_hops(self) -> int:
+        """The largest `num_hops` of any halo: at most 1 for L ≥ G, L = G/2 and L = 3G/4; 0 without a halo."""
+        return max(self.halo(r, half).num_hops for r in range(self.num_ranks) for half in self.halves)
+
+    def elements_received(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
+        """Elements that `rank` receives in one layer's forward pass."""
+        return sum(t.num_elements(head_dim, num_rows) for t in self.received(rank))
+
+    def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
+        """Elements that `rank` sends in one layer's forward pass."""
+        return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
+
+    def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
+        """Bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
+        return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
+
+    def _spans(self, start: int, stop: int) -> Iterator[Span]:
+        length = self.tokens_per_rank
+        while start < stop:
+            rank = start // length
+            end = min(stop, (rank + 1) * length)
+            yield Span(rank, start, end)
+            start = end
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.num_ranks:
+            raise SpecError(f"there is no rank {rank} in a sequence group of {self.num_ranks}")
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise SpecError unless `group_size` is even and at least 2."""
+    if group_size < 2 or group_size % 2:
+        raise SpecError(f"group_size must be even and at least 2, not {group_size}")
+
+
+def group_start(position: int, group_size: int, offset: int) -> int:
+    """First token of the group that holds `position`. Groups are cut at 0, offset, offset + G, …."""
+    return max(0, position - (position - offset) % group_size)
+
+
+def padded_length(num_tokens: int, num_ranks: int) -> int:
+    """The least multiple of `num_ranks` that is at least `num_tokens`."""
+    return -(-num_tokens // num_ranks) * num_ranks
+
+
+def ulysses_elements(num_tokens: int, num_ranks: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Elements that one rank sends per row in one layer's forward pass of dense attention with Ulysses' all-to-all.
+
+    (N/P)(2·h_q + 2·h_kv)·d·(P−1)/P: queries, keys, values and outputs, of which each rank keeps one part in P.
+    """
+    return num_tokens * (2 * num_heads + 2 * num_kv_heads) * head_dim * (num_ranks - 1) // num_ranks**2
+
+
+def ring_elements(num_tokens: int, num_ranks: int, num_kv_heads: int, head_dim: int) -> int:
+    """Elements that one rank sends per row in one layer's forward pass of dense ring attention.
+
+    2(P−1)(N/P)·h_kv·d: keys and values pass through all ranks.
+    """
+    return 2 * (num_ranks - 1) * num_tokens * num_kv_heads * head_dim // num_ranks
+
+
+DenseExchange = Literal["ulysses", "ring"]
+
+
+@dataclass(frozen=True, slots=True)
+class DensePlan:
+    """num_tokens N, a multiple of num_ranks P (pad rows with `padded_length`); H query and K KV heads.
+
+    Raises SpecError, which is a ValueError, for values that do not fit together. Elements are those of one layer.
+    """
+
+    num_tokens: int
+    num_ranks: int
+    num_heads: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1 or self.num_tokens < 1 or self.num_tokens % self.num_ranks:
+            raise SpecError(f"{self.num_tokens} tokens do not divide by {self.num_ranks} ranks")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise SpecError(f"{self.num_heads} query heads do not divide by {self.num_kv_heads} KV heads")
+
+    @property
+    def exchange(self) -> DenseExchange:
+        return "ring" if self.num_heads % self.num_ranks else "ulysses"
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """L"""
+        return self.num_tokens // self.num_ranks
+
+    @property
+    def imbalance(self) -> float:
+        """(query, key) pairs of the rank with most of them over the mean of all ranks."""
+        if self.exchange == "ulysses":
+            return 1.0
+        before, own, mean = self.num_tokens - self.tokens_per_rank, self.tokens_per_rank, self.num_tokens / 2
+        return (before + own / 2) / mean
+
+    def query_heads(self, rank: int) -> range:
+        """Those that `rank` computes with ulysses."""
+        share = self.num_heads // self.num_ranks
+        return range(rank * share, (rank + 1) * share)
+
+    def kv_heads(self, rank: int) -> range:
+        """Those that serve `query_heads(rank)`."""
+        heads, repeats = self.query_heads(rank), self.num_heads // self.num_kv_heads
+        return range(heads.start // repeats, (heads.stop - 1) // repeats + 1)
+
+    def forward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
+        """Elements that `rank` sends in the forward pass."""
+        unit = num_rows * self.tokens_per_rank * head_dim
+        if self.exchange == "ring":
+            return unit * 2 * self.num_kv_heads * self._passes(rank)
+        others = (other for other in range(self.num_ranks) if other != rank)
+        return unit * sum(2 * len(self.query_heads(other)) + 2 * len(self.kv_heads(other)) for other in others)
+
+    def backward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
+        """Elements that `rank` sends in the backward pass: a ring passes keys and values once more."""
+        unit = num_rows * self.tokens_per_rank * head_dim
+        if self.exchange == "ring":
+            return unit * 2 * self.num_kv_heads * (self._passes(rank) + rank)
+        return unit * (self.num_ranks - 1) * (2 * len(self.query_heads(rank)) + 2 * len(self.kv_heads(rank)))
+
+    def _passes(self, rank: int) -> int:
+        """How often `rank` passes keys and values on: its own and those of earlier ranks."""
+        return rank + 1 if rank + 1 < self.num_ranks else 0

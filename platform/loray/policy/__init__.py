@@ -1,0 +1,1 @@
+"""Decisions and reports of serving in plain Python, without torch, Ray or HTTP: demand, routing, scaling."""

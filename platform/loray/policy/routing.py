@@ -1,0 +1,393 @@
+"""A replica for a request; what replicas report.
+
+The order for an adapter: replicas that hold it in the pool, replicas that hold it on the host, replicas to which this
+router has just sent it, all others. Within each group, replicas are ordered by the rendezvous hash of adapter and
+replica. So routers with the same knowledge make the same choice, a replica that joins or leaves moves only the adapters
+placed on it, and the second choice for an adapter is as stable as the first.
+
+    D. Thaler, C. Ravishankar: Using name-based mappings to increase hit rates. IEEE/ACM Trans. Networking 6(1), 1998
+
+Two loads of a replica are bounded, each by c times the mean, and the requests by one more than their mean. A replica
+with too many requests is skipped, so an adapter in high demand spreads over as many replicas as it needs, and over
+fewer afterwards. A replica with too many adapters
+gets no new ones and loses those that do not fit into its pool, so a new replica takes its share of them.
+
+    V. Mirrokni, M. Thorup, M. Zadimoghaddam: Consistent hashing with bounded loads. SODA 2018, arXiv:1608.01350
+
+A request waits for the prompts before it, and one prompt may be a hundred times another. So a replica is skipped too
+if the prompts that it has not answered are longer, by more than `excess_tokens`, than those of the replica with the
+fewest such tokens. A router knows the prompts that it has sent itself.
+
+Reports of the replicas may be missing or old. Without them the hash decides, which is right for most adapters, because
+the hash placed them. Requests for the base go to the replica with the lowest load.
+
+An adapter is named by the first 64 bits of its digest. If two adapters collide, a request goes to the wrong replica,
+which serves it all the same.
+
+Deltas form a series, one for each connection of a replica to a gateway, and are numbered in it. So a gateway knows when
+it has missed one, and asks for everything again; and the deltas of a replica are never applied to what its predecessor,
+or an older connection, has said.
+
+The number of requests is not part of the report: it changes constantly, and Serve sends it with each response.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
+from math import ceil
+from operator import attrgetter
+from typing import Literal, NamedTuple, get_args
+
+Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+_TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
+_NOT_HELD = len(_TIERS)
+_NUM_PREFERENCES = _NOT_HELD + 3  # see `_preference`
+_BITS = (1 << 64) - 1
+_MAX_ORDERED = 1 << 18  # positions of replicas that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica as a router knows it.
+
+    load              number of requests on it
+    limit             number of requests that it accepts
+    unanswered        tokens of the prompts that this router has sent to it and whose first token has not come
+    in_pool, on_host  routing keys of the adapters that it holds, as reported `age_s` seconds ago
+    suspect           whether it has just failed a request
+    """
+
+    id: str
+    load: int
+    limit: int
+    in_pool: frozenset[str] = frozenset()
+    on_host: frozenset[str] = frozenset()
+    age_s: float = 0.0
+    suspect: bool = False
+    unanswered: int = 0
+
+
+class Candidate(NamedTuple):
+    replica: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """Parameters of the routing.
+
+    factor     the paper's c
+    floor      number of requests that a replica may have in any case. A second request on a replica costs less than
+               loading its adapter on another one; with a higher floor, few concurrent requests would all wait for one
+               replica while others are idle
+    excess     number of requests that a replica may have above the mean. Where queues are long, a quarter of the mean
+               is many requests, and waiting for them takes longer than loading the adapter elsewhere
+    excess_tokens  of unanswered prompts that a replica may have above the replica with the fewest: about as many as are
+               computed in the time of a few loads
+    max_age_s  reports that are older are ignored
+    recent_s   how long the router remembers which adapter it sent to a replica
+    """
+
+    factor: float = 1.25
+    floor: int = 2
+    excess: int = 1
+    excess_tokens: int = 1024
+    max_age_s: float = 30.0
+    recent_s: float = 30.0
+
+    def bound(self, total: int, number: int) -> int:
+        """The upper bound of each of n loads with sum m once one more is added: ⌈c (m + 1) / n⌉."""
+        return ceil(self.factor * (total + 1) / number)
+
+    def max_load(self, total: int, number: int) -> int:
+        """The same for requests: at most `excess` above their mean, at least `floor`."""
+        return max(min(self.bound(total, number), ceil((total + 1) / number) + self.excess), self.floor)
+
+
+class Routing:
+    """One router's decisions and memory. Times are seconds of any monotonic clock."""
+
+    def __init__(self, policy: RoutingPolicy | None = None) -> None:
+        self.policy = policy or RoutingPolicy()
+        self._recent: dict[str, OrderedDict[str, float]] = {}  # replica → adapter → time, oldest first
+        self._ids: list[str] = []  # the replicas of the last choice
+        self._orders: dict[str, list[int]] = {}  # adapter → their positions by hash
+
+    def rank(
+        self, replicas: Sequence[ReplicaView], adapter: str | None, *, now: float, tie: str = ""
+    ) -> list[Candidate]:
+        """Every replica once, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
+        self._expire(now)
+        # Sorting is stable: whatever is equal stays in the order of the hashes.
+        ordered = self._by_hash(replicas, tie if adapter is None else adapter, is_adapter=adapter is not None)
+        free = [r for r in ordered if not r.suspect and r.load < r.limit]
+        last_resort: list[ReplicaView] = []
+        if len(free) < len(ordered):
+            last_resort = [r for r in ordered if r.suspect or r.load >= r.limit]
+            last_resort.sort(key=attrgetter("suspect", "load"))
+        if adapter is None:
+            return [Candidate(r.id, "base") for r in sorted(free, key=attrgetter("load")) + last_resort]
+        if not free:
+            return [Candidate(r.id, "overflow") for r in last_resort]
+
+        max_load = self.policy.max_load(sum([r.load for r in free]), len(free))
+        held = [self._num_adapters(r) for r in free]
+        max_held = self.policy.bound(sum(held), len(held))
+        most = min([r.unanswered for r in free if r.load < max_load], default=0) + self.policy.excess_tokens
+        within: list[list[Candidate]] = [[] for _ in range(_NUM_PREFERENCES)]
+        beyond: list[ReplicaView] = []
+        first_by_hash: Candidate | None = None
+        spilled = False
+        for r, number in zip(free, held, strict=True):
+            tier = self._tier(r, adapter)
+            if r.load >= max_load or r.unanswered > most:
+                spilled = spilled or tier != _NOT_HELD
+                beyond.append(r)
+                continue
+            candidate = Candidate(r.id, "overflow" if tier == _NOT_HELD else _TIERS[tier])
+            if tier == _NOT_HELD and r is free[0]:
+                first_by_hash = candidate
+            within[_preference(tier, number >= max_held)].append(candidate)
+        ranked = [candidate for some in within for candidate in some]
+        if first_by_hash is not None and not spilled:
+            ranked[ranked.index(first_by_hash)] = Candidate(first_by_hash.replica, "hash")
+        beyond.sort(key=attrgetter("load"))
+        return ranked + [Candidate(r.id, "overflow") for r in beyond + last_resort]
+
+    def sent(self, candidate: Candidate, adapter: str | None, *, now: float) -> None:
+        """A request was sent to the candidate, which will hold the adapter even before it reports so."""
+        if adapter is None or candidate.reason in ("pool", "host"):
+            return
+        recent = self._recent.setdefault(candidate.replica, OrderedDict())
+        recent[adapter] = now
+        recent.move_to_end(adapter)
+
+    def reported(self, replica: str, adapters: Collection[str]) -> None:
+        """The replica reports that it holds these adapters. From now on only its reports count for them."""
+        for adapter in [a for a in self._recent.get(replica, ()) if a in adapters]:
+            del self._recent[replica][adapter]
+
+    def recent_holders(self, adapter: str) -> list[str]:
+        """Replicas to which the adapter was sent lately, and which have not reported it yet. From any thread."""
+        return [replica for replica, recent in list(self._recent.items()) if adapter in recent]
+
+    def retain(self, replicas: Collection[str]) -> None:
+        """Forgets what was sent to replicas other than these, which no longer exist."""
+        self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
+
+    def _by_hash(self, replicas: Sequence[ReplicaView], key: str, *, is_adapter: bool) -> list[ReplicaView]:
+        """The order of an adapter is kept while the replicas are the same."""
+        ids = [r.id for r in replicas]
+        if ids != self._ids:
+            self._ids, self._orders = ids, {}
+        order = self._orders.get(key)
+        if order is None:
+            bits = hashed(key)
+            weights = [mixed(bits ^ hashed(name)) for name in ids]
+            order = sorted(range(len(ids)), key=weights.__getitem__, reverse=True)
+            if is_adapter:
+                if len(self._orders) * len(ids) >= _MAX_ORDERED:
+                    self._orders.clear()
+                self._orders[key] = order
+        return [replicas[i] for i in order]
+
+    def _tier(self, replica: ReplicaView, adapter: str) -> int:
+        fresh = replica.age_s <= self.policy.max_age_s
+        if fresh and adapter in replica.in_pool:
+            return 0
+        if fresh and adapter in replica.on_host:
+            return 1
+        return 2 if adapter in self._recent.get(replica.id, ()) else _NOT_HELD
+
+    def _num_adapters(self, replica: ReplicaView) -> int:
+        recent = self._recent.get(replica.id, ())
+        if replica.age_s > self.policy.max_age_s:
+            return len(recent)
+        reported = len(replica.in_pool) + len(replica.on_host)
+        if not recent:
+            return reported
+        # A request may have been sent to a holder as overflow, or while the report was on its way.
+        return reported + sum(a not in replica.in_pool and a not in replica.on_host for a in recent)
+
+    def _expire(self, now: float) -> None:
+        for recent in self._recent.values():
+            while recent and next(iter(recent.values())) < now - self.policy.recent_s:
+                recent.popitem(last=False)
+
+
+def _preference(tier: int, crowded: bool) -> int:
+    """Sort key of a replica; smaller is better. `crowded`: it holds too many adapters."""
+    if tier == _TIERS.index("host") and crowded:
+        return _NOT_HELD + 1
+    return tier if tier != _NOT_HELD else _NOT_HELD + 2 * crowded
+
+
+def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:
+    """Whether `replica` is one of the first `number` of it and `others` in the order for `adapter`, a routing key."""
+    own = _weight(adapter, replica)
+    better = (True for other in others if _weight(adapter, other) > own)
+    return sum(islice(better, number)) < number
+
+
+def _weight(key: str, replica: str) -> int:
+    """The rendezvous hash. Unlike `hash`, it is the same in every process."""
+    return mixed(hashed(key) ^ hashed(replica))
+
+
+@lru_cache(maxsize=1 << 16)
+def hashed(name: str) -> int:
+    """64 bits of a name, of an adapter or a replica."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def mixed(bits: int) -> int:
+    """A permutation of 64 bits whose every output bit depends on all input bits (splitmix64's last part)."""
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _BITS
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _BITS
+    return bits ^ bits >> 31
+
+
+KEY_DIGITS = 16
+MAX_KEYS = 1 << 15  # in one delta: 256 KiB, a fraction of the channel's largest frame
+_FORGOTTEN_S = 300.0  # a report that is so old: no policy of routing uses it
+
+
+def routing_key(digest: str) -> str:
+    """The first 16 hex digits of a digest, which are unique among millions of adapters."""
+    return digest[:KEY_DIGITS]
+
+
+class Held(NamedTuple):
+    """Digests of the adapters in a replica's pool, and of those only on its host."""
+
+    in_pool: Collection[str] = ()
+    on_host: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingDelta:
+    """What has changed since the delta before it. Adapters are named by their routing keys, each at most once.
+
+    series, number    deltas of one series are numbered one after the other
+    is_whole          what was said before counts no more
+    in_pool, on_host  adapters that are in the pool now; only on the host now
+    gone              adapters that are on neither now
+    """
+
+    series: str
+    number: int
+    is_whole: bool
+    in_pool: tuple[str, ...] = ()
+    on_host: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """Routing keys of the adapters in the pool, and of those only on the host, after delta `number` of `series`."""
+
+    series: str
+    number: int
+    in_pool: frozenset[str] = frozenset()
+    on_host: frozenset[str] = frozenset()
+
+
+def apply(report: RoutingReport | None, delta: RoutingDelta) -> RoutingReport | None:
+    """The report after `delta`; None if the delta does not follow `report`, and the whole is needed."""
+    in_pool: frozenset[str] = frozenset()
+    on_host = in_pool
+    if not delta.is_whole:
+        if report is None or (delta.series, delta.number) != (report.series, report.number + 1):
+            return None
+        in_pool, on_host = report.in_pool, report.on_host
+    moved = {*delta.in_pool, *delta.on_host, *delta.gone}
+    return RoutingReport(
+        delta.series, delta.number, (in_pool - moved).union(delta.in_pool), (on_host - moved).union(delta.on_host)
+    )
+
+
+class RoutingSeries:
+    """A replica's side of one series: it knows what it has told."""
+
+    def __init__(self, name: str) -> None:
+        """`name`: no other series of any replica has it."""
+        self._name = name
+        self._number = -1
+        self._held = Held()
+        self._told: tuple[frozenset[str], frozenset[str]] | None = None  # of `_held`
+
+    def restart(self) -> None:
+        """The next deltas tell everything again."""
+        self._told = None
+
+    def deltas(self, held: Held) -> list[RoutingDelta]:
+        """What is to be sent now, in this order. Nothing if nothing has changed."""
+        if self._told is not None and held == self._held:  # the same digests in the same order: quick to see
+            return []
+        self._held = held
+        in_pool = frozenset(map(routing_key, held.in_pool))
+        on_host = frozenset(map(routing_key, held.on_host)) - in_pool
+        is_whole = self._told is None
+        was_in_pool, was_on_host = self._told or (frozenset[str](), frozenset[str]())
+        self._told = in_pool, on_host
+        gone = (was_in_pool | was_on_host) - in_pool - on_host
+        deltas: list[RoutingDelta] = []
+        for part in _parts(in_pool - was_in_pool, on_host - was_on_host, gone):
+            self._number += 1
+            deltas.append(RoutingDelta(self._name, self._number, is_whole, *part))
+            is_whole = False
+        if is_whole:
+            self._number += 1
+            deltas.append(RoutingDelta(self._name, self._number, is_whole))
+        return deltas
+
+
+def _parts(*kinds: Collection[str]) -> Iterator[list[tuple[str, ...]]]:
+    """The keys of all kinds, at most MAX_KEYS at once."""
+    keys = [(kind, key) for kind, of_kind in enumerate(kinds) for key in sorted(of_kind)]
+    for start in range(0, len(keys), MAX_KEYS):
+        part = keys[start : start + MAX_KEYS]
+        yield [tuple(key for kind, key in part if kind == wanted) for wanted in range(len(kinds))]
+
+
+class Known(NamedTuple):
+    """`at`: when the replica last gave a sign of life."""
+
+    report: RoutingReport
+    at: float
+
+
+class RoutingReports:
+    """What a gateway knows of its replicas. Times are seconds of any monotonic clock.
+
+    One thread writes; others may read meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, Known] = {}
+
+    def of(self, replica: str) -> Known | None:
+        return self._known.get(replica)
+
+    def take(self, replica: str, delta: RoutingDelta, now: float) -> bool:
+        """False if a delta was missed before this one: the replica must tell everything again."""
+        known = self._known.get(replica)
+        report = apply(None if known is None else known.report, delta)
+        if report is None:
+            return False
+        if known is None:
+            for other in [r for r, k in self._known.items() if k.at < now - _FORGOTTEN_S]:
+                del self._known[other]
+        self._known[replica] = Known(report, now)
+        return True
+
+    def alive(self, replica: str, now: float) -> None:
+        """The replica still gives signs of life: nothing has changed."""
+        if (known := self._known.get(replica)) is not None:
+            self._known[replica] = known._replace(at=now)

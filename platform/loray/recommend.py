@@ -1,0 +1,332 @@
+"""Which method, by the score card and by cost.
+
+It does not depend on the base or the machine, unlike `loray.recommend`.
+
+Training costs are the plan (`loray.planning`) of a recipe with the method's defaults and one row per step. The pool's
+density is computed with the engine's allocator. Serving costs are a lower bound, as in docs/guide/methods.md: the time
+that adapters add to a decode step of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from loray.bases.config import ModelConfig
+from loray.engine.memory.adapter_layout import AdapterShape, Matrix
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.limits import pool_geometry
+from loray.errors import SpecError, UnsupportedError
+from loray.planning.compute import estimate_time, plan_traffic
+from loray.planning.devices import Device
+from loray.planning.memory import plan_memory
+from loray.planning.run import Run, count_base, count_factors, count_trained, count_vera_pair, run_of
+from loray.spec import (
+    DTYPE_BYTES,
+    MODULES_BY_INPUT,
+    AdapterSpec,
+    DoraSpec,
+    LongLoraSpec,
+    LoraSpec,
+    RopeScaling,
+    ServeSpec,
+    TrainSpec,
+    VeraSpec,
+    format_size,
+)
+
+Constraint = Literal["low", "medium", "high"]
+Scale = Literal["single", "distributed"]
+
+_LONG_CONTEXT = 8192
+_MANY_TASKS = 100
+_SERVED_TASKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers to the four questions.
+
+    context_length  tokens of the longest row
+    num_tasks       number of adapters
+    constraint      how scarce memory and money are
+    scale           one machine, or a cluster
+    """
+
+    context_length: int
+    num_tasks: int
+    constraint: Constraint = "medium"
+    scale: Scale = "single"
+
+    def __post_init__(self) -> None:
+        # A row of one token has nothing to be trained on.
+        for name, value, least in (("context length", self.context_length, 2), ("number of tasks", self.num_tasks, 1)):
+            if value < least:
+                raise SpecError(f"the {name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    method: str
+    score: float
+    reason: str
+
+
+def score_methods(answers: Answers) -> list[Score]:
+    """Scores, the best first; of equal ones the more specialised method first."""
+    context, tasks = answers.context_length, answers.num_tasks
+    tens = min(tasks / 10, 10)
+    found: list[Score] = []
+    if context > _LONG_CONTEXT:
+        score = min(context / 4096, 10) * 0.3
+        found.append(Score("LongLoRA", score, f"{context:,} tokens are more than {_LONG_CONTEXT:,}"))
+    if answers.constraint == "high" or tasks > _MANY_TASKS:
+        why = []
+        if answers.constraint == "high":
+            why.append("resources are scarce")
+        if tasks > _MANY_TASKS:
+            why.append(f"{tasks:,} tasks are more than {_MANY_TASKS}")
+        score = (10 if answers.constraint == "high" else 5) + tens * 0.2
+        found.append(Score("VeRA", score, " and ".join(why) + ": an adapter is two vectors a module"))
+    if answers.scale == "distributed" and tasks > _SERVED_TASKS:
+        reason = f"{tasks:,} adapters on a cluster: one pool and one batch for all of them"
+        found.append(Score("S-LoRA", tens * 0.4 + 5, reason))
+    found.append(Score("LoRA", 5.0, "the baseline: every tool knows it"))
+    return sorted((Score(s.method, round(s.score, 9), s.reason) for s in found), key=lambda s: -s.score)
+
+
+GIB = 1 << 30
+NUM_ROWS = 32  # rows of a decode step, each with another adapter
+NUM_SERVED = 1000
+
+_BF16 = DTYPE_BYTES["bfloat16"]
+_MAX_BLOCKS = 256  # of the pool that is filled to count how many adapters fit
+_SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV cache
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one method with its default settings.
+
+    problem                 why it cannot be trained there; then the figures of training are None
+    trained_parameters      adapter_bytes: as published, in bf16, an own embedding whole
+    training_bytes          peak of one worker, over one row of the asked context; step_s: seconds of that step
+    checkpointing           was needed to fit
+    adapters_per_gib        of pool, beside VeRA's pair, which they share
+    served_pool_bytes       of pool for 1,000 adapters at once; served_devices: how many that takes, where half of what
+                            the base's weights leave is for adapters
+    throughput              of the base's, in decode steps with 32 rows on 32 adapters, at most
+    """
+
+    method: str
+    settings: str
+    problem: str | None
+    trained_parameters: int
+    adapter_bytes: int
+    training_bytes: int | None
+    step_s: float | None
+    tokens_per_s: float | None
+    checkpointing: bool
+    adapters_per_gib: float
+    served_pool_bytes: int
+    served_devices: int
+    throughput: float
+
+
+def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
+    """LoRA, DoRA, VeRA, LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
+    return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
+
+
+def recipe_of(
+    adapter: AdapterSpec,
+    context_length: int,
+    *,
+    rope_scaling: RopeScaling | None = None,
+    attention: Literal["dense", "s2"] | None = None,
+    checkpointing: bool = False,
+) -> TrainSpec:
+    """A recipe that trains `adapter` on one row of `context_length` per step. `attention` None: the method's usual."""
+    return TrainSpec.model_validate(
+        {
+            "name": "estimate",
+            "adapter": adapter.model_dump(),
+            "rope_scaling": rope_scaling,
+            **({} if attention is None else {"attention": {"type": attention}}),
+            "data": {"train": "unused", "max_length": context_length},
+            "batch": {"rows": 1},
+            "optimizer": {"learning_rate": 1e-4},
+            "max_steps": 1,
+            "gradient_checkpointing": checkpointing,
+        }
+    )
+
+
+def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
+    """The number of such adapters that the bf16 pool of an idle engine holds, together with VeRA's pair."""
+    geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
+    allocator = BlockAllocator(geometry)
+    demand = adapter_shape(adapter, model).demand(geometry)
+    if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(geometry.blocks_for_elements(pair)) is None:
+        return 0
+    number = 0
+    while all(allocator.allocate_rows(kind, rows) is not None for kind, rows in demand.items()):
+        number += 1
+    return number
+
+
+def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
+    """The adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
+    own: list[Matrix] = []
+    for module in adapter.target_modules:
+        out, width = model.module_shape(module)
+        if isinstance(adapter, VeraSpec):
+            own += Matrix(module, "vera_d", 1, adapter.rank), Matrix(module, "vera_b", 1, out)
+        else:
+            own += Matrix(module, "lora_a", adapter.rank, width), Matrix(module, "lora_b", adapter.rank, out)
+            own += [Matrix(module, "dora", 1, out)] if isinstance(adapter, DoraSpec) else []
+    flat: list[Matrix] = []
+    if adapter.train_norms:
+        norms = ("input_layernorm", "post_attention_layernorm")
+        own += (Matrix(name, "norm", 1, model.hidden_size) for name in norms)
+        flat.append(Matrix("norm", "norm", 1, model.hidden_size))
+    if adapter.train_embeddings:
+        flat.append(Matrix("embed_tokens", "embedding", model.vocab_size, model.hidden_size))
+    return AdapterShape.of(dict.fromkeys(range(model.num_layers), own), flat)
+
+
+def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
+    """(method, a recipe of it with default settings) for each estimated method."""
+    yield "lora", recipe_of(LoraSpec(), context_length)
+    yield "dora", recipe_of(DoraSpec(), context_length)
+    yield "vera", recipe_of(VeraSpec(), context_length)
+    window = model.max_position_embeddings
+    original = min(window, max(1, context_length // 2))
+    stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)
+    yield "longlora", recipe_of(LongLoraSpec(), context_length, rope_scaling=stretched)
+    if context_length > window:
+        both = recipe_of(VeraSpec(train_norms=True), context_length, rope_scaling=stretched, attention="s2")
+        yield "vera + longlora", both
+
+
+def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
+    problem, run, training_bytes, time = None, None, None, None
+    adapter = recipe.adapter
+    try:
+        run, training_bytes = _fitting(recipe, model, device)
+        time = estimate_time(run, device, plan_traffic(run))
+        if training_bytes > device.usable_bytes:
+            problem = "does not fit on one such device; see loray plan for several"
+    except (SpecError, UnsupportedError) as e:
+        problem = str(e)
+    trained = count_trained(model, adapter).total
+    per_gib = _per_gib(adapter, model)
+    served = int(NUM_SERVED / per_gib * GIB)
+    return Estimate(
+        method=method,
+        settings=_settings(adapter),
+        problem=problem,
+        trained_parameters=trained,
+        adapter_bytes=trained * _BF16,
+        training_bytes=training_bytes,
+        step_s=None if time is None else time.step_s,
+        tokens_per_s=None if time is None else time.tokens_per_s,
+        checkpointing=run is not None and run.checkpointing,
+        adapters_per_gib=per_gib,
+        served_pool_bytes=served,
+        served_devices=-(-served // max(1, _room(model, device))),
+        throughput=_throughput(adapter, model, device),
+    )
+
+
+def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[Run, int]:
+    """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
+    run = run_of(recipe, model, dtype=device.training_dtype)
+    if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
+        return run, peak
+    checkpointed = recipe.model_copy(update={"gradient_checkpointing": True})
+    run = run_of(checkpointed, model, dtype=device.training_dtype)
+    return run, plan_memory(run, device).peak_bytes
+
+
+def _settings(adapter: AdapterSpec) -> str:
+    modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
+    extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
+    return f"r{adapter.rank} on {modules}{extras}"
+
+
+def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
+    """Counted in a pool of up to some hundred blocks, so that it is fast for any block size."""
+    geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
+    block_bytes = geometry.block_size * _BF16
+    pair = geometry.blocks_for_elements(count_vera_pair(model, adapter)) * block_bytes
+    least = 8 * adapter_shape(adapter, model).num_blocks(geometry) * block_bytes
+    room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
+    return float(adapters_in(adapter, model, room + pair) * GIB / room)
+
+
+def _room(model: ModelConfig, device: Device) -> int:
+    """Bytes of a device for adapters."""
+    left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
+    return int(left * _SHARE_FOR_ADAPTERS)
+
+
+def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
+    rate = device.flops * device.matmul_share
+    elements, layers = model.num_matrix_elements, model.num_layers
+    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
+    read = NUM_ROWS * count_trained(model, adapter).adapter
+    if isinstance(adapter, VeraSpec):  # every layer also reads the pair, once for modules with the same input
+        for modules in MODULES_BY_INPUT:
+            shapes = [model.module_shape(module) for module in modules if module in adapter.target_modules]
+            if shapes:
+                read += layers * adapter.rank * (shapes[0][1] + max(out for out, _ in shapes))
+    computing = 2.0 * NUM_ROWS * count_factors(model, adapter) * layers / rate
+    return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    answers: Answers
+    base: str
+    device: str
+    scores: tuple[Score, ...]
+    estimates: tuple[Estimate, ...]
+    remarks: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a dictionary for JSON, in bytes, seconds, tokens and shares."""
+        return asdict(self)
+
+
+def recommend(answers: Answers, base: str, model: ModelConfig, device: Device) -> Recommendation:
+    scores, estimates = score_methods(answers), estimate_methods(answers, model, device)
+    said = tuple(remarks(answers, scores, estimates, model))
+    return Recommendation(answers, base, device.name, tuple(scores), tuple(estimates), said)
+
+
+def remarks(
+    answers: Answers, scores: Sequence[Score], estimates: Sequence[Estimate], model: ModelConfig
+) -> Iterator[str]:
+    yield (
+        "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves LoRA, VeRA "
+        "and LongLoRA of any rank in one batch, so VeRA trained and S-LoRA served is one choice, not two"
+    )
+    window, context = model.max_position_embeddings, answers.context_length
+    if context > window:
+        yield (
+            f"the base reads {window:,} tokens: for {context:,} its RoPE must be scaled, which LongLoRA does and LoRA "
+            "or VeRA alone do not, whatever the score says"
+        )
+    elif any(score.method == "LongLoRA" for score in scores):
+        yield f"the base reads {window:,} tokens as it is: {context:,} need no LongLoRA, which saves attention alone"
+    by_method = {estimate.method: estimate for estimate in estimates}
+    lora, vera = by_method["lora"], by_method["vera"]
+    if answers.num_tasks > 1:
+        yield (
+            f"{answers.num_tasks:,} adapters are {format_size(answers.num_tasks * lora.adapter_bytes)} as LoRA and "
+            f"{format_size(answers.num_tasks * vera.adapter_bytes)} as VeRA; {NUM_SERVED:,} in the pool at once take "
+            f"{format_size(lora.served_pool_bytes)} and {format_size(vera.served_pool_bytes)}, and a batch on "
+            f"{NUM_ROWS} of them reaches at most {lora.throughput:.0%} and {vera.throughput:.0%} of the base's speed"
+        )

@@ -1,0 +1,200 @@
+"""Keys, tenants, audit log."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+from loray.schemas.resources import WRITTEN_OUT, Resource
+from loray.spec import (
+    KEY_START,
+    ApiKey,
+    Duration,
+    KeyAlias,
+    Limits,
+    Scope,
+    Tenant,
+    TenantName,
+    duration_s,
+)
+
+_FIELDS = tuple(Limits.model_fields)
+Models = Annotated[tuple[str, ...] | None, Field(description="models that it may ask; null: all that its tenant sees")]
+Metadata = Annotated[dict[str, str], Field(default_factory=dict, max_length=64)]
+_YEARS = range(2000, 9999)
+
+
+def _utc(moment: datetime) -> datetime:
+    if moment.year not in _YEARS:
+        raise ValueError(f"must lie between {_YEARS.start} and {_YEARS.stop}")
+    return moment.astimezone(UTC)
+
+
+Moment = Annotated[AwareDatetime, WRITTEN_OUT, AfterValidator(_utc)]  # in UTC, which SQLite would not convert to
+_LIMITS = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class KeyResource(Limits):
+    """A key without its secret. `key_name` is its beginning, by which people recognise it."""
+
+    model_config = _LIMITS
+
+    id: str
+    key_name: str
+    key_alias: str
+    tenant: str
+    scopes: tuple[Scope, ...]
+    models: Models = None
+    metadata: Metadata
+    blocked: bool
+    created_by: str
+    created_at: datetime
+    expires: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None = Field(description="to the minute")
+
+    @classmethod
+    def of(cls, key: ApiKey, **more: Any) -> KeyResource:
+        same = ("id", "tenant", "metadata", "blocked", "created_by", "created_at", "revoked_at", "last_used_at")
+        return cls(
+            **{name: getattr(key, name) for name in same},
+            **key.limits.model_dump(),
+            key_name=f"{KEY_START}{key.prefix}…",
+            key_alias=key.alias,
+            scopes=tuple(sorted(key.scopes)),
+            models=None if key.models is None else tuple(sorted(key.models)),
+            expires=key.expires_at,
+            **more,
+        )
+
+
+class NewKeyResource(KeyResource):
+    """`key` is shown this once."""
+
+    key: str
+
+
+class KeyCreation(Limits):
+    """A key that is wanted, of the caller's tenant where none is named. `duration` or `expires` says when it ends;
+    without either it does not.
+    """
+
+    key_alias: KeyAlias
+    tenant: TenantName | None = None
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("infer",)
+    models: Models = None
+    metadata: Metadata
+    duration: Duration | None = None
+    expires: Moment | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> KeyCreation:
+        if self.duration is not None and self.expires is not None:
+            raise ValueError("give duration or expires, not both")
+        return self
+
+    @property
+    def expires_at(self) -> datetime | None:
+        return ends_at(self.duration) if self.duration is not None else self.expires
+
+    @property
+    def limits(self) -> Limits:
+        return limits_of(self)
+
+
+class KeyChange(Limits):
+    """What is to change; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
+    with `expires` null the key does not end. `duration` counts from now. `limits` replaces all limits at once.
+    """
+
+    key_alias: KeyAlias | None = None
+    models: Models = None
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    duration: Duration | None = None
+    expires: Moment | None = None
+    blocked: bool | None = None
+    limits: Limits | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> KeyChange:
+        if self.duration is not None and self.expires is not None:
+            raise ValueError("give duration or expires, not both")
+        if self.limits is not None and self.single_limits:
+            raise ValueError("give limits, which replaces all of them, or single ones, not both")
+        return self
+
+    @property
+    def expires_at(self) -> datetime | None:
+        return ends_at(self.duration) if self.duration is not None else self.expires
+
+    @property
+    def single_limits(self) -> dict[str, Any]:
+        """Name → new value of the limits that are given singly; null takes one away."""
+        return self.model_dump(include=set(_FIELDS) & self.model_fields_set)
+
+
+class Rotation(BaseModel):
+    """`grace_period`: how long the old key goes on beside the new one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_period: Duration | None = None
+
+    @property
+    def grace(self) -> timedelta:
+        return timedelta(seconds=0 if self.grace_period is None else duration_s(self.grace_period))
+
+
+class TenantResource(Limits):
+    model_config = _LIMITS
+
+    name: str
+    blocked: bool
+    created_at: datetime
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> TenantResource:
+        fields = tenant.model_dump(exclude={"limits"}) | tenant.limits.model_dump()
+        return cls(**fields)
+
+
+class TenantCreation(Limits):
+    name: TenantName
+
+    @property
+    def limits(self) -> Limits:
+        return limits_of(self)
+
+
+class TenantChange(BaseModel):
+    """What is to change; `limits` replaces all of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    blocked: bool | None = None
+    limits: Limits | None = None
+
+
+class AuditResource(Resource):
+    """One write, login, download or refusal: who did what to what, and whose it is."""
+
+    id: int
+    actor: str
+    action: str
+    subject: str
+    tenant: str
+    detail: Annotated[dict[str, Any], Field(description="what was given")]
+    created_at: datetime
+    address: Annotated[str | None, Field(description="from where the request came, as far as it is known")] = None
+    request_id: Annotated[str | None, Field(description="X-Request-Id of the answer; of refusals, the first")] = None
+
+
+def ends_at(duration: Duration) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=duration_s(duration))
+
+
+def limits_of(given: Limits) -> Limits:
+    """The limits among the fields of something larger."""
+    return Limits.model_validate(given.model_dump(include=set(_FIELDS), exclude_unset=True))

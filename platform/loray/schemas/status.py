@@ -1,0 +1,131 @@
+"""GET /status."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from loray.spec import EngineFigures, ServeSpec, Stretch
+
+
+class _Status(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class EngineStatus(EngineFigures):
+    """A moment's state, and totals since the replica's start. `blocks` are the pool's, by what they hold; hits and
+    misses are requests for an adapter, by where it was when they came."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the requests for an adapter that found it in the pool; None before the first."""
+        asked = self.num_pool_hits + self.num_host_hits + self.num_misses
+        return self.num_pool_hits / asked if asked else None
+
+
+class ReplicaStatus(EngineStatus):
+    """The adapters by `name@version`, or by digest where the catalog does not know them any more.
+
+    layout  what the pool's blocks hold by position, from the first block to the last in at most 200 stretches; empty
+            where it was not asked for, or the engine did not say in time
+    """
+
+    replica: str
+    base: str = ""
+    node: str
+    pid: int
+    uptime_s: float
+    adapters_in_pool: tuple[str, ...] = ()
+    adapters_on_host: tuple[str, ...] = ()
+    adapters_loading: tuple[str, ...] = ()
+    layout: tuple[Stretch, ...] = ()
+
+
+class AdapterPlacement(_Status):
+    """An adapter in one replica.
+
+    tier          pool, host, loading, failed, or none if the replica no longer holds it
+    nbytes        as published
+    last_used_at  seconds since the epoch
+    num_tokens    prompt and output tokens of the requests that have ended
+    """
+
+    replica: str
+    node: str
+    digest: str
+    name: str
+    version: int
+    nbytes: int
+    tier: str
+    uses: int
+    last_used_at: float
+    num_tokens: int
+
+
+class CatalogStatus(_Status):
+    num_adapters: int
+    failure: str | None = None
+
+
+class ScalingDecision(_Status):
+    """The number of replicas was changed. `time`: seconds since the epoch."""
+
+    time: float
+    from_replicas: int
+    to_replicas: int
+    reason: str
+
+
+class AutoscalingStatus(_Status):
+    """`reason`: why `target` is what it is, as of `time`. The last decisions, oldest first."""
+
+    target: int
+    reason: str
+    time: float
+    decisions: tuple[ScalingDecision, ...] = ()
+
+
+Health = Literal["ok", "degraded"]
+
+
+class BaseStatus(_Status):
+    """`degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants. `asleep`: it wants none,
+    since nobody asks; the next request starts one.
+    """
+
+    base: str
+    status: Literal["ok", "degraded", "asleep"]
+    num_replicas: int
+    target: int
+    num_adapters: int
+    spec: ServeSpec
+    autoscaling: AutoscalingStatus | None = None
+
+
+class Status(_Status):
+    """`degraded`: one of the bases is, or the catalog cannot be read. `replicas` and `totals` are of all bases."""
+
+    status: Health
+    bases: tuple[BaseStatus, ...]
+    catalog: CatalogStatus
+    replicas: tuple[ReplicaStatus, ...]
+    totals: EngineStatus
+
+    @property
+    def base_names(self) -> str:
+        """For people."""
+        return ", ".join(base.base for base in self.bases)
+
+
+def total(replicas: tuple[ReplicaStatus, ...]) -> EngineStatus:
+    """The sums over all replicas; for `max_adapters_in_step`, the maximum."""
+    sums = {
+        name: sum(getattr(r, name) for r in replicas)
+        for name, field in EngineStatus.model_fields.items()
+        if field.annotation is int
+    }
+    sums["max_adapters_in_step"] = max((r.max_adapters_in_step for r in replicas), default=0)
+    states = sorted({state for r in replicas for state in r.blocks})
+    return EngineStatus(**sums, blocks={s: sum(r.blocks.get(s, 0) for r in replicas) for s in states})

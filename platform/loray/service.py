@@ -1,0 +1,198 @@
+"""`CatalogService`: the API's operations on catalog and store, with resources as results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Catalog, Job, VersionSummary
+from loray.catalog.adapters import canonical_digests
+from loray.catalog.identity import UNCHANGED, NewKey
+from loray.schemas.access import (
+    KeyChange,
+    KeyCreation,
+    KeyResource,
+    NewKeyResource,
+    Rotation,
+    TenantChange,
+    TenantResource,
+)
+from loray.schemas.resources import (
+    AdapterResource,
+    AliasResource,
+    BaseResource,
+    JobResource,
+    ProjectionResource,
+    QuarantineResource,
+    ReplicaAdapter,
+    VersionDetail,
+    VersionResource,
+)
+from loray.schemas.status import AdapterPlacement
+from loray.spec import AdapterManifest, Duration, Limits, Projection
+
+_PAGE = 1000
+
+
+class DirectAccess:
+    """Has the methods of `AccessCalls` of the same names. Raises what the catalog raises."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def create_key(self, wanted: KeyCreation) -> NewKeyResource:
+        """The key itself is in the answer, and nowhere else."""
+        made = self._catalog.create_key(
+            wanted.key_alias,
+            tenant=wanted.tenant,
+            scopes=wanted.scopes,
+            models=wanted.models,
+            limits=wanted.limits,
+            metadata=wanted.metadata,
+            expires_at=wanted.expires_at,
+        )
+        return _new(made)
+
+    def keys(self, *, tenant: str | None = None, key_alias: str | None = None) -> Iterator[KeyResource]:
+        """All keys, newest first."""
+        cursor: str | None = None
+        while True:
+            page = self._catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant, alias=key_alias)
+            yield from (KeyResource.of(key) for key in page.keys)
+            if (cursor := page.next) is None:
+                return
+
+    def key(self, key_id: str) -> KeyResource:
+        return KeyResource.of(self._catalog.key(key_id))
+
+    def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
+        given = change.model_fields_set
+        changed = self._catalog.update_key(
+            key_id,
+            alias=change.key_alias,
+            blocked=change.blocked,
+            limits=change.limits,
+            single_limits=change.single_limits,
+            metadata=change.metadata,
+            models=change.models if "models" in given else UNCHANGED,
+            expires_at=change.expires_at if given & {"duration", "expires"} else UNCHANGED,
+        )
+        return KeyResource.of(changed)
+
+    def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
+        """With those that it was rotated from and into, or `only_this`."""
+        return KeyResource.of(self._catalog.revoke_key(key_id, only_this=only_this))
+
+    def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
+        """A new key instead of this one, which goes on for `grace_period`."""
+        return _new(self._catalog.rotate_key(key_id, grace=Rotation(grace_period=grace_period).grace))
+
+    def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
+        return TenantResource.of(self._catalog.create_tenant(name, limits))
+
+    def tenants(self) -> tuple[TenantResource, ...]:
+        return tuple(TenantResource.of(tenant) for tenant in self._catalog.tenants())
+
+    def tenant(self, name: str) -> TenantResource:
+        return TenantResource.of(self._catalog.tenant(name))
+
+    def change_tenant(self, name: str, change: TenantChange) -> TenantResource:
+        changed = self._catalog.update_tenant(name, limits=change.limits, blocked=change.blocked)
+        return TenantResource.of(changed)
+
+
+def _new(made: NewKey) -> NewKeyResource:
+    return NewKeyResource.model_validate(KeyResource.of(made.key).model_dump() | {"key": made.secret})
+
+
+T = TypeVar("T")
+
+
+def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
+    """An adapter. `bases`: fingerprint → name."""
+    ref = entry.default
+    return AdapterResource(
+        name=entry.name,
+        created_at=entry.created_at,
+        version=ref.version,
+        digest=ref.digest,
+        method=ref.method,
+        base=bases.get(ref.base_fingerprint),
+        base_fingerprint=ref.base_fingerprint,
+        context_length=ref.context_length,
+        nbytes=ref.nbytes,
+        versions=tuple(sorted(entry.versions, reverse=True)),
+        aliases=dict(entry.aliases),
+        weights=entry.weights,
+        tenant=entry.tenant,
+        visibility=entry.visibility,
+        shared_with=tuple(sorted(entry.shared_with)),
+    )
+
+
+def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> BaseResource:
+    """A base. `projections`: all its VeRA pairs, in the catalog's order."""
+    first = canonical_digests(projections)
+    shown = (ProjectionResource(**p.model_dump(), canonical=p.sha256 in first) for p in projections)
+    return BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown))
+
+
+def version(v: VersionSummary) -> VersionResource:
+    return VersionResource(**_fields(v, v))
+
+
+def detail(v: AdapterVersion) -> VersionDetail:
+    return VersionDetail(**_fields(v, v.manifest), manifest=v.manifest)
+
+
+def _fields(v: VersionSummary | AdapterVersion, made: VersionSummary | AdapterManifest) -> dict[str, Any]:
+    """The fields of a version in a list, and of one by itself. `made` has those of the manifest."""
+    return {
+        "name": v.name,
+        "version": v.version,
+        "digest": v.digest,
+        "created_at": v.created_at,
+        "aliases": v.aliases,
+        "method": made.method,
+        "base_fingerprint": made.base_fingerprint,
+        "context_length": made.context_length,
+        "nbytes": made.nbytes,
+        "evaluations": v.evaluations,
+        "quarantine": None if v.quarantine is None else QuarantineResource.model_validate(v.quarantine._asdict()),
+    }
+
+
+def alias(state: AliasState) -> AliasResource:
+    return AliasResource(
+        name=state.name,
+        alias=state.alias,
+        version=state.version,
+        digest=state.digest,
+        revision=state.revision,
+        weights=state.weights,
+    )
+
+
+def placement(found: AdapterPlacement, version: int, *, with_use: bool) -> ReplicaAdapter:
+    """An adapter in a replica. `version`: that of the requested name; the same bytes may have other names."""
+    last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if with_use and found.last_used_at else None
+    shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier"})
+    uses = found.uses if with_use else None
+    return ReplicaAdapter(version=version, uses=uses, last_used_at=last_used_at, **shown)
+
+
+def job(job: Job) -> JobResource:
+    return JobResource(
+        id=job.id,
+        name=job.name,
+        tenant=job.tenant,
+        status=job.status,
+        message=job.message,
+        version=job.version,
+        actor=job.actor,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        ended_at=job.ended_at,
+        recipe=job.recipe,
+    )

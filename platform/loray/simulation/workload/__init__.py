@@ -1,1 +1,0 @@
-"""Requests of a run: from traces of production, or made up."""

@@ -1,0 +1,78 @@
+"""LoRA, DoRA, LongLoRA, VeRA as a recipe says them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from loray.spec.fields import Frozen
+
+LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
+LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
+# The modules of a layer, those with the same input together.
+MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+
+
+class _AdapterSpec(Frozen):
+    """`train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and published as well.
+
+    usual_attention  while training, where a recipe does not say
+    """
+
+    usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
+
+    rank: int = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
+    train_embeddings: bool = False
+    train_norms: bool = False
+
+
+class LoraSpec(_AdapterSpec):
+    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0)
+    use_rslora: bool = False
+
+
+class DoraSpec(LoraSpec):
+    """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
+    inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
+    """
+
+    method: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+
+class LongLoraSpec(LoraSpec):
+    """LongLoRA (Chen et al., 2024): LoRA plus embeddings and norms. S2-Attn is the default of a recipe with it."""
+
+    usual_attention: ClassVar[Literal["dense", "s2"]] = "s2"
+
+    method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    train_embeddings: bool = True
+    train_norms: bool = True
+
+
+class VeraSpec(_AdapterSpec):
+    """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
+
+    method: Literal["vera"] = "vera"
+    rank: int = Field(default=256, gt=0)
+    d_initial: float = 0.1
+    projection_prng_key: int = Field(default=0, ge=0)
+    save_projection: bool = False
+
+
+AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]

@@ -1,0 +1,482 @@
+"""`TrainSpec`: a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from loray.spec.fields import MAX_CONTEXT, Alias, AnyDType, DType, Frozen, Name
+from loray.spec.methods import AdapterSpec, DoraSpec, LongLoraSpec
+from loray.spec.objectives import DpoSpec, ObjectiveSpec, SftSpec
+from loray.spec.training_older import upgraded
+
+# Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
+PERPLEXITY, LOSS = "perplexity", "loss"
+EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
+
+# Of pairs, by TRL's names: means of the answers' rewards, the share told apart, the mean difference.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+
+RetrievalTask = Literal["passkey", "topics"]
+ContextLength = Annotated[int, Field(gt=1)]
+Depth = Annotated[float, Field(ge=0, le=1)]
+# Why an alias is set although the gate refuses it. The catalog records the reason.
+NoGateReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
+def retrieval_metric(task: str, metric: str) -> str:
+    """`passkey`, EXACT_MATCH → "passkey_exact_match"."""
+    return f"{task}_{metric}"
+
+
+class PerplexitySpec(Frozen):
+    """Dense perplexity by LongLoRA's rule: windows of the context length, a new one every `stride` tokens of a
+    document, the mean loss over the whole window.
+    """
+
+    context_lengths: tuple[ContextLength, ...] = Field(
+        default=(), description="empty: the context that was extended, and the adapter's own"
+    )
+    stride: int = Field(default=256, gt=0)
+    max_windows: int | None = Field(
+        default=16, gt=0, description="for each context length, evenly spread; None: every window"
+    )
+
+
+class RetrievalSpec(Frozen):
+    """Finding a key in long filler: by depth (0: at the beginning, 1: at the end) and length, `samples` prompts each.
+
+    passkey  a five-digit number (Mohtashami & Jaggi, 2023)
+    topics   the topic of one conversation of many (LongChat's LongEval)
+    """
+
+    task: RetrievalTask = "passkey"
+    context_lengths: tuple[ContextLength, ...] = Field(min_length=1)
+    depths: tuple[Depth, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    samples: int = Field(default=4, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
+class AttentionSpec(Frozen):
+    """Attention while training; evaluation and serving are dense.
+
+    s2  LongLoRA's shifted sparse attention (Chen et al., ICLR 2024) in groups of `group_size` = G tokens. Unless given,
+        G is a quarter of the context that positions are scaled to; without scaling, of the longest row
+    """
+
+    type: Literal["dense", "s2"] = "dense"
+    group_size: int | None = Field(default=None, ge=2, multiple_of=2)
+
+    @model_validator(mode="after")
+    def _groups_are_s2s(self) -> Self:
+        if self.type == "dense" and self.group_size is not None:
+            raise ValueError("group_size is S2-Attn's: set type: s2, or leave group_size out")
+        return self
+
+
+class RopeScaling(Frozen):
+    """Position interpolation by `factor`: positions divided (linear), base stretched (ntk), or by frequency (yarn).
+
+    original_context × factor = the context trained for. `original_context` is the base's own window unless given.
+    """
+
+    type: Literal["linear", "ntk", "yarn"] = "linear"
+    factor: float = Field(gt=1, le=4096)
+    original_context: int | None = Field(default=None, gt=0, le=MAX_CONTEXT)
+
+    def extended_from(self, window: int) -> int:
+        """Tokens of the context before it is extended, on a base with a context of `window` tokens."""
+        return self.original_context or window
+
+    def context_length(self, window: int) -> int:
+        """Tokens that the adapter is trained for, on a base with a context of `window` tokens."""
+        return int(self.extended_from(window) * self.factor)
+
+
+class DataSource(Frozen):
+    """`path`: a file, a glob, a folder, or a data set that Hugging Face's `datasets` saved; here or on s3://. Or a data
+    set of its hub, hf://org/name[/configuration][@revision][:split].
+
+    `weight`: how often an epoch has the rows of this source: 2 has each twice, 0.25 a quarter, another one each epoch.
+    """
+
+    path: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+
+
+SourcePath = Annotated[str, Field(min_length=1)]
+Paths = Annotated[tuple[SourcePath, ...], Field(min_length=1)]
+Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
+
+
+class DataSpec(Frozen):
+    """JSONL, Parquet or saved data sets with columns `messages` (chat), `prompt` and `completion`, or `text`, and for
+    DPO `prompt`, `chosen` and `rejected` (preference); `auto` looks which. `train` and `eval` are one source (see
+    DataSource) or several.
+    """
+
+    train: SourcePath | Mixture
+    eval: SourcePath | Paths | None = None
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
+    format: Literal["auto", "chat", "prompt_completion", "text", "preference"] = "auto"
+    max_length: int | None = Field(
+        default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
+    )
+    max_rows: int | None = Field(default=None, gt=0, description="the first ones of every source of `train`")
+
+    @property
+    def train_sources(self) -> tuple[DataSource, ...]:
+        return _sources(self.train)
+
+    @property
+    def eval_sources(self) -> tuple[DataSource, ...]:
+        """Empty where rows are held out of `train`."""
+        return () if self.eval is None else _sources(self.eval)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all sources."""
+        return tuple(source.path for source in (*self.train_sources, *self.eval_sources))
+
+    def with_paths(self, change: Callable[[str], str]) -> Self:
+        """The same with every path changed."""
+        ours = {field: getattr(self, field) for field in ("train", "eval")}
+        return self.model_copy(update={field: _changed(sources, change) for field, sources in ours.items()})
+
+
+def _sources(given: str | tuple[str | DataSource, ...]) -> tuple[DataSource, ...]:
+    several = (given,) if isinstance(given, str) else given
+    return tuple(DataSource(path=source) if isinstance(source, str) else source for source in several)
+
+
+def _changed(
+    given: str | DataSource | tuple[str | DataSource, ...] | None, change: Callable[[str], str]
+) -> str | DataSource | tuple[object, ...] | None:
+    match given:
+        case None:
+            return None
+        case str():
+            return change(given)
+        case DataSource():
+            return given.model_copy(update={"path": change(given.path)})
+        case _:
+            return tuple(_changed(source, change) for source in given)
+
+
+class BatchSpec(Frozen):
+    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is. A row of DPO is
+    a pair: two sequences.
+
+    order  shuffled, length_grouped: a document or a window of it is a row. packed: whole documents fill a row, each
+           with positions and attention of its own. concat, of texts: they are joined by the end-of-sequence token and
+           cut at the longest row, with one attention and running positions, as LongLoRA's paper does. None: concat
+           for LongLoRA on texts, else shuffled
+    """
+
+    rows: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    accumulation: int = Field(default=1, gt=0)
+    order: Literal["shuffled", "length_grouped", "packed", "concat"] | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.rows is None) == (self.tokens is None):
+            raise ValueError("give exactly one of rows and tokens")
+        return self
+
+
+_BLOCK, _OUTER_BLOCK = 64, 256  # bitsandbytes' numbers of elements with a common scale, and of such scales
+
+
+class QuantizationSpec(Frozen):
+    """QLoRA (Dettmers et al., 2023) under bitsandbytes' names: linear layers of the decoder in 4 bits, products in the
+    recipe's dtype. Embeddings, norms, the output head and the adapter keep that dtype.
+    """
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Four bits, and a scale a block: in fp32, or in 8 bits with an fp32 scale an outer block."""
+        scale = 1 + 4 / _OUTER_BLOCK if self.bnb_4bit_use_double_quant else 4
+        return 0.5 + scale / _BLOCK
+
+
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
+# name, name@alias or name@version, of the tenant itself or as tenant/name
+_ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
+
+_LEAST_VERA_RATE, _LEAST_VERA_DPO_RATE = 1e-3, 5e-5
+
+
+class OptimizerSpec(Frozen):
+    """AdamW. Embeddings and norms are never decayed.
+
+    `loraplus_lr_ratio` is LoRA+ (Hayou et al., 2024): B learns at that many times the learning rate; 16 in the paper.
+    `vera_d_lr_ratio`: VeRA's d learns at that many times the rate of its b, which has the learning rate.
+    """
+
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    vera_d_lr_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class ParallelSpec(Frozen):
+    """How `num_workers` share the work: sequence × data parallel.
+
+    `sequence` neighbouring workers hold parts of the same rows, and the others other rows. `strategy` says what of
+    parameters, gradients and optimizer states each holds: all of them (ddp), its shard of the last two (zero2), of all
+    (zero3, fsdp2).
+    """
+
+    sequence: int = Field(default=1, gt=0)
+    strategy: StrategyName = "ddp"
+
+
+class EvaluationSpec(Frozen):
+    interval_steps: int | None = Field(default=None, gt=0, description="None: only before and after training")
+    max_rows: int = Field(default=128, gt=0)
+    keep_best: bool = Field(default=True, description="publish the checkpoint with the lowest evaluation loss")
+    perplexity: PerplexitySpec | None = Field(
+        default=None, description="of the base, the base under the adapter's RoPE and the adapter, before publishing"
+    )
+    retrieval: tuple[RetrievalSpec, ...] = Field(default=(), description="likewise")
+
+
+class EarlyStoppingSpec(Frozen):
+    """Ends a run after `patience` evaluations in a row whose held-out loss is not `min_delta` below the best before."""
+
+    patience: int = Field(default=3, gt=0)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class CheckpointSpec(Frozen):
+    """Due by steps or by minutes, whichever comes first, and at the end."""
+
+    interval_steps: int | None = Field(default=None, gt=0, description="None: at evaluations and at the end")
+    interval_minutes: float | None = Field(
+        default=15, gt=0, allow_inf_nan=False, description="between checkpoints at most; None: steps alone count"
+    )
+    keep: int = Field(default=2, gt=0)
+
+
+class PublishSpec(Frozen):
+    aliases: tuple[Alias, ...] = ()
+    dtype: DType | None = Field(default=None, description="of the published tensors; None: the base checkpoint's")
+    no_gate: NoGateReason | None = Field(
+        default=None, description="why aliases of a longer context are granted whatever was measured"
+    )
+    licence: str | None = None
+    description: str = ""
+
+
+def _usual_attention(fields: dict[str, Any]) -> AttentionSpec:
+    """The method's. `fields` are those of the recipe before `attention`; one that is not valid is missing."""
+    return AttentionSpec(type=getattr(fields.get("adapter"), "usual_attention", "dense"))
+
+
+class TrainSpec(Frozen):
+    """A recipe: one training run, from a base model to a published adapter."""
+
+    NOUN: ClassVar[str] = "recipe"
+
+    name: Name
+    base: Name = "smollm2"
+    objective: ObjectiveSpec = SftSpec()
+    quantization: QuantizationSpec | None = Field(
+        default=None, description="of the base while training (QLoRA); None: it stays in `dtype`"
+    )
+    adapter: AdapterSpec
+    attention: AttentionSpec = Field(
+        default_factory=_usual_attention, description="while training; S2-Attn for LongLoRA unless given, else dense"
+    )
+    rope_scaling: RopeScaling | None = Field(default=None, description="None: the base's RoPE as it is")
+    init_adapter: str | None = Field(
+        default=None, pattern=_ADAPTER, description="NAME@VERSION: go on from this published adapter, under its RoPE"
+    )
+    data: DataSpec
+    batch: BatchSpec
+    optimizer: OptimizerSpec
+    max_steps: int | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    evaluation: EvaluationSpec = EvaluationSpec()
+    early_stopping: EarlyStoppingSpec | None = Field(default=None, description="None: train to the end")
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",), description="where metrics go beside the events"
+    )
+    publish: PublishSpec = PublishSpec()
+    max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
+    gradient_checkpointing: bool = False
+    dtype: AnyDType = Field(default="auto", description="auto: what the workers' device multiplies fast")
+    num_workers: int = Field(default=1, gt=0)
+    min_workers: int | None = Field(
+        default=None, gt=0, description="go on with as few as these where workers are lost; None: with all or none"
+    )
+    parallel: ParallelSpec = ParallelSpec()
+    use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: where there is a GPU for each worker")
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = Field(
+        default=False, description="kernels that give the same bits again on a GPU; on a CPU all do"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_records(cls, recipe: Any) -> Any:
+        return upgraded(recipe)
+
+    @property
+    def chosen_dtype(self) -> DType:
+        """The dtype, of a recipe whose driver has chosen it for the workers' device."""
+        assert self.dtype != "auto", "the driver chooses the dtype"
+        return self.dtype
+
+    @property
+    def is_long_context(self) -> bool:
+        """Whether rows are as long as the context unless the recipe says otherwise."""
+        return self.rope_scaling is not None or isinstance(self.adapter, LongLoraSpec)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row is a pair of answers, of which a batch has two sequences."""
+        return isinstance(self.objective, DpoSpec)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of all workers in one optimizer step. It does not depend on how many workers are left."""
+        return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError("give exactly one of max_steps and num_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_is_evaluated(self) -> Self:
+        if self.early_stopping is not None and self.evaluation.interval_steps is None:
+            raise ValueError("early_stopping ends a run by its evaluations: set evaluation.interval_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_dtype(self) -> Self:
+        if self.dtype == "float16":
+            raise ValueError("float16 needs loss scaling, which loray does not do: train in bfloat16 or float32")
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_groups(self) -> Self:
+        sequence = self.parallel.sequence
+        for name, number in (("num_workers", self.num_workers), ("min_workers", self.min_workers or sequence)):
+            if number % sequence:
+                raise ValueError(f"parallel.sequence is {sequence}, which does not divide {name} ({number})")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_are_the_methods(self) -> Self:
+        if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
+            raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
+        if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
+            raise ValueError("optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_whole(self) -> Self:
+        if self.quantization is not None and self.parallel.strategy != "ddp":
+            raise ValueError(
+                f"a quantised base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _magnitudes_are_whole(self) -> Self:
+        if isinstance(self.adapter, DoraSpec) and self.parallel.strategy != "ddp":
+            raise ValueError(f"DoRA trains fp32 magnitudes, which {self.parallel.strategy} does not hold: use ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> Self:
+        has_pairs = self.data.format == "preference"
+        if not self.is_paired:
+            if has_pairs:
+                raise ValueError("data.format preference is for pairs: set objective: {type: dpo}")
+            return self
+        if self.data.format != "auto" and not has_pairs:
+            raise ValueError(f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out")
+        if self.batch.order in ("packed", "concat"):
+            raise ValueError(f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out")
+        if self.parallel.sequence > 1:
+            raise ValueError("DPO compares whole answers, which parallel.sequence splits: set it to 1")
+        if self.adapter.train_embeddings or self.adapter.train_norms:
+            raise ValueError(
+                "DPO's reference is the base with the adapter off, and trained embeddings and norms stay on: set "
+                "adapter.train_embeddings and adapter.train_norms to false"
+            )
+        if self.init_adapter is not None:
+            raise ValueError(
+                "DPO's reference is the base, and init_adapter starts elsewhere: merge that adapter into a base "
+                "(loray adapters pull --format), add it with loray base add, and train on it"
+            )
+        return self
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Warnings about values that are valid but probably a mistake."""
+        rate = self.optimizer.learning_rate
+        if self.adapter.method == "vera" and rate < (_LEAST_VERA_DPO_RATE if self.is_paired else _LEAST_VERA_RATE):
+            return (
+                f"optimizer.learning_rate is {rate:g}, as for LoRA; VeRA's two vectors a module want about ten times "
+                "that (the paper: 4e-3 to 2e-2)",
+            )
+        return ()
+
+
+JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
+EndStatus = Literal["succeeded", "failed", "stopped"]
+
+
+def has_ended(status: JobStatus) -> bool:
+    return status not in ("pending", "running")
+
+
+class TrainingGroup(NamedTuple):
+    """A group of a Ray cluster's nodes (KubeRay's worker group of this name) on which drivers and workers of jobs run,
+    and nothing else. Its nodes offer the two resources below and no CPU, so that no engine fits on them.
+    """
+
+    name: str
+
+    @property
+    def driver(self) -> dict[str, float]:
+        """What a job's driver takes: one a node, so that a node with a driver is not idle for Ray's autoscaler."""
+        return {f"{self.name}_driver": 1.0}
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """What each of a job's workers takes, instead of a CPU."""
+        return {f"{self.name}_worker": 1.0}
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Ray's label selector of all nodes outside the group."""
+        return {"ray.io/node-group": f"!{self.name}"}

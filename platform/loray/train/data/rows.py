@@ -1,0 +1,395 @@
+"""`Dataset`: training and held-out rows, joined texts, fingerprint.
+
+The ids are those of `tokenizer(eos.join(texts))`, cut every N tokens. Positions run through a row and attention crosses
+the joints, so that every position of the context is trained, whatever the length of a text. The last row is shorter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loray.errors import DataError
+from loray.recipes.sources import Copy, find_files
+from loray.spec import DataSpec
+from loray.train.data.batches import Rows, Share, TokenRows, pack_rows, pair_lengths
+from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
+from loray.train.data.read import DataFormat, RowFile
+from loray.train.data.reading.known import open_known
+from loray.train.data.shards import ShardCache
+from loray.train.data.tokenize import Tokenisation
+
+_BEGINNING = -1  # the start of the piece that is no document
+
+
+class TokenSource(Protocol):
+    def ids(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Token ids [start, stop)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Row i is [starts[i], starts[i] + lengths[i]) of a stream, which is P pieces one after the other.
+
+    Documents that follow each other in `tokens` are one piece: there are few, however many the documents.
+
+    beginning  token ids before the first document of a source
+    begins_P   where a piece begins in `tokens`
+    ends_P     where it ends in the stream
+    sources    whose stream a row is of
+    """
+
+    tokens: TokenSource
+    beginning: NDArray[np.int32]
+    begins_P: NDArray[np.int64]
+    ends_P: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids of row i, all of which but the first are targets."""
+        at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
+        parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
+        while at < stop:
+            end = int(self.ends_P[piece])
+            skipped = at - (int(self.ends_P[piece - 1]) if piece else 0)
+            taken, begin = min(stop, end) - at, int(self.begins_P[piece])
+            if begin == _BEGINNING:
+                parts.append(self.beginning[skipped : skipped + taken])
+            else:
+                parts.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+            at, piece = at + taken, piece + 1
+        ids = np.concatenate(parts)
+        return ids, np.arange(len(ids)) > 0
+
+    def select(self, indices: NDArray[np.int64]) -> JoinedRows:
+        """These rows, without a copy of the tokens."""
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
+
+
+def join(
+    tokens: TokenSource,
+    beginning: Sequence[int],
+    begins_D: NDArray[np.int64],
+    lengths_D: NDArray[np.int64],
+    streams: Sequence[NDArray[np.int64]],
+    row_length: int,
+) -> JoinedRows:
+    """The documents of each source's stream in rows of `row_length` tokens, those of one before those of the next.
+
+    Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
+    the last one of a stream loses. A stream has what the tokenizer puts before a text once.
+    """
+    begins, lengths, starts, stops, sources = [], [], [], [], []
+    first = 0
+    for source, chosen in enumerate(streams):
+        if not len(chosen):
+            continue
+        at, size = begins_D[chosen], lengths_D[chosen]
+        heads = np.flatnonzero(np.concatenate([[True], at[1:] != at[:-1] + size[:-1]]))
+        begins += [np.array([_BEGINNING]), at[heads]]
+        lengths += [np.array([len(beginning)]), np.add.reduceat(size, heads)]
+        stop = first + len(beginning) + int(size.sum())
+        rows = np.arange(first, stop - 1, row_length, dtype=np.int64)
+        starts.append(rows)
+        stops.append(np.minimum(rows + row_length, stop - 1))
+        sources.append(np.full(len(rows), source, np.int64))
+        first = stop
+    starts_R = _concatenated(starts)
+    return JoinedRows(
+        tokens,
+        np.array(beginning, np.int32),
+        _concatenated(begins),
+        np.cumsum(_concatenated(lengths)),
+        starts_R,
+        _concatenated(stops) - starts_R,
+        _concatenated(sources),
+    )
+
+
+def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
+
+
+class Part(NamedTuple):
+    """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
+
+    rows: SliceRows | JoinedRows
+    sources: NDArray[np.integer]
+    truncated: NDArray[np.bool_]
+    num_targets: Indices
+
+    def select(self, indices: Indices) -> Part:
+        return Part(
+            self.rows.select(indices), self.sources[indices], self.truncated[indices], self.num_targets[indices]
+        )
+
+
+class Split(NamedTuple):
+    """`num_documents` are those of the training files, held-out ones included."""
+
+    trained: Part
+    held_out: Part
+    num_documents: int
+
+
+def windows(
+    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
+) -> Split:
+    """Rows of single documents, or of windows of one."""
+    part, documents = _cut(train, max_length)
+    num_documents = train.num_documents
+    if evaluation is not None:
+        return Split(part, _cut(evaluation, max_length)[0], num_documents)
+    if num_documents == 1 and train.is_text_E[0] and fraction:
+        trained, held_out = _end_held_out(files, len(part.rows), fraction)
+    else:
+        _, documents_out = _hold_out(files, num_documents, fraction, seed)
+        is_held_out = np.isin(documents, documents_out)
+        trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return Split(part.select(trained), part.select(held_out), num_documents)
+
+
+def _cut(corpus: Corpus, max_length: int) -> tuple[Part, Indices]:
+    """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
+    row.
+    """
+    counts_E = np.where(corpus.is_text_E, -(-corpus.lengths_E // max_length), 1)
+    example_R = np.repeat(np.arange(len(counts_E)), counts_E)
+    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)  # of the window
+    left_R = corpus.lengths_E[example_R] - number_R * max_length
+    lengths_R = np.minimum(left_R, max_length)
+    is_text_R = corpus.is_text_E[example_R]
+    part = Part(
+        SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
+        corpus.sources_E[example_R],
+        ~is_text_R & (left_R > max_length),
+        np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
+    )
+    return part, corpus.documents_E[example_R]
+
+
+def joined_texts(
+    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
+) -> Split:
+    """Rows of joined texts, of each source for itself. What is held out is split off before texts are joined, unless
+    there is a single text.
+    """
+
+    def rows_of(corpus: Corpus, chosen: Indices) -> Part:
+        bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
+        streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
+        rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
+        return Part(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
+
+    everything = np.arange(train.num_documents)
+    if evaluation is not None:
+        return Split(
+            rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
+        )
+    if len(everything) == 1 and fraction:
+        whole = rows_of(train, everything)
+        trained, held_out = _end_held_out(files, len(whole.rows), fraction)
+        return Split(whole.select(trained), whole.select(held_out), 1)
+    trained, held_out = _hold_out(files, len(everything), fraction, seed)
+    return Split(rows_of(train, trained), rows_of(train, held_out), len(everything))
+
+
+def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
+    """(training, held out) rows of a single text, whose end is held out."""
+    count = _num_held_out(files, num_rows, fraction)
+    return np.arange(num_rows - count), np.arange(num_rows - count, num_rows)
+
+
+def _hold_out(files: Files, num_documents: int, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """(training, held out) documents: what becomes of one document is on one side."""
+    if fraction == 0:
+        return np.arange(num_documents), np.empty(0, np.int64)
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
+    held_out = np.sort(order[: _num_held_out(files, num_documents, fraction)])
+    return np.setdiff1d(np.arange(num_documents), held_out), held_out
+
+
+def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
+    if num_units < 2:
+        raise DataError(
+            f"{files[0][0].source} has a single row, so nothing can be held out of it; "
+            "give data.eval, or set data.eval_fraction to 0"
+        )
+    return min(max(1, round(num_units * fraction)), num_units - 1)
+
+
+def check_texts(files: Iterable[RowFile]) -> None:
+    for file in files:
+        if file.format != "text":
+            raise DataError(
+                f"{file.source} holds rows of format {file.format}, and batch.order concat joins texts: take shuffled, "
+                "length_grouped or packed"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """Statistics of the data. A row of preferences is a pair. Tokens are those of the training rows; targets are tokens
+    with a label.
+    """
+
+    format: DataFormat
+    num_documents: int
+    num_rows: int
+    num_eval_rows: int
+    num_tokens: int
+    num_targets: int
+    num_truncated: int
+    num_without_targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Training rows, which are read from the cache of tokens, and held-out rows, which are few.
+
+    `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
+    digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache` has the
+    tokens of training rows.
+    """
+
+    train: Rows
+    evaluation: TokenRows
+    max_length: int
+    fingerprint: str
+    report: DataReport
+    is_joined: bool = False
+    is_paired: bool = False
+    shares: tuple[Share, ...] = ()
+    cache: ShardCache | None = None
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each training row; of a pair those of both answers, padded to the longer one."""
+        return pair_lengths(self.train.lengths) if self.is_paired else self.train.lengths
+
+    @property
+    def length_counts(self) -> dict[int, int]:
+        """How many sequences of the training rows have a number of tokens."""
+        counts = np.bincount(self.train.lengths)
+        return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
+
+
+def load_data(
+    spec: DataSpec,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_eval_rows: int,
+    seed: int,
+    joined: bool | None = False,
+    whole_windows: bool = False,
+    paired: bool = False,
+    fetched: Mapping[str, Copy] = MappingProxyType({}),
+    cache: ShardCache | None = None,
+    run: Runner = run_here,
+) -> Dataset:
+    """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
+
+    Without `spec.eval`, `eval_fraction` of the documents is held out, the same ones for the same seed; of a single text
+    its last rows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
+    joined         join texts and cut them at `max_length`, see `loray.train.data.rows`; None: where the data is texts
+    whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
+    paired         rows are preference pairs; one is left out where an answer is cut away, or where both are equal
+    fetched        copies on this machine of remote sources
+    cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
+    run            tokenises what the cache lacks
+    """
+    cache = cache or TemporaryCache()
+    train_files, eval_files = (
+        [_open(source.path, spec, fetched, cache, paired) for source in sources]
+        for sources in (spec.train_sources, spec.eval_sources)
+    )
+    files = [file for source in (*train_files, *eval_files) for file in source]
+    is_joined = joined if joined is not None else all(file.format == "text" for file in files)
+    if is_joined:
+        check_texts(files)
+    tokenisation = Tokenisation(tokenizer, joined=is_joined)
+    train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
+    eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
+    rows_of = joined_texts if is_joined else windows
+    trained, held_out, num_documents = rows_of(
+        train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed
+    )
+
+    each = 2 if paired else 1  # sequences of a row
+    usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
+    for sources, rows in ((spec.train_sources, usable), (spec.eval_sources, measured)):
+        if sources and not len(rows):
+            named = ", ".join(source.path for source in sources)
+            raise DataError(f"no row of {named} has a token to learn within {max_length} tokens; raise data.max_length")
+    if whole_windows and not paired:
+        whole = measured[held_out.rows.lengths[measured] == max_length]
+        measured = whole if len(whole) else measured
+    if len(measured) > max_eval_rows:
+        drawn = np.random.default_rng([seed, SAMPLE_STREAM]).choice(len(measured), max_eval_rows, replace=False)
+        measured = measured[np.sort(drawn)]
+
+    kept = _sequences(usable, each)
+    train = trained.rows.select(kept)
+    report = DataReport(
+        format=next((file.format for file in files if file.format != "text"), "text"),
+        num_documents=num_documents,
+        num_rows=len(usable),
+        num_eval_rows=len(measured),
+        num_tokens=int(train.lengths.sum()),
+        num_targets=int(trained.num_targets[kept].sum()),
+        num_truncated=int(trained.truncated[kept].reshape(-1, each).any(1).sum()),
+        num_without_targets=len(trained.rows) // each - len(usable),
+    )
+    # A copy, of these rows alone.
+    evaluation = pack_rows([held_out.rows.row(int(i)) for i in _sequences(measured, each)])
+    weights = [source.weight for source in spec.train_sources]
+    counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
+    shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
+    fingerprint = _fingerprint(train_corpus, eval_corpus)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
+
+
+def _usable_pairs(part: Part) -> NDArray[np.int64]:
+    """Pairs of which both answers have a target, and which differ as far as they go."""
+    usable = np.flatnonzero((part.num_targets.reshape(-1, 2) > 0).all(1))
+    both_cut = np.flatnonzero(part.truncated.reshape(-1, 2).all(1))
+    equal = [i for i in both_cut.tolist() if np.array_equal(part.rows.row(2 * i)[0], part.rows.row(2 * i + 1)[0])]
+    return np.setdiff1d(usable, np.array(equal, np.int64))
+
+
+def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
+    return (each * rows[:, None] + np.arange(each)).ravel()
+
+
+def _open(
+    path: str, spec: DataSpec, fetched: Mapping[str, Copy], cache: ShardCache, paired: bool
+) -> tuple[RowFile, ...]:
+    """The files of one source."""
+    return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
+
+
+def _fingerprint(train: Corpus, evaluation: Corpus | None) -> str:
+    """Of a single file its SHA-256, of several that of their SHA-256s."""
+    return _digest([_digest(corpus.sha256s) for corpus in (train, evaluation) if corpus is not None])
+
+
+def _digest(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(f"{d}\n" for d in digests).encode()).hexdigest()

@@ -1,0 +1,196 @@
+"""SFT and DPO; cross-entropy in chunks.
+
+Shapes: B rows, T positions, N positions with a label, C of them at once, D hidden size, V vocabulary.
+
+The reference is the base: the same model with the adapter off, on the same rows, without gradients, in the same step.
+
+Shapes: P pairs, B = 2P rows (first the chosen answers, then the rejected ones), T positions, N positions with a label.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loray.methods.attach import AdapterSwitch
+from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
+from loray.spec import REWARDS, DpoSpec, TrainSpec
+from loray.train.data.batches import IGNORED, Batch
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """−log softmax(h_n Wᵀ)[label_n] for each n, logits upcast to fp32; the head W is frozen.
+
+    The forward pass also computes the gradient for the hidden states, (softmax − onehot) W, from the logits of each
+    chunk: two matrix products per chunk, where recomputation in the backward pass would take three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+        losses_N = hidden_ND.new_empty(len(labels_N), dtype=torch.float32)
+        grad_ND = torch.empty_like(hidden_ND) if with_grad else None
+        elements = LOSS_CHUNK_ON_CPU if hidden_ND.device.type == "cpu" else LOSS_CHUNK
+        rows = max(1, elements // weight_VD.shape[0])
+        for start in range(0, hidden_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            labels_C1 = labels_N[part, None]
+            logits_CV = (hidden_ND[part] @ weight_VD.T).float()
+            normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            losses_N[part] = (normaliser_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
+            if grad_ND is not None:
+                logits_CV.sub_(normaliser_C1).exp_()  # softmax
+                logits_CV.scatter_add_(1, labels_C1, logits_CV.new_full(labels_C1.shape, -1.0))
+                grad_ND[part] = logits_CV.to(weight_VD.dtype) @ weight_VD
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * grads[0][:, None]).to(grad_ND.dtype), None, None, None
+
+
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """(N,) in fp32, of N labels, none of them −100. Differentiable in `hidden_ND` only.
+
+    Raises ValueError where `weight_VD` is trained.
+    """
+    if weight_VD.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the output head is trained, but this loss holds it frozen")
+    with_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
+    losses_N: Tensor = _CrossEntropy.apply(hidden_ND, weight_VD, labels_N, with_grad)  # type: ignore[no-untyped-call]
+    return losses_N
+
+
+def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Scalar fp32: the sum of `cross_entropy`."""
+    return cross_entropy(hidden_ND, weight_VD, labels_N).sum()
+
+
+class Loss(NamedTuple):
+    """`total` is an fp32 sum over `num_targets` labels. Divide it once, by the number of labels of the whole step."""
+
+    total: Tensor
+    num_targets: int
+
+
+class LabelLosses(NamedTuple):
+    """fp32 losses of N labels, in the order in which `learned_BT` marks their positions."""
+
+    losses_N: Tensor
+    learned_BT: Tensor
+
+
+def label_losses(model: Any, batch: Batch) -> LabelLosses:
+    """Of a transformers causal language model on one micro-batch. The head skips positions without a label."""
+    device = next(model.parameters()).device
+    hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
+    labels_BT = batch.labels_BT.to(device)
+    learned_BT = labels_BT != IGNORED
+    head = model.get_output_embeddings()
+    return LabelLosses(cross_entropy(hidden_BTD[learned_BT], head.weight, labels_BT[learned_BT]), learned_BT)
+
+
+def batch_loss(model: Any, batch: Batch) -> Loss:
+    return Loss(label_losses(model, batch).losses_N.sum(), batch.num_targets)
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, for strategies that gather parameters at a module's call.
+
+    METRICS  names of further figures, means over the terms of the loss
+    """
+
+    METRICS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scalar fp32: the sum over the batch's labels."""
+        return batch_loss(self.model, batch).total
+
+    def take(self) -> tuple[float, ...]:
+        """The sums of METRICS over all calls since they were last taken."""
+        return ()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by their names in the model."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+class PreferenceObjective(Objective):
+    """The sum of a batch's pair losses; sums of TRL's metrics over pairs are kept until `take`."""
+
+    METRICS = REWARDS
+
+    def __init__(self, model: Any, spec: DpoSpec) -> None:
+        super().__init__(model)
+        self._spec = spec
+        self._switch = AdapterSwitch(model)
+        self._sums: list[Tensor] = []
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scalar fp32: the sum over the batch's pairs."""
+        with torch.no_grad(), self._switch.off():
+            reference_B, num_targets_B = log_probs(self.model, batch)
+        policy_B, _ = log_probs(self.model, batch)
+        has_labels_P = num_targets_B.chunk(2)[0] > 0  # a batch that fills up a step has none
+        losses_P = pair_losses(policy_B - reference_B, num_targets_B, self._spec)
+        self._sums.append(reward_sums(policy_B.detach() - reference_B, has_labels_P, self._spec.beta))
+        return torch.where(has_labels_P, losses_P, 0.0).sum()
+
+    def take(self) -> tuple[float, ...]:
+        sums, self._sums = self._sums, []
+        if not sums:
+            return (0.0,) * len(self.METRICS)
+        return tuple(torch.stack(sums).double().sum(0).tolist())
+
+
+def log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(fp32 log-probability of each row's targets, number of them), both (B,)."""
+    losses_N, learned_BT = label_losses(model, batch)
+    losses_BT = losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)
+    return -losses_BT.sum(1), learned_BT.sum(1)
+
+
+def pair_losses(log_ratios_B: Tensor, num_targets_B: Tensor, spec: DpoSpec) -> Tensor:
+    """(P,). `log_ratios_B`: log π(answer) − log π_ref(answer), a sum over the answer's `num_targets_B` tokens.
+
+    sigmoid  −log σ(β Δ), with Δ the chosen log-ratio minus the rejected one (equation 7)
+    robust   (−(1 − ε) log σ(β Δ) + ε log σ(−β Δ)) / (1 − 2ε), with ε the label smoothing (Chowdhury et al., 2024)
+    ipo      (Δ' − 1/(2β))², Δ' of log-ratios a token (Azar et al., 2023)
+    hinge    max(0, 1 − β Δ)
+    """
+    if spec.loss_type == "ipo":
+        log_ratios_B = log_ratios_B / num_targets_B.clamp(min=1)
+    chosen_P, rejected_P = log_ratios_B.chunk(2)
+    delta_P = chosen_P - rejected_P
+    match spec.loss_type:
+        case "ipo":
+            return (delta_P - 1 / (2 * spec.beta)).square()
+        case "hinge":
+            return F.relu(1 - spec.beta * delta_P)
+        case "sigmoid":
+            return -F.logsigmoid(spec.beta * delta_P)
+        case "robust":
+            flipped, logits_P = spec.label_smoothing, spec.beta * delta_P
+            unscaled_P = flipped * F.logsigmoid(-logits_P) - (1 - flipped) * F.logsigmoid(logits_P)
+            return unscaled_P / (1 - 2 * flipped)
+
+
+def reward_sums(log_ratios_B: Tensor, has_labels_P: Tensor, beta: float) -> Tensor:
+    """The sums of REWARDS over pairs: a reward is β times a log-ratio (equation 5)."""
+    chosen_P, rejected_P = (beta * log_ratios_B).chunk(2)
+    rows = (chosen_P, rejected_P, (chosen_P > rejected_P).float(), chosen_P - rejected_P)
+    return torch.stack([torch.where(has_labels_P, row_P, 0.0).sum() for row_P in rows])
+
+
+def objective_of(model: Any, spec: TrainSpec) -> Objective:
+    """What the recipe minimises."""
+    return PreferenceObjective(model, spec.objective) if isinstance(spec.objective, DpoSpec) else Objective(model)

@@ -1,1 +1,0 @@
-"""What runs minimise, beside the cross-entropy of `loray.train.loss`."""

@@ -1,1 +1,0 @@
-"""The base of a run: whole, or as the shards of its strategy."""

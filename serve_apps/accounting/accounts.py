@@ -1,0 +1,387 @@
+"""What a request reserves and used; turns of tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import NamedTuple
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loray.catalog import Catalog
+from loray.errors import LorayError, Overloaded, RequestError
+from loray.locations import FileLocation, parse_location
+from loray.policy.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
+from loray.serving.fair_admission import FairAdmission
+from loray.settings import Settings
+from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
+from loray.store import open_store
+from serve_apps.accounting.quotas import Exchange, SharedOwner, follow_owner
+from serve_apps.accounting.usage import UsageStatus, UsageWriter
+
+_START_S = 2.0  # that a start waits to hear what was used before
+
+
+class Books:
+    """`exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
+    while a key or a tenant has a limit; None: it may always be so.
+    """
+
+    def __init__(
+        self, settings: Settings, exchange: Exchange | None = None, is_limited: asyncio.Event | None = None
+    ) -> None:
+        self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
+        self._writer: UsageWriter | None = None
+
+    def _catalog(self) -> Catalog:
+        return Catalog(self._settings.catalog)
+
+    def add(self, event: UsageEvent) -> None:
+        assert self._writer is not None, "requests end before the books are closed"
+        self._writer.add(event)
+
+    def note_open(self, event: UsageEvent) -> None:
+        """As `UsageWriter.note_open`."""
+        assert self._writer is not None, "requests begin after the books are opened"
+        self._writer.note_open(event)
+
+    @property
+    def status(self) -> UsageStatus | None:
+        """None before the books are opened."""
+        return None if self._writer is None else self._writer.status
+
+    @asynccontextmanager
+    async def opened(self, gate: QuotaGate) -> AsyncIterator[None]:
+        url = self._settings.store
+        # A folder is on the disk that has the journal.
+        open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
+        self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
+        async with self._with_owner(gate) as exchange:
+            task = asyncio.create_task(follow_owner(gate, exchange, self._is_limited))
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await asyncio.to_thread(self._writer.close)
+
+    @asynccontextmanager
+    async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[Exchange]:
+        """The exchange with the owner of the limits. One of this process begins with what was used before, and is told
+        at the end what the gate has admitted since its last exchange.
+        """
+        if self._exchange is not None:
+            yield self._exchange
+            return
+        owner = SharedOwner(secrets.token_hex(8), 1, self._catalog)
+        exchange = partial(owner.exchange, "gateway")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_S):
+                gate.apply(await exchange(()), time.time())
+        try:
+            yield exchange
+        finally:
+            await exchange(gate.reports(time.time()))
+            await owner.close()
+
+
+NOTED_TOKENS = 1024  # of a choice, after which what the request has used is noted again
+_ABANDONED = "abandoned"  # the outcome where the gateway was killed
+
+
+@dataclass(slots=True)
+class Account:
+    """Closed once, however the request ends. `event` is what it used, once it is closed. Until then the books have a
+    note of what it is charged with where the gateway is killed.
+
+    requests     one for each choice; those of one prompt, `num_choices`, follow each other
+    received_at  seconds of the monotonic clock
+    granted      for how many tokens of each choice there is a reservation
+    num_prompt_tokens  as often as they are computed
+    """
+
+    answer_id: str
+    principal: Principal
+    base: str
+    requests: Sequence[GenerateRequest]
+    num_choices: int
+    received_at: float
+    reservation: Reservation
+    granted: list[int]
+    num_prompt_tokens: int
+    books: Books | None
+    event: UsageEvent | None = None
+    _num_output: list[int] = field(init=False)  # tokens of each choice
+    _noted: list[int] = field(init=False)  # those of them that the books know
+
+    def __post_init__(self) -> None:
+        self._num_output, self._noted = [0] * len(self.requests), [0] * len(self.requests)
+        self._note()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.reservation.headers
+
+    def may_go_on(self, choice: int, num_tokens: int) -> bool:
+        """Whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit reserves
+        is renewed while there is room.
+        """
+        self._num_output[choice] = num_tokens
+        if num_tokens - self._noted[choice] >= NOTED_TOKENS:
+            self._noted = self._num_output.copy()
+            self._note()
+        while num_tokens >= (granted := self.granted[choice]):
+            more = min(OPEN_ENDED_TOKENS, self.requests[choice].params.max_tokens - granted)
+            if more <= 0:
+                return True
+            if not self.reservation.extend(more, time.time()):
+                return False
+            self.granted[choice] += more
+        return True
+
+    def close(self, outcome: str, last: Sequence[Delta | None]) -> UsageEvent:
+        """`last`: the last delta of each choice; None: nothing came."""
+        if self.event is not None:
+            return self.event
+        of_prompts = [delta for delta in last[:: _prompt_step(self.requests, self.num_choices)] if delta is not None]
+        num_prompt = sum(delta.num_prompt_tokens for delta in of_prompts)
+        num_output = sum(delta.num_output_tokens for delta in last if delta is not None)
+        num_cached = sum(delta.num_cached_tokens for delta in of_prompts)
+        self.event = self._used(outcome, num_prompt, num_cached, num_output)
+        self.reservation.settle(num_prompt + num_output, time.time())
+        if self.books is not None:
+            self.books.add(self.event)
+        return self.event
+
+    def _note(self) -> None:
+        if self.books is not None:
+            self.books.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
+
+    def _used(self, outcome: str, num_prompt: int, num_cached: int, num_output: int) -> UsageEvent:
+        first = self.requests[0]
+        return UsageEvent(
+            request_id=self.answer_id,
+            tenant=self.principal.tenant,
+            key_id=self.principal.account,
+            model=self.base if first.adapter is None else first.adapter.name,
+            digest=None if first.adapter is None else first.adapter.digest,
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=num_cached,
+            num_output_tokens=num_output,
+            tier=service_tier(first.priority),
+            seconds=round(time.monotonic() - self.received_at, 6),
+            outcome=outcome,
+            created_at=datetime.now(UTC),
+        )
+
+
+class Accounts:
+    """Opens the accounts of a gateway's requests, and keeps its shares of all limits while it runs."""
+
+    def __init__(self, gate: QuotaGate | None = None, books: Books | None = None) -> None:
+        """`books` None: what requests use is recorded nowhere, and limits are this process's alone."""
+        self._gate = gate or QuotaGate()
+        self._books = books
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        if self._books is None:
+            yield
+            return
+        async with self._books.opened(self._gate):
+            yield
+
+    @property
+    def usage_status(self) -> UsageStatus | None:
+        """None where usage is not recorded."""
+        return None if self._books is None else self._books.status
+
+    def enter(self, principal: Principal) -> None:
+        """Take a request of those of a minute before it is read. Raises RateLimited where none can begin now."""
+        self._gate.enter(principal, time.time())
+
+    def charge(self, principal: Principal, num_tokens: float) -> None:
+        """Take tokens of those of a minute for what has been tokenised without generating."""
+        self._gate.charge(principal, num_tokens, time.time())
+
+    @contextmanager
+    def charged_if_refused(self, principal: Principal, num_tokens: int) -> Iterator[None]:
+        """Around the checks of what was tokenised: what is tokenised for a wrong request is not free."""
+        try:
+            yield
+        except RequestError:
+            self.charge(principal, num_tokens)
+            raise
+
+    def open(
+        self,
+        principal: Principal,
+        requests: Sequence[GenerateRequest],
+        *,
+        answer_id: str,
+        base: str,
+        num_choices: int,
+        received_at: float,
+        open_ended: bool,
+    ) -> Account:
+        """Reserve prompts, as often as they are computed, and `max_tokens`, of an open-ended request first at most
+        OPEN_ENDED_TOKENS. Raises RateLimited.
+        """
+        most = [request.params.max_tokens for request in requests]
+        granted = [min(number, OPEN_ENDED_TOKENS) for number in most] if open_ended else most
+        num_prompt = sum(len(request.prompt_ids) for request in requests[:: _prompt_step(requests, num_choices)])
+        reservation = self._gate.admit(
+            principal,
+            num_prompt + sum(granted),
+            time.time(),
+            num_requests=len(requests) // num_choices - 1,
+            num_sequences=len(requests),
+        )
+        return Account(
+            answer_id,
+            principal,
+            base,
+            requests,
+            num_choices,
+            received_at,
+            reservation,
+            granted,
+            num_prompt,
+            self._books,
+        )
+
+
+def _prompt_step(requests: Sequence[GenerateRequest], num_choices: int) -> int:
+    """Between two requests whose prompts are computed: the choices of a prompt share it, unless they ask for its
+    logprobs, which need all of it.
+    """
+    return num_choices if requests[0].params.prompt_logprobs is None else 1
+
+
+LOOK_S = 0.02  # between two looks how late the event loop is
+_LOOP_LATE_S = 0.003  # that the loop may be, in the mean
+LONGEST_S = 30.0  # that a request waits for its turn
+_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """A request that waits."""
+
+    tenant: str
+    came: asyncio.Future[None]
+
+
+class TenantTurns:
+    """Requests of tenants in turn. Used from one event loop."""
+
+    def __init__(self, fair: FairAdmission[Turn] | None = None) -> None:
+        self._fair = fair or FairAdmission[Turn]()
+        self._looking: asyncio.TimerHandle | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return self._fair.num_waiting
+
+    def is_modest(self, tenant: str) -> bool:
+        """See FairAdmission."""
+        return self._fair.is_modest(tenant)
+
+    async def enter(self, tenant: str) -> None:
+        """Returns when the request may begin; `leave` follows once. Overloaded if that takes too long."""
+        loop = asyncio.get_running_loop()
+        turn = Turn(tenant, loop.create_future())
+        is_admitted = self._fair.ask(tenant, turn, loop.time())
+        if self._fair.is_crowded and self._looking is None:
+            self._look_later(loop)
+        if is_admitted:
+            return
+        try:
+            async with asyncio.timeout(LONGEST_S):
+                await turn.came
+        except BaseException as e:
+            self._fair.withdraw(tenant, turn)
+            if turn.came.done() and not turn.came.cancelled():
+                self.leave(tenant)
+            if not isinstance(e, TimeoutError):
+                raise
+            raise Overloaded(
+                f"the gateway is busy, and tenant {tenant} has more requests there than others", _RETRY_S
+            ) from e
+
+    def tokens_are_late(self, lateness: float) -> None:
+        """By what they may be; see `Engines.running`."""
+        if self._fair.is_crowded:
+            self._begin(self._fair.observe(lateness, asyncio.get_running_loop().time()))
+
+    def leave(self, tenant: str) -> None:
+        self._begin(self._fair.ended(tenant, asyncio.get_running_loop().time()))
+
+    def _begin(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            if turn.came.cancelled():
+                self.leave(turn.tenant)
+            else:
+                turn.came.set_result(None)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._looking = loop.call_later(LOOK_S, self._look, loop, loop.time() + LOOK_S)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        now = loop.time()
+        self._begin(self._fair.observe((now - due) / _LOOP_LATE_S, now))
+        self._looking = None
+        if self._fair.is_crowded:
+            self._look_later(loop)
+
+
+class _Route(NamedTuple):
+    path: str
+
+
+class AdmitRequests:
+    """ASGI middleware: a request over its limits gets its refusal, and another one waits for its turn, before its body
+    is read. Behind the one that finds out who asks.
+
+    paths    of the requests that generate or tokenise
+    refused  the response to an error, in the application's form
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        accounts: Accounts,
+        turns: TenantTurns,
+        paths: Collection[str],
+        refused: Callable[[Exception], Response],
+    ) -> None:
+        self._app, self._accounts, self._turns, self._refused = app, accounts, turns, refused
+        self._paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        if path not in self._paths or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        principal = scope["state"]["principal"]
+        assert isinstance(principal, Principal)
+        scope["state"]["received_at"] = asyncio.get_running_loop().time()
+        try:
+            self._accounts.enter(principal)
+            await self._turns.enter(principal.tenant)
+        except LorayError as e:
+            scope["route"] = _Route(path)  # which metrics name
+            await self._refused(e)(scope, receive, send)
+            return
+        scope["state"]["is_modest"] = self._turns.is_modest(principal.tenant)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._turns.leave(principal.tenant)

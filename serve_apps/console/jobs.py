@@ -1,0 +1,161 @@
+"""Training jobs."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, get_args
+
+from fastapi import Path, Query, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from jobs.sweeps.submission import submit
+from loray.catalog import Job
+from loray.errors import LorayError, SpecError
+from loray.policy.auth import check
+from loray.spec import JobId, JobStatus, Method, Principal
+from serve_apps.auth import Asking, may
+from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.recipes import Estimate, form_fields, is_begun, plan_of, recipe_of, recipe_text
+from serve_apps.console.rendering import MOST_SUGGESTED, led_to, read_form, router_of
+from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
+from serve_apps.console.sweeps import SweepEstimate, estimate_of, search_fields, sweep_of
+
+_PAGE = 50
+_COMPARED = 4
+_ROWS = 12  # of a table beside a curve
+JobPath = Annotated[JobId, Path()]
+
+router = router_of("/jobs")
+
+
+@router.get("")
+@may("follow")
+def list_jobs(
+    console: ConsoleDep, request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
+) -> Response:
+    """Jobs of the own tenant, newest first."""
+    page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
+    return console.renderer.page(
+        request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
+    )
+
+
+@router.get("/new")
+@may("train")
+def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """The form of a recipe."""
+    bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
+    return console.renderer.page(
+        request, "new_job.html", fields=form_fields(), search=search_fields(), bases=bases, methods=get_args(Method)
+    )
+
+
+@router.post("/plan")
+@may("train")
+async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """What `loray plan` says of the form, and of each trial of a sweep; of one that is no recipe yet, why."""
+    form, settings = await read_form(request), console.backend.settings
+
+    def estimated() -> Estimate | SweepEstimate:
+        sweep, catalog = sweep_of(form, settings.home), console.backend.catalog_of(asking)
+        if sweep is not None:
+            return estimate_of(sweep, catalog, settings)
+        return plan_of(recipe_of(form, settings.home), catalog, settings)
+
+    if not is_begun(form):
+        hint = "What a run takes is shown here once the recipe has a name and data."
+        return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
+    try:
+        console.backend.rates.take_advice(asking, time.monotonic())
+        found = await run_in_threadpool(estimated)
+    except LorayError as e:
+        return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
+    if isinstance(found, SweepEstimate):
+        largest = found.kinds[0].estimate
+        return console.renderer.page(request, "parts/sweep.html", sweep=found, plan=largest, problem="")
+    return console.renderer.page(request, "parts/plan.html", plan=found, problem="")
+
+
+@router.post("")
+@may("train")
+async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does, or a sweep of it, as `loray sweep`."""
+    form, home = await read_form(request), console.backend.settings.home
+
+    def submitted() -> Job:
+        sweep, jobs = sweep_of(form, home), console.backend.jobs_of(asking)
+        recipe = recipe_of(form, home) if sweep is None else sweep.recipe
+        if recipe.publish.aliases:
+            check(asking, "promote")
+        return jobs.submit(recipe, None, resume=False) if sweep is None else submit(sweep, jobs)
+
+    job = await run_in_threadpool(submitted)
+    return led_to(request, f"/jobs/{job.id}")
+
+
+@router.get("/compare")
+@may("follow")
+def compare_jobs(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    job: Annotated[list[JobId], Query(max_length=_COMPARED)] = [],  # noqa: B006 - not changed
+) -> Response:
+    """The runs of some jobs beside each other."""
+    ids = list(dict.fromkeys(job))
+    if not ids:
+        raise SpecError(f"choose up to {_COMPARED} jobs of the list, and compare them")
+    tracker = console.backend.jobs_of(asking)
+    found = [tracker.get(id) for id in ids]
+    seen = {each.id: (each, _look(console, asking, each)) for each in found}
+    return console.renderer.page(request, "compare.html", **compare(seen)._asdict())
+
+
+@router.get("/{id}")
+@may("follow")
+def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    job = console.backend.jobs_of(asking).get(id)
+    recipe = recipe_text(job.recipe, console.backend.settings.home)
+    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
+
+
+@router.get("/{id}/live")
+@may("follow")
+def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    """The part of the page that is asked for again and again until the job has ended."""
+    job = console.backend.jobs_of(asking).get(id)
+    return console.renderer.page(request, "parts/job.html", **_state(console, asking, job))
+
+
+def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:
+    seen = _look(console, asking, job)
+    lines = {
+        "rate": {step.step: step.lr for step in seen.steps if step.lr is not None},
+        "pace": {step.step: step.tokens_per_s for step in seen.steps if step.tokens_per_s is not None},
+    }
+    return {
+        "job": job,
+        "log": seen.log,
+        "problem": seen.problem,
+        "sweep": None if seen.trials is None else rank(seen.trials),
+        "curve": seen.curve,
+        "subjects": list(seen.lines),
+        "losses": loss_rows(seen.lines, _ROWS),
+        "last": seen.steps[-1] if seen.steps else None,
+        "steps": spread(seen.steps, _ROWS)[::-1],
+        "rate": curve_of({"learning rate": lines["rate"]}),
+        "pace": curve_of({"tokens/s": lines["pace"]}),
+    }
+
+
+def _look(console: Console, asking: Principal, job: Job) -> Seen:
+    history = console.histories.of(job, console.backend.settings)
+    return history.look(job, console.backend.jobs_of(asking).tail)
+
+
+@router.post("/{id}/stop")
+@may("train")
+def stop_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    job = console.backend.jobs_of(asking).stop(id)
+    return led_to(request, f"/jobs/{job.id}")

@@ -1,0 +1,369 @@
+"""What was read of runs; runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from jobs.events import Event, decode, describe
+from jobs.runs.history import RunEvents
+from jobs.sweeps.history import SweepTrials, Trials
+from jobs.sweeps.spec import TrialRecord, best, label, ranked
+from loray.catalog import Job
+from loray.errors import ClusterError, LogsGone, StoreError
+from loray.settings import Settings
+from loray.spec import Subject, TrainSpec, qualified_name, split_qualified
+from loray.telemetry import get_logger
+
+T = TypeVar("T")
+Line = Mapping[int, float]  # by step
+
+
+class Curve(NamedTuple):
+    """Two lists in JSON. `labels`: of x and of each line. `points`: the steps, and a list of values for each line, with
+    null where a step has none.
+    """
+
+    labels: str
+    points: str
+
+
+def curve_of(lines: Mapping[str, Line]) -> Curve | None:
+    """None where no line has a point."""
+    steps = sorted(set().union(*lines.values()))
+    if not steps:
+        return None
+    points = [steps, *([line.get(step) for step in steps] for line in lines.values())]
+    return Curve(json.dumps(["step", *lines]), json.dumps(points))
+
+
+class Series(Generic[T]):
+    """Values by ascending step: every `stride`-th, of which fewer than `most` are kept, and the last."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: dict[int, T] = {}
+        self._last: tuple[int, T] | None = None
+        self._num_seen, self._stride = 0, 1
+
+    def add(self, step: int, value: T) -> None:
+        """A step before the last one begins the rest of the series anew."""
+        if self._last is not None and step == self._last[0]:
+            self._last = (step, value)
+            self._kept |= {step: value} if step in self._kept else {}
+            return
+        if self._last is not None and step < self._last[0]:
+            self._kept = {earlier: kept for earlier, kept in self._kept.items() if earlier < step}
+        self._last = (step, value)
+        if self._num_seen % self._stride == 0:
+            self._kept[step] = value
+            if len(self._kept) >= self._most:
+                self._kept = dict(list(self._kept.items())[::2])
+                self._stride *= 2
+        self._num_seen += 1
+
+    def values(self) -> dict[int, T]:
+        return dict(self._kept) if self._last is None else self._kept | dict([self._last])
+
+
+TRAINING, HELD_OUT = "training", "held out, adapter"
+_MOST, _MOST_OF_BASELINE = 470, 20
+_BASELINES: tuple[Subject, ...] = ("parent", "base_scaled", "base")
+MOST_POINTS = 2 * _MOST + len(_BASELINES) * _MOST_OF_BASELINE
+
+
+class Losses:
+    """Collects losses from events, of each line an evenly thinned part: one of training, and one of held-out rows for
+    each model that they were measured of.
+    """
+
+    def __init__(self) -> None:
+        self._training, self._adapter = Series[float](_MOST), Series[float](_MOST)
+        self._baselines: dict[str, Series[float]] = {subject: Series(_MOST_OF_BASELINE) for subject in _BASELINES}
+
+    def take(self, events: Iterable[Event]) -> None:
+        """A step before the last one begins the rest of its series anew.
+
+        Held-out losses are those of evaluations: the event of a checkpoint repeats one, and may come late. Those of
+        models that this version does not know are passed over.
+        """
+        for event in events:
+            if not isinstance(step := event.get("step"), int):
+                continue
+            if isinstance(loss := event.get("loss"), float):
+                self._training.add(step, loss)
+            if event.get("event") == "eval" and isinstance(loss := event.get("eval_loss"), float):
+                subject = str(event.get("subject", "adapter"))
+                series = self._adapter if subject == "adapter" else self._baselines.get(subject)
+                if series is not None:
+                    series.add(step, loss)
+
+    def lines(self) -> dict[str, Line]:
+        """Training and the adapter, then the baselines that were measured; nothing without any loss.
+
+        A baseline is measured before training, which does not change it, so its line goes on to the last step.
+        """
+        lines: dict[str, Line] = {TRAINING: self._training.values(), HELD_OUT: self._adapter.values()}
+        baselines = {s: values for s, series in self._baselines.items() if (values := series.values())}
+        steps = set().union(*lines.values(), *baselines.values())
+        if not steps:
+            return {}
+        for subject, values in baselines.items():
+            lines[f"held out, {subject.replace('_', ' ')}"] = values | {max(steps): values[max(values)]}
+        return lines
+
+
+MOST_STEPS = 400
+
+
+class Step(NamedTuple):
+    """Figures of one step; None where its event has none. Seconds, bytes of the peak, MFU as a share."""
+
+    step: int
+    num_steps: int | None
+    loss: float | None
+    lr: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    memory_bytes: float | None
+    eta_s: float | None
+
+
+class Progress:
+    """Collects steps from events, an evenly thinned part of them and the last one."""
+
+    def __init__(self) -> None:
+        self._events = Series[Event](MOST_STEPS)  # of which few become a Step
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if event.get("event") == "step" and isinstance(step := event.get("step"), int):
+                self._events.add(step, event)
+
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(_step(step, dict(event)) for step, event in self._events.values().items())
+
+
+def _step(step: int, event: dict[str, Any]) -> Step:
+    def figure(name: str) -> float | None:
+        value = event.get(name)
+        return value if isinstance(value, int | float) else None
+
+    num_steps = event.get("num_steps")
+    return Step(
+        step,
+        num_steps if isinstance(num_steps, int) else None,
+        *(figure(name) for name in ("loss", "lr", "tokens_per_s", "mfu", "memory_bytes", "eta_s")),
+    )
+
+
+_log = get_logger(__name__)
+
+MOST_JOBS = 64  # the one that nobody looked at for longest is read from its beginning again
+LOG_LINES = 200
+CURVE_LINES = 2000  # of Ray's log, where a curve is made of it
+
+
+class Seen(NamedTuple):
+    """`lines`: its losses, by what they are of. `steps`: some, evenly spread, and the last one. `log`: its last lines.
+    `problem`: why something is not there; may be empty. `trials`: of a sweep; None where the job is none.
+    """
+
+    lines: Mapping[str, Line]
+    steps: tuple[Step, ...]
+    log: str
+    problem: str
+    trials: Trials | None = None
+
+    @property
+    def curve(self) -> Curve | None:
+        """Of the losses; None without any."""
+        return curve_of(self.lines)
+
+
+class History:
+    """What was read of one job. Thread-safe.
+
+    Losses and lines are those of the run's own events, which outlive Ray's cluster. Of a run that has none yet, and
+    where its events are elsewhere, both are those of the end of Ray's log; of a job that failed or was stopped, the
+    lines are. A sweep has the records of its trials instead of events.
+    """
+
+    def __init__(self, events: RunEvents, trials: SweepTrials) -> None:
+        self._events, self._trials, self._lock = events, trials, Lock()
+        self._losses, self._progress, self._lines = Losses(), Progress(), deque[str](maxlen=LOG_LINES)
+        self._has_events = False
+
+    def look(self, job: Job, tail: Callable[[str, int], str]) -> Seen:
+        """`tail`: the last lines of the log that Ray has of the job of this id."""
+        with self._lock:
+            problem, has_events = self._read_events(), self._has_events
+            trials = None if has_events else self._read_trials()
+        log: list[str] = []
+        if not has_events or job.status in ("failed", "stopped"):
+            try:  # Ray may be slow to answer: others look meanwhile
+                log = tail(job.id, LOG_LINES if has_events else CURVE_LINES).splitlines()
+            except (LogsGone, ClusterError) as e:
+                problem = problem or str(e)
+        with self._lock:
+            lines = [_described(line) for line in log[-LOG_LINES:]] or list(self._lines)
+            if not self._has_events:
+                self._take(log)
+            return Seen(self._losses.lines(), self._progress.steps(), "\n".join(lines), problem, trials)
+
+    def _take(self, lines: Sequence[str]) -> None:
+        """Lines that are no events are passed over."""
+        events = [event for line in lines if (event := decode(line)) is not None]
+        self._losses.take(events)
+        self._progress.take(events)
+
+    def _read_events(self) -> str:
+        """Returns why they cannot be read; empty where they can."""
+        try:
+            found = self._events.read()
+        except StoreError as e:
+            return str(e)
+        if found.is_anew:
+            self._losses, self._progress = Losses(), Progress()
+            self._lines.clear()
+        self._has_events |= bool(found.lines)
+        self._take(found.lines)
+        self._lines.extend(_described(line) for line in found.lines[-LOG_LINES:])
+        return ""
+
+    def _read_trials(self) -> Trials | None:
+        try:
+            return self._trials.read()
+        except StoreError as e:
+            _log.warning("%s", e)
+            return None
+
+
+class Histories:
+    """The histories of the jobs that were looked at last. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._by_job: OrderedDict[str, History] = OrderedDict()
+
+    def of(self, job: Job, settings: Settings) -> History:
+        with self._lock:
+            found = self._by_job.pop(job.id, None)
+            if found is None:
+                name = qualified_name(job.tenant, split_qualified(job.name).name)
+                whose = (settings, name, job.id, job.created_at)
+                found = History(RunEvents(*whose), SweepTrials(*whose))
+                if len(self._by_job) >= MOST_JOBS:
+                    self._by_job.popitem(last=False)
+            self._by_job[job.id] = found
+            return found
+
+
+def _described(line: str) -> str:
+    """An event of another version as it is."""
+    event = decode(line)
+    try:
+        return line if event is None else describe(event)
+    except (KeyError, TypeError, ValueError):
+        return line
+
+
+_DRAWN_TRIALS = 5  # lines that can be told apart
+_SHOWN_TRIALS = 50
+
+
+class Row(NamedTuple):
+    """A job among others. `step`: its last one; None before the first. `held_out`: the lowest loss of its adapter."""
+
+    job: Job
+    step: Step | None
+    training: float | None
+    held_out: float | None
+
+
+class Difference(NamedTuple):
+    """A field of the recipe, and what each job has there; empty where it has none."""
+
+    path: str
+    values: tuple[str, ...]
+
+
+class Comparison(NamedTuple):
+    rows: tuple[Row, ...]
+    training: Curve | None
+    held_out: Curve | None
+    differences: tuple[Difference, ...]
+
+
+class Ranked(NamedTuple):
+    """A sweep's trials by their held-out loss: (trial, its values, its loss), the best first, and the first as a curve.
+    `best`: the number of the one that is, or would be, published; None while records are still to be read.
+    `num_trials`: of all.
+    """
+
+    rows: tuple[tuple[TrialRecord, str, float | None], ...]
+    curve: Curve | None
+    best: int | None
+    num_trials: int
+
+
+def rank(trials: Trials) -> Ranked:
+    order = ranked(trials.records, keep_best=trials.keep_best)
+    chosen = best(trials.records, keep_best=trials.keep_best) if trials.is_whole else None
+    lines = {f"{record.trial}: {label(record.values)}": dict(record.losses) for record in order[:_DRAWN_TRIALS]}
+    rows = ((r, label(r.values), r.loss(keep_best=trials.keep_best)) for r in order[:_SHOWN_TRIALS])
+    return Ranked(tuple(rows), curve_of(lines), None if chosen is None else chosen.trial, len(order))
+
+
+def compare(seen: Mapping[str, tuple[Job, Seen]]) -> Comparison:
+    """By the jobs' ids, in their order."""
+    training = {id: found.lines.get(TRAINING, {}) for id, (_, found) in seen.items()}
+    held_out = {id: found.lines.get(HELD_OUT, {}) for id, (_, found) in seen.items()}
+    rows = (
+        Row(
+            job,
+            found.steps[-1] if found.steps else None,
+            last_of(training[id]),
+            min(held_out[id].values(), default=None),
+        )
+        for id, (job, found) in seen.items()
+    )
+    differences = differences_of([job.recipe for job, _ in seen.values()])
+    return Comparison(tuple(rows), curve_of(training), curve_of(held_out), differences)
+
+
+def differences_of(recipes: Sequence[TrainSpec]) -> tuple[Difference, ...]:
+    """The fields, by their paths, that not all of them have alike."""
+    flat = [_flat(recipe.model_dump(mode="json")) for recipe in recipes]
+    paths = dict.fromkeys(path for fields in flat for path in fields)
+    found = (Difference(path, tuple(fields.get(path, "") for fields in flat)) for path in paths)
+    return tuple(difference for difference in found if len(set(difference.values)) > 1)
+
+
+def loss_rows(lines: Mapping[str, Line], most: int) -> list[tuple[int, list[float | None]]]:
+    """Steps with the loss of each line there, the last one first: half of them of held-out losses, where there are."""
+    if not lines:
+        return []
+    every, measured = sorted(set().union(*lines.values())), sorted(lines[HELD_OUT])
+    half = most // 2
+    chosen = sorted({*spread(measured, half), *spread(every, most - half)}, reverse=True)
+    return [(step, [line.get(step) for line in lines.values()]) for step in chosen]
+
+
+def last_of(line: Line) -> float | None:
+    return line[max(line)] if line else None
+
+
+def spread(values: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly spread; the last is among them."""
+    stride = -(-len(values) // most) or 1
+    return list(values[::-1][::stride][::-1])
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {p: text for name, inner in value.items() for p, text in _flat(inner, f"{path}.{name}").items()}
+    return {} if value is None else {path.removeprefix("."): str(value)}

@@ -1,0 +1,294 @@
+"""Overview, replicas, playground."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from itertools import islice
+from typing import Annotated, Any, NamedTuple
+
+from fastapi import Path, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from loray.catalog.identity import AuditEntry
+from loray.client.metrics import ROUTED, STEPS, TTFT, Buckets, Metrics, percentile, together
+from loray.errors import ClusterError, LorayError, NotFoundError, PermissionDenied
+from loray.schemas.status import ReplicaStatus, Status
+from loray.spec import Principal, format_seconds
+from serve_apps.auth import Asking, may
+from serve_apps.console.backend import Backend, Console, ConsoleDep
+from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
+from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, router_of
+
+_NUM_NEWEST = 8
+
+router = router_of("")
+
+
+@router.get("")
+@may("identify")
+async def show_overview(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    return console.renderer.page(request, "overview.html", **await _state(console.backend, request, asking))
+
+
+@router.get("/live")
+@may("identify")
+async def show_live(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """The part of the page that is asked for again and again."""
+    return console.renderer.page(request, "parts/live.html", **await _state(console.backend, request, asking))
+
+
+async def _state(backend: Backend, request: Request, asking: Principal) -> dict[str, Any]:
+    served = await _served(backend, request.state.authorization)
+    recent = await run_in_threadpool(_recent, backend, asking)
+    return served | recent
+
+
+async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
+    """`problem` says why there is no status; whether the caller may see it, the gateway decides."""
+    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None, "pace": None}
+    try:
+        status = await backend.gateway.status(authorization)
+        seen |= {"status": status, "tiers": _tiers(status), "target": _target(status)}
+        first = together((await backend.gateway.metrics(authorization, TTFT)).buckets(TTFT, "replica"))
+        seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
+        seen["pace"] = backend.gateway.demand.tokens_per_s()
+    except PermissionDenied as e:
+        seen |= {"problem": str(e), "is_hidden": True}
+    except ClusterError as e:
+        seen["problem"] = str(e)
+    return seen
+
+
+def _tiers(status: Status) -> dict[str, int]:
+    """Adapters by where they are: in how many places of pools and of host memory, and all in the store."""
+    return {
+        "pool": sum(len(replica.adapters_in_pool) for replica in status.replicas),
+        "host": sum(len(replica.adapters_on_host) for replica in status.replicas),
+        "store": status.catalog.num_adapters,
+    }
+
+
+def _target(status: Status) -> int:
+    return sum(base.target for base in status.bases)
+
+
+def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
+    catalog = backend.catalog_of(asking)
+    newest: tuple[AuditEntry, ...] = ()
+    if is_allowed(asking, "audit"):
+        of = None if asking.is_admin else asking.tenant
+        newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
+    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
+    return {"newest": newest, "jobs": jobs}
+
+
+_ROWS, _COLUMNS = 50, 50
+_MOMENTS = 20
+_WHY: dict[str, str] = {
+    "pool": "its pool has the adapter",
+    "host": "its host memory has the adapter",
+    "recent": "a request for the adapter went there a moment ago",
+    "hash": "no replica has the adapter: the one that its name hashes to",
+    "overflow": "a bound on load was reached, or no replica was free",
+    "base": "for the base: the replica with the least load",
+}
+
+serving_router = router_of("/serving")
+
+
+@serving_router.get("")
+@may("observe")
+async def show_serving(console: ConsoleDep, request: Request) -> Response:
+    return await _page(console, request, "serving.html")
+
+
+@serving_router.get("/live")
+@may("observe")
+async def show_live_serving(console: ConsoleDep, request: Request) -> Response:
+    return await _page(console, request, "parts/serving.html")
+
+
+async def _page(console: Console, request: Request, template: str) -> Response:
+    gateway = console.backend.gateway
+    # Of many, only the engines that are shown make a layout: the first ones of the last look.
+    wanted = gateway.replicas[:_COLUMNS] if len(gateway.replicas) > _COLUMNS else True
+    try:
+        status = await gateway.status(request.state.authorization, layout=wanted)
+        metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
+    except (ClusterError, PermissionDenied) as e:
+        return console.renderer.page(request, template, problem=str(e), status=None)
+    shown = await run_in_threadpool(_shown, status, metrics)
+    demand = {"curve": gateway.demand.curve(), "moments": gateway.demand.rows(_MOMENTS)}
+    return console.renderer.page(request, template, problem="", status=status, **shown, **demand)
+
+
+def _shown(status: Status, metrics: Metrics) -> dict[str, Any]:
+    """Of the first replicas, whatever their number; nothing grows with the number of adapters."""
+    replicas = status.replicas[:_COLUMNS]
+    rows, num_rows = heat_map(replicas, _ROWS)
+    steps, routed = metrics.buckets(STEPS, "replica"), metrics.sums(ROUTED, "reason")
+    most = sorted(routed.items(), key=lambda item: -item[1])
+    return {
+        "shown": replicas,
+        "rows": rows,
+        "num_rows": num_rows,
+        "kinds": KINDS,
+        "parts": {replica.replica: parts_of(replica.blocks) for replica in replicas},
+        "strips": {replica.replica: strip_of(replica.layout) for replica in replicas},
+        "step_times": {
+            replica.replica: [percentile(steps.get(replica.replica, {}), share) for share in (0.5, 0.99)]
+            for replica in replicas
+        },
+        "routed": [(_WHY.get(reason, reason), int(count)) for reason, count in most if count],
+        "num_routed": sum(routed.values()) or 1,
+    }
+
+
+_ADAPTERS = 50
+_HEIGHT = 120  # units of the picture
+
+replicas_router = router_of("/serving/replicas")
+
+ReplicaName = Annotated[str, Path(max_length=200)]
+
+
+class Steps(NamedTuple):
+    """How many steps took longer than the bound before, and at most `bound`; `height`: of the picture's bar."""
+
+    bound: str
+    num_steps: int
+    height: float
+
+
+@replicas_router.get("/{name}")
+@may("observe")
+async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
+    return await _page_replicas(console, request, name, "replica.html")
+
+
+@replicas_router.get("/{name}/live")
+@may("observe")
+async def show_live_replicas(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
+    return await _page_replicas(console, request, name, "parts/replica.html")
+
+
+async def _page_replicas(console: Console, request: Request, name: str, template: str) -> Response:
+    """404 where no replica of this name answers: it has ended, or never was."""
+    gateway = console.backend.gateway
+    try:
+        status = await gateway.status(request.state.authorization, layout=(name,))
+        metrics = await gateway.metrics(request.state.authorization, STEPS)
+    except (ClusterError, PermissionDenied) as e:
+        return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
+    found = next((replica for replica in status.replicas if replica.replica == name), None)
+    if found is None:
+        raise NotFoundError(f"no replica {name!r} answers; it may have ended")
+    buckets = metrics.buckets(STEPS, "replica").get(name, {})
+    shown = await run_in_threadpool(_shown_replicas, found, buckets)
+    return console.renderer.page(request, template, name=name, problem="", replica=found, **shown)
+
+
+def _shown_replicas(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
+    held = (
+        (name, tier)
+        for tier, names in (
+            ("loading", replica.adapters_loading),
+            ("pool", replica.adapters_in_pool),
+            ("host", replica.adapters_on_host),
+        )
+        for name in names
+    )
+    num_held = len(replica.adapters_loading) + len(replica.adapters_in_pool) + len(replica.adapters_on_host)
+    return {
+        "kinds": KINDS,
+        "parts": parts_of(replica.blocks),
+        "drawn": strip_of(replica.layout),
+        "rows": rows_of(replica.layout),
+        "steps": steps_of(buckets),
+        "step_times": [percentile(buckets, share) for share in (0.5, 0.99)],
+        "adapters": list(islice(held, _ADAPTERS)),
+        "num_adapters": num_held,
+        "height": _HEIGHT,
+    }
+
+
+def steps_of(buckets: Buckets) -> list[Steps]:
+    """A bar for each bucket of the histogram, the highest of the picture's height; none before the first step."""
+    bounds = sorted(buckets)
+    counts = [buckets[bound] - (buckets[bounds[n - 1]] if n else 0) for n, bound in enumerate(bounds)]
+    most = max(counts, default=0)
+    if not most:
+        return []
+    texts = [f"≤ {format_seconds(bound)}" if math.isfinite(bound) else "longer" for bound in bounds]
+    return [Steps(text, int(n), _HEIGHT * n / most) for text, n in zip(texts, counts, strict=True)]
+
+
+_SUGGESTED = 50
+_CHAT = "/v1/chat/completions"
+_LOOK_S = 3.0  # the first look at a deployment finds its replicas
+# Where an adapter is, from the best place on.
+_TIERS = {
+    "pool": "in a replica's pool",
+    "host": "in a replica's host memory",
+    "loading": "on its way from the store",
+}
+
+playground_router = router_of("/playground")
+
+
+@playground_router.get("")
+@may("infer")
+def show_playground(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
+) -> Response:
+    catalog = console.backend.catalog_of(asking)
+    adapters = [entry.name for entry in catalog.names(limit=_SUGGESTED)]
+    bases = list(catalog.bases())[:_SUGGESTED]
+    return console.renderer.page(
+        request,
+        "playground.html",
+        bases=bases,
+        adapters=adapters,
+        chosen=model or [*bases[:1], *adapters[:1]],
+    )
+
+
+@playground_router.post("/chat")
+@may("infer")
+async def chat(console: ConsoleDep, request: Request) -> Response:
+    """A request of OpenAI's chat completions, sent on with the key of this session; the answer as it comes."""
+    status, chunks = await console.backend.gateway.stream(_CHAT, await request.body(), request.state.authorization)
+    return StreamingResponse(chunks, status, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
+
+
+@playground_router.get("/tier")
+@may("infer")
+async def find_tier(console: ConsoleDep, asking: Asking, model: Annotated[str, Query(max_length=300)] = "") -> Response:
+    """Where the model's adapter is now: the next request takes it from there."""
+    backend = console.backend
+    try:
+        ref = await run_in_threadpool(lambda: backend.catalog_of(asking).resolve(model))
+    except LorayError:  # a base; or no model at all, which its answer will say
+        return JSONResponse({"tier": ""})
+    try:
+        found = await asyncio.wait_for(backend.placements.adapters([ref.digest]), _LOOK_S)
+    except (LorayError, TimeoutError):
+        return JSONResponse({"tier": ""})
+    tiers = {placement.tier for placement in found}
+    return JSONResponse({"tier": next((said for tier, said in _TIERS.items() if tier in tiers), "in the store")})
+
+
+@playground_router.get("/models")
+@may("infer")
+async def find_models(
+    console: ConsoleDep, request: Request, asking: Asking, search: Annotated[str, Query(max_length=96)] = ""
+) -> Response:
+    """Adapters with this in their names, for the list of suggestions."""
+    catalog = console.backend.catalog_of(asking)
+    found = await run_in_threadpool(lambda: catalog.names(limit=_SUGGESTED, search=search or None))
+    return console.renderer.page(request, "parts/models.html", names=[entry.name for entry in found])

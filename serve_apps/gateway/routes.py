@@ -1,0 +1,374 @@
+"""The routes, each with its permission and its answers.
+
+A model is served as soon as the catalog has it, and replicas load and evict adapters by themselves. So these routes say
+whether the name can be requested, and change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from http import HTTPStatus
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode
+
+from loray import __version__
+from loray.errors import RequestError, shown
+from loray.policy.auth import check
+from loray.schemas.openai import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    ErrorBody,
+    Model,
+    ModelList,
+    parse,
+)
+from loray.schemas.openai.fields import Body
+from loray.schemas.openai.responses_api import ResponsesRequest, chat_request
+from loray.schemas.openai.vllm import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    LoadLoraRequest,
+    TokenizeRequest,
+    TokenizeResponse,
+    UnloadLoraRequest,
+)
+from loray.schemas.status import Status
+from serve_apps.auth import Permissions, describe_keys, may, principal_of
+from serve_apps.deployment import CATALOG_PREFIX
+from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.gateway import Gateway
+from serve_apps.http import extend_openapi, parse_json, read, schema_reference
+
+B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+
+async def body_of(request: Request, schema: type[B]) -> B:
+    """The body of a request. Raises RequestError."""
+    return await converted_body(request, partial(parse, schema))
+
+
+async def converted_body(request: Request, convert: Callable[[object], T]) -> T:
+    """What `convert` makes of the decoded JSON, in a thread if the body is long."""
+    return await read(request, partial(_converted, convert))
+
+
+def _converted(convert: Callable[[object], T], raw: bytes) -> T:
+    try:
+        body = parse_json(raw)
+    except ValueError as e:
+        raise RequestError(f"the request body is not valid JSON: {e}") from e
+    return convert(body)
+
+
+BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/unload_lora_adapter": UnloadLoraRequest}
+
+
+def create_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    async def check_own(request: Request, name: str) -> None:
+        principal = principal_of(request)
+        adapter = (await gateway.model(name, principal)).adapter
+        if adapter is None:
+            raise RequestError(f"{name!r} is a base model, not an adapter", "lora_name")
+        check(principal, "publish", gateway.directory.entry(adapter).tenant)
+
+    @router.post("/v1/load_lora_adapter")
+    @may("publish")
+    async def load_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
+        body = await body_of(request, LoadLoraRequest)
+        if body.lora_path not in (None, "", body.lora_name):
+            raise RequestError(
+                f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
+                f"`loray adapters import FOLDER --name {body.lora_name[:96]}`, then request it by that name",
+                "lora_path",
+            )
+        await check_own(request, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
+
+    @router.post("/v1/unload_lora_adapter")
+    @may("publish")
+    async def unload_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
+        body = await body_of(request, UnloadLoraRequest)
+        await check_own(request, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
+
+    return router
+
+
+GENERATION_BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+}
+
+
+def create_router_generation(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    async def parsed(request: Request, convert: Callable[[object], T]) -> T:
+        try:
+            return await converted_body(request, convert)
+        except RequestError as e:
+            if e.param != "model":
+                raise
+            names = gateway.directory.base_names(principal_of(request))
+            raise RequestError(f"{e}: {names and f'{names}, or '}an adapter; GET /v1/models lists them", "model") from e
+
+    @router.post("/v1/completions")
+    @may("infer")
+    async def completions(request: Request) -> Response:
+        """OpenAI's completions of texts or token ids, with vLLM's further fields; streamed as server-sent events."""
+        headers = RequestHeaders.of(request)
+        return await gateway.completions(await parsed(request, partial(parse, CompletionRequest)), headers)
+
+    @router.post("/v1/chat/completions")
+    @may("infer")
+    async def chat_completions(request: Request) -> Response:
+        """OpenAI's chat completions with tools and structured output; streamed as server-sent events."""
+        headers = RequestHeaders.of(request)
+        return await gateway.chat_completions(await parsed(request, partial(parse, ChatCompletionRequest)), headers)
+
+    @router.post("/v1/responses")
+    @may("infer")
+    async def responses(request: Request) -> Response:
+        """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
+        headers = RequestHeaders.of(request)
+        return await gateway.responses(*await parsed(request, _response_and_chat), headers)
+
+    return router
+
+
+def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
+    request = parse(ResponsesRequest, body)
+    return request, chat_request(request)
+
+
+def create_router_server(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models", response_class=JSONResponse)
+    @may("read")
+    async def models(
+        request: Request,
+        after: Annotated[str | None, Query(description="only models after this one")] = None,
+        limit: Annotated[int | None, Query(ge=1, description="at most as many models (and 10,000)")] = None,
+    ) -> Response:
+        """The base and the adapters that the caller sees, in pages; 60 a minute for a key."""
+        principal = principal_of(request)
+        gateway.models.count_list(principal)
+        return StreamingResponse(gateway.models.page(principal, after, limit), media_type="application/json")
+
+    @router.get("/v1/models/{model:path}")
+    @may("read")
+    async def model(request: Request, model: str) -> Response:
+        """One model, by `name`, `name@alias` or `name@version`."""
+        card = await gateway.models.card(model, principal_of(request))
+        return Response(card.to_json(), media_type="application/json")
+
+    @router.get("/health")
+    @router.get("/ping")
+    @router.post("/ping")
+    @may("open")
+    async def health() -> Response:
+        """200 if a replica of any base answers that its engine runs, or a base is asleep and the next request starts
+        one.
+        """
+        return await gateway.health()
+
+    @router.get("/console", include_in_schema=False)
+    @may("open")
+    async def console() -> Response:
+        return RedirectResponse(f"{CATALOG_PREFIX}/console")
+
+    @router.get("/version")
+    @may("open")
+    async def version() -> Response:
+        """The server's version."""
+        return JSONResponse({"version": __version__})
+
+    @router.get("/status")
+    @may("observe")
+    async def status(
+        layout: bool = False,
+        replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
+    ) -> Status:
+        """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
+
+        With `layout=true` each engine also says what its pool's blocks hold by position, after its current step.
+        """
+        return await gateway.status(frozenset(replica) if layout and replica else layout)
+
+    @router.get("/metrics")
+    @may("observe")
+    async def metrics(request: Request) -> Response:
+        """Metrics of all gateways and replicas, for Prometheus."""
+        return await gateway.metrics(request.headers.get("accept", ""))
+
+    return router
+
+
+_PART = 0.25  # of these tokens count as tokens a minute: no engine computes them
+
+TOKENS_BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
+
+
+def create_router_tokens(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
+        body = parse(TokenizeRequest, given)
+        model = body.model or next(iter(gateway.bases))
+        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(model))
+
+    @router.post("/tokenize")
+    @may("infer")
+    async def tokenize(request: Request) -> Response:
+        """vLLM's: a text or a chat as token ids."""
+        body, chat = await converted_body(request, tokenize_and_chat)
+        principal = principal_of(request)
+        target, tenant = await gateway.model(body.model, principal), principal.tenant
+        prompts = target.base.prompts
+        if chat is not None:
+            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
+        else:
+            special = body.add_special_tokens is not False
+            (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
+        # Without a check of what may be hundreds of thousands of tokens.
+        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
+        if body.return_token_strs:
+            answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids, tenant)})
+        gateway.accounts.charge(principal, _PART * len(ids))
+        return Response(answer.to_json(), media_type="application/json")
+
+    @router.post("/detokenize")
+    @may("infer")
+    async def detokenize(request: Request) -> Response:
+        """vLLM's: token ids as a text."""
+        body = await body_of(request, DetokenizeRequest)
+        principal = principal_of(request)
+        target = await gateway.model(body.model, principal)
+        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
+        gateway.accounts.charge(principal, _PART * len(body.tokens))
+        return Response(answer.to_json(), media_type="application/json")
+
+    return router
+
+
+_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+
+
+class _Answers(NamedTuple):
+    """content  media type → its model; None: text, or an object without a model of ours
+    errors   the statuses of refusals and failures
+    limited  whether limits of keys apply, which headers tell
+    """
+
+    content: Mapping[str, type[BaseModel] | None]
+    errors: tuple[int, ...]
+    limited: bool = False
+
+
+_WITH_KEY = (401, 403, 500, 503)
+_ABOUT_MODEL = (400, 404, *_WITH_KEY)
+_WITH_BODY = (408, 413, *_ABOUT_MODEL)
+_GENERATES = (429, 501, 504, *_WITH_BODY)
+_HEALTH = _Answers({_JSON: None}, (500, 503))
+_ANSWERS: Mapping[str, _Answers] = {
+    "/v1/completions": _Answers({_JSON: Completion, _EVENTS: None}, _GENERATES, limited=True),
+    "/v1/chat/completions": _Answers({_JSON: ChatCompletion, _EVENTS: None}, _GENERATES, limited=True),
+    "/v1/responses": _Answers({_JSON: None, _EVENTS: None}, _GENERATES, limited=True),
+    "/v1/models": _Answers({_JSON: ModelList}, (400, 429, *_WITH_KEY)),
+    "/v1/models/{model}": _Answers({_JSON: Model}, _ABOUT_MODEL),
+    "/v1/load_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),
+    "/v1/unload_lora_adapter": _Answers({_TEXT: None}, _WITH_BODY),
+    "/tokenize": _Answers({_JSON: TokenizeResponse}, (*_WITH_BODY, 429)),
+    "/detokenize": _Answers({_JSON: DetokenizeResponse}, (*_WITH_BODY, 429)),
+    "/health": _HEALTH,
+    "/ping": _HEALTH,
+    "/version": _Answers({_JSON: None}, (500,)),
+    "/status": _Answers({_JSON: Status}, (400, *_WITH_KEY)),
+    "/metrics": _Answers({_TEXT: None, "application/openmetrics-text": None}, _WITH_KEY),
+}
+_EVENT = {  # of a stream of server-sent events
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+_RETRY = {
+    "Retry-After": "seconds until it is worth while to ask again",
+    "Retry-After-Ms": "the same in milliseconds",
+}
+_HEADERS = {401: {"WWW-Authenticate": "`Bearer`"}, 429: _RETRY, 503: _RETRY}
+_OF_LIMITS = {
+    f"x-ratelimit-{what}-{kind}": f"{meaning} of {kind}, where the key or its tenant has one"
+    for kind in ("requests", "tokens")
+    for what, meaning in (("limit", "the limit"), ("remaining", "what is left"), ("reset", "time to the full limit"))
+}
+
+
+def describe(app: FastAPI, permissions: Permissions, bodies: Mapping[str, type[BaseModel]]) -> None:
+    """Gives each operation its answers, says whether it needs a key, and gives the POST operation at each path of
+    `bodies` its body's schema.
+    """
+
+    def edit(document: dict[str, Any]) -> None:
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["responses"] = _responses(_ANSWERS[path])
+        for path, body in bodies.items():
+            document["paths"][path]["post"]["requestBody"] = {
+                "required": True,
+                "content": {_JSON: {"schema": schema_reference(body.__name__)}},
+            }
+        for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's form of errors
+            document["components"]["schemas"].pop(unused, None)
+        describe_keys(document, permissions)
+
+    extend_openapi(app, [*((body, "validation") for body in bodies.values()), *_written()], edit)
+
+
+def _written() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
+    """The models of answers."""
+    models: set[type[BaseModel]] = {ErrorBody}
+    for answers in _ANSWERS.values():
+        models.update(model for model in answers.content.values() if model is not None)
+    return [(model, "serialization") for model in sorted(models, key=lambda model: model.__name__)]
+
+
+def _responses(answers: _Answers) -> dict[str, Any]:
+    """Of one operation, by status."""
+    content = {kind: _media_type(kind, model) for kind, model in answers.content.items()}
+    described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if answers.limited else {})}
+    error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}
+    for status in sorted(answers.errors):
+        headers = _HEADERS.get(status, {}) | (_OF_LIMITS if answers.limited and status == 429 else {})
+        described[str(status)] = _response(HTTPStatus(status), error, headers)
+    return described
+
+
+def _media_type(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
+    if model is not None:
+        return {"schema": schema_reference(model.__name__)}
+    if kind == _EVENTS:
+        return {"itemSchema": _EVENT}  # of OpenAPI 3.2, in documents of 3.1 as FastAPI has it
+    return {"schema": {"type": "object" if kind == _JSON else "string"}}
+
+
+def _response(status: HTTPStatus, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": status.phrase, "content": content}
+    if headers:
+        described["headers"] = {
+            name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in headers.items()
+        }
+    return described
