@@ -158,7 +158,7 @@ def _colour(share: float) -> str:
 
 
 _WIDTH, _PANEL_H, _PICTURE_LEFT, _PICTURE_GAP, _PICTURE_TOP = 860, 150, 74, 46, 84
-_PICTURE_COLOURS = ("#c44870", "#3567a8", "#999999", "#d98a29", "#4a9a63")
+_LINE_COLOURS = ("#c44870", "#3567a8", "#999999", "#d98a29", "#4a9a63")
 _NUM_TICKS = 3
 
 
@@ -190,7 +190,7 @@ def page(title: str, legend: Sequence[str], minutes: Floats, panels: Sequence[Pa
     for i, name in enumerate(legend):
         x = _PICTURE_LEFT + 120 * i
         parts.append(
-            f"<rect x='{x}' y='{MARGIN + 30}' width='18' height='4' fill='{_PICTURE_COLOURS[i % len(_PICTURE_COLOURS)]}'/>"
+            f"<rect x='{x}' y='{MARGIN + 30}' width='18' height='4' fill='{_LINE_COLOURS[i % len(_LINE_COLOURS)]}'/>"
         )
         parts.append(text(x + 24, MARGIN + 36, name, size=13))
     top = _PICTURE_TOP
@@ -242,7 +242,7 @@ def _panel_picture(panel: Panel, minutes: Floats, top: float) -> list[str]:
             pieces = [[point for piece in pieces for point in piece]]
         for piece in pieces:
             parts.append(
-                f"<polyline points='{' '.join(piece)}' fill='none' stroke='{_PICTURE_COLOURS[i % len(_PICTURE_COLOURS)]}' "
+                f"<polyline points='{' '.join(piece)}' fill='none' stroke='{_LINE_COLOURS[i % len(_LINE_COLOURS)]}' "
                 "stroke-width='1.6'/>"
             )
     return parts

@@ -98,5 +98,5 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("LORAY_URL", "http://test")
     client: Callable[..., LorayClient] = partial(LorayClient, transport=httpx.MockTransport(made))
     for module in ("chat", "top"):
-        monkeypatch.setattr(f"loray.cli.interactive.{module}.LorayClient", client)
+        monkeypatch.setattr(f"loray.cli.{module}.LorayClient", client)
     return made
