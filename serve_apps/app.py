@@ -178,9 +178,9 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.quotas import RayExchange
-    from serve_apps.auth import open_access
+    from serve_apps.auth import open_auth
     from serve_apps.gateway.app import open_gateway
-    from serve_apps.gateway.replicas.engines import DemandNotes, ServeEngines, ServeGateways
+    from serve_apps.gateway.replicas.engines import DemandReporter, ServeEngineClient, ServeGateways
     from serve_apps.http import WithoutRequestId
     from serve_apps.python_gc import collect_when_quiet, freeze_garbage
     from serve_apps.scaling import DemandRecords
@@ -193,15 +193,15 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     node, host = ray.get_runtime_context().get_node_id(), _host(fleet)
 
-    def engines(spec: ServeSpec) -> ServeEngines:
+    def engines(spec: ServeSpec) -> ServeEngineClient:
         name = engine_of(spec.base)
-        return ServeEngines(
+        return ServeEngineClient(
             serve.get_deployment_handle(name, here.app_name),
             name,
             node,
             host,
             lambda: Catalog(settings.catalog, actor="gateway"),
-            notes=DemandNotes(DemandRecords(here.app_name, name), gateways.name, name),
+            notes=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
             max_token_lateness=spec.max_token_lateness,
@@ -212,7 +212,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
     if fleet.num_gateways > 1:
         exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)
     tracing = open_tracing("gateway", gateways.name)
-    access = open_access(settings, reachable_host(fleet.host))
+    access = open_auth(settings, reachable_host(fleet.host))
     gateway = open_gateway(fleet, settings, engines, gateways, exchange, access, tracing)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()

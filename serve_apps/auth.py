@@ -28,13 +28,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loray.catalog import Catalog
 from loray.catalog.audit_chain import Origin, coming_from, origin
 from loray.catalog.identity import Refusals, Refused
-from loray.catalog.snapshot_file import Kept, KeysFile
+from loray.catalog.snapshot_file import KeysFile, StoredSnapshot
 from loray.errors import CatalogError, LorayError, NotFoundError, PermissionDenied, RateLimited, Unauthenticated, shown
 from loray.locations import is_on_loopback, is_this_machine
 from loray.policy.auth import NO_KEY, Action, KeyRing, check
 from loray.settings import Settings
 from loray.spec import SCOPES, KeyChanges, Principal
-from serve_apps.catalog_watch import CatalogFollower, Keeper
+from serve_apps.catalog_watch import CatalogWatcher, SnapshotWriter
 
 _ACTION = "loray_action"
 _DOCUMENT = "/openapi.json"  # FastAPI's own route
@@ -145,7 +145,7 @@ _MOST_REFUSED = 100  # kinds of refused requests that the audit log tells apart 
 _BEARER = "bearer "
 
 
-class Access:
+class Authenticator:
     """Who asks. Used from one event loop, and by all applications of a process. `follower` reads the catalog's keys.
 
     While nobody has made a key, a server on loopback needs none, and refuses what a web page may send.
@@ -158,7 +158,7 @@ class Access:
     def __init__(
         self,
         ring: KeyRing,
-        follower: CatalogFollower,
+        follower: CatalogWatcher,
         *,
         host: str,
         names: frozenset[str] = frozenset(),
@@ -171,7 +171,7 @@ class Access:
         self.follower = follower
         self.is_limited = asyncio.Event()
         self._kept = kept
-        self._keeper: Keeper[KeyChanges] = Keeper(kept, delay_s=0.0)
+        self._keeper: SnapshotWriter[KeyChanges] = SnapshotWriter(kept, delay_s=0.0)
         self._num_changes = 0  # of keys and tenants, since the start
         self._is_local = is_on_loopback(host)
         self._names = names
@@ -221,9 +221,9 @@ class Access:
         before = self._empty if whole else self.ring
         return before.updated(catalog.key_changes(before.counter), time.monotonic())
 
-    def read_kept(self) -> Kept[KeyRing] | None:
+    def read_kept(self) -> StoredSnapshot[KeyRing] | None:
         found = None if self._kept is None else self._kept.read()
-        return found and Kept(self._empty.updated(found.state, float("-inf")), found.age_s)
+        return found and StoredSnapshot(self._empty.updated(found.state, float("-inf")), found.age_s)
 
     def take(self, state: KeyRing, at: float) -> None:
         if not state.has_same_keys(self.ring):
@@ -354,7 +354,7 @@ STATIC_KEY, METRICS_KEY = "deployment", "metrics"  # ids of keys that the catalo
 STATIC_KEYS = frozenset({STATIC_KEY, METRICS_KEY})
 
 
-def open_access(settings: Settings, host: str) -> Access:
+def open_auth(settings: Settings, host: str) -> Authenticator:
     """Of a server that listens at `host`, with the deployment's own keys and those of its catalog."""
     admin = Principal(scopes=frozenset(SCOPES), key_id=STATIC_KEY, actor=STATIC_KEY)
     metrics = Principal(scopes=frozenset(), key_id=METRICS_KEY, actor=METRICS_KEY)
@@ -362,7 +362,7 @@ def open_access(settings: Settings, host: str) -> Access:
     static |= {bytes.fromhex(sha256): admin for sha256 in settings.static_key_hashes}
     ring = KeyRing(static=static, max_age_s=settings.key_max_age_s)
     kept = KeysFile(settings.home / CATALOG_KEYS, settings.catalog)
-    return Access(ring, CatalogFollower(lambda: Catalog(settings.catalog)), host=host, kept=kept)
+    return Authenticator(ring, CatalogWatcher(lambda: Catalog(settings.catalog)), host=host, kept=kept)
 
 
 ANY = "*"
@@ -378,7 +378,7 @@ class AllowOrigins:
     they may (preflight). Cookies are never allowed, and nothing is while a request needs no key.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, origins: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, access: Authenticator, origins: frozenset[str]) -> None:
         """`origins` as a browser sends them, https://chat.example; `*`: all."""
         self._app, self._access, self._origins = app, access, origins
 
@@ -420,7 +420,7 @@ def _preflight(asked: Headers, allowed: str) -> Response:
     answer.headers["Access-Control-Allow-Methods"] = "GET, POST"
     answer.headers["Access-Control-Allow-Headers"] = ", ".join(filter(_HEADER.fullmatch, names[:_MOST_HEADERS]))
     answer.headers["Access-Control-Max-Age"] = str(_MAX_AGE_S)
-    answer.headers["Vary"] = "Origin, Access-Control-Request-Headers"
+    answer.headers["Vary"] = "Origin, Authenticator-Control-Request-Headers"
     return answer
 
 
@@ -479,7 +479,7 @@ _NAMES = {name.encode(): name for name in DOOR_HEADERS}
 _ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
 
 
-class CheckAccess:
+class Authenticate:
     """ASGI middleware: `scope["state"]["principal"]` is who asks. Nothing behind it looks at keys or tenants' headers.
 
     `scope["state"]["revoked"]` is a future that is done when the key is revoked or blocked while its request is
@@ -493,7 +493,7 @@ class CheckAccess:
     def __init__(
         self,
         app: ASGIApp,
-        access: Access,
+        access: Authenticator,
         permissions: Permissions,
         refused: Callable[[Exception], Response],
         rates: Rates | None = None,
@@ -569,7 +569,7 @@ async def _asking(request: Request) -> Principal:  # FastAPI would call a plain 
     return principal_of(request)
 
 
-Asking = Annotated[Principal, Depends(_asking)]
+CurrentPrincipal = Annotated[Principal, Depends(_asking)]
 
 
 _SCHEME = "key"

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 from loray.catalog import Catalog
-from loray.catalog.snapshot_file import Kept, KeptFile
+from loray.catalog.snapshot_file import SnapshotStore, StoredSnapshot
 from loray.errors import CatalogError
 from loray.files import touch
 from loray.telemetry import get_logger
@@ -53,7 +53,7 @@ class Reader(Protocol[S]):
         be another copy of the catalog, a backup that was restored.
         """
 
-    def read_kept(self) -> Kept[S] | None:
+    def read_kept(self) -> StoredSnapshot[S] | None:
         """In a thread: what was kept on disk."""
 
     def take(self, state: S, at: float) -> None:
@@ -77,7 +77,7 @@ class _Followed:
         self.began_at = 0.0
 
 
-class CatalogFollower:
+class CatalogWatcher:
     """Follows the catalog from one event loop, for its readers. The first look that reaches the database opens it.
 
     failure    why the catalog cannot be read now; None: it can
@@ -266,10 +266,10 @@ class CatalogFollower:
             return self._catalog
 
 
-class Keeper(Generic[S]):
+class SnapshotWriter(Generic[S]):
     """Keeps a copy on disk up to date, from a thread. `delay_s`: the least time between two copies."""
 
-    def __init__(self, file: KeptFile[S] | None, delay_s: float = KEEP_S) -> None:
+    def __init__(self, file: SnapshotStore[S] | None, delay_s: float = KEEP_S) -> None:
         self._file, self._delay_s = file, delay_s
         self._writing: asyncio.Future[bool] | None = None
         self._written_at = float("-inf")
@@ -286,5 +286,5 @@ class Keeper(Generic[S]):
             self._writing = asyncio.get_running_loop().run_in_executor(None, _write, self._file, state, is_written)
 
 
-def _write(file: KeptFile[S], state: Callable[[], S], is_written: bool) -> bool:
+def _write(file: SnapshotStore[S], state: Callable[[], S], is_written: bool) -> bool:
     return (is_written and touch(file.path)) or file.write(state())

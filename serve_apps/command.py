@@ -25,12 +25,12 @@ from loray.errors import ClusterError, ConflictError, LorayError, PermissionDeni
 from loray.local.cluster import current_cluster, dead_cluster, ensure_started, stop_local_cluster
 from loray.local.processes import check_port
 from loray.local.s3 import describe_store, has_local_s3, move_to_local_s3, start_home_store, stop_home_store
-from loray.local.serving import Address, standalone_servers
+from loray.local.serving import ServingAddress, standalone_servers
 from loray.locations import http_url
 from loray.schemas.status import BaseStatus, ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import FleetSpec, format_size
-from serve_apps.deployment import DRAIN_S, ServeApi, State, serve_config
+from serve_apps.deployment import DRAIN_S, ApplicationState, ServeApi, serve_config
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 
 _DECISIONS_SHOWN = 5
@@ -67,18 +67,18 @@ def _models(url: str) -> tuple[str, str | None]:
     return names, models[-1].id
 
 
-class Answer(NamedTuple):
+class ServerReply(NamedTuple):
     report: Status | None
     problem: str | None
 
 
-def ask(url: str) -> Answer:
+def ask(url: str) -> ServerReply:
     """GET /status of the server at `url`. `problem`: why there is no report."""
     with LorayClient(url, timeout=_TIMEOUT_S) as client:
         try:
-            return Answer(client.status(), None)
+            return ServerReply(client.status(), None)
         except LorayError as e:
-            return Answer(None, str(e))
+            return ServerReply(None, str(e))
 
 
 def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
@@ -95,7 +95,12 @@ def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
 
 
 def show_status(
-    url: str, state: State | str, report: Status | None, problem: str | None, dashboard: str | None, store: str | None
+    url: str,
+    state: ApplicationState | str,
+    report: Status | None,
+    problem: str | None,
+    dashboard: str | None,
+    store: str | None,
 ) -> None:
     """Exits with 1 if the report says that something is wrong. `dashboard`: None without Ray."""
     out = console()
@@ -112,7 +117,7 @@ def show_status(
         for b in report.bases:
             if (scaling := b.autoscaling) is not None:
                 rows.append((_of(report, b, "autoscaling"), f"{scaling.target} wanted: {scaling.reason}"))
-    message = state.reason if isinstance(state, State) else None
+    message = state.reason if isinstance(state, ApplicationState) else None
     out.print(pairs([*rows, ("message", message), ("problem", problem)]))
     if report is not None and report.replicas:
         columns = (
@@ -206,7 +211,7 @@ def up(spec_file: Path | None, s3: bool, wait: bool, as_json: bool, **options: A
         api = ServeApi(address)
         fleet = _settle_port(fleet, api.http())
         api.deploy(serve_config(fleet, settings))
-    url = Address(_hostname(fleet, settings), fleet.port).url
+    url = ServingAddress(_hostname(fleet, settings), fleet.port).url
     if wait:
         _wait(api, screen)
     if as_json:
@@ -346,7 +351,7 @@ def _check_port(fleet: FleetSpec) -> None:
         raise cannot_listen(fleet.host, fleet.port, e, "loray up") from e
 
 
-def _settle_port(fleet: FleetSpec, serving: Address | None) -> FleetSpec:
+def _settle_port(fleet: FleetSpec, serving: ServingAddress | None) -> FleetSpec:
     """Serve cannot change its address while it runs: an update keeps it, and ConflictError refuses another one that
     the command line or the file names.
     """

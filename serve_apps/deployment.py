@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loray.errors import ClusterError
-from loray.local.serving import Address
+from loray.local.serving import ServingAddress
 from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import FleetSpec
@@ -67,7 +67,7 @@ def front_nodes(settings: Settings) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ApplicationState:
     """The state of all applications together. `status` is the worst one.
 
     `replicas`: deployment → state → count. `deployed_at` changes with every deployment.
@@ -120,25 +120,25 @@ class ServeApi:
     def delete(self) -> None:
         self._client.delete_applications()
 
-    def http(self) -> Address | None:
+    def http(self) -> ServingAddress | None:
         """Where Serve listens; None if it does not run. It keeps its port until it is deleted."""
         options = self._details().get("http_options") or {}
-        return Address(options["host"], options["port"]) if options.get("port") else None
+        return ServingAddress(options["host"], options["port"]) if options.get("port") else None
 
-    def state(self) -> State | None:
+    def state(self) -> ApplicationState | None:
         """The state of loray's applications; None if they are not deployed."""
         deployed = self._details().get("applications", {})
         if APPLICATION not in deployed:
             return None
         return combined([deployed[name] for name in (APPLICATION, CATALOG_APPLICATION) if name in deployed])
 
-    def watch(self, timeout_s: float) -> Iterator[State]:
+    def watch(self, timeout_s: float) -> Iterator[ApplicationState]:
         """Yields states as they change, until one is running or failed.
 
         ClusterError with the last message if that takes longer than `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        last: State | None = None
+        last: ApplicationState | None = None
         while time.monotonic() < deadline:
             state = self.state()
             if state is not None and state != last:
@@ -165,7 +165,7 @@ class ServeApi:
             raise ClusterError(f"Ray Serve's state cannot be read at {self.dashboard}: {e}") from e
 
 
-def combined(applications: Sequence[Mapping[str, Any]]) -> State:
+def combined(applications: Sequence[Mapping[str, Any]]) -> ApplicationState:
     """The state of several applications, from Serve's ApplicationDetails."""
     replicas: dict[str, dict[str, int]] = {}
     messages: list[str] = []
@@ -178,7 +178,7 @@ def combined(applications: Sequence[Mapping[str, Any]]) -> State:
             replicas[name] = states
             messages.append(deployment.get("message") or "")
     statuses = [application["status"] for application in applications]
-    return State(
+    return ApplicationState(
         status=min(statuses, key=_severity),
         message="\n".join(m for m in messages if m),
         deployed_at=max(application.get("last_deployed_time_s", 0.0) for application in applications),

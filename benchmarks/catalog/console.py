@@ -15,7 +15,7 @@ from benchmarks.catalog.state import metrics_text, status_json
 from jobs.submission.tracker import RayJob
 from loray.catalog import Catalog
 from loray.spec import DEFAULT_TENANT, Scope, split_qualified
-from serve_apps.console import Gateway
+from serve_apps.console import GatewayClient
 from tests.serve_apps.api.fakes import Api
 
 _PREFIX = "http://test/api/v1/console"
@@ -38,7 +38,7 @@ def console_pages(url: str, home: Path, num_adapters: int, num_tenants: int, mea
     running, looked_at = fill_history(url, num_adapters, num_tenants), write_events(url, home, owner, _NUM_JOBS)
     site, keys = Api(home, url), _keys(url, owner)
     site.jobs.jobs = {id: RayJob("RUNNING", "") for id in running}
-    site.services.gateway = Gateway("http://gateway", httpx.MockTransport(partial(_answer, _answers(names))))
+    site.services.gateway = GatewayClient("http://gateway", httpx.MockTransport(partial(_answer, _answers(names))))
     try:
         pages = {page: [partial(_ask, site, key, "GET", path) for key in keys] for page, path in _PAGES.items()}
         for page, path in _of_adapter(name, owner).items():

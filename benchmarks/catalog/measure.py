@@ -23,8 +23,8 @@ from loray.catalog import Catalog, CatalogSnapshot
 from loray.catalog.snapshot_file import SnapshotFile
 from loray.errors import AdapterNotFound
 from loray.spec import OPERATOR, Principal
-from serve_apps.catalog_watch import CatalogFollower
-from serve_apps.gateway.directory import ModelCards, ModelDirectory
+from serve_apps.catalog_watch import CatalogWatcher
+from serve_apps.gateway.directory import ModelCards, ModelResolver
 
 _PAGE = 100
 _REPEATS = 7
@@ -73,13 +73,13 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
     return figures | await asyncio.to_thread(pages)
 
 
-def _directory(url: str) -> ModelDirectory:
+def _directory(url: str) -> ModelResolver:
     config = SimpleNamespace(max_position_embeddings=8192)
     base = SimpleNamespace(name="smollm2", fingerprint=BASES["smollm2"], config=config)
-    return ModelDirectory([cast("Any", base)], CatalogFollower(lambda: Catalog(url)))
+    return ModelResolver([cast("Any", base)], CatalogWatcher(lambda: Catalog(url)))
 
 
-async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
+async def _changes(directory: ModelResolver, setup: Setup) -> dict[str, float]:
     """Seconds from a commit in another process until the gateway resolves to it, and how long its loop was held."""
     name = adapter_name(1, setup.num_tenants)
     command = [sys.executable, "-m", "benchmarks.catalog.writer", setup.url, name, str(_CHANGES), str(_PAUSE_S)]
@@ -102,7 +102,7 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     return {"change_s": max(served), "change_hold_ms": 1e3 * holds.longest_s, "idle_hold_ms": 1e3 * idle.longest_s}
 
 
-async def _names(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
+async def _names(directory: ModelResolver, setup: Setup) -> dict[str, float]:
     step = max(1, setup.num_adapters // _NUM_NAMES)
     known = [adapter_name(i, setup.num_tenants) for i in range(1, setup.num_adapters + 1, step)]
     known = [name for i, name in enumerate(known) if (1 + i * step) % 500]  # those of the other base are refused
@@ -135,7 +135,7 @@ def _refusal_s(resolve: Callable[[], object]) -> float:
     raise AssertionError("the name is known")
 
 
-async def _models(directory: ModelDirectory) -> dict[str, float]:
+async def _models(directory: ModelResolver) -> dict[str, float]:
     """`/v1/models` of all adapters, whole and a page of it."""
     cards = ModelCards(directory, lambda _, length: length)
     async with heartbeat() as holds:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.cluster.client import Seen
 from benchmarks.cluster.crowd import Crowd, by_replica
 from benchmarks.cluster.world import CONTEXT, Figures
-from loray.simulation.profile import Outside, Profile
+from loray.simulation.profile import Overhead, Profile
 from loray.spec import ServeSpec
 
 Floats = NDArray[np.float64]
@@ -36,7 +36,7 @@ _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
 
 class Costs(NamedTuple):
     """Seconds; see `Profile`. `load` contains the copy into the pool; NaN where too few requests waited for one.
-    `factors` are its `prompt_factors`, `outside` has the columns of its `Outside`.
+    `factors` are its `prompt_factors`, `outside` has the columns of its `Overhead`.
     """
 
     step: float
@@ -118,7 +118,7 @@ def spread(factors: Floats, weights: Floats) -> Floats:
 
 
 def outside_parts(outside: Floats, routed: Floats) -> Floats:
-    """See `Outside`, of requests that took so long outside, and until a replica had them. What one takes after that is
+    """See `Overhead`, of requests that took so long outside, and until a replica had them. What one takes after that is
     its way up to the median of all; a replica that takes longer has stood still, and not for this request alone.
     """
     outside = np.clip(outside, 0.0, None)
@@ -226,7 +226,7 @@ def profile(
         place_s=_PLACE_S,
         place_byte_s=0.0,
         prompt_factors=tuple(costs.factors.tolist()),
-        outside_s=tuple(Outside(*row) for row in costs.outside.tolist()),
+        outside_s=tuple(Overhead(*row) for row in costs.outside.tolist()),
         end_known_s=costs.end_known,
         contention=costs.contention,
         processors=processors,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from benchmarks.front.engines import NODE
 from loray.engine.request import TokenOutput
 from serve_apps.channel.connection import Connection, connect
-from serve_apps.channel.frames import Address
+from serve_apps.channel.frames import ChannelAddress
 
 _READ_BYTES = 1 << 16
 
@@ -63,7 +63,7 @@ def _first_line() -> bytes:
 
 async def main() -> None:
     setup = json.loads(_first_line())
-    connection = await connect(Address(**setup["address"]), NODE, "front#0")
+    connection = await connect(ChannelAddress(**setup["address"]), NODE, "front#0")
     streams, ended, rest = Streams(connection, setup["token_ids"]), asyncio.Event(), b""
 
     def read() -> None:

@@ -24,10 +24,10 @@ from benchmarks.front.floor import FloorProtocol, chunk
 from loray.bases.registry import BaseModel, get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.auth import open_access
+from serve_apps.auth import open_auth
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import PromptEncoder, ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 
 _TEXT = (
@@ -51,9 +51,9 @@ def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]]
     prompts = PromptEncoder.load(base)
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
     settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": catalog_url(folder)})
-    access = open_access(settings, "127.0.0.1")
+    access = open_auth(settings, "127.0.0.1")
     served = ServedBase(ServeSpec(base=base.name), base, prompts, engines(token_ids))
-    return create_app(Gateway([served], ModelDirectory([base], access.follower)), access)
+    return create_app(Gateway([served], ModelResolver([base], access.follower)), access)
 
 
 async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:

@@ -18,7 +18,7 @@ from benchmarks.gpu.serving import server
 from benchmarks.gpu.shape import Shape
 from benchmarks.gpu.state import Figures
 from benchmarks.machine import MachineRates, rates_here
-from loray_kernels import Recorded
+from loray_kernels import CaptureState
 
 _WARM = 5  # steps of all rows before the first that counts
 _STREAMS = 32  # beside which a cold adapter comes
@@ -49,7 +49,7 @@ def decode(shape: Shape, rates: MachineRates, figures: Figures, folder: Path) ->
                 figures.add(case, _times(seconds, floor) | {"host_ms": host_ms})
 
 
-def _recording(recorded: Recorded | None) -> dict[str, float]:
+def _recording(recorded: CaptureState | None) -> dict[str, float]:
     if recorded is None:
         return {}
     num, wanted, seconds, num_bytes = recorded

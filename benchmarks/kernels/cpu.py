@@ -25,14 +25,14 @@ from benchmarks.machine import rates_here
 from benchmarks.options import check_only
 from benchmarks.output import write_json
 from loray_kernels import (
+    AdapterSegments,
     AttentionMeta,
     KvLayout,
     LinearWeights,
     LoraTable,
     Ops,
-    PairMatrix,
+    ProjectionMatrix,
     RowTables,
-    Segments,
     StepInputs,
     VeraTable,
     backend,
@@ -74,7 +74,7 @@ def lora(num_tokens: int, num_adapters: int) -> Case:
         return RowTables(((0, width, torch.tensor([next(places) for _ in range(total)])),))
 
     each = num_tokens // num_adapters
-    segments = Segments(
+    segments = AdapterSegments(
         tuple(n * each for n in range(num_adapters)), tuple((n + 1) * each for n in range(num_adapters))
     )
     start = tuple(sum(ranks[:n]) for n in range(num_adapters + 1))
@@ -124,7 +124,7 @@ def attention(queries: int, context: int, num_sequences: int) -> Case:
 
 def vera(num_tokens: int, num_adapters: int, rank: int = 256) -> Case:
     """VeRA on q, k, v, o with one pair. Every adapter has equally many tokens."""
-    a, b = (PairMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
+    a, b = (ProjectionMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
     pool = random_pool(num_adapters)
     offsets = torch.arange(num_adapters).repeat_interleave(num_tokens // num_adapters) * LAYERS * SHARE
     d = RowTables(((0, rank, offsets),))
@@ -173,7 +173,7 @@ def rows(num_tokens: int) -> Iterator[Case]:
     cos_Td, sin_Td, weight_D = (torch.rand(*s).to(torch.bfloat16) for s in ((num_tokens, 64),) * 2 + ((HIDDEN,),))
     x_TD = q.reshape(num_tokens, HIDDEN).contiguous()
     meta = AttentionMeta((0, num_tokens), (num_tokens,), (torch.arange(1),), torch.randperm(num_tokens))
-    step = StepInputs(pool, LAYOUT, meta, Segments((), ()), cos_Td, sin_Td)
+    step = StepInputs(pool, LAYOUT, meta, AdapterSegments((), ()), cos_Td, sin_Td)
 
     def norm(ops: Ops) -> None:
         for _ in range(2 * LAYERS):

@@ -25,14 +25,14 @@ from benchmarks.machine import rates_here
 from benchmarks.options import check_only
 from benchmarks.output import write_json
 from loray_kernels import (
+    AdapterSegments,
     AttentionMeta,
     BackendUnavailable,
     KvLayout,
     LoraTable,
     Ops,
-    PairMatrix,
+    ProjectionMatrix,
     RowTables,
-    Segments,
     StepInputs,
     VeraTable,
     backend,
@@ -79,7 +79,7 @@ def lora(ops: Ops, num_tokens: int, num_adapters: int) -> Case:
     tables = tuple(LoraTable(rows(HIDDEN), rows(o), start, (2.0,) * num_adapters) for o in widths.values())
     pool = randn(BLOCK).repeat(wide_blocks + -(-2 * total * KV // SHARE))
     first = tuple(range(0, num_tokens, each))
-    segments = Segments(first, tuple(f + each for f in first))
+    segments = AdapterSegments(first, tuple(f + each for f in first))
     x_TI, outputs = randn(num_tokens, HIDDEN), torch.split(randn(num_tokens, HIDDEN + 2 * KV), [*widths.values()], 1)
 
     def call(layer: int) -> None:
@@ -108,7 +108,7 @@ def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
 
 
 def vera(ops: Ops, num_tokens: int, rank: int = 256) -> Case:
-    a, b_matrix = PairMatrix(randn(rank, HIDDEN)), PairMatrix(randn(HIDDEN, rank))
+    a, b_matrix = ProjectionMatrix(randn(rank, HIDDEN)), ProjectionMatrix(randn(HIDDEN, rank))
     pool = randn(BLOCK).repeat(num_tokens)
     at = torch.arange(num_tokens, device="cuda") * BLOCK
     d, b = RowTables(((0, rank, at),)), RowTables(((0, HIDDEN, at + rank),))
@@ -130,7 +130,7 @@ def rows(ops: Ops, num_tokens: int) -> Iterator[Case]:
     pool = randn(BLOCK).repeat(-(-num_tokens // 16))
     slots_T = torch.randperm(num_tokens, device="cuda")
     meta = AttentionMeta((0, num_tokens), (num_tokens,), (slots_T[:1],), slots_T)
-    step = StepInputs(pool, LAYOUT, meta, Segments((), ()), cos_Td, sin_Td)
+    step = StepInputs(pool, LAYOUT, meta, AdapterSegments((), ()), cos_Td, sin_Td)
     each = 2 * num_tokens
     yield Case(
         f"rms_norm {num_tokens} tokens", lambda n: ops.rms_norm(x_TD, weight_D, 1e-5, pool, None, 0), each * 2 * HIDDEN

@@ -11,7 +11,7 @@ from loray.spec import AdapterRef
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
     from loray.engine.pool.pool import ResidentAdapter
-    from loray.engine.request import Plan, TokenOutput
+    from loray.engine.request import SchedulerOutput, TokenOutput
 
 
 class EngineStep(NamedTuple):
@@ -44,9 +44,9 @@ class EngineRecorder:
         self.placed_bytes = 0
         self._wrap_residency(engine)
         scheduler, plan_next, step = engine.scheduler, engine.scheduler.next, engine.step
-        last: list[Plan] = []
+        last: list[SchedulerOutput] = []
 
-        def next_plan() -> Plan:
+        def next_plan() -> SchedulerOutput:
             last[:] = [plan_next()]
             return last[0]
 

@@ -14,7 +14,7 @@ from benchmarks.training.peers import Trainer, Vera
 from benchmarks.training.rows import Case, Row, Setting, Target
 from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 
@@ -76,7 +76,7 @@ class Step:
     def run(self, setting: Setting) -> Row:
         case = steps.Case(self.tokens, "longlora", checkpointing=True)
         s2, dense = (_measure(steps.Case(**asdict(case) | {"dense": x}), setting) for x in (False, True))
-        flops = count_flops(run_of(case.recipe, setting.base.config))
+        flops = count_flops(shape_of(case.recipe, setting.base.config))
         more = (flops.dense_attention - flops.attention) * (1 + ATTENTION_BACKWARD + case.checkpointing)
         ratio, limit = dense.step_s / s2.step_s, 1 + more / flops.total
         cells = [f"{dense.step_s:.1f}", f"{s2.step_s:.1f}", f"{ratio:.2f}", f"{limit:.2f}"]

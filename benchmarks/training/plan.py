@@ -26,7 +26,7 @@ from loray.bases.registry import add_base
 from loray.planning.devices import host
 from loray.planning.memory import CHECKPOINT
 from loray.planning.plan import Plan, make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 
 _COLUMNS = (
     f"{'case':<32} {'peak MB':>8} {'planned':>8} {'off':>5}  {'halo MB':>8} {'planned':>8}  "
@@ -64,7 +64,7 @@ def main() -> None:
         case = Case(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
         load = load_average()
         measured = measure(case, base, args.steps)
-        plan = make_plan(run_of(case.recipe, base.config), host(machine, sequence))
+        plan = make_plan(shape_of(case.recipe, base.config), host(machine, sequence))
         rows.append(asdict(case) | asdict(measured) | {"load": load} | _planned(plan))
         click.echo(_line(case, measured, plan, load))
     write_json(args.json, {"rates": asdict(rates), "rows": rows})

@@ -29,7 +29,7 @@ from loray.errors import SpecError
 from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
@@ -227,7 +227,7 @@ def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Worker
     if is_shorter and spec.attention.type == "dense":
         longest = int(data.train.lengths.max(initial=2))
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": longest})})
-    for problem in make_plan(run_of(spec, base.config), device).problems:
+    for problem in make_plan(shape_of(spec, base.config), device).problems:
         if problem.severity == "refusal":
             raise SpecError(f"{problem.message}; {problem.remedy}")
 

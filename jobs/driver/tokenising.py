@@ -16,7 +16,7 @@ from jobs.workers.placement import worker_resources
 from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.data.corpus import Task, located, run_here
-from loray.train.data.read import BadRow, Content, Part
+from loray.train.data.read import BadRow, Content, FilePart
 from loray.train.data.shards import ShardCache
 from loray.train.data.tokenize import Tokenisation
 
@@ -43,7 +43,7 @@ class RayTasks:
         log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
         shared, remote = ray.put((tokenisation, cache)), self._remote()
         most = min(int(ray.cluster_resources().get("CPU", 1)) + 1, _MOST_AT_ONCE)
-        running: deque[tuple[Part, ObjectRef]] = deque()
+        running: deque[tuple[FilePart, ObjectRef]] = deque()
         for task in tasks:
             if len(running) == most:
                 _finish(*running.popleft())
@@ -57,7 +57,7 @@ class RayTasks:
         return ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
 
 
-def _finish(part: Part, reference: ObjectRef) -> None:
+def _finish(part: FilePart, reference: ObjectRef) -> None:
     try:
         bad: BadRow | None = ray.get(reference)
     except RayTaskError as e:

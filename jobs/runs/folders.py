@@ -139,14 +139,14 @@ _JOB_ID = "job_id"
 _LOCK = "lock"
 
 
-class History(NamedTuple):
+class RunHistory(NamedTuple):
     """Files on this machine: `events`, one event a line, and `board`, TensorBoard's folder."""
 
     events: Path
     board: Path
 
     @classmethod
-    def below(cls, folder: Path) -> History:
+    def below(cls, folder: Path) -> RunHistory:
         return cls(folder / _EVENTS, folder / _BOARD)
 
 
@@ -222,9 +222,9 @@ class RunFolder:
             yield
 
     @contextmanager
-    def history(self) -> Iterator[History]:
+    def history(self) -> Iterator[RunHistory]:
         """Files of this machine to append to. When the block ends, the run contains what was appended."""
-        yield History.below(Path(self.path))
+        yield RunHistory.below(Path(self.path))
 
     def _has(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
@@ -263,9 +263,9 @@ class SharedRunFolder(RunFolder):
             yield
 
     @contextmanager
-    def history(self) -> Iterator[History]:
+    def history(self) -> Iterator[RunHistory]:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        history = History.below(self.scratch)
+        history = RunHistory.below(self.scratch)
         path = history.events
         known = self.read(_EVENTS) or b""
         # A killed driver of this machine leaves a longer history here, which begins with the bucket's.

@@ -53,7 +53,7 @@ class LeaseState(NamedTuple):
         return f"the driver of job {self.job} (process {self.pid} on {self.host})"
 
 
-class _Entry(NamedTuple):
+class _LeaseEntry(NamedTuple):
     number: int
     state: LeaseState
 
@@ -106,7 +106,7 @@ class _Lease:
         except LorayError as e:
             log.warning("the run's lease cannot be released: %s", e)
 
-    def _watch(self, last: _Entry) -> _Entry:
+    def _watch(self, last: _LeaseEntry) -> _LeaseEntry:
         """Waits until the lease is released or has had no heartbeat for `STALE_S`, and returns its last entry.
 
         ConflictError if the holder is alive.
@@ -142,11 +142,11 @@ class _Lease:
             self._objects.delete(self._key(old))
         return True
 
-    def _last(self) -> _Entry | None:
+    def _last(self) -> _LeaseEntry | None:
         while numbers := self._numbers():
             state = self._read(numbers[-1])
             if state is not None:  # None: a later entry has replaced it since the listing
-                return _Entry(numbers[-1], state)
+                return _LeaseEntry(numbers[-1], state)
         return None
 
     def _read(self, number: int) -> LeaseState | None:

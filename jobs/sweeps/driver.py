@@ -53,7 +53,7 @@ from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
-from loray.train.data.batches import TokenRows
+from loray.train.data.batches import TokenizedRows
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset
 
@@ -129,7 +129,7 @@ _SETTINGS = {
 }
 
 
-class Records:
+class TrialRecords:
     """The records of a sweep's trials, one file each. `changed` is called with each that has changed."""
 
     def __init__(self, folder: RunFolder, plan: SweepPlan, changed: Callable[[TrialRecord], None]) -> None:
@@ -157,7 +157,7 @@ class Records:
 
 
 def search(
-    plan: SweepPlan, records: Records, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int
+    plan: SweepPlan, records: TrialRecords, tasks: Mapping[int, TrialTask], settings: Settings, num_at_once: int
 ) -> None:
     """Runs the trials of `tasks`, those that have not ended, to their end."""
     os.environ.update(_SETTINGS)
@@ -192,7 +192,7 @@ def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
     return max(1, min(fitting))
 
 
-def _scheduler(plan: SweepPlan, records: Records) -> TrialScheduler:
+def _scheduler(plan: SweepPlan, records: TrialRecords) -> TrialScheduler:
     if not plan.stops_early:
         return FIFOScheduler()
     scheduler = ASHAScheduler(
@@ -216,7 +216,7 @@ def _scheduler(plan: SweepPlan, records: Records) -> TrialScheduler:
 class _Watch(tune.Callback):  # type: ignore[misc]
     """Keeps the records up to date, in the driver's process."""
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: TrialRecords) -> None:
         self._records = records
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -331,7 +331,7 @@ class _Sweep:
         self._settings, self._emit, self._tenant = settings, emit, tenant
         self._name = qualified_name(tenant, plan.name)
         self._at = folder.path.removeprefix(f"{runs.root}/")
-        self._records = Records(folder, plan, self._say)
+        self._records = TrialRecords(folder, plan, self._say)
 
     def run(self, job: JobRecord) -> PublishedEvent:
         for record in self._records:
@@ -445,7 +445,7 @@ def _prepare(
     return prepared
 
 
-def _are_same(a: TokenRows, b: TokenRows) -> bool:
+def _are_same(a: TokenizedRows, b: TokenizedRows) -> bool:
     return (
         np.array_equal(a.lengths, b.lengths)
         and np.array_equal(a.ids_N, b.ids_N)

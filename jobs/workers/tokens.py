@@ -25,10 +25,10 @@ from loray.train.data.shards import (
     TOKENS,
     FolderCache,
     Integers,
-    Shard,
     ShardCache,
     ShardIndex,
     Tokens,
+    TokenShard,
     tokens_bytes,
 )
 
@@ -75,7 +75,7 @@ class BucketCache:
             raise StoreError(f"{self._name(key, TOKENS)} was removed while a run reads it; start the run again")
         return self._copies.tokens(key)
 
-    def put(self, key: str, shard: Shard) -> None:
+    def put(self, key: str, shard: TokenShard) -> None:
         for suffix, data in ((TOKENS, tokens_bytes(shard.tokens_N)), (INDEX, shard.index.to_bytes())):
             self._write(key, suffix, data)
 

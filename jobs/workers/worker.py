@@ -31,7 +31,7 @@ from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.machine import hardware
 from loray.planning.devices import device_on
 from loray.planning.plan import advice_for_less
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.priority import compute_in_background
 from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
@@ -166,7 +166,7 @@ def _out_of_memory(spec: TrainSpec, base: BaseModel, error: RuntimeError) -> str
     """Return what to change in a run that did not fit, although the plan may have said that it would."""
     per_node = ray.train.get_context().get_local_world_size()
     device = device_on(hardware(), per_node, use_gpu=spec.use_gpu is True)
-    advice = "" if device is None else f"; {advice_for_less(run_of(spec, base.config), device)}"
+    advice = "" if device is None else f"; {advice_for_less(shape_of(spec, base.config), device)}"
     return f"out of memory: {first_line(error)}{advice}"
 
 

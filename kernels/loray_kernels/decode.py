@@ -12,9 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loray_kernels.descriptors import Directory, InputShape, Records, StepVectors, TokenRows, VectorShape
+from loray_kernels.descriptors import (
+    DescriptorAllocator,
+    DescriptorTable,
+    InputShape,
+    RowOverrides,
+    StepVectors,
+    VectorShape,
+)
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.sampling import TokenSeats
+from loray_kernels.sampling import TokenSlots
 
 _NONE = np.array([], dtype=np.int64)
 
@@ -29,13 +36,13 @@ class Parts(IntFlag):
     OWN = 8
 
 
-class StepRecords(NamedTuple):
+class StepDescriptors(NamedTuple):
     """Of a decode step. items_S3: (start of an adapter's record, first token, tokens); without tokens it is padding.
 
     vectors  given if `parts` is more than LoRA
     """
 
-    records: Records
+    records: DescriptorTable
     items_S3: Tensor
     parts: Parts = Parts.LORA
     vectors: StepVectors | None = None
@@ -67,7 +74,7 @@ class DecodeStep(NamedTuple):
     own_rows: npt.NDArray[np.int64] = _NONE
 
 
-class RecordedStep(NamedTuple):
+class CapturedStep(NamedTuple):
     """A decode step as the device's tensors. `records` None: all tokens are the base's. `own_rows`: of embeddings; None
     without the part OWN.
     """
@@ -75,11 +82,11 @@ class RecordedStep(NamedTuple):
     token_ids_S: Tensor
     positions_S: Tensor
     attention: AttentionMeta
-    records: StepRecords | None
-    own_rows: TokenRows | None = None
+    records: StepDescriptors | None
+    own_rows: RowOverrides | None = None
 
 
-class Ranks(NamedTuple):
+class CaptureBarrier(NamedTuple):
     """What recording needs of ranks that compute a step together; the defaults are those of one rank.
 
     silent  while it is entered, a step of this rank waits for no other, and its result means nothing
@@ -101,17 +108,17 @@ class Decoding(NamedTuple):
     max_blocks: int
     inputs: tuple[InputShape, ...]
     device: torch.device
-    ranks: Ranks = Ranks()
+    ranks: CaptureBarrier = CaptureBarrier()
 
 
-class RecordLimits(NamedTuple):
+class CaptureLimits(NamedTuple):
     """Seconds after which no further recording begins; bytes of the device that all of them may take."""
 
     seconds: float
     num_bytes: int
 
 
-class Recorded(NamedTuple):
+class CaptureState(NamedTuple):
     """How far recording has come."""
 
     num_recorded: int
@@ -120,21 +127,21 @@ class Recorded(NamedTuple):
     num_bytes: int
 
 
-class RecordedDecoding(Protocol):
+class CapturedDecoding(Protocol):
     """`directory` has the records of adapters that steps may name, and `vectors` is their shape. Steps have at most
     `max_rows` sequences.
     """
 
-    directory: Directory
+    directory: DescriptorAllocator
     vectors: VectorShape
     max_rows: int
 
     @property
-    def seats(self) -> TokenSeats:
+    def seats(self) -> TokenSlots:
         """Of the last step's rows: the next step takes tokens from there."""
         ...
 
-    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
         """Record steps, within `limits` of every rank: all have the same recordings. Only before the first step."""
         ...
 

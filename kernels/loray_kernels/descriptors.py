@@ -65,7 +65,7 @@ class InputShape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Records:
+class DescriptorTable:
     """The directory in the device's memory, (words,) of int64, and the rows that it describes, by input."""
 
     words: Tensor
@@ -73,13 +73,13 @@ class Records:
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
-class Directory:
+class DescriptorAllocator:
     """Gives records their places and writes them. For the engine's thread. The first `reserved` words stay zero."""
 
     def __init__(
         self, inputs: Sequence[InputShape], device: torch.device, num_words: int = _WORDS, *, reserved: int = 0
     ) -> None:
-        self.records = Records(torch.zeros(num_words, dtype=torch.int64, device=device), tuple(inputs))
+        self.records = DescriptorTable(torch.zeros(num_words, dtype=torch.int64, device=device), tuple(inputs))
         self._free = [(reserved, num_words - reserved)]  # (start, words), by start
 
     def add(self, words: npt.NDArray[np.int64]) -> int | None:
@@ -108,7 +108,7 @@ class Directory:
         self._free = joined
 
 
-def record_words(
+def descriptor_words(
     groups: Sequence[Mapping[str, LoraRows]], layer_group: Sequence[int], inputs: Sequence[InputShape]
 ) -> npt.NDArray[np.int64] | None:
     """A record: for each layer and input where its block begins, or 0; then the blocks, which layers of one group
@@ -147,8 +147,8 @@ def _block(modules: Sequence[LoraRows | None], shape: InputShape) -> list[int]:
     return words
 
 
-def read_block(words: Tensor, start: int, field: int, shape: InputShape) -> list[LoraRows | None]:
-    """The modules of one input as `record_words` wrote them, for the record from `start` on."""
+def read_descriptor(words: Tensor, start: int, field: int, shape: InputShape) -> list[LoraRows | None]:
+    """The modules of one input as `descriptor_words` wrote them, for the record from `start` on."""
     at = int(words[start + field])
     if not at:
         return []
@@ -178,7 +178,7 @@ Offsets = Mapping[Name, Sequence[int]]  # of each segment
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
+class RowOverrides:
     """For each of the tokens `tokens_N` of the step a row of the pool: used instead of the base's, or DoRA's scale.
 
     Recorded steps name all tokens, and those without a row have the offset −1.
@@ -188,7 +188,7 @@ class TokenRows:
     rows: RowTables
 
 
-class Slot(NamedTuple):
+class VectorEntry(NamedTuple):
     """A vector's first word in a block, and its segments. Those of vera_d depend on the adapter: it has one."""
 
     word: int
@@ -209,7 +209,7 @@ class VectorShape:
     """The blocks of a base, equal for all its adapters."""
 
     num_layers: int
-    slots: Mapping[Name, Slot]
+    slots: Mapping[Name, VectorEntry]
     num_words: int
 
     @classmethod
@@ -226,7 +226,7 @@ class VectorShape:
             for module, own in zip(modules, shape.b, strict=True):
                 columns |= {(module, "dora"): own, (module, "vera_d"): ((0, 0),), (module, "vera_b"): own}
         starts = accumulate(map(len, columns.values()), initial=0)
-        slots = {name: Slot(word, own) for word, (name, own) in zip(starts, columns.items(), strict=False)}
+        slots = {name: VectorEntry(word, own) for word, (name, own) in zip(starts, columns.items(), strict=False)}
         return cls(num_layers, slots, sum(map(len, columns.values())))
 
     @property
@@ -292,17 +292,17 @@ class StepVectors:
         found_LWS = words[blocks_LS.unsqueeze(1) + torch.arange(shape.num_words, device=device).unsqueeze(1)]
         self.rows_LWS = torch.where((at_LS > 0).unsqueeze(1), found_LWS, -1)
 
-    def token_rows(self, layer: int | None, module: str, role: str) -> TokenRows:
+    def token_rows(self, layer: int | None, module: str, role: str) -> RowOverrides:
         """A vector of each token; layer None: outside of layers."""
         slot = self.shape.slots[module, role]
         own_WS = self.rows_LWS[self.shape.num_layers if layer is None else layer]
         rows = RowTables(tuple((c, w, own_WS[slot.word + i]) for i, (c, w) in enumerate(slot.columns)))
-        return TokenRows(self.tokens_S, rows)
+        return RowOverrides(self.tokens_S, rows)
 
-    def embedding_rows(self, offsets_S: Tensor) -> TokenRows:
+    def embedding_rows(self, offsets_S: Tensor) -> RowOverrides:
         """Rows of hidden size outside of layers."""
         ((column, width),) = self.shape.slots["norm", "norm"].columns
-        return TokenRows(self.tokens_S[: offsets_S.shape[0]], RowTables(((column, width, offsets_S),)))
+        return RowOverrides(self.tokens_S[: offsets_S.shape[0]], RowTables(((column, width, offsets_S),)))
 
     def modules(self, field: int, role: str) -> list[tuple[str, int, slice]]:
         """(module, layer, columns of its vector among those of all modules) of a field, which is layer × inputs + the

@@ -44,7 +44,7 @@ class AttentionMeta:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
-class Piece(NamedTuple):
+class PageCopy(NamedTuple):
     """`length` elements from `start` of a layer's rows go to `to` of the pool, plus the layer's offset."""
 
     start: int
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 class PageWriter(Protocol):
     """Writes into one pool, from one thread."""
 
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
         """pool[offset + to : offset + to + length] = rows_LE[l, start : start + length], for each layer l with its
         offset and each piece. The memory may be written later, but not after `wait`. Reads and writes of the pool that
         were queued before are completed first.
@@ -82,7 +82,7 @@ class DirectWriter:
     def __init__(self, pool: Tensor) -> None:
         self._pool = pool
 
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
         for start, stop, stride in _neighbours(layer_offsets):
             # If the pool is on a device: one transfer, and the copies below are made on the device.
             rows = rows_LE[start:stop].to(self._pool.device, non_blocking=True)

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.descriptors import RowTables, TokenRows
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.descriptors import RowOverrides, RowTables
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
-from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class LoraTable:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairMatrix:
+class ProjectionMatrix:
     """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same object, so a
     backend keeps in its memo what it makes of it once.
     """
@@ -56,17 +56,17 @@ class PairMatrix:
     data: Tensor
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def rows(self, start: int, stop: int) -> PairMatrix:
+    def rows(self, start: int, stop: int) -> ProjectionMatrix:
         return self._part("rows", slice(start, stop), slice(None))
 
-    def columns(self, start: int, stop: int) -> PairMatrix:
+    def columns(self, start: int, stop: int) -> ProjectionMatrix:
         return self._part("columns", slice(None), slice(start, stop))
 
-    def _part(self, what: str, rows: slice, columns: slice) -> PairMatrix:
+    def _part(self, what: str, rows: slice, columns: slice) -> ProjectionMatrix:
         key = (what, rows.start, rows.stop, columns.start, columns.stop)
-        part: PairMatrix | None = self.memo.get(key)
+        part: ProjectionMatrix | None = self.memo.get(key)
         if part is None:
-            part = self.memo[key] = PairMatrix(self.data[rows, columns])
+            part = self.memo[key] = ProjectionMatrix(self.data[rows, columns])
         return part
 
 
@@ -74,8 +74,8 @@ class PairMatrix:
 class VeraTable:
     """VeRA of one module for tokens [start, stop), which share a pair; d and b have one row for each token."""
 
-    a_RI: PairMatrix
-    b_OR: PairMatrix
+    a_RI: ProjectionMatrix
+    b_OR: ProjectionMatrix
     d: RowTables
     b: RowTables
     start: int
@@ -83,7 +83,7 @@ class VeraTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
+class AdapterSegments:
     """The tokens of one adapter are neighbours: adapter n has tokens start[n]:stop[n]."""
 
     start: tuple[int, ...]
@@ -97,8 +97,8 @@ class LayerTables:
 
     lora: Mapping[str, LoraTable]
     vera: Mapping[str, Sequence[VeraTable]]
-    norms: Mapping[str, TokenRows]
-    dora: Mapping[str, TokenRows] = field(default_factory=dict)
+    norms: Mapping[str, RowOverrides]
+    dora: Mapping[str, RowOverrides] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -144,7 +144,7 @@ class StepInputs:
     pool: Tensor
     layout: KvLayout
     attention: AttentionMeta
-    segments: Segments
+    segments: AdapterSegments
     cos_Td: Tensor
     sin_Td: Tensor
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -157,7 +157,7 @@ class Ops(Protocol):
         """Writes adapters from host memory into `pool`."""
         ...
 
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
         """Records `forward`, whose launches must not depend on a step's values, when it is told to, and replays it. It
         gives a row for each sequence. None if this backend does not record.
         """
@@ -181,7 +181,7 @@ class Ops(Protocol):
         """The results of `linear`, which are rounded to x's dtype, in fp32."""
         ...
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
         """A token for each of the draws' rows, also for `seats`; it is read before the call after the next one."""
         ...
 
@@ -193,12 +193,12 @@ class Ops(Protocol):
         """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""
         ...
 
-    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""
         ...
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
         """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row, where offsets are not
         negative. Also for (T, heads, d).
@@ -212,7 +212,7 @@ class Ops(Protocol):
         weight_D: Tensor,
         eps: float,
         pool: Tensor,
-        own: TokenRows | None,
+        own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
         """x + added, and the `rms_norm` of that."""
@@ -231,7 +231,7 @@ class Ops(Protocol):
         ...
 
     def lora_shrink(
-        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
         """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input."""
         ...
@@ -242,7 +242,7 @@ class Ops(Protocol):
         h: tuple[Tensor, ...],
         pool: Tensor,
         tables: tuple[LoraTable, ...],
-        segments: Segments,
+        segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
         """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
@@ -253,7 +253,7 @@ class Ops(Protocol):
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -267,7 +267,7 @@ class Ops(Protocol):
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -277,12 +277,12 @@ class Ops(Protocol):
         ...
 
     def scale_of_records(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         """`scale_rows` in the same way, for all modules of the input."""
         ...
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+    def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         """z = A[:, :I] x in fp32, (T, R); dense, for all adapters of the pair and all modules of the input."""
         ...
 
@@ -290,6 +290,8 @@ class Ops(Protocol):
         """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b, and d ⊙ z in y's dtype. Writes `y_TO`."""
         ...
 
-    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+    def scale_rows(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
+    ) -> None:
         """DoRA: y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one. Writes `y_TO`."""
         ...

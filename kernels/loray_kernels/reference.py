@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
 from loray_kernels.descriptors import (
     INPUTS,
     MAX_PAIR_RANK,
@@ -19,22 +19,22 @@ from loray_kernels.descriptors import (
     Columns,
     LoraRows,
     Pair,
+    RowOverrides,
     RowTables,
-    TokenRows,
-    read_block,
+    read_descriptor,
 )
 from loray_kernels.kv import AttentionMeta, DirectWriter, KvLayout, PageWriter
 from loray_kernels.ops import (
+    AdapterSegments,
     LayerWeights,
     LinearWeights,
     LoraTable,
-    PairMatrix,
-    Segments,
+    ProjectionMatrix,
     StepInputs,
     TablesOf,
     VeraTable,
 )
-from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats, sample
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class ReferenceOps:
     def page_writer(self, pool: Tensor) -> PageWriter:
         return DirectWriter(pool)
 
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
         return None
 
     def decoder_layers(
@@ -70,7 +70,7 @@ class ReferenceOps:
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         return self.linear(x_TD, weights).float()
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
         drawn = sample(logits_SV, draws)
         if seats is not None:
             seats.tokens[seats.seats_S[list(draws.rows)]] = torch.tensor(drawn[0], device=seats.tokens.device)
@@ -83,7 +83,7 @@ class ReferenceOps:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
         return F.silu(gate_TM) * up_TM
 
-    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         x_TD = F.embedding(token_ids_T, table_VD)
         if own is not None:
             own_ND = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
@@ -91,7 +91,7 @@ class ReferenceOps:
         return x_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
         x32_TD = x_TD.float()
         normal_TD = (x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
@@ -112,7 +112,7 @@ class ReferenceOps:
         weight_D: Tensor,
         eps: float,
         pool: Tensor,
-        own: TokenRows | None,
+        own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
         sum_TD = x_TD + added_TD
@@ -159,7 +159,7 @@ class ReferenceOps:
         return out_THd
 
     def lora_shrink(
-        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
         x32_TI = x_TI.float()
         out = []
@@ -180,7 +180,7 @@ class ReferenceOps:
         h: tuple[Tensor, ...],
         pool: Tensor,
         tables: tuple[LoraTable, ...],
-        segments: Segments,
+        segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
         for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
@@ -196,7 +196,7 @@ class ReferenceOps:
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -205,7 +205,7 @@ class ReferenceOps:
         found: list[tuple[slice, list[LoraRows | None]]] = []
         for start, first, num in records.items_S3.tolist():
             own, column = slice(first, first + num), 0
-            found.append((own, read_block(records.records.words, start, field, shape) if num else []))
+            found.append((own, read_descriptor(records.records.words, start, field, shape) if num else []))
             for lora in (r for r in found[-1][1] if r is not None):
                 a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
                 h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
@@ -225,7 +225,7 @@ class ReferenceOps:
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -239,7 +239,7 @@ class ReferenceOps:
             a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
             a_RI = a_RI[:, shape.pair_column :]
             own = slice(first, first + num)
-            z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], PairMatrix(a_RI))
+            z_TR[own, : pair.rank] = ReferenceOps.vera_shrink(self, x_TI[own], ProjectionMatrix(a_RI))
         for pair, tokens in pairs:
             for token in tokens:
                 z_1R = z_TR[token : token + 1, : pair.rank]
@@ -251,13 +251,13 @@ class ReferenceOps:
                     )
                     if int(d[0][2]) >= 0:
                         y_1O = y_TO[token : token + 1, columns]
-                        b_OR = PairMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
+                        b_OR = ProjectionMatrix(pool[b_at : b_at + y_1O.shape[1] * pair.rank].view(-1, pair.rank))
                         own_d = RowTables(((0, pair.rank, d[0][2]),))
                         table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
                         ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
 
     def scale_of_records(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         assert records.vectors is not None
         for module, layer, columns in records.vectors.modules(field, "dora"):
@@ -266,7 +266,7 @@ class ReferenceOps:
             self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
             y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+    def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
@@ -277,14 +277,16 @@ class ReferenceOps:
         delta = scaled_TR @ table.b_OR.data[: y_TO.shape[1]].float().T * b_TO
         y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
-    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+    def scale_rows(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
+    ) -> None:
         y_NO = y_TO[own.tokens_N].float()
         plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
         rows_NO = gather_rows(pool, own.rows, layer_offset).float()
         y_TO[own.tokens_N] = (y_NO + rows_NO * plain_NO).to(y_TO.dtype)
 
 
-def _has_row(own: TokenRows) -> Tensor:
+def _has_row(own: RowOverrides) -> Tensor:
     """(N, 1)"""
     return own.rows.segments[0][2].unsqueeze(1) >= 0
 

@@ -45,7 +45,7 @@ class Draws:
     words_MW: Tensor | None = None
 
 
-class TokenSeats(NamedTuple):
+class TokenSlots(NamedTuple):
     """Where drawn tokens stay on the device, so that the next step needs no host to begin with them; int64.
 
     seats_S  of each row of logits
@@ -266,7 +266,7 @@ class Chooser(Protocol):
         plain: Draws,
         changed: Draws,
         changes: Sequence[Change],
-        seats: TokenSeats | None = None,
+        seats: TokenSlots | None = None,
     ) -> Callable[[], Chosen]:
         """Of the rows of `plain`, then of those of `changed`, to which `changes` belong. Each row is in one of them,
         once. May write `logits_SV`, and puts back what it had. The result is read, and written to `seats`, as that of

@@ -21,7 +21,7 @@ from loray.errors import SpecError, UnsupportedError
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
-from loray.planning.run import Run, count_base, count_factors, count_trained, count_vera_pair, run_of
+from loray.planning.run import RunShape, count_base, count_factors, count_trained, count_vera_pair, shape_of
 from loray.spec import (
     DTYPE_BYTES,
     MODULES_BY_INPUT,
@@ -106,7 +106,7 @@ _SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV ca
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MethodEstimate:
     """Of one method with its default settings.
 
     problem                 why it cannot be trained there; then the figures of training are None
@@ -134,7 +134,7 @@ class Estimate:
     throughput: float
 
 
-def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
+def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[MethodEstimate]:
     """LoRA, DoRA, VeRA, LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
     return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
 
@@ -210,7 +210,7 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
         yield "vera + longlora", both
 
 
-def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
+def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> MethodEstimate:
     problem, run, training_bytes, time = None, None, None, None
     adapter = recipe.adapter
     try:
@@ -223,7 +223,7 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
     trained = count_trained(model, adapter).total
     per_gib = _per_gib(adapter, model)
     served = int(NUM_SERVED / per_gib * GIB)
-    return Estimate(
+    return MethodEstimate(
         method=method,
         settings=_settings(adapter),
         problem=problem,
@@ -240,13 +240,13 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
     )
 
 
-def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[Run, int]:
+def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[RunShape, int]:
     """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
-    run = run_of(recipe, model, dtype=device.training_dtype)
+    run = shape_of(recipe, model, dtype=device.training_dtype)
     if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
         return run, peak
     checkpointed = recipe.model_copy(update={"gradient_checkpointing": True})
-    run = run_of(checkpointed, model, dtype=device.training_dtype)
+    run = shape_of(checkpointed, model, dtype=device.training_dtype)
     return run, plan_memory(run, device).peak_bytes
 
 
@@ -292,7 +292,7 @@ class Recommendation:
     base: str
     device: str
     scores: tuple[Score, ...]
-    estimates: tuple[Estimate, ...]
+    estimates: tuple[MethodEstimate, ...]
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def recommend(answers: Answers, base: str, model: ModelConfig, device: Device) -
 
 
 def remarks(
-    answers: Answers, scores: Sequence[Score], estimates: Sequence[Estimate], model: ModelConfig
+    answers: Answers, scores: Sequence[Score], estimates: Sequence[MethodEstimate], model: ModelConfig
 ) -> Iterator[str]:
     yield (
         "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves LoRA, VeRA "

@@ -23,19 +23,19 @@ from loray.serving.fair_admission import FairAdmission
 from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from loray.store import open_store
-from serve_apps.accounting.quotas import Exchange, SharedOwner, follow_owner
+from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owner
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
 
 _START_S = 2.0  # that a start waits to hear what was used before
 
 
-class Books:
+class UsageSink:
     """`exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
     while a key or a tenant has a limit; None: it may always be so.
     """
 
     def __init__(
-        self, settings: Settings, exchange: Exchange | None = None, is_limited: asyncio.Event | None = None
+        self, settings: Settings, exchange: QuotaExchange | None = None, is_limited: asyncio.Event | None = None
     ) -> None:
         self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
         self._writer: UsageWriter | None = None
@@ -73,7 +73,7 @@ class Books:
                 await asyncio.to_thread(self._writer.close)
 
     @asynccontextmanager
-    async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[Exchange]:
+    async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[QuotaExchange]:
         """The exchange with the owner of the limits. One of this process begins with what was used before, and is told
         at the end what the gate has admitted since its last exchange.
         """
@@ -97,7 +97,7 @@ _ABANDONED = "abandoned"  # the outcome where the gateway was killed
 
 
 @dataclass(slots=True)
-class Account:
+class RequestUsage:
     """Closed once, however the request ends. `event` is what it used, once it is closed. Until then the books have a
     note of what it is charged with where the gateway is killed.
 
@@ -116,7 +116,7 @@ class Account:
     reservation: Reservation
     granted: list[int]
     num_prompt_tokens: int
-    books: Books | None
+    books: UsageSink | None
     event: UsageEvent | None = None
     _num_output: list[int] = field(init=False)  # tokens of each choice
     _noted: list[int] = field(init=False)  # those of them that the books know
@@ -182,10 +182,10 @@ class Account:
         )
 
 
-class Accounts:
+class UsageMeter:
     """Opens the accounts of a gateway's requests, and keeps its shares of all limits while it runs."""
 
-    def __init__(self, gate: QuotaGate | None = None, books: Books | None = None) -> None:
+    def __init__(self, gate: QuotaGate | None = None, books: UsageSink | None = None) -> None:
         """`books` None: what requests use is recorded nowhere, and limits are this process's alone."""
         self._gate = gate or QuotaGate()
         self._books = books
@@ -230,7 +230,7 @@ class Accounts:
         num_choices: int,
         received_at: float,
         open_ended: bool,
-    ) -> Account:
+    ) -> RequestUsage:
         """Reserve prompts, as often as they are computed, and `max_tokens`, of an open-ended request first at most
         OPEN_ENDED_TOKENS. Raises RateLimited.
         """
@@ -244,7 +244,7 @@ class Accounts:
             num_requests=len(requests) // num_choices - 1,
             num_sequences=len(requests),
         )
-        return Account(
+        return RequestUsage(
             answer_id,
             principal,
             base,
@@ -357,7 +357,7 @@ class AdmitRequests:
     def __init__(
         self,
         app: ASGIApp,
-        accounts: Accounts,
+        accounts: UsageMeter,
         turns: TenantTurns,
         paths: Collection[str],
         refused: Callable[[Exception], Response],

@@ -27,7 +27,7 @@ _TIMEOUT_S = 2.0
 _RETRY_S = 1.0
 
 
-class Exchange(Protocol):
+class QuotaExchange(Protocol):
     async def __call__(self, reports: Sequence[Report]) -> Reply:
         """Raises OwnerAway."""
 
@@ -36,7 +36,7 @@ class OwnerAway(Exception):
     pass
 
 
-async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.Event | None = None) -> None:
+async def follow_owner(gate: QuotaGate, exchange: QuotaExchange, is_limited: asyncio.Event | None = None) -> None:
     """Runs until it is cancelled. While the owner is away, the gateway goes on with its share.
 
     `is_limited` is set while anybody has a limit; without one there is nothing to share, and the owner is not asked. A
@@ -174,7 +174,7 @@ def _rule_of(key: str) -> Rule:
 _NAMESPACE = "serve"
 
 
-class OwnerActor:
+class QuotaActor:
     """It ends with the gateway that made it; the next exchange of another one makes a new one."""
 
     def __init__(self, application: str, num_gateways: int) -> None:
@@ -214,7 +214,7 @@ class RayExchange:
         import ray
 
         return (
-            ray.remote(OwnerActor)
+            ray.remote(QuotaActor)
             .options(
                 name=self._owner,
                 namespace=_NAMESPACE,

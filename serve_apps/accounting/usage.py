@@ -38,7 +38,7 @@ MAX_BYTES = 256 << 20  # about a million events; the database is away for long
 _OPEN = "open "
 
 
-class Journal:
+class UsageLog:
     """One file of events, a JSON object a line. Its owner's thread alone uses it."""
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Journal:
         self.path = path
 
     @classmethod
-    def create(cls, home: Path) -> Journal:
+    def create(cls, home: Path) -> UsageLog:
         folder = home / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -162,11 +162,11 @@ def _write(fd: int, lines: Iterable[str]) -> None:
         left = left[os.write(fd, left) :]
 
 
-def abandoned(home: Path) -> Iterator[Journal]:
+def abandoned(home: Path) -> Iterator[UsageLog]:
     """Journals of processes that are gone, locked. The caller closes each."""
     for path in sorted((home / FOLDER).glob("*.jsonl")):
         try:
-            yield Journal(path)
+            yield UsageLog(path)
         except BlockingIOError:
             continue
 
@@ -263,7 +263,7 @@ class UsageWriter:
         self._retention_days = retention_days
         self._queue: queue.Queue[_Entry | None] = queue.Queue(_MAX_QUEUED)
         self._catalog: Catalog | None = None
-        self._journal = Journal.create(home)
+        self._journal = UsageLog.create(home)
         self._stored = None if open_objects is None else StoredEvents(open_objects, self._journal.path.stem)
         self._stored_bytes = 0  # of the journal, which the store has
         self._failing_since: float | None = None  # of the monotonic clock
@@ -385,7 +385,7 @@ class UsageWriter:
             if last:
                 return
 
-    def _send(self, journal: Journal) -> None:
+    def _send(self, journal: UsageLog) -> None:
         offset = 0
         while True:
             with self._journal_lock:  # never half a line

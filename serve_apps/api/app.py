@@ -12,15 +12,15 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from loray.local.serving import Address
+from loray.local.serving import ServingAddress
 from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
 from loray.spec import Frozen, is_engine
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from serve_apps.auth import open_access
-from serve_apps.console import Gateway
+from serve_apps.auth import open_auth
+from serve_apps.console import GatewayClient
 from serve_apps.deployment import APPLICATION
 from serve_apps.http import WithoutRequestId
 
@@ -105,8 +105,8 @@ def _app(spec: ApiSpec) -> FastAPI:
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    gateway = Gateway(Address(spec.host, spec.port).url)
+    gateway = GatewayClient(ServingAddress(spec.host, spec.port).url)
     services = Services(settings, RayJobServer(), ServePlacements(APPLICATION), gateway)
-    app = log_access(create_app(services, open_access(settings, reachable_host(spec.host))), settings.access_log)
+    app = log_access(create_app(services, open_auth(settings, reachable_host(spec.host))), settings.access_log)
     app.add_middleware(WithoutRequestId)
     return app

@@ -14,7 +14,7 @@ from jobs.submission.tracker import JobServer, JobTracker
 from loray.bases.registry import list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
-from loray.local.serving import Address
+from loray.local.serving import ServingAddress
 from loray.publishing import Destination
 from loray.publishing.uploads import Uploads
 from loray.schemas.resources import Page, Registration
@@ -24,9 +24,11 @@ from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.api.conversions import Conversions, publish_upload
-from serve_apps.auth import Asking as Asking  # which routes take from here, with the other parameters
+from serve_apps.auth import (
+    CurrentPrincipal as CurrentPrincipal,  # which routes take from here, with the other parameters
+)
 from serve_apps.auth import Rates
-from serve_apps.console import Gateway, Placements, Streams
+from serve_apps.console import GatewayClient, Placements, Streams
 from serve_apps.places import MostPlaces, Places
 
 _log = get_logger(__name__)
@@ -61,7 +63,7 @@ class Services:
     """
 
     def __init__(
-        self, settings: Settings, jobs: JobServer, placements: Placements, gateway: Gateway | None = None
+        self, settings: Settings, jobs: JobServer, placements: Placements, gateway: GatewayClient | None = None
     ) -> None:
         """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
@@ -72,7 +74,7 @@ class Services:
         self.scratch = Scratch(settings.scratch_bytes)
         self.rates = Rates()
         self.followers = Places("followers of logs", FOLLOWERS)
-        self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
+        self.gateway = gateway or GatewayClient(ServingAddress("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None

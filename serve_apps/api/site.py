@@ -25,7 +25,7 @@ from serve_apps.api.routes.jobs import recommend_router
 from serve_apps.api.routes.jobs import router as jobs_router
 from serve_apps.api.routes.uploads import router as uploads_router
 from serve_apps.api.services import Services
-from serve_apps.auth import Access, Permissions, describe_keys
+from serve_apps.auth import Authenticator, Permissions, describe_keys
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
 from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
 from serve_apps.http import EchoRequestId, extend_openapi, new_request_id
@@ -65,7 +65,7 @@ async def _watch_jobs(services: Services) -> None:
             _log.exception("jobs are not compared with Ray's")
 
 
-def create_app(services: Services, access: Access) -> FastAPI:
+def create_app(services: Services, access: Authenticator) -> FastAPI:
     """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
 
     The routes are those of the process; what they use is in `app.state.services` and `app.state.console`.

@@ -23,7 +23,7 @@ from serve_apps.channel.frames import (
     HELLO,
     SENT,
     WELCOME,
-    Address,
+    ChannelAddress,
     FrameError,
     FrameReader,
     Heartbeat,
@@ -70,7 +70,7 @@ MAX_BACKLOG = 32 << 20  # bytes
 _AT_ONCE = 64
 
 
-class Writer:
+class SocketWriter:
     """Sends at once what the kernel takes; the event loop sends the rest when the socket is writable again.
 
     What a stream has much of is sent part by part when nothing else is left, of all such streams in turn: it is no
@@ -290,7 +290,7 @@ class Connection:
         self.name = name
         self.is_open = True
         self._sock, self._cipher = sock, cipher
-        self._writer = Writer(sock, asyncio.get_running_loop(), self._end, cipher.encrypt)
+        self._writer = SocketWriter(sock, asyncio.get_running_loop(), self._end, cipher.encrypt)
         self._heartbeat = Heartbeat(self._writer.write, self._end)
         self._reporting = Reporting(held, self._writer.write)
         self._streams: dict[int, Left] = {}
@@ -369,7 +369,7 @@ class Connection:
 
 
 async def connect(
-    address: Address, node: str, name: str, held: Callable[[], Held] = Held, tls: ssl.SSLContext | None = None
+    address: ChannelAddress, node: str, name: str, held: Callable[[], Held] = Held, tls: ssl.SSLContext | None = None
 ) -> Connection:
     """From a replica on `node` to the gateway; `name` is the connection's. `tls`: to gateways on other nodes. OSError,
     also if the gateway is silent.
@@ -408,9 +408,9 @@ class Connections:
         """`held`: the adapters that the replica holds, which each gateway is told. `tls`: to those on other nodes."""
         self._node, self._replica, self._held, self._tls = node, replica, held, tls
         self._numbers = count()
-        self._to: dict[Address, asyncio.Task[Connection]] = {}
+        self._to: dict[ChannelAddress, asyncio.Task[Connection]] = {}
 
-    async def to(self, address: Address) -> Connection:
+    async def to(self, address: ChannelAddress) -> Connection:
         """The connection that stands, or a new one. Raises OSError if the gateway cannot be reached."""
         task = self._to.get(address)
         if task is not None and task.done() and not (task.exception() is None and task.result().is_open):

@@ -158,7 +158,7 @@ TOKEN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class ChannelAddress:
     """Of one gateway process.
 
     node   Ray's id of the gateway's node
@@ -173,7 +173,7 @@ class Address:
     token: str = field(repr=False)
 
 
-async def dial(address: Address, node: str) -> socket.socket:
+async def dial(address: ChannelAddress, node: str) -> socket.socket:
     """A non-blocking connection to the gateway from a process on `node`. Raises OSError."""
     local = address.node == node
     family = socket.AF_UNIX if local else (socket.AF_INET6 if ":" in address.host else socket.AF_INET)

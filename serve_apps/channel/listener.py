@@ -29,7 +29,7 @@ from serve_apps.channel.frames import (
     TOKEN_BYTES,
     TOKENS,
     WELCOME,
-    Address,
+    ChannelAddress,
     FrameError,
     FrameReader,
     Heartbeat,
@@ -67,10 +67,10 @@ class Listener:
         self._all: set[_Peer] = set()
         self._servers: list[asyncio.Server] = []
         self._token = secrets.token_hex(TOKEN_BYTES // 2)
-        self._address: Address | None = None
+        self._address: ChannelAddress | None = None
 
     @property
-    def address(self) -> Address:
+    def address(self) -> ChannelAddress:
         assert self._address is not None, "start it first"
         return self._address
 
@@ -84,7 +84,7 @@ class Listener:
         tcp = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         tcp.bind((host, 0))
         tcp.setblocking(False)
-        self._address = Address(node, name, host, tcp.getsockname()[1], self._token)
+        self._address = ChannelAddress(node, name, host, tcp.getsockname()[1], self._token)
         self._servers = [
             await loop.create_unix_server(lambda: _Peer(self), sock=unix),
             await loop.create_server(

@@ -2,7 +2,7 @@
 
 from serve_apps.console.archives import receive_upload
 from serve_apps.console.backend import Backend, Console, Placements, Sessions
-from serve_apps.console.gateway import Gateway
+from serve_apps.console.gateway import GatewayClient
 from serve_apps.console.rendering import Renderer, Streams
 from serve_apps.console.runs import Histories
 from serve_apps.console.session import CheckConsole
@@ -13,7 +13,7 @@ __all__ = [
     "Backend",
     "CheckConsole",
     "Console",
-    "Gateway",
+    "GatewayClient",
     "Histories",
     "Placements",
     "Renderer",

@@ -34,7 +34,7 @@ from loray.spec import (
     TenantName,
     split_qualified,
 )
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import receive_upload, send_adapter
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.pictures.heat_maps import heat_maps_of
@@ -129,7 +129,7 @@ router = router_of("/adapters")
 def list_adapters(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     search: Annotated[str, Query(max_length=96)] = "",
     base: Annotated[str, Query(max_length=96)] = "",
     method: Annotated[str, Query(max_length=16)] = "",
@@ -170,7 +170,7 @@ def list_adapters(
 def show_adapter(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     before: VersionNumber | None = None,
     done: Annotated[str, Query(max_length=16)] = "",
@@ -198,7 +198,7 @@ def show_adapter(
 @router.get("/{name}/versions/{version}")
 @may("read")
 def show_version(
-    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
+    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
     found, entry = catalog.version(name, version), catalog.entry(name)
@@ -219,7 +219,7 @@ def show_version(
 @router.get("/{name}/versions/{version}/download")
 @may("download")
 async def download(
-    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
+    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> Response:
     """The files as a tar archive."""
 
@@ -235,7 +235,12 @@ async def download(
 @router.get("/{name}/diff")
 @may("read")
 def show_difference(
-    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, old: VersionNumber, new: VersionNumber
+    console: ConsoleDep,
+    request: Request,
+    asking: CurrentPrincipal,
+    name: AdapterName,
+    old: VersionNumber,
+    new: VersionNumber,
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
     entry = catalog.entry(name)
@@ -251,7 +256,7 @@ def show_difference(
 def promote(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     version: VersionNumber,
@@ -266,7 +271,7 @@ def promote(
 def roll_back(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     revision: Annotated[int | None, Query(ge=0)] = None,
@@ -281,7 +286,7 @@ def roll_back(
 def set_canary(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: Annotated[Alias, Path()],
     version: VersionNumber,
@@ -295,7 +300,7 @@ def set_canary(
 @router.post("/{name}/aliases/{alias}/canary/end")
 @may("promote")
 def end_canary(
-    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
+    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, alias: Annotated[Alias, Path()]
 ) -> Response:
     """Give all requests to the version that the alias points at."""
     console.backend.catalog_of(asking).end_canary(name, alias)
@@ -350,14 +355,18 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
 
 @uploads_router.post("")
 @may("publish")
-def begin_upload(console: ConsoleDep, asking: Asking) -> Response:
+def begin_upload(console: ConsoleDep, asking: CurrentPrincipal) -> Response:
     return JSONResponse({"id": _uploads(console, asking).begin()}, 201)
 
 
 @uploads_router.put("/{id}/files/{name}")
 @may("publish")
 async def put_file(
-    console: ConsoleDep, request: Request, asking: Asking, id: UploadId, name: Annotated[str, Path(max_length=64)]
+    console: ConsoleDep,
+    request: Request,
+    asking: CurrentPrincipal,
+    id: UploadId,
+    name: Annotated[str, Path(max_length=64)],
 ) -> Response:
     """One file, as it is."""
     await receive_upload(console.backend, request, asking, id, name)
@@ -366,7 +375,7 @@ async def put_file(
 
 @uploads_router.post("/{id}/publish")
 @may("publish")
-async def publish(console: ConsoleDep, request: Request, asking: Asking, id: UploadId) -> Response:
+async def publish(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: UploadId) -> Response:
     """Check the folder as a whole and publish it; then its page is shown."""
     form = await read_form(request)
     version = await console.backend.long.run(asking.tenant, lambda: _publish(console, asking, id, form))
@@ -376,7 +385,7 @@ async def publish(console: ConsoleDep, request: Request, asking: Asking, id: Upl
 
 @uploads_router.delete("/{id}")
 @may("publish")
-def forget(console: ConsoleDep, asking: Asking, id: UploadId) -> Response:
+def forget(console: ConsoleDep, asking: CurrentPrincipal, id: UploadId) -> Response:
     """What could not be published does not count among the uploads that are open."""
     _uploads(console, asking).delete(id)
     return Response(status_code=204)

@@ -23,8 +23,8 @@ from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.auth import Access, Asking, Rates
-from serve_apps.console.gateway import Gateway
+from serve_apps.auth import Authenticator, CurrentPrincipal, Rates
+from serve_apps.console.gateway import GatewayClient
 from serve_apps.console.rendering import Renderer, Streams
 from serve_apps.console.runs import Histories
 from serve_apps.places import Places
@@ -93,7 +93,7 @@ class Placements(Protocol):
 class Backend(Protocol):
     """The catalog API's services. What exists for a caller, `catalog_of` and `jobs_of` decide, as for the REST API."""
 
-    gateway: Gateway
+    gateway: GatewayClient
     placements: Placements
     streams: Streams
     long: Places
@@ -123,7 +123,7 @@ class Console(NamedTuple):
     """
 
     backend: Backend
-    access: Access
+    access: Authenticator
     sessions: Sessions
     renderer: Renderer
     histories: Histories
@@ -138,7 +138,7 @@ async def _console(request: Request) -> Console:  # FastAPI would call a plain f
 ConsoleDep = Annotated[Console, Depends(_console)]
 
 
-async def _count_advice(console: ConsoleDep, asking: Asking) -> None:
+async def _count_advice(console: ConsoleDep, asking: CurrentPrincipal) -> None:
     console.backend.rates.take_advice(asking, time.monotonic())
 
 

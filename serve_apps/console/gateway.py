@@ -19,7 +19,7 @@ _TIMEOUT = httpx.Timeout(5.0)
 _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
 
 
-class Gateway:
+class GatewayClient:
     """A client of `url`. One connection pool for all callers; `transport` replaces the network in tests.
 
     demand    what `status` found so far, for callers who may see it

@@ -14,9 +14,9 @@ from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.policy.auth import check
 from loray.spec import JobId, JobStatus, Method, Principal
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.recipes import Estimate, form_fields, is_begun, plan_of, recipe_of, recipe_text
+from serve_apps.console.recipes import RunEstimate, form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import MOST_SUGGESTED, led_to, read_form, router_of
 from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
 from serve_apps.console.sweeps import SweepEstimate, estimate_of, search_fields, sweep_of
@@ -32,7 +32,11 @@ router = router_of("/jobs")
 @router.get("")
 @may("follow")
 def list_jobs(
-    console: ConsoleDep, request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
+    console: ConsoleDep,
+    request: Request,
+    asking: CurrentPrincipal,
+    cursor: JobId | None = None,
+    status: JobStatus | None = None,
 ) -> Response:
     """Jobs of the own tenant, newest first."""
     page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
@@ -43,7 +47,7 @@ def list_jobs(
 
 @router.get("/new")
 @may("train")
-def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+def show_form(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """The form of a recipe."""
     bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
     return console.renderer.page(
@@ -53,11 +57,11 @@ def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response
 
 @router.post("/plan")
 @may("train")
-async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """What `loray plan` says of the form, and of each trial of a sweep; of one that is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
 
-    def estimated() -> Estimate | SweepEstimate:
+    def estimated() -> RunEstimate | SweepEstimate:
         sweep, catalog = sweep_of(form, settings.home), console.backend.catalog_of(asking)
         if sweep is not None:
             return estimate_of(sweep, catalog, settings)
@@ -79,7 +83,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 
 @router.post("")
 @may("train")
-async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def submit_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does, or a sweep of it, as `loray sweep`."""
     form, home = await read_form(request), console.backend.settings.home
 
@@ -99,7 +103,7 @@ async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> R
 def compare_jobs(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     job: Annotated[list[JobId], Query(max_length=_COMPARED)] = [],  # noqa: B006 - not changed
 ) -> Response:
     """The runs of some jobs beside each other."""
@@ -114,7 +118,7 @@ def compare_jobs(
 
 @router.get("/{id}")
 @may("follow")
-def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+def show_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
     return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
@@ -122,7 +126,7 @@ def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath)
 
 @router.get("/{id}/live")
 @may("follow")
-def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     """The part of the page that is asked for again and again until the job has ended."""
     job = console.backend.jobs_of(asking).get(id)
     return console.renderer.page(request, "parts/job.html", **_state(console, asking, job))
@@ -156,6 +160,6 @@ def _look(console: Console, asking: Principal, job: Job) -> Seen:
 
 @router.post("/{id}/stop")
 @may("train")
-def stop_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+def stop_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).stop(id)
     return led_to(request, f"/jobs/{job.id}")

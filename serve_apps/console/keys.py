@@ -15,7 +15,7 @@ from loray.errors import SpecError
 from loray.schemas.access import KeyCreation, KeyResource, TenantCreation
 from loray.service import DirectAccess
 from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName, UsageGroup
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.rendering import Form, checked, led_to, read_form, router_of
 
@@ -35,7 +35,7 @@ def _access_of(console: Console, asking: Principal) -> DirectAccess:
 def list_keys(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     cursor: JobId | None = None,
     tenant: Annotated[str, Query(max_length=96)] = "",
 ) -> Response:
@@ -58,7 +58,7 @@ def list_keys(
 
 @router.post("/keys")
 @may("manage_own")
-async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def create_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """The key itself is in this answer, and nowhere else."""
     wanted = _key(await read_form(request))
     made = await run_in_threadpool(lambda: _access_of(console, asking).create_key(wanted))
@@ -67,7 +67,7 @@ async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> R
 
 @router.post("/keys/{id}/revoke")
 @may("manage_own")
-def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPath) -> Response:
+def revoke_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: KeyPath) -> Response:
     """For ever: every server refuses it within two seconds."""
     _access_of(console, asking).revoke_key(id)
     return led_to(request, "/keys")
@@ -75,7 +75,7 @@ def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPat
 
 @router.post("/tenants")
 @may("manage")
-async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def create_tenant(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     wanted = checked(TenantCreation, {"name": (await read_form(request)).get("name")})
     await run_in_threadpool(lambda: _access_of(console, asking).create_tenant(wanted.name))
     return led_to(request, "/keys")
@@ -84,7 +84,7 @@ async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -
 @router.post("/tenants/{name}/block")
 @may("manage")
 def block_tenant(
-    console: ConsoleDep, request: Request, asking: Asking, name: Annotated[TenantName, Path()]
+    console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: Annotated[TenantName, Path()]
 ) -> Response:
     """Block a tenant with all its keys, or let it pass again."""
     catalog = console.backend.catalog_of(asking)
@@ -124,7 +124,7 @@ usage_router = router_of("")
 def show_usage(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     by: UsageGroup = "model",
     days: Annotated[int, Query(ge=1, le=90)] = 30,
 ) -> Response:

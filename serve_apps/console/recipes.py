@@ -12,7 +12,7 @@ from loray.errors import NotFoundError, PermissionDenied, SpecError
 from loray.machine import Machine
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
 from loray.planning.plan import Plan, make_plan
-from loray.planning.run import Run, run_of
+from loray.planning.run import RunShape, shape_of
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
 from loray.recipes.fields import fields_of, given, merge, parse_plain, to_yaml
 from loray.recipes.load import size_of_base
@@ -50,7 +50,7 @@ class Field(NamedTuple):
     is_required: bool
 
 
-class Estimate(NamedTuple):
+class RunEstimate(NamedTuple):
     """`is_timed`: the rates of the device are known, and not its memory alone. `is_assumed`: nobody said which GPU."""
 
     plan: Plan
@@ -96,7 +96,7 @@ def recipe_from(fields: dict[str, Any], home: Path) -> TrainSpec:
     return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
 
 
-def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: str = "") -> Estimate:
+def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: str = "") -> RunEstimate:
     """What `loray plan` says of it, on this machine, a preset, or where none is named the GPU that is assumed for
     recipes with GPUs. Nothing is measured.
 
@@ -108,7 +108,7 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: 
 
 
 class Workers(NamedTuple):
-    """The device of a recipe's workers. `is_timed` and `is_assumed` as of an `Estimate`."""
+    """The device of a recipe's workers. `is_timed` and `is_assumed` as of an `RunEstimate`."""
 
     device: Device
     is_timed: bool
@@ -126,7 +126,7 @@ def workers_of(spec: TrainSpec, settings: Settings, device_name: str = "") -> Wo
     return Workers(host(machine, spec.num_workers), is_timed=machine.rates is not None, is_assumed=False)
 
 
-def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: Settings) -> Run:
+def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: Settings) -> RunShape:
     """What `plan_of` estimates. Raises as it does."""
     _check_size(spec, catalog, settings)
     model = shapes_in(settings.home)(spec.base)
@@ -135,11 +135,11 @@ def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: S
     if spec.init_adapter is not None:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
-    return run_of(spec, model, dtype=workers.device.training_dtype)
+    return shape_of(spec, model, dtype=workers.device.training_dtype)
 
 
-def estimate(run: Run, workers: Workers) -> Estimate:
-    return Estimate(make_plan(run, workers.device), workers.is_timed, workers.is_assumed)
+def estimate(run: RunShape, workers: Workers) -> RunEstimate:
+    return RunEstimate(make_plan(run, workers.device), workers.is_timed, workers.is_assumed)
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:

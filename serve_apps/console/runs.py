@@ -119,7 +119,7 @@ class Losses:
 MOST_STEPS = 400
 
 
-class Step(NamedTuple):
+class RunStep(NamedTuple):
     """Figures of one step; None where its event has none. Seconds, bytes of the peak, MFU as a share."""
 
     step: int
@@ -132,28 +132,28 @@ class Step(NamedTuple):
     eta_s: float | None
 
 
-class Progress:
+class RunProgress:
     """Collects steps from events, an evenly thinned part of them and the last one."""
 
     def __init__(self) -> None:
-        self._events = Series[Event](MOST_STEPS)  # of which few become a Step
+        self._events = Series[Event](MOST_STEPS)  # of which few become a RunStep
 
     def take(self, events: Iterable[Event]) -> None:
         for event in events:
             if event.get("event") == "step" and isinstance(step := event.get("step"), int):
                 self._events.add(step, event)
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[RunStep, ...]:
         return tuple(_step(step, dict(event)) for step, event in self._events.values().items())
 
 
-def _step(step: int, event: dict[str, Any]) -> Step:
+def _step(step: int, event: dict[str, Any]) -> RunStep:
     def figure(name: str) -> float | None:
         value = event.get(name)
         return value if isinstance(value, int | float) else None
 
     num_steps = event.get("num_steps")
-    return Step(
+    return RunStep(
         step,
         num_steps if isinstance(num_steps, int) else None,
         *(figure(name) for name in ("loss", "lr", "tokens_per_s", "mfu", "memory_bytes", "eta_s")),
@@ -173,7 +173,7 @@ class Seen(NamedTuple):
     """
 
     lines: Mapping[str, Line]
-    steps: tuple[Step, ...]
+    steps: tuple[RunStep, ...]
     log: str
     problem: str
     trials: Trials | None = None
@@ -184,7 +184,7 @@ class Seen(NamedTuple):
         return curve_of(self.lines)
 
 
-class History:
+class JobHistory:
     """What was read of one job. Thread-safe.
 
     Losses and lines are those of the run's own events, which outlive Ray's cluster. Of a run that has none yet, and
@@ -194,7 +194,7 @@ class History:
 
     def __init__(self, events: RunEvents, trials: SweepTrials) -> None:
         self._events, self._trials, self._lock = events, trials, Lock()
-        self._losses, self._progress, self._lines = Losses(), Progress(), deque[str](maxlen=LOG_LINES)
+        self._losses, self._progress, self._lines = Losses(), RunProgress(), deque[str](maxlen=LOG_LINES)
         self._has_events = False
 
     def look(self, job: Job, tail: Callable[[str, int], str]) -> Seen:
@@ -227,7 +227,7 @@ class History:
         except StoreError as e:
             return str(e)
         if found.is_anew:
-            self._losses, self._progress = Losses(), Progress()
+            self._losses, self._progress = Losses(), RunProgress()
             self._lines.clear()
         self._has_events |= bool(found.lines)
         self._take(found.lines)
@@ -247,15 +247,15 @@ class Histories:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._by_job: OrderedDict[str, History] = OrderedDict()
+        self._by_job: OrderedDict[str, JobHistory] = OrderedDict()
 
-    def of(self, job: Job, settings: Settings) -> History:
+    def of(self, job: Job, settings: Settings) -> JobHistory:
         with self._lock:
             found = self._by_job.pop(job.id, None)
             if found is None:
                 name = qualified_name(job.tenant, split_qualified(job.name).name)
                 whose = (settings, name, job.id, job.created_at)
-                found = History(RunEvents(*whose), SweepTrials(*whose))
+                found = JobHistory(RunEvents(*whose), SweepTrials(*whose))
                 if len(self._by_job) >= MOST_JOBS:
                     self._by_job.popitem(last=False)
             self._by_job[job.id] = found
@@ -275,11 +275,11 @@ _DRAWN_TRIALS = 5  # lines that can be told apart
 _SHOWN_TRIALS = 50
 
 
-class Row(NamedTuple):
+class RunRow(NamedTuple):
     """A job among others. `step`: its last one; None before the first. `held_out`: the lowest loss of its adapter."""
 
     job: Job
-    step: Step | None
+    step: RunStep | None
     training: float | None
     held_out: float | None
 
@@ -292,7 +292,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
     training: Curve | None
     held_out: Curve | None
     differences: tuple[Difference, ...]
@@ -323,7 +323,7 @@ def compare(seen: Mapping[str, tuple[Job, Seen]]) -> Comparison:
     training = {id: found.lines.get(TRAINING, {}) for id, (_, found) in seen.items()}
     held_out = {id: found.lines.get(HELD_OUT, {}) for id, (_, found) in seen.items()}
     rows = (
-        Row(
+        RunRow(
             job,
             found.steps[-1] if found.steps else None,
             last_of(training[id]),

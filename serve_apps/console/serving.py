@@ -16,7 +16,7 @@ from loray.client.metrics import ROUTED, STEPS, TTFT, Buckets, Metrics, percenti
 from loray.errors import ClusterError, LorayError, NotFoundError, PermissionDenied
 from loray.schemas.status import ReplicaStatus, Status
 from loray.spec import Principal, format_seconds
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Backend, Console, ConsoleDep
 from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
 from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, router_of
@@ -28,13 +28,13 @@ router = router_of("")
 
 @router.get("")
 @may("identify")
-async def show_overview(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def show_overview(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     return console.renderer.page(request, "overview.html", **await _state(console.backend, request, asking))
 
 
 @router.get("/live")
 @may("identify")
-async def show_live(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """The part of the page that is asked for again and again."""
     return console.renderer.page(request, "parts/live.html", **await _state(console.backend, request, asking))
 
@@ -243,7 +243,7 @@ playground_router = router_of("/playground")
 def show_playground(
     console: ConsoleDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
@@ -268,7 +268,9 @@ async def chat(console: ConsoleDep, request: Request) -> Response:
 
 @playground_router.get("/tier")
 @may("infer")
-async def find_tier(console: ConsoleDep, asking: Asking, model: Annotated[str, Query(max_length=300)] = "") -> Response:
+async def find_tier(
+    console: ConsoleDep, asking: CurrentPrincipal, model: Annotated[str, Query(max_length=300)] = ""
+) -> Response:
     """Where the model's adapter is now: the next request takes it from there."""
     backend = console.backend
     try:
@@ -286,7 +288,7 @@ async def find_tier(console: ConsoleDep, asking: Asking, model: Annotated[str, Q
 @playground_router.get("/models")
 @may("infer")
 async def find_models(
-    console: ConsoleDep, request: Request, asking: Asking, search: Annotated[str, Query(max_length=96)] = ""
+    console: ConsoleDep, request: Request, asking: CurrentPrincipal, search: Annotated[str, Query(max_length=96)] = ""
 ) -> Response:
     """Adapters with this in their names, for the list of suggestions."""
     catalog = console.backend.catalog_of(asking)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Scope
 from loray.errors import LorayError, NotFoundError, PermissionDenied
 from loray.policy.auth import Action
 from loray.spec import Principal
-from serve_apps.auth import Access, Asking, CheckAccess, Permissions, Rates, may, refuse_other_sites
+from serve_apps.auth import Authenticate, Authenticator, CurrentPrincipal, Permissions, Rates, may, refuse_other_sites
 from serve_apps.console.backend import COOKIE, ConsoleDep, Sessions
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, read_form, root_of, router_of
 
@@ -28,8 +28,8 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOGIN = f"{PREFIX}/login"
 
 
-class CheckConsole(CheckAccess):
-    """`CheckAccess` that also knows sessions. `scope["state"]` of a page has its `session`, its `authorization`, and
+class CheckConsole(Authenticate):
+    """`Authenticate` that also knows sessions. `scope["state"]` of a page has its `session`, its `authorization`, and
     `admit`, which checks all this again and raises where the caller may not see the page any more.
 
     The API's own routes take no cookies, so what a browser does by itself reaches pages alone. A page that changes
@@ -39,7 +39,7 @@ class CheckConsole(CheckAccess):
     def __init__(
         self,
         app: ASGIApp,
-        access: Access,
+        access: Authenticator,
         permissions: Permissions,
         refused: Callable[[Exception], Response],
         rates: Rates,
@@ -125,7 +125,7 @@ async def log_in(console: ConsoleDep, request: FastapiRequest) -> ResponsesRespo
 
 @router.post("/logout")
 @may("identify")
-def log_out(console: ConsoleDep, request: FastapiRequest, asking: Asking) -> ResponsesResponse:
+def log_out(console: ConsoleDep, request: FastapiRequest, asking: CurrentPrincipal) -> ResponsesResponse:
     console.sessions.end(request.cookies.get(COOKIE), asking)
     response = led_to(request, "/login")
     response.delete_cookie(COOKIE, path=root_of(request), httponly=True, samesite="strict", secure=_is_https(request))

@@ -7,11 +7,19 @@ from typing import Any, Literal, NamedTuple, get_origin
 
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, label
 from loray.catalog import Catalog
-from loray.planning.run import Run
+from loray.planning.run import RunShape
 from loray.recipes.fields import merge
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from serve_apps.console.recipes import Estimate, Workers, estimate, fields_given, planned_run, recipe_from, workers_of
+from serve_apps.console.recipes import (
+    RunEstimate,
+    Workers,
+    estimate,
+    fields_given,
+    planned_run,
+    recipe_from,
+    workers_of,
+)
 from serve_apps.console.rendering import Form
 
 _OF_SEARCH = "search."
@@ -33,7 +41,7 @@ class Kind(NamedTuple):
 
     values: str
     num_trials: int
-    estimate: Estimate
+    estimate: RunEstimate
 
 
 class SweepEstimate(NamedTuple):
@@ -78,7 +86,7 @@ def estimate_of(plan: SweepPlan, catalog: Catalog, settings: Settings) -> SweepE
     """What `plan_of` says of the trials. Trials that take the same are planned once, and of many kinds those with the
     most tokens and trained parameters. Raises as `plan_of` does.
     """
-    kinds: list[tuple[Run, Workers, list[Trial]]] = []
+    kinds: list[tuple[RunShape, Workers, list[Trial]]] = []
     for trial in plan.trials:
         workers = workers_of(trial.recipe, settings)
         run = planned_run(trial.recipe, workers, catalog, settings)

@@ -16,12 +16,12 @@ from loray.settings import Settings
 from loray.spec import FleetSpec
 from serve_apps import auth
 from serve_apps.accounting.access_log import log_access
-from serve_apps.accounting.accounts import Accounts, AdmitRequests, Books
-from serve_apps.accounting.quotas import Exchange
-from serve_apps.auth import Access, AllowOrigins, CheckAccess, Permissions, open_access
+from serve_apps.accounting.accounts import AdmitRequests, UsageMeter, UsageSink
+from serve_apps.accounting.quotas import QuotaExchange
+from serve_apps.auth import AllowOrigins, Authenticate, Authenticator, Permissions, open_auth
 from serve_apps.gateway import errors
 from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.routes import BODIES as ADAPTER_BODIES
@@ -39,7 +39,7 @@ _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger 
 
 
 def create_app(
-    gateway: Gateway, access: Access, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
+    gateway: Gateway, access: Authenticator, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
 ) -> FastAPI:
     """Creates the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
 
@@ -84,7 +84,7 @@ def create_app(
     )
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
-    app.add_middleware(CheckAccess, access=access, permissions=permissions, refused=refused)
+    app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
     app.add_middleware(EchoRequestId)
     if origins:
         app.add_middleware(AllowOrigins, access=access, origins=origins)
@@ -99,8 +99,8 @@ def open_gateway(
     settings: Settings,
     engines: OpenEngines,
     gateways: Gateways | None = None,
-    exchange: Exchange | None = None,
-    access: Access | None = None,
+    exchange: QuotaExchange | None = None,
+    access: Authenticator | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """A gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
@@ -110,10 +110,10 @@ def open_gateway(
     """
     bases = get_bases(settings.home, fleet.names)
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
-    access = access or open_access(settings, fleet.host)
-    directory = ModelDirectory(bases, access.follower, kept)
-    books = Books(settings, exchange, access.is_limited)
-    accounts = Accounts(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
+    access = access or open_auth(settings, fleet.host)
+    directory = ModelResolver(bases, access.follower, kept)
+    books = UsageSink(settings, exchange, access.is_limited)
+    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
     return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)

@@ -28,7 +28,7 @@ from serve_apps.gateway.metrics import OfBase
 from serve_apps.places import MostPlaces, Places
 
 
-class Engines(Protocol):
+class EngineClient(Protocol):
     def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
         """What they do beside requests, while the gateway runs. `late` is told how late tokens come from another
         process, by what they may be (`max_token_lateness`), as often as they come.
@@ -257,13 +257,13 @@ MIN_BODY_BYTES, MAX_BODY_BYTES = 1 << 20, 64 << 20
 BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
 FRESH_S = 1.0  # for which what replicas have said of their health is said again
 
-OpenEngines = Callable[[ServeSpec], Engines]
+OpenEngines = Callable[[ServeSpec], EngineClient]
 
 
 class ServedBase:
     """One base of a deployment. `spec` is its own, `engines` have its replicas."""
 
-    def __init__(self, spec: ServeSpec, base: BaseModel, prompts: PromptEncoder, engines: Engines) -> None:
+    def __init__(self, spec: ServeSpec, base: BaseModel, prompts: PromptEncoder, engines: EngineClient) -> None:
         self.spec, self.base = spec, base
         self.prompts, self.engines = prompts, engines
         self.grammars = GrammarChecker(base)
@@ -272,7 +272,7 @@ class ServedBase:
         self._pool_tokens = pool_geometry(spec, base.config).num_tokens if is_known else None
 
     @classmethod
-    def open(cls, spec: ServeSpec, base: BaseModel, engines: Engines) -> ServedBase:
+    def open(cls, spec: ServeSpec, base: BaseModel, engines: EngineClient) -> ServedBase:
         """Reads the base's tokenizer and templates."""
         return cls(spec, base, PromptEncoder.load(base, spec.tool_parser), engines)
 
@@ -341,7 +341,7 @@ class BaseReport(NamedTuple):
     replicas: list[ReplicaStatus]
 
 
-class Target(NamedTuple):
+class ServedModel(NamedTuple):
     """What a request's model means. `adapter`: None for the base itself. `limit`: the largest number of tokens."""
 
     base: ServedBase

@@ -32,14 +32,14 @@ class Reports(Protocol):
     def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer: ...
 
 
-class Meter:
+class CanaryMeter:
     """Of one request: times of its first choice, and how it ended. Used from one event loop.
 
     received_at  a time of the event loop
     has_timeout  the client has chosen how long the request may take: running out of that is not the version's fault
     """
 
-    def __init__(self, arm: Arm, canaries: Canaries, received_at: float, *, has_timeout: bool) -> None:
+    def __init__(self, arm: Arm, canaries: CanaryCounters, received_at: float, *, has_timeout: bool) -> None:
         self._arm, self._canaries, self._received_at, self._has_timeout = arm, canaries, received_at, has_timeout
         self._time = asyncio.get_running_loop().time
         self._first_at: float | None = None
@@ -69,7 +69,7 @@ class Meter:
         self._canaries.add(self._arm, counts)
 
 
-class Canaries:
+class CanaryCounters:
     """What one gateway has counted. Used from one event loop.
 
     `ask` answers a question to the catalog from a thread; it raises CatalogError while that is away. What could not be
@@ -87,9 +87,9 @@ class Canaries:
         self._changed: set[int] = set()
         self._woken = asyncio.Event()
 
-    def meter(self, arm: Arm | None, received_at: float, *, has_timeout: bool) -> Meter | None:
+    def meter(self, arm: Arm | None, received_at: float, *, has_timeout: bool) -> CanaryMeter | None:
         """For a request of this arm; None for one that no canary concerns."""
-        return None if arm is None else Meter(arm, self, received_at, has_timeout=has_timeout)
+        return None if arm is None else CanaryMeter(arm, self, received_at, has_timeout=has_timeout)
 
     def add(self, arm: Arm, counts: VersionCounts) -> None:
         self._metrics.canary_request("canary" if arm.is_canary else "stable", "error" if counts.num_errors else "ok")

@@ -13,14 +13,14 @@ from typing import NamedTuple, TypeVar
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot, split_model
 from loray.catalog.snapshot import BaseTotals
-from loray.catalog.snapshot_file import Kept, SnapshotFile
+from loray.catalog.snapshot_file import SnapshotFile, StoredSnapshot
 from loray.errors import AdapterNotFound, BaseMismatch, CatalogError, RateLimited, shown
 from loray.policy.auth import check_model, may_ask
 from loray.policy.canary import Arm, is_taken
 from loray.policy.quotas import QuotaGate
 from loray.schemas.openai import Model
 from loray.spec import AdapterRef, Limits, Principal
-from serve_apps.catalog_watch import CatalogFollower, Keeper
+from serve_apps.catalog_watch import CatalogWatcher, SnapshotWriter
 from serve_apps.python_gc import collection_paused, exempt_all
 
 T = TypeVar("T")
@@ -30,14 +30,14 @@ LOOK_AGAIN_S = 0.05
 _MANY = 10_000  # adapters, whose objects a collection would look through for more than 20 ms
 
 
-class Found(NamedTuple):
+class ResolvedModel(NamedTuple):
     """What a name means. `adapter`: None for the base itself."""
 
     base: BaseModel
     adapter: AdapterRef | None = None
 
 
-class ModelDirectory:
+class ModelResolver:
     """The bases and the adapters of one deployment, as `follower` reads them. Used from one event loop.
 
     If the database cannot be reached, the last snapshot is used; if it cannot be reached at first, the snapshot `kept`
@@ -46,7 +46,7 @@ class ModelDirectory:
 
     what, look_s = "names", REFRESH_S
 
-    def __init__(self, bases: Sequence[BaseModel], follower: CatalogFollower, kept: SnapshotFile | None = None) -> None:
+    def __init__(self, bases: Sequence[BaseModel], follower: CatalogWatcher, kept: SnapshotFile | None = None) -> None:
         """`bases`: different models, at least one."""
         self.bases = {base.name: base for base in bases}
         self._by_fingerprint = {base.fingerprint: base for base in bases}
@@ -54,7 +54,7 @@ class ModelDirectory:
         self._snapshot: CatalogSnapshot | None = None
         self._looking = asyncio.Lock()
         self._read_at = float("-inf")  # when the last successful look began
-        self._kept, self._keeper = kept, Keeper(kept)
+        self._kept, self._keeper = kept, SnapshotWriter(kept)
         follower.add(self)
 
     @property
@@ -115,7 +115,7 @@ class ModelDirectory:
                 await asyncio.sleep(self._follower.looked_at + LOOK_AGAIN_S - time.monotonic())
             await self._follower.refresh(called_at)
 
-    async def resolve(self, model: str, principal: Principal) -> Found:
+    async def resolve(self, model: str, principal: Principal) -> ResolvedModel:
         """What a name means for this caller. `base:name` is accepted as `name`.
 
         The database is read again for a name that the snapshot lacks, or that does not exist for the caller. Raises
@@ -125,12 +125,12 @@ class ModelDirectory:
         base, model = self._split(model)
         check_model(principal, model)
         if model in self.bases and base in (None, self.bases[model]):
-            return Found(self.bases[model])
+            return ResolvedModel(self.bases[model])
         ref = None if self._snapshot is None else self._snapshot.find(model, principal)
         if ref is None:
             await self._look_again()
             ref = self._lookup(model, principal)
-        return Found(self._base_of(ref, base, principal), ref)
+        return ResolvedModel(self._base_of(ref, base, principal), ref)
 
     def _split(self, model: str) -> tuple[BaseModel | None, str]:
         """The base and the name of `base:name`; None where it is a name alone."""
@@ -157,7 +157,7 @@ class ModelDirectory:
         *others, last = names
         return f"{', '.join(others)} and {last}" if others else last
 
-    async def choose(self, model: str, principal: Principal, session: str | None) -> tuple[Found, Arm | None]:
+    async def choose(self, model: str, principal: Principal, session: str | None) -> tuple[ResolvedModel, Arm | None]:
         """What a name means for a request of this session, and which of an alias's two versions it is if the alias has
         a canary. Without a session it is drawn. Raises what `resolve` raises.
         """
@@ -173,7 +173,7 @@ class ModelDirectory:
         if not arm.is_canary:
             return found, arm
         ref = entry.select(str(canary.version))
-        return Found(self._base_of(ref, None, principal), ref), arm
+        return ResolvedModel(self._base_of(ref, None, principal), ref), arm
 
     async def ask(self, question: Callable[[Catalog], T]) -> T:
         """What the catalog answers, in a thread. Raises what it raises."""
@@ -228,10 +228,10 @@ class ModelDirectory:
         with collection_paused():
             return _exempt(catalog.snapshot(whole=whole))
 
-    def read_kept(self) -> Kept[CatalogSnapshot] | None:
+    def read_kept(self) -> StoredSnapshot[CatalogSnapshot] | None:
         with collection_paused():
             found = None if self._kept is None else self._kept.read()
-            return found and Kept(_exempt(found.state), found.age_s)
+            return found and StoredSnapshot(_exempt(found.state), found.age_s)
 
     def take(self, state: CatalogSnapshot, at: float) -> None:
         """Whoever looks sees the snapshot before or this one, complete."""
@@ -262,7 +262,7 @@ class ModelCards:
     is served.
     """
 
-    def __init__(self, directory: ModelDirectory, limit: Callable[[BaseModel, int], int]) -> None:
+    def __init__(self, directory: ModelResolver, limit: Callable[[BaseModel, int], int]) -> None:
         self._directory, self._limit = directory, limit
         self._created = int(time.time())
         self._lists = QuotaGate()

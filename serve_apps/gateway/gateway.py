@@ -20,19 +20,19 @@ from loray.schemas.openai import ChatCompletionRequest, ChatFormat, CompletionFo
 from loray.schemas.openai.formats import NO_EXTRAS, Extras
 from loray.schemas.openai.requests import GenerationRequest
 from loray.schemas.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
-from loray.schemas.openai.structured import Given
+from loray.schemas.openai.structured import RequestedConstraint
 from loray.schemas.status import CatalogStatus, Status, total
 from loray.spec import GenerateRequest, Principal, cache_salt
 from loray.text.chat import Dialect
 from loray.text.detokenizer import RequestText
-from serve_apps.accounting.accounts import Accounts, TenantTurns
+from serve_apps.accounting.accounts import TenantTurns, UsageMeter
 from serve_apps.exposition import encode
-from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
+from serve_apps.gateway.answers.answer import AnswerResponse, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.headers import ADAPTER, PRIORITY, RequestHeaders, ignored_fields
-from serve_apps.gateway.answers.writers import Echo, Writer, response_writer, writer_of
-from serve_apps.gateway.bases import Gateways, Health, ServedBase, Target
-from serve_apps.gateway.canaries import Canaries, Meter
-from serve_apps.gateway.directory import Found, ModelCards, ModelDirectory
+from serve_apps.gateway.answers.writers import AnswerWriter, Echo, response_writer, writer_of
+from serve_apps.gateway.bases import Gateways, Health, ServedBase, ServedModel
+from serve_apps.gateway.canaries import CanaryCounters, CanaryMeter
+from serve_apps.gateway.directory import ModelCards, ModelResolver, ResolvedModel
 from serve_apps.gateway.metrics import GatewayMetrics, OfBase, together
 
 
@@ -72,9 +72,9 @@ class Gateway:
     def __init__(
         self,
         bases: Sequence[ServedBase],
-        directory: ModelDirectory,
+        directory: ModelResolver,
         gateways: Gateways | None = None,
-        accounts: Accounts | None = None,
+        accounts: UsageMeter | None = None,
     ) -> None:
         """`bases`: those of `directory`. `gateways` None: this is the only one. `accounts` None: what requests use is
         recorded nowhere.
@@ -82,9 +82,9 @@ class Gateway:
         self.bases = {base.name: base for base in bases}
         self.directory, self._gateways = directory, gateways
         self.models = ModelCards(directory, lambda base, length: self.bases[base.name].limit(length))
-        self.accounts, self.turns = accounts or Accounts(), TenantTurns()
+        self.accounts, self.turns = accounts or UsageMeter(), TenantTurns()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
-        self.canaries = Canaries(directory.ask, self.counted)
+        self.canaries = CanaryCounters(directory.ask, self.counted)
         self._health = Health(bases)
 
     # -- generation ---------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Gateway:
         self,
         request: ChatCompletionRequest,
         headers: RequestHeaders,
-        writer: Writer | None = None,
+        writer: AnswerWriter | None = None,
         answer_id: str | None = None,
     ) -> Response:
         """`writer` None: a chat completion."""
@@ -138,7 +138,7 @@ class Gateway:
         given, use = request.constraint, request.tool_use
         constraint = await target.base.prompts.constraint(request, dialect, tenant)
         if use is not None:
-            given = None if constraint is None else Given("tools", constraint)
+            given = None if constraint is None else RequestedConstraint("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *_about(request, target, [prompt]))
         told = await self._check(target, given, headers, [prompt])
         requests = await self._requests(request, target, [prompt], answer.id, "messages", headers, given)
@@ -146,12 +146,12 @@ class Gateway:
         texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
         return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
 
-    async def dialect(self, request: ChatCompletionRequest, target: Target, tenant: str) -> Dialect:
+    async def dialect(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> Dialect:
         """How the model of a chat is spoken to; `tenant` is who asks."""
         template, with_tools = self.directory.template(target.adapter), request.tool_use is not None
         return await target.base.prompts.dialect(target.adapter, template, tenant, with_tools=with_tools)
 
-    async def model(self, name: str | None, principal: Principal) -> Target:
+    async def model(self, name: str | None, principal: Principal) -> ServedModel:
         """What a name means for this caller. None: the base, if there is one alone; else RequestError. Raises
         PermissionDenied where its key is for other models.
         """
@@ -162,11 +162,13 @@ class Gateway:
             )
         return self._target(await self.directory.resolve(name or next(iter(self.bases)), principal))
 
-    def _target(self, found: Found) -> Target:
+    def _target(self, found: ResolvedModel) -> ServedModel:
         served = self.bases[found.base.name]
-        return Target(served, found.adapter, served.limit_of(found.adapter))
+        return ServedModel(served, found.adapter, served.limit_of(found.adapter))
 
-    async def _chosen(self, request: GenerationRequest, headers: RequestHeaders) -> tuple[Target, Meter | None]:
+    async def _chosen(
+        self, request: GenerationRequest, headers: RequestHeaders
+    ) -> tuple[ServedModel, CanaryMeter | None]:
         """As `model`, with what measures the request if its alias has a canary. Nothing does while its base has no
         replica: the wait for one says nothing of a version.
         """
@@ -178,7 +180,11 @@ class Gateway:
         return target, self.canaries.meter(arm, headers.received_at, has_timeout=has_own)
 
     async def _check(
-        self, target: Target, given: Given | None, headers: RequestHeaders, prompts: Sequence[tuple[int, ...]]
+        self,
+        target: ServedModel,
+        given: RequestedConstraint | None,
+        headers: RequestHeaders,
+        prompts: Sequence[tuple[int, ...]],
     ) -> dict[str, str]:
         """The answer's headers that say what of a constraint is ignored. Raises RequestError where it is refused; what
         was tokenised is charged then.
@@ -191,12 +197,12 @@ class Gateway:
     async def _requests(
         self,
         request: GenerationRequest,
-        target: Target,
+        target: ServedModel,
         prompts: Sequence[tuple[int, ...]],
         answer_id: str,
         param: str,
         headers: RequestHeaders,
-        given: Given | None,
+        given: RequestedConstraint | None,
     ) -> list[GenerateRequest]:
         """The engine's requests, one for each choice. Their ids begin with the client's, and are unique.
 
@@ -230,15 +236,15 @@ class Gateway:
     def _answer(
         self,
         request: GenerationRequest,
-        target: Target,
+        target: ServedModel,
         requests: Sequence[GenerateRequest],
         texts: Sequence[DeltaText],
-        writer: Writer,
+        writer: AnswerWriter,
         answer_id: str,
         headers: RequestHeaders,
-        meter: Meter | None,
+        meter: CanaryMeter | None,
         told: dict[str, str],
-    ) -> Answer:
+    ) -> AnswerResponse:
         """`told`: headers that the answer has beside others."""
         if headers.trace is not None:
             headers.trace.asked(request, requests, answer_id)
@@ -258,7 +264,7 @@ class Gateway:
         if priority or request.priority:
             told[PRIORITY] = str(priority)
         streams = [base.engines.generate(r, fit=fit) for r in requests]
-        return Answer(
+        return AnswerResponse(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
             writer,
             request_id=headers.request_id or answer_id,
@@ -323,7 +329,7 @@ class Gateway:
 
 
 def _about(
-    request: GenerationRequest, target: Target, prompts: Sequence[tuple[int, ...]]
+    request: GenerationRequest, target: ServedModel, prompts: Sequence[tuple[int, ...]]
 ) -> tuple[int, str, str, bool, Extras]:
     """What each format begins with, after the id."""
     fingerprint = target.base.system_fingerprint

@@ -13,7 +13,7 @@ from loray.policy.canary import Bound
 from loray.telemetry import METRICS
 from serve_apps.accounting.usage import UsageStatus
 from serve_apps.exposition import Labels, counter, gauge, labelled, merge
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.http import CLIENT_LEFT
 
 Answers = Sequence[list[Family] | None]  # of each process that was asked; None: it did not answer in time
@@ -48,7 +48,7 @@ class GatewayMetrics:
 
     def families(
         self,
-        directory: ModelDirectory,
+        directory: ModelResolver,
         decisions: Mapping[str, Mapping[str, int]],
         resumes: Mapping[str, Mapping[str, int]],
         num_waiting: int,

@@ -48,7 +48,7 @@ from loray_kernels.memory import Recycled
 from serve_apps.replica.metrics import LoadCounts, Source
 
 if TYPE_CHECKING:
-    from loray.engine.pool.loader import Progress
+    from loray.engine.pool.loader import LoadProgress
     from loray.methods.weights import AdapterWeights
 
 
@@ -148,7 +148,7 @@ class StoredAdapter:
     def __init__(self, loader: AdapterLoader, ref: AdapterRef) -> None:
         self._loader, self._ref = loader, ref
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         """Loads and packs the adapter.
 
         Raises NotFoundError or IntegrityError from the store, BaseMismatch, and UnsupportedError if the engine does not
@@ -201,7 +201,7 @@ class StoredAdapter:
         return "store"
 
     def _stream(
-        self, folder: Path, packer: Packer, progress: Progress
+        self, folder: Path, packer: Packer, progress: LoadProgress
     ) -> tuple[PackedAdapter, Mapping[str, bytes | memoryview]]:
         """Reads the adapter from the store and packs it. Returns its files too."""
         digest, store = self._ref.digest, self._loader.store

@@ -19,12 +19,12 @@ from loray.engine.memory.adapter_manager import Prefetched
 from loray.engine.metrics import Histogram as CountedHistogram
 from loray.errors import EngineError, LorayError
 from loray.schemas.status import AdapterPlacement, ReplicaStatus
-from loray.spec import Stretch
+from loray.spec import StepStretch
 from loray.telemetry import METRICS
 from serve_apps.exposition import Labels, counter, gauge, histogram, labelled
 
 if TYPE_CHECKING:
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.engine.metrics import EngineStats
     from loray.engine.request import TokenOutput
     from loray.spec import GenerateRequest
@@ -218,12 +218,12 @@ _LAYOUT_TIMEOUT_S = 1.0
 
 
 async def replica_status(
-    stream: EngineStream, replica: str, started_at: float, layout: bool | frozenset[str]
+    stream: AsyncEngine, replica: str, started_at: float, layout: bool | frozenset[str]
 ) -> ReplicaStatus:
     """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
     the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
     """
-    stretches: tuple[Stretch, ...] = ()
+    stretches: tuple[StepStretch, ...] = ()
     if layout if isinstance(layout, bool) else replica in layout:
         with suppress(EngineError, TimeoutError):
             async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
@@ -239,7 +239,7 @@ async def replica_status(
 
 
 async def placements(
-    stream: EngineStream, replica: str, digests: Collection[str] | None = None
+    stream: AsyncEngine, replica: str, digests: Collection[str] | None = None
 ) -> list[AdapterPlacement]:
     """Where these adapters are, or all that the engine has loaded. Adapters that were never used here, or not for long,
     are left out. Raises EngineError if the engine has stopped.

@@ -35,7 +35,7 @@ from serve_apps.python_gc import collect_when_quiet, freeze_garbage
 from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, WarmStart, placements, replica_status
 from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
-from serve_apps.replica.requests import ReplicaDemand, Requests
+from serve_apps.replica.requests import ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 from serve_apps.scaling import DemandRecords
 from serve_apps.tracing import open_tracing
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
     from loray.bases.registry import BaseModel
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.spec import AdapterOf, GenerateRequest
     from loray.store import AdapterCopy
-    from serve_apps.channel.frames import Address
+    from serve_apps.channel.frames import ChannelAddress
 
 
 _log = get_logger(__name__)
@@ -56,7 +56,7 @@ _ALONE = 0.2  # of the time, where no other replica takes requests, which wait m
 
 
 def warm_up(
-    stream: EngineStream,
+    stream: AsyncEngine,
     records: DemandRecords,
     own: str,
     fingerprint: str,
@@ -118,7 +118,7 @@ class EngineReplica:
         self._metrics = ReplicaMetrics(loads=counts, warm_start=warm_start)
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
-        self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
+        self._requests = ReplicaRequests(self._stream, self._metrics, self._demand, tracing)
         self._connections = Connections(_node_id(), _replica_id(), self._held, client_context(os.environ))
         freeze_garbage()
         stream = self._stream
@@ -131,7 +131,7 @@ class EngineReplica:
         return warm_up(self._stream, records, _replica_id(), base.fingerprint, timeout_s, self._peers.told)
 
     async def generate_to(
-        self, request: GenerateRequest, fit: bool, gateway: Address, stream: int
+        self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int
     ) -> AsyncGenerator[str, None]:
         """Runs the request; its tokens go to `gateway` as `stream`, over this replica's connection to it. Yields that
         connection's name when the request has ended. Closing it cancels the request.
@@ -171,7 +171,7 @@ class EngineReplica:
         """The adapter's files, for another replica. None if this node's cache does not have them."""
         return await self._giver.give(asked.digest)
 
-    async def report_to(self, gateway: Address) -> None:
+    async def report_to(self, gateway: ChannelAddress) -> None:
         """Tells `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
         await self._connections.to(gateway)
 

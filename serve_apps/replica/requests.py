@@ -20,7 +20,7 @@ from serve_apps.replica.metrics import ReplicaMetrics, RequestTimes
 from serve_apps.tracing import ReplicaTrace, Tracing
 
 if TYPE_CHECKING:
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.engine.request import TokenOutput
     from loray.spec import GenerateRequest, TokenDelta
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class ReplicaDemand:
     """The demand on a replica that Serve scales."""
 
-    def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: EngineStream) -> None:
+    def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: AsyncEngine) -> None:
         self._stream, self._pool_bytes = stream, float(stream.pool_bytes)
         self._meter = DemandMeter(
             window_s=autoscaling.window_s,
@@ -69,7 +69,7 @@ class ReplicaDemand:
         return self._meter.observe(now, loaded).to_stats()
 
 
-class Outlet(Protocol):
+class RequestOutlet(Protocol):
     """Where the results of streams go."""
 
     def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
@@ -89,7 +89,7 @@ class _Ongoing:
     """`ended`: the finish reason or what the reader said when it left, or the request's error."""
 
     stream: int
-    outlet: Outlet
+    outlet: RequestOutlet
     times: RequestTimes
     tracked: TrackedRequest | None
     ended: asyncio.Future[str]
@@ -103,12 +103,12 @@ class _Ongoing:
             self.ended.set_result(how)
 
 
-class Requests:
+class ReplicaRequests:
     """`run` is called in one event loop. It is the sink of the engine's results."""
 
     def __init__(
         self,
-        engine: EngineStream,
+        engine: AsyncEngine,
         metrics: ReplicaMetrics,
         demand: ReplicaDemand | None = None,
         tracing: Tracing | None = None,
@@ -119,12 +119,12 @@ class Requests:
         if tracing is not None:
             engine.on_first_step(self._scheduled)
 
-    async def run(self, request: GenerateRequest, fit: bool, outlet: Outlet, stream: int) -> None:
+    async def run(self, request: GenerateRequest, fit: bool, outlet: RequestOutlet, stream: int) -> None:
         """Returns when the request has ended; its tokens go to `outlet`. Cancelling it cancels the request.
 
         `fit`: max_tokens is lowered to what fits into the pool. Until an adapter has been loaded, the engine estimates
         its size there; a request that turns out to be too long is submitted once more, with the limit that is known by
-        then. Raises the errors of `EngineStream.subscribe`, and ReplicaUnavailable if the outlet was lost.
+        then. Raises the errors of `AsyncEngine.subscribe`, and ReplicaUnavailable if the outlet was lost.
         """
         self._loop = asyncio.get_running_loop()
         tracked = self._demand.arrived(request) if self._demand else None
@@ -195,7 +195,7 @@ class Requests:
     def deliver(self, outputs: Sequence[tuple[_Ongoing, TokenOutput]]) -> None:
         """One step's results, in the engine's thread."""
         self._metrics.stepped([(ongoing.times, out) for ongoing, out in outputs if out.error is None])
-        by_outlet: dict[Outlet, list[tuple[int, TokenOutput]]] = {}
+        by_outlet: dict[RequestOutlet, list[tuple[int, TokenOutput]]] = {}
         ended: list[tuple[_Ongoing, str | Exception]] = []
         for ongoing, out in outputs:
             if out.error is not None:
@@ -222,7 +222,7 @@ def _end(ended: Sequence[tuple[_Ongoing, str | Exception]]) -> None:
 class LocalStreams:
     """Used from one event loop, which is woken once a step for all streams."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: ReplicaRequests) -> None:
         self._requests = requests
         self._ids, self._wakes = count(), Wakes()
         self._inboxes: dict[int, Inbox] = {}

@@ -15,7 +15,7 @@ from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.engine.parallel.worker import StartWorkers
     from serve_apps.replica.loading import AdapterLoader, Peers
     from serve_apps.replica.metrics import LoadCounts
@@ -46,19 +46,19 @@ def start_engine(
     settings: Settings,
     start_workers: StartWorkers | None = None,
     load: AdapterLoader | None = None,
-) -> EngineStream:
+) -> AsyncEngine:
     """Loads the base, allocates the pool, and starts the engine's thread.
 
     `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
     is an `adapter_loader`.
     """
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.engine.build import build_engine
     from loray.engine.parallel.worker import LocalWorkers
 
     started = time.monotonic()
     load = load or adapter_loader(base, settings)
-    stream = EngineStream(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
+    stream = AsyncEngine(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream

@@ -16,7 +16,7 @@ from loray.bases.registry import get_base
 from loray.errors import LorayError, SpecError
 from loray.local.processes import bind
 from loray.local.s3 import move_to_local_s3, start_home_store
-from loray.local.serving import Address, announced
+from loray.local.serving import ServingAddress, announced
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from loray.telemetry import configure_logging
@@ -61,7 +61,7 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
         spinner = screen.status("loading the base and the engine")
         spinner.start()
         held.callback(spinner.stop)
-        url = Address(spec.host, spec.port).url
+        url = ServingAddress(spec.host, spec.port).url
 
         def started() -> None:
             spinner.stop()

@@ -19,22 +19,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jobs.submission.server import HomeJobServer
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.errors import ClusterError, EngineError
-from loray.local.serving import Address
+from loray.local.serving import ServingAddress
 from loray.schemas.status import AdapterPlacement, AutoscalingStatus, ReplicaStatus
 from loray.settings import Settings
 from loray.spec import FleetSpec, GenerateRequest, ServeSpec, TokenDelta
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
-from serve_apps.auth import open_access
-from serve_apps.console import Gateway
+from serve_apps.auth import open_auth
+from serve_apps.console import GatewayClient
 from serve_apps.deployment import CATALOG_PREFIX, DRAIN_S
 from serve_apps.gateway.app import open_gateway
 from serve_apps.python_gc import collect_when_quiet, freeze_garbage
 from serve_apps.replica.metrics import LoadCounts, ReplicaMetrics, placements, replica_status
-from serve_apps.replica.requests import LocalStreams, Requests
+from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 from serve_apps.tracing import Tracing
 
@@ -83,13 +83,13 @@ class BoundedProtocol(HttpToolsProtocol):
 REPLICA = "local"  # the engine's name where replicas have one
 
 
-class LocalEngines:
+class LocalEngineClient:
     """Implements `serve_apps.gateway.bases.Engines` and `serve_apps.api.services.Placements` with one engine."""
 
-    def __init__(self, stream: EngineStream, tracing: Tracing | None = None, loads: LoadCounts | None = None) -> None:
+    def __init__(self, stream: AsyncEngine, tracing: Tracing | None = None, loads: LoadCounts | None = None) -> None:
         self._stream = stream
         self._metrics = ReplicaMetrics(loads=loads)
-        self._streams = LocalStreams(Requests(stream, self._metrics, tracing=tracing))
+        self._streams = LocalStreams(ReplicaRequests(stream, self._metrics, tracing=tracing))
         self._started_at = time.time()
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
@@ -171,10 +171,14 @@ class Site:
             await self._gateway(scope, receive, send)
 
 
-def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, tracing: Tracing | None = None) -> Site:
+def create_site(
+    spec: ServeSpec, settings: Settings, engines: LocalEngineClient, tracing: Tracing | None = None
+) -> Site:
     """The application of this home's catalog and store."""
-    access = open_access(settings, spec.host)
-    services = Services(settings, LocalJobServer(settings), engines, Gateway(Address(spec.host, spec.port).url))
+    access = open_auth(settings, spec.host)
+    services = Services(
+        settings, LocalJobServer(settings), engines, GatewayClient(ServingAddress(spec.host, spec.port).url)
+    )
     api = log_access(create_api(services, access), settings.access_log)
     gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
     return Site(gateway, api, services.streams.end)
@@ -186,7 +190,7 @@ SEND_S = 60.0  # in which a client takes a byte of what it is sent
 _TICKS_PER_CHECK = 10  # of uvicorn's main loop, ten a second
 
 
-class Server(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """Serves until SIGINT or SIGTERM. Then it takes no more requests, and waits up to DRAIN_S for those under way; a
     second signal ends them. It also ends, with `failure`, when the engine has stopped.
 
@@ -292,7 +296,7 @@ def run(
         from serve_apps.tracing import open_tracing
 
         tracing = open_tracing("server", REPLICA)
-        engines = LocalEngines(stream, tracing, loader.counts)
+        engines = LocalEngineClient(stream, tracing, loader.counts)
         site = create_site(spec, settings, engines, tracing)
         freeze_garbage()
         collect_when_quiet(lambda: stream.stats().is_idle)
@@ -301,7 +305,7 @@ def run(
             site.end_streams()
             stopping(num_requests)
 
-        server = Server(site, check_health=engines.check_health, started=started, stopping=ending)
+        server = UvicornServer(site, check_health=engines.check_health, started=started, stopping=ending)
         server.run(sockets=[listener])
     finally:
         stream.stop()

@@ -22,7 +22,7 @@ from loray.methods.attach import attach
 from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
 from loray.train.checkpoint import save_adapter
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
 from tests.adapters.test_export import IDS, logits, recipe, trained
@@ -31,10 +31,10 @@ BaseFactory = Callable[..., BaseModel]
 SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
 
-def batch() -> Batch:
+def batch() -> TrainBatch:
     labels = torch.roll(IDS, -1, dims=1)
     labels[:, -1] = -100
-    return Batch(IDS, labels, None, None, num_tokens=IDS.numel(), num_targets=IDS.numel() - 1)
+    return TrainBatch(IDS, labels, None, None, num_tokens=IDS.numel(), num_targets=IDS.numel() - 1)
 
 
 def trained_parts(model: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from loray.methods.vera_module import draw_pair
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, VeraWeights
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recommend import GIB, Answers, adapters_in, estimate_methods, recipe_of, recommend
 from loray.spec import LINEAR_MODULES, AdapterRef, AdapterSpec, LoraSpec, VeraSpec
 from loray_kernels import KvLayout
@@ -93,7 +93,7 @@ def test_vera_is_twenty_times_as_dense_as_lora() -> None:
 
 def test_estimates_are_the_plans() -> None:
     lora, dora, vera, longlora = estimate_methods(Answers(2048, 10), shape(), A100)
-    run = run_of(recipe_of(LoraSpec(), 2048), shape())
+    run = shape_of(recipe_of(LoraSpec(), 2048), shape())
     assert lora.training_bytes == plan_memory(run, A100).peak_bytes
     assert [e.method for e in (lora, dora, vera, longlora)] == ["lora", "dora", "vera", "longlora"]
     assert (lora.trained_parameters, lora.adapter_bytes) == (1_843_200, 3_686_400)

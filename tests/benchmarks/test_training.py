@@ -25,7 +25,7 @@ from benchmarks.training.workers.traffic import main as count_traffic
 from benchmarks.training.workers.trainer import main as time_beside_trainer
 from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.hooks import DENSE
 from loray.train.model import build_model
 from loray.train.objectives import batch_loss
@@ -52,7 +52,7 @@ def test_the_dense_side_of_a_step_is_the_model_with_dense_attention(tiny_base: C
     recipe = Case(64, "longlora", checkpointing=True).recipe.model_copy(update={"dtype": "float32"})
     model = build_model(base, recipe)
     ids_BT = torch.arange(64)[None]
-    batch = Batch(ids_BT, ids_BT, None, None, num_tokens=64, num_targets=64)
+    batch = TrainBatch(ids_BT, ids_BT, None, None, num_tokens=64, num_targets=64)
     s2 = batch_loss(model, batch).total
     model.set_attn_implementation("sdpa")
     expected = batch_loss(model, batch).total

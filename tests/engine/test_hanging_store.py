@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.errors import StoreError
 from loray.methods.weights import AdapterWeights
@@ -26,7 +26,7 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: d
         return next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base)
 
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=8 << 20, num_threads=1, load_timeout_s=1.0)
-    stream = EngineStream(build_engine(spec, base, load))
+    stream = AsyncEngine(build_engine(spec, base, load))
 
     async def tokens(asked: GenerateRequest) -> list[int]:
         return [t async for delta in stream.generate(asked) for t in delta.token_ids]

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import loray.engine
-from loray.engine.memory.blocks import Extent, Kind
+from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.request import Request
 from loray.spec import AdapterRef
 from tests.engine.residency.world import World, ref
@@ -43,7 +43,7 @@ class Small(Simulation):
     """Adapters whose rows share blocks: three fit a block, and what an eviction leaves is a gap."""
 
     def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:
-        return self.allocator.allocate_rows(Kind.LAYERED, {2: 1})
+        return self.allocator.allocate_rows(BlockKind.LAYERED, {2: 1})
 
 
 def full_engine(num_adapters: int) -> Small:

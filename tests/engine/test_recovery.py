@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.engine import Engine, undo_step
 from loray.engine.request import Chunk
 from loray.errors import EngineError
@@ -143,7 +143,7 @@ def test_a_stream_goes_on(base: BaseModel) -> None:
     engine = make_engine(base, num_threads=1)
     low = [True]
     out_of_memory(engine, lambda chunks: low[0], "forward")
-    stream = EngineStream(engine)
+    stream = AsyncEngine(engine)
     stream.start()
 
     async def tokens(r: GenerateRequest) -> list[int]:

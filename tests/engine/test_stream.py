@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine import engine as engine_module
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.engine import check_request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, IntegrityError, Overloaded, RequestError
 from loray.spec import GenerateRequest, TokenDelta
@@ -24,8 +24,8 @@ from tests.engine.harness import hold, make_engine, request, run
 
 
 @asynccontextmanager
-async def started(base: BaseModel, **spec: Any) -> AsyncIterator[EngineStream]:
-    stream = EngineStream(make_engine(base, num_threads=1, **spec))
+async def started(base: BaseModel, **spec: Any) -> AsyncIterator[AsyncEngine]:
+    stream = AsyncEngine(make_engine(base, num_threads=1, **spec))
     stream.start()
     try:
         yield stream
@@ -33,7 +33,7 @@ async def started(base: BaseModel, **spec: Any) -> AsyncIterator[EngineStream]:
         stream.stop()
 
 
-async def collect(stream: EngineStream, r: GenerateRequest) -> list[TokenDelta]:
+async def collect(stream: AsyncEngine, r: GenerateRequest) -> list[TokenDelta]:
     return [delta async for delta in stream.generate(r)]
 
 
@@ -174,7 +174,7 @@ def test_an_engine_that_stops_says_which_adapters_were_in_its_step(base: BaseMod
     adapter = make_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]), seed=0)
 
     async def test() -> None:
-        stream = EngineStream(make_engine(base, [adapter], num_threads=1))
+        stream = AsyncEngine(make_engine(base, [adapter], num_threads=1))
         stream.start()
         stream._engine._model.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck"))  # type: ignore[method-assign]
         with pytest.raises(EngineStopped, match="out of luck") as e:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream, EngineThreads, Lane
+from loray.engine.async_engine import AsyncEngine, EngineThreads, Lane
 from tests.engine.harness import make_engine, request
 
 WAIT_S = 30.0
@@ -103,7 +103,7 @@ def test_one_thread_does_all_where_there_is_one() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
 def test_steps_run_in_the_background_but_for_first_tokens(base: BaseModel) -> None:
-    stream, own = EngineStream(make_engine(base, num_threads=1)), os.sched_getscheduler(0)
+    stream, own = AsyncEngine(make_engine(base, num_threads=1)), os.sched_getscheduler(0)
     found: dict[str, int] = {}
 
     def policy() -> int:

@@ -13,7 +13,7 @@ from loray.bases.config import ModelConfig
 from loray.machine import Gpu
 from loray.planning.devices import PRESETS, device_on
 from loray.planning.plan import make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import on_hardware
 from tests.infra.manifests import JOBS, data
@@ -54,6 +54,6 @@ def test_the_job_s_recipe_fits_its_pods_and_the_gpu_that_it_names(folder: str, t
     pod = replace(AVX2, memory_bytes=bytes_of(limits["memory"]), gpus=gpus)
     device = device_on(pod, 1, use_gpu=bool(gpus))
     assert device is not None
-    plan = make_plan(run_of(on_hardware(spec, pod).spec, SHAPES[spec.base]), device)
+    plan = make_plan(shape_of(on_hardware(spec, pod).spec, SHAPES[spec.base]), device)
     assert plan.problems == ()
     assert plan.host is None or plan.host.usable_bytes is not None

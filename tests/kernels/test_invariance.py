@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import (
+    AdapterSegments,
+    AttentionMeta,
+    KvLayout,
+    LoraTable,
+    Ops,
+    ProjectionMatrix,
+    RowOverrides,
+    RowTables,
+    VeraTable,
+)
 from loray_kernels.cpu.ops import CpuOps
 from tests.kernels import emulated
 from tests.kernels.backends import NATIVE, make_ops
@@ -55,7 +65,7 @@ def lora(ops: Ops, dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, ranks: list[i
     """Two modules of one input with `counts` tokens for each adapter; returns what the second adds to y."""
     pool = randn(dtype, 1, 307 * 400)
     start = tuple(sum(counts[:i]) for i in range(len(counts)))
-    segments = Segments(start, tuple(a + n for a, n in zip(start, counts, strict=True)))
+    segments = AdapterSegments(start, tuple(a + n for a, n in zip(start, counts, strict=True)))
     rank_start = tuple(sum(ranks[:i]) for i in range(len(ranks) + 1))
     scale = tuple(0.5 + i for i in range(len(ranks)))
     total = rank_start[-1]
@@ -96,7 +106,7 @@ def test_neighbours_adapters_change_nothing(ops: Ops, dtype: torch.dtype) -> Non
     y_TO, x_TI = fused[:, WIDTH : 2 * WIDTH], randn(dtype, 5, total + 5, WIDTH)
     pool = randn(dtype, 1, 307 * 400)
     start = tuple(2 + sum(counts[:i]) for i in range(len(counts)))
-    segments = Segments(start, tuple(a + n for a, n in zip(start, counts, strict=True)))
+    segments = AdapterSegments(start, tuple(a + n for a, n in zip(start, counts, strict=True)))
     alone = []
     for active in (range(len(RANKS)), *([n] for n in range(len(RANKS)))):
         ranks = [rank if n in active else 0 for n, rank in enumerate(RANKS)]
@@ -130,7 +140,7 @@ def test_neighbours_adapters_change_nothing(ops: Ops, dtype: torch.dtype) -> Non
 def test_vera_of_a_token_is_the_same_alone_and_among_many(ops: Ops, dtype: torch.dtype) -> None:
     num_tokens, rank = 530, WIDTH  # more than the kernel holds at once
     x_TI, y_TO = randn(dtype, 2, num_tokens, 72), randn(dtype, 3, num_tokens, WIDTH)
-    a, b = PairMatrix(randn(dtype, 4, rank, 80)), PairMatrix(randn(dtype, 5, WIDTH, rank))
+    a, b = ProjectionMatrix(randn(dtype, 4, rank, 80)), ProjectionMatrix(randn(dtype, 5, WIDTH, rank))
     pool = randn(dtype, 1, 307 * 1100)
 
     def run(first: int, stop: int) -> Tensor:
@@ -247,7 +257,7 @@ def test_norm_and_rope_of_one_token_match_torchs_rounding(ops: Ops, width: int, 
     assert torch.equal(turned(ops, x_THd[4:5], cos_Td[4:5], sin_Td[4:5]), whole[4:5])
     own = None
     if width == WIDTH:
-        own = TokenRows(torch.tensor([0, 7, 31]), rows(3, 0))
+        own = RowOverrides(torch.tensor([0, 7, 31]), rows(3, 0))
     pool, weight_D = randn(dtype, 5, 307 * 4), randn(dtype, 6, width)
     normed = ops.rms_norm(x_THd, weight_D, 1e-5, pool, own, 1)
     expected = reference.rms_norm(x_THd, weight_D, 1e-5, pool, own, 1)
@@ -260,7 +270,7 @@ FALLBACKS: list[Callable[[Ops, torch.dtype], Tensor]] = [
     lambda ops, dtype: ops.rms_norm(randn(dtype, 1, 3, 16), randn(dtype, 2, 16), 1e-5, randn(dtype, 3, 16), None, 0),
     lambda ops, dtype: lora(ops, dtype, randn(dtype, 1, 4, WIDTH), randn(dtype, 2, 4, WIDTH), [4], [4]),
     lambda ops, dtype: Sequence(ops, dtype, (2, 1), 16, 9).attend(ops, (4, 9)),
-    lambda ops, dtype: ops.vera_shrink(randn(dtype, 1, 4, 16), PairMatrix(randn(dtype, 2, 8, 16))),
+    lambda ops, dtype: ops.vera_shrink(randn(dtype, 1, 4, 16), ProjectionMatrix(randn(dtype, 2, 8, 16))),
 ]
 
 

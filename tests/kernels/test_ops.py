@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from loray_kernels import (
+    AdapterSegments,
     AttentionMeta,
     KvLayout,
     LoraTable,
     Ops,
-    PairMatrix,
+    ProjectionMatrix,
+    RowOverrides,
     RowTables,
-    Segments,
-    TokenRows,
     VeraTable,
     backend,
 )
@@ -63,7 +63,7 @@ class Shelf:
 class Load(NamedTuple):
     """Which adapter each token has, as segments; ranks of the adapters."""
 
-    segments: Segments
+    segments: AdapterSegments
     ranks: list[int]
 
 
@@ -82,7 +82,7 @@ def load(popularity: str, num_tokens: int = 24) -> Load:
             counts = [num_tokens - 4, 1, 1, 2]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     ranks = [rng.choice([0, 1, 4, 8, 16, 33, 64]) for _ in counts]
-    return Load(Segments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True))), ranks)
+    return Load(AdapterSegments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True))), ranks)
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -129,7 +129,7 @@ def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
     a_RI, b_OR = random_(rank, width_in + 16) / 8, random_(width_out + 32, rank) / 8
     d_TR, b_TO = random_(6, rank), random_(6, width_out)
     shelf = Shelf(4096 * 40, dtype)
-    a, b = PairMatrix(a_RI), PairMatrix(b_OR)
+    a, b = ProjectionMatrix(a_RI), ProjectionMatrix(b_OR)
     table = VeraTable(a, b, shelf.put(d_TR, num_segments, 64), shelf.put(b_TO, num_segments, 64), 2, 8)
     expected = y_TO.double()
     z = x_TI[2:8].double() @ a_RI[:, :width_in].double().T
@@ -183,7 +183,7 @@ def test_norm_and_embedding_take_an_adapters_rows(ops: Ops, dtype: torch.dtype) 
     generator = torch.Generator().manual_seed(6)
     shelf = Shelf(4096 * 20, dtype)
     own_ND = torch.randn(2, 32, generator=generator).to(dtype)
-    own = TokenRows(torch.tensor([1, 4]), shelf.put(own_ND, layer_offset=0))
+    own = RowOverrides(torch.tensor([1, 4]), shelf.put(own_ND, layer_offset=0))
     table_VD = torch.randn(9, 32, generator=generator).to(dtype)
     ids_T = torch.tensor([3, 3, 0, 8, 1])
     x_TD = ops.embed(table_VD, ids_T, shelf.tensor, own)
@@ -214,7 +214,7 @@ def test_rows_scale_outputs(ops: Ops, has_bias: bool, width: int, num_segments: 
     wide_TM = torch.randn(5, width + 8, generator=generator).to(dtype)  # columns of a wider result
     bias_O = torch.randn(width, generator=generator).to(dtype) if has_bias else None
     rows_NO = torch.randn(3, width, generator=generator).to(dtype)
-    own = TokenRows(torch.tensor([0, 2, 4]), shelf.put(rows_NO, num_segments, 64))
+    own = RowOverrides(torch.tensor([0, 2, 4]), shelf.put(rows_NO, num_segments, 64))
     expected = wide_TM.double()
     plain = expected[[0, 2, 4], 8:] - (0 if bias_O is None else bias_O.double())
     expected[[0, 2, 4], 8:] += rows_NO.double() * plain

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from loray_kernels import Directory, InputShape, LoraRows, record_words
-from loray_kernels.descriptors import MAX_ROWS, read_block
+from loray_kernels import DescriptorAllocator, InputShape, LoraRows, descriptor_words
+from loray_kernels.descriptors import MAX_ROWS, read_descriptor
 
 ONE = ((0, 8),)
 SHAPES = (
@@ -21,28 +21,28 @@ DOWN = LoraRows(([7, 8, 9],), ([1, 2, 3],), 2.0)
 
 
 def test_blocks_are_read_as_they_were_written() -> None:
-    words = record_words([{"q_proj": Q, "k_proj": K}, {"down_proj": DOWN}], [0, -1, 1, 0], SHAPES)
+    words = descriptor_words([{"q_proj": Q, "k_proj": K}, {"down_proj": DOWN}], [0, -1, 1, 0], SHAPES)
     assert words is not None
-    directory = Directory(SHAPES, torch.device("cpu"), num_words=200)
+    directory = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=200)
     assert directory.add(np.zeros(3, dtype=np.int64)) == 0
     start = directory.add(words)
     assert start == 3
     for layer in (0, 3):
-        assert read_block(directory.records.words, start, 4 * layer, SHAPES[0]) == [Q, K, None]
-        assert read_block(directory.records.words, start, 4 * layer + 3, SHAPES[3]) == []
-    assert read_block(directory.records.words, start, 4 * 2 + 3, SHAPES[3]) == [DOWN]
-    assert not any(read_block(directory.records.words, start, 4 + i, shape) for i, shape in enumerate(SHAPES))
+        assert read_descriptor(directory.records.words, start, 4 * layer, SHAPES[0]) == [Q, K, None]
+        assert read_descriptor(directory.records.words, start, 4 * layer + 3, SHAPES[3]) == []
+    assert read_descriptor(directory.records.words, start, 4 * 2 + 3, SHAPES[3]) == [DOWN]
+    assert not any(read_descriptor(directory.records.words, start, 4 + i, shape) for i, shape in enumerate(SHAPES))
 
 
 def test_too_many_rows_have_no_record() -> None:
     rows = LoraRows((range(MAX_ROWS),), (range(MAX_ROWS),), 1.0)
-    assert record_words([{"down_proj": rows}], [0], SHAPES) is not None
+    assert descriptor_words([{"down_proj": rows}], [0], SHAPES) is not None
     rows = LoraRows((range(MAX_ROWS + 1),), (range(MAX_ROWS + 1),), 1.0)
-    assert record_words([{"down_proj": rows}], [0], SHAPES) is None
+    assert descriptor_words([{"down_proj": rows}], [0], SHAPES) is None
 
 
 def test_places_are_used_again_and_joined() -> None:
-    directory = Directory((), torch.device("cpu"), num_words=30)
+    directory = DescriptorAllocator((), torch.device("cpu"), num_words=30)
     ten = np.arange(10, dtype=np.int64)
     starts = [directory.add(ten) for _ in range(4)]
     assert starts == [0, 10, 20, None]

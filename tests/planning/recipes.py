@@ -7,7 +7,7 @@ from typing import Any
 from loray.bases.presets import preset
 from loray.machine import Hardware, Machine, Rates
 from loray.planning.devices import PRESETS, Device
-from loray.planning.run import Run, run_of
+from loray.planning.run import RunShape, shape_of
 from loray.spec import TrainSpec
 
 A100 = PRESETS["a100-80gb"]
@@ -38,7 +38,7 @@ def recipe(**fields: Any) -> TrainSpec:
 
 def long_run(
     base: str, context: int, *, group_size: int | None = None, workers: int = 1, sequence: int = 1, **fields: Any
-) -> Run:
+) -> RunShape:
     """LongLoRA on a well-known base, stretched to `context` tokens."""
     model = preset(base)
     assert model is not None
@@ -51,7 +51,7 @@ def long_run(
         parallel={"sequence": sequence, "strategy": fields.pop("strategy", "ddp")},
         **fields,
     )
-    return run_of(spec, model)
+    return shape_of(spec, model)
 
 
 def bare(device: Device = A100) -> Device:

@@ -11,7 +11,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.planning import memory
-from loray.planning.run import count_base, count_trained, run_of
+from loray.planning.run import count_base, count_trained, shape_of
 from loray.spec import TrainSpec
 from loray.train.model import build_model, count_parameters
 from tests.planning.recipes import recipe
@@ -54,7 +54,7 @@ def test_a_layer_keeps_what_is_counted(
 ) -> None:
     spec = recipe(adapter=adapter, dtype=dtype)
     kept = [kept_bytes(tiny_base(architecture, num_hidden_layers=n), spec) for n in (2, 4)]
-    run = run_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
+    run = shape_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
     counted = sum(part.nbytes for part in memory.of_layer(run))
     assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
 
@@ -65,7 +65,7 @@ def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: s
     spec = recipe(adapter={"method": "dora", "rank": 4, "target_modules": ALL}, dtype=dtype)
     bases = [tiny_base(num_hidden_layers=n) for n in (2, 4)]
     short, long = ([kept_bytes(base, spec, n) for base in bases] for n in (TOKENS, 2 * TOKENS))
-    counted = sum(part.nbytes for part in memory.of_layer(run_of(spec, bases[0].config)))
+    counted = sum(part.nbytes for part in memory.of_layer(shape_of(spec, bases[0].config)))
     assert (long[1] - long[0]) - (short[1] - short[0]) == 2 * TOKENS * counted
 
 

@@ -10,7 +10,7 @@ from loray.bases.presets import preset
 from loray.errors import SpecError
 from loray.planning.compute import attention_pairs, count_flops, estimate_time, model_flops_per_token, plan_traffic
 from loray.planning.memory import plan_memory
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from tests.planning.recipes import A100, long_run, recipe
 
 
@@ -29,7 +29,7 @@ def test_pairs_are_those_of_the_mask(num_tokens: int, group: int, num_heads: int
 def test_frozen_weights_take_one_product_in_the_backward_pass() -> None:
     model = preset("Llama-2-7b-hf")
     assert model is not None
-    run = run_of(recipe(adapter={"method": "lora", "rank": 8}, data={"train": "x", "max_length": 4096}), model)
+    run = shape_of(recipe(adapter={"method": "lora", "rank": 8}, data={"train": "x", "max_length": 4096}), model)
     flops, tokens = count_flops(run), 4096
     linears = 2 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     head = 2 * tokens * 32000 * 4096
@@ -48,8 +48,8 @@ def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
     model = preset("Llama-2-7b-hf")
     assert model is not None
     data = {"train": "x", "max_length": 1024}
-    sft = run_of(recipe(batch={"rows": 4}, data=data), model)
-    dpo = run_of(recipe(batch={"rows": 2}, data=data, objective={"type": "dpo"}), model)
+    sft = shape_of(recipe(batch={"rows": 4}, data=data), model)
+    dpo = shape_of(recipe(batch={"rows": 2}, data=data, objective={"type": "dpo"}), model)
     assert (dpo.tokens_per_worker, dpo.tokens_per_step) == (sft.tokens_per_worker, sft.tokens_per_step)
     assert plan_memory(dpo, A100).peak_bytes == plan_memory(sft, A100).peak_bytes
     plain, paired = count_flops(sft), count_flops(dpo)
@@ -63,9 +63,9 @@ def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
     sharded = replace(dpo, num_workers=4, strategy="fsdp2")
     fewer = plan_traffic(replace(sft, num_workers=4, strategy="fsdp2")).gather_bytes
     assert plan_traffic(sharded).gather_bytes == pytest.approx(1.5 * fewer)
-    assert run_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "dpo"}), model).num_rows == 2
+    assert shape_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "dpo"}), model).num_rows == 2
     with pytest.raises(SpecError, match=r"batch\.tokens is 2000"):
-        run_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
+        shape_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
     options = {"group_size": None, "target_share": 1.0}
     per_token = model_flops_per_token(model, dpo.adapter, {1024: 4}, has_reference=True, **options)
     assert per_token - model_flops_per_token(model, dpo.adapter, {1024: 4}, **options) == paired.reference / tokens

@@ -11,16 +11,16 @@ from loray.errors import SpecError
 from loray.planning.compute import count_flops, estimate_time, plan_traffic
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan
-from loray.planning.run import Run, run_of
+from loray.planning.run import RunShape, shape_of
 from loray.planning.sequence import DensePlan, ring_elements, ulysses_elements
 from tests.planning.recipes import A100, bare, recipe
 
 
-def dense_run(sequence: int, base: str = "Meta-Llama-3-8B", **fields: Any) -> Run:
+def dense_run(sequence: int, base: str = "Meta-Llama-3-8B", **fields: Any) -> RunShape:
     model = preset(base)
     assert model is not None
     data = {"train": "x", "max_length": 4096}
-    return run_of(recipe(data=data, num_workers=sequence, parallel={"sequence": sequence}, **fields), model)
+    return shape_of(recipe(data=data, num_workers=sequence, parallel={"sequence": sequence}, **fields), model)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     assert model is not None
     short = {"train": "x", "max_length": 6}
     with pytest.raises(SpecError, match="more than the 6 tokens of a row"):
-        run_of(recipe(data=short, num_workers=8, parallel={"sequence": 8}), model)
+        shape_of(recipe(data=short, num_workers=8, parallel={"sequence": 8}), model)
 
 
 def test_traffic_of_a_step() -> None:

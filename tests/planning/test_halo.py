@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from loray.errors import SpecError
-from loray.planning.sequence import HaloPlan, Transfer, padded_length, ring_elements, ulysses_elements
+from loray.planning.sequence import HaloMessage, HaloPlan, padded_length, ring_elements, ulysses_elements
 from tests.planning.closed_form import closed_form_elements
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1), (2, 1), (32, 8)]
@@ -54,7 +54,7 @@ def test_what_one_sends_another_receives(length: int) -> None:
     assert sum(plan.elements_sent(r, 64) for r in range(4)) == sum(plan.elements_received(r, 64) for r in range(4))
 
 
-def key(transfer: Transfer) -> tuple[int, int, str, int]:
+def key(transfer: HaloMessage) -> tuple[int, int, str, int]:
     return transfer.to, transfer.span.rank, transfer.half.name, transfer.span.start
 
 

@@ -9,7 +9,7 @@ import pytest
 from loray.planning.devices import GB, host
 from loray.planning.memory import HOST_MOMENTS, plan_host
 from loray.planning.plan import make_plan
-from loray.planning.run import Run
+from loray.planning.run import RunShape
 from tests.planning.recipes import A100, MACHINE, long_run
 from tests.planning.test_memory import EMBEDDING, TOTALS, TRAINED
 
@@ -17,11 +17,11 @@ BASE = 2 * TOTALS["Llama-2-7b-hf"]
 SMALL = A100.model_copy(update={"host_memory_bytes": 200 * GB})
 
 
-def llama(**fields: Any) -> Run:
+def llama(**fields: Any) -> RunShape:
     return long_run("Llama-2-7b-hf", 32768, workers=8, gradient_checkpointing=True, **fields)
 
 
-def sizes(run: Run) -> dict[str, int]:
+def sizes(run: RunShape) -> dict[str, int]:
     plan = plan_host(run, A100)
     assert plan is not None
     return {item.name: item.nbytes for item in plan.items}

@@ -9,7 +9,7 @@ import pytest
 from loray.bases.presets import preset
 from loray.planning.memory import MEASURED_AT_ONCE, measuring_bytes
 from loray.planning.plan import advice_for_less, make_plan
-from loray.planning.run import Run, run_of
+from loray.planning.run import RunShape, shape_of
 from tests.planning.recipes import A100, bare, long_run, recipe
 from tests.planning.test_memory import EMBEDDING, TOTALS, TRAINED
 
@@ -18,15 +18,15 @@ WIDTH = 3 * 11008 * 2 + (2 * 2 + 4) * 4096  # of a token in one layer: gate, up 
 PASSKEY = {"retrieval": [{"context_lengths": [4096, 2048]}]}
 
 
-def llama(context: int = 32768, **fields: Any) -> Run:
+def llama(context: int = 32768, **fields: Any) -> RunShape:
     return long_run("Llama-2-7b-hf", context, workers=8, gradient_checkpointing=True, **fields)
 
 
-def qlora(num_workers: int = 1, **fields: Any) -> Run:
+def qlora(num_workers: int = 1, **fields: Any) -> RunShape:
     model = preset("Llama-2-70b-hf")
     assert model is not None
     data = {"train": "data.jsonl", "max_length": 1024}
-    return run_of(
+    return shape_of(
         recipe(quantization={}, data=data, num_workers=num_workers, gradient_checkpointing=True, **fields), model
     )
 

@@ -7,8 +7,8 @@ import pytest
 from loray.bases.presets import preset, preset_names
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import host
-from loray.planning.memory import CHECKPOINT, MOMENTS, MemoryPlan, plan_memory
-from loray.planning.run import Run, count_base
+from loray.planning.memory import CHECKPOINT, MOMENTS, TrainingMemory, plan_memory
+from loray.planning.run import RunShape, count_base
 from tests.planning.recipes import A100, MACHINE, bare, long_run
 
 TOTALS = {
@@ -22,7 +22,7 @@ EMBEDDING, NORMS, LORA = 32000 * 4096, 65 * 4096, 32 * 4 * 8 * 2 * 4096  # Llama
 TRAINED = EMBEDDING + NORMS + LORA
 
 
-def sizes(run: Run) -> dict[str, int]:
+def sizes(run: RunShape) -> dict[str, int]:
     return {item.name: item.nbytes for item in plan_memory(run, bare()).items}
 
 
@@ -124,7 +124,7 @@ def test_the_peak_is_the_fullest_moment() -> None:
     assert short.peak_moment == "update"
 
 
-def at(plan: MemoryPlan, moment: str) -> set[str]:
+def at(plan: TrainingMemory, moment: str) -> set[str]:
     return {item.name for item in plan.items if moment in item.moments}
 
 

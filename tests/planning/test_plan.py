@@ -12,8 +12,8 @@ from loray.bases.presets import preset
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.devices import host
 from loray.planning.memory import plan_memory
-from loray.planning.plan import make_plan, smallest_remedy
-from loray.planning.run import run_of
+from loray.planning.plan import make_plan, smallest_fix
+from loray.planning.run import shape_of
 from loray.spec import RopeParameters
 from tests.planning.recipes import A100, MACHINE, long_run, machine, recipe
 
@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(
     assert plan.is_refused
     assert "GB a worker where a100-80gb has 80.8 GB to use" in problem.message
     assert plan.memory.dominant.name in problem.message
-    remedy = smallest_remedy(run, A100)
+    remedy = smallest_fix(run, A100)
     assert remedy is not None
     assert remedy.changes == changes
     assert problem.remedy.startswith(" and ".join(changes))
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(
 
 def test_shorter_micro_batches_come_before_more_workers() -> None:
     run = long_run("Llama-2-7b-hf", 32768, batch={"rows": 8}, gradient_checkpointing=True)
-    remedy = smallest_remedy(run, A100)
+    remedy = smallest_fix(run, A100)
     assert remedy is not None
     assert remedy.changes == ("batch: {rows: 1, accumulation: 8}",)
 
@@ -71,7 +71,7 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
     assert "69.0 billion parameters is trained on the CPU" in on_a_cpu.message
     assert "nothing in the recipe makes it fit" in problem.remedy
     tiny = A100.model_copy(update={"memory_bytes": 10**8})
-    assert smallest_remedy(run, tiny) is None
+    assert smallest_fix(run, tiny) is None
 
 
 @pytest.mark.parametrize(
@@ -111,24 +111,24 @@ def test_warnings(run: Any, message: str, remedy: str) -> None:
 def test_what_the_driver_would_refuse() -> None:
     yarn = RopeParameters(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=2048)
     with pytest.raises(UnsupportedError, match="RoPE is 'yarn' already, which linear cannot scale further"):
-        run_of(recipe(**LONG), llama(rope=yarn))
+        shape_of(recipe(**LONG), llama(rope=yarn))
     with pytest.raises(SpecError, match="context is 32768 tokens"):
-        run_of(recipe(**LONG, data={"train": "x", "max_length": 32769}), llama())
+        shape_of(recipe(**LONG, data={"train": "x", "max_length": 32769}), llama())
     with pytest.raises(SpecError, match=r"batch\.tokens is 100, less than a row of 32768"):
-        run_of(recipe(**LONG, batch={"tokens": 100}), llama())
+        shape_of(recipe(**LONG, batch={"tokens": 100}), llama())
 
 
 def test_rows_as_the_driver_makes_them() -> None:
-    assert run_of(recipe(**LONG), llama()).row_length == 32768
-    assert run_of(recipe(), llama()).row_length == 1024
-    assert run_of(recipe(), llama(max_position_embeddings=512)).row_length == 512
-    assert run_of(recipe(batch={"tokens": 4096}), llama()).num_rows == 4
-    long = run_of(recipe(**LONG), llama())
+    assert shape_of(recipe(**LONG), llama()).row_length == 32768
+    assert shape_of(recipe(), llama()).row_length == 1024
+    assert shape_of(recipe(), llama(max_position_embeddings=512)).row_length == 512
+    assert shape_of(recipe(batch={"tokens": 4096}), llama()).num_rows == 4
+    long = shape_of(recipe(**LONG), llama())
     assert (long.context, long.group_size) == (32768, 8192)
-    assert run_of(recipe(), llama()).group_size is None
-    plain = run_of(recipe(attention={"type": "s2"}), llama())
+    assert shape_of(recipe(), llama()).group_size is None
+    plain = shape_of(recipe(attention={"type": "s2"}), llama())
     assert (plain.context, plain.row_length, plain.group_size) == (4096, 1024, 256)
-    assert run_of(recipe(adapter={"method": "longlora"}), llama()).row_length == 4096
+    assert shape_of(recipe(adapter={"method": "longlora"}), llama()).row_length == 4096
 
 
 def test_json_holds_what_the_tables_show() -> None:

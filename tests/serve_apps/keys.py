@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from loray.catalog import Catalog
 from loray.policy.auth import Action, KeyRing
 from loray.spec import Principal
-from serve_apps.auth import Access
-from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.auth import Authenticator
+from serve_apps.catalog_watch import CatalogWatcher
 
 
-def following(catalog_url: str) -> CatalogFollower:
-    return CatalogFollower(lambda: Catalog(catalog_url))
+def following(catalog_url: str) -> CatalogWatcher:
+    return CatalogWatcher(lambda: Catalog(catalog_url))
 
 
-def access_of(catalog_url: str, *, host: str = "127.0.0.1", ring: KeyRing | None = None) -> Access:
-    return Access(ring or KeyRing(), following(catalog_url), host=host, names=frozenset({"test", "testserver"}))
+def access_of(catalog_url: str, *, host: str = "127.0.0.1", ring: KeyRing | None = None) -> Authenticator:
+    return Authenticator(ring or KeyRing(), following(catalog_url), host=host, names=frozenset({"test", "testserver"}))
 
 
-class Given(Access):
+class Given(Authenticator):
     """Whoever asks is this principal."""
 
     def __init__(self, principal: Principal) -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
-from loray.local.serving import Address
+from loray.local.serving import ServingAddress
 from loray.schemas.status import (
     AutoscalingStatus,
     BaseStatus,
@@ -28,7 +28,7 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from serve_apps import command
 from serve_apps.command import _settle_port, replica_row, show_status
-from serve_apps.deployment import State, serve_config
+from serve_apps.deployment import ApplicationState, serve_config
 from serve_apps.options import read_spec
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
@@ -127,7 +127,7 @@ def test_a_remote_cluster_cannot_reach_local_files(loray: Loray, monkeypatch: py
 
 
 def test_an_update_keeps_its_port() -> None:
-    serving, moved = Address("127.0.0.1", 8001), FleetSpec.of(ServeSpec(port=free_port()))
+    serving, moved = ServingAddress("127.0.0.1", 8001), FleetSpec.of(ServeSpec(port=free_port()))
     assert _settle_port(FleetSpec.of(ServeSpec(base="tiny")), serving).port == 8001
     assert _settle_port(moved, None) == moved
     with pytest.raises(ConflictError, match=r"runs at port 8001 and cannot move to \d+"):
@@ -169,7 +169,7 @@ def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.Ca
         replicas=(),
         totals=EngineStatus(),
     )
-    show_status("http://u", State("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
+    show_status("http://u", ApplicationState("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
     shown = capsys.readouterr().out
     assert "2 wanted: tokens need 2 replicas" in shown
     (row,) = [line.split() for line in shown.splitlines() if "working set" in line]
@@ -179,10 +179,10 @@ def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.Ca
 class Stopping:
     """Stands in for ServeApi while Serve ends."""
 
-    def __init__(self, *answers: Address | Exception | None) -> None:
+    def __init__(self, *answers: ServingAddress | Exception | None) -> None:
         self.answers = list(answers)
 
-    def http(self) -> Address | None:
+    def http(self) -> ServingAddress | None:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
@@ -191,7 +191,7 @@ class Stopping:
 
 def test_the_end_of_requests_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_POLL_S", 0.0)
-    address = Address("127.0.0.1", 8000)
+    address = ServingAddress("127.0.0.1", 8000)
     api: Any = Stopping(address, ClusterError("it is ending"), address, None)
     command._wait_until_stopped(api)
     assert api.answers == [None]
@@ -202,9 +202,9 @@ def test_the_end_of_requests_under_way_is_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_a_failures_reason_is_lorays_message() -> None:
     trace = "File x\nloray.errors.SpecError: pool_bytes=1 holds nothing\nmore\n"
-    assert State("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
-    assert State("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
-    state = State("DEPLOYING", "", 0.0, {"engine-tiny": {"STARTING": 1}, "gateway": {}})
+    assert ApplicationState("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
+    assert ApplicationState("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
+    state = ApplicationState("DEPLOYING", "", 0.0, {"engine-tiny": {"STARTING": 1}, "gateway": {}})
     assert str(state) == "deploying: engine-tiny 1 starting; gateway …"
 
 

@@ -12,7 +12,7 @@ from loray.policy.routing import Held, RoutingReports, RoutingSeries
 from loray.policy.warm_start import AdapterDemand, DemandRecord
 from serve_apps import scaling
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.engines import DemandNotes
+from serve_apps.gateway.replicas.engines import DemandReporter
 from serve_apps.scaling import DemandRecords
 from tests.serving.scaling.made import adapter
 
@@ -85,7 +85,7 @@ def test_a_gateway_notes_its_demand_with_who_has_the_adapters(gcs: Gcs, monkeypa
     monkeypatch.setattr(router, "reports", reports)
     monkeypatch.setattr(router, "_replicas", {"engine-a": frozenset({"r1", "r2"})})
     records = DemandRecords("loray", "engine-a")
-    notes = DemandNotes(records, "g1", "engine-a")
+    notes = DemandReporter(records, "g1", "engine-a")
 
     async def scenario() -> None:
         await notes.look()

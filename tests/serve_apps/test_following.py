@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from loray.catalog import Catalog
-from loray.catalog.snapshot_file import Kept
+from loray.catalog.snapshot_file import StoredSnapshot
 from loray.errors import CatalogError
 from loray.policy.auth import KeyRing
 from loray.spec import OPERATOR, Limits
 from serve_apps import catalog_watch
-from serve_apps.auth import Access
-from serve_apps.catalog_watch import CatalogFollower
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.auth import Authenticator
+from serve_apps.catalog_watch import CatalogWatcher
+from serve_apps.gateway.directory import ModelResolver
 from tests.serve_apps.gateway.scripted import register
 
 
@@ -49,7 +49,7 @@ class Numbers:
 
     what, look_s = "numbers", 0.01
 
-    def __init__(self, kept: Kept[int] | None = None) -> None:
+    def __init__(self, kept: StoredSnapshot[int] | None = None) -> None:
         self.counter, self.confirmed_at, self.reads, self.kept = -1, float("-inf"), list[bool](), kept
         self.free = Event()
         self.free.set()
@@ -60,7 +60,7 @@ class Numbers:
         self.reads.append(whole)
         return found
 
-    def read_kept(self) -> Kept[int] | None:
+    def read_kept(self) -> StoredSnapshot[int] | None:
         return self.kept
 
     def take(self, state: int, at: float) -> None:
@@ -77,10 +77,10 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-def run(test: Callable[[Database, CatalogFollower], Coroutine[Any, Any, None]]) -> None:
+def run(test: Callable[[Database, CatalogWatcher], Coroutine[Any, Any, None]]) -> None:
     async def running() -> None:
         database = Database()
-        follower = CatalogFollower(database)
+        follower = CatalogWatcher(database)
         try:
             await test(database, follower)
         finally:
@@ -90,7 +90,7 @@ def run(test: Callable[[Database, CatalogFollower], Coroutine[Any, Any, None]]) 
 
 
 def test_one_look_and_one_connection_serve_all() -> None:
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         readers = [Numbers() for _ in range(3)]
         for reader in readers:
             follower.add(reader)
@@ -109,7 +109,7 @@ def test_one_look_and_one_connection_serve_all() -> None:
 
 
 def test_it_follows_while_somebody_uses_it() -> None:
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         reader = Numbers()
         follower.add(reader)
         for _ in range(2):  # it may be started again
@@ -128,7 +128,7 @@ def test_it_follows_while_somebody_uses_it() -> None:
 
 
 def test_a_reader_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         slow, quick = Numbers(), Numbers()
         follower.add(slow)
         follower.add(quick)
@@ -150,7 +150,7 @@ def test_a_reader_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_began_before_a_call_is_not_its_answer() -> None:
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         reader = Numbers()
         follower.add(reader)
         await follower.refresh()
@@ -168,13 +168,13 @@ def test_what_began_before_a_call_is_not_its_answer() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("kept", [None, Kept(7, 60.0)])
+@pytest.mark.parametrize("kept", [None, StoredSnapshot(7, 60.0)])
 def test_after_an_error_all_is_read_again(
-    kept: Kept[int] | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    kept: StoredSnapshot[int] | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalog_watch, "SPREAD_S", 0.0)
 
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         reader = Numbers(kept)
         follower.add(reader)
         database.is_away = True
@@ -203,7 +203,7 @@ def test_processes_do_not_read_all_at_once_when_the_database_is_back(monkeypatch
     delays = [1e6, 2e6]
     monkeypatch.setattr(catalog_watch.random, "uniform", lambda low, high: delays.pop())
 
-    async def test(database: Database, follower: CatalogFollower) -> None:
+    async def test(database: Database, follower: CatalogWatcher) -> None:
         reader = Numbers()
         follower.add(reader)
         database.counter = 5
@@ -238,9 +238,9 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
         return opened[-1]
 
     async def test() -> None:
-        follower = CatalogFollower(open_catalog)
-        access = Access(KeyRing(), follower, host="0.0.0.0")
-        directory = ModelDirectory([base], follower)
+        follower = CatalogWatcher(open_catalog)
+        access = Authenticator(KeyRing(), follower, host="0.0.0.0")
+        directory = ModelResolver([base], follower)
         await access.start()
         await directory.start()
         assert not access.is_limited.is_set()
@@ -267,7 +267,7 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
 
 def test_a_stop_in_the_moment_in_which_the_database_answers_ends_the_watch() -> None:
     async def run() -> None:
-        follower = CatalogFollower(Database())
+        follower = CatalogWatcher(Database())
         follower.add(Numbers())
         await follower.start()
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

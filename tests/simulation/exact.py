@@ -10,7 +10,7 @@ from loray.simulation.profile import SMOLLM2_TWO_CORES, Profile
 from loray.simulation.routers import RandomRouter
 from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.workload import Floats, Requests
+from loray.simulation.workload import Floats, RequestTrace
 from tests.engine.scheduling.simulation import Simulation
 
 STEP_S, TOKEN_S, PAIR_S = 0.0113, 6e-4, 2.56e-7
@@ -34,7 +34,7 @@ class _Steps(Simulation):
         """The scheduler's own tests do."""
 
 
-def by_steps(requests: Requests, profile: Profile = PROFILE) -> tuple[Floats, Floats]:
+def by_steps(requests: RequestTrace, profile: Profile = PROFILE) -> tuple[Floats, Floats]:
     """Seconds from arrival to first token and to last."""
     sim = _Steps(
         num_blocks=1 << 16,
@@ -58,6 +58,6 @@ def by_steps(requests: Requests, profile: Profile = PROFILE) -> tuple[Floats, Fl
     return first - requests.at_R, last - requests.at_R
 
 
-def as_fluid(requests: Requests, profile: Profile = PROFILE) -> Outcome:
+def as_fluid(requests: RequestTrace, profile: Profile = PROFILE) -> Outcome:
     """On one replica."""
     return Simulator(requests, profile, Policy("one", RandomRouter(2, 0), Fixed(1)), initial=1, size=1).run()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from loray.simulation.cluster import Cluster, Job
+from loray.simulation.cluster import Cluster, SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
-from loray.simulation.routers import AdapterRouter
-from loray.simulation.scalers import AdapterDemand
+from loray.simulation.routers import SimulatedRouter
+from loray.simulation.scalers import AdapterDemandScaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
 from loray.spec import AutoscalingSpec
 from tests.simulation.test_simulation import requests
 
 
-def scaled(wait_slo_s: float | None, every: float = 150.0) -> tuple[AdapterDemand, Outcome]:
+def scaled(wait_slo_s: float | None, every: float = 150.0) -> tuple[AdapterDemandScaler, Outcome]:
     rows = [(0.4 * i, 300, 60, i % 20) for i in range(1500)]
     rows += [(every * k + 60 + 0.05 * i, 300, 60, i % 20) for k in range(int(540 // every) + 1) for i in range(400)]
-    scaler = AdapterDemand(
+    scaler = AdapterDemandScaler(
         AutoscalingSpec(max_replicas=8, wait_slo_s=wait_slo_s), 2, PROFILE, adapter_sizes(PROFILE, 20)
     )
-    policy = Policy("loray", AdapterRouter(16, 20, PROFILE), scaler)
+    policy = Policy("loray", SimulatedRouter(16, 20, PROFILE), scaler)
     return scaler, Simulator(requests(*sorted(rows)), PROFILE, policy, initial=2, size=8).run()
 
 
@@ -47,14 +47,14 @@ def test_the_second_burst_finds_the_replicas_that_it_needs() -> None:
 
 def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load() -> None:
     sizes = adapter_sizes(PROFILE, 2)
-    cluster = Cluster(PROFILE, sizes, AdapterRouter(2, 2, PROFILE), 1)
+    cluster = Cluster(PROFILE, sizes, SimulatedRouter(2, 2, PROFILE), 1)
     member = cluster.start(0.0)
     assert member is not None
     cluster.admit(member)
-    scaler, replica = AdapterDemand(AutoscalingSpec(), 1, PROFILE, sizes), member.replica
+    scaler, replica = AdapterDemandScaler(AutoscalingSpec(), 1, PROFILE, sizes), member.replica
     replica.adapters.prefetch(0)
     for index in range(2):
-        job = Job(index, 300, 60, index)
+        job = SimulatedRequest(index, 300, 60, index)
         replica.num_jobs += 1
         scaler.arrived(member, job, 0.0)
         if replica.adapters.want(job.adapter)[0]:

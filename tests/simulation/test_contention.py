@@ -12,13 +12,13 @@ from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.routers import TwoChoices
 from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
-from loray.simulation.workload import Requests
+from loray.simulation.workload import RequestTrace
 from tests.simulation.made import requests, run_one
 
 LONG = (400, 20)
 
 
-def run_two(made: Requests, **profile: object) -> Outcome:
+def run_two(made: RequestTrace, **profile: object) -> Outcome:
     """On two replicas, of which the one with fewer requests is chosen."""
     costs = PROFILE.model_copy(update=profile)
     return Simulator(made, costs, Policy("two", TwoChoices(4, 0), Fixed(2)), initial=2, size=2).run()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loray.simulation.workload import Requests
+from loray.simulation.workload import RequestTrace
 from tests.simulation.exact import PROFILE, STEP_S, TOKEN_S, as_fluid, by_steps
 
 
-def _requests(rate: float, seed: int, number: int = 120) -> Requests:
+def _requests(rate: float, seed: int, number: int = 120) -> RequestTrace:
     rng = np.random.default_rng(seed)
     prompt, output = rng.lognormal(5.3, 0.9, number), rng.lognormal(3.6, 0.8, number)
-    return Requests(
+    return RequestTrace(
         np.cumsum(rng.exponential(1 / rate, number)),
         np.clip(prompt, 1, 4000).astype(np.int64),
         np.clip(output, 1, 400).astype(np.int64),
@@ -40,7 +40,7 @@ def test_the_fluid_is_as_fast_as_the_steps(rate: float, error: float) -> None:
 
 def test_one_request_takes_its_steps() -> None:
     """A prompt of 64 tokens and ten more tokens: one step, and nine that decode."""
-    one = Requests(np.array([1.0]), np.array([64]), np.array([10]), np.array([0]))
+    one = RequestTrace(np.array([1.0]), np.array([64]), np.array([10]), np.array([0]))
     fluid = as_fluid(one)
     assert fluid.ttft_R[0] == pytest.approx(STEP_S + PROFILE.prompt_seconds(64))
     assert fluid.end_R[0] - fluid.ttft_R[0] == pytest.approx(9 * (STEP_S + TOKEN_S))

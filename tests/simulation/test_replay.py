@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loray.errors import DataError, SpecError
-from loray.simulation.cluster import HOST, NOWHERE, POOL, Cluster, Job, ReplicaAdapters
+from loray.simulation.cluster import HOST, NOWHERE, POOL, Cluster, ReplicaAdapters, SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.profile import load_profile
 from loray.simulation.routers import RandomRouter, Slots
@@ -85,7 +85,7 @@ class _First(Slots):
     def __init__(self) -> None:
         super().__init__(4)
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         return min(self.slots, key=lambda slot: self.loads[slot])
 
 

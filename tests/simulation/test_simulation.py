@@ -13,11 +13,11 @@ import pytest
 from loray.errors import DataError, SpecError
 from loray.policy.routing import RoutingPolicy
 from loray.simulation import simulator, workload
-from loray.simulation.cluster import Job
+from loray.simulation.cluster import SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
 from loray.simulation.profile import load_profile
-from loray.simulation.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
-from loray.simulation.scalers import Fixed, Foreseen, OngoingRequests
+from loray.simulation.routers import LeastWork, RandomRouter, SimulatedRouter, TwoChoices
+from loray.simulation.scalers import Fixed, OngoingRequests, OracleScaler
 from loray.simulation.scenario import POLICIES, Scenario, simulate
 from loray.simulation.simulator import Policy, Simulator, course, summary
 from loray.simulation.workload import at_rate, read, with_adapters
@@ -64,7 +64,7 @@ def test_more_replicas_are_not_slower_and_more_load_is_not_faster() -> None:
     made = SMALL.requests()
     means = []
     for replicas in (3, 4, 8):
-        policy = Policy("loray", AdapterRouter(2 * replicas, 40, PROFILE), Fixed(replicas))
+        policy = Policy("loray", SimulatedRouter(2 * replicas, 40, PROFILE), Fixed(replicas))
         means.append(Simulator(made, PROFILE, policy, initial=replicas, size=replicas).run().ttft_R.mean())
     assert means == sorted(means, reverse=True)
     busier = [
@@ -136,9 +136,9 @@ def test_routers_by_hand() -> None:
         for slot in (0, 1):
             router.added(slot, f"r{slot}")
     two.load_changed(0, 3)
-    assert {two.choose(Job(i, 1, 1, 0), 0.0) for i in range(10)} == {1}
-    first = work.choose(Job(0, 2000, 10, 0), 0.0)
-    assert [work.choose(Job(i, 100, 10, 0), 0.0) for i in range(1, 5)] == [1 - first] * 4
+    assert {two.choose(SimulatedRequest(i, 1, 1, 0), 0.0) for i in range(10)} == {1}
+    first = work.choose(SimulatedRequest(0, 2000, 10, 0), 0.0)
+    assert [work.choose(SimulatedRequest(i, 100, 10, 0), 0.0) for i in range(1, 5)] == [1 - first] * 4
 
 
 def test_ray_scales_by_the_mean_of_ongoing_requests() -> None:
@@ -159,7 +159,7 @@ def test_ray_scales_by_the_mean_of_ongoing_requests() -> None:
 
 def test_the_oracle_scales_before_the_load_comes() -> None:
     rows = [(float(i), 100, 1, 0) for i in range(60)] + [(60 + 0.01 * i, 2000, 1, 0) for i in range(500)]
-    foreseen = Foreseen(requests(*rows), PROFILE, 0.8, 50)
+    foreseen = OracleScaler(requests(*rows), PROFILE, 0.8, 50)
     simulator = Simulator(requests(*rows), PROFILE, Policy("x", RandomRouter(8, 0), Fixed(1)), initial=1, size=4)
     assert foreseen.target(simulator.cluster, 0.0) == 1
     assert foreseen.target(simulator.cluster, 15.0) > 10
@@ -167,20 +167,20 @@ def test_the_oracle_scales_before_the_load_comes() -> None:
 
 def test_the_policy_of_the_router_is_that_of_production() -> None:
     """A load of one above the mean sends the next request for a held adapter elsewhere."""
-    router = AdapterRouter(8, 4, PROFILE, RoutingPolicy())
+    router = SimulatedRouter(8, 4, PROFILE, RoutingPolicy())
     for slot in range(4):
         router.added(slot, f"r{slot}")
         router.load_changed(slot, 20)
     router.placed(2, 1, 0)
-    assert router.choose(Job(0, 1, 1, 1), 0.0) == 2
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) == 2
     router.load_changed(2, 22)
-    assert router.choose(Job(0, 1, 1, 1), 0.0) != 2
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) != 2
     router.load_changed(2, 20)
-    long = Job(0, 2000, 1, 1)
+    long = SimulatedRequest(0, 2000, 1, 1)
     assert router.choose(long, 0.0) == 2
-    assert router.choose(Job(0, 1, 1, 1), 0.0) != 2
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) != 2
     router.answered(2, long)
-    assert router.choose(Job(0, 1, 1, 1), 0.0) == 2
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) == 2
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 from loray.errors import SettingsError, StoreError
 from loray.locations import S3Location
 from loray.store import open_store
-from loray.store.s3 import S3Store, Source
+from loray.store.s3 import S3Store, UploadPart
 from tests.cluster import free_port
 from tests.store.test_s3 import Requests, answer
 
@@ -32,7 +32,7 @@ def test_objects_are_encrypted_with_the_key(s3_location: S3Location) -> None:
     requests.faults.append(lambda r: answer(r, 400, "NoKms"))
     for put in (store._put_whole, store._put_in_parts):
         with pytest.raises(ClientError, match="NoKms"):
-            put("x", Source(b"x", 1))
+            put("x", UploadPart(b"x", 1))
     for headers in requests.headers:
         assert headers["x-amz-server-side-encryption"] == "aws:kms"
         assert headers["x-amz-server-side-encryption-aws-kms-key-id"] == "key-1"

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loray.catalog import Catalog
 from loray.policy.auth import KeyRing
 from loray.spec import DEFAULT_TENANT, KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Tenant
-from serve_apps.auth import Access, CheckAccess, Permissions
-from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.auth import Authenticate, Authenticator, Permissions
+from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway import routes
 from serve_apps.gateway.errors import failure_of, response_of
 
@@ -39,7 +39,7 @@ class KeyCost(NamedTuple):
         return max(self.right, self.among_wrong) <= TARGET_US
 
 
-class _Held(Access):
+class _Held(Authenticator):
     """Keys that are in memory and stay as they are."""
 
     async def refresh(self) -> None:
@@ -56,9 +56,9 @@ async def _measure(num_requests: int) -> KeyCost:
     def no_catalog() -> Catalog:
         raise AssertionError("a check needs no database")
 
-    access = _Held(ring, CatalogFollower(no_catalog), host="0.0.0.0")
+    access = _Held(ring, CatalogWatcher(no_catalog), host="0.0.0.0")
     permissions = Permissions(routes.create_router_generation(Mock()).routes)
-    checked = CheckAccess(_nothing, access, permissions, lambda e: response_of(failure_of(e)))
+    checked = Authenticate(_nothing, access, permissions, lambda e: response_of(failure_of(e)))
     right, wrong = _scope(secret), _scope(KEY_START + secrets.token_urlsafe(32))
     floor = await _seconds(_nothing, right, num_requests)
     of_right = await _seconds(checked, right, num_requests) - floor

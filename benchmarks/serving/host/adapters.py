@@ -8,7 +8,7 @@ from itertools import cycle, islice
 import torch
 
 from loray.bases.config import ModelConfig
-from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, SharedProjection, VeraWeights
 from loray.spec import ATTENTION_MODULES, RopeParameters
 
 METHODS = ("lora", "vera", "longlora")
@@ -39,7 +39,7 @@ def _adapter(config: ModelConfig, rank: int, method: str) -> AdapterWeights:
     layers = range(config.num_layers)
     if method == "vera":
         widest = max(max(shape) for shape in shapes.values())
-        pair = ProjectionPair(torch.zeros(VERA_RANK, widest), torch.zeros(widest, VERA_RANK), "pair")
+        pair = SharedProjection(torch.zeros(VERA_RANK, widest), torch.zeros(widest, VERA_RANK), "pair")
         vera = {m: VeraWeights(torch.zeros(VERA_RANK), torch.zeros(out)) for m, (out, _) in shapes.items()}
         return AdapterWeights({ModuleKey(layer, m): own for m, own in vera.items() for layer in layers}, pair)
     lora = {m: LoraWeights(torch.zeros(rank, width), torch.zeros(out, rank), 1.0) for m, (out, width) in shapes.items()}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loray_kernels import Decoding, LinearWeights, PageWriter, RecordedDecoding, RecordedStep
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording, StepWords
+from loray_kernels import CapturedDecoding, CapturedStep, Decoding, LinearWeights, PageWriter
+from loray_kernels.cuda.graphs import Capture, DecodeGraphs, StepWords
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
@@ -55,10 +55,10 @@ class StandInRecorder:
         self._ops = ops
         self.num_recorded, self.seconds = 0, 0.0
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
         return lambda: self._record(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Recording:
+    def _record(self, run: Callable[[], Tensor]) -> Capture:
         began, before = time.perf_counter(), self._ops.counts.launches
         run()
         kernels = self._ops.counts.launches - before
@@ -70,7 +70,7 @@ class StandInRecorder:
             self._ops.counts.launches += 1
             self._ops.counts.replayed_kernels += kernels
 
-        return Recording(replay, out)
+        return Capture(replay, out)
 
     def num_bytes(self) -> int:
         return 0
@@ -98,7 +98,7 @@ class StandInOps(CudaOps):
         self.counts.launches += 1
         return x_TD.new_zeros(x_TD.shape[0], weights.out_features, dtype=torch.float32)
 
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding:
+    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding:
         return DecodeGraphs(forward, decoding, self.recorder)
 
 

@@ -26,7 +26,7 @@ from loray.spec import AdapterRef, SamplingParams, ServeSpec
 
 if TYPE_CHECKING:
     from loray.bases.registry import BaseModel
-    from loray.engine.async_engine import EngineStream
+    from loray.engine.async_engine import AsyncEngine
     from loray.engine.engine import Engine
 
 
@@ -62,7 +62,7 @@ class EngineSession:
     def __init__(self, setup: Setup) -> None:
         from benchmarks.serving.ablations import ablate
         from benchmarks.serving.recorder import EngineRecorder
-        from loray.engine.async_engine import EngineStream
+        from loray.engine.async_engine import AsyncEngine
         from serve_apps.python_gc import freeze_garbage
 
         base = bench_base(setup.spec.base, setup.folder)
@@ -70,7 +70,7 @@ class EngineSession:
         self._engine = build(setup, base)
         ablate(self._engine, setup.ablation, setup.kv_share)
         self._recorder = EngineRecorder(self._engine)
-        self._stream: EngineStream = EngineStream(self._engine)
+        self._stream: AsyncEngine = AsyncEngine(self._engine)
         self._stream.start()
         freeze_garbage()
 

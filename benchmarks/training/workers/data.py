@@ -24,7 +24,7 @@ from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.train.data.batches import BatchStream
 from loray.train.data.corpus import Task
-from loray.train.data.shards import Shard, ShardCache, ShardIndex
+from loray.train.data.shards import ShardCache, ShardIndex, TokenShard
 from loray.train.data.tokenize import Tokenisation
 
 _BYTES_PER_TOKEN = 3.1  # of the benchmark's words
@@ -83,7 +83,7 @@ class WithoutTokenizer(RayTasks):
             lengths, none = np.array(sizes, np.int32), np.zeros(len(sizes), np.int32)
             documents = np.arange(len(sizes), dtype=np.int32)
             index = ShardIndex(lengths, documents, np.empty((0, 2), np.int32), none, True, len(sizes))
-            cache.put(task.key, Shard(rng.integers(0, 49152, sum(sizes), np.uint16), index))
+            cache.put(task.key, TokenShard(rng.integers(0, 49152, sum(sizes), np.uint16), index))
 
 
 if __name__ == "__main__":

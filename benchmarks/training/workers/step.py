@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from loray.bases.registry import get_base
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.spec import TrainSpec
-from loray.train.data.batches import Batch, collate, pack_rows
+from loray.train.data.batches import TrainBatch, collate, pack_rows
 from loray.train.hooks import DENSE
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
@@ -42,7 +42,7 @@ def main(
 ) -> dict[str, float]:
     """The fields of `benchmarks.training.steps.Measured`; `activation_bytes` only with `watch_tensors`."""
     base, device = get_base(home, spec.base), torch.device("cpu")
-    run = run_of(spec, base.config)
+    run = shape_of(spec, base.config)
     mesh = Mesh.build(spec.parallel.sequence, device)
     before = resident_bytes()
     model = build_model(base, spec).train()
@@ -50,7 +50,7 @@ def main(
         model.set_attn_implementation(DENSE)
     strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.chosen_dtype))
 
-    def step(batch: Batch) -> float:
+    def step(batch: TrainBatch) -> float:
         began = time.perf_counter()
         with mesh.part(batch) as part:
             strategy.forward_backward(part, divisor=batch.num_targets, last=True)
@@ -80,7 +80,7 @@ def peak_of_tensors(work: Callable[[], object]) -> int:
     return max(0, *live)
 
 
-def _batch(vocab_size: int, num_rows: int, row_length: int) -> Batch:
+def _batch(vocab_size: int, num_rows: int, row_length: int) -> TrainBatch:
     ids = np.random.default_rng(0).integers(0, vocab_size, (num_rows, row_length))
     rows = pack_rows([(row, np.ones(len(row), np.bool_)) for row in ids])
     return collate(rows, tuple((i,) for i in range(num_rows)), packed=False)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loray.train.sequence import SequenceGroup, Traffic
+from loray.train.sequence import SentBytes, SequenceGroup
 from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
-from loray.train.sequence.halo import attend_shard, shard_cuts
+from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.ring import ring_attention, ring_cuts
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 64
@@ -34,12 +34,12 @@ def main(group: SequenceGroup, num_tokens: int, group_size: int) -> dict[str, in
     ids_BN = torch.zeros(1, num_tokens, dtype=torch.long)
 
     def sent(attend: Callable[[SequenceGroup], Tensor]) -> int:
-        counted = replace(group, traffic=Traffic())
+        counted = replace(group, traffic=SentBytes())
         attend(counted)
         return counted.traffic.forward_bytes
 
     return {
-        "halo": sent(lambda counted: attend_shard(q, k, v, shard_cuts(ids_BN, counted, group_size), layer=0)),
+        "halo": sent(lambda counted: attend_shard(q, k, v, segment_shard(ids_BN, counted, group_size), layer=0)),
         "ulysses": sent(lambda counted: ulysses_attention(q, k, v, ulysses_cuts(ids_BN, counted))),
         "ring": sent(lambda counted: ring_attention(q, k, v, ring_cuts(ids_BN, counted))),
     }

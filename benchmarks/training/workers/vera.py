@@ -30,7 +30,7 @@ from benchmarks.machine import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recommend import recipe_of
 from loray.spec import LINEAR_MODULES, VeraSpec
-from loray.train.data.batches import Batch, collate, pack_rows
+from loray.train.data.batches import TrainBatch, collate, pack_rows
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
 from loray.train.objectives import Objective, batch_loss
@@ -38,7 +38,7 @@ from loray.train.strategies import prepare
 
 _RATE = 4e-3  # the paper's for instruction tuning
 
-Step = Callable[[Batch], float]  # returns the mean loss before the step
+Step = Callable[[TrainBatch], float]  # returns the mean loss before the step
 
 
 def main(home: Path, name: str, num_tokens: int, rank: int, repeats: int) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
     strategy = prepare(Objective(model), spec, mesh.world, torch.device("cpu"), weights)
 
-    def step(batch: Batch) -> float:
+    def step(batch: TrainBatch) -> float:
         loss = strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
         strategy.step(_RATE)
         return loss / batch.num_targets
@@ -88,7 +88,7 @@ def _pefts(base: BaseModel, rank: int, *, in_bf16: bool) -> Step:
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
 
-    def step(batch: Batch) -> float:
+    def step(batch: TrainBatch) -> float:
         adam.zero_grad()
         loss = batch_loss(model, batch).total / batch.num_targets
         loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +99,7 @@ def _pefts(base: BaseModel, rank: int, *, in_bf16: bool) -> Step:
     return step
 
 
-def _batch(vocab_size: int, num_tokens: int, seed: int) -> Batch:
+def _batch(vocab_size: int, num_tokens: int, seed: int) -> TrainBatch:
     """One row of tokens with frequencies like those of text, so that the loss can fall."""
     ids = np.random.default_rng(seed).zipf(1.3, num_tokens) % vocab_size
     return collate(pack_rows([(ids, np.ones(num_tokens, np.bool_))]), ((0,),), packed=False)

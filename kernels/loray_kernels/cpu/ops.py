@@ -30,21 +30,21 @@ from loray_kernels.cpu.structs import (
     pack_step,
     pack_words,
 )
-from loray_kernels.descriptors import TokenRows, token_rows
+from loray_kernels.descriptors import RowOverrides, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.memory import SharedPages, huge_pages
 from loray_kernels.ops import (
+    AdapterSegments,
     LayerWeights,
     LinearWeights,
     LoraTable,
-    PairMatrix,
-    Segments,
+    ProjectionMatrix,
     StepInputs,
     TablesOf,
     VeraTable,
 )
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Drawn, Draws, TokenSeats, log_share
+from loray_kernels.sampling import Drawn, Draws, TokenSlots, log_share
 
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
 
@@ -104,7 +104,7 @@ class DenseOps(ReferenceOps):
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
         return y_TO
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
         if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1 or seats is not None:
             return super().sample(logits_SV, draws, seats)
         num, words_MW = len(draws.rows), draws.words_MW
@@ -144,7 +144,7 @@ class DenseOps(ReferenceOps):
         return y_TM
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
         f = self._for(pool, x_TD, weight_D)
         if f is None:
@@ -289,7 +289,7 @@ class CpuOps(DenseOps):
         return x_TD
 
     def lora_shrink(
-        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
         f = self._for(pool, x_TI)
         if f is None:
@@ -327,7 +327,7 @@ class CpuOps(DenseOps):
         h: tuple[Tensor, ...],
         pool: Tensor,
         tables: tuple[LoraTable, ...],
-        segments: Segments,
+        segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
         f = self._for(pool, *outputs)
@@ -357,7 +357,7 @@ class CpuOps(DenseOps):
             torch.get_num_threads(),
         )
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+    def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         f = self._for(a_RI.data, x_TI)
         if f is None:
             return super().vera_shrink(x_TI, a_RI)
@@ -387,7 +387,9 @@ class CpuOps(DenseOps):
             torch.get_num_threads(),
         )
 
-    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+    def scale_rows(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: RowOverrides, layer_offset: int
+    ) -> None:
         f = self._for(pool, y_TO, *(() if bias_O is None else (bias_O,)))
         if f is None or y_TO.stride(1) != 1:
             super().scale_rows(y_TO, bias_O, pool, own, layer_offset)
@@ -408,7 +410,7 @@ class CpuOps(DenseOps):
             torch.get_num_threads(),
         )
 
-    def _pair_weights(self, matrix: PairMatrix, width: int) -> LinearWeights:
+    def _pair_weights(self, matrix: ProjectionMatrix, width: int) -> LinearWeights:
         """The first `width` columns in panels, outside of the pool: made once for all layers and steps."""
         key = ("cpu", self.isa, width)
         weights: LinearWeights | None = matrix.memo.get(key)

@@ -12,21 +12,21 @@ from itertools import accumulate
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
-from loray_kernels.descriptors import RowTables, TokenRows, row_size
+from loray_kernels.descriptors import RowOverrides, RowTables, row_size
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
+    AdapterSegments,
     LayerTables,
     LayerWeights,
     LinearWeights,
     LoraTable,
-    PairMatrix,
-    Segments,
+    ProjectionMatrix,
     StepInputs,
     VeraTable,
 )
 
 
-class Packed(NamedTuple):
+class CStruct(NamedTuple):
     """`address` is passed to C; `keep` holds the memory that it points to. `widths` and `num` are for checks: C makes
     none.
     """
@@ -43,9 +43,9 @@ def pack_words(values: list[int]) -> tuple[int, array[int]]:
     return packed.buffer_info()[0], packed
 
 
-def pack_rows(rows: RowTables) -> Packed:
+def pack_rows(rows: RowTables) -> CStruct:
     """widths: (columns); num: rows."""
-    packed: Packed | None = rows.memo.get("cpu")
+    packed: CStruct | None = rows.memo.get("cpu")
     if packed is None:
         words, keep, (num, width) = [len(rows.segments)], [], row_size(rows)
         for column, columns, offsets_R in rows.segments:
@@ -53,13 +53,13 @@ def pack_rows(rows: RowTables) -> Packed:
             words += (column, columns, offsets_R.data_ptr())
             keep.append(offsets_R)
         address, held = pack_words(words)
-        packed = rows.memo["cpu"] = Packed(address, (held, *keep), (width,), num)
+        packed = rows.memo["cpu"] = CStruct(address, (held, *keep), (width,), num)
     return packed
 
 
-def pack_lora(table: LoraTable) -> Packed:
+def pack_lora(table: LoraTable) -> CStruct:
     """widths: (in, out, largest rank); num: adapters."""
-    packed: Packed | None = table.memo.get("cpu")
+    packed: CStruct | None = table.memo.get("cpu")
     if packed is None:
         a, b, starts = pack_rows(table.a), pack_rows(table.b), table.rank_start
         assert starts[-1] <= min(a.num, b.num)
@@ -67,24 +67,24 @@ def pack_lora(table: LoraTable) -> Packed:
         scale = array("f", table.scale)
         address, held = pack_words([a.address, b.address, start_address, scale.buffer_info()[0]])
         widths = (a.widths[0], b.widths[0], table.max_rank)
-        packed = table.memo["cpu"] = Packed(address, (held, a, b, start, scale), widths, len(table.scale))
+        packed = table.memo["cpu"] = CStruct(address, (held, a, b, start, scale), widths, len(table.scale))
     return packed
 
 
-def pack_segments(segments: Segments) -> Packed:
+def pack_segments(segments: AdapterSegments) -> CStruct:
     """widths: (tokens at least); num: adapters."""
-    packed: Packed | None = segments.memo.get("cpu")
+    packed: CStruct | None = segments.memo.get("cpu")
     if packed is None:
         (start_address, start), (stop_address, stop) = pack_words(list(segments.start)), pack_words(list(segments.stop))
         address, held = pack_words([len(start), start_address, stop_address])
         last = max(segments.stop, default=0)
-        packed = segments.memo["cpu"] = Packed(address, (held, start, stop), (last,), len(start))
+        packed = segments.memo["cpu"] = CStruct(address, (held, start, stop), (last,), len(start))
     return packed
 
 
-def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
+def pack_meta(meta: AttentionMeta, block_tokens: int) -> CStruct:
     """widths: (tokens); num: sequences."""
-    packed: Packed | None = meta.memo.get("cpu")
+    packed: CStruct | None = meta.memo.get("cpu")
     if packed is None:
         tables = [t.contiguous() for t in meta.block_table]
         assert all(t.shape[0] * block_tokens >= c for t, c in zip(tables, meta.context_len, strict=True))
@@ -95,14 +95,14 @@ def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
         table_address, pointers = pack_words([t.data_ptr() for t in tables])
         address, held = pack_words([len(context), query_address, context_address, table_address])
         keep = (held, query, context, pointers, *tables)
-        packed = meta.memo["cpu"] = Packed(address, keep, (meta.query_start[-1],), len(context))
+        packed = meta.memo["cpu"] = CStruct(address, keep, (meta.query_start[-1],), len(context))
     return packed
 
 
 @cache
-def pack_layout(layout: KvLayout) -> Packed:
+def pack_layout(layout: KvLayout) -> CStruct:
     address, held = pack_words([layout.num_layers, layout.block_tokens, layout.num_kv_heads, layout.head_dim])
-    return Packed(address, (held,), (), 0)
+    return CStruct(address, (held,), (), 0)
 
 
 def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
@@ -112,9 +112,9 @@ def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
     return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
 
 
-def pack_layer_weights(weights: LayerWeights) -> Packed:
+def pack_layer_weights(weights: LayerWeights) -> CStruct:
     """widths: (hidden)."""
-    packed: Packed | None = weights.memo.get("cpu")
+    packed: CStruct | None = weights.memo.get("cpu")
     if packed is None:
         norms = (weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D)
         words = [0 if norm is None else norm.data_ptr() for norm in norms]
@@ -122,7 +122,7 @@ def pack_layer_weights(weights: LayerWeights) -> Packed:
             words += pack_matrix(matrix)
         words += [weights.num_heads, *unpack("qq", pack("dd", weights.eps, weights.scale))]
         address, held = pack_words(words)
-        packed = weights.memo["cpu"] = Packed(address, (held,), (weights.qkv.in_features,), 0)
+        packed = weights.memo["cpu"] = CStruct(address, (held,), (weights.qkv.in_features,), 0)
     return packed
 
 
@@ -134,12 +134,12 @@ class _Module(NamedTuple):
     column: int
 
 
-PackPair = Callable[[PairMatrix, int], LinearWeights]  # packs so many columns of a matrix of a pair
+PackPair = Callable[[ProjectionMatrix, int], LinearWeights]  # packs so many columns of a matrix of a pair
 
 
-def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: PackPair) -> Packed:
+def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: PackPair) -> CStruct:
     """num: adapters of each LoRA table, or 0. Column offsets are those of `weights`, the same in every layer."""
-    packed: Packed | None = tables.memo.get("cpu")
+    packed: CStruct | None = tables.memo.get("cpu")
     if packed is None:
         keep: list[Any] = []
         words = []
@@ -162,11 +162,11 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
         address, held = pack_words(words)
         counts = {len(t.scale) for t in tables.lora.values()}
         assert len(counts) <= 1
-        packed = tables.memo["cpu"] = Packed(address, (held, *keep), (), counts.pop() if counts else 0)
+        packed = tables.memo["cpu"] = CStruct(address, (held, *keep), (), counts.pop() if counts else 0)
     return packed
 
 
-def _own_rows(own: TokenRows | None, keep: list[Any]) -> list[int]:
+def _own_rows(own: RowOverrides | None, keep: list[Any]) -> list[int]:
     if own is None:
         return [0, 0, 0]
     tokens_N, rows = own.tokens_N.contiguous(), pack_rows(own.rows)
@@ -233,9 +233,9 @@ def _dora_group(tables: LayerTables, modules: list[_Module], keep: list[Any]) ->
     return [len(words) // 5, address]
 
 
-def pack_step(step: StepInputs) -> Packed:
+def pack_step(step: StepInputs) -> CStruct:
     """widths: (tokens); num: adapters."""
-    packed: Packed | None = step.memo.get("cpu")
+    packed: CStruct | None = step.memo.get("cpu")
     if packed is None:
         meta, spans = pack_meta(step.attention, step.layout.block_tokens), pack_segments(step.segments)
         slots_T, cos_Td, sin_Td = (
@@ -252,5 +252,5 @@ def pack_step(step: StepInputs) -> Packed:
         words = [num_tokens, *pointers, layout.address, meta.address, slots_T.data_ptr(), spans.address]
         address, held = pack_words(words)
         keep = (held, meta, spans, slots_T, cos_Td, sin_Td, layout, step.pool)
-        packed = step.memo["cpu"] = Packed(address, keep, (num_tokens,), spans.num)
+        packed = step.memo["cpu"] = CStruct(address, keep, (num_tokens,), spans.num)
     return packed

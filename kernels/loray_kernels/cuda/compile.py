@@ -38,7 +38,7 @@ _POINTERS = {
 }
 
 
-class Usage(NamedTuple):
+class KernelUsage(NamedTuple):
     """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes. The kernels that choose tokens,
     or plan attention, belong to models of every dtype.
     """
@@ -56,20 +56,20 @@ class Usage(NamedTuple):
         return next(dtype for dtype in DTYPES if f"_{dtype}" in self.kernel or f"[{dtype}," in self.kernel)
 
 
-def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
+def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
     """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
         for kernel, usage in ptxas_report(compile_source(name, arch).log):
-            found = Usage(kernel, arch, *usage)
+            found = KernelUsage(kernel, arch, *usage)
             if found.dtype is None or found.dtype in dtypes:
                 yield found
 
 
-def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
+def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
     """Every Triton kernel. BackendUnavailable without Triton."""
     for label, made in triton_kernels(arch, dtypes):
         ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
-        yield Usage(label, arch, registers, made.metadata.shared, spills)
+        yield KernelUsage(label, arch, registers, made.metadata.shared, spills)
 
 
 def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, Any]]:
@@ -179,7 +179,7 @@ def missing() -> dict[str, str]:
     return out
 
 
-def markdown(usages: Sequence[Usage]) -> list[str]:
+def markdown(usages: Sequence[KernelUsage]) -> list[str]:
     """A table with a row for each kernel and a column for each architecture."""
     archs = list(dict.fromkeys(u.arch for u in usages))
     cells = {(u.kernel, u.arch): f"{u.registers} · {u.shared:,} · {u.spills}" for u in usages}
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     args = parser.parse_args()
-    left_out, usages, dtypes = missing(), list[Usage](), args.dtype or DTYPES
+    left_out, usages, dtypes = missing(), list[KernelUsage](), args.dtype or DTYPES
     for arch in args.arch or ARCHITECTURES:
         usages += () if "NVRTC" in left_out else compile_cuda(arch, dtypes)
         usages += () if "Triton" in left_out else compile_triton(arch, dtypes)

@@ -21,12 +21,21 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import Attention, Items, RecordedVectors, num_splits, upload
-from loray_kernels.decode import DecodeStep, Decoding, Parts, Ranks, Recorded, RecordedStep, RecordLimits, StepRecords
-from loray_kernels.descriptors import Directory, Records, VectorShape
+from loray_kernels.cuda.tables import AttentionTables, Items, RecordedVectors, num_splits, upload
+from loray_kernels.decode import (
+    CaptureBarrier,
+    CapturedStep,
+    CaptureLimits,
+    CaptureState,
+    DecodeStep,
+    Decoding,
+    Parts,
+    StepDescriptors,
+)
+from loray_kernels.descriptors import DescriptorAllocator, DescriptorTable, VectorShape
 from loray_kernels.kv import AttentionMeta
 from loray_kernels.memory import is_out_of_memory
-from loray_kernels.sampling import TokenSeats
+from loray_kernels.sampling import TokenSlots
 
 _MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequences; more are a copy of their own
 
@@ -104,7 +113,7 @@ class PaddedStep:
         tokens: Tensor,
         decoding: Decoding,
         parts: Parts = Parts.NONE,
-        records: Records | None = None,
+        records: DescriptorTable | None = None,
         shape: VectorShape | None = None,
     ) -> None:
         device = blocks.device
@@ -117,11 +126,11 @@ class PaddedStep:
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
         self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
-    def seats(self, num: int) -> TokenSeats:
+    def seats(self, num: int) -> TokenSlots:
         """Of the first `num` rows, where their tokens are drawn to."""
-        return TokenSeats(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
+        return TokenSlots(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
 
-    def step(self) -> RecordedStep:
+    def step(self) -> CapturedStep:
         size, block_tokens = self._size, self._decoding.layout.block_tokens
         self.words.write_blocks()
         words = self.words.words
@@ -131,7 +140,7 @@ class PaddedStep:
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
         meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
-        meta.memo["cuda"] = Attention(
+        meta.memo["cuda"] = AttentionTables(
             query_start=self._numbers,
             context_len=positions_S + 1,
             table_start=start_S,
@@ -141,16 +150,16 @@ class PaddedStep:
             max_splits=num_splits(self._decoding.max_blocks * block_tokens),
         )
         if not self._parts or self._records is None:
-            return RecordedStep(token_ids_S, at_S, meta, None)
+            return CapturedStep(token_ids_S, at_S, meta, None)
         items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
         if self._has_vectors and self._shape is not None:
             pairs_S3 = words[7 * size : 10 * size].view(size, 3)
             vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
-        records = StepRecords(self._records, items_S3, self._parts, vectors)
+        records = StepDescriptors(self._records, items_S3, self._parts, vectors)
         own_rows = None
         if vectors is not None and Parts.OWN in self._parts:
             own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
-        return RecordedStep(token_ids_S, at_S, meta, records, own_rows)
+        return CapturedStep(token_ids_S, at_S, meta, records, own_rows)
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -160,17 +169,17 @@ KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA
 T = TypeVar("T")
 
 
-class Recording(NamedTuple):
+class Capture(NamedTuple):
     """`replay` repeats the recorded launches on the current stream, and so overwrites `out`."""
 
     replay: Callable[[], None]
     out: Tensor
 
 
-class Recorder(Protocol):
+class Capturer(Protocol):
     """Recordings share memory: what one of them needs is there for the next."""
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
         """Run once, which waits for no other rank. The result, called when all ranks have run, records."""
         ...
 
@@ -183,7 +192,7 @@ class Recorder(Protocol):
         ...
 
 
-class Form(NamedTuple):
+class GraphShape(NamedTuple):
     """What a step is padded to. `kind`: parts that its adapters may have."""
 
     size: int
@@ -193,23 +202,23 @@ class Form(NamedTuple):
 class DecodeGraphs:
     """A RecordedDecoding."""
 
-    def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, recorder: Recorder) -> None:
+    def __init__(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding, recorder: Capturer) -> None:
         self._forward, self._decoding, self._recorder = forward, decoding, recorder
         num_blocks = decoding.num_seats * decoding.max_blocks + 1  # the last one is not a seat's, see StepWords
         self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
         self._tokens = torch.zeros(decoding.num_seats, dtype=torch.int64, device=decoding.device)
-        self._seats: TokenSeats | None = None
-        self._steps: dict[Form, PaddedStep] = {}
-        self._recorded: dict[Form, Recording] = {}
-        self._serving: dict[Form, Form | None] = {}  # by needed form: the recorded one that serves it
+        self._seats: TokenSlots | None = None
+        self._steps: dict[GraphShape, PaddedStep] = {}
+        self._recorded: dict[GraphShape, Capture] = {}
+        self._serving: dict[GraphShape, GraphShape | None] = {}  # by needed form: the recorded one that serves it
         self._out_SV: Tensor | None = None  # of all recordings
         self.vectors = VectorShape.of(decoding.inputs, decoding.layout.num_layers, decoding.layout.head_dim)
-        self.directory = Directory(decoding.inputs, decoding.device, reserved=self.vectors.head)
+        self.directory = DescriptorAllocator(decoding.inputs, decoding.device, reserved=self.vectors.head)
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
         num = len(step.token_ids)
-        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k))
+        needed = GraphShape(_least(SIZES, num), next(k for k in KINDS if step.parts in k))
         form = self._serving_of(needed)
         padded = self._step(form or needed)
         padded.words.fill(step)
@@ -221,11 +230,11 @@ class DecodeGraphs:
         return recording.out[:num]
 
     @property
-    def seats(self) -> TokenSeats:
+    def seats(self) -> TokenSlots:
         assert self._seats is not None, "a step has been computed"
         return self._seats
 
-    def forms(self) -> Iterator[Form]:
+    def forms(self) -> Iterator[GraphShape]:
         """All that steps may need, the most useful first, since limits may end recording.
 
         First what serves every step: of each size adapters with everything, with LoRA alone, and the base. Then the
@@ -236,14 +245,14 @@ class DecodeGraphs:
         first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
         rest = [k for k in reversed(KINDS) if k not in first]
         for kinds in (first, rest):
-            yield from (Form(s, kind) for s in sizes for kind in kinds)
+            yield from (GraphShape(s, kind) for s in sizes for kind in kinds)
 
-    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
         """Where a form does not fit into memory, smaller ones may."""
         forms = list(self.forms())
         began, taken = time.monotonic(), self._recorder.num_bytes()
         largest, adds = forms[0].size, 0  # `adds`: what a further form takes beside the memory that all share
-        progress = Recorded(0, len(forms), 0.0, 0)
+        progress = CaptureState(0, len(forms), 0.0, 0)
         agree = self._decoding.ranks.agree
         for form in forms:
             if form.size > largest:
@@ -262,32 +271,32 @@ class DecodeGraphs:
                 continue
             adds = num_bytes - progress.num_bytes if self._recorded else 0
             self._recorded[form] = recording
-            progress = Recorded(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
+            progress = CaptureState(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
             on_progress(progress)
         self._serving.clear()
         return progress
 
-    def _release(self, form: Form) -> None:
+    def _release(self, form: GraphShape) -> None:
         """The only form that has been computed leaves nothing on the device."""
         self._steps.pop(form, None)
         self._out_SV = None
         self._recorder.release()
 
-    def _recording(self, form: Form) -> Recording | None:
+    def _recording(self, form: GraphShape) -> Capture | None:
         """None if the memory of the device, or of another rank's for the run before, is too small."""
         record = _unless_full(lambda: self._recorder(partial(self._compute, form)))
         if not self._decoding.ranks.agree(record is not None) or record is None:
             return None
         return _unless_full(record)
 
-    def _compute(self, form: Form) -> Tensor:
+    def _compute(self, form: GraphShape) -> Tensor:
         """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
         logits_SV = self._forward(self._step(form).step())
         if self._out_SV is None or self._out_SV.shape[0] < form.size:
             self._out_SV = torch.empty_like(logits_SV)
         return self._out_SV[: form.size].copy_(logits_SV)
 
-    def _step(self, form: Form) -> PaddedStep:
+    def _step(self, form: GraphShape) -> PaddedStep:
         if form not in self._steps:
             self._steps[form] = PaddedStep(
                 form.size,
@@ -300,7 +309,7 @@ class DecodeGraphs:
             )
         return self._steps[form]
 
-    def _serving_of(self, needed: Form) -> Form | None:
+    def _serving_of(self, needed: GraphShape) -> GraphShape | None:
         """The smallest recorded form that holds it: of its own kind, or else of one with more parts."""
         if needed not in self._serving:
             size, kind = needed
@@ -323,17 +332,17 @@ def _unless_full(call: Callable[[], T]) -> T | None:
         return None
 
 
-class GraphRecorder:
+class GraphCapturer:
     """CUDA graphs that share their memory, since only one is replayed at a time. The run before a recording is silent,
     then collectives are called that it would have been the first to need, and what is recorded is not executed.
     """
 
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, device: torch.device, ranks: CaptureBarrier) -> None:
         self._device, self._memory, self._ranks = device, torch.cuda.graph_pool_handle(), ranks
         # One for all recordings, since cuBLAS keeps a workspace for each stream: 32 MiB on a card of 2022.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
         """Compiles kernels and initialises libraries."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -342,14 +351,14 @@ class GraphRecorder:
         current.wait_stream(self._stream)
         return lambda: self._record(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Recording:
+    def _record(self, run: Callable[[], Tensor]) -> Capture:
         with torch.cuda.stream(self._stream):
             self._ranks.connect()
         graph = torch.cuda.CUDAGraph()
         # Threads that load adapters may allocate pinned memory meanwhile, which must not break this recording.
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             out = run()
-        return Recording(graph.replay, out)
+        return Capture(graph.replay, out)
 
     def num_bytes(self) -> int:
         """What the whole device has in use, without what torch keeps free: graphs take memory of the driver too."""

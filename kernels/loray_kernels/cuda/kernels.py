@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.launch import SUFFIX, Launcher
-from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Rows, Shrink, VectorsOfInput, three_outputs
-from loray_kernels.decode import StepRecords
+from loray_kernels.cuda.tables import (
+    AttentionTables,
+    DeviceRows,
+    Expand,
+    Items,
+    LoraLaunch,
+    Shrink,
+    VectorsOfInput,
+    three_outputs,
+)
+from loray_kernels.decode import StepDescriptors
 from loray_kernels.descriptors import StepVectors
 from loray_kernels.kv import KvLayout
 
@@ -33,7 +42,7 @@ class RowLaunches:
         eps: float,
         y_TD: Tensor,
         pool: Tensor,
-        own: tuple[Tensor, Rows] | None,
+        own: tuple[Tensor, DeviceRows] | None,
     ) -> None:
         """`sums`: what is added to x before, and where the sum is written. `own`: for each token its row, or −1; and
         the rows. `pool` begins at the layer's share.
@@ -111,7 +120,7 @@ class RowLaunches:
             ),
         )
 
-    def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: Rows) -> None:
+    def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: DeviceRows) -> None:
         """y[tokens[n]] = row n, unless its offset is negative."""
         self.launch(
             f"take_rows_{SUFFIX[pool.dtype]}",
@@ -238,7 +247,7 @@ class Gather(RowLaunches):
         )
 
     def recorded_shrink(
-        self, x_TI: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput, h_TR: Tensor
+        self, x_TI: Tensor, pool: Tensor, step: StepDescriptors, field: int, tables: LoraLaunch, h_TR: Tensor
     ) -> None:
         words = step.records.words
         self.launch(
@@ -261,7 +270,13 @@ class Gather(RowLaunches):
         )
 
     def recorded_expand(
-        self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
+        self,
+        outputs: tuple[Tensor, ...],
+        h_TR: Tensor,
+        pool: Tensor,
+        step: StepDescriptors,
+        field: int,
+        tables: LoraLaunch,
     ) -> None:
         y = three_outputs(outputs)
         self.launch(
@@ -339,7 +354,7 @@ class Gather(RowLaunches):
             ),
         )
 
-    def plan_attention(self, tables: Attention, num_heads: int, layout: KvLayout) -> Work:
+    def plan_attention(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> Work:
         """The work of `attention` in each layer. Launches are so many that the partial sums of one fit into
         PARTIAL_BYTES; those that a step does not need find no work.
         """
@@ -378,7 +393,7 @@ class Gather(RowLaunches):
         out_THd: Tensor,
         pool: Tensor,
         layout: KvLayout,
-        tables: Attention,
+        tables: AttentionTables,
         work: Work,
         scale: float,
     ) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray_kernels.cuda.flash import FlashPrompts
-from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
+from loray_kernels.cuda.graphs import DecodeGraphs, GraphCapturer
 from loray_kernels.cuda.kernels import MAX_HEAD_DIM, Gather, Work
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.sampling import MAX_VOCAB, Choosing, Sampling
@@ -35,12 +35,12 @@ from loray_kernels.cuda.tables import (
     pack_vectors,
 )
 from loray_kernels.cuda.upload import PageUploader
-from loray_kernels.decode import Decoding, RecordedDecoding, RecordedStep, StepRecords
-from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, TokenRows, side_by_side, token_rows
+from loray_kernels.decode import CapturedDecoding, CapturedStep, Decoding, StepDescriptors
+from loray_kernels.descriptors import INPUTS, MAX_PAIR_RANK, MAX_ROWS, RowOverrides, side_by_side, token_rows
 from loray_kernels.kv import AttentionMeta, KvLayout, PageWriter
-from loray_kernels.ops import LoraTable, PairMatrix, Segments, StepInputs, VeraTable
+from loray_kernels.ops import AdapterSegments, LoraTable, ProjectionMatrix, StepInputs, VeraTable
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSeats
+from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
     from loray_kernels.cuda.triton_launch import Tiles
@@ -56,13 +56,13 @@ class CudaOps(ReferenceOps):
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
 
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
         """None without a GPU, and if attention goes to the reference, whose launches depend on a step's values."""
         if decoding.device.type != "cuda" or not _attends(decoding.layout.head_dim):
             return None
-        return DecodeGraphs(forward, decoding, GraphRecorder(decoding.device, decoding.ranks))
+        return DecodeGraphs(forward, decoding, GraphCapturer(decoding.device, decoding.ranks))
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
         if not _samples(logits_SV):
             return super().sample(logits_SV, draws, seats)
         if self._sampling is None:
@@ -79,7 +79,7 @@ class CudaOps(ReferenceOps):
         self._gather.silu_mul(gate_up_TM, y_TM)
         return y_TM
 
-    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: RowOverrides | None) -> Tensor:
         if own is None or not _one_dtype(pool, table_VD):
             return super().embed(table_VD, token_ids_T, pool, own)
         x_TD = F.embedding(token_ids_T, table_VD)
@@ -90,7 +90,7 @@ class CudaOps(ReferenceOps):
         return x_TD
 
     def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: RowOverrides | None, layer_offset: int
     ) -> Tensor:
         if not _one_dtype(pool, x_TD, weight_D):
             return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
@@ -103,7 +103,7 @@ class CudaOps(ReferenceOps):
         weight_D: Tensor,
         eps: float,
         pool: Tensor,
-        own: TokenRows | None,
+        own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
         if not _one_dtype(pool, x_TD, added_TD, weight_D):
@@ -117,7 +117,7 @@ class CudaOps(ReferenceOps):
         weight_D: Tensor,
         eps: float,
         pool: Tensor,
-        own: TokenRows | None,
+        own: RowOverrides | None,
         layer_offset: int,
     ) -> tuple[Tensor, Tensor]:
         """x + added, or x, and its norm."""
@@ -168,7 +168,7 @@ class CudaOps(ReferenceOps):
         return out_THd
 
     def lora_shrink(
-        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: AdapterSegments, layer_offset: int
     ) -> tuple[Tensor, ...]:
         if not _one_dtype(pool, x_TI):
             return super().lora_shrink(x_TI, pool, tables, segments, layer_offset)
@@ -191,7 +191,7 @@ class CudaOps(ReferenceOps):
         h: tuple[Tensor, ...],
         pool: Tensor,
         tables: tuple[LoraTable, ...],
-        segments: Segments,
+        segments: AdapterSegments,
         layer_offset: int,
     ) -> None:
         if not _one_dtype(pool, *outputs) or any(y.stride(1) != 1 for y in outputs):
@@ -214,7 +214,7 @@ class CudaOps(ReferenceOps):
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -231,7 +231,7 @@ class CudaOps(ReferenceOps):
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepRecords,
+        records: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
@@ -246,7 +246,7 @@ class CudaOps(ReferenceOps):
         self._gather.vera_recorded_expand(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
 
     def scale_of_records(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
         assert vectors is not None
@@ -255,7 +255,7 @@ class CudaOps(ReferenceOps):
         tables = pack_vectors(records.records, vectors.shape, number)
         self._gather.scale_recorded(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+    def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:
             return super().vera_shrink(x_TI, a_RI)
         z_TR = torch.empty(x_TI.shape[0], a_RI.data.shape[0], device=x_TI.device)

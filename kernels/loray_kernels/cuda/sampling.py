@@ -27,7 +27,7 @@ from loray_kernels.sampling import (
     Draws,
     Scores,
     TokenEdits,
-    TokenSeats,
+    TokenSlots,
     log_share,
 )
 
@@ -40,7 +40,7 @@ def launch_sample(
     choices: Sequence[Tensor],
     words_MW: Tensor | None,
     out_R2: Tensor,
-    seats: TokenSeats | None,
+    seats: TokenSlots | None,
 ) -> None:
     arguments = (*_logits(logits_SV), *(t.data_ptr() for t in choices), *_words(words_MW), out_R2.data_ptr())
     launch("sample_fp32", (out_R2.shape[0], 1, 1), _THREADS, (*arguments, *_seats(seats)))
@@ -53,7 +53,7 @@ def launch_choose(
     addresses: Sequence[int],
     words_MW: Tensor | None,
     out: Tensor,
-    seats: TokenSeats | None,
+    seats: TokenSlots | None,
 ) -> None:
     """`addresses`: of the choices, the new edits and the forbidden tokens."""
     arguments = (*_logits(logits_SV), *addresses, *_words(words_MW), out.data_ptr())
@@ -68,7 +68,7 @@ def _words(words_MW: Tensor | None) -> tuple[int, int]:
     return (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
 
 
-def _seats(seats: TokenSeats | None) -> tuple[int, int]:
+def _seats(seats: TokenSlots | None) -> tuple[int, int]:
     return (0, 0) if seats is None else (seats.seats_S.data_ptr(), seats.tokens.data_ptr())
 
 
@@ -124,7 +124,7 @@ class Sampling:
         self._launch, self._device, self._readback = launch, device, Readback(device)
         self._grow(1)
 
-    def __call__(self, logits_SV: Tensor, draws: Draws, seats: TokenSeats | None = None) -> Drawn:
+    def __call__(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
         num, words_MW = len(draws.rows), draws.words_MW
         assert max(draws.rows) < len(logits_SV)
         assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
@@ -197,7 +197,7 @@ class Choosing:
         plain: Draws,
         changed: Draws,
         changes: Sequence[Change],
-        seats: TokenSeats | None = None,
+        seats: TokenSlots | None = None,
     ) -> Callable[[], Chosen]:
         num_plain, num, vocab = len(plain.rows), len(changes), logits_SV.shape[1]
         assert max((*plain.rows, *changed.rows)) < len(logits_SV)

@@ -13,9 +13,18 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from loray_kernels.descriptors import INPUTS, Columns, Records, RowTables, StepVectors, TokenRows, VectorShape, row_size
+from loray_kernels.descriptors import (
+    INPUTS,
+    Columns,
+    DescriptorTable,
+    RowOverrides,
+    RowTables,
+    StepVectors,
+    VectorShape,
+    row_size,
+)
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.ops import LoraTable, Segments
+from loray_kernels.ops import AdapterSegments, LoraTable
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
@@ -30,7 +39,7 @@ MAX_MODULES = 3  # outputs of one expand launch
 Packed = TypeVar("Packed")
 
 
-class Rows(NamedTuple):
+class DeviceRows(NamedTuple):
     """`num` rows. offsets: segment by segment, `num` each; segments: (first column, columns) of each."""
 
     offsets: Tensor
@@ -62,7 +71,7 @@ class Shrink(NamedTuple):
     widths        the number of columns of h of each module
     """
 
-    rows: Rows
+    rows: DeviceRows
     row_start_N1: Tensor
     h_column_R: Tensor
     max_rows: int
@@ -84,7 +93,7 @@ class Expand(NamedTuple):
     multiple_of_8: bool
 
 
-class OfInput(NamedTuple):
+class LoraLaunch(NamedTuple):
     """What recorded launches need of one input, equal for all adapters; see lora.cu."""
 
     segments: Tensor
@@ -95,7 +104,7 @@ class OfInput(NamedTuple):
     num_modules: int
 
 
-class Attention(NamedTuple):
+class AttentionTables(NamedTuple):
     """`decoded`: (sequence, token) with one query; `prefilled`: (sequence, first query of a tile)."""
 
     query_start: Tensor
@@ -115,17 +124,17 @@ def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(flat, [len(values) for values in lists])
 
 
-def pack_rows(rows: RowTables) -> Rows:
-    packed: Rows | None = rows.memo.get("cuda")
+def pack_rows(rows: RowTables) -> DeviceRows:
+    packed: DeviceRows | None = rows.memo.get("cuda")
     if packed is None:
         offsets = [o for _, _, o in rows.segments]
         num, width = row_size(rows)
         (segments,) = upload(offsets[0].device, [v for column, columns, _ in rows.segments for v in (column, columns)])
-        packed = rows.memo["cuda"] = Rows(_joined(offsets), segments, len(offsets), num, width)
+        packed = rows.memo["cuda"] = DeviceRows(_joined(offsets), segments, len(offsets), num, width)
     return packed
 
 
-def pack_token_rows(own: TokenRows, num_tokens: int) -> Tensor:
+def pack_token_rows(own: RowOverrides, num_tokens: int) -> Tensor:
     """For each token of the step its row in `own.rows`; −1: it has none."""
     index_T: Tensor | None = own.rows.memo.get("cuda tokens")
     if index_T is None:
@@ -138,7 +147,7 @@ def pack_token_rows(own: TokenRows, num_tokens: int) -> Tensor:
     return index_T
 
 
-def pack_spans(segments: Segments, device: torch.device) -> Spans:
+def pack_spans(segments: AdapterSegments, device: torch.device) -> Spans:
     packed: Spans | None = segments.memo.get("cuda")
     if packed is None:
         gathered: list[int] = []
@@ -196,7 +205,7 @@ def _shrink(tables: tuple[LoraTable, ...]) -> Shrink:
         device, order, h_column, row_start, [v for pair in layout for v in pair]
     )
     offsets = [_joined([t.a.segments[s][2] for t in tables])[order_R] for s in range(len(layout))]
-    rows = Rows(_joined(offsets), segments, len(layout), len(order), sum(width for _, width in layout))
+    rows = DeviceRows(_joined(offsets), segments, len(layout), len(order), sum(width for _, width in layout))
     most = max((stop - start for start, stop in pairwise(row_start)), default=0)
     return Shrink(rows, row_start_N1, h_column_R, most, widths)
 
@@ -236,8 +245,8 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
     )
 
 
-def pack_input(records: Records, number: int) -> OfInput:
-    packed: OfInput | None = records.memo.get(number)
+def pack_input(records: DescriptorTable, number: int) -> LoraLaunch:
+    packed: LoraLaunch | None = records.memo.get(number)
     if packed is None:
         a, b = records.inputs[number][:2]
         tiles: list[int] = []
@@ -247,7 +256,7 @@ def pack_input(records: Records, number: int) -> OfInput:
                     tiles += (m, s, first, column + first, min(TILE_COLUMNS, width - first))
         lists = [v for pair in a for v in pair], tiles, [len(s) for s in b]
         segments, tiles_C5, module_segments = upload(records.words.device, *lists)
-        packed = records.memo[number] = OfInput(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
+        packed = records.memo[number] = LoraLaunch(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
     return packed
 
 
@@ -256,8 +265,8 @@ def num_splits(longest: int) -> int:
     return min(MAX_SPLITS, -(-longest // SPLIT))
 
 
-def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
-    packed: Attention | None = meta.memo.get("cuda")
+def pack_attention(meta: AttentionMeta, layout: KvLayout) -> AttentionTables:
+    packed: AttentionTables | None = meta.memo.get("cuda")
     if packed is None:
         device = meta.slots_T.device
         decoded: list[int] = []
@@ -277,7 +286,7 @@ def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
         query, context_len, tables, decoded_data, prefilled_data = upload(
             device, meta.query_start, meta.context_len, table_start, decoded, prefilled
         )
-        packed = meta.memo["cuda"] = Attention(
+        packed = meta.memo["cuda"] = AttentionTables(
             query,
             context_len,
             tables,
@@ -312,7 +321,7 @@ class VectorsOfInput(NamedTuple):
     num_scale_tiles: int
 
 
-def pack_vectors(records: Records, shape: VectorShape, number: int) -> VectorsOfInput:
+def pack_vectors(records: DescriptorTable, shape: VectorShape, number: int) -> VectorsOfInput:
     packed: VectorsOfInput | None = records.memo.get(("vectors", number))
     if packed is None:
         words: list[int] = []
@@ -349,27 +358,27 @@ def pack_vectors(records: Records, shape: VectorShape, number: int) -> VectorsOf
 class RecordedVectors(StepVectors):
     """Its rows are packed already, so that a recording uploads nothing."""
 
-    def __init__(self, records: Records, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
+    def __init__(self, records: DescriptorTable, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
         super().__init__(shape, records.words, starts_S, items_S3)
         self._records = records
         self._index_LWS = torch.where(self.rows_LWS >= 0, self.tokens_S, -1)
 
-    def token_rows(self, layer: int | None, module: str, role: str) -> TokenRows:
+    def token_rows(self, layer: int | None, module: str, role: str) -> RowOverrides:
         word, columns = self.shape.slots[module, role]
         at = self.shape.num_layers if layer is None else layer
         own = super().token_rows(layer, module, role)
         own.rows.memo["cuda tokens"] = self._index_LWS[at, word]
         return self._packed(own, self.rows_LWS[at, word : word + len(columns)].view(-1), columns)
 
-    def embedding_rows(self, offsets_S: Tensor) -> TokenRows:
+    def embedding_rows(self, offsets_S: Tensor) -> RowOverrides:
         columns = self.shape.slots["norm", "norm"].columns
         return self._packed(super().embedding_rows(offsets_S), offsets_S, columns)
 
-    def _packed(self, own: TokenRows, offsets: Tensor, columns: Columns) -> TokenRows:
+    def _packed(self, own: RowOverrides, offsets: Tensor, columns: Columns) -> RowOverrides:
         segments = self._records.memo.get(columns)
         if segments is None:
             numbers = [v for pair in columns for v in pair]
             segments = self._records.memo[columns] = upload(self.words.device, numbers)[0]
         width = sum(width for _, width in columns)
-        own.rows.memo["cuda"] = Rows(offsets, segments, len(columns), self.tokens_S.shape[0], width)
+        own.rows.memo["cuda"] = DeviceRows(offsets, segments, len(columns), self.tokens_S.shape[0], width)
         return own

@@ -14,10 +14,10 @@ from loray_kernels.cuda.tables import (
     TILE_COLUMNS,
     TILE_QUERIES,
     TILE_TOKENS,
-    Attention,
+    AttentionTables,
+    DeviceRows,
     Expand,
     Items,
-    Rows,
     Shrink,
     three_outputs,
     upload,
@@ -111,7 +111,7 @@ class Tiles:
         items, table = _dense(num_tokens, width, rank, a_RI.stride(0), x_TI.device)
         self.shrink(x_TI, a_RI, items, table, h_TR)
 
-    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, b_OR: Tensor, pool: Tensor, d: Rows, b: Rows) -> None:
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, b_OR: Tensor, pool: Tensor, d: DeviceRows, b: DeviceRows) -> None:
         """y += b ⊙ (B (d ⊙ z)); each token has a row of d and b."""
         num_tokens, width = y_TO.shape
         lora_kernels.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
@@ -137,7 +137,7 @@ class Tiles:
         )
 
     def attention(
-        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
+        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: AttentionTables, scale: float
     ) -> None:
         """For sequences with several queries. `pool` begins at the layer's share."""
         num_heads, d = q_THd.shape[1], layout.head_dim
@@ -171,7 +171,7 @@ def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.de
     items, offsets, columns, start, segment = upload(
         device, [v for t in tiles for v in t], range(0, rank * stride, stride), range(rank), (0, rank), (0, width)
     )
-    return Items(items, len(tiles)), Shrink(Rows(offsets, segment, 1, rank, width), start, columns, rank, (rank,))
+    return Items(items, len(tiles)), Shrink(DeviceRows(offsets, segment, 1, rank, width), start, columns, rank, (rank,))
 
 
 def shrink_turns(element_size: int) -> tuple[int, dict[str, int]]:

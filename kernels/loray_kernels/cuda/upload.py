@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.kernels import Gather
-from loray_kernels.kv import Piece, to_device
+from loray_kernels.kv import PageCopy, to_device
 
 STAGING_BYTES = 64 << 20  # of the device, which an adapter's rows pass through
 
@@ -24,7 +24,7 @@ class PageUploader:
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._written = False
 
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
         """The copy waits for the steps that are queued so far: they may read the blocks' previous contents.
 
         This thread first copies rows that are not pinned to pinned memory: a copy from other memory would block the
@@ -76,7 +76,7 @@ def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[T
             yield own, own_P3
 
 
-def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> Tensor:
+def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> Tensor:
     """`pieces` for every layer, for `Gather.place_pages`: (start in all rows, offset in the pool, length), int64.
 
     num_elements  of one layer's rows

@@ -29,7 +29,7 @@ from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection, VeraWeights
 from loray.spec import LINEAR_MODULES, QuantizationSpec
 
 
@@ -43,7 +43,7 @@ def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
     return replace(weights, modules=modules, pair=None)
 
 
-def as_lora(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> LoraWeights:
+def as_lora(module: LoraWeights | VeraWeights, pair: SharedProjection | None, width: int) -> LoraWeights:
     """A module with an input of `width` elements as LoRA. A LoRA module is returned unchanged."""
     if isinstance(module, LoraWeights):
         return module

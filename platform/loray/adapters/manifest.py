@@ -37,7 +37,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
-from loray.methods.weights import AdapterWeights, LoraWeights, ProjectionPair
+from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection
 from loray.spec import (
     LINEAR_MODULES,
     MAX_DESCRIPTION_CHARACTERS,
@@ -93,7 +93,7 @@ def validate_folder(folder: Path, base: ModelConfig, manifest: AdapterManifest |
     return CheckedFolder(weights, entries, int(config.get("projection_prng_key", 0)))
 
 
-def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) -> ProjectionPair:
+def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) -> SharedProjection:
     """VeRA's pair by its shapes and its digest."""
     if stored:
         a, b = (cast(TensorEntry, stored[name]) for name in ("A", "B"))
@@ -101,7 +101,7 @@ def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) ->
     else:
         a, b = (TensorEntry("F32", shape, 0, 0) for shape in drawn.shapes)
         digest = drawn_digest(drawn)
-    return ProjectionPair(cast("Tensor", a), cast("Tensor", b), digest)
+    return SharedProjection(cast("Tensor", a), cast("Tensor", b), digest)
 
 
 # The files of a published adapter. Others in its folder (optimizer states, pickles) are not published.

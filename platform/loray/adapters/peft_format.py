@@ -24,7 +24,7 @@ from loray.adapters.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, rea
 from loray.adapters.pairs import PairKey
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
-from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, SharedProjection, VeraWeights
 from loray.spec import LINEAR_MODULES
 
 if TYPE_CHECKING:
@@ -401,13 +401,13 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
     return parse_adapter(folder, read_config(folder), read_tensors(folder), base)
 
 
-def make_pair(drawn: PairKey, stored: Mapping[str, Tensor]) -> ProjectionPair:
+def make_pair(drawn: PairKey, stored: Mapping[str, Tensor]) -> SharedProjection:
     """VeRA's pair: the tensors A and B that are `stored`, else the one that is drawn."""
     from loray.methods.vera_module import draw_pair, pair_digest
 
     if not stored:
         return draw_pair(*drawn)
-    return ProjectionPair(stored["A"], stored["B"], pair_digest(stored["A"], stored["B"]))
+    return SharedProjection(stored["A"], stored["B"], pair_digest(stored["A"], stored["B"]))
 
 
 def parse_adapter(
@@ -415,7 +415,7 @@ def parse_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     base: ModelConfig,
-    pair_of: Callable[[PairKey, Mapping[str, Tensor]], ProjectionPair] = make_pair,
+    pair_of: Callable[[PairKey, Mapping[str, Tensor]], SharedProjection] = make_pair,
 ) -> AdapterWeights:
     """As `read_adapter`, from configuration and tensors that are in memory. Errors name `folder`.
 
@@ -443,7 +443,7 @@ def parse_adapter(
             raise UnsupportedError(f"{folder}: tensor {name!r} belongs to nothing that loray adapts")
     if not parts and not norms and embedding is None:
         raise IntegrityError(f"{folder}: {WEIGHTS_FILE} holds no adapter tensors")
-    pair: ProjectionPair | None = None
+    pair: SharedProjection | None = None
     modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
     if config["peft_type"] == "LORA":
         ranks = ModulePatterns("rank_pattern", config.get("rank_pattern"), source=str(folder))

@@ -52,7 +52,7 @@ from loray.catalog.quotas import Quotas
 from loray.catalog.removal import Claims, Deletion, StoreReferences, end_claim, refuse_deleted, restore_version
 from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshot import CatalogSnapshot, changes_since, read_counter
-from loray.catalog.usage import Usage
+from loray.catalog.usage import UsageTable
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
@@ -81,7 +81,7 @@ class Catalog(
     Tags,
     Tenants,
     Transfer,
-    Usage,
+    UsageTable,
 ):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 

@@ -34,7 +34,7 @@ _BLOCK = 200  # items of a line: encoding one holds Python's lock
 _MAX_BYTES = 2 << 30
 
 
-class Kept(NamedTuple, Generic[T]):
+class StoredSnapshot(NamedTuple, Generic[T]):
     """What is in a file, which was current `age_s` seconds ago."""
 
     state: T
@@ -42,7 +42,7 @@ class Kept(NamedTuple, Generic[T]):
 
 
 @dataclass(frozen=True)
-class KeptFile(ABC, Generic[T]):
+class SnapshotStore(ABC, Generic[T]):
     """A file with something of the catalog at `catalog_url`: a subclass says what, and how it is JSON.
 
     WHAT       its name in warnings
@@ -79,7 +79,7 @@ class KeptFile(ABC, Generic[T]):
             return False
         return True
 
-    def read(self) -> Kept[T] | None:
+    def read(self) -> StoredSnapshot[T] | None:
         """None where there is nothing that can be used, with a warning that says why."""
         try:
             with self.path.open("rb") as f:
@@ -90,7 +90,7 @@ class KeptFile(ABC, Generic[T]):
             _log.warning("the catalog's %s in %s are not used: %s", self.WHAT, self.path, e)
             return None
 
-    def _read(self, f: BinaryIO, age_s: float) -> Kept[T]:
+    def _read(self, f: BinaryIO, age_s: float) -> StoredSnapshot[T]:
         lines = read_json_lines(f)
         try:
             header = next(lines)
@@ -102,7 +102,7 @@ class KeptFile(ABC, Generic[T]):
                 raise IntegrityError("it is of another catalog")
             if age_s > self.MAX_AGE_S:
                 raise IntegrityError(f"it is {age_s / 3600:.0f} h old")
-            return Kept(self._state(header, (item for block in lines for item in block["items"])), age_s)
+            return StoredSnapshot(self._state(header, (item for block in lines for item in block["items"])), age_s)
         except (AttributeError, KeyError, TypeError, ValueError, SpecError, StopIteration) as e:
             raise IntegrityError(f"it is damaged: {e!r}") from e
 
@@ -118,7 +118,7 @@ def _lines(header: dict[str, Any], items: Iterator[list[Any]]) -> Iterator[dict[
         yield {"items": block}
 
 
-class SnapshotFile(KeptFile[CatalogSnapshot]):
+class SnapshotFile(SnapshotStore[CatalogSnapshot]):
     """A file with a snapshot of the catalog."""
 
     WHAT = "names"
@@ -158,7 +158,7 @@ def _entry(fields: list[Any]) -> AdapterEntry:
     )
 
 
-class KeysFile(KeptFile[KeyChanges]):
+class KeysFile(SnapshotStore[KeyChanges]):
     """A file with all keys and tenants of the catalog. How old they may be, `KeyRing.max_age_s` says."""
 
     WHAT = "keys"

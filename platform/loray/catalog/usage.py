@@ -46,7 +46,7 @@ class UsageRow(NamedTuple):
     seconds: float
 
 
-class Usage(Database):
+class UsageTable(Database):
     """The catalog's operations on usage. They neither count as changes nor wait for other writers."""
 
     def record_usage(self, events: Sequence[UsageEvent]) -> int:

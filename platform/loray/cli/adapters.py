@@ -15,7 +15,7 @@ from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion, Catalog, split_model
 from loray.catalog.entries import parse_tags
 from loray.cli import describe
-from loray.cli.connect import Services, complete_models, needed_remote, open_catalog, open_remote, open_services
+from loray.cli.connect import CommandServices, complete_models, needed_remote, open_catalog, open_remote, open_services
 from loray.cli.output import Verification, console, emit, json_option, pairs, progress_bar, report
 from loray.client import CatalogClient
 from loray.errors import ConflictError, DataError, IntegrityError, NotFoundError, SpecError
@@ -430,7 +430,7 @@ def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
         click.echo(f"downloaded {label} to {target}")
 
 
-def _from_store(services: Services, model: str, target: Path, form: DownloadForm) -> str:
+def _from_store(services: CommandServices, model: str, target: Path, form: DownloadForm) -> str:
     ref = services.catalog.resolve(model)
     if form == "peft":
         with appearing(target) as made:

@@ -26,7 +26,7 @@ from loray.spec import format_seconds
 
 
 @dataclass(slots=True)
-class Answer:
+class ChatAnswer:
     """`ttft_s`: from the request to the first text. `num_tokens`: as the server counts them; 0 before the end."""
 
     model: str
@@ -57,7 +57,7 @@ def printable(text: str) -> str:
 
 def stream(
     client: LorayClient,
-    answer: Answer,
+    answer: ChatAnswer,
     messages: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
     show: Callable[[str], None],
@@ -158,7 +158,7 @@ class _Talk:
 
     def ask(self, line: str) -> None:
         """A failed answer is told, and its question is forgotten. Ctrl-C ends an answer, not the conversation."""
-        answers = [Answer(name) for name in self._names]
+        answers = [ChatAnswer(name) for name in self._names]
         if self._as_json:
             for answer in answers:
                 self._answer(line, answer, lambda piece: None)
@@ -179,7 +179,7 @@ class _Talk:
         if len(errors) == len(answers) and not sys.stdin.isatty():
             raise EngineError(errors[0])
 
-    def _answer(self, line: str, answer: Answer, show: Any) -> None:
+    def _answer(self, line: str, answer: ChatAnswer, show: Any) -> None:
         messages = [*self._messages[answer.model], {"role": "user", "content": line}]
         try:
             stream(self._client, answer, messages, self._options, show)
@@ -191,7 +191,7 @@ class _Talk:
                 raise
         self._messages[answer.model] = [*messages, {"role": "assistant", "content": answer.text}]
 
-    def _side_by_side(self, line: str, answers: list[Answer]) -> None:
+    def _side_by_side(self, line: str, answers: list[ChatAnswer]) -> None:
         screen = Console()
         with (
             ThreadPoolExecutor(len(answers)) as threads,
@@ -204,7 +204,7 @@ class _Talk:
             for task in asked:
                 task.result()
 
-    def _columns(self, answers: list[Answer]) -> Table:
+    def _columns(self, answers: list[ChatAnswer]) -> Table:
         made = Table.grid(expand=True)
         for _ in answers:
             made.add_column(ratio=1)

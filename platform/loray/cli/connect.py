@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 _TRANSFER_RETRY_S = 60.0
 
 
-class Services(NamedTuple):
+class CommandServices(NamedTuple):
     settings: Settings
     store: AdapterStore
     catalog: Catalog
 
 
 @contextmanager
-def open_services() -> Iterator[Services]:
+def open_services() -> Iterator[CommandServices]:
     from loray.catalog import Catalog
     from loray.store import AdapterStore, open_store
 
     settings = Settings.from_env()
     catalog = Catalog.of(settings)
     try:
-        yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
+        yield CommandServices(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:
         catalog.close()
 

@@ -42,12 +42,12 @@ from loray.errors import (
 from loray.local.cluster import OBJECT_STORE_BYTES, current_cluster, dead_cluster
 from loray.local.processes import check_port, session_members
 from loray.local.s3 import current_local_s3, describe_store, has_local_s3
-from loray.local.serving import Address, raylets, serving_urls, standalone_servers
+from loray.local.serving import ServingAddress, raylets, serving_urls, standalone_servers
 from loray.locations import FileLocation, S3Location, http_url, parse_location
 from loray.machine import Machine, serving_dtype
 from loray.planning.devices import gpu_here, host
 from loray.planning.plan import make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recipes.defaults import complete, size_of
 from loray.recipes.resolve import on_hardware
 from loray.settings import LOCAL_S3_FOLDER, Settings
@@ -147,7 +147,7 @@ def _left_in_container(folder: Path) -> int | None:
 Severity = Literal["ok", "warning", "error"]
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """`warning`: it works, but slower or not for long. `mend`: a command, or what to change; None where all is well."""
 
     severity: Severity
@@ -173,20 +173,20 @@ class Check(NamedTuple):
     """`serves`: only what serves or trains here needs it, and not a machine that asks the server of LORAY_URL."""
 
     name: str
-    run: Callable[[Situation], Finding]
+    run: Callable[[Situation], CheckResult]
     serves: bool = True
 
 
-def ok(message: str) -> Finding:
-    return Finding("ok", message)
+def ok(message: str) -> CheckResult:
+    return CheckResult("ok", message)
 
 
-def warning(message: str, mend: str) -> Finding:
-    return Finding("warning", message, mend)
+def warning(message: str, mend: str) -> CheckResult:
+    return CheckResult("warning", message, mend)
 
 
-def error(message: str, mend: str) -> Finding:
-    return Finding("error", message, mend)
+def error(message: str, mend: str) -> CheckResult:
+    return CheckResult("error", message, mend)
 
 
 def unwritable(folder: Path) -> str | None:
@@ -201,7 +201,7 @@ def unwritable(folder: Path) -> str | None:
         return e.strerror or str(e)
 
 
-def writable(s: Situation) -> Finding:
+def writable(s: Situation) -> CheckResult:
     home = s.settings.home
     reason = unwritable(home)
     if reason is None:
@@ -212,7 +212,7 @@ def writable(s: Situation) -> Finding:
     )
 
 
-def base(s: Situation) -> Finding:
+def base(s: Situation) -> CheckResult:
     """Reads the weights' headers; hashes all bytes with `deep`."""
     name, mend = s.spec.base, f"loray base add {s.spec.base}"
     try:
@@ -236,7 +236,7 @@ def _again(s: Situation) -> str:
     return f"rm -r {s.settings.home / 'bases' / s.spec.base} && loray base add {s.spec.base}"
 
 
-def cluster(s: Situation) -> Finding:
+def cluster(s: Situation) -> CheckResult:
     home = s.settings.home
     if s.settings.address is not None:
         return ok(f"LORAY_ADDRESS={s.settings.address} names a cluster")
@@ -257,7 +257,7 @@ _COMPILERS = ("g++", "c++", "clang++")
 _INSTALL = "apt-get install g++  (or set CXX to a C++17 compiler)"
 
 
-def compiler(s: Situation) -> Finding:
+def compiler(s: Situation) -> CheckResult:
     chosen = os.environ.get("CXX")
     found = [name for name in (chosen, *_COMPILERS) if name and shutil.which(name)]
     if not found:
@@ -267,7 +267,7 @@ def compiler(s: Situation) -> Finding:
     return ok(f"C++ compiler: {found[0]}")
 
 
-def library(s: Situation) -> Finding:
+def library(s: Situation) -> CheckResult:
     if s.spec.device.startswith("cuda"):
         return ok("the CPU's kernels are not needed on a GPU")
     reason = problem()
@@ -316,7 +316,7 @@ _LOW_DISK = 0.05  # share of the disk
 _OTHER_FILES = 256  # libraries, adapters, logs, connections between processes
 
 
-def python(s: Situation) -> Finding:
+def python(s: Situation) -> CheckResult:
     from packaging.specifiers import SpecifierSet
 
     try:
@@ -331,7 +331,7 @@ def python(s: Situation) -> Finding:
     )
 
 
-def packages(s: Situation) -> Finding:
+def packages(s: Situation) -> CheckResult:
     from packaging.specifiers import SpecifierSet
 
     if s.facts.requirements is None:
@@ -351,7 +351,7 @@ def packages(s: Situation) -> Finding:
     return ok(f"{len(s.facts.installed)} packages have versions that fit")
 
 
-def memory(s: Situation) -> Finding:
+def memory(s: Situation) -> CheckResult:
     """Of all bases on the CPU together; what mends it is told of the one that is examined."""
     spec, home = s.spec, s.settings.home
     if not spec.device.startswith("cpu"):
@@ -402,7 +402,7 @@ def _num_replicas(spec: ServeSpec) -> int:
     return max(1, spec.min_replicas)
 
 
-def shared_memory(s: Situation) -> Finding:
+def shared_memory(s: Situation) -> CheckResult:
     if s.facts.shm is not None and (s.facts.shm >= OBJECT_STORE_BYTES or current_cluster(s.settings.home)):
         return ok(f"/dev/shm has {format_size(s.facts.shm)} free")
     free = "is missing" if s.facts.shm is None else f"has {format_size(s.facts.shm)} free"
@@ -412,7 +412,7 @@ def shared_memory(s: Situation) -> Finding:
     )
 
 
-def disk(s: Situation) -> Finding:
+def disk(s: Situation) -> CheckResult:
     free, total = s.facts.disk_free, s.facts.disk_total
     told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
     mend = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
@@ -421,7 +421,7 @@ def disk(s: Situation) -> Finding:
     return warning(told, mend) if free < _LOW_DISK * total else ok(told)
 
 
-def open_files(s: Situation) -> Finding:
+def open_files(s: Situation) -> CheckResult:
     """A request has a connection to its client, and a queued one too."""
     least = _OTHER_FILES + sum(b.max_queued + b.max_num_seqs * b.max_replicas for b in (s.spec, *s.others))
     limit = s.facts.max_open_files
@@ -450,7 +450,7 @@ _REQUESTS, _PROMPT, _ANSWER = 32, 64, 32  # of the load that the estimate of ser
 _SERVED_SHARE = 0.77
 
 
-def rates(s: Situation) -> Finding:
+def rates(s: Situation) -> CheckResult:
     """Measures this machine where that has not been done."""
     try:
         machine = measured(s.settings.home, even_if_busy=False)
@@ -467,7 +467,7 @@ def rates(s: Situation) -> Finding:
     return ok(told)
 
 
-def base_speed(s: Situation) -> Finding:
+def base_speed(s: Situation) -> CheckResult:
     """Estimates from the rates that `rates` has measured."""
     try:
         config = get_base(s.settings.home, s.spec.base).config
@@ -485,7 +485,7 @@ def _training(config: ModelConfig, machine: Machine) -> str:
     device = gpu_here(machine) if spec.use_gpu else host(machine, 1)
     speed = ""
     if device is not None and (machine.rates is not None or not device.is_host):
-        time = make_plan(run_of(spec, config, dtype=device.training_dtype), device).time
+        time = make_plan(shape_of(spec, config, dtype=device.training_dtype), device).time
         speed = f", LoRA at about {_about(time.tokens_per_s)} tokens/s"
     return f"trains in {spec.dtype} ({why}){speed}"
 
@@ -518,7 +518,7 @@ def _about(value: float) -> str:
 _SERVING_TIMEOUT_S = 10.0
 
 
-def port(s: Situation) -> Finding:
+def port(s: Situation) -> CheckResult:
     host, number = s.spec.host, s.spec.port
     try:
         check_port(host, number)
@@ -529,7 +529,7 @@ def port(s: Situation) -> Finding:
         ours = serving_urls(s.settings)
     except LorayError as e:
         return error(str(e), "loray down")
-    if Address(host, number).url in ours:
+    if ServingAddress(host, number).url in ours:
         return ok(f"loray serves at port {number}")
     mend = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
     if reason.errno != errno.EADDRINUSE:
@@ -537,7 +537,7 @@ def port(s: Situation) -> Finding:
     return error(f"port {number} is taken by {_holder(number)}", mend)
 
 
-def server(s: Situation) -> Finding:
+def server(s: Situation) -> CheckResult:
     url = s.settings.url
     if url is None:
         return ok("LORAY_URL is not set: commands work on this machine")
@@ -557,7 +557,7 @@ def server(s: Situation) -> Finding:
     return ok(f"the server at {url} answers: {len(names)} models")
 
 
-def encryption(s: Situation) -> Finding:
+def encryption(s: Situation) -> CheckResult:
     """Asks the nodes themselves: what this process' environment says is not what they run with."""
     if s.settings.address is None:
         return ok("one machine: there is no network between nodes")
@@ -580,7 +580,7 @@ def encryption(s: Situation) -> Finding:
     return ok(f"{told}, with TLS between them")
 
 
-def _speaks_tls(node: Address) -> bool | None:
+def _speaks_tls(node: ServingAddress) -> bool | None:
     """None where nothing answers."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose certificate it is, is not the question
@@ -618,7 +618,7 @@ _STORES_TIMEOUT_S = 5.0
 _SKEW_S, _MOST_SKEW_S = 30.0, 300.0  # S3 refuses what is signed more than 15 minutes before or after
 
 
-def catalog(s: Situation) -> Finding:
+def catalog(s: Situation) -> CheckResult:
     from loray.catalog.database import HEAD, revision_of, shown_url
 
     url = s.settings.catalog
@@ -645,7 +645,7 @@ def catalog(s: Situation) -> Finding:
     )
 
 
-def store(s: Situation) -> Finding:
+def store(s: Situation) -> CheckResult:
     location = parse_location(s.settings.store)
     if isinstance(location, FileLocation):
         reason = unwritable(location.folder)
@@ -663,7 +663,7 @@ def store(s: Situation) -> Finding:
     return ok(f"store {location.url} can be written to")
 
 
-def clock(s: Situation) -> Finding:
+def clock(s: Situation) -> CheckResult:
     location = parse_location(s.settings.store)
     ahead = None
     if isinstance(location, FileLocation):
@@ -673,7 +673,7 @@ def clock(s: Situation) -> Finding:
     return skew(ahead)
 
 
-def skew(ahead: float | None) -> Finding:
+def skew(ahead: float | None) -> CheckResult:
     """`ahead`: seconds by which this machine's clock is ahead of the store's; None where it could not be asked."""
     if ahead is None:
         return ok("the store's clock could not be compared")
@@ -760,7 +760,7 @@ def doctor(
     spec, others = _specs(spec_file, base_name, port)
     situation = Situation(settings, spec, Facts.read(settings.home), deep, others, spec_file)
     chosen = [check for check in CHECKS if here or settings.url is None or not check.serves]
-    results: list[tuple[str, Finding]] = []
+    results: list[tuple[str, CheckResult]] = []
     out = console()
     for name, finding in examined(chosen, situation):
         results.append((name, finding))
@@ -794,7 +794,7 @@ def _specs(file: Path | None, base: str | None, port: int | None) -> tuple[Serve
     raise SpecError(f"{file} has several bases ({names}); say which one to examine, as in --base {fleet.names[0]}")
 
 
-def examined(checks: Sequence[Check], situation: Situation) -> Iterator[tuple[str, Finding]]:
+def examined(checks: Sequence[Check], situation: Situation) -> Iterator[tuple[str, CheckResult]]:
     """Each check's finding as it comes. A check that fails itself is an error too, and the others go on."""
     for check in checks:
         try:

@@ -171,7 +171,7 @@ def _with(options: Sequence[Any], command: Callable[..., None]) -> Callable[...,
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class EvaluatedModel:
     """The model to measure. With `rope` None, RoPE and `context_length` are the base's. `version`: if published."""
 
     label: str
@@ -188,7 +188,7 @@ class Target:
         original = () if self.original_context_length is None else (self.original_context_length,)
         return (*original, self.context_length)
 
-    def described(self, manifest: AdapterManifest) -> Target:
+    def described(self, manifest: AdapterManifest) -> EvaluatedModel:
         """Adds context lengths and RoPE of the adapter's manifest."""
         return replace(
             self,
@@ -201,7 +201,7 @@ class Target:
 @contextmanager
 def opened(
     model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
-) -> Iterator[Target]:
+) -> Iterator[EvaluatedModel]:
     """Opens the target. A published adapter's files are fetched, verified, and removed when the block ends.
 
     A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
@@ -216,23 +216,23 @@ def opened(
         raise SpecError("--base is for folders: a published adapter names its base")
     if model in {base.name for base in list_bases(settings.home)}:
         base = get_base(settings.home, model)
-        target = Target(model, base, base.config.max_position_embeddings)
+        target = EvaluatedModel(model, base, base.config.max_position_embeddings)
         yield _scaled(target, scaling, original_context)
         return
     with _published(model) as target:
         yield _scaled(target, scaling, original_context)
 
 
-def _folder(folder: Path, settings: Settings, base_name: str | None) -> Target:
+def _folder(folder: Path, settings: Settings, base_name: str | None) -> EvaluatedModel:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     base = get_base(settings.home, base_name) if base_name else base_of(folder, settings.home)
-    target = Target(folder.name, base, base.config.max_position_embeddings, adapter=folder)
+    target = EvaluatedModel(folder.name, base, base.config.max_position_embeddings, adapter=folder)
     return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
 
 
 @contextmanager
-def _published(model: str) -> Iterator[Target]:
+def _published(model: str) -> Iterator[EvaluatedModel]:
     with open_services() as services:
         try:
             ref = services.catalog.resolve(model)
@@ -245,11 +245,13 @@ def _published(model: str) -> Iterator[Target]:
             folder = Path(scratch) / "adapter"
             services.store.fetch(ref.digest, folder)
             base = base_of(folder, services.settings.home)
-            target = Target(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
+            target = EvaluatedModel(
+                version.label, base, base.config.max_position_embeddings, adapter=folder, version=version
+            )
             yield target.described(version.manifest)
 
 
-def _scaled(target: Target, scaling: RopeScaling | None, original_context: int | None) -> Target:
+def _scaled(target: EvaluatedModel, scaling: RopeScaling | None, original_context: int | None) -> EvaluatedModel:
     if scaling is None:
         if original_context is not None:
             raise SpecError("--original-context says what --rope extends; give that too")
@@ -397,7 +399,7 @@ def _retrieve(
         _print_end(target, options, took, "prompts")
 
 
-def _target(options: Options) -> AbstractContextManager[Target]:
+def _target(options: Options) -> AbstractContextManager[EvaluatedModel]:
     return opened(
         options.model,
         base_name=options.base_name,
@@ -418,7 +420,7 @@ class _Took(NamedTuple):
     why: str
 
 
-def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
+def _measure(target: EvaluatedModel, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], _Took]:
     import torch  # takes seconds
     from transformers.utils.logging import disable_progress_bar
 
@@ -442,7 +444,7 @@ def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evalu
     return measured, _Took(time.monotonic() - started, kept.num_computed, kept.num_taken, dtype, why)
 
 
-def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
+def _record(target: EvaluatedModel, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
     """Records the evaluations if asked to. Returns why the gate refuses an alias; None if the adapter is not gated."""
     version = target.version
     if version is None:
@@ -455,7 +457,7 @@ def _record(target: Target, options: Options, measured: Sequence[Evaluation]) ->
     return describe.objections(version.manifest, known, services.settings)
 
 
-def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:
+def _as_json(target: EvaluatedModel, options: Options, measured: Sequence[Evaluation], took: _Took) -> dict[str, Any]:
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,
@@ -498,7 +500,7 @@ def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
     return made
 
 
-def _print_end(target: Target, options: Options, took: _Took, what: str) -> None:
+def _print_end(target: EvaluatedModel, options: Options, took: _Took, what: str) -> None:
     if took.num_taken:
         total = took.num_computed + took.num_taken
         click.echo(f"{took.num_taken} of {total} {what} taken from earlier runs; --fresh computes all again")

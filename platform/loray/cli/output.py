@@ -106,7 +106,7 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         transient=True,
         disable=not shown,
     )
-    steps: dict[str, _Step] = {}
+    steps: dict[str, _ProgressColumn] = {}
     written = time.monotonic()
 
     def progress(name: str, share: float) -> None:
@@ -115,7 +115,7 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         if name not in steps:
             for step in steps.values():
                 bar.update(step.task, completed=1.0, left="")
-            steps[name] = _Step(bar.add_task(name, total=1.0, left=""), now, share)
+            steps[name] = _ProgressColumn(bar.add_task(name, total=1.0, left=""), now, share)
         left = steps[name].left(now, share)
         bar.update(steps[name].task, completed=share, left=left)
         if not shown and now - written >= _BETWEEN_LINES_S:
@@ -126,7 +126,7 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         yield progress
 
 
-class _Step(NamedTuple):
+class _ProgressColumn(NamedTuple):
     """When a step of the work began, and the share of it that was done then."""
 
     task: TaskID

@@ -21,11 +21,11 @@ from loray.cli.output import console, count, emit, json_option, pairs, table
 from loray.cli.recipes import RecipeSource, recipe_options
 from loray.errors import LorayError, NotFoundError, SpecError
 from loray.machine import Machine, Rates, hardware
-from loray.planning.compute import Exchange
+from loray.planning.compute import ExchangeVolume
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
 from loray.planning.memory import HOST_MOMENTS, MOMENTS, WHAT, HostPlan
 from loray.planning.plan import Plan, make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recipes.resolve import continued, on_hardware
 from loray.settings import Settings
 from loray.spec import TrainSpec, format_seconds, format_size
@@ -66,7 +66,7 @@ def device_of(name: str, home: Path, num_workers: int, *, use_gpu: bool = False)
     raise SpecError(f"no device {name!r}; there are {known}, or name a YAML file with its memory and rates")
 
 
-def shape_of(base: str, config: Path | None, home: Path) -> ModelConfig:
+def shape_of_recipe(base: str, config: Path | None, home: Path) -> ModelConfig:
     """The shape in `config` if it is given, else of the base on this machine, else of a well-known base."""
     return known_shape(base, home) if config is None else _read(config)
 
@@ -186,7 +186,7 @@ def _host(host: HostPlan) -> Table:
     return pairs([*rows, ("peak", f"{format_size(host.peak_bytes)}{usable}, while {host.peak_moment}: {fits}")])
 
 
-def _exchanges(rows: list[list[Exchange]]) -> Table:
+def _exchanges(rows: list[list[ExchangeVolume]]) -> Table:
     groups = [exchange.group_size for exchange in rows[0]]
     columns = ["P", "TOKENS"]
     for group in groups:
@@ -202,7 +202,7 @@ def _exchanges(rows: list[list[Exchange]]) -> Table:
     return table(columns, cells, right=columns)
 
 
-def _halo(exchange: Exchange) -> str:
+def _halo(exchange: ExchangeVolume) -> str:
     """Bytes of the halo, and the factor by which Ulysses sends more."""
     times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
     return f"{format_size(exchange.halo_bytes)} ({times:.1f}×)"
@@ -257,14 +257,14 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
     """
     home = Settings.from_env().home
     spec = source.load(home, is_example=True).spec
-    model = shape_of(spec.base, config, home)
+    model = shape_of_recipe(spec.base, config, home)
     spec = with_parent(spec, model)
     found = hardware()
     here = on_hardware(spec, found)
     is_elsewhere = device_name is None and here.spec.use_gpu and not found.gpus
     name = device_name or (ASSUMED_GPU if is_elsewhere else THIS_MACHINE)
     device = device_of(name, home, spec.num_workers, use_gpu=bool(here.spec.use_gpu))
-    made = make_plan(run_of(spec, model, dtype=device.training_dtype), device)
+    made = make_plan(shape_of(spec, model, dtype=device.training_dtype), device)
     if as_json:
         emit({"recipe": spec.name, "base": spec.base} | made.to_dict())
     else:
@@ -293,7 +293,7 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
     if device is None:
         to.print("no plan of memory: name the workers' --device to have one", highlight=False, soft_wrap=True)
         return
-    plan = make_plan(run_of(spec, model, dtype=device.training_dtype), device)
+    plan = make_plan(shape_of(spec, model, dtype=device.training_dtype), device)
     is_assumed = device_name is None and device.name == ASSUMED_GPU
     why = on_hardware(spec, hardware()).why if is_here and device_name is None else None
     is_timed = not device.is_host or Machine.here(home).rates is not None

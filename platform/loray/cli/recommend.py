@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from loray.cli.output import console, count, emit, table
-from loray.cli.plan import config_option, device_of, device_option, shape_of
-from loray.recommend import Answers, Constraint, Estimate, Recommendation, Scale, recommend
+from loray.cli.plan import config_option, device_of, device_option, shape_of_recipe
+from loray.recommend import Answers, Constraint, MethodEstimate, Recommendation, Scale, recommend
 from loray.settings import Settings
 from loray.spec import format_seconds, format_size
 
@@ -48,7 +48,7 @@ def command(
     home = Settings.from_env().home
     answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
     device = device_of(device_name or "a100-80gb", home, num_workers=1)
-    found = recommend(answers, base, shape_of(base, config, home), device)
+    found = recommend(answers, base, shape_of_recipe(base, config, home), device)
     if not as_json:
         _show(found)
     elif with_estimates:
@@ -75,7 +75,7 @@ def _show(found: Recommendation) -> None:
         to.print(f"- {remark}", soft_wrap=True, markup=False)
 
 
-def _row(e: Estimate) -> tuple[str, ...]:
+def _row(e: MethodEstimate) -> tuple[str, ...]:
     training = "–" if e.training_bytes is None else format_size(e.training_bytes) + " (checkpointing)" * e.checkpointing
     return (
         e.method,

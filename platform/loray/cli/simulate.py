@@ -14,7 +14,7 @@ from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
 from loray.simulation.simulator import Summary, mean
-from loray.simulation.workload import WHERE, Requests, find, read
+from loray.simulation.workload import WHERE, RequestTrace, find, read
 
 _COLUMNS = (
     "policy", "p50 TTFT s", "p99 TTFT s", "mean s", "cold loads", "cold %", "evicted", "replica-hours", "most", "run s",
@@ -160,7 +160,7 @@ def _row(name: str, made: Summary, seconds: float) -> tuple[object, ...]:
     )
 
 
-def _trace(name: str) -> Requests | None:
+def _trace(name: str) -> RequestTrace | None:
     """None: synthetic."""
     if name == "synthetic":
         return None

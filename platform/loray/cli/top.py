@@ -22,7 +22,7 @@ from loray.spec import format_seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StatusSample:
     """`at`: seconds of a monotonic clock. Without metrics, `ttft`, `requests` and `under_way` are empty."""
 
     at: float
@@ -32,7 +32,7 @@ class Moment:
     under_way: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, status: Status, metrics: str | None) -> Moment:
+    def of(cls, status: Status, metrics: str | None) -> StatusSample:
         """`metrics`: Prometheus' text; None where the server gives none."""
         read = Metrics(metrics or "")
         ttft, requests = read.buckets(TTFT, "replica"), read.sums(REQUESTS, "gateway")
@@ -47,7 +47,7 @@ def since(now: Buckets, earlier: Buckets | None) -> Buckets:
     return left if min(left.values(), default=0.0) >= 0 and max(left.values(), default=0.0) > 0 else now
 
 
-def report(now: Moment, earlier: Moment | None) -> dict[str, Any]:
+def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
     """What `loray top --json` prints: rates between both moments, percentiles of what ended between them."""
     seconds = 0.0 if earlier is None else now.at - earlier.at
     old = {} if earlier is None else {r.replica: r for r in earlier.status.replicas}
@@ -157,14 +157,14 @@ def top(interval: float, once: bool, url: str | None, as_json: bool) -> None:
                 live.update(shown(report(moments[-1], moments[0])), refresh=True)
 
 
-def look(client: LorayClient) -> Moment:
+def look(client: LorayClient) -> StatusSample:
     """Status and metrics. Without those where the key may not read them."""
     status = client.status()
     try:
         metrics: str | None = client.metrics()
     except (Unauthenticated, PermissionDenied):
         metrics = None
-    return Moment.of(status, metrics)
+    return StatusSample.of(status, metrics)
 
 
 def shown(found: dict[str, Any]) -> Group:

@@ -25,7 +25,7 @@ RATE_LIMITED = 429  # nothing was done
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 
 
-class Patience:
+class RetryPolicy:
     """The attempts at one request, for up to `seconds` after the first. The pauses grow, and differ between clients, so
     that they do not all come at the moment when the server is back.
     """
@@ -131,7 +131,7 @@ class HttpClient:
             response.close()
 
     def _attempts(self, send: Callable[[], httpx.Response], *, again: bool) -> httpx.Response:
-        patience = Patience(self._retry_s)
+        patience = RetryPolicy(self._retry_s)
         while True:
             try:
                 response = send()

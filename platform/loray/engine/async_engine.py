@@ -30,7 +30,7 @@ from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import EngineError, EngineStopped, RankLost, RequestError
 from loray.priority import compute_in_background
-from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, StepStretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
 
@@ -136,7 +136,7 @@ _PREFETCH_LOOK_S = 0.01
 T = TypeVar("T")
 
 
-class Sink(Protocol):
+class TokenSink(Protocol):
     """Takes the results of requests. Sinks that are equal get the results of one step together."""
 
     def deliver(self, outputs: Sequence[tuple[Any, TokenOutput]]) -> None:
@@ -146,11 +146,11 @@ class Sink(Protocol):
 
 
 class _Subscriber(NamedTuple):
-    sink: Sink
+    sink: TokenSink
     key: Any
 
 
-class EngineStream:
+class AsyncEngine:
     """Owns the engine's threads; its thread, below, is the one whose turn it is. May be called from any thread and any
     event loop.
     """
@@ -202,7 +202,7 @@ class EngineStream:
         """See Engine. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
 
-    async def layout(self) -> tuple[Stretch, ...]:
+    async def layout(self) -> tuple[StepStretch, ...]:
         """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
         pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
         return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
@@ -233,7 +233,7 @@ class EngineStream:
         self._post(lambda: self._run_call(result, function))
         return result
 
-    def subscribe(self, request: GenerateRequest, sink: Sink, key: Any) -> None:
+    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
         """Submits the request; `sink` gets its results, with `key`.
 
         Raises RequestError, ContextLengthExceeded, BaseMismatch or EngineError. The result may be one of those, an
@@ -357,7 +357,7 @@ class EngineStream:
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        by_sink: dict[Sink, list[tuple[Any, TokenOutput]]] = {}
+        by_sink: dict[TokenSink, list[tuple[Any, TokenOutput]]] = {}
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
             subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)

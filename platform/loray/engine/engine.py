@@ -14,15 +14,15 @@ import torch
 
 from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
-from loray.engine.memory.adapter_manager import Placement, Residency, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
-from loray.engine.metrics import Counters, EngineStats, UsageLog
+from loray.engine.metrics import AdapterUsageLog, Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import Workers
 from loray.engine.pool.loader import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool, ResidentAdapter
-from loray.engine.request import Chunk, Request, State, TokenOutput
+from loray.engine.request import Chunk, Request, RequestState, TokenOutput
 from loray.engine.runner import ModelRunner, StepResults
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.sampler import Sampler
@@ -32,7 +32,7 @@ from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import EngineError, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, SamplingParams, ServeSpec, TokenLogprobs
 from loray.telemetry import get_logger
-from loray_kernels import Recorded, RecordLimits
+from loray_kernels import CaptureLimits, CaptureState
 from loray_kernels.memory import is_out_of_memory
 
 _log = get_logger(__name__)
@@ -40,7 +40,7 @@ _log = get_logger(__name__)
 _PROGRESS_S = 5.0  # between two lines of the log
 
 
-def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> Recorded | None:
+def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
     """How far recording has come; None where the backend records no steps. Done once: a further call changes nothing.
 
     `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
@@ -57,13 +57,13 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> Recorded | None:
     _log.info("steps with prompts are compiled, %.1f s", time.monotonic() - began)
     shown = time.monotonic()
 
-    def show(progress: Recorded) -> None:
+    def show(progress: CaptureState) -> None:
         nonlocal shown
         if time.monotonic() - shown >= _PROGRESS_S:
             shown = time.monotonic()
             _log.info("recording decode steps: %s", _text(progress))
 
-    recorded = model.record(RecordLimits(spec.graph_seconds, spec.graph_bytes), show)
+    recorded = model.record(CaptureLimits(spec.graph_seconds, spec.graph_bytes), show)
     assert recorded is not None
     _log.info("recorded decode steps: %s", _text(recorded))
     if recorded.num_recorded < recorded.num_wanted:
@@ -77,7 +77,7 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> Recorded | None:
     return recorded
 
 
-def _text(r: Recorded) -> str:
+def _text(r: CaptureState) -> str:
     return f"{r.num_recorded} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
 
 
@@ -133,7 +133,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
 
 def check_integrity(
     scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    residency: Residency[PackedAdapter, ResidentAdapter],
+    residency: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> None:
     """AssertionError unless each block is free or held by running requests, the prefix cache or resident adapters, as
@@ -182,7 +182,7 @@ def undo_step(
 def report(
     counters: Counters,
     scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    residency: Residency[PackedAdapter, ResidentAdapter],
+    residency: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> EngineStats:
     """Of the pool's KV blocks those that only the prefix cache holds are `cached`."""
@@ -244,14 +244,14 @@ class Engine:
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
-        self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
+        self.residency: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
             load=self._start_load,
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
             arrived=pool.has_arrived,
-            usage=UsageLog(on_forget=self._loads.forget),
+            usage=AdapterUsageLog(on_forget=self._loads.forget),
             wake=lambda: self.wake(),
         )
         self.scheduler: Scheduler[PackedAdapter, ResidentAdapter] = Scheduler(
@@ -282,7 +282,7 @@ class Engine:
         )
         self.idle = True  # the last step had nothing to compute
 
-    def warm_up(self) -> Recorded | None:
+    def warm_up(self) -> CaptureState | None:
         """Compile kernels and record decode steps, see `warmup`. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
 
@@ -388,7 +388,7 @@ class Engine:
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
         scored = {part.request: None for part, _ in results.scores if part.request.prompt_logprobs}
-        going_on = (r for r in scored if r.request_id not in broken and r.state is not State.FINISHED)
+        going_on = (r for r in scored if r.request_id not in broken and r.state is not RequestState.FINISHED)
         outputs += [self._output(r, None, None, None) for r in going_on]
         return outputs + [self._fail_not_finite(r) for r in broken.values()]
 
@@ -480,4 +480,4 @@ class Engine:
 
 def _not_ended(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Without those of requests that tokens in flight have ended."""
-    return [chunk for chunk in chunks if chunk.request.state is not State.FINISHED]
+    return [chunk for chunk in chunks if chunk.request.state is not RequestState.FINISHED]

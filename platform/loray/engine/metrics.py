@@ -125,7 +125,7 @@ class ResidencyCounts:
     num_host_evictions: int = 0
 
 
-class UsageLog:
+class AdapterUsageLog:
     """Usage of the adapters that the engine holds, and of the last `num_kept` that it has dropped. For one thread."""
 
     def __init__(

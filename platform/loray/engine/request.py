@@ -10,7 +10,7 @@ from typing import NamedTuple
 from loray.spec import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 
 
-class State(Enum):
+class RequestState(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -65,7 +65,7 @@ class Request:
 
     spec: GenerateRequest
     arrival: int
-    state: State = State.WAITING
+    state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
     num_scored: int = 0  # tokens of its prompt, from the second on, whose log-probabilities are known
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # those that have not been returned yet
@@ -222,7 +222,7 @@ class Chunk(NamedTuple):
         return Work.of(self.start, self.num_tokens, len(self.scored))
 
 
-class Plan(NamedTuple):
+class SchedulerOutput(NamedTuple):
     """`failed` will not run. `residency_changed`: an adapter has moved: plan again at once.
     `work`: of the whole step.
     """

@@ -26,7 +26,7 @@ from loray.engine.model.decode_batch import DecodeBatch, Resident
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.partial import PartialAdapters
 from loray.engine.pool.pool import Pool
-from loray.engine.request import Chunk, Request, State, Work
+from loray.engine.request import Chunk, Request, RequestState, Work
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
@@ -147,8 +147,8 @@ class ModelRunner:
         with torch.inference_mode():
             outcomes, scores = step.outcomes(), [*step.scores.of(batch.scored)]
         yield StepResults(
-            [chunk.request for chunk in step.chunks if chunk.request.state is not State.FINISHED],
-            [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not State.FINISHED],
+            [chunk.request for chunk in step.chunks if chunk.request.state is not RequestState.FINISHED],
+            [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not RequestState.FINISHED],
             scores,
         )
         step.partial.end_step()

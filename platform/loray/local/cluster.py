@@ -25,7 +25,7 @@ from loray import SPIN_COUNT
 from loray.files import file_lock, write_private
 from loray.local.processes import (
     LOOPBACK,
-    Server,
+    LocalServer,
     alive,
     free_ports,
     identity,
@@ -152,7 +152,7 @@ _TEMP_ROOT = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class LocalCluster(Server):
+class LocalCluster(LocalServer):
     """`address` is the URL of dashboard and job server, `gcs_address` the argument of ray.init."""
 
     address: str

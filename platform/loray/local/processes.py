@@ -47,7 +47,7 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class Server(Process):
+class LocalServer(Process):
     """A server process that outlives the process that started it. It leads a session of its own."""
 
     def end(self) -> None:

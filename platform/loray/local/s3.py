@@ -22,7 +22,7 @@ from loray.errors import ClusterError, SettingsError, StoreError
 from loray.files import file_lock, write_private
 from loray.local.processes import (
     LOOPBACK,
-    Server,
+    LocalServer,
     alive,
     free_ports,
     identity,
@@ -48,7 +48,7 @@ _SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port, and
 
 
 @dataclass(frozen=True, slots=True)
-class LocalS3(Server):
+class LocalS3(LocalServer):
     """`folder` contains the server's keys, data, log and state."""
 
     folder: str

@@ -56,7 +56,7 @@ def standalone_servers(home: Path) -> list[StandaloneServer]:
 _TIMEOUT_S = 10.0
 
 
-class Address(NamedTuple):
+class ServingAddress(NamedTuple):
     host: str
     port: int
 
@@ -88,12 +88,12 @@ def serve_details(cluster: LocalCluster | str) -> dict[str, Any]:
     return _read(cluster, "/api/serve/applications/", "Ray Serve's state")
 
 
-def raylets(cluster: LocalCluster | str) -> list[Address]:
+def raylets(cluster: LocalCluster | str) -> list[ServingAddress]:
     """Where Ray's own server of each living node listens. ClusterError if the dashboard does not answer."""
     try:
         nodes = [node["raylet"] for node in _read(cluster, "/nodes?view=summary", "Ray's nodes")["data"]["summary"]]
         living = [node for node in nodes if node["state"] == "ALIVE"]
-        return [Address(node["nodeManagerAddress"], int(node["nodeManagerPort"])) for node in living]
+        return [ServingAddress(node["nodeManagerAddress"], int(node["nodeManagerPort"])) for node in living]
     except (KeyError, TypeError, ValueError) as e:
         raise ClusterError(f"Ray's dashboard tells its nodes in another form: {e!r}") from e
 
@@ -111,7 +111,7 @@ def _read(cluster: LocalCluster | str, path: str, what: str) -> dict[str, Any]:
         raise ClusterError(f"{what} cannot be read at {address}: {e}; `loray down` ends a cluster that hangs") from e
 
 
-def _http(details: dict[str, Any]) -> Address | None:
+def _http(details: dict[str, Any]) -> ServingAddress | None:
     options = details.get("http_options") or {}
     is_served = bool(details.get("applications")) and options.get("port")
-    return Address(options["host"], options["port"]) if is_served else None
+    return ServingAddress(options["host"], options["port"]) if is_served else None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loray.adapters.pairs import PairKey, begin_digest, draw_blocks
 from loray.bases.quantized import is_quantised
-from loray.methods.weights import ProjectionPair
+from loray.methods.weights import SharedProjection
 from loray.spec import VeraSpec
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=4)
-def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> ProjectionPair:
+def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> SharedProjection:
     """A (rank, max_in) and B (max_out, rank) in fp32 on the CPU, the numbers of `pairs.draw_blocks`.
 
     Two adapters share a pair only when all four arguments are equal. Callers get the same tensors: do not write to
@@ -39,7 +39,7 @@ def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> ProjectionPair:
     pair = PairKey(key, rank, max_in, max_out)
     blocks = draw_blocks(pair)
     a_RI, b_OR = (_filled(shape, blocks) for shape in pair.shapes)
-    return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
+    return SharedProjection(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
 
 
 def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
@@ -63,10 +63,10 @@ def _filled(shape: tuple[int, int], blocks: Iterator[NDArray[np.float32]]) -> Te
 _INNER = "_vera_inner"
 
 
-class SharedPair:
+class ProjectionBuffer:
     """One pair for a whole model, with a copy for each device and dtype that modules use."""
 
-    def __init__(self, pair: ProjectionPair) -> None:
+    def __init__(self, pair: SharedProjection) -> None:
         self.pair = pair
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -94,7 +94,7 @@ class VeraLinear(nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Linear, shared: SharedPair, *, rank: int, d_initial: float, dropout: float
+        self, base_layer: nn.Linear, shared: ProjectionBuffer, *, rank: int, d_initial: float, dropout: float
     ) -> None:
         super().__init__()
         weight: Any = base_layer.weight
@@ -118,7 +118,7 @@ class VeraLinear(nn.Module):
         return base + self.vera_lambda_b * outer
 
 
-def inject_vera(model: nn.Module, spec: VeraSpec) -> SharedPair:
+def inject_vera(model: nn.Module, spec: VeraSpec) -> ProjectionBuffer:
     """Replace every target module of `model` by a VeraLinear, and freeze all other parameters."""
     targets = {
         path: module
@@ -127,7 +127,7 @@ def inject_vera(model: nn.Module, spec: VeraSpec) -> SharedPair:
     }
     max_in = max(m.in_features for m in targets.values())
     max_out = max(m.out_features for m in targets.values())
-    shared = SharedPair(draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out))
+    shared = ProjectionBuffer(draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out))
     model.requires_grad_(False)
     for path, module in targets.items():
         parent, _, name = path.rpartition(".")

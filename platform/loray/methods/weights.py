@@ -56,14 +56,14 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class VeraWeights:
-    """y += b ⊙ (B[:O] (d ⊙ (A[:, :I] x))) with the adapter's ProjectionPair."""
+    """y += b ⊙ (B[:O] (d ⊙ (A[:, :I] x))) with the adapter's SharedProjection."""
 
     d_R: Tensor
     b_O: Tensor
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class ProjectionPair:
+class SharedProjection:
     """VeRA's frozen pair, fp32: A (R, max_in), B (max_out, R). `digest` is the SHA-256 of both."""
 
     a_RI: Tensor
@@ -92,7 +92,7 @@ class AdapterWeights:
     """
 
     modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
-    pair: ProjectionPair | None = None
+    pair: SharedProjection | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     embedding: EmbeddingRows | None = None
     rope: RopeParameters | None = None

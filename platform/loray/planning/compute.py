@@ -16,14 +16,14 @@ from typing import NamedTuple
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.planning.devices import Device
-from loray.planning.run import Run, count_dora_norms, count_factors, count_quantised, halo_plan
+from loray.planning.run import RunShape, count_dora_norms, count_factors, count_quantised, halo_plan
 from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 from loray.spec import AdapterSpec, VeraSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class ExchangeVolume:
     """One layer's forward pass over one micro-batch of rows of N = `num_tokens`, for P = `sequence`, G = `group_size`.
 
     halo_bytes  bytes that the rank sends that sends most; the backward pass sends as many back
@@ -40,7 +40,7 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class TrafficPlan:
     """Bytes that one worker sends in one optimizer step. `exchange` is None where rows are not split, or attention is
     dense.
 
@@ -52,19 +52,19 @@ class Traffic:
     gather_bytes    weights, which are gathered for each use
     """
 
-    exchange: Exchange | None
+    exchange: ExchangeVolume | None
     halo_bytes: int
     dense_bytes: int
     gradient_bytes: int
     gather_bytes: int
 
 
-def exchange(run: Run, sequence: int, group_size: int) -> Exchange:
+def exchange(run: RunShape, sequence: int, group_size: int) -> ExchangeVolume:
     """The exchange for P = `sequence` and G = `group_size`. Raises SpecError where P does not divide N."""
     plan = halo_plan(run.model, run.padded_length, sequence, group_size)
     model, e = run.model, run.element_bytes * run.num_sequences
     shape = (plan.num_tokens, sequence)
-    return Exchange(
+    return ExchangeVolume(
         num_tokens=plan.num_tokens,
         sequence=sequence,
         group_size=group_size,
@@ -75,7 +75,7 @@ def exchange(run: Run, sequence: int, group_size: int) -> Exchange:
     )
 
 
-def exchanges(run: Run, group_sizes: Sequence[int], largest: int = 32) -> list[list[Exchange]]:
+def exchanges(run: RunShape, group_sizes: Sequence[int], largest: int = 32) -> list[list[ExchangeVolume]]:
     """A list for each P = 2, 4, … up to `largest` that divides N, with an exchange for each group size."""
     rows = []
     for power in range(1, largest.bit_length()):
@@ -86,13 +86,13 @@ def exchanges(run: Run, group_sizes: Sequence[int], largest: int = 32) -> list[l
     return rows
 
 
-def group_sizes(run: Run) -> list[int]:
+def group_sizes(run: RunShape) -> list[int]:
     """The G of the run, a quarter of the row, and at most 8192; without repetition."""
     fixed = min(8192, quarter(run.row_length))
     return list(dict.fromkeys([run.group_size or fixed, quarter(run.row_length), fixed]))
 
 
-def plan_traffic(run: Run) -> Traffic:
+def plan_traffic(run: RunShape) -> TrafficPlan:
     trained, e = run.trained.total, run.element_bytes
     share = (run.num_workers - 1) / run.num_workers
     mine = exchange(run, run.sequence, run.group_size) if run.sequence > 1 and run.group_size else None
@@ -106,10 +106,10 @@ def plan_traffic(run: Run) -> Traffic:
         case _:
             gradient_bytes = share * 4 * trained
     gather_bytes = int((2 + run.has_reference) * share * weights * run.accumulation)
-    return Traffic(mine, halo_bytes, _dense_bytes(run), int(gradient_bytes), gather_bytes)
+    return TrafficPlan(mine, halo_bytes, _dense_bytes(run), int(gradient_bytes), gather_bytes)
 
 
-def _dense_bytes(run: Run) -> int:
+def _dense_bytes(run: RunShape) -> int:
     """Of the rank that sends most."""
     if (plan := run.shared_dense) is None:
         return 0
@@ -121,7 +121,7 @@ def _dense_bytes(run: Run) -> int:
     return most * run.element_bytes * run.num_sequences * run.model.num_layers * run.accumulation
 
 
-def _both_ways(run: Run) -> int:
+def _both_ways(run: RunShape) -> int:
     """Bytes of one layer and micro-batch in both passes, of the rank that sends most. Recomputation uses kept halos."""
     plan, head_dim = run.halo, run.model.head_dim
     assert plan is not None, "there is a halo"
@@ -165,7 +165,7 @@ class Flops:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTime:
+class StepEstimate:
     """Seconds of one optimizer step.
 
     communication_s  communication that does not overlap with computation
@@ -222,7 +222,7 @@ def _adapter_gradients(adapter: AdapterSpec) -> int:
     return 1 if isinstance(adapter, VeraSpec) else 2
 
 
-def count_flops(run: Run) -> Flops:
+def count_flops(run: RunShape) -> Flops:
     num_tokens = run.tokens_per_worker * run.accumulation
     rows, heads = run.num_sequences * run.accumulation / run.sequence, run.model.num_heads
     pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
@@ -264,7 +264,7 @@ def model_flops_per_token(
     return total / num_tokens
 
 
-def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
+def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEstimate:
     flops = count_flops(run)
     passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.has_reference
     peak = device.flops * device.product_shares.get(run.dtype, 1.0)
@@ -283,7 +283,7 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
         dense_s = max(0.0, dense_s - attention_s)
     communication_s = max(0.0, halo_s - attention_s) + dense_s + max(0.0, gather_s - compute_s) + gradient_s
     step_s = compute_s + optimizer_s + communication_s
-    return StepTime(
+    return StepEstimate(
         matmul_s=matmul_s,
         attention_s=attention_s,
         memory_s=memory_s,
@@ -294,7 +294,7 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     )
 
 
-def _eager_bytes(run: Run) -> float:
+def _eager_bytes(run: RunShape) -> float:
     """Bytes of everything but matrix products: norms in fp32, RoPE, residuals, the adapter's sum, SiLU, the loss. The
     backward pass takes twice the forward pass.
     """
@@ -309,7 +309,7 @@ def _eager_bytes(run: Run) -> float:
     return float((layers + loss) * run.tokens_per_worker + _dequantised_bytes(run)) * run.accumulation
 
 
-def _dequantised_bytes(run: Run) -> float:
+def _dequantised_bytes(run: RunShape) -> float:
     """Every pass over a quantised layer reads its weight and writes it in the base's dtype, whatever the tokens."""
     if run.quantization is None:
         return 0.0

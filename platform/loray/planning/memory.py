@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from loray.planning.devices import Device
-from loray.planning.run import SHARDS_WEIGHTS, Run, count_vera_pair
+from loray.planning.run import SHARDS_WEIGHTS, RunShape, count_vera_pair
 from loray.planning.sequence import DensePlan
 from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MODULES_BY_INPUT, DoraSpec, TrainSpec, VeraSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
 
-class Kept(NamedTuple):
+class SavedTensors(NamedTuple):
     """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
 
     name: str
@@ -33,34 +33,34 @@ class Kept(NamedTuple):
     block: int
 
 
-def of_layer(run: Run) -> tuple[Kept, ...]:
+def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
     kept = (_norms(run), _attention(run), _adapter(run), _mlp(run))
     return tuple(part for part in kept if part.nbytes)
 
 
-def layer_input(run: Run) -> int:
+def layer_input(run: RunShape) -> int:
     """Bytes per token of a layer's input. Checkpointing keeps nothing else of the layer until its backward pass."""
     return run.element_bytes * run.model.hidden_size
 
 
-def _norms(run: Run) -> Kept:
+def _norms(run: RunShape) -> SavedTensors:
     """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
     model, e = run.model, run.element_bytes
     trained = e if run.adapter.train_norms else 0
     heads = model.num_heads + model.num_kv_heads
     widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
     nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
-    return Kept("norms", nbytes, _FP32 * model.hidden_size)
+    return SavedTensors("norms", nbytes, _FP32 * model.hidden_size)
 
 
-def _attention(run: Run) -> Kept:
+def _attention(run: RunShape) -> SavedTensors:
     """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
     model, e = run.model, run.element_bytes
     q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
-    return Kept("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
+    return SavedTensors("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
 
 
-def _adapter(run: Run) -> Kept:
+def _adapter(run: RunShape) -> SavedTensors:
     """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
 
     The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
@@ -73,17 +73,17 @@ def _adapter(run: Run) -> Kept:
     if isinstance(run.adapter, VeraSpec):
         outs = [out for out, _ in shapes.values()]
         products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
-        return Kept("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
+        return SavedTensors("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
     inner = e * run.adapter.rank * len(targets)
     if isinstance(run.adapter, DoraSpec):
         inner += 2 * e * sum(out for out, _ in shapes.values())
     inputs = [e * width for _, width in shapes.values()]
     if run.adapter.dropout:
-        return Kept("adapter", inner + 2 * sum(inputs), max(inputs))
+        return SavedTensors("adapter", inner + 2 * sum(inputs), max(inputs))
     shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
     if run.sequence == 1:
         shared.pop(_input_of("o_proj"), None)
-    return Kept("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
+    return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
 
 
 def _input_of(module: str) -> tuple[str, ...]:
@@ -91,28 +91,28 @@ def _input_of(module: str) -> tuple[str, ...]:
     return next(modules for modules in MODULES_BY_INPUT if module in modules)
 
 
-def _mlp(run: Run) -> Kept:
+def _mlp(run: RunShape) -> SavedTensors:
     """gate, silu(gate) and up."""
     width = run.element_bytes * run.model.intermediate_size
-    return Kept("mlp", 3 * width, width)
+    return SavedTensors("mlp", 3 * width, width)
 
 
-def layer_gradients(run: Run) -> Kept:
+def layer_gradients(run: RunShape) -> SavedTensors:
     """The most gradients of activations that exist at once in a layer's backward pass: those of up, silu(gate), their
     product, the residual stream and the layer's output.
     """
     width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
-    return Kept("gradients of activations", 3 * width + 2 * hidden, width)
+    return SavedTensors("gradients of activations", 3 * width + 2 * hidden, width)
 
 
-Moment = Literal["loss", "backward", "gradients", "update"]
-WHAT: dict[Moment, str] = {
+PeakMoment = Literal["loss", "backward", "gradients", "update"]
+WHAT: dict[PeakMoment, str] = {
     "loss": "end of the forward pass",
     "backward": "that of the last layer, which comes first",
     "gradients": "end of the backward pass",
     "update": "AdamW",
 }
-MOMENTS: tuple[Moment, ...] = tuple(WHAT)
+MOMENTS: tuple[PeakMoment, ...] = tuple(WHAT)
 
 CHECKPOINT = "a checkpoint, as rank 0 writes it"  # in the host's memory, while steps go on
 GRADIENT_BUCKET_BYTES = 25 << 20  # fp32 gradients that are reduced together: 25 MiB, as in torch's DDP
@@ -128,19 +128,19 @@ class Item:
 
     name: str
     nbytes: int
-    moments: tuple[Moment, ...] = MOMENTS
+    moments: tuple[PeakMoment, ...] = MOMENTS
     block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class TrainingMemory:
     items: tuple[Item, ...]
 
-    def at(self, moment: Moment) -> int:
+    def at(self, moment: PeakMoment) -> int:
         return sum(item.nbytes for item in self.items if moment in item.moments)
 
     @property
-    def peak_moment(self) -> Moment:
+    def peak_moment(self) -> PeakMoment:
         return max(MOMENTS, key=self.at)
 
     @property
@@ -153,11 +153,11 @@ class MemoryPlan:
         return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
 
 
-def plan_memory(run: Run, device: Device) -> MemoryPlan:
+def plan_memory(run: RunShape, device: Device) -> TrainingMemory:
     items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run, device)]
     passing = [item for item in items if item.moments != MOMENTS]
     kept = [_after_freeing(item, device) for item in items if item.nbytes]
-    return MemoryPlan((*kept, *_fragments(passing, device), Item("framework", device.framework_bytes)))
+    return TrainingMemory((*kept, *_fragments(passing, device), Item("framework", device.framework_bytes)))
 
 
 def _after_freeing(item: Item, device: Device) -> Item:
@@ -171,7 +171,7 @@ def _fragments(passing: list[Item], device: Device) -> Iterator[Item]:
     yield Item("fragmentation", int(device.fragmentation * most))
 
 
-def _weights(run: Run) -> Iterator[Item]:
+def _weights(run: RunShape) -> Iterator[Item]:
     """Trained embeddings do not replace the base's: a tied output head keeps them, and without one they show which
     rows training changed.
     """
@@ -185,7 +185,7 @@ def _weights(run: Run) -> Iterator[Item]:
     yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
 
 
-def _optimizer(run: Run, device: Device) -> Iterator[Item]:
+def _optimizer(run: RunShape, device: Device) -> Iterator[Item]:
     trained, shards = run.trained, run.optimizer_shards
     masters = 0 if run.dtype == "float32" and run.strategy == "ddp" else trained.total
     yield Item("gradients, fp32", _share(_FP32 * trained.total, shards))
@@ -197,13 +197,13 @@ def _optimizer(run: Run, device: Device) -> Iterator[Item]:
         yield Item(CHECKPOINT, run.checkpoint_bytes)
 
 
-def gathered_weights(run: Run) -> int:
+def gathered_weights(run: RunShape) -> int:
     """Bytes of the base's weights that fsdp2 has gathered at once."""
     base = run.base
     return run.element_bytes * (_FSDP_LAYERS * base.layer + base.embedding + base.head + base.final_norm)
 
 
-def _communication(run: Run) -> Iterator[Item]:
+def _communication(run: RunShape) -> Iterator[Item]:
     """Gradients that are being reduced, and gathered weights."""
     e, base, trained = run.element_bytes, run.base, run.trained
     if run.strategy == "ddp":
@@ -224,11 +224,11 @@ def _communication(run: Run) -> Iterator[Item]:
             yield Item("gradient bucket", GRADIENT_BUCKET_BYTES)
 
 
-def _activations(run: Run) -> Iterator[Item]:
+def _activations(run: RunShape) -> Iterator[Item]:
     tokens, layers = run.tokens_per_worker, run.model.num_layers
-    kept = of_layer(run)
+    kept = saved_by_layer(run)
     rope = 2 * run.element_bytes * run.model.head_dim
-    alive: tuple[Moment, ...] = ("loss", "backward")
+    alive: tuple[PeakMoment, ...] = ("loss", "backward")
     if run.checkpointing:
         per_token = layer_input(run)
         yield Item("layer inputs", per_token * tokens * layers, alive, per_token * tokens)
@@ -255,7 +255,7 @@ def _activations(run: Run) -> Iterator[Item]:
         yield from _halo(run, alive)
 
 
-def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
+def _halo(run: RunShape, alive: tuple[PeakMoment, ...]) -> Iterator[Item]:
     """The halo of every layer is kept until the backward pass, also with checkpointing, whose recomputation uses it.
 
     The kernel gets the halo in front of the keys of its segment, and as many queries of zeros.
@@ -273,7 +273,7 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
         yield Item("activations: attention over halos", (halo + padded) * layers, alive, padded)
 
 
-def _shared_dense(run: Run, plan: DensePlan) -> Iterator[Item]:
+def _shared_dense(run: RunShape, plan: DensePlan) -> Iterator[Item]:
     """The buffers of one layer's backward pass. Autograd keeps what it keeps on one worker, and with ulysses the keys
     and values that several ranks hold.
 
@@ -303,7 +303,7 @@ def _shared_dense(run: Run, plan: DensePlan) -> Iterator[Item]:
         )
 
 
-def _loss(run: Run, device: Device) -> Iterator[Item]:
+def _loss(run: RunShape, device: Device) -> Iterator[Item]:
     """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
     and its exponentials.
     """
@@ -321,15 +321,15 @@ def _share(nbytes: int, shards: int) -> int:
 MEASURED_AT_ONCE = 4096  # tokens of short windows that share a pass
 
 
-def num_shards(spec: TrainSpec | Run) -> int:
+def num_shards(spec: TrainSpec | RunShape) -> int:
     """Workers over which the weights of a measured model are spread. A base that training quantises is measured as it
     is served, in four times the memory, which one worker need not have.
     """
-    strategy = spec.strategy if isinstance(spec, Run) else spec.parallel.strategy
+    strategy = spec.strategy if isinstance(spec, RunShape) else spec.parallel.strategy
     return spec.num_workers if strategy in SHARDS_WEIGHTS or spec.quantization is not None else 1
 
 
-def measuring_bytes(run: Run, device: Device) -> int:
+def measuring_bytes(run: RunShape, device: Device) -> int:
     """The peak of a worker in its longest pass; 0 where the recipe measures nothing.
 
     Of a layer there are at once its input in two dtypes, queries, keys, values and output of attention, and gate, up
@@ -392,7 +392,7 @@ class HostPlan:
         return self.usable_bytes is None or self.peak_bytes <= self.usable_bytes
 
 
-def plan_host(run: Run, device: Device) -> HostPlan | None:
+def plan_host(run: RunShape, device: Device) -> HostPlan | None:
     """Of the node with the driver and rank 0, which holds most. None where workers compute in the host's memory."""
     if device.is_host:
         return None
@@ -406,7 +406,7 @@ def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
     yield HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes)
 
 
-def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
+def _base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
     """Strategies that shard the base read it tensor by tensor, and so does one that is quantised; the others build it
     whole. What is whole then moves to the device.
     """
@@ -428,12 +428,12 @@ def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
         yield HostItem("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
 
 
-def _data(run: Run, num_workers: int) -> Iterator[HostItem]:
+def _data(run: RunShape, num_workers: int) -> Iterator[HostItem]:
     """The tokens of training data are mapped files."""
     yield HostItem("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
     tokens = run.accumulation * run.num_sequences * run.padded_length
     yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
 
 
-def _state(run: Run) -> Iterator[HostItem]:
+def _state(run: RunShape) -> Iterator[HostItem]:
     yield HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",))

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from loray.planning.compute import (
-    Exchange,
+    ExchangeVolume,
     Flops,
-    StepTime,
-    Traffic,
+    StepEstimate,
+    TrafficPlan,
     count_flops,
     estimate_time,
     exchanges,
@@ -19,8 +19,16 @@ from loray.planning.compute import (
     plan_traffic,
 )
 from loray.planning.devices import Device
-from loray.planning.memory import HOST_MOMENTS, MOMENTS, HostPlan, MemoryPlan, measuring_bytes, plan_host, plan_memory
-from loray.planning.run import Run
+from loray.planning.memory import (
+    HOST_MOMENTS,
+    MOMENTS,
+    HostPlan,
+    TrainingMemory,
+    measuring_bytes,
+    plan_host,
+    plan_memory,
+)
+from loray.planning.run import RunShape
 from loray.recipes.defaults import LARGE_BASE
 from loray.recipes.resolve import quarter
 from loray.spec import StrategyName
@@ -30,7 +38,7 @@ _MAX_WORKERS = 1024
 _STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
 
 
-class Remedy(NamedTuple):
+class Fix(NamedTuple):
     """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are a node's, beside its GPUs."""
 
     changes: tuple[str, ...]
@@ -38,7 +46,7 @@ class Remedy(NamedTuple):
     host_bytes: int | None
 
 
-def smallest_remedy(run: Run, device: Device) -> Remedy | None:
+def smallest_fix(run: RunShape, device: Device) -> Fix | None:
     """The fewest changes with which the run fits; of equally many, in this order: checkpointing, smaller micro-batches,
     strategy, sequence parallelism. More workers only where these are not enough. None where nothing helps.
     """
@@ -47,19 +55,19 @@ def smallest_remedy(run: Run, device: Device) -> Remedy | None:
         for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
             peak, host = most_bytes(candidate, device), plan_host(candidate, device)
             if peak <= device.usable_bytes and (host is None or host.fits):
-                return Remedy(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
+                return Fix(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
         if device.is_host:  # more workers would share the same memory
             return None
         num_workers *= 2
     return None
 
 
-def most_bytes(run: Run, device: Device) -> int:
+def most_bytes(run: RunShape, device: Device) -> int:
     """The most that a worker takes of its device, in a step or while it measures."""
     return max(plan_memory(run, device).peak_bytes, measuring_bytes(run, device))
 
 
-def _variants(run: Run) -> Iterator[Run]:
+def _variants(run: RunShape) -> Iterator[RunShape]:
     strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
     sequences = [run.sequence]
     while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
@@ -77,7 +85,7 @@ def _variants(run: Run) -> Iterator[Run]:
         )
 
 
-def _changes(before: Run, after: Run) -> tuple[str, ...]:
+def _changes(before: RunShape, after: RunShape) -> tuple[str, ...]:
     changes = []
     if after.checkpointing != before.checkpointing:
         changes.append("gradient_checkpointing: true")
@@ -93,7 +101,7 @@ def _changes(before: Run, after: Run) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class PlanProblem:
     """With a refusal the run cannot work; with a warning it works, at a cost."""
 
     severity: Literal["refusal", "warning"]
@@ -107,22 +115,22 @@ class Plan:
     that measures before publishing, 0 where nothing is measured.
     """
 
-    run: Run
+    run: RunShape
     device: Device
-    memory: MemoryPlan
+    memory: TrainingMemory
     measuring: int
     host: HostPlan | None
-    traffic: Traffic
+    traffic: TrafficPlan
     flops: Flops
-    time: StepTime
-    problems: tuple[Problem, ...]
+    time: StepEstimate
+    problems: tuple[PlanProblem, ...]
 
     @property
     def is_refused(self) -> bool:
         return any(problem.severity == "refusal" for problem in self.problems)
 
     @property
-    def exchanges(self) -> list[list[Exchange]]:
+    def exchanges(self) -> list[list[ExchangeVolume]]:
         """Halo exchanges for other P and G; empty where attention is dense."""
         return exchanges(self.run, group_sizes(self.run)) if self.run.group_size else []
 
@@ -172,7 +180,7 @@ class Plan:
         }
 
 
-def make_plan(run: Run, device: Device) -> Plan:
+def make_plan(run: RunShape, device: Device) -> Plan:
     """Raises SpecError where rows cannot be split over the sequence groups."""
     memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
     measuring = measuring_bytes(run, device)
@@ -186,12 +194,12 @@ def make_plan(run: Run, device: Device) -> Plan:
     )
 
 
-def advice_for_less(run: Run, device: Device) -> str:
+def advice_for_less(run: RunShape, device: Device) -> str:
     """Return the smallest change with which a run takes less memory than the plan says, or than the device has where
     that is less: for a run that did not fit.
     """
     least = min(device.usable_bytes, most_bytes(run, device) - 1)
-    return _advice(smallest_remedy(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
+    return _advice(smallest_fix(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
 
 
 def _host_facts(host: HostPlan) -> dict[str, Any]:
@@ -204,14 +212,14 @@ def _host_facts(host: HostPlan) -> dict[str, Any]:
 
 
 def _memory_problems(
-    run: Run, device: Device, memory: MemoryPlan, measuring: int, host: HostPlan | None
-) -> list[Problem]:
+    run: RunShape, device: Device, memory: TrainingMemory, measuring: int, host: HostPlan | None
+) -> list[PlanProblem]:
     if measuring > device.usable_bytes >= memory.peak_bytes:
         message = (
             f"needs {_gb(measuring)} a worker to measure base and adapter before publishing (`evaluation`), where "
             f"{device.name} has {_gb(device.usable_bytes)} to use"
         )
-        return [Problem("refusal", message, f"{_advice(smallest_remedy(run, device))}, or leave out what is measured")]
+        return [PlanProblem("refusal", message, f"{_advice(smallest_fix(run, device))}, or leave out what is measured")]
     if memory.peak_bytes <= device.usable_bytes:
         if host is None or host.fits:
             return []
@@ -220,38 +228,38 @@ def _memory_problems(
             f"{host.num_workers} workers on {device.name} has {_gb(host.usable_bytes or 0)} to use; most of it is "
             f"{host.dominant.name} ({_gb(host.dominant.nbytes)})"
         )
-        return [Problem("refusal", message, _host_advice(smallest_remedy(run, device)))]
+        return [PlanProblem("refusal", message, _host_advice(smallest_fix(run, device)))]
     message = (
         f"needs {_gb(memory.peak_bytes)} a worker where {device.name} has {_gb(device.usable_bytes)} to use; "
         f"most of it is {memory.dominant.name} ({_gb(memory.dominant.nbytes)})"
     )
-    return [Problem("refusal", message, _advice(smallest_remedy(run, device)))]
+    return [PlanProblem("refusal", message, _advice(smallest_fix(run, device)))]
 
 
-def _advice(remedy: Remedy | None) -> str:
+def _advice(remedy: Fix | None) -> str:
     if remedy is None:
         return "nothing in the recipe makes it fit: shorten data.max_length, or take a larger device"
     return f"{' and '.join(remedy.changes)} would take {_gb(remedy.peak_bytes)}"
 
 
-def _host_advice(remedy: Remedy | None) -> str:
+def _host_advice(remedy: Fix | None) -> str:
     if remedy is None or remedy.host_bytes is None:
         return "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
     return f"{' and '.join(remedy.changes)} would take {_gb(remedy.host_bytes)} of a node's memory"
 
 
-def _device_problems(run: Run, device: Device) -> list[Problem]:
+def _device_problems(run: RunShape, device: Device) -> list[PlanProblem]:
     """What a device does, and slowly."""
     problems = []
     share = device.product_shares.get(run.dtype, 1.0)
     if device.is_host and run.dtype == "bfloat16" and device.training_dtype != "bfloat16":
         measured = f"which reach {share:.0%} of float32's here" if share < 1 else "so they are several times slower"
         problems.append(
-            Problem("warning", f"this CPU has no bfloat16 products, {measured}", "dtype: float32, or leave it out")
+            PlanProblem("warning", f"this CPU has no bfloat16 products, {measured}", "dtype: float32, or leave it out")
         )
     if device.is_host and run.base.total >= LARGE_BASE:
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning",
                 f"a base of {run.base.total / 1e9:.1f} billion parameters is trained on the CPU",
                 "use_gpu: true, on a machine or a cluster with a GPU for each worker",
@@ -260,12 +268,12 @@ def _device_problems(run: Run, device: Device) -> list[Problem]:
     return problems
 
 
-def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
+def _layout_problems(run: RunShape, traffic: TrafficPlan) -> list[PlanProblem]:
     problems = []
     group, exchange = run.group_size, traffic.exchange
     if group is not None and group < run.usual_group:
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning",
                 f"group_size {group} is less than {run.usual_group}, a quarter of the context, which the paper finds "
                 "to raise the loss",
@@ -274,7 +282,7 @@ def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
         )
     if group is not None and group >= run.row_length:
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning",
                 f"rows of {run.row_length} tokens lie inside one group of {group}: half of the heads attend densely",
                 f"group_size: {quarter(run.row_length)}, or longer rows",
@@ -282,7 +290,7 @@ def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
         )
     if run.padded_length != run.row_length:
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning",
                 f"rows of {run.row_length} tokens do not divide by {run.sequence} workers and are padded to "
                 f"{run.padded_length}",
@@ -292,7 +300,7 @@ def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
     if exchange is not None and group is not None and exchange.num_hops > 1:
         best = max(1, 2 * run.padded_length // group)
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning",
                 f"a rank holds {run.padded_length // run.sequence} tokens, less than half of a group of {group}: its "
                 f"halo comes from up to {exchange.num_hops} ranks",
@@ -301,7 +309,7 @@ def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
         )
     if run.strategy != "ddp" and run.num_workers == 1:
         problems.append(
-            Problem(
+            PlanProblem(
                 "warning", f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers"
             )
         )

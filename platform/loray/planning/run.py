@@ -134,7 +134,7 @@ SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunShape:
     """The work of one worker in a step, and how workers share it.
 
     row_length   N of the longest row, in tokens, before padding
@@ -247,14 +247,14 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
     return HaloPlan(num_tokens, num_ranks, group_size, model.num_heads, model.num_kv_heads)
 
 
-def run_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") -> Run:
+def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") -> RunShape:
     """The run of a recipe, in `dtype` where it leaves the dtype to the device. Raises SpecError or UnsupportedError
     where the driver would refuse it, too.
     """
     resolved = resolve(spec, model)
     row_length, row_size = resolved.row_length, 2 if spec.is_paired else 1
     check_token_budget(spec.batch, row_length * row_size)
-    return Run(
+    return RunShape(
         model=model,
         adapter=spec.adapter,
         dtype=dtype if spec.dtype == "auto" else spec.dtype,

@@ -76,7 +76,7 @@ class Halo(NamedTuple):
         return self.rank - self.spans[0].rank if self.spans else 0
 
 
-class Transfer(NamedTuple):
+class HaloMessage(NamedTuple):
     """Keys and values of `span` for one half, from the rank that holds them to rank `to`."""
 
     span: Span
@@ -134,15 +134,15 @@ class HaloPlan:
         start = group_start(stop, self.group_size, half.offset) if half.kv_heads else stop  # no plain head for H = 1
         return Halo(rank, half, start, stop, tuple(self._spans(start, stop)))
 
-    def received(self, rank: int) -> tuple[Transfer, ...]:
+    def received(self, rank: int) -> tuple[HaloMessage, ...]:
         """Transfers to `rank` in the forward pass. In the backward pass it sends gradients of the same sizes."""
         halos = (self.halo(rank, half) for half in self.halves)
-        return tuple(Transfer(span, rank, halo.half) for halo in halos for span in halo.spans)
+        return tuple(HaloMessage(span, rank, halo.half) for halo in halos for span in halo.spans)
 
-    def sent(self, rank: int) -> tuple[Transfer, ...]:
+    def sent(self, rank: int) -> tuple[HaloMessage, ...]:
         """Transfers from `rank` in the forward pass. In the backward pass it receives gradients of the same sizes."""
         self._check_rank(rank)
-        sent: list[Transfer] = []
+        sent: list[HaloMessage] = []
         for to in range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank))):
             sent += (transfer for transfer in self.received(to) if transfer.span.rank == rank)
         return tuple(sent)

@@ -122,7 +122,7 @@ _INVALID = "the API key is not valid: it is misspelt, revoked, or of another dep
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _KeyEntry:
     sha256: bytes
     key: ApiKey
     principal: Principal
@@ -148,7 +148,7 @@ class KeyRing:
     any_keys: bool = False
     has_limits: bool = False
     read_at: float = float("-inf")
-    _entries: Mapping[str, tuple[_Entry, ...]] = field(default_factory=dict)  # by prefix
+    _entries: Mapping[str, tuple[_KeyEntry, ...]] = field(default_factory=dict)  # by prefix
     _tenants: Mapping[str, Tenant] = field(default_factory=dict)
     _not_static: Mapping[bytes, HashedKey] = field(default_factory=dict)  # the catalog's among `static`
 
@@ -252,7 +252,7 @@ class KeyRing:
         return principal.model_copy(update={"tenant": tenant, "scopes": scopes, "tenant_limits": known.limits})
 
 
-def _entry(stored: HashedKey, tenant: Tenant) -> _Entry:
+def _entry(stored: HashedKey, tenant: Tenant) -> _KeyEntry:
     key = stored.key
     expires_at = float("inf") if key.expires_at is None else key.expires_at.timestamp()
-    return _Entry(stored.sha256, key, key.principal(tenant), expires_at)
+    return _KeyEntry(stored.sha256, key, key.principal(tenant), expires_at)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from loray.errors import RateLimited
 from loray.spec import Limits, Principal, duration_of, duration_s
 
-Kind = Literal["requests", "tokens", "parallel", "budget"]
+QuotaKind = Literal["requests", "tokens", "parallel", "budget"]
 Owner = Literal["key", "tenant"]
 
 MINUTE_S = 60.0
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
 
     owner: Owner
     subject: str  # the key's account, or the tenant's name
-    kind: Kind
+    kind: QuotaKind
     limit: float
     period_s: float
 
@@ -64,7 +64,7 @@ def rules_of(principal: Principal) -> tuple[Rule, ...]:
 
 
 def _rules(owner: Owner, subject: str, limits: Limits) -> tuple[Rule, ...]:
-    found: tuple[tuple[Kind, float | None, float], ...] = (
+    found: tuple[tuple[QuotaKind, float | None, float], ...] = (
         ("requests", limits.rpm_limit, MINUTE_S),
         ("tokens", limits.tpm_limit, MINUTE_S),
         ("parallel", limits.max_parallel_requests, 0.0),
@@ -177,7 +177,7 @@ class Counted(NamedTuple):
     is_new: bool
 
 
-class Share:
+class QuotaLease:
     """What this gateway holds of a rule."""
 
     __slots__ = (
@@ -356,7 +356,7 @@ _KEPT_SHARES = 1024  # full shares are forgotten above this
 
 
 class _Taken(NamedTuple):
-    share: Share
+    share: QuotaLease
     units: float
     period: int
     at: float
@@ -392,7 +392,7 @@ class QuotaGate:
 
     def __init__(self, num_gateways: int = 1) -> None:
         self._num_gateways, self._num_owners = num_gateways, 1
-        self._shares: dict[Rule, Share] = {}
+        self._shares: dict[Rule, QuotaLease] = {}
         self._max_shares = _KEPT_SHARES
         self._epoch = ""
         self._rules: dict[tuple[str, str | None], tuple[Limits, Limits, tuple[Rule, ...]]] = {}
@@ -462,7 +462,7 @@ class QuotaGate:
             elif kind != "requests" and num_tokens > units:
                 share.take(num_tokens - units)
 
-    def _refuse_without_room(self, costs: Sequence[tuple[Share, float]]) -> None:
+    def _refuse_without_room(self, costs: Sequence[tuple[QuotaLease, float]]) -> None:
         full = [(share, cost) for share, cost in costs if not share.has_room(cost)]
         if not full:
             return
@@ -471,7 +471,7 @@ class QuotaGate:
         wait, share, cost = max(((share.turn_s(cost), share, cost) for share, cost in full), key=lambda one: one[0])
         raise RateLimited(_message(share, cost, wait), wait, headers_of([share for share, _ in costs]))
 
-    def _shares_of(self, principal: Principal, now: float) -> list[Share]:
+    def _shares_of(self, principal: Principal, now: float) -> list[QuotaLease]:
         rules = self._rules_of(principal)
         return [self._share(rule, now) for rule in rules] if rules else []
 
@@ -488,7 +488,7 @@ class QuotaGate:
         self._rules[key] = limits, of_tenant, rules
         return rules
 
-    def _share(self, rule: Rule, now: float) -> Share:
+    def _share(self, rule: Rule, now: float) -> QuotaLease:
         share = self._shares.get(rule)
         if share is None:
             if len(self._shares) >= self._max_shares:
@@ -505,8 +505,8 @@ class QuotaGate:
                 del self._shares[share.rule]
         self._max_shares = max(_KEPT_SHARES, 2 * len(self._shares))
 
-    def _new_share(self, rule: Rule, now: float) -> Share:
-        share = self._shares[rule] = Share(rule, self._num_gateways, self._num_owners, now)
+    def _new_share(self, rule: Rule, now: float) -> QuotaLease:
+        share = self._shares[rule] = QuotaLease(rule, self._num_gateways, self._num_owners, now)
         return share
 
     # -- with the owner -----------------------------------------------------------------------------------------------
@@ -554,11 +554,11 @@ class QuotaGate:
         return share.has_too_much
 
 
-def _is_of_tokens(share: Share) -> bool:
+def _is_of_tokens(share: QuotaLease) -> bool:
     return share.rule.kind in ("tokens", "budget")
 
 
-def _message(share: Share, cost: float, wait: float) -> str:
+def _message(share: QuotaLease, cost: float, wait: float) -> str:
     rule = share.rule
     if not rule.limit:
         return f"rate limit reached: {rule.words} are allowed"
@@ -574,7 +574,7 @@ def _message(share: Share, cost: float, wait: float) -> str:
     return f"rate limit reached: {rule.words}{asked}; try again in {span(wait)}"
 
 
-def headers_of(shares: Sequence[Share]) -> dict[str, str]:
+def headers_of(shares: Sequence[QuotaLease]) -> dict[str, str]:
     """OpenAI's headers, of the rule with the least left of each kind."""
     headers = {}
     for kind in ("requests", "tokens"):

@@ -51,7 +51,7 @@ class Copy(NamedTuple):
     remote: Mapping[Path, RemoteFile] = MappingProxyType({})
 
 
-class Source(NamedTuple):
+class SourceFiles(NamedTuple):
     """Errors use `name`; the file is read from `path`, of a remote one when it has been fetched."""
 
     name: str
@@ -68,13 +68,13 @@ class Source(NamedTuple):
         return self.path
 
 
-def find_files(source: str, copy: Copy | None = None) -> tuple[Source, ...]:
+def find_files(source: str, copy: Copy | None = None) -> tuple[SourceFiles, ...]:
     """The files of `source`, sorted by path. `copy` is of a remote one.
 
     Raises DataError where a folder or a glob has none. That a single file exists is not checked.
     """
     if copy is None and "://" in source:
-        return (Source(source, source),)
+        return (SourceFiles(source, source),)
     root, remote = (Path(source).expanduser(), {}) if copy is None else copy
     if root.is_dir():
         for path, file in remote.items():
@@ -82,13 +82,13 @@ def find_files(source: str, copy: Copy | None = None) -> tuple[Source, ...]:
                 file.fetch()
         files, name = list(_in_folder(source, root)), fixed_part(without_options(source)).rstrip("/")
         found = tuple(
-            Source(f"{name}/{file.relative_to(root).as_posix()}", str(file), remote.get(file)) for file in files
+            SourceFiles(f"{name}/{file.relative_to(root).as_posix()}", str(file), remote.get(file)) for file in files
         )
     elif copy is None and is_glob(source) and not root.is_file():
         matches = map(Path, sorted(glob.glob(str(root), recursive=True)))
-        found = tuple(Source(str(file), str(file)) for file in matches if file.is_file())
+        found = tuple(SourceFiles(str(file), str(file)) for file in matches if file.is_file())
     else:
-        return (Source(source, str(root), remote.get(root)),)
+        return (SourceFiles(source, str(root), remote.get(root)),)
     if not found:
         raise DataError(
             f"{source} has no data file: a folder holds {', '.join(SUFFIXES)} or a data set saved by datasets, a glob "

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
-from loray.engine.memory.eviction import AdapterWorth, EvictionScore, PriorityQueue
+from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, PriorityQueue
 from loray.policy.demand import TrackedRequest
 from loray.simulation.profile import Profile
 
@@ -68,7 +68,7 @@ class Clock:
         self._factor = factor
 
 
-class Listener(Protocol):
+class PlacementListener(Protocol):
     """Told when an adapter's place on a replica changes."""
 
     def placed(self, replica: int, adapter: int, tier: int) -> None:
@@ -85,9 +85,9 @@ class ReplicaAdapters:
     Loads are in order, `profile.num_loads` at once; the caller says when one has ended.
     """
 
-    def __init__(self, replica: int, profile: Profile, sizes: list[int], listener: Listener) -> None:
+    def __init__(self, replica: int, profile: Profile, sizes: list[int], listener: PlacementListener) -> None:
         self._replica, self._profile, self._sizes, self._listener = replica, profile, sizes, listener
-        self._worth = AdapterWorth()
+        self._worth = EvictionPolicy()
         self._scores: dict[int, EvictionScore] = {}  # of those in the pool
         self._pins: dict[int, int] = {}  # of those in the pool
         self._idle: PriorityQueue[int] = PriorityQueue()
@@ -205,7 +205,7 @@ class ReplicaAdapters:
 _ALONE, _MIN_SHARE, _OUTPUT_WEIGHT = 4.0, 0.25, 2.0  # as engine.scheduling.budget and fairness have them
 
 
-class Job:
+class SimulatedRequest:
     """One request on a replica.
 
     factor      of what its prompt takes to compute
@@ -245,8 +245,8 @@ class Job:
 class Ended(NamedTuple):
     """What has happened by the time of an `advance`."""
 
-    first_tokens: Sequence[Job]
-    finished: Sequence[Job]
+    first_tokens: Sequence[SimulatedRequest]
+    finished: Sequence[SimulatedRequest]
 
 
 _NOTHING = Ended((), ())
@@ -263,9 +263,11 @@ class Replica:
         self._target_s = profile.itl_slo_s
         self.now = now
         self._decoded = 0.0  # tokens of a request that has decoded since the start
-        self._decoding: list[tuple[float, int, Job]] = []  # by the value of `_decoded` at which they end
-        self._waiting: list[tuple[float, int, Job]] = []  # by virtual finish; their adapters are on the host at least
-        self._begun: list[tuple[float, int, Job]] = []  # prompts that are partly computed
+        self._decoding: list[tuple[float, int, SimulatedRequest]] = []  # by the value of `_decoded` at which they end
+        self._waiting: list[
+            tuple[float, int, SimulatedRequest]
+        ] = []  # by virtual finish; their adapters are on the host at least
+        self._begun: list[tuple[float, int, SimulatedRequest]] = []  # prompts that are partly computed
         self._stuck = False  # the first of `_waiting` found no place or no room, and nothing has ended since
         self._prompt_rate = self._decode_rate = 0.0
         self._step = 0.0  # seconds, while a prompt is computed
@@ -288,7 +290,7 @@ class Replica:
     def kv_bytes(self) -> float:
         return sum(job.kv_bytes for queue in (self._decoding, self._begun) for _, _, job in queue)
 
-    def ready(self, job: Job) -> None:
+    def ready(self, job: SimulatedRequest) -> None:
         """Its adapter is on the host or in the pool; the replica has been advanced to now."""
         finish = self._prompt_tokens + _OUTPUT_WEIGHT * self._output_tokens + job.num_prompt
         job.rest = job.stall + job.factor * self._profile.prompt_seconds(job.num_prompt)
@@ -316,8 +318,8 @@ class Replica:
         if not answers and not (decoding and decoding[0][0] <= self._decoded + 1e-6):
             self._set_next_event()
             return _NOTHING
-        first_tokens: list[Job] = []
-        finished: list[Job] = []
+        first_tokens: list[SimulatedRequest] = []
+        finished: list[SimulatedRequest] = []
         if answers:
             job = heappop(begun)[2]
             # A step that other prompts share goes on after the last token of this one.
@@ -370,7 +372,7 @@ class Replica:
                 at = ends
         self.next_event = at
 
-    def _admit(self, job: Job) -> bool:
+    def _admit(self, job: SimulatedRequest) -> bool:
         """Whether there is a place in the batch and room in the pool; if so, both are taken."""
         profile = self._profile
         # Blocks come as tokens are generated: in the mean half of the output's.
@@ -393,8 +395,8 @@ class Router(Protocol):
     def removed(self, slot: int) -> None: ...
     def placed(self, replica: int, adapter: int, tier: int) -> None: ...
     def load_changed(self, slot: int, load: int) -> None: ...
-    def choose(self, job: Job, now: float) -> int: ...
-    def answered(self, slot: int, job: Job) -> None: ...  # its first token has come
+    def choose(self, job: SimulatedRequest, now: float) -> int: ...
+    def answered(self, slot: int, job: SimulatedRequest) -> None: ...  # its first token has come
 
 
 class Member:

@@ -13,7 +13,7 @@ _Seconds = Annotated[float, Field(ge=0)]
 _Factor = Annotated[float, Field(gt=0)]
 
 
-class Outside(NamedTuple):
+class Overhead(NamedTuple):
     """Of one request beside its loads and steps."""
 
     before: _Seconds = 0.0  # connections and gateway, until the router chooses
@@ -47,8 +47,8 @@ class Profile(BaseModel):
         min_length=1,
         description="what a prompt takes to compute, by what it takes in the mean; equally likely, one is drawn",
     )
-    outside_s: tuple[Outside, ...] = Field(
-        default=(Outside(),),
+    outside_s: tuple[Overhead, ...] = Field(
+        default=(Overhead(),),
         min_length=1,
         description="of a request before its router chooses, on its way, and while its replica stands still; equally "
         "likely, one is drawn",

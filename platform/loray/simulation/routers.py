@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.policy.routing import RoutingPolicy, hashed, mixed, routing_key
-from loray.simulation.cluster import Job
+from loray.simulation.cluster import SimulatedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.workload import digest
 
@@ -322,11 +322,11 @@ class Slots:
     def load_changed(self, slot: int, load: int) -> None:
         self.loads[slot] = load
 
-    def answered(self, slot: int, job: Job) -> None:
+    def answered(self, slot: int, job: SimulatedRequest) -> None:
         pass
 
 
-class AdapterRouter(Slots):
+class SimulatedRouter(Slots):
     """loray's: `serving.routing`. Reports of replicas arrive at once."""
 
     def __init__(self, size: int, num_adapters: int, profile: Profile, policy: RoutingPolicy | None = None) -> None:
@@ -349,13 +349,13 @@ class AdapterRouter(Slots):
     def load_changed(self, slot: int, load: int) -> None:
         self._index.set_load(slot, load)
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         slot = self._index.best(job.adapter, now)
         self._index.sent(slot, job.adapter, now)
         self._index.add_prompt(slot, job.num_prompt)
         return slot
 
-    def answered(self, slot: int, job: Job) -> None:
+    def answered(self, slot: int, job: SimulatedRequest) -> None:
         self._index.add_prompt(slot, -job.num_prompt)
 
 
@@ -366,14 +366,14 @@ class RandomRouter(Slots):
         super().__init__(size)
         self._random = random.Random(seed)
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         return self._random.choice(self.slots)
 
 
 class TwoChoices(RandomRouter):
     """Ray Serve's default: of two replicas drawn at random the one with fewer requests."""
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         if len(self.slots) == 1:
             return self.slots[0]
         a, b = self._random.sample(self.slots, 2)
@@ -403,7 +403,7 @@ class LeastWork(Slots):
         if not load and self._done_at.get(slot):
             self._set(slot, 0.0)  # the estimate was too high
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         while self._heap[0][1] != self._numbers[self._heap[0][2]]:
             heappop(self._heap)
         slot = self._heap[0][2]
@@ -451,7 +451,7 @@ class ProportionalPlacement(Slots):
             if slot in chosen:
                 self._sets[adapter] = [s for s in chosen if s != slot]
 
-    def choose(self, job: Job, now: float) -> int:
+    def choose(self, job: SimulatedRequest, now: float) -> int:
         while now >= self._next:
             self._place()
             self._next += _PERIOD_S

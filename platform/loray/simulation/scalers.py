@@ -10,9 +10,9 @@ import numpy as np
 
 from loray.policy.autoscaling import ScalingState, burst_s, decide
 from loray.policy.demand import DemandMeter, EngineLoad, Observation
-from loray.simulation.cluster import NOWHERE, Cluster, Job, Member, ReplicaAdapters
+from loray.simulation.cluster import NOWHERE, Cluster, Member, ReplicaAdapters, SimulatedRequest
 from loray.simulation.profile import Profile
-from loray.simulation.workload import Requests, digest
+from loray.simulation.workload import RequestTrace, digest
 from loray.spec import AdapterBytes, AdapterRef, AutoscalingSpec
 
 
@@ -20,9 +20,9 @@ class Scaler(Protocol):
     """Asked every few seconds how many replicas there should be."""
 
     def target(self, cluster: Cluster, now: float) -> int: ...
-    def arrived(self, member: Member, job: Job, now: float) -> None: ...
-    def answered(self, member: Member, job: Job, now: float) -> None: ...  # its first token has come
-    def finished(self, member: Member, job: Job, now: float) -> None: ...
+    def arrived(self, member: Member, job: SimulatedRequest, now: float) -> None: ...
+    def answered(self, member: Member, job: SimulatedRequest, now: float) -> None: ...  # its first token has come
+    def finished(self, member: Member, job: SimulatedRequest, now: float) -> None: ...
 
 
 class Fixed:
@@ -34,17 +34,17 @@ class Fixed:
     def target(self, cluster: Cluster, now: float) -> int:
         return self._number
 
-    def arrived(self, member: Member, job: Job, now: float) -> None:
+    def arrived(self, member: Member, job: SimulatedRequest, now: float) -> None:
         pass
 
-    def answered(self, member: Member, job: Job, now: float) -> None:
+    def answered(self, member: Member, job: SimulatedRequest, now: float) -> None:
         pass
 
-    def finished(self, member: Member, job: Job, now: float) -> None:
+    def finished(self, member: Member, job: SimulatedRequest, now: float) -> None:
         pass
 
 
-class AdapterDemand:
+class AdapterDemandScaler:
     """loray's: a `DemandMeter` on each replica, and `serving.scaling.decide`."""
 
     def __init__(self, spec: AutoscalingSpec, number: int, profile: Profile, sizes: list[int]) -> None:
@@ -76,16 +76,16 @@ class AdapterDemand:
         )
         return meter.observe(now, _Loaded(replica.adapters, self._numbers))
 
-    def arrived(self, member: Member, job: Job, now: float) -> None:
+    def arrived(self, member: Member, job: SimulatedRequest, now: float) -> None:
         meter = self._meters[member] = self._meter(member)
         # Clients ask for more tokens than they get.
         job.tracked = meter.arrived(job.num_prompt, 2 * job.num_output, self._refs[job.adapter], now)
 
-    def answered(self, member: Member, job: Job, now: float) -> None:
+    def answered(self, member: Member, job: SimulatedRequest, now: float) -> None:
         if job.tracked is not None:
             job.tracked.num_output_tokens = 1
 
-    def finished(self, member: Member, job: Job, now: float) -> None:
+    def finished(self, member: Member, job: SimulatedRequest, now: float) -> None:
         tracked = job.tracked
         meter = self._meters.get(member)
         if meter is not None and tracked is not None:
@@ -143,12 +143,12 @@ class OngoingRequests(Fixed):
         return self._number
 
 
-class Foreseen(Fixed):
+class OracleScaler(Fixed):
     """Knows all arrivals and lengths: what the busiest ten seconds of the coming minute need, at a utilisation."""
 
     _SPAN_S, _AHEAD = 10.0, 6
 
-    def __init__(self, requests: Requests, profile: Profile, utilization: float, most: int) -> None:
+    def __init__(self, requests: RequestTrace, profile: Profile, utilization: float, most: int) -> None:
         work_R = np.array(
             [profile.work_seconds(p, o) for p, o in zip(requests.prompt_R, requests.output_R, strict=True)]
         )

@@ -13,10 +13,10 @@ import numpy as np
 from loray.errors import SpecError
 from loray.simulation import workload
 from loray.simulation.profile import Profile
-from loray.simulation.routers import AdapterRouter, LeastWork, ProportionalPlacement, RandomRouter, TwoChoices
-from loray.simulation.scalers import AdapterDemand, Fixed, Foreseen, OngoingRequests, Scaler
+from loray.simulation.routers import LeastWork, ProportionalPlacement, RandomRouter, SimulatedRouter, TwoChoices
+from loray.simulation.scalers import AdapterDemandScaler, Fixed, OngoingRequests, OracleScaler, Scaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
-from loray.simulation.workload import Requests, at_rate, with_adapters
+from loray.simulation.workload import RequestTrace, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
 
 _TARGET = float(AutoscalingSpec.model_fields["target_utilization"].default)
@@ -42,7 +42,7 @@ class Scenario:
     replicas: int
     adapters: int
     minutes: float
-    trace: Requests | None = None
+    trace: RequestTrace | None = None
     utilization: float = 0.5
     alpha: float = 1.0
     seed: int = 0
@@ -83,7 +83,7 @@ class Scenario:
             wait_slo_s=self.wait_slo_s,
         )
 
-    def requests(self) -> Requests:
+    def requests(self) -> RequestTrace:
         """Equal for equal scenarios."""
         rng = np.random.default_rng(self.seed)
         context = self.profile.context_length
@@ -102,7 +102,7 @@ class Scenario:
             with_adapters(at_rate(trace, rate=rate, seconds=self.seconds, rng=rng), self.adapters, self.alpha, rng)
         )
 
-    def _checked(self, requests: Requests) -> Requests:
+    def _checked(self, requests: RequestTrace) -> RequestTrace:
         if not len(requests):
             raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
         if requests.seconds < self.warm_up:
@@ -110,27 +110,27 @@ class Scenario:
         return requests
 
 
-def _loray(s: Scenario, requests: Requests, size: int) -> Policy:
-    return Policy("loray", AdapterRouter(size, s.adapters, s.profile), _demand(s))
+def _loray(s: Scenario, requests: RequestTrace, size: int) -> Policy:
+    return Policy("loray", SimulatedRouter(size, s.adapters, s.profile), _demand(s))
 
 
-def _ray(s: Scenario, requests: Requests, size: int) -> Policy:
+def _ray(s: Scenario, requests: RequestTrace, size: int) -> Policy:
     scaler = Fixed(s.replicas) if s.fixed else OngoingRequests(s.initial, s.replicas, _RAY_ONGOING)
     return Policy("ray", TwoChoices(size, s.seed), scaler)
 
 
-def _random(s: Scenario, requests: Requests, size: int) -> Policy:
+def _random(s: Scenario, requests: RequestTrace, size: int) -> Policy:
     return Policy("random", RandomRouter(size, s.seed), _demand(s))
 
 
-def _dynamo(s: Scenario, requests: Requests, size: int) -> Policy:
+def _dynamo(s: Scenario, requests: RequestTrace, size: int) -> Policy:
     sizes = s.profile.adapter_bytes
     slots = max(1, int(0.5 * s.profile.pool_bytes / (sum(sizes) / len(sizes))))
     return Policy("dynamo", ProportionalPlacement(size, s.adapters, slots, s.seed), _demand(s))
 
 
-def _oracle(s: Scenario, requests: Requests, size: int) -> Policy:
-    foreseen = Foreseen(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
+def _oracle(s: Scenario, requests: RequestTrace, size: int) -> Policy:
+    foreseen = OracleScaler(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
     scaler = Fixed(s.replicas) if s.fixed else foreseen
     return Policy("oracle", LeastWork(size, s.profile), scaler, foresees=True)
 
@@ -138,10 +138,10 @@ def _oracle(s: Scenario, requests: Requests, size: int) -> Policy:
 def _demand(s: Scenario) -> Scaler:
     if s.fixed:
         return Fixed(s.replicas)
-    return AdapterDemand(s.autoscaling, s.initial, s.profile, adapter_sizes(s.profile, s.adapters))
+    return AdapterDemandScaler(s.autoscaling, s.initial, s.profile, adapter_sizes(s.profile, s.adapters))
 
 
-POLICIES: dict[str, Callable[[Scenario, Requests, int], Policy]] = {
+POLICIES: dict[str, Callable[[Scenario, RequestTrace, int], Policy]] = {
     "loray": _loray,
     "ray": _ray,
     "random": _random,
@@ -152,7 +152,7 @@ POLICIES: dict[str, Callable[[Scenario, Requests, int], Policy]] = {
 
 def simulate(
     scenario: Scenario,
-    requests: Requests,
+    requests: RequestTrace,
     names: tuple[str, ...] = tuple(POLICIES),
     progress: Callable[[float], None] | None = None,
 ) -> Iterator[Outcome]:

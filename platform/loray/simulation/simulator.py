@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loray.errors import SpecError
-from loray.simulation.cluster import Clock, Cluster, Ended, Job, Member, Router
+from loray.simulation.cluster import Clock, Cluster, Ended, Member, Router, SimulatedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.scalers import Scaler
-from loray.simulation.workload import Floats, Ints, Requests
+from loray.simulation.workload import Floats, Ints, RequestTrace
 
 _DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
 _AT_ONCE = 1 << 14  # requests, of which objects of Python are made
@@ -72,7 +72,7 @@ class Simulator:
 
     def __init__(
         self,
-        requests: Requests,
+        requests: RequestTrace,
         profile: Profile,
         policy: Policy,
         *,
@@ -91,7 +91,7 @@ class Simulator:
         self._work: list[_Event] = []
         self._timed: list[_Event] = []
         self._num_events = 0
-        self._waiting: dict[tuple[Member, int], list[Job]] = {}  # for the load of an adapter
+        self._waiting: dict[tuple[Member, int], list[SimulatedRequest]] = {}  # for the load of an adapter
         # One number at a time is written, which arrays of NumPy are slow at.
         self._ttft_R = array("d", [math.nan]) * len(requests)
         self._end_R = array("d", [math.nan]) * len(requests)
@@ -142,14 +142,14 @@ class Simulator:
         self._num_events += 1
         heappush(self._timed, (at, self._num_events, kind, what, -1))
 
-    def _jobs(self, start: int) -> Iterator[tuple[Job, float]]:
+    def _jobs(self, start: int) -> Iterator[tuple[SimulatedRequest, float]]:
         """The next requests, each with its seconds until the router chooses."""
         part, requests = slice(start, start + _AT_ONCE), self._requests
         asked = (requests.prompt_R, requests.output_R, requests.adapter_R)
         columns = (requests.at_R, *asked, self._factor_R, *self._outside_R.T)
         rows = zip(*(column[part].tolist() for column in columns), strict=True)
         for index, (at, prompt, output, adapter, factor, wait, way, stall) in enumerate(rows, start):
-            yield Job(index, prompt, output, adapter, factor, stall, came_at=at, way=way), wait
+            yield SimulatedRequest(index, prompt, output, adapter, factor, stall, came_at=at, way=way), wait
 
     def _pass(self, until: float) -> None:
         """All events up to that time in seconds. Without a last time there are no more decisions."""
@@ -185,7 +185,7 @@ class Simulator:
                 self._clock.joined(-1, now)
                 self._route(what, now)
 
-    def _arrive(self, job: Job, wait: float) -> None:
+    def _arrive(self, job: SimulatedRequest, wait: float) -> None:
         now = self._clock.work(job.came_at)
         if wait:
             self._clock.joined(1, now)
@@ -193,7 +193,7 @@ class Simulator:
         else:
             self._route(job, now)
 
-    def _route(self, job: Job, now: float) -> None:
+    def _route(self, job: SimulatedRequest, now: float) -> None:
         seconds = self._clock.seconds(now)
         slot = self._policy.router.choose(job, seconds)
         member = self.cluster.members[slot]
@@ -208,7 +208,7 @@ class Simulator:
         else:
             self._handed(member, job, now)
 
-    def _handed(self, member: Member, job: Job, now: float) -> None:
+    def _handed(self, member: Member, job: SimulatedRequest, now: float) -> None:
         replica = member.replica
         if self._policy.foresees:
             replica.adapters.prefetch(job.adapter)
@@ -229,7 +229,7 @@ class Simulator:
             self._load(member, following, now)
         self._begin(member, self._waiting.pop((member, adapter), []), now)
 
-    def _begin(self, member: Member, jobs: list[Job], now: float) -> None:
+    def _begin(self, member: Member, jobs: list[SimulatedRequest], now: float) -> None:
         replica = member.replica
         ended = replica.advance(now)
         for job in jobs:
@@ -312,7 +312,7 @@ class Summary(NamedTuple):
         return {name: round(value, 6) for name, value in self._asdict().items()}
 
 
-def summary(outcome: Outcome, requests: Requests) -> Summary:
+def summary(outcome: Outcome, requests: RequestTrace) -> Summary:
     counted = slice(outcome.num_warming, None)
     ttft_R, end_R = outcome.ttft_R[counted], outcome.end_R[counted]
     at_R, output_R = requests.at_R[counted], requests.output_R[counted]
@@ -356,7 +356,7 @@ class Course(NamedTuple):
     replicas_B: Floats
 
 
-def course(outcome: Outcome, requests: Requests, num_parts: int = 60) -> Course:
+def course(outcome: Outcome, requests: RequestTrace, num_parts: int = 60) -> Course:
     edges = np.linspace(0.0, requests.seconds, num_parts + 1)
     part_R = np.clip(np.searchsorted(edges, requests.at_R, side="right") - 1, 0, num_parts - 1)
     starts = np.searchsorted(part_R, np.arange(num_parts + 1))

@@ -29,7 +29,7 @@ _JITTER_S = 2.0  # copies of a request come within so many seconds of it
 
 
 @dataclass(frozen=True)
-class Requests:
+class RequestTrace:
     """R requests in the order of arrival.
 
     at_R       seconds after the start of the run
@@ -62,7 +62,7 @@ class Requests:
         """Requests a second over the trace's own length."""
         return len(self) / max(self.seconds, 1e-9)
 
-    def cut(self, context_length: int) -> Requests:
+    def cut(self, context_length: int) -> RequestTrace:
         """With prompts and outputs that fit the context: outputs keep what they have, up to half of it."""
         output = np.clip(self.output_R, 1, context_length // 2)
         return replace(self, prompt_R=np.clip(self.prompt_R, 1, context_length - output), output_R=output)
@@ -74,7 +74,7 @@ class Requests:
         return float((prompt * (profile.prompt_s + 0.5 * prompt * profile.pair_s) + output * each).sum())
 
 
-def at_rate(trace: Requests, *, rate: float, seconds: float, rng: np.random.Generator) -> Requests:
+def at_rate(trace: RequestTrace, *, rate: float, seconds: float, rng: np.random.Generator) -> RequestTrace:
     """`seconds` of the trace at so many requests a second in the mean, repeated where it is shorter.
 
     Below the trace's own rate requests are left out at random. Above it each comes several times, with different
@@ -94,15 +94,15 @@ def at_rate(trace: Requests, *, rate: float, seconds: float, rng: np.random.Gene
     order = np.argsort(at, kind="stable")
     order = order[at[order] < seconds]
     index = index[order]
-    return Requests(at[order], trace.prompt_R[index], trace.output_R[index], trace.adapter_R[index])
+    return RequestTrace(at[order], trace.prompt_R[index], trace.output_R[index], trace.adapter_R[index])
 
 
-def with_adapters(requests: Requests, num_adapters: int, alpha: float, rng: np.random.Generator) -> Requests:
+def with_adapters(requests: RequestTrace, num_adapters: int, alpha: float, rng: np.random.Generator) -> RequestTrace:
     """Adapter k of n with probability ∝ (k + 1)^-alpha."""
     weights = np.arange(1, num_adapters + 1, dtype=float) ** -alpha
     cumulative = np.cumsum(weights)
     drawn = np.searchsorted(cumulative, rng.random(len(requests)) * cumulative[-1])
-    return Requests(requests.at_R, requests.prompt_R, requests.output_R, drawn.astype(np.int64))
+    return RequestTrace(requests.at_R, requests.prompt_R, requests.output_R, drawn.astype(np.int64))
 
 
 def digest(adapter: int) -> str:
@@ -121,7 +121,7 @@ def mean_tokens() -> tuple[float, float]:
     return tuple(float(np.exp(mu + 0.5 * sigma**2)) for mu, sigma in (_PROMPT, _OUTPUT))  # type: ignore[return-value]
 
 
-def generate(*, rate: float, seconds: float, num_adapters: int, alpha: float, seed: int) -> Requests:
+def generate(*, rate: float, seconds: float, num_adapters: int, alpha: float, seed: int) -> RequestTrace:
     """`rate`: requests a second in the mean. Popularity ∝ (k + 1)^-alpha.
 
     One segment of 20 s in ten has three times the rate, and what is added is for three adapters drawn at random. Half
@@ -156,7 +156,7 @@ def generate(*, rate: float, seconds: float, num_adapters: int, alpha: float, se
     at, adapter = np.concatenate(at_S), np.concatenate(adapter_S)
     order = np.argsort(at, kind="stable")
     prompt, output = (np.maximum(1, rng.lognormal(*p, len(at))).astype(np.int64) for p in (_PROMPT, _OUTPUT))
-    return Requests(at[order], prompt, output, adapter[order].astype(np.int64))
+    return RequestTrace(at[order], prompt, output, adapter[order].astype(np.int64))
 
 
 WHERE = {
@@ -178,7 +178,7 @@ def find(name: str, folder: Path | None) -> Path:
     return found[0]
 
 
-def read(path: Path) -> Requests:
+def read(path: Path) -> RequestTrace:
     """A trace by its file's name: .csv is Azure's format, .jsonl Mooncake's."""
     try:
         with path.open(newline="") as lines:
@@ -193,7 +193,7 @@ def read(path: Path) -> Requests:
     rows.sort()
     at, *numbers, probe = (np.array(column) for column in zip(*rows, strict=True))
     prompt, output, adapter = (column.astype(np.int64) for column in numbers)
-    return Requests(at - at[0], prompt, output, adapter, probe)
+    return RequestTrace(at - at[0], prompt, output, adapter, probe)
 
 
 def _azure(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int, bool]]:

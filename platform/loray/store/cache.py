@@ -32,7 +32,7 @@ class CacheEntry(NamedTuple):
     present: bool
 
 
-class _Entry(NamedTuple):
+class _CachedAdapter(NamedTuple):
     used_at: int
     nbytes: int
     digest: str
@@ -184,12 +184,12 @@ class AdapterCache:
             return False  # pinned
         return True
 
-    def _scan(self) -> Iterator[_Entry]:
+    def _scan(self) -> Iterator[_CachedAdapter]:
         for path in self._entries.iterdir():
             if path.name.startswith("."):
                 continue
             try:
-                yield _Entry((self._locks / path.name).stat().st_mtime_ns, _folder_bytes(path), path.name)
+                yield _CachedAdapter((self._locks / path.name).stat().st_mtime_ns, _folder_bytes(path), path.name)
             except FileNotFoundError:
                 continue  # another process has just evicted it
 

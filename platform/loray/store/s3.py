@@ -29,19 +29,19 @@ _MAX_ATTEMPTS = 4  # of each request, with growing pauses
 _QUICK_MAX_ATTEMPTS = 2
 
 
-class Keys(NamedTuple):
+class AwsCredentials(NamedTuple):
     access_key: str
     secret_key: str
     session_token: str | None = None
 
 
-def read_keys(file: Path) -> Keys:
+def read_keys(file: Path) -> AwsCredentials:
     """The keys of profile `default` in a shared credentials file. Raises SettingsError where there are none."""
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(file.read_text(encoding="utf-8"), source=str(file))
         profile = parser[_PROFILE]
-        return Keys(
+        return AwsCredentials(
             profile["aws_access_key_id"], profile["aws_secret_access_key"], profile.get("aws_session_token") or None
         )
     except OSError as e:
@@ -73,7 +73,7 @@ def connect(location: S3Location, *, quick: bool = False) -> Any:
     import boto3
     from botocore.config import Config
 
-    keys = Keys("", "") if location.credentials_file is None else read_keys(location.credentials_file)
+    keys = AwsCredentials("", "") if location.credentials_file is None else read_keys(location.credentials_file)
     endpoint = endpoint_of(location)
     session = boto3.session.Session(
         aws_access_key_id=keys.access_key or None,
@@ -102,14 +102,14 @@ PART_BYTES = 8 << 20
 _MAX_PARTS = 10_000  # S3's own limit
 
 
-class Source(NamedTuple):
+class UploadPart(NamedTuple):
     """Bytes in memory, or a file. Several threads may read it."""
 
     data: bytes | Path
     num_bytes: int
 
     @classmethod
-    def of(cls, data: bytes | Path) -> Source:
+    def of(cls, data: bytes | Path) -> UploadPart:
         return cls(data, len(data) if isinstance(data, bytes) else data.stat().st_size)
 
     @contextmanager
@@ -123,7 +123,7 @@ class Source(NamedTuple):
             return f.read(num_bytes)
 
 
-def upload_parts(client: Any, target: Mapping[str, str], source: Source) -> Sequence[Mapping[str, Any]]:
+def upload_parts(client: Any, target: Mapping[str, str], source: UploadPart) -> Sequence[Mapping[str, Any]]:
     """Send all parts of the multipart upload `target`. Returns the list of parts for CompleteMultipartUpload.
 
     Raises boto3's errors, after all transfers have ended.
@@ -260,7 +260,7 @@ class S3Store:
 
     def put_if_absent(self, key: str, data: bytes | Path) -> bool:
         name = self._name(key)
-        source = Source.of(data)
+        source = UploadPart.of(data)
         in_parts = source.num_bytes >= self._parts_from
         with translate_errors(self.location):
             if source.num_bytes >= LARGE_BYTES and self._find(name) is not None:
@@ -361,7 +361,7 @@ class S3Store:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def _put_whole(self, name: str, source: Source) -> bool | None:
+    def _put_whole(self, name: str, source: UploadPart) -> bool | None:
         """Whether this call has written the object; None where it collided with another writer."""
         writer = uuid.uuid4().hex
         with self._conditional(name, writer) as outcome, source.open() as body:
@@ -375,7 +375,7 @@ class S3Store:
             )
         return outcome.won
 
-    def _put_in_parts(self, name: str, source: Source) -> bool | None:
+    def _put_in_parts(self, name: str, source: UploadPart) -> bool | None:
         """As `_put_whole`; the writer that completes first wins. The parts of a failed upload are removed."""
         writer = uuid.uuid4().hex
         upload = self._client.create_multipart_upload(
@@ -432,7 +432,7 @@ class S3Store:
         """Check once per store and kind of write that the server refuses a second write of a key."""
         if kind in self._checked:
             return
-        probe = Source(b"A second write of this key must be refused.\n", 44)
+        probe = UploadPart(b"A second write of this key must be refused.\n", 44)
         if put(self._name(_PROBE, reserved=True), probe) and put(self._name(_PROBE, reserved=True), probe):
             raise UnsupportedError(
                 f"the server at {endpoint_of(self.location)} ignores If-None-Match in {kind}: two publishers could "

@@ -1,8 +1,8 @@
 """S2-Attn and dense attention in transformers' models.
 
 `attn_implementation="s2_attn"` selects it; `config.s2_group_size` is G. The mask function finds padding (2D attention
-mask, right-padded) and packing (position ids that restart), and returns the batch's `Cuts`, which each layer gets in
-place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns `ShardCuts`.
+mask, right-padded) and packing (position ids that restart), and returns the batch's `BatchSegments`, which each layer gets in
+place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns `ShardSegments`.
 
 `attn_implementation="loray_dense"` selects it. Rows are cut into their documents without padding, once a batch, and
 each document is a segment of causal attention: no mask of T × T positions exists. Inside `sequence_parallel` the ranks
@@ -24,9 +24,9 @@ from transformers.masking_utils import sdpa_mask
 from loray.errors import UnsupportedError
 from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend, attend_heads
-from loray.train.attention.segments import Cuts, Segments, compute_cuts, document_segments
-from loray.train.sequence.dense import UlyssesCuts, ulysses_attention, ulysses_cuts
-from loray.train.sequence.halo import ShardCuts, attend_shard, shard_cuts
+from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
+from loray.train.sequence.dense import GatheredSegments, ulysses_attention, ulysses_cuts
+from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
 from loray.train.sequence.ring import RingCuts, ring_attention, ring_cuts
 from loray.train.sequence.shard import ActiveShard, active_shard
 
@@ -44,16 +44,16 @@ def s2_mask(
     config: Any,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Cuts | ShardCuts:
+) -> BatchSegments | ShardSegments:
     """The cuts of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
     if q_length != kv_length or q_offset:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
         sharded = active.take(batch_size, q_length, attention_mask, config)
         group_size, keep = config.s2_group_size, active.keep_halos
-        return shard_cuts(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
+        return segment_shard(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
     _check_padding(attention_mask)
-    return compute_cuts(
+    return segment_batch(
         batch_size,
         q_length,
         config.s2_group_size,
@@ -94,25 +94,25 @@ def s2_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Cuts | ShardCuts | Tensor | None,
+    attention_mask: BatchSegments | ShardSegments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `s2_mask`."""
-    if not isinstance(attention_mask, Cuts | ShardCuts):
+    if not isinstance(attention_mask, BatchSegments | ShardSegments):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:
         raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
     if kwargs.get("use_cache"):
         raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
     window = kwargs.get("sliding_window")
-    row_length = attention_mask.row_length if isinstance(attention_mask, ShardCuts) else query.shape[2]
+    row_length = attention_mask.row_length if isinstance(attention_mask, ShardSegments) else query.shape[2]
     if window is not None and window < row_length:
         raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
     is_first = getattr(module, "layer_idx", 0) == 0
-    if isinstance(attention_mask, ShardCuts):
+    if isinstance(attention_mask, ShardSegments):
         if is_first and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
             active.check_positions(kwargs.get("position_ids"))
         layer: Any = module.layer_idx
@@ -122,7 +122,7 @@ def s2_attention_forward(
     return attend(query, key, value, attention_mask, scale=scaling), None
 
 
-def _check_positions(cuts: Cuts, position_ids_BT: Tensor | None) -> None:
+def _check_positions(cuts: BatchSegments, position_ids_BT: Tensor | None) -> None:
     """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
         return
@@ -140,7 +140,7 @@ AttentionMaskInterface.register(ATTENTION, s2_mask)
 
 DENSE = "loray_dense"
 
-DenseCuts = Segments | UlyssesCuts | RingCuts
+DenseCuts = AttentionSegments | GatheredSegments | RingCuts
 
 
 def dense_mask(
@@ -186,7 +186,7 @@ def _shared(
     attention_mask: Tensor | None,
     config: Any,
     device: torch.device | str,
-) -> UlyssesCuts | RingCuts:
+) -> GatheredSegments | RingCuts:
     sharded = active.take(num_rows, num_tokens, attention_mask, config)
     if config.attention_dropout:
         raise UnsupportedError(
@@ -210,10 +210,10 @@ def dense_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `dense_mask`."""
-    if isinstance(attention_mask, Segments):
+    if isinstance(attention_mask, AttentionSegments):
         repeats = query.shape[1] // key.shape[1]
         return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
-    if not isinstance(attention_mask, UlyssesCuts | RingCuts):
+    if not isinstance(attention_mask, GatheredSegments | RingCuts):
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -226,7 +226,7 @@ def dense_forward(
         )
     if getattr(module, "layer_idx", 0) == 0 and (active := active_shard()) is not None:
         active.check_positions(kwargs.get("position_ids"))
-    if isinstance(attention_mask, UlyssesCuts):
+    if isinstance(attention_mask, GatheredSegments):
         return ulysses_attention(query, key, value, attention_mask, scale=scaling), None
     return ring_attention(query, key, value, attention_mask, scale=scaling), None
 

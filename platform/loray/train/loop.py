@@ -32,7 +32,7 @@ from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evalu
 from loray.train.data.batches import (
     BatchStream,
     Cursor,
-    TokenRows,
+    TokenizedRows,
     collate,
     collate_pairs,
     pair_lengths,
@@ -83,7 +83,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(
-    objective: Objective, compute: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+    objective: Objective, compute: nn.Module, rows: TokenizedRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
 ) -> HeldOut:
     """The mean loss over all rows and ranks. Leaves the model in training mode.
 

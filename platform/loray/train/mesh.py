@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from loray.errors import SpecError
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.sequence import SequenceGroup, sequence_parallel, shard
 
 
@@ -77,7 +77,7 @@ class Mesh:
         return self.world.size // self.sequence.size
 
     @contextmanager
-    def part(self, batch: Batch) -> Iterator[Batch]:
+    def part(self, batch: TrainBatch) -> Iterator[TrainBatch]:
         """This rank's part of its group's micro-batch. Inside the block models attend to the rest of the rows, too."""
         if self.sequence.size == 1:
             yield batch

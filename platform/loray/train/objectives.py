@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loray.methods.attach import AdapterSwitch
 from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
 from loray.spec import REWARDS, DpoSpec, TrainSpec
-from loray.train.data.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, TrainBatch
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -85,7 +85,7 @@ class LabelLosses(NamedTuple):
     learned_BT: Tensor
 
 
-def label_losses(model: Any, batch: Batch) -> LabelLosses:
+def label_losses(model: Any, batch: TrainBatch) -> LabelLosses:
     """Of a transformers causal language model on one micro-batch. The head skips positions without a label."""
     device = next(model.parameters()).device
     hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
@@ -95,7 +95,7 @@ def label_losses(model: Any, batch: Batch) -> LabelLosses:
     return LabelLosses(cross_entropy(hidden_BTD[learned_BT], head.weight, labels_BT[learned_BT]), learned_BT)
 
 
-def batch_loss(model: Any, batch: Batch) -> Loss:
+def batch_loss(model: Any, batch: TrainBatch) -> Loss:
     return Loss(label_losses(model, batch).losses_N.sum(), batch.num_targets)
 
 
@@ -111,7 +111,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: TrainBatch) -> Tensor:
         """Scalar fp32: the sum over the batch's labels."""
         return batch_loss(self.model, batch).total
 
@@ -135,7 +135,7 @@ class PreferenceObjective(Objective):
         self._switch = AdapterSwitch(model)
         self._sums: list[Tensor] = []
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: TrainBatch) -> Tensor:
         """Scalar fp32: the sum over the batch's pairs."""
         with torch.no_grad(), self._switch.off():
             reference_B, num_targets_B = log_probs(self.model, batch)
@@ -152,7 +152,7 @@ class PreferenceObjective(Objective):
         return tuple(torch.stack(sums).double().sum(0).tolist())
 
 
-def log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def log_probs(model: Any, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     """(fp32 log-probability of each row's targets, number of them), both (B,)."""
     losses_N, learned_BT = label_losses(model, batch)
     losses_BT = losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)

@@ -29,7 +29,7 @@ from serve_apps.api.problems import responses
 from serve_apps.api.routes import AccessRoute, router_of
 from serve_apps.api.services import Limit, Services, ServicesDep, page
 from serve_apps.api.services import page as views_page
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 
 router = router_of("access", AccessRoute)
 
@@ -40,7 +40,7 @@ TEXT = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
-def _access_of(services: Services, asking: Asking) -> DirectAccess:
+def _access_of(services: Services, asking: CurrentPrincipal) -> DirectAccess:
     return DirectAccess(services.catalog_of(asking))
 
 
@@ -49,7 +49,7 @@ def _access_of(services: Services, asking: Asking) -> DirectAccess:
 )
 @may("manage_own")
 def create_key(
-    services: ServicesDep, request: Request, response: Response, asking: Asking, wanted: KeyCreation
+    services: ServicesDep, request: Request, response: Response, asking: CurrentPrincipal, wanted: KeyCreation
 ) -> NewKeyResource:
     """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256.
 
@@ -67,7 +67,7 @@ def list_keys(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     tenant: Annotated[TenantName | None, Query(description="only keys of this tenant")] = None,
@@ -80,21 +80,21 @@ def list_keys(
 
 @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
 @may("identify")
-def get_own_key(services: ServicesDep, asking: Asking) -> KeyResource:
+def get_own_key(services: ServicesDep, asking: CurrentPrincipal) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
     return KeyResource.of(services.catalog.key(_own(asking.key_id)))
 
 
 @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
 @may("manage_own")
-def get_key(services: ServicesDep, asking: Asking, id: KeyPath) -> KeyResource:
+def get_key(services: ServicesDep, asking: CurrentPrincipal, id: KeyPath) -> KeyResource:
     """One key."""
     return _access_of(services, asking).key(id)
 
 
 @router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
 @may("manage_own")
-def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
+def change_key(services: ServicesDep, id: KeyPath, asking: CurrentPrincipal, change: KeyChange) -> KeyResource:
     """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
 
     Servers follow within two seconds. A key is blocked with those that it was rotated from and into. 409: another key
@@ -108,7 +108,7 @@ def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyCh
 def revoke_key(
     services: ServicesDep,
     id: KeyPath,
-    asking: Asking,
+    asking: CurrentPrincipal,
     only_this: Annotated[bool, Query(description="the keys that it was rotated from and into go on")] = False,
 ) -> KeyResource:
     """Revoke a key for ever, with those that it was rotated from and into: every server refuses them within two
@@ -120,7 +120,7 @@ def revoke_key(
 @router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201))
 @may("identify")
 def rotate_key(
-    services: ServicesDep, response: Response, id: KeyPath, asking: Asking, rotation: Rotation
+    services: ServicesDep, response: Response, id: KeyPath, asking: CurrentPrincipal, rotation: Rotation
 ) -> NewKeyResource:
     """Replace a key by one with the same scopes and limits. A key may replace itself, once a day.
 
@@ -134,7 +134,7 @@ def rotate_key(
 
 @router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
 @may("manage")
-def create_tenant(services: ServicesDep, asking: Asking, wanted: TenantCreation) -> TenantResource:
+def create_tenant(services: ServicesDep, asking: CurrentPrincipal, wanted: TenantCreation) -> TenantResource:
     """Make a tenant."""
     return _access_of(services, asking).create_tenant(wanted.name, wanted.limits)
 
@@ -155,7 +155,9 @@ def get_tenant(services: ServicesDep, name: TenantPath) -> TenantResource:
 
 @router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
 @may("manage")
-def change_tenant(services: ServicesDep, name: TenantPath, asking: Asking, change: TenantChange) -> TenantResource:
+def change_tenant(
+    services: ServicesDep, name: TenantPath, asking: CurrentPrincipal, change: TenantChange
+) -> TenantResource:
     """Block a tenant with all its keys, let it pass again, or give it other limits."""
     return _access_of(services, asking).change_tenant(name, change)
 
@@ -166,7 +168,7 @@ def read_audit(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Cursor = None,
     tenant: Annotated[TenantName | None, Query(description="only of this tenant; for administrators")] = None,
@@ -206,7 +208,7 @@ def get_usage(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[int, Query(ge=0, le=_MOST, description="`next` of the page before")] = 0,
     group_by: _Groups = [],  # noqa: B006 - FastAPI copies it

@@ -44,7 +44,7 @@ from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Limit, Services, ServicesDep, TenantQuery, page
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import FILE, TAR, ArchiveResponse, label_of, send_adapter
 from serve_apps.http import schema_reference
 
@@ -57,7 +57,7 @@ def list_adapters(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[QualifiedName | None, Query(description="`next` of the page before")] = None,
     tenant: TenantQuery = None,
@@ -87,14 +87,16 @@ def list_adapters(
 
 @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
 @may("read")
-def get_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
+def get_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
     return _adapter(services.catalog_of(asking), name)
 
 
 @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
 @may("publish")
-def change_adapter(services: ServicesDep, asking: Asking, name: AdapterName, change: AdapterChange) -> AdapterResource:
+def change_adapter(
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, change: AdapterChange
+) -> AdapterResource:
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
     catalog = services.catalog_of(asking)
     catalog.share(name, change.visibility, change.shared_with)
@@ -107,7 +109,7 @@ def list_versions(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     limit: Limit = 100,
     cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
@@ -121,7 +123,7 @@ def list_versions(
 @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
 @may("read")
 def get_version(
-    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
     return service.detail(services.catalog_of(asking).version(name, version))
@@ -137,7 +139,7 @@ async def register_version(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     registration: Registration,
 ) -> VersionDetail:
@@ -176,7 +178,7 @@ async def register_version(
 @may("publish")
 def report_evaluations(
     services: ServicesDep,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     version: Annotated[VersionNumber, Path()],
     report: EvaluationReport,
@@ -189,7 +191,7 @@ def report_evaluations(
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
 @may("read")
-async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName) -> PlacementResource:
+async def get_placement(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> PlacementResource:
     """In which replica's memory each version is; nothing where nothing is served.
 
     How often and when it was used is told to administrators: the same bytes may have names of other tenants.
@@ -200,7 +202,7 @@ async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName
 
 @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
 @may("identify")
-def list_bases(services: ServicesDep, asking: Asking) -> Page[BaseResource]:
+def list_bases(services: ServicesDep, asking: CurrentPrincipal) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
     catalog = services.catalog_of(asking)
     items = (service.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
@@ -235,7 +237,7 @@ _VERSION = "/adapters/{name}/versions/{version}"
 
 @removal_router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
 @may("publish")
-def delete_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> None:
+def delete_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> None:
     """Delete a name with its versions and aliases. 409: a job trains for it.
 
     It does not exist any more, but nobody can take the name; it can be restored while the store has its bytes.
@@ -246,7 +248,7 @@ def delete_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> 
 @removal_router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
 @may("publish")
 def delete_version(
-    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> None:
     """Delete one version. 409: an alias points at it, or it is the only one. Its number is not used again."""
     services.catalog_of(asking).delete_version(name, version)
@@ -254,7 +256,7 @@ def delete_version(
 
 @removal_router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
 @may("publish")
-def restore_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
+def restore_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
     restore(name, None, services.store, catalog)
@@ -264,7 +266,7 @@ def restore_adapter(services: ServicesDep, asking: Asking, name: AdapterName) ->
 @removal_router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
 @may("publish")
 def restore_version(
-    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> VersionDetail:
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
@@ -277,7 +279,9 @@ def restore_version(
     responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
 )
 @may("manage")
-def transfer_adapter(services: ServicesDep, asking: Asking, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
+def transfer_adapter(
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, to: AdapterTransfer
+) -> AdapterResource:
     """Hand an adapter to another tenant, with versions, aliases, tags and evaluations; for administrators.
 
     Its old name is free then. 409: the new name is taken, or a job trains for the old one.
@@ -289,7 +293,7 @@ def transfer_adapter(services: ServicesDep, asking: Asking, name: AdapterName, t
 @removal_router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
 @may("manage")
 def release_version(
-    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
 ) -> None:
     """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
     services.catalog_of(asking).release(name, version)
@@ -307,7 +311,7 @@ _TAG = "/adapters/{name}/tags/{key}"
 
 @tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
 @may("read")
-def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[TagResource]:
+def list_tags(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[TagResource]:
     """All tags of an adapter, by key."""
     found: Mapping[str, str] = services.catalog_of(asking).tags(name)
     return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
@@ -316,7 +320,12 @@ def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[
 @tags_router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
 @may("publish")
 def set_tag(
-    services: ServicesDep, response: Response, asking: Asking, name: AdapterName, key: KeyPath, change: TagChange
+    services: ServicesDep,
+    response: Response,
+    asking: CurrentPrincipal,
+    name: AdapterName,
+    key: KeyPath,
+    change: TagChange,
 ) -> TagResource:
     """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
     made = services.catalog_of(asking).set_tag(name, key, change.value)
@@ -326,7 +335,7 @@ def set_tag(
 
 @tags_router.delete(_TAG, status_code=204, responses=responses(403, 404))
 @may("publish")
-def delete_tag(services: ServicesDep, asking: Asking, name: AdapterName, key: KeyPath) -> None:
+def delete_tag(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, key: KeyPath) -> None:
     """Take a tag away."""
     services.catalog_of(asking).delete_tag(name, key)
 
@@ -354,7 +363,7 @@ _ANSWER: examples.Responses = {
 async def download(
     services: ServicesDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     version: Annotated[VersionNumber, Path()],
     format: FormQuery = "peft",
@@ -387,7 +396,7 @@ async def download(
         return ArchiveResponse(archive, held.pop_all(), found, format)
 
 
-def _noted(services: Services, asking: Asking, name: str, version: int, form: DownloadForm) -> AdapterVersion:
+def _noted(services: Services, asking: CurrentPrincipal, name: str, version: int, form: DownloadForm) -> AdapterVersion:
     """The version, of whose download the audit log has an entry."""
     catalog = services.catalog_of(asking)
     found = catalog.version(name, version)

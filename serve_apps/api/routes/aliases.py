@@ -11,7 +11,7 @@ from serve_apps.api import examples
 from serve_apps.api.problems import Conditional, responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, AliasPath, ServicesDep
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 
 router = router_of("aliases")
 
@@ -25,7 +25,7 @@ def _tagged(status: int = 200) -> examples.Responses:
 
 @router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
 @may("read")
-def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[AliasResource]:
+def list_aliases(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
     return Page[AliasResource](items=tuple(service.alias(state) for state in services.catalog_of(asking).aliases(name)))
 
@@ -39,7 +39,7 @@ def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Pa
 def get_alias(
     services: ServicesDep,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: AliasPath,
     conditions: Conditional,
@@ -57,7 +57,7 @@ def get_alias(
 def put_alias(
     services: ServicesDep,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: AliasPath,
     target: AliasTarget,
@@ -80,7 +80,7 @@ def put_alias(
 @router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
 @may("promote")
 def delete_alias(
-    services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath, conditions: Conditional
 ) -> None:
     """Take an alias away; versions stay. Preconditions as for PUT."""
     catalog = services.catalog_of(asking)
@@ -93,7 +93,7 @@ def delete_alias(
 def roll_back(
     services: ServicesDep,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: AliasPath,
     conditions: Conditional,
@@ -117,7 +117,7 @@ _CANARIES_PATH = "/adapters/{name}/aliases/{alias}/canary"
 
 @canaries_router.get(_CANARIES_PATH, responses=responses(403, 404) | examples.ok(examples.CANARY))
 @may("read")
-def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath) -> CanaryResource:
+def get_canary(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath) -> CanaryResource:
     """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
 
     403: the adapter is another tenant's.
@@ -129,7 +129,7 @@ def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: 
 @may("promote")
 def put_canary(
     services: ServicesDep,
-    asking: Asking,
+    asking: CurrentPrincipal,
     name: AdapterName,
     alias: AliasPath,
     target: CanaryTarget,
@@ -157,7 +157,7 @@ def put_canary(
 @canaries_router.delete(_CANARIES_PATH, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
 @may("promote")
 def end_canary(
-    services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath, conditions: Conditional
 ) -> CanaryResource:
     """Give all requests to the version that the alias points at. Moving the alias, or rolling it back, does it too."""
     catalog = services.catalog_of(asking)

@@ -24,7 +24,7 @@ from loray.policy.auth import check
 from loray.recipes.defaults import complete
 from loray.recipes.fields import parse_plain
 from loray.recipes.load import size_of_base
-from loray.recommend import Answers, Constraint, Estimate, Scale, Score, recommend
+from loray.recommend import Answers, Constraint, MethodEstimate, Scale, Score, recommend
 from loray.schemas.resources import JobResource, Page, Resource
 from loray.settings import Settings
 from loray.spec import JobId, JobStatus, Name, QualifiedName, TrainSpec
@@ -34,7 +34,7 @@ from serve_apps.api.problems import InvalidFields, fields_of, responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import Limit, ServicesDep
 from serve_apps.api.services import page as views_page
-from serve_apps.auth import Asking, may, until_revoked
+from serve_apps.auth import CurrentPrincipal, may, until_revoked
 from serve_apps.http import parse_json, read, schema_reference
 
 JSON = ("application/json",)
@@ -96,7 +96,7 @@ def submit_job(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     recipe: RecipeBody,
     id: ChosenId = None,
     resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
@@ -115,7 +115,7 @@ def list_jobs(
     services: ServicesDep,
     request: Request,
     response: Response,
-    asking: Asking,
+    asking: CurrentPrincipal,
     limit: Limit = 100,
     cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
     status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
@@ -128,7 +128,7 @@ def list_jobs(
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
 @may("follow")
-def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
+def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
     return service.job(services.jobs_of(asking).get(id))
 
@@ -142,7 +142,7 @@ def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
 async def get_logs(
     services: ServicesDep,
     request: Request,
-    asking: Asking,
+    asking: CurrentPrincipal,
     id: JobPath,
     follow: Annotated[bool, Query(description="go on until the job ends")] = False,
     tail: Annotated[
@@ -196,7 +196,7 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
 
 @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
 @may("train")
-def stop_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
+def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
     return service.job(services.jobs_of(asking).stop(id))
 
@@ -212,11 +212,11 @@ class RecommendationResource(Resource):
     base: str
     device: str
     scores: tuple[Score, ...]
-    estimates: tuple[Estimate, ...]
+    estimates: tuple[MethodEstimate, ...]
     remarks: tuple[str, ...]
 
 
-async def _count(services: ServicesDep, asking: Asking) -> None:
+async def _count(services: ServicesDep, asking: CurrentPrincipal) -> None:
     services.rates.take_advice(asking, time.monotonic())
 
 

@@ -11,7 +11,7 @@ from loray.schemas.resources import FileResource, UploadResource
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import Asking, Services, ServicesDep
+from serve_apps.api.services import CurrentPrincipal, Services, ServicesDep
 from serve_apps.auth import may
 from serve_apps.console import receive_upload
 
@@ -28,7 +28,9 @@ IdempotencyKey = Annotated[
 
 @router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
 @may("publish")
-def begin_upload(services: ServicesDep, asking: Asking, idempotency_key: IdempotencyKey = None) -> UploadResource:
+def begin_upload(
+    services: ServicesDep, asking: CurrentPrincipal, idempotency_key: IdempotencyKey = None
+) -> UploadResource:
     """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
 
     It is not an adapter until then, and is forgotten after a day. 409: too many are not published yet.
@@ -39,7 +41,7 @@ def begin_upload(services: ServicesDep, asking: Asking, idempotency_key: Idempot
 
 @router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
 @may("publish")
-def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadResource:
+def get_upload(services: ServicesDep, asking: CurrentPrincipal, id: UploadId) -> UploadResource:
     """Which files have come: an upload that broke off is continued with the others."""
     return _resource(_uploads(services, asking), id)
 
@@ -51,7 +53,7 @@ def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadRes
 )
 @may("publish")
 async def put_file(
-    services: ServicesDep, request: Request, asking: Asking, id: UploadId, name: FileName
+    services: ServicesDep, request: Request, asking: CurrentPrincipal, id: UploadId, name: FileName
 ) -> FileResource:
     """Send one file of the folder, as it is, with its Content-Length. A file of the same name is replaced.
 
@@ -63,12 +65,12 @@ async def put_file(
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
 @may("publish")
-def delete_upload(services: ServicesDep, asking: Asking, id: UploadId) -> None:
+def delete_upload(services: ServicesDep, asking: CurrentPrincipal, id: UploadId) -> None:
     """Forget an upload and its files. A version that was made of it stays."""
     _uploads(services, asking).delete(id)
 
 
-def _uploads(services: Services, asking: Asking) -> Uploads:
+def _uploads(services: Services, asking: CurrentPrincipal) -> Uploads:
     return Uploads(services.store, services.catalog_of(asking).own_tenant)
 
 

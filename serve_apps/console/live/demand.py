@@ -16,7 +16,7 @@ _KEPT_S = 1800.0
 MOST_POINTS = 400
 
 
-class Moment(NamedTuple):
+class DemandMoment(NamedTuple):
     """`at`: seconds of a monotonic clock. Requests, adapters and replicas then; tokens generated until then."""
 
     at: float
@@ -27,7 +27,7 @@ class Moment(NamedTuple):
     num_output_tokens: int
 
 
-class Row(NamedTuple):
+class DemandRow(NamedTuple):
     """A line of the table: `ago_s` before the last look; tokens a second since the row before, None in the first."""
 
     ago_s: float
@@ -47,7 +47,7 @@ class Demand:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._moments: deque[Moment] = deque()
+        self._moments: deque[DemandMoment] = deque()
         self._num_tokens = 0
         self._counted: dict[tuple[str, int], tuple[float, int]] = {}  # by name and pid: when, and what it said then
 
@@ -61,7 +61,7 @@ class Demand:
             self._num_tokens += num_tokens - before if num_tokens >= before else num_tokens
             self._counted[key] = (now, num_tokens)
         self._counted = {key: known for key, known in self._counted.items() if now - known[0] <= _KEPT_S}
-        moment = Moment(
+        moment = DemandMoment(
             now,
             totals.num_running,
             totals.num_waiting,
@@ -98,12 +98,12 @@ class Demand:
             ]
         )
 
-    def rows(self, most: int) -> list[Row]:
+    def rows(self, most: int) -> list[DemandRow]:
         """At most so many of the same moments, evenly spread, the last one first."""
         shown = self._thinned(most)
         before = [None, *shown[:-1]] if shown else []
         return [
-            Row(
+            DemandRow(
                 shown[-1].at - moment.at,
                 moment.num_running,
                 moment.num_waiting,
@@ -114,12 +114,12 @@ class Demand:
             for earlier, moment in zip(reversed(before), reversed(shown), strict=True)
         ]
 
-    def _thinned(self, most: int) -> list[Moment]:
+    def _thinned(self, most: int) -> list[DemandMoment]:
         moments = list(self._moments)
         stride = -(-len(moments) // most) or 1
         return moments[::-1][::stride][::-1]
 
 
-def _pace(earlier: Moment, later: Moment) -> float:
+def _pace(earlier: DemandMoment, later: DemandMoment) -> float:
     """Tokens a second."""
     return (later.num_output_tokens - earlier.num_output_tokens) / (later.at - earlier.at)

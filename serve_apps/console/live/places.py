@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from loray.schemas.status import ReplicaStatus
-from loray.spec import Stretch
+from loray.spec import StepStretch
 
 # What a pool's block holds, in the order of the pictures.
 KINDS: Mapping[str, str] = {
@@ -22,14 +22,14 @@ KINDS: Mapping[str, str] = {
 _TIERS = (("host", "adapters_on_host"), ("loading", "adapters_loading"), ("pool", "adapters_in_pool"))
 
 
-class Row(NamedTuple):
+class PlaceRow(NamedTuple):
     """Where an adapter is: `tiers` has pool, loading, host or nothing for each replica."""
 
     adapter: str
     tiers: tuple[str, ...]
 
 
-class Part(NamedTuple):
+class BarPart(NamedTuple):
     """Blocks of one kind: `begin` and `share` are of all blocks, from 0 to 1."""
 
     kind: str
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     share: float
 
 
-def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Row], int]:
+def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[PlaceRow], int]:
     """The `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
     tiers: dict[str, dict[int, str]] = {}
     for at, replica in enumerate(replicas):
@@ -47,21 +47,21 @@ def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Row
                 tiers.setdefault(name, {})[at] = tier
     most = heapq.nsmallest(num_rows, tiers.items(), key=lambda item: (-len(item[1]), item[0]))
     columns = range(len(replicas))
-    return [Row(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
+    return [PlaceRow(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
 
 
-def parts_of(blocks: Mapping[str, int]) -> list[Part]:
+def parts_of(blocks: Mapping[str, int]) -> list[BarPart]:
     """The pool of one replica by what its blocks hold; all kinds, in the order of `KINDS`."""
     num_blocks = sum(blocks.values()) or 1
     parts, begin = [], 0
     for kind in KINDS:
         count = blocks.get(kind, 0)
-        parts.append(Part(kind, count, begin / num_blocks, count / num_blocks))
+        parts.append(BarPart(kind, count, begin / num_blocks, count / num_blocks))
         begin += count
     return parts
 
 
-def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
+def strip_of(layout: Sequence[StepStretch]) -> list[tuple[str, str]]:
     """The pool of one replica by position, 1000 × 10 units in size: each kind with the path of its stretches."""
     num_blocks, at = sum(stretch.num_blocks for stretch in layout) or 1, 0
     paths: dict[str, list[str]] = {}
@@ -72,7 +72,7 @@ def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
     return [(kind, "".join(parts)) for kind, parts in paths.items()]
 
 
-def rows_of(layout: Sequence[Stretch]) -> list[tuple[int, int, str]]:
+def rows_of(layout: Sequence[StepStretch]) -> list[tuple[int, int, str]]:
     """The pool as a table: the first block and the last one of each stretch, and its kind."""
     ends = list(accumulate(stretch.num_blocks for stretch in layout))
     return [(end - count, end - 1, kind) for (kind, count), end in zip(layout, ends, strict=True)]

@@ -12,10 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from loray.bases.presets import known_shape
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE
 from loray.recommend import Answers, Constraint, Scale, recommend
-from loray.recommend import Estimate as Cost
+from loray.recommend import MethodEstimate as Cost
 from loray.simulation.asked import POLICY_NAMES, Asked
 from loray.spec import Method
-from serve_apps.auth import Asking, may
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import COUNTED_AS_ADVICE, ConsoleDep
 from serve_apps.console.recipes import form_fields, plan_of, recipe_of
 from serve_apps.console.rendering import MOST_SUGGESTED, checked, read_form, router_of
@@ -43,7 +43,7 @@ class Questions(BaseModel):
 
 @router.get("")
 @may("identify")
-def show_forms(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+def show_forms(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     return console.renderer.page(
         request,
         "advice.html",
@@ -80,7 +80,7 @@ async def show_recommendation(console: ConsoleDep, request: Request) -> Response
 
 @router.post("/plan", dependencies=COUNTED_AS_ADVICE)
 @may("identify")
-async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """What `loray plan` says of the form."""
     form, settings = await read_form(request), console.backend.settings
     estimate = await run_in_threadpool(
@@ -93,7 +93,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 
 @router.post("/simulate")
 @may("identify")
-async def show_simulation(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+async def show_simulation(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """What `loray simulate` says of made-up requests, within bounds."""
     form = await read_form(request)
     given = {name: form.get(name) for name in Asked.model_fields if name != "policies" and form.get(name)}

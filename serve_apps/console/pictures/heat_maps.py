@@ -14,7 +14,7 @@ _WORST = -5.0  # nats; at least, so that noise has no colour
 _WHAT = {EXACT_MATCH: "exact match", LOG_LIKELIHOOD: "log-likelihood of the key"}
 
 
-class Cell(NamedTuple):
+class HeatMapCell(NamedTuple):
     """`shade`: from 0, the worst, to NUM_SHADES - 1."""
 
     text: str
@@ -26,7 +26,7 @@ class HeatMap(NamedTuple):
 
     title: str
     lengths: tuple[int, ...]
-    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[HeatMapCell | None, ...]], ...]
 
 
 def heat_maps_of(evaluations: Iterable[Evaluation]) -> list[HeatMap]:
@@ -64,13 +64,13 @@ def _drawn(title: str, cells: dict[tuple[int, float], float], is_share: bool, wo
     lengths = _cut(sorted({length for length, _ in cells}), _MOST_LENGTHS)
     depths = _cut(sorted({depth for _, depth in cells}), _MOST_DEPTHS)
 
-    def cell(length: int, depth: float) -> Cell | None:
+    def cell(length: int, depth: float) -> HeatMapCell | None:
         value = cells.get((length, depth))
         if value is None:
             return None
         share = value if is_share else 1 - value / worst
         text = f"{value:.0%}" if is_share else f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
-        return Cell(text, min(max(int(share * NUM_SHADES), 0), NUM_SHADES - 1))
+        return HeatMapCell(text, min(max(int(share * NUM_SHADES), 0), NUM_SHADES - 1))
 
     rows = ((f"{depth:.0%}", tuple(cell(length, depth) for length in lengths)) for depth in depths)
     return HeatMap(title, tuple(lengths), tuple(rows))

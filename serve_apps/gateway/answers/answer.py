@@ -12,14 +12,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from loray.errors import DeadlineExceeded, KeyRevoked
 from loray.spec import Delta, TokenDelta
-from serve_apps.accounting.accounts import Account
+from serve_apps.accounting.accounts import RequestUsage
 from serve_apps.gateway import errors
-from serve_apps.gateway.answers.writers import Writer
+from serve_apps.gateway.answers.writers import AnswerWriter
 
 HEARTBEAT = ": waiting\n\n"  # a comment, which clients of server-sent events skip
 
 
-class Connection:
+class ClientConnection:
     """Sends one response. Several tasks may write; each text goes out whole.
 
     heartbeat_s  after which a silent stream gets a comment; None: never
@@ -114,7 +114,7 @@ class Deadline(NamedTuple):
         return cls(received_at + min(limits), min(limits)) if limits else None
 
 
-class Answer(Response):
+class AnswerResponse(Response):
     """The response to a generation request. An ASGI application, which has no task for each token.
 
     Nothing is sent before the first event or heart-beat, so that an error until then has its own status; a later one
@@ -125,10 +125,10 @@ class Answer(Response):
     def __init__(
         self,
         choices: Sequence[ChoiceStream],
-        writer: Writer,
+        writer: AnswerWriter,
         *,
         request_id: str,
-        account: Account | None = None,
+        account: RequestUsage | None = None,
         deadline: Deadline | None = None,
         heartbeat_s: float | None = None,
         headers: Mapping[str, str] | None = None,
@@ -158,7 +158,7 @@ class Answer(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Returns the outcome, as `UsageEvent` has it."""
-        connection = Connection(send, self.raw_headers, self._heartbeat_s)
+        connection = ClientConnection(send, self.raw_headers, self._heartbeat_s)
         limit = asyncio.timeout_at(self._deadline and self._deadline.at)
         left = False
         revoked: asyncio.Future[None] | None = scope.get("state", {}).get("revoked")
@@ -203,7 +203,7 @@ class Answer(Response):
                     error = DeadlineExceeded(f"the request took longer than {self._deadline.timeout_s:g} s, its limit")
             return await self._fail(error, connection, scope, receive, send)
 
-    async def _run(self, connection: Connection) -> None:
+    async def _run(self, connection: ClientConnection) -> None:
         # In tasks, also a single one: a token then wakes the choice alone, and not the routes and middleware around it.
         if len(self._choices) == 1:
             await asyncio.create_task(self._pump(0, connection))
@@ -215,7 +215,7 @@ class Answer(Response):
         except ExceptionGroup as e:
             raise e.exceptions[0] from None  # the first error; it ended the others
 
-    async def _pump(self, index: int, connection: Connection) -> None:
+    async def _pump(self, index: int, connection: ClientConnection) -> None:
         stream, text = self._choices[index]
         push = self._writer.push
         meter, account, num_tokens = self._meter if index == 0 else None, self._account, 0
@@ -234,7 +234,9 @@ class Answer(Response):
                 if delta.finish_reason is not None:
                     return
 
-    async def _fail(self, error: Exception, connection: Connection, scope: Scope, receive: Receive, send: Send) -> str:
+    async def _fail(
+        self, error: Exception, connection: ClientConnection, scope: Scope, receive: Receive, send: Send
+    ) -> str:
         failure = errors.failure_of(error, self._request_id)
         if self._meter is not None:
             self._meter.failed(error, failure.status)

@@ -15,7 +15,7 @@ from loray.text.detokenizer import RequestText
 from serve_apps.gateway.errors import Failure
 
 
-class Writer(Protocol):
+class AnswerWriter(Protocol):
     """Writes one answer. What it returns is sent at once; an empty text is not sent."""
 
     media_type: ClassVar[str]
@@ -78,7 +78,7 @@ class Whole:
         return failure.body
 
 
-def writer_of(answer: CompletionFormat | ChatFormat, num_choices: int, request: GenerationRequest) -> Writer:
+def writer_of(answer: CompletionFormat | ChatFormat, num_choices: int, request: GenerationRequest) -> AnswerWriter:
     """As the request asks: events, or one body."""
     return (Events if request.stream else Whole)(answer, num_choices, request.n)
 
@@ -150,7 +150,7 @@ class WholeResponse(_Response):
         return failure.body
 
 
-def response_writer(builder: ResponseBuilder, *, stream: bool) -> Writer:
+def response_writer(builder: ResponseBuilder, *, stream: bool) -> AnswerWriter:
     return (ResponseEvents if stream else WholeResponse)(builder)
 
 

@@ -43,7 +43,7 @@ from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.quarantine import Records as QuarantineRecords
+from serve_apps.gateway.replicas.quarantine import DeathRecords as QuarantineRecords
 from serve_apps.gateway.replicas.quarantine import SharedQuarantine
 from serve_apps.scaling import ScalingLog
 
@@ -210,16 +210,16 @@ _LOOK_S = 1.0
 _WRITE_S = 5.0  # between two notes, unless the replicas change or a request waits for the first one
 
 
-class Records(Protocol):
+class DemandStore(Protocol):
     """`serve_apps.scaling.DemandRecords`."""
 
     def write(self, gateway: str, record: DemandRecord) -> None: ...
 
 
-class DemandNotes:
+class DemandReporter:
     """Of one base at the gateway `name`. Used from one event loop."""
 
-    def __init__(self, records: Records, name: str, deployment: str) -> None:
+    def __init__(self, records: DemandStore, name: str, deployment: str) -> None:
         self._records, self._name, self._deployment = records, name, deployment
         self._memory = DemandMemory()
         self._has_news = False
@@ -252,7 +252,7 @@ class DemandNotes:
         self._records.write(self._name, DemandRecord(time.time(), tuple(sorted(replicas)), known))
 
 
-class Departures:
+class DrainingReplicas:
     """Serve tells routers at once that a replica is removed, by an update or by scaling, and the replica nothing: it
     takes no new requests and ends when it has none.
     """
@@ -277,7 +277,7 @@ class Departures:
 ATTEMPTS = 3  # in a row that bring no token
 
 
-class Progress:
+class ResumableAnswer:
     """The attempts of one request. Each goes on after the tokens that the earlier ones have brought.
 
     An answer that has begun survives `max_resumes` replicas, so that a request that kills replicas stops there. A
@@ -341,7 +341,7 @@ _ASK_S = 1.0  # between looks for replicas that do not report yet
 _ENGINES_LOOK_S = 0.5  # between looks for replicas that are leaving
 
 
-class ServeEngines:
+class ServeEngineClient:
     """The replicas of one base. Used from one event loop.
 
     handle          of the deployment called `deployment`
@@ -360,7 +360,7 @@ class ServeEngines:
         host: str,
         open_records: Callable[[], QuarantineRecords] | None = None,
         *,
-        notes: DemandNotes | None = None,
+        notes: DemandReporter | None = None,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
         max_token_lateness: float = 0.07,
@@ -376,7 +376,7 @@ class ServeEngines:
         self._max_lateness = max_token_lateness  # by that
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
-        self._departures = Departures(drain_grace_s)
+        self._departures = DrainingReplicas(drain_grace_s)
         self._notes = notes
         self._reading: dict[str, Inbox] = {}  # by request
         self._cold: set[str] = set()  # requests that wait, and no replica runs
@@ -432,14 +432,14 @@ class ServeEngines:
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """As `Engines.generate`. If its replica is lost or is leaving, another one goes on after the tokens that have
-        come, see `Progress`.
+        come, see `ResumableAnswer`.
 
         Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
         replicas.
         """
         if self._notes is not None and request.adapter is not None:
             self._notes.came(request.adapter)
-        progress = Progress(request, self._max_resumes)
+        progress = ResumableAnswer(request, self._max_resumes)
         while True:
             attempt = progress.attempt()
             try:
@@ -452,7 +452,7 @@ class ServeEngines:
                 if not isinstance(e, ReplicaLeaving):
                     await asyncio.sleep(_BACKOFF_S * 2 ** max(0, progress.num_failed - 1))
 
-    def _failed(self, progress: Progress, attempt: GenerateRequest, error: ReplicaUnavailable) -> None:
+    def _failed(self, progress: ResumableAnswer, attempt: GenerateRequest, error: ReplicaUnavailable) -> None:
         """Raises `error` unless another attempt follows."""
         if error.replica is not None:
             router.suspect(error.replica)

@@ -27,7 +27,7 @@ _DEATH_TIMEOUT_S = 10.0  # of a death's record, which others wait for
 _AWAY_S = 5.0  # after a question that failed, before the next one
 
 
-class Records(Protocol):
+class DeathRecords(Protocol):
     """The part of the catalog that is used here."""
 
     def quarantined(self) -> Mapping[str, Quarantined]: ...
@@ -44,10 +44,10 @@ class SharedQuarantine:
     """Used from one event loop. `open_records` None: this gateway is alone, and forgets at its end."""
 
     def __init__(
-        self, open_records: Callable[[], Records] | None = None, clock: Callable[[], float] = time.time
+        self, open_records: Callable[[], DeathRecords] | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self._open, self._clock = open_records, clock
-        self._records: Records | None = None
+        self._records: DeathRecords | None = None
         self._known = Quarantine()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quarantine")
         self._asking = asyncio.Lock()
@@ -118,12 +118,12 @@ class SharedQuarantine:
             for innocent in self._known.learn({digest: _suspicion(row) for digest, row in rows.items()}):
                 self._later(lambda records, digest=innocent: records.acquit(digest))  # type: ignore[misc]
 
-    def _later(self, question: Callable[[Records], object]) -> None:
+    def _later(self, question: Callable[[DeathRecords], object]) -> None:
         task: asyncio.Task[object] = asyncio.create_task(self._ask(question))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
 
-    async def _ask(self, question: Callable[[Records], T], timeout_s: float | None = None) -> T | None:
+    async def _ask(self, question: Callable[[DeathRecords], T], timeout_s: float | None = None) -> T | None:
         """What the catalog answers, asked in a thread; None while it cannot be asked."""
         async with self._asking:
             is_stuck = self._asked is not None and not self._asked.done()
@@ -140,7 +140,7 @@ class SharedQuarantine:
                 self._away_until = time.monotonic() + _AWAY_S
                 return None
 
-    def _answer(self, question: Callable[[Records], T]) -> T:
+    def _answer(self, question: Callable[[DeathRecords], T]) -> T:
         if self._records is None:
             assert self._open is not None
             self._records = self._open()

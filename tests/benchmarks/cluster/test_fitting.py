@@ -17,7 +17,7 @@ from benchmarks.cluster.fitting import decoding, end_known_s, fit, profile, undi
 from benchmarks.cluster.rows import row
 from benchmarks.cluster.trace import Asked, Load, make_trace
 from benchmarks.cluster.world import Figures
-from loray.simulation.cluster import Job
+from loray.simulation.cluster import SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES, Profile
 from loray.simulation.routers import RandomRouter
 from loray.simulation.scalers import Fixed
@@ -60,7 +60,7 @@ def _simulated_answers(costs: Profile, asked: Sequence[Asked]) -> list[Seen]:
     routed = {}
 
     class Noting(RandomRouter):
-        def choose(self, job: Job, now: float) -> int:
+        def choose(self, job: SimulatedRequest, now: float) -> int:
             routed[job.index] = now
             return super().choose(job, now)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loray.cli import doctor
-from loray.cli.doctor import Facts, Finding, Situation, _left_in_container, existing
+from loray.cli.doctor import CheckResult, Facts, Situation, _left_in_container, existing
 from loray.local.serving import announced
 from tests.cli.doctor.conftest import GIB, Situations
 
@@ -18,7 +18,7 @@ ALL = (doctor.python, doctor.packages, doctor.memory, doctor.shared_memory, doct
 
 
 @pytest.mark.parametrize("check", ALL)
-def test_all_is_well(check: Callable[[Situation], Finding], situation: Situations) -> None:
+def test_all_is_well(check: Callable[[Situation], CheckResult], situation: Situations) -> None:
     finding = check(situation())
     assert (finding.severity, finding.mend) == ("ok", None), finding
 
@@ -53,7 +53,7 @@ def test_all_is_well(check: Callable[[Situation], Finding], situation: Situation
     ],
 )
 def test_what_is_wrong_is_found(
-    check: Callable[[Situation], Finding],
+    check: Callable[[Situation], CheckResult],
     planted: dict[str, Any],
     severity: str,
     message: str,

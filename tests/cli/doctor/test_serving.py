@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from loray.cli import doctor
-from loray.cli.doctor import CHECKS, Check, Finding, Situation, examined
+from loray.cli.doctor import CHECKS, Check, CheckResult, Situation, examined
 from loray.errors import CatalogError
 from loray.local.processes import free_ports
 from loray.local.serving import announced
@@ -99,7 +99,7 @@ def test_several_nodes_without_tls(situation: Situations, monkeypatch: pytest.Mo
     env, port = Authority(tmp_path).node(first, second), free_ports(1)[0]
     lost = ("127.0.0.3", port, "DEAD")
 
-    def found(*nodes: tuple[str, int, str]) -> Finding:
+    def found(*nodes: tuple[str, int, str]) -> CheckResult:
         with dashboard(*nodes) as url:
             return doctor.encryption(situation(env={"LORAY_ADDRESS": url}))
 
@@ -156,10 +156,10 @@ def test_a_server_that_is_away_or_refuses(situation: Situations, keyed: str, mon
 
 
 def test_a_check_that_fails_is_an_error_and_the_others_go_on(situation: Situations) -> None:
-    def fails(s: Situation) -> Finding:
+    def fails(s: Situation) -> CheckResult:
         raise CatalogError("it is away")
 
-    checks = (Check("one", fails), Check("two", lambda s: Finding("ok", "well")))
+    checks = (Check("one", fails), Check("two", lambda s: CheckResult("ok", "well")))
     found = dict(examined(checks, situation()))
     assert (found["one"].severity, found["one"].message) == ("error", "it is away")
     assert found["two"].severity == "ok"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from loray.cli.chat import Answer, _Talk, printable
+from loray.cli.chat import ChatAnswer, _Talk, printable
 from loray.client import LorayClient
 from tests.cli.interactive.conftest import Server
 from tests.cli.run import Loray
@@ -69,7 +69,7 @@ def test_models_are_compared_under_headings(loray: Loray, server: Server, say: S
 def test_columns_of_a_terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with LorayClient("http://test", transport=httpx.MockTransport(server)) as client:
         talk = _Talk(client, ["tone", "dates"], None, {}, quiet=False)
-        answers = [Answer("tone"), Answer("dates")]
+        answers = [ChatAnswer("tone"), ChatAnswer("dates")]
         talk._side_by_side("one", answers)
     shown = capsys.readouterr().out
     assert "tonehearsone" in shown
@@ -99,6 +99,8 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 
 
 def test_figures() -> None:
-    assert Answer("m", ttft_s=0.5, total_s=2.5, num_tokens=5).figures == "5 tokens, 2.0 tokens/s, first after 500 ms"
-    assert Answer("m", ttft_s=0.5, total_s=0.5, num_tokens=1).figures == "1 tokens, first after 500 ms"
-    assert Answer("m").figures == "0 tokens"
+    assert (
+        ChatAnswer("m", ttft_s=0.5, total_s=2.5, num_tokens=5).figures == "5 tokens, 2.0 tokens/s, first after 500 ms"
+    )
+    assert ChatAnswer("m", ttft_s=0.5, total_s=0.5, num_tokens=1).figures == "1 tokens, first after 500 ms"
+    assert ChatAnswer("m").figures == "0 tokens"

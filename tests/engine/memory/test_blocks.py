@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 
 GEOMETRY = Geometry(num_blocks=12, num_layers=3, block_tokens=4, layer_share=64)
 
@@ -43,10 +43,10 @@ class Life(RuleBasedStateMachine):
             self.allocator.release_kv(self.kv.pop(data.draw(st.integers(0, len(self.kv) - 1))))
 
     @rule(
-        kind=st.sampled_from([Kind.LAYERED, Kind.FLAT]),
+        kind=st.sampled_from([BlockKind.LAYERED, BlockKind.FLAT]),
         demand=st.dictionaries(st.sampled_from([5, 8, 16, 24, 64]), st.integers(1, 20), min_size=1),
     )
-    def allocate_rows(self, kind: Kind, demand: dict[int, int]) -> None:
+    def allocate_rows(self, kind: BlockKind, demand: dict[int, int]) -> None:
         before = self.allocator.occupancy()
         extents = self.allocator.allocate_rows(kind, demand)
         if extents is None:
@@ -88,19 +88,19 @@ TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 def test_rows_go_to_the_fullest_block_that_fits() -> None:
     allocator = BlockAllocator(GEOMETRY)
-    first = allocator.allocate_rows(Kind.LAYERED, {16: 4})
-    second = allocator.allocate_rows(Kind.LAYERED, {16: 2})
+    first = allocator.allocate_rows(BlockKind.LAYERED, {16: 4})
+    second = allocator.allocate_rows(BlockKind.LAYERED, {16: 2})
     assert first is not None
     assert second is not None
     allocator.free_rows([first[0]._replace(rows=1)])
-    third = allocator.allocate_rows(Kind.LAYERED, {16: 1})
+    third = allocator.allocate_rows(BlockKind.LAYERED, {16: 1})
     assert third == [first[0]._replace(rows=1)]
     assert allocator.occupancy().layered == 2
 
 
 def test_a_block_is_free_once_its_last_row_goes() -> None:
     allocator = BlockAllocator(GEOMETRY)
-    extents = allocator.allocate_rows(Kind.FLAT, {64: 4})
+    extents = allocator.allocate_rows(BlockKind.FLAT, {64: 4})
     assert extents is not None
     assert allocator.num_free == GEOMETRY.num_blocks - 2
     allocator.free_rows(extents)
@@ -112,7 +112,7 @@ def test_integrity_finds_a_leak() -> None:
     assert allocator.allocate_kv(1)
     with pytest.raises(AssertionError, match="KV references"):
         allocator.check_integrity({}, [], {})
-    extents = allocator.allocate_rows(Kind.LAYERED, {16: 2})
+    extents = allocator.allocate_rows(BlockKind.LAYERED, {16: 2})
     assert extents is not None
     with pytest.raises(AssertionError, match="held twice, or by nothing"):
         allocator.check_integrity({0: 1}, [extents[0]._replace(rows=1)], {})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.compaction import close_gaps
 
 GEOMETRY = Geometry(num_blocks=12, num_layers=1, block_tokens=4, layer_share=64)
@@ -22,7 +22,7 @@ class Rows:
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}
         self.extents: dict[int, list[Extent]] = {}
 
-    def place(self, name: int, demand: dict[int, int], kind: Kind = Kind.LAYERED) -> None:
+    def place(self, name: int, demand: dict[int, int], kind: BlockKind = BlockKind.LAYERED) -> None:
         extents = self.allocator.allocate_rows(kind, demand)
         if extents is not None:
             self.extents[name] = extents
@@ -91,8 +91,8 @@ def test_gaps_too_narrow_for_a_row_free_nothing() -> None:
 
 def test_kinds_do_not_mix() -> None:
     rows = Rows()
-    rows.place(0, {16: 1}, Kind.LAYERED)
-    rows.place(1, {16: 1}, Kind.FLAT)
+    rows.place(0, {16: 1}, BlockKind.LAYERED)
+    rows.place(1, {16: 1}, BlockKind.FLAT)
     assert rows.compact() == 0
 
 
@@ -102,7 +102,7 @@ def test_any_pool_stays_whole(seed: int, num_blocks: int) -> None:
     rng = random.Random(seed)
     rows = Rows()
     for name in range(30):
-        kind = rng.choice([Kind.LAYERED, Kind.LAYERED, Kind.FLAT])
+        kind = rng.choice([BlockKind.LAYERED, BlockKind.LAYERED, BlockKind.FLAT])
         rows.place(name, {width: rng.randint(1, 5) for width in rng.sample([5, 8, 16, 24], 2)}, kind)
     for name in list(rows.extents):
         if rng.random() < 0.5:
@@ -143,7 +143,7 @@ def test_a_run_moves_no_other_run_and_needs_enough_free_blocks() -> None:
 def test_rows_and_kv_give_way_to_a_run(num_blocks: int) -> None:
     allocator = BlockAllocator(GEOMETRY)
     kv = allocator.allocate_kv(9)
-    extents = allocator.allocate_rows(Kind.LAYERED, {64: 3})
+    extents = allocator.allocate_rows(BlockKind.LAYERED, {64: 3})
     assert kv is not None
     assert extents is not None
     given_back, kept = kv[::2], kv[1::2]

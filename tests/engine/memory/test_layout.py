@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.memory.blocks import BlockAllocator, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Geometry
 from loray.engine.memory.kv_cache import PrefixCache
 from loray.engine.memory.layout import MOST_STRETCHES, layout, summary
 
@@ -21,8 +21,8 @@ def test_every_block_is_where_it_is() -> None:
     held, ended = allocator.allocate_kv(3), allocator.allocate_kv(2)
     assert held is not None
     assert ended is not None
-    allocator.allocate_rows(Kind.LAYERED, {64: 2})
-    allocator.allocate_rows(Kind.FLAT, {64: 1})
+    allocator.allocate_rows(BlockKind.LAYERED, {64: 2})
+    allocator.allocate_rows(BlockKind.FLAT, {64: 1})
     allocator.allocate_run(4)
     cache.store(None, [1, 2, 3, 4], ended)
     cache.release(ended)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix, columns, place
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 
 # SmolLM2-135M: hidden 576, 9 query and 3 key/value heads of 64, 30 layers, blocks of 16 tokens.
 SMOLLM2 = Geometry(num_blocks=64, num_layers=30, block_tokens=16, layer_share=2 * 16 * 3 * 64)
@@ -88,5 +88,5 @@ def test_a_row_wider_than_a_layers_share_is_cut_into_segments() -> None:
 def test_flat_rows_fill_whole_blocks_across_layers() -> None:
     rows_per_block = SMOLLM2.block_size // 576
     adapter = AdapterShape.of({}, [Matrix("embed_tokens", "embedding", rows_per_block + 1, 576)])
-    assert adapter.demand(SMOLLM2) == {Kind.FLAT: {576: rows_per_block + 1}}
+    assert adapter.demand(SMOLLM2) == {BlockKind.FLAT: {576: rows_per_block + 1}}
     assert adapter.num_blocks(SMOLLM2) == 2

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from loray.engine.memory.blocks import BlockAllocator, Geometry
-from loray.engine.memory.kv_cache import RequestBlocks
+from loray.engine.memory.kv_cache import KVCacheManager
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps
-from loray.engine.pool.pool import Record
-from loray.engine.request import Chunk, Request, State
+from loray.engine.pool.pool import AdapterDescriptor
+from loray.engine.request import Chunk, Request, RequestState
 from loray.spec import GenerateRequest, SamplingParams
 from loray_kernels import Parts
 
@@ -44,7 +44,7 @@ class Device:
 
 
 def running(name: str, blocks: list[int], num_outputs: int = 1) -> Request:
-    request = Request(GenerateRequest(name, (5, 6, 7), SamplingParams(max_tokens=99)), 0, State.RUNNING)
+    request = Request(GenerateRequest(name, (5, 6, 7), SamplingParams(max_tokens=99)), 0, RequestState.RUNNING)
     request.output_ids = list(range(10, 10 + num_outputs))
     request.num_computed, request.blocks = 2 + num_outputs, blocks
     return request
@@ -59,9 +59,9 @@ def adapter(start: int | None, pending: object = None, pair: int | None = None, 
     """With a record of nine words from `start` on; with a VeRA pair in a run of blocks from `pair` on."""
     record = None
     if start is not None and pair is None:
-        record = Record(start, 9, Parts.LORA, start, 0, None)
+        record = AdapterDescriptor(start, 9, Parts.LORA, start, 0, None)
     elif start is not None:
-        record = Record(start, 9, Parts.VERA, None, start, start + 5)
+        record = AdapterDescriptor(start, 9, Parts.VERA, None, start, start + 5)
     run = None if pair is None else SimpleNamespace(first_block=pair)
     return SimpleNamespace(**{"record": record, "pending": pending, "pair": run, "token_row": {}} | fields)
 
@@ -94,7 +94,7 @@ def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
     """Two requests compute the same tokens side by side, past a block's end: one of them gets the other's block."""
     allocator = BlockAllocator(Geometry(num_blocks=9, num_layers=1, block_tokens=4, layer_share=4))
     adapters = cast(Any, SimpleNamespace(floor=None))
-    blocks = RequestBlocks(allocator, adapters, lambda n: False, lambda: 0.0, enable_prefix_caching=True)
+    blocks = KVCacheManager(allocator, adapters, lambda n: False, lambda: 0.0, enable_prefix_caching=True)
     device, twins = Device(), [running(name, []) for name in "ab"]
     for _ in range(9):
         for twin in twins:
@@ -109,7 +109,7 @@ def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
 def test_a_step_that_is_not_recorded_leaves_the_tables_as_they_were() -> None:
     device, a, prompt = Device(), running("a", [1]), running("prompt", [2], num_outputs=0)
     assert device.step(a, prompt) is None
-    prompt.state = State.FINISHED
+    prompt.state = RequestState.FINISHED
     batch = device.step(a)
     assert batch is not None
     assert batch.step.blocks == [1]
@@ -119,7 +119,7 @@ def test_seats_of_requests_that_have_left_are_given_again() -> None:
     device = Device(num_seats=2)
     a, b, c = running("a", [7]), running("b", [8]), running("c", [9, 10])
     assert device.step(a, b)
-    a.state, a.blocks = State.FINISHED, []
+    a.state, a.blocks = RequestState.FINISHED, []
     assert device.step(b, c)
     advance(c)
     assert device.step(c)
@@ -158,7 +158,7 @@ def test_rows_that_share_a_pair_are_neighbours_and_name_their_vectors() -> None:
 
 def test_embedding_rows_are_found_for_each_token() -> None:
     device, a, b = Device(), running("a", [1]), running("b", [2])
-    own = adapter(30, token_row={3: 500}, record=Record(30, 9, Parts.OWN, None, 30, None))
+    own = adapter(30, token_row={3: 500}, record=AdapterDescriptor(30, 9, Parts.OWN, None, 30, None))
     device.adapters = {a: own}
     first = device.step(a, b)
     assert first is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.model import decoder
-from loray.engine.model.batch import Batch, kept_part
+from loray.engine.model.batch import Batch, logits_part
 from loray.engine.model.decoder import Decoder
 from loray.engine.pool.pool import Pool
 from loray.spec import LINEAR_MODULES
@@ -42,7 +42,7 @@ class Parts:
         self.seen: list[tuple[Batch, Batch]] = []
         self._whole = False
         forward = Decoder._forward
-        monkeypatch.setattr(decoder, "kept_part", self._part)
+        monkeypatch.setattr(decoder, "logits_part", self._part)
 
         def both(model: Decoder, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
             self._whole = True
@@ -55,7 +55,7 @@ class Parts:
         monkeypatch.setattr(Decoder, "_forward", both)
 
     def _part(self, batch: Batch) -> Batch | None:
-        part = None if self._whole else kept_part(batch)
+        part = None if self._whole else logits_part(batch)
         if part is not None:
             self.seen.append((batch, part))
         return part

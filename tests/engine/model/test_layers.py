@@ -11,7 +11,7 @@ from peft import LoraConfig, VeraConfig
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine.model.layers import Layer, Step
+from loray.engine.model.layers import ForwardContext, Layer
 from loray.spec import LINEAR_MODULES
 from loray_kernels import backend
 from loray_kernels.cpu.ops import CpuOps
@@ -49,7 +49,7 @@ def test_layers_in_one_call_give_the_bits_of_their_ops(
     own = adapters(any_base, tmp_path)
     compared = 0
 
-    def both(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
+    def both(layers: Sequence[Layer], x_TD: Tensor, step: ForwardContext) -> Tensor:
         nonlocal compared
         adapters, weights = step.batch.adapters, [layer.weights for layer in layers]
         expected_TD = x_TD

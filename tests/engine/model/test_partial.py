@@ -12,7 +12,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import Tier
-from loray.engine.pool.loader import Progress
+from loray.engine.pool.loader import LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import TokenOutput
 from loray.engine.residency.partial import PartialLoad
@@ -51,7 +51,7 @@ class Load:
         self._packing: Packing | None = None
         self.taken = 0
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         self._packing = Packing(packer, self._weights, self.partial)
         for rows in self._packing.packed.layered:
             rows.fill_(torch.nan)

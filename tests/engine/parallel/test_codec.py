@@ -16,7 +16,7 @@ from torch import Tensor
 import loray.engine
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
-from loray.engine.memory.blocks import Extent, Kind
+from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.parallel.pool import (
     CODEC,
     AdapterPlace,
@@ -33,10 +33,10 @@ from loray.engine.parallel.pool import (
 from loray.engine.parallel.transport import WireError
 from loray.engine.parallel.worker import ARGUMENTS, WorkerArgs
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.pool import Record
-from loray.methods.weights import ProjectionPair
+from loray.engine.pool.pool import AdapterDescriptor
+from loray.methods.weights import SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
-from loray_kernels import Parts, RecordLimits
+from loray_kernels import CaptureLimits, Parts
 
 NUM_MUTATED = 20_000
 REF = AdapterRef("d" * 64, "tone", 3, "longlora", "b" * 64, 64, 1 << 40, "hermes", None)
@@ -45,7 +45,7 @@ SHAPE = AdapterShape(
     (Matrix("norm", "norm", 1, 64),),
 )
 ROPE = RopeParameters(rope_type="linear", rope_theta=1e4, factor=2)
-EXTENT = Extent(Kind.LAYERED, 3, 0, 64, 4)
+EXTENT = Extent(BlockKind.LAYERED, 3, 0, 64, 4)
 COMMANDS: list[Any] = [
     Forward(b"\x00\xff", ("d", "e")),
     Replay(b""),
@@ -54,14 +54,14 @@ COMMANDS: list[Any] = [
     GetPoolMap(),
     UseRecordings(8, 512),
     CompileAdapters(),
-    RecordSteps(RecordLimits(60.0, 1 << 30)),
-    {"d": AdapterPlace((EXTENT,), SHAPE, None, Record(1, 2, Parts.LORA | Parts.OWN, None, 0, 7))},
+    RecordSteps(CaptureLimits(60.0, 1 << 30)),
+    {"d": AdapterPlace((EXTENT,), SHAPE, None, AdapterDescriptor(1, 2, Parts.LORA | Parts.OWN, None, 0, 7))},
     [b"one", b"two"],
 ]
 
 
 def placing() -> PlaceAdapter:
-    pair = ProjectionPair(torch.arange(6.0).view(2, 3), torch.zeros(0, 4), "p")
+    pair = SharedProjection(torch.arange(6.0).view(2, 3), torch.zeros(0, 4), "p")
     packed = PackedAdapter(SHAPE, (torch.ones(2, 8, dtype=torch.bfloat16),), torch.ones(64), (5, 6), pair, ROPE)
     return PlaceAdapter(REF, packed, ([EXTENT],))
 

@@ -15,12 +15,12 @@ from jsonschema import Draft202012Validator
 from peft import LoraConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.engine import Engine
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import ShardedAdapter, shard_adapter, sharded_loads
 from loray.engine.parallel.worker import LocalWorkers
-from loray.engine.pool.loader import AdapterLoads, Progress
+from loray.engine.pool.loader import AdapterLoads, LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.errors import EngineError, RankLost, SpecError
@@ -204,7 +204,7 @@ class KeptInVain:
     def __init__(self, weights: AdapterWeights) -> None:
         self._weights = weights
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         progress(packer.pack(self._weights), 0.0)
         raise OSError("no space left on device")
 
@@ -238,7 +238,7 @@ def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel
 
 def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> None:
     engine = make_engine(tiny_base(), tensor_parallel_size=2, num_threads=1, dtype="bfloat16")
-    stream = EngineStream(engine)
+    stream = AsyncEngine(engine)
     stream.start()
 
     async def generate() -> None:

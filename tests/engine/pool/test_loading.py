@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loray.engine.pool.loader import AdapterLoads, Progress
+from loray.engine.pool.loader import AdapterLoads, LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.residency.partial import PartialLoad
 from tests.engine.adapters import TestAdapter
@@ -23,7 +23,7 @@ class Slow:
     def __init__(self) -> None:
         self.half, self.go = Event(), Event()
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         partial = PartialLoad()
         packing = Packing(packer, weights(dict.fromkeys(range(4), 2)), partial)
         packing.take(range(3))

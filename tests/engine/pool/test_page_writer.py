@@ -13,9 +13,9 @@ from torch import Tensor
 
 from loray.engine import build
 from loray.engine.pool.pool import Pool, ResidentAdapter
-from loray.methods.weights import AdapterWeights, ProjectionPair
+from loray.methods.weights import AdapterWeights, SharedProjection
 from loray.spec import AdapterRef
-from loray_kernels import Ops, PageWriter, Piece, backend
+from loray_kernels import Ops, PageCopy, PageWriter, backend
 from loray_kernels.kv import DirectWriter
 from tests.engine.adapters import TestAdapter
 from tests.engine.late import Late
@@ -34,7 +34,7 @@ class LateWriter(Late):
         super().__init__()
         self._direct = DirectWriter(pool)
 
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
         self.late.append(lambda: self._direct.write(rows_LE, layer_offsets, pieces))
 
 
@@ -91,7 +91,7 @@ def test_rows_that_have_just_been_placed_make_way_for_a_pair(
     for resident in residents[::2]:
         pool.remove(resident)
     half = 3 * pool.geometry.block_size
-    pair = ProjectionPair(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
+    pair = SharedProjection(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
     place(pool, ref, AdapterWeights(modules={}, pair=pair))
     check_rows(pool, residents[1], lora[1])
 
@@ -102,7 +102,7 @@ def test_rows_of_an_adapter_that_has_gone_again_do_not_come_over_a_pair(
     pool, ref = make_pool(late, 4), adapters["r2"].ref
     pool.remove(place(pool, ref, weights(dict.fromkeys(range(4), 1), wide=20, narrow=20)))
     half = 2 * pool.geometry.block_size
-    pair = ProjectionPair(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
+    pair = SharedProjection(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
     placed = place(pool, ref, AdapterWeights(modules={}, pair=pair)).pair
     pool.wait_for_rows()
     assert placed is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from loray.engine.memory.eviction import AdapterWorth, EvictionScore
+from loray.engine.memory.eviction import EvictionPolicy, EvictionScore
 from tests.engine.residency.world import World, ref
 
 
@@ -19,7 +19,7 @@ class Pool:
 
     def __init__(self, items: list[Item], capacity: int, *, greedy: bool) -> None:
         self.items, self.capacity, self.greedy = items, capacity, greedy
-        self.eviction = AdapterWorth()
+        self.eviction = EvictionPolicy()
         self.resident: dict[int, EvictionScore] = {}
         self.seconds = 0.0
         self.hits = 0
@@ -82,7 +82,7 @@ def test_what_is_not_used_any_more_goes_however_costly_it_was() -> None:
 
 
 def test_one_that_came_layer_by_layer_is_taken_to_cost_what_others_did() -> None:
-    eviction = AdapterWorth()
+    eviction = EvictionPolicy()
     measured, streamed = EvictionScore(), EvictionScore()
     eviction.placed(streamed, None, 4.0)
     eviction.placed(measured, 6.0, 2.0)

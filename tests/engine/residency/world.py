@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from loray.engine.memory.adapter_manager import Residency
-from loray.engine.metrics import UsageLog
+from loray.engine.memory.adapter_manager import AdapterManager
+from loray.engine.metrics import AdapterUsageLog
 from loray.engine.residency.partial import PartialLoad
 from loray.spec import AdapterRef
 
@@ -38,13 +38,13 @@ class World:
         self.placed: list[str] = []
         self.slow: set[str] = set()  # whose rows are on their way to the pool
         self.now = 0.0
-        self.residency: Residency[Packed, str] = Residency(
+        self.residency: AdapterManager[Packed, str] = AdapterManager(
             host_bytes=host_bytes,
             load=self.load,
             place=self.place,
             remove=self.placed.remove,
             arrived=lambda name: name not in self.slow,
-            usage=UsageLog(now=lambda: 1000 + self.now),
+            usage=AdapterUsageLog(now=lambda: 1000 + self.now),
             clock=lambda: self.now,
         )
 

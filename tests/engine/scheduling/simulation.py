@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from loray.engine.memory.adapter_manager import Backoff, Residency
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.metrics import UsageLog
-from loray.engine.request import Plan, Request, Work
+from loray.engine.memory.adapter_manager import AdapterManager, Backoff
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
+from loray.engine.metrics import AdapterUsageLog
+from loray.engine.request import Request, SchedulerOutput, Work
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.scheduling.waiting import WaitLimits
@@ -81,13 +81,13 @@ class Simulation:
         self.placed: list[str] = []  # names
         self._arrives_at: dict[Extent, int] = {}  # the number of the step, by the first extent
         self.num_steps = 0
-        self.residency: Residency[Packed, list[Extent]] = Residency(
+        self.residency: AdapterManager[Packed, list[Extent]] = AdapterManager(
             host_bytes=host_bytes,
             load=self._load,
             place=self._place,
             remove=self.allocator.free_rows,
             arrived=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
-            usage=UsageLog(now=lambda: self.now),
+            usage=AdapterUsageLog(now=lambda: self.now),
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,
         )
@@ -154,7 +154,7 @@ class Simulation:
         else:
             load.set_exception(error)
 
-    def step(self) -> Plan:
+    def step(self) -> SchedulerOutput:
         if self._loads_at_once:
             for digest in self.loading:
                 self.finish(digest)
@@ -220,7 +220,7 @@ class Simulation:
     def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:
         if ref.digest in self.damaged:
             raise IntegrityError(f"{ref.name} is damaged")
-        extents = self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
+        extents = self.allocator.allocate_rows(BlockKind.LAYERED, {SHARE: ref.nbytes})
         if extents is not None:
             self.placed.append(ref.name)
             self._arrives_at[extents[0]] = self.num_steps + self._copy_steps()

@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.engine.request import Chunk, Request, Work
-from loray.engine.scheduling.step_budget import ALONE, MIN_CHUNK, StepBudget, StepTime
+from loray.engine.scheduling.step_budget import ALONE, MIN_CHUNK, StepBudget, StepTimeModel
 from loray.spec import GenerateRequest, SamplingParams
 
 TARGET, MAX_TOKENS = 0.1, 512
 LARGEST = Work(1, 64, 1 << 20, 4096, 1 << 30, 4096)
 
 
-def known(*costs: float) -> StepTime:
-    steps = StepTime()
+def known(*costs: float) -> StepTimeModel:
+    steps = StepTimeModel()
     steps.costs, steps.largest = Work(*costs), LARGEST
     return steps
 
@@ -72,7 +72,7 @@ def test_a_step_that_gives_a_token_keeps_to_the_target() -> None:
 
 
 def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_step() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     assert StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET).fit(0, 1000) == MAX_TOKENS
     sizes = []
     for num_tokens in (3, 32, 64, 128):
@@ -85,7 +85,7 @@ def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_
 
 def test_one_slow_step_does_not_keep_chunks_small() -> None:
     """What comes after it is short and alike, and does not show what more tokens would cost."""
-    steps, sizes = StepTime(), []
+    steps, sizes = StepTimeModel(), []
     steps.observe(Work(1).plus(Work.of(0, 64)), 40 * TARGET)  # adapters were loaded
     for _ in range(8):
         budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
@@ -110,7 +110,7 @@ def test_what_took_more_than_half_of_the_target_is_not_doubled() -> None:
 
 
 def test_forced_tokens_are_computed_together_and_leave_the_others_theirs() -> None:
-    budget = StepBudget(StepTime(), max_tokens=20, itl_slo_s=TARGET)
+    budget = StepBudget(StepTimeModel(), max_tokens=20, itl_slo_s=TARGET)
     assert budget.decode(100, 40, num_others=2) == MIN_CHUNK
     assert budget.decode(100, 40, num_others=1) == 3
     assert budget.decode(100, 1, num_others=0) == 1

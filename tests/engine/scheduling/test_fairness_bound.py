@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.request import Request, State
+from loray.engine.request import Request, RequestState
 from tests.engine.scheduling.simulation import Simulation, adapter
 
 
@@ -96,7 +96,7 @@ def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() 
     num_added = 0
     for _ in range(500):
         for name, sizes in kinds.items():
-            waiting[name] = [r for r in waiting[name] if r.state is State.WAITING]
+            waiting[name] = [r for r in waiting[name] if r.state is RequestState.WAITING]
             while len(waiting[name]) < (2 if name == "long" else 90):
                 waiting[name].append(sim.add(sizes[num_added % len(sizes)], 2, tenant=name))
                 num_added += 1
@@ -107,7 +107,7 @@ def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() 
     bound.check()
     assert bound.of_counters < 2 * budget + 2 * 200 * 2
     assert min(sim.served[name] for name in kinds) > 30_000
-    assert low.state is State.WAITING
+    assert low.state is RequestState.WAITING
 
 
 def test_a_flood_does_not_drown_another_tenant() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from loray.engine.request import Work
-from loray.engine.scheduling.early_abort import Backlog, FirstTokenEstimate
-from loray.engine.scheduling.step_budget import StepTime
+from loray.engine.scheduling.early_abort import Backlog, TtftEstimate
+from loray.engine.scheduling.step_budget import StepTimeModel
 
 
 def test_a_full_batch_lets_one_in_every_mean_output_over_its_size_steps() -> None:
-    steps = StepTime()
-    estimate = FirstTokenEstimate(steps, max_num_seqs=4, max_num_batched_tokens=100)
+    steps = StepTimeModel()
+    estimate = TtftEstimate(steps, max_num_seqs=4, max_num_batched_tokens=100)
     assert estimate.seconds(Backlog(1, 1000, 3.0), Work(1), num_running=4, mean_output=20) == 3
     for _ in range(50):
         steps.observe(Work(1, 1, 0), 1.0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loray.engine.memory.adapter_manager import Tier
-from loray.engine.request import State
+from loray.engine.request import RequestState
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.scheduling.fairness import MAX_OVERTAKES
 from loray.errors import IntegrityError
@@ -30,9 +30,9 @@ def test_preemption_takes_the_lowest_priority_and_of_these_the_youngest() -> Non
     sim.fill_up()
     requests = [sim.add(n, 14, priority=p) for n, p in ((1, 1), (1, 0), (2, 1), (2, 0))]
     sim.run(until=lambda: sim.scheduler.num_preemptions > 0)
-    assert [r.state is State.WAITING for r in requests] == [False, False, True, False]
+    assert [r.state is RequestState.WAITING for r in requests] == [False, False, True, False]
     sim.run(until=lambda: sim.scheduler.num_preemptions > 1)
-    assert [r.state is State.WAITING for r in requests] == [True, False, True, False]
+    assert [r.state is RequestState.WAITING for r in requests] == [True, False, True, False]
     sim.run()
     assert [len(r.output_ids) for r in requests] == [14] * 4
     assert list(sim.outcomes) == [requests[i] for i in (1, 3, 0, 2)]

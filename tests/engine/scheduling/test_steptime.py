@@ -7,7 +7,7 @@ import random
 import pytest
 
 from loray.engine.request import Work
-from loray.engine.scheduling.step_budget import StepTime
+from loray.engine.scheduling.step_budget import StepTimeModel
 
 COSTS = Work(13e-3, 0.7e-3, 0.2e-6, 0.45e-3, 0.26e-6, 0.3e-3)  # about those of a CPU and a model of 135 M parameters
 
@@ -24,14 +24,16 @@ def random_work(rng: random.Random, *, prompts: bool) -> Work:
     return work
 
 
-def measured(steps: StepTime, num_steps: int, *, scale: float = 1.0, noise: float = 0.0, prompts: bool = True) -> None:
+def measured(
+    steps: StepTimeModel, num_steps: int, *, scale: float = 1.0, noise: float = 0.0, prompts: bool = True
+) -> None:
     rng = random.Random(num_steps)
     for i in range(num_steps):
         work = random_work(rng, prompts=prompts and i % 3 == 0)
         steps.observe(work, seconds(work, scale) * rng.uniform(1 - noise, 1 + noise))
 
 
-def check(steps: StepTime, *, scale: float = 1.0, rel: float) -> None:
+def check(steps: StepTimeModel, *, scale: float = 1.0, rel: float) -> None:
     rng = random.Random(99)
     for _ in range(50):
         work = random_work(rng, prompts=True)
@@ -39,7 +41,7 @@ def check(steps: StepTime, *, scale: float = 1.0, rel: float) -> None:
 
 
 def test_costs_are_told_apart_and_the_past_is_forgotten() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     assert steps.predict(Work.of(0, 100)) == 0
     assert not steps.is_known
     measured(steps, 600, noise=0.1)
@@ -49,14 +51,14 @@ def test_costs_are_told_apart_and_the_past_is_forgotten() -> None:
 
 
 def test_decoding_does_not_wash_out_what_a_prompt_costs() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     measured(steps, 600)
     measured(steps, 20_000, noise=0.1, prompts=False)
     check(steps, rel=0.1)
 
 
 def test_a_single_stream_says_nothing_of_what_a_prompt_costs() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     for i in range(100):
         steps.observe(Work(1).plus(Work.of(i, 1)), 0.02)
     assert steps.predict(Work(1).plus(Work.of(0, 500))) == pytest.approx(0.02, rel=0.01)  # not 500 times as much
@@ -65,7 +67,7 @@ def test_a_single_stream_says_nothing_of_what_a_prompt_costs() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_steps_that_all_last_equally_long_do_not_turn_their_tokens_into_a_fixed_cost(noise: float) -> None:
     """A long prompt in steps of one time: a fixed cost of that time alone would explain them as well."""
-    steps = StepTime()
+    steps = StepTimeModel()
     measured(steps, 60)
     rng = random.Random(0)
     start = 0
@@ -81,7 +83,7 @@ def test_steps_that_all_last_equally_long_do_not_turn_their_tokens_into_a_fixed_
 
 
 def test_exceptions_do_not_count_and_a_slow_start_is_soon_forgotten() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     work = Work(1, 8, 800)
     steps.observe(work, 5.0)  # kernels were compiled
     for _ in range(12):
@@ -98,7 +100,7 @@ def test_exceptions_do_not_count_and_a_slow_start_is_soon_forgotten() -> None:
 
 
 def test_steps_that_stay_slow_are_believed() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     work = Work(1, 8, 800)
     for seconds, num in ((0.02, 40), (0.2, 60)):
         for _ in range(num):
@@ -107,7 +109,7 @@ def test_steps_that_stay_slow_are_believed() -> None:
 
 
 def test_no_cost_is_negative() -> None:
-    steps = StepTime()
+    steps = StepTimeModel()
     steps.observe(Work(1).plus(Work.of(0, 2)), 0.0)
     steps.observe(Work(1).plus(Work.of(0, 100)), 1.0)
     assert min(steps.costs) >= 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from loray.engine.memory.blocks import Extent
-from loray.engine.memory.kv_cache import RequestBlocks
+from loray.engine.memory.kv_cache import KVCacheManager
 from loray.engine.request import Request
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from tests.engine.scheduling.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
@@ -84,11 +84,11 @@ def mixed(num_calls: int, *, prefix_tokens: int, seed: int = 0) -> list[Call]:
     return calls
 
 
-def prefixes_first(self: RequestBlocks, num_blocks: int) -> bool:
+def prefixes_first(self: KVCacheManager, num_blocks: int) -> bool:
     return bool(self.prefix_cache.evict(num_blocks)) or self._adapters.evict_one()
 
 
-def adapters_first(self: RequestBlocks, num_blocks: int) -> bool:
+def adapters_first(self: KVCacheManager, num_blocks: int) -> bool:
     return self._adapters.evict_one() or bool(self.prefix_cache.evict(num_blocks))
 
 
@@ -100,7 +100,7 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Outcome, Out
         by_value = replay(calls, **costs)
         others = []
         for policy in (prefixes_first, adapters_first):
-            monkeypatch.setattr(RequestBlocks, "make_room", policy)
+            monkeypatch.setattr(KVCacheManager, "make_room", policy)
             others.append(replay(calls, **costs))
             monkeypatch.undo()
         return by_value, others[0], others[1]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from loray.engine.metrics import AdapterUsage, Histogram, UsageLog
+from loray.engine.metrics import AdapterUsage, AdapterUsageLog, Histogram
 from tests.engine.residency.world import ref
 
 
@@ -20,7 +20,7 @@ class Clock:
 
 
 def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
-    log = UsageLog(now=Clock())
+    log = AdapterUsageLog(now=Clock())
     a = ref("a")
     log.request_came(a)
     log.request_ended(a, 30)
@@ -35,7 +35,7 @@ def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
 
 def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is() -> None:
     forgotten: list[str] = []
-    log = UsageLog(num_kept=2, now=Clock(), on_forget=forgotten.append)
+    log = AdapterUsageLog(num_kept=2, now=Clock(), on_forget=forgotten.append)
     for name in "abcde":
         log.request_came(ref(name))
     for name in "bca":

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from jobs.runs.folders import RunFolder
 from jobs.sweeps.command import draw, sweep
-from jobs.sweeps.driver import LOSS, PERCENT, Records, _prepare, _scheduler
+from jobs.sweeps.driver import LOSS, PERCENT, TrialRecords, _prepare, _scheduler
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
@@ -84,12 +84,12 @@ def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp
     folder = RunFolder(fs.LocalFileSystem(), str(tmp_path / "sweep"))
     Path(folder.path).mkdir()
     plan, changed = plan_of(write(tmp_path).spec, 4), []
-    records = Records(folder, plan, changed.append)
+    records = TrialRecords(folder, plan, changed.append)
     for made in (record(0, "completed", 1.0, 0.9), record(1, "completed", 1.1, 0.8), record(2, "running", 2.0)):
         records.put(made)
     assert [made.trial for made in changed] == [0, 1, 2]
     Path(folder.path, "trial_0003.json").write_text('{"trial": 3, "va')  # killed while it wrote
-    again = Records(folder, plan, changed.append)
+    again = TrialRecords(folder, plan, changed.append)
     assert list(again) == [*list(records)[:3], TrialRecord(trial=3, values={"adapter.rank": "3"})]
 
     scheduler, trial = _scheduler(plan, again), SimpleNamespace(trial_id="new")

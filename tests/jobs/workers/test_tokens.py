@@ -17,9 +17,9 @@ from loray.settings import Settings
 from loray.spec import BatchSpec, DataSpec
 from loray.store import open_filesystem
 from loray.train.data import read
-from loray.train.data.batches import Batch, BatchStream
+from loray.train.data.batches import BatchStream, TrainBatch
 from loray.train.data.rows import Dataset, load_data
-from loray.train.data.shards import FolderCache, Shard, ShardIndex
+from loray.train.data.shards import FolderCache, ShardIndex, TokenShard
 from tests.cluster import RayCluster
 from tests.s3 import S3Server
 from tests.test_recipe import write as write_recipe
@@ -28,10 +28,10 @@ from tests.train.data.test_data import jsonl
 from tests.train.data.test_shards import Counted, listed
 
 
-def shard(number: int, num_tokens: int = 100) -> Shard:
+def shard(number: int, num_tokens: int = 100) -> TokenShard:
     tokens = np.arange(number, number + num_tokens, dtype=np.uint16)
     lengths, none = np.array([num_tokens], np.int32), np.zeros(1, np.int32)
-    return Shard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1))
+    return TokenShard(tokens, ShardIndex(lengths, none, np.empty((0, 2), np.int32), none, True, 1))
 
 
 def in_bucket(s3_server: S3Server, copies: Path, max_bytes: int = 1 << 20) -> BucketCache:
@@ -113,7 +113,7 @@ def test_the_place_is_that_of_the_deployment(s3_server: S3Server, tmp_path: Path
 
 
 @ray.remote
-def steps(data: Dataset, rank: int) -> list[Batch]:
+def steps(data: Dataset, rank: int) -> list[TrainBatch]:
     stream = BatchStream(data.train, BatchSpec(rows=2), max_length=64, seed=5, per_step=4, rank=rank, size=2)
     return [batch for _ in range(6) for batch in stream.next_step()]
 

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows
+from loray_kernels import (
+    AdapterSegments,
+    AttentionMeta,
+    KvLayout,
+    LoraTable,
+    Ops,
+    ProjectionMatrix,
+    RowOverrides,
+    RowTables,
+)
 from loray_kernels.reference import ReferenceOps
 from tests.kernels.keys import turned
 
@@ -43,7 +52,7 @@ def lora(
     """Modules of one input over adapters with `counts` tokens; two tokens of the base before and one after them."""
     num_tokens, width_in = sum(counts) + 3, 72
     starts = [2 + sum(counts[:n]) for n in range(len(counts))]
-    segments = Segments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True)))
+    segments = AdapterSegments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True)))
     tables, first = [], 128 + odd
     for module, own in ranks.items():
         total, rank_start = sum(own), tuple(sum(own[:n]) for n in range(len(own) + 1))
@@ -93,7 +102,7 @@ def test_neighbours_change_no_bit(ops: Ops) -> None:
                 x_TI,
                 pool,
                 (LoraTable(*(RowTables(((0, 72, torch.tensor([at])),)),) * 2, (0, 1), (1.0,)),),
-                Segments((0,), (count,)),
+                AdapterSegments((0,), (count,)),
                 0,
             )[0]
             for at in (64, 1001)
@@ -101,7 +110,9 @@ def test_neighbours_change_no_bit(ops: Ops) -> None:
         assert torch.equal(*h)
 
 
-def wide(dtype: torch.dtype, counts: list[int], odd: int) -> tuple[Tensor, Tensor, tuple[LoraTable, ...], Segments]:
+def wide(
+    dtype: torch.dtype, counts: list[int], odd: int
+) -> tuple[Tensor, Tensor, tuple[LoraTable, ...], AdapterSegments]:
     """x, pool, tables of two modules and their segments: an input that several blocks add up, in three segments of
     columns. The base has the last token.
     """
@@ -113,7 +124,7 @@ def wide(dtype: torch.dtype, counts: list[int], odd: int) -> tuple[Tensor, Tenso
         tables.append(LoraTable(a, a, tuple(sum(own[:n]) for n in range(len(own) + 1)), (1.0, 0.5, 2.0)))
         first += 2408 * sum(own)
     pool, x_TI = randn(1, dtype, first + 2408), randn(2, dtype, starts[-1] + 1, width)
-    return x_TI, pool, tuple(tables), Segments(tuple(starts[:-1]), tuple(starts[1:]))
+    return x_TI, pool, tuple(tables), AdapterSegments(tuple(starts[:-1]), tuple(starts[1:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +150,7 @@ def test_neighbours_change_no_bit_of_a_wide_input(ops: Ops) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pair_with_a_wide_input(ops: Ops, dtype: torch.dtype) -> None:
-    x_TI, a_RI = randn(1, dtype, 45, 1560), PairMatrix(randn(2, dtype, 70, 1700))
+    x_TI, a_RI = randn(1, dtype, 45, 1560), ProjectionMatrix(randn(2, dtype, 70, 1700))
     near(ops.vera_shrink(x_TI, a_RI), REFERENCE.vera_shrink(x_TI, a_RI), dtype)
 
 
@@ -186,7 +197,7 @@ def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
     near(turned(ops, x_THd, cos, sin), turned(REFERENCE, x_THd, cos, sin), dtype)
     for gate_up_TM in (fused[:, :140], randn(16, dtype, 3, 2200)):
         near(ops.silu_mul(gate_up_TM), REFERENCE.silu_mul(gate_up_TM), dtype)
-    pool, own = randn(13, dtype, 4096), TokenRows(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
+    pool, own = randn(13, dtype, 4096), RowOverrides(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
     table_VD, ids_T = randn(15, dtype, 6, 48), torch.tensor([5, 0, 2, 2, 1])
     assert torch.equal(ops.embed(table_VD, ids_T, pool, own), REFERENCE.embed(table_VD, ids_T, pool, own))
 
@@ -196,7 +207,7 @@ def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
 def test_norms(ops: Ops, width: int, dtype: torch.dtype) -> None:
     """Of few columns and of many, of heads, and of sums; weights of adapters in two segments; not of all tokens."""
     fused, pool, weight_D = randn(10, dtype, 11, 3 * width + 8), randn(13, dtype, 8192), randn(14, dtype, width)
-    own = TokenRows(torch.tensor([3, 0]), rows(2, width, 7, step=2048, num_segments=2))
+    own = RowOverrides(torch.tensor([3, 0]), rows(2, width, 7, step=2048, num_segments=2))
     x_TD, more_TD, x_THd = fused[:, :width], fused[:, width : 2 * width], fused[:, : 3 * width].view(11, 3, width)
     for adapters in (own, None):
         args = weight_D, 1e-5, pool, adapters, 64
@@ -210,7 +221,9 @@ def test_norms(ops: Ops, width: int, dtype: torch.dtype) -> None:
 def test_mixed_dtypes_go_to_the_reference(ops: Ops) -> None:
     x_TI, pool = randn(2, torch.float32, 24, 72), randn(1, torch.bfloat16, 8192)
     table = LoraTable(rows(12, 72, 0), rows(12, 48, 0), (0, 8, 12), (1.0, 2.0))
-    (got,), (want,) = (o.lora_shrink(x_TI, pool, (table,), Segments((0, 1), (1, 21)), 0) for o in (ops, REFERENCE))
+    (got,), (want,) = (
+        o.lora_shrink(x_TI, pool, (table,), AdapterSegments((0, 1), (1, 21)), 0) for o in (ops, REFERENCE)
+    )
     near(got, want, torch.float32)
 
 

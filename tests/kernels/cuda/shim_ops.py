@@ -14,17 +14,17 @@ from loray.engine.model import decoder
 from loray_kernels import (
     AttentionMeta,
     BackendUnavailable,
+    CaptureBarrier,
+    CapturedDecoding,
+    CapturedStep,
     Decoding,
     KvLayout,
+    PageCopy,
     PageWriter,
     Parts,
-    Piece,
-    Ranks,
-    RecordedDecoding,
-    RecordedStep,
 )
 from loray_kernels.cuda import graphs, tables
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.graphs import Capture, DecodeGraphs
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.tables import pack_attention
@@ -43,7 +43,7 @@ class LateUploader(Late):
         super().__init__()
         self._gather, self._pool = gather, pool
 
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
         table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
         if table_P3.shape[0]:
             self.late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
@@ -52,11 +52,11 @@ class LateUploader(Late):
 class Tapes:
     """A Recorder. Every recording takes one byte."""
 
-    def __init__(self, ops: ShimOps, ranks: Ranks) -> None:
+    def __init__(self, ops: ShimOps, ranks: CaptureBarrier) -> None:
         self._ops, self._ranks, self._num_bytes = ops, ranks, 0
         self._arena = Arena()
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
         """As GraphRecorder does."""
         assert self._ops.may_record
         self._num_bytes += 1
@@ -64,7 +64,7 @@ class Tapes:
             run()
         return lambda: self._record(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Recording:
+    def _record(self, run: Callable[[], Tensor]) -> Capture:
         self._ranks.connect()
         tape = self._ops.launcher.tape = Tape(self._arena)
         out = tape.record(run)
@@ -74,7 +74,7 @@ class Tapes:
             self._ops.replayed.append(out.shape[0])
             tape.replay()
 
-        return Recording(replay, out)
+        return Capture(replay, out)
 
     def num_bytes(self) -> int:
         return self._num_bytes
@@ -99,7 +99,7 @@ class ShimOps(CudaOps):
         self.uploaders.append(LateUploader(self._gather, pool))
         return self.uploaders[-1]
 
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
         return DecodeGraphs(forward, decoding, Tapes(self, decoding.ranks)) if self.records_steps else None
 
     def paged_attention(

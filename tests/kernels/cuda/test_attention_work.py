@@ -14,7 +14,7 @@ from loray_kernels.cuda import kernels
 from loray_kernels.cuda.kernels import Gather, Work
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, Attention, Items
+from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items
 from tests.kernels.cuda.cases import REFERENCE, decode_step, near, randn
 from tests.kernels.cuda.shim import ShimLauncher
 
@@ -52,7 +52,7 @@ def planned(launcher: GridLauncher, contexts: list[int]) -> Work:
     """As a recorded step plans it, which knows no context: for the longest that may be. Sequence i has query 2 i."""
     num, none = len(contexts), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([n for i in range(num) for n in (i, 2 * i)])
-    tables = Attention(none, torch.tensor(contexts), none, none, Items(tokens, num), Items(none, 0), MAX_SPLITS)
+    tables = AttentionTables(none, torch.tensor(contexts), none, none, Items(tokens, num), Items(none, 0), MAX_SPLITS)
     return Gather(launcher).plan_attention(tables, 8, LAYOUT)
 
 
@@ -110,7 +110,7 @@ def test_a_large_step_has_no_more_blocks_than_keep_the_device_busy(launcher: Gri
     contexts = [20] * 32
     pool, meta = decode_step(torch.bfloat16, contexts, LAYOUT)
     ops, q_THd = CudaOps(Gather(launcher, 16), cast(Any, None)), randn(5, torch.bfloat16, 32, 4, 64)
-    tables = Attention(
+    tables = AttentionTables(
         torch.arange(33),
         torch.tensor(contexts),
         torch.arange(32) * 2,

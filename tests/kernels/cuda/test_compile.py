@@ -9,7 +9,7 @@ import pytest
 
 from loray_kernels import BackendUnavailable
 from loray_kernels.cuda import compile as compiling
-from loray_kernels.cuda.compile import Usage, markdown, missing, ptxas_report
+from loray_kernels.cuda.compile import KernelUsage, markdown, missing, ptxas_report
 from loray_kernels.cuda.launch import Compiled
 
 LOG = """
@@ -41,9 +41,9 @@ def test_what_ptxas_reports_is_read() -> None:
 
 def test_a_kernel_has_a_row_and_an_architecture_a_column() -> None:
     usages = [
-        Usage("a_bf16", "sm_80", 40, 0, 16),
-        Usage("b[bf16, BLOCK=4]", "sm_80", 254, 18496, 0),
-        Usage("a_bf16", "sm_90", 52, 0, 0),
+        KernelUsage("a_bf16", "sm_80", 40, 0, 16),
+        KernelUsage("b[bf16, BLOCK=4]", "sm_80", 254, 18496, 0),
+        KernelUsage("a_bf16", "sm_90", 52, 0, 0),
     ]
     assert markdown(usages) == [
         "| kernel | sm_80 | sm_90 |",
@@ -52,8 +52,8 @@ def test_a_kernel_has_a_row_and_an_architecture_a_column() -> None:
         "| `b[bf16, BLOCK=4]` | 254 · 18,496 · 0 |  |",
     ]
     assert [u.dtype for u in usages] == ["bf16"] * 3
-    assert Usage("lora_expand[fp32, VECTOR_Y=True]", "sm_80", 1, 0, 0).dtype == "fp32"
-    assert Usage("sample_fp32", "sm_80", 1, 0, 0).dtype is None
+    assert KernelUsage("lora_expand[fp32, VECTOR_Y=True]", "sm_80", 1, 0, 0).dtype == "fp32"
+    assert KernelUsage("sample_fp32", "sm_80", 1, 0, 0).dtype is None
 
 
 def test_what_is_not_installed_is_left_out_and_a_spill_in_bf16_fails(

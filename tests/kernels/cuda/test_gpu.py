@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from loray_kernels import (
+    AdapterSegments,
     AttentionMeta,
+    CapturedStep,
+    CaptureLimits,
     DecodeStep,
     Decoding,
     KvLayout,
     LoraTable,
     Ops,
-    PairMatrix,
-    Piece,
-    RecordedStep,
-    RecordLimits,
+    PageCopy,
+    ProjectionMatrix,
+    RowOverrides,
     RowTables,
-    Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
     backend,
     use_device,
@@ -50,20 +50,20 @@ def moved(value: Any, device: str) -> Any:
             return value.to(device)
         case LoraTable():
             return LoraTable(moved(value.a, device), moved(value.b, device), value.rank_start, value.scale)
-        case PairMatrix():
-            return PairMatrix(value.data.to(device))
+        case ProjectionMatrix():
+            return ProjectionMatrix(value.data.to(device))
         case VeraTable():
             parts = (moved(v, device) for v in (value.a_RI, value.b_OR, value.d, value.b))
             return VeraTable(*parts, value.start, value.stop)
-        case TokenRows():
-            return TokenRows(moved(value.tokens_N, device), moved(value.rows, device))
+        case RowOverrides():
+            return RowOverrides(moved(value.tokens_N, device), moved(value.rows, device))
         case RowTables():
             return RowTables(tuple((c, w, moved(o, device)) for c, w, o in value.segments))
         case AttentionMeta():
             tables = tuple(moved(t, device) for t in value.block_table)
             return AttentionMeta(value.query_start, value.context_len, tables, moved(value.slots_T, device))
-        case Segments():
-            return Segments(value.start, value.stop)
+        case AdapterSegments():
+            return AdapterSegments(value.start, value.stop)
         case StepInputs():
             return StepInputs(*(moved(getattr(value, field.name), device) for field in fields(value) if field.init))
         case tuple() if not isinstance(value, KvLayout):
@@ -133,7 +133,7 @@ def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
     pool = torch.zeros(1 << 20, device=device)
     uploader = PageUploader(Gather(CupyLauncher(device)), pool)
     rows_LE = randn(1, torch.float32, 2, 1 << 16)
-    pieces = [Piece(i * 512, (127 - i) * 1024 + 3, 512) for i in range(128)]
+    pieces = [PageCopy(i * 512, (127 - i) * 1024 + 3, 512) for i in range(128)]
     for n, rows in enumerate((rows_LE.pin_memory(), rows_LE + 1, (rows_LE + 2).to(device))):
         uploader.write(rows, [0, 1 << 18], pieces)
         uploader.wait()
@@ -150,14 +150,14 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
     pool = randn(2, torch.bfloat16, 64 * layout.layer_share).cuda()
     table_VD = randn(3, torch.bfloat16, 100, 256).cuda()
 
-    def forward(step: RecordedStep) -> Tensor:
+    def forward(step: CapturedStep) -> Tensor:
         q_THd = torch.nn.functional.embedding(step.token_ids_S, table_VD).view(-1, 4, 64)
         store(ops, pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
         return ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.125)
 
     graphs = ops.recorded(forward, Decoding(layout, 3, 32, (), device))
     assert isinstance(graphs, DecodeGraphs)
-    done = graphs.record(RecordLimits(600.0, 1 << 30), lambda progress: None)
+    done = graphs.record(CaptureLimits(600.0, 1 << 30), lambda progress: None)
     assert done.num_recorded == done.num_wanted == 3 * 6  # sizes, kinds
     for contexts in ([40, 300, 7], [500], [3, 17, 90]):
         num, blocks = len(contexts), torch.randperm(64)[: 21 * len(contexts)].view(len(contexts), -1)
@@ -169,4 +169,4 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
         none = np.array([], dtype=np.int64)
         step = DecodeStep(token_ids_S, positions_S, np.arange(num), none, places, blocks.flatten().tolist())
         tensors = (torch.from_numpy(a).cuda() for a in (token_ids_S, positions_S))
-        near(graphs(step).cpu(), forward(RecordedStep(*tensors, meta, None)).cpu(), torch.bfloat16)
+        near(graphs(step).cpu(), forward(CapturedStep(*tensors, meta, None)).cpu(), torch.bfloat16)

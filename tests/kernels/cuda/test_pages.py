@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loray_kernels.cuda import upload
 from loray_kernels.cuda.upload import PageUploader
-from loray_kernels.kv import Piece
+from loray_kernels.kv import PageCopy
 
 
 class Stream:
@@ -84,7 +84,7 @@ def test_each_adapter_has_an_event_of_its_own(steps: Stream) -> None:
     arrivals = []
     for _ in range(2):
         for _ in range(2):  # with several writes
-            made.write(torch.ones(2, 8), [0, 16], [Piece(0, 3, 8)])
+            made.write(torch.ones(2, 8), [0, 16], [PageCopy(0, 3, 8)])
         arrivals.append(made.arrival())
     assert [arrived() for arrived in arrivals] == [False, False]
     copies.run(2)
@@ -102,7 +102,7 @@ def test_each_adapter_has_an_event_of_its_own(steps: Stream) -> None:
 def test_rows_cross_the_bus_in_parts(steps: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "STAGING_BYTES", 6 * 4)
     made, gather = uploader(64)
-    made.write(torch.ones(2, 8), [0, 16], [Piece(0, 3, 8)])
+    made.write(torch.ones(2, 8), [0, 16], [PageCopy(0, 3, 8)])
     assert gather.sizes == [6, 6, 4]
     made.write(torch.ones(2, 0), [0, 16], [])
     assert gather.sizes == [6, 6, 4]

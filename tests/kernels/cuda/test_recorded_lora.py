@@ -10,15 +10,15 @@ import torch
 
 from loray_kernels import (
     INPUTS,
-    Directory,
+    AdapterSegments,
+    DescriptorAllocator,
     InputShape,
     LoraRows,
     LoraTable,
     Ops,
     RowTables,
-    Segments,
-    StepRecords,
-    record_words,
+    StepDescriptors,
+    descriptor_words,
 )
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 from tests.kernels.cuda.test_shim import launcher, ops  # noqa: F401
@@ -55,15 +55,15 @@ def test_it_is_what_a_steps_tables_give(ops: Ops, dtype: torch.dtype) -> None:  
         [LoraRows(rows(rank, A_COLUMNS), rows(rank, B_COLUMNS[m]), 0.5 + m + n) for m, rank in enumerate(ranks)]
         for n, ranks in enumerate(RANKS)
     ]
-    directory = Directory(SHAPES, torch.device("cpu"), num_words=2000)
+    directory = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=2000)
     items = []
     for own, (first, stop) in zip(adapters, SPANS, strict=True):
         found = {name: lora for name, lora in zip(INPUTS[0], own, strict=True) if lora.a[0]}
-        words = record_words([found], [-1, 0], SHAPES)
+        words = descriptor_words([found], [-1, 0], SHAPES)
         assert words is not None
         items.append((directory.add(words), first, stop - first))
-    step = StepRecords(directory.records, torch.tensor([*items, (0, 0, 0)]))
-    segments = Segments(tuple(first for first, _ in SPANS), tuple(stop for _, stop in SPANS))
+    step = StepDescriptors(directory.records, torch.tensor([*items, (0, 0, 0)]))
+    segments = AdapterSegments(tuple(first for first, _ in SPANS), tuple(stop for _, stop in SPANS))
     tables = tuple(table(adapters, module) for module in range(3))
     pool, x_TI, y_TO = randn(2, dtype, 2 * LAYER_SHARE), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
     got, want, expected = (torch.split(y_TO.clone(), (136, 24, 8), dim=1) for _ in range(3))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from loray_kernels import Directory, InputShape, Ops, Pair, Parts, StepRecords, VectorShape, vector_words
+from loray_kernels import DescriptorAllocator, InputShape, Ops, Pair, Parts, StepDescriptors, VectorShape, vector_words
 from loray_kernels.cuda.tables import RecordedVectors
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 from tests.kernels.cuda.test_shim import launcher, ops  # noqa: F401
@@ -25,7 +25,7 @@ PAIRS = (Pair(40_000, 42_000, 21, 48), Pair(48_003, 49_001, 5, 40))  # beyond th
 
 
 class Step(NamedTuple):
-    records: StepRecords
+    records: StepDescriptors
     starts: list[int]
 
 
@@ -44,7 +44,7 @@ def step() -> Step:
     dora = {("q_proj", "dora"): [next(places), next(places)], ("v_proj", "dora"): [next(places)]}
     norms = {("input_layernorm", "norm"): [next(places), next(places)], ("self_attn.q_norm", "norm"): [next(places)]}
     rope = np.array([*np.linspace(1, 0.1, 8), 1.25], dtype=np.float32)
-    directory = Directory(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
+    directory = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
 
     def start(words: np.ndarray) -> int:
         at = directory.add(words)
@@ -65,7 +65,7 @@ def step() -> Step:
     items = [(pairs[0], 1, 4), (pairs[1], 5, 1)]
     vectors = RecordedVectors(directory.records, shape, torch.tensor(starts), torch.tensor([*items, (0, 0, 0)]))
     parts = Parts.VERA | Parts.DORA | Parts.OWN
-    return Step(StepRecords(directory.records, torch.zeros(3, 3, dtype=torch.int64), parts, vectors), starts)
+    return Step(StepDescriptors(directory.records, torch.zeros(3, 3, dtype=torch.int64), parts, vectors), starts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray_kernels import Decoding, KvLayout, Parts, Ranks, Recorded, RecordedStep, RecordLimits
+from loray_kernels import CaptureBarrier, CapturedStep, CaptureLimits, CaptureState, Decoding, KvLayout, Parts
 from loray_kernels.cuda import graphs
-from loray_kernels.cuda.graphs import DecodeGraphs, Form, Recording
+from loray_kernels.cuda.graphs import Capture, DecodeGraphs, GraphShape
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 
@@ -24,15 +24,15 @@ class Counting:
         self.shared = self.num = self.num_released = 0
         self._memory = memory
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Recording]:
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
         return lambda: self._record(run())
 
-    def _record(self, out: Tensor) -> Recording:
+    def _record(self, out: Tensor) -> Capture:
         shared = max(self.shared, 10 * len(out))
         if shared + self.num + 1 > self._memory:
             raise torch.OutOfMemoryError
         self.shared, self.num = shared, self.num + 1
-        return Recording(lambda: None, out)
+        return Capture(lambda: None, out)
 
     def num_bytes(self) -> int:
         return self.shared + self.num
@@ -45,16 +45,18 @@ class Counting:
 def decode_graphs(recorder: Counting, agree: Callable[[bool], bool] = bool) -> DecodeGraphs:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
 
-    def forward(step: RecordedStep) -> Tensor:
+    def forward(step: CapturedStep) -> Tensor:
         return step.token_ids_S[:, None].expand(-1, 5).float()
 
-    decoding = Decoding(layout, 9, 40, (), torch.device("cpu"), Ranks(agree=agree))
+    decoding = Decoding(layout, 9, 40, (), torch.device("cpu"), CaptureBarrier(agree=agree))
     return DecodeGraphs(forward, decoding, recorder)
 
 
-def record(steps: DecodeGraphs, seconds: float = 1e9, num_bytes: int = 1 << 40) -> tuple[Recorded, list[Recorded]]:
-    progress: list[Recorded] = []
-    return steps.record(RecordLimits(seconds, num_bytes), progress.append), progress
+def record(
+    steps: DecodeGraphs, seconds: float = 1e9, num_bytes: int = 1 << 40
+) -> tuple[CaptureState, list[CaptureState]]:
+    progress: list[CaptureState] = []
+    return steps.record(CaptureLimits(seconds, num_bytes), progress.append), progress
 
 
 ALL, LORA, NONE = graphs.KINDS[-1], Parts.LORA, Parts.NONE
@@ -76,7 +78,7 @@ def test_what_serves_all_steps_is_recorded_first() -> None:
     """Then what serves some adapters better; large ones first."""
     forms = list(decode_graphs(Counting()).forms())
     sizes = (16, 8, 4, 2, 1)
-    assert forms[:15] == [Form(size, kind) for size in sizes for kind in (ALL, LORA, NONE)]
+    assert forms[:15] == [GraphShape(size, kind) for size in sizes for kind in (ALL, LORA, NONE)]
     assert {f.kind for f in forms[15:]} == set(graphs.KINDS) - {ALL, LORA, NONE}
     assert len(set(forms)) == 30
 
@@ -109,8 +111,8 @@ def test_where_the_largest_steps_do_not_fit_smaller_ones_are_recorded(memory: in
     assert steps._out_SV is not None
     assert len(steps._out_SV) == 8  # nothing is left of the larger ones
     for kind in graphs.KINDS:
-        assert steps._serving_of(Form(8, kind)) is not None
-        assert steps._serving_of(Form(16, kind)) is None
+        assert steps._serving_of(GraphShape(8, kind)) is not None
+        assert steps._serving_of(GraphShape(16, kind)) is None
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -123,7 +125,7 @@ def test_a_form_for_which_another_rank_has_no_memory_is_dropped(recorded: bool) 
 
     steps = decode_graphs(Counting(), agree)
     record(steps)
-    assert list(steps._recorded) == [Form(16, ALL), *(f for f in steps.forms() if f.size <= 8)]
+    assert list(steps._recorded) == [GraphShape(16, ALL), *(f for f in steps.forms() if f.size <= 8)]
 
 
 def test_recording_ends_where_another_rank_has_no_time() -> None:
@@ -142,17 +144,17 @@ def test_recording_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_served_by_the_next_larger_recording_of_its_kind_or_of_one_with_more_parts() -> None:
     steps = decode_graphs(Counting())
     record(steps, num_bytes=160 + 17)  # for everything, LoRA and the base all sizes; for two kinds more 16 rows
-    assert steps._serving_of(Form(1, NONE)) == Form(1, NONE)
-    assert steps._serving_of(Form(16, LORA)) == Form(16, LORA)
-    assert steps._serving_of(Form(4, Parts.VERA)) == Form(4, ALL)
-    assert steps._serving_of(Form(16, Parts.LORA | Parts.OWN)) == Form(16, Parts.LORA | Parts.OWN)
-    assert steps._serving_of(Form(8, Parts.LORA | Parts.OWN)) == Form(16, Parts.LORA | Parts.OWN)
+    assert steps._serving_of(GraphShape(1, NONE)) == GraphShape(1, NONE)
+    assert steps._serving_of(GraphShape(16, LORA)) == GraphShape(16, LORA)
+    assert steps._serving_of(GraphShape(4, Parts.VERA)) == GraphShape(4, ALL)
+    assert steps._serving_of(GraphShape(16, Parts.LORA | Parts.OWN)) == GraphShape(16, Parts.LORA | Parts.OWN)
+    assert steps._serving_of(GraphShape(8, Parts.LORA | Parts.OWN)) == GraphShape(16, Parts.LORA | Parts.OWN)
     one = decode_graphs(Counting())
     record(one, num_bytes=160 + 1)
-    assert {one._serving_of(f) for f in one.forms()} == {Form(16, ALL)}
+    assert {one._serving_of(f) for f in one.forms()} == {GraphShape(16, ALL)}
     nothing = decode_graphs(Counting())
     record(nothing, seconds=0.0)
-    assert nothing._serving_of(Form(1, NONE)) is None
+    assert nothing._serving_of(GraphShape(1, NONE)) is None
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from loray_kernels import (
     Decoding,
     KvLayout,
     Ops,
-    Piece,
+    PageCopy,
     backend,
     use_device,
 )
@@ -160,7 +160,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
 @pytest.mark.parametrize("layers", [[0, 1, 2], [1, 3, 6, 7]])
 def test_pages_are_scattered(launcher: ShimLauncher, layers: list[int], dtype: torch.dtype) -> None:
     rows_LE = randn(8, dtype, len(layers), 333)
-    pieces = [Piece(0, 1024, 250), Piece(250, 17, 3), Piece(253, 301, 80)]  # at even and odd places
+    pieces = [PageCopy(0, 1024, 250), PageCopy(250, 17, 3), PageCopy(253, 301, 80)]  # at even and odd places
     offsets = [512 * layer for layer in layers]
     expected = torch.zeros(8000, dtype=dtype)
     for row_E, offset in zip(rows_LE, offsets, strict=True):

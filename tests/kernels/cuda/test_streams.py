@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import Decoding, KvLayout, Ranks, RecordedStep, RecordLimits
-from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
+from loray_kernels import CaptureBarrier, CapturedStep, CaptureLimits, Decoding, KvLayout
+from loray_kernels.cuda.graphs import DecodeGraphs, GraphCapturer
 
 _WORKSPACE, _GRAPH, _CARD = 32 << 20, 2 << 20, 80 << 30
 
@@ -71,13 +71,13 @@ def test_all_forms_are_recorded_on_one_stream_within_the_bytes_of_graphs(monkeyp
     """Of 32 requests of 8,192 tokens."""
     card = Card(monkeypatch)
 
-    def forward(step: RecordedStep) -> Tensor:
+    def forward(step: CapturedStep) -> Tensor:
         card.compute()
         return step.token_ids_S[:, None].float()
 
     layout, device = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16), torch.device("cpu")
-    steps = DecodeGraphs(forward, Decoding(layout, 32, 512, (), device), GraphRecorder(device, Ranks()))
-    done = steps.record(RecordLimits(1e9, 1 << 30), lambda progress: None)
+    steps = DecodeGraphs(forward, Decoding(layout, 32, 512, (), device), GraphCapturer(device, CaptureBarrier()))
+    done = steps.record(CaptureLimits(1e9, 1 << 30), lambda progress: None)
     assert done.num_recorded == done.num_wanted == card.num_graphs == 36
     assert len(card.computed_on) == 2 * 36
     assert len(set(card.computed_on)) == 1

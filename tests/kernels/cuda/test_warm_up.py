@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
@@ -32,7 +32,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     return use_three_forms(monkeypatch)
 
 
-def build(base: BaseModel) -> EngineStream:
+def build(base: BaseModel) -> AsyncEngine:
     spec = ServeSpec(
         base=base.name,
         dtype="float32",
@@ -42,7 +42,7 @@ def build(base: BaseModel) -> EngineStream:
         max_num_seqs=4,
         num_threads=1,
     )
-    return EngineStream(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
+    return AsyncEngine(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
 
 
 def test_the_thread_that_steps_compiles_and_records(

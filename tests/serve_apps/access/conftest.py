@@ -21,7 +21,7 @@ from serve_apps.api.site import create_app as create_api
 from serve_apps.auth import METRICS_KEY
 from serve_apps.gateway.app import create_app as create_gateway
 from serve_apps.gateway.bases import ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, mounted
@@ -84,7 +84,7 @@ def site_of(tmp_path: Path, base: BaseModel) -> Iterator[Callable[..., Site]]:
             held.callback(catalog.close)
             clients = []
             for app_of in (
-                lambda access: create_gateway(Gateway([served], ModelDirectory([base], access.follower)), access),
+                lambda access: create_gateway(Gateway([served], ModelResolver([base], access.follower)), access),
                 lambda access: mounted(create_api(made.services, access)),
             ):
                 access = access_of(url, host=host, ring=ring)

@@ -16,7 +16,7 @@ from loray.errors import Unauthenticated
 from loray.policy import auth
 from serve_apps import auth as door
 from serve_apps import auth as middleware
-from serve_apps.auth import Access
+from serve_apps.auth import Authenticator
 from tests.serve_apps.access.conftest import Site, bearer
 from tests.serve_apps.keys import access_of
 
@@ -50,10 +50,10 @@ def test_the_memory_of_keys_is_bounded(tmp_path: Path) -> None:
     with closing(Catalog(url)) as catalog:
         right = catalog.create_key("ci").secret
 
-    async def ask(access: Access, secret: str) -> None:
+    async def ask(access: Authenticator, secret: str) -> None:
         await access.admit("POST", "infer", {"authorization": f"Bearer {secret}"})
 
-    async def flood(access: Access, number: int) -> None:
+    async def flood(access: Authenticator, number: int) -> None:
         for _ in range(number):
             with pytest.raises(Unauthenticated):
                 await ask(access, wrong_key())

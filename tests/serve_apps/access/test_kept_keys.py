@@ -16,8 +16,8 @@ from loray.catalog.snapshot_file import KeysFile
 from loray.errors import CatalogError, Unauthenticated
 from loray.policy.auth import KeyRing
 from loray.spec import Principal
-from serve_apps.auth import Access
-from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.auth import Authenticator
+from serve_apps.catalog_watch import CatalogWatcher
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 
@@ -35,9 +35,9 @@ class World:
             raise CatalogError("the database is away")
         return Catalog(self.url)
 
-    def server(self, max_age_s: float = 3600.0) -> Access:
-        follower = CatalogFollower(self.open)
-        return Access(KeyRing(max_age_s=max_age_s), follower, host="0.0.0.0", kept=self.file)
+    def server(self, max_age_s: float = 3600.0) -> Authenticator:
+        follower = CatalogWatcher(self.open)
+        return Authenticator(KeyRing(max_age_s=max_age_s), follower, host="0.0.0.0", kept=self.file)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def admitted(access: Access, *secrets: str, refreshes: int = 1) -> list[Principal | Exception]:
+def admitted(access: Authenticator, *secrets: str, refreshes: int = 1) -> list[Principal | Exception]:
     async def ask() -> list[Principal | Exception]:
         for _ in range(refreshes):
             await access.refresh()

@@ -16,8 +16,8 @@ from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, SamplingParams
 from serve_apps.accounting import usage
-from serve_apps.accounting.accounts import Account, Accounts, Books
-from serve_apps.accounting.usage import FOLDER, Journal, UsageWriter, abandoned
+from serve_apps.accounting.accounts import RequestUsage, UsageMeter, UsageSink
+from serve_apps.accounting.usage import FOLDER, UsageLog, UsageWriter, abandoned
 from tests.catalog.test_usage import event
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.asking import eventually
@@ -42,9 +42,9 @@ class Gateway:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.writer = UsageWriter(lambda: Catalog(url), folder)
-        books = Books(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": url}))
+        books = UsageSink(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": url}))
         books._writer = self.writer
-        self.accounts = Accounts(books=books)
+        self.accounts = UsageMeter(books=books)
         self.delivered: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -66,7 +66,7 @@ class Gateway:
         self.close(bounded, step * AT_ONCE)
         self.writer._send(self.writer._journal)
 
-    def open(self, name: str, *, open_ended: bool = False) -> Account:
+    def open(self, name: str, *, open_ended: bool = False) -> RequestUsage:
         params = SamplingParams(max_tokens=8000)
         requests = [GenerateRequest(f"{name}-{i}", PROMPT, params) for i in range(CHOICES[name])]
         account = self.accounts.open(
@@ -81,7 +81,7 @@ class Gateway:
         self.write()
         return account
 
-    def close(self, account: Account, num_tokens: int) -> None:
+    def close(self, account: RequestUsage, num_tokens: int) -> None:
         last = Delta("", (), None, "stop", len(PROMPT), num_tokens)
         account.close("ok", [last] * CHOICES[account.base])
         self.write()
@@ -159,7 +159,7 @@ def test_an_open_request_waits_for_nothing(tmp_path: Path, catalog_url: str, mon
 def test_a_journal_that_is_replaced_meanwhile_is_not_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal, flock = Journal.create(tmp_path), fcntl.flock
+    journal, flock = UsageLog.create(tmp_path), fcntl.flock
     journal.append([event(1)], [event(2)])
 
     def late(fd: int, operation: int) -> None:

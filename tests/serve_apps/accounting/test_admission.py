@@ -15,7 +15,7 @@ from loray.errors import Overloaded
 from loray.serving.fair_admission import FairAdmission
 from loray.spec import Limits, Principal
 from serve_apps.accounting import accounts
-from serve_apps.accounting.accounts import Accounts, AdmitRequests, TenantTurns, Turn
+from serve_apps.accounting.accounts import AdmitRequests, TenantTurns, Turn, UsageMeter
 from serve_apps.gateway.answers.headers import RequestHeaders
 
 
@@ -118,7 +118,7 @@ def test_the_middleware_refuses_before_the_body_is_read_and_leaves_other_paths_a
     def refused(error: Exception) -> Response:
         return PlainTextResponse(str(error), 429)
 
-    middleware = AdmitRequests(app, Accounts(), TenantTurns(), ["/v1/completions"], refused)
+    middleware = AdmitRequests(app, UsageMeter(), TenantTurns(), ["/v1/completions"], refused)
 
     async def ask(path: str, **limits: Any) -> tuple[int, Scope]:
         principal = Principal(tenant="acme", key_id="k", limits=Limits(**limits))

@@ -19,7 +19,7 @@ from loray.errors import CatalogError
 from loray.spec import UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
-from serve_apps.accounting.usage import FOLDER, REJECTED, Journal, UsageWriter, abandoned
+from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
 from tests.catalog.test_usage import event
 from tests.catalogs import new_postgresql
 from tests.postgres import Postgres
@@ -111,7 +111,7 @@ def test_an_event_that_the_database_refuses_does_not_stop_the_others(tmp_path: P
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal, write, room = Journal.create(tmp_path), os.write, 2000
+    journal, write, room = UsageLog.create(tmp_path), os.write, 2000
 
     def write_some(fd: int, data: memoryview) -> int:
         nonlocal room
@@ -197,7 +197,7 @@ def test_a_writer_without_events_sleeps(tmp_path: Path, catalog_url: str, monkey
     monkeypatch.setattr(usage, "FLUSH_S", 0.001)
     looks: list[float] = []
 
-    def looked(home: Path) -> Iterator[Journal]:
+    def looked(home: Path) -> Iterator[UsageLog]:
         looks.append(time.monotonic())
         return abandoned(home)
 
@@ -212,7 +212,7 @@ def test_a_writer_without_events_sleeps(tmp_path: Path, catalog_url: str, monkey
     assert len(looks) == 2
     monkeypatch.setattr(usage, "ABANDONED_S", 0.01)
     writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
-    left = Journal.create(tmp_path)
+    left = UsageLog.create(tmp_path)
     left.append([event(7)])
     left.close(delete=False)  # its process is gone
     assert eventually(lambda: num_requests(catalog_url) == 4)

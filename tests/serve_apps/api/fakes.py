@@ -23,8 +23,8 @@ from loray.schemas.status import AdapterPlacement
 from loray.settings import Settings
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from serve_apps.auth import Access
-from serve_apps.console import Gateway
+from serve_apps.auth import Authenticator
+from serve_apps.console import GatewayClient
 from tests.catalog.test_catalog import manifest
 from tests.serve_apps.keys import access_of
 
@@ -108,10 +108,10 @@ class FakePlacements:
 class Api:
     """The API and its services. `http` is a client of it, with the paths of a deployment, /api/v1/…"""
 
-    def __init__(self, home: Path, catalog_url: str, access: Access | None = None) -> None:
+    def __init__(self, home: Path, catalog_url: str, access: Authenticator | None = None) -> None:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
         self.jobs, self.placements = FakeJobs(), FakePlacements()
-        self.services = Services(self.settings, self.jobs, self.placements, Gateway("http://127.0.0.1:9"))
+        self.services = Services(self.settings, self.jobs, self.placements, GatewayClient("http://127.0.0.1:9"))
         self.access = access or access_of(catalog_url)
         self.unmounted = create_app(self.services, self.access)
         self.app = mounted(self.unmounted)

@@ -10,7 +10,7 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from serve_apps import serve_internals
 from serve_apps.api.app import ApiSpec
-from serve_apps.auth import open_access
+from serve_apps.auth import open_auth
 from serve_apps.serve_internals import reachable_host
 from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
 from tests.serve_apps.access.test_door import code_of
@@ -41,7 +41,7 @@ def test_what_a_proxy_sends_on_needs_a_key(site_of: Callable[..., Site], name: s
 @pytest.mark.parametrize("real", ["127.0.0.1", "::1", "0.0.0.0", "::", "10.1.2.3"])
 def test_both_hosts_must_be_loopback(monkeypatch: pytest.MonkeyPatch, stated: str, real: str) -> None:
     monkeypatch.setattr(serve_internals, "_host_of_serve", lambda: real)
-    access = open_access(Settings.from_env({}), reachable_host(stated))
+    access = open_auth(Settings.from_env({}), reachable_host(stated))
     assert access._is_local == (stated != "0.0.0.0" and real in ("127.0.0.1", "::1"))
     access.close()
 

@@ -10,7 +10,7 @@ import pytest
 
 from loray.spec import TokenLogprobs
 from serve_apps.channel import connection
-from serve_apps.channel.connection import Writer
+from serve_apps.channel.connection import SocketWriter
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, everything, go, plane, until
 
 BEST = tuple((200_000 + i, -0.25 * i) for i in range(20))
@@ -60,14 +60,14 @@ def test_parts_are_packed_when_there_is_room_for_them(monkeypatch: pytest.Monkey
         for _ in range(3):
             yield b"%d:%d" % (stream, next(packed) // 2)
 
-    def send(self: Writer, data: bytes) -> int:
+    def send(self: SocketWriter, data: bytes) -> int:
         sent.append(bytes(data))
         return len(data)
 
-    monkeypatch.setattr(Writer, "_send", send)
+    monkeypatch.setattr(SocketWriter, "_send", send)
 
     async def run() -> None:
-        here = Writer(None, asyncio.get_running_loop(), lambda _: None, bytes)  # type: ignore[arg-type]
+        here = SocketWriter(None, asyncio.get_running_loop(), lambda _: None, bytes)  # type: ignore[arg-type]
         monkeypatch.setattr(here, "_arm", lambda: None)
         for stream in (1, 2):
             here.write_later(stream, parts_of(stream))

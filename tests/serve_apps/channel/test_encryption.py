@@ -15,7 +15,7 @@ import pytest
 from loray.encryption import client_context, server_context
 from loray.spec import TokenLogprobs
 from serve_apps.channel.connection import Connection, connect
-from serve_apps.channel.frames import HELLO, Address, frame, pack, parts
+from serve_apps.channel.frames import HELLO, ChannelAddress, frame, pack, parts
 from serve_apps.channel.listener import Listener
 from tests.authority import Authority
 from tests.serve_apps.channel.plane import ENCRYPTED, LOOPS, NODE, Out, contexts, everything, go, plane, until
@@ -24,7 +24,7 @@ OTHER_NODE = "another"
 
 
 @asynccontextmanager
-async def recorded(address: Address, recording: bytearray) -> AsyncIterator[Address]:
+async def recorded(address: ChannelAddress, recording: bytearray) -> AsyncIterator[ChannelAddress]:
     """Stands between a replica and the gateway at `address`, and records every byte of both directions."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

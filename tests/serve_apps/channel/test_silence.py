@@ -12,7 +12,7 @@ import pytest
 
 from loray.errors import ReplicaUnavailable
 from serve_apps.channel import frames, listener
-from serve_apps.channel.frames import Address
+from serve_apps.channel.frames import ChannelAddress
 from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, go, plane, until
 
 PERIOD_S = 0.05
@@ -44,7 +44,7 @@ class Wire:
 
 
 @asynccontextmanager
-async def wired(gateway: Address) -> AsyncIterator[tuple[Wire, Address]]:
+async def wired(gateway: ChannelAddress) -> AsyncIterator[tuple[Wire, ChannelAddress]]:
     """The gateway's address for a replica behind the wire."""
     wire, tasks = Wire(), list[asyncio.Task[None]]()
 

@@ -15,8 +15,8 @@ from typing import Any
 
 _OF_REQUESTS = {
     "serve_apps.channel.inbox.Inbox",
-    "serve_apps.gateway.answers.answer.Answer",
-    "serve_apps.gateway.answers.answer.Connection",
+    "serve_apps.gateway.answers.answer.AnswerResponse",
+    "serve_apps.gateway.answers.answer.ClientConnection",
     "serve_apps.gateway.replicas.engines.Call",
     "serve_apps.replica.requests._Ongoing",
     "loray.engine.request.Request",
@@ -47,7 +47,7 @@ def held(*, emptied: bool) -> dict[str, int]:
     counts |= Counter(f"thread {name}" for name in own if name != "Dummy")  # those are gRPC's
     counts["files"] = len(os.listdir("/proc/self/fd"))
     if emptied:
-        streams = [o for o in objects if _name(o) == "loray.engine.async_engine.EngineStream"]
+        streams = [o for o in objects if _name(o) == "loray.engine.async_engine.AsyncEngine"]
         counts["blocks"] = sum(s.call(lambda engine=s._engine: _not_free(engine)).result(60) for s in streams)
     return counts
 

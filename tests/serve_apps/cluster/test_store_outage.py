@@ -18,7 +18,7 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps.replica.startup import start_engine
-from serve_apps.standalone.server import LocalEngines
+from serve_apps.standalone.server import LocalEngineClient
 from tests.serve_apps.gateway.scripted import gateway_app
 
 
@@ -37,7 +37,7 @@ def test_a_request_fails_and_a_later_one_is_served(
     stream = start_engine(spec, base, settings)
     body = {"model": "a", "prompt": "hello", "max_tokens": 2}
     try:
-        app = gateway_app(base, settings.catalog, LocalEngines(stream), dtype="float32")
+        app = gateway_app(base, settings.catalog, LocalEngineClient(stream), dtype="float32")
         with TestClient(app, raise_server_exceptions=False) as client:
             stop_local_s3(tmp_path / "s3")
             failed = client.post("/v1/completions", json=body)

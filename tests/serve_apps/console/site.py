@@ -15,8 +15,8 @@ from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.catalog import Job
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
-from serve_apps.console import Gateway
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, StepStretch, TrainSpec
+from serve_apps.console import GatewayClient
 from tests.catalog.test_catalog import BASE, digest, manifest
 from tests.serve_apps.api.fakes import Api
 
@@ -122,7 +122,7 @@ class ScriptedGateway:
                 num_host_hits=8,
                 num_misses=2,
                 blocks={"free": 60, "kv": 30, "flat": 10},
-                layout=(Stretch("kv", 20), Stretch("free", 60), Stretch("kv", 10), Stretch("flat", 10)),
+                layout=(StepStretch("kv", 20), StepStretch("free", 60), StepStretch("kv", 10), StepStretch("flat", 10)),
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
                 adapters_loading=("cold@1",)[: number - 1],
@@ -155,7 +155,7 @@ class ConsoleSite(Api):
         super().__init__(home, catalog_url)
         self.engines, self.now = ScriptedGateway(), 100.0  # the clock of the pages of serving
         transport = httpx.ASGITransport(self.engines.app)
-        self.services.gateway = Gateway("http://gateway", transport, clock=lambda: self.now)
+        self.services.gateway = GatewayClient("http://gateway", transport, clock=lambda: self.now)
         catalog = self.catalog
         catalog.add_base("smollm2", BASE)
         trained = manifest(2).model_copy(update={"job_id": "train_5f1b", "data_fingerprint": "da7a" * 16, "rank": 16})

@@ -7,7 +7,7 @@ import asyncio
 import httpx
 
 from loray.recipes.load import load_recipe
-from serve_apps.console import Gateway
+from serve_apps.console import GatewayClient
 from tests.serve_apps.console.site import ConsoleSite, ScriptedGateway
 
 
@@ -46,7 +46,7 @@ def test_a_tenant_sees_its_own(console: ConsoleSite) -> None:
 
 def test_tokens_a_second_are_of_the_last_minute() -> None:
     now, engines = 0.0, ScriptedGateway()
-    gateway = Gateway("http://gateway", httpx.ASGITransport(engines.app), clock=lambda: now)
+    gateway = GatewayClient("http://gateway", httpx.ASGITransport(engines.app), clock=lambda: now)
 
     async def look() -> None:
         nonlocal now

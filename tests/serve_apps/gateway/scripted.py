@@ -15,10 +15,10 @@ from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.schemas.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
-from serve_apps.auth import Access
+from serve_apps.auth import Authenticator
 from serve_apps.gateway.app import create_app
-from serve_apps.gateway.bases import Engines, ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.bases import EngineClient, ServedBase
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from tests.serve_apps.keys import access_of
 
@@ -34,16 +34,16 @@ REPLICA = ReplicaStatus(
 
 
 def gateway_app(
-    base: BaseModel, catalog_url: str, engines: Engines, *, access: Access | None = None, **spec: Any
+    base: BaseModel, catalog_url: str, engines: EngineClient, *, access: Authenticator | None = None, **spec: Any
 ) -> FastAPI:
     """`access` None: as on loopback."""
     return fleet_app([ServedBase.open(ServeSpec(base=base.name, **spec), base, engines)], catalog_url, access)
 
 
-def fleet_app(bases: Sequence[ServedBase], catalog_url: str, access: Access | None = None) -> FastAPI:
+def fleet_app(bases: Sequence[ServedBase], catalog_url: str, access: Authenticator | None = None) -> FastAPI:
     """As `gateway_app`, of several bases."""
     access = access or access_of(catalog_url)
-    return create_app(Gateway(bases, ModelDirectory([b.base for b in bases], access.follower)), access)
+    return create_app(Gateway(bases, ModelResolver([b.base for b in bases], access.follower)), access)
 
 
 def register(

@@ -16,7 +16,7 @@ from serve_apps.channel.connection import Connections
 from serve_apps.gateway.replicas import engines as broadcast
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.engines import ServeEngines
+from serve_apps.gateway.replicas.engines import ServeEngineClient
 from tests.serve_apps.channel.plane import NODE, until
 
 
@@ -47,8 +47,8 @@ class Broadcasts:
 def test_a_silent_replica_does_not_hide_the_others() -> None:
     status = ReplicaStatus(replica="r1", node="n", pid=1, uptime_s=1.0, num_running=1)
     handle: Any = Broadcasts([[], TimeoutError(), status])
-    assert asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").metrics()) == [[], None, None]
-    assert asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").stats()) == [status]
+    assert asyncio.run(ServeEngineClient(handle, "engine-tiny", NODE, "").metrics()) == [[], None, None]
+    assert asyncio.run(ServeEngineClient(handle, "engine-tiny", NODE, "").stats()) == [status]
     assert handle.asked == ["metrics", "stats"]
 
 
@@ -58,7 +58,7 @@ def test_replicas_are_asked_to_report_at_first_and_whenever_one_does_not(monkeyp
 
     async def run() -> None:
         monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset()})
-        engines = ServeEngines(handle, "engine-tiny", NODE, "127.0.0.1")
+        engines = ServeEngineClient(handle, "engine-tiny", NODE, "127.0.0.1")
         async with engines.running(lambda _: None):
             await until(lambda: len(handle.asked) == 1)
             (address,) = handle.args
@@ -95,7 +95,7 @@ class Answer:
 
 def healthy(*answers: Any) -> bool:
     handle: Any = Broadcasts([Answer(what) for what in answers])
-    good = asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").healthy())
+    good = asyncio.run(ServeEngineClient(handle, "engine-tiny", NODE, "").healthy())
     assert handle.asked == ["check_health"]
     return good
 
@@ -111,6 +111,6 @@ def test_one_healthy_replica_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("failure", [TimeoutError(), DeploymentUnavailableError(DeploymentID("engine"))])
 def test_without_replicas_there_are_no_results(failure: Exception) -> None:
     handle: Any = Broadcasts(failure)
-    engines = ServeEngines(handle, "engine-tiny", NODE, "")
+    engines = ServeEngineClient(handle, "engine-tiny", NODE, "")
     assert asyncio.run(engines.stats()) == asyncio.run(engines.metrics()) == []
     assert not asyncio.run(engines.healthy())

@@ -16,7 +16,7 @@ from loray.catalog.aliases import EndedCanary, ReportAnswer
 from loray.errors import BaseStarting, CatalogError, DeadlineExceeded, EngineError, Overloaded
 from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
-from serve_apps.gateway.canaries import Canaries, Reports
+from serve_apps.gateway.canaries import CanaryCounters, Reports
 from serve_apps.gateway.metrics import GatewayMetrics
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 
@@ -141,7 +141,7 @@ def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
         return question(Told())
 
     async def count() -> None:
-        canaries = Canaries(ask, GatewayMetrics("local"))
+        canaries = CanaryCounters(ask, GatewayMetrics("local"))
         await canaries.report()
         assert asked == []  # nothing to say
         received_at = asyncio.get_running_loop().time()

@@ -15,8 +15,8 @@ from loray.catalog import Catalog
 from loray.catalog.snapshot_file import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError
 from loray.spec import OPERATOR
-from serve_apps.catalog_watch import CatalogFollower
-from serve_apps.gateway.directory import LOOK_AGAIN_S, Found, ModelDirectory
+from serve_apps.catalog_watch import CatalogWatcher
+from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelResolver, ResolvedModel
 from serve_apps.gateway.errors import failure_of
 from tests.serve_apps.gateway.scripted import register
 
@@ -44,8 +44,8 @@ def watched(catalog: Catalog) -> Watched:
     return Watched(catalog)
 
 
-async def directory_of(base: BaseModel, watched: Watched) -> ModelDirectory:
-    directory = ModelDirectory([base], CatalogFollower(lambda: watched))  # type: ignore[arg-type, return-value]
+async def directory_of(base: BaseModel, watched: Watched) -> ModelResolver:
+    directory = ModelResolver([base], CatalogWatcher(lambda: watched))  # type: ignore[arg-type, return-value]
     await directory.refresh()
     watched.reads.clear()
     return directory
@@ -110,9 +110,9 @@ def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: 
     away = Away(catalog)
 
     async def run() -> None:
-        directory = ModelDirectory([base], CatalogFollower(away))
+        directory = ModelResolver([base], CatalogWatcher(away))
         await directory.refresh()
-        assert await directory.resolve(base.name, OPERATOR) == Found(base)
+        assert await directory.resolve(base.name, OPERATOR) == ResolvedModel(base)
         for name in ("tone", "nobody"):
             with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
                 await directory.resolve(name, OPERATOR)
@@ -139,7 +139,7 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 
     async def first() -> None:
         away.is_away = False
-        directory = ModelDirectory([base], CatalogFollower(away), kept)
+        directory = ModelResolver([base], CatalogWatcher(away), kept)
         await directory.start()
         while not kept.path.exists():
             await asyncio.sleep(0.01)
@@ -147,7 +147,7 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 
     async def second() -> None:
         away.is_away = True
-        directory = ModelDirectory([base], CatalogFollower(away), kept)
+        directory = ModelResolver([base], CatalogWatcher(away), kept)
         await directory.refresh()
         _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
@@ -190,7 +190,7 @@ def test_collections_pass_a_large_snapshot_by(
 
     async def run(many: int) -> None:
         monkeypatch.setattr("serve_apps.gateway.directory._MANY", many)
-        directory = ModelDirectory([base], CatalogFollower(lambda: Collected(str(catalog._engine.url))))
+        directory = ModelResolver([base], CatalogWatcher(lambda: Collected(str(catalog._engine.url))))
         for _ in range(2):
             await directory.refresh()
             register(catalog, "tone", base.fingerprint)

@@ -25,12 +25,12 @@ from loray.errors import (
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.channel import listener
 from serve_apps.channel.connection import Connection, connect
-from serve_apps.channel.frames import Address
+from serve_apps.channel.frames import ChannelAddress
 from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import engines as call
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngines
+from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
 from tests.serve_apps.channel.plane import NODE, Out
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())
@@ -42,7 +42,7 @@ LAST = Out(2, "stop")
 class Response:
     """Stands in for DeploymentResponseGenerator, and for the replica of its call, which sends over the channel."""
 
-    def __init__(self, script: list[Any], gateway: Address, stream: int) -> None:
+    def __init__(self, script: list[Any], gateway: ChannelAddress, stream: int) -> None:
         self.script, self.cancelled = list(script), False
         self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.left: list[str] = []
@@ -92,7 +92,7 @@ class Handle:
     def options(self, **_: Any) -> Handle:
         return self
 
-    def remote(self, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> Response:
+    def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> Response:
         self.requests.append(request)
         self.responses.append(Response(self.scripts.pop(0), gateway, stream))
         return self.responses[-1]
@@ -105,9 +105,9 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def engines_of(handle: Any, **spec: Any) -> AsyncIterator[ServeEngines]:
+async def engines_of(handle: Any, **spec: Any) -> AsyncIterator[ServeEngineClient]:
     """At the end nothing is left of them: no connection, stream or task."""
-    engines = ServeEngines(handle, "engine-tiny", NODE, "127.0.0.1", **spec)
+    engines = ServeEngineClient(handle, "engine-tiny", NODE, "127.0.0.1", **spec)
     try:
         yield engines
     finally:
@@ -122,7 +122,7 @@ async def engines_of(handle: Any, **spec: Any) -> AsyncIterator[ServeEngines]:
         assert [*found._all, *found._peers, *found._inboxes, *found._sources] == []
 
 
-async def tokens(engines: ServeEngines, request: GenerateRequest = REQUEST) -> list[int]:
+async def tokens(engines: ServeEngineClient, request: GenerateRequest = REQUEST) -> list[int]:
     return [t async for d in engines.generate(request, fit=True) for t in d.token_ids]
 
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.async_engine import EngineStream
-from serve_apps.standalone.server import LocalEngines
+from loray.engine.async_engine import AsyncEngine
+from serve_apps.standalone.server import LocalEngineClient
 from tests.catalogs import sqlite_catalog
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine
@@ -56,9 +56,9 @@ def client(
     version = register(Catalog(url), "tone", base.fingerprint)
     served = replace(adapter, ref=replace(adapter.ref, digest=version.digest))
     engine = make_engine(base, [served], max_num_batched_tokens=16, max_num_seqs=8, num_threads=1)
-    stream = EngineStream(engine)
+    stream = AsyncEngine(engine)
     stream.start()
-    with TestClient(gateway_app(base, url, LocalEngines(stream))) as client:
+    with TestClient(gateway_app(base, url, LocalEngineClient(stream))) as client:
         yield client
     stream.stop()
     engine.check_integrity()

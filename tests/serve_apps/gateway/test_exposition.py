@@ -22,9 +22,9 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.accounting.usage import UsageStatus
-from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.exposition import encode, merge
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, OfBase, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
@@ -57,7 +57,7 @@ def whole(base: BaseModel) -> list[Family]:
     gateway = GatewayMetrics("g1")
     gateway.keys_age_s = lambda: 2.0
     gateway.answered("/v1/completions", 200)
-    directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
+    directory: Any = ModelResolver([base], CatalogWatcher(lambda: cast("Any", None)))
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
     return together(
         [gateway.families(directory, routed, resumes, 2, UsageStatus(True, 9, 1.5, 0)), None],
@@ -131,7 +131,7 @@ def test_the_document_lists_the_table() -> None:
 
 def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
     """Whichever gateway answers, the answer is the same."""
-    directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
+    directory: Any = ModelResolver([base], CatalogWatcher(lambda: cast("Any", None)))
     gateways: list[list[Family] | None] = []
     for name, num_requests in (("g1", 3), ("g2", 4)):
         counted = GatewayMetrics(name)

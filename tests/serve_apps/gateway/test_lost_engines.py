@@ -13,14 +13,14 @@ from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.request import TokenOutput
 from loray.spec import GenerateRequest
 from serve_apps.channel.connection import Connection, connect
-from serve_apps.channel.frames import Address
-from serve_apps.gateway.replicas.engines import ServeEngines
+from serve_apps.channel.frames import ChannelAddress
+from serve_apps.gateway.replicas.engines import ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import Requests
+from serve_apps.replica.requests import ReplicaRequests
 from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
 from tests.serve_apps.channel.plane import NODE
@@ -57,7 +57,7 @@ class Dying:
 class Call:
     """Stands in for DeploymentResponseGenerator, and for `EngineReplica.generate_to`."""
 
-    def __init__(self, run: Callable[[Dying], Any], gateway: Address, num_steps: int | None) -> None:
+    def __init__(self, run: Callable[[Dying], Any], gateway: ChannelAddress, num_steps: int | None) -> None:
         self._run, self._gateway, self._num_steps = run, gateway, num_steps
         self._replica_result_future = asyncio.get_running_loop().create_future()
         self._answer = self._answered()
@@ -92,7 +92,7 @@ class Call:
 class Replicas:
     """Stands in for Serve's handle. A request's first replica dies after `dies_after` steps, if that is not None."""
 
-    requests: Requests
+    requests: ReplicaRequests
     dies_after: int | None = None
     asked: list[GenerateRequest] = field(default_factory=list)
 
@@ -103,13 +103,13 @@ class Replicas:
     def options(self, **_: object) -> Replicas:
         return self
 
-    def remote(self, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> Call:
+    def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> Call:
         self.asked.append(request)
         dies_after = None if request.output_ids else self.dies_after
         return Call(lambda outlet: self.requests.run(request, fit, outlet, stream), gateway, dies_after)
 
 
-class Engines(ServeEngines):
+class Engines(ServeEngineClient):
     @asynccontextmanager
     async def running(self, late: Callable[[float], None]) -> AsyncIterator[None]:
         try:
@@ -125,9 +125,9 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def replicas(base: BaseModel) -> Iterator[Replicas]:
-    stream = EngineStream(make_engine(base, num_threads=1, enable_prefix_caching=False, pool_bytes=16 << 20))
+    stream = AsyncEngine(make_engine(base, num_threads=1, enable_prefix_caching=False, pool_bytes=16 << 20))
     stream.start()
-    yield Replicas(Requests(stream, ReplicaMetrics()))
+    yield Replicas(ReplicaRequests(stream, ReplicaMetrics()))
     stream.stop()
 
 

@@ -13,10 +13,10 @@ import openai
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.spec import ServeSpec
-from serve_apps.standalone.server import LocalEngines
+from serve_apps.standalone.server import LocalEngineClient
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import gateway_app
 
@@ -30,23 +30,23 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def engine(base: BaseModel) -> Iterator[EngineStream]:
+def engine(base: BaseModel) -> Iterator[AsyncEngine]:
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, max_num_seqs=8)
 
     def no_adapters(ref: Any) -> Any:
         raise AssertionError(ref)
 
-    stream = EngineStream(build_engine(spec, base, no_adapters))
+    stream = AsyncEngine(build_engine(spec, base, no_adapters))
     stream.start()
     yield stream
     stream.stop()
 
 
 @pytest.fixture
-def with_client(base: BaseModel, engine: EngineStream, tmp_path: Path) -> Callable[..., Any]:
+def with_client(base: BaseModel, engine: AsyncEngine, tmp_path: Path) -> Callable[..., Any]:
     def run(use: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            app = gateway_app(base, sqlite_catalog(tmp_path), LocalEngines(engine))
+            app = gateway_app(base, sqlite_catalog(tmp_path), LocalEngineClient(engine))
             async with app.router.lifespan_context(app), _client(app) as client:
                 return await use(client)
 

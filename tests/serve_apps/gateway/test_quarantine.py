@@ -17,7 +17,7 @@ from loray.policy.quarantine import FIRST_S, TRIAL_S
 from loray.spec import AdapterRef
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas import quarantine, router
-from serve_apps.gateway.replicas.engines import ServeEngines
+from serve_apps.gateway.replicas.engines import ServeEngineClient
 from serve_apps.gateway.replicas.quarantine import SharedQuarantine
 from tests.serve_apps.gateway.test_engines import LAST, REQUEST, Handle, engines_of, raised_by, tokens
 
@@ -40,7 +40,7 @@ class Deployment:
         return Catalog(self.url)
 
     @asynccontextmanager
-    async def gateway(self, open_records: Callable[[], Catalog] | None = None) -> AsyncIterator[ServeEngines]:
+    async def gateway(self, open_records: Callable[[], Catalog] | None = None) -> AsyncIterator[ServeEngineClient]:
         replicas = Replicas(self)
         async with engines_of(replicas) as engines:
             engines._quarantine = SharedQuarantine(open_records or self.catalog, clock=lambda: self.now)
@@ -70,18 +70,18 @@ def deployment(catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[De
     router._placed.clear()
 
 
-async def ask(engines: ServeEngines, adapter: AdapterRef | None, name: str = "r") -> list[int]:
+async def ask(engines: ServeEngineClient, adapter: AdapterRef | None, name: str = "r") -> list[int]:
     return await tokens(engines, replace(REQUEST, request_id=name, adapter=adapter))
 
 
-async def refused(engines: ServeEngines) -> float:
+async def refused(engines: ServeEngineClient) -> float:
     """The seconds for which BAD is refused."""
     with pytest.raises(AdapterQuarantined) as e:
         await ask(engines, BAD)
     return e.value.retry_after_s
 
 
-def run(deployment: Deployment, story: Callable[[ServeEngines, ServeEngines], object]) -> None:
+def run(deployment: Deployment, story: Callable[[ServeEngineClient, ServeEngineClient], object]) -> None:
     async def told() -> None:
         async with AsyncExitStack() as held:
             both = [await held.enter_async_context(deployment.gateway()) for _ in range(2)]
@@ -91,7 +91,7 @@ def run(deployment: Deployment, story: Callable[[ServeEngines, ServeEngines], ob
 
 
 def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> None:
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         assert await refused(first) == FIRST_S
         assert [await refused(gateway) for gateway in (second, first)] == [FIRST_S, FIRST_S]
         assert deployment.num_deaths == 1
@@ -99,7 +99,7 @@ def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> 
 
     run(deployment, story)
 
-    async def after_a_restart(first: ServeEngines, second: ServeEngines) -> None:
+    async def after_a_restart(first: ServeEngineClient, second: ServeEngineClient) -> None:
         assert [await refused(gateway) for gateway in (first, second)] == [FIRST_S, FIRST_S]
 
     run(deployment, after_a_restart)
@@ -111,7 +111,7 @@ def test_an_adapter_whose_step_stops_an_engine_costs_as_many_replicas_as_one_tha
 ) -> None:
     deployment.death = raised_by(pickle.loads(pickle.dumps(EngineStopped("the engine stopped", [BAD.digest]))))
 
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         with pytest.raises(EngineStopped):  # it is not sent to another replica
             await ask(first, BAD)
         assert [await refused(gateway) for gateway in (second, first)] == [FIRST_S, FIRST_S]
@@ -123,7 +123,7 @@ def test_an_adapter_whose_step_stops_an_engine_costs_as_many_replicas_as_one_tha
 def test_an_adapter_that_was_not_in_the_step_is_not_suspected(deployment: Deployment) -> None:
     deployment.death = raised_by(EngineStopped("the engine stopped", [OTHER.digest]))
 
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         for gateway in (first, second, first):
             with pytest.raises(EngineStopped):
                 await ask(gateway, BAD)
@@ -137,7 +137,7 @@ def test_one_that_another_replica_has_is_sent_once_more(
     held = {("replica#1", BAD.digest)}
     monkeypatch.setattr(router, "is_held", lambda deployment, besides, digest: (besides, digest) in held)
 
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         assert await refused(first) == await refused(second) == 2 * FIRST_S
         assert deployment.num_deaths == 2
 
@@ -145,7 +145,7 @@ def test_one_that_another_replica_has_is_sent_once_more(
 
 
 def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         await refused(first)
         deployment.now += FIRST_S
         assert await refused(second) == 2 * FIRST_S  # it died of it again
@@ -168,7 +168,7 @@ def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
 
 
 def test_a_release_is_for_all_gateways(deployment: Deployment) -> None:
-    async def story(first: ServeEngines, second: ServeEngines) -> None:
+    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
         await refused(first)
         await refused(second)
         deployment.kills = False

@@ -18,10 +18,10 @@ from loray.errors import Overloaded
 from loray.settings import Settings
 from loray.spec import Limits, Principal, ServeSpec, UsageEvent
 from serve_apps.accounting.access_log import AccessLog, LogAccess
-from serve_apps.accounting.accounts import Accounts, Books
+from serve_apps.accounting.accounts import UsageMeter, UsageSink
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
@@ -30,7 +30,7 @@ from tests.serve_apps.keys import Given, following
 PROMPT = {"model": "tiny", "prompt": "abcdef", "max_tokens": 4}
 
 
-class Kept(Books):
+class Kept(UsageSink):
     """Books that keep the events for the test, and send them too."""
 
     def __init__(self, settings: Settings) -> None:
@@ -53,9 +53,9 @@ class Front:
         self, engines: ScriptedEngines, log: AccessLog | None = None, **limits: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
         principal = Principal(tenant="acme", key_id="k1", limits=Limits(**limits))
-        directory = ModelDirectory([self.base], following(self.url))
+        directory = ModelResolver([self.base], following(self.url))
         served = ServedBase.open(ServeSpec(base=self.base.name), self.base, engines)
-        app = create_app(Gateway([served], directory, accounts=Accounts(books=self.books)), Given(principal))
+        app = create_app(Gateway([served], directory, accounts=UsageMeter(books=self.books)), Given(principal))
         if log is not None:
             app.add_middleware(LogAccess, log=log)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -15,9 +15,9 @@ from ray.exceptions import ActorDiedError
 
 from loray.errors import EngineError, Overloaded, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta, TokenLogprobs
-from serve_apps.channel.frames import Address, pack
+from serve_apps.channel.frames import ChannelAddress, pack
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.engines import ATTEMPTS, Departures
+from serve_apps.gateway.replicas.engines import ATTEMPTS, DrainingReplicas
 from tests.serve_apps.channel.plane import Out
 from tests.serve_apps.gateway.test_engines import REQUEST, Handle, Response, _no_waiting, engines_of, raised_by, tokens
 
@@ -35,7 +35,7 @@ def out(position: int) -> Out:
 class Replicas(Handle):
     """Replicas that generate IDS, after those of the given scripts. Each request comes to another one."""
 
-    def remote(self, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> Response:
+    def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> Response:
         if not self.scripts:
             self.scripts.append([out(i) for i in range(len(request.output_ids), len(IDS))])
         router._placed[request.request_id] = f"r{len(self.requests)}"
@@ -166,7 +166,7 @@ def test_a_reader_that_leaves_meanwhile_leaves_nothing() -> None:
 
 
 def test_departures() -> None:
-    leaving = Departures(grace_s=5)
+    leaving = DrainingReplicas(grace_s=5)
     assert leaving.due(["a", "b", None], {"a", "b"}, now=0) == frozenset()
     assert leaving.due(["a", "b"], {"b"}, now=1) == frozenset()
     assert leaving.due(["a", "b"], {"a", "b"}, now=2) == frozenset()  # it is back

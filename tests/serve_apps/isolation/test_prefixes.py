@@ -13,7 +13,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.startup import start_engine
-from serve_apps.standalone.server import LocalEngines, create_site
+from serve_apps.standalone.server import LocalEngineClient, create_site
 from tests.cluster import SERVE, served_base
 
 
@@ -30,7 +30,7 @@ def test_tenants_share_no_cached_prefix(tmp_path: Path, peft_folder: Callable[..
     spec = ServeSpec(base=base.name, dtype="float32", **SERVE)
     stream = start_engine(spec, base, settings)
     try:
-        with TestClient(create_site(spec, settings, LocalEngines(stream)), base_url="http://127.0.0.1") as client:
+        with TestClient(create_site(spec, settings, LocalEngineClient(stream)), base_url="http://127.0.0.1") as client:
 
             def cached(key: str, model: str) -> int:
                 body = {"model": model, "prompt": "A prompt of many blocks. " * 8, "max_tokens": 1}

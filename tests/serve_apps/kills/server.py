@@ -11,7 +11,7 @@ from loray.telemetry import configure_logging
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from serve_apps.auth import open_access
+from serve_apps.auth import open_auth
 from tests.serve_apps.api.fakes import FakeJobs, FakePlacements, mounted
 
 HOST = "127.0.0.1"
@@ -20,7 +20,7 @@ HOST = "127.0.0.1"
 def main() -> None:
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    api = create_app(Services(settings, FakeJobs(), FakePlacements()), open_access(settings, HOST))
+    api = create_app(Services(settings, FakeJobs(), FakePlacements()), open_auth(settings, HOST))
     app = mounted(log_access(api, settings.access_log))
     uvicorn.run(app, host=HOST, port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=30)
 

@@ -12,7 +12,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
 from loray.errors import Overloaded, RequestError
@@ -22,7 +22,7 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import LocalStreams, ReplicaDemand, Requests
+from serve_apps.replica.requests import LocalStreams, ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader
 
 SCALING = AutoscalingSpec(window_s=3600)
@@ -33,9 +33,9 @@ class Replica:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self.spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, autoscaling=SCALING)
-        self.stream = EngineStream(build_engine(self.spec, base, adapter_loader(base, settings)))
+        self.stream = AsyncEngine(build_engine(self.spec, base, adapter_loader(base, settings)))
         self.demand = ReplicaDemand(self.spec, SCALING, self.stream)
-        self.streams = LocalStreams(Requests(self.stream, ReplicaMetrics(), self.demand))
+        self.streams = LocalStreams(ReplicaRequests(self.stream, ReplicaMetrics(), self.demand))
 
     def deltas(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         return self.streams.generate(request, fit=False)

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from prometheus_client.core import Metric as Family
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import ContextLengthExceeded, EngineError
@@ -24,7 +24,7 @@ from loray.schemas.status import AdapterPlacement
 from loray_kernels import KvLayout
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica
-from serve_apps.replica.requests import LocalStreams, Requests
+from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import hold, make_engine, request
 
@@ -43,8 +43,8 @@ class ObservedEngine:
 
     def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
         self.metrics = ReplicaMetrics()
-        self.stream = EngineStream(make_engine(base, adapters, num_threads=1, **spec))
-        self.streams = LocalStreams(Requests(self.stream, self.metrics))
+        self.stream = AsyncEngine(make_engine(base, adapters, num_threads=1, **spec))
+        self.streams = LocalStreams(ReplicaRequests(self.stream, self.metrics))
         self.num_asked = 0
 
     async def ask(self, num_prompt_tokens: int, adapter: TestAdapter | None = None, *, max_tokens: int = 4) -> None:

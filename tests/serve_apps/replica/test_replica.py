@@ -12,7 +12,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
-from loray.engine.async_engine import EngineStream, Sink
+from loray.engine.async_engine import AsyncEngine, TokenSink
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
@@ -22,7 +22,7 @@ from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, T
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import without_expected_tracebacks
-from serve_apps.replica.requests import LocalStreams, Requests
+from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader
 
 
@@ -49,7 +49,7 @@ class Limited:
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         return self._limit
 
-    def subscribe(self, request: GenerateRequest, sink: Sink, key: Any) -> None:
+    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
         self.asked.append(request.params.max_tokens)
         self._limit = self._exact
         fits = len(request.prompt_ids) + request.params.max_tokens <= self._limit
@@ -59,7 +59,7 @@ class Limited:
 
 async def ask(engine: Any, max_tokens: int, adapter: AdapterRef | None = None) -> list[TokenDelta]:
     request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
-    streams = LocalStreams(Requests(engine, ReplicaMetrics()))
+    streams = LocalStreams(ReplicaRequests(engine, ReplicaMetrics()))
     return [d async for d in streams.generate(request, fit=True)]
 
 
@@ -82,7 +82,7 @@ def test_a_default_leaves_room_for_the_adapter(
     published(peft_folder(base, method), base, settings)
     ref = Catalog(settings.catalog).resolve("a")
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
-    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings)))
+    stream = AsyncEngine(build_engine(spec, base, adapter_loader(base, settings)))
     limit = stream.max_model_len(None)
     assert limit < ref.context_length
     stream.start()

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from loray.errors import EngineError
 from loray.local.processes import bind, start_time
-from serve_apps.standalone.server import Server
+from serve_apps.standalone.server import UvicornServer
 from tests.serve_apps.asking import eventually
 from tests.standalone import Standalone, standalone
 
@@ -97,7 +97,9 @@ def test_it_ends_when_the_engine_has_stopped() -> None:
 
     ready: list[str] = []
     app: Any = Starlette()
-    server = Server(app, check_health=check_health, started=lambda: ready.append("ready"), stopping=lambda _: None)
+    server = UvicornServer(
+        app, check_health=check_health, started=lambda: ready.append("ready"), stopping=lambda _: None
+    )
     with bind("127.0.0.1", 0) as listener:
         asyncio.run(server.serve([listener]))
     assert ready == ["ready"]

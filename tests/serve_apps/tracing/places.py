@@ -15,16 +15,16 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.settings import Settings
 from loray.spec import FleetSpec, GenerateRequest, ServeSpec
 from serve_apps.channel.connection import Connections
-from serve_apps.channel.frames import Address
+from serve_apps.channel.frames import ChannelAddress
 from serve_apps.gateway.app import open_gateway
-from serve_apps.gateway.replicas.engines import ServeEngines
+from serve_apps.gateway.replicas.engines import ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.requests import Requests
-from serve_apps.standalone.server import LocalEngines, create_site
+from serve_apps.replica.requests import ReplicaRequests
+from serve_apps.standalone.server import LocalEngineClient, create_site
 from serve_apps.tracing import Tracing
 from tests.serve_apps.channel.plane import NODE, until
 
@@ -34,7 +34,7 @@ Place = Callable[["Deployed"], Any]
 class Deployed:
     """What both kinds of servers are made of. `spans`: those that have ended, by name."""
 
-    def __init__(self, spec: ServeSpec, settings: Settings, stream: EngineStream) -> None:
+    def __init__(self, spec: ServeSpec, settings: Settings, stream: AsyncEngine) -> None:
         self.spec, self.settings, self.stream = spec, settings, stream
         self._exporter, provider = InMemorySpanExporter(), TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
@@ -51,25 +51,27 @@ class Deployed:
 class _Replica:
     """Stands in for the Serve handle of one replica, to which requests come as pickles."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: ReplicaRequests) -> None:
         self.requests, self.connections = requests, Connections(NODE, "replica")
         self.generate_to = self
 
     def options(self, **_: Any) -> _Replica:
         return self
 
-    def broadcast(self, method: str, gateway: Address) -> _Replica:
+    def broadcast(self, method: str, gateway: ChannelAddress) -> _Replica:
         return self
 
     def results(self, **_: Any) -> list[None]:
         return []
 
-    def remote(self, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> _Call:
+    def remote(self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int) -> _Call:
         return _Call(self, pickle.loads(pickle.dumps(request)), fit, gateway, stream)
 
 
 class _Call:
-    def __init__(self, replica: _Replica, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> None:
+    def __init__(
+        self, replica: _Replica, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int
+    ) -> None:
         self._replica, self._request, self._fit, self._to = replica, request, fit, (gateway, stream)
         self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -89,7 +91,7 @@ class _Call:
 @asynccontextmanager
 async def serve(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
     """`loray serve`."""
-    engines = LocalEngines(deployed.stream, deployed.tracing)
+    engines = LocalEngineClient(deployed.stream, deployed.tracing)
     site = create_site(deployed.spec, deployed.settings, engines, deployed.tracing)
     async with AsyncExitStack() as held:
         for app in (site._gateway, site._api):
@@ -100,8 +102,8 @@ async def serve(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
 @asynccontextmanager
 async def data_plane(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway of `loray up` and one replica."""
-    replica = _Replica(Requests(deployed.stream, ReplicaMetrics(), tracing=deployed.tracing))
-    engines = ServeEngines(replica, "engine-tiny", NODE, "127.0.0.1")  # type: ignore[arg-type]
+    replica = _Replica(ReplicaRequests(deployed.stream, ReplicaMetrics(), tracing=deployed.tracing))
+    engines = ServeEngineClient(replica, "engine-tiny", NODE, "127.0.0.1")  # type: ignore[arg-type]
     app = open_gateway(FleetSpec.of(deployed.spec), deployed.settings, lambda _: engines, tracing=deployed.tracing)
     async with AsyncExitStack() as held:
         held.push_async_callback(engines.close)

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.async_engine import EngineStream
+from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
 from loray.settings import Settings
@@ -35,7 +35,7 @@ def made(
     tiny_base: Callable[..., BaseModel],
     peft_folder: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[ServeSpec, Settings, EngineStream]]:
+) -> Iterator[tuple[ServeSpec, Settings, AsyncEngine]]:
     base = tiny_base()
     home = tmp_path_factory.mktemp("home")
     (home / "bases").symlink_to(base.path.parent)
@@ -44,14 +44,14 @@ def made(
     publish(peft_folder(base), base, Destination("tone", store, catalog))
     catalog.close()
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20)
-    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings)))
+    stream = AsyncEngine(build_engine(spec, base, adapter_loader(base, settings)))
     stream.start()
     yield spec, settings, stream
     stream.stop()
 
 
 @pytest.fixture
-def deployed(made: tuple[ServeSpec, Settings, EngineStream]) -> Deployed:
+def deployed(made: tuple[ServeSpec, Settings, AsyncEngine]) -> Deployed:
     return Deployed(*made)
 
 

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.text.tools.json_calls import JsonScanner, Part
+from loray.text.tools.json_calls import JsonScanner, JsonToken
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
@@ -17,12 +17,12 @@ values = st.recursive(
 objects = st.dictionaries(st.text(max_size=3), values, max_size=4)
 
 
-def scan(text: str) -> list[Part]:
+def scan(text: str) -> list[JsonToken]:
     """The part of each character, up to END or BAD."""
-    scanner, parts = JsonScanner(), list[Part]()
+    scanner, parts = JsonScanner(), list[JsonToken]()
     for c in text:
         parts.append(scanner.feed(c))
-        if parts[-1] in (Part.END, Part.BAD):
+        if parts[-1] in (JsonToken.END, JsonToken.BAD):
             break
     return parts
 
@@ -34,17 +34,17 @@ def test_an_object_ends_at_its_brace_and_its_parts_are_its_keys_and_values(
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
     parts = scan(text + "}")
     assert len(parts) == len(text)
-    assert parts[-1] is Part.END
-    found = "".join(c if p in (Part.KEY, Part.VALUE) else "\n" for c, p in zip(text, parts, strict=True))
+    assert parts[-1] is JsonToken.END
+    found = "".join(c if p in (JsonToken.KEY, JsonToken.VALUE) else "\n" for c, p in zip(text, parts, strict=True))
     written = [json.loads(line) for line in runs(text, parts)]
     assert written == [x for pair in value.items() for x in pair], found
 
 
-def runs(text: str, parts: list[Part]) -> list[str]:
+def runs(text: str, parts: list[JsonToken]) -> list[str]:
     """What belongs together: neighbours of one kind, KEY or VALUE."""
-    out, before = list[str](), Part.BETWEEN
+    out, before = list[str](), JsonToken.BETWEEN
     for c, part in zip(text, parts, strict=True):
-        if part in (Part.KEY, Part.VALUE):
+        if part in (JsonToken.KEY, JsonToken.VALUE):
             out = [*out[:-1], out[-1] + c] if part is before else [*out, c]
         before = part
     return out
@@ -57,15 +57,15 @@ def test_what_is_no_json_is_bad_and_what_is_ends(text: str, at: int, inserted: s
     try:
         value, end = json.JSONDecoder().raw_decode(changed)
     except json.JSONDecodeError:
-        assert parts[-1] is not Part.END
+        assert parts[-1] is not JsonToken.END
         return
     if isinstance(value, dict):
         assert len(parts) == end
-        assert parts[-1] is Part.END
+        assert parts[-1] is JsonToken.END
 
 
 def test_numbers_and_escapes() -> None:
     for good in ("0", "-1", "1.50", "2e+7", "true", "null", '"\\u00Ff\\/"'):
-        assert scan(f'{{"a": {good} }}')[-1] is Part.END, good
+        assert scan(f'{{"a": {good} }}')[-1] is JsonToken.END, good
     for bad in ("01", "1.", ".5", "+1", "1e", "--1", "tru", "nul}", '"\\x"', '"\\u00g0"', '"\n"', "'a'", "NaN"):
-        assert scan(f'{{"a": {bad} }}')[-1] is Part.BAD, bad
+        assert scan(f'{{"a": {bad} }}')[-1] is JsonToken.BAD, bad

@@ -12,7 +12,7 @@ from torch import Tensor
 from loray.train import s2_attention
 from loray.train.attention import attend
 from loray.train.attention import attend as segment_attention
-from loray.train.attention.segments import Bucket, compute_cuts
+from loray.train.attention.segments import Bucket, segment_batch
 from tests.train.attention.functions import (
     flash_attn_varlen_func,
     install_flash_attn,
@@ -181,10 +181,10 @@ def test_memory_grows_with_the_group_not_with_the_square_of_the_row() -> None:
 
 def test_equal_segments_are_one_batch() -> None:
     ids_BT = torch.tensor([runs((0, 8), (1, 8), (-1, 4)), runs((0, 16), (1, 4))])
-    cuts = compute_cuts(2, 20, 8, document_ids_BT=ids_BT)
+    cuts = segment_batch(2, 20, 8, document_ids_BT=ids_BT)
     assert cuts.plain.buckets == (Bucket(4, 1), Bucket(8, 4))
     assert cuts.shifted.buckets == (Bucket(4, 7), Bucket(8, 1))
-    alike = compute_cuts(2, 20, 8, document_ids_BT=torch.zeros(2, 20, dtype=torch.long))
+    alike = segment_batch(2, 20, 8, document_ids_BT=torch.zeros(2, 20, dtype=torch.long))
     assert alike.shifted.order_N is None
     assert alike.shifted.buckets == (Bucket(4, 1), Bucket(8, 2))
 

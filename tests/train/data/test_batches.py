@@ -14,11 +14,11 @@ from loray.errors import SpecError
 from loray.spec import BatchSpec
 from loray.train.data.batches import (
     IGNORED,
-    Batch,
     BatchStream,
     Cursor,
     MicroBatch,
-    TokenRows,
+    TokenizedRows,
+    TrainBatch,
     collate,
     first_fit,
     pack_rows,
@@ -30,7 +30,7 @@ ORDERS = ["shuffled", "length_grouped", "packed"]
 lengths_ = st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=60)
 
 
-def make_rows(lengths: list[int]) -> TokenRows:
+def make_rows(lengths: list[int]) -> TokenizedRows:
     """Row i holds 1000·i, 1000·i + 1, …; all tokens are targets."""
     return pack_rows([([1000 * i + t for t in range(n)], [True] * n) for i, n in enumerate(lengths)])
 
@@ -131,7 +131,7 @@ def test_packed_documents_restart_and_do_not_predict_each_other() -> None:
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
-def ids(batches: list[Batch]) -> list[list[int]]:
+def ids(batches: list[TrainBatch]) -> list[list[int]]:
     return [b.input_ids_BT.flatten().tolist() for b in batches]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data.batches import Rows
+from loray.train.data.batches import RowSource
 from loray.train.data.rows import load_data
 from loray.train.data.tokenize import conversations
 from tests.tiny import byte_tokenizer
@@ -63,12 +63,12 @@ def chat(*turns: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)], **fields}
 
 
-def rows_of(path: str, tokenizer: Any) -> Rows:
+def rows_of(path: str, tokenizer: Any) -> RowSource:
     spec = DataSpec(train=path, eval_fraction=0)
     return load_data(spec, tokenizer, max_length=512, max_eval_rows=1, seed=0).train
 
 
-def learned(rows: Rows, i: int, tokenizer: Any) -> str:
+def learned(rows: RowSource, i: int, tokenizer: Any) -> str:
     ids, targets = rows.row(i)
     return str(tokenizer.decode(ids[targets].tolist()))
 

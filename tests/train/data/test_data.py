@@ -15,7 +15,7 @@ import pytest
 from loray.errors import DataError
 from loray.spec import DataSpec
 from loray.train.data import read
-from loray.train.data.batches import Rows, pack_rows
+from loray.train.data.batches import RowSource, pack_rows
 from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 
@@ -33,12 +33,12 @@ def load(train: str, *, max_length: int = 512, seed: int = 0, max_eval_rows: int
     return load_data(spec, TOKENIZER, max_length=max_length, max_eval_rows=max_eval_rows, seed=seed)
 
 
-def learned(rows: Rows, i: int) -> str:
+def learned(rows: RowSource, i: int) -> str:
     ids, targets = rows.row(i)
     return str(TOKENIZER.decode(ids[targets].tolist()))
 
 
-def whole(rows: Rows, i: int) -> str:
+def whole(rows: RowSource, i: int) -> str:
     return str(TOKENIZER.decode(rows.row(i)[0].tolist()))
 
 

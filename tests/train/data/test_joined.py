@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor
+from loray.train.data.batches import IGNORED, BatchStream, Cursor, TrainBatch
 from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 
@@ -97,7 +97,7 @@ def test_only_texts_are_joined(tmp_path: Path) -> None:
 # -- as batches -------------------------------------------------------------------------------------------------------
 
 
-def steps(data: Dataset, *, rank: int = 0, size: int = 1, done: int = 0) -> Iterator[list[Batch]]:
+def steps(data: Dataset, *, rank: int = 0, size: int = 1, done: int = 0) -> Iterator[list[TrainBatch]]:
     spec = BatchSpec(rows=2, order="concat")
     cursor = Cursor(0, done)
     stream = BatchStream(data.train, spec, max_length=N, seed=5, per_step=2, cursor=cursor, rank=rank, size=size)
@@ -105,7 +105,7 @@ def steps(data: Dataset, *, rank: int = 0, size: int = 1, done: int = 0) -> Iter
         yield stream.next_step()
 
 
-def tokens_of(batches: list[Batch]) -> list[list[int]]:
+def tokens_of(batches: list[TrainBatch]) -> list[list[int]]:
     rows = []
     for batch in batches:
         real_BT = torch.ones_like(batch.input_ids_BT) if batch.attention_mask_BT is None else batch.attention_mask_BT

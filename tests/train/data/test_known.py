@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loray.recipes.sources import Source
+from loray.recipes.sources import SourceFiles
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data import batches, read
-from loray.train.data.batches import BatchStream, Plan, Share, kept_plan, plan_ahead, plan_epoch
+from loray.train.data.batches import BatchStream, EpochPlan, SourceShare, kept_plan, plan_ahead, plan_epoch
 from loray.train.data.read import RowFile, read_head, rows_of
 from loray.train.data.reading import known
 from loray.train.data.reading.known import cut_known
@@ -31,7 +31,7 @@ ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
 
 
 def open_rows(path: str, name: str | None = None) -> RowFile:
-    source = Source(name or path, path)
+    source = SourceFiles(name or path, path)
     return rows_of(source, read_head(source))
 
 
@@ -140,7 +140,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return counted
 
 
-def arrays(plan: Plan) -> list[list[int]]:
+def arrays(plan: EpochPlan) -> list[list[int]]:
     return [array.tolist() for array in (plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B)]
 
 
@@ -161,7 +161,7 @@ def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None,
 
 
 def test_numbers_that_need_it_have_eight_bytes() -> None:
-    large = Plan(*(np.array(values) for values in ([1 << 31], [1], [0], [1])))
+    large = EpochPlan(*(np.array(values) for values in ([1 << 31], [1], [0], [1])))
     parts = batches._parts_of(large)
     assert {part.dtype for part in parts} == {np.dtype(np.int64)}
     found = batches._plan_of(np.concatenate(parts))
@@ -170,7 +170,7 @@ def test_numbers_that_need_it_have_eight_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"paired": True}, {"shares": (Share(20_000, 0.5), Share(180_000, 1.5))}, {}], ids=str
+    "options", [{"paired": True}, {"shares": (SourceShare(20_000, 0.5), SourceShare(180_000, 1.5))}, {}], ids=str
 )
 def test_a_worker_holds_no_plan(tmp_path: Path, options: dict[str, Any]) -> None:
     """Of 200,000 sequences: what it takes does not depend on their number. The first worker's plan is gone, too."""
@@ -196,7 +196,7 @@ def test_a_worker_holds_no_plan(tmp_path: Path, options: dict[str, Any]) -> None
 def test_one_process_of_a_machine_makes_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes meanwhile waits."""
 
-    def made(*args: Any, **options: Any) -> Plan:
+    def made(*args: Any, **options: Any) -> EpochPlan:
         with pytest.raises(BlockingIOError):
             lock()
         return plan_epoch(*args, **options)
@@ -236,7 +236,7 @@ def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
         {"seed": 4},
         {"epoch": 0},
         {"max_length": 60},
-        {"shares": (Share(200, 0.5),)},
+        {"shares": (SourceShare(200, 0.5),)},
     ],
     ids=str,
 )

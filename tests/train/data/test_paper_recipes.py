@@ -11,11 +11,11 @@ from loray.bases.presets import preset
 from loray.errors import SpecError
 from loray.planning.devices import PRESETS
 from loray.planning.plan import make_plan
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import check_row_lengths, resolve
 from loray.spec import TrainSpec
-from loray.train.data.batches import BatchStream, TokenRows
+from loray.train.data.batches import BatchStream, TokenizedRows
 from loray.train.data.rows import JoinedRows, join
 
 RECIPES = {"7b_32k": 32768, "7b_100k": 102400, "13b_64k": 65536, "70b_32k": 32768}
@@ -33,7 +33,7 @@ class Buffer:
         return self._ids[start:stop]
 
 
-def corpus(num_tokens: int) -> TokenRows:
+def corpus(num_tokens: int) -> TokenizedRows:
     """Web documents: half of them below 600 tokens, 1,100 on average, a few as long as books. Row 0 is BOS.
 
     Their tokens overlap in one buffer, each document ending at an EOS.
@@ -43,10 +43,10 @@ def corpus(num_tokens: int) -> TokenRows:
     buffer = rng.integers(3, 32000, lengths.max() + 1, np.int32)
     buffer[0], buffer[-1] = BOS, EOS
     starts = np.concatenate([[0], len(buffer) - lengths])
-    return TokenRows(buffer, np.ones(len(buffer), np.bool_), starts, np.concatenate([[1], lengths]))
+    return TokenizedRows(buffer, np.ones(len(buffer), np.bool_), starts, np.concatenate([[1], lengths]))
 
 
-def joined(name: str) -> tuple[TrainSpec, JoinedRows, TokenRows]:
+def joined(name: str) -> tuple[TrainSpec, JoinedRows, TokenizedRows]:
     spec, n = load_recipe(f"longlora_llama2_{name}").spec, RECIPES[name]
     documents = corpus((STEPS + 2) * ROWS_A_STEP * n)
     begins, lengths = documents.starts[1:], documents.lengths[1:]
@@ -114,7 +114,7 @@ def test_the_plan_is_of_the_same_step_and_fits(name: str) -> None:
     spec = load_recipe(f"longlora_llama2_{name}").spec
     model = preset(spec.base)
     assert model is not None
-    plan = make_plan(run_of(spec, model), PRESETS["a100-80gb"])
+    plan = make_plan(shape_of(spec, model), PRESETS["a100-80gb"])
     assert plan.problems == ()
     assert plan.run.tokens_per_step == ROWS_A_STEP * RECIPES[name]
     assert plan.memory.peak_bytes <= plan.device.usable_bytes

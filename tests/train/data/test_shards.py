@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data import read
-from loray.train.data.batches import BatchStream, Rows, pack_rows
+from loray.train.data.batches import BatchStream, RowSource, pack_rows
 from loray.train.data.corpus import Task, run_here
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex
@@ -63,7 +63,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def listed(rows: Rows) -> list[in_memory.Row]:
+def listed(rows: RowSource) -> list[in_memory.Row]:
     found = [rows.row(i) for i in range(len(rows.lengths))]
     return [(ids.tolist(), targets.tolist()) for ids, targets in found]
 

@@ -14,7 +14,7 @@ import pytest
 from loray.errors import DataError
 from loray.recipes.sources import matches, uploaded_files
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data.batches import BatchStream, Share, plan_epoch
+from loray.train.data.batches import BatchStream, SourceShare, plan_epoch
 from loray.train.data.rows import Dataset, load_data
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
@@ -160,7 +160,7 @@ def test_globs_of_a_bucket(path: str, pattern: str, expected: bool) -> None:
 def test_weights_are_times_an_epoch(folder: Path) -> None:
     train = [{"path": f"{folder}/a.jsonl", "weight": 2}, {"path": f"{folder}/b.parquet", "weight": 0.34}]
     data = load([*train, f"{folder}/sub"])
-    assert data.shares == (Share(3, 2.0), Share(3, 0.34), Share(3, 1.0))
+    assert data.shares == (SourceShare(3, 2.0), SourceShare(3, 0.34), SourceShare(3, 1.0))
     spec = BatchSpec(rows=1)
     seen: Counter[int] = Counter()
     for epoch in range(60):
@@ -182,7 +182,7 @@ def test_a_source_is_joined_for_itself(folder: Path) -> None:
     streams = [TOKENIZER.eos_token.join(texts) for texts in (TEXTS[:3], TEXTS[6:])]
     expected = [ids[at : at + 16] for ids in TOKENIZER(streams)["input_ids"] for at in range(0, len(ids), 16)]
     assert [data.train.row(i)[0].tolist() for i in range(len(data.train.lengths))] == expected
-    assert data.shares == (Share(2, 3.0), Share(2, 1.0))
+    assert data.shares == (SourceShare(2, 3.0), SourceShare(2, 1.0))
 
 
 def test_several_sources_are_written_in_a_recipe() -> None:

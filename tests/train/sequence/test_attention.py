@@ -13,7 +13,7 @@ from torch import Tensor
 from loray.planning.sequence import HaloPlan
 from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, halo
-from loray.train.sequence.halo import attend_shard, shard_cuts
+from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.shard import Pending
 from tests.planning.closed_form import closed_form_elements
 from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
@@ -47,7 +47,7 @@ def compute(group: SequenceGroup, case: Case, change: int | None = None) -> Part
         with torch.no_grad():
             for x in (q, k, v):
                 x[:, :, change - first] += 3
-    out = attend_shard(q, k, v, shard_cuts(ids_BN, group, GROUP), layer=0)
+    out = attend_shard(q, k, v, segment_shard(ids_BN, group, GROUP), layer=0)
     weights_BLHD = weights_of(*ids_BN.shape, case.heads)[:, first : first + case.length]
     (out * weights_BLHD.to(case.dtype)).sum().backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (q, k, v)]
@@ -173,7 +173,7 @@ def test_messages_travel_while_what_needs_none_is_computed(ranks: Ranks) -> None
 def only_values(group: SequenceGroup, case: Case) -> Tensor | None:
     q, k, v = qkv_of(case, group)
     v.requires_grad_()
-    attend_shard(q, k, v, shard_cuts(torch.tensor(case.ids_BN), group, GROUP), layer=0).square().sum().backward()
+    attend_shard(q, k, v, segment_shard(torch.tensor(case.ids_BN), group, GROUP), layer=0).square().sum().backward()
     return v.grad
 
 

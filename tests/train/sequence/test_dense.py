@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loray.planning.sequence import DenseExchange, DensePlan
-from loray.train.sequence import SequenceGroup, Traffic
+from loray.train.sequence import SentBytes, SequenceGroup
 from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
 from loray.train.sequence.partial import flash, flash_gradients
 from loray.train.sequence.ring import ring_attention, ring_cuts
@@ -37,7 +37,7 @@ def compute(group: SequenceGroup, exchange: DenseExchange, cases: Sequence[Case]
     """Forward and backward."""
     parts = []
     for case in cases:
-        counted = replace(group, traffic=Traffic())
+        counted = replace(group, traffic=SentBytes())
         q, k, v = (x.requires_grad_() for x in qkv_of(case, group))
         out = attend(counted, exchange, case, q, k, v)
         first, sent = group.rank * case.length, counted.traffic

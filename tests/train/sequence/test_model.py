@@ -16,10 +16,10 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.planning.sequence import HaloPlan, padded_length
-from loray.train.data.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.model import build_model, dense
 from loray.train.objectives import batch_loss
-from loray.train.sequence import SequenceGroup, Traffic, sequence_parallel, shard
+from loray.train.sequence import SentBytes, SequenceGroup, sequence_parallel, shard
 from tests.train.attention.test_s2_attention import runs
 from tests.train.sequence.ranks import Ranks
 from tests.train.test_model import LLAMA3, positions, recipe, strengthen, tokens
@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 KINDS = ["full", "padded", "packed", "few targets"]
 
 
-def batch(kind: str, num_tokens: int) -> Batch:
+def batch(kind: str, num_tokens: int) -> TrainBatch:
     """Two rows. All kinds but the first are a token short, so that they do not divide by the ranks."""
     num_tokens -= kind != "full"
     input_ids_BT = tokens(2, num_tokens)
@@ -70,7 +70,7 @@ def batch(kind: str, num_tokens: int) -> Batch:
     if kind == "few targets":  # none of them on the first and on the last rank
         labels_BT[:, : num_tokens // 2 + 1] = labels_BT[:, -third:] = IGNORED
     num_targets = int((labels_BT != IGNORED).sum())
-    return Batch(input_ids_BT, labels_BT, attention_mask_BT, position_ids_BT, 2 * num_tokens, num_targets)
+    return TrainBatch(input_ids_BT, labels_BT, attention_mask_BT, position_ids_BT, 2 * num_tokens, num_targets)
 
 
 class Result(NamedTuple):
@@ -92,19 +92,19 @@ def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train_alone(base: BaseModel, whole: Batch, name: str) -> Result:
+def train_alone(base: BaseModel, whole: TrainBatch, name: str) -> Result:
     model = model_of(base, False, name)
     total, num_targets = batch_loss(model, whole)
     return Result(total.item() / num_targets, gradients_of(model, total / num_targets))
 
 
 def train(
-    group: SequenceGroup, base: BaseModel, wholes: list[Batch], mode: str, name: str = "longlora"
+    group: SequenceGroup, base: BaseModel, wholes: list[TrainBatch], mode: str, name: str = "longlora"
 ) -> list[Result]:
     model = model_of(base, mode != "no checkpointing", name)
     results = []
     for whole in wholes:
-        counted = replace(group, traffic=Traffic())
+        counted = replace(group, traffic=SentBytes())
         sharded = shard(whole, counted)
         with sequence_parallel(sharded, keep_halos=mode == "halos kept"):
             total, _ = batch_loss(model, sharded.local)
@@ -115,7 +115,7 @@ def train(
 
 
 def check(
-    base: BaseModel, whole: Batch, results: Sequence[Result], *, exchanges: int = 1, name: str = "longlora"
+    base: BaseModel, whole: TrainBatch, results: Sequence[Result], *, exchanges: int = 1, name: str = "longlora"
 ) -> None:
     """Each rank's result against the whole batch on one rank, and against the plan of its traffic."""
     alone = train_alone(base, whole, name)
@@ -172,7 +172,7 @@ def test_activation_checkpointing(ranks: Ranks, tiny_base: BaseFactory, size: in
         check(base, whole, results, exchanges=2 if mode == "exchanged again" else 1)
 
 
-def evaluate(group: SequenceGroup, base: BaseModel, whole: Batch) -> tuple[float, Tensor]:
+def evaluate(group: SequenceGroup, base: BaseModel, whole: TrainBatch) -> tuple[float, Tensor]:
     model = model_of(base, False)
     sharded = shard(whole, group)
     with torch.no_grad(), dense(model, group), sequence_parallel(sharded):

@@ -19,7 +19,7 @@ from loray.bases.quantized import dequantised, is_quantised, numel, rounded
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, UnsupportedError
 from loray.methods.attach import is_magnitude
-from loray.planning.run import run_of
+from loray.planning.run import shape_of
 from loray.spec import QuantizationSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train.model import build_model, count_parameters
@@ -150,4 +150,4 @@ def test_it_takes_the_memory_that_is_planned(tiny_base: Callable[..., BaseModel]
         nbytes += state.absmax.nbytes + state.state2.absmax.nbytes
         assert dequantised(layer).dtype == torch.bfloat16
         assert numel(layer.weight) == dequantised(layer).numel()
-    assert nbytes == pytest.approx(run_of(spec, base.config).base_bytes, rel=1e-3)
+    assert nbytes == pytest.approx(shape_of(spec, base.config).base_bytes, rel=1e-3)

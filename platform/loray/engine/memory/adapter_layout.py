@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from loray.engine.memory.blocks import Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 
 Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
 
@@ -49,13 +49,13 @@ class AdapterShape:
         groups = tuple(LayerGroup(tuple(ls), m) for m, ls in grouped.items() if m)
         return cls(groups=groups, flat=tuple(flat))
 
-    def demand(self, geometry: Geometry) -> dict[Kind, dict[int, int]]:
+    def demand(self, geometry: Geometry) -> dict[BlockKind, dict[int, int]]:
         """Rows by kind and width. Of layered rows the most that any group has."""
         layered: Counter[int] = Counter()
         for group in self.groups:
-            layered |= rows_by_width(group.matrices, geometry.capacity(Kind.LAYERED))
-        flat = rows_by_width(self.flat, geometry.capacity(Kind.FLAT))
-        return {kind: dict(c) for kind, c in ((Kind.LAYERED, layered), (Kind.FLAT, flat)) if c}
+            layered |= rows_by_width(group.matrices, geometry.capacity(BlockKind.LAYERED))
+        flat = rows_by_width(self.flat, geometry.capacity(BlockKind.FLAT))
+        return {kind: dict(c) for kind, c in ((BlockKind.LAYERED, layered), (BlockKind.FLAT, flat)) if c}
 
     def num_blocks(self, geometry: Geometry) -> int:
         """The most blocks that the adapter takes, which is what it takes in an empty pool."""
@@ -120,15 +120,15 @@ def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
 
 def place(shape: AdapterShape, extents: Sequence[Extent], geometry: Geometry) -> RowTable:
     """Assign the rows of `extents`, which the allocator gave for `shape.demand(geometry)`, to the matrices."""
-    layered = _offsets((e for e in extents if e.kind is Kind.LAYERED), geometry)
-    flat = _offsets((e for e in extents if e.kind is Kind.FLAT), geometry)
+    layered = _offsets((e for e in extents if e.kind is BlockKind.LAYERED), geometry)
+    flat = _offsets((e for e in extents if e.kind is BlockKind.FLAT), geometry)
     layer_group = [-1] * geometry.num_layers
     groups: list[Table] = []
     for i, group in enumerate(shape.groups):
         for layer in group.layers:
             layer_group[layer] = i
-        groups.append(_table(group.matrices, layered, geometry.capacity(Kind.LAYERED)))
-    return RowTable(tuple(groups), tuple(layer_group), _table(shape.flat, flat, geometry.capacity(Kind.FLAT)))
+        groups.append(_table(group.matrices, layered, geometry.capacity(BlockKind.LAYERED)))
+    return RowTable(tuple(groups), tuple(layer_group), _table(shape.flat, flat, geometry.capacity(BlockKind.FLAT)))
 
 
 def _offsets(extents: Iterable[Extent], geometry: Geometry) -> dict[int, list[int]]:

@@ -25,9 +25,9 @@ from enum import Enum
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
-from loray.engine.memory.eviction import AdapterWorth, EvictionScore, Floor, PriorityQueue
-from loray.engine.memory.host_memory import HostMemory, Packed
-from loray.engine.metrics import Histogram, ResidencyCounts, UsageLog
+from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, Inflation, PriorityQueue
+from loray.engine.memory.host_memory import HostCopy, HostMemory
+from loray.engine.metrics import AdapterUsageLog, Histogram, ResidencyCounts
 from loray.errors import EngineError, IntegrityError, StoreError, UnsupportedError
 from loray.spec import AdapterRef
 from loray.telemetry import METRICS
@@ -85,7 +85,7 @@ class Backoff:
         return failure.error
 
 
-P = TypeVar("P", bound=Packed)
+P = TypeVar("P", bound=HostCopy)
 R = TypeVar("R")
 
 
@@ -159,13 +159,13 @@ class Entry(Generic[P, R]):
 class AdapterTable(Generic[P, R]):
     """Entries by digest, and indexes of those in certain states. It owns the stage of each adapter, and the list of
     those whose requests are to be told, since an adapter that moves untold lets its requests wait for ever: both change
-    together. Only Residency calls what changes it.
+    together. Only AdapterManager calls what changes it.
 
     Nothing that is called for a request or a step visits all entries, however many there are.
     """
 
     def __init__(
-        self, host: HostMemory[P], usage: UsageLog, value: Callable[[Entry[P, R]], float] = lambda entry: 0.0
+        self, host: HostMemory[P], usage: AdapterUsageLog, value: Callable[[Entry[P, R]], float] = lambda entry: 0.0
     ) -> None:
         """`value`: of an idle adapter, see `eviction`; taken when the entry was last changed."""
         self.usage = usage
@@ -382,7 +382,7 @@ class StartedLoads(Generic[P, R]):
         self._wake()
 
 
-class Residency(Generic[P, R]):
+class AdapterManager(Generic[P, R]):
     """Called from the engine's thread only. Others may read its `table`.
 
     load    starts a load and returns its future; never blocks
@@ -403,23 +403,23 @@ class Residency(Generic[P, R]):
         remove: Callable[[R], None],
         size: Callable[[R], float] = lambda resident: 1.0,
         arrived: Callable[[R], bool] = lambda resident: True,
-        usage: UsageLog | None = None,
+        usage: AdapterUsageLog | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         backoff: Backoff | None = None,
     ) -> None:
         self._host: HostMemory[P] = HostMemory(host_bytes)
-        self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or UsageLog(), self._value)
+        self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or AdapterUsageLog(), self._value)
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
         self._now, self.size = clock, size
         self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
-        self._worth = AdapterWorth()
+        self._worth = EvictionPolicy()
         self._place, self._remove, self._arrived = place, remove, arrived
         self._backoff = backoff or Backoff(clock)
 
     @property
-    def floor(self) -> Floor:
+    def floor(self) -> Inflation:
         """Of the pool's blocks. Whatever else competes for them shares it."""
         return self._worth.floor
 
@@ -658,7 +658,9 @@ class Prefetch(Generic[P, R]):
     which `has_room` is false stay on the host.
     """
 
-    def __init__(self, residency: Residency[P, R], host_bytes: int, has_room: Callable[[AdapterRef], bool]) -> None:
+    def __init__(
+        self, residency: AdapterManager[P, R], host_bytes: int, has_room: Callable[[AdapterRef], bool]
+    ) -> None:
         self._residency, self._host_bytes, self._has_room = residency, host_bytes, has_room
         self._waiting: dict[str, AdapterRef] = {}
         self._in_pool = self._on_host = self._failed = 0

@@ -24,10 +24,10 @@ from enum import Enum
 from itertools import accumulate
 from typing import NamedTuple
 
-__all__ = ["BlockAllocator", "Extent", "Geometry", "Kind", "Occupancy"]
+__all__ = ["BlockAllocator", "BlockKind", "Extent", "Geometry", "Occupancy"]
 
 
-class Kind(Enum):
+class BlockKind(Enum):
     KV = "kv"
     LAYERED = "layered"
     FLAT = "flat"
@@ -39,7 +39,7 @@ class RowBlock:
 
     __slots__ = ("free", "holes", "kind")
 
-    def __init__(self, kind: Kind, capacity: int) -> None:
+    def __init__(self, kind: BlockKind, capacity: int) -> None:
         self.kind = kind
         self.holes = [(0, capacity)]
         self.free = capacity
@@ -151,15 +151,15 @@ class Geometry:
         """Blocks of a run that holds a tensor of that size."""
         return -(-num_elements // self.block_size)
 
-    def capacity(self, kind: Kind) -> int:
+    def capacity(self, kind: BlockKind) -> int:
         """Elements of a block in which rows of this kind can be placed."""
-        return self.layer_share if kind is Kind.LAYERED else self.block_size
+        return self.layer_share if kind is BlockKind.LAYERED else self.block_size
 
 
 class Extent(NamedTuple):
     """`rows` neighbouring rows of `width` elements from `offset` of `block` (of each layer's share, if layered)."""
 
-    kind: Kind
+    kind: BlockKind
     block: int
     offset: int
     width: int
@@ -187,7 +187,7 @@ class BlockAllocator:
         self._free = list(range(geometry.num_blocks))
         self._kv: dict[int, int] = {}
         self._rows: dict[int, RowBlock] = {}
-        self._open: defaultdict[Kind, OpenBlocks] = defaultdict(OpenBlocks)
+        self._open: defaultdict[BlockKind, OpenBlocks] = defaultdict(OpenBlocks)
         self._runs: dict[int, int] = {}
 
     @property
@@ -195,16 +195,16 @@ class BlockAllocator:
         return len(self._free)
 
     def occupancy(self) -> Occupancy:
-        layered, flat = len(self._open[Kind.LAYERED]), len(self._open[Kind.FLAT])
+        layered, flat = len(self._open[BlockKind.LAYERED]), len(self._open[BlockKind.FLAT])
         return Occupancy(len(self._free), len(self._kv), layered, flat, sum(self._runs.values()))
 
     def positions(self) -> dict[str, list[int]]:
         """The blocks of each state but `free`."""
-        rows: dict[Kind, list[int]] = {Kind.LAYERED: [], Kind.FLAT: []}
+        rows: dict[BlockKind, list[int]] = {BlockKind.LAYERED: [], BlockKind.FLAT: []}
         for block, row_block in self._rows.items():
             rows[row_block.kind].append(block)
         runs = [block for first, n in self._runs.items() for block in range(first, first + n)]
-        return {"kv": list(self._kv), "layered": rows[Kind.LAYERED], "flat": rows[Kind.FLAT], "run": runs}
+        return {"kv": list(self._kv), "layered": rows[BlockKind.LAYERED], "flat": rows[BlockKind.FLAT], "run": runs}
 
     # -- KV -----------------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class BlockAllocator:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def allocate_rows(
-        self, kind: Kind, demand: Mapping[int, int], *, emptying: int | None = None
+        self, kind: BlockKind, demand: Mapping[int, int], *, emptying: int | None = None
     ) -> list[Extent] | None:
         """Allocate rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loray.engine.memory.blocks import BlockAllocator, Extent, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent
 
 
 class Copy(NamedTuple):
@@ -32,7 +32,7 @@ def close_gaps(allocator: BlockAllocator, owned: Sequence[list[Extent]], num_blo
         for e in extents:
             rows[e.block].append((owner, e))
             used[e.block] += e.width * e.rows
-    gaps: Counter[Kind] = Counter()
+    gaps: Counter[BlockKind] = Counter()
     for block, members in rows.items():
         gaps[members[0][1].kind] += _capacity(allocator, members) - used[block]
     copies: list[Copy] = []

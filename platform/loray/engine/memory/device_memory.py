@@ -33,7 +33,7 @@ class DeviceMemory(NamedTuple):
     taken: int
 
 
-class MemoryPlan(NamedTuple):
+class DeviceMemoryPlan(NamedTuple):
     """`usable`: by this process. `needs`: by what they are for. `pool`: what they leave of it, perhaps below 0."""
 
     usable: int
@@ -96,7 +96,7 @@ def plan_memory(
     *,
     held: Mapping[str, int] = MappingProxyType({}),
     scratch: Mapping[str, int] = MappingProxyType({}),
-) -> MemoryPlan:
+) -> DeviceMemoryPlan:
     """When the base has been loaded. `held`: what of `memory.taken` is not the base, by what it is for. `scratch`: what
     the kernels will take, likewise.
     """
@@ -110,10 +110,10 @@ def plan_memory(
         "recordings": recording_bytes(spec, config),
     }
     usable = usable_bytes(memory, spec.gpu_memory_utilization)
-    return MemoryPlan(usable, needs, usable - sum(needs.values()))
+    return DeviceMemoryPlan(usable, needs, usable - sum(needs.values()))
 
 
-def check_plan(plan: MemoryPlan, spec: ServeSpec, memory: DeviceMemory, least: int) -> None:
+def check_plan(plan: DeviceMemoryPlan, spec: ServeSpec, memory: DeviceMemory, least: int) -> None:
     """SpecError if the pool would have less than `least` bytes."""
     if plan.pool >= least:
         return

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 _MEMORY = 4096  # after that many further items, an item's weight in the share has fallen to 1/e
 
 
-class Floor:
+class Inflation:
     """Shared by all that compete for the pool's blocks."""
 
     def __init__(self) -> None:
@@ -116,11 +116,11 @@ class EvictionScore:
     load_seconds: float = 0.0
 
 
-class AdapterWorth:
+class EvictionPolicy:
     """What changes the scores. Sizes are in blocks."""
 
     def __init__(self) -> None:
-        self.floor = Floor()
+        self.floor = Inflation()
         self._reuse = Reuse()
         self._block_seconds = 0.0  # to copy one block from the host, a running mean
 

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 from loray.engine.residency.partial import PartialLoad
 
 
-class SharedPair(Protocol):
+class HostProjection(Protocol):
     """A VeRA pair."""
 
     @property
@@ -26,7 +26,7 @@ class SharedPair(Protocol):
     def nbytes(self) -> int: ...
 
 
-class Packed(Protocol):
+class HostCopy(Protocol):
     """An adapter in host memory, ready to be copied into the pool."""
 
     @property
@@ -40,7 +40,7 @@ class Packed(Protocol):
         ...
 
     @property
-    def pair(self) -> SharedPair | None: ...
+    def pair(self) -> HostProjection | None: ...
 
     @property
     def partial(self) -> PartialLoad | None:
@@ -48,7 +48,7 @@ class Packed(Protocol):
         ...
 
 
-P = TypeVar("P", bound=Packed)
+P = TypeVar("P", bound=HostCopy)
 
 
 class HostMemory(Generic[P]):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loray.engine.memory.blocks import BlockAllocator
-from loray.engine.memory.eviction import Floor, PriorityQueue, Reuse
+from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
 from loray.engine.request import Request
 
 _Key = str | tuple[int, ...] | None
@@ -54,12 +54,12 @@ class PrefixCache:
         allocator: BlockAllocator,
         *,
         enabled: bool = True,
-        floor: Floor | None = None,
+        floor: Inflation | None = None,
         token_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._allocator = allocator
         self.enabled = enabled
-        self._floor, self._reuse = floor or Floor(), Reuse()
+        self._floor, self._reuse = floor or Inflation(), Reuse()
         self._token_seconds = token_seconds
         self._block_tokens = allocator.geometry.block_tokens
         self._root = _Node(None, -1, None)
@@ -247,7 +247,7 @@ class IdleAdapters(Protocol):
     """See Residency."""
 
     @property
-    def floor(self) -> Floor: ...
+    def floor(self) -> Inflation: ...
 
     @property
     def least_value(self) -> float | None: ...
@@ -255,7 +255,7 @@ class IdleAdapters(Protocol):
     def evict_one(self) -> bool: ...
 
 
-class RequestBlocks:
+class KVCacheManager:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
     compact        tries to free that many blocks by closing gaps between rows; False if it frees none

@@ -19,26 +19,26 @@ import torch
 from torch import Tensor
 
 from loray.engine.memory.adapter_layout import Role
-from loray.engine.pool.pool import ResidentAdapter, ResidentPair
+from loray.engine.pool.pool import ResidentAdapter, ResidentProjection
 from loray.engine.request import Chunk, Request
 from loray_kernels import (
+    AdapterSegments,
     AttentionMeta,
+    CapturedStep,
     LayerTables,
     LoraTable,
     Parts,
-    RecordedStep,
+    RowOverrides,
     RowTables,
-    Segments,
-    StepRecords,
+    StepDescriptors,
     StepVectors,
-    TokenRows,
     VeraTable,
 )
 
 Group = int
 
 
-class Slot(NamedTuple):
+class AdapterSpan(NamedTuple):
     """Tokens [start, stop) of the step belong to `adapter`."""
 
     adapter: ResidentAdapter
@@ -49,7 +49,7 @@ class Slot(NamedTuple):
 class PairSpan(NamedTuple):
     """Tokens [start, stop) belong to adapters that share `pair`."""
 
-    pair: ResidentPair
+    pair: ResidentProjection
     start: int
     stop: int
 
@@ -59,15 +59,15 @@ class AdapterBatch:
     once for each combination of layer groups, not for each layer.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, device: torch.device) -> None:
+    def __init__(self, slots: Sequence[AdapterSpan], *, device: torch.device) -> None:
         self.slots = tuple(slots)
         self._rows = tuple(s.adapter.rows for s in slots)
-        self.segments = Segments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
+        self.segments = AdapterSegments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
         self.pairs = tuple(_pair_spans(slots))
         self._device = device
         self._tables: dict[int | tuple[Group, ...], LayerTables] = {}  # also by layer
 
-    def is_for(self, slots: Sequence[Slot]) -> bool:
+    def is_for(self, slots: Sequence[AdapterSpan]) -> bool:
         """The tables are those of `slots`. The pool replaces the `rows` of adapters that it moves."""
         moved = any(rows is not slot.adapter.rows for rows, slot in zip(self._rows, slots, strict=False))
         return not moved and self.slots == tuple(slots)
@@ -120,7 +120,7 @@ class AdapterBatch:
         tables = []
         numbered = list(zip(self.slots, groups, strict=True))
 
-        def pair_of(item: tuple[Slot, Group]) -> ResidentPair | None:
+        def pair_of(item: tuple[AdapterSpan, Group]) -> ResidentProjection | None:
             slot, group = item
             return slot.adapter.pair if (group, module, "vera_d") in slot.adapter.rows else None
 
@@ -132,12 +132,12 @@ class AdapterBatch:
                 tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, slots[0][0].start, slots[-1][0].stop))
         return tables
 
-    def _own_rows(self, module: str, role: Role, members: Iterable[tuple[Slot, Group]]) -> TokenRows:
+    def _own_rows(self, module: str, role: Role, members: Iterable[tuple[AdapterSpan, Group]]) -> RowOverrides:
         own = [(s, rows) for s, g in members if (rows := s.adapter.rows.get((g, module, role))) is not None]
         tokens = [t for s, _ in own for t in range(s.start, s.stop)]
-        return TokenRows(torch.tensor(tokens, device=self._device), self._token_rows(own))
+        return RowOverrides(torch.tensor(tokens, device=self._device), self._token_rows(own))
 
-    def _token_rows(self, single: Sequence[tuple[Slot, RowTables]]) -> RowTables:
+    def _token_rows(self, single: Sequence[tuple[AdapterSpan, RowTables]]) -> RowTables:
         """One-row tables, each repeated for every token of its slot."""
         return _concatenate([rows for _, rows in single], [slot.stop - slot.start for slot, _ in single])
 
@@ -153,7 +153,7 @@ def _concatenate(tables: Sequence[RowTables], repeats: Sequence[int] | None = No
     return RowTables(tuple(segments))
 
 
-def _pair_spans(slots: Sequence[Slot]) -> Iterable[PairSpan]:
+def _pair_spans(slots: Sequence[AdapterSpan]) -> Iterable[PairSpan]:
     for pair, stretch in groupby(slots, key=lambda s: s.adapter.pair):
         if pair is not None:
             members = list(stretch)
@@ -187,7 +187,7 @@ class Batch:
     positions_T: Tensor
     attention: AttentionMeta
     adapters: AdapterBatch
-    own_rows: TokenRows | None
+    own_rows: RowOverrides | None
     last: tuple[int, ...]
     logits_T: Tensor
     sampled: tuple[Chunk, ...]
@@ -195,7 +195,7 @@ class Batch:
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
-    records: StepRecords | None = None
+    records: StepDescriptors | None = None
     kept_T: Tensor | None = None
 
     @property
@@ -209,7 +209,7 @@ class Batch:
         return self.records.vectors if self.records is not None and Parts.OWN in self.records.parts else None
 
     @classmethod
-    def of_recorded(cls, step: RecordedStep) -> Batch:
+    def of_recorded(cls, step: CapturedStep) -> Batch:
         """A batch without requests to sample for."""
         device = step.token_ids_S.device
         return cls(
@@ -243,7 +243,7 @@ def build_batch(
     query_start = [0]
     context: list[int] = []
     blocks, num_blocks = list[int](), list[int]()
-    spans: list[Slot] = []
+    spans: list[AdapterSpan] = []
     own: list[tuple[int, int]] = []
     last: list[int] = []
     sampled: list[Chunk] = []
@@ -262,9 +262,9 @@ def build_batch(
         num_blocks.append(len(request.blocks))
         if adapter is not None:
             if spans and spans[-1].adapter is adapter:
-                spans[-1] = Slot(adapter, spans[-1].start, len(tokens))
+                spans[-1] = AdapterSpan(adapter, spans[-1].start, len(tokens))
             else:
-                spans.append(Slot(adapter, at, len(tokens)))
+                spans.append(AdapterSpan(adapter, at, len(tokens)))
             if adapter.token_row:
                 own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
         if tokens_to_score := chunk.scored:
@@ -281,7 +281,7 @@ def build_batch(
     own_rows = None
     if own:
         tokens_N, offsets_N = tensor([t for t, _ in own]), tensor([offset for _, offset in own])
-        own_rows = TokenRows(tokens_N, RowTables(((0, hidden_size, offsets_N),)))
+        own_rows = RowOverrides(tokens_N, RowTables(((0, hidden_size, offsets_N),)))
     return Batch(
         token_ids_T=tensor(tokens),
         positions_T=tensor(positions),
@@ -303,7 +303,7 @@ def _order(adapter: ResidentAdapter | None) -> tuple[str, str]:
     return (adapter.pair.digest if adapter.pair is not None else "", adapter.ref.digest)
 
 
-def kept_part(batch: Batch) -> Batch | None:
+def logits_part(batch: Batch) -> Batch | None:
     """The batch of the tokens whose logits are needed. None where it would save too little.
 
     One token is kept if none is needed, since ops take no empty batch; it has no logits.
@@ -316,7 +316,9 @@ def kept_part(batch: Batch) -> Batch | None:
     kept_T = torch.tensor(kept, dtype=torch.int64, device=device)
     ends = {stop - 1: i for i, (start, stop) in enumerate(pairwise(attention.query_start)) if stop > start}
     sequences = [ends[token] for token in kept]
-    slots = [Slot(a, bisect_left(kept, start), bisect_left(kept, stop)) for a, start, stop in batch.adapters.slots]
+    slots = [
+        AdapterSpan(a, bisect_left(kept, start), bisect_left(kept, stop)) for a, start, stop in batch.adapters.slots
+    ]
     return Batch(
         token_ids_T=batch.token_ids_T[kept_T],
         positions_T=batch.positions_T[kept_T],

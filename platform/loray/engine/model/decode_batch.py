@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loray.engine.pool.pool import ResidentAdapter
-from loray.engine.request import Chunk, Request, State
+from loray.engine.request import Chunk, Request, RequestState
 from loray_kernels import RECORD_TOKENS, DecodeStep, Parts
 
 _NONE = np.array([], dtype=np.int64)
@@ -187,7 +187,7 @@ class DecodeSteps:
 
     def _seated(self, requests: Sequence[Request]) -> list[int]:
         """The seats of requests; those that run no more give theirs back."""
-        for request in [r for r in self._seat_of if r.state is not State.RUNNING]:
+        for request in [r for r in self._seat_of if r.state is not RequestState.RUNNING]:
             seat = self._seat_of.pop(request)
             self._blocks[seat], self._lengths[seat] = [], 0
             self._free.append(seat)

@@ -22,26 +22,26 @@ from torch import Tensor
 from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
 from loray.engine.memory.device_memory import SCORED_BYTES
-from loray.engine.model.batch import AdapterBatch, Batch, build_batch, kept_part
+from loray.engine.model.batch import AdapterBatch, Batch, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
-from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step, through
-from loray.engine.pool.pool import AdapterRecords, Pool, input_shapes
+from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through
+from loray.engine.pool.pool import Pool, PoolDescriptors, input_shapes
 from loray.engine.request import Chunk
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 from loray_kernels import (
+    AdapterSegments,
+    CapturedDecoding,
+    CapturedStep,
+    CaptureLimits,
+    CaptureState,
     Decoding,
     InputShape,
     LoraTable,
     Ops,
-    PairMatrix,
-    Recorded,
-    RecordedDecoding,
-    RecordedStep,
-    RecordLimits,
+    ProjectionMatrix,
     RowTables,
-    Segments,
-    TokenSeats,
+    TokenSlots,
     VeraTable,
 )
 
@@ -64,7 +64,7 @@ def compile_adapters(ops: Ops, pool: Tensor, inputs: Sequence[InputShape]) -> No
 
 
 def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
-    segments = Segments((0,), (_TOKENS,))
+    segments = AdapterSegments((0,), (_TOKENS,))
     tables = tuple(
         LoraTable(_rows(shape.a, rank, pool), _rows(b, rank, pool), (0, rank), (1.0,)) for b in map(tuple, shape.b)
     )
@@ -73,8 +73,8 @@ def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, ou
 
 
 def _vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
-    a_RI = PairMatrix(pool.new_zeros(rank, x_TI.shape[1]))
-    b_OR = PairMatrix(pool.new_zeros(y_TO.shape[1], rank))
+    a_RI = ProjectionMatrix(pool.new_zeros(rank, x_TI.shape[1]))
+    b_OR = ProjectionMatrix(pool.new_zeros(y_TO.shape[1], rank))
     d, b = _rows(((0, rank),), _TOKENS, pool), _rows(shape.b[0], _TOKENS, pool)
     z_TR = ops.vera_shrink(x_TI, a_RI)
     ops.vera_expand(y_TO, z_TR, pool, VeraTable(a_RI, b_OR, d, b, 0, _TOKENS), 0)
@@ -230,8 +230,8 @@ class Decoder:
     ) -> None:
         self.config = config
         self.ops = ops
-        self.recorded: Recorded | None = None  # how far recording came before the start
-        self._recorded: RecordedDecoding | None = None
+        self.recorded: CaptureState | None = None  # how far recording came before the start
+        self._recorded: CapturedDecoding | None = None
         self._steps: DecodeSteps | None = None
         self._adapters: AdapterBatch | None = None  # of the last step
         self._rope = Rope(config, dtype=dtype, device=device)
@@ -262,12 +262,12 @@ class Decoder:
         max_blocks  the most that a request for the base may have
         """
 
-        def forward(step: RecordedStep) -> Tensor:
+        def forward(step: CapturedStep) -> Tensor:
             return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
 
         self._recorded = self.ops.recorded(forward, self._decoding(pool, num_seats, max_blocks))
         if self._recorded is not None:
-            pool.records = AdapterRecords(
+            pool.records = PoolDescriptors(
                 self._recorded.directory,
                 self._recorded.vectors,
                 block_size=pool.geometry.block_size,
@@ -286,7 +286,7 @@ class Decoder:
         compile_adapters(self.ops, pool.tensor, self._inputs(pool))
 
     @torch.inference_mode()
-    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:
+    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
         """Record decode steps; None if there is nothing to record. Before the first step."""
         if self._recorded is not None:
             self.recorded = self._recorded.record(limits, on_progress)
@@ -305,7 +305,7 @@ class Decoder:
             chunks = found
         return self._eager(chunks, resident, pool)
 
-    def seats(self, batch: Batch | DecodeBatch) -> TokenSeats | None:
+    def seats(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
         """Where the tokens of the last step, `batch`, are drawn to, so that the next one takes them from there; None if
         it cannot.
         """
@@ -347,9 +347,9 @@ class Decoder:
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops
         cos_Td, sin_Td = self._rope(batch)
-        step = Step.of(batch, pool, ops, cos_Td, sin_Td)
+        step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
-        kept, added_TD = kept_part(batch), None
+        kept, added_TD = logits_part(batch), None
         layers = self._layers if kept is None else self._layers[:-1]
         if (wait_for := batch.wait_for_layer) is None:
             x_TD = through(layers, x_TD, step)

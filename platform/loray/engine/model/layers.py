@@ -14,21 +14,21 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch
-from loray.engine.pool.pool import Pool, ResidentPair
+from loray.engine.pool.pool import Pool, ResidentProjection
 from loray_kernels import (
     INPUTS,
     LayerWeights,
     Ops,
     Parts,
+    RowOverrides,
+    StepDescriptors,
     StepInputs,
-    StepRecords,
-    TokenRows,
     VeraTable,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardContext:
     """What all layers of one pass share; `inputs` is the part that a backend needs."""
 
     batch: Batch
@@ -37,14 +37,14 @@ class Step:
     inputs: StepInputs
 
     @classmethod
-    def of(cls, batch: Batch, pool: Pool, ops: Ops, cos_Td: Tensor, sin_Td: Tensor) -> Step:
+    def of(cls, batch: Batch, pool: Pool, ops: Ops, cos_Td: Tensor, sin_Td: Tensor) -> ForwardContext:
         inputs = StepInputs(pool.tensor, pool.layout, batch.attention, batch.adapters.segments, cos_Td, sin_Td)
         return cls(batch, pool, ops, inputs)
 
-    def of_kept(self, part: Batch) -> Step:
+    def of_kept(self, part: Batch) -> ForwardContext:
         """The step of a part of the batch."""
         cos_Rd, sin_Rd = (table_Td[part.kept_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
-        return Step.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
+        return ForwardContext.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
 
     def offset(self, layer: int) -> int:
         return layer * self.pool.geometry.layer_share
@@ -66,7 +66,7 @@ class Linear:
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
         self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
 
-    def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
         parts = torch.split(y_TO, self._widths, dim=1)
@@ -80,7 +80,7 @@ class Linear:
         return y_TO
 
     def add_recorded(
-        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepRecords, step: Step
+        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepDescriptors, step: ForwardContext
     ) -> None:
         """What `records` bring, to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
@@ -91,7 +91,7 @@ class Linear:
         if Parts.DORA in records.parts:
             step.ops.scale_of_records(y_TO, self.weights.bias_O, pool, records, self._field, offset)
 
-    def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+    def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora
         own = [m for m in self.modules if m in found]
         if not own:
@@ -101,7 +101,7 @@ class Linear:
         h = step.ops.lora_shrink(x_TI, pool, tables, segments, offset)
         step.ops.lora_expand(tuple(outputs[m] for m in own), h, pool, tables, segments, offset)
 
-    def add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+    def add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         tables = step.batch.adapters.layer(self._layer).vera
         own = [(m, table) for m in self.modules for table in tables.get(m, ())]
         for span in step.batch.adapters.pairs if own else ():
@@ -114,7 +114,7 @@ class Linear:
                 table = self.local_vera_table(table, y_TO.shape[1])
                 step.ops.vera_expand(y_TO, z_own_TR, step.pool.tensor, table, step.offset(self._layer))
 
-    def scale_dora(self, outputs: Mapping[str, Tensor], step: Step) -> None:
+    def scale_dora(self, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).dora
         for module in self.modules if found else ():
             if (own := found.get(module)) is not None:
@@ -123,7 +123,7 @@ class Linear:
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
-    def shrink_vera(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
+    def shrink_vera(self, x_TI: Tensor, pair: ResidentProjection, step: ForwardContext) -> Tensor:
         """z = A x, (T, R) in fp32."""
         return step.ops.vera_shrink(x_TI, pair.a_RI)
 
@@ -149,16 +149,16 @@ class RMSNorm:
         self._layer, self._name = layer, name
         self.weight_D, self._eps = weight_D, eps
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
         return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
 
-    def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+    def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext) -> tuple[Tensor, Tensor]:
         """x + added, or x if nothing is to be added, and the norm of that."""
         if added_TD is None:
             return x_TD, self(x_TD, step)
         return step.ops.add_rms_norm(x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
 
-    def _own(self, step: Step) -> tuple[TokenRows | None, int]:
+    def _own(self, step: ForwardContext) -> tuple[RowOverrides | None, int]:
         """The weights of adapters, and their layer's offset."""
         adapters, vectors = step.batch.adapters, step.batch.own_vectors
         offset = 0 if self._layer is None else step.offset(self._layer)
@@ -184,7 +184,7 @@ class Attention:
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
             self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
 
-    def __call__(self, x_TD: Tensor, step: Step, kept: Step | None = None) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: ForwardContext, kept: ForwardContext | None = None) -> Tensor:
         """`kept`: see Layer."""
         c, pool = self._config, step.pool
         widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
@@ -209,7 +209,7 @@ class MLP:
         self.gate_up = linears.column(layer, gate_up, {}, ops)
         self.down = linears.row(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {}, ops)
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: ForwardContext) -> Tensor:
         return self.down(step.ops.silu_mul(self.gate_up(x_TD, step)), step)
 
 
@@ -245,7 +245,7 @@ class Layer:
         )
 
     def __call__(
-        self, x_TD: Tensor, added_TD: Tensor | None, step: Step, kept: Step | None = None
+        self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext, kept: ForwardContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """From x, and what is to be added to it, to the same behind the layer; (T, D). So the next norm adds as well.
 
@@ -259,7 +259,7 @@ class Layer:
         return x_TD, self._mlp(normal_TD, step)
 
 
-def through(layers: Sequence[Layer], x_TD: Tensor, step: Step) -> Tensor:
+def through(layers: Sequence[Layer], x_TD: Tensor, step: ForwardContext) -> Tensor:
     """(T, D) after consecutive layers, in one call if the backend has one; may write `x_TD`.
 
     With other linears than LOCAL the ranks communicate inside a layer, so it runs op by op.

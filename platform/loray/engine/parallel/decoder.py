@@ -21,14 +21,14 @@ from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
-from loray.engine.model.layers import Linear, Linears, Step
+from loray.engine.model.layers import ForwardContext, Linear, Linears
 from loray.engine.parallel.communicator import Communicator, PassedChunk
 from loray.engine.parallel.pool import FollowingPool
 from loray.engine.parallel.shard import local_config, local_device, local_tensors, split_inputs
-from loray.engine.pool.pool import Pool, ResidentAdapter, ResidentPair
+from loray.engine.pool.pool import Pool, ResidentAdapter, ResidentProjection
 from loray.engine.request import Chunk
 from loray.spec import ServeSpec
-from loray_kernels import Decoding, InputShape, Ops, Ranks, VeraTable, backend
+from loray_kernels import CaptureBarrier, Decoding, InputShape, Ops, VeraTable, backend
 
 
 def parallel_linears(communicator: Communicator) -> Linears:
@@ -59,13 +59,13 @@ class ColumnParallelLinear(_ParallelLinear):
 
 
 class RowParallelLinear(_ParallelLinear):
-    def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
         """(T, O), the same on every rank."""
         y_TO = super().__call__(x_TI, step)
         self._communicator.all_reduce(y_TO)
         return y_TO
 
-    def shrink_vera(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
+    def shrink_vera(self, x_TI: Tensor, pair: ResidentProjection, step: ForwardContext) -> Tensor:
         rank, width = self._communicator.shard.rank, x_TI.shape[1]
         return step.ops.vera_shrink(x_TI, pair.a_RI.columns(rank * width, (rank + 1) * width))
 
@@ -93,7 +93,7 @@ class ShardedDecoder(Decoder):
         return self._eager(cast("Sequence[Chunk]", chunks), resident, pool)
 
     def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
-        ranks = Ranks(self._communicator.silent, self._communicator.agree, self._communicator.connect)
+        ranks = CaptureBarrier(self._communicator.silent, self._communicator.agree, self._communicator.connect)
         return super()._decoding(pool, num_seats, max_blocks)._replace(ranks=ranks)
 
     def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:

@@ -39,12 +39,12 @@ from loray.engine.pool.pool import Pool, cut_pool
 from loray.engine.request import Chunk
 from loray.errors import EngineError, RankLost
 from loray.spec import ServeSpec
-from loray_kernels import Recorded, RecordLimits
+from loray_kernels import CaptureLimits, CaptureState
 
 _POLL_S = 0.02
 
 
-class Ranks(NamedTuple):
+class StartedRanks(NamedTuple):
     """The parts of an engine with several ranks. `spec`: with the bytes of the pool."""
 
     spec: ServeSpec
@@ -91,7 +91,7 @@ class LeadingDecoder(ShardedDecoder):
         self._send(CompileAdapters())
         super().compile_adapters(pool)
 
-    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:
+    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
         """RankLost if a rank ends meanwhile."""
         if not self.records:
             return None
@@ -111,7 +111,7 @@ class LeadingDecoder(ShardedDecoder):
             raise RankLost(f"{what} over {self._channel.world_size} ranks failed: {e}") from e
 
 
-def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> Ranks:
+def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> StartedRanks:
     """SpecError if the ranks do not divide the base, EngineError if a rank does not start."""
     world_size = spec.tensor_parallel_size
     check_divisible(base.config, world_size)
@@ -139,4 +139,4 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
         raise
     layout, num_blocks = cut_pool(spec, base.config)
     whole = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
-    return Ranks(spec, model, pool, sharded_loads(load, whole, world_size), workers)
+    return StartedRanks(spec, model, pool, sharded_loads(load, whole, world_size), workers)

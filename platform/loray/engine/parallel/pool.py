@@ -16,20 +16,20 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.shard import ShardedAdapter, local_device
-from loray.engine.parallel.transport import Codec, Packed
+from loray.engine.parallel.transport import Codec, Encoded
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.pool import Pool, Record, ResidentAdapter, cut_pool
+from loray.engine.pool.pool import AdapterDescriptor, Pool, ResidentAdapter, cut_pool
 from loray.errors import RankLost
-from loray.methods.weights import ProjectionPair
+from loray.methods.weights import SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
-from loray_kernels import KvLayout, PageWriter, Parts, RecordLimits
+from loray_kernels import CaptureLimits, KvLayout, PageWriter, Parts
 
 # Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
-Answer = list[Extent] | int | dict[int, int] | None
-Answers = tuple[Answer, ...]
+RankAnswer = list[Extent] | int | dict[int, int] | None
+Answers = tuple[RankAnswer, ...]
 
 
 class Forward(NamedTuple):
@@ -74,7 +74,7 @@ class CompileAdapters(NamedTuple):
 
 
 class RecordSteps(NamedTuple):
-    limits: RecordLimits
+    limits: CaptureLimits
 
 
 PoolCommand = PlaceAdapter | RemoveAdapter | Compact
@@ -88,7 +88,7 @@ class AdapterPlace(NamedTuple):
     extents: tuple[Extent, ...]
     shape: AdapterShape
     first_pair_block: int | None
-    record: Record | None
+    record: AdapterDescriptor | None
 
 
 PoolMap = dict[str, AdapterPlace]  # by digest
@@ -105,18 +105,18 @@ CODEC = Codec(
         UseRecordings,
         CompileAdapters,
         RecordSteps,
-        RecordLimits,
+        CaptureLimits,
         AdapterRef,
         PackedAdapter,
         AdapterShape,
         LayerGroup,
         Matrix,
-        ProjectionPair,
+        SharedProjection,
         RopeParameters,
         AdapterPlace,
         Extent,
-        Kind,
-        Record,
+        BlockKind,
+        AdapterDescriptor,
         Parts,
     )
 )
@@ -128,7 +128,7 @@ class Channel:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self.world_size = communicator.shard.world_size
-        self._waiting: list[list[Packed]] = [[] for _ in range(1, self.world_size)]
+        self._waiting: list[list[Encoded]] = [[] for _ in range(1, self.world_size)]
 
     def broadcast(self, command: Command) -> None:
         """The same command to all ranks."""
@@ -159,7 +159,7 @@ class Channel:
         return [CODEC.loads(self._communicator.receive(rank)) for rank in range(1, self.world_size)]
 
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=RankAnswer)
 
 
 class LeadingAllocator(BlockAllocator):
@@ -167,10 +167,10 @@ class LeadingAllocator(BlockAllocator):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._answers: list[Answer] = []
+        self._answers: list[RankAnswer] = []
 
     def allocate_rows(
-        self, kind: Kind, demand: Mapping[int, int], *, emptying: int | None = None
+        self, kind: BlockKind, demand: Mapping[int, int], *, emptying: int | None = None
     ) -> list[Extent] | None:
         return self._kept(super().allocate_rows(kind, demand, emptying=emptying))
 
@@ -194,7 +194,7 @@ class FollowingAllocator(BlockAllocator):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self.answers: deque[Answer] = deque()
+        self.answers: deque[RankAnswer] = deque()
 
     def allocate_rows(self, *args: Any, **kwargs: Any) -> list[Extent] | None:
         return cast("list[Extent] | None", self.answers.popleft())
@@ -317,4 +317,4 @@ def _without_pair(packed: PackedAdapter) -> PackedAdapter:
     """With an empty pair: the pool has the pair already, and it is as large as many adapters."""
     assert packed.pair is not None
     empty = torch.empty(0)
-    return replace(packed, pair=ProjectionPair(empty, empty, packed.pair.digest))
+    return replace(packed, pair=SharedProjection(empty, empty, packed.pair.digest))

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
-from loray.engine.memory.blocks import Geometry, Kind
-from loray.engine.pool.loader import AdapterSource, LoadAdapter, Progress
+from loray.engine.memory.blocks import BlockKind, Geometry
+from loray.engine.pool.loader import AdapterSource, LoadAdapter, LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError
@@ -176,17 +176,17 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
     layered: list[Tensor] = []
     for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
         own: dict[Matrix, Tensor] = {}
-        for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(Kind.LAYERED)).items():
+        for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(BlockKind.LAYERED)).items():
             own_LRW = _slice(matrix, whole_LRW, shard)
             own[matrix._replace(width=own_LRW.shape[2])] = own_LRW
         groups.append(LayerGroup(group.layers, tuple(own)))
-        layered.append(_pack(own, local.capacity(Kind.LAYERED), pinned=pinned))
-    flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(Kind.FLAT))
+        layered.append(_pack(own, local.capacity(BlockKind.LAYERED), pinned=pinned))
+    flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(BlockKind.FLAT))
     return replace(
         packed,
         shape=AdapterShape(tuple(groups), packed.shape.flat),
         layered=tuple(layered),
-        flat=_pack(flat, local.capacity(Kind.FLAT), pinned=pinned)[0],
+        flat=_pack(flat, local.capacity(BlockKind.FLAT), pinned=pinned)[0],
         partial=None,
         pinned=pinned,
     )
@@ -232,7 +232,7 @@ class _ShardedSource:
     whole: Geometry
     world_size: int
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         """Usable as soon as it is complete; an error in storing it afterwards does not fail its requests."""
         whole = replace(packer, geometry=self.whole, pinned=False)
         ready: list[ShardedAdapter] = []

@@ -38,7 +38,7 @@ class WireError(Exception):
     """What came is no message of a rank."""
 
 
-class Packed(NamedTuple):
+class Encoded(NamedTuple):
     """A value; its tensors that follow in this order, contiguous and in host memory."""
 
     data: bytes
@@ -60,11 +60,11 @@ class Codec:
         self._number = {cls: n for n, cls in enumerate(self._classes, _FIRST)}
         self._fields = {cls: _fields(cls) for cls in self._classes}
 
-    def dumps(self, value: object, *, rows_apart: bool = False) -> Packed:
+    def dumps(self, value: object, *, rows_apart: bool = False) -> Encoded:
         """`rows_apart`: all tensors of `value` are rows of adapters."""
         rows: list[Tensor] | None = [] if rows_apart else None
         data: bytes = msgpack.packb(self._lists(value, rows))
-        return Packed(data, tuple(rows or ()))
+        return Encoded(data, tuple(rows or ()))
 
     def loads(self, data: bytes, receive_rows: ReceiveRows = no_rows) -> Any:
         """`receive_rows` gives what follows, in order. WireError where the bytes are not those of a value."""

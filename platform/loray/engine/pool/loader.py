@@ -30,7 +30,7 @@ _log = get_logger(__name__)
 _NUM_THREADS = 4
 
 
-class Progress(Protocol):
+class LoadProgress(Protocol):
     """Called as an adapter is loaded, at last when it is complete. `remaining_s`: the estimated time until then."""
 
     def __call__(self, packed: PackedAdapter, remaining_s: float) -> None: ...
@@ -39,7 +39,7 @@ class Progress(Protocol):
 class AdapterSource(Protocol):
     """One adapter in the place where it is stored."""
 
-    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         """Load it into host memory. Raises errors of the adapter or its place. If `progress` has been called with the
         adapter before, the caller then fails its PartialLoad.
         """

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, columns, rows_by_width
-from loray.engine.memory.blocks import Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection, VeraWeights
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
@@ -70,7 +70,7 @@ _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
-Rows = Mapping[Matrix, Tensor]
+PackedRows = Mapping[Matrix, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class PackedAdapter:
     layered: tuple[Tensor, ...]
     flat: Tensor
     token_ids: tuple[int, ...]
-    pair: ProjectionPair | None
+    pair: SharedProjection | None
     rope: RopeParameters | None
     partial: PartialLoad | None = None
     pinned: bool = False
@@ -108,7 +108,7 @@ def bytes_taken(tensor: Tensor, *, pinned: bool) -> int:
     return 1 << (tensor.nbytes - 1).bit_length() if pinned and tensor.nbytes else tensor.nbytes
 
 
-class Stretch(NamedTuple):
+class RowSpan(NamedTuple):
     """Columns [column, column + width) of a matrix's rows; row follows row from element `start` of a layer."""
 
     column: int
@@ -116,7 +116,7 @@ class Stretch(NamedTuple):
     start: int
 
 
-class Piece(NamedTuple):
+class CopySpan(NamedTuple):
     """`num_elements` elements of a layer, from `start`, go to `offset` in the layer's share of `block`."""
 
     block: int
@@ -128,11 +128,11 @@ class Piece(NamedTuple):
 class RowOrder(NamedTuple):
     """The place of each matrix; for each width the first element and the number of rows."""
 
-    stretches: Mapping[Matrix, tuple[Stretch, ...]]
+    stretches: Mapping[Matrix, tuple[RowSpan, ...]]
     widths: Mapping[int, tuple[int, int]]
     num_elements: int
 
-    def pieces(self, extents: Iterable[Extent], kind: Kind) -> Iterator[Piece]:
+    def pieces(self, extents: Iterable[Extent], kind: BlockKind) -> Iterator[CopySpan]:
         """Which of a layer's elements go to which extent."""
         used: Counter[int] = Counter()
         for e in extents:
@@ -140,7 +140,7 @@ class RowOrder(NamedTuple):
                 start, num_rows = self.widths[e.width]
                 n = min(e.rows, num_rows - used[e.width])
                 if n > 0:  # 0 or less if another group has more rows of this width
-                    yield Piece(e.block, e.offset, start + used[e.width] * e.width, n * e.width)
+                    yield CopySpan(e.block, e.offset, start + used[e.width] * e.width, n * e.width)
                 used[e.width] += e.rows
 
 
@@ -153,11 +153,11 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
         widths[width] = (end, counts[width])
         end += width * counts[width]
     used: Counter[int] = Counter()
-    stretches: dict[Matrix, tuple[Stretch, ...]] = {}
+    stretches: dict[Matrix, tuple[RowSpan, ...]] = {}
     for m in matrices:
         own = []
         for column, width in columns(m.width, capacity):
-            own.append(Stretch(column, width, widths[width][0] + width * used[width]))
+            own.append(RowSpan(column, width, widths[width][0] + width * used[width]))
             used[width] += m.rows
         stretches[m] = tuple(own)
     return RowOrder(stretches, widths, end)
@@ -179,7 +179,7 @@ class Packer:
     checkpoint: CheckpointReader | None = None
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
-    _pairs: WeakValueDictionary[str, ProjectionPair] = field(default_factory=WeakValueDictionary)
+    _pairs: WeakValueDictionary[str, SharedProjection] = field(default_factory=WeakValueDictionary)
 
     @property
     def key(self) -> str:
@@ -192,7 +192,7 @@ class Packer:
         packing.take(range(self.geometry.num_layers))
         return packing.packed
 
-    def shared(self, pair: ProjectionPair | None) -> ProjectionPair | None:
+    def shared(self, pair: SharedProjection | None) -> SharedProjection | None:
         """The one copy of the pair on the host, however many adapters have it."""
         return None if pair is None else self._pairs.setdefault(pair.digest, pair)
 
@@ -224,10 +224,10 @@ class Packing:
         if token_ids:
             flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
         shape = AdapterShape.of(self._layers, flat)
-        capacity = packer.geometry.capacity(Kind.LAYERED)
+        capacity = packer.geometry.capacity(BlockKind.LAYERED)
         self._orders = [row_order(group.matrices, capacity) for group in shape.groups]
         self._place = {layer: (i, n) for i, group in enumerate(shape.groups) for n, layer in enumerate(group.layers)}
-        flat_order = row_order(shape.flat, packer.geometry.capacity(Kind.FLAT))
+        flat_order = row_order(shape.flat, packer.geometry.capacity(BlockKind.FLAT))
         self.packed = PackedAdapter(
             shape=shape,
             layered=tuple(
@@ -257,7 +257,7 @@ class Packing:
             rows_LE = self.packed.layered[group][first : first + len(own)]
             _check_finite(rows_LE, [f"layer {layer} " for layer in own], self._orders[group])
 
-    def _rows_of(self, layer: int) -> Rows:
+    def _rows_of(self, layer: int) -> PackedRows:
         """The layer's rows, whose values are there now; DoRA's are computed from them."""
         rows = self._layers[layer]
         scaled = [matrix for matrix in rows if matrix.role == "dora"]
@@ -271,7 +271,7 @@ class Packing:
         return {**rows, **own}
 
 
-def _write(to: Tensor, rows: Rows, order: RowOrder) -> None:
+def _write(to: Tensor, rows: PackedRows, order: RowOrder) -> None:
     for matrix, tensor in rows.items():
         for column, width, start in order.stretches[matrix]:
             to[start : start + matrix.rows * width].view(matrix.rows, width).copy_(tensor[:, column : column + width])
@@ -289,7 +289,7 @@ def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> No
                 )
 
 
-def _stretch(row: Tensor, matrix: Matrix, stretch: Stretch) -> Tensor:
+def _stretch(row: Tensor, matrix: Matrix, stretch: RowSpan) -> Tensor:
     return row[stretch.start : stretch.start + matrix.rows * stretch.width]
 
 

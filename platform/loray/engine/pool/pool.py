@@ -19,27 +19,27 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix, Role, RowTable, Table, columns, place
-from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
 from loray.engine.pool.packed import PackedAdapter, row_order
-from loray.methods.weights import ProjectionPair
+from loray.methods.weights import SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import (
     INPUTS,
     MAX_PAIR_RANK,
-    Directory,
+    DescriptorAllocator,
     InputShape,
     KvLayout,
     LoraRows,
+    PageCopy,
     PageWriter,
     Pair,
-    PairMatrix,
     Parts,
-    Piece,
+    ProjectionMatrix,
     RowTables,
     VectorShape,
-    record_words,
+    descriptor_words,
     to_device,
     vector_words,
 )
@@ -47,7 +47,7 @@ from loray_kernels.kv import DirectWriter
 from loray_kernels.memory import huge_pages
 
 
-class Record(NamedTuple):
+class AdapterDescriptor(NamedTuple):
     """An adapter's words on the device, [start, start + size), and in them where its LoRA rows, its vectors and the
     words of its pair begin; None, or 0 for vectors: it has none.
     """
@@ -81,21 +81,21 @@ class ResidentAdapter:
     num_blocks: float
     token_row: Mapping[int, int]
     rope: RopeParameters | None
-    pair: ResidentPair | None
+    pair: ResidentProjection | None
     pending: PackedAdapter | None = None
     num_layers: int = 0
-    record: Record | None = None
+    record: AdapterDescriptor | None = None
 
 
 @dataclass(slots=True, eq=False)
-class ResidentPair:
+class ResidentProjection:
     """A VeRA pair in a run of blocks, shared by all resident adapters that were trained with it."""
 
     digest: str
     first_block: int
     num_blocks: int
-    a_RI: PairMatrix
-    b_OR: PairMatrix
+    a_RI: ProjectionMatrix
+    b_OR: ProjectionMatrix
     references: int = 0
 
 
@@ -127,12 +127,14 @@ def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
     )
 
 
-class AdapterRecords:
+class PoolDescriptors:
     """Writes `record` of residents. An adapter has none if an input has more than MAX_ROWS rows of it, if its pair has
     more than MAX_PAIR_RANK ranks or too many for a row of one segment, or if the directory is full.
     """
 
-    def __init__(self, directory: Directory, vectors: VectorShape, *, block_size: int, rope: RopeNumbers) -> None:
+    def __init__(
+        self, directory: DescriptorAllocator, vectors: VectorShape, *, block_size: int, rope: RopeNumbers
+    ) -> None:
         self._directory, self._vectors = directory, vectors
         self._block_size, self._rope = block_size, rope
 
@@ -143,7 +145,7 @@ class AdapterRecords:
         if words is None or start is None:
             return
         lora, vectors = map(len, words)
-        adapter.record = Record(
+        adapter.record = AdapterDescriptor(
             start,
             lora + vectors,
             _parts(adapter),
@@ -168,7 +170,7 @@ class AdapterRecords:
         lora: npt.NDArray[np.int64] | None = none
         if Parts.LORA in parts:
             groups = [_lora_rows(table, group, adapter.scales) for group in range(len(table.groups))]
-            lora = record_words(groups, table.layer_group, self._directory.records.inputs)
+            lora = descriptor_words(groups, table.layer_group, self._directory.records.inputs)
         vectors = self._vector_words(adapter) if parts & ~Parts.LORA else none
         return None if lora is None or vectors is None else _Words(lora, vectors)
 
@@ -267,11 +269,11 @@ class Pool:
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
         self.tensor.zero_()  # touches the memory now, not during the first request
         self._writer = page_writer(self.tensor)
-        self._pairs: dict[str, ResidentPair] = {}
+        self._pairs: dict[str, ResidentProjection] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._arriving: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
         self._compact = False  # True: nothing to compact until adapters are placed or removed
-        self.records: AdapterRecords | None = None  # where decode steps are recorded
+        self.records: PoolDescriptors | None = None  # where decode steps are recorded
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
@@ -279,7 +281,7 @@ class Pool:
         return self._residents.keys()
 
     @property
-    def pairs(self) -> Mapping[str, ResidentPair]:
+    def pairs(self) -> Mapping[str, ResidentProjection]:
         """By digest."""
         return self._pairs
 
@@ -317,7 +319,7 @@ class Pool:
             raise
 
     def _fill(
-        self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentPair | None, extents: Sequence[Extent]
+        self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentProjection | None, extents: Sequence[Extent]
     ) -> ResidentAdapter:
         table = place(packed.shape, extents, self.geometry)
         own_rows = token_row(packed.token_ids, table)
@@ -332,7 +334,7 @@ class Pool:
         resident = ResidentAdapter(
             ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, own_rows, packed.rope, pair, packed
         )
-        self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
+        self._write(resident, BlockKind.FLAT, packed.flat[None], packed.shape.flat, [0])
         complete = packed.partial is None or packed.partial.complete
         num_layers = self.geometry.num_layers if packed.partial is None or complete else packed.partial.num_layers
         self._take(resident, min(num_layers, self.geometry.num_layers))
@@ -375,7 +377,7 @@ class Pool:
             return
         for group, rows_LE in zip(adapter.shape.groups, adapter.pending.layered, strict=True):
             new = slice(bisect_left(group.layers, adapter.num_layers), bisect_left(group.layers, num_layers))
-            self._write(adapter, Kind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
+            self._write(adapter, BlockKind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
         adapter.num_layers = max(adapter.num_layers, num_layers)
 
     def remove(self, adapter: ResidentAdapter) -> None:
@@ -388,22 +390,27 @@ class Pool:
         self._release_pair(adapter.pair)
 
     def _write(
-        self, adapter: ResidentAdapter, kind: Kind, rows_LE: Tensor, matrices: Sequence[Matrix], layers: Sequence[int]
+        self,
+        adapter: ResidentAdapter,
+        kind: BlockKind,
+        rows_LE: Tensor,
+        matrices: Sequence[Matrix],
+        layers: Sequence[int],
     ) -> None:
         """Copy packed rows, (layers, elements), to the adapter's extents."""
         capacity = self.geometry.capacity(kind)
         pieces = [
-            Piece(p.start, p.block * self.geometry.block_size + p.offset, p.num_elements)
+            PageCopy(p.start, p.block * self.geometry.block_size + p.offset, p.num_elements)
             for p in row_order(matrices, capacity).pieces(adapter.extents, kind)
         ]
         self._writer.write(rows_LE, [layer * capacity for layer in layers], pieces)
 
     # -- shared pairs -------------------------------------------------------------------------------------------------
 
-    def _pair_blocks(self, pair: ProjectionPair) -> int:
+    def _pair_blocks(self, pair: SharedProjection) -> int:
         return self.geometry.blocks_for_elements(pair.a_RI.numel() + pair.b_OR.numel())
 
-    def _place_pair(self, pair: ProjectionPair | None) -> ResidentPair | None:
+    def _place_pair(self, pair: SharedProjection | None) -> ResidentProjection | None:
         if pair is None:
             return None
         resident = self._pairs.get(pair.digest)
@@ -416,17 +423,17 @@ class Pool:
                 return None
             start = first * self.geometry.block_size
             a_RI, b_OR = self._write_matrix(pair.a_RI, start), self._write_matrix(pair.b_OR, start + pair.a_RI.numel())
-            resident = self._pairs[pair.digest] = ResidentPair(pair.digest, first, num_blocks, a_RI, b_OR)
+            resident = self._pairs[pair.digest] = ResidentProjection(pair.digest, first, num_blocks, a_RI, b_OR)
         resident.references += 1
         return resident
 
-    def _write_matrix(self, values: Tensor, start: int) -> PairMatrix:
+    def _write_matrix(self, values: Tensor, start: int) -> ProjectionMatrix:
         """As adapters' rows are, in their order."""
         num = values.numel()
-        self._writer.write(values.to(self.tensor.dtype).reshape(1, num), [0], [Piece(0, start, num)])
-        return PairMatrix(self.tensor[start : start + num].view_as(values))
+        self._writer.write(values.to(self.tensor.dtype).reshape(1, num), [0], [PageCopy(0, start, num)])
+        return ProjectionMatrix(self.tensor[start : start + num].view_as(values))
 
-    def _release_pair(self, pair: ResidentPair | None) -> None:
+    def _release_pair(self, pair: ResidentProjection | None) -> None:
         if pair is None:
             return
         pair.references -= 1

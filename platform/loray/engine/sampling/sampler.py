@@ -30,7 +30,7 @@ from loray.engine.sampling.grammar import Masks
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams, TokenLogprobs
-from loray_kernels import Change, Chooser, Draws, Ops, TokenEdits, TokenSeats, TokenSet
+from loray_kernels import Change, Chooser, Draws, Ops, TokenEdits, TokenSet, TokenSlots
 from loray_kernels.sampling import allowed, draw, rows_of, scaled
 
 N = TypeVar("N", bound=np.generic)
@@ -104,7 +104,7 @@ class BadWords:
         return self._always + [w[-1] for w in words if tuple(output_ids[1 - len(w) :]) == w[:-1]]
 
 
-class History:
+class SamplingState:
     """Of one request. `read` takes in its tokens; the rest is what they mean for the logits of the next one.
 
     repeated  tokens of prompt and output, with their repetition penalty
@@ -172,11 +172,11 @@ class History:
         return np.array(tokens, dtype=np.int64)
 
 
-def history_of(request: Request, eos_token_ids: Sequence[int]) -> History | None:
+def history_of(request: Request, eos_token_ids: Sequence[int]) -> SamplingState | None:
     """The request's, with all tokens of its output; None where it changes nothing any more."""
     history = request.history
-    if not isinstance(history, History):
-        history = request.history = History(request.spec, eos_token_ids)
+    if not isinstance(history, SamplingState):
+        history = request.history = SamplingState(request.spec, eos_token_ids)
     history.read(request.output_ids)
     request.changes_logits = not history.is_over
     return history if request.changes_logits else None
@@ -309,7 +309,7 @@ class Sampler:
         logits_SV: Tensor,
         requests: Sequence[Request],
         masks: Masks | None = None,
-        seats: TokenSeats | None = None,
+        seats: TokenSlots | None = None,
     ) -> Callable[[], list[Outcome]]:
         """Draws one token for each row, also for `seats`; they are read by the result, before the call after the next
         one, and where a request `needs_history` before the logits change.
@@ -322,7 +322,7 @@ class Sampler:
         return lambda: _outcomes(found(), logits_SV, requests)
 
     def _found(
-        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, seats: TokenSeats | None
+        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, seats: TokenSlots | None
     ) -> Callable[[], _Found]:
         other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, logits_SV.shape[1])]
         scored = [i for i, r in enumerate(requests) if r.spec.params.logprobs is not None]
@@ -352,7 +352,7 @@ class Sampler:
         plain: Sequence[int],
         own: Sequence[int],
         masks: Masks | None,
-        seats: TokenSeats | None,
+        seats: TokenSlots | None,
     ) -> Callable[[], _Found]:
         """Of all rows, those of `own` with changes, where the logits are."""
         ended, vocab = masks.ended if masks is not None else (), logits_SV.shape[1]
@@ -385,7 +385,7 @@ class Sampler:
         requests: Sequence[Request],
         rows: Sequence[int],
         masks: Masks | None,
-        seats: TokenSeats | None = None,
+        seats: TokenSlots | None = None,
     ) -> Callable[[], dict[int, _Choice]]:
         """Of rows from which any token may be drawn that `masks` allow."""
         if not rows:

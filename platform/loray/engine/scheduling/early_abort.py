@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from loray.engine.request import Request, State, Work
+from loray.engine.request import Request, RequestState, Work
 from loray.engine.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
-from loray.engine.scheduling.step_budget import StepTime, room_for_prompts
+from loray.engine.scheduling.step_budget import StepTimeModel, room_for_prompts
 from loray.errors import Overloaded
 
 _MIN_RETRY_S = 1.0
@@ -50,7 +50,7 @@ def ahead_of(
     for other in others:
         if other is request or other.priority > request.priority:
             continue
-        before = Backlog(other.state is State.WAITING, other.num_pending, seconds(other))
+        before = Backlog(other.state is RequestState.WAITING, other.num_pending, seconds(other))
         if other.priority < request.priority:
             better = better.plus(before)
         elif other.tenant != own or (fair.virtual_finish(other), other.arrival) < rank:
@@ -69,13 +69,13 @@ def _service(backlogs: Collection[Backlog], mean_output: float) -> float:
     return INPUT_WEIGHT * sum(b.num_tokens for b in backlogs) + OUTPUT_WEIGHT * len(backlogs) * mean_output
 
 
-class FirstTokenEstimate:
+class TtftEstimate:
     """Seconds until the first token of a request that waits behind others. 0 before a step was measured, so that no
     request is refused on a guess.
     """
 
     def __init__(
-        self, steps: StepTime, *, max_num_seqs: int, max_num_batched_tokens: int, itl_slo_s: float | None = None
+        self, steps: StepTimeModel, *, max_num_seqs: int, max_num_batched_tokens: int, itl_slo_s: float | None = None
     ) -> None:
         self._steps, self._itl_slo_s = steps, itl_slo_s
         self._max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
@@ -97,7 +97,7 @@ class FirstTokenEstimate:
         return num_steps * self._steps.predict(decoding) + ahead.seconds
 
 
-class FirstTokenTargets:
+class TtftSlo:
     """Refuses requests whose first token would come too late. A request that has been admitted is never refused."""
 
     def __init__(
@@ -136,7 +136,7 @@ class FirstTokenTargets:
         """Seconds of the clock at which the first waiting request will be too late; infinite if none will."""
         while self._deadlines:
             start_by, _, request = self._deadlines[0]
-            if request.state is State.WAITING and request.start_by == start_by:
+            if request.state is RequestState.WAITING and request.start_by == start_by:
                 return start_by
             heapq.heappop(self._deadlines)
         return math.inf

@@ -64,7 +64,7 @@ _FORGET_ABOVE = 1024
 _SPARE_PLACES = 64
 
 
-class _Turn(NamedTuple):
+class _TenantTurn(NamedTuple):
     """Tenants are served in this order. If counters are equal, the tenant that asks for less is next."""
 
     priority: int
@@ -102,7 +102,7 @@ class FairQueue:
         self._lead = lead
         self._counters: dict[str, float] = {}
         self._queues: dict[str, list[Request]] = {}
-        self._order: list[_Turn] = []  # a heap; a tenant's first place in it may be too early, never too late
+        self._order: list[_TenantTurn] = []  # a heap; a tenant's first place in it may be too early, never too late
         self._joined_at: dict[str, float] = {}  # for tenants with a queue: the counter to which they were raised
         self._num_running: Counter[str] = Counter()
         self._last = ""  # the tenant whose queue became empty last
@@ -233,9 +233,9 @@ class FairQueue:
         assert queue[index] is request
         return index
 
-    def _turn(self, tenant: str) -> _Turn:
+    def _turn(self, tenant: str) -> _TenantTurn:
         head = self._queues[tenant][0]
-        return _Turn(head.priority, self.counter(tenant), head.virtual_finish, head.arrival, tenant)
+        return _TenantTurn(head.priority, self.counter(tenant), head.virtual_finish, head.arrival, tenant)
 
     def _move_up(self, tenant: str) -> None:
         """The tenant's turn is earlier now. Its old entry stays in the heap until there are too many old entries."""
@@ -244,7 +244,7 @@ class FairQueue:
             self._order = [self._turn(t) for t in self._queues]
             heapq.heapify(self._order)
 
-    def _front(self) -> _Turn | None:
+    def _front(self) -> _TenantTurn | None:
         """The first turn; outdated entries before it are corrected."""
         while self._order:
             turn = self._order[0]
@@ -257,10 +257,10 @@ class FairQueue:
             heapq.heapreplace(self._order, now)
         return None
 
-    def _near(self, front: _Turn) -> list[str]:
+    def _near(self, front: _TenantTurn) -> list[str]:
         """`front`'s tenant, and the next ones in order that may be preferred to it."""
-        turns: dict[str, _Turn] = {}
-        turn: _Turn | None = front
+        turns: dict[str, _TenantTurn] = {}
+        turn: _TenantTurn | None = front
         while turn is not None and len(turns) < _NEAR_TENANTS:
             if turn.priority != front.priority or turn.counter > front.counter + self._lead:
                 break

@@ -23,13 +23,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import accumulate, chain, islice
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import P, R, Residency, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
-from loray.engine.memory.kv_cache import PrefixCache, RequestBlocks
-from loray.engine.request import Chunk, Plan, Request, State, Work
-from loray.engine.scheduling.early_abort import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
+from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
+from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, Work
+from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
-from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTime
+from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
@@ -113,8 +113,8 @@ class Admission(Generic[P, R]):
     def __init__(
         self,
         allocator: BlockAllocator,
-        residency: Residency[P, R],
-        blocks: RequestBlocks,
+        residency: AdapterManager[P, R],
+        blocks: KVCacheManager,
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
         *,
@@ -248,7 +248,7 @@ class Scheduler(Generic[P, R]):
         self,
         *,
         allocator: BlockAllocator,
-        residency: Residency[P, R],
+        residency: AdapterManager[P, R],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         wait_limits: WaitLimits,
@@ -263,16 +263,16 @@ class Scheduler(Generic[P, R]):
     ) -> None:
         self._residency, self._itl_slo_s, self._token_weight = residency, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
-        self.step_time, self._burst = StepTime(), Burst(itl_slo_s)
-        self._blocks = RequestBlocks(
+        self.step_time, self._burst = StepTimeModel(), Burst(itl_slo_s)
+        self._blocks = KVCacheManager(
             allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(allocator, residency, self._blocks, lengths, adapter_blocks, ahead=places_ahead)
-        self._estimate = FirstTokenEstimate(
+        self._estimate = TtftEstimate(
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
         )
-        self._targets = FirstTokenTargets(
+        self._targets = TtftSlo(
             ttft_slo_s=ttft_slo_s, estimate=self._seconds_to_first_token, alone=self._seconds_alone, clock=clock
         )
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
@@ -310,21 +310,21 @@ class Scheduler(Generic[P, R]):
 
     def remove(self, request: Request) -> None:
         """The request is finished, cancelled or failed: release everything that it holds."""
-        if request.state is State.RUNNING:
+        if request.state is RequestState.RUNNING:
             self.running.remove(request)
             self.waiting.fair.charge_output(request)
             self.waiting.leave(request)
             self.output_lengths.observe(len(request.output_ids))
             self._release(request)
-        elif request.state is State.WAITING:
+        elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
-        request.state = State.FINISHED
+        request.state = RequestState.FINISHED
 
     def preempt(self, request: Request) -> None:
         """A running request waits again, and is computed again from what the prefix cache keeps of it."""
         self.running.remove(request)
         self._release(request)
-        request.state = State.WAITING
+        request.state = RequestState.WAITING
         self.waiting.add(request, again=True, prepares=request.awaits_mask)
         self.num_preemptions += 1
 
@@ -348,7 +348,7 @@ class Scheduler(Generic[P, R]):
         """The duration of the last step."""
         self.step_time.observe(work, seconds)
 
-    def next(self) -> Plan:
+    def next(self) -> SchedulerOutput:
         """The chunks of the next step, and the requests that will not run."""
         changed = self._residency.poll(at_once=not self.running)
         failed = self._fail_running()
@@ -367,7 +367,7 @@ class Scheduler(Generic[P, R]):
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
         changed |= self._admission.emptied | self._residency.poll(at_once=not self.running)
-        return Plan(chunks, failed, changed or self._residency.table.has_changed, budget.work)
+        return SchedulerOutput(chunks, failed, changed or self._residency.table.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
@@ -388,7 +388,7 @@ class Scheduler(Generic[P, R]):
                 self.waiting.refuse(request)
                 self.running.remove(request)
                 self._release(request)
-                request.state = State.WAITING
+                request.state = RequestState.WAITING
         return failed
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
@@ -396,7 +396,7 @@ class Scheduler(Generic[P, R]):
         chunks, num_others = list[Chunk](), len(self.running) - len(self.waiting.begun)
         now = oldest = self._clock()
         for request in list(self.running):
-            if request.state is not State.RUNNING:  # preempted for an earlier one
+            if request.state is not RequestState.RUNNING:  # preempted for an earlier one
                 continue
             if request.ends_in_flight or request.awaits_mask:
                 num_others -= 1
@@ -418,11 +418,11 @@ class Scheduler(Generic[P, R]):
         """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
         is_blocked = False
         while (request := self.waiting.pick_begun() if is_blocked else self.waiting.pick()) is not None:
-            if request.state is State.WAITING:
+            if request.state is RequestState.WAITING:
                 if not budget.fit(0, request.num_pending):
                     return
                 is_blocked = not self._admit(request, failed)
-                if request.state is State.WAITING:
+                if request.state is RequestState.WAITING:
                     continue
             n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
             if not n:
@@ -447,7 +447,7 @@ class Scheduler(Generic[P, R]):
             return False
         fits = self._admission.fits_at_all(request)
         if not self.waiting.has_failed(request) and fits and self._admission.start(request, self.running):
-            request.state = State.RUNNING
+            request.state = RequestState.RUNNING
             self.waiting.begin(request)
             insort(self.running, request, key=rank_in_batch)  # a preempted request keeps its rank
             request.start_by = math.inf

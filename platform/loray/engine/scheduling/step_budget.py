@@ -47,7 +47,7 @@ _ORDER = [Work._fields.index(name) for name in ("num_prompt", "num_steps")]
 _ORDER += [i for i in range(_SIZE) if i not in _ORDER]
 
 
-class StepTime:
+class StepTimeModel:
     """Owns the costs. Reading them takes no time, measuring a step about 30 µs."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
     return ALONE * itl_slo_s if alone else itl_slo_s
 
 
-def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
+def room_for_prompts(steps: StepTimeModel, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
     """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count. `alone`: the step
     gives nobody a token.
     """
@@ -161,7 +161,7 @@ class Burst:
 class StepBudget:
     """Tokens and time that are left in the step that is planned. `decode` is called before the others."""
 
-    def __init__(self, steps: StepTime, *, max_tokens: int, itl_slo_s: float | None) -> None:
+    def __init__(self, steps: StepTimeModel, *, max_tokens: int, itl_slo_s: float | None) -> None:
         """`itl_slo_s`: seconds between two tokens of a request; None: only tokens count."""
         self._steps, self._itl_slo_s = steps, itl_slo_s
         self._num_left = max_tokens

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import P, R, Residency, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
 from loray.engine.request import Request
 from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 from loray.errors import Overloaded, StoreError
@@ -37,10 +37,10 @@ class WaitingRequests(Generic[P, R]):
     its tenant waits for other things than service, so its counter must not fall behind. It stays there, running, until
     its prompt has been computed.
 
-    `len` and iteration are of the requests that do not run. The only caller of Residency.want and Residency.unwant.
+    `len` and iteration are of the requests that do not run. The only caller of AdapterManager.want and AdapterManager.unwant.
     """
 
-    def __init__(self, residency: Residency[P, R], *, lead: float) -> None:
+    def __init__(self, residency: AdapterManager[P, R], *, lead: float) -> None:
         self.fair = FairQueue(lead)
         self.begun: dict[Request, None] = {}  # running, and in the queue
         self._residency = residency
@@ -282,7 +282,7 @@ class QueueLimits(Generic[P, R]):
     def __init__(
         self,
         waiting: WaitingRequests[P, R],
-        residency: Residency[P, R],
+        residency: AdapterManager[P, R],
         limits: WaitLimits,
         retry_after_s: Callable[[Request], float],
         clock: Callable[[], float],

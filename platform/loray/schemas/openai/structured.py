@@ -20,7 +20,7 @@ MAX_CHOICES = 10_000
 _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Given(NamedTuple):
+class RequestedConstraint(NamedTuple):
     param: str
     constraint: Constraint
 
@@ -157,7 +157,7 @@ class StructuredFields(BaseModel):
     )
 
     @cached_property
-    def constraint(self) -> Given | None:
+    def constraint(self) -> RequestedConstraint | None:
         """What the answer must match, and the field that says so. RequestError if several do."""
         found = _constraints(
             self.guided_json,
@@ -177,7 +177,7 @@ class StructuredFields(BaseModel):
             given["response_format"] = answer
         if len(given) > 1:
             raise RequestError(f"an answer can match one constraint only; choose from {', '.join(given)}", min(given))
-        return next((Given(param, constraint) for param, constraint in given.items()), None)
+        return next((RequestedConstraint(param, constraint) for param, constraint in given.items()), None)
 
 
 def _constraints(

@@ -17,7 +17,7 @@ _LITERALS = {"t": "true", "f": "false", "n": "null"}
 _CLOSED_BY = {"{": "}", "[": "]"}
 
 
-class Part(Enum):
+class JsonToken(Enum):
     """What a character of the object is: of its own keys, of its own values (all that is nested counts as such), its
     closing brace, or anything between. BAD: no JSON object goes on with this character.
     """
@@ -53,24 +53,24 @@ class JsonScanner:
     def in_string(self) -> bool:
         return self._state == "string"
 
-    def feed(self, c: str) -> Part:
+    def feed(self, c: str) -> JsonToken:
         if not self._open:
             if c != "{":
-                return Part.BAD
+                return JsonToken.BAD
             self._enter(c)
-            return Part.BETWEEN
+            return JsonToken.BETWEEN
         depth, in_key = len(self._open), self._is_key
         was_token = self._state in ("string", "escape", "hex", "literal", "number")
         ends_number = self._state == "number" and c not in "0123456789+-.eE"
         if not self._next(c):
-            return Part.BAD
+            return JsonToken.BAD
         if not self._open:
-            return Part.END
+            return JsonToken.END
         if depth > 1 or len(self._open) > 1:
-            return Part.VALUE
+            return JsonToken.VALUE
         if ends_number or not (was_token or self._state in ("string", "literal", "number")):
-            return Part.BETWEEN
-        return Part.KEY if in_key or self._is_key else Part.VALUE
+            return JsonToken.BETWEEN
+        return JsonToken.KEY if in_key or self._is_key else JsonToken.VALUE
 
     def _next(self, c: str) -> bool:
         """Takes one character inside the object; False if it cannot follow."""
@@ -143,7 +143,7 @@ class JsonScanner:
 _ARGUMENTS = ("arguments", "parameters")
 
 
-class Progress(Enum):
+class CallState(Enum):
     """MALFORMED: the last character does not belong to a call; what came before it does, if the call has begun."""
 
     MORE = auto()
@@ -164,25 +164,25 @@ class CallObject:
         self.complete = False
         self._names = names
         self._scanner = JsonScanner()
-        self._before = Part.BETWEEN
+        self._before = JsonToken.BETWEEN
         self._key = self._value = ""
         self._found_name: str | None = None
         self._has_arguments = False
         self._new: list[str] = []  # of the arguments
 
-    def feed(self, c: str) -> Progress:
+    def feed(self, c: str) -> CallState:
         part = self._scanner.feed(c)
-        ends_value = self._before is Part.VALUE and part is not Part.VALUE
+        ends_value = self._before is JsonToken.VALUE and part is not JsonToken.VALUE
         before, self._before = self._before, part
-        if part is Part.BAD or (ends_value and not self._end_value()):
-            return Progress.MALFORMED
-        if part is Part.KEY:
-            self._key = c if before is not Part.KEY else self._key + c
-        elif part is Part.VALUE:
-            return self._value_goes_on(c, first=before is not Part.VALUE)
-        elif part is Part.END:
+        if part is JsonToken.BAD or (ends_value and not self._end_value()):
+            return CallState.MALFORMED
+        if part is JsonToken.KEY:
+            self._key = c if before is not JsonToken.KEY else self._key + c
+        elif part is JsonToken.VALUE:
+            return self._value_goes_on(c, first=before is not JsonToken.VALUE)
+        elif part is JsonToken.END:
             return self._end()
-        return Progress.MORE
+        return CallState.MORE
 
     @property
     def in_string(self) -> bool:
@@ -196,13 +196,13 @@ class CallObject:
         new, self._new = "".join(self._new), []
         return new
 
-    def _value_goes_on(self, c: str, *, first: bool) -> Progress:
+    def _value_goes_on(self, c: str, *, first: bool) -> CallState:
         if first:
             self._key, self._value = json.loads(self._key), ""
         if self._key in _ARGUMENTS and not self.complete:
             if first:
                 if c not in "{n":
-                    return Progress.MALFORMED
+                    return CallState.MALFORMED
                 self._has_arguments = c == "{"
             if self._has_arguments:
                 self._new.append(c)
@@ -210,7 +210,7 @@ class CallObject:
                 self.complete = self._scanner.depth == 1
         elif self._key == "name":
             self._value += c
-        return Progress.MORE
+        return CallState.MORE
 
     def _end_value(self) -> bool:
         """Called with the first character after a value; False if the value cannot be that of a call."""
@@ -224,11 +224,11 @@ class CallObject:
         self._key = ""
         return True
 
-    def _end(self) -> Progress:
+    def _end(self) -> CallState:
         if not self._has_arguments:
             self._new, self.complete = ["{}"], True
         self._begin()
-        return Progress.MALFORMED if self.name is None else Progress.DONE
+        return CallState.MALFORMED if self.name is None else CallState.DONE
 
     def _begin(self) -> None:
         if self.name is None:
@@ -245,14 +245,14 @@ class ArgumentsObject:
         self._scanner = JsonScanner()
         self._new = ""
 
-    def feed(self, c: str) -> Progress:
+    def feed(self, c: str) -> CallState:
         part = self._scanner.feed(c)
-        if part is Part.BAD:
-            return Progress.MALFORMED
+        if part is JsonToken.BAD:
+            return CallState.MALFORMED
         self.name = self._known_name
         self._new += c
-        self.complete = part is Part.END
-        return Progress.DONE if self.complete else Progress.MORE
+        self.complete = part is JsonToken.END
+        return CallState.DONE if self.complete else CallState.MORE
 
     @property
     def in_string(self) -> bool:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from loray.spec import ToolCallDelta, ToolParserName, ToolUse
-from loray.text.tools.json_calls import ArgumentsObject, CallObject, Progress
+from loray.text.tools.json_calls import ArgumentsObject, CallObject, CallState
 
 Piece = str | ToolCallDelta
 Char = str | None  # None: the text has ended
@@ -154,9 +154,9 @@ class CharacterParser:
                 begun = True
                 self._call(call.name)
             self._arguments(call.take())
-            if progress is Progress.DONE:
+            if progress is CallState.DONE:
                 return (yield)
-            if progress is Progress.MALFORMED:
+            if progress is CallState.MALFORMED:
                 if begun and not call.complete:
                     return (yield from self._raw_arguments(c, end))
                 if not begun:

@@ -36,20 +36,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loray.train.attention.segments import (
-    Cuts,
-    Run,
-    Segments,
+    AttentionSegments,
+    BatchSegments,
+    HeadGroup,
     blocks,
-    compute_cuts,
     num_covered,
-    split_runs,
+    segment_batch,
+    split_heads,
     spread,
     take,
 )
 from loray_kernels.cpu.causal import causal_backward, causal_forward
 
 
-def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:
+def attend_runs(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
+) -> Tensor:
     out_BTHD: Tensor = _Attend.apply(q_BHTD, k_BKTD, v_BKTD, runs, scale)  # type: ignore[no-untyped-call]
     return out_BTHD
 
@@ -57,7 +59,7 @@ def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[R
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None
+        ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
     ) -> Tensor:
         out_BHTD = _for_queries(q_BHTD, runs)
         lses = []
@@ -103,18 +105,18 @@ class _Attend(torch.autograd.Function):
         return dq_BHTD, dk_BKTD, dv_BKTD, None, None
 
 
-def _taken(run: Run, *tensors_and_heads: tuple[Tensor, slice]) -> list[Tensor]:
+def _taken(run: HeadGroup, *tensors_and_heads: tuple[Tensor, slice]) -> list[Tensor]:
     return [take(x_BhTD[:, heads], run.segments) for x_BhTD, heads in tensors_and_heads]
 
 
-def _write_back(x_BhTD: Tensor, taken: Tensor, segments: Segments) -> None:
+def _write_back(x_BhTD: Tensor, taken: Tensor, segments: AttentionSegments) -> None:
     """Write the result of `take` to its positions in `x_BhTD`, unless it is a view of them."""
     if segments.order_N is not None:
         x_BThD = x_BhTD.transpose(1, 2)
         x_BThD.view(-1, *x_BThD.shape[2:]).index_copy_(0, segments.order_N, taken[0].transpose(0, 1))
 
 
-def _for_queries(q_BHTD: Tensor, runs: Sequence[Run]) -> Tensor:
+def _for_queries(q_BHTD: Tensor, runs: Sequence[HeadGroup]) -> Tensor:
     """A tensor like the queries: zeros where the segments do not cover all positions, else uninitialised."""
     num_rows, num_heads, num_tokens, width = q_BHTD.shape
     if any(run.segments.order_N is not None or num_covered(run.segments) < num_tokens for run in runs):
@@ -129,14 +131,14 @@ def _zeros(x_BhTD: Tensor) -> Tensor:
 
 
 def attend_runs_sdpa(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     return torch.cat(
         [_attend(q_BHTD[:, run.q], k_BKTD[:, run.kv], v_BKTD[:, run.kv], run, scale) for run in runs], dim=2
     )
 
 
-def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: float | None) -> Tensor:
+def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: HeadGroup, scale: float | None) -> Tensor:
     """→ (B, T, h, D)"""
     q, k, v = (take(x, run.segments) for x in (q_BhTD, k_BKTD, v_BKTD))
     outs = {-1: q[:, :, :0].transpose(1, 2)}  # by first position; this empty one is for a batch without segments
@@ -207,14 +209,14 @@ def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def attend_runs_varlen(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     return torch.cat(
         [_attend_varlen(q_BHTD[:, run.q], k_BKTD[:, run.kv], v_BKTD[:, run.kv], run, scale) for run in runs], dim=2
     )
 
 
-def _attend_varlen(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: float | None) -> Tensor:
+def _attend_varlen(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: HeadGroup, scale: float | None) -> Tensor:
     """→ (B, T, h, D)"""
     segments = run.segments
     covered = num_covered(segments)
@@ -231,17 +233,17 @@ def _attend_varlen(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, sca
 
 
 @lru_cache(maxsize=8)  # the plain and the shifted segments of a batch, for each of its layers
-def _begins(segments: Segments, num_rows: int, device: torch.device) -> Tensor:
+def _begins(segments: AttentionSegments, num_rows: int, device: torch.device) -> Tensor:
     """cu_seqlens (S + 1), int32: the first position of each segment, and the end of the last."""
     lengths = [length for length, num_segments in segments.buckets for _ in range(num_segments)] * num_rows
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Run], float | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[HeadGroup], float | None], Tensor]
 
 
 def attend_runs_segments(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     """→ (B, T, H, D), 0 outside of segments. The runs contain every query head once, in order. `scale` None: 1/√D."""
     return select(q_BHTD)(q_BHTD, k_BKTD, v_BKTD, runs, scale)
@@ -282,19 +284,21 @@ def s2_attention(
     if k_BKTD.shape != v_BKTD.shape or k_BKTD.shape[::2] != q_BHTD.shape[::2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BKTD, v_BKTD))
         raise ValueError(f"q, k and v do not fit together: {shapes}")
-    cuts = compute_cuts(num_rows, num_tokens, group_size, document_ids_BT=document_ids_BT, device=q_BHTD.device)
+    cuts = segment_batch(num_rows, num_tokens, group_size, document_ids_BT=document_ids_BT, device=q_BHTD.device)
     return attend(q_BHTD, k_BKTD, v_BKTD, cuts, scale=scale).transpose(1, 2)
 
 
-def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cuts: Cuts, *, scale: float | None = None) -> Tensor:
+def attend(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cuts: BatchSegments, *, scale: float | None = None
+) -> Tensor:
     """S2-Attn with given cuts → (B, T, H, D)."""
     num_heads, num_kv_heads = q_BHTD.shape[1], k_BKTD.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide by {num_kv_heads} key-value heads")
     middle, repeats = num_heads // 2, num_heads // num_kv_heads
     runs = [
-        *split_runs(0, middle, repeats, cuts.plain),
-        *split_runs(middle, num_heads, repeats, cuts.shifted),
+        *split_heads(0, middle, repeats, cuts.plain),
+        *split_heads(middle, num_heads, repeats, cuts.shifted),
     ]
     return attend_runs_segments(q_BHTD, k_BKTD, v_BKTD, runs, scale)
 
@@ -303,7 +307,7 @@ def attend_heads(
     q_BhTD: Tensor,
     k_BkTD: Tensor,
     v_BkTD: Tensor,
-    segments: Segments,
+    segments: AttentionSegments,
     *,
     first: int,
     repeats: int,
@@ -317,6 +321,6 @@ def attend_heads(
     skipped = first % repeats  # query heads of the first key-value head before `first`
     runs = [
         run._replace(q=slice(run.q.start - skipped, run.q.stop - skipped))
-        for run in split_runs(skipped, skipped + q_BhTD.shape[1], repeats, segments)
+        for run in split_heads(skipped, skipped + q_BhTD.shape[1], repeats, segments)
     ]
     return attend_runs_segments(q_BhTD, k_BkTD, v_BkTD, runs, scale)

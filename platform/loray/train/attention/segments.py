@@ -30,7 +30,7 @@ class Bucket(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Segments:
+class AttentionSegments:
     """The segments of causal attention.
 
     buckets  in order; they cover the first positions of a row (order_N None), or the entries of order_N
@@ -43,22 +43,22 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cuts:
+class BatchSegments:
     """The segments of the plain and of the shifted query heads. `document_ids_BT` None: each row is one document."""
 
-    plain: Segments
-    shifted: Segments
+    plain: AttentionSegments
+    shifted: AttentionSegments
     document_ids_BT: Tensor | None = None
 
 
-def compute_cuts(
+def segment_batch(
     num_rows: int,
     num_tokens: int,
     group_size: int,
     *,
     document_ids_BT: Tensor | None = None,
     device: torch.device | str = "cpu",
-) -> Cuts:
+) -> BatchSegments:
     """Cuts of a batch of `num_rows` rows of `num_tokens` positions.
 
     A document is a run of equal ids in one row: an id that appears again after another one is a new document. A
@@ -69,7 +69,7 @@ def compute_cuts(
     offsets = (0, group_size // 2)
     if document_ids_BT is None:
         plain, shifted = (uniform(num_tokens, group_size, offset) for offset in offsets)
-        return Cuts(plain, shifted)
+        return BatchSegments(plain, shifted)
     if document_ids_BT.shape != (num_rows, num_tokens):
         shape = tuple(document_ids_BT.shape)
         raise ValueError(f"document ids have shape {shape}, the batch has {(num_rows, num_tokens)}")
@@ -79,11 +79,11 @@ def compute_cuts(
         plain, shifted = (ordered(*find_segments(ids_BT, group_size, offset), device) for offset in offsets)
     else:
         plain, shifted = (uniform(num_filled, group_size, offset) for offset in offsets)
-    return Cuts(plain, shifted, None if num_filled == num_tokens else document_ids_BT)
+    return BatchSegments(plain, shifted, None if num_filled == num_tokens else document_ids_BT)
 
 
-def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "cpu") -> Segments:
-    """Each document is one segment, for dense causal attention. Documents and padding are as in `compute_cuts`."""
+def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "cpu") -> AttentionSegments:
+    """Each document is one segment, for dense causal attention. Documents and padding are as in `segment_batch`."""
     ids_BT = document_ids_BT.detach().cpu()
     num_filled = filled(ids_BT)
     if num_filled is None:
@@ -100,12 +100,12 @@ def filled(ids_BT: Tensor) -> int | None:
     return num_filled if is_filled else None
 
 
-def uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
+def uniform(num_tokens: int, group_size: int, offset: int) -> AttentionSegments:
     """Segments of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
     first = min(offset, num_tokens)
     num_groups, last = divmod(num_tokens - first, group_size)
     buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
-    return Segments(tuple(b for b in buckets if b.length and b.num_segments))
+    return AttentionSegments(tuple(b for b in buckets if b.length and b.num_segments))
 
 
 def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor,
     return begin_S[real_S], length_S[real_S]
 
 
-def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> Segments:
+def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> AttentionSegments:
     """Segments at any positions of the batch, sorted by length."""
     by_length_S = length_S.argsort(stable=True)
     begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
@@ -129,15 +129,15 @@ def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> Se
     order_N = torch.arange(int(length_S.sum())) + shift_S.repeat_interleave(length_S)
     lengths, counts = torch.unique_consecutive(length_S, return_counts=True)
     buckets = tuple(Bucket(*pair) for pair in zip(lengths.tolist(), counts.tolist(), strict=True))
-    return Segments(buckets, order_N.to(device))
+    return AttentionSegments(buckets, order_N.to(device))
 
 
-class Run(NamedTuple):
+class HeadGroup(NamedTuple):
     """Neighbouring query heads and their key-value heads. Each of these serves equally many of the query heads."""
 
     q: slice
     kv: slice
-    segments: Segments
+    segments: AttentionSegments
 
     @property
     def repeats(self) -> int:
@@ -145,7 +145,7 @@ class Run(NamedTuple):
         return int(self.q.stop - self.q.start) // int(self.kv.stop - self.kv.start)
 
 
-def split_runs(start: int, stop: int, repeats: int, segments: Segments) -> Iterator[Run]:
+def split_heads(start: int, stop: int, repeats: int, segments: AttentionSegments) -> Iterator[HeadGroup]:
     """Runs that cover the query heads [start, stop). `repeats` query heads share a key-value head.
 
     A key-value head that also serves query heads before `start` or from `stop` on is a run of its own.
@@ -157,18 +157,18 @@ def split_runs(start: int, stop: int, repeats: int, segments: Segments) -> Itera
         else:
             kv_end = stop // repeats
             end = kv_end * repeats
-        yield Run(slice(start, end), slice(kv, kv_end), segments)
+        yield HeadGroup(slice(start, end), slice(kv, kv_end), segments)
         start = end
 
 
-def take(x_BhTD: Tensor, segments: Segments) -> Tensor:
+def take(x_BhTD: Tensor, segments: AttentionSegments) -> Tensor:
     """Positions in the order of segments: `x_BhTD` itself, or a copy (1, h, N, D) where `order_N` is given."""
     if segments.order_N is None:
         return x_BhTD
     return x_BhTD.transpose(1, 2).flatten(0, 1).index_select(0, segments.order_N)[None].transpose(1, 2)
 
 
-def spread(out_BNhD: Tensor, segments: Segments, shape_BhTD: torch.Size) -> Tensor:
+def spread(out_BNhD: Tensor, segments: AttentionSegments, shape_BhTD: torch.Size) -> Tensor:
     """Results for the positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
 
     Positions outside of all segments are 0.
@@ -180,7 +180,7 @@ def spread(out_BNhD: Tensor, segments: Segments, shape_BhTD: torch.Size) -> Tens
     return flat.index_copy(0, segments.order_N, out_BNhD[0]).view(num_rows, num_tokens, num_heads, width)
 
 
-def num_covered(segments: Segments) -> int:
+def num_covered(segments: AttentionSegments) -> int:
     """The number of positions in segments. They are the first ones that `take` returns."""
     return sum(length * num_segments for length, num_segments in segments.buckets)
 
@@ -213,7 +213,7 @@ class Block(NamedTuple):
         return torch.split(parts, counts, dim=1)
 
 
-def blocks(segments: Segments) -> list[Block]:
+def blocks(segments: AttentionSegments) -> list[Block]:
     stretches: dict[int, list[tuple[int, int]]] = {}
     at = 0
     for length, num_segments in segments.buckets:

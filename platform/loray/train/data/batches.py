@@ -28,7 +28,7 @@ from loray.spec import BatchSpec
 from loray.train.data.shards import ShardCache
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Rows of tokens."""
 
     @property
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
+class TokenizedRows:
     """Row i is [starts[i], starts[i] + lengths[i]) of N tokens. Some of them may belong to no row."""
 
     ids_N: NDArray[np.int32]
@@ -54,31 +54,31 @@ class TokenRows:
         part = slice(self.starts[i], self.starts[i] + self.lengths[i])
         return self.ids_N[part], self.targets_N[part]
 
-    def select(self, indices: NDArray[np.int64]) -> TokenRows:
+    def select(self, indices: NDArray[np.int64]) -> TokenizedRows:
         """These rows, without a copy of the tokens."""
-        return TokenRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
+        return TokenizedRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
 
-def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
-    """TokenRows of (ids, targets) pairs. The first token of a row is never a target."""
+def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenizedRows:
+    """TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
     targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
     targets_N[starts] = False
-    return TokenRows(ids_N, targets_N, starts, lengths)
+    return TokenizedRows(ids_N, targets_N, starts, lengths)
 
 
 _GROUP = 50  # micro-batches that `length_grouped` sorts by length together: their order stays random
 
-Row = tuple[int, ...]  # documents of one row; several only where rows are packed
-MicroBatch = tuple[Row, ...]
+PlannedRow = tuple[int, ...]  # documents of one row; several only where rows are packed
+MicroBatch = tuple[PlannedRow, ...]
 Indices = NDArray[np.int64]
 PlanArray = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan(Sequence[MicroBatch]):
+class EpochPlan(Sequence[MicroBatch]):
     """Micro-batch b is the rows [starts_B[b], stops_B[b]), row r the documents from ends_R[r − 1] to ends_R[r] of D."""
 
     documents_D: PlanArray
@@ -99,7 +99,7 @@ class Plan(Sequence[MicroBatch]):
         rows = range(int(self.starts_B[index]), int(self.stops_B[index]))
         return tuple(self._row(r) for r in rows)
 
-    def _row(self, r: int) -> Row:
+    def _row(self, r: int) -> PlannedRow:
         start = int(self.ends_R[r - 1]) if r else 0
         return tuple(self.documents_D[start : int(self.ends_R[r])].tolist())
 
@@ -110,7 +110,7 @@ def pair_lengths(lengths: Indices) -> Indices:
     return padded
 
 
-class Share(NamedTuple):
+class SourceShare(NamedTuple):
     """The next `num_rows` rows, of one source, are `weight` times in an epoch."""
 
     num_rows: int
@@ -124,8 +124,8 @@ def plan_epoch(
     max_length: int,
     seed: int,
     epoch: int,
-    shares: Sequence[Share] = (),
-) -> Plan:
+    shares: Sequence[SourceShare] = (),
+) -> EpochPlan:
     """Every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch. Raises
     SpecError where a row does not fit the token budget.
     """
@@ -142,11 +142,11 @@ def plan_epoch(
     plan = _filled(order, np.arange(1, len(order) + 1), lengths_D, spec)
     if spec.order == "length_grouped":
         batches = rng.permutation(len(plan))
-        return Plan(plan.documents_D, plan.ends_R, plan.starts_B[batches], plan.stops_B[batches])
+        return EpochPlan(plan.documents_D, plan.ends_R, plan.starts_B[batches], plan.stops_B[batches])
     return plan
 
 
-def _drawn(shares: Sequence[Share], rng: np.random.Generator) -> Indices:
+def _drawn(shares: Sequence[SourceShare], rng: np.random.Generator) -> Indices:
     """The rows of an epoch: of each source whole rounds, and another part of it every epoch."""
     drawn, first = [], 0
     for num_rows, weight in shares:
@@ -156,7 +156,7 @@ def _drawn(shares: Sequence[Share], rng: np.random.Generator) -> Indices:
     return np.concatenate(drawn)
 
 
-def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> Plan:
+def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> EpochPlan:
     """Every row once, the longest first, in micro-batches of the size of training's: little padding, equal memory."""
     lengths_D = np.asarray(lengths, np.int64)
     longest = int(lengths_D.max(initial=0))
@@ -194,14 +194,14 @@ def _capacity(spec: BatchSpec, longest: int) -> int:
     return spec.tokens // longest
 
 
-def _filled(documents_D: Indices, ends_R: Indices, lengths: Indices, spec: BatchSpec) -> Plan:
+def _filled(documents_D: Indices, ends_R: Indices, lengths: Indices, spec: BatchSpec) -> EpochPlan:
     """Rows, one after the other, in as few micro-batches as hold them in this order."""
     num_rows = len(ends_R)
     if spec.rows is not None:
         stops = np.minimum(np.arange(spec.rows, num_rows + spec.rows, spec.rows), num_rows)
     else:
         stops = _within_budget(np.diff(np.cumsum(lengths[documents_D])[ends_R - 1], prepend=0), spec)
-    return Plan(documents_D, ends_R, np.concatenate([[0], stops])[:-1].astype(np.int64), stops)
+    return EpochPlan(documents_D, ends_R, np.concatenate([[0], stops])[:-1].astype(np.int64), stops)
 
 
 def _within_budget(lengths_R: Indices, spec: BatchSpec) -> Indices:
@@ -225,13 +225,13 @@ def kept_plan(
     max_length: int,
     seed: int,
     epoch: int,
-    shares: Sequence[Share] = (),
+    shares: Sequence[SourceShare] = (),
     paired: bool = False,
     cache: ShardCache | None,
-) -> Plan:
+) -> EpochPlan:
     """As `plan_epoch`, from a file of `cache`, where there are many rows. `paired`: two lengths are a row."""
 
-    def made() -> Plan:
+    def made() -> EpochPlan:
         lengths_R = pair_lengths(lengths_D) if paired else lengths_D
         return plan_epoch(lengths_R, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares)
 
@@ -258,7 +258,7 @@ def plan_ahead(
     max_length: int,
     seed: int,
     num_epochs: int,
-    shares: Sequence[Share] = (),
+    shares: Sequence[SourceShare] = (),
     cache: ShardCache | None,
 ) -> None:
     """Put into `cache` the plans of the first epochs that take long, so that no worker makes them."""
@@ -267,7 +267,7 @@ def plan_ahead(
             kept_plan(lengths_D, spec, max_length=max_length, seed=seed, epoch=epoch, shares=shares, cache=cache)
 
 
-def _parts_of(plan: Plan) -> list[PlanArray]:
+def _parts_of(plan: EpochPlan) -> list[PlanArray]:
     """Three lengths, then the arrays; int32, or int64 where a number needs it."""
     arrays = [plan.documents_D, plan.ends_R, plan.starts_B, plan.stops_B]
     largest = max(int(array.max(initial=len(array))) for array in arrays)
@@ -276,7 +276,7 @@ def _parts_of(plan: Plan) -> list[PlanArray]:
     return [array.astype(dtype) for array in (lengths, *arrays)]
 
 
-def _plan_of(kept: PlanArray | None) -> Plan | None:
+def _plan_of(kept: PlanArray | None) -> EpochPlan | None:
     """None where it is not whole."""
     if kept is None or kept.ndim != 1 or len(kept) < 3:
         return None
@@ -285,7 +285,7 @@ def _plan_of(kept: PlanArray | None) -> Plan | None:
     if len(found) != 3 + num_documents + num_rows + 2 * num_batches:
         return None
     documents_D, ends_R, starts_B, stops_B = np.split(found[3:], np.cumsum([num_documents, num_rows, num_batches]))
-    return Plan(documents_D, ends_R, starts_B, stops_B)
+    return EpochPlan(documents_D, ends_R, starts_B, stops_B)
 
 
 IGNORED = -100
@@ -301,7 +301,7 @@ class Cursor(NamedTuple):
 _START = Cursor()
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """One micro-batch.
 
     labels_BT is shifted: labels_BT[b, t] is the token that the hidden state at t predicts, −100 where there is no
@@ -332,7 +332,7 @@ class Batch(NamedTuple):
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
 
 
-def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
+def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
     lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
@@ -352,7 +352,7 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
     attention_mask_BT = None
     if not packed and min(lengths) < shape[1]:
         attention_mask_BT = (torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]).long()
-    return Batch(
+    return TrainBatch(
         input_ids_BT,
         labels_BT,
         attention_mask_BT,
@@ -362,7 +362,7 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
     )
 
 
-def collate_pairs(rows: Rows, batch: MicroBatch) -> Batch:
+def collate_pairs(rows: RowSource, batch: MicroBatch) -> TrainBatch:
     """The pairs of `batch`, each a row of a plan, as a batch of twice as many rows."""
     pairs = [pair for (pair,) in batch]
     return collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)._replace(
@@ -381,7 +381,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowSource,
         spec: BatchSpec,
         *,
         max_length: int,
@@ -390,7 +390,7 @@ class BatchStream:
         cursor: Cursor = _START,
         rank: int = 0,
         size: int = 1,
-        shares: Sequence[Share] = (),
+        shares: Sequence[SourceShare] = (),
         paired: bool = False,
         cache: ShardCache | None = None,
     ) -> None:
@@ -400,7 +400,7 @@ class BatchStream:
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
-    def _plan_of(self, epoch: int) -> Plan:
+    def _plan_of(self, epoch: int) -> EpochPlan:
         return kept_plan(
             self._rows.lengths,
             self._spec,
@@ -412,7 +412,7 @@ class BatchStream:
             cache=self._cache,
         )
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[TrainBatch]:
         """This rank's micro-batches of the next optimizer step."""
         planned = [self._next() for _ in range(self._per_step)]
         mine = [self._collate(batch) for batch in planned[self._rank :: self._size]]
@@ -420,7 +420,7 @@ class BatchStream:
             mine.append(_without_labels(self._collate(planned[-1])))
         return mine
 
-    def _collate(self, batch: MicroBatch) -> Batch:
+    def _collate(self, batch: MicroBatch) -> TrainBatch:
         if self._paired:
             return collate_pairs(self._rows, batch)
         return collate(self._rows, batch, packed=self._spec.order == "packed")
@@ -444,7 +444,7 @@ class BatchStream:
         return len(self._plan if epoch == self.cursor.epoch else self._plan_of(epoch))
 
 
-def _without_labels(batch: Batch) -> Batch:
+def _without_labels(batch: TrainBatch) -> TrainBatch:
     num_pairs = None if batch.num_pairs is None else 0
     labels_BT = torch.full_like(batch.labels_BT, IGNORED)
     return batch._replace(labels_BT=labels_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs)

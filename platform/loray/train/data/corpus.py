@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data.read import BadRow, Content, Part, RowFile, place, read_parts
+from loray.train.data.read import BadRow, Content, FilePart, RowFile, place, read_parts
 from loray.train.data.reading.known import cut_known
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex, Tokens
 from loray.train.data.tokenize import Tokenisation
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """One shard that the cache lacks."""
 
     key: str
-    part: Part
+    part: FilePart
     content: Content
 
 
@@ -49,7 +49,7 @@ def run_here(tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task
             raise located(e, task.part) from e
 
 
-def located(error: BadRow, part: Part) -> DataError:
+def located(error: BadRow, part: FilePart) -> DataError:
     return DataError(f"{place(part, error.index)}: {error.reason}")
 
 
@@ -158,7 +158,7 @@ def load_corpus(
 
     Raises DataError.
     """
-    sha256s, parts_of = list[str](), list[list[Part]]()
+    sha256s, parts_of = list[str](), list[list[FilePart]]()
     for source in files:
         parts_of.append([])
         left = max_rows
@@ -178,7 +178,7 @@ def load_corpus(
 
 
 def _indices(
-    parts: Sequence[Part], keys: Sequence[str], tokenisation: Tokenisation, cache: ShardCache, run: Runner
+    parts: Sequence[FilePart], keys: Sequence[str], tokenisation: Tokenisation, cache: ShardCache, run: Runner
 ) -> list[ShardIndex]:
     found = dict(zip(keys, cache.indices(keys), strict=True))
     missing = {key: part for key, part in zip(keys, parts, strict=True) if found[key] is None}
@@ -191,9 +191,9 @@ def _indices(
     return indices
 
 
-def _tasks(missing: dict[str, Part]) -> Iterator[Task]:
+def _tasks(missing: dict[str, FilePart]) -> Iterator[Task]:
     """A file is read once, for all its parts; equal parts are one."""
-    by_file: dict[RowFile, dict[Part, str]] = {}
+    by_file: dict[RowFile, dict[FilePart, str]] = {}
     for key, part in missing.items():
         by_file.setdefault(part.file, {})[part] = key
     for wanted in by_file.values():

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as papq
 
 from loray.errors import DataError
-from loray.recipes.sources import ARROW, Source
+from loray.recipes.sources import ARROW, SourceFiles
 
 FileKind = Literal["jsonl", "parquet", "arrow"]
 DataFormat = Literal["chat", "prompt_completion", "text", "preference"]
@@ -52,13 +52,13 @@ class Head(NamedTuple):
 class RowFile(NamedTuple):
     """A file of rows. `columns` are those that its format reads."""
 
-    source: Source
+    source: SourceFiles
     format: DataFormat
     kind: FileKind
     columns: tuple[str, ...]
 
 
-def read_head(source: Source) -> Head:
+def read_head(source: SourceFiles) -> Head:
     """Raises DataError."""
     kind = _kind(source)
     match kind:
@@ -74,7 +74,7 @@ def read_head(source: Source) -> Head:
 
 
 def rows_of(
-    source: Source, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
+    source: SourceFiles, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
 ) -> RowFile:
     """The rows of the source that begins with `head`. `paired`: they must be preference pairs. Raises DataError."""
     kind, names = head
@@ -85,7 +85,7 @@ def rows_of(
 
 def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """These columns, of any types, of all rows of a local file. Raises DataError."""
-    source = Source(name, str(path))
+    source = SourceFiles(name, str(path))
     kind = _kind(source)
     if kind == "parquet":
         with open_parquet(source) as table:
@@ -112,7 +112,9 @@ def read_text(name: str, path: Path) -> str:
         raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
 
 
-def detect(source: Source, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool) -> DataFormat:
+def detect(
+    source: SourceFiles, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool
+) -> DataFormat:
     """The format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are read
     where `paired` says so, and only there.
     """
@@ -160,7 +162,7 @@ def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
     return record
 
 
-def open_source(source: Source) -> Any:
+def open_source(source: SourceFiles) -> Any:
     """A pyarrow file. Use it in a `with` block."""
     source.fetched()
     try:
@@ -178,7 +180,7 @@ def open_source(source: Source) -> Any:
         raise DataError(f"cannot open data file {source}: {e}") from e
 
 
-def _kind(source: Source) -> FileKind:
+def _kind(source: SourceFiles) -> FileKind:
     if source.path.endswith(ARROW):
         return "arrow"
     with open_source(source) as file:
@@ -186,7 +188,7 @@ def _kind(source: Source) -> FileKind:
 
 
 @contextmanager
-def open_arrow(source: Source) -> Iterator[Any]:
+def open_arrow(source: SourceFiles) -> Iterator[Any]:
     """The stream of batches that `datasets` writes a shard as."""
     try:
         with open_source(source) as file, pa.ipc.open_stream(file) as reader:
@@ -196,7 +198,7 @@ def open_arrow(source: Source) -> Iterator[Any]:
 
 
 @contextmanager
-def open_parquet(source: Source) -> Iterator[Any]:
+def open_parquet(source: SourceFiles) -> Iterator[Any]:
     """A ParquetFile."""
     try:
         with open_source(source) as file:
@@ -205,7 +207,7 @@ def open_parquet(source: Source) -> Iterator[Any]:
         raise DataError(f"{source} is not a readable Parquet file: {e}") from e
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
+def _lines(source: SourceFiles) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of lines that are not blank."""
     with open_source(source) as file:
         for number, line in enumerate(io.BufferedReader(file), start=1):
@@ -213,7 +215,7 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _first_names(source: Source) -> list[str]:
+def _first_names(source: SourceFiles) -> list[str]:
     for number, line in _lines(source):
         if line.lstrip().startswith(b"["):
             raise DataError(f"{source} starts with a JSON array; write one object per line instead (JSONL)")
@@ -221,7 +223,7 @@ def _first_names(source: Source) -> list[str]:
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
-def _record(source: Source, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
+def _record(source: SourceFiles, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
     try:
         return record_of(line, unreadable=unreadable)
     except ValueError as e:
@@ -237,7 +239,7 @@ PART_BYTES = 8 << 20  # more where a single row is longer
 _BATCH_ROWS = 256  # of a Parquet file that are decoded at once
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """[first, stop) of a file: bytes of JSONL, else rows. `digest` names the content."""
 
     file: RowFile
@@ -250,7 +252,7 @@ class CutFile(NamedTuple):
     """`sha256` is that of the whole file. `num_rows` of its parts is counted where a limit was given."""
 
     sha256: str
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     num_rows: int | None
 
 
@@ -278,7 +280,7 @@ def cut(file: RowFile, max_rows: int | None = None) -> CutFile:
     return found
 
 
-def read_parts(parts: Sequence[Part]) -> Iterator[tuple[Part, Content]]:
+def read_parts(parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Content]]:
     """The content of parts of one file, which are in order."""
     if not parts:
         return
@@ -306,7 +308,7 @@ def records_of(content: Content) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-def place(part: Part, index: int) -> str:
+def place(part: FilePart, index: int) -> str:
     """Where a row is in its file, for people."""
     if part.file.kind != "jsonl":
         return f"{part.file.source}, row {part.first + index + 1}"
@@ -321,13 +323,13 @@ def place(part: Part, index: int) -> str:
 
 
 def _cut_lines(file: RowFile, max_rows: int | None) -> CutFile:
-    whole, parts, at, num_rows = hashlib.sha256(), list[Part](), 0, 0
+    whole, parts, at, num_rows = hashlib.sha256(), list[FilePart](), 0, 0
     with open_source(file.source) as opened:
         for block in _blocks(opened):
             whole.update(block)
             taken = block if max_rows is None else _first_lines(block, max_rows - num_rows)
             if taken.strip():
-                parts.append(Part(file, hashlib.sha256(taken).hexdigest(), at, at + len(taken)))
+                parts.append(FilePart(file, hashlib.sha256(taken).hexdigest(), at, at + len(taken)))
             if max_rows is not None:
                 num_rows += sum(1 for line in taken.split(b"\n") if line.strip())
             at += len(block)
@@ -374,12 +376,12 @@ def _cut_rows(file: RowFile, max_rows: int | None) -> CutFile:
     with open_source(file.source) as opened:
         sha256 = _sha256(opened)
     pieces = _arrow_pieces(file) if file.kind == "arrow" else _parquet_pieces(file)
-    parts = list[Part]()
+    parts = list[FilePart]()
     for first, stop in _ranges(pieces):
         stop = stop if max_rows is None else min(stop, max_rows)
         if first < stop:
             name = json.dumps([sha256, first, stop, file.columns])
-            parts.append(Part(file, hashlib.sha256(name.encode()).hexdigest(), first, stop))
+            parts.append(FilePart(file, hashlib.sha256(name.encode()).hexdigest(), first, stop))
     return CutFile(sha256, tuple(parts), parts[-1].stop if parts else 0)
 
 
@@ -429,7 +431,7 @@ def _arrow_tables(file: RowFile) -> Iterator[tuple[int, Any]]:
             at += batch.num_rows
 
 
-def _parquet_tables(file: RowFile, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
+def _parquet_tables(file: RowFile, parts: Sequence[FilePart]) -> Iterator[tuple[int, Any]]:
     """As above, of those row groups that hold rows of the parts."""
     at = 0
     with open_parquet(file.source) as table:
@@ -442,7 +444,7 @@ def _parquet_tables(file: RowFile, parts: Sequence[Part]) -> Iterator[tuple[int,
             at = stop
 
 
-def _slices(tables: Iterator[tuple[int, Any]], parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
+def _slices(tables: Iterator[tuple[int, Any]], parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Any]]:
     """The rows of each part, out of tables in order."""
     left, held = iter(parts), list[Any]()
     part = next(left)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from loray.errors import DataError
 from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
-from loray.train.data.batches import Rows, Share, TokenRows, pack_rows, pair_lengths
+from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
 from loray.train.data.read import DataFormat, RowFile
 from loray.train.data.reading.known import open_known
@@ -126,7 +126,7 @@ def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 
 
-class Part(NamedTuple):
+class SourceRows(NamedTuple):
     """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
 
     rows: SliceRows | JoinedRows
@@ -134,38 +134,38 @@ class Part(NamedTuple):
     truncated: NDArray[np.bool_]
     num_targets: Indices
 
-    def select(self, indices: Indices) -> Part:
-        return Part(
+    def select(self, indices: Indices) -> SourceRows:
+        return SourceRows(
             self.rows.select(indices), self.sources[indices], self.truncated[indices], self.num_targets[indices]
         )
 
 
-class Split(NamedTuple):
+class HeldOutSplit(NamedTuple):
     """`num_documents` are those of the training files, held-out ones included."""
 
-    trained: Part
-    held_out: Part
+    trained: SourceRows
+    held_out: SourceRows
     num_documents: int
 
 
 def windows(
     files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> Split:
+) -> HeldOutSplit:
     """Rows of single documents, or of windows of one."""
     part, documents = _cut(train, max_length)
     num_documents = train.num_documents
     if evaluation is not None:
-        return Split(part, _cut(evaluation, max_length)[0], num_documents)
+        return HeldOutSplit(part, _cut(evaluation, max_length)[0], num_documents)
     if num_documents == 1 and train.is_text_E[0] and fraction:
         trained, held_out = _end_held_out(files, len(part.rows), fraction)
     else:
         _, documents_out = _hold_out(files, num_documents, fraction, seed)
         is_held_out = np.isin(documents, documents_out)
         trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    return Split(part.select(trained), part.select(held_out), num_documents)
+    return HeldOutSplit(part.select(trained), part.select(held_out), num_documents)
 
 
-def _cut(corpus: Corpus, max_length: int) -> tuple[Part, Indices]:
+def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
     """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
     row.
     """
@@ -175,7 +175,7 @@ def _cut(corpus: Corpus, max_length: int) -> tuple[Part, Indices]:
     left_R = corpus.lengths_E[example_R] - number_R * max_length
     lengths_R = np.minimum(left_R, max_length)
     is_text_R = corpus.is_text_E[example_R]
-    part = Part(
+    part = SourceRows(
         SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
         corpus.sources_E[example_R],
         ~is_text_R & (left_R > max_length),
@@ -186,28 +186,28 @@ def _cut(corpus: Corpus, max_length: int) -> tuple[Part, Indices]:
 
 def joined_texts(
     files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> Split:
+) -> HeldOutSplit:
     """Rows of joined texts, of each source for itself. What is held out is split off before texts are joined, unless
     there is a single text.
     """
 
-    def rows_of(corpus: Corpus, chosen: Indices) -> Part:
+    def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
         bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
         streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
         rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-        return Part(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
+        return SourceRows(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
 
     everything = np.arange(train.num_documents)
     if evaluation is not None:
-        return Split(
+        return HeldOutSplit(
             rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
         )
     if len(everything) == 1 and fraction:
         whole = rows_of(train, everything)
         trained, held_out = _end_held_out(files, len(whole.rows), fraction)
-        return Split(whole.select(trained), whole.select(held_out), 1)
+        return HeldOutSplit(whole.select(trained), whole.select(held_out), 1)
     trained, held_out = _hold_out(files, len(everything), fraction, seed)
-    return Split(rows_of(train, trained), rows_of(train, held_out), len(everything))
+    return HeldOutSplit(rows_of(train, trained), rows_of(train, held_out), len(everything))
 
 
 def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
@@ -269,14 +269,14 @@ class Dataset:
     tokens of training rows.
     """
 
-    train: Rows
-    evaluation: TokenRows
+    train: RowSource
+    evaluation: TokenizedRows
     max_length: int
     fingerprint: str
     report: DataReport
     is_joined: bool = False
     is_paired: bool = False
-    shares: tuple[Share, ...] = ()
+    shares: tuple[SourceShare, ...] = ()
     cache: ShardCache | None = None
 
     @property
@@ -362,12 +362,12 @@ def load_data(
     evaluation = pack_rows([held_out.rows.row(int(i)) for i in _sequences(measured, each)])
     weights = [source.weight for source in spec.train_sources]
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
-    shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
+    shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _fingerprint(train_corpus, eval_corpus)
     return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
 
 
-def _usable_pairs(part: Part) -> NDArray[np.int64]:
+def _usable_pairs(part: SourceRows) -> NDArray[np.int64]:
     """Pairs of which both answers have a target, and which differ as far as they go."""
     usable = np.flatnonzero((part.num_targets.reshape(-1, 2) > 0).all(1))
     both_cut = np.flatnonzero(part.truncated.reshape(-1, 2).all(1))

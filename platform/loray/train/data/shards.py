@@ -85,7 +85,7 @@ class ShardIndex(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class TokenShard:
     tokens_N: Tokens
     index: ShardIndex
 
@@ -105,7 +105,7 @@ class ShardCache(Protocol):
         """Mapped from a file of this machine."""
         ...
 
-    def put(self, key: str, shard: Shard) -> None: ...
+    def put(self, key: str, shard: TokenShard) -> None: ...
 
     def note(self, key: str, *, here: bool = False) -> bytes | None:
         """What `keep` was given, None where there is none. `here`: on this machine."""
@@ -149,7 +149,7 @@ class FolderCache:
     def tokens(self, key: str) -> Tokens:
         return read_tokens(self.path(key, TOKENS))
 
-    def put(self, key: str, shard: Shard) -> None:
+    def put(self, key: str, shard: TokenShard) -> None:
         self.write(key, TOKENS, tokens_bytes(shard.tokens_N))
         self.write(key, INDEX, shard.index.to_bytes())
 

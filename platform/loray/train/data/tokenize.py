@@ -25,8 +25,8 @@ import tokenizers
 from jinja2 import TemplateError
 
 from loray.errors import DataError
-from loray.train.data.read import BadRow, Content, DataFormat, Part, records_of
-from loray.train.data.shards import Shard, ShardIndex
+from loray.train.data.read import BadRow, Content, DataFormat, FilePart, records_of
+from loray.train.data.shards import ShardIndex, TokenShard
 
 Message = Mapping[str, Any]
 _PROBE = "\ue000"  # of the private use area: stands for an answer, to see what a template writes around it
@@ -234,12 +234,12 @@ class Tokenisation:
         if format == "chat" and not self._tokenizer.chat_template:
             raise DataError(f"{name} holds chats, but the base model has no chat template; use prompt/completion")
 
-    def key(self, part: Part) -> str:
+    def key(self, part: FilePart) -> str:
         """The name of the part's shard: of all that its tokens depend on."""
         named = [_FORM, part.digest, part.file.format, part.file.format == "text" and self._joined, self._digest]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
-    def shard(self, content: Content) -> Shard:
+    def shard(self, content: Content) -> TokenShard:
         """Raises BadRow."""
         records = records_of(content)
         found = list(self._examples(content.format, records))
@@ -253,7 +253,7 @@ class Tokenisation:
             is_text=content.format == "text",
             num_documents=len(records),
         )
-        return Shard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
+        return TokenShard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
 
     def _examples(self, format: DataFormat, records: _Records) -> Iterator[_Example]:
         for start in range(0, len(records), _TEXTS_AT_ONCE):

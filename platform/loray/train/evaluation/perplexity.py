@@ -41,7 +41,7 @@ from loray.files import canonical_json, touch
 from loray.planning.memory import MEASURED_AT_ONCE
 from loray.recipes.sources import Copy, find_files, without_options
 from loray.telemetry import StageProgress, get_logger
-from loray.train.data.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.data.read import read_columns, read_text
 from loray.train.data.tokenize import check_tokenizer, prompt_ids
 from loray.train.mesh import ALONE, Mesh
@@ -224,12 +224,12 @@ class Measured(nn.Module):
         A collective call. The model is as before afterwards.
         """
         num_targets = int((labels_BT != IGNORED).sum())
-        batch = Batch(ids_BT, labels_BT, None, None, num_tokens=ids_BT.numel(), num_targets=num_targets)
+        batch = TrainBatch(ids_BT, labels_BT, None, None, num_tokens=ids_BT.numel(), num_targets=num_targets)
         with evaluating(self.model), self._mesh.part(batch) as part:
             found: Figures = self(part, score)
         return found
 
-    def forward(self, batch: Batch, score: Score) -> Figures:
+    def forward(self, batch: TrainBatch, score: Score) -> Figures:
         device = next(self.model.parameters()).device
         hidden_BTD = self.model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
         labels_BT = batch.labels_BT.to(device)

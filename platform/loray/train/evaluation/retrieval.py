@@ -180,7 +180,7 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 _AFTER = -1  # the label of the key's last token, whose next one is looked at too
 
 
-class Answer(NamedTuple):
+class RetrievalScore(NamedTuple):
     """`log_likelihood` is log p(key | prompt) in nats, over all tokens of the key. `num_wrong` counts its tokens that
     greedy decoding would not write, and a digit that it would add.
     """
@@ -221,7 +221,7 @@ def retrieve(
     def compute(i: int) -> Figures:
         return score(model(), tokenizer, prompts[i])._asdict()
 
-    answers = [Answer(**figures) for figures in take(passes, compute)]
+    answers = [RetrievalScore(**figures) for figures in take(passes, compute)]
     cells = []
     for i, depth in enumerate(spec.depths):
         mine = answers[i * spec.samples : (i + 1) * spec.samples]
@@ -230,7 +230,7 @@ def retrieve(
     return tuple(cells)
 
 
-def score(model: Measured, tokenizer: Any, prompt: Prompt) -> Answer:
+def score(model: Measured, tokenizer: Any, prompt: Prompt) -> RetrievalScore:
     """The answer of one prompt; of a sequence group's rank the part that it holds."""
     ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]])
     labels_1T = torch.full_like(ids_1T, IGNORED)
@@ -244,9 +244,9 @@ def score(model: Measured, tokenizer: Any, prompt: Prompt) -> Answer:
         num_wrong = int((likely_N != labels_N)[is_key_N].sum())
         if prompt.answer[-1].isdigit():
             num_wrong += sum(tokenizer.decode([int(i)])[:1].isdigit() for i in likely_N[~is_key_N])
-        return Answer(float(of_key_N.double().sum()), num_wrong)._asdict()
+        return RetrievalScore(float(of_key_N.double().sum()), num_wrong)._asdict()
 
-    return Answer(**model.figures(ids_1T, labels_1T, answer))
+    return RetrievalScore(**model.figures(ids_1T, labels_1T, answer))
 
 
 def _mean(values: Sequence[float]) -> float:

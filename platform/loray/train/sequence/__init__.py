@@ -24,6 +24,6 @@ With S2-Attn (`loray.train.hooks`) a rank receives the keys and values of its ha
 - `group.traffic` counts the bytes that this rank sent.
 """
 
-from loray.train.sequence.shard import SequenceGroup, ShardedBatch, Traffic, sequence_parallel, shard
+from loray.train.sequence.shard import SentBytes, SequenceGroup, ShardedBatch, sequence_parallel, shard
 
-__all__ = ["SequenceGroup", "ShardedBatch", "Traffic", "sequence_parallel", "shard"]
+__all__ = ["SentBytes", "SequenceGroup", "ShardedBatch", "sequence_parallel", "shard"]

@@ -23,28 +23,30 @@ from torch.autograd.function import once_differentiable
 
 from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend_heads
-from loray.train.attention.segments import Segments, document_segments
+from loray.train.attention.segments import AttentionSegments, document_segments
 from loray.train.sequence.shard import SequenceGroup
 
 _plan = lru_cache(DensePlan)  # the same for every layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class UlyssesCuts:
+class GatheredSegments:
     """`segments` are the documents of whole rows, of `row_length` positions each."""
 
     group: SequenceGroup
     row_length: int
-    segments: Segments
+    segments: AttentionSegments
 
 
-def ulysses_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu") -> UlyssesCuts:
+def ulysses_cuts(
+    document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu"
+) -> GatheredSegments:
     """Cuts from the document ids of whole rows (on the CPU; −1 is padding)."""
-    return UlyssesCuts(group, document_ids_BN.shape[1], document_segments(document_ids_BN, device=device))
+    return GatheredSegments(group, document_ids_BN.shape[1], document_segments(document_ids_BN, device=device))
 
 
 def ulysses_attention(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: UlyssesCuts, *, scale: float | None = None
+    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: GatheredSegments, *, scale: float | None = None
 ) -> Tensor:
     """→ (B, L, H, D). A collective call of `cuts.group`. P must divide H."""
     num_heads, num_kv_heads = q_BHLD.shape[1], k_BKLD.shape[1]

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from loray.planning.sequence import Half, HaloPlan, check_group_size, group_start
 from loray.train.attention.attend import attend_heads
-from loray.train.attention.segments import Bucket, Segments, filled, find_segments, ordered, uniform
+from loray.train.attention.segments import AttentionSegments, Bucket, filled, find_segments, ordered, uniform
 from loray.train.sequence.shard import Pending, SequenceGroup, post
 
 
@@ -220,7 +220,7 @@ class _Bind(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HalfCuts:
+class HalfSegments:
     """The segments of one head half on one rank: those with halo tokens, and those that need no exchange.
 
     num_halo   h, as in the plan
@@ -232,20 +232,20 @@ class HalfCuts:
 
     num_halo: int
     num_first: int
-    first: Segments | None
+    first: AttentionSegments | None
     num_apart: int
-    local: Segments
+    local: AttentionSegments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ShardCuts:
+class ShardSegments:
     """The cuts of a batch, for the attention of every layer. `halos` keeps each layer's for its recomputation."""
 
     group: SequenceGroup
     row_length: int
     group_size: int
-    plain: HalfCuts
-    shifted: HalfCuts
+    plain: HalfSegments
+    shifted: HalfSegments
     keep_halos: bool = True
     halos: dict[int, Halos] = field(default_factory=dict)
 
@@ -256,14 +256,14 @@ class ShardCuts:
 _plan = lru_cache(HaloPlan)  # the same for every layer
 
 
-def shard_cuts(
+def segment_shard(
     document_ids_BN: Tensor,
     group: SequenceGroup,
     group_size: int,
     *,
     keep_halos: bool = True,
     device: torch.device | str = "cpu",
-) -> ShardCuts:
+) -> ShardSegments:
     """Cuts on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding).
 
     A document is a run of equal ids in a row, and may extend over several ranks. Raises ValueError for an odd group.
@@ -273,14 +273,14 @@ def shard_cuts(
     start = group.rank * (row_length // group.size)
     stop = start + row_length // group.size
 
-    def half(offset: int) -> HalfCuts:
+    def half(offset: int) -> HalfSegments:
         ids_BR = document_ids_BN[:, group_start(start, group_size, offset) : stop]
         return _half(ids_BR, stop - start, group_size, (offset - start) % group_size, device)
 
-    return ShardCuts(group, row_length, group_size, half(0), half(group_size // 2), keep_halos)
+    return ShardSegments(group, row_length, group_size, half(0), half(group_size // 2), keep_halos)
 
 
-def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int, device: torch.device | str) -> HalfCuts:
+def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int, device: torch.device | str) -> HalfSegments:
     """`to_cut` is the number of local positions, of `length`, before the first group cut."""
     num_halo = ids_BR.shape[1] - length
     num_filled = filled(ids_BR)
@@ -288,15 +288,15 @@ def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int, device: tor
         return _ragged(ids_BR, num_halo, min(to_cut, length), group_size, to_cut, device)
     num_real = max(0, num_filled - num_halo)
     if not num_halo:
-        return HalfCuts(0, 0, None, 0, uniform(num_real, group_size, to_cut))
+        return HalfSegments(0, 0, None, 0, uniform(num_real, group_size, to_cut))
     num_first = min(to_cut, num_real)
-    first = Segments((Bucket(num_halo + num_first, 1),)) if num_first else None
-    return HalfCuts(num_halo, num_first, first, num_first, uniform(num_real - num_first, group_size, 0))
+    first = AttentionSegments((Bucket(num_halo + num_first, 1),)) if num_first else None
+    return HalfSegments(num_halo, num_first, first, num_first, uniform(num_real - num_first, group_size, 0))
 
 
 def _ragged(
     ids_BR: Tensor, num_halo: int, num_first: int, group_size: int, to_cut: int, device: torch.device | str
-) -> HalfCuts:
+) -> HalfSegments:
     num_columns = ids_BR.shape[1]
     begin_S, length_S = find_segments(ids_BR, group_size, (num_halo + to_cut) % group_size)
     row_S, column_S = begin_S // num_columns, begin_S % num_columns
@@ -306,11 +306,11 @@ def _ragged(
     is_both_S = ~is_local_S & (column_S + length_S > num_halo)
     first_S = row_S * (num_halo + num_first) + column_S
     first = ordered(first_S[is_both_S], length_S[is_both_S], device) if bool(is_both_S.any()) else None
-    return HalfCuts(num_halo, num_first, first, 0, local)
+    return HalfSegments(num_halo, num_first, first, 0, local)
 
 
 def attend_shard(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: ShardCuts, *, layer: int, scale: float | None = None
+    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: ShardSegments, *, layer: int, scale: float | None = None
 ) -> Tensor:
     """→ (B, L, H, D), this rank's part of the result of `loray.train.attention.attend.attend` for whole rows.
 
@@ -324,7 +324,7 @@ def attend_shard(
     exchange = HaloExchange(plan, cuts.group, kept)
     k_BKLD, v_BKLD, token = exchange.start(k_BKLD, v_BKLD)
 
-    def attend(half: Half, segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(half: Half, segments: AttentionSegments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         repeats = plan.num_heads // plan.num_kv_heads
         return attend_heads(q, k, v, segments, first=half.query_heads.start, repeats=repeats, scale=scale)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loray.train.attention.attend import attend_heads
-from loray.train.attention.segments import Segments, filled, find_segments, ordered, uniform
+from loray.train.attention.segments import AttentionSegments, filled, find_segments, ordered, uniform
 from loray.train.sequence.partial import Partial, attend_block, block_gradients, merge
 from loray.train.sequence.shard import Pending, SequenceGroup, post
 
@@ -46,7 +46,7 @@ class RingCuts:
     group: SequenceGroup
     row_length: int
     continued: tuple[Continued, ...]
-    local: Segments
+    local: AttentionSegments
 
 
 def ring_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu") -> RingCuts:

@@ -19,11 +19,11 @@ from torch import Tensor
 from loray.errors import UnsupportedError
 from loray.planning.sequence import padded_length
 from loray.spec import RopeType
-from loray.train.data.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, TrainBatch
 
 
 @dataclass(slots=True)
-class Traffic:
+class SentBytes:
     """Bytes that one rank has sent. Recomputation counts as forward."""
 
     forward_bytes: int = 0
@@ -37,7 +37,7 @@ class SequenceGroup:
     process_group: dist.ProcessGroup | None = None
     rank: int = 0
     size: int = 1
-    traffic: Traffic = field(default_factory=Traffic, compare=False)
+    traffic: SentBytes = field(default_factory=SentBytes, compare=False)
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup) -> SequenceGroup:
@@ -78,14 +78,14 @@ class ShardedBatch(NamedTuple):
     document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
     """
 
-    local: Batch
+    local: TrainBatch
     group: SequenceGroup
     row_length: int
     num_targets: int
     document_ids_BN: Tensor
 
 
-def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
+def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
     """The part of `group.rank`. Every rank of the group calls it with the same batch; nothing is communicated.
 
     Rows are padded on the right to N, the next multiple of the group's size, with tokens without labels, which are a
@@ -105,7 +105,7 @@ def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
         ends_BN = torch.arange(padding[1]).expand(num_rows, -1)
         position_ids_BN = torch.cat([position_ids_BT, ends_BN], dim=1)
     labels_BL = F.pad(batch.labels_BT, padding, value=IGNORED)[:, span].contiguous()
-    local = Batch(
+    local = TrainBatch(
         F.pad(batch.input_ids_BT, padding)[:, span].contiguous(),
         labels_BL,
         None,
@@ -116,7 +116,7 @@ def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
     return ShardedBatch(local, group, row_length, batch.num_targets, ids_BN)
 
 
-def _document_ids(batch: Batch) -> Tensor:
+def _document_ids(batch: TrainBatch) -> Tensor:
     """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hooks` finds in a whole batch."""
     ids_BT = torch.zeros_like(batch.input_ids_BT)
     if batch.position_ids_BT is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loray.planning.memory import GRADIENT_BUCKET_BYTES
 from loray.spec import DTYPE_BYTES, TrainSpec
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.mesh import World
 from loray.train.objectives import Objective
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
@@ -27,7 +27,7 @@ class Strategy(Protocol):
 
     objective: nn.Module  # Batch → summed loss
 
-    def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
         """Add the gradient of loss / divisor, summed over ranks, and return this rank's loss.
 
         `last` marks the last micro-batch of the step. The gradient of a loss that is not finite is not finite.
@@ -143,7 +143,7 @@ class DataParallel:
         if state is not None:
             self._adam.restore(state, lambda full: full)
 
-    def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
         if last:
             self._buckets.expect_last()
         loss = self.objective(batch)

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loray.spec import TrainSpec
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.mesh import World
 from loray.train.model import BaseWeights, replace_parameters
 from loray.train.objectives import Objective
@@ -72,7 +72,7 @@ class FullyShard:
         if state is not None:
             self._adam.restore(state, self._part)
 
-    def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)
         loss = self.objective(batch)
         weight = self._world.size / divisor  # fully_shard takes the mean over ranks

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
-from loray.train.data.batches import Batch
+from loray.train.data.batches import TrainBatch
 from loray.train.mesh import World
 from loray.train.model import BaseWeights, replace_parameters
 from loray.train.objectives import Objective
@@ -80,7 +80,7 @@ class Zero:
         replace_parameters(objective.model, read, then=lambda parameter: shard(nn.ParameterList([parameter])))
         shard(objective)  # what is trained
 
-    def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
+    def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
         self._engine.set_gradient_accumulation_boundary(last)
         loss: Tensor = self._engine(batch)
         self._engine.backward(weighted(loss, self._world.size / divisor), scale_wrt_gas=False)

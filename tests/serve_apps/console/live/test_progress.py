@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 from jobs.events import Event
-from serve_apps.console.runs import MOST_STEPS, Progress
+from serve_apps.console.runs import MOST_STEPS, RunProgress
 
 
 def test_few_steps_of_many_and_the_last() -> None:
-    progress = Progress()
+    progress = RunProgress()
     assert progress.steps() == ()
     for n in range(1, 10_001):
         figures = {"num_steps": 10_000, "loss": 1.0 / n, "lr": 1e-3, "tokens_per_s": 512.0, "eta_s": 10_000.0 - n}
@@ -22,7 +22,7 @@ def test_few_steps_of_many_and_the_last() -> None:
 
 
 def test_what_is_no_figure_is_none() -> None:
-    progress = Progress()
+    progress = RunProgress()
     odd = {"event": "step", "step": 3, "num_steps": "many", "loss": None, "lr": "fast", "memory_bytes": 1 << 30}
     progress.take([cast("Event", odd), cast("Event", {"event": "eval", "step": 4, "eval_loss": 1.0})])
     (only,) = progress.steps()

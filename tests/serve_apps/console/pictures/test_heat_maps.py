@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loray.spec import Evaluation
-from serve_apps.console.pictures.heat_maps import NUM_SHADES, Cell, heat_maps_of
+from serve_apps.console.pictures.heat_maps import NUM_SHADES, HeatMapCell, heat_maps_of
 
 
 def cell(
@@ -31,15 +31,18 @@ def test_depth_by_length() -> None:
         ]
     )
     assert (found.title, found.lengths) == ("passkey, adapter: exact match", (1024, 2048))
-    assert found.rows == (("50%", (Cell("100%", NUM_SHADES - 1), None)), ("100%", (None, Cell("25%", 1))))
+    assert found.rows == (("50%", (HeatMapCell("100%", NUM_SHADES - 1), None)), ("100%", (None, HeatMapCell("25%", 1))))
 
 
 def test_models_have_one_scale() -> None:
     base, adapter = heat_maps_of(
         [cell("log_likelihood", -20.0, 1024, 0.0, "base_scaled"), cell("log_likelihood", -0.01, 1024, 0.0)]
     )
-    assert (base.title, base.rows[0][1]) == ("passkey, base scaled: log-likelihood of the key", (Cell("−20.0", 0),))
-    assert adapter.rows[0][1] == (Cell("0.0", NUM_SHADES - 1),)
+    assert (base.title, base.rows[0][1]) == (
+        "passkey, base scaled: log-likelihood of the key",
+        (HeatMapCell("−20.0", 0),),
+    )
+    assert adapter.rows[0][1] == (HeatMapCell("0.0", NUM_SHADES - 1),)
 
 
 def test_datasets_are_apart() -> None:
@@ -50,7 +53,11 @@ def test_datasets_are_apart() -> None:
         "passkey, seed 1, adapter",
         "passkey in mine, adapter",
     ]
-    assert [found.rows[0][1][0] for found in maps] == [Cell("0%", 0), Cell("100%", 5), Cell("50%", 3)]
+    assert [found.rows[0][1][0] for found in maps] == [
+        HeatMapCell("0%", 0),
+        HeatMapCell("100%", 5),
+        HeatMapCell("50%", 3),
+    ]
 
 
 def test_a_map_is_bounded() -> None:

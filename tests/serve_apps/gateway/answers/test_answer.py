@@ -11,7 +11,7 @@ import pytest
 from loray.errors import EngineError
 from loray.schemas.openai.formats import CompletionFormat
 from loray.spec import Delta, FinishReason, TokenDelta
-from serve_apps.gateway.answers.answer import HEARTBEAT, Answer, ChoiceStream, Deadline
+from serve_apps.gateway.answers.answer import HEARTBEAT, AnswerResponse, ChoiceStream, Deadline
 from serve_apps.gateway.answers.writers import Events, Whole
 
 FORMAT = CompletionFormat("cmpl-1", 1, "m", "f")
@@ -109,7 +109,7 @@ def answers(
         deadline = None
         if timeout_s is not None:
             deadline = Deadline(asyncio.get_running_loop().time() + timeout_s, timeout_s)
-        answer = Answer(
+        answer = AnswerResponse(
             choices,
             writer(FORMAT, num_choices, num_choices),
             request_id="id",

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from loray.recipes.sources import Source
+from loray.recipes.sources import SourceFiles
 from loray.train.data import read
-from loray.train.data.read import CutFile, DataFormat, Head, Part, RowFile, cut, read_head, rows_of
+from loray.train.data.read import CutFile, DataFormat, FilePart, Head, RowFile, cut, read_head, rows_of
 from loray.train.data.shards import ShardCache
 
 _FORM = 1  # of what is kept
@@ -23,7 +23,7 @@ _SETTLED_S = 2.0  # the coarsest resolution of a file system's times, FAT's
 
 
 def open_known(
-    source: Source, format: DataFormat | Literal["auto"], cache: ShardCache, *, paired: bool = False
+    source: SourceFiles, format: DataFormat | Literal["auto"], cache: ShardCache, *, paired: bool = False
 ) -> RowFile:
     """The rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
     if source.remote is None:
@@ -56,7 +56,7 @@ def _key(*named: object) -> str:
     return hashlib.sha256(json.dumps([_FORM, *named]).encode()).hexdigest()
 
 
-def _state(source: Source) -> tuple[str | int, ...] | None:
+def _state(source: SourceFiles) -> tuple[str | int, ...] | None:
     """None for a copy whose original was not asked for its state, and for a local file that was just changed."""
     if source.remote is not None:
         return source.remote.state
@@ -83,7 +83,7 @@ def _read(kept: bytes, file: RowFile) -> CutFile | None:
         sha256, named, num_rows = json.loads(kept)
     except ValueError:
         return None
-    return CutFile(sha256, tuple(Part(file, digest, first, stop) for digest, first, stop in named), num_rows)
+    return CutFile(sha256, tuple(FilePart(file, digest, first, stop) for digest, first, stop in named), num_rows)
 
 
 def _read_head(kept: bytes) -> Head | None:
