@@ -110,7 +110,7 @@ def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[s
         )
     if method in _READS:
         return
-    refuse_other_sites(headers)
+    refuse_cross_site(headers)
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = (media_type in _FORMS or not media_type) and not _NO_FORM_SENDS & headers.keys()
     if method == "POST" and is_form:
@@ -120,7 +120,7 @@ def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[s
         )
 
 
-def refuse_other_sites(headers: Mapping[str, str]) -> None:
+def refuse_cross_site(headers: Mapping[str, str]) -> None:
     """Raises PermissionDenied where a browser says that a page of another site sends this."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != headers.get("host"):
@@ -251,7 +251,7 @@ class Authenticator:
         self._wrote_at = time.monotonic()
         if self._used:
             used, self._used = self._used, {}
-            self.follower.soon(lambda catalog: catalog.note_key_use(used))
+            self.follower.soon(lambda catalog: catalog.record_key_use(used))
         if self._refused:
             refused, self._refused = self._refused, {}
             self.follower.soon(lambda catalog: catalog.note_refused(refused))

@@ -283,10 +283,10 @@ def test_longlora_joins_texts(tmp_path: Path, settings: Settings, fields: dict[s
     ],
 )
 def test_rows_much_shorter_than_the_context_are_refused(
-    tmp_path: Path, settings: Settings, batch: dict[str, Any], length: int, remedy: str
+    tmp_path: Path, settings: Settings, batch: dict[str, Any], length: int, fix: str
 ) -> None:
     long = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 4}, "batch": batch}
     data = {"train": "data.jsonl", "eval_fraction": 0, "max_length": length}
-    with pytest.raises(SpecError, match=remedy):
+    with pytest.raises(SpecError, match=fix):
         prepare(write(tmp_path, **long, data=data), settings)
     prepare(write(tmp_path, **long, data=data | {"max_length": 32}), settings)

@@ -39,7 +39,7 @@ def test_every_field_has_a_reason_and_no_reason_is_of_another_field(method: Meth
 @pytest.mark.parametrize("method", METHODS)
 def test_a_name_and_data_are_enough(method: Method, size: Any) -> None:
     spec = TrainSpec.parse(complete(little(method), size), source="little")
-    assert (spec.adapter.method, spec.base, spec.doubts) == (method, "smollm2", ())
+    assert (spec.adapter.method, spec.base, spec.warnings) == (method, "smollm2", ())
 
 
 def test_an_objective_of_pairs_is_enough_too() -> None:
@@ -47,7 +47,7 @@ def test_an_objective_of_pairs_is_enough_too() -> None:
         spec = load_recipe(over=little(method) | given(["adapter.method=" + method, "objective.type=dpo"])).spec
         assert spec.is_paired
         assert (spec.objective.model_dump(), spec.batch.rows) == (DpoSpec().model_dump(), 4)
-        assert (spec.optimizer.learning_rate, spec.doubts) == (5e-5 if method == "vera" else 5e-6, ())
+        assert (spec.optimizer.learning_rate, spec.warnings) == (5e-5 if method == "vera" else 5e-6, ())
     ours = load_recipe("dpo_smollm2").spec
     plain = TrainSpec.parse(complete(LITTLE | {"objective": {"type": "dpo"}}, "small"), source="little")
     assert (ours.objective, ours.adapter, ours.optimizer) == (plain.objective, plain.adapter, plain.optimizer)

@@ -188,9 +188,9 @@ def _strike(world: World, window: Window) -> None:
         return not found
 
     try:
-        with struck(window.fault, world) as mend:
+        with struck(window.fault, world) as repair:
             time.sleep(window.fault.hold_s)
-            mend()
+            repair()
         until(whole, name, _WHOLE_S, lambda: _state(world))
     except (AssertionError, ClusterError, subprocess.SubprocessError) as e:
         window.missing = f"{window.fault.name}: {e}"

@@ -34,7 +34,7 @@ _START_S = 90.0  # of a replaced process, beside all others on a small machine
 _SLOW_S = 0.3
 _FULL_BYTES = 1 << 20
 _RANK_TITLE, _CONTROLLER_TITLE = "ray::RankActor", "ray::ServeController"
-_MOST_FIRST, _BOTH = (13, 3), (10, 6)  # a replica has eight seats
+_MOST_FIRST, _BOTH = (13, 3), (10, 6)  # a replica has eight slots
 
 
 class Fault(NamedTuple):
@@ -66,10 +66,10 @@ def _killed(which: Callable[[World], list[int]], most: int | None = None) -> Cal
         def replaced() -> bool:
             return not is_running(victim) and len(which(world)) >= min(len(before), most or len(before))
 
-        def mend() -> None:
+        def repair() -> None:
             until(replaced, "a killed process is replaced", _START_S)
 
-        return mend
+        return repair
 
     return strike
 
@@ -83,11 +83,11 @@ def _stopped(which: Callable[[World], list[int]]) -> Callable[[World], Callable[
         for pid in family:
             os.kill(pid, signal.SIGSTOP)
 
-        def mend() -> None:
+        def repair() -> None:
             for pid in family:
                 kill(pid, signal.SIGCONT)
 
-        return mend
+        return repair
 
     return strike
 
@@ -247,14 +247,14 @@ def struck(fault: Fault, world: World) -> Iterator[Callable[[], None]]:
     """Strikes; yields what mends it, which is called in any case."""
     mends = [fault.strike(world)]
 
-    def mend() -> None:
+    def repair() -> None:
         while mends:
             mends.pop()()
 
     try:
-        yield mend
+        yield repair
     finally:
-        mend()
+        repair()
 
 
 def missing(world: World) -> str:

@@ -98,8 +98,8 @@ def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
     pool = randn(BLOCK).repeat(per_sequence * num_sequences)
     num_tokens = queries * num_sequences
     starts = tuple(range(0, num_tokens + 1, queries))
-    slots_T = torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
-    meta = AttentionMeta(starts, (context,) * num_sequences, tables, slots_T)
+    slot_mapping_T = torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
+    meta = AttentionMeta(starts, (context,) * num_sequences, tables, slot_mapping_T)
     q_THd = randn(num_tokens, HEADS, HEAD_DIM)
     size = 2 * (num_sequences * context * 2 * KV + 2 * num_tokens * HIDDEN)
     macs = num_sequences * HEADS * 2 * HEAD_DIM * (queries * context - queries * (queries - 1) / 2)
@@ -128,8 +128,8 @@ def rows(ops: Ops, num_tokens: int) -> Iterator[Case]:
     q_THd, k_TKd = x_TD.view(-1, HEADS, HEAD_DIM), randn(num_tokens, KV_HEADS, HEAD_DIM)
     cos_Td, sin_Td = randn(num_tokens, HEAD_DIM), randn(num_tokens, HEAD_DIM)
     pool = randn(BLOCK).repeat(-(-num_tokens // 16))
-    slots_T = torch.randperm(num_tokens, device="cuda")
-    meta = AttentionMeta((0, num_tokens), (num_tokens,), (slots_T[:1],), slots_T)
+    slot_mapping_T = torch.randperm(num_tokens, device="cuda")
+    meta = AttentionMeta((0, num_tokens), (num_tokens,), (slot_mapping_T[:1],), slot_mapping_T)
     step = StepInputs(pool, LAYOUT, meta, AdapterSegments((), ()), cos_Td, sin_Td)
     each = 2 * num_tokens
     yield Case(

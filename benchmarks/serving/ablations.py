@@ -30,8 +30,8 @@ def ablate(engine: Engine, ablation: str | None, kv_share: float) -> None:
 
 def _split_pool(engine: Engine, kv_blocks: int) -> None:
     """Refuse allocations beyond a part. KV cache may still evict cached prefixes, but not adapters."""
-    allocator, residency, prefixes = engine.pool.allocator, engine.residency, engine.scheduler.prefix_cache
-    allocate_kv, evict_one = allocator.allocate_kv, residency.evict_one
+    allocator, adapter_manager, prefixes = engine.pool.allocator, engine.adapter_manager, engine.scheduler.prefix_cache
+    allocate_kv, evict_one = allocator.allocate_kv, adapter_manager.evict_one
     kv_is_short = False
 
     def split_kv(num_blocks: int) -> list[int] | None:
@@ -60,7 +60,7 @@ def _split_pool(engine: Engine, kv_blocks: int) -> None:
         allocator.allocate_rows, allocator.free_rows
     )
     allocator.allocate_run = split_rows(allocator.allocate_run, allocator.free_run)  # type: ignore[method-assign]
-    residency.evict_one = lambda: not kv_is_short and evict_one()  # type: ignore[method-assign]
+    adapter_manager.evict_one = lambda: not kv_is_short and evict_one()  # type: ignore[method-assign]
 
 
 def _disable_prefetch(engine: Engine) -> None:

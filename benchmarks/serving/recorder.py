@@ -73,13 +73,13 @@ class EngineRecorder:
         engine.step = timed  # type: ignore[method-assign]
 
     def _wrap_residency(self, engine: Engine) -> None:
-        residency, acquire = engine.residency, engine.residency.acquire
+        adapter_manager, acquire = engine.adapter_manager, engine.adapter_manager.acquire
 
         def counted(ref: AdapterRef) -> ResidentAdapter | None:
-            was_in_pool = residency.table.tier(ref) is Tier.POOL
+            was_in_pool = adapter_manager.table.tier(ref) is Tier.POOL
             resident = acquire(ref)
             if resident is not None and not was_in_pool:
                 self.placed_bytes += ref.nbytes
             return resident
 
-        residency.acquire = counted  # type: ignore[method-assign]
+        adapter_manager.acquire = counted  # type: ignore[method-assign]

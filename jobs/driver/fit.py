@@ -150,7 +150,7 @@ def fit(
         emit(event)
 
     has_board = "tensorboard" in work.spec.tracking
-    run.mend()
+    run.repair()
     with (
         run.history() as history,
         TensorBoardWriter(history.board) as board,

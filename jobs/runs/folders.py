@@ -1,7 +1,7 @@
 """Run folders, and Ray Train's checkpoints in them.
 
 Ray Train keeps that list, its snapshot, in one file, which it overwrites with each checkpoint. Where that write was cut
-off, or somebody has removed a checkpoint by hand, Ray Train refuses the whole run; `mend` lists what is there.
+off, or somebody has removed a checkpoint by hand, Ray Train refuses the whole run; `repair` lists what is there.
 
 NAME is `_TENANT/NAME` where the tenant is not the default one; no adapter's name begins with `_`.
 
@@ -67,7 +67,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def mend(run: Path) -> None:
+def repair(run: Path) -> None:
     """Writes the snapshot of the run in the folder `run` anew, of all checkpoints that are whole, where Ray Train could
     not read it or would miss one that it names. Nothing changes where it is sound, or there is no checkpoint.
     """
@@ -194,14 +194,14 @@ class RunFolder:
         with _translate_errors(self), replacing(Path(self.path, name)) as file:
             file.write(data)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: `saved.mend`."""
         with _translate_errors(self):
-            mend(Path(self.path))
+            repair(Path(self.path))
 
     def result(self) -> Result:
         """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
-        self.mend()
+        self.repair()
         if not self.has_checkpoint:
             raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
         with _translate_errors(self):
@@ -250,7 +250,7 @@ class SharedRunFolder(RunFolder):
         with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(data)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """There is nothing to do: a bucket has an object whole, or as it was before."""
 
     @contextmanager

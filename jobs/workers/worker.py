@@ -132,7 +132,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
     nodes = world.gather(ray.get_runtime_context().get_node_id())
     warning = straddling_warning(nodes, spec.parallel.sequence)
     if world.rank == 0:
-        for message in (*spec.doubts, *filter(None, (warning, _slow_products(spec, device)))):
+        for message in (*spec.warnings, *filter(None, (warning, _slow_products(spec, device)))):
             events.send({"event": "warning", "message": message})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:

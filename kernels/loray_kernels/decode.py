@@ -49,13 +49,13 @@ class StepDescriptors(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """One token of each of S sequences, as numbers on the host. A sequence has a seat: a row of the block tables that
+    """One token of each of S sequences, as numbers on the host. A sequence has a slot: a row of the block tables that
     stay on the device.
 
-    token_ids  −1: the token that the step before has drawn for this seat
+    token_ids  −1: the token that the step before has drawn for this slot
     items    flat: (start of a LoRA record, first token, tokens up to RECORD_TOKENS) for each; tokens without LoRA have
              none
-    places   in the block tables, (seats, max_blocks) flat, whose `blocks` are new
+    places   in the block tables, (slots, max_blocks) flat, whose `blocks` are new
     parts    with LoRA alone, what follows is empty
     vectors  where each sequence's record of vectors begins; 0: none
     pairs    as `items`, of sequences that share a VeRA pair: (where its words are, first token, tokens)
@@ -64,7 +64,7 @@ class DecodeStep(NamedTuple):
 
     token_ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
-    seats: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
     places: Sequence[int] = ()
     blocks: Sequence[int] = ()
@@ -104,7 +104,7 @@ class Decoding(NamedTuple):
     """What a backend needs to record decode steps. `max_blocks`: the most of a sequence."""
 
     layout: KvLayout
-    num_seats: int
+    num_slots: int
     max_blocks: int
     inputs: tuple[InputShape, ...]
     device: torch.device
@@ -137,7 +137,7 @@ class CapturedDecoding(Protocol):
     max_rows: int
 
     @property
-    def seats(self) -> TokenSlots:
+    def slots(self) -> TokenSlots:
         """Of the last step's rows: the next step takes tokens from there."""
         ...
 

@@ -34,13 +34,13 @@ class AttentionMeta:
     query_start  S+1 offsets into the step's tokens
     context_len  tokens of each sequence in the cache after this step's have been written
     block_table  blocks of each sequence, in order
-    slots_T      block × block_tokens + position in it, of each token of the step
+    slot_mapping_T      block × block_tokens + position in it, of each token of the step
     """
 
     query_start: tuple[int, ...]
     context_len: tuple[int, ...]
     block_table: tuple[Tensor, ...]
-    slots_T: Tensor
+    slot_mapping_T: Tensor
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 

@@ -181,8 +181,8 @@ class Ops(Protocol):
         """The results of `linear`, which are rounded to x's dtype, in fp32."""
         ...
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
-        """A token for each of the draws' rows, also for `seats`; it is read before the call after the next one."""
+    def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
+        """A token for each of the draws' rows, also for `slots`; it is read before the call after the next one."""
         ...
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
@@ -248,7 +248,7 @@ class Ops(Protocol):
         """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         ...
 
-    def lora_of_records(
+    def lora_by_descriptor(
         self,
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
@@ -262,7 +262,7 @@ class Ops(Protocol):
         """
         ...
 
-    def vera_of_records(
+    def vera_by_descriptor(
         self,
         x_TI: Tensor,
         y_TO: Tensor,
@@ -276,7 +276,7 @@ class Ops(Protocol):
         """
         ...
 
-    def scale_of_records(
+    def scale_by_descriptor(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         """`scale_rows` in the same way, for all modules of the input."""

@@ -70,10 +70,10 @@ class ReferenceOps:
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         return self.linear(x_TD, weights).float()
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
         drawn = sample(logits_SV, draws)
-        if seats is not None:
-            seats.tokens[seats.seats_S[list(draws.rows)]] = torch.tensor(drawn[0], device=seats.tokens.device)
+        if slots is not None:
+            slots.tokens[slots.slots_S[list(draws.rows)]] = torch.tensor(drawn[0], device=slots.tokens.device)
         return lambda: drawn
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
@@ -132,7 +132,7 @@ class ReferenceOps:
         self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
     ) -> None:
         cache = _kv(pool, layout)[:, layer]
-        block, position = meta.slots_T // layout.block_tokens, meta.slots_T % layout.block_tokens
+        block, position = meta.slot_mapping_T // layout.block_tokens, meta.slot_mapping_T % layout.block_tokens
         cache[block, 0, position] = k_TKd.to(pool.dtype)
         cache[block, 1, position] = v_TKd.to(pool.dtype)
 
@@ -191,7 +191,7 @@ class ReferenceOps:
                     delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
                     y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
-    def lora_of_records(
+    def lora_by_descriptor(
         self,
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
@@ -220,7 +220,7 @@ class ReferenceOps:
                     y_TO[own] = (y_TO[own].float() + rows.scale * (own_TR @ b_RO)).to(y_TO.dtype)
                     column += num
 
-    def vera_of_records(
+    def vera_by_descriptor(
         self,
         x_TI: Tensor,
         y_TO: Tensor,
@@ -256,7 +256,7 @@ class ReferenceOps:
                         table = VeraTable(b_OR, b_OR, own_d, RowTables(tuple(b)), 0, 1)
                         ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
 
-    def scale_of_records(
+    def scale_by_descriptor(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         assert records.vectors is not None

@@ -48,11 +48,11 @@ class Draws:
 class TokenSlots(NamedTuple):
     """Where drawn tokens stay on the device, so that the next step needs no host to begin with them; int64.
 
-    seats_S  of each row of logits
-    tokens   by seat
+    slots_S  of each row of logits
+    tokens   by slot
     """
 
-    seats_S: Tensor
+    slots_S: Tensor
     tokens: Tensor
 
 
@@ -266,10 +266,10 @@ class Chooser(Protocol):
         plain: Draws,
         changed: Draws,
         changes: Sequence[Change],
-        seats: TokenSlots | None = None,
+        slots: TokenSlots | None = None,
     ) -> Callable[[], Chosen]:
         """Of the rows of `plain`, then of those of `changed`, to which `changes` belong. Each row is in one of them,
-        once. May write `logits_SV`, and puts back what it had. The result is read, and written to `seats`, as that of
+        once. May write `logits_SV`, and puts back what it had. The result is read, and written to `slots`, as that of
         `Ops.sample`.
 
         A draw takes tokens in the order of their ids; in rows with top-k or top-p from the best to the worst, equals by

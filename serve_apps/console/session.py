@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Scope
 from loray.errors import LorayError, NotFoundError, PermissionDenied
 from loray.policy.auth import Action
 from loray.spec import Principal
-from serve_apps.auth import Authenticate, Authenticator, CurrentPrincipal, Permissions, Rates, may, refuse_other_sites
+from serve_apps.auth import Authenticate, Authenticator, CurrentPrincipal, Permissions, Rates, may, refuse_cross_site
 from serve_apps.console.backend import COOKIE, ConsoleDep, Sessions
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, read_form, root_of, router_of
 
@@ -107,7 +107,7 @@ def show_login(console: ConsoleDep, request: FastapiRequest) -> ResponsesRespons
 @router.post("/login")
 @may("open")
 async def log_in(console: ConsoleDep, request: FastapiRequest) -> ResponsesResponse:
-    refuse_other_sites(request.headers)
+    refuse_cross_site(request.headers)
     key = (await read_form(request)).get("key")
     try:
         principal = await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"})

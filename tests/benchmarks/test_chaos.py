@@ -211,9 +211,9 @@ def test_the_dashboard_stands_still_until_the_gcs_listens_again(tmp_path: Path) 
         for process in (gcs, head, dashboard):
             stack.callback(process.wait)
             stack.callback(process.kill)
-        mend = lose(cast("World", world))
+        repair = lose(cast("World", world))
         until(lambda: psutil.Process(dashboard.pid).status() == psutil.STATUS_STOPPED, "the dashboard stands", 10)
-        mend()
+        repair()
         stack.callback(world.gcs.wait)
         stack.callback(world.gcs.kill)
         assert world.gcs is not gcs

@@ -28,7 +28,7 @@ def acme(catalog: Catalog) -> Catalog:
 
 
 def register(catalog: Catalog, name: str, number: int, **fields: object) -> None:
-    catalog.note_upload(digest(number))
+    catalog.record_upload(digest(number))
     catalog.register(name, digest(number), manifest(number).model_copy(update=fields))
 
 

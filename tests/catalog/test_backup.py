@@ -37,7 +37,7 @@ def filled(catalog_url: str) -> Iterator[Catalog]:
     catalog.create_tenant("acme", Limits(rpm_limit=600))
     catalog.share("tone", "shared", ["acme"])
     catalog.record_evaluations(digest(1), [Evaluation(metric="loss", value=1.5, dataset="docs")])
-    catalog.note_upload(digest(1))
+    catalog.record_upload(digest(1))
     yield catalog
     catalog.close()
 

@@ -136,7 +136,7 @@ def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
     catalog.register("tone", digest(1), manifest(1).model_copy(update=told), ["prod", "canary"])
     catalog.register("tone", digest(2), manifest(2).model_copy(update={"sweep": "s/1"}))
     catalog.record_evaluations(digest(1), held_out[2:])
-    catalog.note_death(digest(1), "replica-1", datetime(2026, 1, 1, tzinfo=UTC), lambda _: None)
+    catalog.report_death(digest(1), "replica-1", datetime(2026, 1, 1, tzinfo=UTC), lambda _: None)
     second, first = catalog.versions("tone", limit=9).versions
     assert_is_of(first, catalog.version("tone", 1))
     assert_is_of(second, catalog.version("tone", 2))

@@ -76,7 +76,7 @@ def test_changes_since_a_counter(catalog: Catalog) -> None:
     _, key = catalog.create_key("ci")
     made = catalog.key_changes(first.counter)
     assert ([k.key for k in made.keys], made.tenants, made.any_keys) == ([key], (), True)
-    catalog.note_key_use({key.id: datetime(2026, 1, 1, tzinfo=UTC)})
+    catalog.record_key_use({key.id: datetime(2026, 1, 1, tzinfo=UTC)})
     assert catalog.key_changes(made.counter).counter == made.counter
     assert catalog.key(key.id).last_used_at == datetime(2026, 1, 1, tzinfo=UTC)
     catalog.update_key(key.id, blocked=True)

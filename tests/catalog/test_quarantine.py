@@ -21,20 +21,20 @@ def minutes(deaths: int) -> timedelta:
 
 
 def test_a_death_counts_once_whoever_reports_it(catalog: Catalog, url: str) -> None:
-    first = catalog.note_death(digest(1), "r1", AT, minutes)
+    first = catalog.report_death(digest(1), "r1", AT, minutes)
     assert (first.deaths, first.died_at, first.refused_until) == (1, AT, AT + MINUTE)
     other = Catalog(url)
-    assert other.note_death(digest(1), "r1", AT + MINUTE, minutes) == first
-    second = other.note_death(digest(1), "r2", AT + MINUTE, minutes)
+    assert other.report_death(digest(1), "r1", AT + MINUTE, minutes) == first
+    second = other.report_death(digest(1), "r2", AT + MINUTE, minutes)
     assert (second.deaths, second.refused_until) == (2, AT + 3 * MINUTE)
-    suspected = other.note_death(digest(2), "r2", AT, lambda deaths: None)
+    suspected = other.report_death(digest(2), "r2", AT, lambda deaths: None)
     assert catalog.quarantined() == {digest(1): second, digest(2): suspected}
     assert suspected.refused_until is None
     other.close()
 
 
 def test_one_of_all_tries_it_again(catalog: Catalog) -> None:
-    catalog.note_death(digest(1), "r1", AT, minutes)
+    catalog.report_death(digest(1), "r1", AT, minutes)
     for at, expected in ((AT, False), (AT + MINUTE, True), (AT + MINUTE, False), (AT + 2 * MINUTE, True)):
         assert catalog.try_again(digest(1), at, at + MINUTE) is expected
     catalog.clear_quarantine(digest(1))
@@ -44,21 +44,21 @@ def test_one_of_all_tries_it_again(catalog: Catalog) -> None:
 
 def test_who_had_tokens_acquits_it_of_one_death(catalog: Catalog) -> None:
     for replica, until in (("r1", None), ("r2", AT + 2 * MINUTE)):
-        catalog.note_death(digest(1), replica, AT, minutes)
+        catalog.report_death(digest(1), replica, AT, minutes)
         catalog.acquit(digest(1))
         assert catalog.quarantined()[digest(1)].refused_until == until
 
 
 def test_deaths_are_forgotten(catalog: Catalog) -> None:
-    catalog.note_death(digest(1), "r1", AT, minutes)
-    catalog.note_death(digest(2), "r2", AT + KEPT, minutes)
+    catalog.report_death(digest(1), "r1", AT, minutes)
+    catalog.report_death(digest(2), "r2", AT + KEPT, minutes)
     assert catalog.quarantined().keys() == {digest(2)}
 
 
 def test_a_version_says_so_until_an_administrator_releases_it(catalog: Catalog) -> None:
     publish(catalog, "tone", 1, 2)
     counter = catalog.change_counter()
-    known = catalog.note_death(digest(2), "r1", AT, minutes)
+    known = catalog.report_death(digest(2), "r1", AT, minutes)
     assert [v.quarantine for v in catalog.adapter("tone").versions] == [known, None]
     assert catalog.change_counter() == counter  # servers do not read their names again
     tenant = catalog.view(Principal(scopes=frozenset({"publish", "promote"})))

@@ -23,7 +23,7 @@ def acme(catalog: Catalog) -> Catalog:
     for tenant in ("acme", "beta"):
         catalog.create_tenant(tenant)
     view = catalog.view(ACME)
-    view.note_upload(digest(1))
+    view.record_upload(digest(1))
     publish(view, "tone", 1, aliases=("prod",))
     return view
 
@@ -110,7 +110,7 @@ def test_a_name_goes_to_another_tenant(catalog: Catalog, acme: Catalog) -> None:
     assert list(after.adapters) == ["beta/tone"]
     told = [(e.tenant, e.subject, e.detail) for e in catalog.audit(action="transfer").entries]
     assert told == [("beta", "beta/tone", {"of": "acme/tone"}), ("acme", "acme/tone", {"to": "beta/tone"})]
-    acme.note_upload(digest(5))
+    acme.record_upload(digest(5))
     publish(acme, "tone", 5)  # the name is free
     back = catalog.transfer("beta/tone", "default", "house-tone")
     assert (back.name, back.tenant) == ("house-tone", "default")

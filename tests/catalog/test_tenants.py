@@ -32,7 +32,7 @@ MEASURED = Evaluation(metric="perplexity", value=9.5, dataset="docs", context_le
 
 def bring(catalog: Catalog, name: str, number: int, aliases: tuple[str, ...] = ()) -> None:
     """What publishing does."""
-    catalog.note_upload(digest(number))
+    catalog.record_upload(digest(number))
     publish(catalog, name, number, aliases=aliases)
 
 
@@ -131,7 +131,7 @@ WRITES = ("register", "check_name", "promote", "rollback", "delete_alias", "set_
 def test_anothers_adapter_is_as_unknown_as_any(catalog: Catalog, acme: Catalog, operation: str) -> None:
     bring(acme, "tone", 8, aliases=("prod",))
     beta = catalog.view(BETA)
-    beta.note_upload(digest(7))
+    beta.record_upload(digest(7))
     before = catalog.snapshot()
     said = []
     for name in ("acme/tone", "acme/nope"):
@@ -190,8 +190,8 @@ def test_a_digest_is_registered_by_those_who_brought_it_or_see_it(catalog: Catal
     assert beta.adapters() == ()
     acme.share("tone", "public")
     assert beta.register("mine", digest(1), manifest(1)).label == "beta/mine@1"
-    beta.note_upload(digest(2))
-    beta.note_upload(digest(2))
+    beta.record_upload(digest(2))
+    beta.record_upload(digest(2))
     assert beta.register("mine", digest(2), manifest(2)).version == 2
     assert catalog.register("beta/mine", digest(99), manifest(99)).label == "beta/mine@3"  # an administrator
     with pytest.raises(SpecError, match="no tenant 'gamma'"):
@@ -200,14 +200,14 @@ def test_a_digest_is_registered_by_those_who_brought_it_or_see_it(catalog: Catal
 
 def test_who_registers_what_is_shared_is_not_told_how_it_was_made(catalog: Catalog, acme: Catalog) -> None:
     beta, made = catalog.view(BETA), manifest(7).model_copy(update={"job_id": "train_7", "data_fingerprint": digest(8)})
-    acme.note_upload(digest(7))
+    acme.record_upload(digest(7))
     acme.register("made", digest(7), made)
     acme.share("made", "public")
     for name in ("mine", "again"):
         told = beta.register(name, digest(7), made).manifest
         assert told == beta.version(name, 1).manifest == manifest(7)
     assert acme.register("copy", digest(7), made).manifest == made
-    beta.note_upload(digest(7))
+    beta.record_upload(digest(7))
     assert beta.register("brought", digest(7), made).manifest == made
 
 
@@ -238,7 +238,7 @@ def test_evaluations_and_pairs_stay_with_their_tenant(catalog: Catalog, acme: Ca
     catalog.record_evaluations(digest(1), [MEASURED])  # an administrator, for whoever has it
     assert (len(acme.evaluations(digest(1))), len(beta.evaluations(digest(1)))) == (2, 1)
     for view, number, key in ((beta, 11, 5), (acme, 12, 6), (acme, 13, 5), (catalog, 14, 0)):
-        view.note_upload(digest(number))
+        view.record_upload(digest(number))
         view.register("vera", digest(number), vera_manifest(number, key=key))
     assert [p.key for p in acme.projections(BASE)] == [6, 5, 0]
     assert [p.key for p in beta.projections(BASE)] == [5, 0]

@@ -115,7 +115,7 @@ def test_unsupported_architecture(loray: Loray, checkpoint: Path, tmp_path: Path
 
 def _check_release(loray: Loray, digest: str) -> None:
     catalog = Catalog(Settings.from_env().catalog)
-    catalog.note_death(digest, "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
+    catalog.report_death(digest, "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
     catalog.close()
     assert "a replica died on it" in loray("adapters", "show", "tone@2").out
     assert json.loads(loray("adapters", "show", "tone@2", "--json").out)["quarantine"]["deaths"] == 1

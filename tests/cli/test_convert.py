@@ -44,7 +44,7 @@ def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -
     again = loray("adapters", "convert", vera, "--to", "merged", "--folder", target)
     assert (again.code, again.err) == (1, f"error: {target} is not empty; name a new folder\n")
     whole = loray("adapters", "convert", vera, "--to", "merged", "--folder", tmp_path / "new", "--as-trained")
-    assert (whole.code, "was not trained on a quantised base" in whole.err) == (1, True)
+    assert (whole.code, "was not trained on a quantized base" in whole.err) == (1, True)
 
 
 def test_gguf(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:

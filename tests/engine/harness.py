@@ -44,11 +44,11 @@ def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
     """Add all requests. When this returns their adapters have been loaded, as far as the host has room."""
     for r in requests:
         engine.add(r)
-    engine.residency.poll()
-    started = [(e, e.load) for e in engine.residency.table.at[Stage.LOADING].values() if e.load is not None]
+    engine.adapter_manager.poll()
+    started = [(e, e.load) for e in engine.adapter_manager.table.at[Stage.LOADING].values() if e.load is not None]
     wait([load for _, load in started])
     while any(entry.load is load for entry, load in started):  # the threads tell after the load has ended
-        engine.residency.poll()
+        engine.adapter_manager.poll()
 
 
 def run(

@@ -77,9 +77,9 @@ def test_a_cold_request_with_a_full_pool_and_host_costs_the_same_for_any_number(
     lines = []
     for n in (FEW, MANY):
         sim = full_engine(n)
-        evictions = sim.residency.counts.num_evictions
+        evictions = sim.adapter_manager.counts.num_evictions
         lines.append(executed_lines(lambda sim=sim: [serve(sim, adapter(f"cold {i}")) for i in range(40)]))  # type: ignore[misc]
-        assert sim.residency.counts.num_evictions > evictions
+        assert sim.adapter_manager.counts.num_evictions > evictions
         sim.check_integrity()
     assert lines[1] < 1.3 * lines[0]
 
@@ -89,10 +89,10 @@ def test_an_idle_step_costs_the_same_for_any_number_of_loads_under_way() -> None
     for n in (FEW, MANY):
         world = World(host_bytes=1 << 30)
         for i in range(n):
-            world.residency.want(ref(str(i)))
-        world.residency.poll()
+            world.adapter_manager.add_waiter(ref(str(i)))
+        world.adapter_manager.poll()
         assert world.num_loads == n
-        lines.append(executed_lines(world.residency.poll))
+        lines.append(executed_lines(world.adapter_manager.poll))
     assert lines[1] == lines[0]
 
 
@@ -100,27 +100,27 @@ def test_a_load_without_room_costs_the_same_for_any_number_of_copies_that_are_ne
     lines = []
     for n in (FEW, MANY):
         world = World(host_bytes=100 * n)
-        residency = world.residency
-        residency.want(ref("first"))
-        residency.poll()
+        adapter_manager = world.adapter_manager
+        adapter_manager.add_waiter(ref("first"))
+        adapter_manager.poll()
         for i in range(1, n):
-            residency.want(ref(str(i)))
-            residency.poll()
+            adapter_manager.add_waiter(ref(str(i)))
+            adapter_manager.poll()
             world.finish(str(i))
-        residency.want(ref("large", 50 * n))
+        adapter_manager.add_waiter(ref("large", 50 * n))
         for i in range(1, n // 2):  # later requests, which do not make room enough
-            residency.want(ref(str(i)))
-            residency.unwant(ref(str(i)))
-        residency.poll()
+            adapter_manager.add_waiter(ref(str(i)))
+            adapter_manager.remove_waiter(ref(str(i)))
+        adapter_manager.poll()
 
         def steps(world: World = world) -> None:
             for i in range(40):
-                world.residency.want(ref(str(i + 1)))
-                world.residency.poll()
-                world.residency.unwant(ref(str(i + 1)))
-                world.residency.poll()
+                world.adapter_manager.add_waiter(ref(str(i + 1)))
+                world.adapter_manager.poll()
+                world.adapter_manager.remove_waiter(ref(str(i + 1)))
+                world.adapter_manager.poll()
 
         lines.append(executed_lines(steps))
         assert "large" not in world.loads
-        residency.table.check_integrity()
+        adapter_manager.table.check_integrity()
     assert lines[1] < 1.3 * lines[0]

@@ -68,7 +68,7 @@ def outcomes(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[dict[
         engine.check_integrity()
     assert not engine._requests
     engine.scheduler.prefix_cache.evict(1 << 20)
-    while engine.residency.evict_one():
+    while engine.adapter_manager.evict_one():
         pass
     engine.check_integrity()
     assert engine.pool.allocator.num_free == engine.pool.geometry.num_blocks

@@ -145,7 +145,7 @@ def test_none_lost_none_wrong_nothing_leaked(
     fill_up(engine)
     store = Store(base, adapters)
     engine._loads._load = store
-    engine.residency._backoff = no_backoff()
+    engine.adapter_manager._backoff = no_backoff()
     rng = random.Random(2)
     requests = []
     for i in range(num_requests):
@@ -162,6 +162,6 @@ def test_none_lost_none_wrong_nothing_leaked(
     assert stats.num_preemptions > 0
     num_blocks = engine.pool.geometry.num_blocks
     engine.scheduler.prefix_cache.evict(num_blocks)
-    while engine.residency.evict_one():
+    while engine.adapter_manager.evict_one():
         pass
     assert engine.pool.allocator.num_free == num_blocks

@@ -166,7 +166,7 @@ class Sequence:
         order = list(range(num_blocks + 3))
         random.Random(1).shuffle(order)
         self.blocks = torch.tensor(order[:num_blocks])
-        self.slots_T = self.blocks.repeat_interleave(16)[:length] * 16 + torch.arange(length) % 16
+        self.slot_mapping_T = self.blocks.repeat_interleave(16)[:length] * 16 + torch.arange(length) % 16
         self.q_THd = randn(dtype, 7, length, heads[0], head_dim)
         self.k, self.v = (randn(dtype, s, length, heads[1], head_dim) for s in (8, 9))
         store(ops, self.pool, self.layout, 1, self.k, self.v, self.meta((0, length)))
@@ -176,8 +176,8 @@ class Sequence:
         starts = [0]
         for first, stop in chunks:
             starts.append(starts[-1] + stop - first)
-        slots_T = torch.cat([self.slots_T[a:b] for a, b in chunks])
-        return AttentionMeta(tuple(starts), tuple(b for _, b in chunks), (self.blocks,) * len(chunks), slots_T)
+        slot_mapping_T = torch.cat([self.slot_mapping_T[a:b] for a, b in chunks])
+        return AttentionMeta(tuple(starts), tuple(b for _, b in chunks), (self.blocks,) * len(chunks), slot_mapping_T)
 
     def attend(self, ops: Ops, *chunks: tuple[int, int]) -> Tensor:
         q_THd = torch.cat([self.q_THd[a:b] for a, b in chunks])

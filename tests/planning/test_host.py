@@ -50,7 +50,7 @@ def test_workers_on_other_nodes_are_not_counted() -> None:
     assert sizes(long_run("Llama-2-7b-hf", 32768, workers=16))["the base, as each worker reads it"] == 8 * BASE
 
 
-def test_a_quantised_base_is_read_tensor_by_tensor() -> None:
+def test_a_quantized_base_is_read_tensor_by_tensor() -> None:
     run = llama(quantization={})
     held = sizes(run)
     assert held["a tensor of the base, as each worker reads it"] == 8 * 2 * EMBEDDING
@@ -82,10 +82,10 @@ def test_a_node_that_is_too_small_is_refused_with_the_strategy_that_fits() -> No
         problem.message
     )
     assert "most of it is the base, as each worker reads it (208.3 GB)" in problem.message
-    assert problem.remedy.startswith("parallel.strategy: fsdp2 would take ")
+    assert problem.fix.startswith("parallel.strategy: fsdp2 would take ")
     tiny = A100.model_copy(update={"host_memory_bytes": 20 * GB})
     (hopeless,) = make_plan(llama(strategy="fsdp2"), tiny).problems
-    assert "take nodes with more memory" in hopeless.remedy
+    assert "take nodes with more memory" in hopeless.fix
 
 
 def test_a_machine_without_gpus_has_one_memory_and_an_unknown_node_is_not_judged() -> None:

@@ -83,12 +83,12 @@ def test_what_is_gathered_for_use() -> None:
 
 
 @pytest.mark.parametrize(("double", "bits"), [(True, 4 + 8.125 / 64), (False, 4.5)])
-def test_a_quantised_base_has_its_layers_in_four_bits(double: bool, bits: float) -> None:
+def test_a_quantized_base_has_its_layers_in_four_bits(double: bool, bits: float) -> None:
     run = long_run("Llama-2-7b-hf", 32768, quantization={"bnb_4bit_use_double_quant": double})
     held, layers = sizes(run), 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     rest = TOTALS["Llama-2-7b-hf"] - layers - NORMS - EMBEDDING
     assert held["base weights"] == pytest.approx(layers * bits / 8 + 2 * rest, abs=1)
-    assert held["a matrix, dequantised"] == 2 * 4096 * 11008
+    assert held["a matrix, dequantized"] == 2 * 4096 * 11008
     plain = long_run("Llama-2-7b-hf", 32768)
     assert estimate_time(run, A100, plan_traffic(run)).step_s > estimate_time(plain, A100, plan_traffic(plain)).step_s
 

@@ -50,18 +50,18 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(
     assert plan.is_refused
     assert "GB a worker where a100-80gb has 80.8 GB to use" in problem.message
     assert plan.memory.dominant.name in problem.message
-    remedy = smallest_fix(run, A100)
-    assert remedy is not None
-    assert remedy.changes == changes
-    assert problem.remedy.startswith(" and ".join(changes))
-    assert remedy.peak_bytes <= A100.usable_bytes
+    fix = smallest_fix(run, A100)
+    assert fix is not None
+    assert fix.changes == changes
+    assert problem.fix.startswith(" and ".join(changes))
+    assert fix.peak_bytes <= A100.usable_bytes
 
 
 def test_shorter_micro_batches_come_before_more_workers() -> None:
     run = long_run("Llama-2-7b-hf", 32768, batch={"rows": 8}, gradient_checkpointing=True)
-    remedy = smallest_fix(run, A100)
-    assert remedy is not None
-    assert remedy.changes == ("batch: {rows: 1, accumulation: 8}",)
+    fix = smallest_fix(run, A100)
+    assert fix is not None
+    assert fix.changes == ("batch: {rows: 1, accumulation: 8}",)
 
 
 def test_where_nothing_helps_the_plan_says_so() -> None:
@@ -69,7 +69,7 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
     device = host(MACHINE, num_workers=1)
     problem, on_a_cpu = make_plan(run, device).problems
     assert "69.0 billion parameters is trained on the CPU" in on_a_cpu.message
-    assert "nothing in the recipe makes it fit" in problem.remedy
+    assert "nothing in the recipe makes it fit" in problem.fix
     tiny = A100.model_copy(update={"memory_bytes": 10**8})
     assert smallest_fix(run, tiny) is None
 
@@ -100,12 +100,12 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
         (long_run("smollm2", 16384, strategy="zero2"), "zero2 has one worker", "parallel.strategy: ddp"),
     ],
 )
-def test_warnings(run: Any, message: str, remedy: str) -> None:
+def test_warnings(run: Any, message: str, fix: str) -> None:
     plan = make_plan(run, A100)
     assert not plan.is_refused
     (problem,) = plan.problems
     assert message in problem.message
-    assert problem.remedy.startswith(remedy)
+    assert problem.fix.startswith(fix)
 
 
 def test_what_the_driver_would_refuse() -> None:

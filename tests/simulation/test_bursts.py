@@ -57,7 +57,7 @@ def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load
         job = SimulatedRequest(index, 300, 60, index)
         replica.num_jobs += 1
         scaler.arrived(member, job, 0.0)
-        if replica.adapters.want(job.adapter)[0]:
+        if replica.adapters.add_waiter(job.adapter)[0]:
             replica.ready(job)
     assert (replica.num_jobs, replica.num_running) == (2, 1)
     seen = scaler.observe(member, 0.1)

@@ -145,12 +145,12 @@ def test_a_request_that_finds_its_adapter_in_the_pool_keeps_the_copy_on_the_host
     profile = PROFILE.model_copy(update={"host_bytes": 2.5 * size, "pool_bytes": 10 * size})
     adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
     for adapter in (0, 1):
-        assert adapters.want(adapter) == (False, True)
+        assert adapters.add_waiter(adapter) == (False, True)
         adapters.loaded(adapter)
     adapters.take(0, 0.0)
     adapters.give_back(0, 0.0)
-    assert adapters.want(0) == (True, False)
-    adapters.want(2)
+    assert adapters.add_waiter(0) == (True, False)
+    adapters.add_waiter(2)
     adapters.loaded(2)
     assert [adapters.tier(adapter) for adapter in range(3)] == [POOL, NOWHERE, HOST]
 
@@ -161,7 +161,7 @@ def test_an_adapter_that_only_the_pool_has_is_worth_its_load() -> None:
     profile = PROFILE.model_copy(update={"host_bytes": 1.5 * size, "pool_bytes": 2.5 * size})
     adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
     for adapter in (0, 1, 2):
-        adapters.want(adapter)
+        adapters.add_waiter(adapter)
         adapters.loaded(adapter)
         adapters.take(adapter, 0.0)
         adapters.give_back(adapter, 0.0)

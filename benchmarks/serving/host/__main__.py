@@ -195,8 +195,8 @@ def _refs(args: argparse.Namespace, base: BaseModel) -> list[AdapterRef]:
 
 def _start(engine: Engine, rows: int) -> None:
     """Until every row decodes. All adapters are loaded first, so that prompts are computed together."""
-    at = engine.residency.table.at
-    while engine.residency.poll() or at[Stage.QUEUED] or at[Stage.LOADING]:
+    at = engine.adapter_manager.table.at
+    while engine.adapter_manager.poll() or at[Stage.QUEUED] or at[Stage.LOADING]:
         time.sleep(0.001)
     while True:
         outputs = engine.step()

@@ -104,9 +104,9 @@ class DenseOps(ReferenceOps):
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
         return y_TO
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
-        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1 or seats is not None:
-            return super().sample(logits_SV, draws, seats)
+    def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
+        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1 or slots is not None:
+            return super().sample(logits_SV, draws, slots)
         num, words_MW = len(draws.rows), draws.words_MW
         choices = np.empty(num, dtype=_CHOICE)
         choices["row"], choices["mask"] = draws.rows, draws.masks
@@ -203,8 +203,8 @@ class DenseOps(ReferenceOps):
         if f is None:
             super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
             return
-        k_TKd, v_TKd, slots_T = token_rows(k_TKd), token_rows(v_TKd), meta.slots_T.contiguous()
-        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
+        k_TKd, v_TKd, slot_mapping_T = token_rows(k_TKd), token_rows(v_TKd), meta.slot_mapping_T.contiguous()
+        assert k_TKd.shape == v_TKd.shape == (slot_mapping_T.shape[0], layout.num_kv_heads, layout.head_dim)
         f.write_kv(
             address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
@@ -214,8 +214,8 @@ class DenseOps(ReferenceOps):
             v_TKd.data_ptr(),
             v_TKd.stride(0),
             layout.num_kv_heads * layout.head_dim,
-            slots_T.data_ptr(),
-            slots_T.shape[0],
+            slot_mapping_T.data_ptr(),
+            slot_mapping_T.shape[0],
             torch.get_num_threads(),
         )
 

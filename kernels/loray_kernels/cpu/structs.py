@@ -238,19 +238,19 @@ def pack_step(step: StepInputs) -> CStruct:
     packed: CStruct | None = step.memo.get("cpu")
     if packed is None:
         meta, spans = pack_meta(step.attention, step.layout.block_tokens), pack_segments(step.segments)
-        slots_T, cos_Td, sin_Td = (
-            step.attention.slots_T.contiguous(),
+        slot_mapping_T, cos_Td, sin_Td = (
+            step.attention.slot_mapping_T.contiguous(),
             step.cos_Td.contiguous(),
             step.sin_Td.contiguous(),
         )
-        num_tokens = slots_T.shape[0]
+        num_tokens = slot_mapping_T.shape[0]
         assert meta.widths == (num_tokens,)
         assert spans.widths[0] <= num_tokens
         assert cos_Td.shape == sin_Td.shape == (num_tokens, step.layout.head_dim)
         layout = pack_layout(step.layout)
         pointers = (step.pool.data_ptr(), cos_Td.data_ptr(), sin_Td.data_ptr())
-        words = [num_tokens, *pointers, layout.address, meta.address, slots_T.data_ptr(), spans.address]
+        words = [num_tokens, *pointers, layout.address, meta.address, slot_mapping_T.data_ptr(), spans.address]
         address, held = pack_words(words)
-        keep = (held, meta, spans, slots_T, cos_Td, sin_Td, layout, step.pool)
+        keep = (held, meta, spans, slot_mapping_T, cos_Td, sin_Td, layout, step.pool)
         packed = step.memo["cpu"] = CStruct(address, keep, (num_tokens,), spans.num)
     return packed

@@ -43,7 +43,7 @@ def prompts_of(meta: AttentionMeta, block_tokens: int) -> Prompts:
     spans = [*pairwise(meta.query_start)]
     own = [i for i, (start, stop) in enumerate(spans) if stop - start > 1]
     pages = [-(-meta.context_len[i] // block_tokens) for i in own]
-    device = meta.slots_T.device
+    device = meta.slot_mapping_T.device
     tokens = None
     if len(own) < len(spans):
         tokens = torch.tensor([t for i in own for t in range(*spans[i])], device=device)

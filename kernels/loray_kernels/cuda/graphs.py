@@ -41,13 +41,13 @@ _MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequenc
 
 
 class StepWords:
-    """The numbers of a step on the device: token ids (−1: the one drawn before), positions, seats, items of adapters;
+    """The numbers of a step on the device: token ids (−1: the one drawn before), positions, slots, items of adapters;
     with `vectors` their starts, pairs and own embedding rows; then places and blocks of a new block for each sequence,
     which the step itself writes to the tables; then those of more, which are written before it.
 
     They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
 
-    blocks  the tables of all seats, and an element that nobody reads, for what is no new block
+    blocks  the tables of all slots, and an element that nobody reads, for what is no new block
     """
 
     def __init__(self, size: int, blocks: Tensor, *, vectors: bool = False) -> None:
@@ -69,7 +69,7 @@ class StepWords:
         view[:num] = step.token_ids
         view[size : size + num] = step.positions
         view[size + num : 2 * size] = -1
-        view[2 * size : 2 * size + num] = step.seats
+        view[2 * size : 2 * size + num] = step.slots
         view[3 * size : 3 * size + len(step.items)] = step.items
         view[3 * size + len(step.items) : self._num] = 0
         if self._vectors:
@@ -104,7 +104,7 @@ class StepWords:
 
 
 class PaddedStep:
-    """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
+    """A step of `size` sequences, computed on the device from its words and the slots' block tables."""
 
     def __init__(
         self,
@@ -121,12 +121,12 @@ class PaddedStep:
         self._has_vectors = bool(parts & ~Parts.LORA)
         self.words = StepWords(size, blocks, vectors=self._has_vectors)
         self._size, self._blocks, self._records, self._decoding = size, blocks, records, decoding
-        self._tokens = tokens  # by seat, that the step before has drawn
+        self._tokens = tokens  # by slot, that the step before has drawn
         self._numbers = torch.arange(size + 1, device=device)
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
         self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
-    def seats(self, num: int) -> TokenSlots:
+    def slots(self, num: int) -> TokenSlots:
         """Of the first `num` rows, where their tokens are drawn to."""
         return TokenSlots(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
 
@@ -134,9 +134,9 @@ class PaddedStep:
         size, block_tokens = self._size, self._decoding.layout.block_tokens
         self.words.write_blocks()
         words = self.words.words
-        known_S, positions_S, seats_S = words[: 3 * size].view(3, size)
-        token_ids_S = torch.where(known_S < 0, self._tokens[seats_S], known_S)
-        at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
+        known_S, positions_S, slots_S = words[: 3 * size].view(3, size)
+        token_ids_S = torch.where(known_S < 0, self._tokens[slots_S], known_S)
+        at_S, start_S = positions_S.clamp(min=0), slots_S * self._decoding.max_blocks
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
         meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
@@ -204,10 +204,10 @@ class DecodeGraphs:
 
     def __init__(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding, recorder: Capturer) -> None:
         self._forward, self._decoding, self._recorder = forward, decoding, recorder
-        num_blocks = decoding.num_seats * decoding.max_blocks + 1  # the last one is not a seat's, see StepWords
+        num_blocks = decoding.num_slots * decoding.max_blocks + 1  # the last one is not a slot's, see StepWords
         self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
-        self._tokens = torch.zeros(decoding.num_seats, dtype=torch.int64, device=decoding.device)
-        self._seats: TokenSlots | None = None
+        self._tokens = torch.zeros(decoding.num_slots, dtype=torch.int64, device=decoding.device)
+        self._slots: TokenSlots | None = None
         self._steps: dict[GraphShape, PaddedStep] = {}
         self._recorded: dict[GraphShape, Capture] = {}
         self._serving: dict[GraphShape, GraphShape | None] = {}  # by needed form: the recorded one that serves it
@@ -222,7 +222,7 @@ class DecodeGraphs:
         form = self._serving_of(needed)
         padded = self._step(form or needed)
         padded.words.fill(step)
-        self._seats = padded.seats(num)
+        self._slots = padded.slots(num)
         if form is None:
             return self._forward(padded.step())[:num]
         recording = self._recorded[form]
@@ -230,9 +230,9 @@ class DecodeGraphs:
         return recording.out[:num]
 
     @property
-    def seats(self) -> TokenSlots:
-        assert self._seats is not None, "a step has been computed"
-        return self._seats
+    def slots(self) -> TokenSlots:
+        assert self._slots is not None, "a step has been computed"
+        return self._slots
 
     def forms(self) -> Iterator[GraphShape]:
         """All that steps may need, the most useful first, since limits may end recording.
@@ -240,7 +240,7 @@ class DecodeGraphs:
         First what serves every step: of each size adapters with everything, with LoRA alone, and the base. Then the
         other kinds. The first form needs the most memory, which the others then share.
         """
-        size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
+        size = _least(SIZES, min(self._decoding.num_slots, SIZES[-1]))
         sizes = [s for s in reversed(SIZES) if s <= size]
         first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
         rest = [k for k in reversed(KINDS) if k not in first]

@@ -93,7 +93,7 @@ class RowLaunches:
         tables: tuple[Tensor, Tensor],
         pool: Tensor,
         layout: KvLayout,
-        slots_T: Tensor,
+        slot_mapping_T: Tensor,
     ) -> None:
         """`tables`: cos and sin. `pool` begins at the layer's share. A negative slot is skipped."""
         num_tokens, num_heads, d = q_THd.shape
@@ -116,7 +116,7 @@ class RowLaunches:
                 pool.data_ptr(),
                 layout.num_layers * layout.layer_share,
                 layout.block_tokens,
-                slots_T.data_ptr(),
+                slot_mapping_T.data_ptr(),
             ),
         )
 

@@ -62,12 +62,12 @@ class CudaOps(ReferenceOps):
             return None
         return DecodeGraphs(forward, decoding, GraphCapturer(decoding.device, decoding.ranks))
 
-    def sample(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
+    def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
         if not _samples(logits_SV):
-            return super().sample(logits_SV, draws, seats)
+            return super().sample(logits_SV, draws, slots)
         if self._sampling is None:
             self._sampling = Sampling(self._gather.launch, logits_SV.device)
-        return self._sampling(logits_SV, draws, seats)
+        return self._sampling(logits_SV, draws, slots)
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
         return Choosing(self._gather.launch, logits_SV.device) if _samples(logits_SV) else None
@@ -141,10 +141,10 @@ class CudaOps(ReferenceOps):
         assert d % 2 == 0
         assert k_TKd.shape == v_TKd.shape == (num_tokens, layout.num_kv_heads, d)
         assert tables[0].shape == tables[1].shape == (num_tokens, d)
-        assert step.attention.slots_T.shape == (num_tokens,)
+        assert step.attention.slot_mapping_T.shape == (num_tokens,)
         y_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-        cache, slots_T = pool[layer * layout.layer_share :], step.attention.slots_T.contiguous()
-        self._gather.rope_kv(q_THd, y_THd, k_TKd, v_TKd, tables, cache, layout, slots_T)
+        cache, slot_mapping_T = pool[layer * layout.layer_share :], step.attention.slot_mapping_T.contiguous()
+        self._gather.rope_kv(q_THd, y_THd, k_TKd, v_TKd, tables, cache, layout, slot_mapping_T)
         return y_THd
 
     def paged_attention(
@@ -209,7 +209,7 @@ class CudaOps(ReferenceOps):
             if spans.tiled.num:
                 self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
 
-    def lora_of_records(
+    def lora_by_descriptor(
         self,
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
@@ -226,7 +226,7 @@ class CudaOps(ReferenceOps):
         self._gather.recorded_shrink(x_TI, layer, records, field, tables, h_TR)
         self._gather.recorded_expand(outputs, h_TR, layer, records, field, tables)
 
-    def vera_of_records(
+    def vera_by_descriptor(
         self,
         x_TI: Tensor,
         y_TO: Tensor,
@@ -245,7 +245,7 @@ class CudaOps(ReferenceOps):
         self._gather.vera_recorded_shrink(x_TI, columns, vectors, layer, tables, z_TR)
         self._gather.vera_recorded_expand(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
 
-    def scale_of_records(
+    def scale_by_descriptor(
         self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
     ) -> None:
         vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))

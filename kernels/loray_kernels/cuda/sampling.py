@@ -40,10 +40,10 @@ def launch_sample(
     choices: Sequence[Tensor],
     words_MW: Tensor | None,
     out_R2: Tensor,
-    seats: TokenSlots | None,
+    slots: TokenSlots | None,
 ) -> None:
     arguments = (*_logits(logits_SV), *(t.data_ptr() for t in choices), *_words(words_MW), out_R2.data_ptr())
-    launch("sample_fp32", (out_R2.shape[0], 1, 1), _THREADS, (*arguments, *_seats(seats)))
+    launch("sample_fp32", (out_R2.shape[0], 1, 1), _THREADS, (*arguments, *_slots(slots)))
 
 
 def launch_choose(
@@ -53,11 +53,11 @@ def launch_choose(
     addresses: Sequence[int],
     words_MW: Tensor | None,
     out: Tensor,
-    seats: TokenSlots | None,
+    slots: TokenSlots | None,
 ) -> None:
     """`addresses`: of the choices, the new edits and the forbidden tokens."""
     arguments = (*_logits(logits_SV), *addresses, *_words(words_MW), out.data_ptr())
-    launch("choose_fp32", (num, 1, 1), _THREADS, (*arguments, *_seats(seats)))
+    launch("choose_fp32", (num, 1, 1), _THREADS, (*arguments, *_slots(slots)))
 
 
 def _logits(logits_SV: Tensor) -> tuple[int, int, int]:
@@ -68,8 +68,8 @@ def _words(words_MW: Tensor | None) -> tuple[int, int]:
     return (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
 
 
-def _seats(seats: TokenSlots | None) -> tuple[int, int]:
-    return (0, 0) if seats is None else (seats.seats_S.data_ptr(), seats.tokens.data_ptr())
+def _slots(slots: TokenSlots | None) -> tuple[int, int]:
+    return (0, 0) if slots is None else (slots.slots_S.data_ptr(), slots.tokens.data_ptr())
 
 
 class Readback:
@@ -124,7 +124,7 @@ class Sampling:
         self._launch, self._device, self._readback = launch, device, Readback(device)
         self._grow(1)
 
-    def __call__(self, logits_SV: Tensor, draws: Draws, seats: TokenSlots | None = None) -> Drawn:
+    def __call__(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
         num, words_MW = len(draws.rows), draws.words_MW
         assert max(draws.rows) < len(logits_SV)
         assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
@@ -137,7 +137,7 @@ class Sampling:
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
         choices = self._greedy if is_greedy else self._choices(draws)
-        launch_sample(self._launch, logits_SV, choices, words, out_R2, seats)
+        launch_sample(self._launch, logits_SV, choices, words, out_R2, slots)
         read = self._readback(out_R2.view(-1))
         return lambda: _tokens_and_logits(read())
 
@@ -197,7 +197,7 @@ class Choosing:
         plain: Draws,
         changed: Draws,
         changes: Sequence[Change],
-        seats: TokenSlots | None = None,
+        slots: TokenSlots | None = None,
     ) -> Callable[[], Chosen]:
         num_plain, num, vocab = len(plain.rows), len(changes), logits_SV.shape[1]
         assert max((*plain.rows, *changed.rows)) < len(logits_SV)
@@ -214,9 +214,9 @@ class Choosing:
         out = self._results(2 * num_plain + _RESULT * num)
         if num_plain:
             choices = Choices.of(there[: starts[1]].view(torch.int64), num_plain)
-            launch_sample(self._launch, logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2), seats)
+            launch_sample(self._launch, logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2), slots)
         addresses = [there.data_ptr() + start for start in starts[1:4]]
-        launch_choose(self._launch, logits_SV, num, addresses, words, out[2 * num_plain :], seats)
+        launch_choose(self._launch, logits_SV, num, addresses, words, out[2 * num_plain :], slots)
         read = self._readback(out)
         return lambda: _read(read(), num_plain, changes, vocab)
 

@@ -268,7 +268,7 @@ def num_splits(longest: int) -> int:
 def pack_attention(meta: AttentionMeta, layout: KvLayout) -> AttentionTables:
     packed: AttentionTables | None = meta.memo.get("cuda")
     if packed is None:
-        device = meta.slots_T.device
+        device = meta.slot_mapping_T.device
         decoded: list[int] = []
         prefilled: list[int] = []
         lengths = [t.shape[0] for t in meta.block_table]

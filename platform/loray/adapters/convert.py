@@ -93,7 +93,7 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two
 
 
 class RoundedBase(NamedTuple):
-    """How the base was quantised, and in which dtype it computed."""
+    """How the base was quantized, and in which dtype it computed."""
 
     quantization: QuantizationSpec
     dtype: torch.dtype
@@ -109,7 +109,7 @@ def merge_adapter(
 ) -> None:
     """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
 
-    With `trained_on` the base's linear layers have the values that they had, quantised, while the adapter was trained;
+    With `trained_on` the base's linear layers have the values that they had, quantized, while the adapter was trained;
     else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
     `weights.rope` and `context_length` replace the base's. Raises ConflictError where `folder` exists and is not empty.
     """

@@ -241,7 +241,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     """Check that the checkpoint holds exactly the tensors of `config`.
 
     Raises IntegrityError for a missing tensor, BaseMismatch for a wrong shape, and UnsupportedError for a tensor that
-    the decoder does not use or a dtype that it does not read (quantised checkpoints).
+    the decoder does not use or a dtype that it does not read (quantized checkpoints).
     """
     expected = expected_shapes(config)
     infos = {info.name: info for info in tensor_infos(folder)}

@@ -21,7 +21,7 @@ def check_installed() -> None:
 
 
 def linear_4bit(weight_OI: Tensor, bias_O: Tensor | None, spec: QuantizationSpec) -> nn.Linear:
-    """A frozen linear layer on the CPU whose weight is quantised; products and bias are in the dtype of `weight_OI`."""
+    """A frozen linear layer on the CPU whose weight is quantized; products and bias are in the dtype of `weight_OI`."""
     bnb = _bitsandbytes()
     out_features, in_features = weight_OI.shape
     layer = bnb.nn.Linear4bit(
@@ -34,7 +34,7 @@ def linear_4bit(weight_OI: Tensor, bias_O: Tensor | None, spec: QuantizationSpec
         compress_statistics=spec.bnb_4bit_use_double_quant,
         module=layer,
     )
-    layer.weight = weight.to("cpu")  # quantises
+    layer.weight = weight.to("cpu")  # quantizes
     if bias_O is not None:
         layer.bias = nn.Parameter(bias_O, requires_grad=False)
     # Else an evaluation on a CPU with AVX512 repacks the weights for another kernel, in which training is not possible.
@@ -43,10 +43,10 @@ def linear_4bit(weight_OI: Tensor, bias_O: Tensor | None, spec: QuantizationSpec
     return linear
 
 
-def dequantised(layer: nn.Linear) -> Tensor:
-    """The weight with which a layer computes; that of a layer which is not quantised as it is."""
+def dequantized(layer: nn.Linear) -> Tensor:
+    """The weight with which a layer computes; that of a layer which is not quantized as it is."""
     weight: Any = layer.weight
-    if not is_quantised(weight):
+    if not is_quantized(weight):
         plain: Tensor = weight.detach()
         return plain
     full: Tensor = _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -54,11 +54,11 @@ def dequantised(layer: nn.Linear) -> Tensor:
 
 
 def rounded(weight_OI: Tensor, spec: QuantizationSpec) -> Tensor:
-    """`weight_OI` as a base that is quantised so computes with it, in its dtype."""
-    return dequantised(linear_4bit(weight_OI, None, spec))
+    """`weight_OI` as a base that is quantized so computes with it, in its dtype."""
+    return dequantized(linear_4bit(weight_OI, None, spec))
 
 
-def is_quantised(parameter: Tensor) -> bool:
+def is_quantized(parameter: Tensor) -> bool:
     return getattr(parameter, "quant_state", None) is not None
 
 

@@ -56,7 +56,7 @@ _COPIED = (
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a checkpoint. Raises UnsupportedError where the decoder does not cover it or where it is
-    quantised.
+    quantized.
 
     End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
     ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, TypeError, AttributeError) as e:
         raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
     if raw.get("quantization_config"):
-        raise UnsupportedError(f"{folder} is a quantised checkpoint; add the bf16, fp16 or fp32 one")
+        raise UnsupportedError(f"{folder} is a quantized checkpoint; add the bf16, fp16 or fp32 one")
     return replace(config, eos_token_ids=ends)
 
 
@@ -169,7 +169,7 @@ def add_base(source: str, *, home: Path, name: str | None = None, progress: Prog
 
     `source` is "smollm2", a folder with a Hugging Face checkpoint, or a model id of the Hugging Face hub.
 
-    Raises UnsupportedError (another architecture, pickled or quantised weights) before anything is copied,
+    Raises UnsupportedError (another architecture, pickled or quantized weights) before anything is copied,
     IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (other weights have the name).
     """
     progress = progress or (lambda stage, share: None)

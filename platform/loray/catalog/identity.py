@@ -339,7 +339,7 @@ class Keys(Database):
                 any_keys=c.execute(sa.select(keys.c.id).limit(1)).first() is not None,
             )
 
-    def note_key_use(self, used: Mapping[str, datetime]) -> None:
+    def record_key_use(self, used: Mapping[str, datetime]) -> None:
         """Record when keys, by their ids, were last used. That is no change: servers need not know."""
         rows = [{"key": key_id, "at": moment} for key_id, moment in sorted(used.items())]
         if rows:

@@ -28,7 +28,7 @@ class Quarantines(Database):
         with reading(self._engine) as c:
             return {row.digest: make_quarantined(row) for row in c.execute(sa.select(quarantine))}
 
-    def note_death(
+    def report_death(
         self, digest: str, replica: str, at: datetime, refused_for: Callable[[int], timedelta | None]
     ) -> Quarantined:
         """A replica has died with a request for the adapter. Several gateways may report one death.

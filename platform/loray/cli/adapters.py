@@ -575,7 +575,7 @@ def show(model: str, as_json: bool) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), help="merged: the new folder of the checkpoint.")
 @click.option("--file", type=click.Path(path_type=Path), help="gguf: the new file.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="merged: its tensors' (default the base's).")
-@click.option("--as-trained", is_flag=True, default=None, help="merged: into the base as it was quantised in training.")
+@click.option("--as-trained", is_flag=True, default=None, help="merged: into the base as it was quantized in training.")
 @json_option
 def convert(
     model: str,

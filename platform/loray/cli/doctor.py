@@ -181,12 +181,12 @@ def ok(message: str) -> CheckResult:
     return CheckResult("ok", message)
 
 
-def warning(message: str, mend: str) -> CheckResult:
-    return CheckResult("warning", message, mend)
+def warning(message: str, repair: str) -> CheckResult:
+    return CheckResult("warning", message, repair)
 
 
-def error(message: str, mend: str) -> CheckResult:
-    return CheckResult("error", message, mend)
+def error(message: str, repair: str) -> CheckResult:
+    return CheckResult("error", message, repair)
 
 
 def unwritable(folder: Path) -> str | None:
@@ -214,11 +214,11 @@ def writable(s: Situation) -> CheckResult:
 
 def base(s: Situation) -> CheckResult:
     """Reads the weights' headers; hashes all bytes with `deep`."""
-    name, mend = s.spec.base, f"loray base add {s.spec.base}"
+    name, repair = s.spec.base, f"loray base add {s.spec.base}"
     try:
         found = get_base(s.settings.home, name)
     except BaseNotFound:
-        return error(f"the base model {name} is not on this machine", mend)
+        return error(f"the base model {name} is not on this machine", repair)
     except (LorayError, OSError) as e:
         return error(f"the base model {name} is damaged: {e}", _again(s))
     source = found.source.removeprefix("hf:")
@@ -415,10 +415,10 @@ def shared_memory(s: Situation) -> CheckResult:
 def disk(s: Situation) -> CheckResult:
     free, total = s.facts.disk_free, s.facts.disk_total
     told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
-    mend = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
+    repair = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
     if free < _LEAST_DISK:
-        return error(told, mend)
-    return warning(told, mend) if free < _LOW_DISK * total else ok(told)
+        return error(told, repair)
+    return warning(told, repair) if free < _LOW_DISK * total else ok(told)
 
 
 def open_files(s: Situation) -> CheckResult:
@@ -428,10 +428,12 @@ def open_files(s: Situation) -> CheckResult:
     if limit >= least:
         return ok(f"{limit:,} open files are allowed")
     if s.facts.hard_open_files >= least:
-        mend = f"ulimit -n {least}"
+        repair = f"ulimit -n {least}"
     else:
-        mend = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
-    return error(f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", mend)
+        repair = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
+    return error(
+        f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", repair
+    )
 
 
 def _weights(s: Situation, name: str) -> int:
@@ -531,10 +533,10 @@ def port(s: Situation) -> CheckResult:
         return error(str(e), "loray down")
     if ServingAddress(host, number).url in ours:
         return ok(f"loray serves at port {number}")
-    mend = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
+    repair = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
     if reason.errno != errno.EADDRINUSE:
-        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", mend)
-    return error(f"port {number} is taken by {_holder(number)}", mend)
+        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", repair)
+    return error(f"port {number} is taken by {_holder(number)}", repair)
 
 
 def server(s: Situation) -> CheckResult:
@@ -627,8 +629,8 @@ def catalog(s: Situation) -> CheckResult:
     except IntegrityError as e:
         return error(str(e), "loray catalog restore FILE  (a backup, into a catalog with another name)")
     except (LorayError, OSError) as e:
-        mend = "start the database, or set LORAY_CATALOG to where it is"
-        return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else mend)
+        repair = "start the database, or set LORAY_CATALOG to where it is"
+        return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else repair)
     if revision is None:
         return ok("the catalog is empty; its tables are made at first use")
     if revision == HEAD:
@@ -678,10 +680,10 @@ def skew(ahead: float | None) -> CheckResult:
     if ahead is None:
         return ok("the store's clock could not be compared")
     told = f"this machine's clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the store's"
-    mend = "sudo timedatectl set-ntp true"
+    repair = "sudo timedatectl set-ntp true"
     if abs(ahead) >= _MOST_SKEW_S:
-        return error(f"{told}: S3 refuses requests, and garbage is judged by its age", mend)
-    return warning(told, mend) if abs(ahead) >= _SKEW_S else ok("the clocks of this machine and of the store agree")
+        return error(f"{told}: S3 refuses requests, and garbage is judged by its age", repair)
+    return warning(told, repair) if abs(ahead) >= _SKEW_S else ok("the clocks of this machine and of the store agree")
 
 
 def _is_down(s: Situation) -> bool:

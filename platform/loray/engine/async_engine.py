@@ -214,7 +214,7 @@ class AsyncEngine:
         EngineError if the engine has stopped.
         """
         deadline, engine = time.monotonic() + timeout_s, self._engine
-        prefetch = Prefetch(engine.residency, engine.spec.host_bytes, partial(_leaves_half_free, engine))
+        prefetch = Prefetch(engine.adapter_manager, engine.spec.host_bytes, partial(_leaves_half_free, engine))
         is_done = self.call(lambda: prefetch.begin(refs)).result()
         while not is_done and time.monotonic() < deadline:
             time.sleep(_PREFETCH_LOOK_S)

@@ -81,7 +81,7 @@ def _ready(engine: Engine, model: Decoder) -> Engine:
     spec, pool = engine.spec, engine.pool
     try:
         max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
-        model.use_recordings(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
+        model.use_captures(pool, num_slots=spec.max_num_seqs, max_blocks=max_blocks)
     except BaseException:
         engine.close()
         raise

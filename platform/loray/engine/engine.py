@@ -133,7 +133,7 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
 
 def check_integrity(
     scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    residency: AdapterManager[PackedAdapter, ResidentAdapter],
+    adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> None:
     """AssertionError unless each block is free or held by running requests, the prefix cache or resident adapters, as
@@ -142,13 +142,13 @@ def check_integrity(
     kv = Counter(block for request in scheduler.running for block in request.blocks)
     kv.update(scheduler.prefix_cache.blocks())
     scheduler.prefix_cache.check_integrity()
-    pool.check_integrity(kv, residency.table.residents())
-    residency.table.check_integrity()
+    pool.check_integrity(kv, adapter_manager.table.residents())
+    adapter_manager.table.check_integrity()
     scheduler.waiting.check_integrity()
     pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
-    wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
-    assert pins == Counter(residency.table.pins()), "adapter pins differ from the running requests"
-    assert wants == Counter(residency.table.wants()), "wanted adapters differ from the waiting requests"
+    waiters = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
+    assert pins == Counter(adapter_manager.table.pins()), "adapter pins differ from the running requests"
+    assert waiters == Counter(adapter_manager.table.waiters()), "wanted adapters differ from the waiting requests"
 
 
 def undo_step(
@@ -182,18 +182,18 @@ def undo_step(
 def report(
     counters: Counters,
     scheduler: Scheduler[PackedAdapter, ResidentAdapter],
-    residency: AdapterManager[PackedAdapter, ResidentAdapter],
+    adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> EngineStats:
     """Of the pool's KV blocks those that only the prefix cache holds are `cached`."""
-    tiers, counts = residency.table.by_tier(), residency.counts
+    tiers, counts = adapter_manager.table.by_tier(), adapter_manager.counts
     blocks, num_cached = pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
     return EngineStats(
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
         num_loading=len(tiers[Tier.LOADING]),
         blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
-        host_bytes=residency.table.host_used,
+        host_bytes=adapter_manager.table.host_used,
         num_steps=counters.num_steps,
         num_prompt_tokens=counters.num_prompt_tokens,
         num_output_tokens=counters.num_output_tokens,
@@ -217,7 +217,7 @@ def report(
         step_seconds=counters.step_seconds.counts(),
         step_tokens=counters.step_tokens.counts(),
         step_adapters=counters.step_adapters.counts(),
-        load_seconds=residency.load_seconds.counts(),
+        load_seconds=adapter_manager.load_seconds.counts(),
         queue_seconds={kind: histogram.counts() for kind, histogram in counters.queue_seconds.items()},
     )
 
@@ -225,7 +225,7 @@ def report(
 class Engine:
     """Called from one thread. Loader threads call `wake` when a load has a result or is complete.
 
-    Only that thread may use `pool`, `residency` and `scheduler`; see EngineStream.call.
+    Only that thread may use `pool`, `adapter_manager` and `scheduler`; see EngineStream.call.
     """
 
     def __init__(
@@ -244,19 +244,19 @@ class Engine:
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
-        self.residency: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
+        self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
             load=self._start_load,
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
-            arrived=pool.has_arrived,
+            arrived=pool.copy_is_done,
             usage=AdapterUsageLog(on_forget=self._loads.forget),
             wake=lambda: self.wake(),
         )
         self.scheduler: Scheduler[PackedAdapter, ResidentAdapter] = Scheduler(
             allocator=pool.allocator,
-            residency=self.residency,
+            adapter_manager=self.adapter_manager,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             wait_limits=WaitLimits(spec.max_queued, spec.max_loading, spec.load_timeout_s),
@@ -438,14 +438,14 @@ class Engine:
         del self._requests[request.request_id]
         self._grammars.forget(request)
         if (ref := request.adapter) is not None:
-            self.residency.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
+            self.adapter_manager.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
 
     def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
         return self._loads.start(ref, self.scheduler.first_step_seconds(ref.digest))
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
-        return None if (ref := chunk.request.adapter) is None else self.residency.table.resident(ref)
+        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.table.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
@@ -456,15 +456,15 @@ class Engine:
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     def stats(self) -> EngineStats:
-        return report(self.counters, self.scheduler, self.residency, self.pool)
+        return report(self.counters, self.scheduler, self.adapter_manager, self.pool)
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Where these adapters are and how they have been used; without `digests`, of all that are known."""
-        return self.residency.table.placements(digests)
+        return self.adapter_manager.table.placements(digests)
 
     def check_integrity(self) -> None:
         """AssertionError unless the books of scheduler, residency and pool agree. Between steps."""
-        check_integrity(self.scheduler, self.residency, self.pool)
+        check_integrity(self.scheduler, self.adapter_manager, self.pool)
 
     def check_health(self) -> None:
         """EngineError if another rank has ended. From any thread."""

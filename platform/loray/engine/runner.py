@@ -1,7 +1,7 @@
 """Runs steps: launches them, and reads what they gave.
 
 A recorded decode step is launched before the tokens of the step before it have been read: the device has drawn them,
-and takes them from where they are (`TokenSeats`). So while a device computes a step, the host reads the one before it
+and takes them from where they are (`TokenSlots`). So while a device computes a step, the host reads the one before it
 and schedules the one after it. A token that ends its request without anybody having known leaves a row of the next
 step without use, whose result is dropped.
 
@@ -103,10 +103,10 @@ class ModelRunner:
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)
-        requests, seats = [chunk.request for chunk in batch.sampled], self._model.seats(batch)
-        is_ahead = seats is not None and not any(map(needs_history, requests))
+        requests, slots = [chunk.request for chunk in batch.sampled], self._model.slots(batch)
+        is_ahead = slots is not None and not any(map(needs_history, requests))
         with torch.inference_mode():
-            outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), seats)
+            outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), slots)
         for request in requests:
             request.num_in_flight += 1
         # Nothing is read of a step without tokens and scores, which then has only been queued.

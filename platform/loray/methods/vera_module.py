@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loray.adapters.pairs import PairKey, begin_digest, draw_blocks
-from loray.bases.quantized import is_quantised
+from loray.bases.quantized import is_quantized
 from loray.methods.weights import SharedProjection
 from loray.spec import VeraSpec
 
@@ -98,7 +98,7 @@ class VeraLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight: Any = base_layer.weight
-        dtype = base_layer.compute_dtype if is_quantised(weight) else weight.dtype
+        dtype = base_layer.compute_dtype if is_quantized(weight) else weight.dtype
         self.base_layer = base_layer
         self.shared = shared  # not an nn.Module, so that its tensors are in no state dict
         self.dropout = nn.Dropout(dropout)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.planning.devices import Device
-from loray.planning.run import RunShape, count_dora_norms, count_factors, count_quantised, halo_plan
+from loray.planning.run import RunShape, count_dora_norms, count_factors, count_quantized, halo_plan
 from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 from loray.spec import AdapterSpec, VeraSpec
@@ -306,15 +306,15 @@ def _eager_bytes(run: RunShape) -> float:
     width += 5 * e * model.intermediate_size
     layers = width * model.num_layers * (3 + run.checkpointing + run.has_reference)
     loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.has_reference / 2)  # the reference has no gradient
-    return float((layers + loss) * run.tokens_per_worker + _dequantised_bytes(run)) * run.accumulation
+    return float((layers + loss) * run.tokens_per_worker + _dequantized_bytes(run)) * run.accumulation
 
 
-def _dequantised_bytes(run: RunShape) -> float:
-    """Every pass over a quantised layer reads its weight and writes it in the base's dtype, whatever the tokens."""
+def _dequantized_bytes(run: RunShape) -> float:
+    """Every pass over a quantized layer reads its weight and writes it in the base's dtype, whatever the tokens."""
     if run.quantization is None:
         return 0.0
     once = run.quantization.bytes_per_element + run.element_bytes
-    return once * count_quantised(run.model) * (2 + run.checkpointing + run.has_reference)
+    return once * count_quantized(run.model) * (2 + run.checkpointing + run.has_reference)
 
 
 def _causal(length: int) -> int:

@@ -241,7 +241,7 @@ def _activations(run: RunShape) -> Iterator[Item]:
     if run.quantization is not None:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
-        yield Item("a matrix, dequantised", matrix, ("backward",), matrix)
+        yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
     if isinstance(run.adapter, DoraSpec):  # B A of a unit matrix, W + s B A, and what comes between
         shapes = (run.model.module_shape(module) for module in run.adapter.target_modules)
         largest = run.element_bytes * max(out * width for out, width in shapes)
@@ -322,7 +322,7 @@ MEASURED_AT_ONCE = 4096  # tokens of short windows that share a pass
 
 
 def num_shards(spec: TrainSpec | RunShape) -> int:
-    """Workers over which the weights of a measured model are spread. A base that training quantises is measured as it
+    """Workers over which the weights of a measured model are spread. A base that training quantizes is measured as it
     is served, in four times the memory, which one worker need not have.
     """
     strategy = spec.strategy if isinstance(spec, RunShape) else spec.parallel.strategy
@@ -407,7 +407,7 @@ def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
 
 
 def _base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
-    """Strategies that shard the base read it tensor by tensor, and so does one that is quantised; the others build it
+    """Strategies that shard the base read it tensor by tensor, and so does one that is quantized; the others build it
     whole. What is whole then moves to the device.
     """
     e, model = run.element_bytes, run.model

@@ -236,16 +236,16 @@ def _memory_problems(
     return [PlanProblem("refusal", message, _advice(smallest_fix(run, device)))]
 
 
-def _advice(remedy: Fix | None) -> str:
-    if remedy is None:
+def _advice(fix: Fix | None) -> str:
+    if fix is None:
         return "nothing in the recipe makes it fit: shorten data.max_length, or take a larger device"
-    return f"{' and '.join(remedy.changes)} would take {_gb(remedy.peak_bytes)}"
+    return f"{' and '.join(fix.changes)} would take {_gb(fix.peak_bytes)}"
 
 
-def _host_advice(remedy: Fix | None) -> str:
-    if remedy is None or remedy.host_bytes is None:
+def _host_advice(fix: Fix | None) -> str:
+    if fix is None or fix.host_bytes is None:
         return "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
-    return f"{' and '.join(remedy.changes)} would take {_gb(remedy.host_bytes)} of a node's memory"
+    return f"{' and '.join(fix.changes)} would take {_gb(fix.host_bytes)} of a node's memory"
 
 
 def _device_problems(run: RunShape, device: Device) -> list[PlanProblem]:

@@ -80,8 +80,8 @@ def count_base(model: ModelConfig) -> BaseCounts:
     )
 
 
-def count_quantised(model: ModelConfig) -> int:
-    """Elements of the decoder's linear layers, which a quantised base has in 4 bits."""
+def count_quantized(model: ModelConfig) -> int:
+    """Elements of the decoder's linear layers, which a quantized base has in 4 bits."""
     shapes = (model.module_shape(module) for module in LINEAR_MODULES)
     return model.num_layers * sum(out * width for out, width in shapes)
 
@@ -218,9 +218,9 @@ class RunShape:
         """Of all of the base's parameters, as a worker that holds them whole does."""
         if self.quantization is None:
             return self.element_bytes * self.base.total
-        quantised = count_quantised(self.model)
-        rest = self.element_bytes * (self.base.total - quantised)
-        return rest + int(self.quantization.bytes_per_element * quantised)
+        quantized = count_quantized(self.model)
+        rest = self.element_bytes * (self.base.total - quantized)
+        return rest + int(self.quantization.bytes_per_element * quantized)
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -72,7 +72,7 @@ def merge_into_base(
 ) -> None:
     """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.forms.merge`.
 
-    `as_trained`: into the base as it was quantised while `ref` was trained. Raises SpecError where it was not.
+    `as_trained`: into the base as it was quantized while `ref` was trained. Raises SpecError where it was not.
     """
     import torch
 
@@ -82,7 +82,7 @@ def merge_into_base(
         recipe, trained_on = manifest.recipe, None
         if as_trained:
             if recipe is None or recipe.quantization is None:
-                raise SpecError(f"{ref.label} was not trained on a quantised base: leave out --as-trained")
+                raise SpecError(f"{ref.label} was not trained on a quantized base: leave out --as-trained")
             trained_on = RoundedBase(recipe.quantization, getattr(torch, recipe.chosen_dtype))
         kept = None if dtype is None else getattr(torch, dtype)
         merge_adapter(base, weights, folder, dtype=kept, trained_on=trained_on)

@@ -163,7 +163,7 @@ def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     check_size(manifest, canonical)
     digest = hashlib.sha256(canonical).hexdigest()
     with to.catalog.publishing(_names(digest, manifest)) as claim:
-        to.catalog.note_upload(to.store.put(folder))
+        to.catalog.record_upload(to.store.put(folder))
         return _register(digest, manifest, to, claim)
 
 

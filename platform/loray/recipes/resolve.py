@@ -116,14 +116,14 @@ def check_row_lengths(
     if 2 * typical >= row_length:
         return
     if order == "concat":
-        remedy = "give more text, or lower data.max_length"
+        fix = "give more text, or lower data.max_length"
     elif are_texts:
-        remedy = "set batch.order: concat, which joins texts, or lower data.max_length to what they need"
+        fix = "set batch.order: concat, which joins texts, or lower data.max_length to what they need"
     else:
-        remedy = "set batch.order: packed, give longer rows, or lower data.max_length to what they need"
+        fix = "set batch.order: packed, give longer rows, or lower data.max_length to what they need"
     raise SpecError(
         f"half of the rows have {typical:,.0f} tokens or fewer, of {row_length:,} that they may have: positions after "
-        f"that are hardly trained; {remedy}"
+        f"that are hardly trained; {fix}"
     )
 
 

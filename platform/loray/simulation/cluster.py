@@ -103,7 +103,7 @@ class ReplicaAdapters:
     def tier(self, adapter: int) -> int:
         return POOL if adapter in self._pins else HOST if adapter in self._host else NOWHERE
 
-    def want(self, adapter: int) -> tuple[bool, bool]:
+    def add_waiter(self, adapter: int) -> tuple[bool, bool]:
         """A request comes: whether it may start now, and whether a load of its adapter begins now."""
         if adapter in self._host:
             self._host.move_to_end(adapter)
@@ -194,7 +194,7 @@ class ReplicaAdapters:
         self._idle.set(adapter, (value, self._uses))
 
     def _evict(self, adapter: int, value: float) -> None:
-        self._worth.floor.evicted(value)
+        self._worth.inflation.evicted(value)
         self._idle.discard(adapter)
         del self._pins[adapter], self._scores[adapter]
         self.free += self._sizes[adapter]

@@ -212,7 +212,7 @@ class Simulator:
         replica = member.replica
         if self._policy.foresees:
             replica.adapters.prefetch(job.adapter)
-        is_ready, loads = replica.adapters.want(job.adapter)
+        is_ready, loads = replica.adapters.add_waiter(job.adapter)
         if is_ready:
             self._begin(member, [job], now)
             return

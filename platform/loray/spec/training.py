@@ -401,10 +401,10 @@ class TrainSpec(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _quantised_is_whole(self) -> Self:
+    def _quantized_is_whole(self) -> Self:
         if self.quantization is not None and self.parallel.strategy != "ddp":
             raise ValueError(
-                f"a quantised base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
+                f"a quantized base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
             )
         return self
 
@@ -440,7 +440,7 @@ class TrainSpec(Frozen):
         return self
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """Warnings about values that are valid but probably a mistake."""
         rate = self.optimizer.learning_rate
         if self.adapter.method == "vera" and rate < (_LEAST_VERA_DPO_RATE if self.is_paired else _LEAST_VERA_RATE):

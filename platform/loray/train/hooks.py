@@ -1,8 +1,9 @@
 """S2-Attn and dense attention in transformers' models.
 
 `attn_implementation="s2_attn"` selects it; `config.s2_group_size` is G. The mask function finds padding (2D attention
-mask, right-padded) and packing (position ids that restart), and returns the batch's `BatchSegments`, which each layer gets in
-place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns `ShardSegments`.
+mask, right-padded) and packing (position ids that restart), and returns the batch's `BatchSegments`, which each layer
+gets in place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns
+`ShardSegments`.
 
 `attn_implementation="loray_dense"` selects it. Rows are cut into their documents without padding, once a batch, and
 each document is a segment of causal attention: no mask of T × T positions exists. Inside `sequence_parallel` the ranks

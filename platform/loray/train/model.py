@@ -1,4 +1,4 @@
-"""The model that a recipe trains, sharded or quantised bases.
+"""The model that a recipe trains, sharded or quantized bases.
 
 Frozen parameters are on torch's meta device, shapes without memory, until `replace_parameters` fills them, so that no
 process holds the whole base. Adapters and what else is trained are whole on every rank, as in any model: the same seed
@@ -113,7 +113,7 @@ def replace_parameters(
         then(replacement)
 
 
-def read_quantised(model: Any, weights: BaseWeights, spec: QuantizationSpec) -> None:
+def read_quantized(model: Any, weights: BaseWeights, spec: QuantizationSpec) -> None:
     """Fill `model`, whose parameters are on meta. The output head stays as it is stored.
 
     Raises UnsupportedError where bitsandbytes is missing.
@@ -190,7 +190,7 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
             attach(model, spec.adapter, seed=spec.seed)
     elif spec.quantization is not None:
         model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
-        read_quantised(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
+        read_quantized(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
         attach(model, spec.adapter, seed=spec.seed)
     else:
         model = load_model(base, dtype=spec.chosen_dtype, rope=resolved.rope, attention=attention, config_fields=fields)

@@ -31,7 +31,7 @@ class DeathRecords(Protocol):
     """The part of the catalog that is used here."""
 
     def quarantined(self) -> Mapping[str, Quarantined]: ...
-    def note_death(
+    def report_death(
         self, digest: str, replica: str, at: datetime, refused_for: Callable[[int], timedelta | None]
     ) -> Quarantined: ...
     def try_again(self, digest: str, at: datetime, until: datetime) -> bool: ...
@@ -93,7 +93,9 @@ class SharedQuarantine:
         if self._open is not None:
             self._away_until = float("-inf")
             noted = await self._ask(
-                lambda records: records.note_death(death.digest, replica, _time(at), lambda n: _refused_for(death, n)),
+                lambda records: records.report_death(
+                    death.digest, replica, _time(at), lambda n: _refused_for(death, n)
+                ),
                 _DEATH_TIMEOUT_S,
             )
             if noted is not None:

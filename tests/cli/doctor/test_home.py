@@ -125,11 +125,11 @@ def test_kernels_that_do_not_build_or_load(
     ],
 )
 def test_a_library_that_ends_its_process(
-    code: int, stderr: str, message: str, mend: str, situation: Situations, monkeypatch: pytest.MonkeyPatch
+    code: int, stderr: str, message: str, repair: str, situation: Situations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = subprocess.CompletedProcess[str](["python"], code, "", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     finding = doctor.library(situation())
     assert finding.severity == "error"
     assert message in finding.message
-    assert mend in (finding.mend or "")
+    assert repair in (finding.mend or "")

@@ -57,13 +57,13 @@ def test_what_is_wrong_is_found(
     planted: dict[str, Any],
     severity: str,
     message: str,
-    mend: str,
+    repair: str,
     situation: Situations,
 ) -> None:
     finding = check(situation(**planted))
     assert finding.severity == severity
     assert message in finding.message
-    assert mend in (finding.mend or "")
+    assert repair in (finding.mend or "")
 
 
 def test_what_is_served_has_its_memory(situation: Situations) -> None:

@@ -22,9 +22,9 @@ MAX_BLOCKS = 4
 class Device:
     """Block tables as the steps fill them."""
 
-    def __init__(self, num_seats: int = 3) -> None:
-        self.steps = DecodeSteps(num_seats=num_seats, max_blocks=MAX_BLOCKS, max_rows=8)
-        self.tables = np.full(num_seats * MAX_BLOCKS, -1)
+    def __init__(self, num_slots: int = 3) -> None:
+        self.steps = DecodeSteps(num_slots=num_slots, max_blocks=MAX_BLOCKS, max_rows=8)
+        self.tables = np.full(num_slots * MAX_BLOCKS, -1)
         self.adapters: dict[Request, Any] = {}
 
     def step(self, *requests: Request) -> DecodeBatch | None:
@@ -35,9 +35,9 @@ class Device:
             assert batch is chunks
             return None
         self.tables[list(batch.step.places)] = batch.step.blocks
-        for chunk, seat in zip(batch.sampled, batch.step.seats, strict=True):
+        for chunk, slot in zip(batch.sampled, batch.step.slots, strict=True):
             own = chunk.request.blocks
-            assert self.tables[seat * MAX_BLOCKS :][: len(own)].tolist() == own
+            assert self.tables[slot * MAX_BLOCKS :][: len(own)].tolist() == own
         assert batch.step.positions.tolist() == [c.start for c in batch.sampled]
         assert batch.step.token_ids.tolist() == [c.request.output_ids[-1] for c in batch.sampled]
         return batch
@@ -77,7 +77,7 @@ def test_only_new_blocks_are_sent() -> None:
     second = device.step(a, b)
     assert second is not None
     assert second.step.blocks == [9]
-    assert second.step.seats is first.step.seats  # nothing is arranged again
+    assert second.step.slots is first.step.slots  # nothing is arranged again
     a.blocks = [1, 8, 2]  # moved, or preempted and back
     third = device.step(a, b)
     assert third is not None
@@ -93,7 +93,7 @@ def test_only_new_blocks_are_sent() -> None:
 def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
     """Two requests compute the same tokens side by side, past a block's end: one of them gets the other's block."""
     allocator = BlockAllocator(Geometry(num_blocks=9, num_layers=1, block_tokens=4, layer_share=4))
-    adapters = cast(Any, SimpleNamespace(floor=None))
+    adapters = cast(Any, SimpleNamespace(inflation=None))
     blocks = KVCacheManager(allocator, adapters, lambda n: False, lambda: 0.0, enable_prefix_caching=True)
     device, twins = Device(), [running(name, []) for name in "ab"]
     for _ in range(9):
@@ -115,8 +115,8 @@ def test_a_step_that_is_not_recorded_leaves_the_tables_as_they_were() -> None:
     assert batch.step.blocks == [1]
 
 
-def test_seats_of_requests_that_have_left_are_given_again() -> None:
-    device = Device(num_seats=2)
+def test_slots_of_requests_that_have_left_are_given_again() -> None:
+    device = Device(num_slots=2)
     a, b, c = running("a", [7]), running("b", [8]), running("c", [9, 10])
     assert device.step(a, b)
     a.state, a.blocks = RequestState.FINISHED, []
@@ -130,7 +130,7 @@ def test_seats_of_requests_that_have_left_are_given_again() -> None:
 
 
 def test_rows_of_one_adapter_are_neighbours_four_at_a_time() -> None:
-    device = Device(num_seats=8)
+    device = Device(num_slots=8)
     rows = [running(str(i), [i]) for i in range(8)]
     one, other = adapter(50), adapter(0)
     device.adapters = {r: one for r in rows if r.request_id not in "03"} | {rows[3]: other}
@@ -142,7 +142,7 @@ def test_rows_of_one_adapter_are_neighbours_four_at_a_time() -> None:
 
 
 def test_rows_that_share_a_pair_are_neighbours_and_name_their_vectors() -> None:
-    device = Device(num_seats=8)
+    device = Device(num_slots=8)
     rows = [running(str(i), [i]) for i in range(8)]
     one, two, other, lora = adapter(70, pair=3), adapter(20, pair=3), adapter(40, pair=9), adapter(60)
     device.adapters = {rows[0]: one, rows[1]: other, rows[2]: two, rows[4]: lora} | {rows[i]: one for i in (5, 6, 7)}
@@ -216,7 +216,7 @@ def turns(device: Device, requests: list[Request], num_steps: int) -> list[str]:
 )
 def test_requests_without_a_record_have_steps_of_their_own(num_apart: int, expected: list[str]) -> None:
     """The others stay in recorded ones; nobody waits for more than three steps."""
-    device, requests = Device(num_seats=8), [running(name, [i]) for i, name in enumerate("abcdef")]
+    device, requests = Device(num_slots=8), [running(name, [i]) for i, name in enumerate("abcdef")]
     device.adapters = {r: adapter(None) for r in requests[:num_apart]}
     assert turns(device, requests, 8) == expected
 

@@ -72,7 +72,7 @@ def test_logits_of_prompts(any_base: BaseModel, tmp_path: Path, monkeypatch: pyt
     engine.close()
     kept = [part.token_ids_T.shape[0] for _, part in parts.seen]
     assert max(kept) > 1
-    assert {len(part.adapters.slots) for _, part in parts.seen} >= {0, 1}
+    assert {len(part.adapters.spans) for _, part in parts.seen} >= {0, 1}
     # In the middle of a prompt no logits are needed.
     assert any(not part.last for _, part in parts.seen)
 

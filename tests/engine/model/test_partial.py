@@ -91,8 +91,8 @@ class Scene:
 
     def add_cold(self) -> None:
         self.engine.add(self.requests[0])
-        self.engine.residency.poll()
-        entry = self.engine.residency.table.entries[self.cold.ref.digest]
+        self.engine.adapter_manager.poll()
+        entry = self.engine.adapter_manager.table.entries[self.cold.ref.digest]
         if entry.load is not None:
             entry.load.exception(60)  # it is usable
 
@@ -135,7 +135,7 @@ def test_what_comes_late_holds_back_its_own_requests_alone(scene: Scene, missing
     assert partial.waited == [1, 2]  # in the first step; later ones leave it out
     assert "cold" not in scene.got
     assert [len(scene.got[name]) for name in ("warm", "base")] == [3, 3]
-    assert scene.engine.residency.table.tier(scene.cold.ref) is Tier.LOADING
+    assert scene.engine.adapter_manager.table.tier(scene.cold.ref) is Tier.LOADING
     scene.load.bring_all()
     scene.finish()
     assert scene.tokens(scene.requests) == scene.expected
@@ -163,7 +163,7 @@ def test_what_was_not_published_is_never_sent(scene: Scene, moment: str) -> None
     assert isinstance(out.error, IntegrityError)
     assert scene.tokens(scene.requests[1:]) == {name: scene.expected[name] for name in ("warm", "base")}
     assert scene.engine.stats().num_failed_loads == 1
-    scene.engine.residency._backoff.succeeded(scene.cold.ref.digest)
+    scene.engine.adapter_manager._backoff.succeeded(scene.cold.ref.digest)
     scene.load = Load(scene.cold, scene.engine.base)  # and may be tried again later
     scene.got.clear()
     scene.add_cold()

@@ -127,7 +127,7 @@ def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
     assert run(engine, requests) == expected
     assert engine.stats().num_evictions > before
     while not engine.pool.compact(99):  # until what is left has gaps that can be closed
-        assert engine.residency.evict_one()
+        assert engine.adapter_manager.evict_one()
     engine.check_integrity()
     assert run(engine, requests) == expected
 

@@ -59,10 +59,10 @@ def test_a_batch_of_passed_chunks_is_the_batch_of_the_chunks() -> None:
     def batch(of: Any) -> Batch:
         return build_batch(of, lambda chunk: None, block_tokens=16, hidden_size=8, device=CPU)
 
-    want, got = batch(chunks), batch(passed)
+    add_waiter, got = batch(chunks), batch(passed)
     for name in ("token_ids_T", "positions_T", "logits_T", "scored_T"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert got.attention.query_start == want.attention.query_start
-    assert got.attention.context_len == want.attention.context_len
-    assert all(map(torch.equal, got.attention.block_table, want.attention.block_table))
-    assert torch.equal(got.attention.slots_T, want.attention.slots_T)
+        assert torch.equal(getattr(got, name), getattr(add_waiter, name)), name
+    assert got.attention.query_start == add_waiter.attention.query_start
+    assert got.attention.context_len == add_waiter.attention.context_len
+    assert all(map(torch.equal, got.attention.block_table, add_waiter.attention.block_table))
+    assert torch.equal(got.attention.slot_mapping_T, add_waiter.attention.slot_mapping_T)

@@ -50,12 +50,12 @@ def test_a_step_waits_only_for_adapters_of_its_own_that_are_on_their_way(adapter
     assert second is not None
     assert third is not None
     copies.there = 1
-    assert [pool.has_arrived(a) for a in (first, second)] == [True, False]
+    assert [pool.copy_is_done(a) for a in (first, second)] == [True, False]
     pool.wait_for([first])
     assert copies.num_waits == 0
     pool.remove(third)  # its blocks will be another's: they wait for its copy
     assert copies.num_waits == 1
-    assert pool.has_arrived(second)  # whatever is queued from now on sees it too
+    assert pool.copy_is_done(second)  # whatever is queued from now on sees it too
     pool.remove(first)
     pool.wait_for([second])
     assert copies.num_waits == 1

@@ -191,7 +191,7 @@ def test_logits_are_the_same_bits_after_compaction(
     for name in adapters:
         if name not in kept:
             engine.cancel(f"gone {name}")
-    while engine.residency.evict_one():
+    while engine.adapter_manager.evict_one():
         pass
     free = engine.pool.allocator.num_free
     assert engine.pool.compact(99)
@@ -215,7 +215,7 @@ def test_tables_are_kept_from_step_to_step_until_rows_move(base: BaseModel, adap
     tables = engine._model._adapters
     engine.step()
     assert engine._model._adapters is tables
-    while engine.residency.evict_one():
+    while engine.adapter_manager.evict_one():
         pass
     assert engine.pool.compact(99)
     engine.step()

@@ -73,15 +73,15 @@ def test_many_requests_for_what_cannot_be_loaded_are_few_loads() -> None:
     """One request every 0.1 s for two minutes: the store is asked 7 times, not 1,200."""
     world = World()
     for _ in range(1200):
-        world.residency.want(ref("a"))
-        world.residency.poll()
-        if world.residency.table.tier(ref("a")) is Tier.LOADING:
+        world.adapter_manager.add_waiter(ref("a"))
+        world.adapter_manager.poll()
+        if world.adapter_manager.table.tier(ref("a")) is Tier.LOADING:
             world.loads["a"].set_exception(StoreError("no answer"))
-            world.residency.poll()
-        assert world.residency.table.tier(ref("a")) is Tier.FAILED
-        assert isinstance(world.residency.table.error(ref("a")), StoreError)
-        world.residency.unwant(ref("a"))
-        world.residency.table.check_integrity()
+            world.adapter_manager.poll()
+        assert world.adapter_manager.table.tier(ref("a")) is Tier.FAILED
+        assert isinstance(world.adapter_manager.table.error(ref("a")), StoreError)
+        world.adapter_manager.remove_waiter(ref("a"))
+        world.adapter_manager.table.check_integrity()
         world.now += 0.1
     assert world.num_loads == 7
-    assert world.residency.counts.num_failed_loads == 7
+    assert world.adapter_manager.counts.num_failed_loads == 7

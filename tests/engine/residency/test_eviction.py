@@ -38,7 +38,7 @@ class Pool:
 
     def evict(self) -> None:
         victim = min(self.resident, key=self.value) if self.greedy else next(iter(self.resident))
-        self.eviction.floor.evicted(self.value(victim))
+        self.eviction.inflation.evicted(self.value(victim))
         del self.resident[victim]
 
     def value(self, i: int) -> float:
@@ -95,8 +95,8 @@ def test_one_that_came_layer_by_layer_is_taken_to_cost_what_others_did() -> None
 def test_without_measured_differences_the_least_recently_used_goes() -> None:
     world = World(slots=3)
     for name in "abc":
-        world.residency.release(world.bring(name))
-    world.residency.evict_one()
+        world.adapter_manager.release(world.bring(name))
+    world.adapter_manager.evict_one()
     assert world.placed == ["b", "c"]
 
 
@@ -104,13 +104,13 @@ def test_an_adapter_whose_host_copy_is_gone_is_worth_its_load() -> None:
     """`a` was used first, but only `b` could come back from the host."""
     world = World(slots=2, host_bytes=150)
     for name in "ab":
-        world.residency.want(ref(name))
-        world.residency.poll()
+        world.adapter_manager.add_waiter(ref(name))
+        world.adapter_manager.poll()
         world.now += 2.0
         world.finish(name)
-        assert world.residency.acquire(ref(name))
-        world.residency.unwant(ref(name))
-        world.residency.release(ref(name))
-    assert world.residency.table.host_used == 100
-    assert world.residency.evict_one()
+        assert world.adapter_manager.acquire(ref(name))
+        world.adapter_manager.remove_waiter(ref(name))
+        world.adapter_manager.release(ref(name))
+    assert world.adapter_manager.table.host_used == 100
+    assert world.adapter_manager.evict_one()
     assert world.placed == ["a"]

@@ -38,7 +38,7 @@ class World:
         self.placed: list[str] = []
         self.slow: set[str] = set()  # whose rows are on their way to the pool
         self.now = 0.0
-        self.residency: AdapterManager[Packed, str] = AdapterManager(
+        self.adapter_manager: AdapterManager[Packed, str] = AdapterManager(
             host_bytes=host_bytes,
             load=self.load,
             place=self.place,
@@ -61,15 +61,15 @@ class World:
 
     def finish(self, name: str, nbytes: int = 100) -> None:
         self.loads[name].set_result(Packed(nbytes))
-        self.residency.poll()
+        self.adapter_manager.poll()
 
     def bring(self, name: str) -> AdapterRef:
         r = ref(name)
-        self.residency.want(r)
-        self.residency.poll()
+        self.adapter_manager.add_waiter(r)
+        self.adapter_manager.poll()
         self.finish(name)
-        assert self.residency.acquire(r) is not None
-        self.residency.unwant(r)
+        assert self.adapter_manager.acquire(r) is not None
+        self.adapter_manager.remove_waiter(r)
         return r
 
 

@@ -69,30 +69,30 @@ def check(
         seed = rng.random()
         masks = [masks_of(random.Random(seed), rows, vocab) for rows in zip(*part, strict=True)]
         got = samplers[0](there_SV, [a for a, _ in part], masks[0])()
-        want = samplers[1](logits_SV, [b for _, b in part], masks[1])()
+        add_waiter = samplers[1](logits_SV, [b for _, b in part], masks[1])()
         assert torch.equal(there_SV.cpu(), logits_SV), "the logits have not been put back"
-        for (a, b), mine, theirs in zip(part, got, want, strict=True):
+        for (a, b), mine, theirs in zip(part, got, add_waiter, strict=True):
             compare(mine, theirs, logits_SV, a.spec.params)
             for request, sampled in ((a, mine), (b, theirs)):
                 if isinstance(sampled, Sampled):
                     request.output_ids.append(sampled.token)
 
 
-def compare(got: Any, want: Any, logits_SV: Tensor, own: SamplingParams) -> None:
-    assert type(got) is type(want), own
-    if not isinstance(want, Sampled):
+def compare(got: Any, add_waiter: Any, logits_SV: Tensor, own: SamplingParams) -> None:
+    assert type(got) is type(add_waiter), own
+    if not isinstance(add_waiter, Sampled):
         return
-    assert got.token == want.token, own
-    if want.logprobs is None:
+    assert got.token == add_waiter.token, own
+    if add_waiter.logprobs is None:
         assert got.logprobs is None
         return
-    assert got.logprobs.rank == want.logprobs.rank
+    assert got.logprobs.rank == add_waiter.logprobs.rank
     for mine, theirs in zip(
         (got.logprobs.logprob, *(value for _, value in got.logprobs.top)),
-        (want.logprobs.logprob, *(value for _, value in want.logprobs.top)),
+        (add_waiter.logprobs.logprob, *(value for _, value in add_waiter.logprobs.top)),
         strict=True,
     ):
         assert abs(mine - theirs) < 1e-5
-    values = [value for _, value in want.logprobs.top]
+    values = [value for _, value in add_waiter.logprobs.top]
     if len({round(value, 4) for value in values}) == len(values):  # else equals may stand in any order
-        assert [t for t, _ in got.logprobs.top][:-1] == [t for t, _ in want.logprobs.top][:-1]
+        assert [t for t, _ in got.logprobs.top][:-1] == [t for t, _ in add_waiter.logprobs.top][:-1]

@@ -110,9 +110,9 @@ class Life:
                 own = 0 if request.adapter is None else request.adapter.nbytes
                 assert own + -(-request.max_tokens // BLOCK_TOKENS) > self.num_blocks
             assert request.num_overtaken <= MAX_OVERTAKES
-        assert not sim.residency.table.pins()
-        assert not sim.residency.table.wants()
-        while sim.residency.evict_one():
+        assert not sim.adapter_manager.table.pins()
+        assert not sim.adapter_manager.table.waiters()
+        while sim.adapter_manager.evict_one():
             pass
         sim.scheduler.prefix_cache.evict(self.num_blocks)
         assert sim.allocator.num_free == self.num_blocks

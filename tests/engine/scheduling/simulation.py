@@ -81,7 +81,7 @@ class Simulation:
         self.placed: list[str] = []  # names
         self._arrives_at: dict[Extent, int] = {}  # the number of the step, by the first extent
         self.num_steps = 0
-        self.residency: AdapterManager[Packed, list[Extent]] = AdapterManager(
+        self.adapter_manager: AdapterManager[Packed, list[Extent]] = AdapterManager(
             host_bytes=host_bytes,
             load=self._load,
             place=self._place,
@@ -95,7 +95,7 @@ class Simulation:
         limits = {name: options.pop(name) for name in WaitLimits._fields if name in options}
         self.scheduler = Scheduler(
             allocator=self.allocator,
-            residency=self.residency,
+            adapter_manager=self.adapter_manager,
             adapter_blocks=lambda r: r.adapter.nbytes if r.adapter is not None else 0,
             clock=lambda: self.now,
             wait_limits=WaitLimits(**limits),
@@ -208,13 +208,15 @@ class Simulation:
         kv = Counter(block for r in scheduler.running for block in r.blocks)
         kv.update(scheduler.prefix_cache.blocks())
         scheduler.prefix_cache.check_integrity()
-        self.allocator.check_integrity(kv, [e for extents in self.residency.table.residents() for e in extents], {})
-        self.residency.table.check_integrity()
+        self.allocator.check_integrity(
+            kv, [e for extents in self.adapter_manager.table.residents() for e in extents], {}
+        )
+        self.adapter_manager.table.check_integrity()
         scheduler.waiting.check_integrity()
         pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
-        wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
-        assert pins == Counter(self.residency.table.pins())
-        assert wants == Counter(self.residency.table.wants())
+        waiters = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
+        assert pins == Counter(self.adapter_manager.table.pins())
+        assert waiters == Counter(self.adapter_manager.table.waiters())
         assert len(scheduler.running) <= self.max_num_seqs
 
     def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:

@@ -17,7 +17,7 @@ def test_who_waits_for_an_adapter_that_is_evicted_on_its_way_is_served() -> None
     cold = sim.add(4, 4, adapter("cold", 6))
     while "cold" not in sim.placed:
         sim.step()
-    assert sim.residency.table.tier(adapter("cold")) is Tier.LOADING
+    assert sim.adapter_manager.table.tier(adapter("cold")) is Tier.LOADING
     prompt = sim.add(32, 4)
     sim.run(max_steps=100)
     assert [sim.outcomes[r] for r in (base, cold, prompt)] == [None] * 3

@@ -150,16 +150,16 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
     for ref in (cold, hot):
         sim.add(adapter=ref)
         sim.run()
-    assert sim.residency.table.tier(hot) is Tier.POOL
+    assert sim.adapter_manager.table.tier(hot) is Tier.POOL
     sim.started.clear()
-    evictions = sim.residency.counts.num_evictions
+    evictions = sim.adapter_manager.counts.num_evictions
     colds = [sim.add(4, 4, cold, tenant=tenants[1]) for _ in range(2)]
     for _ in range(18):
         sim.add(4, 4, hot, tenant=tenants[0])
     sim.run()
     assert colds[0].num_overtaken == MAX_OVERTAKES
     assert [sim.started.index(r) for r in colds] == [MAX_OVERTAKES, MAX_OVERTAKES + 1]  # the second is preferred then
-    assert sim.residency.counts.num_evictions - evictions == 2
+    assert sim.adapter_manager.counts.num_evictions - evictions == 2
 
 
 # -- random lives -----------------------------------------------------------------------------------------------------
@@ -181,5 +181,5 @@ def test_a_long_life_in_a_small_pool() -> None:
     life.end()
     life.check()
     assert life.sim.scheduler.num_preemptions > 400
-    assert life.sim.residency.counts.num_failed_loads > 400
+    assert life.sim.adapter_manager.counts.num_failed_loads > 400
     assert life.sim.scheduler.num_aborted > 200

@@ -66,7 +66,7 @@ def test_a_damaged_list_is_made_anew(run: RunFolder, left: bytes | None) -> None
 
 
 def test_a_checkpoint_that_was_removed_is_forgotten(run: RunFolder) -> None:
-    run.mend()
+    run.repair()
     Path(run.path, name_of(4)).rename(Path(run.path, "elsewhere"))
     assert steps(run) == ([2, 10], 10)
 

@@ -130,7 +130,7 @@ def test_requests_that_stop_leave_a_row_that_nobody_reads(
     order: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their seats, blocks and adapters are taken by others at once, in a pool that is too small for all."""
+    """Their slots, blocks and adapters are taken by others at once, in a pool that is too small for all."""
     names = ["vera", "r2", None, "r7", "vera too", "dora", "rope"]
     own = [None if name is None else mixed[name] for name in names]
     requests = [
@@ -202,8 +202,8 @@ def test_logits_that_are_not_finite_fail_their_request_a_step_later(
             row = next(i for i, chunk in enumerate(batch.sampled) if chunk.request.request_id == "0")
             with torch.inference_mode():
                 logits_SV[row] = torch.nan
-        seats = engine._model.seats(batch)
-        drawn.extend([] if seats is None else seats.tokens.tolist())
+        slots = engine._model.slots(batch)
+        drawn.extend([] if slots is None else slots.tokens.tolist())
         return logits_SV
 
     monkeypatch.setattr(engine._model, "forward", broken)

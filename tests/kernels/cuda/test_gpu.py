@@ -61,7 +61,7 @@ def moved(value: Any, device: str) -> Any:
             return RowTables(tuple((c, w, moved(o, device)) for c, w, o in value.segments))
         case AttentionMeta():
             tables = tuple(moved(t, device) for t in value.block_table)
-            return AttentionMeta(value.query_start, value.context_len, tables, moved(value.slots_T, device))
+            return AttentionMeta(value.query_start, value.context_len, tables, moved(value.slot_mapping_T, device))
         case AdapterSegments():
             return AdapterSegments(value.start, value.stop)
         case StepInputs():
@@ -165,7 +165,7 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
         slots = [int(b[(c - 1) // 16]) * 16 + (c - 1) % 16 for b, c in zip(blocks, contexts, strict=True)]
         meta = AttentionMeta(tuple(range(num + 1)), tuple(contexts), tuple(blocks.cuda()), torch.tensor(slots).cuda())
         token_ids_S, positions_S = np.arange(num), np.array(contexts) - 1
-        places = [32 * seat + i for seat in range(num) for i in range(blocks.shape[1])]
+        places = [32 * slot + i for slot in range(num) for i in range(blocks.shape[1])]
         none = np.array([], dtype=np.int64)
         step = DecodeStep(token_ids_S, positions_S, np.arange(num), none, places, blocks.flatten().tolist())
         tensors = (torch.from_numpy(a).cuda() for a in (token_ids_S, positions_S))

@@ -67,13 +67,13 @@ def test_it_is_what_a_steps_tables_give(ops: Ops, dtype: torch.dtype) -> None:  
     tables = tuple(table(adapters, module) for module in range(3))
     pool, x_TI, y_TO = randn(2, dtype, 2 * LAYER_SHARE), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
     got, want, expected = (torch.split(y_TO.clone(), (136, 24, 8), dim=1) for _ in range(3))
-    ops.lora_of_records(x_TI, got, pool, step, 4, LAYER_SHARE)
+    ops.lora_by_descriptor(x_TI, got, pool, step, 4, LAYER_SHARE)
     h = ops.lora_shrink(x_TI, pool, tables, segments, LAYER_SHARE)
     ops.lora_expand(want, h, pool, tables, segments, LAYER_SHARE)
-    REFERENCE.lora_of_records(x_TI, expected, pool, step, 4, LAYER_SHARE)
+    REFERENCE.lora_by_descriptor(x_TI, expected, pool, step, 4, LAYER_SHARE)
     for y, same, close in zip(got, want, expected, strict=True):
         assert torch.equal(y, same)
         near(y, close, dtype)
     before = [y.clone() for y in got]
-    ops.lora_of_records(x_TI, got, pool, step, 0, 0)  # nobody has anything in this layer
+    ops.lora_by_descriptor(x_TI, got, pool, step, 0, 0)  # nobody has anything in this layer
     assert all(map(torch.equal, got, before))

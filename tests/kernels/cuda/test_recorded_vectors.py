@@ -75,7 +75,7 @@ def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:  # noqa: F811
     for layer in range(NUM_LAYERS):
         got, want = y_TO.clone(), y_TO.clone()
         for o, y in ((ops, got), (REFERENCE, want)):
-            o.vera_of_records(x_TI, y, pool, records, 4 * layer, layer * SHARE)
+            o.vera_by_descriptor(x_TI, y, pool, records, 4 * layer, layer * SHARE)
         near(got, want, dtype)
         changed = (want != y_TO).any(dim=1).tolist()
         assert changed == [False] + [layer == 1] * 4 + [True] + [False] * 6
@@ -85,7 +85,7 @@ def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:  # noqa: F811
 def test_the_reference_adds_what_the_equation_says() -> None:
     pool, x_TI, records = randn(2, torch.float32, 60_000) / 4, randn(3, torch.float32, 12, 40), step().records
     y_TO, pair = torch.zeros(12, 168), PAIRS[0]
-    REFERENCE.vera_of_records(x_TI, y_TO, pool, records, 4, SHARE)
+    REFERENCE.vera_by_descriptor(x_TI, y_TO, pool, records, 4, SHARE)
     vectors = records.vectors
     assert vectors is not None
     slots, own_WS = vectors.shape.slots, vectors.rows_LWS[1] + SHARE
@@ -103,7 +103,7 @@ def test_doras_scales(ops: Ops, has_bias: bool, dtype: torch.dtype) -> None:  # 
     bias_O, records = randn(5, dtype, 168) if has_bias else None, step().records
     got, want = y_TO.clone(), y_TO.clone()
     for o, y in ((ops, got), (REFERENCE, want)):
-        o.scale_of_records(y, bias_O, pool, records, 4, SHARE)
+        o.scale_by_descriptor(y, bias_O, pool, records, 4, SHARE)
     near(got, want, dtype)
     assert (got != y_TO).any(dim=1).tolist() == [t in (6, 7) for t in range(12)]
     assert torch.equal(got[:, 136:160], y_TO[:, 136:160])  # k has none

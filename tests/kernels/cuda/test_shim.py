@@ -96,7 +96,7 @@ def test_splits_of_long_contexts_are_longer(ops: Ops, longest: int) -> None:
     assert tables.pack_attention(meta, layout).max_splits == tables.MAX_SPLITS
     got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.25)
     near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.25), torch.float32)
-    alone = AttentionMeta((0, 1), (600,), meta.block_table[1:2], meta.slots_T[1:2])
+    alone = AttentionMeta((0, 1), (600,), meta.block_table[1:2], meta.slot_mapping_T[1:2])
     assert torch.equal(ops.paged_attention(q_THd[1:2], pool, layout, 0, alone, 0.25), got[1:2])
 
 
@@ -141,11 +141,11 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops, dtype: torch.dtype, d
     for contexts in ([300, 20, 16, 5], [7, 290]):
         pool, meta = decoding(dtype, contexts, layout)
         num, expected = len(contexts), pool.clone()
-        seats = np.array([5, 1, 0, 2][:num])
-        places = [int(s) * max_blocks + i for s, t in zip(seats, meta.block_table, strict=True) for i in range(len(t))]
+        slots = np.array([5, 1, 0, 2][:num])
+        places = [int(s) * max_blocks + i for s, t in zip(slots, meta.block_table, strict=True) for i in range(len(t))]
         new = [int(block) for table in meta.block_table for block in table]
         none = np.array([], dtype=np.int64)
-        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, seats, none, places, new))
+        padded.words.fill(DecodeStep(np.arange(num), np.array(contexts) - 1, slots, none, places, new))
         step = padded.step()
         store(ops, pool, layout, 0, k_TKd, k_TKd, step.attention)
         store(ops, expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)

@@ -46,7 +46,7 @@ def test_long_contexts_and_company(ops: CudaOps) -> None:
     got = ops.paged_attention(q_THd, pool, layout, 0, meta, 0.125)
     near(got, REFERENCE.paged_attention(q_THd, pool, layout, 0, meta, 0.125), torch.bfloat16)
     for i in range(3):
-        alone = AttentionMeta((0, 1), meta.context_len[i : i + 1], meta.block_table[i : i + 1], meta.slots_T[:1])
+        alone = AttentionMeta((0, 1), meta.context_len[i : i + 1], meta.block_table[i : i + 1], meta.slot_mapping_T[:1])
         assert torch.equal(ops.paged_attention(q_THd[i : i + 1], pool, layout, 0, alone, 0.125), got[i : i + 1])
 
 

@@ -100,7 +100,7 @@ def test_adapters_and_usage_are_shown_as_by_the_catalog_itself(
     publish(api.catalog, "acme/tone", 1, 2, aliases=("prod",))
     loss = Evaluation(metric="loss", value=1.5, subject="adapter", dataset="later")
     api.catalog.record_evaluations(digest(1), [loss])
-    api.catalog.note_death(digest(1), "r1", now, lambda deaths: timedelta(hours=1))
+    api.catalog.report_death(digest(1), "r1", now, lambda deaths: timedelta(hours=1))
     api.catalog.record_usage([event(1, created_at=now), event(2, created_at=now, tenant="other", model="acme/tone")])
     asked: list[tuple[object, ...]] = [
         ("adapters", "show", "acme/tone@1"),

@@ -110,7 +110,7 @@ def test_a_key_makes_no_more_names_than_its_tenant_may_have(
     stored = api.store(1, tmp_path)
     api.catalog.add_base("smollm2", manifest(1).base_fingerprint)
     api.catalog.create_tenant("acme")
-    api.catalog.view(Principal(tenant="acme")).note_upload(stored)
+    api.catalog.view(Principal(tenant="acme")).record_upload(stored)
     key = api.catalog.create_key("publisher", tenant="acme", scopes=["publish"]).secret
     api.http.headers["Authorization"] = f"Bearer {key}"
     answers = [api.http.post(f"/adapters/n{i}/versions", json={"digest": stored}) for i in range(50)]

@@ -28,7 +28,7 @@ class Counting(ScriptedEngines):
 def publisher(catalog: Catalog, tenant: str) -> Catalog:
     """The catalog as the tenant, which has uploaded what `register` names."""
     view = catalog.view(Principal(tenant=tenant, scopes=frozenset({"publish"})))
-    view.note_upload("0" * 64)
+    view.record_upload("0" * 64)
     return view
 
 

@@ -56,7 +56,7 @@ def _not_free(engine: Any) -> int:
     engine.check_integrity()
     num_blocks: int = engine.pool.geometry.num_blocks
     engine.scheduler.prefix_cache.evict(num_blocks)
-    while engine.residency.evict_one():
+    while engine.adapter_manager.evict_one():
         pass
     engine.check_integrity()
     free: int = engine.pool.allocator.num_free

@@ -134,7 +134,7 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
             "job_id": SECRET.job,
         }
     )
-    acme.note_upload(SECRET.digest)
+    acme.record_upload(SECRET.digest)
     acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
     acme.set_tag(SECRET.name, "zq-tag", "zq-stage")
     assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload

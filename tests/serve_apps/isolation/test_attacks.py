@@ -40,7 +40,7 @@ def test_a_digest_that_was_seen_somewhere_is_not_registered(made: Site, tmp_path
 
 def test_only_who_may_promote_sets_aliases_by_registering(made: Site, tmp_path: Path) -> None:
     stored = made.fakes.store(1, tmp_path)
-    made.catalog.note_upload(stored)  # for the default tenant
+    made.catalog.record_upload(stored)  # for the default tenant
     path, headers = "adapters/tone/versions", {"Authorization": f"Bearer {made.keys['publisher']}"}
     refused = made.api.client.post(path, json={"digest": stored, "aliases": ["prod"]}, headers=headers)
     assert (refused.status_code, "promote" in refused.text) == (403, True)

@@ -72,7 +72,7 @@ def test_choice_of_a_kernel(
         monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_of_2025)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     choose = segment_attention._choose.__wrapped__  # what an earlier case chose is kept
-    assert choose(torch.device(device), dtype, width) is expected.attend_runs  # type: ignore[attr-defined]
+    assert choose(torch.device(device), dtype, width) is expected.attend_groups  # type: ignore[attr-defined]
 
 
 def test_a_torch_without_attention_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_the_function_of_the_installed_torch_takes_its_arguments(
 ) -> None:
     """Forward and backward, without storage: the function itself runs, and its kernel says the shapes alone."""
     install_flash_attn(monkeypatch, None)
-    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: attend.attend_runs_varlen)
+    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: attend.attend_groups_varlen)
     q, k, v = (x.detach().to("meta").requires_grad_() for x in qkv(1, 9, 3, 30, torch.bfloat16))
     out = s2_attention(q, k, v, group_size=8, document_ids_BT=None if ids is None else torch.tensor(ids))
     assert out.shape == q.shape

@@ -24,7 +24,7 @@ from tests.train.attention.functions import (
 @pytest.fixture(params=["cpu", "sdpa", "flash-attn", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to compute, on this machine's CPU."""
-    chosen = {"cpu": attend, "sdpa": attend}.get(request.param, attend).attend_runs
+    chosen = {"cpu": attend, "sdpa": attend}.get(request.param, attend).attend_groups
     monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: chosen)
     install_flash_attn(monkeypatch, flash_attn_varlen_func if request.param == "flash-attn" else None)
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_on_cpu)

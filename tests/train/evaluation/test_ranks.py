@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": {"strategy": "ddp", "sequence": 2},
     "shared": {"strategy": "fsdp2"},
     "shared rows": {"strategy": "zero3", "sequence": 2},
-    "shared, quantised": {"strategy": "ddp"},  # in training, which is not measured
+    "shared, quantized": {"strategy": "ddp"},  # in training, which is not measured
 }
 
 
@@ -94,14 +94,14 @@ def trained(base: BaseModel, spec: TrainSpec, folder: Path) -> None:
 
 
 def spec_of(method: str, layout: str) -> TrainSpec:
-    quantised = {"quantization": {}} if "quantised" in layout else {}
-    return recipe(method, num_workers=SIZE, parallel=LAYOUTS[layout], **quantised)
+    quantized = {"quantization": {}} if "quantized" in layout else {}
+    return recipe(method, num_workers=SIZE, parallel=LAYOUTS[layout], **quantized)
 
 
 @pytest.mark.parametrize(
     ("method", "layout"),
     [("longlora", layout) for layout in ("data", "sequence", "shared", "shared rows")]
-    + [("vera", "shared"), ("dora", "shared, quantised")],
+    + [("vera", "shared"), ("dora", "shared, quantized")],
 )
 def test_ranks_find_what_one_finds(base: BaseModel, method: str, layout: str, tmp_path: Path) -> None:
     spec = spec_of(method, layout)

@@ -41,7 +41,7 @@ def test_veras_ratio_is_for_vera() -> None:
 
 
 def test_a_rate_like_loras_is_doubted_for_vera() -> None:
-    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).doubts
+    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).warnings
     assert "learning_rate is 0.0004, as for LoRA" in doubt
-    assert recipe("vera", optimizer={"learning_rate": 4e-3}).doubts == ()
-    assert recipe("lora", optimizer={"learning_rate": 4e-4}).doubts == ()
+    assert recipe("vera", optimizer={"learning_rate": 4e-3}).warnings == ()
+    assert recipe("lora", optimizer={"learning_rate": 4e-4}).warnings == ()

@@ -74,10 +74,10 @@ __device__ inline i64 draw_in_order(const Tokens &tokens, const Choice &choice, 
 
 // Grid (rows). `out`, of each: the token, the largest of the changed logits that are allowed, the token's log-probability
 // among the unchanged logits and its rank, then (token, log-probability) of the best; numbers as their bits. All but the
-// second have no meaning where that is not finite. `seats` and `tokens`: see sample.cu.
+// second have no meaning where that is not finite. `slots` and `tokens`: see sample.cu.
 extern "C" __global__ void __launch_bounds__(THREADS)
     choose_fp32(float *logits, i64 stride, i64 vocab, const Choice *choices, const NewEdit *new_edits,
-                Forbidden *forbidden, const int *words, i64 words_stride, i64 *out, const i64 *seats, i64 *tokens) {
+                Forbidden *forbidden, const int *words, i64 words_stride, i64 *out, const i64 *slots, i64 *tokens) {
   __shared__ DrawMemory draw;
   __shared__ OrderMemory order;
   const int tid = threadIdx.x;
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   if (tid == 0) {
     out[0] = token, out[1] = __float_as_uint(best.logit);
-    if (tokens) tokens[seats[choice.row]] = is_finite(best.logit) ? token : 0;
+    if (tokens) tokens[slots[choice.row]] = is_finite(best.logit) ? token : 0;
   }
   if (!is_scored) return;
   const float own = logprob(x[token], top, log_sum);

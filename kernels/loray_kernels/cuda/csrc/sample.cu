@@ -4,10 +4,10 @@
 
 // Grid (rows to sample). `numbers`: temperature (0: the best token, the first of equals), log of min-p and the uniform
 // number of all rows. `out`: (token, bits of the largest allowed logit) of each; a token has no meaning where that is
-// not finite. `tokens` gets it too, at its row's seat, unless it is null: the next step reads it there.
+// not finite. `tokens` gets it too, at its row's slot, unless it is null: the next step reads it there.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     sample_fp32(const float *logits, i64 stride, i64 vocab, const i64 *rows, const i64 *masks, const double *numbers,
-                const int *words, i64 words_stride, i64 *out, const i64 *seats, i64 *tokens) {
+                const int *words, i64 words_stride, i64 *out, const i64 *slots, i64 *tokens) {
   __shared__ DrawMemory memory;
   const i64 r = blockIdx.x, num = gridDim.x;
   const Row row = {logits + rows[r] * stride, masks[r] < 0 ? nullptr : words + masks[r] * words_stride, nullptr, vocab};
@@ -20,6 +20,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   if (threadIdx.x != 0) return;
   out[2 * r] = token, out[2 * r + 1] = __float_as_uint(best.logit);
-  if (tokens) tokens[seats[rows[r]]] = is_finite(best.logit) ? token : 0;
+  if (tokens) tokens[slots[rows[r]]] = is_finite(best.logit) ? token : 0;
 }
 LORAY_EXPORT(sample_fp32)

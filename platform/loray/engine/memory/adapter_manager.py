@@ -141,7 +141,7 @@ class Entry(Generic[P, R]):
     resident: R | None = None
     error: Exception | None = None
     pins: int = 0
-    wants: deque[int] = field(default_factory=deque)
+    waiters: deque[int] = field(default_factory=deque)
     last_used: int = 0
     score: EvictionScore = field(default_factory=EvictionScore)
 
@@ -201,8 +201,8 @@ class AdapterTable(Generic[P, R]):
     def pins(self) -> dict[str, int]:
         return {digest: e.pins for digest, e in self.entries.items() if e.pins}
 
-    def wants(self) -> dict[str, int]:
-        return {digest: len(e.wants) for digest, e in self.entries.items() if e.wants}
+    def waiters(self) -> dict[str, int]:
+        return {digest: len(e.waiters) for digest, e in self.entries.items() if e.waiters}
 
     def residents(self) -> list[R]:
         return [e.resident for e in self.entries.values() if e.resident is not None]
@@ -315,7 +315,7 @@ class AdapterTable(Generic[P, R]):
         """Its wants, its pins or its copy on the host have changed."""
         digest = entry.ref.digest
         if entry.tier is Tier.POOL and not entry.pins:
-            value = math.inf if entry.wants else self._value(entry)
+            value = math.inf if entry.waiters else self._value(entry)
             self.idle.set(digest, (value, entry.last_used))
         else:
             self.idle.discard(digest)
@@ -340,7 +340,7 @@ class AdapterTable(Generic[P, R]):
         """
         if entry.packed is None or entry.ref.digest in self.partial:
             return None
-        return entry.wants[0] if entry.tier is Tier.HOST and entry.wants else math.inf
+        return entry.waiters[0] if entry.tier is Tier.HOST and entry.waiters else math.inf
 
 
 class StartedLoads(Generic[P, R]):
@@ -419,9 +419,9 @@ class AdapterManager(Generic[P, R]):
         self._backoff = backoff or Backoff(clock)
 
     @property
-    def floor(self) -> Inflation:
+    def inflation(self) -> Inflation:
         """Of the pool's blocks. Whatever else competes for them shares it."""
-        return self._worth.floor
+        return self._worth.inflation
 
     @property
     def least_value(self) -> float | None:
@@ -431,8 +431,8 @@ class AdapterManager(Generic[P, R]):
 
     # -- for requests -------------------------------------------------------------------------------------------------
 
-    def want(self, ref: AdapterRef, *, again: bool = False) -> None:
-        """A request that needs `ref` waits, until `unwant` is called, once. `again`: the request was preempted, and is
+    def add_waiter(self, ref: AdapterRef, *, again: bool = False) -> None:
+        """A request waits for `ref` until `remove_waiter` is called, once. `again`: the request was preempted, and is
         not counted.
         """
         entry = self.table.entries.get(ref.digest)
@@ -445,14 +445,14 @@ class AdapterManager(Generic[P, R]):
         if entry is None:
             entry = self.table.add(ref, self._backoff.error(ref.digest))
         self.table.touch(entry)
-        entry.wants.append(entry.last_used)
+        entry.waiters.append(entry.last_used)
         self.table.update(entry)
 
-    def unwant(self, ref: AdapterRef) -> None:
+    def remove_waiter(self, ref: AdapterRef) -> None:
         entry = self.table.entries[ref.digest]
-        entry.wants.popleft()
+        entry.waiters.popleft()
         self.table.update(entry)
-        if entry.wants:
+        if entry.waiters:
             return
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
@@ -497,8 +497,8 @@ class AdapterManager(Generic[P, R]):
 
         `at_once`: no step runs that a copy could hold up, so the next one may wait for the rows that are on their way.
         """
-        arriving = self.table.at[Stage.ARRIVING].values()
-        arrived = [e for e in arriving if at_once or (e.resident is not None and self._arrived(e.resident))]
+        copying = self.table.at[Stage.ARRIVING].values()
+        arrived = [e for e in copying if at_once or (e.resident is not None and self._arrived(e.resident))]
         for entry in arrived:
             self.table.move(entry, Stage.POOL)
         changed = bool(arrived)
@@ -512,7 +512,7 @@ class AdapterManager(Generic[P, R]):
         queued = self.table.at[Stage.QUEUED]
         while queued:
             entry = next(iter(queued.values()))
-            victims = self._host.room_for(entry.ref.digest, entry.ref.nbytes, entry.wants[0])
+            victims = self._host.room_for(entry.ref.digest, entry.ref.nbytes, entry.waiters[0])
             if victims is None:
                 break
             self._drop(victims)
@@ -535,8 +535,8 @@ class AdapterManager(Generic[P, R]):
             return False
         (value, _), digest = least
         entry = self.table.entries[digest]
-        if not entry.wants:
-            self.floor.evicted(value)
+        if not entry.waiters:
+            self.inflation.evicted(value)
         self._from_pool(entry)
         self.counts.num_evictions += 1
         if entry.packed is not None:
@@ -612,7 +612,7 @@ class AdapterManager(Generic[P, R]):
             return
         if entry.resident is not None:
             self._from_pool(entry)
-        if not entry.wants:
+        if not entry.waiters:
             self.table.forget(entry)
 
     def _drop(self, digests: Iterable[str]) -> None:
@@ -630,7 +630,7 @@ class AdapterManager(Generic[P, R]):
         """It is neither in the pool nor on the host any more. If a request waits, it is loaded again, after the queued
         ones.
         """
-        if entry.wants:
+        if entry.waiters:
             self.table.move(entry, Stage.QUEUED)
         else:
             self.table.forget(entry)
@@ -659,32 +659,32 @@ class Prefetch(Generic[P, R]):
     """
 
     def __init__(
-        self, residency: AdapterManager[P, R], host_bytes: int, has_room: Callable[[AdapterRef], bool]
+        self, adapter_manager: AdapterManager[P, R], host_bytes: int, has_room: Callable[[AdapterRef], bool]
     ) -> None:
-        self._residency, self._host_bytes, self._has_room = residency, host_bytes, has_room
+        self._adapter_manager, self._host_bytes, self._has_room = adapter_manager, host_bytes, has_room
         self._waiting: dict[str, AdapterRef] = {}
         self._in_pool = self._on_host = self._failed = 0
 
     def begin(self, refs: Iterable[AdapterRef]) -> bool:
         """Wants as many of `refs` as fit, in their order. Returns whether nothing is to be waited for."""
-        table, nbytes = self._residency.table, self._residency.table.host_used
+        table, nbytes = self._adapter_manager.table, self._adapter_manager.table.host_used
         for ref in refs:
             if ref.digest in table.entries or nbytes + ref.nbytes > self._host_bytes:
                 continue
             nbytes += ref.nbytes
             table.usage.expected(ref)
-            self._residency.want(ref, again=True)
+            self._adapter_manager.add_waiter(ref, again=True)
             self._waiting[ref.digest] = ref
         return self.look()
 
     def look(self) -> bool:
         """Takes what has been loaded meanwhile. Returns whether all has."""
         for ref in list(self._waiting.values()):
-            entry = self._residency.table.entries[ref.digest]
+            entry = self._adapter_manager.table.entries[ref.digest]
             if entry.tier is Tier.LOADING or entry.is_partial:
                 continue
-            if entry.tier is Tier.HOST and self._has_room(ref) and self._residency.acquire(ref) is not None:
-                self._residency.release(ref)
+            if entry.tier is Tier.HOST and self._has_room(ref) and self._adapter_manager.acquire(ref) is not None:
+                self._adapter_manager.release(ref)
             self._in_pool += entry.tier is Tier.POOL
             self._on_host += entry.tier is Tier.HOST
             self._failed += entry.tier is Tier.FAILED
@@ -700,4 +700,4 @@ class Prefetch(Generic[P, R]):
 
     def _leave(self, ref: AdapterRef) -> None:
         del self._waiting[ref.digest]
-        self._residency.unwant(ref)
+        self._adapter_manager.remove_waiter(ref)

@@ -110,7 +110,7 @@ class EvictionScore:
     not measured.
     """
 
-    floor: float = 0.0
+    inflation: float = 0.0
     uses: int = 0
     place_seconds: float | None = None
     load_seconds: float = 0.0
@@ -120,7 +120,7 @@ class EvictionPolicy:
     """What changes the scores. Sizes are in blocks."""
 
     def __init__(self) -> None:
-        self.floor = Inflation()
+        self.inflation = Inflation()
         self._reuse = Reuse()
         self._block_seconds = 0.0  # to copy one block from the host, a running mean
 
@@ -137,10 +137,10 @@ class EvictionPolicy:
 
     def released(self, score: EvictionScore) -> None:
         """A use has ended; it may have begun long ago, so the floor is taken again."""
-        score.floor = self.floor.value
+        score.inflation = self.inflation.value
 
     def value(self, score: EvictionScore, size: float, *, on_host: bool) -> float:
         seconds = self._block_seconds * size if score.place_seconds is None else score.place_seconds
         if not on_host:
             seconds += score.load_seconds
-        return score.floor + self._reuse.expected(score.uses) * seconds / size
+        return score.inflation + self._reuse.expected(score.uses) * seconds / size

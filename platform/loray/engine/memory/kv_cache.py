@@ -54,12 +54,12 @@ class PrefixCache:
         allocator: BlockAllocator,
         *,
         enabled: bool = True,
-        floor: Inflation | None = None,
+        inflation: Inflation | None = None,
         token_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._allocator = allocator
         self.enabled = enabled
-        self._floor, self._reuse = floor or Inflation(), Reuse()
+        self._floor, self._reuse = inflation or Inflation(), Reuse()
         self._token_seconds = token_seconds
         self._block_tokens = allocator.geometry.block_tokens
         self._root = _Node(None, -1, None)
@@ -247,7 +247,7 @@ class IdleAdapters(Protocol):
     """See Residency."""
 
     @property
-    def floor(self) -> Inflation: ...
+    def inflation(self) -> Inflation: ...
 
     @property
     def least_value(self) -> float | None: ...
@@ -274,7 +274,7 @@ class KVCacheManager:
         enable_prefix_caching: bool,
     ) -> None:
         self.prefix_cache = PrefixCache(
-            allocator, enabled=enable_prefix_caching, floor=adapters.floor, token_seconds=token_seconds
+            allocator, enabled=enable_prefix_caching, inflation=adapters.inflation, token_seconds=token_seconds
         )
         self.num_queries = self.num_hits = 0
         self._allocator = allocator

@@ -59,26 +59,26 @@ class AdapterBatch:
     once for each combination of layer groups, not for each layer.
     """
 
-    def __init__(self, slots: Sequence[AdapterSpan], *, device: torch.device) -> None:
-        self.slots = tuple(slots)
-        self._rows = tuple(s.adapter.rows for s in slots)
-        self.segments = AdapterSegments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
-        self.pairs = tuple(_pair_spans(slots))
+    def __init__(self, spans: Sequence[AdapterSpan], *, device: torch.device) -> None:
+        self.spans = tuple(spans)
+        self._rows = tuple(s.adapter.rows for s in spans)
+        self.segments = AdapterSegments(tuple(s.start for s in spans), tuple(s.stop for s in spans))
+        self.pairs = tuple(_pair_spans(spans))
         self._device = device
         self._tables: dict[int | tuple[Group, ...], LayerTables] = {}  # also by layer
 
-    def is_for(self, slots: Sequence[AdapterSpan]) -> bool:
-        """The tables are those of `slots`. The pool replaces the `rows` of adapters that it moves."""
-        moved = any(rows is not slot.adapter.rows for rows, slot in zip(self._rows, slots, strict=False))
-        return not moved and self.slots == tuple(slots)
+    def is_for(self, spans: Sequence[AdapterSpan]) -> bool:
+        """The tables are those of `spans`. The pool replaces the `rows` of adapters that it moves."""
+        moved = any(rows is not span.adapter.rows for rows, span in zip(self._rows, spans, strict=False))
+        return not moved and self.spans == tuple(spans)
 
     def layer(self, layer: int) -> LayerTables:
         if layer not in self._tables:
-            self._tables[layer] = self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
+            self._tables[layer] = self._for(tuple(s.adapter.table.layer_group[layer] for s in self.spans))
         return self._tables[layer]
 
     def flat(self) -> LayerTables:
-        return self._for((-1,) * len(self.slots), flat=True)
+        return self._for((-1,) * len(self.spans), flat=True)
 
     def _for(self, groups: tuple[Group, ...], *, flat: bool = False) -> LayerTables:
         # Of a layer, group -1 means that the adapter has nothing there; so the key of the flat tables is empty.
@@ -88,10 +88,10 @@ class AdapterBatch:
         return self._tables[key]
 
     def _build(self, groups: tuple[Group, ...], *, flat: bool) -> LayerTables:
-        members = [(s, g) for s, g in zip(self.slots, groups, strict=True) if flat or g >= 0]
+        members = [(s, g) for s, g in zip(self.spans, groups, strict=True) if flat or g >= 0]
         found: dict[Role, set[str]] = {}
-        for slot, group in members:
-            for g, module, role in slot.adapter.rows:
+        for span, group in members:
+            for g, module, role in span.adapter.rows:
                 if g == group:
                     found.setdefault(role, set()).add(module)
         return LayerTables(
@@ -103,33 +103,33 @@ class AdapterBatch:
 
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
         a_rows, b_rows, starts, scales = [], [], [0], []
-        for slot, group in zip(self.slots, groups, strict=True):
-            a = slot.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
+        for span, group in zip(self.spans, groups, strict=True):
+            a = span.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
             if a is None:
                 starts.append(starts[-1])
                 scales.append(0.0)
                 continue
             a_rows.append(a)
-            b_rows.append(slot.adapter.rows[group, module, "lora_b"])
+            b_rows.append(span.adapter.rows[group, module, "lora_b"])
             starts.append(starts[-1] + a.segments[0][2].shape[0])
-            scales.append(slot.adapter.scales[group, module])
+            scales.append(span.adapter.scales[group, module])
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 
     def _vera(self, module: str, groups: tuple[Group, ...]) -> list[VeraTable]:
-        """One table for each run of neighbouring slots that share a pair and have the module."""
+        """One table for each run of neighbouring spans that share a pair and have the module."""
         tables = []
-        numbered = list(zip(self.slots, groups, strict=True))
+        numbered = list(zip(self.spans, groups, strict=True))
 
         def pair_of(item: tuple[AdapterSpan, Group]) -> ResidentProjection | None:
-            slot, group = item
-            return slot.adapter.pair if (group, module, "vera_d") in slot.adapter.rows else None
+            span, group = item
+            return span.adapter.pair if (group, module, "vera_d") in span.adapter.rows else None
 
         for pair, stretch in groupby(numbered, key=pair_of):
             if pair is not None:
-                slots = list(stretch)
-                d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in slots])
-                b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in slots])
-                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, slots[0][0].start, slots[-1][0].stop))
+                spans = list(stretch)
+                d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in spans])
+                b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in spans])
+                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, spans[0][0].start, spans[-1][0].stop))
         return tables
 
     def _own_rows(self, module: str, role: Role, members: Iterable[tuple[AdapterSpan, Group]]) -> RowOverrides:
@@ -138,8 +138,8 @@ class AdapterBatch:
         return RowOverrides(torch.tensor(tokens, device=self._device), self._token_rows(own))
 
     def _token_rows(self, single: Sequence[tuple[AdapterSpan, RowTables]]) -> RowTables:
-        """One-row tables, each repeated for every token of its slot."""
-        return _concatenate([rows for _, rows in single], [slot.stop - slot.start for slot, _ in single])
+        """One-row tables, each repeated for every token of its span."""
+        return _concatenate([rows for _, rows in single], [span.stop - span.start for span, _ in single])
 
 
 def _concatenate(tables: Sequence[RowTables], repeats: Sequence[int] | None = None) -> RowTables:
@@ -153,8 +153,8 @@ def _concatenate(tables: Sequence[RowTables], repeats: Sequence[int] | None = No
     return RowTables(tuple(segments))
 
 
-def _pair_spans(slots: Sequence[AdapterSpan]) -> Iterable[PairSpan]:
-    for pair, stretch in groupby(slots, key=lambda s: s.adapter.pair):
+def _pair_spans(spans: Sequence[AdapterSpan]) -> Iterable[PairSpan]:
+    for pair, stretch in groupby(spans, key=lambda s: s.adapter.pair):
         if pair is not None:
             members = list(stretch)
             yield PairSpan(pair, members[0].start, members[-1].stop)
@@ -180,7 +180,7 @@ class Batch:
     scored_T        their tokens; None: there are none
     wait_for_layer  called before each layer if an adapter of the batch is partial
     records         of a recorded step: its adapters, instead of `adapters`
-    kept_T          of a part of a batch (see `kept`): the tokens of the batch that it has
+    logits_tokens_T          of a part of a batch (see `kept`): the tokens of the batch that it has
     """
 
     token_ids_T: Tensor
@@ -196,12 +196,12 @@ class Batch:
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
     records: StepDescriptors | None = None
-    kept_T: Tensor | None = None
+    logits_tokens_T: Tensor | None = None
 
     @property
     def residents(self) -> Sequence[ResidentAdapter]:
         """The adapters of the batch, each once."""
-        return [slot.adapter for slot in self.adapters.slots]
+        return [span.adapter for span in self.adapters.spans]
 
     @property
     def own_vectors(self) -> StepVectors | None:
@@ -313,25 +313,25 @@ def logits_part(batch: Batch) -> Batch | None:
     if batch.scored_T is not None or 2 * len(kept) > num:
         return None
     device, attention = batch.token_ids_T.device, batch.attention
-    kept_T = torch.tensor(kept, dtype=torch.int64, device=device)
+    logits_tokens_T = torch.tensor(kept, dtype=torch.int64, device=device)
     ends = {stop - 1: i for i, (start, stop) in enumerate(pairwise(attention.query_start)) if stop > start}
     sequences = [ends[token] for token in kept]
-    slots = [
-        AdapterSpan(a, bisect_left(kept, start), bisect_left(kept, stop)) for a, start, stop in batch.adapters.slots
+    spans = [
+        AdapterSpan(a, bisect_left(kept, start), bisect_left(kept, stop)) for a, start, stop in batch.adapters.spans
     ]
     return Batch(
-        token_ids_T=batch.token_ids_T[kept_T],
-        positions_T=batch.positions_T[kept_T],
+        token_ids_T=batch.token_ids_T[logits_tokens_T],
+        positions_T=batch.positions_T[logits_tokens_T],
         attention=AttentionMeta(
             tuple(range(len(kept) + 1)),
             tuple(attention.context_len[i] for i in sequences),
             tuple(attention.block_table[i] for i in sequences),
-            attention.slots_T[kept_T],
+            attention.slot_mapping_T[logits_tokens_T],
         ),
-        adapters=AdapterBatch([slot for slot in slots if slot.stop > slot.start], device=device),
+        adapters=AdapterBatch([span for span in spans if span.stop > span.start], device=device),
         own_rows=None,
         logits_T=torch.arange(len(batch.last), device=device),
         last=tuple(range(len(batch.last))),
         sampled=batch.sampled,
-        kept_T=kept_T,
+        logits_tokens_T=logits_tokens_T,
     )

@@ -1,7 +1,7 @@
 """Steps of one token a request, for captured graphs.
 
-The block tables of running requests stay on the device, one row for each seat, and so do the records of adapters. A
-step sends what has changed: tokens, positions, new blocks. Its order, its seats and its adapters are arranged again
+The block tables of running requests stay on the device, one row for each slot, and so do the records of adapters. A
+step sends what has changed: tokens, positions, new blocks. Its order, its slots and its adapters are arranged again
 only when other requests run than in the step before.
 """
 
@@ -41,7 +41,7 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Arranged:
-    """Of the last step. By row: `order` has its chunk's place, `seats` its seat, `prompts_S` its tokens of prompt,
+    """Of the last step. By row: `order` has its chunk's place, `slots` its slot, `prompts_S` its tokens of prompt,
     `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks that have no row.
     """
 
@@ -49,8 +49,8 @@ class _Arranged:
     blocks: list[list[int]]
     order: list[int]
     apart: list[int]
-    seats: list[int]
-    seats_S: npt.NDArray[np.int64]
+    slots: list[int]
+    slots_S: npt.NDArray[np.int64]
     prompts_S: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
     residents: tuple[ResidentAdapter, ...]
@@ -63,11 +63,11 @@ class _Arranged:
 class DecodeSteps:
     """Makes the batches of one backend's recorded steps, and knows what its block tables hold."""
 
-    def __init__(self, *, num_seats: int, max_blocks: int, max_rows: int) -> None:
+    def __init__(self, *, num_slots: int, max_blocks: int, max_rows: int) -> None:
         self._max_blocks, self._max_rows = max_blocks, max_rows
-        self._free = list(range(num_seats))[::-1]
-        self._seat_of: dict[Request, int] = {}
-        self._blocks: list[list[int]]  # by seat: the request's own list, which only grows, and
+        self._free = list(range(num_slots))[::-1]
+        self._slot_of: dict[Request, int] = {}
+        self._blocks: list[list[int]]  # by slot: the request's own list, which only grows, and
         self._lengths: list[int]  # how many of it are in the table
         self._last: _Arranged | None
         self._num_recorded = 0  # steps since one of requests that are apart
@@ -75,8 +75,8 @@ class DecodeSteps:
 
     def forget(self) -> None:
         """What the tables hold is not known any more: a step has failed, and perhaps before its blocks were sent."""
-        num_seats = len(self._free) + len(self._seat_of)
-        self._blocks, self._lengths, self._last = [[]] * num_seats, [0] * num_seats, None
+        num_slots = len(self._free) + len(self._slot_of)
+        self._blocks, self._lengths, self._last = [[]] * num_slots, [0] * num_slots, None
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | Sequence[Chunk]:
         """A step of those of `chunks` that can be recorded; or the chunks of the next step, which cannot be. These are
@@ -108,10 +108,10 @@ class DecodeSteps:
         self._num_recorded += 1
         places: list[int] = []
         blocks: list[int] = []
-        for request, seat in zip(requests, arranged.seats, strict=True):
-            own, known, first = request.blocks, self._lengths[seat], seat * self._max_blocks
-            if own is not self._blocks[seat]:  # the request has come, or some of its blocks are others now
-                sent, self._blocks[seat] = self._blocks[seat], own
+        for request, slot in zip(requests, arranged.slots, strict=True):
+            own, known, first = request.blocks, self._lengths[slot], slot * self._max_blocks
+            if own is not self._blocks[slot]:  # the request has come, or some of its blocks are others now
+                sent, self._blocks[slot] = self._blocks[slot], own
                 known = min(known, len(own))
                 changed = [i for i in range(known) if own[i] != sent[i]]
                 places += [first + i for i in changed]
@@ -119,7 +119,7 @@ class DecodeSteps:
             if len(own) != known:
                 places += range(first + known, first + len(own))
                 blocks += own[known:]
-            self._lengths[seat] = len(own)
+            self._lengths[slot] = len(own)
         token_ids_S = np.array([-1 if r.num_in_flight else r.output_ids[-1] for r in requests], dtype=np.int64)
         own_rows_S = _NONE
         if arranged.embeddings:
@@ -128,7 +128,7 @@ class DecodeSteps:
         step = DecodeStep(
             token_ids_S,
             positions_S,
-            arranged.seats_S,
+            arranged.slots_S,
             arranged.items,
             places,
             blocks,
@@ -168,14 +168,14 @@ class DecodeSteps:
             parts |= record.parts
         has_vectors = bool(parts & ~Parts.LORA)
         has_rows = [a if a is not None and a.token_row else None for a in in_order]
-        seats = self._seated([requests[i] for i in order])
+        slots = self._slots_of([requests[i] for i in order])
         return _Arranged(
             requests,
             [request.blocks for request in requests],
             order,
             [i for i, has in enumerate(has_row) if not has],
-            seats,
-            np.array(seats, dtype=np.int64),
+            slots,
+            np.array(slots, dtype=np.int64),
             np.array([requests[i].num_prompt_tokens for i in order], dtype=np.int64),
             _items([None if r is None else r.lora for r in records], [places[i] for i in order]),
             tuple({id(a): a for a in adapters if a is not None}.values()),
@@ -185,16 +185,16 @@ class DecodeSteps:
             has_rows if any(a is not None for a in has_rows) else [],
         )
 
-    def _seated(self, requests: Sequence[Request]) -> list[int]:
-        """The seats of requests; those that run no more give theirs back."""
-        for request in [r for r in self._seat_of if r.state is not RequestState.RUNNING]:
-            seat = self._seat_of.pop(request)
-            self._blocks[seat], self._lengths[seat] = [], 0
-            self._free.append(seat)
+    def _slots_of(self, requests: Sequence[Request]) -> list[int]:
+        """The slots of requests; those that run no more give theirs back."""
+        for request in [r for r in self._slot_of if r.state is not RequestState.RUNNING]:
+            slot = self._slot_of.pop(request)
+            self._blocks[slot], self._lengths[slot] = [], 0
+            self._free.append(slot)
         for request in requests:
-            if request not in self._seat_of:
-                self._seat_of[request] = self._free.pop()
-        return [self._seat_of[request] for request in requests]
+            if request not in self._slot_of:
+                self._slot_of[request] = self._free.pop()
+        return [self._slot_of[request] for request in requests]
 
 
 def _turns(num_recorded: int, num_apart: int) -> int:

@@ -192,10 +192,10 @@ class Rope:
         else:
             inverse_Th, factor_T = vectors.rope(*self._frequencies(self._config.rope))
             angles_Th = positions_T.unsqueeze(1) * inverse_Th
-        for slot in batch.adapters.slots:
-            if slot.adapter.rope is not None:
-                own = slice(slot.start, slot.stop)
-                angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
+        for span in batch.adapters.spans:
+            if span.adapter.rope is not None:
+                own = slice(span.start, span.stop)
+                angles_Th[own], factor_T[own] = self._angles(positions_T[own], span.adapter.rope)
         factor_T1 = factor_T.unsqueeze(1)
         cos_Th, sin_Th = ((f(angles_Th) * factor_T1).to(self._dtype) for f in (torch.cos, torch.sin))
         return torch.cat((cos_Th, cos_Th), dim=-1), torch.cat((sin_Th, sin_Th), dim=-1)
@@ -254,18 +254,18 @@ class Decoder:
         """Decode steps can be recorded."""
         return self._recorded is not None
 
-    def use_recordings(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
+    def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """From now on decode steps over `pool` are those that can be recorded, if the backend supports it. Before
         adapters are placed.
 
-        num_seats   requests that run at once
+        num_slots   requests that run at once
         max_blocks  the most that a request for the base may have
         """
 
         def forward(step: CapturedStep) -> Tensor:
             return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
 
-        self._recorded = self.ops.recorded(forward, self._decoding(pool, num_seats, max_blocks))
+        self._recorded = self.ops.recorded(forward, self._decoding(pool, num_slots, max_blocks))
         if self._recorded is not None:
             pool.records = PoolDescriptors(
                 self._recorded.directory,
@@ -273,10 +273,10 @@ class Decoder:
                 block_size=pool.geometry.block_size,
                 rope=self._rope.numbers,
             )
-            self._steps = DecodeSteps(num_seats=num_seats, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+            self._steps = DecodeSteps(num_slots=num_slots, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
 
-    def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
-        return Decoding(pool.layout, num_seats, max_blocks, self._inputs(pool), pool.tensor.device)
+    def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
+        return Decoding(pool.layout, num_slots, max_blocks, self._inputs(pool), pool.tensor.device)
 
     def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:
         return input_shapes(self.config, pool.layout.layer_share)
@@ -305,11 +305,11 @@ class Decoder:
             chunks = found
         return self._eager(chunks, resident, pool)
 
-    def seats(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
+    def slots(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
         """Where the tokens of the last step, `batch`, are drawn to, so that the next one takes them from there; None if
         it cannot.
         """
-        return None if self._recorded is None or isinstance(batch, Batch) else self._recorded.seats
+        return None if self._recorded is None or isinstance(batch, Batch) else self._recorded.slots
 
     def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
         batch = build_batch(
@@ -361,7 +361,7 @@ class Decoder:
             last = self._layers[-1]
             if wait_for is not None:
                 wait_for(last.number)
-            part = step.of_kept(kept)
+            part = step.for_logits(kept)
             x_TD, added_TD = last(x_TD, None, step, part)
             batch, step = kept, part
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)

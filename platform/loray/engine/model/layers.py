@@ -41,9 +41,9 @@ class ForwardContext:
         inputs = StepInputs(pool.tensor, pool.layout, batch.attention, batch.adapters.segments, cos_Td, sin_Td)
         return cls(batch, pool, ops, inputs)
 
-    def of_kept(self, part: Batch) -> ForwardContext:
+    def for_logits(self, part: Batch) -> ForwardContext:
         """The step of a part of the batch."""
-        cos_Rd, sin_Rd = (table_Td[part.kept_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
+        cos_Rd, sin_Rd = (table_Td[part.logits_tokens_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
         return ForwardContext.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
 
     def offset(self, layer: int) -> int:
@@ -85,11 +85,11 @@ class Linear:
         """What `records` bring, to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
         if Parts.LORA in records.parts:
-            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset)
+            step.ops.lora_by_descriptor(x_TI, parts, pool, records, self._field, offset)
         if Parts.VERA in records.parts:
-            step.ops.vera_of_records(x_TI, y_TO, pool, records, self._field, offset)
+            step.ops.vera_by_descriptor(x_TI, y_TO, pool, records, self._field, offset)
         if Parts.DORA in records.parts:
-            step.ops.scale_of_records(y_TO, self.weights.bias_O, pool, records, self._field, offset)
+            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, records, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora
@@ -196,7 +196,7 @@ class Attention:
             q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
         q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
         if kept is not None:
-            q_THd, step = q_THd[kept.batch.kept_T], kept
+            q_THd, step = q_THd[kept.batch.logits_tokens_T], kept
         meta, scale = step.batch.attention, c.head_dim**-0.5
         out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
         return self.o(out_THd.flatten(1), step)
@@ -254,7 +254,7 @@ class Layer:
         x_TD, normal_TD = self._attention_norm.of_sum(x_TD, added_TD, step)
         attended_TD = self._attention(normal_TD, step, kept)
         if kept is not None:
-            x_TD, step = x_TD[kept.batch.kept_T], kept
+            x_TD, step = x_TD[kept.batch.logits_tokens_T], kept
         x_TD, normal_TD = self._mlp_norm.of_sum(x_TD, attended_TD, step)
         return x_TD, self._mlp(normal_TD, step)
 

@@ -92,9 +92,9 @@ class ShardedDecoder(Decoder):
 
         return self._eager(cast("Sequence[Chunk]", chunks), resident, pool)
 
-    def _decoding(self, pool: Pool, num_seats: int, max_blocks: int) -> Decoding:
+    def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
         ranks = CaptureBarrier(self._communicator.silent, self._communicator.agree, self._communicator.connect)
-        return super()._decoding(pool, num_seats, max_blocks)._replace(ranks=ranks)
+        return super()._decoding(pool, num_slots, max_blocks)._replace(ranks=ranks)
 
     def _inputs(self, pool: Pool) -> tuple[InputShape, ...]:
         return split_inputs(self.config, pool.layout.layer_share, self._communicator.shard)

@@ -79,13 +79,13 @@ class LeadingDecoder(ShardedDecoder):
         with self._together("a step"):
             return super().forward(batch, pool, on_scored)
 
-    def seats(self, batch: Batch | DecodeBatch) -> None:
+    def slots(self, batch: Batch | DecodeBatch) -> None:
         """Tokens are drawn on this rank alone, and the others are sent them."""
 
-    def use_recordings(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
-        super().use_recordings(pool, num_seats=num_seats, max_blocks=max_blocks)
+    def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
+        super().use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
         if self.records:
-            self._send(UseRecordings(num_seats, max_blocks))
+            self._send(UseRecordings(num_slots, max_blocks))
 
     def compile_adapters(self, pool: Pool) -> None:
         self._send(CompileAdapters())

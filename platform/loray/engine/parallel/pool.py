@@ -65,7 +65,7 @@ class GetPoolMap(NamedTuple):
 
 
 class UseRecordings(NamedTuple):
-    num_seats: int
+    num_slots: int
     max_blocks: int
 
 

@@ -155,8 +155,8 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
                     model.forward(model.passed(wire.load_chunks(chunks, digests), pool), pool)
                 case Replay(step):
                     model.forward(DecodeBatch(wire.load_step(step), (), ()), pool)
-                case UseRecordings(num_seats, max_blocks):
-                    model.use_recordings(pool, num_seats=num_seats, max_blocks=max_blocks)
+                case UseRecordings(num_slots, max_blocks):
+                    model.use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
                 case CompileAdapters():
                     model.compile_adapters(pool)
                 case RecordSteps(limits):

@@ -361,10 +361,10 @@ class Pool:
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
         """Likewise, the rows of these."""
-        if self._arriving and not all(map(self.has_arrived, adapters)):
+        if self._arriving and not all(map(self.copy_is_done, adapters)):
             self.wait_for_rows()
 
-    def has_arrived(self, adapter: ResidentAdapter) -> bool:
+    def copy_is_done(self, adapter: ResidentAdapter) -> bool:
         """Whether steps read its rows without waiting for them."""
         arrived = self._arriving.get(adapter)
         if arrived is not None and not arrived():

@@ -309,20 +309,20 @@ class Sampler:
         logits_SV: Tensor,
         requests: Sequence[Request],
         masks: Masks | None = None,
-        seats: TokenSlots | None = None,
+        slots: TokenSlots | None = None,
     ) -> Callable[[], list[Outcome]]:
-        """Draws one token for each row, also for `seats`; they are read by the result, before the call after the next
+        """Draws one token for each row, also for `slots`; they are read by the result, before the call after the next
         one, and where a request `needs_history` before the logits change.
 
         Requested log-probabilities are those of the unchanged logits.
         """
         if not requests:
             return list
-        found = self._found(logits_SV, requests, masks, seats)
+        found = self._found(logits_SV, requests, masks, slots)
         return lambda: _outcomes(found(), logits_SV, requests)
 
     def _found(
-        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, seats: TokenSlots | None
+        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None, slots: TokenSlots | None
     ) -> Callable[[], _Found]:
         other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, logits_SV.shape[1])]
         scored = [i for i, r in enumerate(requests) if r.spec.params.logprobs is not None]
@@ -332,14 +332,14 @@ class Sampler:
         if self._chooser is not None and (other or scored):
             own = sorted({*other, *scored})
             plain = sorted(set(plain) - set(own))
-            return self._choose(self._chooser, logits_SV, requests, plain, own, masks, seats)
-        drawn = self._whole(logits_SV, requests, plain, masks, seats)
+            return self._choose(self._chooser, logits_SV, requests, plain, own, masks, slots)
+        drawn = self._whole(logits_SV, requests, plain, masks, slots)
         if not other and not scored:
             return lambda: (drawn(), [None] * len(requests))
         chosen = drawn() | self._processed(logits_SV, requests, other, masks)
         tokens = [chosen[i][0] for i in range(len(requests))]
-        if seats is not None:
-            seats.tokens[seats.seats_S] = torch.tensor(tokens, device=seats.tokens.device)
+        if slots is not None:
+            slots.tokens[slots.slots_S] = torch.tensor(tokens, device=slots.tokens.device)
         asked = [r.spec.params.logprobs if math.isfinite(chosen[i][1]) else None for i, r in enumerate(requests)]
         logprobs = token_logprobs(logits_SV, tokens, asked)
         return lambda: (chosen, logprobs)
@@ -352,13 +352,13 @@ class Sampler:
         plain: Sequence[int],
         own: Sequence[int],
         masks: Masks | None,
-        seats: TokenSlots | None,
+        slots: TokenSlots | None,
     ) -> Callable[[], _Found]:
         """Of all rows, those of `own` with changes, where the logits are."""
         ended, vocab = masks.ended if masks is not None else (), logits_SV.shape[1]
         changes = [self._change(requests[i], vocab, may_end=requests[i] in ended) for i in own]
         plain_draws, own_draws = (self._draws(requests, rows, masks) for rows in (plain, own))
-        chosen, rows = choose(logits_SV, plain_draws, own_draws, changes, seats), [*plain, *own]
+        chosen, rows = choose(logits_SV, plain_draws, own_draws, changes, slots), [*plain, *own]
 
         def read() -> _Found:
             found = chosen()
@@ -385,12 +385,12 @@ class Sampler:
         requests: Sequence[Request],
         rows: Sequence[int],
         masks: Masks | None,
-        seats: TokenSlots | None = None,
+        slots: TokenSlots | None = None,
     ) -> Callable[[], dict[int, _Choice]]:
         """Of rows from which any token may be drawn that `masks` allow."""
         if not rows:
             return dict
-        drawn = self._ops.sample(logits_SV, self._draws(requests, rows, masks), seats)
+        drawn = self._ops.sample(logits_SV, self._draws(requests, rows, masks), slots)
         return lambda: dict(zip(rows, zip(*drawn(), strict=True), strict=True))
 
     def _draws(self, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None) -> Draws:

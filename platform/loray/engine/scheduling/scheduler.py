@@ -113,7 +113,7 @@ class Admission(Generic[P, R]):
     def __init__(
         self,
         allocator: BlockAllocator,
-        residency: AdapterManager[P, R],
+        adapter_manager: AdapterManager[P, R],
         blocks: KVCacheManager,
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
@@ -121,7 +121,7 @@ class Admission(Generic[P, R]):
         ahead: bool = False,
     ) -> None:
         self._places_ahead = ahead
-        self._allocator, self._residency, self._blocks = allocator, residency, blocks
+        self._allocator, self._adapter_manager, self._blocks = allocator, adapter_manager, blocks
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
         self._growing: list[Growth] | None = None  # those that run, in this step
@@ -153,9 +153,9 @@ class Admission(Generic[P, R]):
             self._blocks.release(request)
             return False
         if ref is not None:
-            while self._residency.acquire(ref) is None:
+            while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
-                tier = self._residency.table.tier(ref)
+                tier = self._adapter_manager.table.tier(ref)
                 if tier is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
                     if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
                         self._short = None
@@ -164,7 +164,7 @@ class Admission(Generic[P, R]):
         if not self._blocks.extend(request, request.num_tokens):
             self._blocks.release(request)
             if ref is not None:
-                self._residency.release(ref)
+                self._adapter_manager.release(ref)
             return False
         self._blocks.count_cached(request)
         self._short = None
@@ -181,9 +181,9 @@ class Admission(Generic[P, R]):
         most = self._allocator.num_free - num_running - int(_WATERMARK * self._allocator.geometry.num_blocks)
         for request in islice(waiting, _LOOKED_AHEAD):
             ref = request.adapter
-            if ref is None or self._residency.table.tier(ref) is not Tier.HOST:
+            if ref is None or self._adapter_manager.table.tier(ref) is not Tier.HOST:
                 continue
-            if 0 < self._adapter_blocks(request) <= most and self._residency.place_ahead(ref):
+            if 0 < self._adapter_blocks(request) <= most and self._adapter_manager.place_ahead(ref):
                 return
 
     def released(self) -> None:
@@ -198,7 +198,7 @@ class Admission(Generic[P, R]):
         """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
         fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
         """
-        while self._residency.evict_one():
+        while self._adapter_manager.evict_one():
             self.emptied = True
         return self.emptied
 
@@ -209,15 +209,15 @@ class Admission(Generic[P, R]):
             self._growing = [self._growth(r) for r in running]
         growing = [*self._growing, self._growth(request, num_shared_blocks=len(request.blocks))]
         wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
-        if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+        if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
         missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
         return missing <= 0 or self._idle_adapters_have(missing)
 
     def _idle_adapters_have(self, num_blocks: float) -> bool:
-        table = self._residency.table
+        table = self._adapter_manager.table
         for digest in table.idle:
-            num_blocks -= self._residency.size(table.resident(table.entries[digest].ref))
+            num_blocks -= self._adapter_manager.size(table.resident(table.entries[digest].ref))
             if num_blocks <= 0:
                 return True
         return False
@@ -248,7 +248,7 @@ class Scheduler(Generic[P, R]):
         self,
         *,
         allocator: BlockAllocator,
-        residency: AdapterManager[P, R],
+        adapter_manager: AdapterManager[P, R],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         wait_limits: WaitLimits,
@@ -261,22 +261,28 @@ class Scheduler(Generic[P, R]):
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
     ) -> None:
-        self._residency, self._itl_slo_s, self._token_weight = residency, itl_slo_s, token_weight
+        self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
         self.step_time, self._burst = StepTimeModel(), Burst(itl_slo_s)
         self._blocks = KVCacheManager(
-            allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
+            allocator,
+            adapter_manager,
+            compact,
+            self.step_time.token_seconds,
+            enable_prefix_caching=enable_prefix_caching,
         )
         lengths = self.output_lengths = OutputLengths()
-        self._admission = Admission(allocator, residency, self._blocks, lengths, adapter_blocks, ahead=places_ahead)
+        self._admission = Admission(
+            allocator, adapter_manager, self._blocks, lengths, adapter_blocks, ahead=places_ahead
+        )
         self._estimate = TtftEstimate(
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
         )
         self._targets = TtftSlo(
             ttft_slo_s=ttft_slo_s, estimate=self._seconds_to_first_token, alone=self._seconds_alone, clock=clock
         )
-        self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
-        self._limits = QueueLimits(self.waiting, residency, wait_limits, self._targets.expected_retry_s, clock)
+        self.waiting = WaitingRequests(adapter_manager, lead=max_num_batched_tokens)
+        self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
 
@@ -350,7 +356,7 @@ class Scheduler(Generic[P, R]):
 
     def next(self) -> SchedulerOutput:
         """The chunks of the next step, and the requests that will not run."""
-        changed = self._residency.poll(at_once=not self.running)
+        changed = self._adapter_manager.poll(at_once=not self.running)
         failed = self._fail_running()
         for request in self.running:
             self.waiting.fair.charge_output(request)
@@ -366,8 +372,8 @@ class Scheduler(Generic[P, R]):
         self._compute_prompts(budget, chunks, failed)
         self._admission.place_one_ahead(self.waiting, len(self.running))
         # The second poll loads what was evicted and is wanted again, before the engine sleeps.
-        changed |= self._admission.emptied | self._residency.poll(at_once=not self.running)
-        return SchedulerOutput(chunks, failed, changed or self._residency.table.has_changed, budget.work)
+        changed |= self._admission.emptied | self._adapter_manager.poll(at_once=not self.running)
+        return SchedulerOutput(chunks, failed, changed or self._adapter_manager.table.has_changed, budget.work)
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
@@ -382,8 +388,8 @@ class Scheduler(Generic[P, R]):
         """Stop the running requests whose partial adapter could not be loaded completely."""
         failed: Failures = []
         for request in list(self.running):
-            if request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.FAILED:
-                failed.append((request, self._residency.table.error(request.adapter)))
+            if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is Tier.FAILED:
+                failed.append((request, self._adapter_manager.table.error(request.adapter)))
                 self.waiting.add(request, again=True)
                 self.waiting.refuse(request)
                 self.running.remove(request)
@@ -400,7 +406,7 @@ class Scheduler(Generic[P, R]):
                 continue
             if request.ends_in_flight or request.awaits_mask:
                 num_others -= 1
-            elif request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+            elif request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
                 self.preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1
@@ -456,7 +462,7 @@ class Scheduler(Generic[P, R]):
                 request.charged_until = request.num_computed
         elif self.waiting.has_failed(request):
             failed += self.waiting.fail(request)
-        elif request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.LOADING:
+        elif request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is Tier.LOADING:
             return True  # its rows are on their way, which nobody else waits for
         elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
@@ -478,7 +484,7 @@ class Scheduler(Generic[P, R]):
         self._blocks.share(request)
         self._blocks.release(request)
         if request.adapter is not None:
-            self._residency.release(request.adapter)
+            self._adapter_manager.release(request.adapter)
         self._admission.released()
 
     def _seconds_to_first_token(self, request: Request) -> float:

@@ -37,13 +37,13 @@ class WaitingRequests(Generic[P, R]):
     its tenant waits for other things than service, so its counter must not fall behind. It stays there, running, until
     its prompt has been computed.
 
-    `len` and iteration are of the requests that do not run. The only caller of AdapterManager.want and AdapterManager.unwant.
+    `len` and iteration are of the requests that do not run. Nobody else adds or removes waiters of the AdapterManager.
     """
 
-    def __init__(self, residency: AdapterManager[P, R], *, lead: float) -> None:
+    def __init__(self, adapter_manager: AdapterManager[P, R], *, lead: float) -> None:
         self.fair = FairQueue(lead)
         self.begun: dict[Request, None] = {}  # running, and in the queue
-        self._residency = residency
+        self._adapter_manager = adapter_manager
         self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
         self._loading: dict[str, dict[Request, None]] = {}
@@ -61,7 +61,7 @@ class WaitingRequests(Generic[P, R]):
         if again:
             self.leave(request)
         if request.adapter is not None:
-            self._residency.want(request.adapter, again=again)
+            self._adapter_manager.add_waiter(request.adapter, again=again)
             self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
         if prepares:
             self._states[request] = _State.PREPARING
@@ -109,7 +109,7 @@ class WaitingRequests(Generic[P, R]):
         """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._residency.take_changed())}:
+        for digest in {**entered, **dict.fromkeys(self._adapter_manager.take_changed())}:
             loading = self._loading.get(digest)
             if not loading:
                 continue
@@ -133,7 +133,7 @@ class WaitingRequests(Generic[P, R]):
         same = list(self._by_adapter[ref.digest])
         for r in same:
             self.refuse(r)
-        return [(r, self._residency.table.error(ref)) for r in same]
+        return [(r, self._adapter_manager.table.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
         """The next request, see FairQueue.pick; it may have begun. Its adapter may have failed since it was loaded."""
@@ -216,14 +216,14 @@ class WaitingRequests(Generic[P, R]):
             assert all(r.adapter is not None and r.adapter.digest == d for d, same in index.items() for r in same)
         for digest, requests in self._loading.items():
             is_on_its_way = self._tier(next(iter(requests))) is Tier.LOADING
-            assert is_on_its_way or digest in self._entered or self._residency.table.has_changed, (
+            assert is_on_its_way or digest in self._entered or self._adapter_manager.table.has_changed, (
                 "who waits is not told"
             )
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
-        return Tier.POOL if request.adapter is None else self._residency.table.tier(request.adapter)
+        return Tier.POOL if request.adapter is None else self._adapter_manager.table.tier(request.adapter)
 
     def _is_resident(self, request: Request) -> bool:
         return self._tier(request) is Tier.POOL
@@ -258,7 +258,7 @@ class WaitingRequests(Generic[P, R]):
         del self._states[request]
         self._discard(self._by_adapter, request)
         if request.adapter is not None:
-            self._residency.unwant(request.adapter)
+            self._adapter_manager.remove_waiter(request.adapter)
 
 
 _FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
@@ -282,12 +282,12 @@ class QueueLimits(Generic[P, R]):
     def __init__(
         self,
         waiting: WaitingRequests[P, R],
-        residency: AdapterManager[P, R],
+        adapter_manager: AdapterManager[P, R],
         limits: WaitLimits,
         retry_after_s: Callable[[Request], float],
         clock: Callable[[], float],
     ) -> None:
-        self._waiting, self._residency = waiting, residency
+        self._waiting, self._adapter_manager = waiting, adapter_manager
         self._max_queued, self._max_loading, self._timeout_s = limits
         self._retry_after_s, self._clock = retry_after_s, clock
         self._displaced: dict[Request, None] = {}  # from a full queue, since the last step
@@ -310,7 +310,9 @@ class QueueLimits(Generic[P, R]):
         self._try_store()
         if num_loading >= self._max_loading and not request.is_continued:
             raise Overloaded(f"{num_loading} requests wait for their adapters already", self._retry_after_s(request))
-        self._deadlines.append((self._clock() + self._timeout_s, request, self._residency.counts.num_loaded_bytes))
+        self._deadlines.append(
+            (self._clock() + self._timeout_s, request, self._adapter_manager.counts.num_loaded_bytes)
+        )
 
     def next_deadline(self) -> float:
         """When the first request has waited for its adapter for too long, in seconds of the clock; may be infinite."""
@@ -326,13 +328,13 @@ class QueueLimits(Generic[P, R]):
         is_stuck = False
         while self.next_deadline() <= now:
             _, request, loaded_bytes = self._deadlines.popleft()
-            is_stuck |= loaded_bytes == self._residency.counts.num_loaded_bytes
+            is_stuck |= loaded_bytes == self._adapter_manager.counts.num_loaded_bytes
             assert request.adapter is not None
             reason = f"adapter {request.adapter.label} was not loaded within {self._timeout_s:g} s: the store is slow"
             found.append((request, StoreError(f"{reason} or away; send the request again")))
         if is_stuck:
             self._num_stuck = 1 if self._has_loaded() else self._num_stuck + 1
-            self._loaded_bytes = self._residency.counts.num_loaded_bytes
+            self._loaded_bytes = self._adapter_manager.counts.num_loaded_bytes
             self._stuck_until = now + min(_LAST_S, _FIRST_S * 2.0 ** (self._num_stuck - 1))
         return found
 
@@ -358,13 +360,13 @@ class QueueLimits(Generic[P, R]):
         self._stuck_until = now + self._timeout_s
 
     def _has_loaded(self) -> bool:
-        return self._residency.counts.num_loaded_bytes != self._loaded_bytes
+        return self._adapter_manager.counts.num_loaded_bytes != self._loaded_bytes
 
     def _is_cold(self, request: Request) -> bool:
         if request.adapter is None:
             return False
-        entry = self._residency.table.entries.get(request.adapter.digest)
-        return entry is None or self._residency.table.tier(request.adapter) is Tier.LOADING
+        entry = self._adapter_manager.table.entries.get(request.adapter.digest)
+        return entry is None or self._adapter_manager.table.tier(request.adapter) is Tier.LOADING
 
     def _waits(self, request: Request) -> bool:
         waits = self._waiting.is_loading(request) or self._waiting.is_preparing(request)

@@ -49,7 +49,7 @@ from loray.train.attention.segments import (
 from loray_kernels.cpu.causal import causal_backward, causal_forward
 
 
-def attend_runs(
+def attend_groups(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     out_BTHD: Tensor = _Attend.apply(q_BHTD, k_BKTD, v_BKTD, runs, scale)  # type: ignore[no-untyped-call]
@@ -130,7 +130,7 @@ def _zeros(x_BhTD: Tensor) -> Tensor:
     return x_BhTD.new_zeros(num_rows, num_tokens, num_heads, width).transpose(1, 2)
 
 
-def attend_runs_sdpa(
+def attend_groups_sdpa(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     return torch.cat(
@@ -208,7 +208,7 @@ def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return width % 8 == 0 or kernel.options is _flash_options  # flash-attn pads other widths, torch does not
 
 
-def attend_runs_varlen(
+def attend_groups_varlen(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     return torch.cat(
@@ -242,7 +242,7 @@ def _begins(segments: AttentionSegments, num_rows: int, device: torch.device) ->
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[HeadGroup], float | None], Tensor]
 
 
-def attend_runs_segments(
+def attend_groups_segments(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[HeadGroup], scale: float | None
 ) -> Tensor:
     """→ (B, T, H, D), 0 outside of segments. The runs contain every query head once, in order. `scale` None: 1/√D."""
@@ -256,8 +256,8 @@ def select(q_BHTD: Tensor) -> Attend:
 @cache  # once a run, not once a layer: it looks for packages
 def _choose(device: torch.device, dtype: torch.dtype, width: int) -> Attend:
     if device.type == "cpu":
-        return attend_runs
-    return attend_runs_varlen if fits(device, dtype, width) else attend_runs_sdpa
+        return attend_groups
+    return attend_groups_varlen if fits(device, dtype, width) else attend_groups_sdpa
 
 
 def s2_attention(
@@ -300,7 +300,7 @@ def attend(
         *split_heads(0, middle, repeats, cuts.plain),
         *split_heads(middle, num_heads, repeats, cuts.shifted),
     ]
-    return attend_runs_segments(q_BHTD, k_BKTD, v_BKTD, runs, scale)
+    return attend_groups_segments(q_BHTD, k_BKTD, v_BKTD, runs, scale)
 
 
 def attend_heads(
@@ -323,4 +323,4 @@ def attend_heads(
         run._replace(q=slice(run.q.start - skipped, run.q.stop - skipped))
         for run in split_heads(skipped, skipped + q_BhTD.shape[1], repeats, segments)
     ]
-    return attend_runs_segments(q_BhTD, k_BkTD, v_BkTD, runs, scale)
+    return attend_groups_segments(q_BhTD, k_BkTD, v_BkTD, runs, scale)

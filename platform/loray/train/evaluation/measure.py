@@ -82,7 +82,7 @@ def load(
     """The model with dense attention, frozen, for evaluation.
 
     trained_by  the recipe whose workers measure, as `mesh`: they share the weights where its strategy does, or where it
-                quantised them, since a base is measured and served as it is. None: PEFT loads the adapter, in the
+                quantized them, since a base is measured and served as it is. None: PEFT loads the adapter, in the
                 dtypes of its file
     A collective call. Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter could not be served on
     `base`, either.

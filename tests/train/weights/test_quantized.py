@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from loray.adapters.convert import RoundedBase, merge_adapter
 from loray.adapters.peft_format import read_adapter
 from loray.bases import quantized
-from loray.bases.quantized import dequantised, is_quantised, numel, rounded
+from loray.bases.quantized import dequantized, is_quantized, numel, rounded
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, UnsupportedError
 from loray.methods.attach import is_magnitude
@@ -37,7 +37,7 @@ def spec_of(method: str, quantization: dict[str, Any] | None = None, **fields: A
 
 
 def plain_with_rounded_weights(base: BaseModel, spec: TrainSpec) -> Any:
-    """The same model, whose weights are those that the quantised one computes with."""
+    """The same model, whose weights are those that the quantized one computes with."""
     assert spec.quantization is not None
     model = build_model(base, spec.model_copy(update={"quantization": None}))
     for path, module in model.named_modules():
@@ -52,7 +52,7 @@ def test_bitsandbytes_is_asked_for_and_strategies_that_shard_are_refused(
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'loray\[qlora\]'"):
         build_model(tiny_base(**TINY), spec_of("lora"))
-    with pytest.raises(SpecError, match="a quantised base is whole on every worker, and fsdp2 takes it apart: use ddp"):
+    with pytest.raises(SpecError, match="a quantized base is whole on every worker, and fsdp2 takes it apart: use ddp"):
         spec_of("lora", parallel={"strategy": "fsdp2"})
 
 
@@ -143,11 +143,11 @@ def test_it_takes_the_memory_that_is_planned(tiny_base: Callable[..., BaseModel]
     spec = spec_of("lora", dtype="bfloat16")
     model = build_model(base, spec)
     nbytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and is_quantised(m.weight)]
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and is_quantized(m.weight)]
     assert len(layers) == 3 * 7
     for layer in layers:
         state: Any = layer.weight.quant_state
         nbytes += state.absmax.nbytes + state.state2.absmax.nbytes
-        assert dequantised(layer).dtype == torch.bfloat16
-        assert numel(layer.weight) == dequantised(layer).numel()
+        assert dequantized(layer).dtype == torch.bfloat16
+        assert numel(layer.weight) == dequantized(layer).numel()
     assert nbytes == pytest.approx(shape_of(spec, base.config).base_bytes, rel=1e-3)
