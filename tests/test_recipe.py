@@ -275,7 +275,7 @@ def test_longlora_joins_texts(tmp_path: Path, settings: Settings, fields: dict[s
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "remedy"),
+    ("batch", "length", "fix"),
     [
         ({"rows": 1, "order": "shuffled"}, 128, r"30 tokens or fewer, of 128 .*; set batch\.order: concat"),
         ({"rows": 1, "order": "packed"}, 128, r"set batch\.order: concat, which joins texts"),

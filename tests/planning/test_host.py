@@ -82,10 +82,10 @@ def test_a_node_that_is_too_small_is_refused_with_the_strategy_that_fits() -> No
         problem.message
     )
     assert "most of it is the base, as each worker reads it (208.3 GB)" in problem.message
-    assert problem.fix.startswith("parallel.strategy: fsdp2 would take ")
+    assert problem.remedy.startswith("parallel.strategy: fsdp2 would take ")
     tiny = A100.model_copy(update={"host_memory_bytes": 20 * GB})
     (hopeless,) = make_plan(llama(strategy="fsdp2"), tiny).problems
-    assert "take nodes with more memory" in hopeless.fix
+    assert "take nodes with more memory" in hopeless.remedy
 
 
 def test_a_machine_without_gpus_has_one_memory_and_an_unknown_node_is_not_judged() -> None:

@@ -55,8 +55,8 @@ def test_a_quantized_base_that_cannot_be_measured_is_refused_before_it_is_traine
     assert (
         "GB a worker to measure base and adapter before publishing (`evaluation`), where a100-80gb" in problem.message
     )
-    assert problem.fix.startswith("num_workers: 2 would take ")
-    assert problem.fix.endswith(", or leave out what is measured")
+    assert problem.remedy.startswith("num_workers: 2 would take ")
+    assert problem.remedy.endswith(", or leave out what is measured")
     assert not make_plan(qlora(2, evaluation=PASSKEY), A100).is_refused
     assert plan.to_dict()["memory"]["measuring_bytes"] == plan.measuring > A100.usable_bytes
 

@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change(
     fix = smallest_fix(run, A100)
     assert fix is not None
     assert fix.changes == changes
-    assert problem.fix.startswith(" and ".join(changes))
+    assert problem.remedy.startswith(" and ".join(changes))
     assert fix.peak_bytes <= A100.usable_bytes
 
 
@@ -69,13 +69,13 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
     device = host(MACHINE, num_workers=1)
     problem, on_a_cpu = make_plan(run, device).problems
     assert "69.0 billion parameters is trained on the CPU" in on_a_cpu.message
-    assert "nothing in the recipe makes it fit" in problem.fix
+    assert "nothing in the recipe makes it fit" in problem.remedy
     tiny = A100.model_copy(update={"memory_bytes": 10**8})
     assert smallest_fix(run, tiny) is None
 
 
 @pytest.mark.parametrize(
-    ("run", "message", "remedy"),
+    ("run", "message", "fix"),
     [
         (
             long_run("smollm2", 16384, group_size=2048),
@@ -105,7 +105,7 @@ def test_warnings(run: Any, message: str, fix: str) -> None:
     assert not plan.is_refused
     (problem,) = plan.problems
     assert message in problem.message
-    assert problem.fix.startswith(fix)
+    assert problem.remedy.startswith(fix)
 
 
 def test_what_the_driver_would_refuse() -> None:

@@ -117,7 +117,7 @@ def test_kernels_that_do_not_build_or_load(
 
 
 @pytest.mark.parametrize(
-    ("code", "stderr", "message", "mend"),
+    ("code", "stderr", "message", "repair"),
     [
         (-4, "", "ended by signal 4", "rm -r ~/.cache/loray/kernels"),
         (1, "Traceback\nOSError: wrong ELF class\n", "wrong ELF class", "rm -r"),

@@ -24,7 +24,7 @@ def test_all_is_well(check: Callable[[Situation], CheckResult], situation: Situa
 
 
 @pytest.mark.parametrize(
-    ("check", "planted", "severity", "message", "mend"),
+    ("check", "planted", "severity", "message", "repair"),
     [
         (doctor.python, {"python": "3.10.4"}, "error", "Python 3.10.4", "-m venv"),
         (doctor.packages, {"installed": {"torch": "2.9"}}, "error", "numpy is missing", "pip install 'numpy>=1.26'"),
