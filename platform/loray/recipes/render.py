@@ -1,9 +1,8 @@
-"""A recipe as YAML with the reason of each value, and the same reasons as a table for the guide."""
+"""A recipe as YAML with the reason of each value, and the same reasons as a table for the reference."""
 
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -15,7 +14,6 @@ from loray.recipes.defaults import (
     BASE_SIZES,
     FIRST_OBJECTIVE,
     METHODS,
-    OBJECTIVES,
     BaseSize,
     Default,
     alternatives,
@@ -120,7 +118,3 @@ def _commented(text: str, why: str, indent: str) -> Iterator[str]:
     else:
         yield from (f"{indent}# {part}" for part in textwrap.wrap(why, _WIDTH - len(indent) - 2))
         yield line
-
-
-if __name__ == "__main__":
-    sys.stdout.write("\n".join(defaults_table(objective) for objective in OBJECTIVES))
