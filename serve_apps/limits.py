@@ -1,7 +1,7 @@
 """All limits of a server on one page: what each is for, its default, what sets it, and what lies beyond it.
 
 The numbers stand where they are used and are imported here, and statuses and codes are those that the errors get. The
-guide's tables are made of these rows by `python -m infra.docs.limits`.
+reference's page of limits is made of these rows, and tables of the guide by `python -m infra.docs.limits`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ REQUESTS = (
     Limit("names, `user`, hints such as `prompt_cache_key`", f"{fields.MAX_SHORT_CHARACTERS} characters each", _WRONG),
     Limit(
         "`priority`",
-        f"−{-MOST_URGENT:,} to {LEAST_URGENT}, and not below 0 unless the key [may](quotas.md#limits-of-requests)",
+        f"−{-MOST_URGENT:,} to {LEAST_URGENT}, and not below 0 unless the key "
+        "[may](../guide/access.md#limits-of-requests)",
         "the nearest one is taken; the header `X-Loray-Priority` of the answer says which",
         "`min_priority` of key and tenant",
     ),

@@ -11,11 +11,10 @@ import yaml
 from loray.bases.presets import preset
 from loray.errors import SpecError
 from loray.recipes.defaults import BASE_SIZES, METHODS, OBJECTIVES, complete, defaults_of, size_of
-from loray.recipes.fields import defaults_table, fields_of, given, to_yaml
+from loray.recipes.fields import fields_of, given, to_yaml
 from loray.recipes.load import load_recipe, purpose, shipped, size_of_base
 from loray.spec import DpoSpec, Method, ObjectiveType, TrainSpec
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "recipes.md"
 LITTLE: dict[str, Any] = {"name": "tone", "data": {"train": "my.jsonl"}}
 
 
@@ -251,9 +250,3 @@ def test_a_recipe_as_yaml_gives_reasons_and_what_was_changed() -> None:
 def test_shipped_recipes_say_what_they_are_for() -> None:
     assert purpose("lora_smollm2.yaml") == "LoRA on SmolLM2-135M-Instruct: the usual first adapter."
     assert all(purpose(name).endswith(".") and "loray " not in purpose(name) for name in shipped())
-
-
-def test_the_guide_has_the_table_of_defaults() -> None:
-    guide = GUIDE.read_text(encoding="utf-8")
-    tables = [defaults_table(objective) for objective in OBJECTIVES]
-    assert all(table in guide for table in tables), "run python -m loray.recipes.fields, and paste it"

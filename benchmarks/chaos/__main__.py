@@ -7,7 +7,7 @@
 A cluster of two nodes with three replicas of a tiny model, one of two ranks, two gateways behind HAProxy, 200 adapters
 in S3, the catalog in PostgreSQL, the cluster's tables in Redis. Every answer has one right text, which is learned
 before the first fault. Where a fault takes answers, long streams have begun right before it.
-docs/benchmarks/chaos.md explains the table. The exit code is 1 where a client saw what it may not see.
+docs/benchmarks/faults.md explains the table. The exit code is 1 where a client saw what it may not see.
 """
 
 from __future__ import annotations

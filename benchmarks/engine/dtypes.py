@@ -3,7 +3,7 @@
     python -m benchmarks.engine.dtypes [--repeat 3] [--json FILE]
 
 SmolLM2-135M; an engine in bfloat16 and one in float32 in this process, in turn, with prompts of 64 tokens and answers
-of 32. It is why `dtype: auto` serves in bfloat16 also where the CPU does not multiply it (decision 68).
+of 32. It is why `dtype: auto` serves in bfloat16 also where the CPU does not multiply it (decision 4).
 """
 
 from __future__ import annotations

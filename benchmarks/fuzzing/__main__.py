@@ -4,7 +4,7 @@
     python -m benchmarks.fuzzing --requests 300 --seed 7
 
 A cluster of two nodes with two gateways and the catalog's API behind HAProxy, two replicas of a tiny model, the catalog
-in PostgreSQL, adapters in S3. docs/benchmarks/fuzzing.md explains what is asked. The exit code is 1 where it was not
+in PostgreSQL, adapters in S3. docs/benchmarks/faults.md explains what is asked. The exit code is 1 where it was not
 reached.
 """
 

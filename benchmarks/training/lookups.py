@@ -5,7 +5,7 @@
 BOOKS is a Parquet file with a column `text`. The first message of a row is pages of these books, with a record after
 each page or two ("The ticket number of Jonas Hale is 18163. Remember it."), and a question. Each answer repeats one
 record, so the loss, which is on answers alone, is retrieval's. Rows are a function of BOOKS, --tokens and --seed.
-docs/guide/context-extension.md tells what came of it.
+docs/guide/long-context.md tells what came of it.
 """
 
 from __future__ import annotations

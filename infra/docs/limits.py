@@ -22,10 +22,11 @@ def names(page: str) -> list[str]:
 
 def with_limits(page: str) -> str:
     """The page with its tables as the code has them. Raises KeyError for a table that does not exist."""
-    return _TABLE.sub(lambda match: match[1] + _table(TABLES[match[2]]), page)
+    return _TABLE.sub(lambda match: match[1] + limits_table(TABLES[match[2]]), page)
 
 
-def _table(limits: tuple[Limit, ...]) -> str:
+def limits_table(limits: tuple[Limit, ...]) -> str:
+    """The rows as Markdown."""
     rows = [(limit.what, limit.limit, limit.set_by, limit.beyond) for limit in limits]
     return table(("what", "limit", "set by", "beyond it"), rows)
 

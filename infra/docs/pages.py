@@ -40,14 +40,15 @@ def navigation(nav: list[dict[str, Any]], repository: Path) -> list[dict[str, An
 
 
 def problems(repository: Path) -> list[str]:
-    """Links that lead nowhere: to no file, or to no heading of a page."""
+    """Links that lead nowhere: to no file or page of the reference, or to no heading of a page."""
+    made = {f"docs/reference/{name}.md": text for name, text in reference().items()}
     found = []
     for page in written(repository):
         for target in links(_text(repository, page)):
             path, anchor = repository_path(page, target), target.partition("#")[2]
-            if not (repository / path).exists():
+            if path not in made and not (repository / path).exists():
                 found.append(f"{page} links to {target}, which does not exist")
-            elif anchor and path.endswith(".md") and anchor not in headings(_text(repository, path)):
+            elif anchor and path.endswith(".md") and anchor not in headings(made.get(path) or _text(repository, path)):
                 found.append(f"{page} links to {target}, and {path} has no such heading")
     return found
 

@@ -1,4 +1,4 @@
-"""The guide's tables of limits are those of the code, and no limit is in two of them."""
+"""Tables of limits in guide and reference are those of the code, and no limit is in two of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from infra.docs.limits import GUIDE, names, with_limits
+from infra.docs.limits import GUIDE, limits_table, names, with_limits
+from infra.docs.reference import reference
 from serve_apps.limits import TABLES
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in GUIDE.glob("*.md")}
@@ -17,8 +18,15 @@ def test_the_guide_has_the_limits_of_the_code(name: str) -> None:
     assert PAGES[name] == with_limits(PAGES[name]), "run python -m infra.docs.limits"
 
 
-def test_each_table_is_on_one_page_and_each_limit_in_one_table() -> None:
-    assert sorted(name for page in PAGES.values() for name in names(page)) == sorted(TABLES)
+def test_the_reference_has_every_table_and_the_guide_none_twice() -> None:
+    made = reference()["limits"]
+    assert all(f"\n{limits_table(limits)}" in made for limits in TABLES.values())
+    shown = Counter(name for page in PAGES.values() for name in names(page))
+    assert shown.keys() <= TABLES.keys()
+    assert set(shown.values()) <= {1}
+
+
+def test_each_limit_is_in_one_table() -> None:
     found = Counter(limit.what for limits in TABLES.values() for limit in limits)
     assert set(found.values()) == {1}
 

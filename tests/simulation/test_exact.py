@@ -22,7 +22,7 @@ def _requests(rate: float, seed: int, number: int = 120) -> RequestTrace:
 
 @pytest.mark.parametrize(("rate", "error"), [(1.0, 0.06), (2.0, 0.1), (3.5, 0.2)])
 def test_the_fluid_is_as_fast_as_the_steps(rate: float, error: float) -> None:
-    """Utilisations of a quarter, a half and 0.85. The fluid is a little too fast; docs/capacity.md has the errors."""
+    """Utilisations of a quarter, a half and 0.85. The fluid is a little too fast; decision 24 has the errors."""
     ttft, end = (np.zeros((2, 0)) for _ in range(2))
     for seed in range(2):
         requests = _requests(rate, seed)

@@ -1,10 +1,10 @@
-"""Pages of reference, made from the code: commands, both APIs, recipes, serve spec, metrics, errors."""
+"""Pages of reference, made from the code: commands, both APIs, recipes, serve spec, metrics, errors, limits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from infra.docs.reference import commands, http, specs, telemetry
+from infra.docs.reference import commands, http, limits, specs, telemetry
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "cli": commands.page,
@@ -14,6 +14,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "serve-spec": specs.serve_page,
     "metrics": telemetry.metrics_page,
     "errors": telemetry.errors_page,
+    "limits": limits.page,
 }
 
 

@@ -17,8 +17,8 @@ def recipes_page() -> str:
     schema = TrainSpec.model_json_schema()
     parts = [
         "# Recipes\n",
-        "Fields of a recipe, as YAML or JSON. [Recipes and defaults](../guide/recipes.md) explains how they are "
-        "given, [training](../guide/training.md) what they do.\n",
+        "Fields of a recipe, as YAML or JSON. [Methods, recipes and plans](../guide/methods.md#recipes) explains how "
+        "they are given, [training](../guide/training.md) what they do.\n",
     ]
     for objective in OBJECTIVES:
         parts += [f"## Defaults with `objective.type: {objective}`\n", defaults_table(objective)]

@@ -19,7 +19,7 @@ def metrics_page() -> str:
     return "\n".join(
         [
             "# Metrics\n",
-            "What `/metrics` of an endpoint has; [serving](../guide/serving.md#metrics) explains it.\n",
+            "What `/metrics` of an endpoint has; [operations](../guide/operations.md) explains it.\n",
             _metrics(METRICS.values()),
             "## Of training\n",
             "Ray's nodes expose these, with the prefix `ray_`; all are gauges.\n",

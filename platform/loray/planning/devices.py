@@ -102,7 +102,7 @@ PRESETS = {
     )
 }
 ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
-# Measured (docs/guide/planning.md): the peak of the smallest run, less the tensors of its plan.
+# Measured (docs/guide/methods.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
 # glibc keeps freed blocks below its largest mmap threshold in the heap, and larger blocks outside of it.
 _GLIBC_THRESHOLD = 32 * MIB

@@ -1,6 +1,6 @@
 """What a recipe's field is where the recipe leaves it out, and why: the one place of defaults.
 
-`complete` fills a recipe in, `loray recipes show` prints the reasons, and docs/guide/recipes.md has them as a table. A
+`complete` fills a recipe in, `loray recipes show` prints the reasons, and the reference has them as a table. A
 field without a value here has the specification's own default (`loray.spec.TrainSpec`), or none.
 """
 

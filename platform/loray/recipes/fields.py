@@ -280,7 +280,3 @@ def _commented(text: str, why: str, indent: str) -> Iterator[str]:
     else:
         yield from (f"{indent}# {part}" for part in textwrap.wrap(why, _WIDTH - len(indent) - 2))
         yield line
-
-
-if __name__ == "__main__":
-    sys.stdout.write("\n".join(defaults_table(objective) for objective in OBJECTIVES))

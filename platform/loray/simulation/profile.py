@@ -115,9 +115,8 @@ SMOLLM2_TWO_CORES = Profile(
     name="SmolLM2-135M in bf16, two cores of an AMD EPYC",
     # One stream: 12.0 ms a token; 34 ms a decode step with 32 rows; a prompt of 2,048 tokens at 1,250 tokens/s, one of
     # 8,000 in 12.5 s; LoRA's part of a step with 32 adapters at 1.09 of its bytes by the bandwidth. A first token from
-    # S3 less a warm one: 17.9 ms at rank 8, 55.0 at rank 64; from host memory (decision 11): 0.6 and 3 ms.
-    source="docs/benchmarks/serving.md, sections Reached and Over HTTP; docs/decisions/0011-cold-starts.md; "
-    "start_s is assumed",
+    # S3 less a warm one: 17.9 ms at rank 8, 55.0 at rank 64; from host memory (decision 6): 0.6 and 3 ms.
+    source="docs/benchmarks/serving.md; docs/decisions/0006-cold-starts.md; start_s is assumed",
     step_s=0.0113,
     decode_s=0.00071,
     adapter_s=0.0002,

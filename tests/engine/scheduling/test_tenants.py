@@ -1,4 +1,4 @@
-"""How tenants change the time to the first token: the figures of docs/decisions/0014-tenants.md.
+"""How tenants change the time to the first token: see docs/decisions/0013-tenants-and-permissions.md.
 
 `python -m tests.engine.scheduling.test_tenants` prints them.
 """

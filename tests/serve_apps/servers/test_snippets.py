@@ -17,7 +17,7 @@ from tests.cluster import Served
 from tests.conftest import REPOSITORY
 
 # The pages with Python, and which of the names below their blocks use.
-PAGES = ("README.md", "docs/guide/api.md", "docs/guide/structured.md", "docs/guide/tools.md", "docs/howto/canary.md")
+PAGES = ("README.md", "docs/guide/api.md", "docs/howto/canary.md")
 NAMES = ("support-tone", "dates")
 # The base is random: without these it may go on to the end of its context.
 SHORTER = {
