@@ -20,12 +20,12 @@ from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
 from loray.adapters.manifest import check_recipe, read_manifest, with_manifest
-from loray.adapters.pairs import PairKey, drawn_digest
 from loray.bases import quantized
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
+from loray.methods.pairs import PairKey, drawn_digest
 from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan

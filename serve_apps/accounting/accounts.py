@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loray.catalog import Catalog
 from loray.errors import LorayError, Overloaded, RequestError
 from loray.locations import FileLocation, parse_location
+from loray.policy.fair_admission import FairAdmission
 from loray.policy.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
-from loray.serving.fair_admission import FairAdmission
 from loray.settings import Settings
 from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
 from loray.store import open_store

@@ -34,8 +34,8 @@ from loray.adapters.peft_format import (
 from loray.adapters.tensor_ranges import PartialFile, Range
 from loray.bases.checkpoint import parse_header
 from loray.bases.registry import BaseModel
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing, open_packed, packed_name, save_packed
-from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError, UnsupportedError
 from loray.priority import compute_in_background
 from loray.settings import Settings

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from loray.adapters.files import read_header
-from loray.adapters.pairs import PairKey, drawn_digest, stored_digest
+from loray.methods.pairs import PairKey, drawn_digest, stored_digest
 from loray.methods.vera_module import draw_pair, pair_digest
 from tests.draws import Normal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from loray.serving.fair_admission import FairAdmission
+from loray.policy.fair_admission import FairAdmission
 
 LATE, ON_TIME, STEP_S = 30.0, 0.0, 0.25
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, cast
 from pydantic import ValidationError
 
 from loray.adapters.files import PAIR_NAMES, check_declared, check_finite, own_bytes, read_header
-from loray.adapters.pairs import PairKey, drawn_digest, stored_digest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -37,6 +36,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
+from loray.methods.pairs import PairKey, drawn_digest, stored_digest
 from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection
 from loray.spec import (
     LINEAR_MODULES,

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from loray.adapters.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
-from loray.adapters.pairs import PairKey
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
+from loray.methods.pairs import PairKey
 from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, SharedProjection, VeraWeights
 from loray.spec import LINEAR_MODULES
 

@@ -1,6 +1,6 @@
 """Heat maps and line charts as SVG.
 
-Each model has a row of two panels: exact match (share of prompts) and the key's log-likelihood (nats).
+A heat map has a row of two panels for each model: exact match (share of prompts) and the key's log-likelihood (nats).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
-from loray.simulation.simulator import Course
-from loray.simulation.workload import Floats
 from loray.spec import EXACT_MATCH, LOG_LIKELIHOOD, Evaluation
+
+Floats = NDArray[np.float64]
 
 MARGIN = 24
 _FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
@@ -171,17 +172,6 @@ class Panel(NamedTuple):
     lines: Sequence[Floats]
     is_log: bool = False
     has_gaps: bool = False
-
-
-def draw_picture(title: str, courses: Sequence[Course]) -> str:
-    """Times have a logarithmic scale."""
-    panels = [
-        Panel("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
-        Panel("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
-        Panel("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
-        Panel("replicas", [c.replicas_B for c in courses]),
-    ]
-    return page(title, [c.policy for c in courses], courses[0].at_B / 60, panels)
 
 
 def page(title: str, legend: Sequence[str], minutes: Floats, panels: Sequence[Panel]) -> str:

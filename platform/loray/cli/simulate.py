@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import click
+import numpy as np
 
 from loray.cli.output import console, emit, json_option, progress_bar, table
-from loray.cli.pictures import draw_picture
+from loray.cli.pictures import Panel, page
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
-from loray.simulation.simulator import Summary, mean
+from loray.simulation.simulator import Course, Summary, mean
 from loray.simulation.workload import WHERE, RequestTrace, find, read
 
 _COLUMNS = (
@@ -133,7 +135,7 @@ def simulate(
     num_requests = sum(run.num_requests for run in runs[:: len(names)])
     title = f"{trace}: {num_requests // seeds:,} requests, {adapters:,} adapters, at most {replicas:,} replicas"
     if plot is not None:
-        plot.write_text(draw_picture(title, [run.course for run in runs[: len(names)]]))
+        plot.write_text(_picture(title, [run.course for run in runs[: len(names)]]))
     means = {name: mean([run.summary for run in runs[i :: len(names)]]) for i, name in enumerate(names)}
     if as_json:
         policies = {name: made.to_json() for name, made in means.items()}
@@ -175,3 +177,14 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise click.BadParameter(f"{path} is no file; synthetic, azure and mooncake need none", param_hint="--trace")
     return path
+
+
+def _picture(title: str, courses: Sequence[Course]) -> str:
+    """Times have a logarithmic scale."""
+    panels = [
+        Panel("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
+        Panel("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
+        Panel("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
+        Panel("replicas", [c.replicas_B for c in courses]),
+    ]
+    return page(title, [c.policy for c in courses], courses[0].at_B / 60, panels)

@@ -11,10 +11,10 @@ from torch import Tensor
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.memory.device_memory import sized
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.worker import LocalWorkers, StartWorkers, num_threads
+from loray.engine.pool.device_memory import sized
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.machine import Gpu, hardware, serving_dtype

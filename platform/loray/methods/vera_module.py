@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loray.adapters.pairs import PairKey, begin_digest, draw_blocks
 from loray.bases.quantized import is_quantized
+from loray.methods.pairs import PairKey, begin_digest, draw_blocks
 from loray.methods.weights import SharedProjection
 from loray.spec import VeraSpec
 

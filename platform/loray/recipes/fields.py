@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from loray.bases.config import ModelConfig
-from loray.engine.memory.device_memory import (
+from loray.engine.pool.device_memory import (
     SCORED_BYTES,
     DeviceMemory,
     activation_bytes,

@@ -12,10 +12,10 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import Tier
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.pool.loader import LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import TokenOutput
-from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter

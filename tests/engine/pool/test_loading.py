@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.pool.loader import AdapterLoads, LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
-from loray.engine.residency.partial import PartialLoad
 from tests.engine.adapters import TestAdapter
 from tests.engine.memory.test_device import GIB
 from tests.engine.pool.test_packed import packer, weights

@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from loray.engine.memory import device_memory
-from loray.engine.memory.device_memory import sized
 from loray.engine.memory.limits import block_bytes, max_model_len
+from loray.engine.pool import device_memory
+from loray.engine.pool.device_memory import sized
 from loray.errors import SpecError
 from loray.spec import ServeSpec
 from tests.engine.memory.test_device import BASE, CONFIG, GIB, SPEC

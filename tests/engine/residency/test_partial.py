@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loray.engine.memory.adapter_manager import Tier
-from loray.engine.residency.partial import PartialLoad
+from loray.engine.memory.partial import PartialLoad
 from loray.errors import IntegrityError
 from tests.engine.residency.world import Packed, World, ref
 

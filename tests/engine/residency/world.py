@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from loray.engine.memory.adapter_manager import AdapterManager
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.metrics import AdapterUsageLog
-from loray.engine.residency.partial import PartialLoad
 from loray.spec import AdapterRef
 
 

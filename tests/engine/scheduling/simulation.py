@@ -13,9 +13,9 @@ from typing import Any
 
 from loray.engine.memory.adapter_manager import AdapterManager, Backoff
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.metrics import AdapterUsageLog
 from loray.engine.request import Request, SchedulerOutput, Work
-from loray.engine.residency.partial import PartialLoad
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import IntegrityError

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loray.engine.memory.adapter_manager import Tier
+from loray.engine.memory.partial import PartialLoad
 from loray.engine.request import RequestState
-from loray.engine.residency.partial import PartialLoad
 from loray.engine.scheduling.fairness import MAX_OVERTAKES
 from loray.errors import IntegrityError
 from tests.engine.scheduling.life import Life

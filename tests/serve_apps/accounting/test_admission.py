@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from loray.errors import Overloaded
-from loray.serving.fair_admission import FairAdmission
+from loray.policy.fair_admission import FairAdmission
 from loray.spec import Limits, Principal
 from serve_apps.accounting import accounts
 from serve_apps.accounting.accounts import AdmitRequests, TenantTurns, Turn, UsageMeter

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loray.adapters.files import PAIR_NAMES
-from loray.adapters.pairs import PairKey, drawn_digest
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel
+from loray.methods.pairs import PairKey, drawn_digest
 from loray.methods.vera_module import draw_pair
 from loray.publishing import Destination, convert, import_folder
 from loray.publishing.convert import environment_of

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from loray.engine.residency.partial import PartialLoad
+from loray.engine.memory.partial import PartialLoad
 
 
 class HostProjection(Protocol):

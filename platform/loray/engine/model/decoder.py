@@ -21,10 +21,10 @@ from torch import Tensor
 
 from loray.bases.checkpoint import expected_shapes
 from loray.bases.config import ModelConfig
-from loray.engine.memory.device_memory import SCORED_BYTES
 from loray.engine.model.batch import AdapterBatch, Batch, build_batch, logits_part
 from loray.engine.model.decode_batch import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, ForwardContext, Layer, Linears, RMSNorm, through
+from loray.engine.pool.device_memory import SCORED_BYTES
 from loray.engine.pool.pool import Pool, PoolDescriptors, input_shapes
 from loray.engine.request import Chunk
 from loray.errors import IntegrityError

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
-from loray.engine.memory.device_memory import sized
 from loray.engine.model.batch import Batch
 from loray.engine.model.decode_batch import DecodeBatch, Resident
 from loray.engine.parallel import communicator as wire
@@ -34,6 +33,7 @@ from loray.engine.parallel.pool import (
 from loray.engine.parallel.shard import Shard, check_divisible, local_device, sharded_loads
 from loray.engine.parallel.transport import SECRET_BYTES, joined, open_meeting
 from loray.engine.parallel.worker import StartWorkers, WorkerArgs, Workers
+from loray.engine.pool.device_memory import sized
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.engine.request import Chunk

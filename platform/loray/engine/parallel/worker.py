@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
-from loray.engine.memory.device_memory import sized
 from loray.engine.model.decode_batch import DecodeBatch
 from loray.engine.parallel import communicator as wire
 from loray.engine.parallel.communicator import Communicator
@@ -32,6 +31,7 @@ from loray.engine.parallel.pool import (
 )
 from loray.engine.parallel.shard import Shard, local_device
 from loray.engine.parallel.transport import Codec, joined, meeting
+from loray.engine.pool.device_memory import sized
 from loray.errors import EngineError
 from loray.priority import compute_in_background
 from loray.spec import RopeParameters, ServeSpec

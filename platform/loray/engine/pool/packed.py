@@ -31,7 +31,7 @@ from torch import Tensor
 from loray.bases.checkpoint import DTYPE_CODES, CheckpointReader
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix, columns, rows_by_width
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
-from loray.engine.residency.partial import PartialLoad
+from loray.engine.memory.partial import PartialLoad
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection, VeraWeights
 from loray.spec import RopeParameters

@@ -99,7 +99,7 @@ def blocks_wanted(running: Iterable[Growth], block_tokens: int) -> float:
 
 
 # Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
-# so in every load that was simulated, see docs/decisions/0017-steps-by-time.md.
+# so in every load that was simulated, see docs/decisions/0003-steps-by-time.md.
 _SHARE = 0.75
 _LOOKED_AHEAD = 32  # waiting requests
 _WATERMARK = 0.01  # of the pool, for outputs that are longer than expected

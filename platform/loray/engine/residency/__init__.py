@@ -1,1 +1,0 @@
-"""loray.engine.residency"""
