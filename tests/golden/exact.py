@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loray.adapters.export import save_adapter
 from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog
@@ -40,12 +39,12 @@ from loray.spec import (
     TrainSpec,
 )
 from loray.store import AdapterStore, open_store
-from loray.text.deltas import RequestText
+from loray.text.detokenizer import RequestText
 from loray.text.tokenizer import Tokenizer
-from loray.train.data.dataset import load_data
+from loray.train.checkpoint import FolderReporter, save_adapter
+from loray.train.data.rows import load_data
 from loray.train.loop import train
 from loray.train.model import build_model
-from loray.train.reporting import FolderReporter
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, submit
 from tests.golden.frozen import FOLDER

@@ -24,8 +24,7 @@ import yaml
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from jobs.events.messages import encode
-from jobs.events.schema import Event
+from jobs.events import Event, encode
 from jobs.sweeps.driver import main as run_sweep
 from jobs.train import main as run_training
 from loray.bases.config import ModelConfig
