@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -17,6 +18,8 @@ from loray.bases.registry import BaseModel
 from loray.engine import engine as engine_module
 from loray.engine.async_engine import AsyncEngine
 from loray.engine.engine import check_request
+from loray.engine.metrics import EngineStats
+from loray.engine.request import Request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, IntegrityError, Overloaded, RequestError
 from loray.spec import GenerateRequest, TokenDelta
 from tests.engine.adapters import make_adapter
@@ -35,6 +38,13 @@ async def started(base: BaseModel, **spec: Any) -> AsyncIterator[AsyncEngine]:
 
 async def collect(stream: AsyncEngine, r: GenerateRequest) -> list[TokenDelta]:
     return [delta async for delta in stream.generate(r)]
+
+
+async def idle(stream: AsyncEngine) -> EngineStats:
+    """What the engine counts once nothing runs; it counts after it has delivered."""
+    while (stats := stream.stats()).num_running:
+        await asyncio.sleep(0.01)
+    return stats
 
 
 def go(test: Callable[[], Awaitable[None]]) -> None:
@@ -83,10 +93,27 @@ def test_closing_a_stream_cancels_its_request(base: BaseModel) -> None:
                 async for _ in deltas:
                     break
             await collect(stream, request("after", IDS, max_tokens=1))
-            stats = stream.stats()
-            assert stats.num_running == 0
+            stats = await idle(stream)
             assert stats.blocks["kv"] == 0
             assert stats.num_output_tokens < 100
+
+    go(test)
+
+
+def test_an_idle_engine_holds_no_request(base: BaseModel) -> None:
+    def held() -> list[object]:
+        gc.collect()
+        ours = (o for o in gc.get_objects() if type(o) in (Request, GenerateRequest))
+        return [o for o in ours if (o.spec if isinstance(o, Request) else o).request_id.startswith("held")]
+
+    async def test() -> None:
+        async with started(base) as stream:
+            await asyncio.gather(*(collect(stream, request(f"held-{i}", IDS, max_tokens=6)) for i in range(3)))
+            async with aclosing(stream.generate(request("held-cancelled", IDS, max_tokens=400))) as deltas:
+                await anext(aiter(deltas))
+            await idle(stream)
+            while held():  # until the engine's thread waits again
+                await asyncio.sleep(0.01)
 
     go(test)
 

@@ -318,6 +318,8 @@ class Engine:
         """End a request and release all that it holds. Unknown and finished requests are ignored."""
         if (request := self._requests.get(request_id)) is not None:
             self._remove(request)
+            if not self.scheduler.has_work and not self._runner.num_in_flight:
+                self._runner.forget()
 
     @property
     def has_work(self) -> bool:
@@ -349,6 +351,7 @@ class Engine:
             outputs.append(self._fail(*undo_step(e, _not_ended(runner.last_chunks), self.scheduler, self._model)))
         if not self.scheduler.has_work:  # nobody may call again
             self._collect(0, outputs)
+            runner.forget()
         self._grammars.end_step()
         self.idle = not (plan.chunks or outputs or plan.residency_changed or self._grammars.has_due)
         return outputs

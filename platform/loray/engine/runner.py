@@ -127,6 +127,10 @@ class ModelRunner:
         requests = (chunk.request for chunks in self._last_chunks for chunk in chunks)
         return frozenset(r.adapter.digest for r in requests if r.adapter is not None)
 
+    def forget(self) -> None:
+        """Hold no request of the last steps, which nobody asks for once all have ended."""
+        self._last_chunks.extend(((), ()))
+
     @property
     def num_in_flight(self) -> int:
         """Steps that have not been read."""
