@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Literal, NamedTuple, get_args
 
 from loray.bases.config import ModelConfig
-from loray.spec import LongLoraSpec, Method, ObjectiveType, upgraded
+from loray.spec import LongLoraSpec, Method, ObjectiveType
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
@@ -186,8 +185,6 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
 
     A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
     """
-    with suppress(ValueError):  # its parser says what is wrong
-        fields = upgraded(fields)
     filled = copy.deepcopy(dict(fields))
     for path, default in _defaults_for(filled).items():
         value = default.on(size)
