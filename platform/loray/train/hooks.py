@@ -26,9 +26,9 @@ from loray.errors import UnsupportedError
 from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend, attend_heads
 from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
-from loray.train.sequence.dense import GatheredSegments, ulysses_attention, ulysses_cuts
+from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulysses_attention
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
-from loray.train.sequence.ring import RingCuts, ring_attention, ring_cuts
+from loray.train.sequence.ring import RingSegments, ring_attention, segment_ring
 from loray.train.sequence.shard import ActiveShard, active_shard
 
 ATTENTION = "s2_attn"
@@ -123,12 +123,12 @@ def s2_attention_forward(
     return attend(query, key, value, attention_mask, scale=scaling), None
 
 
-def _check_positions(cuts: BatchSegments, position_ids_BT: Tensor | None) -> None:
+def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) -> None:
     """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
         return
     inside_BT = torch.diff(position_ids_BT, dim=1) == 1
-    ids_BT = cuts.document_ids_BT
+    ids_BT = segments.document_ids_BT
     if ids_BT is not None:
         inside_BT = inside_BT | (ids_BT[:, 1:] != ids_BT[:, :-1]) | (ids_BT[:, 1:] < 0)
     if not bool(inside_BT.all()):
@@ -141,7 +141,7 @@ AttentionMaskInterface.register(ATTENTION, s2_mask)
 
 DENSE = "loray_dense"
 
-DenseCuts = AttentionSegments | GatheredSegments | RingCuts
+DenseSegments = AttentionSegments | GatheredSegments | RingSegments
 
 
 def dense_mask(
@@ -156,7 +156,7 @@ def dense_mask(
     config: Any,
     device: torch.device | str = "cpu",
     **others: Any,
-) -> DenseCuts | Tensor | None:
+) -> DenseSegments | Tensor | None:
     """The documents of a batch, in place of its mask; transformers' mask where `dense_forward` computes as it does."""
     if (active := active_shard()) is not None:
         if q_length != kv_length or q_offset:
@@ -187,7 +187,7 @@ def _shared(
     attention_mask: Tensor | None,
     config: Any,
     device: torch.device | str,
-) -> GatheredSegments | RingCuts:
+) -> GatheredSegments | RingSegments:
     sharded = active.take(num_rows, num_tokens, attention_mask, config)
     if config.attention_dropout:
         raise UnsupportedError(
@@ -195,8 +195,8 @@ def _shared(
         )
     heads = config.num_attention_heads, config.num_key_value_heads
     plan = DensePlan(sharded.row_length, sharded.group.size, *heads)
-    cuts_of = ulysses_cuts if plan.exchange == "ulysses" else ring_cuts
-    return cuts_of(sharded.document_ids_BN, sharded.group, device=device)
+    segment = segment_gathered if plan.exchange == "ulysses" else segment_ring
+    return segment(sharded.document_ids_BN, sharded.group, device=device)
 
 
 def dense_forward(
@@ -204,7 +204,7 @@ def dense_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DenseCuts | Tensor | None,
+    attention_mask: DenseSegments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -214,7 +214,7 @@ def dense_forward(
     if isinstance(attention_mask, AttentionSegments):
         repeats = query.shape[1] // key.shape[1]
         return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
-    if not isinstance(attention_mask, GatheredSegments | RingCuts):
+    if not isinstance(attention_mask, GatheredSegments | RingSegments):
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
