@@ -1,14 +1,8 @@
-"""S2-Attn and dense attention in transformers' models.
+"""S2-Attn and dense attention inside transformers' models, through their attention and mask interfaces.
 
-`attn_implementation="s2_attn"` selects it; `config.s2_group_size` is G. The mask function finds padding (2D attention
-mask, right-padded) and packing (position ids that restart), and returns the batch's `BatchSegments`, which each layer
-gets in place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns
-`ShardSegments`.
-
-`attn_implementation="loray_dense"` selects it. Rows are cut into their documents without padding, once a batch, and
-each document is a segment of causal attention: no mask of T × T positions exists. Inside `sequence_parallel` the ranks
-of a group share the rows by Ulysses or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and
-dropout on attention weights are left to transformers' own attention.
+Model classes do not change; `attn_implementation` is `ATTENTION` or `DENSE`. A mask function returns the batch's
+segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
+sharded batch.
 """
 
 from __future__ import annotations
@@ -31,6 +25,11 @@ from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
 from loray.train.sequence.ring import RingSegments, ring_attention, segment_ring
 from loray.train.sequence.shard import ActiveShard, active_shard
 
+# -- S2-Attn ----------------------------------------------------------------------------------------------------------
+#
+# `config.s2_group_size` is G. The mask function finds padding (2D attention mask, right-padded) and packing (position
+# ids that restart).
+
 ATTENTION = "s2_attn"
 
 
@@ -46,7 +45,7 @@ def s2_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> BatchSegments | ShardSegments:
-    """The cuts of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
+    """Find the segments of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
     if q_length != kv_length or q_offset:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
@@ -70,8 +69,8 @@ def find_documents(
     attention_mask: Tensor | None,
     device: torch.device | str,
 ) -> Tensor:
-    """Document ids (B, T), −1 on padding. Packing is known only from `mask_function`: a document starts where t does
-    not attend to t − 1.
+    """Find document ids (B, T), −1 on padding. Packing is known only from `mask_function`: a document starts where t
+    does not attend to t − 1.
     """
     rows_B1 = torch.arange(num_rows, device=device)[:, None]
     later_1T = torch.arange(1, num_tokens, device=device)[None]
@@ -101,7 +100,7 @@ def s2_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `s2_mask`."""
+    """Attend with query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). The mask is the result of `s2_mask`."""
     if not isinstance(attention_mask, BatchSegments | ShardSegments):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:
@@ -139,8 +138,13 @@ AttentionInterface.register(ATTENTION, s2_attention_forward)
 AttentionMaskInterface.register(ATTENTION, s2_mask)
 
 
-DENSE = "loray_dense"
+# -- dense attention --------------------------------------------------------------------------------------------------
+#
+# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses
+# or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and dropout on attention weights are left to
+# transformers' own attention.
 
+DENSE = "loray_dense"
 DenseSegments = AttentionSegments | GatheredSegments | RingSegments
 
 
@@ -157,7 +161,7 @@ def dense_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> DenseSegments | Tensor | None:
-    """The documents of a batch, in place of its mask; transformers' mask where `dense_forward` computes as it does."""
+    """Find the documents of a batch, in place of its mask. Where `dense_forward` is transformers', so is the mask."""
     if (active := active_shard()) is not None:
         if q_length != kv_length or q_offset:
             raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
@@ -210,7 +214,7 @@ def dense_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `dense_mask`."""
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `dense_mask` made the mask."""
     if isinstance(attention_mask, AttentionSegments):
         repeats = query.shape[1] // key.shape[1]
         return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None

@@ -122,7 +122,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
         "retrieval": [RetrievalSpec(context_lengths=(400,), depths=(0.0, 1.0), samples=2)],
     }
     chosen = subjects(LINEAR, adapter, compare=True)
-    monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", 256)
+    monkeypatch.setattr(perplexity, "MEASURED_AT_ONCE", 256)
     undisturbed = measure(base, chosen, **what)
 
     left, compute = 9, perplexity.summed_cross_entropy

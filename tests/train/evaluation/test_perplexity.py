@@ -78,7 +78,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def test_it_is_the_mean_over_all_windows(
     base: BaseModel, rope: RopeParameters | None, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(module, "MEASURED_AT_ONCE", tokens_at_once)
     found = documents(200, 40, 131)
     windows = cut_windows(found, 64, stride=24, max_windows=None)
     model = load(base, MeasuredModel("base", rope), dtype="float32", device=CPU)

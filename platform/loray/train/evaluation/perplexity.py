@@ -1,20 +1,12 @@
-"""Documents, windows, perplexity.
+"""Dense perplexity of documents, from windows and from figures that an earlier run has kept.
 
-A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
-tokens, and what the pass gave. It is appended in one write, so that a process that is killed loses the pass under way
-alone. Floats are read as they were written, to the last bit.
+As in the evaluation of LongLoRA (Chen et al., ICLR 2024), it is exp of the mean loss over whole windows. Every window
+is computed alone, from its first token on, so that its early tokens have little context. All values follow this rule,
+and are comparable. A window takes one pass without a KV cache: attention is dense and causal, without a T × T mask, and
+the output head computes a chunk of positions at a time.
 
-Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have computed.
-
-Shapes: B rows, T positions, D hidden size, V vocabulary; N positions with a label.
-
-Every window is computed alone, from its first token on, so that its early tokens have little context. All values
-follow this rule, and are comparable. A window takes one pass without a KV cache: attention is dense and causal,
-without a T × T mask, and the output head computes a chunk of positions at a time.
-
-Shapes: T tokens of a window, B windows at once, N predicted tokens, D hidden size, V vocabulary.
-
-Shapes: N tokens of a document, T tokens of a window.
+Shapes: B rows or windows, T positions or tokens of a window, N positions with a label or tokens of a document, D hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -88,12 +81,18 @@ def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
 
 
 class KeptFigures:
-    """`num_taken` and `num_computed` count windows and prompts, of all models.
+    """Figures of passes, kept on disk as they are computed: an evaluation that was interrupted goes on where it was.
+
+    A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
+    tokens, and the figures. It is appended in one write, so that a process that is killed loses the pass under way
+    alone. Floats are read as they were written, to the last bit. Files that were not used for 30 days are removed.
+
+    Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have
+    computed. `num_taken` and `num_computed` count windows and prompts, of all models.
 
     home    None: nothing is kept
     fresh   nothing is taken; what is computed replaces what was kept
     mesh    the ranks that measure, which all make the same calls; `device` is this rank's
-    Files that were not used for 30 days are removed.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class KeptFigures:
         compute: Callable[[int], Figures],
         progress: StageProgress = lambda share: None,
     ) -> list[Figures]:
-        """The figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
+        """Find the figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
 
         `model` is what decides the figures beside the passes, as JSON. Progress begins with the share that is taken.
         Every rank calls `compute` equally often: one that has no pass repeats another's, which does not count. Raises
@@ -147,7 +146,7 @@ class KeptFigures:
         return [known[p.key] for p in passes]
 
     def _known(self, path: Path | None, keys: set[str]) -> dict[str, Figures]:
-        """What rank 0 has kept of `keys`, on all ranks."""
+        """Tell all ranks what rank 0 has kept of `keys`."""
         found = {} if path is None or self._fresh else _read(path)
         mine = json.dumps({key: figures for key, figures in found.items() if key in keys})
         (known, *_) = self._mesh.world.gather(mine)
@@ -211,7 +210,10 @@ Score = Callable[[Tensor, Tensor, Tensor], Figures]  # of (hidden_ND, head_VD, l
 
 
 class Measured(nn.Module):
-    """`model` is a transformers causal language model. The ranks of a sequence group of `mesh` share each row."""
+    """A transformers causal language model and its output head, as one module: FSDP gathers parameters at its call.
+
+    The ranks of a sequence group of `mesh` share each row.
+    """
 
     def __init__(self, model: Any, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -219,7 +221,8 @@ class Measured(nn.Module):
 
     @torch.no_grad()
     def figures(self, ids_BT: Tensor, labels_BT: Tensor, score: Score) -> Figures:
-        """Figures of this rank's positions with a label. `labels_BT[b, t]` is for the hidden state at t, −100 for none.
+        """Compute figures of this rank's positions with a label. `labels_BT[b, t]` is for the hidden state at t, −100
+        for none.
 
         A collective call. The model is as before afterwards.
         """
@@ -238,17 +241,15 @@ class Measured(nn.Module):
         return score(hidden_BTD[labelled_BT], head_VD, labels_BT[labelled_BT])
 
 
-_TOKENS_AT_ONCE = MEASURED_AT_ONCE  # short windows share a pass
-
-
 def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int32]], take: Take = take_all) -> float:
-    """Mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of perplexity.
+    """Compute the mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of
+    perplexity.
 
     `model` is called for passes alone whose figures `take` does not have. Raises EvaluationError where a loss is not
     finite.
     """
     num_windows, context_length = len(windows_T), len(windows_T[0])
-    rows = max(1, _TOKENS_AT_ONCE // context_length)
+    rows = max(1, MEASURED_AT_ONCE // context_length)  # short windows share a pass
     batches_BT = [np.stack(windows_T[start : start + rows]) for start in range(0, num_windows, rows)]
     name = f"the loss on windows of {context_length:,} tokens"
     passes = [Pass(digest("perplexity", ids_BT), len(ids_BT), name) for ids_BT in batches_BT]
@@ -265,7 +266,6 @@ def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
     return {"nll": float(summed_cross_entropy(hidden_ND, head_VD, labels_N)), "num_tokens": float(len(labels_N))}
 
 
-_NO_LIMIT = 1 << 62
 _TEXT = "text"
 
 
@@ -293,8 +293,8 @@ def read_documents(
     max_tokens: int | None = None,
     fetched: Mapping[str, Copy] = MappingProxyType({}),
 ) -> Documents:
-    """The documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a column
-    `text`; a `.txt` file is one document.
+    """Read the documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a
+    column `text`; a `.txt` file is one document.
 
     where       only rows whose columns have these values
     max_tokens  number of tokens to keep, from the beginning; None: all
@@ -303,12 +303,12 @@ def read_documents(
     """
     named = [sources] if isinstance(sources, str) else list(sources)
     files = [file for source in named for file in find_files(source, fetched.get(source))]
-    texts = [text for file in files for text in _read_documents(file.name, Path(file.fetched()), where)]
+    texts = [text for file in files for text in _texts(file.name, Path(file.fetched()), where)]
     if not texts:
         rule = " and ".join(f"{column}={value}" for column, value in where.items())
         raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))
     check_tokenizer(tokenizer)
-    documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
+    documents, left = [], sys.maxsize if max_tokens is None else max_tokens
     for ids in token_ids(tokenizer, texts):
         documents.append(np.array([*ids, tokenizer.eos_token_id][:left], np.int32))
         left -= len(documents[-1])
@@ -320,7 +320,7 @@ def read_documents(
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of each text, as in training and serving, without an end-of-sequence token."""
+    """Tokenise each text, as in training and serving, without an end-of-sequence token."""
     for text in texts:  # one at a time: the tokenizer's memory for a long text is many times the text
         yield from prompt_ids(tokenizer, [text])
 
@@ -328,8 +328,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
 def cut_windows(
     documents: Documents, context_length: int, *, stride: int, max_windows: int | None
 ) -> tuple[NDArray[np.int32], ...]:
-    """Windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it, as
-    views of the documents. `max_windows` of them are evenly spread from the first to the last; None: all.
+    """Cut windows of `context_length` tokens, which start at 0, stride, 2 · stride … of a document and end within it,
+    as views of the documents. `max_windows` of them are evenly spread from the first to the last; None: all.
 
     Raises DataError where no document is long enough.
     """
@@ -344,7 +344,7 @@ def cut_windows(
     return tuple(ids[start : start + context_length] for ids, start in chosen)
 
 
-def _read_documents(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
+def _texts(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
     if not path.is_file():
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
     if path.suffix == ".txt" and not where:

@@ -1,4 +1,4 @@
-"""Passkey and topics.
+"""Retrieval of a key from a long prompt, by two tasks.
 
 passkey  Mohtashami & Jaggi, *Landmark Attention* (2023), appendix: a number between two stretches of filler. LongLoRA
          is evaluated on it by length and depth.
@@ -59,7 +59,7 @@ class Prompt(NamedTuple):
 def make_prompt(
     task: RetrievalTask, tokenizer: Any, context_length: int, depth: float, *, seed: int = 0, sample: int = 0
 ) -> Prompt:
-    """The longest prompt of at most `context_length` tokens, answer included, with its key at `depth` (0 to 1).
+    """Make the longest prompt of at most `context_length` tokens, answer included, with its key at `depth` (0 to 1).
 
     The key is drawn from all arguments but the tokenizer. Raises SpecError where the question does not fit, or the
     topics do not fill the context.
