@@ -100,7 +100,7 @@ def s2_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). The mask is the result of `s2_mask`."""
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `s2_mask` made the mask."""
     if not isinstance(attention_mask, BatchSegments | ShardSegments):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:

@@ -90,7 +90,7 @@ def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "
 
 
 def filled(ids_BT: Tensor) -> int | None:
-    """Find n where every row is one document in its first n columns and padding after them; None for any other batch."""
+    """Find n such that each row is one document of n columns, then padding. None for any other batch."""
     real_BT = ids_BT >= 0
     num_filled = int(real_BT[0].sum())
     one_document = ids_BT[:, :num_filled] == ids_BT[:, :1]

@@ -1,7 +1,8 @@
-"""`Dataset`: training and held-out rows, joined texts, fingerprint.
+"""A run's data: read, tokenised, split into training rows and held-out rows, and fingerprinted.
 
-The ids are those of `tokenizer(eos.join(texts))`, cut every N tokens. Positions run through a row and attention crosses
-the joints, so that every position of the context is trained, whatever the length of a text. The last row is shorter.
+Rows are single documents, windows of one, or joined texts as in LongLoRA's paper (Chen et al., ICLR 2024): the ids of
+`tokenizer(eos.join(texts))`, cut every N tokens. Positions run through such a row and attention crosses the joints, so
+that every position of the context is trained, whatever the length of a text. The last row is shorter.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
 from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
+from loray.train.data.known import open_known
 from loray.train.data.read import DataFormat, RowFile
-from loray.train.data.reading.known import open_known
 from loray.train.data.shards import ShardCache
 from loray.train.data.tokenize import Tokenisation
 
@@ -75,7 +76,7 @@ class JoinedRows:
         return ids, np.arange(len(ids)) > 0
 
     def select(self, indices: NDArray[np.int64]) -> JoinedRows:
-        """These rows, without a copy of the tokens."""
+        """Select rows, without a copy of the tokens."""
         return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
 
 
@@ -87,7 +88,8 @@ def join(
     streams: Sequence[NDArray[np.int64]],
     row_length: int,
 ) -> JoinedRows:
-    """The documents of each source's stream in rows of `row_length` tokens, those of one before those of the next.
+    """Join the documents of each source's stream into rows of `row_length` tokens, those of one before those of the
+    next.
 
     Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
     the last one of a stream loses. A stream has what the tokenizer puts before a text once.
@@ -151,7 +153,7 @@ class HeldOutSplit(NamedTuple):
 def windows(
     files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
 ) -> HeldOutSplit:
-    """Rows of single documents, or of windows of one."""
+    """Make rows of single documents, or of windows of one."""
     part, documents = _cut(train, max_length)
     num_documents = train.num_documents
     if evaluation is not None:
@@ -187,8 +189,8 @@ def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
 def joined_texts(
     files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
 ) -> HeldOutSplit:
-    """Rows of joined texts, of each source for itself. What is held out is split off before texts are joined, unless
-    there is a single text.
+    """Make rows of joined texts, of each source for itself. What is held out is split off before texts are joined,
+    unless there is a single text.
     """
 
     def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
@@ -235,6 +237,7 @@ def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
 
 
 def check_texts(files: Iterable[RowFile]) -> None:
+    """Raise DataError where a file holds other rows than texts."""
     for file in files:
         if file.format != "text":
             raise DataError(
@@ -286,7 +289,7 @@ class Dataset:
 
     @property
     def length_counts(self) -> dict[int, int]:
-        """How many sequences of the training rows have a number of tokens."""
+        """Numbers of training sequences, by their numbers of tokens."""
         counts = np.bincount(self.train.lengths)
         return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
@@ -363,7 +366,7 @@ def load_data(
     weights = [source.weight for source in spec.train_sources]
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
-    fingerprint = _fingerprint(train_corpus, eval_corpus)
+    fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
     return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
 
 
@@ -386,10 +389,6 @@ def _open(
     return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
 
 
-def _fingerprint(train: Corpus, evaluation: Corpus | None) -> str:
-    """Of a single file its SHA-256, of several that of their SHA-256s."""
-    return _digest([_digest(corpus.sha256s) for corpus in (train, evaluation) if corpus is not None])
-
-
 def _digest(digests: Sequence[str]) -> str:
+    """A single digest itself, or the SHA-256 of several."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(f"{d}\n" for d in digests).encode()).hexdigest()
