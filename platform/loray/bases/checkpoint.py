@@ -90,7 +90,7 @@ def parse_header(beginning: bytes, *, source: str) -> dict[str, TensorEntry]:
     return entries
 
 
-# -- a checkpoint of one file or several -----------------------------------------------------------------------------
+# -- a checkpoint of one file or several ------------------------------------------------------------------------------
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

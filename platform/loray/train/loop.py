@@ -346,7 +346,7 @@ class _Run:
         self.good_steps_unsaved = 0
 
 
-# -- what makes a run give the same bits again -------------------------------------------------------------------------
+# -- what makes a run give the same bits again ------------------------------------------------------------------------
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -376,7 +376,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-# -- held-out loss -----------------------------------------------------------------------------------------------------
+# -- held-out loss ----------------------------------------------------------------------------------------------------
 
 
 class HeldOut(NamedTuple):

@@ -144,7 +144,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(total, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-# -- models whose weights are read later -------------------------------------------------------------------------------
+# -- models whose weights are read later ------------------------------------------------------------------------------
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
