@@ -92,7 +92,7 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two
 
 
 class RoundedBase(NamedTuple):
-    """How the base was quantized, and in which dtype it computed."""
+    """The quantization of a base, and the dtype in which it computed."""
 
     quantization: QuantizationSpec
     dtype: torch.dtype

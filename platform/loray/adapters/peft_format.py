@@ -240,7 +240,7 @@ def _vera(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mappin
 
 
 def _check_rank(folder: Path, key: ModuleKey, rank: int, configured: float) -> None:
-    """Before VeRA's pair is drawn with that rank."""
+    """Raise for another rank, before VeRA's pair is drawn with it."""
     if rank != configured:
         raise IntegrityError(
             f"{folder}: layer {key.layer} {key.module} has rank {rank}, {CONFIG_FILE} says {configured:g}; "

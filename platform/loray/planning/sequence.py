@@ -1,4 +1,4 @@
-"""Which tokens and heads each rank of a sequence group sends.
+"""Plans of a sequence group: the tokens and heads that each rank sends.
 
 Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L.
 

@@ -197,7 +197,7 @@ class _Kernel(NamedTuple):
 
     @property
     def takes_options(self) -> bool:
-        """Whether the installed version has these parameters."""
+        """True where the installed version has these parameters."""
         try:
             signature(self.function).bind(*[None] * 7, **self.options(None))
         except TypeError:
@@ -225,7 +225,7 @@ def _flash_options(scale: float | None) -> dict[str, Any]:
 
 
 def _torch_options(scale: float | None) -> dict[str, Any]:
-    """Its backward pass asks itself whether algorithms are deterministic."""
+    """The backward pass asks itself whether algorithms are deterministic."""
     return {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}
 
 

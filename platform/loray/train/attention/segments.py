@@ -139,7 +139,7 @@ class HeadGroup(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """R"""
+        """R, the query heads of a key-value head."""
         return int(self.q.stop - self.q.start) // int(self.kv.stop - self.kv.start)
 
 

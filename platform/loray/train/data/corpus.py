@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 class Runner(Protocol):
     def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
-        """Puts the shard of every task into the cache. Raises DataError."""
+        """Put the shard of every task into the cache. Raises DataError."""
         ...
 
 
@@ -74,7 +74,7 @@ class ShardTokens:
         return ShardTokens, (self._cache, self._keys, self._ends_K)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Token ids [start, stop)."""
+        """Read token ids [start, stop)."""
         parts = [self._tokens(k)[a:b].astype(np.int32) for k, a, b in self._parts(start, stop)]
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 

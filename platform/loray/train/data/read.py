@@ -353,7 +353,7 @@ def _blocks(file: Any) -> Iterator[bytes]:
 
 
 def _first_lines(block: bytes, count: int) -> bytes:
-    """Up to the end of its line `count`, where blank lines do not count."""
+    """Cut a block behind its line `count`, where blank lines do not count."""
     taken = list[bytes]()
     for line in block.split(b"\n"):
         if count == 0:

@@ -32,7 +32,7 @@ _BEGINNING = -1  # the start of the piece that is no document
 
 class TokenSource(Protocol):
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Token ids [start, stop)."""
+        """Read token ids [start, stop)."""
         ...
 
 
@@ -60,7 +60,7 @@ class JoinedRows:
         return len(self.starts)
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids of row i, all of which but the first are targets."""
+        """Read the token ids of row i, all of which but the first are targets."""
         at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
         parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
         while at < stop:

@@ -91,7 +91,7 @@ class TokenShard:
 
 
 class ShardCache(Protocol):
-    """Shards by key, each written whole or not at all. May be pickled, and written by several processes."""
+    """Shards by key, each written whole or not at all. It may be pickled, and several processes may write."""
 
     def index(self, key: str) -> ShardIndex | None:
         """Read the index of a shard; None where there is no whole one."""

@@ -144,7 +144,7 @@ def _messages(given: Any, name: str = "messages") -> list[dict[str, Any]]:
 
 
 def _message(given: Any) -> dict[str, Any]:
-    """Without fields that are null, which tables have wherever another row has a value."""
+    """Leave out fields that are null, which tables have wherever another row has a value."""
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise ValueError("every message needs a `role`, as user or assistant, and `content`")
     message = {name: value for name, value in given.items() if value is not None}

@@ -64,14 +64,14 @@ Take = Callable[[Sequence[Pass], Callable[[int], Figures]], list[Figures]]  # (p
 
 
 def finite(value: float, what: str) -> float:
-    """`value` itself. Raises EvaluationError where it is not finite."""
+    """Return `value`. Raises EvaluationError where it is not finite."""
     if not isfinite(value):
         raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
     return value
 
 
 def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
-    """SHA-256 of texts and token ids in order, with their shapes."""
+    """Compute the SHA-256 of texts and token ids in order, with their shapes."""
     found = hashlib.sha256()
     for data in inputs:
         array = np.frombuffer(data.encode(), np.uint8) if isinstance(data, str) else np.asarray(data, "<i4")

@@ -205,7 +205,7 @@ class Cell(NamedTuple):
 def retrieve(
     model: Callable[[], Measured], tokenizer: Any, spec: RetrievalSpec, context_length: int, take: Take = take_all
 ) -> tuple[Cell, ...]:
-    """Cells of one length with every depth, in order.
+    """Measure the cells of one length with every depth, in order.
 
     `model` is called for prompts alone whose scores `take` does not have. Raises EvaluationError where a log-likelihood
     is not finite.
@@ -231,7 +231,7 @@ def retrieve(
 
 
 def score(model: Measured, tokenizer: Any, prompt: Prompt) -> RetrievalScore:
-    """The answer of one prompt; of a sequence group's rank the part that it holds."""
+    """Score the answer of one prompt; a rank of a sequence group scores the part that it holds."""
     ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]])
     labels_1T = torch.full_like(ids_1T, IGNORED)
     labels_1T[0, len(prompt.ids) - 1 : -1] = ids_1T[0, len(prompt.ids) :]

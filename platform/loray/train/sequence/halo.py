@@ -35,6 +35,8 @@ from loray.train.sequence.shard import Pending, SequenceGroup, post
 
 
 class KeysValues(NamedTuple):
+    """Keys and values, (B, K, tokens, D) each."""
+
     k: Tensor
     v: Tensor
 
