@@ -24,8 +24,9 @@ from loray.spec import PerplexitySpec, RopeParameters
 from loray.train.attention import attend
 from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import perplexity as module
+from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
-from loray.train.evaluation.perplexity import Documents, Measured, cut_windows, mean_loss, read_documents
+from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
 from tests.engine.adapters import NORMS, make_adapter
 from tests.tiny import byte_tokenizer

@@ -32,7 +32,8 @@ from loray.spec import (
     retrieval_metric,
 )
 from loray.telemetry import Progress
-from loray.train.evaluation.perplexity import Documents, KeptFigures, Measured, cut_windows, finite, mean_loss
+from loray.train.evaluation.documents import Documents, cut_windows
+from loray.train.evaluation.perplexity import KeptFigures, Measured, finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
 from loray.train.mesh import ALONE, Mesh

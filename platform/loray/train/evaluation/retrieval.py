@@ -24,7 +24,8 @@ from torch import Tensor
 from loray.errors import SpecError
 from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.data.batches import IGNORED
-from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all, token_ids
+from loray.train.evaluation.documents import token_ids
+from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all
 from loray.train.evaluation.topics import ASPECTS, EXCHANGES, SUBJECTS
 
 _TASK = (
