@@ -238,25 +238,6 @@ def test_attention_scaling_and_method_are_independent(tmp_path: Path) -> None:
         write(tmp_path, attention={"group_size": 8})
 
 
-def test_an_older_recipe_says_the_same(tmp_path: Path) -> None:
-    """Published manifests and records of runs have this form."""
-    older = {
-        "method": "vera",
-        "long_context": {"rope_scaling": {"type": "yarn", "factor": 4}, "original_context": 64, "train_norms": False},
-    }
-    newer = {
-        "adapter": {"method": "vera", "train_embeddings": True},
-        "attention": {"type": "s2"},
-        "rope_scaling": {"type": "yarn", "factor": 4, "original_context": 64},
-    }
-    assert write(tmp_path, adapter=older).spec == write(tmp_path, **newer).spec
-    assert write(tmp_path, adapter={"method": "lora", "long_context": None}).spec.attention.type == "dense"
-    with pytest.raises(SpecError, match=r"rope_scaling\.stretch: Extra inputs"):
-        write(tmp_path, adapter={"method": "lora", "long_context": {"rope_scaling": {"factor": 2}, "stretch": 1}})
-    with pytest.raises(SpecError, match=r"older form of attention and rope_scaling"):
-        write(tmp_path, adapter=older, attention={"type": "s2"})
-
-
 @pytest.mark.parametrize(
     ("fields", "order"),
     [

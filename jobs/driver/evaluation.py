@@ -26,7 +26,7 @@ from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.evaluation.perplexity import Documents, cut_windows, read_documents
+from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.retrieval import make_prompt
 from loray_kernels.memory import is_out_of_memory
 

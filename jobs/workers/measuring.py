@@ -17,7 +17,7 @@ from loray.priority import compute_in_background
 from loray.spec import Evaluation, EvaluationSpec, RopeParameters, TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
-from loray.train.evaluation.perplexity import Documents
+from loray.train.evaluation.documents import Documents
 
 
 class Measurement(NamedTuple):

@@ -55,7 +55,7 @@ def test_a_layer_keeps_what_is_counted(
     spec = recipe(adapter=adapter, dtype=dtype)
     kept = [kept_bytes(tiny_base(architecture, num_hidden_layers=n), spec) for n in (2, 4)]
     run = shape_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
-    counted = sum(part.nbytes for part in memory.of_layer(run))
+    counted = sum(part.nbytes for part in memory.saved_by_layer(run))
     assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
 
 
@@ -65,7 +65,7 @@ def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: s
     spec = recipe(adapter={"method": "dora", "rank": 4, "target_modules": ALL}, dtype=dtype)
     bases = [tiny_base(num_hidden_layers=n) for n in (2, 4)]
     short, long = ([kept_bytes(base, spec, n) for base in bases] for n in (TOKENS, 2 * TOKENS))
-    counted = sum(part.nbytes for part in memory.of_layer(shape_of(spec, bases[0].config)))
+    counted = sum(part.nbytes for part in memory.saved_by_layer(shape_of(spec, bases[0].config)))
     assert (long[1] - long[0]) - (short[1] - short[0]) == 2 * TOKENS * counted
 
 

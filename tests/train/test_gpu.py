@@ -87,7 +87,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
         functions.install_flash_attn(monkeypatch, None)
         monkeypatch.setattr(functions.torch_varlen, "varlen_attn", functions.varlen_attn_on_cpu)
-        monkeypatch.setattr(attend, "select", lambda q_BHTD: attend.attend_groups_varlen)
+        monkeypatch.setattr(attend, "select_backend", lambda *_: attend.attend_varlen)
     return "cuda" if request.param == "GPU" else "cpu"
 
 
@@ -98,7 +98,7 @@ def test_three_steps(case: str, device: str, tiny_base: BaseFactory, tmp_path: P
     base = tiny_base(std=0.1, dtype=torch.bfloat16)  # so that both dtypes begin with equal weights
     found = steps(case, "bfloat16", base, tmp_path, device)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attend, "select", lambda q_BHTD: attend.attend_groups_sdpa)
+        patched.setattr(attend, "select_backend", lambda *_: attend.attend_sdpa)
         expected = steps(case, "float32", base, tmp_path)
     losses = [loss for loss, _ in found]
     assert losses == sorted(losses, reverse=True)
@@ -112,4 +112,4 @@ def test_a_gpu_attends_with_a_kernel() -> None:
     """Without one a run is right, and slow."""
     if attend._kernel() is None:
         pytest.skip(f"neither flash-attn is installed, nor does torch {torch.__version__} have a kernel")
-    assert attend.select(torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16, device="cuda")) is attend.attend_groups_varlen
+    assert attend.select_backend(torch.device("cuda"), torch.bfloat16, 64) is attend.attend_varlen

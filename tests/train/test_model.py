@@ -178,11 +178,11 @@ def test_packed_documents_are_independent(tiny_base: BaseFactory) -> None:
     assert not torch.equal(after[0, :3], before[0, :3])
 
 
-def test_cuts_are_computed_once_a_batch(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_found_once_a_batch(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tiny_base(num_hidden_layers=3), recipe(gradient_checkpointing=True)).train()
     calls = []
-    compute = hooks.compute_cuts
-    monkeypatch.setattr(hooks, "compute_cuts", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    compute = hooks.segment_batch
+    monkeypatch.setattr(hooks, "segment_batch", lambda *a, **k: calls.append(a) or compute(*a, **k))
     model(**batch("packed")[0]).logits.sum().backward()
     assert len(calls) == 1
 

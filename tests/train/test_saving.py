@@ -15,7 +15,6 @@ from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.spec import CheckpointSpec, TrainSpec
 from loray.train import checkpoint
-from loray.train import checkpoint as saving
 from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot
 from loray.train.loop import train
 from tests.train.test_loop import TINY, curve, make_data, masters, recipe
@@ -83,12 +82,12 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_next_one_waits(
 ) -> None:
     base, spec = tiny_base(**TINY), recipe(max_steps=4, checkpoint={"interval_steps": 2})
     plain = run(spec, base, tmp_path, "plain")
-    gate, written = Event(), list[int]()
+    gate, written, write = Event(), list[int](), checkpoint.write
 
     def slow(folder: Path, snapshot: Snapshot) -> None:
         assert gate.wait(60)
         written.append(snapshot.state.step)
-        checkpoint.write(folder, snapshot)
+        write(folder, snapshot)
 
     class Opens(FolderReporter):
         def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
@@ -97,7 +96,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_next_one_waits(
                 gate.set()
             super().report(metrics, checkpoint)
 
-    monkeypatch.setattr(saving, "write", slow)
+    monkeypatch.setattr(checkpoint, "write", slow)
     reporter = Opens(tmp_path / "slow", keep=9)
     train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
     told = [(e["event"], e["step"]) for e in reporter.events if e["event"] in ("step", "checkpoint")]
@@ -116,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     def full(folder: Path, snapshot: Snapshot) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(saving, "write", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     spec, workdir = recipe(max_steps=4, checkpoint={"interval_steps": 2}), tmp_path / "work"
     workdir.mkdir()
     reporter = FolderReporter(tmp_path / "run")
@@ -160,5 +159,5 @@ def test_a_written_checkpoint_stays_where_the_run_fails_before_it_is_reported(
     reporter = Fails(tmp_path / "run")
     with pytest.raises(RuntimeError):
         train(spec, tiny_base(**TINY), make_data(tmp_path, spec), reporter=reporter, workdir=workdir)
-    kept = [c.path for c in reporter.checkpoints] or [workdir / f"{saving.WRITTEN}000001"]
+    kept = [c.path for c in reporter.checkpoints] or [workdir / f"{checkpoint.WRITTEN}000001"]
     assert [checkpoint.read_state(path).step for path in kept] == [1]

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loray.train.sequence import SentBytes, SequenceGroup
-from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
+from loray.train.sequence.dense import segment_gathered, ulysses_attention
 from loray.train.sequence.halo import attend_shard, segment_shard
-from loray.train.sequence.ring import ring_attention, ring_cuts
+from loray.train.sequence.ring import ring_attention, segment_ring
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 64
 
@@ -40,8 +40,8 @@ def main(group: SequenceGroup, num_tokens: int, group_size: int) -> dict[str, in
 
     return {
         "halo": sent(lambda counted: attend_shard(q, k, v, segment_shard(ids_BN, counted, group_size), layer=0)),
-        "ulysses": sent(lambda counted: ulysses_attention(q, k, v, ulysses_cuts(ids_BN, counted))),
-        "ring": sent(lambda counted: ring_attention(q, k, v, ring_cuts(ids_BN, counted))),
+        "ulysses": sent(lambda counted: ulysses_attention(q, k, v, segment_gathered(ids_BN, counted))),
+        "ring": sent(lambda counted: ring_attention(q, k, v, segment_ring(ids_BN, counted))),
     }
 
 

@@ -1,1 +1,1 @@
-"""LoRA, VeRA and LongLoRA adapters as data and as modules; reading and writing PEFT's on-disk format."""
+"""Adapters as files: PEFT's format read and written, manifests, and other forms of an adapter."""

@@ -1,13 +1,4 @@
-"""Merged into the base, as LoRA, as GGUF.
-
-For tools that know LoRA alone, or to continue training as LoRA. The result computes the same, and is as large as a LoRA
-adapter of that rank.
-
-LongLoRA's RoPE and context go into `config.json`, and trained norms replace the base's. If the adapter has an input
-embedding and the base's output head is tied, the checkpoint has both the adapter's embedding and the base's head.
-
-llama.cpp adds alpha / rank · B A x to a linear module. Shapes as in `adapters.weights`.
-"""
+"""An adapter in other forms: as LoRA, merged into its base, and as GGUF."""
 
 from __future__ import annotations
 
@@ -32,9 +23,15 @@ from loray.errors import ConflictError, UnsupportedError
 from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection, VeraWeights
 from loray.spec import LINEAR_MODULES, QuantizationSpec
 
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
 
 def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
-    """B' = Λb B[:O] and A' = Λd A[:, :I], in fp32, with scale 1. Raises UnsupportedError for other adapters."""
+    """Convert VeRA to LoRA, for tools that know LoRA alone, or to continue training as LoRA.
+
+    B' = Λb B[:O] and A' = Λd A[:, :I], in fp32, with scale 1. The result computes the same, and is as large as a LoRA
+    adapter of that rank. Raises UnsupportedError for other adapters.
+    """
     if weights.pair is None:
         raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
     modules = {
@@ -44,7 +41,7 @@ def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
 
 
 def as_lora(module: LoraWeights | VeraWeights, pair: SharedProjection | None, width: int) -> LoraWeights:
-    """A module with an input of `width` elements as LoRA. A LoRA module is returned unchanged."""
+    """Convert a module with an input of `width` elements to LoRA. A LoRA module is returned unchanged."""
     if isinstance(module, LoraWeights):
         return module
     assert pair is not None
@@ -86,6 +83,8 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
     write_folder(folder, config, tensors)
 
 
+# -- merged -----------------------------------------------------------------------------------------------------------
+
 _SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
@@ -93,7 +92,7 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two
 
 
 class RoundedBase(NamedTuple):
-    """How the base was quantized, and in which dtype it computed."""
+    """The quantization of a base, and the dtype in which it computed."""
 
     quantization: QuantizationSpec
     dtype: torch.dtype
@@ -111,7 +110,11 @@ def merge_adapter(
 
     With `trained_on` the base's linear layers have the values that they had, quantized, while the adapter was trained;
     else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
-    `weights.rope` and `context_length` replace the base's. Raises ConflictError where `folder` exists and is not empty.
+    `weights.rope` and `context_length` replace the base's in `config.json`, and trained norms the base's. If the
+    adapter has an input embedding and the base's output head is tied, the checkpoint has both the adapter's embedding
+    and the base's head.
+
+    Raises ConflictError where `folder` exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; name a new folder")
@@ -200,6 +203,8 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
 _MODULES = {name.rpartition(".")[2]: called for called, name in LAYER_NAMES.items()}
 _ARCHITECTURES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -207,14 +212,14 @@ _ARCHITECTURES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_PERMUTED_IN = "llama"
 
 
 def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     """Write the adapter in fp32 to the new file `path`. VeRA becomes LoRA of its rank.
 
-    Where modules have several ranks or scales, B has the scale in it and alpha is 0, which llama.cpp takes as a scale
-    of 1. Raises UnsupportedError for an adapter that changes more than linear modules.
+    llama.cpp adds alpha / rank · B A x to a linear module. Where modules have several ranks or scales, B has the scale
+    in it and alpha is 0, which llama.cpp takes as a scale of 1. Raises UnsupportedError for an adapter that changes
+    more than linear modules.
     """
     import numpy as np
     from gguf import GGUFType, GGUFWriter, Keys
@@ -233,7 +238,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for key, module in sorted(modules.items()):
         b_OR = module.b_OR.float() if is_one else module.scale * module.b_OR.float()
-        if architecture == _PERMUTED_IN and key.module in PERMUTED:
+        if architecture == "llama" and key.module in PERMUTED:
             b_OR = permuted(b_OR, base.head_dim)
         name = f"blk.{key.layer}.{_MODULES[key.module]}.weight"
         for part, tensor in (("lora_a", module.a_RI.float()), ("lora_b", b_OR)):

@@ -1,4 +1,4 @@
-"""What PEFT's two files may say at most."""
+"""Bounds of PEFT's two files, and checks of a weights file by its header and in blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
 
 
 def check_header_length(beginning: bytes, *, source: str) -> int:
-    """`header_end` of an adapter's file, which is bounded. Raises IntegrityError."""
+    """Find `header_end` of an adapter's file, which is bounded. Raises IntegrityError."""
     end = header_end(beginning, source=source)
     if end > MAX_HEADER_BYTES:
         raise IntegrityError(f"{source}: its header would have {end - 8:,} bytes; at most {MAX_HEADER_BYTES:,}")
@@ -81,12 +81,12 @@ def check_declared(entries: Mapping[str, TensorEntry], manifest: AdapterManifest
 
 
 def own_bytes(entries: Mapping[str, TensorEntry]) -> int:
-    """Bytes of the tensors without VeRA's shared pair."""
+    """Count the bytes of the tensors without VeRA's shared pair."""
     return sum(entry.stop - entry.start for name, entry in entries.items() if name not in PAIR_NAMES)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The checked header of an adapter's file. Raises IntegrityError or UnsupportedError, which name the file."""
+    """Read and check the header of an adapter's file. Raises IntegrityError or UnsupportedError, which name it."""
     source = str(path)
     try:
         with path.open("rb") as f:

@@ -1,10 +1,7 @@
-"""`loray.json`, its digest; a folder checked as a whole.
-
-Servers check what anybody sends: shapes are those of the header, values and VeRA's pair pass in blocks. Works without
-torch.
+"""The manifest of an adapter, `loray.json`: written, read, and named by its digest; and folders checked as a whole.
 
 The digest is the SHA-256 of the manifest's canonical JSON. The manifest holds the SHA-256 of every file, so that the
-digest pins all bytes, and VeRA's pair.
+digest pins all bytes, and VeRA's pair. Works without torch.
 """
 
 from __future__ import annotations
@@ -56,53 +53,6 @@ from loray.spec import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedFolder:
-    """`weights` has the shapes of the tensors and no values. `entries` is the file's header."""
-
-    weights: AdapterWeights
-    entries: Mapping[str, TensorEntry]
-    prng_key: int
-
-    @property
-    def num_parameters(self) -> int:
-        """Without VeRA's shared pair, as `nbytes`."""
-        return sum(math.prod(entry.shape) for name, entry in self.entries.items() if name not in PAIR_NAMES)
-
-    @property
-    def nbytes(self) -> int:
-        return own_bytes(self.entries)
-
-
-def validate_folder(folder: Path, base: ModelConfig, manifest: AdapterManifest | None = None) -> CheckedFolder:
-    """Check the adapter in `folder`, which may be anybody's, for a base of this configuration.
-
-    `manifest` is that of a published adapter; it must not say less than the file has. Raises UnsupportedError,
-    BaseMismatch or IntegrityError. Costs one pass over the file, and memory for a part of it.
-    """
-    config = read_config(folder)
-    path = weights_path(folder)
-    entries = read_header(path)
-    if manifest is not None:
-        check_declared(entries, manifest, source=str(path))
-    shapes = cast("dict[str, Tensor]", without_prefix(entries))
-    weights = parse_adapter(folder, config, shapes, base, partial(_pair_in_blocks, path))
-    check_finite(path, entries)
-    return CheckedFolder(weights, entries, int(config.get("projection_prng_key", 0)))
-
-
-def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) -> SharedProjection:
-    """VeRA's pair by its shapes and its digest."""
-    if stored:
-        a, b = (cast(TensorEntry, stored[name]) for name in ("A", "B"))
-        digest = stored_digest(path, a, b)
-    else:
-        a, b = (TensorEntry("F32", shape, 0, 0) for shape in drawn.shapes)
-        digest = drawn_digest(drawn)
-    return SharedProjection(cast("Tensor", a), cast("Tensor", b), digest)
-
 
 # The files of a published adapter. Others in its folder (optimizer states, pickles) are not published.
 PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, AdapterManifest.TEMPLATE_FILE, "README.md", "LICENSE*")
@@ -193,7 +143,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
 
 
 def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str) -> AdapterWeights:
-    """`weights` with the manifest's RoPE and context, which PEFT's files do not contain.
+    """Add the manifest's RoPE and context, which PEFT's files do not contain.
 
     Raises IntegrityError where VeRA's pair is not the one that the manifest pins.
     """
@@ -207,12 +157,12 @@ def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str
 
 
 def manifest_json(manifest: AdapterManifest) -> bytes:
-    """The manifest as canonical JSON without nulls. The digest is its SHA-256, and the store keeps it."""
+    """Write the manifest as canonical JSON without nulls. The digest is its SHA-256, and the store keeps it."""
     return canonical_json(manifest.model_dump(mode="json", exclude_none=True)).encode()
 
 
 def digest(manifest: AdapterManifest) -> str:
-    """The adapter's identity: SHA-256 of `manifest_json`, 64 hex digits."""
+    """Compute the adapter's identity: the SHA-256 of `manifest_json`, 64 hex digits."""
     return hashlib.sha256(manifest_json(manifest)).hexdigest()
 
 
@@ -244,7 +194,7 @@ def check_recipe(spec: TrainSpec) -> None:
 
 
 def manifest_file(canonical: bytes) -> bytes:
-    """`canonical` as the bytes of `loray.json`, indented for people where it stays small enough to be uploaded."""
+    """Make the bytes of `loray.json`: `canonical`, indented for people where it stays small enough to be uploaded."""
     text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False).encode()
     return (text if len(text) < MAX_MANIFEST_BYTES else canonical) + b"\n"
 
@@ -255,7 +205,7 @@ def write_manifest(folder: Path, canonical: bytes) -> None:
 
 
 def read_manifest(folder: Path) -> AdapterManifest:
-    """The manifest of `folder`.
+    """Read the manifest of `folder`.
 
     Raises IntegrityError where there is no valid `loray.json`, and UnsupportedError where a later loray wrote it.
     """
@@ -263,7 +213,7 @@ def read_manifest(folder: Path) -> AdapterManifest:
 
 
 def read_canonical(folder: Path) -> bytes:
-    """The manifest of `folder` as canonical JSON. Raises IntegrityError where there is none or it is not JSON."""
+    """Read the manifest of `folder` as canonical JSON. Raises IntegrityError where there is none or it is not JSON."""
     path = folder / AdapterManifest.FILE
     if not path.is_file():
         raise IntegrityError(f"{folder} has no {AdapterManifest.FILE}: it is not a published adapter")
@@ -274,7 +224,7 @@ def read_canonical(folder: Path) -> bytes:
 
 
 def parse_manifest(data: bytes, *, source: str) -> AdapterManifest:
-    """The manifest in `data`. Raises as `read_manifest` does; errors name `source`."""
+    """Parse a manifest. Raises as `read_manifest` does; errors name `source`."""
     try:
         raw = json.loads(data)
     except ValueError as e:
@@ -305,7 +255,7 @@ def verify_folder(folder: Path) -> AdapterManifest:
 
 
 def published_files(folder: Path) -> list[Path]:
-    """The files of a PEFT folder that belong to the adapter, sorted by name."""
+    """List the files of a PEFT folder that belong to the adapter, sorted by name."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -361,3 +311,53 @@ def _projection(weights: AdapterWeights, key: int) -> Projection | None:
     return Projection(
         key=key, rank=a_RI.shape[0], max_in=a_RI.shape[1], max_out=b_OR.shape[0], sha256=weights.pair.digest
     )
+
+
+# -- a folder as a whole ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFolder:
+    """`weights` has the shapes of the tensors and no values. `entries` is the file's header."""
+
+    weights: AdapterWeights
+    entries: Mapping[str, TensorEntry]
+    prng_key: int
+
+    @property
+    def num_parameters(self) -> int:
+        """The elements of all tensors but VeRA's shared pair, which `nbytes` leaves out, too."""
+        return sum(math.prod(entry.shape) for name, entry in self.entries.items() if name not in PAIR_NAMES)
+
+    @property
+    def nbytes(self) -> int:
+        return own_bytes(self.entries)
+
+
+def validate_folder(folder: Path, base: ModelConfig, manifest: AdapterManifest | None = None) -> CheckedFolder:
+    """Check the adapter in `folder`, which may be anybody's, for a base of this configuration.
+
+    Shapes are those of the header; values and VeRA's pair pass in blocks: it costs one pass over the file, and memory
+    for a part of it. `manifest` is that of a published adapter; it must not say less than the file has. Raises
+    UnsupportedError, BaseMismatch or IntegrityError.
+    """
+    config = read_config(folder)
+    path = weights_path(folder)
+    entries = read_header(path)
+    if manifest is not None:
+        check_declared(entries, manifest, source=str(path))
+    shapes = cast("dict[str, Tensor]", without_prefix(entries))
+    weights = parse_adapter(folder, config, shapes, base, partial(_pair_in_blocks, path))
+    check_finite(path, entries)
+    return CheckedFolder(weights, entries, int(config.get("projection_prng_key", 0)))
+
+
+def _pair_in_blocks(path: Path, drawn: PairKey, stored: Mapping[str, Tensor]) -> SharedProjection:
+    """VeRA's pair by its shapes and its digest."""
+    if stored:
+        a, b = (cast(TensorEntry, stored[name]) for name in ("A", "B"))
+        digest = stored_digest(path, a, b)
+    else:
+        a, b = (TensorEntry("F32", shape, 0, 0) for shape in drawn.shapes)
+        digest = drawn_digest(drawn)
+    return SharedProjection(cast("Tensor", a), cast("Tensor", b), digest)

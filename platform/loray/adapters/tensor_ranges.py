@@ -76,7 +76,7 @@ class PartialFile:
         self.mark_received(0, self._beginning_end)
 
     def ranges(self, max_bytes: int) -> list[Range]:
-        """The missing ranges in the order in which to read them: tensors without a layer, then layer by layer.
+        """List the missing ranges in the order in which to read them: tensors without a layer, then layer by layer.
 
         Neighbours in the file are one range of up to `max_bytes`. If no more than that is missing, it is one range.
         """
@@ -100,7 +100,7 @@ class PartialFile:
         return merged
 
     def mark_received(self, start: int, stop: int) -> None:
-        """`data[start:stop]` has been filled."""
+        """Note that `data[start:stop]` has been filled."""
         with self._lock:
             insort(self._received, (start, stop))
 
@@ -118,7 +118,7 @@ class PartialFile:
         self.num_hashed = end
 
     def hash_seconds_left(self) -> float:
-        """Estimated seconds to hash the rest of the file, at the pace so far."""
+        """Estimate the seconds to hash the rest of the file, at the pace so far."""
         return (self.num_bytes - self.num_hashed) * self._hash_s / self.num_hashed if self.num_hashed else 0.0
 
     def verify(self, sha256: str) -> None:

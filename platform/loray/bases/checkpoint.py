@@ -1,8 +1,7 @@
-"""Tensors and fingerprint of a Hugging Face folder; safetensors headers.
+"""The tensors of a Hugging Face checkpoint and its fingerprint, from the headers of its safetensors files.
 
-A file is 8 bytes with the length of the header, the header as JSON, then the bytes of the tensors, without gaps.
-
-Nothing but `read_tensors` needs torch. Hashing and checking read the bytes once.
+A safetensors file is 8 bytes with the length of the header, the header as JSON, then the bytes of the tensors, without
+gaps. Only reading tensors needs torch. Hashing reads the bytes once.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class TensorEntry(NamedTuple):
 
 
 def header_end(beginning: bytes, *, source: str) -> int:
-    """Position behind the header, from the file's first 8 bytes. IntegrityError names `source`."""
+    """Find the position behind the header, from a file's first 8 bytes. Raises IntegrityError, which names `source`."""
     length = int.from_bytes(beginning[:8], "little")
     if len(beginning) < 8 or length > _MAX_HEADER_BYTES:
         raise IntegrityError(f"{source} is damaged: it is not a safetensors file")
@@ -64,7 +63,7 @@ def header_end(beginning: bytes, *, source: str) -> int:
 
 
 def parse_header(beginning: bytes, *, source: str) -> dict[str, TensorEntry]:
-    """The tensors by name, from the file's bytes up to `header_end` at least.
+    """Read the tensors by name, from the file's bytes up to `header_end` at least.
 
     Raises IntegrityError, which names `source`, where the header is damaged, or tensors overlap, leave gaps, or have
     another number of bytes than their shape and dtype need.
@@ -91,6 +90,8 @@ def parse_header(beginning: bytes, *, source: str) -> dict[str, TensorEntry]:
     return entries
 
 
+# -- a checkpoint of one file or several ------------------------------------------------------------------------------
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -112,7 +113,7 @@ class TensorInfo(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint, sorted. Raises UnsupportedError where it has none."""
+    """List the safetensors files of the checkpoint, sorted. Raises UnsupportedError where it has none."""
     index = folder / INDEX_FILE
     if index.is_file():
         try:
@@ -137,7 +138,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_infos(folder: Path) -> list[TensorInfo]:
-    """All tensors of the checkpoint, sorted by name. Raises IntegrityError where a header is damaged."""
+    """List all tensors of the checkpoint, sorted by name. Raises IntegrityError where a header is damaged."""
     infos: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
         for info in _tensors_in(file):
@@ -148,7 +149,7 @@ def tensor_infos(folder: Path) -> list[TensorInfo]:
 
 
 def stored_dtype(folder: Path) -> DType:
-    """The dtype that most bytes of the checkpoint have. UnsupportedError where the decoder does not read it."""
+    """Find the dtype of most of the checkpoint's bytes. Raises UnsupportedError where the decoder does not read it."""
     nbytes: Counter[str] = Counter()
     for info in tensor_infos(folder):
         nbytes[info.dtype] += info.stop - info.start
@@ -159,7 +160,7 @@ def stored_dtype(folder: Path) -> DType:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) over all shards, sorted by name, in the stored dtypes."""
+    """Read (name, tensor) over all shards, sorted by name, in the stored dtypes."""
     from safetensors import safe_open
 
     handles: dict[Path, Any] = {file: safe_open(str(file), framework="pt") for file in weight_files(folder)}
@@ -181,13 +182,13 @@ class CheckpointReader:
         return name in self._files
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, a view of the mapped file. IntegrityError if there is none."""
+        """Read a tensor in its stored dtype, a view of the mapped file. Raises IntegrityError if there is none."""
         with self._open(name) as f:
             tensor: Tensor = f.get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Its rows from `start` up to `stop`, likewise."""
+        """Read its rows from `start` up to `stop`, likewise."""
         with self._open(name) as f:
             rows: Tensor = f.get_slice(name)[start:stop]
         return rows
@@ -204,7 +205,7 @@ class CheckpointReader:
 
 
 def canonical_config(config: ModelConfig) -> str:
-    """The configuration as canonical JSON, without `eos_token_ids`: they do not change what the model computes."""
+    """Write a configuration as canonical JSON, without `eos_token_ids`: they do not change what the model computes."""
     fields = asdict(config)
     del fields["eos_token_ids"]
     fields["rope"] = config.rope.to_hf()
@@ -212,7 +213,7 @@ def canonical_config(config: ModelConfig) -> str:
 
 
 def fingerprint(folder: Path, config_json: str, progress: StageProgress | None = None) -> str:
-    """SHA-256 over `config_json` and the name, dtype, shape and bytes of every tensor, sorted by name.
+    """Compute the SHA-256 over `config_json` and the name, dtype, shape and bytes of every tensor, sorted by name.
 
     It does not depend on how the checkpoint is cut into shards.
     """
@@ -262,7 +263,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
+    """List the shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),

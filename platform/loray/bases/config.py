@@ -1,4 +1,4 @@
-"""`ModelConfig`, `LayerSpec`, one `Architecture` for each family.
+"""`ModelConfig`, the configuration of a Llama-shaped base, and how its RoPE is scaled.
 
 An architecture that the decoder does not cover is refused by name.
 """
@@ -61,12 +61,13 @@ class ModelConfig:
 
     @property
     def num_matrix_elements(self) -> int:
-        """Elements of all matrices that a token is multiplied with: linear modules and the output head."""
+        """The elements of all matrices that a token is multiplied with: linear modules and the output head."""
         layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read a checkpoint's `config.json`. Raises UnsupportedError."""
         path = folder / "config.json"
         if not path.is_file():
             raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
@@ -74,7 +75,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """From the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
+        """Read the dictionary of a `config.json`. Raises UnsupportedError for what the decoder does not compute."""
         architecture = (hf.get("architectures") or ["(none)"])[0]
         if architecture not in ARCHITECTURES:
             raise UnsupportedError(
@@ -128,7 +129,7 @@ def _rope(hf: Mapping[str, Any]) -> RopeParameters:
 
 
 def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int, head_dim: int) -> RopeParameters:
-    """The RoPE of `base`, scaled by `scaling` from `original_context` tokens.
+    """Scale the RoPE of `base` by `scaling` from `original_context` tokens.
 
     linear  positions ÷ factor (Chen et al., 2023)
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
@@ -161,7 +162,7 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
 
 
 def extended_context(rope: RopeParameters, base: RopeParameters, *, original_context: int, head_dim: int) -> int:
-    """Tokens to which `rope` extends `original_context` tokens of `base`: the inverse of `scaled`, rounded up."""
+    """Invert `scaled`: how many tokens `rope` makes of `original_context` tokens of `base`, rounded up."""
     stretched: float = (rope.rope_theta / base.rope_theta) ** ((head_dim - 2) / head_dim)
     divided = (rope.factor or 1.0) / (base.factor or 1.0)
     return math.ceil(original_context * max(1.0, stretched) * max(1.0, divided))

@@ -1,4 +1,4 @@
-"""How GGUF, the file format of llama.cpp, names a Llama's modules and orders their rows.
+"""Names of a Llama's modules in GGUF, the file format of llama.cpp, and the order of their rows.
 
 H heads, P half of a head's rotary dimensions, O = 2HP rows.
 """
@@ -27,12 +27,12 @@ PERMUTED = ("q_proj", "k_proj")  # the modules whose rows GGUF orders otherwise,
 
 
 def permuted(rows_OX: Tensor, head_dim: int) -> Tensor:
-    """Hugging Face's rows (H, 2, P) in GGUF's order (H, P, 2): it interleaves the halves of a head's dimensions."""
+    """Put Hugging Face's rows (H, 2, P) in GGUF's order (H, P, 2): it interleaves the halves of a head's dimensions."""
     return _swapped(rows_OX, head_dim, 2)
 
 
 def unpermuted(rows_OX: Tensor, head_dim: int) -> Tensor:
-    """GGUF's rows in Hugging Face's order."""
+    """Put GGUF's rows in Hugging Face's order."""
     return _swapped(rows_OX, head_dim, head_dim // 2)
 
 

@@ -53,12 +53,12 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> ModelConfig | None:
-    """The configuration of a well-known base, or None."""
+    """Look up the configuration of a well-known base; None where it is none."""
     return ModelConfig.from_hf(_PRESETS[name]) if name in _PRESETS else None
 
 
 def known_shape(base: str, home: Path) -> ModelConfig:
-    """The shape of the base `base` on this machine, else of the well-known base by that name. Raises BaseNotFound."""
+    """Find the shape of a base on this machine, else of the well-known base by that name. Raises BaseNotFound."""
     try:
         return get_base(home, base).config
     except BaseNotFound as e:
@@ -71,7 +71,7 @@ def known_shape(base: str, home: Path) -> ModelConfig:
 
 
 def shapes_in(home: Path) -> Callable[[str], ModelConfig | None]:
-    """As `known_shape`, for bases by name; None where a base's shape is not known."""
+    """Make `known_shape` of this machine a function of the name alone; None where a base's shape is not known."""
 
     def shape(base: str) -> ModelConfig | None:
         try:

@@ -21,7 +21,7 @@ def check_installed() -> None:
 
 
 def linear_4bit(weight_OI: Tensor, bias_O: Tensor | None, spec: QuantizationSpec) -> nn.Linear:
-    """A frozen linear layer on the CPU whose weight is quantized; products and bias are in the dtype of `weight_OI`."""
+    """Make a frozen, quantized linear layer on the CPU; products and bias are in the dtype of `weight_OI`."""
     bnb = _bitsandbytes()
     out_features, in_features = weight_OI.shape
     layer = bnb.nn.Linear4bit(
@@ -44,7 +44,7 @@ def linear_4bit(weight_OI: Tensor, bias_O: Tensor | None, spec: QuantizationSpec
 
 
 def dequantized(layer: nn.Linear) -> Tensor:
-    """The weight with which a layer computes; that of a layer which is not quantized as it is."""
+    """Read the weight with which a layer computes, quantized or not."""
     weight: Any = layer.weight
     if not is_quantized(weight):
         plain: Tensor = weight.detach()
@@ -54,7 +54,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
 
 
 def rounded(weight_OI: Tensor, spec: QuantizationSpec) -> Tensor:
-    """`weight_OI` as a base that is quantized so computes with it, in its dtype."""
+    """Round `weight_OI` to what a base that is quantized so computes with, in its dtype."""
     return dequantized(linear_4bit(weight_OI, None, spec))
 
 
@@ -63,7 +63,7 @@ def is_quantized(parameter: Tensor) -> bool:
 
 
 def numel(parameter: Tensor) -> int:
-    """Elements of a parameter, also of one in which two share a byte."""
+    """Count the elements of a parameter, also of one in which two share a byte."""
     state: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 

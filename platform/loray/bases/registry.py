@@ -1,6 +1,6 @@
-"""The base models of this machine; folder and hub as sources.
+"""The base models of this machine: added from a folder, the hub or a package, found by name, and verified.
 
-A folder appears complete, or not at all.
+A base's folder appears complete, or not at all.
 """
 
 from __future__ import annotations
@@ -34,101 +34,6 @@ from loray.errors import (
 from loray.files import file_lock
 from loray.spec import Frozen, Name, Sha256
 from loray.telemetry import Progress, get_logger
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Files that are copied besides the weights. Pickles and Python files are not: they can run code.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "README.md",
-)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a checkpoint. Raises UnsupportedError where the decoder does not cover it or where it is
-    quantized.
-
-    End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
-    ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
-    """
-    try:
-        config = ModelConfig.from_folder(folder)
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        generation = folder / "generation_config.json"
-        eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
-        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        ends = tuple(t for t in dict.fromkeys((*config.eos_token_ids, *more)) if 0 <= t < config.vocab_size)
-    except KeyError as e:
-        raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
-    except (ValueError, TypeError, AttributeError) as e:
-        raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
-    if raw.get("quantization_config"):
-        raise UnsupportedError(f"{folder} is a quantized checkpoint; add the bf16, fp16 or fp32 one")
-    return replace(config, eos_token_ids=ends)
-
-
-def checked_config(folder: Path) -> ModelConfig:
-    """The configuration of a checkpoint, checked against its tensors and tokenizer. Reads no tensor.
-
-    Raises as `read_config` and `checkpoint.check_tensors` do.
-    """
-    config = read_config(folder)
-    checkpoint.check_tensors(folder, config)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UnsupportedError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it beside the weights")
-    return config
-
-
-def fill_from_folder(source: Path, target: Path, scratch: Path, progress: Progress) -> None:
-    """Copy weights, configuration and tokenizer to `target`, and nothing else. Links are followed."""
-    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_copied(p.name)]
-    weights = checkpoint.weight_files(source)
-    index = source / checkpoint.INDEX_FILE
-    files += [*weights, index] if index.is_file() else weights
-    total = sum(p.stat().st_size for p in files) or 1
-    done = 0
-    for file in files:
-        with file.open("rb") as src, (target / file.name).open("wb") as dst:
-            while chunk := src.read(16 << 20):
-                dst.write(chunk)
-                done += len(chunk)
-                progress("copying", done / total)
-
-
-def fill_from_hub(model_id: str, target: Path, scratch: Path, progress: Progress) -> None:
-    """Download to `target`. An unsupported architecture is refused before its weights are downloaded."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    progress(f"downloading {model_id}", 0.0)
-    try:
-        read_config(Path(hf_hub_download(model_id, "config.json")).parent)
-        patterns = [*_COPIED, "model*.safetensors", checkpoint.INDEX_FILE]
-        snapshot_download(model_id, allow_patterns=patterns, local_dir=str(target))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
-        raise BaseNotFound(
-            f"{model_id} could not be fetched from the Hugging Face hub: {reason}. Check the id, the network "
-            "and HF_TOKEN, or add a checkpoint that is on disk with `loray base add PATH`"
-        ) from e
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    progress(f"downloading {model_id}", 1.0)
-
-
-def is_copied(name: str) -> bool:
-    """Whether a base includes this file of a checkpoint's folder. Weights are not meant."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)
-
 
 log = get_logger(__name__)
 
@@ -187,7 +92,7 @@ def add_base(source: str, *, home: Path, name: str | None = None, progress: Prog
 
 
 def get_base(home: Path, name: str) -> BaseModel:
-    """The base called `name`. Reads its configuration alone; `verify_base` reads the weights. Raises BaseNotFound."""
+    """Get the base called `name`. Reads its configuration; `verify_base` reads the weights. Raises BaseNotFound."""
     folder = home / "bases" / name
     record = _read_record(folder) if _is_name(name) else None
     if record is None:
@@ -198,8 +103,9 @@ def get_base(home: Path, name: str) -> BaseModel:
 
 
 def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
-    """Bases that are served side by side. Raises BaseNotFound, and SpecError where two are the same model: an adapter
-    of it would be of both.
+    """Get bases that are served side by side.
+
+    Raises BaseNotFound, and SpecError where two are the same model: an adapter of it would be of both.
     """
     found: dict[str, BaseModel] = {}
     for base in (get_base(home, name) for name in names):
@@ -210,8 +116,7 @@ def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
 
 
 def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> BaseModel:
-    """The base called `name`, on a node that may be new. A node without `smollm2` makes it from its package, once for
-    all processes.
+    """Get the base called `name` on a node that may be new, and there make `smollm2` once for all processes.
 
     Raises BaseNotFound for any other missing base, whose source is not known, and BaseMismatch where the base has
     another `fingerprint`.
@@ -241,18 +146,18 @@ def _get_or_build(home: Path, name: str) -> BaseModel:
 
 
 def base_names(home: Path) -> list[str]:
-    """The names of all bases of this machine, sorted."""
+    """List the names of all bases of this machine, sorted."""
     found = (home / "bases").glob(f"*/{_Record.FILE}")
     return sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
 
 
 def list_bases(home: Path) -> list[BaseModel]:
-    """All bases of this machine, sorted by name."""
+    """List all bases of this machine, sorted by name."""
     return [get_base(home, name) for name in base_names(home)]
 
 
 def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:
-    """The base of this machine with this fingerprint. Raises BaseMismatch, which names `name`, where there is none."""
+    """Find the base with this fingerprint. Raises BaseMismatch, which names `name`, where there is none."""
     for base in list_bases(home):
         if base.fingerprint == fingerprint:
             return base
@@ -313,8 +218,11 @@ def _add(
             log.warning("%s; adding it again from %s", e, source)
             damaged = True
         else:
-            if origin is not None and _fingerprint(origin, progress) != existing.fingerprint:
-                raise _taken(existing, source)
+            if origin is not None:
+                config_json = checkpoint.canonical_config(read_config(origin))
+                hashing = partial(progress, "comparing")
+                if checkpoint.fingerprint(origin, config_json, hashing) != existing.fingerprint:
+                    raise _taken(existing, source)
             if not (existing.path / tokenizer.FILE).is_file():
                 tokenizer.write(existing.path)
             return existing
@@ -359,14 +267,6 @@ def _move(target: Path, final: Path, record: _Record) -> None:
             ) from e
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(folder: Path, progress: Progress) -> str:
-    config_json = checkpoint.canonical_config(read_config(folder))
-    return checkpoint.fingerprint(folder, config_json, partial(progress, "comparing"))
-
-
 def _read_record(folder: Path) -> _Record | None:
     path = folder / _Record.FILE
     if not path.is_file():
@@ -397,3 +297,101 @@ def _remove_stale(root: Path) -> None:
     for folder in root.glob(f"{_TEMPORARY}*"):
         if time.time() - folder.stat().st_mtime > _STALE_S:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- checkpoints to copy ----------------------------------------------------------------------------------------------
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Files that are copied besides the weights. Pickles and Python files are not: they can run code.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "README.md",
+)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read the configuration of a checkpoint.
+
+    Raises UnsupportedError where the decoder does not cover it or where it is quantized.
+
+    End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
+    ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
+    """
+    try:
+        config = ModelConfig.from_folder(folder)
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        generation = folder / "generation_config.json"
+        eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        ends = tuple(t for t in dict.fromkeys((*config.eos_token_ids, *more)) if 0 <= t < config.vocab_size)
+    except KeyError as e:
+        raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
+    if raw.get("quantization_config"):
+        raise UnsupportedError(f"{folder} is a quantized checkpoint; add the bf16, fp16 or fp32 one")
+    return replace(config, eos_token_ids=ends)
+
+
+def checked_config(folder: Path) -> ModelConfig:
+    """Read the configuration of a checkpoint, and check it against its tensors and tokenizer. Reads no tensor.
+
+    Raises as `read_config` and `checkpoint.check_tensors` do.
+    """
+    config = read_config(folder)
+    checkpoint.check_tensors(folder, config)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UnsupportedError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it beside the weights")
+    return config
+
+
+def fill_from_folder(source: Path, target: Path, scratch: Path, progress: Progress) -> None:
+    """Copy weights, configuration and tokenizer to `target`, and nothing else. Links are followed."""
+    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_copied(p.name)]
+    weights = checkpoint.weight_files(source)
+    index = source / checkpoint.INDEX_FILE
+    files += [*weights, index] if index.is_file() else weights
+    total = sum(p.stat().st_size for p in files) or 1
+    done = 0
+    for file in files:
+        with file.open("rb") as src, (target / file.name).open("wb") as dst:
+            while chunk := src.read(16 << 20):
+                dst.write(chunk)
+                done += len(chunk)
+                progress("copying", done / total)
+
+
+def fill_from_hub(model_id: str, target: Path, scratch: Path, progress: Progress) -> None:
+    """Download to `target`. An unsupported architecture is refused before its weights are downloaded."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress(f"downloading {model_id}", 0.0)
+    try:
+        read_config(Path(hf_hub_download(model_id, "config.json")).parent)
+        patterns = [*_COPIED, "model*.safetensors", checkpoint.INDEX_FILE]
+        snapshot_download(model_id, allow_patterns=patterns, local_dir=str(target))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
+        raise BaseNotFound(
+            f"{model_id} could not be fetched from the Hugging Face hub: {reason}. Check the id, the network "
+            "and HF_TOKEN, or add a checkpoint that is on disk with `loray base add PATH`"
+        ) from e
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    progress(f"downloading {model_id}", 1.0)
+
+
+def is_copied(name: str) -> bool:
+    """True where a base includes this file of a checkpoint's folder. Weights are not meant."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)

@@ -11,15 +11,12 @@ import zipfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loray.bases.gguf import LAYER_NAMES, PERMUTED, unpermuted
 from loray.errors import BaseNotFound, IntegrityError
 from loray.files import file_sha256
 from loray.telemetry import Progress, StageProgress, get_logger
-
-if TYPE_CHECKING:
-    pass
 
 log = get_logger(__name__)
 

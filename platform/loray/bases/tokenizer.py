@@ -19,12 +19,12 @@ FILE = "loray-tokenizer.json"
 
 
 def write(folder: Path) -> None:
-    """Writes the file. Raises UnsupportedError if the checkpoint's tokenizer cannot be loaded."""
+    """Write the file. Raises UnsupportedError where the checkpoint's tokenizer cannot be loaded."""
     _from_transformers(folder).save(str(folder / FILE), pretty=False)
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer of a base. One without the file was added by an older version; then transformers makes it."""
+    """Load the tokenizer of a base. One without the file was added by an older version; then transformers makes it."""
     from tokenizers import Tokenizer
 
     file = folder / FILE
@@ -32,7 +32,7 @@ def load(folder: Path) -> Tokenizer:
 
 
 def read(folder: Path) -> str:
-    """The same as JSON, in the tokenizers library's format."""
+    """Read the tokenizer as JSON, in the tokenizers library's format."""
     file = folder / FILE
     return file.read_text(encoding="utf-8") if file.is_file() else _from_transformers(folder).to_str()
 

@@ -317,7 +317,7 @@ def perplexity(
         )
         from transformers import AutoTokenizer  # takes seconds
 
-        from loray.train.evaluation.perplexity import read_documents
+        from loray.train.evaluation.documents import read_documents
 
         tokenizer = AutoTokenizer.from_pretrained(target.base.path)
         documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)

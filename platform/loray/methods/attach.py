@@ -1,4 +1,4 @@
-"""Puts an adapter into a transformers model, loads weights into it."""
+"""Puts an adapter into a transformers model, loads weights into it, and turns it off."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
         if isinstance(spec, VeraSpec):
             inject_vera(model, spec)
         else:
-            inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
+            inject_adapter_in_model(_lora_config(spec), model, adapter_name=ADAPTER)
     _train_extras(model, spec)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -62,13 +62,13 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
 
 def is_magnitude(name: str) -> bool:
-    """Whether a parameter of this name is a vector of DoRA's magnitudes."""
+    """True where a parameter of this name is a vector of DoRA's magnitudes."""
     return ".lora_magnitude_vector." in name
 
 
 @torch.no_grad()
 def load_weights(model: Any, weights: AdapterWeights) -> None:
-    """Copy `weights` into `model`, to which `attach` has added an adapter that `checks.initial` lets go on from them.
+    """Copy `weights` into `model`, to which `attach` has added an adapter of the same modules and ranks.
 
     Norms and an embedding that `weights` lack stay the base's.
     """
@@ -99,7 +99,7 @@ class AdapterSwitch:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside the block the model computes as its base does, and no parameter changes."""
+        """Let the model compute as its base does inside the block. No parameter changes."""
         self._set(is_off=True)
         try:
             yield
@@ -114,11 +114,11 @@ class AdapterSwitch:
 
 
 def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
-    """The configuration with which PEFT makes the same adapter."""
-    return _vera_config(spec, **options) if isinstance(spec, VeraSpec) else lora_config(spec, **options)
+    """Make the configuration with which PEFT makes the same adapter."""
+    return _vera_config(spec, **options) if isinstance(spec, VeraSpec) else _lora_config(spec, **options)
 
 
-def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
+def _lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
     return LoraConfig(
         r=spec.rank,
         lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
@@ -167,6 +167,6 @@ def _train_extras(model: Any, spec: AdapterSpec) -> None:
 
 
 def trained_norms(model: nn.Module) -> list[str]:
-    """Last parts of the trained norms' paths, for PEFT's `modules_to_save`: "input_layernorm", "norm", …"""
+    """List the last parts of the trained norms' paths, for PEFT's `modules_to_save`: "input_layernorm", "norm", …"""
     paths = (path for path, p in model.named_parameters() if p.requires_grad and path.endswith("norm.weight"))
     return sorted({path.split(".")[-2] for path in paths})

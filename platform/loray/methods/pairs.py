@@ -24,7 +24,7 @@ _BLOCK = 1 << 18  # numbers
 
 
 class PairKey(NamedTuple):
-    """What a drawn pair is a function of."""
+    """The arguments of a drawn pair."""
 
     key: int
     rank: int
@@ -33,12 +33,12 @@ class PairKey(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """A's (R, max_in) and B's (max_out, R)."""
+        """The shapes of A, (R, max_in), and of B, (max_out, R)."""
         return (self.rank, self.max_in), (self.max_out, self.rank)
 
 
 def draw_blocks(pair: PairKey) -> Iterator[NDArray[np.float32]]:
-    """A's numbers in row order, then B's: Kaiming-uniform in fan-in, fp32, from one generator. No block has both.
+    """Draw A's numbers in row order, then B's: Kaiming-uniform in fan-in, fp32, from one generator. No block has both.
 
     Kopiczko et al., *VeRA* (ICLR 2024), section 3.2. The generator is the Mersenne Twister of torch's CPU, which takes
     the lower 32 bits of a seed and makes of 24 bits a number u from 0 to 1.
@@ -62,7 +62,7 @@ def draw_blocks(pair: PairKey) -> Iterator[NDArray[np.float32]]:
 
 @lru_cache(maxsize=64)
 def drawn_digest(pair: PairKey) -> str:
-    """SHA-256 of the drawn pair, as `projections.pair_digest`."""
+    """Compute the SHA-256 of the drawn pair, as `vera_module.pair_digest` does."""
     digest = begin_digest(*pair.shapes)
     for block in draw_blocks(pair):
         digest.update(block.data)
@@ -70,7 +70,7 @@ def drawn_digest(pair: PairKey) -> str:
 
 
 def stored_digest(path: Path, a_RI: TensorEntry, b_OR: TensorEntry) -> str:
-    """SHA-256 of the pair that these tensors of the file at `path` are, as `projections.pair_digest`."""
+    """Compute the SHA-256 of the pair in these tensors of the file at `path`, as `vera_module.pair_digest` does."""
     digest = begin_digest(a_RI.shape, b_OR.shape)
     with path.open("rb") as f:
         for entry in (a_RI, b_OR):
@@ -83,7 +83,7 @@ def stored_digest(path: Path, a_RI: TensorEntry, b_OR: TensorEntry) -> str:
 
 
 def begin_digest(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> hashlib._Hash:
-    """To be gone on with by the fp32 bytes of A and B in row order."""
+    """Begin the digest of a pair, which the fp32 bytes of A and B in row order complete."""
     return hashlib.sha256(f"{a_shape}{b_shape}".encode())
 
 

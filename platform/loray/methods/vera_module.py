@@ -1,10 +1,9 @@
-"""VeRA's torch module, and its shared projections as PEFT draws them.
-
-It is PEFT's pair bit for bit in fp32 where torch draws with fused products, as on x86 with AVX2 or AVX-512. Elsewhere
-PEFT's own differs from it in last bits.
+"""VeRA as a torch module, and its shared pair as PEFT draws it.
 
 The vectors d (width R) and b (width O) of each module are trained; they have PEFT's names. The pair is neither a
-parameter nor in a state dict: it is a function of (key, R, max_in, max_out).
+parameter nor in a state dict: it is a function of (key, R, max_in, max_out). It is PEFT's pair bit for bit in fp32
+where torch draws with fused products, as on x86 with AVX2 or AVX-512. Elsewhere PEFT's own differs from it in last
+bits.
 
 Shapes: R rank, I input width, O output width of one module. The pair has the largest widths of all target modules.
 """
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=4)
 def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> SharedProjection:
-    """A (rank, max_in) and B (max_out, rank) in fp32 on the CPU, the numbers of `pairs.draw_blocks`.
+    """Draw A (rank, max_in) and B (max_out, rank) in fp32 on the CPU, the numbers of `pairs.draw_blocks`.
 
     Two adapters share a pair only when all four arguments are equal. Callers get the same tensors: do not write to
     them.
@@ -43,7 +42,7 @@ def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> SharedProjectio
 
 
 def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
-    """SHA-256 over both shapes and the fp32 bytes of A and B in row order."""
+    """Compute the SHA-256 over both shapes and the fp32 bytes of A and B in row order."""
     digest = begin_digest(tuple(a_RI.shape), tuple(b_OR.shape))
     for t in (a_RI, b_OR):
         digest.update(t.detach().to(torch.float32).contiguous().numpy().data)
@@ -71,14 +70,16 @@ class ProjectionBuffer:
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) on the device and in the dtype of `x`."""
+        """Copy (A, B) to the device and the dtype of `x`, once."""
         key = (x.device, x.dtype)
         if key not in self._copies:
             self._copies[key] = (self.pair.a_RI.to(*key), self.pair.b_OR.to(*key))
         return self._copies[key]
 
     def inner(self, x: Tensor) -> Tensor:
-        """A x, (…, R). It is an attribute of `x`, so that modules with the same input (q, k, v; gate, up) share it."""
+        """Compute A x, (…, R). It is an attribute of `x`, so that modules with the same input (q, k, v; gate, up) share
+        it.
+        """
         known: Tensor | None = getattr(x, _INNER, None)
         if known is None or known.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
             known = F.linear(x, self.like(x)[0][:, : x.shape[-1]])
@@ -87,7 +88,7 @@ class ProjectionBuffer:
 
 
 class VeraLinear(nn.Module):
-    """A linear module with its VeRA vectors. In fp32 bit-equal to PEFT's; in bf16 the pair is bf16, too.
+    """A linear module with its VeRA vectors. In fp32 it is bit-equal to PEFT's; in bf16 the pair is bf16, too.
 
     d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base, as one does that is
     off.

@@ -1,4 +1,4 @@
-"""An adapter's tensors by layer and module; `Matrix`.
+"""An adapter's weights by layer and module.
 
 Shapes: R rank, I input width, O output width, V rows of an embedding, D hidden size.
 """
@@ -26,7 +26,7 @@ class ModuleKey(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Path below `model.`: "layers.3.self_attn.q_proj"."""
+        """The path below `model.`: "layers.3.self_attn.q_proj"."""
         return f"layers.{self.layer}.{'mlp' if self.module in MLP_MODULES else 'self_attn'}.{self.module}"
 
 
@@ -42,8 +42,8 @@ class LoraWeights:
     magnitude_O: Tensor | None = None
 
     def output_scale(self, weight_OI: Tensor) -> Tensor:
-        """DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
-        y = scale ⊙ (W + s B A) x + bias. Not finite where such a row is zero.
+        """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
+        y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
         """
         import torch  # shapes and headers are read without it
 
@@ -100,5 +100,5 @@ class AdapterWeights:
 
     @property
     def has_magnitudes(self) -> bool:
-        """Whether it is DoRA."""
+        """True for DoRA."""
         return any(isinstance(m, LoraWeights) and m.magnitude_O is not None for m in self.modules.values())

@@ -1,11 +1,4 @@
-"""FLOPs, traffic and time of a step.
-
-For comparison, an exchange also has the volumes of dense attention over the same rows with Ulysses (Jacobs et al.,
-2023) and ring attention (Liu et al., 2023); `halo` has the formulas.
-
-Base weights are frozen: their backward pass computes gradients of inputs alone, one product instead of two. The loss
-computes the gradient of hidden states in its forward pass. Checkpointing computes every layer once more.
-"""
+"""FLOPs, traffic and time of a step."""
 
 from __future__ import annotations
 
@@ -17,14 +10,25 @@ from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.planning.devices import Device
 from loray.planning.run import RunShape, count_dora_norms, count_factors, count_quantized, halo_plan
-from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
+from loray.planning.sequence import ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 from loray.spec import AdapterSpec, VeraSpec
+
+# Products of attention's backward pass per product of its forward pass: two products have four gradients, and flash
+# attention computes the scores once more.
+ATTENTION_GRADIENTS = 2.0
+ATTENTION_BACKWARD = ATTENTION_GRADIENTS + 0.5
+# Bytes per element that eager modules read and write. Each operation reads and writes its whole tensor once.
+_LOSS_FP32_PASSES = 48  # to fp32, maximum, difference, exponential, sum, softmax in place (twice), scatter, from fp32
+_ADAMW_BYTES = 80  # gradient, master, moments and two temporaries
+
+# -- traffic ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeVolume:
-    """One layer's forward pass over one micro-batch of rows of N = `num_tokens`, for P = `sequence`, G = `group_size`.
+    """The exchange of one layer's forward pass over a micro-batch of rows of N = `num_tokens`, for P = `sequence` and
+    G = `group_size`; to compare, also that of dense attention by Ulysses and by a ring.
 
     halo_bytes  bytes that the rank sends that sends most; the backward pass sends as many back
     num_hops    distance to the furthest receiver: 1 for the next rank
@@ -60,7 +64,7 @@ class TrafficPlan:
 
 
 def exchange(run: RunShape, sequence: int, group_size: int) -> ExchangeVolume:
-    """The exchange for P = `sequence` and G = `group_size`. Raises SpecError where P does not divide N."""
+    """Compute the exchange for P = `sequence` and G = `group_size`. Raises SpecError where P does not divide N."""
     plan = halo_plan(run.model, run.padded_length, sequence, group_size)
     model, e = run.model, run.element_bytes * run.num_sequences
     shape = (plan.num_tokens, sequence)
@@ -69,14 +73,14 @@ def exchange(run: RunShape, sequence: int, group_size: int) -> ExchangeVolume:
         sequence=sequence,
         group_size=group_size,
         num_hops=plan.num_hops,
-        halo_bytes=_most_sent(plan, model.head_dim) * e,
+        halo_bytes=max(plan.elements_sent(rank, model.head_dim) for rank in range(sequence)) * e,
         ulysses_bytes=ulysses_elements(*shape, model.num_heads, model.num_kv_heads, model.head_dim) * e,
         ring_bytes=ring_elements(*shape, model.num_kv_heads, model.head_dim) * e,
     )
 
 
 def exchanges(run: RunShape, group_sizes: Sequence[int], largest: int = 32) -> list[list[ExchangeVolume]]:
-    """A list for each P = 2, 4, … up to `largest` that divides N, with an exchange for each group size."""
+    """List, for each P = 2, 4, … up to `largest` that divides N, the exchange for each group size."""
     rows = []
     for power in range(1, largest.bit_length()):
         try:
@@ -87,12 +91,13 @@ def exchanges(run: RunShape, group_sizes: Sequence[int], largest: int = 32) -> l
 
 
 def group_sizes(run: RunShape) -> list[int]:
-    """The G of the run, a quarter of the row, and at most 8192; without repetition."""
+    """List the G of the run, a quarter of the row, and at most 8192, without repetition."""
     fixed = min(8192, quarter(run.row_length))
     return list(dict.fromkeys([run.group_size or fixed, quarter(run.row_length), fixed]))
 
 
 def plan_traffic(run: RunShape) -> TrafficPlan:
+    """Count what one worker sends in a step."""
     trained, e = run.trained.total, run.element_bytes
     share = (run.num_workers - 1) / run.num_workers
     mine = exchange(run, run.sequence, run.group_size) if run.sequence > 1 and run.group_size else None
@@ -110,7 +115,7 @@ def plan_traffic(run: RunShape) -> TrafficPlan:
 
 
 def _dense_bytes(run: RunShape) -> int:
-    """Of the rank that sends most."""
+    """The bytes of the rank that sends most."""
     if (plan := run.shared_dense) is None:
         return 0
     head_dim, forward_passes = run.model.head_dim, 1 + run.checkpointing
@@ -129,17 +134,7 @@ def _both_ways(run: RunShape) -> int:
     return most * run.element_bytes * run.num_sequences
 
 
-def _most_sent(plan: HaloPlan, head_dim: int) -> int:
-    return max(plan.elements_sent(rank, head_dim) for rank in range(plan.num_ranks))
-
-
-# Products of attention's backward pass per product of its forward pass: two products have four gradients, and flash
-# attention computes the scores once more.
-ATTENTION_GRADIENTS = 2.0
-ATTENTION_BACKWARD = ATTENTION_GRADIENTS + 0.5
-# Bytes per element that eager modules read and write. Each operation reads and writes its whole tensor once.
-_LOSS_FP32_PASSES = 48  # to fp32, maximum, difference, exponential, sum, softmax in place (twice), scatter, from fp32
-_ADAMW_BYTES = 80  # gradient, master, moments and two temporaries
+# -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +142,6 @@ class Flops:
     """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation and the reference.
 
     reference        forward pass of the base alone, which DPO compares with
-
     attention        S2-Attn or dense attention of the run, in the forward pass
     dense_attention  dense causal attention over the same rows, in the forward pass
     """
@@ -164,29 +158,8 @@ class Flops:
         return self.forward + self.backward + self.recompute + self.reference
 
 
-@dataclass(frozen=True, slots=True)
-class StepEstimate:
-    """Seconds of one optimizer step.
-
-    communication_s  communication that does not overlap with computation
-    mfu              model FLOPs utilisation: forward, backward and reference, no recomputation, as a share of the peak
-    """
-
-    matmul_s: float
-    attention_s: float
-    memory_s: float
-    optimizer_s: float
-    communication_s: float
-    tokens_per_s: float
-    mfu: float
-
-    @property
-    def step_s(self) -> float:
-        return self.matmul_s + self.attention_s + self.memory_s + self.optimizer_s + self.communication_s
-
-
 def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> int:
-    """(query i, key j) pairs with i ≥ j inside a segment, summed over the segments and heads of one row."""
+    """Count (query i, key j) pairs with i ≥ j inside a segment, summed over the segments and heads of one row."""
     if group_size is None:
         return num_heads * _causal(num_tokens)
     plain, middle = num_heads // 2, min(group_size // 2, num_tokens)
@@ -223,6 +196,11 @@ def _adapter_gradients(adapter: AdapterSpec) -> int:
 
 
 def count_flops(run: RunShape) -> Flops:
+    """Count the FLOPs of a step.
+
+    Base weights are frozen: their backward pass computes gradients of inputs alone, one product instead of two. The
+    loss computes the gradient of hidden states in its forward pass. Checkpointing computes every layer once more.
+    """
     num_tokens = run.tokens_per_worker * run.accumulation
     rows, heads = run.num_sequences * run.accumulation / run.sequence, run.model.num_heads
     pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
@@ -248,8 +226,8 @@ def model_flops_per_token(
     target_share: float = 1.0,
     has_reference: bool = False,
 ) -> float:
-    """Model FLOPs per token of forward and backward pass, the mean over rows, of which `length_counts` have so many
-    tokens. MFU is computed from it. With a reference its forward pass counts too.
+    """Count model FLOPs per token of forward and backward pass, the mean over rows, of which `length_counts` have so
+    many tokens. MFU is computed from it. With a reference its forward pass counts too.
 
     MFU (Chowdhery et al., 2022, PaLM, appendix B) counts the operations of the model's equations, without
     recomputation. The frozen output head is applied to `target_share` of the tokens, those with a label. Attention
@@ -264,7 +242,41 @@ def model_flops_per_token(
     return total / num_tokens
 
 
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def _grouped(num_tokens: int, group_size: int) -> int:
+    groups, last = divmod(num_tokens, group_size)
+    return groups * _causal(group_size) + _causal(last)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepEstimate:
+    """Seconds of one optimizer step.
+
+    communication_s  communication that does not overlap with computation
+    mfu              model FLOPs utilisation: forward, backward and reference, no recomputation, as a share of the peak
+    """
+
+    matmul_s: float
+    attention_s: float
+    memory_s: float
+    optimizer_s: float
+    communication_s: float
+    tokens_per_s: float
+    mfu: float
+
+    @property
+    def step_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.memory_s + self.optimizer_s + self.communication_s
+
+
 def estimate_time(run: RunShape, device: Device, traffic: TrafficPlan) -> StepEstimate:
+    """Estimate the seconds of a step on a device."""
     flops = count_flops(run)
     passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.has_reference
     peak = device.flops * device.product_shares.get(run.dtype, 1.0)
@@ -315,12 +327,3 @@ def _dequantized_bytes(run: RunShape) -> float:
         return 0.0
     once = run.quantization.bytes_per_element + run.element_bytes
     return once * count_quantized(run.model) * (2 + run.checkpointing + run.has_reference)
-
-
-def _causal(length: int) -> int:
-    return length * (length + 1) // 2
-
-
-def _grouped(num_tokens: int, group_size: int) -> int:
-    groups, last = divmod(num_tokens, group_size)
-    return groups * _causal(group_size) + _causal(last)

@@ -68,7 +68,7 @@ class Device(Frozen):
 
     @property
     def is_host(self) -> bool:
-        """Whether workers compute in the host's memory, without GPUs."""
+        """True where workers compute in the host's memory, without GPUs."""
         return self.name == THIS_MACHINE
 
     @property
@@ -106,16 +106,14 @@ ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 _HOST_FRAMEWORK = 100 * MIB
 # glibc keeps freed blocks below its largest mmap threshold in the heap, and larger blocks outside of it.
 _GLIBC_THRESHOLD = 32 * MIB
-
-
 # Of what a GPU's products were measured to reach, which is below the maker's figure.
 _MEASURED_MATMUL, _MEASURED_ATTENTION = 0.9, 0.5
 _PCIE = 25e9  # bytes/s of PCIe 4.0 with 16 lanes; what links GPUs is not measured
 
 
 def host(machine: Machine, num_workers: int) -> Device:
-    """One worker's share of a machine without GPUs, of `num_workers` in all. The peak is the fastest measured rate: on
-    a machine that was busy, matrix products may be slower than attention.
+    """Describe one worker's share of a machine without GPUs, of `num_workers` in all. The peak is the fastest measured
+    rate: on a machine that was busy, matrix products may be slower than attention.
 
     Where its rates were not measured, only its memory counts, and no time does.
     """
@@ -145,8 +143,8 @@ def host(machine: Machine, num_workers: int) -> Device:
 
 
 def gpu_here(machine: Machine) -> Device | None:
-    """One of this machine's GPUs: its own memory, with measured rates, or a maker's where the model is known. None
-    where there is no GPU, or neither is known.
+    """Describe one of this machine's GPUs: its own memory, with measured rates, or a maker's where the model is known.
+    None where there is no GPU, or neither is known.
     """
     hardware, rates = machine
     if not hardware.gpus:
@@ -167,8 +165,8 @@ def gpu_here(machine: Machine) -> Device | None:
 
 
 def device_on(hardware: Hardware, num_workers: int, *, use_gpu: bool) -> Device | None:
-    """One worker's share of a node, of `num_workers` on it: its GPU, or of its memory. Rates that are not known do not
-    count, and no time does. None where GPUs are used and none was found.
+    """Describe one worker's share of a node, of `num_workers` on it: its GPU, or of its memory. Rates that are not
+    known do not count, and no time does. None where GPUs are used and none was found.
     """
     machine = Machine(hardware)
     if not use_gpu:

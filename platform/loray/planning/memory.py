@@ -1,14 +1,7 @@
-"""A worker's memory, item by item.
-
-Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
-with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
-attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
+"""Memory of a run, item by item: of a worker's device, in a step and while it measures, and of a node beside it.
 
 Each item is in memory at some of the moments; the peak of the plan is the moment with the largest sum. Weights,
 gradients and optimizer states are replicated or sharded (Rajbhandari et al., *ZeRO*, 2020).
-
-Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the base,
-tokens, the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
 """
 
 from __future__ import annotations
@@ -23,87 +16,6 @@ from loray.planning.sequence import DensePlan
 from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MODULES_BY_INPUT, DoraSpec, TrainSpec, VeraSpec
 
 _FP32 = DTYPE_BYTES["float32"]
-
-
-class SavedTensors(NamedTuple):
-    """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
-
-    name: str
-    nbytes: int
-    block: int
-
-
-def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
-    kept = (_norms(run), _attention(run), _adapter(run), _mlp(run))
-    return tuple(part for part in kept if part.nbytes)
-
-
-def layer_input(run: RunShape) -> int:
-    """Bytes per token of a layer's input. Checkpointing keeps nothing else of the layer until its backward pass."""
-    return run.element_bytes * run.model.hidden_size
-
-
-def _norms(run: RunShape) -> SavedTensors:
-    """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
-    model, e = run.model, run.element_bytes
-    trained = e if run.adapter.train_norms else 0
-    heads = model.num_heads + model.num_kv_heads
-    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
-    nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
-    return SavedTensors("norms", nbytes, _FP32 * model.hidden_size)
-
-
-def _attention(run: RunShape) -> SavedTensors:
-    """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
-    model, e = run.model, run.element_bytes
-    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
-    return SavedTensors("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
-
-
-def _adapter(run: RunShape) -> SavedTensors:
-    """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
-
-    The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
-    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. DoRA also keeps
-    what it scales: the outputs of the base and of B. VeRA keeps the operands of its two vectors; A x is computed once
-    for modules with the same input.
-    """
-    model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
-    shapes = {module: model.module_shape(module) for module in targets}
-    if isinstance(run.adapter, VeraSpec):
-        outs = [out for out, _ in shapes.values()]
-        products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
-        return SavedTensors("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
-    inner = e * run.adapter.rank * len(targets)
-    if isinstance(run.adapter, DoraSpec):
-        inner += 2 * e * sum(out for out, _ in shapes.values())
-    inputs = [e * width for _, width in shapes.values()]
-    if run.adapter.dropout:
-        return SavedTensors("adapter", inner + 2 * sum(inputs), max(inputs))
-    shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
-    if run.sequence == 1:
-        shared.pop(_input_of("o_proj"), None)
-    return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
-
-
-def _input_of(module: str) -> tuple[str, ...]:
-    """The modules that have the same input as `module`, itself included."""
-    return next(modules for modules in MODULES_BY_INPUT if module in modules)
-
-
-def _mlp(run: RunShape) -> SavedTensors:
-    """gate, silu(gate) and up."""
-    width = run.element_bytes * run.model.intermediate_size
-    return SavedTensors("mlp", 3 * width, width)
-
-
-def layer_gradients(run: RunShape) -> SavedTensors:
-    """The most gradients of activations that exist at once in a layer's backward pass: those of up, silu(gate), their
-    product, the residual stream and the layer's output.
-    """
-    width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
-    return SavedTensors("gradients of activations", 3 * width + 2 * hidden, width)
-
 
 PeakMoment = Literal["loss", "backward", "gradients", "update"]
 WHAT: dict[PeakMoment, str] = {
@@ -134,6 +46,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
+    """The memory of a worker's device in a step."""
+
     items: tuple[Item, ...]
 
     def at(self, moment: PeakMoment) -> int:
@@ -154,6 +68,7 @@ class TrainingMemory:
 
 
 def plan_memory(run: RunShape, device: Device) -> TrainingMemory:
+    """Plan the memory of one worker's device in a step."""
     items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run, device)]
     passing = [item for item in items if item.moments != MOMENTS]
     kept = [_after_freeing(item, device) for item in items if item.nbytes]
@@ -198,7 +113,7 @@ def _optimizer(run: RunShape, device: Device) -> Iterator[Item]:
 
 
 def gathered_weights(run: RunShape) -> int:
-    """Bytes of the base's weights that fsdp2 has gathered at once."""
+    """Count the bytes of the base's weights that fsdp2 has gathered at once."""
     base = run.base
     return run.element_bytes * (_FSDP_LAYERS * base.layer + base.embedding + base.head + base.final_norm)
 
@@ -318,19 +233,111 @@ def _share(nbytes: int, shards: int) -> int:
     return -(-nbytes // shards)
 
 
+# -- what autograd keeps of a layer -----------------------------------------------------------------------------------
+#
+# Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
+# with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
+# attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
+
+
+class SavedTensors(NamedTuple):
+    """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
+
+    name: str
+    nbytes: int
+    block: int
+
+
+def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
+    """List what autograd keeps of a layer for its backward pass."""
+    kept = (_saved_norms(run), _saved_attention(run), _saved_adapter(run), _saved_mlp(run))
+    return tuple(part for part in kept if part.nbytes)
+
+
+def layer_input(run: RunShape) -> int:
+    """Count the bytes per token of a layer's input. Checkpointing keeps nothing else of the layer until its backward
+    pass.
+    """
+    return run.element_bytes * run.model.hidden_size
+
+
+def _saved_norms(run: RunShape) -> SavedTensors:
+    """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
+    model, e = run.model, run.element_bytes
+    trained = e if run.adapter.train_norms else 0
+    heads = model.num_heads + model.num_kv_heads
+    widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
+    nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)
+    return SavedTensors("norms", nbytes, _FP32 * model.hidden_size)
+
+
+def _saved_attention(run: RunShape) -> SavedTensors:
+    """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
+    model, e = run.model, run.element_bytes
+    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
+    return SavedTensors("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
+
+
+def _saved_adapter(run: RunShape) -> SavedTensors:
+    """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
+
+    The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
+    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. DoRA also keeps
+    what it scales: the outputs of the base and of B. VeRA keeps the operands of its two vectors; A x is computed once
+    for modules with the same input.
+    """
+    model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
+    shapes = {module: model.module_shape(module) for module in targets}
+    if isinstance(run.adapter, VeraSpec):
+        outs = [out for out, _ in shapes.values()]
+        products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
+        return SavedTensors("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
+    inner = e * run.adapter.rank * len(targets)
+    if isinstance(run.adapter, DoraSpec):
+        inner += 2 * e * sum(out for out, _ in shapes.values())
+    inputs = [e * width for _, width in shapes.values()]
+    if run.adapter.dropout:
+        return SavedTensors("adapter", inner + 2 * sum(inputs), max(inputs))
+    shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
+    if run.sequence == 1:
+        shared.pop(_input_of("o_proj"), None)
+    return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
+
+
+def _input_of(module: str) -> tuple[str, ...]:
+    """The modules that have the same input as `module`, itself included."""
+    return next(modules for modules in MODULES_BY_INPUT if module in modules)
+
+
+def _saved_mlp(run: RunShape) -> SavedTensors:
+    """gate, silu(gate) and up."""
+    width = run.element_bytes * run.model.intermediate_size
+    return SavedTensors("mlp", 3 * width, width)
+
+
+def layer_gradients(run: RunShape) -> SavedTensors:
+    """Count the gradients of activations that exist at once in a layer's backward pass, at most: those of up,
+    silu(gate), their product, the residual stream and the layer's output.
+    """
+    width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
+    return SavedTensors("gradients of activations", 3 * width + 2 * hidden, width)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
 MEASURED_AT_ONCE = 4096  # tokens of short windows that share a pass
 
 
 def num_shards(spec: TrainSpec | RunShape) -> int:
-    """Workers over which the weights of a measured model are spread. A base that training quantizes is measured as it
-    is served, in four times the memory, which one worker need not have.
+    """Count the workers over which the weights of a measured model are spread. A base that training quantizes is
+    measured as it is served, in four times the memory, which one worker need not have.
     """
     strategy = spec.strategy if isinstance(spec, RunShape) else spec.parallel.strategy
     return spec.num_workers if strategy in SHARDS_WEIGHTS or spec.quantization is not None else 1
 
 
 def measuring_bytes(run: RunShape, device: Device) -> int:
-    """The peak of a worker in its longest pass; 0 where the recipe measures nothing.
+    """Compute the peak of a worker in its longest pass; 0 where the recipe measures nothing.
 
     Of a layer there are at once its input in two dtypes, queries, keys, values and output of attention, and gate, up
     and their product; then the hidden states twice, and a chunk of logits.
@@ -349,6 +356,11 @@ def measuring_bytes(run: RunShape, device: Device) -> int:
     return weights + passing + int(device.fragmentation * passing) + device.framework_bytes
 
 
+# -- a node beside its GPUs -------------------------------------------------------------------------------------------
+#
+# Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the
+# base, tokens, the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
+
 HostMoment = Literal["loading", "training", "publishing"]
 HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
 
@@ -358,6 +370,8 @@ _BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit inte
 
 @dataclass(frozen=True, slots=True)
 class HostItem:
+    """A node's item, and the moments at which it is in memory."""
+
     name: str
     nbytes: int
     moments: tuple[HostMoment, ...] = HOST_MOMENTS
@@ -365,7 +379,7 @@ class HostItem:
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """`usable_bytes` is None where nothing is known of the node's memory."""
+    """The memory of a node. `usable_bytes` is None where nothing is known of it."""
 
     items: tuple[HostItem, ...]
     num_workers: int
@@ -393,20 +407,21 @@ class HostPlan:
 
 
 def plan_host(run: RunShape, device: Device) -> HostPlan | None:
-    """Of the node with the driver and rank 0, which holds most. None where workers compute in the host's memory."""
+    """Plan the node with the driver and rank 0, which holds most. None where workers compute in the host's memory."""
     if device.is_host:
         return None
     num_workers = min(run.num_workers, device.workers_per_node)
-    items = (*_processes(num_workers, device), *_base(run, num_workers), *_data(run, num_workers), *_state(run))
+    items = (
+        HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes),
+        *_host_base(run, num_workers),
+        *_host_data(run, num_workers),
+        HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",)),
+    )
     usable = None if device.host_memory_bytes is None else int(device.host_memory_bytes * device.usable_share)
     return HostPlan(tuple(item for item in items if item.nbytes), num_workers, usable)
 
 
-def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
-    yield HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes)
-
-
-def _base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
+def _host_base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
     """Strategies that shard the base read it tensor by tensor, and so does one that is quantized; the others build it
     whole. What is whole then moves to the device.
     """
@@ -428,12 +443,8 @@ def _base(run: RunShape, num_workers: int) -> Iterator[HostItem]:
         yield HostItem("the base, to be measured", num_workers * e * run.base.total, ("publishing",))
 
 
-def _data(run: RunShape, num_workers: int) -> Iterator[HostItem]:
+def _host_data(run: RunShape, num_workers: int) -> Iterator[HostItem]:
     """The tokens of training data are mapped files."""
     yield HostItem("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
     tokens = run.accumulation * run.num_sequences * run.padded_length
     yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
-
-
-def _state(run: RunShape) -> Iterator[HostItem]:
-    yield HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",))

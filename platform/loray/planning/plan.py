@@ -1,4 +1,4 @@
-"""`Plan`: problems of a recipe, and the smallest change that makes it fit."""
+"""`Plan`: what a run takes of a device, its problems, and the smallest change with which it fits."""
 
 from __future__ import annotations
 
@@ -33,76 +33,10 @@ from loray.recipes.defaults import LARGE_BASE
 from loray.recipes.resolve import quarter
 from loray.spec import StrategyName
 
-_MAX_WORKERS = 1024
-# In the order of how much they shard. fsdp2 comes before zero3: it needs no further package.
-_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
-
-
-class Fix(NamedTuple):
-    """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are a node's, beside its GPUs."""
-
-    changes: tuple[str, ...]
-    peak_bytes: int
-    host_bytes: int | None
-
-
-def smallest_fix(run: RunShape, device: Device) -> Fix | None:
-    """The fewest changes with which the run fits; of equally many, in this order: checkpointing, smaller micro-batches,
-    strategy, sequence parallelism. More workers only where these are not enough. None where nothing helps.
-    """
-    num_workers = run.num_workers
-    while num_workers <= _MAX_WORKERS:
-        for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
-            peak, host = most_bytes(candidate, device), plan_host(candidate, device)
-            if peak <= device.usable_bytes and (host is None or host.fits):
-                return Fix(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
-        if device.is_host:  # more workers would share the same memory
-            return None
-        num_workers *= 2
-    return None
-
-
-def most_bytes(run: RunShape, device: Device) -> int:
-    """The most that a worker takes of its device, in a step or while it measures."""
-    return max(plan_memory(run, device).peak_bytes, measuring_bytes(run, device))
-
-
-def _variants(run: RunShape) -> Iterator[RunShape]:
-    strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
-    sequences = [run.sequence]
-    while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
-        sequences.append(2 * sequences[-1])
-    for sequence, strategy, num_rows, checkpointing in itertools.product(
-        sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})
-    ):
-        yield replace(
-            run,
-            sequence=sequence,
-            strategy=strategy,
-            num_rows=num_rows,
-            accumulation=run.accumulation * run.num_rows // num_rows,
-            checkpointing=checkpointing,
-        )
-
-
-def _changes(before: RunShape, after: RunShape) -> tuple[str, ...]:
-    changes = []
-    if after.checkpointing != before.checkpointing:
-        changes.append("gradient_checkpointing: true")
-    if after.num_rows != before.num_rows:
-        changes.append(f"batch: {{rows: {after.num_rows}, accumulation: {after.accumulation}}}")
-    if after.strategy != before.strategy:
-        changes.append(f"parallel.strategy: {after.strategy}")
-    if after.sequence != before.sequence:
-        changes.append(f"parallel.sequence: {after.sequence}")
-    if after.num_workers != before.num_workers:
-        changes.append(f"num_workers: {after.num_workers}")
-    return tuple(changes)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanProblem:
-    """With a refusal the run cannot work; with a warning it works, at a cost."""
+    """A reason against a run. With a refusal it cannot work; with a warning it works, at a cost."""
 
     severity: Literal["refusal", "warning"]
     message: str
@@ -135,7 +69,7 @@ class Plan:
         return exchanges(self.run, group_sizes(self.run)) if self.run.group_size else []
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary for JSON, in bytes, seconds, FLOPs and tokens."""
+        """Make a dictionary for JSON, in bytes, seconds, FLOPs and tokens."""
         run, memory = self.run, self.memory
         return {
             "model": asdict(run.model) | {"rope": run.model.rope.to_hf()},
@@ -181,7 +115,7 @@ class Plan:
 
 
 def make_plan(run: RunShape, device: Device) -> Plan:
-    """Raises SpecError where rows cannot be split over the sequence groups."""
+    """Plan a run. Raises SpecError where rows cannot be split over the sequence groups."""
     memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
     measuring = measuring_bytes(run, device)
     problems = (
@@ -195,8 +129,8 @@ def make_plan(run: RunShape, device: Device) -> Plan:
 
 
 def advice_for_less(run: RunShape, device: Device) -> str:
-    """Return the smallest change with which a run takes less memory than the plan says, or than the device has where
-    that is less: for a run that did not fit.
+    """Say the smallest change with which a run takes less memory than the plan says, or than the device has where that
+    is less: for a run that did not fit.
     """
     least = min(device.usable_bytes, most_bytes(run, device) - 1)
     return _advice(smallest_fix(run, device.model_copy(update={"memory_bytes": least, "usable_share": 1.0})))
@@ -249,7 +183,6 @@ def _host_advice(fix: Fix | None) -> str:
 
 
 def _device_problems(run: RunShape, device: Device) -> list[PlanProblem]:
-    """What a device does, and slowly."""
     problems = []
     share = device.product_shares.get(run.dtype, 1.0)
     if device.is_host and run.dtype == "bfloat16" and device.training_dtype != "bfloat16":
@@ -318,3 +251,73 @@ def _layout_problems(run: RunShape, traffic: TrafficPlan) -> list[PlanProblem]:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB"
+
+
+# -- what makes a run fit ---------------------------------------------------------------------------------------------
+
+_MAX_WORKERS = 1024
+# In the order of how much they shard. fsdp2 comes before zero3: it needs no further package.
+_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
+
+
+class Fix(NamedTuple):
+    """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are a node's, beside its GPUs."""
+
+    changes: tuple[str, ...]
+    peak_bytes: int
+    host_bytes: int | None
+
+
+def smallest_fix(run: RunShape, device: Device) -> Fix | None:
+    """Find the fewest changes with which the run fits; of equally many, in this order: checkpointing, smaller
+    micro-batches, strategy, sequence parallelism. There are more workers only where these are not enough. None where
+    nothing helps.
+    """
+    num_workers = run.num_workers
+    while num_workers <= _MAX_WORKERS:
+        for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
+            peak, host = most_bytes(candidate, device), plan_host(candidate, device)
+            if peak <= device.usable_bytes and (host is None or host.fits):
+                return Fix(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
+        if device.is_host:  # more workers would share the same memory
+            return None
+        num_workers *= 2
+    return None
+
+
+def most_bytes(run: RunShape, device: Device) -> int:
+    """Compute the most that a worker takes of its device, in a step or while it measures."""
+    return max(plan_memory(run, device).peak_bytes, measuring_bytes(run, device))
+
+
+def _variants(run: RunShape) -> Iterator[RunShape]:
+    strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
+    sequences = [run.sequence]
+    while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
+        sequences.append(2 * sequences[-1])
+    for sequence, strategy, num_rows, checkpointing in itertools.product(
+        sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})
+    ):
+        yield replace(
+            run,
+            sequence=sequence,
+            strategy=strategy,
+            num_rows=num_rows,
+            accumulation=run.accumulation * run.num_rows // num_rows,
+            checkpointing=checkpointing,
+        )
+
+
+def _changes(before: RunShape, after: RunShape) -> tuple[str, ...]:
+    changes = []
+    if after.checkpointing != before.checkpointing:
+        changes.append("gradient_checkpointing: true")
+    if after.num_rows != before.num_rows:
+        changes.append(f"batch: {{rows: {after.num_rows}, accumulation: {after.accumulation}}}")
+    if after.strategy != before.strategy:
+        changes.append(f"parallel.strategy: {after.strategy}")
+    if after.sequence != before.sequence:
+        changes.append(f"parallel.sequence: {after.sequence}")
+    if after.num_workers != before.num_workers:
+        changes.append(f"num_workers: {after.num_workers}")
+    return tuple(changes)

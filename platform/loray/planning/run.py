@@ -1,4 +1,4 @@
-"""`RunShape`: the numbers of a run."""
+"""`RunShape`, the numbers of a run that its costs depend on, and the elements of base and adapter."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class TrainedCounts:
 
 
 def count_base(model: ModelConfig) -> BaseCounts:
+    """Count the elements of a base."""
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim if model.qkv_bias else 0
     embedding = model.vocab_size * model.hidden_size
@@ -81,12 +82,13 @@ def count_base(model: ModelConfig) -> BaseCounts:
 
 
 def count_quantized(model: ModelConfig) -> int:
-    """Elements of the decoder's linear layers, which a quantized base has in 4 bits."""
+    """Count the elements of the decoder's linear layers, which a quantized base has in 4 bits."""
     shapes = (model.module_shape(module) for module in LINEAR_MODULES)
     return model.num_layers * sum(out * width for out, width in shapes)
 
 
 def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
+    """Count the elements that an adapter trains."""
     base = count_base(model)
     shapes = [model.module_shape(module) for module in adapter.target_modules]
     if isinstance(adapter, VeraSpec):
@@ -100,8 +102,9 @@ def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
 
 
 def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Elements of A and B that a token is multiplied with in one layer. VeRA computes A x once for the modules with the
-    same input, unless dropout gives every module an input of its own.
+    """Count the elements of A and B that a token is multiplied with in one layer.
+
+    VeRA computes A x once for the modules with the same input, unless dropout gives every module an input of its own.
     """
     targets = adapter.target_modules
     outs = sum(model.module_shape(module)[0] for module in targets)
@@ -113,8 +116,9 @@ def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
 
 
 def count_dora_norms(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Products that a forward pass takes for DoRA's norms, whatever its tokens: A and B of a unit matrix, as PEFT
-    computes B A in every module; 0 for the other methods.
+    """Count the products that a forward pass takes for DoRA's norms, whatever its tokens; 0 for the other methods.
+
+    They are A and B of a unit matrix, as PEFT computes B A in every module.
     """
     if not isinstance(adapter, DoraSpec):
         return 0
@@ -123,7 +127,7 @@ def count_dora_norms(model: ModelConfig, adapter: AdapterSpec) -> int:
 
 
 def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Elements of VeRA's frozen pair (A, B), which all modules share; 0 for the other methods."""
+    """Count the elements of VeRA's frozen pair (A, B), which all modules share; 0 for the other methods."""
     if not isinstance(adapter, VeraSpec):
         return 0
     shapes = [model.module_shape(module) for module in adapter.target_modules]
@@ -137,13 +141,13 @@ SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
 class RunShape:
     """The work of one worker in a step, and how workers share it.
 
-    row_length   N of the longest row, in tokens, before padding
-    num_rows     rows of a micro-batch
-    row_size     sequences of a row: two where it is a pair, which also goes through the reference
-    group_size   S2-Attn's G, None where attention is dense
-    usual_group  G of LongLoRA's paper
-    context      tokens of the context that the adapter is trained for
-    quantization of the base, None where it stays in `dtype`
+    row_length       N of the longest row, in tokens, before padding
+    num_rows         rows of a micro-batch
+    row_size         sequences of a row: two where it is a pair, which also goes through the reference
+    group_size       S2-Attn's G, None where attention is dense
+    usual_group      G of LongLoRA's paper
+    context          tokens of the context that the adapter is trained for
+    quantization     of the base, None where it stays in `dtype`
     measured_length  tokens of the longest window or prompt that is measured before publishing; None: nothing is
     """
 
@@ -166,7 +170,7 @@ class RunShape:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a step has one more forward pass, of the base alone."""
+        """True where a step has one more forward pass, of the base alone."""
         return self.row_size > 1
 
     @property
@@ -215,7 +219,7 @@ class RunShape:
 
     @property
     def base_bytes(self) -> int:
-        """Of all of the base's parameters, as a worker that holds them whole does."""
+        """The bytes of all of the base's parameters, as a worker that holds them whole has them."""
         if self.quantization is None:
             return self.element_bytes * self.base.total
         quantized = count_quantized(self.model)
@@ -230,14 +234,14 @@ class RunShape:
 
     @property
     def halo(self) -> HaloPlan | None:
-        """None where attention is dense."""
+        """The halos of S2-Attn; None where attention is dense."""
         if self.group_size is None:
             return None
         return halo_plan(self.model, self.padded_length, self.sequence, self.group_size)
 
     @property
     def shared_dense(self) -> DensePlan | None:
-        """None where attention is S2-Attn, or rows are not split."""
+        """The exchange of dense attention; None where attention is S2-Attn, or rows are not split."""
         if self.group_size is not None or self.sequence == 1:
             return None
         return DensePlan(self.padded_length, self.sequence, self.model.num_heads, self.model.num_kv_heads)
@@ -248,8 +252,8 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
 
 
 def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") -> RunShape:
-    """The run of a recipe, in `dtype` where it leaves the dtype to the device. Raises SpecError or UnsupportedError
-    where the driver would refuse it, too.
+    """Take the numbers of a recipe, in `dtype` where it leaves the dtype to the device. Raises SpecError or
+    UnsupportedError where the driver would refuse it, too.
     """
     resolved = resolve(spec, model)
     row_length, row_size = resolved.row_length, 2 if spec.is_paired else 1

@@ -1,23 +1,21 @@
-"""Which tokens and heads each rank of a sequence group sends.
+"""Plans of a sequence group: the tokens and heads that each rank sends.
 
-Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L. Its first queries may belong to a group that starts on
-an earlier rank: the halo of a head half is [start of the group that holds token r·L, r·L). The forward pass sends the
-keys and values of these tokens, for the KV heads that serve this half, to rank r; queries and outputs stay. The
-backward pass sends as many gradients back.
+Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L.
 
-This holds for every L. Where L is a multiple of G/2, a boundary between ranks is a group cut of one half and the middle
-of a group of the other, so that exactly G·d·h elements cross it: 2 (K and V) · G/2 tokens · h KV heads of the latter
-half · head width d. For other L both halves have a halo. A halo that is longer than L comes from several ranks.
+With S2-Attn its first queries may belong to a group that starts on an earlier rank: the halo of a head half is [start
+of the group that holds token r·L, r·L). The forward pass sends the keys and values of these tokens, for the KV heads
+that serve this half, to rank r; queries and outputs stay. The backward pass sends as many gradients back. Where L is a
+multiple of G/2, a boundary between ranks is a group cut of one half and the middle of a group of the other, so that
+exactly G·d·h elements cross it: 2 (K and V) · G/2 tokens · h KV heads of the latter half · head width d. For other L
+both halves have a halo. A halo that is longer than L comes from several ranks.
 
-Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L, as with S2-Attn's halo.
+Dense attention has two exchanges. Where both are possible it is ulysses, in which all ranks work equally long.
 
 ulysses  Jacobs et al., *DeepSpeed Ulysses*, 2023. An all-to-all exchanges tokens for heads: rank r attends over whole
          rows with the query heads [r·H/P, (r+1)·H/P) and the KV heads that serve them. A KV head that serves the query
          heads of several ranks is sent to each of them. It needs a P that divides H.
 ring     Liu et al., *Ring Attention*, 2023, for any other P. Keys and values pass from rank to rank. Rank r needs those
          of ranks 0 … r alone, so that the ring is open and the last rank works longest.
-
-Where both are possible it is ulysses, in which all ranks work equally long.
 """
 
 from __future__ import annotations
@@ -84,7 +82,7 @@ class HaloMessage(NamedTuple):
     half: Half
 
     def num_elements(self, head_dim: int, num_rows: int = 1) -> int:
-        """Keys and values together."""
+        """Count the elements of keys and values together."""
         return 2 * num_rows * self.span.num_tokens * len(self.half.kv_heads) * head_dim
 
 
@@ -116,7 +114,7 @@ class HaloPlan:
 
     @property
     def tokens_per_rank(self) -> int:
-        """L"""
+        """L, the tokens of a row that a rank holds."""
         return self.num_tokens // self.num_ranks
 
     @property
@@ -135,16 +133,16 @@ class HaloPlan:
         return Halo(rank, half, start, stop, tuple(self._spans(start, stop)))
 
     def received(self, rank: int) -> tuple[HaloMessage, ...]:
-        """Transfers to `rank` in the forward pass. In the backward pass it sends gradients of the same sizes."""
+        """List the messages to `rank` in the forward pass. The backward pass sends gradients of the same sizes back."""
         halos = (self.halo(rank, half) for half in self.halves)
         return tuple(HaloMessage(span, rank, halo.half) for halo in halos for span in halo.spans)
 
     def sent(self, rank: int) -> tuple[HaloMessage, ...]:
-        """Transfers from `rank` in the forward pass. In the backward pass it receives gradients of the same sizes."""
+        """List the messages from `rank` in the forward pass."""
         self._check_rank(rank)
         sent: list[HaloMessage] = []
         for to in range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank))):
-            sent += (transfer for transfer in self.received(to) if transfer.span.rank == rank)
+            sent += (message for message in self.received(to) if message.span.rank == rank)
         return tuple(sent)
 
     @property
@@ -153,15 +151,15 @@ class HaloPlan:
         return max(self.halo(r, half).num_hops for r in range(self.num_ranks) for half in self.halves)
 
     def elements_received(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Elements that `rank` receives in one layer's forward pass."""
+        """Count the elements that `rank` receives in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.received(rank))
 
     def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Elements that `rank` sends in one layer's forward pass."""
+        """Count the elements that `rank` sends in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
 
     def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
-        """Bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
+        """Count the bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
         return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
 
     def _spans(self, start: int, stop: int) -> Iterator[Span]:
@@ -184,17 +182,18 @@ def check_group_size(group_size: int) -> None:
 
 
 def group_start(position: int, group_size: int, offset: int) -> int:
-    """First token of the group that holds `position`. Groups are cut at 0, offset, offset + G, …."""
+    """Find the first token of the group that holds `position`. Groups are cut at 0, offset, offset + G, …."""
     return max(0, position - (position - offset) % group_size)
 
 
 def padded_length(num_tokens: int, num_ranks: int) -> int:
-    """The least multiple of `num_ranks` that is at least `num_tokens`."""
+    """Compute the least multiple of `num_ranks` that is at least `num_tokens`."""
     return -(-num_tokens // num_ranks) * num_ranks
 
 
 def ulysses_elements(num_tokens: int, num_ranks: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Elements that one rank sends per row in one layer's forward pass of dense attention with Ulysses' all-to-all.
+    """Count the elements that one rank sends per row in one layer's forward pass of dense attention with Ulysses'
+    all-to-all.
 
     (N/P)(2·h_q + 2·h_kv)·d·(P−1)/P: queries, keys, values and outputs, of which each rank keeps one part in P.
     """
@@ -202,7 +201,7 @@ def ulysses_elements(num_tokens: int, num_ranks: int, num_heads: int, num_kv_hea
 
 
 def ring_elements(num_tokens: int, num_ranks: int, num_kv_heads: int, head_dim: int) -> int:
-    """Elements that one rank sends per row in one layer's forward pass of dense ring attention.
+    """Count the elements that one rank sends per row in one layer's forward pass of dense ring attention.
 
     2(P−1)(N/P)·h_kv·d: keys and values pass through all ranks.
     """
@@ -214,9 +213,10 @@ DenseExchange = Literal["ulysses", "ring"]
 
 @dataclass(frozen=True, slots=True)
 class DensePlan:
-    """num_tokens N, a multiple of num_ranks P (pad rows with `padded_length`); H query and K KV heads.
+    """The exchange of one dense layer over a sequence group.
 
-    Raises SpecError, which is a ValueError, for values that do not fit together. Elements are those of one layer.
+    num_tokens N, a multiple of num_ranks P (pad rows with `padded_length`); H query and K KV heads. Raises SpecError,
+    which is a ValueError, for values that do not fit together. Elements are those of one layer.
     """
 
     num_tokens: int
@@ -236,7 +236,7 @@ class DensePlan:
 
     @property
     def tokens_per_rank(self) -> int:
-        """L"""
+        """L, the tokens of a row that a rank holds."""
         return self.num_tokens // self.num_ranks
 
     @property
@@ -248,17 +248,17 @@ class DensePlan:
         return (before + own / 2) / mean
 
     def query_heads(self, rank: int) -> range:
-        """Those that `rank` computes with ulysses."""
+        """List the query heads that `rank` computes with ulysses."""
         share = self.num_heads // self.num_ranks
         return range(rank * share, (rank + 1) * share)
 
     def kv_heads(self, rank: int) -> range:
-        """Those that serve `query_heads(rank)`."""
+        """List the KV heads that serve `query_heads(rank)`."""
         heads, repeats = self.query_heads(rank), self.num_heads // self.num_kv_heads
         return range(heads.start // repeats, (heads.stop - 1) // repeats + 1)
 
     def forward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Elements that `rank` sends in the forward pass."""
+        """Count the elements that `rank` sends in the forward pass."""
         unit = num_rows * self.tokens_per_rank * head_dim
         if self.exchange == "ring":
             return unit * 2 * self.num_kv_heads * self._passes(rank)
@@ -266,12 +266,12 @@ class DensePlan:
         return unit * sum(2 * len(self.query_heads(other)) + 2 * len(self.kv_heads(other)) for other in others)
 
     def backward_elements(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Elements that `rank` sends in the backward pass: a ring passes keys and values once more."""
+        """Count the elements that `rank` sends in the backward pass: a ring passes keys and values once more."""
         unit = num_rows * self.tokens_per_rank * head_dim
         if self.exchange == "ring":
             return unit * 2 * self.num_kv_heads * (self._passes(rank) + rank)
         return unit * (self.num_ranks - 1) * (2 * len(self.query_heads(rank)) + 2 * len(self.kv_heads(rank)))
 
     def _passes(self, rank: int) -> int:
-        """How often `rank` passes keys and values on: its own and those of earlier ranks."""
+        """`rank` passes its own keys and values on, and those of earlier ranks."""
         return rank + 1 if rank + 1 < self.num_ranks else 0

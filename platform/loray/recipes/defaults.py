@@ -1,4 +1,4 @@
-"""What a recipe's field is where the recipe leaves it out, and why: the one place of defaults.
+"""Defaults of a recipe's fields, and their reasons: the one place of both.
 
 `complete` fills a recipe in, `loray recipes show` prints the reasons, and the reference has them as a table. A
 field without a value here has the specification's own default (`loray.spec.TrainSpec`), or none.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Literal, NamedTuple, get_args
 
 from loray.bases.config import ModelConfig
-from loray.spec import LongLoraSpec, Method, ObjectiveType, upgraded
+from loray.spec import LongLoraSpec, Method, ObjectiveType
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
@@ -163,15 +162,18 @@ _CONTINUED_RATE = "as for a new adapter: at half of it a second stage learnt a q
 
 
 def size_of(model: ModelConfig | None) -> BaseSize:
-    """`large` from a billion weights on, and where the base is not known: this machine rarely has a large one."""
+    """Call a base large from a billion weights on, and where the base is not known: this machine rarely has a large
+    one.
+    """
     return "small" if model is not None and model.num_matrix_elements < LARGE_BASE else "large"
 
 
 def defaults_of(
     method: Method, objective: ObjectiveType = FIRST_OBJECTIVE, *, is_continued: bool = False
 ) -> dict[str, Default]:
-    """By field, for all fields of a recipe of `method` with that objective. `is_continued`: it has an `init_adapter`
-    (pairs have none), which changes a reason and no value.
+    """List the defaults of all fields of a recipe of `method` with that objective, by field.
+
+    `is_continued`: it has an `init_adapter` (pairs have none), which changes a reason and no value.
     """
     plain = {**_EVERY_METHOD, **_OF_METHOD[method]}
     if objective == "sft":
@@ -182,12 +184,10 @@ def defaults_of(
 
 
 def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
-    """A copy of a recipe's `fields` in which those that it leaves out have their defaults.
+    """Copy a recipe's `fields`, and give those that it leaves out their defaults.
 
     A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
     """
-    with suppress(ValueError):  # its parser says what is wrong
-        fields = upgraded(fields)
     filled = copy.deepcopy(dict(fields))
     for path, default in _defaults_for(filled).items():
         value = default.on(size)
@@ -197,7 +197,7 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
 
 
 def method_of(fields: Mapping[str, Any]) -> Method | None:
-    """The method that the recipe names, the first one where it names none; None where there is no such method."""
+    """Find the method that the recipe names, the first one where it names none; None where there is no such method."""
     named = _kind(fields, "adapter", "method", FIRST_METHOD)
     return next((method for method in METHODS if method == named), None)
 
@@ -218,14 +218,14 @@ def _defaults_for(fields: Mapping[str, Any]) -> Mapping[str, Default]:
 
 
 def alternatives(path: str) -> tuple[str, ...]:
-    """The fields with which this one has no default, itself included."""
+    """List the fields with which this one has no default, itself included."""
     if path == "batch.accumulation":  # who says how large a micro-batch is, says how many there are
         return (path, "batch.rows", "batch.tokens")
     return next((group for group in GROUPS if path in group), (path,))
 
 
 def _has(fields: Mapping[str, Any], path: str) -> bool:
-    """Whether the field is given, or something that is no section in its place."""
+    """True where the field is given, or something that is no section in its place."""
     at: Any = fields
     for name in path.split("."):
         if not isinstance(at, Mapping):

@@ -1,4 +1,4 @@
-"""Fields by dotted name; recipes as YAML with reasons."""
+"""Fields of a recipe by dotted name, from the command line and as YAML with the reasons of defaults."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_plain(text: str | bytes, *, source: str) -> Any:
-    """What `text` says. Raises SpecError, which begins with `source`, for what is no YAML and for aliases: a few lines
-    of them may stand for more than fits in memory.
+    """Parse YAML. Raises SpecError, which begins with `source`, for what is none and for aliases: a few lines of them
+    may stand for more than fits in memory.
     """
     try:
         return yaml.load(text, _Loader)
@@ -75,13 +75,13 @@ class RecipeField(NamedTuple):
 
 
 def fields_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, RecipeField]:
-    """All fields of a recipe of `method` with that objective that are no sections, in their order."""
+    """List all fields of a recipe of `method` with that objective that are no sections, in their order."""
     chosen = {"adapter": _ADAPTERS[method], "objective": _OBJECTIVES[objective]}
     return {field.path: field for field in _walk(TrainSpec, "", chosen)}
 
 
 def given(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["optimizer.learning_rate=1e-3"]` → {"optimizer": {"learning_rate": "1e-3"}}. Types are the recipe's to check.
+    """Parse `["optimizer.learning_rate=1e-3"]` into {"optimizer": {"learning_rate": "1e-3"}}. The recipe checks types.
 
     A list is `[a, b]` or `a,b`; `null` is no value. Raises SpecError for an unknown field, naming those that are near.
     """
@@ -116,7 +116,7 @@ def merge(fields: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_at(spec: BaseModel, path: str) -> object:
-    """The value of a field; None where a section on the way to it is None."""
+    """Read the value of a field; None where a section on the way to it is None."""
     at: object = spec
     for name in path.split("."):
         at = None if at is None else getattr(at, name)
@@ -183,15 +183,17 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if origin in (Union, types.UnionType) else (annotation,)
 
 
+# -- a recipe as YAML -------------------------------------------------------------------------------------------------
+
 _WIDTH = 110
 _NONE = "–"
 
 
 def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size. `here`: by field,
-    what a value means on this machine.
+    """Write the recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size.
 
-    A field without a value is a comment, except where it would have a default if it were left out.
+    `here` says, by field, what a value means on this machine. A field without a value is a comment, except where it
+    would have a default if it were left out.
     """
     kind = spec.adapter.method, spec.objective.type
     defaults = defaults_of(*kind, is_continued=spec.init_adapter is not None)
@@ -219,8 +221,10 @@ def to_yaml(spec: TrainSpec, size: BaseSize, here: Mapping[str, str] = MappingPr
 
 
 def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
-    """Markdown: every field, its default by method, and why. The value on a large base is behind the slash. Of another
-    objective than the first, the fields that differ from the first one's.
+    """Make a table in Markdown of every field, its default by method, and why. A large base's value is behind the
+    slash.
+
+    Of another objective than the first it has the fields that differ from the first one's.
     """
     fields = {method: fields_of(method, objective) for method in METHODS}
     rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
@@ -256,7 +260,7 @@ def _why(path: str, defaults: dict[str, Default]) -> str:
 
 
 def _scalar(value: object) -> str:
-    """As YAML in one line, which is JSON but for plain words."""
+    """Write a value as YAML in one line, which is JSON but for plain words."""
     if value is None:
         return "null"
     if isinstance(value, BaseModel):

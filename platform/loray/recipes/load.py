@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     folder: Path
 
     def data(self) -> DataSpec:
-        """The recipe's data with absolute paths."""
+        """Give the recipe's data absolute paths."""
         return self.spec.data.with_paths(self._absolute)
 
     def _absolute(self, source: str) -> str:
@@ -43,12 +43,12 @@ class Recipe(NamedTuple):
 
 
 def shipped() -> list[str]:
-    """Names of the recipes in the package."""
+    """List the names of the recipes in the package."""
     return sorted(path.name for path in _recipes().glob("*.yaml"))
 
 
 def purpose(name: str) -> str:
-    """What a shipped recipe is for: the sentences at its beginning."""
+    """Read the sentences at the beginning of a shipped recipe, which say its purpose."""
     words = []
     for line in (_recipes() / name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):
@@ -65,9 +65,9 @@ def load_recipe(
     shape_of: ShapeOf = lambda base: None,
     is_example: bool = False,
 ) -> Recipe:
-    """A recipe from a file, from the package by its name, or from a JSON object (STDIN: that on standard input), with
-    `over` on top of it; of `over` alone where `name` is None. What is left out has its default, which may depend on the
-    size of the base. Raises SpecError.
+    """Load a recipe from a file, from the package by its name, or from a JSON object (STDIN: that on standard input),
+    with `over` on top of it; from `over` alone where `name` is None. Fields that are left out have their defaults,
+    which may depend on the size of the base. Raises SpecError.
 
     Relative data paths of a file start at its folder; those of a shipped recipe, of JSON and of `over` at the current
     folder. An example may lack name and data.
@@ -85,7 +85,7 @@ def load_recipe(
 
 
 def size_of_base(base: object, shape_of: ShapeOf) -> BaseSize:
-    """`base` may be anything that a recipe has in that place; what is no name is not looked for."""
+    """Find the size of a base. `base` may be anything that a recipe has in that place; only names are looked for."""
     try:
         return size_of(shape_of(_NAME.validate_python(base)))
     except ValidationError:

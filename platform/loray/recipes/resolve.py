@@ -1,4 +1,4 @@
-"""What depends on the base: context, RoPE, group, row length."""
+"""Values of a recipe that depend on its base, its parent or the hardware: context, RoPE, group, row length, dtype."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Resolved:
 
     @property
     def is_small_group(self) -> bool:
-        """Whether G is less than a quarter of the context: LongLoRA's paper finds that this raises the loss."""
+        """True where G is less than a quarter of the context: LongLoRA's paper finds that this raises the loss."""
         return self.group_size is not None and self.group_size < self.usual_group
 
 
 def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
-    """The values of `spec` on `model`, its base.
+    """Resolve `spec` on `model`, its base.
 
     `data.max_length` bounds a row. Without it, a row of LongLoRA, or of any method with `rope_scaling`, has up to the
     whole context, and another row up to 1,024 tokens, or the base's context where that is shorter.
@@ -87,7 +87,7 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
 
 
 def quarter(context: int) -> int:
-    """Group size of LongLoRA's paper: a quarter of the context, rounded down to an even number."""
+    """Compute the group size of LongLoRA's paper: a quarter of the context, rounded down to an even number."""
     return max(2, context // 4 // 2 * 2)
 
 
@@ -139,7 +139,7 @@ def _row_length(spec: TrainSpec, context: int, *, default: int) -> int:
 
 
 def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: ModelConfig) -> TrainSpec:
-    """`spec` with the version and the RoPE of `parent`, its `init_adapter`, which is called `label`.
+    """Give `spec` the version and the RoPE of `parent`, its `init_adapter`, which is called `label`.
 
     The parent's matrices hold under its own RoPE, so the run has the same. A parent with the base's RoPE may be
     extended, and one that is extended may be extended further: by the same type from the same context, with a larger

@@ -1,4 +1,4 @@
-"""The files of a recipe's data sources. Quick to import: the command that submits a job uses it, too.
+"""The files of a recipe's data sources. It is quick to import: the command that submits a job uses it, too.
 
 A source is a file, a glob, a folder, or a data set that Hugging Face's `datasets` has saved with `save_to_disk`. An
 s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub; both are read from a copy on
@@ -36,16 +36,14 @@ class RemoteFile:
         self._copy, self._read, self._is_here = copy, read, False
 
     def fetch(self) -> None:
-        """Raises DataError."""
+        """Read the copy, once. Raises DataError."""
         if not self._is_here:
             self._read(self._copy)
             self._is_here = True
 
 
 class Copy(NamedTuple):
-    """What is on this machine of a source elsewhere: a file or a folder, and which files of it are still to be fetched
-    when they are read.
-    """
+    """The copy of a source elsewhere: a file or a folder, and the files of it that are fetched when they are read."""
 
     path: Path
     remote: Mapping[Path, RemoteFile] = MappingProxyType({})
@@ -62,14 +60,14 @@ class SourceFiles(NamedTuple):
         return self.name
 
     def fetched(self) -> str:
-        """The path, at which the content is now. Raises DataError."""
+        """Fetch the content, and return its path. Raises DataError."""
         if self.remote is not None:
             self.remote.fetch()
         return self.path
 
 
 def find_files(source: str, copy: Copy | None = None) -> tuple[SourceFiles, ...]:
-    """The files of `source`, sorted by path. `copy` is of a remote one.
+    """Find the files of `source`, sorted by path. `copy` is of a remote one.
 
     Raises DataError where a folder or a glob has none. That a single file exists is not checked.
     """
@@ -98,7 +96,7 @@ def find_files(source: str, copy: Copy | None = None) -> tuple[SourceFiles, ...]
 
 
 def uploaded_files(source: str) -> tuple[Path, ...]:
-    """All local files that `source` is read from: data files, and what describes a saved data set."""
+    """List all local files that `source` is read from: data files, and what describes a saved data set."""
     files = [Path(found.path) for found in find_files(source)]
     folders = {folder for file in files if file.suffix == ARROW for folder in (file.parent, file.parent.parent)}
     notes = (folder / name for folder in folders for name in (_INFO, _STATE, _SPLITS))
@@ -106,7 +104,9 @@ def uploaded_files(source: str) -> tuple[Path, ...]:
 
 
 def is_glob(source: str) -> bool:
-    """`?` begins the options of a URL, so it is no wildcard there. A split of the hub may have a slice."""
+    """True for a pattern. `?` begins the options of a URL, so it is no wildcard there. A split of the hub may have a
+    slice.
+    """
     return not source.startswith(HUB) and any(char in source for char in ("*[" if "://" in source else "*?["))
 
 
@@ -115,7 +115,7 @@ def without_options(source: str) -> str:
 
 
 def fixed_part(source: str) -> str:
-    """The folder above the first wildcard of a glob, with a slash; any other source as it is."""
+    """Cut a glob to the folder above its first wildcard, with a slash; any other source stays as it is."""
     if not is_glob(source):
         return source
     parts = source.split("/")
@@ -124,7 +124,7 @@ def fixed_part(source: str) -> str:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a relative path matches a glob, in which `**` is any number of folders. Hidden files match nothing."""
+    """Match a relative path with a glob, in which `**` is any number of folders. Hidden files match nothing."""
     return _matches(PurePosixPath(path).parts, PurePosixPath(pattern).parts)
 
 
@@ -143,7 +143,7 @@ def _is_shown(name: str) -> bool:
 
 
 def is_read(path: str) -> bool:
-    """Whether a file somewhere in a folder can be part of a source: data that is shown, or notes of a data set."""
+    """True where a file somewhere in a folder can be part of a source: data that is shown, or notes of a data set."""
     parts = PurePosixPath(path)
     named = parts.suffix in (*SUFFIXES, ARROW) or parts.name in (_INFO, _STATE, _SPLITS)
     return named and all(map(_is_shown, parts.parts))

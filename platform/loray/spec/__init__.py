@@ -142,7 +142,6 @@ from loray.spec.training import (
     has_ended,
     retrieval_metric,
 )
-from loray.spec.training_older import upgraded
 
 __all__ = [
     "ATTENTION_MODULES",
@@ -281,5 +280,4 @@ __all__ = [
     "retrieval_metric",
     "service_tier",
     "split_qualified",
-    "upgraded",
 ]

@@ -10,7 +10,6 @@ from pydantic import Field, StringConstraints, model_validator
 from loray.spec.fields import MAX_CONTEXT, Alias, AnyDType, DType, Frozen, Name
 from loray.spec.methods import AdapterSpec, DoraSpec, LongLoraSpec
 from loray.spec.objectives import DpoSpec, ObjectiveSpec, SftSpec
-from loray.spec.training_older import upgraded
 
 # Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
 PERPLEXITY, LOSS = "perplexity", "loss"
@@ -337,11 +336,6 @@ class TrainSpec(Frozen):
     deterministic: bool = Field(
         default=False, description="kernels that give the same bits again on a GPU; on a CPU all do"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_older_records(cls, recipe: Any) -> Any:
-        return upgraded(recipe)
 
     @property
     def chosen_dtype(self) -> DType:

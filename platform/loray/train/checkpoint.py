@@ -1,18 +1,15 @@
-"""Checkpoints: what, when, and how they are written.
-
-Every trained parameter is saved under PEFT's name and in the dtype that it is given in.
+"""Checkpoints: the adapter as it would be published, the state from which a run goes on, and when both are written.
 
     adapter/       PEFT's format, in the dtype in which it would be published
     optimizer.pt   OptimizerState: fp32 masters of the trained parameters and AdamW's moments, as full tensors
     state.json     RunState: step, data cursor, counters, evaluations
 
 States of random generators are not saved: every step seeds them from (seed, step, rank). The schedule is a function of
-the step. A run with any strategy and number of workers can resume from a checkpoint.
+the step. A run with any strategy and number of workers can resume from a checkpoint. Reading one does not load PEFT.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import tempfile
@@ -31,8 +28,6 @@ from torch import Tensor
 from loray.adapters.files import PAIR_NAMES
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods.attach import ADAPTER as ATTACH_ADAPTER
-from loray.methods.attach import BASE_ROWS, is_magnitude, peft_config, trained_norms
 from loray.methods.vera_module import VeraLinear
 from loray.spec import (
     LOSS,
@@ -53,79 +48,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-_INDEX_NBYTES = 16  # of one token id as a line of the configuration
-
-
-def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter that `attach` put into `model` to `folder`, in PEFT's format.
-
-    `trained` has the full values of the trained parameters by name, for a model that holds only shards of them.
-    """
-    if trained is None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    write_folder(folder, *adapter_files(model, spec, trained))
-
-
-def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) -> AdapterFiles:
-    """The same in memory. The tensors are those of `trained`, and VeRA's pair.
-
-    The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
-    head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
-    """
-    tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
-    token_ids = _replace_embedding_by_rows(model, spec, tensors)
-    modules_to_save = trained_norms(model)
-    if token_ids is None and model.get_input_embeddings().weight.requires_grad:
-        modules_to_save.append("embed_tokens")
-    if isinstance(spec, VeraSpec) and spec.save_projection:
-        pair = next(m.shared.pair for m in model.modules() if isinstance(m, VeraLinear))
-        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI, pair.b_OR), strict=True))
-    options: dict[str, Any] = {
-        "modules_to_save": modules_to_save or None,
-        "base_model_name_or_path": PurePath(model.config.name_or_path).name,
-        "inference_mode": True,
-    }
-    if token_ids is not None:
-        options["trainable_token_indices"] = token_ids
-    return AdapterFiles(_fields(peft_config(spec, **options)), tensors)
-
-
-def peft_name(name: str) -> str:
-    """A parameter's name in a checkpoint, where PEFT leaves out the name of the adapter, and what follows it in the
-    names of DoRA's magnitudes.
-    """
-    stored = name.replace(f".{ATTACH_ADAPTER}.", ".")
-    return stored.removesuffix(".weight") if is_magnitude(name) else stored
-
-
-def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str, Tensor]) -> list[int] | None:
-    """Replace the dense embedding in `tensors` by its changed rows, and return their token ids. None where the
-    embedding stays dense.
-    """
-    embedding = model.get_input_embeddings()
-    base_VD = getattr(embedding, BASE_ROWS, None)
-    if base_VD is None or isinstance(spec, VeraSpec):  # tied: PEFT would change the head too. VeraConfig has no rows
-        return None
-    name = PREFIX + next(name for name, p in model.named_parameters() if p is embedding.weight)
-    weight_VD = tensors[name].detach()
-    changed = (weight_VD != base_VD.to(weight_VD.device)).any(dim=1).nonzero().squeeze(1)
-    row_nbytes = weight_VD[0].nbytes
-    if not len(changed) or len(changed) * (row_nbytes + _INDEX_NBYTES) >= weight_VD.nbytes:
-        return None
-    del tensors[name]
-    tensors[name.removesuffix(".weight") + ROWS_SUFFIX] = weight_VD[changed]
-    return [int(i) for i in changed]
-
-
-def _fields(config: PeftConfig) -> dict[str, Any]:
-    """The fields of `config` with sets sorted: PEFT writes them in the order of their hashes, which varies."""
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-
-
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
-# must be equal in a resumed run
-_RESUMABLE = (
+_RESUMABLE = (  # must be equal in a resumed run
     *("base", "objective", "quantization", "adapter", "attention", "rope_scaling", "init_adapter"),
     *("data", "batch", "dtype", "seed"),
 )
@@ -134,11 +59,11 @@ _RESUMABLE = (
 class RunState(Frozen):
     """The state after `step` optimizer steps.
 
-    eval_loss  held-out loss of this checkpoint; None where it was not evaluated
+    eval_loss     held-out loss of this checkpoint; None where it was not evaluated
     eval_metrics  the objective's further figures at the same evaluation
-    num_stale  evaluations in a row that were not better than the best one before by `early_stopping.min_delta`
-    saved_at   when the checkpoint was written: the times of files are lost in a bucket
-    parent     digest of the adapter that the run went on from
+    num_stale     evaluations in a row that were not better than the best one before by `early_stopping.min_delta`
+    saved_at      when the checkpoint was written: the times of files are lost in a bucket
+    parent        digest of the adapter that the run went on from
     dtype_reason  why the recipe's dtype is what it is
     """
 
@@ -164,23 +89,23 @@ class RunState(Frozen):
 
     @property
     def progress(self) -> dict[str, int]:
-        """What the run reports of itself after each step."""
+        """The counters that each step reports."""
         counts = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
         return {"step": self.step, "epoch": self.epoch, **counts}
 
     @property
     def is_stale(self) -> bool:
-        """Whether the run is to end early."""
+        """True where the run is to end early."""
         early = self.recipe.early_stopping
         return early is not None and self.num_stale >= early.patience
 
     def early_stop(self, num_steps: int) -> dict[str, Any]:
-        """The event of a run that ends before its `num_steps`."""
+        """Make the event of a run that ends before its `num_steps`."""
         metrics = {"step": self.step, "num_steps": num_steps, "best_eval_loss": self.best_eval_loss}
         return {"event": "early_stop", "num_stale": self.num_stale, **metrics}
 
     def evaluated(self, loss: float, metrics: dict[str, float]) -> RunState:
-        """With the held-out loss of its parameters, which may not be finite, and the objective's further figures."""
+        """Add the held-out loss of the parameters, which may not be finite, and the objective's further figures."""
         best, early = self.best_eval_loss, self.recipe.early_stopping
         is_better = isfinite(loss) and (best is None or loss < best)
         is_stale = not is_better or (best is not None and early is not None and loss > best - early.min_delta)
@@ -193,7 +118,7 @@ class RunState(Frozen):
         return self.model_copy(update=update)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """The baselines, and this checkpoint where it was evaluated, for the manifest."""
+        """List the baselines, and this checkpoint where it was evaluated, for the manifest."""
         if self.eval_loss is None:
             return self.baselines
         measured = {LOSS: self.eval_loss} | self.eval_metrics
@@ -201,8 +126,11 @@ class RunState(Frozen):
 
 
 def evaluation(value: float, subject: Subject, row_length: int, metric: str = LOSS) -> Evaluation:
-    """A held-out loss, or another figure of held-out rows, as an Evaluation."""
+    """Make an Evaluation of a held-out loss, or of another figure of held-out rows."""
     return Evaluation(metric=metric, value=value, dataset="held-out", subject=subject, context_length=row_length)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 class Snapshot(NamedTuple):
@@ -214,11 +142,11 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(model: Any, optimizer: OptimizerState, state: RunState, dtype: DType) -> Snapshot:
-    """`model` has the adapter's modules; the adapter has the masters' values, rounded to `dtype`. DoRA's magnitudes,
-    whose steps are smaller than those of 16 bits, stay fp32.
+    """Take a checkpoint of `model`, whose adapter gets the masters' values, rounded to `dtype`.
+
+    DoRA's magnitudes, whose steps are smaller than those of 16 bits, stay fp32.
     """
-    # imports PEFT, which reading does not need
-    from loray.methods.attach import is_magnitude
+    from loray.methods.attach import is_magnitude  # it imports PEFT
 
     masters = optimizer.masters.items()
     trained = {name: master if is_magnitude(name) else master.to(getattr(torch, dtype)) for name, master in masters}
@@ -234,7 +162,7 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def read_optimizer(folder: Path) -> OptimizerState:
-    """The optimizer's state, mapped into memory, so that a rank reads its shards alone. Raises IntegrityError."""
+    """Map the optimizer's state into memory, so that a rank reads its shards alone. Raises IntegrityError."""
     path = folder / _OPTIMIZER
     try:
         return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -243,7 +171,7 @@ def read_optimizer(folder: Path) -> OptimizerState:
 
 
 def read_state(folder: Path) -> RunState:
-    """Raises IntegrityError where the checkpoint is not complete."""
+    """Read the run's state. Raises IntegrityError where the checkpoint is not complete."""
     path = folder / RunState.FILE
     try:
         return RunState.model_validate_json(path.read_bytes())
@@ -290,28 +218,94 @@ def _comparable(spec: TrainSpec) -> TrainSpec:
     return spec.model_copy(update={"data": data, "batch": spec.batch.model_copy(update={"accumulation": 1})})
 
 
+# -- PEFT's format ----------------------------------------------------------------------------------------------------
+
+_INDEX_NBYTES = 16  # of one token id as a line of the configuration
+
+
+def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter that `attach` put into `model` to `folder`, in PEFT's format.
+
+    `trained` has the full values of the trained parameters by name, for a model that holds only shards of them.
+    """
+    if trained is None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_folder(folder, *adapter_files(model, spec, trained))
+
+
+def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) -> AdapterFiles:
+    """Make the files of `save_adapter`. The tensors are those of `trained`, and VeRA's pair.
+
+    The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
+    head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    """
+    from loray.methods.attach import peft_config, trained_norms  # they import PEFT
+
+    tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
+    token_ids = _replace_embedding_by_rows(model, spec, tensors)
+    modules_to_save = trained_norms(model)
+    if token_ids is None and model.get_input_embeddings().weight.requires_grad:
+        modules_to_save.append("embed_tokens")
+    if isinstance(spec, VeraSpec) and spec.save_projection:
+        pair = next(m.shared.pair for m in model.modules() if isinstance(m, VeraLinear))
+        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI, pair.b_OR), strict=True))
+    options: dict[str, Any] = {
+        "modules_to_save": modules_to_save or None,
+        "base_model_name_or_path": PurePath(model.config.name_or_path).name,
+        "inference_mode": True,
+    }
+    if token_ids is not None:
+        options["trainable_token_indices"] = token_ids
+    return AdapterFiles(_fields(peft_config(spec, **options)), tensors)
+
+
+def peft_name(name: str) -> str:
+    """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
+    from loray.methods import attach  # it imports PEFT
+
+    stored = name.replace(f".{attach.ADAPTER}.", ".")
+    return stored.removesuffix(".weight") if attach.is_magnitude(name) else stored
+
+
+def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str, Tensor]) -> list[int] | None:
+    """Replace the dense embedding in `tensors` by its changed rows, and return their token ids. None where the
+    embedding stays dense.
+    """
+    from loray.methods.attach import BASE_ROWS  # it imports PEFT
+
+    embedding = model.get_input_embeddings()
+    base_VD = getattr(embedding, BASE_ROWS, None)
+    if base_VD is None or isinstance(spec, VeraSpec):  # tied: PEFT would change the head too. VeraConfig has no rows
+        return None
+    name = PREFIX + next(name for name, p in model.named_parameters() if p is embedding.weight)
+    weight_VD = tensors[name].detach()
+    changed = (weight_VD != base_VD.to(weight_VD.device)).any(dim=1).nonzero().squeeze(1)
+    row_nbytes = weight_VD[0].nbytes
+    if not len(changed) or len(changed) * (row_nbytes + _INDEX_NBYTES) >= weight_VD.nbytes:
+        return None
+    del tensors[name]
+    tensors[name.removesuffix(".weight") + ROWS_SUFFIX] = weight_VD[changed]
+    return [int(i) for i in changed]
+
+
+def _fields(config: PeftConfig) -> dict[str, Any]:
+    """The fields of `config` with sets sorted: PEFT writes them in the order of their hashes, which varies."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+# -- reports and their times ------------------------------------------------------------------------------------------
+
 Metrics = dict[str, Any]
 
 
 class Reporter(Protocol):
+    """Takes the events and checkpoints of a run."""
+
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
         """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
 
         `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """
-
-
-def start_event(num_parameters: int, num_trainable: int, data: dict[str, Any]) -> Metrics:
-    """What this process trains, and with what. `data` is the data set's report."""
-    return {
-        "event": "start",
-        "num_parameters": num_parameters,
-        "num_trainable": num_trainable,
-        "trainable_share": num_trainable / num_parameters,
-        "num_threads": torch.get_num_threads(),
-        "pid": os.getpid(),
-        "data": data,
-    }
 
 
 class SavedCheckpoint(NamedTuple):
@@ -321,7 +315,7 @@ class SavedCheckpoint(NamedTuple):
 
 
 class FolderReporter:
-    """Keeps events in `events`, and checkpoints as `folder/step_000010`: the `keep` best, and the latest."""
+    """Collects events in `events`, and keeps checkpoints as `folder/step_000010`: the `keep` best, and the latest."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
@@ -358,7 +352,7 @@ _UNDER_WAY, _WRITTEN, _FAILED = 0.0, 1.0, 2.0
 
 
 class Signals(NamedTuple):
-    """What rank 0 tells the others in a sum that they take anyway; other ranks add zeros.
+    """Rank 0 tells the others these in a sum that they take anyway; the others add zeros.
 
     overdue  1 where the last checkpoint was begun `interval_minutes` ago or earlier
     status   of the checkpoint that is being written

@@ -1,14 +1,8 @@
-"""S2-Attn and dense attention in transformers' models.
+"""S2-Attn and dense attention inside transformers' models, through their attention and mask interfaces.
 
-`attn_implementation="s2_attn"` selects it; `config.s2_group_size` is G. The mask function finds padding (2D attention
-mask, right-padded) and packing (position ids that restart), and returns the batch's `BatchSegments`, which each layer
-gets in place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns
-`ShardSegments`.
-
-`attn_implementation="loray_dense"` selects it. Rows are cut into their documents without padding, once a batch, and
-each document is a segment of causal attention: no mask of T × T positions exists. Inside `sequence_parallel` the ranks
-of a group share the rows by Ulysses or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and
-dropout on attention weights are left to transformers' own attention.
+Model classes do not change; `attn_implementation` is `ATTENTION` or `DENSE`. A mask function returns the batch's
+segments, which every layer gets in place of a mask of T × T positions. Inside `sequence_parallel` they are those of the
+sharded batch.
 """
 
 from __future__ import annotations
@@ -26,10 +20,15 @@ from loray.errors import UnsupportedError
 from loray.planning.sequence import DensePlan
 from loray.train.attention.attend import attend, attend_heads
 from loray.train.attention.segments import AttentionSegments, BatchSegments, document_segments, segment_batch
-from loray.train.sequence.dense import GatheredSegments, ulysses_attention, ulysses_cuts
+from loray.train.sequence.dense import GatheredSegments, segment_gathered, ulysses_attention
 from loray.train.sequence.halo import ShardSegments, attend_shard, segment_shard
-from loray.train.sequence.ring import RingCuts, ring_attention, ring_cuts
+from loray.train.sequence.ring import RingSegments, ring_attention, segment_ring
 from loray.train.sequence.shard import ActiveShard, active_shard
+
+# -- S2-Attn ----------------------------------------------------------------------------------------------------------
+#
+# `config.s2_group_size` is G. The mask function finds padding (2D attention mask, right-padded) and packing (position
+# ids that restart).
 
 ATTENTION = "s2_attn"
 
@@ -46,7 +45,7 @@ def s2_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> BatchSegments | ShardSegments:
-    """The cuts of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
+    """Find the segments of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
     if q_length != kv_length or q_offset:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
@@ -70,8 +69,8 @@ def find_documents(
     attention_mask: Tensor | None,
     device: torch.device | str,
 ) -> Tensor:
-    """Document ids (B, T), −1 on padding. Packing is known only from `mask_function`: a document starts where t does
-    not attend to t − 1.
+    """Find document ids (B, T), −1 on padding. Packing is known only from `mask_function`: a document starts where t
+    does not attend to t − 1.
     """
     rows_B1 = torch.arange(num_rows, device=device)[:, None]
     later_1T = torch.arange(1, num_tokens, device=device)[None]
@@ -101,7 +100,7 @@ def s2_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `s2_mask`."""
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `s2_mask` made the mask."""
     if not isinstance(attention_mask, BatchSegments | ShardSegments):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:
@@ -123,12 +122,12 @@ def s2_attention_forward(
     return attend(query, key, value, attention_mask, scale=scaling), None
 
 
-def _check_positions(cuts: BatchSegments, position_ids_BT: Tensor | None) -> None:
+def _check_positions(segments: BatchSegments, position_ids_BT: Tensor | None) -> None:
     """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
         return
     inside_BT = torch.diff(position_ids_BT, dim=1) == 1
-    ids_BT = cuts.document_ids_BT
+    ids_BT = segments.document_ids_BT
     if ids_BT is not None:
         inside_BT = inside_BT | (ids_BT[:, 1:] != ids_BT[:, :-1]) | (ids_BT[:, 1:] < 0)
     if not bool(inside_BT.all()):
@@ -139,9 +138,14 @@ AttentionInterface.register(ATTENTION, s2_attention_forward)
 AttentionMaskInterface.register(ATTENTION, s2_mask)
 
 
-DENSE = "loray_dense"
+# -- dense attention --------------------------------------------------------------------------------------------------
+#
+# Rows are cut into their documents without padding, once a batch. The ranks of a sequence group share them by Ulysses
+# or a ring, as `loray.planning.sequence` chooses. A cache, sliding windows and dropout on attention weights are left to
+# transformers' own attention.
 
-DenseCuts = AttentionSegments | GatheredSegments | RingCuts
+DENSE = "loray_dense"
+DenseSegments = AttentionSegments | GatheredSegments | RingSegments
 
 
 def dense_mask(
@@ -156,8 +160,8 @@ def dense_mask(
     config: Any,
     device: torch.device | str = "cpu",
     **others: Any,
-) -> DenseCuts | Tensor | None:
-    """The documents of a batch, in place of its mask; transformers' mask where `dense_forward` computes as it does."""
+) -> DenseSegments | Tensor | None:
+    """Find the documents of a batch, in place of its mask. Where `dense_forward` is transformers', so is the mask."""
     if (active := active_shard()) is not None:
         if q_length != kv_length or q_offset:
             raise UnsupportedError("attention over a sequence group takes whole rows, without a cache")
@@ -187,7 +191,7 @@ def _shared(
     attention_mask: Tensor | None,
     config: Any,
     device: torch.device | str,
-) -> GatheredSegments | RingCuts:
+) -> GatheredSegments | RingSegments:
     sharded = active.take(num_rows, num_tokens, attention_mask, config)
     if config.attention_dropout:
         raise UnsupportedError(
@@ -195,8 +199,8 @@ def _shared(
         )
     heads = config.num_attention_heads, config.num_key_value_heads
     plan = DensePlan(sharded.row_length, sharded.group.size, *heads)
-    cuts_of = ulysses_cuts if plan.exchange == "ulysses" else ring_cuts
-    return cuts_of(sharded.document_ids_BN, sharded.group, device=device)
+    segment = segment_gathered if plan.exchange == "ulysses" else segment_ring
+    return segment(sharded.document_ids_BN, sharded.group, device=device)
 
 
 def dense_forward(
@@ -204,17 +208,17 @@ def dense_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DenseCuts | Tensor | None,
+    attention_mask: DenseSegments | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `dense_mask`."""
+    """Compute (B, T, H, D) of query (B, H, T, D), key and value (B, K, T, D). `dense_mask` made the mask."""
     if isinstance(attention_mask, AttentionSegments):
         repeats = query.shape[1] // key.shape[1]
         return attend_heads(query, key, value, attention_mask, first=0, repeats=repeats, scale=scaling), None
-    if not isinstance(attention_mask, GatheredSegments | RingCuts):
+    if not isinstance(attention_mask, GatheredSegments | RingSegments):
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -1,4 +1,4 @@
-"""`train`: the loop, its seeds, held-out loss.
+"""The training loop in plain Python: one process, or one of several over torch.distributed.
 
 A step: its batches → sum of losses over all targets or pairs → gradients, summed over micro-batches and ranks → clip →
 AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
@@ -28,7 +28,7 @@ from loray.methods.attach import InitialAdapter, load_weights
 from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation, start_event
+from loray.train.checkpoint import Checkpoints, Clock, Reporter, RunState, evaluation
 from loray.train.data.batches import (
     BatchStream,
     Cursor,
@@ -44,115 +44,6 @@ from loray.train.model import BaseWeights, build_model, count_parameters, dense
 from loray.train.objectives import Objective, objective_of
 from loray.train.optimizer import StepResult, learning_rate
 from loray.train.strategies import prepare
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout from these arguments alone, so that a resumed run draws the same numbers."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-
-@contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
-    """Where `enabled`, torch's deterministic algorithms inside the block; an operation without one raises RuntimeError.
-
-    On a GPU enter it before the first product: cuBLAS reads its setting once.
-    """
-    if not enabled:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # nothing here reads memory before it is written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        settings.fill_uninitialized_memory = filled
-
-
-class HeldOut(NamedTuple):
-    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
-    objective's further figures.
-    """
-
-    loss: float
-    metrics: dict[str, float]
-
-
-@torch.no_grad()
-def held_out_loss(
-    objective: Objective, compute: nn.Module, rows: TokenizedRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
-) -> HeldOut:
-    """The mean loss over all rows and ranks. Leaves the model in training mode.
-
-    `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
-    rank without a batch repeats the last one, and does not count it.
-    """
-    lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
-    batches = plan_evaluation(lengths, spec.batch)
-    total, num_terms = 0.0, 0
-    sums = [0.0] * len(objective.METRICS)
-    compute.eval()
-    with dense(objective.model, mesh.sequence):
-        for first in range(0, len(batches), mesh.data_size):
-            mine = first + mesh.data_rank
-            planned = batches[min(mine, len(batches) - 1)]
-            whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
-            with mesh.part(whole) as part:
-                loss = float(compute(part))
-            taken = objective.take()
-            if mine < len(batches):
-                total += loss
-                num_terms += part.num_terms
-                sums = [a + b for a, b in zip(sums, taken, strict=True)]
-    compute.train()
-    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
-    return HeldOut(total / count, {name: s / count for name, s in zip(objective.METRICS, sums, strict=True)})
-
-
-def measure_baselines(
-    model: Any, base: BaseModel, spec: TrainSpec, measure: Callable[[], HeldOut]
-) -> Iterator[tuple[Subject, HeldOut]]:
-    """What the model is before training, and its held-out loss, which `measure` finds. An untrained adapter does not
-    change the base, which is base_scaled under scaled RoPE; a run that goes on from an adapter starts at its parent.
-
-    Raises TrainingError for a loss that is not finite.
-    """
-    if spec.init_adapter is not None:
-        yield "parent", _finite(measure(), "parent", spec)
-        return
-    if spec.rope_scaling is not None:
-        with unscaled(model, base):
-            measured = measure()
-        yield "base", _finite(measured, "base", spec)
-    subject: Subject = "base" if spec.rope_scaling is None else "base_scaled"
-    yield subject, _finite(measure(), subject, spec)
-
-
-def _finite(measured: HeldOut, subject: Subject, spec: TrainSpec) -> HeldOut:
-    if not isfinite(measured.loss):
-        raise TrainingError(
-            f"the held-out loss of {subject} is {measured.loss} before any training; "
-            f"check the base model and the data, or train in float32 (dtype is {spec.dtype})"
-        )
-    return measured
-
-
-@contextmanager
-def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
-    """The base's RoPE inside the block: an untrained model then computes as the base does."""
-    inner = model.base_model
-    scaled = inner.rotary_emb
-    config = copy.deepcopy(model.config)
-    config.rope_parameters = base.config.rope.to_hf()
-    inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
-    try:
-        yield
-    finally:
-        inner.rotary_emb = scaled
-
 
 log = get_logger(__name__)
 
@@ -366,12 +257,31 @@ class _Run:
         return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh)
 
     def _evaluate_baselines(self) -> None:
-        """Measure what the model computes before any training."""
+        """Measure the model before any training. Raises TrainingError for a loss that is not finite."""
         baselines = []
-        for subject, measured in measure_baselines(self.model, self.base, self.spec, self._held_out_loss):
+        for subject, measured in self._measure_baselines():
+            if not isfinite(measured.loss):
+                raise TrainingError(
+                    f"the held-out loss of {subject} is {measured.loss} before any training; "
+                    f"check the base model and the data, or train in float32 (dtype is {self.spec.dtype})"
+                )
             baselines.append(evaluation(measured.loss, subject, self.data.max_length))
             self._report_eval(subject, measured)
         self.state = self.state.model_copy(update={"baselines": tuple(baselines)})
+
+    def _measure_baselines(self) -> Iterator[tuple[Subject, HeldOut]]:
+        """An untrained adapter does not change the base, which is base_scaled under scaled RoPE. A run that goes on
+        from an adapter starts at its parent.
+        """
+        if self.spec.init_adapter is not None:
+            yield "parent", self._held_out_loss()
+        elif self.spec.rope_scaling is None:
+            yield "base", self._held_out_loss()
+        else:
+            with unscaled(self.model, self.base):
+                measured = self._held_out_loss()
+            yield "base", measured
+            yield "base_scaled", self._held_out_loss()
 
     def _evaluate(self) -> bool:
         """Measure and report the held-out loss. Returns whether it is the best so far."""
@@ -390,10 +300,23 @@ class _Run:
         self.reporter.report(metrics, None)
 
     def _report_start(self) -> None:
-        counts = self.num_parameters.total, self.num_parameters.trainable
-        where = {"num_workers": self.world.size, "device": str(self.device), "dtype": self.state.recipe.chosen_dtype}
-        progress = {"step": self.state.step, "num_steps": self.num_steps}
-        self._report(start_event(*counts, asdict(self.data.report)) | progress | where)
+        count = self.num_parameters
+        self._report(
+            {
+                "event": "start",
+                "num_parameters": count.total,
+                "num_trainable": count.trainable,
+                "trainable_share": count.trainable / count.total,
+                "num_threads": torch.get_num_threads(),
+                "pid": os.getpid(),
+                "data": asdict(self.data.report),
+                "step": self.state.step,
+                "num_steps": self.num_steps,
+                "num_workers": self.world.size,
+                "device": str(self.device),
+                "dtype": self.state.recipe.chosen_dtype,
+            }
+        )
 
     def _report_eval(self, subject: Subject, measured: HeldOut) -> None:
         figures = {"eval_loss": measured.loss, **measured.metrics}
@@ -421,3 +344,92 @@ class _Run:
         taken = None if state is None else checkpoint.snapshot(self.model, state, self.state, self.published_dtype)
         self.checkpoints.begin(taken, step=self.state.step, eval_loss=self.state.eval_loss)
         self.good_steps_unsaved = 0
+
+
+# -- what makes a run give the same bits again ------------------------------------------------------------------------
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from these arguments alone, so that a resumed run draws the same numbers."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Use torch's deterministic algorithms inside the block, where `enabled`.
+
+    An operation without one raises RuntimeError. On a GPU enter it before the first product, for cuBLAS reads its
+    setting once.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
+
+
+# -- held-out loss ----------------------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
+    objective's further figures.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: Objective, compute: nn.Module, rows: TokenizedRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+) -> HeldOut:
+    """Measure the mean loss over all rows and ranks, with dense attention also where training uses S2-Attn.
+
+    The model is in training mode afterwards.
+
+    `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
+    rank without a batch repeats the last one, and does not count it.
+    """
+    lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
+    batches = plan_evaluation(lengths, spec.batch)
+    total, num_terms = 0.0, 0
+    sums = [0.0] * len(objective.METRICS)
+    compute.eval()
+    with dense(objective.model, mesh.sequence):
+        for first in range(0, len(batches), mesh.data_size):
+            mine = first + mesh.data_rank
+            planned = batches[min(mine, len(batches) - 1)]
+            whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
+            with mesh.part(whole) as part:
+                loss = float(compute(part))
+            taken = objective.take()
+            if mine < len(batches):
+                total += loss
+                num_terms += part.num_terms
+                sums = [a + b for a, b in zip(sums, taken, strict=True)]
+    compute.train()
+    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
+    return HeldOut(total / count, {name: s / count for name, s in zip(objective.METRICS, sums, strict=True)})
+
+
+@contextmanager
+def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
+    """Give the model the base's RoPE inside the block: an untrained model then computes as the base does."""
+    inner = model.base_model
+    scaled = inner.rotary_emb
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = base.config.rope.to_hf()
+    inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
+    try:
+        yield
+    finally:
+        inner.rotary_emb = scaled

@@ -33,7 +33,7 @@ class World:
         return cls()
 
     def sum(self, *values: float, device: torch.device) -> list[float]:
-        """Sum of each value over ranks, in double precision (exact for counts)."""
+        """Sum each value over ranks, in double precision (exact for counts)."""
         if self.size == 1:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=device)
@@ -41,7 +41,7 @@ class World:
         return [float(v) for v in packed]
 
     def gather(self, value: str | None) -> list[str | None]:
-        """The values of all ranks, in their order."""
+        """Collect the values of all ranks, in their order."""
         if self.size == 1:
             return [value]
         values: list[str | None] = [None] * self.size
@@ -58,7 +58,7 @@ class Mesh:
 
     @classmethod
     def build(cls, sequence_size: int, device: torch.device) -> Mesh:
-        """A collective call. Raises SpecError where the sequence groups do not cover the world."""
+        """Build the mesh on all ranks together. Raises SpecError where the sequence groups do not cover the world."""
         world = World.current()
         if world.size % sequence_size:
             raise SpecError(f"{world.size} workers do not split into sequence groups of {sequence_size}")
@@ -78,7 +78,7 @@ class Mesh:
 
     @contextmanager
     def part(self, batch: TrainBatch) -> Iterator[TrainBatch]:
-        """This rank's part of its group's micro-batch. Inside the block models attend to the rest of the rows, too."""
+        """Take this rank's part of its group's micro-batch. Inside the block models attend to whole rows."""
         if self.sequence.size == 1:
             yield batch
             return

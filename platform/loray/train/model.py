@@ -1,8 +1,8 @@
-"""The model that a recipe trains, sharded or quantized bases.
+"""Transformers' models of a base, and the model that a recipe trains: RoPE, attention, adapter, checkpointing.
 
-Frozen parameters are on torch's meta device, shapes without memory, until `replace_parameters` fills them, so that no
-process holds the whole base. Adapters and what else is trained are whole on every rank, as in any model: the same seed
-gives the same weights.
+Where a strategy shards the base, frozen parameters are on torch's meta device, shapes without memory, until
+`replace_parameters` fills them, so that no process holds the whole base. Adapters and what else is trained are whole on
+every rank, as in any model: the same seed gives the same weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,125 @@ from loray.telemetry import get_logger
 from loray.train.hooks import ATTENTION, DENSE
 from loray.train.sequence import SequenceGroup
 
+log = get_logger(__name__)
+
+
+def build_model(base: BaseModel, spec: TrainSpec) -> Any:
+    """Make a transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
+
+    With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
+    `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and
+    `strategies.prepare` reads them. Raises UnsupportedError where the base's RoPE cannot be scaled so.
+    """
+    resolved = resolve(spec, base.config)
+    fields: dict[str, Any] = {}
+    if resolved.rope is not None:
+        fields["max_position_embeddings"] = resolved.context
+    if resolved.group_size is not None:
+        fields["s2_group_size"] = resolved.group_size
+    if resolved.is_small_group:
+        log.warning(
+            "group_size %d is less than %d, a quarter of the context; LongLoRA's paper finds a worse loss",
+            resolved.group_size,
+            resolved.usual_group,
+        )
+    attention = DENSE if resolved.group_size is None else ATTENTION
+    if spec.parallel.strategy in SHARDS_WEIGHTS:
+        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
+            attach(model, spec.adapter, seed=spec.seed)
+    elif spec.quantization is not None:
+        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
+        read_quantized(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
+        attach(model, spec.adapter, seed=spec.seed)
+    else:
+        model = load_model(base, dtype=spec.chosen_dtype, rope=resolved.rope, attention=attention, config_fields=fields)
+        attach(model, spec.adapter, seed=spec.seed)
+    model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
+    if spec.gradient_checkpointing:
+        # After `attach`, which may replace the embedding that gets the hook for input gradients.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def load_model(
+    base: BaseModel,
+    *,
+    dtype: DType,
+    rope: RopeParameters | None = None,
+    attention: str = DENSE,
+    config_fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Load the base as a transformers causal language model on the CPU, without a KV cache.
+
+    rope           None: the base's RoPE
+    attention      name of an implementation that is registered with transformers
+    config_fields  further fields of the model's configuration
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        base.path,
+        config=model_config(base, rope, config_fields),
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+    )
+
+
+def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Make transformers' configuration of a base without a KV cache. `rope` None: the base's RoPE."""
+    config = AutoConfig.from_pretrained(base.path)
+    config.use_cache = False
+    if rope is not None:
+        config.rope_parameters = rope.to_hf()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+@contextmanager
+def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
+    """Give the model full causal attention inside the block, as in evaluation and serving.
+
+    Over a sequence group of several ranks, in any model, each forward pass must also run inside `sequence_parallel`.
+    Without a group, a model without S2-Attn does not change.
+    """
+    before = model.config._attn_implementation
+    inside = DENSE if before == ATTENTION or (group is not None and group.size > 1) else before
+    if inside == before:
+        yield
+        return
+    model.set_attn_implementation(inside)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Give the model full causal attention and evaluation mode inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with dense(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of elements. Tied parameters count once."""
+
+    total: int
+    trainable: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    total = sum(numel(p) for p in model.parameters())
+    return ParameterCount(total, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+# -- models whose weights are read later ------------------------------------------------------------------------------
+
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -39,15 +158,15 @@ class BaseWeights:
         self._is_tied = base.config.tie_word_embeddings
 
     def has(self, name: str) -> bool:
-        """Whether the parameter is the base's and not the adapter's."""
+        """True where the parameter is the base's and not the adapter's."""
         return self._stored(name) in self._reader
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor; a view of the mapped file where it is stored in the dtype."""
+        """Read the whole tensor; a view of the mapped file where it is stored in the dtype."""
         return self._reader.read(self._stored(name)).to(self._dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Its rows from `start` up to `stop`; nothing else is read."""
+        """Read its rows from `start` up to `stop` alone."""
         return self._reader.read_rows(self._stored(name), start, stop).to(self._dtype)
 
     def _stored(self, name: str) -> str:
@@ -56,7 +175,7 @@ class BaseWeights:
 
 
 def without_weights(config: Any, *, dtype: DType, attention: str) -> Any:
-    """The causal language model of a transformers configuration. Parameters are on meta, buffers on the CPU."""
+    """Make the causal language model of a transformers configuration. Parameters are on meta, buffers on the CPU."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     for path, module in list(model.named_modules()):
@@ -126,120 +245,3 @@ def read_quantized(model: Any, weights: BaseWeights, spec: QuantizationSpec) -> 
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, linear_4bit(weights.read(f"{path}.weight"), bias, spec))
     replace_parameters(model, lambda name, p: weights.read(name).clone() if p.is_meta else None)
-
-
-log = get_logger(__name__)
-
-
-def load_model(
-    base: BaseModel,
-    *,
-    dtype: DType,
-    rope: RopeParameters | None = None,
-    attention: str = DENSE,
-    config_fields: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
-    """The base as a transformers causal language model on the CPU, without a KV cache.
-
-    rope           None: the base's RoPE
-    attention      name of an implementation that is registered with transformers
-    config_fields  further fields of the model's configuration
-    """
-    return AutoModelForCausalLM.from_pretrained(
-        base.path,
-        config=model_config(base, rope, config_fields),
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-    )
-
-
-def model_config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """Transformers' configuration of a base without a KV cache. `rope` None: the base's RoPE."""
-    config = AutoConfig.from_pretrained(base.path)
-    config.use_cache = False
-    if rope is not None:
-        config.rope_parameters = rope.to_hf()
-    for name, value in fields.items():
-        setattr(config, name, value)
-    return config
-
-
-def build_model(base: BaseModel, spec: TrainSpec) -> Any:
-    """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
-
-    With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
-    `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and
-    `strategies.prepare` reads them. Raises UnsupportedError where the base's RoPE cannot be scaled so.
-    """
-    resolved = resolve(spec, base.config)
-    fields: dict[str, Any] = {}
-    if resolved.rope is not None:
-        fields["max_position_embeddings"] = resolved.context
-    if resolved.group_size is not None:
-        fields["s2_group_size"] = resolved.group_size
-    if resolved.is_small_group:
-        log.warning(
-            "group_size %d is less than %d, a quarter of the context; LongLoRA's paper finds a worse loss",
-            resolved.group_size,
-            resolved.usual_group,
-        )
-    attention = DENSE if resolved.group_size is None else ATTENTION
-    if spec.parallel.strategy in SHARDS_WEIGHTS:
-        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
-        with stand_ins(model, BaseWeights(base, spec.chosen_dtype)):
-            attach(model, spec.adapter, seed=spec.seed)
-    elif spec.quantization is not None:
-        model = without_weights(model_config(base, resolved.rope, fields), dtype=spec.chosen_dtype, attention=attention)
-        read_quantized(model, BaseWeights(base, spec.chosen_dtype), spec.quantization)
-        attach(model, spec.adapter, seed=spec.seed)
-    else:
-        model = load_model(base, dtype=spec.chosen_dtype, rope=resolved.rope, attention=attention, config_fields=fields)
-        attach(model, spec.adapter, seed=spec.seed)
-    model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
-    if spec.gradient_checkpointing:
-        # After `attach`, which may replace the embedding that gets the hook for input gradients.
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-@contextmanager
-def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
-    """Full causal attention inside the block, as in evaluation and serving.
-
-    Over a sequence group of several ranks, in any model, each forward pass must also run inside `sequence_parallel`.
-    Without a group, a model without S2-Attn does not change.
-    """
-    before = model.config._attn_implementation
-    inside = DENSE if before == ATTENTION or (group is not None and group.size > 1) else before
-    if inside == before:
-        yield
-        return
-    model.set_attn_implementation(inside)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Full causal attention and evaluation mode inside the block; afterwards the model is as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with dense(model):
-            yield
-    finally:
-        model.train(was_training)
-
-
-class ParameterCount(NamedTuple):
-    """Numbers of elements. Tied parameters count once."""
-
-    total: int
-    trainable: int
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    total = sum(numel(p) for p in model.parameters())
-    return ParameterCount(total, sum(p.numel() for p in model.parameters() if p.requires_grad))

@@ -1,10 +1,9 @@
-"""SFT and DPO; cross-entropy in chunks.
+"""The losses that a recipe names, as modules around the model: supervised fine-tuning, and preferences (DPO).
 
-Shapes: B rows, T positions, N positions with a label, C of them at once, D hidden size, V vocabulary.
+Cross-entropy is computed from hidden states in chunks, without a (positions × vocabulary) tensor.
 
-The reference is the base: the same model with the adapter off, on the same rows, without gradients, in the same step.
-
-Shapes: P pairs, B = 2P rows (first the chosen answers, then the rejected ones), T positions, N positions with a label.
+Shapes: B rows, T positions, N positions with a label, C of them at once, D hidden size, V vocabulary; P pairs, whose
+B = 2P rows are first the chosen answers, then the rejected ones.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """(N,) in fp32, of N labels, none of them −100. Differentiable in `hidden_ND` only.
+    """Compute the losses (N,), fp32, of N labels, none of them −100. Differentiable in `hidden_ND` only.
 
     Raises ValueError where `weight_VD` is trained.
     """
@@ -67,7 +66,7 @@ def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Ten
 
 
 def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Scalar fp32: the sum of `cross_entropy`."""
+    """Compute the sum of `cross_entropy`, a scalar in fp32."""
     return cross_entropy(hidden_ND, weight_VD, labels_N).sum()
 
 
@@ -86,7 +85,7 @@ class LabelLosses(NamedTuple):
 
 
 def label_losses(model: Any, batch: TrainBatch) -> LabelLosses:
-    """Of a transformers causal language model on one micro-batch. The head skips positions without a label."""
+    """Compute a transformers model's losses on one micro-batch. The head skips positions without a label."""
     device = next(model.parameters()).device
     hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
     labels_BT = batch.labels_BT.to(device)
@@ -96,11 +95,12 @@ def label_losses(model: Any, batch: TrainBatch) -> LabelLosses:
 
 
 def batch_loss(model: Any, batch: TrainBatch) -> Loss:
+    """Sum the losses of a micro-batch."""
     return Loss(label_losses(model, batch).losses_N.sum(), batch.num_targets)
 
 
 class Objective(nn.Module):
-    """Model and loss as one module, for strategies that gather parameters at a module's call.
+    """Cross-entropy of a batch's labels, as a module around the model: strategies gather parameters at a module's call.
 
     METRICS  names of further figures, means over the terms of the loss
     """
@@ -112,20 +112,24 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batch: TrainBatch) -> Tensor:
-        """Scalar fp32: the sum over the batch's labels."""
+        """Compute the sum over the batch's labels, a scalar in fp32."""
         return batch_loss(self.model, batch).total
 
     def take(self) -> tuple[float, ...]:
-        """The sums of METRICS over all calls since they were last taken."""
+        """Take the sums of METRICS over all calls since the last time."""
         return ()
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by their names in the model."""
+        """List the trained parameters by their names in the model."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 class PreferenceObjective(Objective):
-    """The sum of a batch's pair losses; sums of TRL's metrics over pairs are kept until `take`."""
+    """Direct Preference Optimization (Rafailov et al., NeurIPS 2023): a loss over pairs of answers to the same prompt.
+
+    The reference is the base: the same model with the adapter off, on the same rows, without gradients, in the same
+    step. METRICS are TRL's.
+    """
 
     METRICS = REWARDS
 
@@ -136,7 +140,7 @@ class PreferenceObjective(Objective):
         self._sums: list[Tensor] = []
 
     def forward(self, batch: TrainBatch) -> Tensor:
-        """Scalar fp32: the sum over the batch's pairs."""
+        """Compute the sum over the batch's pairs, a scalar in fp32."""
         with torch.no_grad(), self._switch.off():
             reference_B, num_targets_B = log_probs(self.model, batch)
         policy_B, _ = log_probs(self.model, batch)
@@ -153,14 +157,15 @@ class PreferenceObjective(Objective):
 
 
 def log_probs(model: Any, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """(fp32 log-probability of each row's targets, number of them), both (B,)."""
+    """Compute the log-probability of each row's targets, in fp32, and count them; both (B,)."""
     losses_N, learned_BT = label_losses(model, batch)
     losses_BT = losses_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, losses_N)
     return -losses_BT.sum(1), learned_BT.sum(1)
 
 
 def pair_losses(log_ratios_B: Tensor, num_targets_B: Tensor, spec: DpoSpec) -> Tensor:
-    """(P,). `log_ratios_B`: log π(answer) − log π_ref(answer), a sum over the answer's `num_targets_B` tokens.
+    """Compute the losses (P,). `log_ratios_B`: log π(answer) − log π_ref(answer), a sum over the answer's
+    `num_targets_B` tokens.
 
     sigmoid  −log σ(β Δ), with Δ the chosen log-ratio minus the rejected one (equation 7)
     robust   (−(1 − ε) log σ(β Δ) + ε log σ(−β Δ)) / (1 − 2ε), with ε the label smoothing (Chowdhury et al., 2024)
@@ -185,12 +190,12 @@ def pair_losses(log_ratios_B: Tensor, num_targets_B: Tensor, spec: DpoSpec) -> T
 
 
 def reward_sums(log_ratios_B: Tensor, has_labels_P: Tensor, beta: float) -> Tensor:
-    """The sums of REWARDS over pairs: a reward is β times a log-ratio (equation 5)."""
+    """Sum REWARDS over pairs: a reward is β times a log-ratio (equation 5)."""
     chosen_P, rejected_P = (beta * log_ratios_B).chunk(2)
     rows = (chosen_P, rejected_P, (chosen_P > rejected_P).float(), chosen_P - rejected_P)
     return torch.stack([torch.where(has_labels_P, row_P, 0.0).sum() for row_P in rows])
 
 
 def objective_of(model: Any, spec: TrainSpec) -> Objective:
-    """What the recipe minimises."""
+    """Make the objective that the recipe names."""
     return PreferenceObjective(model, spec.objective) if isinstance(spec.objective, DpoSpec) else Objective(model)

@@ -18,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW and DeepSpeed call t
 
 
 def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
-    """The rate of step 1 … num_steps: linear warm-up to the full rate, then constant, or decaying to 0."""
+    """Compute the rate of step 1 … num_steps: linear warm-up to the full rate, then constant, or decaying to 0."""
     by_ratio = spec.warmup_ratio is not None
     warmup = math.ceil((spec.warmup_ratio or 0) * num_steps) if by_ratio else spec.warmup_steps or 0
     if step <= warmup:
@@ -54,7 +54,7 @@ class OptimizerState(NamedTuple):
 
 
 def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over `tensors`, by parameter name, in groups with the same weight decay and factor `lr_scale`.
+    """Make AdamW over `tensors`, by parameter name, in groups with the same weight decay and factor `lr_scale`.
 
     Embeddings, norms and DoRA's magnitudes have no weight decay. LoRA's B has `loraplus_lr_ratio` times the learning
     rate (LoRA+, Hayou et al., 2024), VeRA's d `vera_d_lr_ratio` times.

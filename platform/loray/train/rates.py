@@ -46,7 +46,7 @@ def measure_rates() -> Rates:
 
 
 def fastest_product_flops(device: torch.device, passes: int = 5) -> float:
-    """FLOP/s of products in the dtype that the device multiplies fastest, with which MFU and floors compare."""
+    """Measure FLOP/s of products in the dtype that the device multiplies fastest, with which MFU and floors compare."""
     chosen = serving_dtype(hardware(), use_gpu=device.type == "cuda", has_kernels=False).dtype
     return product_flops(device, getattr(torch, chosen), passes)
 
@@ -57,7 +57,7 @@ def _gpu_rates() -> GpuRates:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, passes: int = 5) -> float:
-    """FLOP/s of a square matrix product, the fastest of several. Torch's random state does not change."""
+    """Measure FLOP/s of a square matrix product, the fastest of several. Torch's random state does not change."""
     n = _PRODUCT_WIDTH.get(device.type, 4096)
     generator = torch.Generator(device).manual_seed(0)
     x, w = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -65,13 +65,13 @@ def product_flops(device: torch.device, dtype: torch.dtype, passes: int = 5) -> 
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a sum over a tensor that is larger than the caches, the fastest of several."""
+    """Measure bytes/s of a sum over a tensor that is larger than the caches, the fastest of several."""
     source = torch.ones(_READ_BYTES.get(device.type, 512 << 20) // 4, device=device)
     return source.nbytes / _seconds(source.sum, device)
 
 
 def _attention_flops(group_size: int | None, dtype: torch.dtype) -> float:
-    """FLOP/s of attention, forward and backward."""
+    """Measure FLOP/s of attention, forward and backward."""
 
     def make(num_heads: int) -> Tensor:
         return torch.randn(1, num_heads, _TOKENS, _HEAD_DIM, dtype=dtype).requires_grad_()

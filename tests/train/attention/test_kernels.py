@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loray.train import s2_attention
 from loray.train.attention import attend
-from loray.train.attention import attend as segment_attention
+from loray.train.attention.attend import attend_cpu, attend_sdpa, attend_varlen
 from tests.train.attention.functions import flash_attn_varlen_func, install_flash_attn, torch_varlen
 from tests.train.attention.test_s2_attention import qkv, runs
 
@@ -41,20 +41,20 @@ NONE, OLD, NEW = None, flash_attn_of_2023, flash_attn_varlen_func
 @pytest.mark.parametrize(
     ("device", "dtype", "width", "flash_attn", "has_new_torch", "capability", "expected"),
     [
-        ("cuda", torch.bfloat16, 128, NEW, True, 9, attend),
-        ("cuda", torch.float32, 128, NEW, True, 9, attend),
-        ("cuda", torch.bfloat16, 512, NEW, True, 9, attend),
-        ("cuda", torch.bfloat16, 128, NONE, True, 9, attend),
-        ("cuda", torch.bfloat16, 128, OLD, True, 9, attend),
-        ("cuda", torch.bfloat16, 128, NEW, False, 9, attend),
-        ("cuda", torch.bfloat16, 128, NONE, False, 9, attend),
-        ("cuda", torch.bfloat16, 128, OLD, False, 9, attend),
-        ("cuda", torch.bfloat16, 12, NEW, True, 9, attend),
-        ("cuda", torch.bfloat16, 12, NONE, True, 9, attend),
-        ("cuda", torch.bfloat16, 12, OLD, True, 9, attend),
-        ("cuda", torch.bfloat16, 128, NEW, True, 7, attend),
-        ("cpu", torch.bfloat16, 128, NEW, True, 9, attend),
-        ("meta", torch.bfloat16, 128, NEW, True, 9, attend),
+        ("cuda", torch.bfloat16, 128, NEW, True, 9, attend_varlen),
+        ("cuda", torch.float32, 128, NEW, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 512, NEW, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, NONE, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, OLD, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, NEW, False, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, NONE, False, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, OLD, False, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 12, NEW, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 12, NONE, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 12, OLD, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, NEW, True, 7, attend_sdpa),
+        ("cpu", torch.bfloat16, 128, NEW, True, 9, attend_cpu),
+        ("meta", torch.bfloat16, 128, NEW, True, 9, attend_sdpa),
     ],
 )
 def test_choice_of_a_kernel(
@@ -71,8 +71,8 @@ def test_choice_of_a_kernel(
     if not has_new_torch:
         monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_of_2025)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    choose = segment_attention._choose.__wrapped__  # what an earlier case chose is kept
-    assert choose(torch.device(device), dtype, width) is expected.attend_groups  # type: ignore[attr-defined]
+    choose = attend.select_backend.__wrapped__  # what an earlier case chose is kept
+    assert choose(torch.device(device), dtype, width) is expected
 
 
 def test_a_torch_without_attention_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_the_function_of_the_installed_torch_takes_its_arguments(
 ) -> None:
     """Forward and backward, without storage: the function itself runs, and its kernel says the shapes alone."""
     install_flash_attn(monkeypatch, None)
-    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: attend.attend_groups_varlen)
+    monkeypatch.setattr(attend, "select_backend", lambda *_: attend_varlen)
     q, k, v = (x.detach().to("meta").requires_grad_() for x in qkv(1, 9, 3, 30, torch.bfloat16))
     out = s2_attention(q, k, v, group_size=8, document_ids_BT=None if ids is None else torch.tensor(ids))
     assert out.shape == q.shape

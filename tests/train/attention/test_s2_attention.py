@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loray.train import s2_attention
 from loray.train.attention import attend
-from loray.train.attention import attend as segment_attention
+from loray.train.attention.attend import attend_cpu, attend_sdpa, attend_varlen
 from loray.train.attention.segments import Bucket, segment_batch
 from tests.train.attention.functions import (
     flash_attn_varlen_func,
@@ -24,8 +24,8 @@ from tests.train.attention.functions import (
 @pytest.fixture(params=["cpu", "sdpa", "flash-attn", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to compute, on this machine's CPU."""
-    chosen = {"cpu": attend, "sdpa": attend}.get(request.param, attend).attend_groups
-    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: chosen)
+    chosen = {"cpu": attend_cpu, "sdpa": attend_sdpa}.get(request.param, attend_varlen)
+    monkeypatch.setattr(attend, "select_backend", lambda *_: chosen)
     install_flash_attn(monkeypatch, flash_attn_varlen_func if request.param == "flash-attn" else None)
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_on_cpu)
 

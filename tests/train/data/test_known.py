@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from loray.recipes.sources import SourceFiles
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data import batches, read
+from loray.train.data import batches, known, read
 from loray.train.data.batches import BatchStream, EpochPlan, SourceShare, kept_plan, plan_ahead, plan_epoch
+from loray.train.data.known import cut_known
 from loray.train.data.read import RowFile, read_head, rows_of
-from loray.train.data.reading import known
-from loray.train.data.reading.known import cut_known
 from loray.train.data.rows import load_data
 from loray.train.data.shards import FolderCache
 from tests.tiny import byte_tokenizer

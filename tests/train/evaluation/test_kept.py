@@ -122,7 +122,7 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
         "retrieval": [RetrievalSpec(context_lengths=(400,), depths=(0.0, 1.0), samples=2)],
     }
     chosen = subjects(LINEAR, adapter, compare=True)
-    monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", 256)
+    monkeypatch.setattr(perplexity, "MEASURED_AT_ONCE", 256)
     undisturbed = measure(base, chosen, **what)
 
     left, compute = 9, perplexity.summed_cross_entropy
@@ -158,7 +158,7 @@ def test_nothing_is_loaded_where_all_is_kept(base: BaseModel, tmp_path: Path, mo
 def test_a_figure_that_is_not_finite_is_not_kept(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "score", lambda *_: retrieval.Answer(float("nan"), 0))
+    monkeypatch.setattr(retrieval, "score", lambda *_: retrieval.RetrievalScore(float("nan"), 0))
     spec = RetrievalSpec(context_lengths=(400,), depths=(0.0,), samples=1)
     with pytest.raises(EvaluationError, match="the log-likelihood of a key in 400 tokens is nan"):
         measure(base, [MeasuredModel("base")], retrieval=[spec], dtype="float32", kept=KeptFigures(tmp_path))

@@ -24,8 +24,9 @@ from loray.spec import PerplexitySpec, RopeParameters
 from loray.train.attention import attend
 from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import perplexity as module
+from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
-from loray.train.evaluation.perplexity import Documents, Measured, cut_windows, mean_loss, read_documents
+from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
 from tests.engine.adapters import NORMS, make_adapter
 from tests.tiny import byte_tokenizer
@@ -78,7 +79,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def test_it_is_the_mean_over_all_windows(
     base: BaseModel, rope: RopeParameters | None, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(module, "MEASURED_AT_ONCE", tokens_at_once)
     found = documents(200, 40, 131)
     windows = cut_windows(found, 64, stride=24, max_windows=None)
     model = load(base, MeasuredModel("base", rope), dtype="float32", device=CPU)

@@ -14,8 +14,9 @@ from loray.errors import EvaluationError
 from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RopeParameters, TrainSpec
 from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import measure as module
+from loray.train.evaluation.documents import Documents
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
-from loray.train.evaluation.perplexity import Documents, KeptFigures
+from loray.train.evaluation.perplexity import KeptFigures
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
 from tests.train.evaluation.test_perplexity import documents

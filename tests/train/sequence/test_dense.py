@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loray.planning.sequence import DenseExchange, DensePlan
 from loray.train.sequence import SentBytes, SequenceGroup
-from loray.train.sequence.dense import ulysses_attention, ulysses_cuts
+from loray.train.sequence.dense import segment_gathered, ulysses_attention
 from loray.train.sequence.partial import flash, flash_gradients
-from loray.train.sequence.ring import ring_attention, ring_cuts
+from loray.train.sequence.ring import ring_attention, segment_ring
 from tests.train.attention.test_s2_attention import oracle, oracle_mask
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks
@@ -29,8 +29,8 @@ ULYSSES = [(8, 8), (8, 2), (4, 1), (12, 3)]
 def attend(group: SequenceGroup, exchange: DenseExchange, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ids_BN = torch.tensor(case.ids_BN)
     if exchange == "ring":
-        return ring_attention(q, k, v, ring_cuts(ids_BN, group), scale=SCALE)
-    return ulysses_attention(q, k, v, ulysses_cuts(ids_BN, group), scale=SCALE)
+        return ring_attention(q, k, v, segment_ring(ids_BN, group), scale=SCALE)
+    return ulysses_attention(q, k, v, segment_gathered(ids_BN, group), scale=SCALE)
 
 
 def compute(group: SequenceGroup, exchange: DenseExchange, cases: Sequence[Case]) -> list[Part]:

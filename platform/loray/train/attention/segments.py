@@ -1,12 +1,10 @@
-"""A batch cut into segments of causal attention.
+"""Cuts a batch into segments of causal attention, and query heads into groups that share key-value heads.
 
 Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. A row is cut at the group cuts, counted from
 its first column, and at document boundaries. Segments contain no padding.
 
-Shapes: B rows, T positions of a row, N = B·T positions of the batch in row order, S segments.
-
-Shapes: B rows, T positions, h heads, which are K key-value heads with R query heads each (K = h, R = 1 for keys and
-values), S segments of L positions, N positions of all segments, D head width.
+Shapes: B rows, T positions of a row, D head width; h heads, which are K key-value heads with R query heads each (K = h,
+R = 1 for keys and values); S segments of L positions, N positions of all segments.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ def segment_batch(
     document_ids_BT: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> BatchSegments:
-    """Cuts of a batch of `num_rows` rows of `num_tokens` positions.
+    """Cut a batch of `num_rows` rows of `num_tokens` positions.
 
     A document is a run of equal ids in one row: an id that appears again after another one is a new document. A
     negative id is padding. Plain heads are cut at 0, G, 2G, …, shifted heads at 0, G/2, 3G/2, …, so that their first
@@ -83,7 +81,7 @@ def segment_batch(
 
 
 def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "cpu") -> AttentionSegments:
-    """Each document is one segment, for dense causal attention. Documents and padding are as in `segment_batch`."""
+    """Make each document one segment, for dense causal attention. Documents and padding are as in `segment_batch`."""
     ids_BT = document_ids_BT.detach().cpu()
     num_filled = filled(ids_BT)
     if num_filled is None:
@@ -92,7 +90,7 @@ def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "
 
 
 def filled(ids_BT: Tensor) -> int | None:
-    """n, if every row is one document in its first n columns and padding after them; None for any other batch."""
+    """Find n such that each row is one document of n columns, then padding. None for any other batch."""
     real_BT = ids_BT >= 0
     num_filled = int(real_BT[0].sum())
     one_document = ids_BT[:, :num_filled] == ids_BT[:, :1]
@@ -101,7 +99,7 @@ def filled(ids_BT: Tensor) -> int | None:
 
 
 def uniform(num_tokens: int, group_size: int, offset: int) -> AttentionSegments:
-    """Segments of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
+    """Make the segments of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
     first = min(offset, num_tokens)
     num_groups, last = divmod(num_tokens - first, group_size)
     buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
@@ -109,7 +107,7 @@ def uniform(num_tokens: int, group_size: int, offset: int) -> AttentionSegments:
 
 
 def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """First position in the batch and length of each segment (S). Padding is in no segment."""
+    """Find first position in the batch and length of each segment (S). Padding is in no segment."""
     num_rows, num_tokens = ids_BT.shape
     starts_BT = ((torch.arange(num_tokens) - offset) % group_size == 0).repeat(num_rows, 1)
     starts_BT[:, 1:] |= ids_BT[:, 1:] != ids_BT[:, :-1]
@@ -121,7 +119,7 @@ def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor,
 
 
 def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> AttentionSegments:
-    """Segments at any positions of the batch, sorted by length."""
+    """Make segments at any positions of the batch, sorted by length."""
     by_length_S = length_S.argsort(stable=True)
     begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
     # Position = running number + (segment's first position − running number of its first entry).
@@ -141,14 +139,14 @@ class HeadGroup(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """R"""
+        """R, the query heads of a key-value head."""
         return int(self.q.stop - self.q.start) // int(self.kv.stop - self.kv.start)
 
 
 def split_heads(start: int, stop: int, repeats: int, segments: AttentionSegments) -> Iterator[HeadGroup]:
-    """Runs that cover the query heads [start, stop). `repeats` query heads share a key-value head.
+    """Split the query heads [start, stop), of which `repeats` share a key-value head, into groups.
 
-    A key-value head that also serves query heads before `start` or from `stop` on is a run of its own.
+    A key-value head that also serves query heads before `start` or from `stop` on is a group of its own.
     """
     while start < stop:
         kv = start // repeats
@@ -162,14 +160,14 @@ def split_heads(start: int, stop: int, repeats: int, segments: AttentionSegments
 
 
 def take(x_BhTD: Tensor, segments: AttentionSegments) -> Tensor:
-    """Positions in the order of segments: `x_BhTD` itself, or a copy (1, h, N, D) where `order_N` is given."""
+    """Take positions in the order of segments: `x_BhTD` itself, or a copy (1, h, N, D) where `order_N` is given."""
     if segments.order_N is None:
         return x_BhTD
     return x_BhTD.transpose(1, 2).flatten(0, 1).index_select(0, segments.order_N)[None].transpose(1, 2)
 
 
 def spread(out_BNhD: Tensor, segments: AttentionSegments, shape_BhTD: torch.Size) -> Tensor:
-    """Results for the positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
+    """Spread results for the positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
 
     Positions outside of all segments are 0.
     """
@@ -195,7 +193,7 @@ class Block(NamedTuple):
     stretches: tuple[tuple[int, int], ...]
 
     def views(self, taken_BhTD: Tensor, repeats: int) -> Iterator[Tensor]:
-        """A view (B, S, K, R, L, D) of each stretch."""
+        """View each stretch as (B, S, K, R, L, D)."""
         for start, num_segments in self.stretches:
             part = taken_BhTD[:, :, start : start + num_segments * self.length]
             num_rows, num_heads, _, width = part.shape
@@ -203,17 +201,18 @@ class Block(NamedTuple):
             yield part.view(shape).permute(0, 3, 1, 2, 4, 5)
 
     def fold(self, taken_BhTD: Tensor, repeats: int) -> Tensor:
-        """→ a copy (B·ΣS·K, R, L, D): kernels are fastest on contiguous matrices per head and segment."""
+        """Copy the segments into (B·ΣS·K, R, L, D): kernels are fastest on contiguous matrices per head and segment."""
         return torch.cat(list(self.views(taken_BhTD, repeats)), dim=1).flatten(0, 2)
 
     def unfold(self, folded: Tensor, num_rows: int) -> tuple[Tensor, ...]:
-        """The inverse of `fold`: (B, S, K, R, L, D) of each stretch."""
+        """Invert `fold`: (B, S, K, R, L, D) of each stretch."""
         counts = [num_segments for _, num_segments in self.stretches]
         parts = folded.view(num_rows, sum(counts), -1, *folded.shape[1:])
         return torch.split(parts, counts, dim=1)
 
 
 def blocks(segments: AttentionSegments) -> list[Block]:
+    """Join the segments of equal length."""
     stretches: dict[int, list[tuple[int, int]]] = {}
     at = 0
     for length, num_segments in segments.buckets:

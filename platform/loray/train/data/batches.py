@@ -1,12 +1,13 @@
-"""Plans of an epoch, micro-batches, the cursor.
+"""Plans of epochs, their micro-batches as tensors, and a cursor into the plan.
 
-A plan is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
+A plan says which documents make the rows of an epoch and which rows its micro-batches, a function of (seed, epoch)
+alone. It is four arrays, whatever the number of documents; only what is trained next becomes Python objects.
 
 First fit looks at one document after the other, in Python: half a minute for ten million. So plans of packed rows are
 where all machines and further runs find them. Other plans are faster made than sent: each machine has its own, which
 one of its workers makes while the others wait.
 
-Shapes: B rows, T positions. Padding is on the right.
+Shapes: B rows, T positions; R rows and D documents of a plan. Padding is on the right.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RowSource(Protocol):
     def lengths(self) -> NDArray[np.int64]: ...
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids of row i, and which of them are targets."""
+        """Read the token ids of row i, and which of them are targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,12 @@ class TokenizedRows:
         return self.ids_N[part], self.targets_N[part]
 
     def select(self, indices: NDArray[np.int64]) -> TokenizedRows:
-        """These rows, without a copy of the tokens."""
+        """Select rows, without a copy of the tokens."""
         return TokenizedRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
 
 def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenizedRows:
-    """TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
+    """Make TokenizedRows of (ids, targets) pairs. The first token of a row is never a target."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
@@ -68,6 +69,8 @@ def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenizedRows:
     targets_N[starts] = False
     return TokenizedRows(ids_N, targets_N, starts, lengths)
 
+
+# -- plans ------------------------------------------------------------------------------------------------------------
 
 _GROUP = 50  # micro-batches that `length_grouped` sorts by length together: their order stays random
 
@@ -105,7 +108,7 @@ class EpochPlan(Sequence[MicroBatch]):
 
 
 def pair_lengths(lengths: Indices) -> Indices:
-    """Tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
+    """Count the tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
     padded: Indices = 2 * lengths.reshape(-1, 2).max(1)
     return padded
 
@@ -126,8 +129,9 @@ def plan_epoch(
     epoch: int,
     shares: Sequence[SourceShare] = (),
 ) -> EpochPlan:
-    """Every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch. Raises
-    SpecError where a row does not fit the token budget.
+    """Plan every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch.
+
+    Raises SpecError where a row does not fit the token budget.
     """
     lengths_D = np.asarray(lengths, np.int64)
     rng = np.random.default_rng([seed, epoch])
@@ -157,7 +161,7 @@ def _drawn(shares: Sequence[SourceShare], rng: np.random.Generator) -> Indices:
 
 
 def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> EpochPlan:
-    """Every row once, the longest first, in micro-batches of the size of training's: little padding, equal memory."""
+    """Plan every row once, the longest first, in micro-batches of training's size: little padding, equal memory."""
     lengths_D = np.asarray(lengths, np.int64)
     longest = int(lengths_D.max(initial=0))
     if spec.tokens is not None and longest > spec.tokens:
@@ -167,8 +171,8 @@ def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> EpochP
 
 
 def first_fit(lengths_D: Indices, max_length: int) -> Indices:
-    """The row of each document, of rows of up to `max_length` tokens: the first one with room. O(D log D), with a tree
-    of some 20 bytes a document.
+    """Find the row of each document, of rows of up to `max_length` tokens: the first one with room. O(D log D), with a
+    tree of some 20 bytes a document.
     """
     size = 1 << max(0, (len(lengths_D) - 1).bit_length())
     room = [max_length] * (2 * size)  # free tokens; room[1] is the maximum over rows, leaves start at `size`
@@ -229,7 +233,7 @@ def kept_plan(
     paired: bool = False,
     cache: ShardCache | None,
 ) -> EpochPlan:
-    """As `plan_epoch`, from a file of `cache`, where there are many rows. `paired`: two lengths are a row."""
+    """Plan an epoch as `plan_epoch` does, from a file of `cache` where there are many rows. `paired`: two are a row."""
 
     def made() -> EpochPlan:
         lengths_R = pair_lengths(lengths_D) if paired else lengths_D
@@ -288,6 +292,8 @@ def _plan_of(kept: PlanArray | None) -> EpochPlan | None:
     return EpochPlan(documents_D, ends_R, starts_B, stops_B)
 
 
+# -- micro-batches ----------------------------------------------------------------------------------------------------
+
 IGNORED = -100
 
 
@@ -333,6 +339,7 @@ class TrainBatch(NamedTuple):
 
 
 def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
+    """Make the tensors of a micro-batch."""
     lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
@@ -363,7 +370,7 @@ def collate(rows: RowSource, batch: MicroBatch, *, packed: bool) -> TrainBatch:
 
 
 def collate_pairs(rows: RowSource, batch: MicroBatch) -> TrainBatch:
-    """The pairs of `batch`, each a row of a plan, as a batch of twice as many rows."""
+    """Make a batch of twice as many rows of the pairs of `batch`, each a row of a plan."""
     pairs = [pair for (pair,) in batch]
     return collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)._replace(
         num_pairs=len(pairs)
@@ -413,7 +420,7 @@ class BatchStream:
         )
 
     def next_step(self) -> list[TrainBatch]:
-        """This rank's micro-batches of the next optimizer step."""
+        """Make this rank's micro-batches of the next optimizer step."""
         planned = [self._next() for _ in range(self._per_step)]
         mine = [self._collate(batch) for batch in planned[self._rank :: self._size]]
         if len(mine) < math.ceil(self._per_step / self._size):
@@ -433,7 +440,7 @@ class BatchStream:
         return self._plan[self.cursor.done - 1]
 
     def num_steps(self, num_epochs: float) -> int:
-        """Optimizer steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""
+        """Count the steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""
         whole, part = int(num_epochs), num_epochs - int(num_epochs)
         count = float(sum(self._size_of(epoch) for epoch in range(whole)))
         if part:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
+from loray.train.data.known import cut_known
 from loray.train.data.read import BadRow, Content, FilePart, RowFile, place, read_parts
-from loray.train.data.reading.known import cut_known
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex, Tokens
 from loray.train.data.tokenize import Tokenisation
 
@@ -36,12 +36,12 @@ class Task(NamedTuple):
 
 class Runner(Protocol):
     def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
-        """Puts the shard of every task into the cache. Raises DataError."""
+        """Put the shard of every task into the cache. Raises DataError."""
         ...
 
 
 def run_here(tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
-    """One task after the other, in this process."""
+    """Run one task after the other, in this process."""
     for task in tasks:
         try:
             cache.put(task.key, tokenisation.shard(task.content))
@@ -50,6 +50,7 @@ def run_here(tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task
 
 
 def located(error: BadRow, part: FilePart) -> DataError:
+    """Say where the row is."""
     return DataError(f"{place(part, error.index)}: {error.reason}")
 
 
@@ -73,12 +74,12 @@ class ShardTokens:
         return ShardTokens, (self._cache, self._keys, self._ends_K)
 
     def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Token ids [start, stop)."""
+        """Read token ids [start, stop)."""
         parts = [self._tokens(k)[a:b].astype(np.int32) for k, a, b in self._parts(start, stop)]
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def targets(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which of them are targets."""
+        """True for those that are targets."""
         return np.concatenate([self._mask(k)[a:b] for k, a, b in self._parts(start, stop)])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -117,7 +118,7 @@ class SliceRows:
         return self.tokens.ids(start, stop), targets
 
     def select(self, indices: Indices) -> SliceRows:
-        """These rows, without a copy of the tokens."""
+        """Select rows, without a copy of the tokens."""
         return SliceRows(self.tokens, self.starts[indices], self.lengths[indices])
 
 
@@ -144,7 +145,7 @@ class Corpus(NamedTuple):
     beginning: Sequence[int]
 
     def num_targets_within(self, max_length: int) -> Indices:
-        """Of each example that is no text, the targets among its first `max_length` tokens but the very first."""
+        """Count the targets of each example that is no text among its first `max_length` tokens but the very first."""
         owners_R, runs_R2 = self.runs
         within_R = np.minimum(runs_R2[:, 1], max_length) - np.maximum(runs_R2[:, 0], 1)
         counts = np.bincount(owners_R, weights=np.maximum(within_R, 0), minlength=len(self.lengths_E))
@@ -154,7 +155,8 @@ class Corpus(NamedTuple):
 def load_corpus(
     files: Files, max_rows: int | None, tokenisation: Tokenisation, cache: ShardCache, run: Runner = run_here
 ) -> Corpus:
-    """The tokens of these files, or of the first `max_rows` rows of every source. What the cache lacks is tokenised.
+    """Load the tokens of these files, or of the first `max_rows` rows of every source. What the cache lacks is
+    tokenised.
 
     Raises DataError.
     """

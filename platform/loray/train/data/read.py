@@ -1,10 +1,11 @@
-"""Rows of JSONL, Parquet, saved and hub data sets, by `datasets`.
+"""Rows of JSONL, Parquet and shards of saved data sets, and files cut into parts of a few megabytes.
 
 A source is a path, or a URI that pyarrow supports (`file://`, `s3://`), or a local copy of one. Every failure is a
 DataError that names the source and the wrong line or row.
 
-A file is cut at the same places under the same digests whenever it is read, and reading it for that parses nothing. A
-part of JSONL is named by its bytes, so that lines added at a file's end leave the parts before them as they are.
+Parts are tokenised one by one. A file is cut at the same places under the same digests whenever it is read, and reading
+it for that parses nothing. A part of JSONL is named by its bytes, so that lines added at a file's end leave the parts
+before them as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _EXPECTED = {
 
 
 class Head(NamedTuple):
-    """What a file is, and the columns of its rows."""
+    """The kind of a file, and the columns of its rows."""
 
     kind: FileKind
     names: tuple[str, ...]
@@ -59,7 +60,7 @@ class RowFile(NamedTuple):
 
 
 def read_head(source: SourceFiles) -> Head:
-    """Raises DataError."""
+    """Read what a file begins with. Raises DataError."""
     kind = _kind(source)
     match kind:
         case "parquet":
@@ -76,7 +77,7 @@ def read_head(source: SourceFiles) -> Head:
 def rows_of(
     source: SourceFiles, head: Head, format: DataFormat | Literal["auto"] = "auto", *, paired: bool = False
 ) -> RowFile:
-    """The rows of the source that begins with `head`. `paired`: they must be preference pairs. Raises DataError."""
+    """Find the rows of the source that begins with `head`. `paired`: they must be pairs. Raises DataError."""
     kind, names = head
     found = detect(source, names, format, paired=paired)
     tools = (_TOOLS,) if found in _WITH_CHATS and _TOOLS in names else ()
@@ -84,7 +85,7 @@ def rows_of(
 
 
 def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """These columns, of any types, of all rows of a local file. Raises DataError."""
+    """Read these columns, of any types, of all rows of a local file. Raises DataError."""
     source = SourceFiles(name, str(path))
     kind = _kind(source)
     if kind == "parquet":
@@ -105,7 +106,7 @@ def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str
 
 
 def read_text(name: str, path: Path) -> str:
-    """The text of a local file. Raises DataError where it is not UTF-8."""
+    """Read the text of a local file. Raises DataError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -115,8 +116,8 @@ def read_text(name: str, path: Path) -> str:
 def detect(
     source: SourceFiles, names: Sequence[str], format: DataFormat | Literal["auto"], *, paired: bool
 ) -> DataFormat:
-    """The format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are read
-    where `paired` says so, and only there.
+    """Choose the format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are
+    read where `paired` says so, and only there.
     """
     known: list[DataFormat] = [f for f, columns in _COLUMNS.items() if set(columns) <= set(names)]
     fitting = [f for f in known if (f == "preference") == paired]
@@ -135,7 +136,7 @@ def detect(
 
 
 def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
-    """What is wrong with one row, or None. What a chat holds is checked where it is read, in `chats`."""
+    """Say what is wrong with one row; None: nothing. What a chat holds is checked where it is tokenised."""
     if format == "chat" or (format == "preference" and all(isinstance(record.get(n), list) for n in _COLUMNS[format])):
         return None
     for name in _COLUMNS[format]:
@@ -150,7 +151,7 @@ def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
 
 
 def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
-    """The object in a line of JSONL. Raises ValueError; `unreadable` begins its message for what is not JSON."""
+    """Parse the object in a line of JSONL. Raises ValueError; `unreadable` begins its message for what is not JSON."""
     try:
         record = json.loads(line.decode("utf-8"))
     except ValueError as e:
@@ -163,7 +164,7 @@ def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
 
 
 def open_source(source: SourceFiles) -> Any:
-    """A pyarrow file. Use it in a `with` block."""
+    """Open a pyarrow file. Use it in a `with` block."""
     source.fetched()
     try:
         if "://" in source.path:
@@ -189,7 +190,7 @@ def _kind(source: SourceFiles) -> FileKind:
 
 @contextmanager
 def open_arrow(source: SourceFiles) -> Iterator[Any]:
-    """The stream of batches that `datasets` writes a shard as."""
+    """Open the stream of batches that `datasets` writes a shard as."""
     try:
         with open_source(source) as file, pa.ipc.open_stream(file) as reader:
             yield reader
@@ -199,7 +200,7 @@ def open_arrow(source: SourceFiles) -> Iterator[Any]:
 
 @contextmanager
 def open_parquet(source: SourceFiles) -> Iterator[Any]:
-    """A ParquetFile."""
+    """Open a ParquetFile."""
     try:
         with open_source(source) as file:
             yield papq.ParquetFile(file)
@@ -234,6 +235,8 @@ def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) ->
     if missing := [column for column in columns if column not in names]:
         raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")
 
+
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 PART_BYTES = 8 << 20  # more where a single row is longer
 _BATCH_ROWS = 256  # of a Parquet file that are decoded at once
@@ -273,7 +276,7 @@ class BadRow(Exception):
 
 
 def cut(file: RowFile, max_rows: int | None = None) -> CutFile:
-    """All rows, or the first `max_rows`, in parts. Raises DataError."""
+    """Cut all rows, or the first `max_rows`, into parts. Raises DataError."""
     found = _cut_lines(file, max_rows) if file.kind == "jsonl" else _cut_rows(file, max_rows)
     if not found.parts and max_rows != 0:
         raise DataError(f"{file.source} has no rows; give a file with at least one")
@@ -281,7 +284,7 @@ def cut(file: RowFile, max_rows: int | None = None) -> CutFile:
 
 
 def read_parts(parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Content]]:
-    """The content of parts of one file, which are in order."""
+    """Read the content of parts of one file, which are in order."""
     if not parts:
         return
     file = parts[0].file
@@ -300,7 +303,7 @@ def read_parts(parts: Sequence[FilePart]) -> Iterator[tuple[FilePart, Content]]:
 
 
 def records_of(content: Content) -> list[tuple[int, dict[str, Any]]]:
-    """(index as in BadRow, row) of all rows. Raises BadRow for the first that is malformed."""
+    """Parse all rows into (index as in BadRow, row). Raises BadRow for the first that is malformed."""
     found = list(_parsed(content.data)) if content.is_lines else _decoded(content.data)
     for index, record in found:
         if wrong := problem(record, content.format):
@@ -309,7 +312,7 @@ def records_of(content: Content) -> list[tuple[int, dict[str, Any]]]:
 
 
 def place(part: FilePart, index: int) -> str:
-    """Where a row is in its file, for people."""
+    """Name the place of a row in its file, for people."""
     if part.file.kind != "jsonl":
         return f"{part.file.source}, row {part.first + index + 1}"
     before = 0
@@ -350,7 +353,7 @@ def _blocks(file: Any) -> Iterator[bytes]:
 
 
 def _first_lines(block: bytes, count: int) -> bytes:
-    """Up to the end of its line `count`, where blank lines do not count."""
+    """Cut a block behind its line `count`, where blank lines do not count."""
     taken = list[bytes]()
     for line in block.split(b"\n"):
         if count == 0:
@@ -432,7 +435,7 @@ def _arrow_tables(file: RowFile) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet_tables(file: RowFile, parts: Sequence[FilePart]) -> Iterator[tuple[int, Any]]:
-    """As above, of those row groups that hold rows of the parts."""
+    """The same, of those row groups that hold rows of the parts."""
     at = 0
     with open_parquet(file.source) as table:
         for g in range(table.metadata.num_row_groups):

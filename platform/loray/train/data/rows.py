@@ -1,7 +1,8 @@
-"""`Dataset`: training and held-out rows, joined texts, fingerprint.
+"""A run's data: read, tokenised, split into training rows and held-out rows, and fingerprinted.
 
-The ids are those of `tokenizer(eos.join(texts))`, cut every N tokens. Positions run through a row and attention crosses
-the joints, so that every position of the context is trained, whatever the length of a text. The last row is shorter.
+Rows are single documents, windows of one, or joined texts as in LongLoRA's paper (Chen et al., ICLR 2024): the ids of
+`tokenizer(eos.join(texts))`, cut every N tokens. Positions run through such a row and attention crosses the joints, so
+that every position of the context is trained, whatever the length of a text. The last row is shorter.
 """
 
 from __future__ import annotations
@@ -21,226 +22,10 @@ from loray.recipes.sources import Copy, find_files
 from loray.spec import DataSpec
 from loray.train.data.batches import RowSource, SourceShare, TokenizedRows, pack_rows, pair_lengths
 from loray.train.data.corpus import Corpus, Files, Indices, Runner, SliceRows, TemporaryCache, load_corpus, run_here
+from loray.train.data.known import open_known
 from loray.train.data.read import DataFormat, RowFile
-from loray.train.data.reading.known import open_known
 from loray.train.data.shards import ShardCache
 from loray.train.data.tokenize import Tokenisation
-
-_BEGINNING = -1  # the start of the piece that is no document
-
-
-class TokenSource(Protocol):
-    def ids(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Token ids [start, stop)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class JoinedRows:
-    """Row i is [starts[i], starts[i] + lengths[i]) of a stream, which is P pieces one after the other.
-
-    Documents that follow each other in `tokens` are one piece: there are few, however many the documents.
-
-    beginning  token ids before the first document of a source
-    begins_P   where a piece begins in `tokens`
-    ends_P     where it ends in the stream
-    sources    whose stream a row is of
-    """
-
-    tokens: TokenSource
-    beginning: NDArray[np.int32]
-    begins_P: NDArray[np.int64]
-    ends_P: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    sources: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids of row i, all of which but the first are targets."""
-        at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
-        parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
-        while at < stop:
-            end = int(self.ends_P[piece])
-            skipped = at - (int(self.ends_P[piece - 1]) if piece else 0)
-            taken, begin = min(stop, end) - at, int(self.begins_P[piece])
-            if begin == _BEGINNING:
-                parts.append(self.beginning[skipped : skipped + taken])
-            else:
-                parts.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
-            at, piece = at + taken, piece + 1
-        ids = np.concatenate(parts)
-        return ids, np.arange(len(ids)) > 0
-
-    def select(self, indices: NDArray[np.int64]) -> JoinedRows:
-        """These rows, without a copy of the tokens."""
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
-
-
-def join(
-    tokens: TokenSource,
-    beginning: Sequence[int],
-    begins_D: NDArray[np.int64],
-    lengths_D: NDArray[np.int64],
-    streams: Sequence[NDArray[np.int64]],
-    row_length: int,
-) -> JoinedRows:
-    """The documents of each source's stream in rows of `row_length` tokens, those of one before those of the next.
-
-    Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
-    the last one of a stream loses. A stream has what the tokenizer puts before a text once.
-    """
-    begins, lengths, starts, stops, sources = [], [], [], [], []
-    first = 0
-    for source, chosen in enumerate(streams):
-        if not len(chosen):
-            continue
-        at, size = begins_D[chosen], lengths_D[chosen]
-        heads = np.flatnonzero(np.concatenate([[True], at[1:] != at[:-1] + size[:-1]]))
-        begins += [np.array([_BEGINNING]), at[heads]]
-        lengths += [np.array([len(beginning)]), np.add.reduceat(size, heads)]
-        stop = first + len(beginning) + int(size.sum())
-        rows = np.arange(first, stop - 1, row_length, dtype=np.int64)
-        starts.append(rows)
-        stops.append(np.minimum(rows + row_length, stop - 1))
-        sources.append(np.full(len(rows), source, np.int64))
-        first = stop
-    starts_R = _concatenated(starts)
-    return JoinedRows(
-        tokens,
-        np.array(beginning, np.int32),
-        _concatenated(begins),
-        np.cumsum(_concatenated(lengths)),
-        starts_R,
-        _concatenated(stops) - starts_R,
-        _concatenated(sources),
-    )
-
-
-def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
-
-
-SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
-
-
-class SourceRows(NamedTuple):
-    """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
-
-    rows: SliceRows | JoinedRows
-    sources: NDArray[np.integer]
-    truncated: NDArray[np.bool_]
-    num_targets: Indices
-
-    def select(self, indices: Indices) -> SourceRows:
-        return SourceRows(
-            self.rows.select(indices), self.sources[indices], self.truncated[indices], self.num_targets[indices]
-        )
-
-
-class HeldOutSplit(NamedTuple):
-    """`num_documents` are those of the training files, held-out ones included."""
-
-    trained: SourceRows
-    held_out: SourceRows
-    num_documents: int
-
-
-def windows(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Rows of single documents, or of windows of one."""
-    part, documents = _cut(train, max_length)
-    num_documents = train.num_documents
-    if evaluation is not None:
-        return HeldOutSplit(part, _cut(evaluation, max_length)[0], num_documents)
-    if num_documents == 1 and train.is_text_E[0] and fraction:
-        trained, held_out = _end_held_out(files, len(part.rows), fraction)
-    else:
-        _, documents_out = _hold_out(files, num_documents, fraction, seed)
-        is_held_out = np.isin(documents, documents_out)
-        trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    return HeldOutSplit(part.select(trained), part.select(held_out), num_documents)
-
-
-def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
-    """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
-    row.
-    """
-    counts_E = np.where(corpus.is_text_E, -(-corpus.lengths_E // max_length), 1)
-    example_R = np.repeat(np.arange(len(counts_E)), counts_E)
-    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)  # of the window
-    left_R = corpus.lengths_E[example_R] - number_R * max_length
-    lengths_R = np.minimum(left_R, max_length)
-    is_text_R = corpus.is_text_E[example_R]
-    part = SourceRows(
-        SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
-        corpus.sources_E[example_R],
-        ~is_text_R & (left_R > max_length),
-        np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
-    )
-    return part, corpus.documents_E[example_R]
-
-
-def joined_texts(
-    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
-) -> HeldOutSplit:
-    """Rows of joined texts, of each source for itself. What is held out is split off before texts are joined, unless
-    there is a single text.
-    """
-
-    def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
-        bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
-        streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
-        rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
-        return SourceRows(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
-
-    everything = np.arange(train.num_documents)
-    if evaluation is not None:
-        return HeldOutSplit(
-            rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
-        )
-    if len(everything) == 1 and fraction:
-        whole = rows_of(train, everything)
-        trained, held_out = _end_held_out(files, len(whole.rows), fraction)
-        return HeldOutSplit(whole.select(trained), whole.select(held_out), 1)
-    trained, held_out = _hold_out(files, len(everything), fraction, seed)
-    return HeldOutSplit(rows_of(train, trained), rows_of(train, held_out), len(everything))
-
-
-def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
-    """(training, held out) rows of a single text, whose end is held out."""
-    count = _num_held_out(files, num_rows, fraction)
-    return np.arange(num_rows - count), np.arange(num_rows - count, num_rows)
-
-
-def _hold_out(files: Files, num_documents: int, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training, held out) documents: what becomes of one document is on one side."""
-    if fraction == 0:
-        return np.arange(num_documents), np.empty(0, np.int64)
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
-    held_out = np.sort(order[: _num_held_out(files, num_documents, fraction)])
-    return np.setdiff1d(np.arange(num_documents), held_out), held_out
-
-
-def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
-    if num_units < 2:
-        raise DataError(
-            f"{files[0][0].source} has a single row, so nothing can be held out of it; "
-            "give data.eval, or set data.eval_fraction to 0"
-        )
-    return min(max(1, round(num_units * fraction)), num_units - 1)
-
-
-def check_texts(files: Iterable[RowFile]) -> None:
-    for file in files:
-        if file.format != "text":
-            raise DataError(
-                f"{file.source} holds rows of format {file.format}, and batch.order concat joins texts: take shuffled, "
-                "length_grouped or packed"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +71,7 @@ class Dataset:
 
     @property
     def length_counts(self) -> dict[int, int]:
-        """How many sequences of the training rows have a number of tokens."""
+        """Numbers of training sequences, by their numbers of tokens."""
         counts = np.bincount(self.train.lengths)
         return {int(length): int(counts[length]) for length in np.flatnonzero(counts)}
 
@@ -363,7 +148,7 @@ def load_data(
     weights = [source.weight for source in spec.train_sources]
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(SourceShare, counts, weights)) if set(weights) != {1.0} else ()
-    fingerprint = _fingerprint(train_corpus, eval_corpus)
+    fingerprint = _digest([_digest(corpus.sha256s) for corpus in (train_corpus, eval_corpus) if corpus is not None])
     return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
 
 
@@ -386,10 +171,229 @@ def _open(
     return tuple(open_known(file, spec.format, cache, paired=paired) for file in find_files(path, fetched.get(path)))
 
 
-def _fingerprint(train: Corpus, evaluation: Corpus | None) -> str:
-    """Of a single file its SHA-256, of several that of their SHA-256s."""
-    return _digest([_digest(corpus.sha256s) for corpus in (train, evaluation) if corpus is not None])
-
-
 def _digest(digests: Sequence[str]) -> str:
+    """A single digest itself, or the SHA-256 of several."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(f"{d}\n" for d in digests).encode()).hexdigest()
+
+
+# -- training rows and held-out rows ----------------------------------------------------------------------------------
+
+SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
+
+
+class SourceRows(NamedTuple):
+    """Rows to train on or to hold out; of each its source, whether it was truncated, and its number of targets."""
+
+    rows: SliceRows | JoinedRows
+    sources: NDArray[np.integer]
+    truncated: NDArray[np.bool_]
+    num_targets: Indices
+
+    def select(self, indices: Indices) -> SourceRows:
+        return SourceRows(
+            self.rows.select(indices), self.sources[indices], self.truncated[indices], self.num_targets[indices]
+        )
+
+
+class HeldOutSplit(NamedTuple):
+    """`num_documents` are those of the training files, held-out ones included."""
+
+    trained: SourceRows
+    held_out: SourceRows
+    num_documents: int
+
+
+def windows(
+    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
+) -> HeldOutSplit:
+    """Make rows of single documents, or of windows of one."""
+    part, documents = _cut(train, max_length)
+    num_documents = train.num_documents
+    if evaluation is not None:
+        return HeldOutSplit(part, _cut(evaluation, max_length)[0], num_documents)
+    if num_documents == 1 and train.is_text_E[0] and fraction:
+        trained, held_out = _end_held_out(files, len(part.rows), fraction)
+    else:
+        _, documents_out = _hold_out(files, num_documents, fraction, seed)
+        is_held_out = np.isin(documents, documents_out)
+        trained, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return HeldOutSplit(part.select(trained), part.select(held_out), num_documents)
+
+
+def _cut(corpus: Corpus, max_length: int) -> tuple[SourceRows, Indices]:
+    """A row of every example, cut off at `max_length` tokens, and of a text all its windows; and the document of each
+    row.
+    """
+    counts_E = np.where(corpus.is_text_E, -(-corpus.lengths_E // max_length), 1)
+    example_R = np.repeat(np.arange(len(counts_E)), counts_E)
+    number_R = np.arange(len(example_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)  # of the window
+    left_R = corpus.lengths_E[example_R] - number_R * max_length
+    lengths_R = np.minimum(left_R, max_length)
+    is_text_R = corpus.is_text_E[example_R]
+    part = SourceRows(
+        SliceRows(corpus.tokens, corpus.starts_E[example_R] + number_R * max_length, lengths_R),
+        corpus.sources_E[example_R],
+        ~is_text_R & (left_R > max_length),
+        np.where(is_text_R, lengths_R - 1, corpus.num_targets_within(max_length)[example_R]),
+    )
+    return part, corpus.documents_E[example_R]
+
+
+def joined_texts(
+    files: Files, train: Corpus, evaluation: Corpus | None, max_length: int, fraction: float, seed: int
+) -> HeldOutSplit:
+    """Make rows of joined texts, of each source for itself. What is held out is split off before texts are joined,
+    unless there is a single text.
+    """
+
+    def rows_of(corpus: Corpus, chosen: Indices) -> SourceRows:
+        bounds = np.searchsorted(corpus.sources_E, np.arange(corpus.sources_E[-1] + 2))
+        streams = [chosen[slice(*np.searchsorted(chosen, (a, b)))] for a, b in pairwise(bounds)]
+        rows = join(corpus.tokens, corpus.beginning, corpus.starts_E, corpus.lengths_E, streams, max_length)
+        return SourceRows(rows, rows.sources, np.zeros(len(rows), np.bool_), rows.lengths - 1)
+
+    everything = np.arange(train.num_documents)
+    if evaluation is not None:
+        return HeldOutSplit(
+            rows_of(train, everything), rows_of(evaluation, np.arange(evaluation.num_documents)), len(everything)
+        )
+    if len(everything) == 1 and fraction:
+        whole = rows_of(train, everything)
+        trained, held_out = _end_held_out(files, len(whole.rows), fraction)
+        return HeldOutSplit(whole.select(trained), whole.select(held_out), 1)
+    trained, held_out = _hold_out(files, len(everything), fraction, seed)
+    return HeldOutSplit(rows_of(train, trained), rows_of(train, held_out), len(everything))
+
+
+def _end_held_out(files: Files, num_rows: int, fraction: float) -> tuple[Indices, Indices]:
+    """(training, held out) rows of a single text, whose end is held out."""
+    count = _num_held_out(files, num_rows, fraction)
+    return np.arange(num_rows - count), np.arange(num_rows - count, num_rows)
+
+
+def _hold_out(files: Files, num_documents: int, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """(training, held out) documents: what becomes of one document is on one side."""
+    if fraction == 0:
+        return np.arange(num_documents), np.empty(0, np.int64)
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
+    held_out = np.sort(order[: _num_held_out(files, num_documents, fraction)])
+    return np.setdiff1d(np.arange(num_documents), held_out), held_out
+
+
+def _num_held_out(files: Files, num_units: int, fraction: float) -> int:
+    if num_units < 2:
+        raise DataError(
+            f"{files[0][0].source} has a single row, so nothing can be held out of it; "
+            "give data.eval, or set data.eval_fraction to 0"
+        )
+    return min(max(1, round(num_units * fraction)), num_units - 1)
+
+
+def check_texts(files: Iterable[RowFile]) -> None:
+    """Raise DataError where a file holds other rows than texts."""
+    for file in files:
+        if file.format != "text":
+            raise DataError(
+                f"{file.source} holds rows of format {file.format}, and batch.order concat joins texts: take shuffled, "
+                "length_grouped or packed"
+            )
+
+
+# -- joined texts -----------------------------------------------------------------------------------------------------
+
+_BEGINNING = -1  # the start of the piece that is no document
+
+
+class TokenSource(Protocol):
+    def ids(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Read token ids [start, stop)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Row i is [starts[i], starts[i] + lengths[i]) of a stream, which is P pieces one after the other.
+
+    Documents that follow each other in `tokens` are one piece: there are few, however many the documents.
+
+    beginning  token ids before the first document of a source
+    begins_P   where a piece begins in `tokens`
+    ends_P     where it ends in the stream
+    sources    whose stream a row is of
+    """
+
+    tokens: TokenSource
+    beginning: NDArray[np.int32]
+    begins_P: NDArray[np.int64]
+    ends_P: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Read the token ids of row i, all of which but the first are targets."""
+        at, stop = int(self.starts[i]), int(self.starts[i] + self.lengths[i])
+        parts, piece = [], int(np.searchsorted(self.ends_P, at, side="right"))
+        while at < stop:
+            end = int(self.ends_P[piece])
+            skipped = at - (int(self.ends_P[piece - 1]) if piece else 0)
+            taken, begin = min(stop, end) - at, int(self.begins_P[piece])
+            if begin == _BEGINNING:
+                parts.append(self.beginning[skipped : skipped + taken])
+            else:
+                parts.append(self.tokens.ids(begin + skipped, begin + skipped + taken))
+            at, piece = at + taken, piece + 1
+        ids = np.concatenate(parts)
+        return ids, np.arange(len(ids)) > 0
+
+    def select(self, indices: NDArray[np.int64]) -> JoinedRows:
+        """Select rows, without a copy of the tokens."""
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], sources=self.sources[indices])
+
+
+def join(
+    tokens: TokenSource,
+    beginning: Sequence[int],
+    begins_D: NDArray[np.int64],
+    lengths_D: NDArray[np.int64],
+    streams: Sequence[NDArray[np.int64]],
+    row_length: int,
+) -> JoinedRows:
+    """Join the documents of each source's stream into rows of `row_length` tokens, those of one before those of the
+    next.
+
+    Document d is [begins_D[d], begins_D[d] + lengths_D[d]) of `tokens`. It ends with the end-of-sequence token, which
+    the last one of a stream loses. A stream has what the tokenizer puts before a text once.
+    """
+    begins, lengths, starts, stops, sources = [], [], [], [], []
+    first = 0
+    for source, chosen in enumerate(streams):
+        if not len(chosen):
+            continue
+        at, size = begins_D[chosen], lengths_D[chosen]
+        heads = np.flatnonzero(np.concatenate([[True], at[1:] != at[:-1] + size[:-1]]))
+        begins += [np.array([_BEGINNING]), at[heads]]
+        lengths += [np.array([len(beginning)]), np.add.reduceat(size, heads)]
+        stop = first + len(beginning) + int(size.sum())
+        rows = np.arange(first, stop - 1, row_length, dtype=np.int64)
+        starts.append(rows)
+        stops.append(np.minimum(rows + row_length, stop - 1))
+        sources.append(np.full(len(rows), source, np.int64))
+        first = stop
+    starts_R = _concatenated(starts)
+    return JoinedRows(
+        tokens,
+        np.array(beginning, np.int32),
+        _concatenated(begins),
+        np.cumsum(_concatenated(lengths)),
+        starts_R,
+        _concatenated(stops) - starts_R,
+        _concatenated(sources),
+    )
+
+
+def _concatenated(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)

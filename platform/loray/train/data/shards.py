@@ -1,4 +1,4 @@
-"""Shards: the tokens of one part of a file, and their cache.
+"""Shards, which are the tokens of one part of a file, and their cache.
 
 KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory; or another array
 KEY.index  lengths of its examples and what of them is a target, without the tokens; it is written last, so that a shard
@@ -56,7 +56,7 @@ class ShardIndex(NamedTuple):
         return int(self.lengths_E.sum(dtype=np.int64))
 
     def mask(self) -> NDArray[np.bool_]:
-        """Which of the shard's tokens are targets."""
+        """True for the shard's tokens that are targets."""
         if self.is_text:
             return np.ones(self.num_tokens, np.bool_)
         ends_E = np.cumsum(self.lengths_E, dtype=np.int64)
@@ -91,40 +91,40 @@ class TokenShard:
 
 
 class ShardCache(Protocol):
-    """Shards by key, each written whole or not at all. May be pickled, and written by several processes."""
+    """Shards by key, each written whole or not at all. It may be pickled, and several processes may write."""
 
     def index(self, key: str) -> ShardIndex | None:
-        """None where there is no whole shard."""
+        """Read the index of a shard; None where there is no whole one."""
         ...
 
     def indices(self, keys: Sequence[str]) -> list[ShardIndex | None]:
-        """Of many shards at once."""
+        """Read the indices of many shards at once."""
         ...
 
     def tokens(self, key: str) -> Tokens:
-        """Mapped from a file of this machine."""
+        """Map the tokens of a shard from a file of this machine."""
         ...
 
     def put(self, key: str, shard: TokenShard) -> None: ...
 
     def note(self, key: str, *, here: bool = False) -> bytes | None:
-        """What `keep` was given, None where there is none. `here`: on this machine."""
+        """Read what `keep` was given; None where there is none. `here`: on this machine."""
         ...
 
     def keep(self, key: str, data: bytes, *, here: bool = False) -> None:
-        """Where that fails, there is no note."""
+        """Write a note. Where that fails, there is none."""
         ...
 
     def array(self, key: str, *, here: bool = False) -> Integers | None:
-        """What `keep_array` was given, mapped from a file of this machine; None where there is none."""
+        """Map what `keep_array` was given from a file of this machine; None where there is none."""
         ...
 
     def keep_array(self, key: str, parts: Sequence[Integers], *, here: bool = False) -> None:
-        """The parts one after the other, of their smallest common type. Where that fails, there is no array."""
+        """Write the parts one after the other, of their smallest common type. Where that fails, there is no array."""
         ...
 
     def alone(self) -> AbstractContextManager[None]:
-        """In the block no other process of this machine is in such a block."""
+        """Let no other process of this machine into such a block meanwhile."""
         ...
 
 
@@ -193,13 +193,13 @@ class FolderCache:
         return self.folder / key[:2] / f"{key}{suffix}"
 
     def write(self, key: str, suffix: str, data: bytes) -> None:
-        """Appears when it is complete."""
+        """Write a file that appears when it is complete."""
         with self.writing(key, suffix) as file:
             file.write(data)
 
     @contextmanager
     def writing(self, key: str, suffix: str) -> Iterator[IO[bytes]]:
-        """A file that appears when it is complete."""
+        """Open a file that appears when it is complete."""
         path = self.path(key, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
@@ -215,7 +215,7 @@ class FolderCache:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """Mapped, not read."""
+    """Map tokens into memory."""
     found: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     return found
 

@@ -1,14 +1,13 @@
-"""Rows → tokens and targets; chats by the base's template.
-
-A server tokenises a prompt whole, so a chat is tokenised whole too, and the answers are found by their characters. Cut
-into segments, SentencePiece would begin each with a space that no prompt has.
+"""Tokenises rows: token ids with targets, the tokens that the model learns to predict.
 
 chat               targets are assistant turns, rendered with the checkpoint's own chat template
 prompt_completion  targets are the completion and the end-of-sequence token
 text               all tokens are targets; an end-of-sequence token is added
 preference         two examples a row, with the chosen answer and with the rejected one: completions, or chats
 
-A shard has every example whole: rows are cut out of it later.
+A shard has every example whole: rows are cut out of it later. A server tokenises a prompt whole, so a chat is tokenised
+whole too, and the answers are found by their characters. Cut into segments, SentencePiece would begin each with a space
+that no prompt has.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class _Turn(NamedTuple):
 
 
 def conversations(record: Mapping[str, Any], tokenizer: Any) -> list[Conversation]:
-    """What the model learns from one chat. Raises ValueError that says what is wrong with it.
+    """Render what the model learns from one chat. Raises ValueError, which says what is wrong with it.
 
     To find the answers, the chat is rendered up to each assistant turn; the result must be a prefix of the whole. A
     template that changes earlier turns (Qwen3 drops their reasoning) has no such prefixes: then every assistant turn
@@ -71,7 +70,7 @@ def conversations(record: Mapping[str, Any], tokenizer: Any) -> list[Conversatio
 
 
 def answered(record: Mapping[str, Any], answer: str, tokenizer: Any) -> Conversation:
-    """The messages of `prompt` and the one of the column `answer`, of which only that is learned. Raises ValueError."""
+    """Render the messages of `prompt` and the one of the column `answer`, which alone is learned. Raises ValueError."""
     prompt, turns = _messages(record.get("prompt"), "prompt"), _messages(record.get(answer), answer)
     if prompt[-1]["role"] == "assistant":
         raise ValueError("`prompt` must end before the answer, not with an assistant message")
@@ -104,7 +103,7 @@ class _Template:
                 raise ValueError(f"the base's chat template does not know {name}: write them into the messages' text")
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """`prompt`: with what a server adds, after which the model answers."""
+        """Render messages; with `prompt` also what a server adds, after which the model answers."""
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=self._tools, tokenize=False, add_generation_prompt=prompt
@@ -115,7 +114,7 @@ class _Template:
         return text
 
     def turn(self, messages: Sequence[Message]) -> _Turn:
-        """Up to the last message, which is the assistant's.
+        """Render a conversation up to its last message, which is the assistant's.
 
         Templates of reasoning models (R1's) open the reasoning in the prompt, and leave it out of a finished turn. An
         answer that begins with what the prompt has opened goes on from there, as a server's does; any other one is
@@ -145,7 +144,7 @@ def _messages(given: Any, name: str = "messages") -> list[dict[str, Any]]:
 
 
 def _message(given: Any) -> dict[str, Any]:
-    """Without fields that are null, which tables have wherever another row has a value."""
+    """Leave out fields that are null, which tables have wherever another row has a value."""
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise ValueError("every message needs a `role`, as user or assistant, and `content`")
     message = {name: value for name, value in given.items() if value is not None}
@@ -203,6 +202,8 @@ def _list(given: Any, name: str) -> list[Any]:
     return given
 
 
+# -- examples ---------------------------------------------------------------------------------------------------------
+
 _FORM = 1  # of shards: another one where the same content gives other tokens, or is written in another way
 _TEXTS_AT_ONCE = 256  # documents per call of the tokenizer
 _ANSWERS = ("chosen", "rejected")
@@ -218,7 +219,7 @@ class _Example(NamedTuple):
 
 
 class Tokenisation:
-    """How parts become shards. Raises DataError for a tokenizer that cannot do it.
+    """Makes shards of parts. Raises DataError for a tokenizer that cannot do it.
 
     joined  texts are whole, without what the tokenizer puts before a text
     """
@@ -235,12 +236,12 @@ class Tokenisation:
             raise DataError(f"{name} holds chats, but the base model has no chat template; use prompt/completion")
 
     def key(self, part: FilePart) -> str:
-        """The name of the part's shard: of all that its tokens depend on."""
+        """Name the part's shard by all that its tokens depend on."""
         named = [_FORM, part.digest, part.file.format, part.file.format == "text" and self._joined, self._digest]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def shard(self, content: Content) -> TokenShard:
-        """Raises BadRow."""
+        """Tokenise a part. Raises BadRow."""
         records = records_of(content)
         found = list(self._examples(content.format, records))
         runs = [example.runs or () for example in found]
@@ -348,12 +349,12 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the texts alone."""
+    """Tokenise the texts alone."""
     return _encoded(tokenizer, texts, special=False)
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids with the beginning-of-sequence token, without an end-of-sequence token that the tokenizer adds."""
+    """Tokenise texts with the beginning-of-sequence token, without an end-of-sequence token that the tokenizer adds."""
     out = []
     for text, ids in zip(texts, _encoded(tokenizer, texts, special=True), strict=True):
         appended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)

@@ -1,4 +1,4 @@
-"""Base, base under the adapter's RoPE, adapter."""
+"""Measures the base, the base under the adapter's RoPE, and the adapter, by the same evaluations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from loray.spec import (
     retrieval_metric,
 )
 from loray.telemetry import Progress
-from loray.train.evaluation.perplexity import Documents, KeptFigures, Measured, cut_windows, finite, mean_loss
+from loray.train.evaluation.documents import Documents, cut_windows
+from loray.train.evaluation.perplexity import KeptFigures, Measured, finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.hooks import DENSE
 from loray.train.mesh import ALONE, Mesh
@@ -48,7 +49,7 @@ class MeasuredModel(NamedTuple):
 
 
 def subjects(rope: RopeParameters | None, adapter: Path | None, *, compare: bool) -> tuple[MeasuredModel, ...]:
-    """The base with `rope` and `adapter`. With `compare` also the base before it, and the base with `rope` alone."""
+    """List the base with `rope` and `adapter`; with `compare`, before it, the base and the base with `rope` alone."""
     stages = [MeasuredModel("base")]
     if rope is not None:
         stages.append(MeasuredModel("base_scaled", rope))
@@ -58,7 +59,7 @@ def subjects(rope: RopeParameters | None, adapter: Path | None, *, compare: bool
 
 
 def identity(base: BaseModel, measured: MeasuredModel, *, dtype: DType, device: torch.device) -> dict[str, Any]:
-    """What decides the figures that `load`'s model gives for the same tokens, as JSON. Hashes the adapter's files."""
+    """Describe, as JSON, all that decides a model's figures beside the tokens. Hashes the adapter's files."""
     files = [] if measured.adapter is None else [measured.adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     return {
         "base": base.fingerprint,
@@ -79,12 +80,12 @@ def load(
     mesh: Mesh = ALONE,
     trained_by: TrainSpec | None = None,
 ) -> Measured:
-    """The model with dense attention, frozen, for evaluation.
+    """Load the model with dense attention, frozen, for evaluation, in a collective call.
 
     trained_by  the recipe whose workers measure, as `mesh`: they share the weights where its strategy does, or where it
                 quantized them, since a base is measured and served as it is. None: PEFT loads the adapter, in the
                 dtypes of its file
-    A collective call. Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter could not be served on
+    Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter could not be served on
     `base`, either.
     """
     weights = None if measured.adapter is None else read_adapter(measured.adapter, base.config)
@@ -124,9 +125,9 @@ def measure(
     mesh: Mesh = ALONE,
     trained_by: TrainSpec | None = None,
 ) -> tuple[Evaluation, ...]:
-    """Perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose figures
-    are all in `kept` (None: nothing is kept). The ranks of `mesh` measure together, as `load` shares a model among the
-    workers of the recipe `trained_by`; all make the same call and get the same figures.
+    """Measure perplexity on `documents` and retrieval of every model. One model is in memory at a time, and none whose
+    figures are all in `kept` (None: nothing is kept). The ranks of `mesh` measure together, as `load` shares a model
+    among the workers of the recipe `trained_by`; all make the same call and get the same figures.
 
     Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
     one, and EvaluationError where a value is not finite.
@@ -148,7 +149,7 @@ def measure(
                 measured.append(
                     Evaluation(
                         metric=PERPLEXITY,
-                        value=_perplexity(loss, stage),
+                        value=finite(exp(loss) if loss < _MAX_LOSS else inf, stage),
                         dataset=documents.name,
                         subject=subject,
                         context_length=context_length,
@@ -168,12 +169,7 @@ def measure(
     return tuple(measured)
 
 
-def _perplexity(loss: float, what: str) -> float:
-    return finite(exp(loss) if loss < _MAX_LOSS else inf, what)
-
-
 def _windows(documents: Documents, spec: PerplexitySpec) -> dict[int, tuple[NDArray[np.int32], ...]]:
-    """Windows by context length."""
     return {
         length: cut_windows(documents, length, stride=spec.stride, max_windows=spec.max_windows)
         for length in spec.context_lengths

@@ -1,20 +1,11 @@
-"""Documents, windows, perplexity.
+"""Dense perplexity of windows, and figures that are kept for another run.
 
-A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
-tokens, and what the pass gave. It is appended in one write, so that a process that is killed loses the pass under way
-alone. Floats are read as they were written, to the last bit.
+As in the evaluation of LongLoRA (Chen et al., ICLR 2024), it is exp of the mean loss over whole windows. Every window
+is computed alone, from its first token on, so that its early tokens have little context. All values follow this rule,
+and are comparable. A window takes one pass without a KV cache: attention is dense and causal, without a T × T mask, and
+the output head computes a chunk of positions at a time.
 
-Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have computed.
-
-Shapes: B rows, T positions, D hidden size, V vocabulary; N positions with a label.
-
-Every window is computed alone, from its first token on, so that its early tokens have little context. All values
-follow this rule, and are comparable. A window takes one pass without a KV cache: attention is dense and causal,
-without a T × T mask, and the output head computes a chunk of positions at a time.
-
-Shapes: T tokens of a window, B windows at once, N predicted tokens, D hidden size, V vocabulary.
-
-Shapes: N tokens of a document, T tokens of a window.
+Shapes: B rows or windows, T positions or tokens of a window, N positions with a label, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,11 +14,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
-from pathlib import Path, PurePosixPath
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,14 +26,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from loray.errors import DataError, EvaluationError
+from loray.errors import EvaluationError
 from loray.files import canonical_json, touch
 from loray.planning.memory import MEASURED_AT_ONCE
-from loray.recipes.sources import Copy, find_files, without_options
 from loray.telemetry import StageProgress, get_logger
 from loray.train.data.batches import IGNORED, TrainBatch
-from loray.train.data.read import read_columns, read_text
-from loray.train.data.tokenize import check_tokenizer, prompt_ids
 from loray.train.mesh import ALONE, Mesh
 from loray.train.model import evaluating
 from loray.train.objectives import summed_cross_entropy
@@ -71,14 +58,14 @@ Take = Callable[[Sequence[Pass], Callable[[int], Figures]], list[Figures]]  # (p
 
 
 def finite(value: float, what: str) -> float:
-    """`value` itself. Raises EvaluationError where it is not finite."""
+    """Return `value`. Raises EvaluationError where it is not finite."""
     if not isfinite(value):
         raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
     return value
 
 
 def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
-    """SHA-256 of texts and token ids in order, with their shapes."""
+    """Compute the SHA-256 of texts and token ids in order, with their shapes."""
     found = hashlib.sha256()
     for data in inputs:
         array = np.frombuffer(data.encode(), np.uint8) if isinstance(data, str) else np.asarray(data, "<i4")
@@ -88,12 +75,18 @@ def digest(*inputs: str | Sequence[int] | NDArray[np.int32]) -> str:
 
 
 class KeptFigures:
-    """`num_taken` and `num_computed` count windows and prompts, of all models.
+    """Figures of passes, kept on disk as they are computed: an evaluation that was interrupted goes on where it was.
+
+    A model has a file of JSON lines, named by a digest of what decides its figures. A line has the digest of a pass's
+    tokens, and the figures. It is appended in one write, so that a process that is killed loses the pass under way
+    alone. Floats are read as they were written, to the last bit. Files that were not used for 30 days are removed.
+
+    Where several ranks measure, each sequence group computes passes of its own, and rank 0 keeps what all have
+    computed. `num_taken` and `num_computed` count windows and prompts, of all models.
 
     home    None: nothing is kept
     fresh   nothing is taken; what is computed replaces what was kept
     mesh    the ranks that measure, which all make the same calls; `device` is this rank's
-    Files that were not used for 30 days are removed.
     """
 
     def __init__(
@@ -117,7 +110,7 @@ class KeptFigures:
         compute: Callable[[int], Figures],
         progress: StageProgress = lambda share: None,
     ) -> list[Figures]:
-        """The figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
+        """Find the figures of each pass, in order; `compute(i)` gives those of passes[i] where no earlier run has.
 
         `model` is what decides the figures beside the passes, as JSON. Progress begins with the share that is taken.
         Every rank calls `compute` equally often: one that has no pass repeats another's, which does not count. Raises
@@ -147,7 +140,7 @@ class KeptFigures:
         return [known[p.key] for p in passes]
 
     def _known(self, path: Path | None, keys: set[str]) -> dict[str, Figures]:
-        """What rank 0 has kept of `keys`, on all ranks."""
+        """Tell all ranks what rank 0 has kept of `keys`."""
         found = {} if path is None or self._fresh else _read(path)
         mine = json.dumps({key: figures for key, figures in found.items() if key in keys})
         (known, *_) = self._mesh.world.gather(mine)
@@ -211,7 +204,10 @@ Score = Callable[[Tensor, Tensor, Tensor], Figures]  # of (hidden_ND, head_VD, l
 
 
 class Measured(nn.Module):
-    """`model` is a transformers causal language model. The ranks of a sequence group of `mesh` share each row."""
+    """A transformers causal language model and its output head, as one module: FSDP gathers parameters at its call.
+
+    The ranks of a sequence group of `mesh` share each row.
+    """
 
     def __init__(self, model: Any, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -219,7 +215,8 @@ class Measured(nn.Module):
 
     @torch.no_grad()
     def figures(self, ids_BT: Tensor, labels_BT: Tensor, score: Score) -> Figures:
-        """Figures of this rank's positions with a label. `labels_BT[b, t]` is for the hidden state at t, −100 for none.
+        """Compute figures of this rank's positions with a label. `labels_BT[b, t]` is for the hidden state at t, −100
+        for none.
 
         A collective call. The model is as before afterwards.
         """
@@ -238,17 +235,15 @@ class Measured(nn.Module):
         return score(hidden_BTD[labelled_BT], head_VD, labels_BT[labelled_BT])
 
 
-_TOKENS_AT_ONCE = MEASURED_AT_ONCE  # short windows share a pass
-
-
 def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int32]], take: Take = take_all) -> float:
-    """Mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of perplexity.
+    """Compute the mean loss in nats over the T − 1 predicted tokens of all windows of T tokens: the logarithm of
+    perplexity.
 
     `model` is called for passes alone whose figures `take` does not have. Raises EvaluationError where a loss is not
     finite.
     """
     num_windows, context_length = len(windows_T), len(windows_T[0])
-    rows = max(1, _TOKENS_AT_ONCE // context_length)
+    rows = max(1, MEASURED_AT_ONCE // context_length)  # short windows share a pass
     batches_BT = [np.stack(windows_T[start : start + rows]) for start in range(0, num_windows, rows)]
     name = f"the loss on windows of {context_length:,} tokens"
     passes = [Pass(digest("perplexity", ids_BT), len(ids_BT), name) for ids_BT in batches_BT]
@@ -263,103 +258,3 @@ def mean_loss(model: Callable[[], Measured], windows_T: Sequence[NDArray[np.int3
 
 def _summed(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Figures:
     return {"nll": float(summed_cross_entropy(hidden_ND, head_VD, labels_N)), "num_tokens": float(len(labels_N))}
-
-
-_NO_LIMIT = 1 << 62
-_TEXT = "text"
-
-
-class Documents(NamedTuple):
-    """`name` is for people; `sha256` is over the tokens of all documents and their lengths."""
-
-    name: str
-    ids_N: tuple[NDArray[np.int32], ...]
-    sha256: str
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(ids) for ids in self.ids_N)
-
-    @property
-    def longest(self) -> int:
-        return max(len(ids) for ids in self.ids_N)
-
-
-def read_documents(
-    sources: str | Sequence[str],
-    tokenizer: Any,
-    *,
-    where: Mapping[str, str] = MappingProxyType({}),
-    max_tokens: int | None = None,
-    fetched: Mapping[str, Copy] = MappingProxyType({}),
-) -> Documents:
-    """The documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a column
-    `text`; a `.txt` file is one document.
-
-    where       only rows whose columns have these values
-    max_tokens  number of tokens to keep, from the beginning; None: all
-    fetched     copies on this machine of remote sources
-    Raises DataError.
-    """
-    named = [sources] if isinstance(sources, str) else list(sources)
-    files = [file for source in named for file in find_files(source, fetched.get(source))]
-    texts = [text for file in files for text in _read_documents(file.name, Path(file.fetched()), where)]
-    if not texts:
-        rule = " and ".join(f"{column}={value}" for column, value in where.items())
-        raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))
-    check_tokenizer(tokenizer)
-    documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
-    for ids in token_ids(tokenizer, texts):
-        documents.append(np.array([*ids, tokenizer.eos_token_id][:left], np.int32))
-        left -= len(documents[-1])
-        if left <= 0:
-            break
-    names = [PurePosixPath(without_options(source)).name for source in named]
-    name = ", ".join([*names, *(f"{column}={value}" for column, value in where.items())])
-    return Documents(name, tuple(documents), _sha256(documents))
-
-
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of each text, as in training and serving, without an end-of-sequence token."""
-    for text in texts:  # one at a time: the tokenizer's memory for a long text is many times the text
-        yield from prompt_ids(tokenizer, [text])
-
-
-def cut_windows(
-    documents: Documents, context_length: int, *, stride: int, max_windows: int | None
-) -> tuple[NDArray[np.int32], ...]:
-    """Windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it, as
-    views of the documents. `max_windows` of them are evenly spread from the first to the last; None: all.
-
-    Raises DataError where no document is long enough.
-    """
-    starts = [(ids, start) for ids in documents.ids_N for start in range(0, len(ids) - context_length + 1, stride)]
-    if not starts:
-        raise DataError(
-            f"no document of {documents.name} has {context_length:,} tokens, the longest has {documents.longest:,}; "
-            "give longer documents, or a shorter context length"
-        )
-    count = len(starts) if max_windows is None else min(max_windows, len(starts))
-    chosen = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, count).round()]
-    return tuple(ids[start : start + context_length] for ids, start in chosen)
-
-
-def _read_documents(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
-    if not path.is_file():
-        raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
-    if path.suffix == ".txt" and not where:
-        return [text for text in [read_text(name, path)] if text]
-    records = read_columns(name, path, [_TEXT, *where])
-    texts = [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())]
-    for text in texts:
-        if not isinstance(text, str):
-            raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
-    return [text for text in texts if text]
-
-
-def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:
-    digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.astype("<i4").tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Passkey and topics.
+"""Retrieval of a key from a long prompt, by two tasks.
 
 passkey  Mohtashami & Jaggi, *Landmark Attention* (2023), appendix: a number between two stretches of filler. LongLoRA
          is evaluated on it by length and depth.
@@ -24,7 +24,8 @@ from torch import Tensor
 from loray.errors import SpecError
 from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.data.batches import IGNORED
-from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all, token_ids
+from loray.train.evaluation.documents import token_ids
+from loray.train.evaluation.perplexity import Figures, Measured, Pass, Take, digest, take_all
 from loray.train.evaluation.topics import ASPECTS, EXCHANGES, SUBJECTS
 
 _TASK = (
@@ -59,7 +60,7 @@ class Prompt(NamedTuple):
 def make_prompt(
     task: RetrievalTask, tokenizer: Any, context_length: int, depth: float, *, seed: int = 0, sample: int = 0
 ) -> Prompt:
-    """The longest prompt of at most `context_length` tokens, answer included, with its key at `depth` (0 to 1).
+    """Make the longest prompt of at most `context_length` tokens, answer included, with its key at `depth` (0 to 1).
 
     The key is drawn from all arguments but the tokenizer. Raises SpecError where the question does not fit, or the
     topics do not fill the context.
@@ -205,7 +206,7 @@ class Cell(NamedTuple):
 def retrieve(
     model: Callable[[], Measured], tokenizer: Any, spec: RetrievalSpec, context_length: int, take: Take = take_all
 ) -> tuple[Cell, ...]:
-    """Cells of one length with every depth, in order.
+    """Measure the cells of one length with every depth, in order.
 
     `model` is called for prompts alone whose scores `take` does not have. Raises EvaluationError where a log-likelihood
     is not finite.
@@ -231,7 +232,7 @@ def retrieve(
 
 
 def score(model: Measured, tokenizer: Any, prompt: Prompt) -> RetrievalScore:
-    """The answer of one prompt; of a sequence group's rank the part that it holds."""
+    """Score the answer of one prompt; a rank of a sequence group scores the part that it holds."""
     ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]])
     labels_1T = torch.full_like(ids_1T, IGNORED)
     labels_1T[0, len(prompt.ids) - 1 : -1] = ids_1T[0, len(prompt.ids) :]

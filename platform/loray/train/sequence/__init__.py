@@ -6,14 +6,13 @@
         loss = batch_loss(model, sharded.local)       # or model(**sharded.local.model_inputs(device))
     (loss.total / num_targets).backward()
 
-With S2-Attn (`loray.train.hooks`) a rank receives the keys and values of its halo from earlier ranks, see
-`loray.planning.sequence`. With dense attention (`loray.train.hooks`, and evaluation inside
-`dense(model, group)`) the ranks exchange heads for tokens or pass keys and values around, see
-`loray.planning.sequence`.
+With S2-Attn a rank receives the keys and values of its halo from earlier ranks. With dense attention the ranks exchange
+heads for tokens, or pass keys and values around. Models attend by `loray.train.hooks`, in evaluation inside
+`dense(model, group)`; `loray.planning.sequence` plans the exchange.
 
-- `sharded.local` is a `Batch` of L positions per row. Labels are shifted over the whole row before it is cut, positions
-  count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all ranks,
-  sequence and data parallel, are exact; `sharded.num_targets` is that of the whole batch.
+- `sharded.local` is a `TrainBatch` of L positions per row. Labels are shifted over the whole row before it is cut,
+  positions count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all
+  ranks, sequence and data parallel, are exact; `sharded.num_targets` is that of the whole batch.
 - A rank may hold no target, or padding alone. It must run forward and backward, too, since its neighbours wait for it.
   Every rank of a group makes the same calls in the same order.
 - The gradients of a rank include those of its keys and values on later ranks. Sum them over the ranks of the group, as

@@ -12,11 +12,8 @@ waits for the gradients of the keys and values that this rank sent. Attention th
 keys and values pass through `start`, and the output through `bind`, so that every rank takes part in the exchange:
 also a rank without a halo, with a halo of another document, or with padding alone.
 
-Shapes: B rows, K key-value heads of the model and K' of a half, L positions of this rank, h of a halo, D head width.
-
-Shapes: B rows, N positions of a whole row, h of a halo, L of this rank, R = h + L of both.
-
-Shapes: B rows, H query heads, K key-value heads, L positions of this rank, h of a halo, D head width.
+Shapes: B rows, H query heads, K key-value heads of the model and K' of a half, N positions of a whole row, L of this
+rank, h of a halo, R = h + L of both, D head width.
 """
 
 from __future__ import annotations
@@ -38,6 +35,8 @@ from loray.train.sequence.shard import Pending, SequenceGroup, post
 
 
 class KeysValues(NamedTuple):
+    """Keys and values, (B, K, tokens, D) each."""
+
     k: Tensor
     v: Tensor
 
@@ -110,7 +109,7 @@ class HaloExchange:
         k_plain, v_plain, k_shifted, v_shifted = _Finish.apply(token, self)  # type: ignore[no-untyped-call]
         return Halos(KeysValues(k_plain, v_plain), KeysValues(k_shifted, v_shifted))
 
-    # Autograd calls these methods, in this order.
+    # Autograd calls these four, in this order.
 
     def send_keys_values(self, own: KeysValues) -> None:
         if self._is_kept:
@@ -135,14 +134,12 @@ class HaloExchange:
         self._group.traffic.backward_bytes += self._post(self._routes.received, gradients, self._routes.sent)
 
     def add_gradients(self, own: KeysValues) -> KeysValues:
-        """Gradients of local keys and values: `own`, and those that later ranks sent back."""
+        """Add to `own`, the gradients of local keys and values, those that later ranks sent back."""
         if self._routes.sent:
             own = KeysValues(*(x.clone() for x in own))  # autograd may use these tensors elsewhere
         for place, part in self._arrived(self._routes.sent, Halos(own, own)):
             place.add_(part)
         return own
-
-    # Messages.
 
     def _post(self, sent: _Messages, source: Halos, received: _Messages) -> int:
         """Post the messages. Returns the number of bytes sent."""
@@ -175,7 +172,7 @@ def _length(part: slice) -> int:
 
 
 def bind(out: Tensor, halos: Halos) -> Tensor:
-    """`out`, made dependent on every halo for autograd, so that no rank's backward pass omits an exchange."""
+    """Make `out` depend on every halo for autograd, so that no rank's backward pass omits an exchange."""
     bound: Tensor = _Bind.apply(out, *halos.plain, *halos.shifted)  # type: ignore[no-untyped-call]
     return bound
 
@@ -239,7 +236,7 @@ class HalfSegments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardSegments:
-    """The cuts of a batch, for the attention of every layer. `halos` keeps each layer's for its recomputation."""
+    """The segments of a batch, for the attention of every layer. `halos` keeps each layer's for its recomputation."""
 
     group: SequenceGroup
     row_length: int
@@ -264,7 +261,7 @@ def segment_shard(
     keep_halos: bool = True,
     device: torch.device | str = "cpu",
 ) -> ShardSegments:
-    """Cuts on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding).
+    """Find the segments on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding).
 
     A document is a run of equal ids in a row, and may extend over several ranks. Raises ValueError for an odd group.
     """
@@ -310,26 +307,26 @@ def _ragged(
 
 
 def attend_shard(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: ShardSegments, *, layer: int, scale: float | None = None
+    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, segments: ShardSegments, *, layer: int, scale: float | None = None
 ) -> Tensor:
-    """→ (B, L, H, D), this rank's part of the result of `loray.train.attention.attend.attend` for whole rows.
+    """Compute this rank's part of what `attend` gives for whole rows → (B, L, H, D).
 
-    A collective call of `cuts.group`. `layer` is the key of this layer's halos for its recomputation.
+    It is a collective call of `segments.group`. `layer` is the key of this layer's halos for its recomputation.
 
     In each half, the segment with halo tokens has more keys than queries. Zeros replace the queries of other ranks, so
     that the causal kernel can be used: for a halo of half a group this is a third more work, in this segment.
     """
-    plan = cuts.plan(q_BHLD.shape[1], k_BKLD.shape[1])
-    kept = cuts.halos.pop(layer, None)
-    exchange = HaloExchange(plan, cuts.group, kept)
+    plan = segments.plan(q_BHLD.shape[1], k_BKLD.shape[1])
+    kept = segments.halos.pop(layer, None)
+    exchange = HaloExchange(plan, segments.group, kept)
     k_BKLD, v_BKLD, token = exchange.start(k_BKLD, v_BKLD)
 
-    def attend(half: Half, segments: AttentionSegments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(half: Half, part: AttentionSegments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         repeats = plan.num_heads // plan.num_kv_heads
-        return attend_heads(q, k, v, segments, first=half.query_heads.start, repeats=repeats, scale=scale)
+        return attend_heads(q, k, v, part, first=half.query_heads.start, repeats=repeats, scale=scale)
 
     halves = []
-    for half, of_half in zip(plan.halves, (cuts.plain, cuts.shifted), strict=True):
+    for half, of_half in zip(plan.halves, (segments.plain, segments.shifted), strict=True):
         q, k, v = (
             q_BHLD[:, _slice(half.query_heads)],
             k_BKLD[:, _slice(half.kv_heads)],
@@ -340,8 +337,8 @@ def attend_shard(
         halves.append((half, of_half, q, k, v, out))
 
     halos = exchange.finish(token)
-    if cuts.keep_halos and kept is None and torch.is_grad_enabled():
-        cuts.halos[layer] = halos.detach()
+    if segments.keep_halos and kept is None and torch.is_grad_enabled():
+        segments.halos[layer] = halos.detach()
     outs: list[Tensor] = []
     for (half, of_half, q, k, v, out), halo in zip(halves, halos, strict=True):
         if of_half.first is not None:

@@ -1,4 +1,4 @@
-"""Attention to some of the keys, forward and backward, and how several results become one, as in flash attention.
+"""Attention to a part of the keys, forward and backward, and how several results become one, as in flash attention.
 
 With o and l = log Σ exp(score) over some keys, the result over the keys of both is (o₁ exp(l₁ − l) + o₂ exp(l₂ − l)),
 l = log(exp l₁ + exp l₂). The backward pass of a part needs only the final o and l: its probabilities are
@@ -36,7 +36,7 @@ def merge(one: Partial | None, other: Partial) -> Partial:
 
 
 def attend_block(q_BHAD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, is_own: bool, scale: float | None) -> Partial:
-    """Causal attention to this rank's own keys; full attention to those of others, for which the R query heads of a
+    """Attend causally to this rank's own keys, and fully to those of others, for which the R query heads of a
     key-value head are folded into one longer query.
     """
     fold = _Fold(q_BHAD, k_BKSD, is_own)

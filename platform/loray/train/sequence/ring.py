@@ -40,7 +40,7 @@ class Continued(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RingCuts:
+class RingSegments:
     """`local` are the documents that begin on this rank, `continued` the others."""
 
     group: SequenceGroup
@@ -49,8 +49,8 @@ class RingCuts:
     local: AttentionSegments
 
 
-def ring_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu") -> RingCuts:
-    """Cuts on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding)."""
+def segment_ring(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu") -> RingSegments:
+    """Find the segments on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding)."""
     row_length = document_ids_BN.shape[1]
     length = row_length // group.size
     first = group.rank * length
@@ -67,11 +67,11 @@ def ring_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.de
     continued = tuple(Continued(rows if len(rows) < num_rows else slice(None), *k) for k, rows in rows_of.items())
     num_filled = filled(ids_BL)
     if not continued and num_filled is not None:
-        return RingCuts(group, row_length, continued, uniform(num_filled, length, 0))
+        return RingSegments(group, row_length, continued, uniform(num_filled, length, 0))
     begin_S, length_S = find_segments(ids_BL, length, 0)
     elsewhere = torch.tensor([row * length for rows in rows_of.values() for row in rows], dtype=torch.long)
     keep_S = ~torch.isin(begin_S, elsewhere)
-    return RingCuts(group, row_length, continued, ordered(begin_S[keep_S], length_S[keep_S], device))
+    return RingSegments(group, row_length, continued, ordered(begin_S[keep_S], length_S[keep_S], device))
 
 
 def _leading(flags_N: Tensor) -> int:
@@ -80,15 +80,15 @@ def _leading(flags_N: Tensor) -> int:
 
 
 def ring_attention(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: RingCuts, *, scale: float | None = None
+    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, segments: RingSegments, *, scale: float | None = None
 ) -> Tensor:
-    """→ (B, L, H, D). A collective call of `cuts.group`, as is its backward pass."""
+    """Compute attention → (B, L, H, D), in a collective call of `segments.group`, as is its backward pass."""
     repeats = q_BHLD.shape[1] // k_BKLD.shape[1]
-    first = _pass_on(torch.stack([k_BKLD.detach(), v_BKLD.detach()]), cuts.group.rank, cuts.group)
+    first = _pass_on(torch.stack([k_BKLD.detach(), v_BKLD.detach()]), segments.group.rank, segments.group)
     local_BLHD = None
-    if cuts.local.buckets or not cuts.continued:  # while the neighbour's keys and values are being received
-        local_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
-    out_BLHD: Tensor = _Ring.apply(q_BHLD, k_BKLD, v_BKLD, local_BLHD, cuts, scale, first)  # type: ignore[no-untyped-call]
+    if segments.local.buckets or not segments.continued:  # while the neighbour's keys and values are being received
+        local_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, segments.local, first=0, repeats=repeats, scale=scale)
+    out_BLHD: Tensor = _Ring.apply(q_BHLD, k_BKLD, v_BKLD, local_BLHD, segments, scale, first)  # type: ignore[no-untyped-call]
     return out_BLHD
 
 
@@ -122,41 +122,41 @@ class _Ring(torch.autograd.Function):
         k_BKLD: Tensor,
         v_BKLD: Tensor,
         local_BLHD: Tensor | None,
-        cuts: RingCuts,
+        segments: RingSegments,
         scale: float | None,
         first: _Passing,
     ) -> Tensor:
-        found = _attend(q_BHLD, cuts, scale, first)
+        found = _attend(q_BHLD, segments, scale, first)
         if local_BLHD is None:
             out_BLHD = torch.zeros_like(q_BHLD.transpose(1, 2))
         else:
             out_BLHD = local_BLHD.clone() if found else local_BLHD.view_as(local_BLHD)
-        for part, result in zip(cuts.continued, found, strict=True):
+        for part, result in zip(segments.continued, found, strict=True):
             out_BLHD[part.rows, : part.length] = result.out.transpose(1, 2).to(out_BLHD.dtype)
         ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BLHD, *(result.lse for result in found))
-        ctx.cuts, ctx.scale, ctx.has_local = cuts, scale, local_BLHD is not None
+        ctx.segments, ctx.scale, ctx.has_local = segments, scale, local_BLHD is not None
         return out_BLHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq_BHLD, dkv = _Backward(ctx.cuts, ctx.scale, grads[0], *ctx.saved_tensors).run()
+        dq_BHLD, dkv = _Backward(ctx.segments, ctx.scale, grads[0], *ctx.saved_tensors).run()
         dk_BKLD, dv_BKLD = dkv.to(dq_BHLD.dtype)
         # The local documents' kernel reads the gradient at their own positions alone.
         return dq_BHLD, dk_BKLD, dv_BKLD, grads[0] if ctx.has_local else None, None, None, None
 
 
-def _attend(q_BHLD: Tensor, cuts: RingCuts, scale: float | None, passing: _Passing) -> list[Partial]:
-    """The results for `cuts.continued`."""
-    group, length = cuts.group, q_BHLD.shape[2]
-    merged: list[Partial | None] = [None] * len(cuts.continued)
+def _attend(q_BHLD: Tensor, segments: RingSegments, scale: float | None, passing: _Passing) -> list[Partial]:
+    """The results for `segments.continued`."""
+    group, length = segments.group, q_BHLD.shape[2]
+    merged: list[Partial | None] = [None] * len(segments.continued)
     for owner in range(group.rank, -1, -1):
         is_own = owner == group.rank
         held = passing.held
         if not is_own:
             passing = _pass_on(held, owner, group)
         group.traffic.forward_bytes += passing.nbytes
-        for i, part in enumerate(cuts.continued):
+        for i, part in enumerate(segments.continued):
             if keys := part.keys(owner, group.rank, length):
                 q_bHAD, (k_bKSD, v_bKSD) = q_BHLD[part.rows, :, : part.length], held[:, part.rows, :, keys]
                 merged[i] = merge(merged[i], attend_block(q_bHAD, k_bKSD, v_bKSD, is_own=is_own, scale=scale))
@@ -170,7 +170,7 @@ class _Backward:
 
     def __init__(
         self,
-        cuts: RingCuts,
+        segments: RingSegments,
         scale: float | None,
         dout_BLHD: Tensor,
         q_BHLD: Tensor,
@@ -179,7 +179,7 @@ class _Backward:
         out_BLHD: Tensor,
         *lses: Tensor,
     ) -> None:
-        self.cuts, self.group, self.scale, self.lses = cuts, cuts.group, scale, lses
+        self.segments, self.group, self.scale, self.lses = segments, segments.group, scale, lses
         self.dout_BLHD, self.q_BHLD, self.out_BLHD = dout_BLHD, q_BHLD, out_BLHD
         self.kv = torch.stack([k_BKLD, v_BKLD])
         self.wide = torch.promote_types(q_BHLD.dtype, torch.float32)
@@ -221,7 +221,7 @@ class _Backward:
         """Gradients of `owner`'s keys and values (2, B, K, L, D) by this rank's queries, whose own are added up."""
         rank, length = self.group.rank, held.shape[3]
         block = torch.zeros_like(held, dtype=self.wide)
-        for part, lse in zip(self.cuts.continued, self.lses, strict=True):
+        for part, lse in zip(self.segments.continued, self.lses, strict=True):
             if keys := part.keys(owner, rank, length):
                 k_bKSD, v_bKSD = held[:, part.rows, :, keys]
                 q_bHAD = self.q_BHLD[part.rows, :, : part.length]

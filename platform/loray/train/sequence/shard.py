@@ -1,4 +1,4 @@
-"""A rank's part of a batch; the group's messages.
+"""A rank's part of a batch, and the messages of its group.
 
 Shapes: B rows, T positions of the whole row as collated, N = P·L of them after padding, L of one rank.
 """
@@ -41,7 +41,7 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup) -> SequenceGroup:
-        """A collective call: NCCL's first communication needs all ranks of a group, and a halo may not involve all."""
+        """Make one on all ranks together: NCCL's first message needs all ranks of a group, which a halo may not."""
         dist.barrier(group=process_group)
         return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
 
@@ -86,7 +86,7 @@ class ShardedBatch(NamedTuple):
 
 
 def shard(batch: TrainBatch, group: SequenceGroup) -> ShardedBatch:
-    """The part of `group.rank`. Every rank of the group calls it with the same batch; nothing is communicated.
+    """Take the part of `group.rank`. Every rank of the group calls it with the same batch; nothing is communicated.
 
     Rows are padded on the right to N, the next multiple of the group's size, with tokens without labels, which are a
     document of their own.
@@ -143,8 +143,9 @@ class ActiveShard:
         self.sharded, self.keep_halos, self.was_used = sharded, keep_halos, False
 
     def take(self, num_rows: int, num_tokens: int, attention_mask: Tensor | None, config: Any) -> ShardedBatch:
-        """The batch, for the mask function of a model. Raises ValueError or UnsupportedError where the model's results
-        would differ from those for whole rows.
+        """Give the batch to the mask function of a model.
+
+        Raises ValueError or UnsupportedError where the model's results would differ from those for whole rows.
         """
         shape = tuple(self.sharded.local.input_ids_BT.shape)
         if (num_rows, num_tokens) != shape:

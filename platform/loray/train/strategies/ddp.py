@@ -1,4 +1,4 @@
-"""`Strategy`, gradient buckets, DDP."""
+"""Data parallelism: every rank holds everything. The protocol of all strategies stands here, too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Strategy(Protocol):
     every rank must call it equally often.
     """
 
-    objective: nn.Module  # Batch → summed loss
+    objective: nn.Module  # TrainBatch → summed loss
 
     def forward_backward(self, batch: TrainBatch, *, divisor: float, last: bool) -> float:
         """Add the gradient of loss / divisor, summed over ranks, and return this rank's loss.
@@ -41,12 +41,12 @@ class Strategy(Protocol):
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """On the CPU, and another tensor also where it is there already."""
+    """Copy a tensor to the CPU, also where it is there already."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
-    """weight × loss, and nan where the loss is not finite: an infinite loss may have finite gradients."""
+    """Compute weight × loss, and nan where the loss is not finite: an infinite loss may have finite gradients."""
     return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)
 
 
@@ -82,7 +82,7 @@ class GradientBuckets:
         self._pending: list[Any] = []
 
     def expect_last(self) -> None:
-        """The next backward pass is the last one of this step: buckets that it fills may be reduced."""
+        """Allow the next backward pass, the last one of this step, to reduce the buckets that it fills."""
         self._is_last = True
 
     def reduce(self) -> float:
@@ -129,7 +129,7 @@ def _split(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
 
 
 class DataParallel:
-    """Gradients of micro-batches and ranks are summed in fp32; an fp32 parameter is its own master."""
+    """Sums gradients of micro-batches and ranks in fp32; an fp32 parameter is its own master."""
 
     def __init__(
         self, objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None

@@ -55,6 +55,8 @@ def _read_shard(name: str, parameter: Any, world: World, device: torch.device, w
 
 
 class FullyShard:
+    """`fully_shard` as a strategy."""
+
     def __init__(
         self,
         objective: Objective,

@@ -37,6 +37,8 @@ _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: Deep
 
 
 class Zero:
+    """DeepSpeed's engine as a strategy, in stage 2 or 3."""
+
     def __init__(
         self,
         objective: Objective,

@@ -1,4 +1,4 @@
-"""How a file was cut is kept with the file's state, as Git's index does: a file that did not change is not read.
+"""Keeps how a file was cut with the file's state, as Git's index does: a file that did not change is not read.
 
 The state of a local file is its path, size, inode, and the times of its last change. A change within the resolution of
 these times, so soon after the one before that they stay equal, would not show: what was just changed is read each time.
@@ -25,7 +25,7 @@ _SETTLED_S = 2.0  # the coarsest resolution of a file system's times, FAT's
 def open_known(
     source: SourceFiles, format: DataFormat | Literal["auto"], cache: ShardCache, *, paired: bool = False
 ) -> RowFile:
-    """The rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
+    """Open the rows of a file. What an object in a bucket begins with is from `cache`, where it has that."""
     if source.remote is None:
         return rows_of(source, read_head(source), format, paired=paired)
     key = _key("head", source.remote.state)
@@ -38,7 +38,7 @@ def open_known(
 
 
 def cut_known(file: RowFile, max_rows: int | None, cache: ShardCache) -> CutFile:
-    """As `cut`, from what `cache` has of this state of the file."""
+    """Cut a file as `cut` does, from what `cache` has of this state of it."""
     state, here = _state(file.source), file.source.remote is None
     if state is None:
         return cut(file, max_rows)

@@ -1,1 +1,0 @@
-"""loray.train.data.reading"""
