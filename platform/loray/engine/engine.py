@@ -264,7 +264,6 @@ class Engine:
             token_weight=self._token_weight,
             itl_slo_s=spec.itl_slo_s,
             ttft_slo_s=spec.ttft_slo_s,
-            compact=pool.compact,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
         )

@@ -96,9 +96,13 @@ class OpenBlocks:
         """Row blocks of the kind, also those without a hole."""
         return len(self._keys)
 
-    def fullest(self, width: int, *, besides: int | None = None) -> int | None:
-        """The fullest block with a hole for a row of `width`, of several the lowest; not `besides`."""
-        return next((block for _, block in self._for(width)[:2] if block != besides), None)
+    def fullest(self, width: int) -> int | None:
+        """The fullest block with a hole for a row of `width`, of several the lowest."""
+        blocks = self._by_width.get(width)
+        if blocks is None:
+            fitting = ((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
+            blocks = self._by_width[width] = sorted(fitting)
+        return blocks[0][1] if blocks else None
 
     def update(self, block: int, row_block: RowBlock | None) -> None:
         """The holes of `block` have changed; None: it holds no rows any more."""
@@ -117,13 +121,6 @@ class OpenBlocks:
         assert self._keys == {block: (b.free, b.widest) for block, b in row_blocks.items()}
         for width, blocks in self._by_width.items():
             assert blocks == sorted((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
-
-    def _for(self, width: int) -> list[tuple[int, int]]:
-        blocks = self._by_width.get(width)
-        if blocks is None:
-            fitting = ((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
-            blocks = self._by_width[width] = sorted(fitting)
-        return blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,21 +229,16 @@ class BlockAllocator:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def allocate_rows(
-        self, kind: BlockKind, demand: Mapping[int, int], *, emptying: int | None = None
-    ) -> list[Extent] | None:
-        """Allocate rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
-
-        `emptying`: a block whose rows are to be moved. Then only gaps of other blocks are taken, and no free block.
-        """
+    def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
+        """Allocate rows by width, `{width: rows}`, in the fullest blocks: wide ones first, narrow ones into the tails."""
         extents: list[Extent] = []
         for width in sorted(demand, reverse=True):
             assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
             remaining = demand[width]
             while remaining:
-                block = self._open[kind].fullest(width, besides=emptying)
+                block = self._open[kind].fullest(width)
                 if block is None:
-                    if not self._free or emptying is not None:
+                    if not self._free:
                         self.free_rows(extents)
                         return None
                     block = heapq.heappop(self._free)

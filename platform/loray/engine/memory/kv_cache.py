@@ -258,7 +258,6 @@ class IdleAdapters(Protocol):
 class KVCacheManager:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
-    compact        tries to free that many blocks by closing gaps between rows; False if it frees none
     token_seconds  see PrefixCache
     num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
                    request counts once.
@@ -268,7 +267,6 @@ class KVCacheManager:
         self,
         allocator: BlockAllocator,
         adapters: IdleAdapters,
-        compact: Callable[[int], bool],
         token_seconds: Callable[[], float],
         *,
         enable_prefix_caching: bool,
@@ -279,7 +277,6 @@ class KVCacheManager:
         self.num_queries = self.num_hits = 0
         self._allocator = allocator
         self._adapters = adapters
-        self._compact = compact
 
     def take_cached(self, request: Request) -> None:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
@@ -330,12 +327,12 @@ class KVCacheManager:
         """Try to free that many blocks; False if there is nothing to evict.
 
         Of cached prefixes and idle adapters what is worth least goes first, see `memory.worth`. An adapter may leave
-        gaps that suffice instead of blocks: the caller tries again after each. At last gaps are closed.
+        gaps that suffice instead of blocks: the caller tries again after each.
         """
         for freed in range(num_blocks):
             prefix, adapter = self.prefix_cache.least_value, self._adapters.least_value
             if prefix is None or (adapter is not None and adapter < prefix):
-                return self._adapters.evict_one() or freed > 0 or self._compact(num_blocks)
+                return self._adapters.evict_one() or freed > 0
             self.prefix_cache.evict(1)
         return True
 

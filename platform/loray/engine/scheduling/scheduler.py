@@ -257,7 +257,6 @@ class Scheduler(Generic[P, R]):
         itl_slo_s: float | None = None,
         ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
-        compact: Callable[[int], bool] = lambda num_blocks: False,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
     ) -> None:
@@ -267,7 +266,6 @@ class Scheduler(Generic[P, R]):
         self._blocks = KVCacheManager(
             allocator,
             adapter_manager,
-            compact,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
         )
