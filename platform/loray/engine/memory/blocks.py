@@ -230,7 +230,7 @@ class BlockAllocator:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
-        """Allocate rows by width, `{width: rows}`, in the fullest blocks: wide ones first, narrow ones into the tails."""
+        """Allocate rows by width, `{width: rows}`, in the fullest blocks: wide rows first, narrow ones in the tails."""
         extents: list[Extent] = []
         for width in sorted(demand, reverse=True):
             assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
