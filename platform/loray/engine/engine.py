@@ -250,7 +250,7 @@ class Engine:
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
-            arrived=pool.copy_is_done,
+            copy_is_done=pool.copy_is_done,
             usage=AdapterUsageLog(on_forget=self._loads.forget),
             wake=lambda: self.wake(),
         )

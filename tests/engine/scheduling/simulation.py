@@ -86,7 +86,7 @@ class Simulation:
             load=self._load,
             place=self._place,
             remove=self.allocator.free_rows,
-            arrived=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
+            copy_is_done=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
             usage=AdapterUsageLog(now=lambda: self.now),
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,

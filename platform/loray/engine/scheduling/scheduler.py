@@ -23,8 +23,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import accumulate, chain, islice
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.host_memory import P
 from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, Work
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of

@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
+from loray.engine.memory.host_memory import P
 from loray.engine.request import Request
 from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 from loray.errors import Overloaded, StoreError
@@ -109,7 +110,7 @@ class WaitingRequests(Generic[P, R]):
         """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._adapter_manager.take_changed())}:
+        for digest in {**entered, **dict.fromkeys(self._adapter_manager.table.take_changed())}:
             loading = self._loading.get(digest)
             if not loading:
                 continue
