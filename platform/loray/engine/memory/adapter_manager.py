@@ -383,7 +383,7 @@ class AdapterManager(Generic[P, R]):
 
     @property
     def least_value(self) -> float | None:
-        """The value of the adapter that `evict_one` would evict; infinite if a request waits, None if all are pinned."""
+        """The value of what `evict_one` would evict; infinite if a request waits for it, None if all are pinned."""
         least = self.table.idle.peek()
         return None if least is None else least[0][0]
 
