@@ -1,16 +1,12 @@
-"""`Scheduler.next`: who runs, who is admitted, who is preempted.
+"""`Scheduler.next` says who runs, who is admitted and who is preempted.
 
-Admission without that question fills the pool with prompts; then each further token takes the blocks of a running
-request, which is computed again and again. So a request is admitted only if it and all that run can be expected to
-reach their ends. Source of the formula: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees",
-ASPLOS 2025: the demand is largest when a request ends, so it is enough to look at these moments.
-
-Prompts are computed by priority and fairness (`fairness`), in chunks that `budget` measures out; a request is admitted
-when it is its turn. A request that waits for its adapter does not block others. A request that waits for blocks blocks
-those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool suffices for
-what is expected to be generated (`growth`). A running request never fails because memory is short: idle adapters are
-evicted first; then the running request of the lowest priority, the youngest of several, is preempted and computed again
-later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused (`overload`).
+Prompts are computed by priority and fairness (`FairQueue`), in chunks that `StepBudget` measures out; a request is
+admitted when it is its turn. A request that waits for its adapter does not block others. A request that waits for
+blocks blocks those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool
+suffices for what is expected to be generated (`Admission`). A running request never fails because memory is short: idle
+adapters are evicted first; then the running request of the lowest priority, the youngest of several, is preempted and
+computed again later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused
+(`TtftSlo`, `QueueLimits`).
 """
 
 from __future__ import annotations
@@ -34,8 +30,15 @@ from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
-_MEMORY_REQUESTS = 64
+_NUM_LENGTHS = 64  # of the latest outputs
 _FIRST_GUESS = 128  # tokens of an output, before any request has ended
+# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
+# so in every load that was simulated, see docs/decisions/0003-steps-by-time.md.
+_SHARE = 0.75
+_LOOKED_AHEAD = 32  # waiting requests
+_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
+
+Failures = list[tuple[Request, Exception]]
 
 
 class OutputLengths:
@@ -48,7 +51,7 @@ class OutputLengths:
 
     def observe(self, num_output: int) -> None:
         """A request has ended."""
-        if len(self._latest) == _MEMORY_REQUESTS:
+        if len(self._latest) == _NUM_LENGTHS:
             self._sorted.remove(self._latest.popleft())
         self._latest.append(num_output)
         insort(self._sorted, num_output)
@@ -61,8 +64,8 @@ class OutputLengths:
         return self._means[0] if self._means else 0.0
 
     def remaining(self, generated: int) -> float:
-        """Tokens that a request which has generated so many is expected to generate still: by the mean of the longer
-        outputs, or if there is none as many again.
+        """Return the tokens that a request which has generated so many is expected to generate still: by the mean of the
+        longer outputs, or if there is none as many again.
         """
         if not self._means:
             return max(generated, _FIRST_GUESS)
@@ -82,33 +85,30 @@ class Growth(NamedTuple):
 
 
 def blocks_wanted(running: Iterable[Growth], block_tokens: int) -> float:
-    """The most blocks beyond those held now that the requests need at once, if each generates `remaining` more tokens,
-    one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
+    """Return the most blocks beyond those held now that the requests need at once, if each generates `remaining` more
+    tokens, one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
     """
     longest_first = sorted(running, key=lambda g: -g.remaining)
     released = sum([g.num_blocks - g.num_shared_blocks for g in longest_first])
     most = num_tokens = 0.0
     num_blocks = 0
     for i, g in enumerate(longest_first, 1):  # when g ends, the first i have run until then
-        num_tokens += (
-            g.num_tokens + block_tokens / 2 - 1
-        )  # half of the last block is empty; the last token is not stored
+        num_tokens += g.num_tokens + block_tokens / 2 - 1  # half of the last block is empty, the last token not stored
         num_blocks += g.num_blocks
         released -= g.num_blocks - g.num_shared_blocks
         most = max(most, (num_tokens + i * g.remaining) / block_tokens - num_blocks - released)
     return most
 
 
-# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
-# so in every load that was simulated, see docs/decisions/0003-steps-by-time.md.
-_SHARE = 0.75
-_LOOKED_AHEAD = 32  # waiting requests
-_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
-
-
 class Admission(Generic[P, R]):
-    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known. `ahead`: adapters may be placed
-    before their requests' turn.
+    """Admits a request only if it and all that run can be expected to reach their ends.
+
+    Without that the pool fills with prompts; then each further token takes the blocks of a running request, which is
+    computed again and again. Source of the formula: Gong et al., "Past-Future Scheduler for LLM Serving under SLA
+    Guarantees", ASPLOS 2025: the demand is largest when a request ends, so it is enough to look at these moments.
+
+    adapter_blocks  the most blocks that a request's adapter takes; 0: not known
+    places_ahead    adapters may be placed before their requests' turn
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Admission(Generic[P, R]):
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
         *,
-        ahead: bool = False,
+        places_ahead: bool = False,
     ) -> None:
-        self._places_ahead = ahead
+        self._places_ahead = places_ahead
         self._allocator, self._adapter_manager, self._blocks = allocator, adapter_manager, blocks
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
@@ -133,7 +133,7 @@ class Admission(Generic[P, R]):
         return needed <= self._allocator.geometry.num_blocks
 
     def why_not(self, request: Request) -> str:
-        """For a request that does not fit at all."""
+        """Return the reason why a request does not fit at all."""
         geometry = self._allocator.geometry
         return (
             f"{request.max_tokens} tokens and their adapter need "
@@ -231,9 +231,6 @@ class Admission(Generic[P, R]):
         return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
 
 
-Failures = list[tuple[Request, Exception]]
-
-
 class Scheduler(Generic[P, R]):
     """The only owner of the queues, and of which request holds which KV blocks and pins which adapter.
 
@@ -272,7 +269,7 @@ class Scheduler(Generic[P, R]):
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
-            allocator, adapter_manager, self._blocks, lengths, adapter_blocks, ahead=places_ahead
+            allocator, adapter_manager, self._blocks, lengths, adapter_blocks, places_ahead=places_ahead
         )
         self._estimate = TtftEstimate(
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
@@ -304,11 +301,11 @@ class Scheduler(Generic[P, R]):
 
     @property
     def num_aborted(self) -> int:
-        """Requests refused because their first token would have come too late."""
+        """The number of requests refused because their first token would have come too late."""
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Queue a request; one with a constraint waits for `waiting.prepared`. Raises what the two `accept` raise."""
+        """Queue a request; one with a constraint waits for `waiting.prepared`. Raises Overloaded or StoreError."""
         self._limits.accept(request)
         self._targets.accept(request)
         self.waiting.add(request, prepares=request.has_constraint)
@@ -334,11 +331,11 @@ class Scheduler(Generic[P, R]):
         self.num_preemptions += 1
 
     def next_deadline(self) -> float:
-        """When `next` must be called although nothing happens, in seconds of the clock; infinite: it need not be."""
+        """Return when `next` must be called although nothing happens, in seconds of the clock; infinite if it need not."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
 
     def first_step_seconds(self, digest: str) -> float:
-        """Estimate for the first step of the longest waiting prompt of this adapter. 0: not known."""
+        """Estimate the seconds of the first step of the longest waiting prompt of this adapter; 0: not known."""
         loading = self.waiting.loading(digest)
         if not loading:
             return 0.0
@@ -350,11 +347,11 @@ class Scheduler(Generic[P, R]):
         return self.step_time.predict(budget.work.plus(chunk))
 
     def observe_step(self, work: Work, seconds: float) -> None:
-        """The duration of the last step."""
+        """Learn the duration of the last step."""
         self.step_time.observe(work, seconds)
 
     def next(self) -> SchedulerOutput:
-        """The chunks of the next step, and the requests that will not run."""
+        """Return the chunks of the next step, and the requests that will not run."""
         changed = self._adapter_manager.poll(at_once=not self.running)
         failed = self._fail_running()
         for request in self.running:
