@@ -172,7 +172,7 @@ class Simulation:
         self.now += seconds
         self.num_steps += 1
         if plan.chunks:
-            self.scheduler.observe_step(plan.work, seconds)
+            self.scheduler.step_time.observe(plan.work, seconds)
         for request, start, num_tokens in plan.chunks:
             assert start == request.num_computed
             if request not in self.first_token_at and request not in self.started:

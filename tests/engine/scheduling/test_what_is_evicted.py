@@ -58,10 +58,10 @@ def replay(calls: list[Call], *, block_s: float, token_s: float) -> Outcome:
     assert all(error is None for error in sim.outcomes.values())
     num_tokens = sum(len(call.prompt) for call in calls)
     num_calls = sum(call.adapter is not None for call in calls)
-    computed = num_tokens - sim.scheduler.prefix_cache_hits
+    computed = num_tokens - sim.scheduler.kv_cache.num_hits
     return Outcome(
         token_s * computed + block_s * ADAPTER_BLOCKS * sim.num_placed,
-        sim.scheduler.prefix_cache_hits / num_tokens,
+        sim.scheduler.kv_cache.num_hits / num_tokens,
         1 - sim.num_placed / max(1, num_calls),
     )
 

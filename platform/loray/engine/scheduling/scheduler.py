@@ -64,7 +64,7 @@ class OutputLengths:
         return self._means[0] if self._means else 0.0
 
     def remaining(self, generated: int) -> float:
-        """Return the tokens that a request which has generated so many is expected to generate still: by the mean of the
+        """Return how many tokens a request that has generated so many is expected to generate still: by the mean of the
         longer outputs, or if there is none as many again.
         """
         if not self._means:
@@ -115,14 +115,14 @@ class Admission(Generic[P, R]):
         self,
         allocator: BlockAllocator,
         adapter_manager: AdapterManager[P, R],
-        blocks: KVCacheManager,
+        kv_cache: KVCacheManager,
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
         *,
         places_ahead: bool = False,
     ) -> None:
         self._places_ahead = places_ahead
-        self._allocator, self._adapter_manager, self._blocks = allocator, adapter_manager, blocks
+        self._allocator, self._adapter_manager, self._kv_cache = allocator, adapter_manager, kv_cache
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
         self._growing: list[Growth] | None = None  # those that run, in this step
@@ -149,25 +149,25 @@ class Admission(Generic[P, R]):
             return False
         self._short = request
         ref = request.adapter
-        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
+        self._kv_cache.take_cached(request)  # first: making room for the rest could evict these blocks
         if running and not self._lasts(request, running):
-            self._blocks.release(request)
+            self._kv_cache.release(request)
             return False
         if ref is not None:
             while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
                 tier = self._adapter_manager.table.tier(ref)
-                if tier is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                if tier is not Tier.HOST or not self._kv_cache.make_room(max(1, missing)):
                     if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
                         self._short = None
-                    self._blocks.release(request)
+                    self._kv_cache.release(request)
                     return False
-        if not self._blocks.extend(request, request.num_tokens):
-            self._blocks.release(request)
+        if not self._kv_cache.extend(request, request.num_tokens):
+            self._kv_cache.release(request)
             if ref is not None:
                 self._adapter_manager.release(ref)
             return False
-        self._blocks.count_cached(request)
+        self._kv_cache.count_cached(request)
         self._short = None
         if self._growing is not None:
             self._growing.append(self._growth(request))
@@ -212,7 +212,7 @@ class Admission(Generic[P, R]):
         wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
         if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
-        missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
+        missing = wanted - self._allocator.num_free - self._kv_cache.prefix_cache.num_idle
         return missing <= 0 or self._idle_adapters_have(missing)
 
     def _idle_adapters_have(self, num_blocks: float) -> bool:
@@ -261,7 +261,7 @@ class Scheduler(Generic[P, R]):
         self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
         self.step_time, self._burst = StepTimeModel(), Burst(itl_slo_s)
-        self._blocks = KVCacheManager(
+        self.kv_cache = KVCacheManager(
             allocator,
             adapter_manager,
             self.step_time.token_seconds,
@@ -269,7 +269,7 @@ class Scheduler(Generic[P, R]):
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
-            allocator, adapter_manager, self._blocks, lengths, adapter_blocks, places_ahead=places_ahead
+            allocator, adapter_manager, self.kv_cache, lengths, adapter_blocks, places_ahead=places_ahead
         )
         self._estimate = TtftEstimate(
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
@@ -288,16 +288,7 @@ class Scheduler(Generic[P, R]):
 
     @property
     def prefix_cache(self) -> PrefixCache:
-        return self._blocks.prefix_cache
-
-    @property
-    def prefix_cache_queries(self) -> int:
-        """Prompt tokens that were looked up in the prefix cache; `prefix_cache_hits`: those found there."""
-        return self._blocks.num_queries
-
-    @property
-    def prefix_cache_hits(self) -> int:
-        return self._blocks.num_hits
+        return self.kv_cache.prefix_cache
 
     @property
     def num_aborted(self) -> int:
@@ -331,7 +322,7 @@ class Scheduler(Generic[P, R]):
         self.num_preemptions += 1
 
     def next_deadline(self) -> float:
-        """Return when `next` must be called although nothing happens, in seconds of the clock; infinite if it need not."""
+        """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
 
     def first_step_seconds(self, digest: str) -> float:
@@ -345,10 +336,6 @@ class Scheduler(Generic[P, R]):
                 budget.decode(request.num_computed, 1, 0)
         chunk = Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))
         return self.step_time.predict(budget.work.plus(chunk))
-
-    def observe_step(self, work: Work, seconds: float) -> None:
-        """Learn the duration of the last step."""
-        self.step_time.observe(work, seconds)
 
     def next(self) -> SchedulerOutput:
         """Return the chunks of the next step, and the requests that will not run."""
@@ -373,7 +360,7 @@ class Scheduler(Generic[P, R]):
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
-        self._blocks.moved((*self.running, *self.waiting), moves)
+        self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -432,7 +419,7 @@ class Scheduler(Generic[P, R]):
             if not is_blocked:
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
-            self._blocks.share(request)
+            self.kv_cache.share(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
@@ -469,16 +456,16 @@ class Scheduler(Generic[P, R]):
 
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
-        self._blocks.share(request)
-        while not self._blocks.extend(request, request.num_tokens):
+        self.kv_cache.share(request)
+        while not self.kv_cache.extend(request, request.num_tokens):
             self.preempt(last := self.running[-1])
             if last is request:
                 return False
         return True
 
     def _release(self, request: Request) -> None:
-        self._blocks.share(request)
-        self._blocks.release(request)
+        self.kv_cache.share(request)
+        self.kv_cache.release(request)
         if request.adapter is not None:
             self._adapter_manager.release(request.adapter)
         self._admission.released()
