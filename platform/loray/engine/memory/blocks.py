@@ -1,4 +1,4 @@
-"""`BlockAllocator`: KV cache, adapter rows and projections in one pool.
+"""`BlockAllocator` divides one pool among KV cache, adapter rows and projections.
 
 A block is `block_tokens` tokens of K and V for every layer, so it holds `layer_share` elements of each layer. It is in
 exactly one of these states:
@@ -97,7 +97,7 @@ class OpenBlocks:
         return len(self._keys)
 
     def fullest(self, width: int) -> int | None:
-        """The fullest block with a hole for a row of `width`, of several the lowest."""
+        """Return the fullest block with a hole for a row of `width`, of several the lowest."""
         blocks = self._by_width.get(width)
         if blocks is None:
             fitting = ((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
@@ -117,7 +117,7 @@ class OpenBlocks:
                 insort(blocks, (after[0], block))
 
     def check_integrity(self, row_blocks: Mapping[int, RowBlock]) -> None:
-        """AssertionError unless exactly `row_blocks` are known, each by its holes."""
+        """Raise AssertionError unless exactly `row_blocks` are known, each by its holes."""
         assert self._keys == {block: (b.free, b.widest) for block, b in row_blocks.items()}
         for width, blocks in self._by_width.items():
             assert blocks == sorted((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
@@ -145,11 +145,11 @@ class Geometry:
         return -(-num_tokens // self.block_tokens)
 
     def blocks_for_elements(self, num_elements: int) -> int:
-        """Blocks of a run that holds a tensor of that size."""
+        """Return the blocks of a run that holds a tensor of that size."""
         return -(-num_elements // self.block_size)
 
     def capacity(self, kind: BlockKind) -> int:
-        """Elements of a block in which rows of this kind can be placed."""
+        """Return the elements of a block in which rows of this kind can be placed."""
         return self.layer_share if kind is BlockKind.LAYERED else self.block_size
 
 
@@ -196,7 +196,7 @@ class BlockAllocator:
         return Occupancy(len(self._free), len(self._kv), layered, flat, sum(self._runs.values()))
 
     def positions(self) -> dict[str, list[int]]:
-        """The blocks of each state but `free`."""
+        """Return the blocks of each state but `free`."""
         rows: dict[BlockKind, list[int]] = {BlockKind.LAYERED: [], BlockKind.FLAT: []}
         for block, row_block in self._rows.items():
             rows[row_block.kind].append(block)
@@ -224,7 +224,7 @@ class BlockAllocator:
                 heapq.heappush(self._free, block)
 
     def references(self, block: int) -> int:
-        """The reference count of a KV block."""
+        """Return the reference count of a KV block."""
         return self._kv[block]
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class BlockAllocator:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def allocate_run(self, num_blocks: int) -> int | None:
-        """The first of `num_blocks` neighbouring blocks, from the high end.
+        """Return the first of `num_blocks` neighbouring blocks, from the high end.
 
         It looks at every free block, so it costs about as much as filling a few blocks; adapters that share a pair
         share its run.
@@ -318,7 +318,7 @@ class BlockAllocator:
     def check_integrity(
         self, kv_references: Mapping[int, int], extents: Iterable[Extent], runs: Mapping[int, int]
     ) -> None:
-        """AssertionError unless every block and row is free, or held by exactly the given references."""
+        """Raise AssertionError unless every block and row is free, or held by exactly the given references."""
         assert dict(kv_references) == self._kv, "KV references differ from the allocator's counts"
         assert dict(runs) == self._runs, "runs differ from the allocator's"
         states = [*self._free, *self._kv, *self._rows]
