@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
+from loray.engine.memory.adapter_manager import AdapterManager
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
 from loray.engine.request import Request
@@ -242,18 +243,6 @@ def _below(node: _Node) -> Iterator[_Node]:
         stack.extend(node.children.values())
 
 
-class IdleAdapters(Protocol):
-    """The adapters that can be evicted, see `AdapterManager`."""
-
-    @property
-    def inflation(self) -> Inflation: ...
-
-    @property
-    def least_value(self) -> float | None: ...
-
-    def evict_one(self) -> bool: ...
-
-
 class KVCacheManager:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
@@ -265,17 +254,17 @@ class KVCacheManager:
     def __init__(
         self,
         allocator: BlockAllocator,
-        adapters: IdleAdapters,
+        adapter_manager: AdapterManager[Any, Any],
         token_seconds: Callable[[], float],
         *,
         enable_prefix_caching: bool,
     ) -> None:
         self.prefix_cache = PrefixCache(
-            allocator, enabled=enable_prefix_caching, inflation=adapters.inflation, token_seconds=token_seconds
+            allocator, enabled=enable_prefix_caching, inflation=adapter_manager.inflation, token_seconds=token_seconds
         )
         self.num_queries = self.num_hits = 0
         self._allocator = allocator
-        self._adapters = adapters
+        self._adapter_manager = adapter_manager
 
     def take_cached(self, request: Request) -> None:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
@@ -331,9 +320,9 @@ class KVCacheManager:
         gaps that suffice instead of blocks: the caller tries again after each.
         """
         for freed in range(num_blocks):
-            prefix, adapter = self.prefix_cache.least_value, self._adapters.least_value
+            prefix, adapter = self.prefix_cache.least_value, self._adapter_manager.least_value
             if prefix is None or (adapter is not None and adapter < prefix):
-                return self._adapters.evict_one() or freed > 0
+                return self._adapter_manager.evict_one() or freed > 0
             self.prefix_cache.evict(1)
         return True
 
