@@ -1,4 +1,4 @@
-"""Profiles of what a replica's work costs: seconds of steps and loads, bytes of the pool, as benchmarks measure them."""
+"""Profiles of what a replica's work costs: seconds of steps and loads, bytes of the pool, all as measured."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ class Profile(BaseModel):
         return self.place_s + nbytes * self.place_byte_s
 
     def work_seconds(self, num_prompt_tokens: float, num_output_tokens: float) -> float:
-        """Return the seconds of a busy replica for one request: its prompt and its share of decode steps with half a
-        batch.
-        """
+        """Return a busy replica's seconds for one request: its prompt and its share of decode steps of half a batch."""
         each = self.step_s / (0.5 * self.max_num_seqs) + self.decode_s + self.adapter_s
         prompt = num_prompt_tokens * (self.prompt_s + 0.5 * num_prompt_tokens * self.pair_s)
         return prompt + num_output_tokens * each

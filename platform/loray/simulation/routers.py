@@ -269,7 +269,7 @@ class RoutingIndex:
             tiers[adapter] = tier
 
     def _expire(self, now: float) -> None:
-        """Forget what was sent long ago and never reported: the times are in order, and only the last of each counts."""
+        """Forget what was sent long ago and never reported. Times are in order, and only the last of each counts."""
         while self._sent and self._sent[0][0] < now - self._policy.recent_s:
             at, slot, adapter = self._sent.popleft()
             if self._last_sent.get((slot, adapter)) == at:

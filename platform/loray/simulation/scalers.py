@@ -67,7 +67,7 @@ class AdapterDemandScaler:
         return self._number
 
     def observe(self, member: Member, now: float) -> Observation:
-        """Return what the replica reports. Its waiting requests include those that wait for a load, as the engine's do."""
+        """Return what the replica reports. As the engine does, it counts requests that wait for a load as waiting."""
         meter, replica = self._meters[member], member.replica
         loading = sum(replica.adapters.waiting.values())
         waiting = replica.num_jobs - replica.num_running
@@ -119,9 +119,7 @@ def _ref(adapter: int, nbytes: int) -> AdapterRef:
 
 
 class OngoingRequests(Fixed):
-    """Scales as Ray Serve does: by the mean requests under way over 30 s, so many a replica (its defaults, but the
-    target).
-    """
+    """Scales as Ray Serve does: by the mean requests under way over 30 s (its defaults, but the target)."""
 
     _LOOK_BACK_S, _UP_S, _DOWN_S = 30.0, 30.0, 600.0
 
@@ -146,9 +144,7 @@ class OngoingRequests(Fixed):
 
 
 class OracleScaler(Fixed):
-    """Knows all arrivals and lengths, and starts what the busiest ten seconds of the coming minute need at a
-    utilisation.
-    """
+    """Knows all arrivals and lengths: it runs what the busiest ten seconds of the coming minute need."""
 
     _SPAN_S, _AHEAD = 10.0, 6
 

@@ -26,7 +26,7 @@ _Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
 
 @dataclass(frozen=True)
 class Policy:
-    """A router and a scaler. `foresees`: adapters are on the host before their request comes, and replicas start early."""
+    """A router and a scaler. `foresees`: adapters are on the host before requests come, and replicas start early."""
 
     name: str
     router: Router

@@ -74,9 +74,7 @@ class RequestTrace:
         return len(self) / max(self.seconds, 1e-9)
 
     def cut(self, context_length: int) -> RequestTrace:
-        """Return the requests with prompts and outputs that fit the context: outputs keep what they have, up to half of
-        it.
-        """
+        """Return the requests cut to fit the context: outputs keep what they have, up to half of it."""
         output = np.clip(self.output_R, 1, context_length // 2)
         return replace(self, prompt_R=np.clip(self.prompt_R, 1, context_length - output), output_R=output)
 

@@ -276,9 +276,7 @@ class KVCacheManager:
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
     def count_cached(self, request: Request) -> None:
-        """Count the use of a starting request's cached blocks and, when it starts for the first time, its cached
-        tokens.
-        """
+        """Count the use of a starting request's cached blocks and, at its first start, its cached tokens."""
         self.prefix_cache.used(request.blocks[: request.num_shared_blocks])
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)

@@ -32,7 +32,7 @@ def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:
 
 
 def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None) -> int:
-    """Return how many tokens of prompt and answer a request may have: the model's, the spec's and the pool's limit, if
+    """Return how many tokens a request may have with its answer: the model's, the spec's and the pool's limit, if
     known.
     """
     limits = [context_length] if pool_tokens is None else [context_length, pool_tokens]
@@ -42,8 +42,7 @@ def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None)
 
 
 def check_length(limit: int, num_prompt_tokens: int, max_tokens: int, *, param: str) -> None:
-    """Raise ContextLengthExceeded, which names `param`, if prompt and answer together are longer than `limit` tokens.
-    """
+    """Raise ContextLengthExceeded, which names `param`, if prompt and answer together exceed `limit` tokens."""
     left = limit - num_prompt_tokens
     if left < min(max_tokens, 1):
         raise ContextLengthExceeded(
