@@ -304,7 +304,7 @@ class QuotaLease:
         if rule.kind == "budget":
             return (self.period + 1) * rule.period_s - self.at
         if not rule.rate:
-            return _UNKNOWN_S if rule.limit else 60.0
+            return _UNKNOWN_S if rule.limit else _LONGEST_S
         from_others = min(_EXCHANGE_S, -self.level / self._rate)
         return max((min(cost, self.limit) - self.known) / self.rate, from_others, 0.0)
 
