@@ -459,10 +459,7 @@ class Cluster:
     def _end(self, member: Member, now: float) -> None:
         member.ended_at = now
         self._seconds += now - member.started_at
-        self._count(member)
         self._free.append(member.slot)
-
-    def _count(self, member: Member) -> None:
         self.num_loads += member.replica.adapters.num_loads
         self.num_evictions += member.replica.adapters.num_evictions
 

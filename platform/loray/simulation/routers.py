@@ -81,7 +81,7 @@ class RoutingIndex:
         if self._loads[slot] < self._limit:
             self._num_free -= 1
             self._sum_load -= self._loads[slot]
-        self._num_spare -= self._is_spare(slot)
+        self._num_spare -= not self._unanswered[slot] and self._loads[slot] < self._spare_load
         self._is_here_N[slot] = False
         self._num_here -= 1
         self._changes.append((slot, False))
@@ -170,9 +170,6 @@ class RoutingIndex:
         return self._by_hash(adapter, within_N) if within_N.any() else self._least(adapter, is_free_N)
 
     # -- private ------------------------------------------------------------------------------------------------------
-
-    def _is_spare(self, slot: int) -> bool:
-        return not self._unanswered[slot] and self._loads[slot] < self._spare_load
 
     def _most_unanswered(self, max_load: int) -> int:
         fits_N = self._is_here_N & (self._load_N < max_load)

@@ -50,7 +50,10 @@ class AdapterDemandScaler:
     def __init__(self, spec: AutoscalingSpec, number: int, profile: Profile, sizes: list[int]) -> None:
         self._spec, self._number, self._profile = spec, number, profile
         self._state = ScalingState()
-        self._refs = [_ref(adapter, size) for adapter, size in enumerate(sizes)]
+        self._refs = [
+            AdapterRef(digest(adapter), f"adapter-{adapter}", 1, "lora", "0" * 64, 1 << 20, size)
+            for adapter, size in enumerate(sizes)
+        ]
         self._numbers = {ref.digest: adapter for adapter, ref in enumerate(self._refs)}
         self._bytes = {size: AdapterBytes(size) for size in sizes}
         self._meters: dict[Member, DemandMeter] = {}
@@ -112,10 +115,6 @@ class _Loaded:
 
     def __contains__(self, digest: object) -> bool:
         return isinstance(digest, str) and self._adapters.tier(self._numbers[digest]) != NOWHERE
-
-
-def _ref(adapter: int, nbytes: int) -> AdapterRef:
-    return AdapterRef(digest(adapter), f"adapter-{adapter}", 1, "lora", "0" * 64, 1 << 20, nbytes)
 
 
 class OngoingRequests(Fixed):

@@ -479,7 +479,10 @@ class AdapterManager(Generic[P, R]):
                 break
             self._drop(victims)
             self.counts.num_loads += 1
-            self._start_load(entry)
+            entry.load_began = self._now()
+            entry.load = self._load(entry.ref)
+            entry.load.add_done_callback(partial(self._load_ended, entry))
+            self.table.move(entry, Stage.LOADING)
         return changed
 
     def evict_one(self) -> bool:
@@ -507,12 +510,6 @@ class AdapterManager(Generic[P, R]):
     def _value(self, entry: Entry[P, R]) -> float:
         assert entry.resident is not None
         return self._eviction.value(entry.score, self.size(entry.resident), on_host=entry.packed is not None)
-
-    def _start_load(self, entry: Entry[P, R]) -> None:
-        entry.load_began = self._now()
-        entry.load = self._load(entry.ref)
-        entry.load.add_done_callback(partial(self._load_ended, entry))
-        self.table.move(entry, Stage.LOADING)
 
     def _load_ended(self, entry: Entry[P, R], load: Future[P]) -> None:
         """Called in the loader's thread."""

@@ -217,7 +217,8 @@ class StepBudget:
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
-        seconds, most = self._seconds_left(), self._most_unmeasured(start, scored=scored)
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
+        seconds, most = room - self._steps.predict(self._prompts), self._most_unmeasured(start, scored=scored)
         if seconds == math.inf:
             return most
         costs = self._steps.costs
@@ -232,10 +233,6 @@ class StepBudget:
         else:
             n = left / slope if slope else math.inf
         return min(n, most)
-
-    def _seconds_left(self) -> float:
-        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
-        return room - self._steps.predict(self._prompts)
 
     @property
     def _without_tokens(self) -> bool:
