@@ -85,11 +85,11 @@ def mixed(num_calls: int, *, prefix_tokens: int, seed: int = 0) -> list[Call]:
 
 
 def prefixes_first(self: KVCacheManager, num_blocks: int) -> bool:
-    return bool(self.prefix_cache.evict(num_blocks)) or self._adapters.evict_one()
+    return bool(self.prefix_cache.evict(num_blocks)) or self._adapter_manager.evict_one()
 
 
 def adapters_first(self: KVCacheManager, num_blocks: int) -> bool:
-    return self._adapters.evict_one() or bool(self.prefix_cache.evict(num_blocks))
+    return self._adapter_manager.evict_one() or bool(self.prefix_cache.evict(num_blocks))
 
 
 @pytest.fixture
