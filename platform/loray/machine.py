@@ -55,7 +55,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a machine has. `memory_bytes` and `num_cores` are those that this process may use.
+    """The hardware of a machine. `memory_bytes` and `num_cores` are those that this process may use.
 
     multiplies_bfloat16  the CPU has instructions for bfloat16 products; else they take several times those of float32
     """
@@ -72,11 +72,9 @@ class Hardware:
         cores = f"{self.num_cores} core{'s' if self.num_cores > 1 else ''}"
         text = f"{self.cpu} ({self.instruction_set}), {cores}, {format_size(self.memory_bytes)} of memory"
         names = [gpu.name for gpu in self.gpus]
-        kinds = [f"{names.count(n)} × {n} ({format_size(self._memory_of(n))})" for n in dict.fromkeys(names)]
+        memory = {gpu.name: gpu.memory_bytes for gpu in reversed(self.gpus)}  # of the first of each name
+        kinds = [f"{names.count(n)} × {n} ({format_size(memory[n])})" for n in dict.fromkeys(names)]
         return ", ".join([text, *kinds])
-
-    def _memory_of(self, name: str) -> int:
-        return next(gpu.memory_bytes for gpu in self.gpus if gpu.name == name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +147,7 @@ def training_dtype(hardware: Hardware, *, use_gpu: bool) -> ChosenDType:
     else float32. Float16 would need loss scaling.
     """
     if not use_gpu:
-        return _of_cpu(hardware, "float32")
+        return _of_cpu(hardware)
     if not hardware.gpus:
         return ChosenDType("bfloat16", "GPUs since Ampere multiply it in hardware")
     return _of_gpu(min(hardware.gpus, key=lambda gpu: gpu.capability), "float32")
@@ -165,14 +163,14 @@ def serving_dtype(hardware: Hardware, *, use_gpu: bool, has_kernels: bool) -> Ch
         gpu = min(hardware.gpus, key=lambda gpu: gpu.capability, default=Gpu("this GPU", 0, _AMPERE))
         return _of_gpu(gpu, "float16")
     if hardware.multiplies_bfloat16 or not has_kernels:
-        return _of_cpu(hardware, "float32")
+        return _of_cpu(hardware)
     return ChosenDType("bfloat16", "half the bytes to read; the kernels multiply it as float32")
 
 
-def _of_cpu(hardware: Hardware, otherwise: DType) -> ChosenDType:
+def _of_cpu(hardware: Hardware) -> ChosenDType:
     if hardware.multiplies_bfloat16:
         return ChosenDType("bfloat16", f"this CPU multiplies it in hardware ({hardware.instruction_set})")
-    return ChosenDType(otherwise, f"this CPU has no bfloat16 products ({hardware.instruction_set})")
+    return ChosenDType("float32", f"this CPU has no bfloat16 products ({hardware.instruction_set})")
 
 
 def _of_gpu(gpu: Gpu, otherwise: DType) -> ChosenDType:

@@ -1,6 +1,6 @@
-"""Which method, by the score card and by cost.
+"""Which method suits a task: by a score card, and by what each costs.
 
-It does not depend on the base or the machine, unlike `loray.recommend`.
+The score card depends on the answers to four questions alone, the costs also on the base and the device.
 
 Training costs are the plan (`loray.planning`) of a recipe with the method's defaults and one row per step. The pool's
 density is computed with the engine's allocator. Serving costs are a lower bound, as in docs/guide/methods.md: the time
@@ -39,9 +39,16 @@ from loray.spec import (
 Constraint = Literal["low", "medium", "high"]
 Scale = Literal["single", "distributed"]
 
+GIB = 1 << 30
+NUM_ROWS = 32  # rows of a decode step, each with another adapter
+NUM_SERVED = 1000
+
 _LONG_CONTEXT = 8192
 _MANY_TASKS = 100
 _SERVED_TASKS = 10
+_BF16 = DTYPE_BYTES["bfloat16"]
+_MAX_BLOCKS = 256  # of the pool that is filled to count how many adapters fit
+_SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,7 @@ class Score:
 
 
 def score_methods(answers: Answers) -> list[Score]:
-    """Scores, the best first; of equal ones the more specialised method first."""
+    """Return the scores, the best first; of equal ones the more specialised method first."""
     context, tasks = answers.context_length, answers.num_tasks
     tens = min(tasks / 10, 10)
     found: list[Score] = []
@@ -96,18 +103,9 @@ def score_methods(answers: Answers) -> list[Score]:
     return sorted((Score(s.method, round(s.score, 9), s.reason) for s in found), key=lambda s: -s.score)
 
 
-GIB = 1 << 30
-NUM_ROWS = 32  # rows of a decode step, each with another adapter
-NUM_SERVED = 1000
-
-_BF16 = DTYPE_BYTES["bfloat16"]
-_MAX_BLOCKS = 256  # of the pool that is filled to count how many adapters fit
-_SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV cache
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one method with its default settings.
+    """The costs of one method with its default settings.
 
     problem                 why it cannot be trained there; then the figures of training are None
     trained_parameters      adapter_bytes: as published, in bf16, an own embedding whole
@@ -135,7 +133,9 @@ class Estimate:
 
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
-    """LoRA, DoRA, VeRA, LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
+    """Estimate LoRA, DoRA, VeRA and LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention
+    and RoPE.
+    """
     return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
 
 
@@ -147,7 +147,7 @@ def recipe_of(
     attention: Literal["dense", "s2"] | None = None,
     checkpointing: bool = False,
 ) -> TrainSpec:
-    """A recipe that trains `adapter` on one row of `context_length` per step. `attention` None: the method's usual."""
+    """Return a recipe that trains `adapter` on one row of `context_length` a step. `attention` None: the method's."""
     return TrainSpec.model_validate(
         {
             "name": "estimate",
@@ -164,7 +164,7 @@ def recipe_of(
 
 
 def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
-    """The number of such adapters that the bf16 pool of an idle engine holds, together with VeRA's pair."""
+    """Return the number of such adapters that the bf16 pool of an idle engine holds, together with VeRA's pair."""
     geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
     allocator = BlockAllocator(geometry)
     demand = adapter_shape(adapter, model).demand(geometry)
@@ -177,7 +177,7 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
 
 
 def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
-    """The adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
+    """Return the adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
     own: list[Matrix] = []
     for module in adapter.target_modules:
         out, width = model.module_shape(module)
@@ -197,7 +197,7 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
 
 
 def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
-    """(method, a recipe of it with default settings) for each estimated method."""
+    """Yield (method, a recipe of it with default settings) for each estimated method."""
     yield "lora", recipe_of(LoraSpec(), context_length)
     yield "dora", recipe_of(DoraSpec(), context_length)
     yield "vera", recipe_of(VeraSpec(), context_length)
@@ -296,7 +296,7 @@ class Recommendation:
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary for JSON, in bytes, seconds, tokens and shares."""
+        """Return a dictionary for JSON, in bytes, seconds, tokens and shares."""
         return asdict(self)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loray.catalog import Catalog, QuotaUse
 from loray.catalog.quotas import OWNER_IS_GONE_S
 from loray.errors import LorayError
-from loray.policy.quotas import IDLE_S, TOLD_S, Counted, QuotaGate, QuotaOwner, Reply, Report, Rule
+from loray.policy.quota_owner import TOLD_S, QuotaOwner
+from loray.policy.quotas import IDLE_S, Counted, QuotaGate, Reply, Report, Rule
 from loray.settings import Settings
 from loray.telemetry import get_logger
 from serve_apps.deployment import front_nodes

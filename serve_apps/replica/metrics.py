@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric as Family
 
-from loray.engine.memory.adapter_manager import Prefetched
+from loray.engine.memory.prefetch import Prefetched
 from loray.engine.metrics import Histogram as CountedHistogram
 from loray.errors import EngineError, LorayError
 from loray.schemas.status import AdapterPlacement, ReplicaStatus

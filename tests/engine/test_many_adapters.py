@@ -65,7 +65,7 @@ def serve(sim: Small, ref: AdapterRef) -> Request:
         for chunk in plan.chunks:
             request.num_computed += chunk.num_tokens
             sim.now += 1e-4 * chunk.num_tokens
-            sim.scheduler.observe_step(plan.work, 1e-4 * chunk.num_tokens)
+            sim.scheduler.step_time.observe(plan.work, 1e-4 * chunk.num_tokens)
             request.output_ids.append(1)
         if len(request.output_ids) == 2:
             sim.remove(request)

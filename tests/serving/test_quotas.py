@@ -178,7 +178,7 @@ def test_full_shares_are_forgotten() -> None:
     gate = QuotaGate()
     for i in range(5000):
         gate.admit(principal(rpm_limit=60, key_id=f"k{i}"), 1, float(i))
-    assert len(gate._shares) < 2100
+    assert len(gate._leases) < 2100
 
 
 @pytest.mark.parametrize(

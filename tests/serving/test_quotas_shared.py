@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.errors import RateLimited
-from loray.policy.quotas import QuotaGate, QuotaOwner, Reply, Report, Reservation
+from loray.policy.quota_owner import QuotaOwner
+from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
 from loray.spec import Limits, Principal
 
 _PERIOD_S = 0.1
@@ -227,7 +228,7 @@ def test_unused_rules_are_forgotten() -> None:
         gate.apply(owner.exchange("g", gate.reports(float(i)), float(i)), float(i))
         owner.counted(float(i))
     assert len(owner._meters) < 100
-    assert len(gate._shares) < 2100
+    assert len(gate._leases) < 2100
 
 
 def test_a_gateway_that_was_lost_before_the_clock_went_back_holds_nothing_for_longer() -> None:

@@ -212,8 +212,8 @@ def report(
         adapters_in_pool=tuple(ref.digest for ref in tiers[Tier.POOL]),
         adapters_on_host=tuple(ref.digest for ref in tiers[Tier.HOST]),
         adapters_loading=tuple(ref.digest for ref in tiers[Tier.LOADING]),
-        prefix_cache_queries=scheduler.prefix_cache_queries,
-        prefix_cache_hits=scheduler.prefix_cache_hits,
+        prefix_cache_queries=scheduler.kv_cache.num_queries,
+        prefix_cache_hits=scheduler.kv_cache.num_hits,
         step_seconds=counters.step_seconds.counts(),
         step_tokens=counters.step_tokens.counts(),
         step_adapters=counters.step_adapters.counts(),
@@ -250,7 +250,7 @@ class Engine:
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
-            arrived=pool.copy_is_done,
+            copy_is_done=pool.copy_is_done,
             usage=AdapterUsageLog(on_forget=self._loads.forget),
             wake=lambda: self.wake(),
         )
@@ -264,7 +264,6 @@ class Engine:
             token_weight=self._token_weight,
             itl_slo_s=spec.itl_slo_s,
             ttft_slo_s=spec.ttft_slo_s,
-            compact=pool.compact,
             enable_prefix_caching=spec.enable_prefix_caching,
             places_ahead=pool.tensor.is_cuda,
         )
@@ -278,7 +277,7 @@ class Engine:
             self._grammars,
             self.counters,
             resident=self._resident,
-            observe=self.scheduler.observe_step,
+            observe=self.scheduler.step_time.observe,
         )
         self.idle = True  # the last step had nothing to compute
 

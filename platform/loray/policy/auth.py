@@ -1,9 +1,6 @@
-"""Who may do what; keys in memory.
+"""Who may do what, and the keys in memory that say who asks: plain rules without HTTP and database.
 
-Plain rules without HTTP and database. Each route of both APIs says its action (`serve_apps.auth.may`).
-
-A ring is immutable. `updated` makes the next one of what has changed in the catalog. A revocation holds as soon as a
-server has the ring that knows of it. While the database cannot be read, the catalog's keys go on for a stated time.
+Each route of both APIs says its action (`serve_apps.auth.may`).
 """
 
 from __future__ import annotations
@@ -66,6 +63,9 @@ NO_KEY = (
     "`loray keys create`"
 )
 _WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage_own", "manage"})
+_PREFIX = slice(len(KEY_START), len(KEY_START) + PREFIX_LENGTH)
+_LONGEST_KEY = 512
+_INVALID = "the API key is not valid: it is misspelt, revoked, or of another deployment"
 
 
 def check(principal: Principal | None, action: Action, owner: str | None = None) -> None:
@@ -80,8 +80,8 @@ def check(principal: Principal | None, action: Action, owner: str | None = None)
         return
     allowed = SCOPES_OF[action]
     if not principal.scopes & allowed:
-        needed = " or ".join(sorted(allowed | {"admin"}))
-        raise PermissionDenied(f"this needs a key with the scope {needed}, and this key has {_listed(principal)}")
+        needed, held = " or ".join(sorted(allowed | {"admin"})), ", ".join(sorted(principal.scopes)) or "none"
+        raise PermissionDenied(f"this needs a key with the scope {needed}, and this key has {held}")
     if owner is not None and action in _WRITES and owner != principal.tenant:
         raise PermissionDenied(f"it belongs to another tenant than {principal.tenant}, which may not change it")
 
@@ -95,7 +95,7 @@ def check_model(principal: Principal, model: str) -> None:
 
 
 def may_ask(principal: Principal, model: str) -> bool:
-    """Whether the key is for this model, by the name that the request or the list of models has."""
+    """Return whether the key is for this model, by the name that the request or the list of models has."""
     if principal.models is None:
         return True
     name = model.partition("@")[0].removeprefix(f"{principal.tenant}/")
@@ -104,21 +104,12 @@ def may_ask(principal: Principal, model: str) -> bool:
 
 
 def share_of(principal: Principal, user: str | None) -> str:
-    """Whose share of the engine a request takes, for fairness: its tenant's. Where nobody needs a key and no tenant is
-    named, the body's `user` tells requests apart.
+    """Return the name under which a request takes its share of the engine, for fairness: its tenant. Where nobody needs
+    a key and no tenant is named, the body's `user` tells requests apart.
     """
     if principal.key_id is None and principal.tenant == DEFAULT_TENANT:
         return user or ""
     return principal.tenant
-
-
-def _listed(principal: Principal) -> str:
-    return ", ".join(sorted(principal.scopes)) or "none"
-
-
-_PREFIX = slice(len(KEY_START), len(KEY_START) + PREFIX_LENGTH)
-_LONGEST_KEY = 512
-_INVALID = "the API key is not valid: it is misspelt, revoked, or of another deployment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +122,9 @@ class _KeyEntry:
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All keys of a deployment at one moment.
+    """All keys of a deployment at one moment. A ring is immutable; `updated` makes the next one of what has changed in
+    the catalog. A revocation holds as soon as a server has the ring that knows of it. While the database cannot be
+    read, the catalog's keys go on for a stated time.
 
     static      SHA-256 of the deployment's own keys, which are an administrator's and need no database. A key that the
                 catalog has, or has had, is the catalog's all the same: its scopes, limits and end count
@@ -158,19 +151,19 @@ class KeyRing:
 
     @property
     def needs_key(self) -> bool:
-        """Whether somebody has made a key, so that requests need one also on loopback."""
+        """True if somebody has made a key, so that requests need one also on loopback."""
         return self.any_keys or bool(self.static)
 
     def confirmed(self, read_at: float) -> KeyRing:
-        """The same ring, of which nothing had changed at `read_at`."""
+        """Return the same ring, of which nothing had changed at `read_at`."""
         return replace(self, read_at=read_at)
 
     def has_same_keys(self, other: KeyRing) -> bool:
-        """Whether one came of the other without a change of keys or tenants."""
+        """Return whether one came of the other without a change of keys or tenants."""
         return self._entries is other._entries and self._tenants is other._tenants
 
     def updated(self, changes: KeyChanges, read_at: float) -> KeyRing:
-        """The ring after these changes, which were read at `read_at`."""
+        """Return the ring after these changes, which were read at `read_at`."""
         ring = replace(self, counter=changes.counter, any_keys=changes.any_keys, read_at=read_at)
         if not changes.keys and not changes.tenants:
             return ring
@@ -198,7 +191,7 @@ class KeyRing:
         )
 
     def good_ids(self) -> frozenset[str]:
-        """Of the keys that are neither revoked nor blocked, and whose tenants are not."""
+        """Return the ids of the keys that are neither revoked nor blocked, and whose tenants are not."""
         entries = (e for same in self._entries.values() for e in same)
         return frozenset(e.key.id for e in entries if not e.key.blocked and not self._tenants[e.key.tenant].blocked)
 
@@ -210,7 +203,7 @@ class KeyRing:
         return KeyChanges(self.counter, tuple(keys), tuple(self._tenants.values()), self.any_keys)
 
     def principal(self, secret: str, *, now: float, monotonic: float) -> Principal:
-        """What a key stands for. `now` is the time since 1970.
+        """Return the principal for which a key stands. `now` is the time since 1970.
 
         Raises Unauthenticated for a key that is unknown, revoked or expired, PermissionDenied for one that is blocked,
         or whose tenant is, and CatalogError where the catalog has not been read for too long to say.
@@ -240,8 +233,8 @@ class KeyRing:
         return found.principal
 
     def acting_for(self, principal: Principal, tenant: str) -> Principal:
-        """The principal that a key with the scope `act_for` stands for, where a request names another tenant: with its
-        own scopes, but none of an administrator, and the tenant's limits. Raises PermissionDenied.
+        """Return the principal that a key with the scope `act_for` stands for, where a request names another tenant:
+        with its own scopes, but none of an administrator, and the tenant's limits. Raises PermissionDenied.
         """
         if "act_for" not in principal.scopes:
             raise PermissionDenied("this key may not name a tenant (X-Tenant-Id): it has no scope act_for")

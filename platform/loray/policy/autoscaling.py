@@ -1,8 +1,4 @@
-"""The number of replicas, zero included.
-
-A replica that is added takes requests after `startup_s`. What comes meanwhile, those that run compute. So the tokens
-that come within such a time are measured all the time, and the most of them is remembered for `burst_memory_s`. Until
-the load has been watched for so long, a burst is expected to bring `burst_factor` times the mean.
+"""How many replicas the demand needs, zero included.
 
 There are three loads, each in fully used replicas; the largest one decides:
 
@@ -10,19 +6,20 @@ There are three loads, each in fully used replicas; the largest one decides:
     working set  (bytes of the union of the adapters in demand + bytes of KV cache in use) / bytes of a pool
     backlog      tokens + what the running replicas leave of the queue / `drain_s`
 
-The backlog is the work of the requests that wait for their first token, in seconds of one replica. A replica that is
-added now takes requests after `startup_s`. By then the running ones have worked off what they can do beyond the demand;
-only what is left counts, and is to be worked off within `drain_s`. A burst shorter than the window, which is diluted in
-the demand, is seen in its queue. The number that the backlog needs has no delay; the other loads have theirs meanwhile,
-and all ask for fewer replicas after the same delay. Requests that have waited since before the window are work that is
-left and say nothing of what will come: the demand beside the backlog is without them.
-
 Until a replica has been saturated, its capacity is unknown; then the number of requests under way, divided by the size
 of a batch, takes the place of the first load. The working set is a union, not a sum: an adapter in demand on three
 replicas must fit once, and the tokens say whether it needs three. KV cache and adapters share the pool, so the KV
 cache's mean over the window, summed over all replicas, is not available for adapters.
 
-Beside `scaling`, which says how many replicas the demand needs while there is one: it never says none. The last replica
+The backlog is the work of the requests that wait for their first token, in seconds of one replica. A replica that is
+added now takes requests after `startup_s`. By then the running ones have worked off what they can do beyond the demand;
+only what is left counts, and is to be worked off within `drain_s`. A burst shorter than the window, which is diluted in
+the demand, is seen in its queue, and the next one is expected by what `Bursts` remembers. The number that backlog or
+bursts need has no delay; the other loads have theirs meanwhile, and all ask for fewer replicas after the same delay.
+Requests that have waited since before the window are work that is left and say nothing of what will come: the demand
+beside the backlog is without them.
+
+`decide` says how many replicas the demand needs while there is one; `decide_from_zero` also says none. The last replica
 goes when no request has come and none has been under way for `downscale_to_zero_delay_s`. Ray Serve itself starts one
 where a request waits and none runs, before it asks a policy.
 """
@@ -37,12 +34,24 @@ from typing import Literal, NamedTuple
 from loray.policy.demand import Observation, key_of_rank
 from loray.spec import AutoscalingSpec
 
+Cause = Literal["working set", "tokens", "requests", "backlog", "bursts", "bounds", "no statistics", "idle"]
+Direction = Literal["up", "down", "none"]
+
 _NUM_MARKS = 60  # in the memory: a burst is forgotten by a sixtieth of it too late
+_FIRST_REPORT = 0.25  # share of the window: a rate over a shorter time is noise
+_MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
+_EPS = 1e-9
+_MIB = float(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
 class Bursts:
-    """Immutable, since it is part of the state between two decisions.
+    """The largest bursts of late. It is immutable, since it is part of the state between two decisions.
+
+    A replica that is added takes requests after `startup_s`. What comes meanwhile, those that run compute. So the
+    tokens that come within such a time are measured all the time, and the most of them is remembered for
+    `burst_memory_s`. Until the load has been watched for so long, a burst is expected to bring `burst_factor` times the
+    mean.
 
     since   when the load was first seen; None: not yet
     marks   (time, tokens) of the largest bursts: each is larger than all that came after it
@@ -52,7 +61,7 @@ class Bursts:
     marks: tuple[tuple[float, float], ...] = ()
 
     def noted(self, tokens: float, now: float, memory_s: float) -> Bursts:
-        """With the tokens that came within the time of a start, until now."""
+        """Return the bursts with the tokens that came within the time of a start, until now."""
         each = memory_s / _NUM_MARKS
         at = each * ceil(now / each)
         kept = tuple(m for m in self.marks if m[0] > now - memory_s and m[1] > tokens)
@@ -61,14 +70,10 @@ class Bursts:
         return Bursts(now if self.since is None else self.since, (*kept, (at, tokens)))
 
     def largest(self, expected: float, now: float, memory_s: float) -> float:
-        """Tokens. `expected`: those of a burst as long as the load is new."""
+        """Return the tokens of the largest burst. `expected`: those of a burst as long as the load is new."""
         seen = self.marks[0][1] if self.marks else 0.0
         is_new = self.since is None or now - self.since < memory_s
         return max(seen, expected) if is_new else seen
-
-
-_FIRST_REPORT = 0.25  # share of the window: a rate over a shorter time is noise
-_EPS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,9 @@ class Load:
         return (self.adapter_bytes + self.kv_bytes) / self.pool_bytes
 
     def left(self, seconds: float) -> float:
-        """Of the backlog, after so many seconds: seconds of one replica's work. 0 while the capacity is unknown."""
+        """Return what is left of the backlog after so many seconds, in seconds of one replica's work; 0 while the
+        capacity is unknown.
+        """
         if self.capacity is None:
             return 0.0
         spare = max(0.0, self.num_replicas - self._by_new_demand)
@@ -115,7 +122,7 @@ class Load:
         return self._by_new_demand + left / spec.drain_s if left else 0.0
 
     def wait_s(self, spec: AutoscalingSpec) -> float:
-        """That a first token may wait in a burst: `wait_slo_s`, or as long as a prompt takes where that is longer."""
+        """Return how long a first token may wait in a burst: `wait_slo_s`, or a prompt's time where that is longer."""
         prompt_s = self.prompt / self.capacity if self.capacity else 0.0
         return max(spec.wait_slo_s or 0.0, prompt_s)
 
@@ -186,22 +193,14 @@ def whole(load: float) -> int:
     return ceil(load - _EPS)
 
 
-Cause = Literal["working set", "tokens", "requests", "backlog", "bursts", "bounds", "no statistics", "idle"]
-Direction = Literal["up", "down", "none"]
-
-_MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
-_MIB = float(1 << 20)
-
-
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What is remembered between two decisions.
+    """The state that `decide` remembers between two decisions.
 
     direction   in which demand has asked for a change since `since`
     since       time
     most        the largest number of replicas that demand has asked for since then
     changed_at  time of the last change of the target
-    bursts      see there
     """
 
     direction: Direction = "none"
@@ -227,8 +226,8 @@ class Decision(NamedTuple):
 def decide(
     observations: Sequence[Observation | None], spec: AutoscalingSpec, state: ScalingState, *, target: int, now: float
 ) -> Decision:
-    """The target that follows `target`, which is at least one; `loray.policy.autoscaling` says when it is none.
-    `observations`: one per running replica, None if nothing is known of it.
+    """Return the target that follows `target`; both are at least one. `observations`: one per running replica, None if
+    nothing is known of it.
 
     While a replica is silent, no replica is removed, and none is added on its account. The mean of the others says
     nothing about it: requests are routed by adapter, so one replica may have all the load and another none, and the
@@ -330,7 +329,7 @@ def _bursts(load: Load, spec: AutoscalingSpec) -> tuple[Cause, int, str]:
 
 
 def _is_settled(known: Sequence[Observation], spec: AutoscalingSpec, state: ScalingState, now: float) -> bool:
-    """Whether a whole window has passed since the last change.
+    """Return whether a whole window has passed since the last change.
 
     By then the remaining replicas have measured the demand that a removed replica had.
     """
@@ -361,7 +360,7 @@ class IdleState:
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What is remembered between two decisions."""
+    """The state that `decide_from_zero` remembers between two decisions."""
 
     scaling: ScalingState = field(default_factory=ScalingState)
     idle: IdleState = field(default_factory=IdleState)
@@ -376,7 +375,7 @@ def decide_from_zero(
     num_queued: float,
     now: float,
 ) -> tuple[Decision, PolicyState]:
-    """As `scaling.decide`, of a deployment that may have no replica. To zero it goes from one replica alone.
+    """Decide as `decide` does, for a deployment that may have no replica. To zero it goes from one replica alone.
 
     `num_queued`: requests that wait at gateways for a replica. While a replica is silent the number does not go to
     zero, since nothing is known of its requests.

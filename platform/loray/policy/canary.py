@@ -1,4 +1,4 @@
-"""Which requests a canary answers, and when it is ended."""
+"""Rules of canaries: which requests one answers, and when it is ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 from loray.spec import CanaryBounds, CanaryCounts, LogMoments, Principal, format_seconds
+
+Bound = Literal["error_rate", "ttft", "itl"]
+
+_DEVIATIONS = 2.0  # standard errors by which a ratio of times must lie above its bound
 
 
 class Arm(NamedTuple):
@@ -17,8 +21,8 @@ class Arm(NamedTuple):
 
 
 def session_of(principal: Principal, session_id: str | None, user: str | None) -> str | None:
-    """What requests of one session have in common: the session that the client names, else the `user` of the body, else
-    the key, also when it is rotated. Tenants have sessions of their own. None: nothing is known.
+    """Return what the requests of one session have in common: the session that the client names, else the `user` of the
+    body, else the key, also when it is rotated. Tenants have sessions of their own. None: nothing is known.
     """
     for kind, value in (("session", session_id), ("user", user), ("key", principal.account)):
         if value:
@@ -27,18 +31,13 @@ def session_of(principal: Principal, session_id: str | None, user: str | None) -
 
 
 def is_taken(canary: str, session: str, percent: int) -> bool:
-    """Whether the canary answers this session. `canary` names it: another one draws other sessions.
+    """Return whether the canary answers this session. `canary` names it: another one draws other sessions.
 
     A session has one of 100 places, by its hash, and the canary the first `percent` of them: a larger share keeps the
     sessions that a smaller one had, and moves those alone that are missing.
     """
     place = int.from_bytes(blake2b(f"{canary}\0{session}".encode(), digest_size=8).digest()) % 100
     return place < percent
-
-
-Bound = Literal["error_rate", "ttft", "itl"]
-
-_DEVIATIONS = 2.0  # standard errors by which a ratio of times must lie above its bound
 
 
 class Breach(NamedTuple):
@@ -49,7 +48,7 @@ class Breach(NamedTuple):
 
 
 def breach(bounds: CanaryBounds, counts: CanaryCounts) -> Breach | None:
-    """The first bound that the canary has left; None: it is inside of all.
+    """Return the first bound that the canary has left; None: it is inside of all.
 
     Errors count against `min_requests` until there are as many requests: a version that fails always is not served so
     long. Times are compared once each version has been measured `min_requests` times. Their ratio must lie above its

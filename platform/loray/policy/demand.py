@@ -22,9 +22,11 @@ from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AdapterRef
 
 _ADAPTER, _PAIR = "adapter:", "pair:"
-_AFTER = len(_ADAPTER)
 _DIGITS = 13  # of a rank, in base 16: as many as a float has
 _NUM_RANKS = 1 << 4 * _DIGITS
+MAX_KEYS = 256  # of adapters in one report: each is a time series in Ray
+_MIN_SATURATED_S = 1.0
+_MEAN_OVER = 50  # requests, for the running mean of outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +96,20 @@ class Observation:
             burst=stats["burst"],
             prompt_tokens=stats["prompt_tokens"],
             prompt_squares=stats["prompt_squares"],
-            adapters={k[_AFTER:]: v for k, v in stats.items() if k.startswith(_ADAPTER)},
+            adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
             sample=stats["sample"],
             pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
         )
 
 
 def adapter_rank(key: str) -> float:
-    """Maps a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
+    """Map a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
     return int(key[:_DIGITS], 16) / _NUM_RANKS
 
 
 def key_of_rank(rank: float) -> str:
-    """The text before which exactly the keys come whose `adapter_rank` is below `rank`."""
+    """Return the text before which exactly the keys come whose `adapter_rank` is below `rank`."""
     return f"{ceil(rank * _NUM_RANKS):0{_DIGITS}x}" if rank < 1 else "g"
-
-
-MAX_KEYS = 256  # of adapters in one report: each is a time series in Ray
-_MIN_SATURATED_S = 1.0
-_MEAN_OVER = 50  # requests, for the running mean of outputs
 
 
 class EngineLoad(NamedTuple):
@@ -245,7 +242,7 @@ class DemandMeter:
     # -- the engine ---------------------------------------------------------------------------------------------------
 
     def sample(self, load: EngineLoad, now: float) -> None:
-        """Takes a sample. Called at roughly regular intervals."""
+        """Take a sample. It is called at roughly regular intervals."""
         last, self._last = self._last, (now, load)
         if last is None or now <= last[0]:
             return
@@ -273,7 +270,7 @@ class DemandMeter:
     # -- report -------------------------------------------------------------------------------------------------------
 
     def observe(self, now: float, loaded: Container[str] | None = None) -> Observation:
-        """`loaded`: digests of the adapters that need no load from the store; None: all."""
+        """Report the demand. `loaded`: digests of the adapters that need no load from the store; None: all."""
         self._expire(now)
         for request in self._open:
             self._mark_in_demand(request.adapter, now)
@@ -305,8 +302,8 @@ class DemandMeter:
         )
 
     def _waiting(self, loaded: Container[str] | None) -> list[TrackedRequest]:
-        """As many as the engine's last sample had waiting, less those that wait for a load: of the others without a
-        first token, the last to come. The rest is being computed.
+        """Return as many as the engine's last sample had waiting, less those that wait for a load: of the others
+        without a first token, the last to come. The rest is being computed.
         """
         unanswered = [r for r in reversed(self._open) if not r.num_output_tokens]
         ready = [r for r in unanswered if loaded is None or r.adapter is None or r.adapter.digest in loaded]

@@ -1,4 +1,4 @@
-"""Whose requests a gateway works on while it cannot keep up.
+"""Turns of tenants: whose requests a gateway works on while it cannot keep up.
 
 A gateway is one thread, and shares processors with others, so that whatever one request costs delays all others. As
 long as the gateway is on time, or only one tenant asks, a request is admitted as it comes. While it is late and several
@@ -41,7 +41,7 @@ class _Tenant(Generic[T]):
 
 
 class FairAdmission(Generic[T]):
-    """Of one gateway. `T` stands for a request that waits. Times are seconds of one clock. Not thread-safe.
+    """The turns at one gateway. `T` stands for a request that waits. Times are seconds of one clock. Not thread-safe.
 
     target    how late the gateway may be, in the mean, in the units of `observe`
     least     requests that may always be under way
@@ -59,7 +59,7 @@ class FairAdmission(Generic[T]):
 
     @property
     def is_crowded(self) -> bool:
-        """Whether lateness matters: `observe` is to be called."""
+        """True if lateness matters: `observe` is to be called."""
         return len(self._tenants) > 1 and self._num >= self._least
 
     @property
@@ -67,12 +67,12 @@ class FairAdmission(Generic[T]):
         return self._num_waiting
 
     def is_modest(self, tenant: str) -> bool:
-        """It has no more than its equal part of the requests under way, and others have some as well."""
+        """Return whether it has no more than its equal part of the requests under way, and others have some as well."""
         one, num_tenants = self._tenants.get(tenant), len(self._tenants)
         return one is not None and num_tenants > 1 and one.num * num_tenants <= self._num
 
     def ask(self, tenant: str, request: T, now: float) -> bool:
-        """Whether the request is admitted; else it waits. Each that is admitted ends once."""
+        """Return whether the request is admitted; else it waits. Each that is admitted ends once."""
         one = self._seen(tenant, now)
         self._look(now)
         if not one.waiting and self._has_room(one):
@@ -83,7 +83,7 @@ class FairAdmission(Generic[T]):
         return False
 
     def withdraw(self, tenant: str, request: T) -> None:
-        """It waits no more."""
+        """The request waits no more."""
         one = self._tenants.get(tenant)
         if one is not None and request in one.waiting:
             del one.waiting[request]
@@ -96,7 +96,7 @@ class FairAdmission(Generic[T]):
         return self._admitted(now)
 
     def observe(self, lateness: float, now: float) -> list[T]:
-        """How late the gateway was just now, by what it may be. Returns the requests that are admitted."""
+        """Tell how late the gateway was just now, by what it may be. Returns the requests that are admitted."""
         self._late.append(lateness)
         if now - self._changed_at < _STEP_S:
             return []

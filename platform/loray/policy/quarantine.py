@@ -1,11 +1,10 @@
-"""Adapters on which replicas died.
+"""Adapters on which replicas died are refused for a time.
 
 An adapter is suspected if the replica that had a request for it died before any token of the adapter had come, or its
-engine stopped in a step with the adapter. If it
-was the only such adapter of that replica, and no other replica has it, it is refused at once, else from its second
-death on: of several adapters that were loaded at the same time, most are innocent, and one that another replica has
-loaded is probably known to be good by gateways that this one has replaced. Later it is tried with one request at a
-time, until a token comes or it is refused for twice as long.
+engine stopped in a step with the adapter. If it was the only such adapter of that replica, and no other replica has it,
+it is refused at once, else from its second death on: of several adapters that were loaded at the same time, most are
+innocent, and one that another replica has loaded is probably known to be good by gateways that this one has replaced.
+Later it is tried with one request at a time, until a token comes or it is refused for twice as long.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Death(NamedTuple):
     alone: bool
 
     def refused_s(self, deaths: int) -> float | None:
-        """For how long the adapter is refused after so many deaths; None: it is only suspected."""
+        """Return for how long the adapter is refused after so many deaths; None: it is only suspected."""
         if deaths == 1 and not self.alone:
             return None
         return min(LONGEST_S, FIRST_S * 2.0 ** max(0, deaths - 1 - (not self.alone)))
@@ -47,7 +46,7 @@ class Suspicion(NamedTuple):
 
 
 class Quarantine:
-    """What one gateway knows, used from one event loop. Times are seconds of one clock, which callers give."""
+    """One gateway's knowledge, used from one event loop. Times are seconds of one clock, which callers give."""
 
     def __init__(self) -> None:
         self._good: OrderedDict[str, None] = OrderedDict()  # digests of which tokens have come
@@ -56,11 +55,11 @@ class Quarantine:
         self._suspects: dict[str, Suspicion] = {}
 
     def is_good(self, digest: str) -> bool:
-        """Tokens of it have come here, and nothing is known against it."""
+        """Return whether tokens of it have come here, and nothing is known against it."""
         return digest in self._good
 
     def is_due(self, digest: str, now: float) -> bool:
-        """It was refused, and may be tried again."""
+        """Return whether it was refused, and may be tried again."""
         known = self._suspects.get(digest)
         return known is not None and known.until is not None and known.until <= now
 
@@ -98,9 +97,9 @@ class Quarantine:
         is_held: Callable[[str], bool],
         among: Collection[str] | None = None,
     ) -> Death | None:
-        """The replica died with this request; None if its adapter is not the reason. `where` gives the replica of
-        another request; `is_held` says whether another replica has the adapter. `among`: the adapters that can be the
-        reason; None: all of the replica's.
+        """Return the death of the replica with this request; None if its adapter is not the reason. `where` gives the
+        replica of another request; `is_held` says whether another replica has the adapter. `among`: the adapters that
+        can be the reason; None: all of the replica's.
         """
         digest = self._trying.get(request_id)
         if digest is None or (among is not None and digest not in among):
@@ -121,8 +120,8 @@ class Quarantine:
         self._suspects[death.digest] = Suspicion(deaths, None if seconds is None else now + seconds, death.replica)
 
     def learn(self, suspects: Mapping[str, Suspicion]) -> list[str]:
-        """What all gateways know now, instead of what was known here. Returns those refused after a single death of
-        which tokens had come here: they are innocent.
+        """Take over what all gateways know now. Returns those refused after a single death of which tokens had come
+        here: they are innocent.
         """
         innocent = [d for d, s in suspects.items() if s.deaths == 1 and s.until is not None and d in self._good]
         self._suspects = {digest: known for digest, known in suspects.items() if digest not in innocent}

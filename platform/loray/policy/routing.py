@@ -1,4 +1,4 @@
-"""A replica for a request; what replicas report.
+"""How a router chooses a replica for a request, and what replicas report of their adapters.
 
 The order for an adapter: replicas that hold it in the pool, replicas that hold it on the host, replicas to which this
 router has just sent it, all others. Within each group, replicas are ordered by the rendezvous hash of adapter and
@@ -9,8 +9,8 @@ placed on it, and the second choice for an adapter is as stable as the first.
 
 Two loads of a replica are bounded, each by c times the mean, and the requests by one more than their mean. A replica
 with too many requests is skipped, so an adapter in high demand spreads over as many replicas as it needs, and over
-fewer afterwards. A replica with too many adapters
-gets no new ones and loses those that do not fit into its pool, so a new replica takes its share of them.
+fewer afterwards. A replica with too many adapters gets no new ones and loses those that do not fit into its pool, so a
+new replica takes its share of them.
 
     V. Mirrokni, M. Thorup, M. Zadimoghaddam: Consistent hashing with bounded loads. SODA 2018, arXiv:1608.01350
 
@@ -23,12 +23,6 @@ the hash placed them. Requests for the base go to the replica with the lowest lo
 
 An adapter is named by the first 64 bits of its digest. If two adapters collide, a request goes to the wrong replica,
 which serves it all the same.
-
-Deltas form a series, one for each connection of a replica to a gateway, and are numbered in it. So a gateway knows when
-it has missed one, and asks for everything again; and the deltas of a replica are never applied to what its predecessor,
-or an older connection, has said.
-
-The number of requests is not part of the report: it changes constantly, and Serve sends it with each response.
 """
 
 from __future__ import annotations
@@ -50,6 +44,9 @@ _NOT_HELD = len(_TIERS)
 _NUM_PREFERENCES = _NOT_HELD + 3  # see `_preference`
 _BITS = (1 << 64) - 1
 _MAX_ORDERED = 1 << 18  # positions of replicas that are kept
+KEY_DIGITS = 16
+MAX_KEYS = 1 << 15  # in one delta: 256 KiB, a fraction of the channel's largest frame
+_FORGOTTEN_S = 300.0  # a report that is so old: no policy of routing uses it
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ class RoutingPolicy:
         return ceil(self.factor * (total + 1) / number)
 
     def max_load(self, total: int, number: int) -> int:
-        """The same for requests: at most `excess` above their mean, at least `floor`."""
+        """The upper bound of requests: at most `excess` above their mean, at least `floor`."""
         return max(min(self.bound(total, number), ceil((total + 1) / number) + self.excess), self.floor)
 
 
@@ -122,7 +119,7 @@ class Routing:
     def rank(
         self, replicas: Sequence[ReplicaView], adapter: str | None, *, now: float, tie: str = ""
     ) -> list[Candidate]:
-        """Every replica once, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
+        """Rank every replica, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
         self._expire(now)
         # Sorting is stable: whatever is equal stays in the order of the hashes.
         ordered = self._by_hash(replicas, tie if adapter is None else adapter, is_adapter=adapter is not None)
@@ -174,11 +171,11 @@ class Routing:
             del self._recent[replica][adapter]
 
     def recent_holders(self, adapter: str) -> list[str]:
-        """Replicas to which the adapter was sent lately, and which have not reported it yet. From any thread."""
+        """Return the replicas that were sent the adapter lately and have not reported it yet. Any thread may ask."""
         return [replica for replica, recent in list(self._recent.items()) if adapter in recent]
 
     def retain(self, replicas: Collection[str]) -> None:
-        """Forgets what was sent to replicas other than these, which no longer exist."""
+        """Forget what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
 
     def _by_hash(self, replicas: Sequence[ReplicaView], key: str, *, is_adapter: bool) -> list[ReplicaView]:
@@ -229,7 +226,7 @@ def _preference(tier: int, crowded: bool) -> int:
 
 
 def is_among_first(adapter: str, replica: str, others: Collection[str], number: int) -> bool:
-    """Whether `replica` is one of the first `number` of it and `others` in the order for `adapter`, a routing key."""
+    """Return whether `replica` is one of the first `number` of it and `others` in the order for a routing key."""
     own = _weight(adapter, replica)
     better = (True for other in others if _weight(adapter, other) > own)
     return sum(islice(better, number)) < number
@@ -242,29 +239,24 @@ def _weight(key: str, replica: str) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def hashed(name: str) -> int:
-    """64 bits of a name, of an adapter or a replica."""
+    """Return 64 bits of a name, of an adapter or a replica."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def mixed(bits: int) -> int:
-    """A permutation of 64 bits whose every output bit depends on all input bits (splitmix64's last part)."""
+    """Permute 64 bits, so that every output bit depends on all input bits (splitmix64's last part)."""
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _BITS
     return bits ^ bits >> 31
 
 
-KEY_DIGITS = 16
-MAX_KEYS = 1 << 15  # in one delta: 256 KiB, a fraction of the channel's largest frame
-_FORGOTTEN_S = 300.0  # a report that is so old: no policy of routing uses it
-
-
 def routing_key(digest: str) -> str:
-    """The first 16 hex digits of a digest, which are unique among millions of adapters."""
+    """Return the first 16 hex digits of a digest, which are unique among millions of adapters."""
     return digest[:KEY_DIGITS]
 
 
 class Held(NamedTuple):
-    """Digests of the adapters in a replica's pool, and of those only on its host."""
+    """The adapters in a replica's pool, and those only on its host, by digest."""
 
     in_pool: Collection[str] = ()
     on_host: Collection[str] = ()
@@ -272,7 +264,12 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RoutingDelta:
-    """What has changed since the delta before it. Adapters are named by their routing keys, each at most once.
+    """The changes since the delta before it. Adapters are named by their routing keys, each at most once.
+
+    Deltas form a series, one for each connection of a replica to a gateway, and are numbered in it. So a gateway knows
+    when it has missed one, and asks for everything again; and the deltas of a replica are never applied to what its
+    predecessor, or an older connection, has said. The number of requests is not part of it: that changes constantly,
+    and Serve sends it with each response.
 
     series, number    deltas of one series are numbered one after the other
     is_whole          what was said before counts no more
@@ -290,7 +287,7 @@ class RoutingDelta:
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """Routing keys of the adapters in the pool, and of those only on the host, after delta `number` of `series`."""
+    """The adapters in the pool, and those only on the host, by routing key, after delta `number` of `series`."""
 
     series: str
     number: int
@@ -299,7 +296,7 @@ class RoutingReport:
 
 
 def apply(report: RoutingReport | None, delta: RoutingDelta) -> RoutingReport | None:
-    """The report after `delta`; None if the delta does not follow `report`, and the whole is needed."""
+    """Return the report after `delta`; None if the delta does not follow `report`, and the whole is needed."""
     in_pool: frozenset[str] = frozenset()
     on_host = in_pool
     if not delta.is_whole:
@@ -327,7 +324,7 @@ class RoutingSeries:
         self._told = None
 
     def deltas(self, held: Held) -> list[RoutingDelta]:
-        """What is to be sent now, in this order. Nothing if nothing has changed."""
+        """Return what is to be sent now, in this order; nothing if nothing has changed."""
         if self._told is not None and held == self._held:  # the same digests in the same order: quick to see
             return []
         self._held = held
@@ -364,7 +361,7 @@ class Known(NamedTuple):
 
 
 class RoutingReports:
-    """What a gateway knows of its replicas. Times are seconds of any monotonic clock.
+    """A gateway's knowledge of its replicas. Times are seconds of any monotonic clock.
 
     One thread writes; others may read meanwhile.
     """
@@ -376,7 +373,7 @@ class RoutingReports:
         return self._known.get(replica)
 
     def take(self, replica: str, delta: RoutingDelta, now: float) -> bool:
-        """False if a delta was missed before this one: the replica must tell everything again."""
+        """Apply a delta; False if one was missed before it: the replica must tell everything again."""
         known = self._known.get(replica)
         report = apply(None if known is None else known.report, delta)
         if report is None:

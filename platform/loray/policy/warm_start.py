@@ -1,4 +1,4 @@
-"""Which adapters a new replica loads first.
+"""The demand that gateways remember, and the adapters that a new replica loads first by it.
 
 Among the replicas that have an adapter in the pool, routing prefers the first in the order of the rendezvous hash, and
 where that one has too much load, the second. So a new replica that has loaded the adapters for which it is among the
@@ -18,6 +18,7 @@ from loray.spec import AdapterRef
 
 HALF_LIFE_S = 300.0
 NUM_KEPT = 512  # of the adapters of one base
+_LEAST = 1e-3  # of the largest weight: an adapter that is asked for less is loaded when it is asked for
 
 
 class AdapterDemand(NamedTuple):
@@ -30,7 +31,7 @@ class AdapterDemand(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DemandRecord:
-    """What a gateway knew of a base at `at`, in seconds since the epoch: its replicas, and the demand, most first."""
+    """A gateway's knowledge of a base at `at`, in seconds since the epoch: its replicas, and the demand, most first."""
 
     at: float
     replicas: tuple[str, ...] = ()
@@ -73,9 +74,6 @@ def merged(records: Collection[DemandRecord]) -> DemandRecord:
 
 def _decay(seconds: float) -> float:
     return exp2(-max(0.0, seconds) / HALF_LIFE_S)
-
-
-_LEAST = 1e-3  # of the largest weight: an adapter that is asked for less is loaded when it is asked for
 
 
 def expected(record: DemandRecord, own: str, policy: RoutingPolicy | None = None) -> Iterator[AdapterDemand]:

@@ -1,12 +1,4 @@
-"""Replicas, their adapters and their clock.
-
-A step has the length that the engine's budget gives it (`engine.scheduling.budget`): with requests that decode, the
-target between two tokens, but at least a quarter of that for prompts; without, four times the target. What steps begin
-and end between events is not followed; so an event costs O(log requests), however many steps pass.
-
-Of the prompts the one with the smallest virtual finish is computed, as the engine's fair queue does for one tenant: the
-service that the replica had given when the request came, plus the prompt's tokens.
-"""
+"""Simulated replicas, their adapters and their clock."""
 
 from __future__ import annotations
 
@@ -17,20 +9,24 @@ from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
 from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, PriorityQueue
+from loray.engine.scheduling.fairness import OUTPUT_WEIGHT
+from loray.engine.scheduling.step_budget import ALONE, MIN_SHARE
 from loray.policy.demand import TrackedRequest
 from loray.simulation.profile import Profile
 
+POOL, HOST, NOWHERE = 0, 1, 2
+
 
 class Slowdown(NamedTuple):
-    """What is at work takes `shared` + contention · `beside` times as long as alone."""
+    """Work takes `shared` + contention · `beside` times as long as alone."""
 
     shared: float
     beside: float
 
     @classmethod
     def of(cls, num: int, processors: float) -> Slowdown:
-        """Of `num` at work. As long as each has a processor, it makes every other slower by the contention; more of
-        them have equal parts of the processors.
+        """Return the slowdown of `num` at work. As long as each has a processor, it makes every other slower by the
+        contention; more of them have equal parts of the processors.
         """
         num = max(1, num)
         shared = max(1.0, num / processors)
@@ -38,9 +34,9 @@ class Slowdown(NamedTuple):
 
 
 class Clock:
-    """All that are at work become slower by the same factor, see `Slowdown`. So all work has one time of its own: what
-    takes s seconds alone ends s seconds of work later, whatever comes and goes meanwhile. Without contention, and with
-    a processor for each, both times are equal.
+    """The time of all that are at work, which become slower by the same factor, see `Slowdown`. So all work has one
+    time of its own: what takes s seconds alone ends s seconds of work later, whatever comes and goes meanwhile. Without
+    contention, and with a processor for each, both times are equal.
     """
 
     def __init__(self, contention: float = 0.0, processors: float = math.inf) -> None:
@@ -50,7 +46,7 @@ class Clock:
         self._crowd = 0
 
     def seconds(self, work: float) -> float:
-        """When that time of work comes, if the crowd stays as it is."""
+        """Return when that time of work comes, if the crowd stays as it is."""
         return work * self._factor + self._offset
 
     def work(self, seconds: float) -> float:
@@ -76,9 +72,6 @@ class PlacementListener(Protocol):
         ...
 
 
-POOL, HOST, NOWHERE = 0, 1, 2
-
-
 class ReplicaAdapters:
     """One replica's pool and host. The pool is shared with the KV cache: see `take`.
 
@@ -87,7 +80,7 @@ class ReplicaAdapters:
 
     def __init__(self, replica: int, profile: Profile, sizes: list[int], listener: PlacementListener) -> None:
         self._replica, self._profile, self._sizes, self._listener = replica, profile, sizes, listener
-        self._worth = EvictionPolicy()
+        self._eviction = EvictionPolicy()
         self._scores: dict[int, EvictionScore] = {}  # of those in the pool
         self._pins: dict[int, int] = {}  # of those in the pool
         self._idle: PriorityQueue[int] = PriorityQueue()
@@ -130,7 +123,7 @@ class ReplicaAdapters:
         return None
 
     def _add(self, adapter: int) -> None:
-        """To the host, from which the least recently used leave."""
+        """Add the adapter to the host, from which the least recently used leave."""
         self._host[adapter] = None
         self._host_used += self._sizes[adapter]
         self._listener.placed(self._replica, adapter, HOST)
@@ -143,7 +136,7 @@ class ReplicaAdapters:
                 self._set_idle(oldest)  # to have it again would take a load now
 
     def prefetch(self, adapter: int) -> None:
-        """It is on the host, without a load that anybody waited for."""
+        """Put the adapter on the host, without a load that anybody waited for."""
         if self.tier(adapter) == NOWHERE and adapter not in self.waiting:
             self._add(adapter)
 
@@ -167,13 +160,13 @@ class ReplicaAdapters:
         self._uses += 1
         if pins is not None:
             self._pins[adapter] = pins + 1
-            self._worth.used(self._scores[adapter])
+            self._eviction.used(self._scores[adapter])
             return 0.0
         seconds = self._profile.place_seconds(self._sizes[adapter])
         self._pins[adapter] = 1
         score = self._scores[adapter] = EvictionScore(load_seconds=self._profile.load_seconds(self._sizes[adapter]))
-        self._worth.placed(score, seconds, self._sizes[adapter])
-        self._worth.used(score)
+        self._eviction.placed(score, seconds, self._sizes[adapter])
+        self._eviction.used(score)
         self._listener.placed(self._replica, adapter, POOL)
         return seconds
 
@@ -185,24 +178,21 @@ class ReplicaAdapters:
             self._release(adapter)
 
     def _release(self, adapter: int) -> None:
-        self._worth.released(self._scores[adapter])
+        self._eviction.released(self._scores[adapter])
         self._set_idle(adapter)
 
     def _set_idle(self, adapter: int) -> None:
         score = self._scores[adapter]
-        value = self._worth.value(score, self._sizes[adapter], on_host=adapter in self._host)
+        value = self._eviction.value(score, self._sizes[adapter], on_host=adapter in self._host)
         self._idle.set(adapter, (value, self._uses))
 
     def _evict(self, adapter: int, value: float) -> None:
-        self._worth.inflation.evicted(value)
+        self._eviction.inflation.evicted(value)
         self._idle.discard(adapter)
         del self._pins[adapter], self._scores[adapter]
         self.free += self._sizes[adapter]
         self.num_evictions += 1
         self._listener.placed(self._replica, adapter, HOST if adapter in self._host else NOWHERE)
-
-
-_ALONE, _MIN_SHARE, _OUTPUT_WEIGHT = 4.0, 0.25, 2.0  # as engine.scheduling.budget and fairness have them
 
 
 class SimulatedRequest:
@@ -243,7 +233,7 @@ class SimulatedRequest:
 
 
 class Ended(NamedTuple):
-    """What has happened by the time of an `advance`."""
+    """The requests to which something has happened by the time of an `advance`."""
 
     first_tokens: Sequence[SimulatedRequest]
     finished: Sequence[SimulatedRequest]
@@ -253,8 +243,15 @@ _NOTHING = Ended((), ())
 
 
 class Replica:
-    """`ready` and `advance` change it; then `next_event` is the time at which `advance` is to be called next. Its times
-    are those of the clock's work.
+    """One replica. `ready` and `advance` change it; then `next_event` is the time at which `advance` is to be called
+    next. Its times are those of the clock's work.
+
+    A step has the length that the engine's budget gives it (`engine.scheduling.step_budget`): with requests that
+    decode, the target between two tokens, but at least a quarter of that for prompts; without, four times the target.
+    What steps begin and end between events is not followed; so an event costs O(log requests), however many steps pass.
+
+    Of the prompts the one with the smallest virtual finish is computed, as the engine's fair queue does for one tenant:
+    the service that the replica had given when the request came, plus the prompt's tokens.
     """
 
     def __init__(self, profile: Profile, adapters: ReplicaAdapters, clock: Clock, now: float) -> None:
@@ -264,9 +261,8 @@ class Replica:
         self.now = now
         self._decoded = 0.0  # tokens of a request that has decoded since the start
         self._decoding: list[tuple[float, int, SimulatedRequest]] = []  # by the value of `_decoded` at which they end
-        self._waiting: list[
-            tuple[float, int, SimulatedRequest]
-        ] = []  # by virtual finish; their adapters are on the host at least
+        # By virtual finish; their adapters are on the host at least.
+        self._waiting: list[tuple[float, int, SimulatedRequest]] = []
         self._begun: list[tuple[float, int, SimulatedRequest]] = []  # prompts that are partly computed
         self._stuck = False  # the first of `_waiting` found no place or no room, and nothing has ended since
         self._prompt_rate = self._decode_rate = 0.0
@@ -292,7 +288,7 @@ class Replica:
 
     def ready(self, job: SimulatedRequest) -> None:
         """Its adapter is on the host or in the pool; the replica has been advanced to now."""
-        finish = self._prompt_tokens + _OUTPUT_WEIGHT * self._output_tokens + job.num_prompt
+        finish = self._prompt_tokens + OUTPUT_WEIGHT * self._output_tokens + job.num_prompt
         job.rest = job.stall + job.factor * self._profile.prompt_seconds(job.num_prompt)
         job.token_rate = job.num_prompt / job.rest
         heappush(self._waiting, (finish, job.index, job))
@@ -349,8 +345,8 @@ class Replica:
             self._prompt_rate, self._decode_rate = 0.0, 1 / fixed if num_decoding else 0.0
         else:
             job = begun[0][2]
-            target = self._target_s if num_decoding else _ALONE * self._target_s
-            room = max(target - fixed, _MIN_SHARE * target)
+            target = self._target_s if num_decoding else ALONE * self._target_s
+            room = max(target - fixed, MIN_SHARE * target)
             room = min(room, self._profile.max_num_batched_tokens / job.token_rate)
             self._step = fixed + room
             self._prompt_rate = room / self._step
@@ -373,7 +369,7 @@ class Replica:
         self.next_event = at
 
     def _admit(self, job: SimulatedRequest) -> bool:
-        """Whether there is a place in the batch and room in the pool; if so, both are taken."""
+        """Take a place in the batch and room in the pool; False if one of them is missing."""
         profile = self._profile
         # Blocks come as tokens are generated: in the mean half of the output's.
         kv_bytes = profile.kv_token_bytes * (job.num_prompt + 0.5 * job.num_output)
@@ -463,10 +459,7 @@ class Cluster:
     def _end(self, member: Member, now: float) -> None:
         member.ended_at = now
         self._seconds += now - member.started_at
-        self._count(member)
         self._free.append(member.slot)
-
-    def _count(self, member: Member) -> None:
         self.num_loads += member.replica.adapters.num_loads
         self.num_evictions += member.replica.adapters.num_evictions
 
@@ -475,12 +468,12 @@ class Cluster:
         return len(self.members) + len(self.starting) + len(self.ending)
 
     def hours(self, now: float) -> float:
-        """Of all replicas, from the decision to start each until it had ended."""
+        """Return the hours of all replicas, from the decision to start each until it had ended."""
         alive = [*self.members.values(), *self.starting, *self.ending]
         return (self._seconds + sum(now - m.started_at for m in alive)) / 3600
 
     def totals(self) -> tuple[int, int]:
-        """Loads and evictions of all replicas."""
+        """Return the loads and evictions of all replicas."""
         alive = [*self.members.values(), *self.starting, *self.ending]
         return (
             self.num_loads + sum(m.replica.adapters.num_loads for m in alive),

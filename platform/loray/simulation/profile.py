@@ -1,4 +1,4 @@
-"""What a replica's work costs: seconds of steps and loads, bytes of the pool, as benchmarks measure them."""
+"""Profiles of what a replica's work costs: seconds of steps and loads, bytes of the pool, all as measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Factor = Annotated[float, Field(gt=0)]
 
 
 class Overhead(NamedTuple):
-    """Of one request beside its loads and steps."""
+    """Seconds of one request beside its loads and steps."""
 
     before: _Seconds = 0.0  # connections and gateway, until the router chooses
     way: _Seconds = 0.0  # to its replica and back
@@ -22,7 +22,7 @@ class Overhead(NamedTuple):
 
 
 class Profile(BaseModel):
-    """One base on one kind of replica.
+    """The costs of one base on one kind of replica.
 
     A step with d requests that decode and a chunk of n tokens of a prompt from position s on takes
 
@@ -81,7 +81,7 @@ class Profile(BaseModel):
     itl_slo_s: float = Field(gt=0)
 
     def prompt_seconds(self, num_tokens: int) -> float:
-        """Of a whole prompt, without the fixed cost of its steps."""
+        """Return the seconds of a whole prompt, without the fixed cost of its steps."""
         return num_tokens * self.prompt_s + 0.5 * num_tokens * (num_tokens + 1) * self.pair_s
 
     def load_seconds(self, nbytes: float) -> float:
@@ -91,14 +91,14 @@ class Profile(BaseModel):
         return self.place_s + nbytes * self.place_byte_s
 
     def work_seconds(self, num_prompt_tokens: float, num_output_tokens: float) -> float:
-        """Of a busy replica, for one request: its prompt and its share of decode steps with half a batch."""
+        """Return a busy replica's seconds for one request: its prompt and its share of decode steps of half a batch."""
         each = self.step_s / (0.5 * self.max_num_seqs) + self.decode_s + self.adapter_s
         prompt = num_prompt_tokens * (self.prompt_s + 0.5 * num_prompt_tokens * self.pair_s)
         return prompt + num_output_tokens * each
 
 
 def load_profile(path: Path) -> Profile:
-    """From a JSON file. SpecError says what is wrong in it."""
+    """Read a profile from a JSON file. Raises SpecError, which says what is wrong in it."""
     try:
         return Profile.model_validate_json(path.read_bytes())
     except ValidationError as e:

@@ -1,18 +1,4 @@
-"""How policies choose a replica.
-
-`rank` looks at every replica for every request. Here a request for an adapter that is held looks at its holders, in the
-order of their hashes, until one is within bounds; only one that no such replica holds looks at all, as columns. A test
-holds both to the same choices.
-
-Every 3 seconds each adapter in demand gets a number of replicas: its share of the load times all slots for adapters,
-by largest remainders, at least one and at most all replicas. They are the first in the adapter's rendezvous order
-that have a slot left; those that it has stay. Numbers fall only three periods after they last fell. A request goes to
-the replica of its adapter's set with the fewest requests, which loads the adapter if it has to, as the proposal has it.
-(The controller's filter leaves out replicas of the set that have not loaded it yet; without something else that loads
-it there, one replica would keep all requests.) An adapter without a set goes to the first replica by hash.
-
-    github.com/ai-dynamo/enhancements, deps/000N-lora-placement; ai-dynamo/dynamo, lib/llm/src/lora/controller.rs
-"""
+"""Routers: how the policies that are compared choose a replica."""
 
 from __future__ import annotations
 
@@ -26,19 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.policy.routing import RoutingPolicy, hashed, mixed, routing_key
-from loray.simulation.cluster import SimulatedRequest
+from loray.simulation.cluster import NOWHERE, POOL, SimulatedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.workload import digest
 
 _RECENT = 2
 _NUM_FIRST, _MOST_CHANGES = 8, 32
 _MANY = 48  # holders, from which on NumPy is faster than a loop
-_POOL, _HOST, _NOWHERE = 0, 1, 2
 _MOST = 1 << 62
+_PERIOD_S, _WINDOW_PERIODS, _COOLDOWN, _SMOOTHING = 3.0, 30, 3, 0.3  # of Dynamo's controller, its defaults
+_MOST_COMPARED = 32  # of a larger set so many are drawn
 
 
 class RoutingIndex:
-    """What a router knows of the replicas in its slots, and of the adapters that they hold.
+    """The knowledge of a router: the replicas in its slots, and the adapters that they hold.
+
+    `Routing.rank` looks at every replica for every request. Here a request for an adapter that is held looks at its
+    holders, in the order of their hashes, until one is within bounds; only one that no such replica holds looks at all,
+    as columns. A test holds both to the same choices.
 
     size       slots
     adapters   64 bits of each adapter's routing key, see `routing.hashed`
@@ -90,7 +81,7 @@ class RoutingIndex:
         if self._loads[slot] < self._limit:
             self._num_free -= 1
             self._sum_load -= self._loads[slot]
-        self._num_spare -= self._is_spare(slot)
+        self._num_spare -= not self._unanswered[slot] and self._loads[slot] < self._spare_load
         self._is_here_N[slot] = False
         self._num_here -= 1
         self._changes.append((slot, False))
@@ -118,7 +109,7 @@ class RoutingIndex:
     def placed(self, slot: int, adapter: int, tier: int) -> None:
         """The replica reports the adapter in its pool, on its host, or gone."""
         if self._is_here_N[slot]:
-            self._set_tier(slot, adapter, None if tier == _NOWHERE else tier)
+            self._set_tier(slot, adapter, None if tier == NOWHERE else tier)
 
     def sent(self, slot: int, adapter: int, now: float) -> None:
         """A request was sent there."""
@@ -130,7 +121,7 @@ class RoutingIndex:
     # -- the choice ---------------------------------------------------------------------------------------------------
 
     def best(self, adapter: int, now: float) -> int:
-        """The slot that `Routing.rank` names first."""
+        """Return the slot that `Routing.rank` names first."""
         self._expire(now)
         if not self._num_free:
             return self._least(adapter, self._is_here_N)
@@ -157,7 +148,7 @@ class RoutingIndex:
                     if unanswered[slot] > most:
                         continue
                 tier = self._tiers[slot][adapter]
-                if tier == _POOL:
+                if tier == POOL:
                     return slot
                 if tier == _RECENT:
                     recent = slot if recent < 0 else recent
@@ -180,9 +171,6 @@ class RoutingIndex:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _is_spare(self, slot: int) -> bool:
-        return not self._unanswered[slot] and self._loads[slot] < self._spare_load
-
     def _most_unanswered(self, max_load: int) -> int:
         fits_N = self._is_here_N & (self._load_N < max_load)
         return int(np.min(self._unanswered_N, where=fits_N, initial=_MOST)) + self._policy.excess_tokens
@@ -203,7 +191,7 @@ class RoutingIndex:
         return self._by_hash(adapter, fits_N) if fits_N.any() else -1
 
     def _slots_of(self, adapter: int) -> NDArray[np.int64]:
-        """Of its holders, in their order."""
+        """Return the slots of its holders, in their order."""
         slots = self._holder_slots.get(adapter)
         if slots is None:
             slots = np.array([slot for _, slot in self._holders.get(adapter, ())], np.int64)
@@ -278,7 +266,7 @@ class RoutingIndex:
             tiers[adapter] = tier
 
     def _expire(self, now: float) -> None:
-        """What was sent long ago and never reported: the times are in order, and only the last of each counts."""
+        """Forget what was sent long ago and never reported. Times are in order, and only the last of each counts."""
         while self._sent and self._sent[0][0] < now - self._policy.recent_s:
             at, slot, adapter = self._sent.popleft()
             if self._last_sent.get((slot, adapter)) == at:
@@ -327,7 +315,7 @@ class Slots:
 
 
 class SimulatedRouter(Slots):
-    """loray's: `serving.routing`. Reports of replicas arrive at once."""
+    """Chooses as loray does (`policy.routing`). Reports of replicas arrive at once."""
 
     def __init__(self, size: int, num_adapters: int, profile: Profile, policy: RoutingPolicy | None = None) -> None:
         super().__init__(size)
@@ -360,7 +348,7 @@ class SimulatedRouter(Slots):
 
 
 class RandomRouter(Slots):
-    """Any replica, as where a load balancer stands before independent S-LoRA engines."""
+    """Chooses any replica, as where a load balancer stands before independent S-LoRA engines."""
 
     def __init__(self, size: int, seed: int) -> None:
         super().__init__(size)
@@ -371,7 +359,7 @@ class RandomRouter(Slots):
 
 
 class TwoChoices(RandomRouter):
-    """Ray Serve's default: of two replicas drawn at random the one with fewer requests."""
+    """Chooses as Ray Serve does by default: of two replicas drawn at random the one with fewer requests."""
 
     def choose(self, job: SimulatedRequest, now: float) -> int:
         if len(self.slots) == 1:
@@ -381,7 +369,7 @@ class TwoChoices(RandomRouter):
 
 
 class LeastWork(Slots):
-    """Of all replicas the one that would be done first with all that it has, the outputs' true lengths known."""
+    """Chooses the replica that would be done first with all that it has, the outputs' true lengths known."""
 
     def __init__(self, size: int, profile: Profile) -> None:
         super().__init__(size)
@@ -417,12 +405,18 @@ class LeastWork(Slots):
         heappush(self._heap, (done_at, self._numbers[slot], slot))
 
 
-_PERIOD_S, _WINDOW_PERIODS, _COOLDOWN, _SMOOTHING = 3.0, 30, 3, 0.3  # the controller's defaults
-_MOST_COMPARED = 32  # of a larger set so many are drawn
-
-
 class ProportionalPlacement(Slots):
-    """`slots_each`: adapters that fit into a replica's pool."""
+    """Chooses as NVIDIA Dynamo's proposal for LoRA has it. `slots_each`: adapters that fit into a replica's pool.
+
+    Every 3 seconds each adapter in demand gets a number of replicas: its share of the load times all slots for
+    adapters, by largest remainders, at least one and at most all replicas. They are the first in the adapter's
+    rendezvous order that have a slot left; those that it has stay. Numbers fall only three periods after they last
+    fell. A request goes to the replica of its adapter's set with the fewest requests, which loads the adapter if it has
+    to. (The controller's filter leaves out replicas of the set that have not loaded it yet; without something else that
+    loads it there, one replica would keep all requests.) An adapter without a set goes to the first replica by hash.
+
+        github.com/ai-dynamo/enhancements, deps/000N-lora-placement; ai-dynamo/dynamo, lib/llm/src/lora/controller.rs
+    """
 
     def __init__(self, size: int, num_adapters: int, slots_each: int, seed: int) -> None:
         super().__init__(size)

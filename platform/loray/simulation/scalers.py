@@ -1,4 +1,4 @@
-"""How policies choose the number of replicas."""
+"""Scalers: how the policies that are compared choose the number of replicas."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class Fixed:
 
 
 class AdapterDemandScaler:
-    """loray's: a `DemandMeter` on each replica, and `serving.scaling.decide`."""
+    """Scales as loray does: with a `DemandMeter` on each replica, and `policy.autoscaling.decide`."""
 
     def __init__(self, spec: AutoscalingSpec, number: int, profile: Profile, sizes: list[int]) -> None:
         self._spec, self._number, self._profile = spec, number, profile
         self._state = ScalingState()
-        self._refs = [_ref(adapter, size) for adapter, size in enumerate(sizes)]
+        self._refs = [
+            AdapterRef(digest(adapter), f"adapter-{adapter}", 1, "lora", "0" * 64, 1 << 20, size)
+            for adapter, size in enumerate(sizes)
+        ]
         self._numbers = {ref.digest: adapter for adapter, ref in enumerate(self._refs)}
         self._bytes = {size: AdapterBytes(size) for size in sizes}
         self._meters: dict[Member, DemandMeter] = {}
@@ -67,7 +70,7 @@ class AdapterDemandScaler:
         return self._number
 
     def observe(self, member: Member, now: float) -> Observation:
-        """As a replica reports. Its waiting requests include those that wait for a load, as the engine's do."""
+        """Return what the replica reports. As the engine does, it counts requests that wait for a load as waiting."""
         meter, replica = self._meters[member], member.replica
         loading = sum(replica.adapters.waiting.values())
         waiting = replica.num_jobs - replica.num_running
@@ -114,12 +117,8 @@ class _Loaded:
         return isinstance(digest, str) and self._adapters.tier(self._numbers[digest]) != NOWHERE
 
 
-def _ref(adapter: int, nbytes: int) -> AdapterRef:
-    return AdapterRef(digest(adapter), f"adapter-{adapter}", 1, "lora", "0" * 64, 1 << 20, nbytes)
-
-
 class OngoingRequests(Fixed):
-    """Ray Serve's: mean requests under way over 30 s, by so many a replica (its defaults, but the target)."""
+    """Scales as Ray Serve does: by the mean requests under way over 30 s (its defaults, but the target)."""
 
     _LOOK_BACK_S, _UP_S, _DOWN_S = 30.0, 30.0, 600.0
 
@@ -144,7 +143,7 @@ class OngoingRequests(Fixed):
 
 
 class OracleScaler(Fixed):
-    """Knows all arrivals and lengths: what the busiest ten seconds of the coming minute need, at a utilisation."""
+    """Knows all arrivals and lengths: it runs what the busiest ten seconds of the coming minute need."""
 
     _SPAN_S, _AHEAD = 10.0, 6
 

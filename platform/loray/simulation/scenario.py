@@ -84,7 +84,7 @@ class Scenario:
         )
 
     def requests(self) -> RequestTrace:
-        """Equal for equal scenarios."""
+        """Return the requests, which are equal for equal scenarios."""
         rng = np.random.default_rng(self.seed)
         context = self.profile.context_length
         capacity = self.utilization * self.replicas
@@ -130,8 +130,8 @@ def _dynamo(s: Scenario, requests: RequestTrace, size: int) -> Policy:
 
 
 def _oracle(s: Scenario, requests: RequestTrace, size: int) -> Policy:
-    foreseen = OracleScaler(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
-    scaler = Fixed(s.replicas) if s.fixed else foreseen
+    oracle = OracleScaler(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
+    scaler = Fixed(s.replicas) if s.fixed else oracle
     return Policy("oracle", LeastWork(size, s.profile), scaler, foresees=True)
 
 
@@ -175,7 +175,9 @@ def simulate(
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Nothing in a run refers to itself, and Python's collector would look through its objects again and again."""
+    """Turn garbage collection off: nothing in a run refers to itself, and Python's collector would look through its
+    objects again and again.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

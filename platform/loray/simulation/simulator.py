@@ -1,4 +1,4 @@
-"""The events of a run, and its summary."""
+"""`Simulator` runs one policy over the requests, event by event; `summary` and `course` say what came of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Event = tuple[float, int, int, Any, int]  # at, number, kind, what, adapter
 
 @dataclass(frozen=True)
 class Policy:
-    """`foresees`: adapters are on the host before their request comes, and replicas start in advance."""
+    """A router and a scaler. `foresees`: adapters are on the host before requests come, and replicas start early."""
 
     name: str
     router: Router
@@ -36,7 +36,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of R requests under one policy.
+    """The outcome of R requests under one policy.
 
     ttft_R         seconds from arrival to first token; end_R from arrival to last
     slot_R         the replica's slot
@@ -61,7 +61,7 @@ class Outcome:
 
 
 class Simulator:
-    """Runs once. Events of equal times come in the order in which they were made.
+    """One run. Events of equal times come in the order in which they were made.
 
     What replicas do, loads, and the requests' way to the router are work, whose events have times of the clock's work.
     Arrivals, decisions and starts come at their seconds, and these are what policies and results are given.
@@ -104,7 +104,7 @@ class Simulator:
             self.cluster.admit(member)
 
     def run(self, progress: Callable[[float], None] | None = None) -> Outcome:
-        """`progress` is told the share of the requests that have come."""
+        """Run once. `progress` is told the share of the requests that have come."""
         requests = self._requests
         before, hours_before = (0, 0), 0.0
         self._push_timed(0.0, _DECIDE)
@@ -285,13 +285,13 @@ class Simulator:
 
 
 def adapter_sizes(profile: Profile, num_adapters: int) -> list[int]:
-    """Bytes of each adapter: the profile's sizes in turn."""
+    """Return the bytes of each adapter: the profile's sizes in turn."""
     return [profile.adapter_bytes[a % len(profile.adapter_bytes)] for a in range(num_adapters)]
 
 
 class Summary(NamedTuple):
-    """Of one policy over one run or several, without the warm-up. Times in seconds, without probes; means over the runs
-    where they are quantiles.
+    """Figures of one policy over one run or several, without the warm-up. Times in seconds, without probes; means over
+    the runs where they are quantiles.
 
     max_replicas  the most at a time, of those there when the first of these requests came and later
     tokens_per_s  generated, from the first arrival to the last token
@@ -341,7 +341,7 @@ def mean(summaries: Sequence[Summary]) -> Summary:
 
 
 class Course(NamedTuple):
-    """Of one policy, by time: `at_B` are the ends of B equal parts of the run, in seconds.
+    """Figures of one policy by time: `at_B` are the ends of B equal parts of the run, in seconds.
 
     p50_B, p99_B   seconds to the first token, of the requests that came in the part; NaN without one
     loads_B        cold loads in the part

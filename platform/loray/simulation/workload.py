@@ -1,9 +1,11 @@
-"""Requests: traces and synthetic ones.
+"""The requests of a run: those of a trace, or synthetic ones.
 
-Azure LLM inference, 2023: TIMESTAMP,ContextTokens,GeneratedTokens. P. Patel et al.: Splitwise, ISCA 2024
-Mooncake: lines of {"timestamp": ms, "input_length": …, "output_length": …}. R. Qin et al., FAST 2025
-Lines of the same with "adapter": its number, and "probe": true where its times are not reported, of a run of
-`python -m benchmarks.cluster`
+Traces have one of these formats, by their files' names:
+
+    .csv    TIMESTAMP,ContextTokens,GeneratedTokens: Azure LLM inference, 2023. P. Patel et al.: Splitwise, ISCA 2024
+    .jsonl  lines of {"timestamp": ms, "input_length": …, "output_length": …}: Mooncake. R. Qin et al., FAST 2025
+    .jsonl  lines of the same with "adapter", its number, and "probe", true where its times are not reported: a run of
+            `python -m benchmarks.cluster`
 """
 
 from __future__ import annotations
@@ -26,6 +28,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 _JITTER_S = 2.0  # copies of a request come within so many seconds of it
+_SEGMENT_S = 20.0  # in which the rate is constant
+_BURSTS, _BURST_RATE, _BURST_ADAPTERS = 0.1, 3.0, 3  # share of the segments, times the rate, adapters that cause it
+_LIVES = 0.5  # share of the adapters that are not there all the time
+_PROMPT, _OUTPUT = (5.3, 0.9), (4.0, 0.8)  # mean and deviation of the logarithm of their tokens
+WHERE = {
+    "azure": "AzureLLMInferenceTrace_code.csv or …_conv.csv of https://github.com/Azure/AzurePublicDataset",
+    "mooncake": "conversation_trace.jsonl or …_trace.jsonl of https://github.com/kvcache-ai/Mooncake",
+}
+_PATTERNS = {"azure": "*[Aa]zure*.csv", "mooncake": "*mooncake*.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,19 @@ class RequestTrace:
         return len(self) / max(self.seconds, 1e-9)
 
     def cut(self, context_length: int) -> RequestTrace:
-        """With prompts and outputs that fit the context: outputs keep what they have, up to half of it."""
+        """Return the requests cut to fit the context: outputs keep what they have, up to half of it."""
         output = np.clip(self.output_R, 1, context_length // 2)
         return replace(self, prompt_R=np.clip(self.prompt_R, 1, context_length - output), output_R=output)
 
     def work(self, profile: Profile) -> float:
-        """Seconds of busy replicas that the requests need."""
+        """Return the seconds of busy replicas that the requests need."""
         prompt, output = self.prompt_R.astype(float), self.output_R.astype(float)
         each = profile.step_s / (0.5 * profile.max_num_seqs) + profile.decode_s + profile.adapter_s
         return float((prompt * (profile.prompt_s + 0.5 * prompt * profile.pair_s) + output * each).sum())
 
 
 def at_rate(trace: RequestTrace, *, rate: float, seconds: float, rng: np.random.Generator) -> RequestTrace:
-    """`seconds` of the trace at so many requests a second in the mean, repeated where it is shorter.
+    """Return `seconds` of the trace at so many requests a second in the mean, repeated where it is shorter.
 
     Below the trace's own rate requests are left out at random. Above it each comes several times, with different
     adapters later, within seconds of each other, so that bursts stay bursts.
@@ -98,7 +109,7 @@ def at_rate(trace: RequestTrace, *, rate: float, seconds: float, rng: np.random.
 
 
 def with_adapters(requests: RequestTrace, num_adapters: int, alpha: float, rng: np.random.Generator) -> RequestTrace:
-    """Adapter k of n with probability ∝ (k + 1)^-alpha."""
+    """Draw adapter k of n with probability ∝ (k + 1)^-alpha for each request."""
     weights = np.arange(1, num_adapters + 1, dtype=float) ** -alpha
     cumulative = np.cumsum(weights)
     drawn = np.searchsorted(cumulative, rng.random(len(requests)) * cumulative[-1])
@@ -106,23 +117,17 @@ def with_adapters(requests: RequestTrace, num_adapters: int, alpha: float, rng: 
 
 
 def digest(adapter: int) -> str:
-    """A made-up digest: uniform, as real ones are."""
+    """Return a made-up digest: uniform, as real ones are."""
     return sha256(f"adapter {adapter}".encode()).hexdigest()
 
 
-_SEGMENT_S = 20.0  # in which the rate is constant
-_BURSTS, _BURST_RATE, _BURST_ADAPTERS = 0.1, 3.0, 3  # share of the segments, times the rate, adapters that cause it
-_LIVES = 0.5  # share of the adapters that are not there all the time
-_PROMPT, _OUTPUT = (5.3, 0.9), (4.0, 0.8)  # mean and deviation of the logarithm of their tokens
-
-
 def mean_tokens() -> tuple[float, float]:
-    """Of prompts and of outputs."""
+    """Return the mean tokens of prompts and of outputs."""
     return tuple(float(np.exp(mu + 0.5 * sigma**2)) for mu, sigma in (_PROMPT, _OUTPUT))  # type: ignore[return-value]
 
 
 def generate(*, rate: float, seconds: float, num_adapters: int, alpha: float, seed: int) -> RequestTrace:
-    """`rate`: requests a second in the mean. Popularity ∝ (k + 1)^-alpha.
+    """Make requests, `rate` a second in the mean. Popularity ∝ (k + 1)^-alpha.
 
     One segment of 20 s in ten has three times the rate, and what is added is for three adapters drawn at random. Half
     of the adapters are born and go out of use at times of their own; a request for one that is not there is for the
@@ -159,15 +164,8 @@ def generate(*, rate: float, seconds: float, num_adapters: int, alpha: float, se
     return RequestTrace(at[order], prompt, output, adapter[order].astype(np.int64))
 
 
-WHERE = {
-    "azure": "AzureLLMInferenceTrace_code.csv or …_conv.csv of https://github.com/Azure/AzurePublicDataset",
-    "mooncake": "conversation_trace.jsonl or …_trace.jsonl of https://github.com/kvcache-ai/Mooncake",
-}
-_PATTERNS = {"azure": "*[Aa]zure*.csv", "mooncake": "*mooncake*.jsonl"}
-
-
 def find(name: str, folder: Path | None) -> Path:
-    """The file of a known trace in `folder`, the first by name. DataError says where to get it."""
+    """Return the file of a known trace in `folder`, the first by name. Raises DataError, which says where to get it."""
     found = sorted(folder.glob(_PATTERNS[name])) if folder is not None else []
     if not found:
         looked = f"{folder} has no {_PATTERNS[name]}" if folder is not None else "LORAY_TRACES names no folder"
@@ -179,7 +177,7 @@ def find(name: str, folder: Path | None) -> Path:
 
 
 def read(path: Path) -> RequestTrace:
-    """A trace by its file's name: .csv is Azure's format, .jsonl Mooncake's."""
+    """Read a trace, in the format that its file's name says. Raises DataError."""
     try:
         with path.open(newline="") as lines:
             rows = list(_azure(lines) if path.suffix == ".csv" else _mooncake(lines))
@@ -198,9 +196,8 @@ def read(path: Path) -> RequestTrace:
 
 def _azure(lines: Iterable[str]) -> Iterator[tuple[float, int, int, int, bool]]:
     for row in csv.DictReader(lines):
-        at = (
-            datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp()
-        )  # seven digits of a second; Python reads six
+        # There are seven digits of a second; Python reads six.
+        at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp()
         yield at, int(row["ContextTokens"]), int(row["GeneratedTokens"]), 0, False
 
 

@@ -116,3 +116,45 @@ def test_integrity_finds_a_leak() -> None:
     assert extents is not None
     with pytest.raises(AssertionError, match="held twice, or by nothing"):
         allocator.check_integrity({0: 1}, [extents[0]._replace(rows=1)], {})
+
+
+def test_a_run_is_cleared_where_least_is_in_the_way() -> None:
+    allocator = BlockAllocator(GEOMETRY)
+    kv = allocator.allocate_kv(12)
+    assert kv == list(range(12))
+    allocator.release_kv([0, 3, 5, 6, 8, 11])
+    assert allocator.allocate_run(3) is None
+    moves = allocator.clear_run(3)
+    # Of the stretches of three with two free blocks, 5–7 and 6–8 and 4–6 and 3–5, the highest: block 7 must go.
+    assert moves == {7: 0}
+    references = dict.fromkeys([0, 1, 2, 4, 9, 10], 1)
+    allocator.check_integrity(references, [], {})
+    assert allocator.allocate_run(3) == 6
+    assert allocator.clear_run(3) == {4: 11}
+
+
+def test_a_run_moves_no_other_run_and_needs_enough_free_blocks() -> None:
+    allocator = BlockAllocator(GEOMETRY)
+    runs = [allocator.allocate_run(3) for _ in range(4)]
+    assert runs == [9, 6, 3, 0]
+    allocator.free_run(9)
+    allocator.free_run(3)
+    assert allocator.clear_run(4) is None  # six are free, in two stretches with a run between
+    assert allocator.clear_run(7) is None
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 5])
+def test_rows_and_kv_give_way_to_a_run(num_blocks: int) -> None:
+    allocator = BlockAllocator(GEOMETRY)
+    kv = allocator.allocate_kv(9)
+    extents = allocator.allocate_rows(BlockKind.LAYERED, {64: 3})
+    assert kv is not None
+    assert extents is not None
+    given_back, kept = kv[::2], kv[1::2]
+    allocator.release_kv(given_back)
+    moves = allocator.clear_run(num_blocks)
+    assert moves is not None
+    assert allocator.allocate_run(num_blocks) is not None
+    extents = [e._replace(block=moves.get(e.block, e.block)) for e in extents]
+    (run,) = allocator._runs.items()
+    allocator.check_integrity({moves.get(b, b): 1 for b in kept}, extents, dict([run]))

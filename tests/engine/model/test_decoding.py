@@ -94,7 +94,7 @@ def test_a_block_that_the_prefix_cache_replaces_is_sent() -> None:
     """Two requests compute the same tokens side by side, past a block's end: one of them gets the other's block."""
     allocator = BlockAllocator(Geometry(num_blocks=9, num_layers=1, block_tokens=4, layer_share=4))
     adapters = cast(Any, SimpleNamespace(inflation=None))
-    blocks = KVCacheManager(allocator, adapters, lambda n: False, lambda: 0.0, enable_prefix_caching=True)
+    blocks = KVCacheManager(allocator, adapters, lambda: 0.0, enable_prefix_caching=True)
     device, twins = Device(), [running(name, []) for name in "ab"]
     for _ in range(9):
         for twin in twins:

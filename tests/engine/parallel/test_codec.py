@@ -20,7 +20,6 @@ from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.parallel.pool import (
     CODEC,
     AdapterPlace,
-    Compact,
     CompileAdapters,
     Forward,
     GetPoolMap,
@@ -50,7 +49,6 @@ COMMANDS: list[Any] = [
     Forward(b"\x00\xff", ("d", "e")),
     Replay(b""),
     RemoveAdapter("d"),
-    Compact(7, ([EXTENT], 5, {1: 2, 3: 4}, None)),
     GetPoolMap(),
     UseRecordings(8, 512),
     CompileAdapters(),
@@ -63,7 +61,7 @@ COMMANDS: list[Any] = [
 def placing() -> PlaceAdapter:
     pair = SharedProjection(torch.arange(6.0).view(2, 3), torch.zeros(0, 4), "p")
     packed = PackedAdapter(SHAPE, (torch.ones(2, 8, dtype=torch.bfloat16),), torch.ones(64), (5, 6), pair, ROPE)
-    return PlaceAdapter(REF, packed, ([EXTENT],))
+    return PlaceAdapter(REF, packed, ([EXTENT], 5, {1: 2, 3: 4}, None))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
@@ -87,7 +85,7 @@ def test_rows_follow_the_bytes_and_nothing_else_has_tensors() -> None:
 
     back = CODEC.loads(apart.data, receive)
     assert asked == [(t.dtype, tuple(t.shape)) for t in apart.rows]
-    assert (back.ref, back.answers) == (REF, ([EXTENT],))
+    assert (back.ref, back.answers) == (REF, ([EXTENT], 5, {1: 2, 3: 4}, None))
     packed: PackedAdapter = back.packed
     assert (packed.shape, packed.token_ids, packed.rope, packed.partial) == (SHAPE, (5, 6), ROPE, None)
     assert packed.pair is not None

@@ -22,7 +22,6 @@ from tests.engine.late import Late
 from tests.engine.pool.test_packed import LAYOUT, check_rows, packer, weights
 from tests.engine.pool.test_pool import (  # noqa: F401
     test_a_pair_comes_in_though_no_stretch_of_blocks_is_free,
-    test_logits_are_the_same_bits_after_compaction,
     test_logits_are_the_same_bits_with_and_without,
 )
 
@@ -65,21 +64,6 @@ def place(pool: Pool, ref: AdapterRef, own: AdapterWeights) -> ResidentAdapter:
     resident = pool.place(ref, packer().pack(own))
     assert resident is not None
     return resident
-
-
-def test_rows_that_have_just_been_placed_move_into_gaps(
-    late: Callable[[Tensor], PageWriter], adapters: dict[str, TestAdapter]
-) -> None:
-    pool, ref = make_pool(late, 40), adapters["r2"].ref
-    widths = (14, 6, 14, 20, 6, 14)
-    own = [weights(dict.fromkeys(range(4), 2), wide=wide, seed=i) for i, wide in enumerate(widths)]
-    residents = [place(pool, ref, w) for w in own]
-    for resident in residents[::2]:
-        pool.remove(resident)
-    assert pool.compact(99)
-    pool.wait_for_rows()
-    for resident, w in zip(residents[1::2], own[1::2], strict=True):
-        check_rows(pool, resident, w)
 
 
 def test_rows_that_have_just_been_placed_make_way_for_a_pair(

@@ -15,7 +15,7 @@ def on_its_way(world: World) -> AdapterRef:
     world.adapter_manager.poll()
     assert not world.adapter_manager.place_ahead(a)  # it is not there yet
     world.finish("a")
-    world.adapter_manager.take_changed()
+    world.adapter_manager.table.take_changed()
     return a
 
 
@@ -29,7 +29,7 @@ def test_an_adapter_is_pinned_when_its_rows_have_arrived() -> None:
     assert world.adapter_manager.acquire(a) is None
     world.slow.clear()
     assert world.adapter_manager.poll()
-    assert set(world.adapter_manager.take_changed()) == {a.digest}
+    assert set(world.adapter_manager.table.take_changed()) == {a.digest}
     assert world.adapter_manager.acquire(a) == "a"
     assert world.placed == ["a"]
     world.adapter_manager.table.check_integrity()
@@ -47,9 +47,9 @@ def test_an_adapter_may_be_placed_before_it_can_be_used_and_leave_again() -> Non
     assert world.adapter_manager.place_ahead(a)
     assert not world.adapter_manager.place_ahead(a)
     assert world.placed == ["a"]
-    world.adapter_manager.take_changed()
+    world.adapter_manager.table.take_changed()
     assert world.adapter_manager.evict_one()
-    assert not world.adapter_manager.table.at[Stage.ARRIVING]
+    assert not world.adapter_manager.table.at[Stage.COPYING]
     assert world.adapter_manager.table.tier(a) is Tier.HOST
-    assert set(world.adapter_manager.take_changed()) == {a.digest}
+    assert set(world.adapter_manager.table.take_changed()) == {a.digest}
     world.adapter_manager.table.check_integrity()

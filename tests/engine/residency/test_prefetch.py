@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loray.engine.memory.adapter_manager import Prefetch, Prefetched, Tier
+from loray.engine.memory.adapter_manager import Tier
+from loray.engine.memory.prefetch import Prefetch, Prefetched
 from loray.errors import StoreError
 from tests.engine.residency.world import Packed, World, ref
 

@@ -43,7 +43,7 @@ class World:
             load=self.load,
             place=self.place,
             remove=self.placed.remove,
-            arrived=lambda name: name not in self.slow,
+            copy_is_done=lambda name: name not in self.slow,
             usage=AdapterUsageLog(now=lambda: 1000 + self.now),
             clock=lambda: self.now,
         )

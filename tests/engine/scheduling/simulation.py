@@ -86,7 +86,7 @@ class Simulation:
             load=self._load,
             place=self._place,
             remove=self.allocator.free_rows,
-            arrived=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
+            copy_is_done=lambda extents: self.num_steps >= self._arrives_at.get(extents[0], 0),
             usage=AdapterUsageLog(now=lambda: self.now),
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,
@@ -172,7 +172,7 @@ class Simulation:
         self.now += seconds
         self.num_steps += 1
         if plan.chunks:
-            self.scheduler.observe_step(plan.work, seconds)
+            self.scheduler.step_time.observe(plan.work, seconds)
         for request, start, num_tokens in plan.chunks:
             assert start == request.num_computed
             if request not in self.first_token_at and request not in self.started:

@@ -58,10 +58,10 @@ def replay(calls: list[Call], *, block_s: float, token_s: float) -> Outcome:
     assert all(error is None for error in sim.outcomes.values())
     num_tokens = sum(len(call.prompt) for call in calls)
     num_calls = sum(call.adapter is not None for call in calls)
-    computed = num_tokens - sim.scheduler.prefix_cache_hits
+    computed = num_tokens - sim.scheduler.kv_cache.num_hits
     return Outcome(
         token_s * computed + block_s * ADAPTER_BLOCKS * sim.num_placed,
-        sim.scheduler.prefix_cache_hits / num_tokens,
+        sim.scheduler.kv_cache.num_hits / num_tokens,
         1 - sim.num_placed / max(1, num_calls),
     )
 
@@ -85,11 +85,11 @@ def mixed(num_calls: int, *, prefix_tokens: int, seed: int = 0) -> list[Call]:
 
 
 def prefixes_first(self: KVCacheManager, num_blocks: int) -> bool:
-    return bool(self.prefix_cache.evict(num_blocks)) or self._adapters.evict_one()
+    return bool(self.prefix_cache.evict(num_blocks)) or self._adapter_manager.evict_one()
 
 
 def adapters_first(self: KVCacheManager, num_blocks: int) -> bool:
-    return self._adapters.evict_one() or bool(self.prefix_cache.evict(num_blocks))
+    return self._adapter_manager.evict_one() or bool(self.prefix_cache.evict(num_blocks))
 
 
 @pytest.fixture

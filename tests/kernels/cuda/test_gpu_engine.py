@@ -8,6 +8,8 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.memory.blocks import Extent
+from loray.engine.pool.pool import Pool
 from loray.spec import GenerateRequest
 from loray_kernels import Parts, backend
 from loray_kernels.cuda.graphs import DecodeGraphs
@@ -35,6 +37,12 @@ def logits_of(engine: Engine, requests: list[GenerateRequest]) -> dict[str, Tens
     spy = Spy(engine)
     run(engine, requests, together=True)
     return {name: torch.stack(rows).cpu() for name, rows in spy.logits.items()}
+
+
+def rows_of(pool: Pool, extent: Extent) -> Tensor:
+    """(layers or 1, elements)"""
+    shares = pool.tensor.view(pool.geometry.num_blocks, -1, pool.geometry.capacity(extent.kind))
+    return shares[extent.block, :, extent.offset : extent.offset + extent.width * extent.rows]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -78,4 +86,4 @@ def test_the_engine_places_the_rows_that_the_cpu_places(
     for there, here in zip(*(pool._residents for pool in pools), strict=True):
         assert there.extents == here.extents
         for extent in here.extents:
-            assert torch.equal(pools[0]._rows_of(extent).cpu(), pools[1]._rows_of(extent))
+            assert torch.equal(rows_of(pools[0], extent).cpu(), rows_of(pools[1], extent))

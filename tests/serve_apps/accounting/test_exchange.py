@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from loray.policy.quotas import QuotaGate, QuotaOwner, Reply, Report
+from loray.policy.quota_owner import QuotaOwner
+from loray.policy.quotas import QuotaGate, Reply, Report
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
 from serve_apps.accounting.quotas import follow_owner

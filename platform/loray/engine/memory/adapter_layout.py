@@ -1,4 +1,4 @@
-"""Matrices as rows, and where the rows are.
+"""An adapter's matrices as rows of the pool, and where the rows are.
 
 A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, DoRA's scale of a module's outputs
 less one, and a norm weight are one row each.
@@ -50,7 +50,7 @@ class AdapterShape:
         return cls(groups=groups, flat=tuple(flat))
 
     def demand(self, geometry: Geometry) -> dict[BlockKind, dict[int, int]]:
-        """Rows by kind and width. Of layered rows the most that any group has."""
+        """Return the rows by kind and width; of layered rows the most that any group has."""
         layered: Counter[int] = Counter()
         for group in self.groups:
             layered |= rows_by_width(group.matrices, geometry.capacity(BlockKind.LAYERED))
@@ -58,7 +58,7 @@ class AdapterShape:
         return {kind: dict(c) for kind, c in ((BlockKind.LAYERED, layered), (BlockKind.FLAT, flat)) if c}
 
     def num_blocks(self, geometry: Geometry) -> int:
-        """The most blocks that the adapter takes, which is what it takes in an empty pool."""
+        """Return the most blocks that the adapter takes, which is what it takes in an empty pool."""
         total = 0
         for kind, demand in self.demand(geometry).items():
             capacity = geometry.capacity(kind)
@@ -103,14 +103,14 @@ class RowTable:
 
 
 def columns(width: int, capacity: int) -> list[tuple[int, int]]:
-    """(column, width) of each segment of a row; one segment unless the row is wider than `capacity`."""
+    """Return (column, width) of each segment of a row; one segment unless the row is wider than `capacity`."""
     num_segments = -(-width // capacity)
     step = -(-width // num_segments)
     return [(c, min(step, width - c)) for c in range(0, width, step)]
 
 
 def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
-    """{width of a segment: number of rows}"""
+    """Return {width of a segment: number of rows}."""
     count: Counter[int] = Counter()
     for m in matrices:
         for _, width in columns(m.width, capacity):

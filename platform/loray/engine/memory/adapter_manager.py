@@ -1,6 +1,6 @@
-"""`AdapterManager`: store → host → pool, pins, back-off.
+"""`AdapterManager` brings adapters from the store to the host and from there into the pool, and keeps those in use.
 
-    absent → LOADING → HOST ⇄ POOL        a failed load fails the requests that need it; see `backoff`
+    absent → LOADING → HOST ⇄ POOL        a failed load fails the requests that need it; see `Backoff`
 
 An adapter may be usable, on the host or in the pool, before it is complete. If a step has waited for the rest of it in
 vain, it is LOADING again until it is complete.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,16 +26,18 @@ from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, Inflation, PriorityQueue
-from loray.engine.memory.host_memory import HostCopy, HostMemory
+from loray.engine.memory.host_memory import HostMemory, P
 from loray.engine.metrics import AdapterUsageLog, Histogram, ResidencyCounts
 from loray.errors import EngineError, IntegrityError, StoreError, UnsupportedError
 from loray.spec import AdapterRef
 from loray.telemetry import METRICS
 
+R = TypeVar("R")
+
 _FIRST_S, _LAST_S = 1.0, 60.0
 _FIRST_LASTING_S, _LAST_LASTING_S = 60.0, 600.0  # bytes under a digest do not change; a cache's or a store's copy may
 _LASTING = (IntegrityError, UnsupportedError)
-_NUM_KEPT = 10_000
+_NUM_FAILURES = 10_000  # that are remembered
 
 
 class _Failure(NamedTuple):
@@ -45,7 +47,7 @@ class _Failure(NamedTuple):
 
 
 class Backoff:
-    """By digest: the last error, and until when it stands. The time doubles with every failure that follows.
+    """The last error of each digest, and until when it stands. The time doubles with every failure that follows.
 
     A load that fails because the store does is tried again after 1 s, at last after 60 s; one whose bytes are damaged
     or cannot be served after 60 s, at last after 600 s. An adapter that nobody asked for until ten minutes after that
@@ -63,7 +65,7 @@ class Backoff:
         first, most = (_FIRST_LASTING_S, _LAST_LASTING_S) if isinstance(error, _LASTING) else (_FIRST_S, _LAST_S)
         seconds = min(most, first * 2.0 ** min(num_failures - 1, 16))
         self._failures[digest] = _Failure(error, num_failures, now + seconds)
-        if len(self._failures) > _NUM_KEPT:
+        if len(self._failures) > _NUM_FAILURES:
             self._failures.popitem(last=False)
         return self.error(digest) or error
 
@@ -85,10 +87,6 @@ class Backoff:
         return failure.error
 
 
-P = TypeVar("P", bound=HostCopy)
-R = TypeVar("R")
-
-
 class Tier(Enum):
     LOADING = "loading"
     HOST = "host"
@@ -97,14 +95,14 @@ class Tier(Enum):
 
 
 class Stage(Enum):
-    """Where an adapter is, more exactly than its tier. ARRIVING: it has blocks of the pool, its rows are on their way
+    """Where an adapter is, more exactly than its tier. COPYING: it has blocks of the pool, its rows are on their way
     there, and no request has started with it.
     """
 
     QUEUED = 1, Tier.LOADING
     LOADING = 2, Tier.LOADING
     HOST = 3, Tier.HOST
-    ARRIVING = 4, Tier.POOL
+    COPYING = 4, Tier.POOL
     POOL = 5, Tier.POOL
     FAILED = 6, Tier.FAILED
 
@@ -128,9 +126,9 @@ class Placement(NamedTuple):
 class Entry(Generic[P, R]):
     """One adapter. Only the table writes `stage` and `packed`.
 
-    load    None before the load starts and after its result has been taken
-    pins    running requests that use the adapter
-    wants   the times, by the table's clock, at which the waiting requests came; a request that leaves removes the first
+    load     None before the load starts and after its result has been taken
+    pins     running requests that use the adapter
+    waiters  when the waiting requests came, by the table's clock; a request that leaves removes the first
     """
 
     ref: AdapterRef
@@ -151,15 +149,15 @@ class Entry(Generic[P, R]):
 
     @property
     def is_partial(self) -> bool:
-        """Usable, but not complete yet."""
+        """The adapter is usable, but not complete yet."""
         partial = None if self.packed is None else self.packed.partial
         return partial is not None and not partial.done
 
 
 class AdapterTable(Generic[P, R]):
-    """Entries by digest, and indexes of those in certain states. It owns the stage of each adapter, and the list of
-    those whose requests are to be told, since an adapter that moves untold lets its requests wait for ever: both change
-    together. Only AdapterManager calls what changes it.
+    """All adapters by digest, with indexes of those in certain states. It owns the stage of each adapter, and the list
+    of those whose requests are to be told, since an adapter that moves untold lets its requests wait for ever: both
+    change together. Only AdapterManager calls what changes it.
 
     Nothing that is called for a request or a step visits all entries, however many there are.
     """
@@ -167,7 +165,7 @@ class AdapterTable(Generic[P, R]):
     def __init__(
         self, host: HostMemory[P], usage: AdapterUsageLog, value: Callable[[Entry[P, R]], float] = lambda entry: 0.0
     ) -> None:
-        """`value`: of an idle adapter, see `eviction`; taken when the entry was last changed."""
+        """`value`: of an idle adapter, see `EvictionPolicy`; taken when the entry was last changed."""
         self.usage = usage
         self._host = host
         self._value = value
@@ -183,8 +181,8 @@ class AdapterTable(Generic[P, R]):
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def tier(self, ref: AdapterRef) -> Tier:
-        """LOADING also for a partial adapter that is late: no step waits for it. It may be in the pool, and pinned.
-        And for one whose rows are on their way to the pool.
+        """The tier, which is LOADING also for a partial adapter that is late: no step waits for it, though it may be in
+        the pool, and pinned. So it is for one whose rows are on their way to the pool.
         """
         return self._tier(self.entries[ref.digest])
 
@@ -214,7 +212,7 @@ class AdapterTable(Generic[P, R]):
         return tiers
 
     def placements(self, digests: Collection[str] | None = None) -> list[Placement]:
-        """Of these adapters, or of all that are known; an adapter that was never requested is left out."""
+        """Return where these adapters are, or all that are known; one that was never requested is left out."""
         known = self.usage.all() if digests is None else filter(None, map(self.usage.get, digests))
         found = []
         for usage in known:
@@ -225,21 +223,21 @@ class AdapterTable(Generic[P, R]):
 
     @property
     def has_changed(self) -> bool:
-        """`take_changed` has something to tell."""
+        """True if `take_changed` has something to tell."""
         return bool(self._changed)
 
     def take_changed(self) -> Collection[str]:
-        """Digests of the adapters whose `tier` has changed since the last call."""
+        """Return the adapters whose `tier` has changed since the last call: those who wait for them look again."""
         changed, self._changed = self._changed, {}
         return changed
 
     @property
     def host_used(self) -> int:
-        """Bytes of adapters in host memory, see `host`."""
+        """Bytes of adapters in host memory, see `HostMemory`."""
         return self._host.used
 
     def check_integrity(self) -> None:
-        """AssertionError unless every index holds exactly its entries, and the host's bytes are counted."""
+        """Raise AssertionError unless every index holds exactly its entries, and the host's bytes are counted."""
         entries = self.entries.values()
         for stage, there in self.at.items():
             assert there == {digest: e for digest, e in self.entries.items() if e.stage is stage}
@@ -257,7 +255,7 @@ class AdapterTable(Generic[P, R]):
     # -- changing it --------------------------------------------------------------------------------------------------
 
     def add(self, ref: AdapterRef, error: Exception | None) -> Entry[P, R]:
-        """An adapter whose load is queued, or has failed with `error`."""
+        """Add an adapter whose load is queued, or has failed with `error`."""
         entry: Entry[P, R] = Entry(ref, Stage.QUEUED if error is None else Stage.FAILED, error=error)
         self.entries[ref.digest] = self.at[entry.stage][ref.digest] = entry
         return entry
@@ -312,7 +310,7 @@ class AdapterTable(Generic[P, R]):
         self._host.touch(entry.ref.digest)
 
     def update(self, entry: Entry[P, R]) -> None:
-        """Its wants, its pins or its copy on the host have changed."""
+        """Its waiters, its pins or its copy on the host have changed."""
         digest = entry.ref.digest
         if entry.tier is Tier.POOL and not entry.pins:
             value = math.inf if entry.waiters else self._value(entry)
@@ -324,8 +322,7 @@ class AdapterTable(Generic[P, R]):
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, entry: Entry[P, R]) -> Tier:
-        """See `tier`."""
-        if entry.stage is Stage.ARRIVING:
+        if entry.stage is Stage.COPYING:
             return Tier.LOADING
         partial = None if entry.packed is None else entry.packed.partial
         return Tier.LOADING if partial is not None and partial.late else entry.tier
@@ -343,55 +340,16 @@ class AdapterTable(Generic[P, R]):
         return entry.waiters[0] if entry.tier is Tier.HOST and entry.waiters else math.inf
 
 
-class StartedLoads(Generic[P, R]):
-    """Writes `load` and `load_began` of entries.
-
-    load   starts a load and returns its future; never blocks
-    wake   called in the loader's thread when `ended` has something to give
-    clock  seconds
-    """
-
-    def __init__(
-        self, load: Callable[[AdapterRef], Future[P]], wake: Callable[[], None], clock: Callable[[], float]
-    ) -> None:
-        self._load, self._wake, self._clock = load, wake, clock
-        self._results: deque[tuple[Entry[P, R], Future[P]]] = deque()
-
-    def start(self, entry: Entry[P, R]) -> None:
-        entry.load_began = self._clock()
-        entry.load = self._load(entry.ref)
-        entry.load.add_done_callback(partial(self._end, entry))
-
-    def cancel(self, entry: Entry[P, R]) -> bool:
-        """False if it runs already: then it goes on."""
-        if entry.load is None or not entry.load.cancel():
-            return False
-        entry.load = None
-        return True
-
-    def ended(self) -> Iterator[tuple[Entry[P, R], Future[P]]]:
-        """Each load that has ended, once; those that were cancelled are left out."""
-        while self._results:
-            entry, load = self._results.popleft()
-            if entry.load is load:
-                entry.load = None
-                yield entry, load
-
-    def _end(self, entry: Entry[P, R], load: Future[P]) -> None:
-        self._results.append((entry, load))
-        self._wake()
-
-
 class AdapterManager(Generic[P, R]):
-    """Called from the engine's thread only. Others may read its `table`.
+    """The only owner of `table`. It is called from the engine's thread only; others may read its table.
 
-    load    starts a load and returns its future; never blocks
-    place   copies a packed adapter into the pool, or returns None when blocks are short
-    remove  frees a resident adapter's blocks
-    size    blocks that `remove` would free
-    arrived whether steps read a resident adapter's rows without waiting for their copy
-    wake    called in the loader's thread when a load has a result
-    clock   seconds, to measure loads: from the start until `poll` finds the adapter complete
+    load          starts a load and returns its future; never blocks
+    place         copies a packed adapter into the pool, or returns None when blocks are short
+    remove        frees a resident adapter's blocks
+    size          blocks that `remove` would free
+    copy_is_done  whether steps read a resident adapter's rows without waiting for their copy
+    wake          called in the loader's thread when a load has a result
+    clock         seconds, to measure loads: from the start until `poll` finds the adapter complete
     """
 
     def __init__(
@@ -402,7 +360,7 @@ class AdapterManager(Generic[P, R]):
         place: Callable[[AdapterRef, P], R | None],
         remove: Callable[[R], None],
         size: Callable[[R], float] = lambda resident: 1.0,
-        arrived: Callable[[R], bool] = lambda resident: True,
+        copy_is_done: Callable[[R], bool] = lambda resident: True,
         usage: AdapterUsageLog | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -412,20 +370,20 @@ class AdapterManager(Generic[P, R]):
         self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or AdapterUsageLog(), self._value)
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
-        self._now, self.size = clock, size
-        self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
-        self._worth = EvictionPolicy()
-        self._place, self._remove, self._arrived = place, remove, arrived
+        self._load, self._wake, self._now = load, wake, clock
+        self._ended: deque[tuple[Entry[P, R], Future[P]]] = deque()  # added by the loaders' threads
+        self._eviction = EvictionPolicy()
+        self._place, self._remove, self.size, self._copy_is_done = place, remove, size, copy_is_done
         self._backoff = backoff or Backoff(clock)
 
     @property
     def inflation(self) -> Inflation:
-        """Of the pool's blocks. Whatever else competes for them shares it."""
-        return self._worth.inflation
+        """The inflation of the pool's blocks. Whatever else competes for them shares it."""
+        return self._eviction.inflation
 
     @property
     def least_value(self) -> float | None:
-        """Of the adapter that `evict_one` would evict; infinite if a request waits for it, None if all are pinned."""
+        """The value of what `evict_one` would evict; infinite if a request waits for it, None if all are pinned."""
         least = self.table.idle.peek()
         return None if least is None else least[0][0]
 
@@ -456,8 +414,9 @@ class AdapterManager(Generic[P, R]):
             return
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
-        elif entry.stage is Stage.QUEUED or (entry.stage is Stage.LOADING and self._loads.cancel(entry)):
+        elif entry.stage is Stage.QUEUED or (entry.load is not None and entry.load.cancel()):
             # No request waits any more. A load that already runs goes on, and the host keeps its result.
+            entry.load = None
             self.table.forget(entry)
 
     def acquire(self, ref: AdapterRef) -> R | None:
@@ -470,13 +429,13 @@ class AdapterManager(Generic[P, R]):
         if entry.stage is not Stage.POOL:
             return None
         entry.pins += 1
-        self._worth.used(entry.score)
+        self._eviction.used(entry.score)
         self.table.touch(entry)
         self.table.update(entry)
         return entry.resident
 
     def place_ahead(self, ref: AdapterRef) -> bool:
-        """Copy `ref` into the pool if it is complete on the host and blocks suffice. Whether that was done."""
+        """Copy `ref` into the pool if it is complete on the host and blocks suffice; True if that was done."""
         entry = self.table.entries[ref.digest]
         return entry.tier is Tier.HOST and not entry.is_partial and self._to_pool(entry)
 
@@ -484,7 +443,7 @@ class AdapterManager(Generic[P, R]):
         entry = self.table.entries[ref.digest]
         assert entry.pins > 0
         entry.pins -= 1
-        self._worth.released(entry.score)
+        self._eviction.released(entry.score)
         self.table.update(entry)
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
@@ -493,18 +452,21 @@ class AdapterManager(Generic[P, R]):
 
     def poll(self, *, at_once: bool = False) -> bool:
         """Take the results of loads, and start queued loads that fit the host, in order; True if there was a result,
-        a partial adapter is done, or an adapter's rows have arrived.
+        a partial adapter is done, or an adapter's rows have been copied.
 
         `at_once`: no step runs that a copy could hold up, so the next one may wait for the rows that are on their way.
         """
-        copying = self.table.at[Stage.ARRIVING].values()
-        arrived = [e for e in copying if at_once or (e.resident is not None and self._arrived(e.resident))]
-        for entry in arrived:
+        copying = self.table.at[Stage.COPYING].values()
+        copied = [e for e in copying if at_once or (e.resident is not None and self._copy_is_done(e.resident))]
+        for entry in copied:
             self.table.move(entry, Stage.POOL)
-        changed = bool(arrived)
-        for entry, load in self._loads.ended():
-            self._take_result(entry, load)
-            changed = True
+        changed = bool(copied)
+        while self._ended:
+            entry, load = self._ended.popleft()
+            if entry.load is load:  # it was not cancelled
+                entry.load = None
+                self._take_result(entry, load)
+                changed = True
         for entry in [entry for entry in self.table.partial.values() if not entry.is_partial]:
             self._end_load(entry)
             changed = True
@@ -517,16 +479,14 @@ class AdapterManager(Generic[P, R]):
                 break
             self._drop(victims)
             self.counts.num_loads += 1
-            self._loads.start(entry)
+            entry.load_began = self._now()
+            entry.load = self._load(entry.ref)
+            entry.load.add_done_callback(partial(self._load_ended, entry))
             self.table.move(entry, Stage.LOADING)
         return changed
 
-    def take_changed(self) -> Collection[str]:
-        """Digests of the adapters whose tier has changed since the last call: those who wait for them look again."""
-        return self.table.take_changed()
-
     def evict_one(self) -> bool:
-        """Free the blocks of the idle adapter with the lowest value, see `eviction`; False if all are pinned.
+        """Free the blocks of the idle adapter with the lowest value, see `EvictionPolicy`; False if all are pinned.
 
         Adapters for which requests wait are evicted last.
         """
@@ -549,10 +509,15 @@ class AdapterManager(Generic[P, R]):
 
     def _value(self, entry: Entry[P, R]) -> float:
         assert entry.resident is not None
-        return self._worth.value(entry.score, self.size(entry.resident), on_host=entry.packed is not None)
+        return self._eviction.value(entry.score, self.size(entry.resident), on_host=entry.packed is not None)
+
+    def _load_ended(self, entry: Entry[P, R], load: Future[P]) -> None:
+        """Called in the loader's thread."""
+        self._ended.append((entry, load))
+        self._wake()
 
     def _to_pool(self, entry: Entry[P, R]) -> bool:
-        """From the host; True if that was done."""
+        """Copy an adapter from the host into the pool; True if that was done."""
         if entry.tier is not Tier.HOST:
             return False
         assert entry.packed is not None
@@ -566,8 +531,8 @@ class AdapterManager(Generic[P, R]):
         if entry.resident is None:
             return False
         seconds = None if entry.is_partial else self._now() - began
-        self._worth.placed(entry.score, seconds, self.size(entry.resident))
-        self.table.move(entry, Stage.POOL if self._arrived(entry.resident) else Stage.ARRIVING)
+        self._eviction.placed(entry.score, seconds, self.size(entry.resident))
+        self.table.move(entry, Stage.POOL if self._copy_is_done(entry.resident) else Stage.COPYING)
         return True
 
     def _from_pool(self, entry: Entry[P, R]) -> None:
@@ -576,7 +541,6 @@ class AdapterManager(Generic[P, R]):
         entry.resident = None
 
     def _take_result(self, entry: Entry[P, R], load: Future[P]) -> None:
-        """Of a load that has ended: an adapter, perhaps a partial one, or an error."""
         error = load.exception()
         if error is not None:
             self._fail(entry, error)
@@ -616,7 +580,7 @@ class AdapterManager(Generic[P, R]):
             self.table.forget(entry)
 
     def _drop(self, digests: Iterable[str]) -> None:
-        """Drop their copies on the host."""
+        """Drop the copies on the host."""
         for digest in digests:
             entry = self.table.entries[digest]
             self.table.drop_packed(entry)
@@ -627,77 +591,8 @@ class AdapterManager(Generic[P, R]):
                 self.table.update(entry)
 
     def _requeue_or_forget(self, entry: Entry[P, R]) -> None:
-        """It is neither in the pool nor on the host any more. If a request waits, it is loaded again, after the queued
-        ones.
-        """
+        """Load an adapter that is nowhere any more again, after the queued ones, if a request waits for it."""
         if entry.waiters:
             self.table.move(entry, Stage.QUEUED)
         else:
             self.table.forget(entry)
-
-
-class Prefetched(NamedTuple):
-    """Numbers of adapters, by what became of them. `num_late`: they were not there when the time was up; those whose
-    loads had begun come later.
-    """
-
-    num_in_pool: int = 0
-    num_on_host: int = 0
-    num_failed: int = 0
-    num_late: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-class Prefetch(Generic[P, R]):
-    """One batch. Called from the engine's thread only, between steps; the engine's steps start the loads.
-
-    It drops and evicts nothing: adapters that do not fit into what is free of `host_bytes` are left out, and those for
-    which `has_room` is false stay on the host.
-    """
-
-    def __init__(
-        self, adapter_manager: AdapterManager[P, R], host_bytes: int, has_room: Callable[[AdapterRef], bool]
-    ) -> None:
-        self._adapter_manager, self._host_bytes, self._has_room = adapter_manager, host_bytes, has_room
-        self._waiting: dict[str, AdapterRef] = {}
-        self._in_pool = self._on_host = self._failed = 0
-
-    def begin(self, refs: Iterable[AdapterRef]) -> bool:
-        """Wants as many of `refs` as fit, in their order. Returns whether nothing is to be waited for."""
-        table, nbytes = self._adapter_manager.table, self._adapter_manager.table.host_used
-        for ref in refs:
-            if ref.digest in table.entries or nbytes + ref.nbytes > self._host_bytes:
-                continue
-            nbytes += ref.nbytes
-            table.usage.expected(ref)
-            self._adapter_manager.add_waiter(ref, again=True)
-            self._waiting[ref.digest] = ref
-        return self.look()
-
-    def look(self) -> bool:
-        """Takes what has been loaded meanwhile. Returns whether all has."""
-        for ref in list(self._waiting.values()):
-            entry = self._adapter_manager.table.entries[ref.digest]
-            if entry.tier is Tier.LOADING or entry.is_partial:
-                continue
-            if entry.tier is Tier.HOST and self._has_room(ref) and self._adapter_manager.acquire(ref) is not None:
-                self._adapter_manager.release(ref)
-            self._in_pool += entry.tier is Tier.POOL
-            self._on_host += entry.tier is Tier.HOST
-            self._failed += entry.tier is Tier.FAILED
-            self._leave(ref)
-        return not self._waiting
-
-    def end(self) -> Prefetched:
-        """Waits for nothing any more."""
-        num_late = len(self._waiting)
-        for ref in list(self._waiting.values()):
-            self._leave(ref)
-        return Prefetched(self._in_pool, self._on_host, self._failed, num_late)
-
-    def _leave(self, ref: AdapterRef) -> None:
-        del self._waiting[ref.digest]
-        self._adapter_manager.remove_waiter(ref)

@@ -1,4 +1,4 @@
-"""`BlockAllocator`: KV cache, adapter rows and projections in one pool.
+"""`BlockAllocator` divides one pool among KV cache, adapter rows and projections.
 
 A block is `block_tokens` tokens of K and V for every layer, so it holds `layer_share` elements of each layer. It is in
 exactly one of these states:
@@ -96,9 +96,13 @@ class OpenBlocks:
         """Row blocks of the kind, also those without a hole."""
         return len(self._keys)
 
-    def fullest(self, width: int, *, besides: int | None = None) -> int | None:
-        """The fullest block with a hole for a row of `width`, of several the lowest; not `besides`."""
-        return next((block for _, block in self._for(width)[:2] if block != besides), None)
+    def fullest(self, width: int) -> int | None:
+        """Return the fullest block with a hole for a row of `width`, of several the lowest."""
+        blocks = self._by_width.get(width)
+        if blocks is None:
+            fitting = ((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
+            blocks = self._by_width[width] = sorted(fitting)
+        return blocks[0][1] if blocks else None
 
     def update(self, block: int, row_block: RowBlock | None) -> None:
         """The holes of `block` have changed; None: it holds no rows any more."""
@@ -113,17 +117,10 @@ class OpenBlocks:
                 insort(blocks, (after[0], block))
 
     def check_integrity(self, row_blocks: Mapping[int, RowBlock]) -> None:
-        """AssertionError unless exactly `row_blocks` are known, each by its holes."""
+        """Raise AssertionError unless exactly `row_blocks` are known, each by its holes."""
         assert self._keys == {block: (b.free, b.widest) for block, b in row_blocks.items()}
         for width, blocks in self._by_width.items():
             assert blocks == sorted((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
-
-    def _for(self, width: int) -> list[tuple[int, int]]:
-        blocks = self._by_width.get(width)
-        if blocks is None:
-            fitting = ((free, block) for block, (free, widest) in self._keys.items() if widest >= width)
-            blocks = self._by_width[width] = sorted(fitting)
-        return blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +145,11 @@ class Geometry:
         return -(-num_tokens // self.block_tokens)
 
     def blocks_for_elements(self, num_elements: int) -> int:
-        """Blocks of a run that holds a tensor of that size."""
+        """Return the blocks of a run that holds a tensor of that size."""
         return -(-num_elements // self.block_size)
 
     def capacity(self, kind: BlockKind) -> int:
-        """Elements of a block in which rows of this kind can be placed."""
+        """Return the elements of a block in which rows of this kind can be placed."""
         return self.layer_share if kind is BlockKind.LAYERED else self.block_size
 
 
@@ -199,7 +196,7 @@ class BlockAllocator:
         return Occupancy(len(self._free), len(self._kv), layered, flat, sum(self._runs.values()))
 
     def positions(self) -> dict[str, list[int]]:
-        """The blocks of each state but `free`."""
+        """Return the blocks of each state but `free`."""
         rows: dict[BlockKind, list[int]] = {BlockKind.LAYERED: [], BlockKind.FLAT: []}
         for block, row_block in self._rows.items():
             rows[row_block.kind].append(block)
@@ -227,26 +224,21 @@ class BlockAllocator:
                 heapq.heappush(self._free, block)
 
     def references(self, block: int) -> int:
-        """The reference count of a KV block."""
+        """Return the reference count of a KV block."""
         return self._kv[block]
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def allocate_rows(
-        self, kind: BlockKind, demand: Mapping[int, int], *, emptying: int | None = None
-    ) -> list[Extent] | None:
-        """Allocate rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
-
-        `emptying`: a block whose rows are to be moved. Then only gaps of other blocks are taken, and no free block.
-        """
+    def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
+        """Allocate rows by width, `{width: rows}`, in the fullest blocks: wide rows first, narrow ones in the tails."""
         extents: list[Extent] = []
         for width in sorted(demand, reverse=True):
             assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
             remaining = demand[width]
             while remaining:
-                block = self._open[kind].fullest(width, besides=emptying)
+                block = self._open[kind].fullest(width)
                 if block is None:
-                    if not self._free or emptying is not None:
+                    if not self._free:
                         self.free_rows(extents)
                         return None
                     block = heapq.heappop(self._free)
@@ -272,7 +264,7 @@ class BlockAllocator:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def allocate_run(self, num_blocks: int) -> int | None:
-        """The first of `num_blocks` neighbouring blocks, from the high end.
+        """Return the first of `num_blocks` neighbouring blocks, from the high end.
 
         It looks at every free block, so it costs about as much as filling a few blocks; adapters that share a pair
         share its run.
@@ -326,7 +318,7 @@ class BlockAllocator:
     def check_integrity(
         self, kv_references: Mapping[int, int], extents: Iterable[Extent], runs: Mapping[int, int]
     ) -> None:
-        """AssertionError unless every block and row is free, or held by exactly the given references."""
+        """Raise AssertionError unless every block and row is free, or held by exactly the given references."""
         assert dict(kv_references) == self._kv, "KV references differ from the allocator's counts"
         assert dict(runs) == self._runs, "runs differ from the allocator's"
         states = [*self._free, *self._kv, *self._rows]

@@ -1,10 +1,10 @@
 """One eviction priority for prefixes and adapters.
 
-    value = floor at the last use + expected further uses · seconds to have it again / blocks that it frees
+    value = inflation at the last use + expected further uses · seconds to have it again / blocks that it frees
 
-What has the lowest value is evicted first (GreedyDual-Size-Frequency). The floor is the value of what was evicted
-last. It rises, so the value of what is not used falls behind, however long it takes to have it again. Seconds are
-measured. Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP
+What has the lowest value is evicted first (GreedyDual-Size-Frequency). The inflation is the value of what was
+evicted last. It rises, so the value of what is not used falls behind, however long it takes to have it again. Seconds
+are measured. Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP
 Laboratories, 1998; there, all uses count as expected ones.
 """
 
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 _MEMORY = 4096  # after that many further items, an item's weight in the share has fallen to 1/e
+_MIN_STALE = 64
+
+T = TypeVar("T", bound=Hashable)
 
 
 class Inflation:
-    """Shared by all that compete for the pool's blocks."""
+    """The value of what was evicted last, shared by all that compete for the pool's blocks."""
 
     def __init__(self) -> None:
         self.value = 0.0
@@ -39,7 +42,7 @@ class Reuse:
         self._num_items, self._num_used_again = 2.0, 1.0  # before anything is known: one in two
 
     def used(self, uses: int) -> None:
-        """An item was used; `uses` with this one."""
+        """An item was used, for the time `uses`."""
         if uses == 1:
             keep = 1 - 1 / _MEMORY
             self._num_items = keep * self._num_items + 1
@@ -48,13 +51,8 @@ class Reuse:
             self._num_used_again += 1
 
     def expected(self, uses: int) -> float:
-        """Further uses of an item with so many uses."""
+        """Return the further uses expected of an item with so many uses."""
         return max(0, uses - 1) + min(1.0, self._num_used_again / self._num_items)
-
-
-T = TypeVar("T", bound=Hashable)
-
-_MIN_STALE = 64
 
 
 class PriorityQueue(Generic[T]):
@@ -106,8 +104,8 @@ class PriorityQueue(Generic[T]):
 
 @dataclass(slots=True)
 class EvictionScore:
-    """Of one adapter. `uses`: since it came into the pool. `place_seconds` None: it was copied layer by layer, which is
-    not measured.
+    """The state of one adapter. `uses`: since it came into the pool. `place_seconds` None: it was copied layer by
+    layer, which is not measured.
     """
 
     inflation: float = 0.0
@@ -117,7 +115,7 @@ class EvictionScore:
 
 
 class EvictionPolicy:
-    """What changes the scores. Sizes are in blocks."""
+    """Changes the scores of adapters, and values them. Sizes are in blocks."""
 
     def __init__(self) -> None:
         self.inflation = Inflation()
@@ -136,7 +134,7 @@ class EvictionPolicy:
         self.released(score)
 
     def released(self, score: EvictionScore) -> None:
-        """A use has ended; it may have begun long ago, so the floor is taken again."""
+        """A use has ended; it may have begun long ago, so the inflation is taken again."""
         score.inflation = self.inflation.value
 
     def value(self, score: EvictionScore, size: float, *, on_host: bool) -> float:

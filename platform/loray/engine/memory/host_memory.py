@@ -1,7 +1,7 @@
-"""Adapters in host memory.
+"""`HostMemory` counts the adapters in host memory and says which are dropped.
 
-Counted are packed rows, with what page-locked memory takes beside them; each VeRA pair once, however many adapters
-share it; and loads that have started, with the adapter's published size.
+Packed rows count with what page-locked memory takes beside them, each VeRA pair once, however many adapters share it,
+and loads that have started with the adapter's published size.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class HostCopy(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of its rows, without the pair."""
+        """Bytes of its rows, without the pair."""
         ...
 
     @property
     def host_bytes(self) -> int:
-        """What they take here: page-locked memory may be more."""
+        """Bytes that they take here: page-locked memory may be more."""
         ...
 
     @property
@@ -129,14 +129,14 @@ class HostMemory(Generic[P]):
             self._evictable.move_to_end(digest)
 
     def surplus(self) -> list[str]:
-        """Copies to drop for which no request waits, the oldest first, because the limit is exceeded; it may still be
-        afterwards.
+        """Return copies to drop for which no request waits, the oldest first, because the limit is exceeded; it may
+        still be afterwards.
         """
         victims, _ = self._victims(self.used - self._limit, self._evictable)
         return victims
 
     def room_for(self, digest: str, nbytes: int, came: float) -> list[str] | None:
-        """Copies to drop so that a load of `nbytes` fits, whose first request came at `came`.
+        """Return copies to drop so that a load of `nbytes` fits, whose first request came at `came`.
 
         None if that does not free enough; but one adapter alone always fits, whatever its size.
         """
@@ -178,8 +178,8 @@ class HostMemory(Generic[P]):
         return victims, freed
 
     def check_integrity(self, reserved: int, removable: Mapping[str, float | None]) -> None:
-        """AssertionError unless the count is right, and exactly the copies of `removable` are here and may be dropped,
-        see `set_removable`.
+        """Raise AssertionError unless the count is right, and exactly the copies of `removable` are here and may be
+        dropped, see `set_removable`.
         """
         pairs = {p.pair.digest: p.pair.nbytes for p in self._copies.values() if p.pair is not None}
         assert self.used == reserved + sum(p.host_bytes for p in self._copies.values()) + sum(pairs.values())

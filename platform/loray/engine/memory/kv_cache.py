@@ -1,21 +1,12 @@
-"""`KVCacheManager` and the prefix cache.
-
-There is one tree for each adapter's content digest and one for the base; an edge is a full block of tokens. Blocks are
-compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys and values: so
-nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool. Callers with
-a salt share with those of the same salt alone.
-
-Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that holds a
-block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted by their
-value, see `worth`, and the end of a prefix before its beginning.
-"""
+"""`KVCacheManager` gives requests their blocks of KV cache, and `PrefixCache` keeps those that others may use again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
+from loray.engine.memory.adapter_manager import AdapterManager
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.eviction import Inflation, PriorityQueue, Reuse
 from loray.engine.request import Request
@@ -41,11 +32,20 @@ class _Node:
 
 
 class PrefixCache:
-    """Holds one reference to each of its blocks; each request that uses a block holds another one.
+    """Full blocks by their tokens, in one tree for each adapter's content digest and one for the base.
+
+    Blocks are compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys
+    and values: so nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the
+    pool. Callers with a salt share with those of the same salt alone.
+
+    Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that
+    holds a block of the tree holds all blocks before it. The cache holds one reference to each of its blocks; each
+    request that uses a block holds another one. A block that no request holds is idle. Idle blocks are evicted by their
+    value, see `eviction`, and the end of a prefix before its beginning.
 
     A request that has called `store` releases its KV blocks with `release`, not with the allocator.
 
-    floor          of the pool's blocks
+    inflation      of the pool's blocks
     token_seconds  to compute a token of a prompt again; 0 while that is not known: then a block has no value
     """
 
@@ -59,7 +59,7 @@ class PrefixCache:
     ) -> None:
         self._allocator = allocator
         self.enabled = enabled
-        self._floor, self._reuse = inflation or Inflation(), Reuse()
+        self._inflation, self._reuse = inflation or Inflation(), Reuse()
         self._token_seconds = token_seconds
         self._block_tokens = allocator.geometry.block_tokens
         self._root = _Node(None, -1, None)
@@ -74,18 +74,18 @@ class PrefixCache:
         return len(self._idle)
 
     def idle_blocks(self) -> list[int]:
-        """Those blocks."""
+        """Return the blocks that `evict` could free."""
         return [node.block for node in self._idle]
 
     @property
     def least_value(self) -> float | None:
-        """Of the block that `evict` would free first; None if none is idle."""
+        """The value of the block that `evict` would free first; None if none is idle."""
         least = self._ends.peek()
         return None if least is None else least[0][0]
 
     def match(self, digest: str | None, tokens: Sequence[int], salt: str = "") -> list[int]:
-        """The full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used when
-        `used` is told that its request runs: one that waits for blocks looks again and again.
+        """Return the full blocks of the longest known prefix of `tokens`, retained for the caller. They count as used
+        when `used` is told that its request runs: one that waits for blocks looks again and again.
         """
         node = self._root.children.get(digest)
         if salt and node is not None:
@@ -149,7 +149,7 @@ class PrefixCache:
             node = self._nodes.get(block)
             if node is not None and self._allocator.references(block) == 1:
                 self._num_released += 1
-                value = self._floor.value + self._reuse.expected(node.uses) * block_seconds
+                value = self._inflation.value + self._reuse.expected(node.uses) * block_seconds
                 node.rank = (value, self._num_released)
                 self._idle.add(node)
                 if not node.children:
@@ -168,7 +168,7 @@ class PrefixCache:
             while not parent.children and parent.block < 0 and parent.parent is not None:
                 del parent.parent.children[parent.key]
                 parent = parent.parent
-            self._floor.evicted(value)
+            self._inflation.evicted(value)
             self._drop(node)
             freed += 1
         return freed
@@ -190,7 +190,7 @@ class PrefixCache:
         return list(self._nodes)
 
     def check_integrity(self) -> None:
-        """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
+        """Raise AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
         adapters = self._root.children.values()
         assert {node.block: node for adapter in adapters for node in _below(adapter)} == self._nodes, (
             "the prefix cache's tree differs from its blocks"
@@ -234,7 +234,7 @@ class PrefixCache:
 
 
 def _below(node: _Node) -> Iterator[_Node]:
-    """All blocks of an adapter."""
+    """Return all blocks of an adapter."""
     stack = list(node.children.values())
     while stack:
         node = stack.pop()
@@ -243,22 +243,9 @@ def _below(node: _Node) -> Iterator[_Node]:
         stack.extend(node.children.values())
 
 
-class IdleAdapters(Protocol):
-    """See Residency."""
-
-    @property
-    def inflation(self) -> Inflation: ...
-
-    @property
-    def least_value(self) -> float | None: ...
-
-    def evict_one(self) -> bool: ...
-
-
 class KVCacheManager:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
-    compact        tries to free that many blocks by closing gaps between rows; False if it frees none
     token_seconds  see PrefixCache
     num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
                    request counts once.
@@ -267,19 +254,17 @@ class KVCacheManager:
     def __init__(
         self,
         allocator: BlockAllocator,
-        adapters: IdleAdapters,
-        compact: Callable[[int], bool],
+        adapter_manager: AdapterManager[Any, Any],
         token_seconds: Callable[[], float],
         *,
         enable_prefix_caching: bool,
     ) -> None:
         self.prefix_cache = PrefixCache(
-            allocator, enabled=enable_prefix_caching, inflation=adapters.inflation, token_seconds=token_seconds
+            allocator, enabled=enable_prefix_caching, inflation=adapter_manager.inflation, token_seconds=token_seconds
         )
         self.num_queries = self.num_hits = 0
         self._allocator = allocator
-        self._adapters = adapters
-        self._compact = compact
+        self._adapter_manager = adapter_manager
 
     def take_cached(self, request: Request) -> None:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
@@ -291,7 +276,7 @@ class KVCacheManager:
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
     def count_cached(self, request: Request) -> None:
-        """It starts: count the use of its cached blocks and, when it starts for the first time, its cached tokens."""
+        """Count the use of a starting request's cached blocks and, at its first start, its cached tokens."""
         self.prefix_cache.used(request.blocks[: request.num_shared_blocks])
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)
@@ -329,13 +314,13 @@ class KVCacheManager:
     def make_room(self, num_blocks: int) -> bool:
         """Try to free that many blocks; False if there is nothing to evict.
 
-        Of cached prefixes and idle adapters what is worth least goes first, see `memory.worth`. An adapter may leave
-        gaps that suffice instead of blocks: the caller tries again after each. At last gaps are closed.
+        The cached prefix or idle adapter of the lowest value goes first, see `eviction`. An adapter may leave
+        gaps that suffice instead of blocks: the caller tries again after each.
         """
         for freed in range(num_blocks):
-            prefix, adapter = self.prefix_cache.least_value, self._adapters.least_value
+            prefix, adapter = self.prefix_cache.least_value, self._adapter_manager.least_value
             if prefix is None or (adapter is not None and adapter < prefix):
-                return self._adapters.evict_one() or freed > 0 or self._compact(num_blocks)
+                return self._adapter_manager.evict_one() or freed > 0
             self.prefix_cache.evict(1)
         return True
 

@@ -1,4 +1,4 @@
-"""What the pool's blocks hold, by position: a summary of bounded size, made when somebody asks for it."""
+"""A picture of what the pool's blocks hold, by position: of bounded size, made when somebody asks for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _HOLDS = (*(name for name in Occupancy._fields if name != "free"), "cached", "fr
 
 
 def layout(allocator: BlockAllocator, prefix_cache: PrefixCache) -> tuple[Stretch, ...]:
-    """At most `MOST_STRETCHES`, which together are the whole pool. KV blocks that only the prefix cache holds are
-    `cached`. A pool of 100,000 blocks takes about 2 ms, and 5 where the prefix cache holds all of it, so it is made
+    """Return at most `MOST_STRETCHES`, which together are the whole pool. KV blocks that only the prefix cache holds
+    are `cached`. A pool of 100,000 blocks takes about 2 ms, and 5 where the prefix cache holds all of it, so it is made
     between two steps only when somebody asks.
     """
     codes = {name: code for code, name in enumerate(_HOLDS)}

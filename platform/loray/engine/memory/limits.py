@@ -9,10 +9,10 @@ from loray.spec import ServeSpec
 
 
 def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
-    """Geometry of a pool of `fixed_pool_bytes`, which are known. A block holds K and V of `block_tokens` tokens for
-    each layer.
+    """Return the geometry of a pool of `fixed_pool_bytes`, which are known. A block holds K and V of `block_tokens`
+    tokens for each layer.
 
-    SpecError if the pool has fewer than two blocks.
+    Raises SpecError if the pool has fewer than two blocks.
     """
     pool_bytes, size = spec.fixed_pool_bytes, block_bytes(spec, config)
     assert pool_bytes is not None, "the device has not been asked"
@@ -23,7 +23,7 @@ def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
 
 
 def block_bytes(spec: ServeSpec, config: ModelConfig) -> int:
-    """Of a block of the pool."""
+    """Return the bytes of a block of the pool."""
     return config.num_layers * _layer_share(spec, config) * spec.element_bytes
 
 
@@ -32,7 +32,9 @@ def _layer_share(spec: ServeSpec, config: ModelConfig) -> int:
 
 
 def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None) -> int:
-    """Tokens of prompt and answer that a request may have: the model's, the spec's and the pool's limit, if known."""
+    """Return how many tokens a request may have with its answer: the model's, the spec's and the pool's limit, if
+    known.
+    """
     limits = [context_length] if pool_tokens is None else [context_length, pool_tokens]
     if spec.max_model_len is not None:
         limits.append(spec.max_model_len)
@@ -40,7 +42,7 @@ def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int | None)
 
 
 def check_length(limit: int, num_prompt_tokens: int, max_tokens: int, *, param: str) -> None:
-    """ContextLengthExceeded, which names `param`, if prompt and answer together are longer than `limit` tokens."""
+    """Raise ContextLengthExceeded, which names `param`, if prompt and answer together exceed `limit` tokens."""
     left = limit - num_prompt_tokens
     if left < min(max_tokens, 1):
         raise ContextLengthExceeded(

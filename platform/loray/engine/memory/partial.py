@@ -1,4 +1,4 @@
-"""How much is there of an adapter that can be used before it is complete.
+"""`PartialLoad` says how much is there of an adapter that can be used before it is complete.
 
 Its loader's thread writes, the engine's thread reads and waits. A file's SHA-256 is known only when the whole file is
 there, so nothing that was computed with an adapter is kept or sent before the adapter is complete.

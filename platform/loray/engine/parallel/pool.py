@@ -55,11 +55,6 @@ class RemoveAdapter(NamedTuple):
     digest: str
 
 
-class Compact(NamedTuple):
-    num_blocks: int
-    answers: Answers
-
-
 class GetPoolMap(NamedTuple):
     """The answer is the PoolMap of the rank's pool."""
 
@@ -77,7 +72,7 @@ class RecordSteps(NamedTuple):
     limits: CaptureLimits
 
 
-PoolCommand = PlaceAdapter | RemoveAdapter | Compact
+PoolCommand = PlaceAdapter | RemoveAdapter
 ModelCommand = Forward | Replay | UseRecordings | CompileAdapters | RecordSteps
 Command = PoolCommand | ModelCommand | GetPoolMap
 
@@ -100,7 +95,6 @@ CODEC = Codec(
         Replay,
         PlaceAdapter,
         RemoveAdapter,
-        Compact,
         GetPoolMap,
         UseRecordings,
         CompileAdapters,
@@ -169,10 +163,8 @@ class LeadingAllocator(BlockAllocator):
         super().__init__(geometry)
         self._answers: list[RankAnswer] = []
 
-    def allocate_rows(
-        self, kind: BlockKind, demand: Mapping[int, int], *, emptying: int | None = None
-    ) -> list[Extent] | None:
-        return self._kept(super().allocate_rows(kind, demand, emptying=emptying))
+    def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
+        return self._kept(super().allocate_rows(kind, demand))
 
     def allocate_run(self, num_blocks: int) -> int | None:
         return self._kept(super().allocate_run(num_blocks))
@@ -245,13 +237,6 @@ class LeadingPool(Pool):
         super().remove(adapter)
         self._channel.broadcast(RemoveAdapter(adapter.ref.digest))
 
-    def compact(self, num_blocks: int) -> bool:
-        freed = super().compact(num_blocks)
-        answers = self.allocator.take_answers()
-        if freed:
-            self._channel.broadcast(Compact(num_blocks, answers))
-        return freed
-
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """Also checks that every rank's pool has the same contents."""
         super().check_integrity(kv_references, residents)
@@ -286,9 +271,6 @@ class FollowingPool(Pool):
                     self.adapters[ref.digest] = resident
             case RemoveAdapter(digest):
                 self.remove(self.adapters.pop(digest))
-            case Compact(num_blocks, answers):
-                self.allocator.answers.extend(answers)
-                self.compact(num_blocks)
             case _:
                 assert_never(command)
         assert not self.allocator.answers, "this rank asked its allocator for less than rank 0 did"

@@ -20,7 +20,6 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, Matrix, Role, RowTable, Table, columns, place
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
-from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
 from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.methods.weights import SharedProjection
@@ -272,7 +271,6 @@ class Pool:
         self._pairs: dict[str, ResidentProjection] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._arriving: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
-        self._compact = False  # True: nothing to compact until adapters are placed or removed
         self.records: PoolDescriptors | None = None  # where decode steps are recorded
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
@@ -312,7 +310,6 @@ class Pool:
         try:
             return self._fill(ref, packed, pair, extents)
         except BaseException:  # such as a device that is out of memory: free the blocks
-            self._compact = False
             self.wait_for_rows()
             self.allocator.free_rows(extents)
             self._release_pair(pair)
@@ -344,7 +341,6 @@ class Pool:
             self.records.placed(resident)
         self._arriving[resident] = self._writer.arrival()
         self._residents[resident] = None
-        self._compact = False
         return resident
 
     def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
@@ -383,7 +379,6 @@ class Pool:
     def remove(self, adapter: ResidentAdapter) -> None:
         self.wait_for([adapter])  # its rows must not come over what will be in their place
         del self._residents[adapter]
-        self._compact = False
         if self.records is not None:
             self.records.removed(adapter)
         self.allocator.free_rows(adapter.extents)
@@ -451,19 +446,6 @@ class Pool:
             blocks += adapter.pair.num_blocks
         return max(blocks, 1 / self.geometry.block_size)  # an adapter that changes only RoPE has no rows
 
-    def compact(self, num_blocks: int) -> bool:
-        """Free up to `num_blocks` blocks by moving rows into the gaps that evictions left; False if none is freed."""
-        if self._compact:
-            return False
-        owned = [list(adapter.extents) for adapter in self._residents]
-        copies = close_gaps(self.allocator, owned, num_blocks)
-        self.wait_for_rows()
-        for old, new in copies:
-            self._rows_of(new).copy_(self._rows_of(old))
-        self._moved(owned)
-        self._compact = not copies
-        return bool(copies)
-
     def _clear_run(self, num_blocks: int) -> bool:
         """Free neighbouring blocks for a run by moving others, KV blocks too; False if that is impossible."""
         moves = self.allocator.clear_run(num_blocks)
@@ -473,25 +455,17 @@ class Pool:
         blocks = self.tensor.view(self.geometry.num_blocks, -1)
         for old, new in moves.items():
             blocks[new].copy_(blocks[old])
-        self._moved([[e._replace(block=moves.get(e.block, e.block)) for e in a.extents] for a in self._residents])
-        self.on_kv_moved(moves)
-        return True
-
-    def _rows_of(self, extent: Extent) -> Tensor:
-        """(layers or 1, elements)"""
-        shares = self.tensor.view(self.geometry.num_blocks, -1, self.geometry.capacity(extent.kind))
-        return shares[extent.block, :, extent.offset : extent.offset + extent.width * extent.rows]
-
-    def _moved(self, owned: Sequence[Sequence[Extent]]) -> None:
-        """Rebuild the tables of residents whose extents have changed."""
-        for adapter, extents in zip(self._residents, owned, strict=True):
-            if tuple(extents) != adapter.extents:
-                adapter.extents = tuple(extents)
+        for adapter in self._residents:
+            extents = tuple(e._replace(block=moves.get(e.block, e.block)) for e in adapter.extents)
+            if extents != adapter.extents:
+                adapter.extents = extents
                 adapter.table = place(adapter.shape, extents, self.geometry)
                 adapter.rows = row_tensors(adapter.table, self.tensor.device)
                 adapter.token_row = token_row(tuple(adapter.token_row), adapter.table)
                 if self.records is not None:
                     self.records.moved(adapter)
+        self.on_kv_moved(moves)
+        return True
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""

@@ -1,6 +1,6 @@
-"""Requests that cannot have their first token in time (S-LoRA's early abort).
+"""Requests that cannot have their first token in time are refused (S-LoRA's early abort).
 
-What a prompt costs comes from `steptime`. A throughput would not do: the tokens per second of one decoding request do
+`StepTimeModel` says what a prompt costs. A throughput would not do: the tokens per second of one decoding request do
 not predict those of a prompt.
 """
 
@@ -20,7 +20,7 @@ _MIN_RETRY_S = 1.0
 
 
 class Backlog(NamedTuple):
-    """What is served before a request: fractions of requests that wait, tokens of prompts, and seconds for them."""
+    """The work served before a request: fractions of requests that wait, tokens of prompts, and seconds for them."""
 
     num_requests: float = 0
     num_tokens: float = 0
@@ -37,7 +37,7 @@ def ahead_of(
     seconds: Callable[[Request], float],
     mean_output: float,
 ) -> Backlog:
-    """What of `others`, whose prompts are not computed, will be served before `request`: all requests of better
+    """Return what of `others`, whose prompts are not computed, will be served before `request`: all requests of better
     priority, of its tenant those before it in the queue, and of every other tenant the share by which its counter is
     behind by then. O(others).
 
@@ -70,8 +70,8 @@ def _service(backlogs: Collection[Backlog], mean_output: float) -> float:
 
 
 class TtftEstimate:
-    """Seconds until the first token of a request that waits behind others. 0 before a step was measured, so that no
-    request is refused on a guess.
+    """Estimates the seconds until the first token of a request that waits behind others. They are 0 before a step was
+    measured, so that no request is refused on a guess.
     """
 
     def __init__(
@@ -81,13 +81,14 @@ class TtftEstimate:
         self._max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
 
     def prompt_seconds(self, request: Request) -> float:
-        """What is left of its prompt, without the fixed cost of steps."""
+        """Return the seconds that what is left of its prompt takes, without the fixed cost of steps."""
         scored = request.num_pending if request.needs_prompt_logits else 0
         return self._steps.predict(Work.of(request.num_computed, request.num_pending, scored))
 
     def seconds(self, ahead: Backlog, decoding: Work, num_running: int = 0, mean_output: float = 0) -> float:
-        """`ahead`: the requests before it and itself; `decoding`: a step without prompts. If the batch has no place for
-        all of them, so many requests must end first; in a full batch one ends every mean_output ÷ max_num_seqs steps.
+        """Return the estimate. `ahead`: the requests before it and itself; `decoding`: a step without prompts. If the
+        batch has no place for all of them, so many requests must end first; in a full batch one ends every
+        mean_output ÷ max_num_seqs steps.
         """
         must_end = max(0.0, num_running + ahead.num_requests - self._max_num_seqs)
         room = room_for_prompts(self._steps, decoding, self._itl_slo_s, alone=not decoding.num_decoded)
@@ -118,7 +119,7 @@ class TtftSlo:
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
 
     def accept(self, request: Request) -> None:
-        """Overloaded if its first token is expected later than its target."""
+        """Raise Overloaded if its first token is expected later than its target."""
         slo = self._slo(request)
         if slo is None:
             return
@@ -133,7 +134,7 @@ class TtftSlo:
         heapq.heappush(self._deadlines, (request.start_by, request.arrival, request))
 
     def next_deadline(self) -> float:
-        """Seconds of the clock at which the first waiting request will be too late; infinite if none will."""
+        """Return when the first waiting request will be too late, in seconds of the clock; infinite if none will."""
         while self._deadlines:
             start_by, _, request = self._deadlines[0]
             if request.state is RequestState.WAITING and request.start_by == start_by:
@@ -142,7 +143,7 @@ class TtftSlo:
         return math.inf
 
     def refuse_late(self) -> list[tuple[Request, Exception]]:
-        """The waiting requests that would be too late even if they were next, each with its error, once."""
+        """Return the waiting requests that would be too late even if they were next, each with its error, once."""
         now = self._clock()
         late: list[Request] = []
         while self.next_deadline() <= now:
@@ -156,11 +157,11 @@ class TtftSlo:
         ]
 
     def retry_after_s(self, request: Request, expected: float) -> float:
-        """Seconds until the expected wait has fallen to the target of `request`."""
+        """Return the seconds until the expected wait has fallen to the target of `request`."""
         return max(_MIN_RETRY_S, expected - (self._slo(request) or 0))
 
     def expected_retry_s(self, request: Request) -> float:
-        """The same of a request that would join the queue now."""
+        """Return the same for a request that would join the queue now."""
         return self.retry_after_s(request, self._estimate(request))
 
     def _slo(self, request: Request) -> float | None:

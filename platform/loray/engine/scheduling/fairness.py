@@ -1,4 +1,4 @@
-"""Whose prompt is next: virtual token counters, one for each tenant, over the requests that have tokens to compute
+"""Virtual token counters, one for each tenant, say whose prompt is next among the requests that have tokens to compute
 before they decode.
 
 Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (VTC, algorithm 2). A tenant's counter is
@@ -75,7 +75,7 @@ class _TenantTurn(NamedTuple):
 
 
 def token_weight(adapter_bytes: int, base_bytes: int) -> float:
-    """The cost of a token relative to one of the base: the ratio of the bytes of weights that they read.
+    """Return the cost of a token relative to one of the base: the ratio of the bytes of weights that they read.
 
     `adapter_bytes` grows with rank and modules: a rank-64 adapter on q, k, v, o of SmolLM2-135M weighs 1.05.
     """
@@ -83,12 +83,12 @@ def token_weight(adapter_bytes: int, base_bytes: int) -> float:
 
 
 def rank_in_queue(request: Request) -> tuple[int, float, int]:
-    """The order of a tenant's requests."""
+    """Return the rank by which a tenant's requests are ordered."""
     return request.priority, request.virtual_finish, request.arrival
 
 
 def rank_in_batch(request: Request) -> tuple[int, int]:
-    """The order of running requests, of which the last is preempted first."""
+    """Return the rank by which running requests are ordered; the last is preempted first."""
     return request.priority, request.arrival
 
 
@@ -127,7 +127,7 @@ class FairQueue:
             self._move_up(tenant)
 
     def remove(self, request: Request) -> None:
-        """It has been computed up to its newest token, or does not want to be any more."""
+        """Remove a request that has been computed up to its newest token, or does not want to be any more."""
         queue = self._queues[request.tenant]
         del queue[self._index(queue, request)]
         if not queue:
@@ -156,8 +156,9 @@ class FairQueue:
             request.num_output_charged += num_output
 
     def refund(self, request: Request, *, num_input: int) -> None:
-        """`request` was charged and has received nothing. If its tenant has joined the queue since, its counter
-        stays at or above the value to which it was raised then, so the refund earns no credit for being idle.
+        """Take back what `request` was charged, which has received nothing. If its tenant has joined the queue since,
+        its counter stays at or above the value to which it was raised then, so the refund earns no credit for being
+        idle.
         """
         tenant = request.tenant
         counter = self.counter(tenant) - request.token_weight * INPUT_WEIGHT * num_input
@@ -166,7 +167,7 @@ class FairQueue:
             self._move_up(tenant)
 
     def pick(self, preferred: Callable[[Request], bool]) -> Request | None:
-        """The next request, or a preferred one that may overtake it."""
+        """Return the next request, or a preferred one that may overtake it."""
         front = self._front()
         if front is None:
             return None
@@ -206,22 +207,22 @@ class FairQueue:
             del self._num_running[request.tenant]
 
     def requests(self) -> set[Request]:
-        """All that are in the queue. O(n)."""
+        """Return all that are in the queue. O(n)."""
         return {request for queue in self._queues.values() for request in queue}
 
     def num_running(self, tenant: str) -> int:
         return self._num_running[tenant]
 
     def key(self, request: Request) -> tuple[int, float, float, int]:
-        """The order of requests in the queue, whatever their tenants."""
+        """Return the rank in the queue among the requests of all tenants."""
         return request.priority, self.counter(request.tenant), request.virtual_finish, request.arrival
 
     def lifted(self, tenant: str) -> float:
-        """The counter of a tenant after it has been raised for a new request."""
+        """Return the counter of a tenant after it has been raised for a new request."""
         return max(self.counter(tenant), self._level())
 
     def virtual_finish(self, request: Request) -> float:
-        """Also of a request that is not in the queue yet."""
+        """Return the virtual finish, also of a request that is not in the queue yet."""
         if request.virtual_finish < math.inf:
             return request.virtual_finish
         return self.lifted(request.tenant) + INPUT_WEIGHT * request.num_pending

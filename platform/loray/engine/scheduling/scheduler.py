@@ -1,16 +1,12 @@
-"""`Scheduler.next`: who runs, who is admitted, who is preempted.
+"""`Scheduler.next` says who runs, who is admitted and who is preempted.
 
-Admission without that question fills the pool with prompts; then each further token takes the blocks of a running
-request, which is computed again and again. So a request is admitted only if it and all that run can be expected to
-reach their ends. Source of the formula: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees",
-ASPLOS 2025: the demand is largest when a request ends, so it is enough to look at these moments.
-
-Prompts are computed by priority and fairness (`fairness`), in chunks that `budget` measures out; a request is admitted
-when it is its turn. A request that waits for its adapter does not block others. A request that waits for blocks blocks
-those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool suffices for
-what is expected to be generated (`growth`). A running request never fails because memory is short: idle adapters are
-evicted first; then the running request of the lowest priority, the youngest of several, is preempted and computed again
-later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused (`overload`).
+Prompts are computed by priority and fairness (`FairQueue`), in chunks that `StepBudget` measures out; a request is
+admitted when it is its turn. A request that waits for its adapter does not block others. A request that waits for
+blocks blocks those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool
+suffices for what is expected to be generated (`Admission`). A running request never fails because memory is short: idle
+adapters are evicted first; then the running request of the lowest priority, the youngest of several, is preempted and
+computed again later. So is one of a full batch, for a tenant with fewer places. One that would wait too long is refused
+(`TtftSlo`, `QueueLimits`).
 """
 
 from __future__ import annotations
@@ -23,8 +19,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import accumulate, chain, islice
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.host_memory import P
 from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
 from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, Work
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
@@ -33,8 +30,15 @@ from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
 from loray.engine.scheduling.waiting import QueueLimits, WaitingRequests, WaitLimits
 from loray.errors import ContextLengthExceeded
 
-_MEMORY_REQUESTS = 64
+_NUM_LENGTHS = 64  # of the latest outputs
 _FIRST_GUESS = 128  # tokens of an output, before any request has ended
+# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
+# so in every load that was simulated, see docs/decisions/0003-steps-by-time.md.
+_SHARE = 0.75
+_LOOKED_AHEAD = 32  # waiting requests
+_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
+
+Failures = list[tuple[Request, Exception]]
 
 
 class OutputLengths:
@@ -47,7 +51,7 @@ class OutputLengths:
 
     def observe(self, num_output: int) -> None:
         """A request has ended."""
-        if len(self._latest) == _MEMORY_REQUESTS:
+        if len(self._latest) == _NUM_LENGTHS:
             self._sorted.remove(self._latest.popleft())
         self._latest.append(num_output)
         insort(self._sorted, num_output)
@@ -60,8 +64,8 @@ class OutputLengths:
         return self._means[0] if self._means else 0.0
 
     def remaining(self, generated: int) -> float:
-        """Tokens that a request which has generated so many is expected to generate still: by the mean of the longer
-        outputs, or if there is none as many again.
+        """Return how many tokens a request that has generated so many is expected to generate still: by the mean of the
+        longer outputs, or if there is none as many again.
         """
         if not self._means:
             return max(generated, _FIRST_GUESS)
@@ -81,47 +85,44 @@ class Growth(NamedTuple):
 
 
 def blocks_wanted(running: Iterable[Growth], block_tokens: int) -> float:
-    """The most blocks beyond those held now that the requests need at once, if each generates `remaining` more tokens,
-    one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
+    """Return the most blocks beyond those held now that the requests need at once, if each generates `remaining` more
+    tokens, one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
     """
     longest_first = sorted(running, key=lambda g: -g.remaining)
     released = sum([g.num_blocks - g.num_shared_blocks for g in longest_first])
     most = num_tokens = 0.0
     num_blocks = 0
     for i, g in enumerate(longest_first, 1):  # when g ends, the first i have run until then
-        num_tokens += (
-            g.num_tokens + block_tokens / 2 - 1
-        )  # half of the last block is empty; the last token is not stored
+        num_tokens += g.num_tokens + block_tokens / 2 - 1  # half of the last block is empty, the last token not stored
         num_blocks += g.num_blocks
         released -= g.num_blocks - g.num_shared_blocks
         most = max(most, (num_tokens + i * g.remaining) / block_tokens - num_blocks - released)
     return most
 
 
-# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
-# so in every load that was simulated, see docs/decisions/0003-steps-by-time.md.
-_SHARE = 0.75
-_LOOKED_AHEAD = 32  # waiting requests
-_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
-
-
 class Admission(Generic[P, R]):
-    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known. `ahead`: adapters may be placed
-    before their requests' turn.
+    """Admits a request only if it and all that run can be expected to reach their ends.
+
+    Without that the pool fills with prompts; then each further token takes the blocks of a running request, which is
+    computed again and again. Source of the formula: Gong et al., "Past-Future Scheduler for LLM Serving under SLA
+    Guarantees", ASPLOS 2025: the demand is largest when a request ends, so it is enough to look at these moments.
+
+    adapter_blocks  the most blocks that a request's adapter takes; 0: not known
+    places_ahead    adapters may be placed before their requests' turn
     """
 
     def __init__(
         self,
         allocator: BlockAllocator,
         adapter_manager: AdapterManager[P, R],
-        blocks: KVCacheManager,
+        kv_cache: KVCacheManager,
         lengths: OutputLengths,
         adapter_blocks: Callable[[Request], int],
         *,
-        ahead: bool = False,
+        places_ahead: bool = False,
     ) -> None:
-        self._places_ahead = ahead
-        self._allocator, self._adapter_manager, self._blocks = allocator, adapter_manager, blocks
+        self._places_ahead = places_ahead
+        self._allocator, self._adapter_manager, self._kv_cache = allocator, adapter_manager, kv_cache
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
         self._growing: list[Growth] | None = None  # those that run, in this step
@@ -132,7 +133,7 @@ class Admission(Generic[P, R]):
         return needed <= self._allocator.geometry.num_blocks
 
     def why_not(self, request: Request) -> str:
-        """For a request that does not fit at all."""
+        """Return the reason why a request does not fit at all."""
         geometry = self._allocator.geometry
         return (
             f"{request.max_tokens} tokens and their adapter need "
@@ -148,25 +149,25 @@ class Admission(Generic[P, R]):
             return False
         self._short = request
         ref = request.adapter
-        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
+        self._kv_cache.take_cached(request)  # first: making room for the rest could evict these blocks
         if running and not self._lasts(request, running):
-            self._blocks.release(request)
+            self._kv_cache.release(request)
             return False
         if ref is not None:
             while self._adapter_manager.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
                 tier = self._adapter_manager.table.tier(ref)
-                if tier is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                if tier is not Tier.HOST or not self._kv_cache.make_room(max(1, missing)):
                     if tier is Tier.LOADING:  # its rows are on their way; blocks are not short
                         self._short = None
-                    self._blocks.release(request)
+                    self._kv_cache.release(request)
                     return False
-        if not self._blocks.extend(request, request.num_tokens):
-            self._blocks.release(request)
+        if not self._kv_cache.extend(request, request.num_tokens):
+            self._kv_cache.release(request)
             if ref is not None:
                 self._adapter_manager.release(ref)
             return False
-        self._blocks.count_cached(request)
+        self._kv_cache.count_cached(request)
         self._short = None
         if self._growing is not None:
             self._growing.append(self._growth(request))
@@ -211,7 +212,7 @@ class Admission(Generic[P, R]):
         wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
         if request.adapter is not None and self._adapter_manager.table.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
-        missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
+        missing = wanted - self._allocator.num_free - self._kv_cache.prefix_cache.num_idle
         return missing <= 0 or self._idle_adapters_have(missing)
 
     def _idle_adapters_have(self, num_blocks: float) -> bool:
@@ -228,9 +229,6 @@ class Admission(Generic[P, R]):
             num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
         remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
         return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)
-
-
-Failures = list[tuple[Request, Exception]]
 
 
 class Scheduler(Generic[P, R]):
@@ -257,23 +255,21 @@ class Scheduler(Generic[P, R]):
         itl_slo_s: float | None = None,
         ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
-        compact: Callable[[int], bool] = lambda num_blocks: False,
         enable_prefix_caching: bool = True,
         places_ahead: bool = False,
     ) -> None:
         self._adapter_manager, self._itl_slo_s, self._token_weight = adapter_manager, itl_slo_s, token_weight
         self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
         self.step_time, self._burst = StepTimeModel(), Burst(itl_slo_s)
-        self._blocks = KVCacheManager(
+        self.kv_cache = KVCacheManager(
             allocator,
             adapter_manager,
-            compact,
             self.step_time.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
         )
         lengths = self.output_lengths = OutputLengths()
         self._admission = Admission(
-            allocator, adapter_manager, self._blocks, lengths, adapter_blocks, ahead=places_ahead
+            allocator, adapter_manager, self.kv_cache, lengths, adapter_blocks, places_ahead=places_ahead
         )
         self._estimate = TtftEstimate(
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
@@ -292,24 +288,15 @@ class Scheduler(Generic[P, R]):
 
     @property
     def prefix_cache(self) -> PrefixCache:
-        return self._blocks.prefix_cache
-
-    @property
-    def prefix_cache_queries(self) -> int:
-        """Prompt tokens that were looked up in the prefix cache; `prefix_cache_hits`: those found there."""
-        return self._blocks.num_queries
-
-    @property
-    def prefix_cache_hits(self) -> int:
-        return self._blocks.num_hits
+        return self.kv_cache.prefix_cache
 
     @property
     def num_aborted(self) -> int:
-        """Requests refused because their first token would have come too late."""
+        """The number of requests refused because their first token would have come too late."""
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Queue a request; one with a constraint waits for `waiting.prepared`. Raises what the two `accept` raise."""
+        """Queue a request; one with a constraint waits for `waiting.prepared`. Raises Overloaded or StoreError."""
         self._limits.accept(request)
         self._targets.accept(request)
         self.waiting.add(request, prepares=request.has_constraint)
@@ -335,11 +322,11 @@ class Scheduler(Generic[P, R]):
         self.num_preemptions += 1
 
     def next_deadline(self) -> float:
-        """When `next` must be called although nothing happens, in seconds of the clock; infinite: it need not be."""
+        """Return when `next` must be called although nothing happens, in seconds of the clock, or infinity."""
         return min(self._targets.next_deadline(), self._limits.next_deadline())
 
     def first_step_seconds(self, digest: str) -> float:
-        """Estimate for the first step of the longest waiting prompt of this adapter. 0: not known."""
+        """Estimate the seconds of the first step of the longest waiting prompt of this adapter; 0: not known."""
         loading = self.waiting.loading(digest)
         if not loading:
             return 0.0
@@ -350,12 +337,8 @@ class Scheduler(Generic[P, R]):
         chunk = Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))
         return self.step_time.predict(budget.work.plus(chunk))
 
-    def observe_step(self, work: Work, seconds: float) -> None:
-        """The duration of the last step."""
-        self.step_time.observe(work, seconds)
-
     def next(self) -> SchedulerOutput:
-        """The chunks of the next step, and the requests that will not run."""
+        """Return the chunks of the next step, and the requests that will not run."""
         changed = self._adapter_manager.poll(at_once=not self.running)
         failed = self._fail_running()
         for request in self.running:
@@ -377,7 +360,7 @@ class Scheduler(Generic[P, R]):
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
-        self._blocks.moved((*self.running, *self.waiting), moves)
+        self.kv_cache.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -436,7 +419,7 @@ class Scheduler(Generic[P, R]):
             if not is_blocked:
                 self.waiting.fair.serve(request)
             self.waiting.fair.charge_prompt(request, request.num_computed + n)
-            self._blocks.share(request)
+            self.kv_cache.share(request)
             chunk = Chunk(request, request.num_computed, n)
             chunks.append(chunk)
             budget.add(chunk)
@@ -473,16 +456,16 @@ class Scheduler(Generic[P, R]):
 
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
-        self._blocks.share(request)
-        while not self._blocks.extend(request, request.num_tokens):
+        self.kv_cache.share(request)
+        while not self.kv_cache.extend(request, request.num_tokens):
             self.preempt(last := self.running[-1])
             if last is request:
                 return False
         return True
 
     def _release(self, request: Request) -> None:
-        self._blocks.share(request)
-        self._blocks.release(request)
+        self.kv_cache.share(request)
+        self.kv_cache.release(request)
         if request.adapter is not None:
             self._adapter_manager.release(request.adapter)
         self._admission.released()

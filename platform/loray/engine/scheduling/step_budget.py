@@ -1,14 +1,4 @@
-"""Tokens that a step may compute; how long a step takes.
-
-The model: seconds = Σ cost · quantity over the quantities of `Work`. The fixed cost is for reading the weights and for
-launching a step; a decoded request and a prompt's token cost differently, since one token for each of many requests
-reads the cache of each, while a prompt's tokens share it. All costs are at least 0.
-
-The costs are a least-squares fit over the past steps. Older steps weigh less, and steps with and without prompts are
-forgotten apart: an hour of decoding does not wash out what a prompt costs. Projected Gauss-Seidel sweeps, which start
-from the costs known before, keep them non-negative. Where the steps do not tell two costs apart (every step
-was alike) the sweeps leave their ratio as it was; so the fit cannot run away as an exact solution would. Steps that the
-budget makes equally long would be explained by a fixed cost alone: it is limited by the shortest step of late.
+"""How long a step takes (`StepTimeModel`), and how many tokens it may compute (`StepBudget`).
 
 Requests that decode take what they need. Prompts get the rest of the step's time, at least a quarter of it, and at
 least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The step's time is the target for the time
@@ -46,9 +36,27 @@ _SIZE = len(Work._fields)
 _ORDER = [Work._fields.index(name) for name in ("num_prompt", "num_steps")]
 _ORDER += [i for i in range(_SIZE) if i not in _ORDER]
 
+ALONE = 4.0
+MIN_CHUNK = 16
+MIN_SHARE = 0.25
+_BURST_PROMPTS, _BURST_TARGETS = 8, 40
+_GROWTH = 2  # a step may have so many times the tokens of any measured one
+
 
 class StepTimeModel:
-    """Owns the costs. Reading them takes no time, measuring a step about 30 µs."""
+    """Predicts a step's seconds = Σ cost · quantity over the quantities of `Work`. It owns the costs; reading them
+    takes no time, measuring a step about 30 µs.
+
+    The fixed cost is for reading the weights and for launching a step; a decoded request and a prompt's token cost
+    differently, since one token for each of many requests reads the cache of each, while a prompt's tokens share it.
+    All costs are at least 0.
+
+    The costs are a least-squares fit over the past steps. Older steps weigh less, and steps with and without prompts
+    are forgotten apart: an hour of decoding does not wash out what a prompt costs. Projected Gauss-Seidel sweeps, which
+    start from the costs known before, keep them non-negative. Where the steps do not tell two costs apart (every step
+    was alike) the sweeps leave their ratio as it was; so the fit cannot run away as an exact solution would. Steps that
+    the budget makes equally long would be explained by a fixed cost alone: it is limited by the shortest step of late.
+    """
 
     def __init__(self) -> None:
         self.costs = Work()
@@ -62,7 +70,7 @@ class StepTimeModel:
 
     @property
     def is_known(self) -> bool:
-        """A step has been measured. Before that every prediction is 0."""
+        """True when a step has been measured. Before that every prediction is 0."""
         return self.largest.num_steps > 0
 
     def predict(self, work: Work) -> float:
@@ -70,7 +78,7 @@ class StepTimeModel:
         return float(sum(map(mul, self.costs, work)))
 
     def token_seconds(self) -> float:
-        """Of one more token of a prompt, without its attention."""
+        """Return the seconds of one more token of a prompt, without its attention."""
         return self.costs.num_prompt
 
     def observe(self, work: Work, seconds: float) -> None:
@@ -116,32 +124,25 @@ class StepTimeModel:
         self.costs = Work(*costs)
 
 
-ALONE = 4.0
-_BURST_PROMPTS, _BURST_TARGETS = 8, 40
-MIN_CHUNK = 16
-_MIN_SHARE = 0.25
-_GROWTH = 2  # a step may have so many times the tokens of any measured one
-
-
 def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
-    """Of a step, in seconds; infinite if only tokens count. `alone`: the step gives nobody a token."""
+    """Return the target for a step's seconds; infinite if only tokens count. `alone`: the step gives nobody a token."""
     if itl_slo_s is None:
         return math.inf
     return ALONE * itl_slo_s if alone else itl_slo_s
 
 
 def room_for_prompts(steps: StepTimeModel, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
-    """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count. `alone`: the step
-    gives nobody a token.
+    """Return the seconds of a step beside `decoding`, which has its fixed cost; infinite if only tokens count. `alone`:
+    the step gives nobody a token.
     """
     if not steps.is_known:
         return math.inf
     target = target_s(itl_slo_s, alone=alone)
-    return max(target - steps.predict(decoding), _MIN_SHARE * target)
+    return max(target - steps.predict(decoding), MIN_SHARE * target)
 
 
 class Burst:
-    """Many requests that come at once to an idle engine: at least 8, and more than twice those that decode. It goes on
+    """Many requests come at once to an idle engine: at least 8, and more than twice those that decode. It goes on
     while all that decode began within 40 times the target, and what is left of all prompts takes no longer. Short steps
     would only put off the last of them.
     """
@@ -151,7 +152,9 @@ class Burst:
         self._goes_on = False
 
     def goes_on(self, decoding_s: float, num_decoding: int, num_prompts: int, prompts: Iterable[float]) -> bool:
-        """decoding_s: since the first of those that decode began; prompts: seconds for what is left of each."""
+        """Return whether it goes on. `decoding_s`: since the first of those that decode began; `prompts`: seconds for
+        what is left of each.
+        """
         begins = num_prompts >= max(_BURST_PROMPTS, 2 * num_decoding + 1)
         self._goes_on = (self._goes_on or begins) and decoding_s < self._seconds
         self._goes_on = self._goes_on and all(total < self._seconds for total in accumulate(prompts))
@@ -197,8 +200,8 @@ class StepBudget:
         self._num_left -= chunk.num_tokens
 
     def fit(self, start: int, num_pending: int, *, scored: bool = False) -> int:
-        """How many tokens from `start` of a prompt with `num_pending` left may be computed in this step. 0: the step is
-        full. What time cuts off a prompt is a multiple of MIN_CHUNK.
+        """Return how many tokens from `start` of a prompt with `num_pending` left may be computed in this step; 0: the
+        step is full. What time cuts off a prompt is a multiple of MIN_CHUNK.
         """
         most = min(num_pending, self._num_left)
         n = int(min(most, max(self._tokens_in_time(start, scored=scored), self._twice_the_last(start, scored=scored))))
@@ -214,7 +217,8 @@ class StepBudget:
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
-        seconds, most = self._seconds_left(), self._most_unmeasured(start, scored=scored)
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
+        seconds, most = room - self._steps.predict(self._prompts), self._most_unmeasured(start, scored=scored)
         if seconds == math.inf:
             return most
         costs = self._steps.costs
@@ -229,10 +233,6 @@ class StepBudget:
         else:
             n = left / slope if slope else math.inf
         return min(n, most)
-
-    def _seconds_left(self) -> float:
-        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._without_tokens)
-        return room - self._steps.predict(self._prompts)
 
     @property
     def _without_tokens(self) -> bool:

@@ -19,10 +19,13 @@ from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from typing import Generic, NamedTuple
 
-from loray.engine.memory.adapter_manager import AdapterManager, P, R, Tier
+from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
+from loray.engine.memory.host_memory import P
 from loray.engine.request import Request
 from loray.engine.scheduling.fairness import FairQueue, rank_in_batch, rank_in_queue
 from loray.errors import Overloaded, StoreError
+
+_FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
 
 
 class _State(Enum):
@@ -33,9 +36,9 @@ class _State(Enum):
 
 
 class WaitingRequests(Generic[P, R]):
-    """A request enters a FairQueue when it has a mask for its constraint and its adapter has been loaded. Before that
-    its tenant waits for other things than service, so its counter must not fall behind. It stays there, running, until
-    its prompt has been computed.
+    """The requests that do not run. One enters a FairQueue when it has a mask for its constraint and its adapter has
+    been loaded. Before that its tenant waits for other things than service, so its counter must not fall behind. It
+    stays there, running, until its prompt has been computed.
 
     `len` and iteration are of the requests that do not run. Nobody else adds or removes waiters of the AdapterManager.
     """
@@ -69,17 +72,17 @@ class WaitingRequests(Generic[P, R]):
             self._enter(request)
 
     def prepared(self, request: Request) -> None:
-        """What a request needs beside its adapter is there. Nothing happens if it runs or has been refused."""
+        """Queue a request, all of whose needs but its adapter are met, unless it runs or has been refused."""
         if self._states.get(request) is _State.PREPARING:
             self._enter(request)
 
     def remove(self, request: Request) -> None:
-        """It was cancelled or refused."""
+        """Remove a request that was cancelled or refused."""
         self._withdraw(request)
         self._forget(request)
 
     def begin(self, request: Request) -> None:
-        """It runs: `pick` gave `request`, and its adapter is pinned. It stays in the queue until `end_prompt`."""
+        """Run the request that `pick` gave, whose adapter is pinned. It stays in the queue until `end_prompt`."""
         self.fair.begin(request)
         self.begun[request] = None
         self._forget(request)
@@ -96,8 +99,8 @@ class WaitingRequests(Generic[P, R]):
         self.fair.leave(request)
 
     def refuse(self, request: Request) -> None:
-        """It will not run; the engine removes it after it has returned the error. A request that ran but has no token
-        yet is refunded.
+        """Keep a request from running; the engine removes it after it has returned the error. One that ran but has no
+        token yet is refunded.
         """
         self._withdraw(request)
         if request.num_input_charged and not request.num_generated:
@@ -109,7 +112,7 @@ class WaitingRequests(Generic[P, R]):
         """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._adapter_manager.take_changed())}:
+        for digest in {**entered, **dict.fromkeys(self._adapter_manager.table.take_changed())}:
             loading = self._loading.get(digest)
             if not loading:
                 continue
@@ -123,7 +126,7 @@ class WaitingRequests(Generic[P, R]):
         return failed
 
     def has_failed(self, request: Request) -> bool:
-        """True if its adapter could not be loaded or placed."""
+        """Return whether its adapter could not be loaded or placed."""
         return self._tier(request) is Tier.FAILED
 
     def fail(self, request: Request) -> list[tuple[Request, Exception]]:
@@ -136,7 +139,7 @@ class WaitingRequests(Generic[P, R]):
         return [(r, self._adapter_manager.table.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
-        """The next request, see FairQueue.pick; it may have begun. Its adapter may have failed since it was loaded."""
+        """Return the next request, see FairQueue.pick; it may have begun, and its adapter have failed since."""
         while (request := self.fair.pick(self._is_resident)) is not None:
             if request in self.begun or self._tier(request) is not Tier.LOADING:
                 break
@@ -145,7 +148,7 @@ class WaitingRequests(Generic[P, R]):
         return request
 
     def pick_begun(self) -> Request | None:
-        """The next one of those that have begun."""
+        """Return the next one of those that have begun."""
         return min(self.begun, key=self.fair.key, default=None)
 
     def crowd_out(self, request: Request) -> None:
@@ -153,9 +156,9 @@ class WaitingRequests(Generic[P, R]):
         self._crowded_out = request
 
     def gives_place(self, running: Collection[Request]) -> Request | None:
-        """Which of a full batch is preempted for the request that the last step crowded out, so that no tenant keeps
-        all places for as long as its answers are. The last one of the tenant that has most places, if that has at least
-        two more than the request's tenant; never a more urgent one.
+        """Return which of a full batch is preempted for the request that the last step crowded out, so that no tenant
+        keeps all places for as long as its answers are. It is the last one of the tenant that has most places, if that
+        has at least two more than the request's tenant; never a more urgent one.
         """
         request, self._crowded_out = self._crowded_out, None
         if request is None or not self.is_ready(request):
@@ -166,9 +169,9 @@ class WaitingRequests(Generic[P, R]):
         return max(others, key=lambda r: (num_running(r.tenant), *rank_in_batch(r)), default=None)
 
     def gives_way(self, request: Request, others: Collection[Request]) -> Request | None:
-        """Which of a full queue is refused for a new request: the last one of the tenant that has most there, if that
-        has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given way
-        already. O(queue).
+        """Return which of a full queue is refused for a new request: the last one of the tenant that has most there, if
+        that has at least two more than the request's tenant; neither a more urgent nor a begun one. `others` have given
+        way already. O(queue).
         """
         queued = [r for r in self._states if self.is_queued(r) and r not in others]
         number = Counter(r.tenant for r in queued)
@@ -178,14 +181,14 @@ class WaitingRequests(Generic[P, R]):
         return max(able, key=lambda r: (number[r.tenant], *rank_in_queue(r)), default=None)
 
     def is_ready(self, request: Request) -> bool:
-        """Whether it waits for its turn alone."""
+        """Return whether it waits for its turn alone."""
         return self._states.get(request) is _State.READY
 
     def is_preparing(self, request: Request) -> bool:
         return self._states.get(request) is _State.PREPARING
 
     def is_queued(self, request: Request) -> bool:
-        """Whether it has a place in the queue: it waits for its turn, or will when it is prepared."""
+        """Return whether it has a place in the queue: it waits for its turn, or will when it is prepared."""
         return self.is_ready(request) or self.is_preparing(request)
 
     @property
@@ -197,12 +200,12 @@ class WaitingRequests(Generic[P, R]):
         return self._states.get(request) is _State.LOADING
 
     def loading(self, digest: str) -> Collection[Request]:
-        """The requests that wait for this adapter to be loaded."""
+        """Return the requests that wait for this adapter to be loaded."""
         return self._loading.get(digest, ())
 
     def check_integrity(self) -> None:
-        """AssertionError unless every index holds exactly its requests, and those that wait for an adapter will be
-        looked at when it has moved.
+        """Raise AssertionError unless every index holds exactly its requests, and those that wait for an adapter will
+        be looked at when it has moved.
         """
         in_state = {state: {r for r, s in self._states.items() if s is state} for state in _State}
         assert self.fair.requests() == in_state[_State.READY] | self.begun.keys()
@@ -261,11 +264,9 @@ class WaitingRequests(Generic[P, R]):
             self._adapter_manager.remove_waiter(request.adapter)
 
 
-_FIRST_S, _LAST_S = 2.0, 60.0  # until a stuck store is tried again
-
-
 class WaitLimits(NamedTuple):
-    """
+    """How many requests may wait, and how long.
+
     max_queued      requests that wait, without those that wait for a load
     max_loading     requests that wait for a load
     load_timeout_s  seconds that a request waits for a load
@@ -277,7 +278,11 @@ class WaitLimits(NamedTuple):
 
 
 class QueueLimits(Generic[P, R]):
-    """`retry_after_s`: seconds until a request like this one would find a place. `clock`: seconds."""
+    """Refuses requests where too many wait, or where the store is stuck.
+
+    retry_after_s  seconds until a request like this one would find a place
+    clock          seconds
+    """
 
     def __init__(
         self,
@@ -297,8 +302,8 @@ class QueueLimits(Generic[P, R]):
         self._loaded_bytes = 0  # in all, when it was found last
 
     def accept(self, request: Request) -> None:
-        """Overloaded where too many wait and none gives way; StoreError where its adapter is in a store that is stuck.
-        A request that another engine has begun is not one too many.
+        """Raise Overloaded where too many wait and none gives way, StoreError where its adapter is in a store that is
+        stuck. A request that another engine has begun is not one too many.
         """
         num_loading, is_cold = self._waiting.num_loading, self._is_cold(request)
         if not is_cold or request.has_constraint:
@@ -315,13 +320,13 @@ class QueueLimits(Generic[P, R]):
         )
 
     def next_deadline(self) -> float:
-        """When the first request has waited for its adapter for too long, in seconds of the clock; may be infinite."""
+        """Return when the first request has waited too long for its adapter, in seconds of the clock, or infinity."""
         while self._deadlines and not self._waits(self._deadlines[0][1]):
             self._deadlines.popleft()
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def overdue(self) -> list[tuple[Request, Exception]]:
-        """The requests that have waited for their adapters for too long, or gave way, each with its error, once."""
+        """Return the requests that have waited too long for their adapters, or gave way, each with its error, once."""
         now = self._clock()
         found = [(r, self._too_many(r, self._max_queued)) for r in self._displaced if self._waiting.is_queued(r)]
         self._displaced.clear()
