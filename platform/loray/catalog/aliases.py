@@ -442,15 +442,11 @@ class Canaries(Aliases):
                 raise ConflictError(f"alias {alias!r} of {name!r} points at version {version} already")
             if stable.base_fingerprint != new.base_fingerprint:
                 raise ConflictError(f"{new.label} and {stable.label} are of different bases: no server has both")
-            found = load_states(c, running(adapter_id, alias))
-            if found and found[0].stable != stable.version:  # an older loray moved the alias and left it
-                self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
-                found = []
-            if found and found[0].version != version:
+            before = next(iter(load_states(c, running(adapter_id, alias))), None)
+            if before is not None and before.version != version:
                 raise ConflictError(
-                    f"version {found[0].version} is the canary of {name}@{alias}: promote or end it before another"
+                    f"version {before.version} is the canary of {name}@{alias}: promote or end it before another"
                 )
-            before = found[0] if found else None
             grows = before is None or percent > before.percent
             new_version = load_version(c, name, adapter_id, version)
             against = self._check_gate(new_version, alias, no_gate) if grows else ()

@@ -72,7 +72,7 @@ def chained(previous: str, entry: Mapping[str, Any]) -> str:
     it; empty: it is the first one.
     """
     fields = {name: entry[name] for name in ("actor", "action", "subject", "tenant", "detail", "address")}
-    if entry["request_id"] is not None:  # which older entries do not have
+    if entry["request_id"] is not None:  # entries of no request do not have the field
         fields["request_id"] = entry["request_id"]
     said = canonical_json(fields | {"created_at": entry["created_at"].astimezone(UTC).isoformat()})
     return hashlib.sha256(f"{previous}\n{said}".encode()).hexdigest()

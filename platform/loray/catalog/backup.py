@@ -20,10 +20,10 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import HEAD, Database, reading, writing
 from loray.catalog.queries import lock, now, utc
-from loray.catalog.removal import claims
 from loray.catalog.schema import (
     adapters,
     changes,
+    claims,
     clusters,
     logins,
     metadata,

@@ -31,7 +31,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0014"  # the newest revision in migrations/versions
+HEAD = "0014"  # the revision in migrations/versions; those below it were made before the first release
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -129,7 +129,8 @@ def open_database(url: str) -> sa.Engine:
     """An engine for a database with the tables of `schema`. Several processes may open a new database at once.
 
     Raises SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
-    reached, UnsupportedError where a later loray has migrated it, and IntegrityError where the file is no database.
+    reached or was made before the first release, UnsupportedError where a later loray has migrated it, and
+    IntegrityError where the file is no database.
     """
     engine = _checked_engine(url)
     try:
@@ -251,7 +252,6 @@ def _migrate(engine: sa.Engine) -> None:
             return
     from alembic import command
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
@@ -260,8 +260,12 @@ def _migrate(engine: sa.Engine) -> None:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             _set(connection, statement_timeout=0)  # tables may be large
         revision = _revision(connection)
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if revision is not None and revision not in known:
+        if revision is not None and revision < HEAD:
+            raise CatalogError(
+                f"catalog {shown_url(engine.url)} was made before the first release (revision {revision}): make a new "
+                "catalog and import the adapters"
+            )
+        if revision is not None and revision > HEAD:
             raise UnsupportedError(
                 f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD}): upgrade loray"
             )

@@ -473,14 +473,9 @@ class Refusals(NamedTuple):
 
 
 class AuditState(NamedTuple):
-    """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off.
-
-    num_entries   those in the chain
-    num_unlinked  those before it, which an older loray has written
-    """
+    """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off."""
 
     num_entries: int
-    num_unlinked: int
     last_id: int
     last_hash: str
 
@@ -507,14 +502,11 @@ class Audit(Database):
 
         Raises IntegrityError that names the first entry which was changed, or before which one is missing.
         """
-        previous, num_entries, num_unlinked, last = "", 0, 0, 0
+        previous, num_entries, last = "", 0, 0
         is_known = known is None
         query = sa.select(audit_log).order_by(audit_log.c.id)
         with reading(self._engine) as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
             for row in rows:
-                if row.hash is None and not num_entries:
-                    num_unlinked += 1
-                    continue
                 entry = row._asdict() | {"created_at": utc(row.created_at)}
                 if row.previous_hash != previous or row.hash != chained(previous, entry):
                     raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
@@ -522,7 +514,7 @@ class Audit(Database):
                 is_known = is_known or (row.id, row.hash) == known
         if not is_known:
             raise IntegrityError("the audit log was changed: it does not have the entry with the known hash any more")
-        return AuditState(num_entries, num_unlinked, last, previous)
+        return AuditState(num_entries, last, previous)
 
     def audit(
         self,

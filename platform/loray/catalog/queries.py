@@ -175,10 +175,7 @@ _POINTERS = (
 _CANARIES = (
     sa.select(canaries.c.adapter_id, canaries.c.alias, versions.c.version, canaries.c.percent, canaries.c.id)
     .join(versions, versions.c.id == canaries.c.version_id)
-    .join(aliases, (aliases.c.adapter_id == canaries.c.adapter_id) & (aliases.c.alias == canaries.c.alias))
     .where(canaries.c.adapter_id.in_(_IDS), canaries.c.ended_at.is_(None))
-    # An older loray beside this one moves and deletes aliases, and deletes versions, without ending their canaries.
-    .where(aliases.c.version_id == canaries.c.stable_id, versions.c.deleted_at.is_(None))
     .order_by(canaries.c.adapter_id, canaries.c.alias)
 )
 _SHARES = (

@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.queries import count_change, load_entry, lock, now, owned
-from loray.catalog.schema import adapters, alias_moves, bases, changes, jobs, metadata, versions
+from loray.catalog.schema import adapters, alias_moves, bases, changes, claims, jobs, versions
 from loray.errors import AdapterNotFound, CatalogError, ConflictError
 from loray.spec import has_ended, meanings, split_qualified
 
@@ -94,15 +94,6 @@ def needed_files(c: sa.Connection, keep_deleted_s: float, *, since: int) -> Iter
     for row in rows:
         yield row.digest, frozenset(json.loads(row.manifest)["files"].values())
 
-
-claims = sa.Table(
-    "claims",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),  # the object's SHA-256
-    sa.Column("claim", sa.String(32), primary_key=True),
-    sa.Column("deletes", sa.Boolean, nullable=False),  # the claim is a collection's
-    sa.Column("claimed_at", sa.DateTime(timezone=True), nullable=False),
-)
 
 _LONGEST_PUBLICATION = timedelta(hours=12)
 _PUBLICATION_LAPSES = timedelta(hours=24)
