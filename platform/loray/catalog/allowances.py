@@ -1,4 +1,4 @@
-"""What a tenant may keep.
+"""Limits of what a tenant may keep.
 
 Each is checked in the transaction that adds to it, which holds the catalog's lock. What was deleted counts as long as
 it can be restored. Limits that nobody has set bind keys that are no administrator's.
@@ -118,7 +118,7 @@ def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_
 
 
 def _characters_of_templates(c: sa.Connection, tenant: str | None = None, beside: str | None = None) -> int:
-    """Of the chat templates that differ, of a tenant or of all, without one."""
+    """Characters of the chat templates that differ, of a tenant or of all, without the one `beside` them."""
     one = sa.select(sa.func.min(versions.c.id)).join(adapters, adapters.c.id == versions.c.adapter_id)
     one = one.where(versions.c.chat_template.is_not(None), _is_kept(versions), _is_kept(adapters))
     if tenant is not None:
@@ -135,7 +135,7 @@ def _stored_limit(c: sa.Connection, principal: Principal, tenant: str) -> int | 
 
 
 def _is_bound(principal: Principal) -> bool:
-    """Whether limits hold that nobody has set. The driver of a job, which has no key, was admitted before."""
+    """Limits that nobody has set hold. The driver of a job, which has no key, was admitted before."""
     return principal.key_id is not None and not principal.is_admin
 
 

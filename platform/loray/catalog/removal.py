@@ -1,4 +1,4 @@
-"""`catalog.removal`: delete, restore, what the store must keep.
+"""The catalog's operations that delete and restore, and those that keep in the store what is needed.
 
 A publication claims the names of its objects before it looks at the store, and its registration ends the claim. A
 collection claims what it is about to delete, in the transaction in which it finds that neither a version nor a
@@ -30,6 +30,9 @@ from loray.errors import AdapterNotFound, CatalogError, ConflictError
 from loray.spec import has_ended, meanings, split_qualified
 
 Files = Mapping[str, frozenset[str]]  # digest of an adapter → SHA-256 of its files
+
+
+# -- what the store must keep -----------------------------------------------------------------------------------------
 
 
 class References(NamedTuple):
@@ -115,7 +118,7 @@ class Claims(Database):
 
     @contextmanager
     def publishing(self, names: Collection[str]) -> Iterator[str]:
-        """Around a publication: the store's objects of these names, SHA-256, are not deleted.
+        """Keep the store's objects of these names, SHA-256, from being deleted during a publication.
 
         Yields the claim, which `register` and `restore` take and end. Waits for the end of a batch that deletes one of
         the objects; raises ConflictError where it does not end.
@@ -137,7 +140,7 @@ class Claims(Database):
 
     @contextmanager
     def deleting(self, names: Collection[str], before: References, *, keep_deleted_s: float) -> Iterator[Allowed]:
-        """Around a batch of deletions: yields those of `names` that nothing has come to need since `before`. Where the
+        """Claim a batch of deletions, and yield those of `names` that nothing has come to need since `before`. Where the
         block raises, a deletion may still be under way: the claim is kept, and lapses.
         """
         claim = secrets.token_hex(16)
@@ -190,6 +193,9 @@ def _insert(c: sa.Connection, claim: str, names: Collection[str], *, deletes: bo
     rows = [{"name": name} | common for name in sorted(set(names))]
     if rows:
         c.execute(claims.insert(), rows)
+
+
+# -- delete and restore -----------------------------------------------------------------------------------------------
 
 
 class _Deleted(NamedTuple):
@@ -296,7 +302,7 @@ def refuse_deleted(c: sa.Connection, name: str) -> None:
 
 
 def restore_version(c: sa.Connection, adapter_id: int, version: int) -> bool:
-    """Whether the version was deleted; it exists again."""
+    """Restore the version. Returns whether it was deleted."""
     row = (versions.c.adapter_id == adapter_id, versions.c.version == version, versions.c.deleted_at.is_not(None))
     return c.execute(versions.update().where(*row).values(deleted_at=None)).rowcount > 0
 

@@ -2,7 +2,7 @@
 
 Needed are the adapters of all versions, of deleted ones for a time, and all objects that are younger than the grace
 time, which covers uploads that are not named yet. Manifests go before their blobs, so that a manifest that is found has
-its blobs. `catalog.removal.claims` says why no version can lose its bytes to a publication at the same time.
+its blobs. `catalog.removal` says why no version can lose its bytes to a publication at the same time.
 """
 
 from __future__ import annotations
