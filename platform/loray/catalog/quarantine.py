@@ -58,7 +58,7 @@ class Quarantines(Database):
             return make_quarantined(c.execute(sa.select(quarantine).where(of_it)).one())
 
     def try_again(self, digest: str, at: datetime, until: datetime) -> bool:
-        """True: the caller may try an adapter whose time is over. It is refused to all others until `until`."""
+        """The caller may try an adapter whose time is over, if True. It is refused to all others until `until`."""
         due = sa.and_(quarantine.c.digest == digest, quarantine.c.refused_until <= at)
         with writing(self._engine) as c:
             return c.execute(quarantine.update().where(due).values(refused_until=until)).rowcount == 1

@@ -140,7 +140,7 @@ class Claims(Database):
 
     @contextmanager
     def deleting(self, names: Collection[str], before: References, *, keep_deleted_s: float) -> Iterator[Allowed]:
-        """Claim a batch of deletions, and yield those of `names` that nothing has come to need since `before`. Where the
+        """Claim a batch of deletions; yield those of `names` that nothing has come to need since `before`. Where the
         block raises, a deletion may still be under way: the claim is kept, and lapses.
         """
         claim = secrets.token_hex(16)

@@ -72,7 +72,9 @@ class AdapterStore:
         return data
 
     def manifest(self, digest: str) -> AdapterManifest:
-        """Raises NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
+        """The adapter's manifest. Raises NotFoundError where the store has no such adapter, IntegrityError where the
+        manifest is damaged.
+        """
         return parse_manifest(self.canonical(digest), source=f"the manifest of adapter {digest[:12]}")
 
     def fetch(
@@ -137,7 +139,9 @@ class AdapterStore:
         yield piece
 
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
-        """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""
+        """Fill `buffer` with the bytes from `start` on, as `read_range` reads them. Raises IntegrityError also
+        where the file is too short.
+        """
         with _named(digest, name):
             num_read = self.objects.read_into(_blob_key(sha256), start, buffer)
         if num_read != len(buffer):
