@@ -196,7 +196,7 @@ class FileCalls(HttpClient):
 
 
 def _read_from_store(file: PresignedFileResource, folder: Path) -> None:
-    """Write the file to `folder`. Raises StoreError where the store does not give it, IntegrityError where it differs."""
+    """Write the file to `folder`. Raises StoreError where the store has it not, IntegrityError where it differs."""
     if not is_plain(file.name):
         raise IntegrityError(f"the adapter has a file {file.name!r}, which is not a plain one")
     digest = hashlib.sha256()

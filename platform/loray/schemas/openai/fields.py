@@ -1,4 +1,4 @@
-"""Strict bodies, fields of several forms, refused fields."""
+"""The ground of OpenAI's bodies: strict models, fields that have several forms, fields that are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from loray.errors import RequestError, shown
+
+# -- refused fields ---------------------------------------------------------------------------------------------------
 
 
 class _Refusal(NamedTuple):
@@ -51,11 +53,15 @@ def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dic
     return out
 
 
+# -- bodies -----------------------------------------------------------------------------------------------------------
+
 _MAX_MISTAKES = 8  # that one message names
 _HINT = "accepted; it changes nothing"
 
 
 class Body(BaseModel):
+    """A body that a client sends, which has no unknown fields and no values of other types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -111,6 +117,8 @@ def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestEr
     return RequestError("; ".join(lines), params[0] or None)
 
 
+# -- fields of several forms ------------------------------------------------------------------------------------------
+
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256  # of each, also of bad words
@@ -126,9 +134,8 @@ ShortText = Annotated[str, Field(max_length=MAX_SHORT_CHARACTERS)]
 
 
 def num_characters(value: object) -> int:
-    """Return the number of characters of all strings in a JSON value, keys too; any other value counts as one or more.
-
-    A number counts as about its digits.
+    """Characters of all strings in a JSON value, keys too. Any other value counts as one or more, a number as about its
+    digits.
     """
     num, rest = 0, [value]
     while rest:
@@ -222,12 +229,11 @@ def prompts(value: object) -> tuple[Prompt, ...]:
 
 
 def _is_token_ids(values: list[Any]) -> bool:
-    """Without a loop in Python, since a prompt may have hundreds of thousands. A bool is no id."""
+    """All are token ids, as no loop in Python finds: a prompt may have hundreds of thousands. A bool is no id."""
     return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < 1 << 31
 
 
 def _check_number(values: Sized, limit: int, noun: str) -> None:
-    """Called before the values themselves are looked at."""
     if len(values) > limit:
         raise RequestError(f"has {len(values):,} {noun}; at most {limit:,} are allowed")
 
