@@ -284,7 +284,7 @@ class AdapterEntry:
 
 def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any) -> AdapterRef:
     """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string."""
-    method, base_fingerprint, tool_parser, chat_template = (_word(word) for word in words)
+    method, base_fingerprint, tool_parser, chat_template = (word and intern(word) for word in words)
     return AdapterRef(
         digest=digest,
         name=name,
@@ -296,10 +296,6 @@ def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: 
         tool_parser=tool_parser,
         chat_template=chat_template,
     )
-
-
-def _word(word: Any) -> Any:
-    return word and intern(word)
 
 
 def make_pointers(pointers: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:

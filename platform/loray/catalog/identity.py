@@ -111,7 +111,8 @@ def refuse_rotation(old: ApiKey, family: Collection[ApiKey], now: datetime, *, i
         raise ConflictError(f"key {old.id!r} is revoked; create another one")
     if old.blocked:
         raise ConflictError(f"key {old.id!r} is blocked; let it pass again before it is replaced")
-    others = [key for key in family if key.id != old.id and _goes_on(key, now)]
+    go_on = (key for key in family if key.revoked_at is None and (key.expires_at is None or key.expires_at > now))
+    others = [key for key in go_on if key.id != old.id]
     for other in others:
         if _number_of(other.id) > _number_of(old.id):
             raise ConflictError(f"key {old.id!r} has been replaced by {other.id}; replace that one")
@@ -125,10 +126,6 @@ def refuse_rotation(old: ApiKey, family: Collection[ApiKey], now: datetime, *, i
             f"key {old.id!r} was made by a rotation less than a day ago; it may replace itself after "
             f"{old.created_at + SELF_ROTATION:%Y-%m-%d %H:%M} UTC, and an administrator may do it now"
         )
-
-
-def _goes_on(key: ApiKey, now: datetime) -> bool:
-    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def _number_of(key_id: str) -> int:

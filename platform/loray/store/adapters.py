@@ -66,8 +66,9 @@ class AdapterStore:
 
     def canonical(self, digest: str) -> bytes:
         """The manifest as canonical JSON, whose SHA-256 is the digest. Raises as `manifest`."""
-        data = self._manifest_bytes(check_digest(digest))
-        if data is None:
+        # One request to S3, where `get` makes two.
+        data = self.objects.get_range(_manifest_key(check_digest(digest)), 0, _MAX_MANIFEST_BYTES)
+        if hashlib.sha256(data).hexdigest() != digest:
             raise IntegrityError(f"the stored manifest of adapter {digest[:12]} is damaged; publish the adapter again")
         return data
 
@@ -208,12 +209,6 @@ class AdapterStore:
             self.objects.get_to(_blob_key(sha256), path)
         if file_sha256(path) != sha256:
             raise _differs(digest, name)
-
-    def _manifest_bytes(self, digest: str) -> bytes | None:
-        """None where the stored bytes do not have this digest."""
-        # One request to S3, where `get` makes two.
-        data = self.objects.get_range(_manifest_key(digest), 0, _MAX_MANIFEST_BYTES)
-        return data if hashlib.sha256(data).hexdigest() == digest else None
 
 
 def object_name(key: str) -> str:

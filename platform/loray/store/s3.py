@@ -171,11 +171,6 @@ def _status_of(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _was_retried(error: Any) -> bool:
-    """The request was sent more than once, and an earlier attempt may have succeeded."""
-    return bool(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
-
-
 @contextmanager
 def _translate_errors(location: S3Location) -> Iterator[None]:
     """Errors of boto3 in the block become StoreError, or UnsupportedError where the server lacks the operation."""
@@ -423,7 +418,8 @@ class S3Store:
             if status not in (404, 412) or e.response["Error"].get("Code") == "NoSuchBucket":
                 raise
             # The response to a successful attempt may have been lost: then the object has the mark of this writer.
-            if _was_retried(e) and self._find(name) == writer:
+            was_retried = e.response.get("ResponseMetadata", {}).get("RetryAttempts")
+            if was_retried and self._find(name) == writer:
                 outcome.won = True
             elif status == 412:
                 outcome.won = False

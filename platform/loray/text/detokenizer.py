@@ -139,7 +139,10 @@ class RequestText:
             self._has_calls = self._has_calls or bool(calls)
             if self._has_calls and reason == "stop":
                 reason = "tool_calls"
-        logprobs = self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None
+        logprobs = None
+        if self._has_logprobs:
+            pairs = zip(token_ids, delta.logprobs or (), strict=False)
+            logprobs = tuple(self._logprob(token, given) for token, given in pairs)
         prompt_logprobs = None if delta.prompt_logprobs is None else self._prompt_logprobs(delta.prompt_logprobs)
         # By position: with names it takes twice as long, and this is done for each token.
         return Delta(
@@ -162,9 +165,6 @@ class RequestText:
             "".join(part for part in parts if isinstance(part, str)),
             tuple(part for part in parts if isinstance(part, ToolCallDelta)),
         )
-
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> tuple[TokenLogprob, ...]:
-        return tuple(self._logprob(t, lp) for t, lp in zip(token_ids, logprobs or (), strict=False))
 
     def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
         first, *rest = self._prompt_ids
