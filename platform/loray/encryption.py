@@ -11,22 +11,23 @@ _CERTIFICATE, _KEY, _AUTHORITY = "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "R
 
 
 def uses_tls(env: Mapping[str, str]) -> bool:
-    """Whether Ray's processes with this environment encrypt what they send."""
+    """Ray's processes with this environment encrypt what they send."""
     return env.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
 def server_context(env: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Of who listens: it takes those alone that show a certificate of the authority. None without RAY_USE_TLS.
+    """The context of a server, which takes those alone that show a certificate of the authority. None without
+    RAY_USE_TLS.
 
-    SettingsError where a file is not named or cannot be used. The files are read now: a renewed certificate counts
-    from the next start, as Ray's does.
+    Raises SettingsError where a file is not named or cannot be used. The files are read now: a renewed certificate
+    counts from the next start, as Ray's does.
     """
     return _context(env, ssl.PROTOCOL_TLS_SERVER)
 
 
 def client_context(env: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Of who connects: the other end must show a certificate of the authority that names the address which was
-    dialled. Otherwise as `server_context`.
+    """The context of a client: the other end must show a certificate of the authority that names the address which was
+    dialled. Otherwise it is as `server_context`.
     """
     return _context(env, ssl.PROTOCOL_TLS_CLIENT)
 

@@ -180,7 +180,7 @@ class DeadlineExceeded(LorayError):
 
 
 class _RetryLater(Exception):
-    """What an error has that says when to try again, in seconds."""
+    """An error that says when to try again, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)

@@ -36,7 +36,7 @@ def canonical_json(data: Any) -> str:
 
 
 def write_json_lines(f: BinaryIO, lines: Iterable[Any]) -> None:
-    """Writes one JSON value a line, and a last line with the SHA-256 of all before it."""
+    """Write one JSON value a line, and a last line with the SHA-256 of all before it."""
     digest = hashlib.sha256()
     for line in lines:
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
@@ -63,7 +63,7 @@ def read_json_lines(f: BinaryIO) -> Iterator[Any]:
 
 @contextmanager
 def replacing_private(path: Path) -> Iterator[BinaryIO]:
-    """As `replacing`, with a file that this user alone can read."""
+    """A file, which this user alone can read, that replaces `path` as with `replacing`."""
     with _replacing(path, 0o600) as f:
         yield f
 
@@ -93,13 +93,13 @@ def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a file atomically, readable by this user only."""
+    """Write a file atomically, readable by this user only."""
     with replacing_private(path) as f:
         f.write(text.encode())
 
 
 def touch(path: Path) -> bool:
-    """Sets the file's time of modification to now; False where there is no such file."""
+    """Set the file's time of modification to now; False where there is no such file."""
     try:
         os.utime(path)
     except OSError:
@@ -121,7 +121,7 @@ def check_private(f: BinaryIO, max_bytes: int) -> float:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Only one process at a time runs the block; others wait. The lock file stays. A process that dies releases it."""
+    """A lock between processes: one at a time runs the block. The lock file stays. A process that dies releases it."""
     with path.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
@@ -163,7 +163,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file of this name lies in its folder, and is shown there."""
+    """A file of this name lies in its folder, and is shown there."""
     return bool(name) and name == Path(name).name and not name.startswith(".")
 
 

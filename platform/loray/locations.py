@@ -57,7 +57,7 @@ class S3Location:
 
     @property
     def is_local(self) -> bool:
-        """True where the server listens on loopback."""
+        """The server listens on loopback."""
         return is_this_machine(self.endpoint_url or "")
 
 
@@ -65,13 +65,13 @@ Location = FileLocation | S3Location
 
 
 def is_this_machine(address: str) -> bool:
-    """Whether a URL, or `host:port`, names the loopback interface."""
+    """The URL, or `host:port`, names the loopback interface."""
     host = urlsplit(address if "://" in address else f"//{address}").hostname
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 def is_on_loopback(host: str) -> bool:
-    """Whether a server that listens at this host is reached from this machine alone."""
+    """A server that listens at this host is reached from this machine alone."""
     return is_this_machine(f"[{host}]" if ":" in host else host)
 
 

@@ -1,4 +1,4 @@
-"""A budget of bytes of temporary folders: what will be taken is counted before, and refused."""
+"""A budget of bytes for temporary folders: what will be taken is counted before, and refused where it is too much."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scratch:
     """Bytes that one process may take of the disk where temporary files lie, in several threads."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        """None: a share of what is free there now."""
+        """`max_bytes` None: a share of what is free there now."""
         if max_bytes is None:
             max_bytes = int(SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
         self.max_bytes = max_bytes
@@ -30,7 +30,7 @@ class Scratch:
 
     @contextmanager
     def reserve(self, num_bytes: int, of: str = "") -> Iterator[None]:
-        """So many bytes are taken for the block. `of`: by which `held` finds them.
+        """Take so many bytes for the block. `of`: by which `held` finds them.
 
         Raises Overloaded where others hold too many.
         """

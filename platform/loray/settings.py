@@ -163,16 +163,16 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        """True where a remote cluster cannot reach the store or the catalog."""
+        """A remote cluster cannot reach the store or the catalog."""
         return parse_location(self.store).is_local or _is_local_catalog(self.catalog)
 
     @property
     def is_remote(self) -> bool:
-        """True where `address` names another machine."""
+        """The cluster's `address` names another machine."""
         return self.address is not None and not is_this_machine(self.address)
 
     def check_reachable_from(self, address: str) -> None:
-        """SettingsError if the other machines of the cluster at `address` cannot reach the store or the catalog."""
+        """Raise SettingsError if the machines of the cluster at `address` cannot reach the store or the catalog."""
         if self.is_local:
             raise SettingsError(
                 f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: set "
@@ -216,7 +216,7 @@ class Settings:
 
     @property
     def static_key_hashes(self) -> tuple[str, ...]:
-        """SHA-256 of the deployment's own keys. SettingsError if LORAY_API_KEY could be guessed from its."""
+        """SHA-256 of the deployment's own keys. Raises SettingsError if LORAY_API_KEY could be guessed from its own."""
         if self.api_key is None:
             return self.key_hashes
         if len(self.api_key) < _SHORTEST_KEY:
@@ -237,7 +237,7 @@ class Settings:
         return {name: value for name, value in env.items() if value}
 
     def to_remote_env(self) -> dict[str, str]:
-        """For the nodes of another cluster: without secrets and without paths of this machine."""
+        """The variables for the nodes of another cluster: without secrets and without paths of this machine."""
         location = parse_location(self.store)
         if isinstance(location, S3Location):
             location = replace(location, credentials_file=None)
@@ -270,7 +270,7 @@ def _data(url: str | None, store: str) -> str | None:
 
 
 def _is_local_catalog(url: str) -> bool:
-    """SQLite, or PostgreSQL on loopback or behind a socket. A URL without a host means a socket."""
+    """The URL is of SQLite, or of PostgreSQL on loopback or behind a socket, as a URL without a host means."""
     parts = urlsplit(url)
     named = [value for name, value in parse_qsl(parts.query) if name in ("host", "hostaddr")]
     hosts = [host for host in (parts.hostname, *",".join(named).split(",")) if host]

@@ -17,7 +17,7 @@ StageProgress = Callable[[float], None]  # (share that is done, 0 to 1)
 
 
 class Metric(NamedTuple):
-    """Every metric of a replica also has the labels `replica` and `base`, one of a gateway the label `gateway`.
+    """A metric. Every one of a replica also has the labels `replica` and `base`, one of a gateway the label `gateway`.
     `buckets` are ascending upper bounds.
     """
 
@@ -29,9 +29,8 @@ class Metric(NamedTuple):
 
 
 class HistogramCounts(NamedTuple):
-    """`counts[i]` counts values in (bounds[i - 1], bounds[i]]; the last entry counts those above every bound.
-
-    `sum` is the sum of all values.
+    """A histogram. `counts[i]` counts values in (bounds[i - 1], bounds[i]]; the last entry counts those above every
+    bound. `sum` is the sum of all values.
     """
 
     bounds: tuple[float, ...]
@@ -247,6 +246,6 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging(level: str) -> None:
-    """For processes that loray starts (CLI, drivers, replicas). Other libraries log from WARNING on."""
+    """Set up logging of a process that loray starts (CLI, driver, replica). Other libraries log from WARNING on."""
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("loray").setLevel(level)

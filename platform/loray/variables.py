@@ -1,4 +1,4 @@
-"""Values of `LORAY_*` variables; errors name the variable."""
+"""Parsers of `LORAY_*` variables, whose errors name the variable."""
 
 from __future__ import annotations
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import sqlalchemy as sa
 
 from loray.catalog import Catalog
-from loray.catalog.database import writing
-from loray.catalog.schema import aliases, versions
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
 from loray.policy.canary import breach
 from loray.spec import CanaryBounds, CanaryCounts, LogMoments, RopeParameters, VersionCounts
@@ -143,21 +140,6 @@ def test_an_alias_that_is_deleted_takes_its_canary_along(tone: Catalog) -> None:
 
 
 # -- what gateways report ---------------------------------------------------------------------------------------------
-
-
-def test_a_canary_that_an_older_loray_left_behind_divides_nothing(tone: Catalog) -> None:
-    """It moves and deletes aliases, and knows no canaries."""
-    tone.set_canary("tone", "prod", 4, 10)
-    with writing(tone._engine) as c:
-        target = sa.select(versions.c.id).where(versions.c.version == 2).scalar_subquery()
-        c.execute(aliases.update().where(aliases.c.alias == "prod").values(version_id=target))
-    assert (tone.alias("tone", "prod").weights, tone.entry("tone").canary("prod")) == ({2: 100}, None)
-    assert tone.set_canary("tone", "prod", 4, 10).stable == 2
-    assert tone.alias("tone", "prod").weights == {2: 90, 4: 10}
-    assert [state.outcome for state in tone.canaries("tone")] == [None, "ended"]
-    with writing(tone._engine) as c:
-        c.execute(aliases.delete())
-    assert [entry.name for entry in tone.adapters()] == ["tone"]
 
 
 def test_reports_of_gateways_add_up_and_count_once(tone: Catalog) -> None:

@@ -1,4 +1,4 @@
-"""The catalog's databases: migrations, processes that create one together, failures, wrong URLs."""
+"""The catalog's databases: their tables, processes that create one together, failures, wrong URLs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 
 import loray.catalog
 from loray.catalog import Catalog
 from loray.catalog.database import HEAD, open_database, reading, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
-from loray.spec import Evaluation
-from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
+from tests.catalog.test_catalog import BASE, publish
 from tests.catalogs import new_postgresql
 from tests.cluster import free_port
 from tests.postgres import Postgres
@@ -45,7 +42,7 @@ def catalog(url: str) -> Iterator[Catalog]:
     catalog.close()
 
 
-def test_migrations_make_the_tables_of_the_schema(url: str) -> None:
+def test_the_migration_makes_the_tables_of_the_schema(url: str) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
@@ -69,79 +66,6 @@ def test_no_statement_is_prepared(postgres: Postgres) -> None:
     with reading(engine) as c:
         assert c.execute(sa.text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() == 0
     engine.dispose()
-
-
-def test_a_catalog_of_the_first_version_keeps_its_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.catalog.database._migrate", lambda engine: migrate(engine, "0001"))
-    engine = open_database(url)
-    monkeypatch.undo()
-    row = {"id": 1, "adapter_id": 1, "created_at": sa.func.now()}
-    fields = {"method": "lora", "base_fingerprint": BASE, "context_length": 8192, "nbytes": 401}
-    content = {"version": 1, "digest": digest(1), "manifest": manifest(1).model_dump_json()}
-    with writing(engine) as c:
-        tables = sa.MetaData()
-        tables.reflect(c)
-        assert "jobs" not in tables.tables
-        t = tables.tables
-        c.execute(t["adapters"].insert().values(id=1, name="tone", created_at=sa.func.now()))
-        c.execute(t["versions"].insert().values(row | fields | content))
-        c.execute(t["aliases"].insert().values(adapter_id=1, alias="prod", version_id=1))
-        c.execute(t["alias_moves"].insert().values(row | {"alias": "prod", "version_id": 1, "undone": False}))
-        c.execute(t["changes"].update().values(counter=5))
-    engine.dispose()
-
-    catalog = Catalog(url)
-    assert catalog.version("tone", 1).manifest == manifest(1)
-    assert (catalog.alias("tone", "prod").version, catalog.alias("tone", "prod").revision) == (1, 5)
-    assert [m.version for m in catalog.adapter("tone").moves] == [1]
-    assert catalog.jobs().jobs == ()
-    if catalog._engine.dialect.name == "postgresql":  # rows with given ids have not moved its sequences
-        with writing(catalog._engine) as c:
-            for table in ("versions", "alias_moves"):
-                c.execute(sa.text(f"SELECT setval('{table}_id_seq', 1)"))
-    catalog.register("tone", digest(2), manifest(2), ["prod"])
-    assert catalog.alias("tone", "prod").revision == catalog.change_counter() == 6
-    catalog.close()
-
-
-def test_a_catalog_of_the_second_version_keeps_its_moves(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.catalog.database._migrate", lambda engine: migrate(engine, "0002"))
-    engine = open_database(url)
-    monkeypatch.undo()
-    with writing(engine) as c:
-        tables = sa.MetaData()
-        tables.reflect(c)
-        assert "evaluations" not in tables.tables
-        t = tables.tables
-        row = {"adapter_id": 1, "created_at": sa.func.now()}
-        fields = {"method": "lora", "base_fingerprint": BASE, "context_length": 8192, "nbytes": 401, "version": 1}
-        c.execute(t["adapters"].insert().values(name="tone", created_at=sa.func.now()))
-        content = {"digest": digest(1), "manifest": manifest(1).model_dump_json()}
-        c.execute(t["versions"].insert().values(row | fields | content))
-        for number in (2, 3):
-            vera = vera_manifest(number, key=0).model_dump_json()
-            content = {"digest": digest(number), "manifest": vera, "method": "vera", "version": number}
-            c.execute(t["versions"].insert().values(row | fields | content))
-        c.execute(t["aliases"].insert().values(adapter_id=1, alias="prod", version_id=1, revision=1))
-        c.execute(t["alias_moves"].insert().values(row | {"alias": "prod", "version_id": 1, "undone": False}))
-    engine.dispose()
-
-    catalog = Catalog(url)
-    assert [(m.version, m.no_gate) for m in catalog.adapter("tone").moves] == [(1, None)]
-    assert catalog.evaluations(digest(1)) == ()
-    assert [p.key for p in catalog.projections(BASE)] == [0]
-    measured = Evaluation(metric="perplexity", value=9.5, dataset="docs", context_length=8192)
-    catalog.record_evaluations(digest(1), [measured])
-    assert catalog.version("tone", 1).evaluations == (measured,)
-    catalog.close()
-
-
-def migrate(engine: sa.Engine, revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    with writing(engine) as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
 
 
 def test_processes_create_one_database(url: str) -> None:
@@ -207,12 +131,21 @@ def test_statements_and_connections_of_postgresql_have_limits(
     engine.dispose()
 
 
-def test_a_later_catalog_is_refused(url: str) -> None:
+@pytest.mark.parametrize(
+    ("revision", "error", "advice"),
+    [
+        ("0013", CatalogError, "before the first release.*import the adapters"),
+        ("9999", UnsupportedError, "upgrade loray"),
+    ],
+)
+def test_a_catalog_of_another_revision_is_refused(
+    url: str, revision: str, error: type[LorayError], advice: str
+) -> None:
     engine = open_database(url)
     with writing(engine) as c:
-        c.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+        c.execute(sa.text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
     engine.dispose()
-    with pytest.raises(UnsupportedError, match="upgrade loray"):
+    with pytest.raises(error, match=advice):
         Catalog(url)
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from datetime import UTC, date, datetime, timedelta
 from itertools import product
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 
 from loray.catalog import Catalog, UsageRow
-from loray.catalog.database import writing
-from loray.catalog.schema import usage_days
 from loray.errors import SpecError
 from loray.spec import UsageEvent
 
@@ -93,18 +87,6 @@ def test_sums_of_days_are_those_of_their_events(catalog: Catalog) -> None:
             len(within),
             sum(e.num_output_tokens for e in within),
         ), (since, until)
-
-
-def test_events_of_an_earlier_loray_are_summed_up(catalog: Catalog) -> None:
-    """As its migration does, which is run here over the events that there are."""
-    catalog.record_usage([event(1), event(2, key_id=None), event(3, created_at=MORNING + timedelta(days=1))])
-    by_day = catalog.usage(["day", "key"])
-    with writing(catalog._engine) as c:
-        c.execute(usage_days.delete())
-        c.execute(sa.text("DROP TABLE usage_days"))
-        with Operations.context(MigrationContext.configure(c)):
-            importlib.import_module("loray.catalog.migrations.versions.0009_usage_days").upgrade()
-    assert catalog.usage(["day", "key"]) == by_day
 
 
 def test_what_a_budget_has_left(catalog: Catalog) -> None:

@@ -1,8 +1,5 @@
-"""`catalog.adapters`: register, share, transfer, tag, evaluations, projections.
-
-A replica holds a pair once for all adapters that use it. For each shape (rank, max_in, max_out), the first pair
-registered for a base is the canonical one of a tenant. An adapter with another pair is served, too, but costs one more
-pair.
+"""The catalog's operations on names and what belongs to them: tags, evaluations, VeRA's pairs, who sees a name, whose
+it is.
 """
 
 from __future__ import annotations
@@ -52,10 +49,10 @@ class Tags(Database):
     def tags(self, name: str) -> Mapping[str, str]:
         """The tags of a name, sorted by key."""
         with reading(self._engine) as c:
-            return _of(c, load_entry(c, self._principal, name)[0])
+            return _tags_of(c, load_entry(c, self._principal, name)[0])
 
     def set_tag(self, name: str, key: str, value: str) -> bool:
-        """Set a tag, or give it another value; whether the name did not have it.
+        """Set a tag, or give it another value. Returns whether the name did not have it.
 
         Raises PermissionDenied for another tenant's name, SpecError for a malformed tag, ConflictError for too many.
         """
@@ -63,32 +60,32 @@ class Tags(Database):
         with writing(self._engine) as c:
             lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
-            known = _of(c, adapter_id)
+            known = _tags_of(c, adapter_id)
             if key not in known and len(known) >= MAX_TAGS:
                 raise ConflictError(f"{entry.name!r} has {MAX_TAGS} tags already: delete one of them first")
             if known.get(key) != value:
-                c.execute(tags.delete().where(_is(adapter_id, key)))
+                c.execute(tags.delete().where(_tag_is(adapter_id, key)))
                 c.execute(tags.insert().values(adapter_id=adapter_id, key=key, value=value))
                 log(c, self._actor, "set_tag", entry.name, tenant=entry.tenant, key=key, value=value)
             return key not in known
 
     def delete_tag(self, name: str, key: str) -> None:
-        """Raises PermissionDenied for another tenant's name, and NotFoundError where it has no such tag."""
+        """Delete a tag. Raises PermissionDenied for another tenant's name, NotFoundError where it has no such tag."""
         with writing(self._engine) as c:
             lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
-            if c.execute(tags.delete().where(_is(adapter_id, key))).rowcount == 0:
-                known = ", ".join(_of(c, adapter_id)) or "none"
+            if c.execute(tags.delete().where(_tag_is(adapter_id, key))).rowcount == 0:
+                known = ", ".join(_tags_of(c, adapter_id)) or "none"
                 raise NotFoundError(f"adapter {entry.name!r} has no tag {key!r}; its tags: {known}")
             log(c, self._actor, "delete_tag", entry.name, tenant=entry.tenant, key=key)
 
 
-def _of(c: sa.Connection, adapter_id: int) -> dict[str, str]:
+def _tags_of(c: sa.Connection, adapter_id: int) -> dict[str, str]:
     rows = c.execute(sa.select(tags.c.key, tags.c.value).where(tags.c.adapter_id == adapter_id))
     return dict(sorted((row.key, row.value) for row in rows))
 
 
-def _is(adapter_id: int, key: str) -> sa.ColumnElement[bool]:
+def _tag_is(adapter_id: int, key: str) -> sa.ColumnElement[bool]:
     return sa.and_(tags.c.adapter_id == adapter_id, tags.c.key == key)
 
 
@@ -156,23 +153,26 @@ _COLUMNS = [projections.c[name] for name in Projection.model_fields]
 
 
 class Projections(Database):
-    """The catalog's operations on pairs."""
+    """The catalog's operations on VeRA's pairs.
+
+    A replica holds a pair once for all adapters that use it. For each shape (rank, max_in, max_out), the first pair
+    registered for a base is the canonical one of a tenant. An adapter with another pair is served, too, but costs one
+    more pair.
+    """
 
     def projections(self, base_fingerprint: str) -> tuple[Projection, ...]:
         """The pairs of a base's adapters in the order of first registration. The first of a shape is canonical.
 
-        The caller's tenant's and the default tenant's, which others should share; an administrator gets all.
+        They are the caller's tenant's and the default tenant's, which others should share; an administrator gets all.
         """
+        tenants = None if self._principal.is_admin else (self._principal.tenant, DEFAULT_TENANT)
         with reading(self._engine) as c:
-            principal = self._principal
-            return _of_projections(
-                c, base_fingerprint, None if principal.is_admin else (principal.tenant, DEFAULT_TENANT)
-            )
+            return _pairs_of(c, base_fingerprint, tenants)
 
 
 def record_projection(c: sa.Connection, tenant: str, base_fingerprint: str, projection: Projection) -> str | None:
     """Record the pair of a tenant's adapter. Returns a warning where it is not the canonical one of its shape."""
-    known = _of_projections(c, base_fingerprint, (tenant, DEFAULT_TENANT))
+    known = _pairs_of(c, base_fingerprint, (tenant, DEFAULT_TENANT))
     canonical = next((p for p in known if _shape(p) == _shape(projection)), projection)
     if projection.sha256 not in {p.sha256 for p in known}:
         row = projection.model_dump() | {"base_fingerprint": base_fingerprint, "tenant": tenant, "created_at": now()}
@@ -199,7 +199,7 @@ def canonical_digests(found: tuple[Projection, ...]) -> frozenset[str]:
     return frozenset(first.values())
 
 
-def _of_projections(c: sa.Connection, base_fingerprint: str, tenants: tuple[str, ...] | None) -> tuple[Projection, ...]:
+def _pairs_of(c: sa.Connection, base_fingerprint: str, tenants: tuple[str, ...] | None) -> tuple[Projection, ...]:
     """The pairs that adapters of these tenants (None: of all) brought, each once."""
     query = sa.select(*_COLUMNS).where(projections.c.base_fingerprint == base_fingerprint).order_by(projections.c.id)
     if tenants is not None:
@@ -272,8 +272,8 @@ def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
 
 
 def known_manifest(c: sa.Connection, principal: Principal, digest: str, manifest: AdapterManifest) -> AdapterManifest:
-    """What the caller's tenant may know of an adapter that it gives a name of its own: not how it was made, where
-    another tenant has made it and shares it.
+    """The manifest as the caller's tenant may know it of an adapter that it gives a name of its own: without how it was
+    made, where another tenant has made it and shares it.
     """
     if principal.is_admin or c.execute(_uploaded(principal, digest)).first() is not None:
         return manifest

@@ -1,11 +1,4 @@
-"""`catalog.aliases`: moves, roll back, canaries, the gate.
-
-At the adapter's context, its perplexity must be below the base's, both with and without the adapter's RoPE. At the
-context that was extended, it may be at most a share (`tolerance`) above the perplexity of the unscaled base.
-
-Gateways report what they have counted since a canary began; the catalog adds it up and decides, in one transaction, so
-that all of them see the same end.
-"""
+"""The catalog's operations on aliases and their canaries, and the gate that some adapters must pass before an alias."""
 
 from __future__ import annotations
 
@@ -44,6 +37,8 @@ from loray.spec import (
     Subject,
 )
 
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
 _NAMES: Mapping[Subject, str] = {"base": "the base", "base_scaled": "the base under its RoPE", "adapter": "the adapter"}
 
 
@@ -56,6 +51,9 @@ def failures(
     manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float, *, trusts_keys: bool = False
 ) -> tuple[str, ...]:
     """The objections to an alias, one sentence each; empty where the alias is granted.
+
+    At the adapter's context, its perplexity must be below the base's, both with and without the adapter's RoPE. At the
+    context that was extended, it may be at most a share (`tolerance`) above the perplexity of the unscaled base.
 
     `evaluations` are sorted from the oldest to the latest; what clients have reported counts where the gate
     `trusts_keys`. Values are compared where they were measured on the same tokens in the same windows; of several such
@@ -116,6 +114,8 @@ def _data(e: Evaluation) -> str:
     return f"{e.dataset}{windows}"
 
 
+# -- rows of canaries -------------------------------------------------------------------------------------------------
+
 _stable, _new = versions.alias("stable"), versions.alias("new")
 _STATES = (
     sa.select(canaries, _stable.c.version.label("stable"), _new.c.version)
@@ -125,16 +125,16 @@ _STATES = (
 )
 
 
-def load_states(c: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None) -> list[CanaryState]:
+def _load_states(c: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None) -> list[CanaryState]:
     """Canaries for which the conditions hold: those that run, then the newest first."""
     return [_state(row) for row in c.execute(_STATES.where(*where).limit(limit))]
 
 
-def running(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+def _running(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
     return sa.and_(canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, canaries.c.ended_at.is_(None))
 
 
-def end_running(
+def _end_running(
     c: sa.Connection,
     adapter_id: int,
     alias: str,
@@ -148,7 +148,7 @@ def end_running(
 
     Returns the canary that ran until now; None: there was none, and nothing has changed.
     """
-    found = load_states(c, running(adapter_id, alias))
+    found = _load_states(c, _running(adapter_id, alias))
     if not found:
         return None
     outcome = "promoted" if found[0].version == target else outcome
@@ -158,17 +158,9 @@ def end_running(
     return found[0]
 
 
-def read_reports(text: str) -> dict[str, CanaryCounts]:
+def _read_reports(text: str) -> dict[str, CanaryCounts]:
     """Gateway → what it has counted so far."""
     return {gateway: CanaryCounts.of_json(fields) for gateway, fields in json.loads(text).items()}
-
-
-def write_reports(reports: Mapping[str, CanaryCounts]) -> str:
-    return json.dumps(reports, separators=(",", ":"))
-
-
-def total(reports: Mapping[str, CanaryCounts]) -> CanaryCounts:
-    return sum(reports.values(), CanaryCounts())
 
 
 def _state(row: sa.Row[Any]) -> CanaryState:
@@ -179,12 +171,15 @@ def _state(row: sa.Row[Any]) -> CanaryState:
         version=row.version,
         percent=row.percent,
         bounds=CanaryBounds.model_validate_json(row.bounds),
-        counts=total(read_reports(row.reports)),
+        counts=sum(_read_reports(row.reports).values(), CanaryCounts()),
         created_at=utc(row.created_at),
         ended_at=None if row.ended_at is None else utc(row.ended_at),
         outcome=row.outcome,
         reason=row.reason,
     )
+
+
+# -- operations -------------------------------------------------------------------------------------------------------
 
 
 class Aliases(Database):
@@ -207,7 +202,7 @@ class Aliases(Database):
         refuses.
 
         Raises ConflictError or RevisionConflict where the alias is not as expected, AdapterNotFound where there is no
-        such name or version, and GateRefused where `catalog.gate` refuses the alias.
+        such name or version, and GateRefused where the gate refuses the alias.
         """
         check_alias(alias)
         with writing(self._engine) as c:
@@ -218,7 +213,7 @@ class Aliases(Database):
             current = entry.aliases.get(alias, 0)
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
-            check_revision(c, adapter_id, name, alias, expected_revision)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
             where = (c, adapter_id, entry.tenant, name, alias)
             if self._move(*where, version, counter + 1, no_gate) or self._end(*where, counter + 1):
                 count_change(c, adapter_id)
@@ -236,7 +231,7 @@ class Aliases(Database):
             counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            check_revision(c, adapter_id, name, alias, expected_revision)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
             current = entry.select(alias).version
             if self._end(c, adapter_id, entry.tenant, name, alias, counter + 1):
                 count_change(c, adapter_id)
@@ -271,7 +266,7 @@ class Aliases(Database):
             counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            check_revision(c, adapter_id, name, alias, expected_revision)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
             version = entry.select(alias).version
             self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
@@ -286,7 +281,7 @@ class Aliases(Database):
             return tuple(_states(c, adapter_id, entry.name).values())
 
     def alias(self, name: str, alias: str) -> AliasState:
-        """Raises AdapterNotFound where there is no such name or alias."""
+        """One alias. Raises AdapterNotFound where there is no such name or alias."""
         states = {state.alias: state for state in self.aliases(name)}
         if alias not in states:
             raise AdapterNotFound(
@@ -314,7 +309,7 @@ class Aliases(Database):
         if current == version_id:
             return False
         against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
-        canary = end_running(c, adapter_id, alias, revision, "moved", target=version)
+        canary = _end_running(c, adapter_id, alias, revision, "moved", target=version)
         target = {"version_id": version_id, "revision": revision}
         if current is None:
             c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
@@ -337,7 +332,7 @@ class Aliases(Database):
         revision: int,
     ) -> bool:
         """End the alias's canary, as `_move` moves; False: it has none."""
-        canary = end_running(c, adapter_id, alias, revision, "ended")
+        canary = _end_running(c, adapter_id, alias, revision, "ended")
         if canary is not None:
             log(c, self._actor, "end_canary", f"{name}@{alias}", tenant=tenant, version=canary.version)
         return canary is not None
@@ -356,7 +351,7 @@ class Aliases(Database):
         return against
 
 
-def check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
+def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
     if expected is None:
         return
     state = _states(c, adapter_id, name).get(alias)
@@ -407,7 +402,11 @@ class ReportAnswer(NamedTuple):
 
 
 class Canaries(Aliases):
-    """The catalog's operations on canaries."""
+    """The catalog's operations on canaries.
+
+    Gateways report what they have counted since a canary began; the catalog adds it up and decides, in one transaction,
+    so that all of them see the same end.
+    """
 
     def set_canary(
         self,
@@ -437,20 +436,16 @@ class Canaries(Aliases):
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
             stable, new = entry.select(alias), entry.select(str(version))
-            check_revision(c, adapter_id, name, alias, expected_revision)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
             if stable.version == version:
                 raise ConflictError(f"alias {alias!r} of {name!r} points at version {version} already")
             if stable.base_fingerprint != new.base_fingerprint:
                 raise ConflictError(f"{new.label} and {stable.label} are of different bases: no server has both")
-            found = load_states(c, running(adapter_id, alias))
-            if found and found[0].stable != stable.version:  # an older loray moved the alias and left it
-                self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
-                found = []
-            if found and found[0].version != version:
+            before = next(iter(_load_states(c, _running(adapter_id, alias))), None)
+            if before is not None and before.version != version:
                 raise ConflictError(
-                    f"version {found[0].version} is the canary of {name}@{alias}: promote or end it before another"
+                    f"version {before.version} is the canary of {name}@{alias}: promote or end it before another"
                 )
-            before = found[0] if found else None
             grows = before is None or percent > before.percent
             new_version = load_version(c, name, adapter_id, version)
             against = self._check_gate(new_version, alias, no_gate) if grows else ()
@@ -470,7 +465,7 @@ class Canaries(Aliases):
             override = {"no_gate": no_gate, "against": against} if against else {}
             log(c, self._actor, "canary", f"{name}@{alias}", tenant=entry.tenant, **detail, **override)
             count_change(c, adapter_id)
-            return load_states(c, running(adapter_id, alias))[0]
+            return _load_states(c, _running(adapter_id, alias))[0]
 
     def end_canary(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> CanaryState:
         """Give all requests of `alias` to its stable version again.
@@ -482,11 +477,11 @@ class Canaries(Aliases):
             counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             entry.select(alias)
-            check_revision(c, adapter_id, entry.name, alias, expected_revision)
+            _check_revision(c, adapter_id, entry.name, alias, expected_revision)
             if not self._end(c, adapter_id, entry.tenant, entry.name, alias, counter + 1):
                 raise _no_canary(entry.name, alias)
             count_change(c, adapter_id)
-            return load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
+            return _load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
 
     def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
         """The canary of an alias that runs, else the last one. Raises AdapterNotFound, NotFoundError, and
@@ -494,7 +489,7 @@ class Canaries(Aliases):
         """
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
-            found = load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)
+            found = _load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)
         if not found:
             raise _no_canary(entry.name, alias)
         return found[0]
@@ -511,11 +506,11 @@ class Canaries(Aliases):
     def _known(self, c: sa.Connection, adapter_id: int, entry: AdapterEntry) -> tuple[CanaryState, ...]:
         if not self._principal.is_admin and entry.tenant != self._principal.tenant:
             return ()
-        return tuple(load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
+        return tuple(_load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
 
     def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
-        """What a gateway has counted of each canary since it began, by the canary's id. It replaces its last report, so
-        that one which comes twice counts once.
+        """Keep what a gateway has counted of each canary since it began, by the canary's id. It replaces the gateway's
+        last report, so that one which comes twice counts once.
 
         A canary that is outside of its bounds now is ended, with the reason.
         """
@@ -530,13 +525,14 @@ class Canaries(Aliases):
                 if row is None:
                     over.add(canary_id)
                     continue
-                reports = read_reports(row.reports) | {gateway: counts}
+                reports = _read_reports(row.reports) | {gateway: counts}
                 this = canaries.c.id == canary_id
-                c.execute(canaries.update().where(this).values(reports=write_reports(reports)))
-                state = load_states(c, this)[0]
+                written = json.dumps(reports, separators=(",", ":"))
+                c.execute(canaries.update().where(this).values(reports=written))
+                state = _load_states(c, this)[0]
                 left = breach(state.bounds, state.counts)
                 if left is not None:
-                    end_running(c, row.id, state.alias, counter + 1, "rolled_back", left.reason)
+                    _end_running(c, row.id, state.alias, counter + 1, "rolled_back", left.reason)
                     model, label = f"{row.name}@{state.alias}", f"{row.name}@{state.version}"
                     detail = {"version": state.version, "stable": state.stable, "reason": left.reason}
                     log(c, self._actor, "rollback_canary", model, tenant=row.tenant, **detail)

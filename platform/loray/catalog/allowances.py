@@ -1,4 +1,4 @@
-"""What a tenant may keep.
+"""Limits of what a tenant may keep.
 
 Each is checked in the transaction that adds to it, which holds the catalog's lock. What was deleted counts as long as
 it can be restored. Limits that nobody has set bind keys that are no administrator's.
@@ -81,7 +81,8 @@ def refuse_more_memory(c: sa.Connection, max_bytes: int) -> None:
     """Raise CatalogFull where a version more would not fit into the memory that gateways have for all names."""
     # First what there can be at most, which two indexes tell without a count.
     at_most = [c.execute(sa.select(sa.func.max(table.c.id))).scalar() or 0 for table in (adapters, versions)]
-    if _memory(*at_most) + MAX_TEMPLATE_CHARACTERS * _num_templates(c) < max_bytes:
+    query = sa.select(sa.func.count(sa.distinct(versions.c.chat_template))).where(versions.c.chat_template.is_not(None))
+    if _memory(*at_most) + MAX_TEMPLATE_CHARACTERS * int(c.execute(query).scalar_one()) < max_bytes:
         return
     names = sa.select(sa.func.count()).where(adapters.c.deleted_at.is_(None))
     each = names.select_from(versions.join(adapters)).where(versions.c.deleted_at.is_(None))
@@ -95,11 +96,6 @@ def refuse_more_memory(c: sa.Connection, max_bytes: int) -> None:
 
 def _memory(num_names: int, num_versions: int) -> int:
     return num_names * _NAME_BYTES + num_versions * _VERSION_BYTES
-
-
-def _num_templates(c: sa.Connection) -> int:
-    query = sa.select(sa.func.count(sa.distinct(versions.c.chat_template)))
-    return int(c.execute(query.where(versions.c.chat_template.is_not(None))).scalar_one())
 
 
 def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_bytes: int) -> None:
@@ -118,7 +114,7 @@ def _refuse_more_bytes(c: sa.Connection, principal: Principal, tenant: str, num_
 
 
 def _characters_of_templates(c: sa.Connection, tenant: str | None = None, beside: str | None = None) -> int:
-    """Of the chat templates that differ, of a tenant or of all, without one."""
+    """Characters of the chat templates that differ, of a tenant or of all, without the one `beside` them."""
     one = sa.select(sa.func.min(versions.c.id)).join(adapters, adapters.c.id == versions.c.adapter_id)
     one = one.where(versions.c.chat_template.is_not(None), _is_kept(versions), _is_kept(adapters))
     if tenant is not None:
@@ -135,7 +131,7 @@ def _stored_limit(c: sa.Connection, principal: Principal, tenant: str) -> int | 
 
 
 def _is_bound(principal: Principal) -> bool:
-    """Whether limits hold that nobody has set. The driver of a job, which has no key, was admitted before."""
+    """Limits that nobody has set hold. The driver of a job, which has no key, was admitted before."""
     return principal.key_id is not None and not principal.is_admin
 
 

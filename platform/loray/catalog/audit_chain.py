@@ -18,7 +18,7 @@ from loray.spec import DEFAULT_TENANT
 
 
 class Origin(NamedTuple):
-    """From where a request came, as far as the server knows, and the id that its answer has."""
+    """The address from which a request came, as far as the server knows it, and the id that its answer has."""
 
     address: str | None = None
     request_id: str | None = None
@@ -29,7 +29,7 @@ _origin: ContextVar[Origin] = ContextVar("origin", default=_NOWHERE)
 
 
 def origin() -> Origin:
-    """Return that of the request that is answered now; without its fields where it is none of a server."""
+    """The origin of the request that is answered now; its fields are None where no server answers one."""
     return _origin.get()
 
 
@@ -46,7 +46,7 @@ def coming_from(origin: Origin) -> Iterator[None]:
 def log(
     c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
 ) -> None:
-    """`tenant`: that of the subject."""
+    """Add an entry about the request that is answered now. `tenant` is the subject's."""
     add_entry(c, actor, action, subject, tenant, detail, origin())
 
 
@@ -59,7 +59,7 @@ def add_entry(
     detail: Mapping[str, Any],
     origin: Origin,
 ) -> None:
-    """As `log`, of a request from there. The transaction has the catalog's lock, so that entries follow each other."""
+    """Add an entry about a request from `origin`. The transaction has the catalog's lock: entries follow each other."""
     entry: dict[str, Any] = {"actor": actor, "action": action, "subject": subject, "tenant": tenant}
     entry |= {"detail": json.dumps(detail), **origin._asdict(), "created_at": datetime.now(UTC)}
     last = sa.select(audit_log.c.hash).order_by(audit_log.c.id.desc()).limit(1)
@@ -72,7 +72,7 @@ def chained(previous: str, entry: Mapping[str, Any]) -> str:
     it; empty: it is the first one.
     """
     fields = {name: entry[name] for name in ("actor", "action", "subject", "tenant", "detail", "address")}
-    if entry["request_id"] is not None:  # which older entries do not have
+    if entry["request_id"] is not None:  # entries of no request do not have the field
         fields["request_id"] = entry["request_id"]
     said = canonical_json(fields | {"created_at": entry["created_at"].astimezone(UTC).isoformat()})
     return hashlib.sha256(f"{previous}\n{said}".encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""All rows as JSON lines, and back.
+"""Backups of the catalog: all rows as JSON lines, and back.
 
-{"format": 1, "revision": "0006", "created_at": …}    the revision of the tables
+{"format": 1, "revision": "0014", "created_at": …}    the revision of the tables
 {"table": "tenants", "columns": ["name", …]}          then its rows, one a line
 ["default", …]
 """
@@ -20,10 +20,10 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import HEAD, Database, reading, writing
 from loray.catalog.queries import lock, now, utc
-from loray.catalog.removal import claims
 from loray.catalog.schema import (
     adapters,
     changes,
+    claims,
     clusters,
     logins,
     metadata,
@@ -37,64 +37,21 @@ from loray.files import read_json_lines, replacing_private, write_json_lines
 from loray.spec import DEFAULT_TENANT
 
 _FORMAT = 1
+_BATCH = 500  # rows
+# Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
+_SKIPPED = 1 << 20
+_NOT_KEPT = (claims, clusters, logins, quota_levels, quota_owners)  # of what runs now, and logins: people log in again
 
 Line = Mapping[str, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BackupSummary:
-    """When a backup was made, and how many names and versions it has, deleted ones included."""
+    """The time at which a backup was made, and the numbers of its names and versions, deleted ones included."""
 
     created_at: datetime
     num_names: int
     num_versions: int
-
-
-def header(revision: str, created_at: datetime) -> Line:
-    return {"format": _FORMAT, "revision": revision, "created_at": created_at.isoformat()}
-
-
-def read_header(line: Line, revision: str) -> datetime:
-    """When the backup was made. Raises UnsupportedError where its tables are not of this revision."""
-    if not isinstance(line, Mapping) or "format" not in line:
-        raise IntegrityError("it is no backup of a catalog")
-    if line["format"] != _FORMAT or line["revision"] != revision:
-        raise UnsupportedError(
-            f"the backup was made by another loray (format {line['format']}, revision {line['revision']}; this one "
-            f"reads format {_FORMAT}, revision {revision}): restore it with that one, then upgrade"
-        )
-    return datetime.fromisoformat(line["created_at"])
-
-
-def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
-    yield {"table": table.name, "columns": [column.name for column in table.columns]}
-    for row in rows:
-        yield [utc(v).astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
-
-
-def rows_of(lines: Iterable[Line], tables: Mapping[str, sa.Table]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
-    """(table, row) in the file's order. Raises IntegrityError where a line is neither a table nor a row of it."""
-    table: sa.Table | None = None
-    columns: list[sa.Column[Any]] = []
-    for line in lines:
-        if isinstance(line, Mapping):
-            table = tables[line["table"]]
-            columns = [table.columns[name] for name in line["columns"]]
-            continue
-        if table is None:
-            raise IntegrityError("it has a row before its first table")
-        yield table, {column.name: _value(column, v) for column, v in zip(columns, line, strict=True)}
-
-
-def _value(column: sa.Column[Any], value: Any) -> Any:
-    is_time = value is not None and isinstance(column.type, sa.DateTime)
-    return datetime.fromisoformat(value) if is_time else value
-
-
-_BATCH = 500  # rows
-# Added to the change counter: what was given out after the backup, as ETags of aliases, must not come a second time.
-_SKIPPED = 1 << 20
-_NOT_KEPT = (claims, clusters, logins, quota_levels, quota_owners)
 
 
 class Backups(Database):
@@ -107,7 +64,7 @@ class Backups(Database):
         created_at = now()
         with reading(self._engine) as c:
             with replacing_private(path) as f:
-                write_json_lines(f, _lines(c, header(HEAD, created_at)))
+                write_json_lines(f, _lines(c, created_at))
             return _summary(c, created_at)
 
     def read_backup(self, path: Path) -> BackupSummary:
@@ -121,7 +78,7 @@ class Backups(Database):
                 lock(c)
                 _refuse_used(c)
                 lines: Iterator[Line] = read_json_lines(f)
-                created_at = read_header(next(lines), HEAD)
+                created_at = _read_header(next(lines))
                 _insert(c, lines)
                 c.execute(changes.update().values(counter=changes.c.counter + _SKIPPED))
                 log(c, self._actor, "restore_backup", "catalog", created_at=created_at.isoformat())
@@ -133,15 +90,52 @@ class Backups(Database):
             raise IntegrityError(f"the backup {path} is not used: {reason}; nothing was restored") from e
 
 
-def _lines(c: sa.Connection, first: Line) -> Iterator[Line]:
-    yield first
+def _lines(c: sa.Connection, created_at: datetime) -> Iterator[Line]:
+    yield {"format": _FORMAT, "revision": HEAD, "created_at": created_at.isoformat()}
     for table in _tables():
         rows = c.execute(sa.select(table).order_by(*table.primary_key), execution_options={"yield_per": _BATCH})
         yield from table_lines(table, rows)
 
 
+def table_lines(table: sa.Table, rows: Iterable[sa.Row[Any]]) -> Iterator[Line]:
+    """The lines of a table and its rows."""
+    yield {"table": table.name, "columns": [column.name for column in table.columns]}
+    for row in rows:
+        yield [utc(v).astimezone(UTC).isoformat() if isinstance(v, datetime) else v for v in row]
+
+
+def _read_header(line: Line) -> datetime:
+    """The time at which the backup was made. Raises UnsupportedError where its tables are not of this revision."""
+    if not isinstance(line, Mapping) or "format" not in line:
+        raise IntegrityError("it is no backup of a catalog")
+    if line["format"] != _FORMAT or line["revision"] != HEAD:
+        raise UnsupportedError(
+            f"the backup was made by another loray (format {line['format']}, revision {line['revision']}; this one "
+            f"reads format {_FORMAT}, revision {HEAD}): restore it with that one"
+        )
+    return datetime.fromisoformat(line["created_at"])
+
+
+def _rows(lines: Iterable[Line]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
+    """(table, row) in the file's order. Raises IntegrityError where a line is neither a table nor a row of it."""
+    table: sa.Table | None = None
+    columns: list[sa.Column[Any]] = []
+    for line in lines:
+        if isinstance(line, Mapping):
+            table = metadata.tables[line["table"]]
+            columns = [table.columns[name] for name in line["columns"]]
+            continue
+        if table is None:
+            raise IntegrityError("it has a row before its first table")
+        yield table, {column.name: _value(column, v) for column, v in zip(columns, line, strict=True)}
+
+
+def _value(column: sa.Column[Any], value: Any) -> Any:
+    is_time = value is not None and isinstance(column.type, sa.DateTime)
+    return datetime.fromisoformat(value) if is_time else value
+
+
 def _tables() -> list[sa.Table]:
-    """All but those of what runs now, and logins: people log in again."""
     return [table for table in metadata.sorted_tables if table not in _NOT_KEPT]
 
 
@@ -160,7 +154,7 @@ def _refuse_used(c: sa.Connection) -> None:
 def _insert(c: sa.Connection, lines: Iterator[Line]) -> None:
     for table in (tenants, changes):  # of the empty catalog
         c.execute(table.delete())
-    for table, rows in groupby(rows_of(lines, metadata.tables), key=itemgetter(0)):
+    for table, rows in groupby(_rows(lines), key=itemgetter(0)):
         batch: list[dict[str, Any]] = []
         for _, row in rows:
             batch.append(row)

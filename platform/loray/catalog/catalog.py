@@ -19,6 +19,7 @@ from loray.catalog.adapters import (
 )
 from loray.catalog.aliases import Canaries
 from loray.catalog.allowances import Allowances, refuse_more_memory, refuse_more_names, refuse_more_versions
+from loray.catalog.audit_chain import log
 from loray.catalog.backup import Backups
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
@@ -41,7 +42,6 @@ from loray.catalog.queries import (
     load_entry,
     load_version,
     lock,
-    log,
     name_to_register,
     new_id,
     now,
@@ -83,10 +83,11 @@ class Catalog(
     Transfer,
     UsageTable,
 ):
-    """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
+    """The catalog at a SQLAlchemy URL (sqlite or postgresql), whose tables are made when it is first opened.
+    Thread-safe.
 
-    The audit log records `actor` with every write. `gate_tolerance` and `gate_trusts_keys`: as for
-    `catalog.gate`.
+    The audit log records `actor` with every write. `gate_tolerance` and `gate_trusts_keys` are those of
+    `aliases.failures`.
     """
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Catalog(
             return page._replace(versions=tuple(v.shown_to(self._principal) for v in page.versions))
 
     def version(self, name: str, version: int) -> AdapterVersion:
-        """Raises AdapterNotFound."""
+        """One version, with its manifest. Raises AdapterNotFound."""
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, self._principal, name)
             found = load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
@@ -290,7 +291,7 @@ class Catalog(
             )
 
     def change_counter(self) -> int:
-        """It grows with every write to names: a snapshot with the same counter is up to date."""
+        """The change counter, which grows with every write to names: a snapshot with the same one is up to date."""
         with reading(self._engine) as c:
             return read_counter(c)
 

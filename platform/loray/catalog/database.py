@@ -1,4 +1,4 @@
-"""Opens the catalog's database and migrates its tables: SQLite on one machine, PostgreSQL in a cluster."""
+"""The catalog's database: SQLite on one machine, PostgreSQL in a cluster; tables are made when it is first opened."""
 
 from __future__ import annotations
 
@@ -27,11 +27,8 @@ from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError
 from loray.files import file_lock
 from loray.settings import DEFAULT_GATE_TOLERANCE, DEFAULT_SNAPSHOT_BYTES, Settings
 from loray.spec import Principal
-from loray.telemetry import get_logger
 
-log = get_logger(__name__)
-
-HEAD = "0014"  # the newest revision in migrations/versions
+HEAD = "0014"  # the revision in migrations/versions; those below it were made before the first release
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -55,8 +52,8 @@ _UNUSABLE = (OperationalError, InterfaceError, InternalError, DataError, Program
 
 
 class Database:
-    """The base class of the catalog's parts: engine, the principal that asks, what the gate lets pass, and
-    what the names may take of each gateway's memory.
+    """The base class of the catalog's parts: engine, the principal that asks, what the gate lets pass, and what the
+    names may take of each gateway's memory.
 
     Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
     """
@@ -100,17 +97,16 @@ class Database:
 
     @property
     def principal(self) -> Principal:
-        """Who asks."""
+        """The one who asks."""
         return self._principal
 
     @property
     def own_tenant(self) -> str:
-        """Whose the names are that this view adds."""
+        """The tenant of the names that this view adds."""
         return self._principal.tenant
 
     @property
     def _actor(self) -> str:
-        """For the audit log."""
         return self._principal.actor
 
     def close(self) -> None:
@@ -126,10 +122,11 @@ def insert_into(c: sa.Connection, table: sa.Table) -> Any:
 
 
 def open_database(url: str) -> sa.Engine:
-    """An engine for a database with the tables of `schema`. Several processes may open a new database at once.
+    """The engine of a database with the tables of `schema`. Several processes may open a new database at once.
 
     Raises SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
-    reached, UnsupportedError where a later loray has migrated it, and IntegrityError where the file is no database.
+    reached or was made before the first release, UnsupportedError where a later loray has migrated it, and
+    IntegrityError where the file is no database.
     """
     engine = _checked_engine(url)
     try:
@@ -148,7 +145,7 @@ def open_database(url: str) -> sa.Engine:
 
 
 def revision_of(url: str) -> str | None:
-    """The revision of the tables of a database, which is not migrated; None where there are none yet.
+    """The revision of the tables of a database, which is left as it is; None where there are none yet.
 
     Raises SettingsError, CatalogError and IntegrityError as `open_database`.
     """
@@ -251,21 +248,22 @@ def _migrate(engine: sa.Engine) -> None:
             return
     from alembic import command
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     with writing(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            _set(connection, statement_timeout=0)  # tables may be large
         revision = _revision(connection)
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if revision is not None and revision not in known:
+        if revision is not None and revision < HEAD:
+            raise CatalogError(
+                f"catalog {shown_url(engine.url)} was made before the first release (revision {revision}): make a new "
+                "catalog and import the adapters"
+            )
+        if revision is not None and revision > HEAD:
             raise UnsupportedError(
                 f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD}): upgrade loray"
             )
-        log.debug("migrating the catalog from revision %s to %s", revision, HEAD)
         config.attributes["connection"] = connection
         try:
             command.upgrade(config, "head")
@@ -280,7 +278,7 @@ def _revision(connection: sa.Connection) -> str | None:
 
 
 def _creation_lock(engine: sa.Engine) -> AbstractContextManager[None]:
-    """For SQLite: switching a new file to WAL fails where another process does it at the same moment."""
+    """A lock between processes for SQLite: switching a new file to WAL fails where two do it at the same moment."""
     if engine.dialect.name != "sqlite" or engine.url.database is None:
         return nullcontext()
     return file_lock(Path(engine.url.database + ".lock"))

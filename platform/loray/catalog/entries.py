@@ -1,4 +1,4 @@
-"""Names with versions and aliases, as snapshots hold them; rules of names."""
+"""Results of the catalog's operations, as names with versions and aliases, and the rules of names."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class AdapterVersion:
         return _tenant_of(self.name)
 
     def shown_to(self, principal: Principal) -> AdapterVersion:
-        """What the caller may know of it: how it was made, those of its own tenant alone who may make others."""
+        """The version as the caller may know it: those of its own tenant who may make others know how it was made."""
         if _may_know(self.name, principal):
             return self
         return replace(self, manifest=without_making(self.manifest))
@@ -135,7 +135,7 @@ class VersionSummary:
     quarantine: Quarantined | None = None
 
     def shown_to(self, principal: Principal) -> VersionSummary:
-        """As `AdapterVersion.shown_to`."""
+        """The summary as the caller may know it, by the rule of `AdapterVersion.shown_to`."""
         return self if _may_know(self.name, principal) else replace(self, data_fingerprint=None, run=None)
 
 
@@ -145,7 +145,7 @@ def without_making(manifest: AdapterManifest) -> AdapterManifest:
 
 
 def _may_know(name: str, principal: Principal) -> bool:
-    """Whether the caller may know how an adapter's versions were made."""
+    """The caller may know how an adapter's versions were made."""
     return principal.is_admin or bool(_tenant_of(name) == principal.tenant and principal.scopes & _MAKERS)
 
 
@@ -215,7 +215,7 @@ class AdapterEntry:
     canaries: tuple[Canary, ...] = ()
 
     def exists_for(self, principal: Principal) -> bool:
-        """What `queries.visible` is in SQL."""
+        """The name exists for this caller; `queries.visible` says the same in SQL."""
         is_seen = (
             self.tenant == principal.tenant
             or self.visibility == "public"
@@ -226,7 +226,7 @@ class AdapterEntry:
 
     @property
     def versions(self) -> dict[int, AdapterRef]:
-        """By number, the oldest first."""
+        """The versions by number, the oldest first."""
         return {ref.version: ref for ref in self.refs}
 
     @property
@@ -284,7 +284,7 @@ class AdapterEntry:
 
 def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any) -> AdapterRef:
     """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string."""
-    method, base_fingerprint, tool_parser, chat_template = (_word(word) for word in words)
+    method, base_fingerprint, tool_parser, chat_template = (word and intern(word) for word in words)
     return AdapterRef(
         digest=digest,
         name=name,
@@ -296,10 +296,6 @@ def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: 
         tool_parser=tool_parser,
         chat_template=chat_template,
     )
-
-
-def _word(word: Any) -> Any:
-    return word and intern(word)
 
 
 def make_pointers(pointers: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
@@ -349,6 +345,8 @@ class Job:
 def _is_number(selector: str) -> bool:
     return selector.isascii() and selector.isdigit() and len(selector) <= 9
 
+
+# -- rules of names ---------------------------------------------------------------------------------------------------
 
 NUM_COMPARED = 32
 _LONGEST_COMPARED = 192  # characters; a name has at most 96

@@ -1,9 +1,4 @@
-"""`catalog.keys`, `catalog.tenants`, `catalog.audit`.
-
-The keys that were rotated into each other are told apart by their ids: `key-ab12` is the first, `key-ab12_3` the third.
-A thief who has one of them can make others, so revoking one revokes all, few go on at once, and a key replaces itself
-rarely.
-"""
+"""The catalog's operations on those who ask: tenants, API keys, the log of what they did, logins at the console."""
 
 from __future__ import annotations
 
@@ -39,13 +34,19 @@ from loray.spec import (
     account_of,
 )
 
+# -- tenants ----------------------------------------------------------------------------------------------------------
+
 
 class Tenants(Database):
     """The catalog's operations on tenants. The tenant `default` is there from the beginning."""
 
     def create_tenant(self, name: str, limits: Limits | None = None) -> Tenant:
-        """Raises SpecError where the name is malformed, ConflictError where it is taken."""
-        check_tenant_name(name)
+        """Create a tenant. Raises SpecError where the name is malformed, ConflictError where it is taken."""
+        try:
+            TypeAdapter(TenantName).validate_python(name)
+        except ValidationError as e:
+            rule = "letters, digits, '.', '_' and '-', at most 32"
+            raise SpecError(f"{name!r} is not a valid name of a tenant: {rule}") from e
         with writing(self._engine) as c:
             lock(c)
             if c.execute(sa.select(tenants.c.name).where(tenants.c.name == name)).first():
@@ -56,7 +57,7 @@ class Tenants(Database):
             return get_tenant(c, name)
 
     def update_tenant(self, name: str, *, limits: Limits | None = None, blocked: bool | None = None) -> Tenant:
-        """Replaces what is given. Raises KeyNotFound."""
+        """Replace what is given. Raises KeyNotFound."""
         given: dict[str, Any] = {} if limits is None else {"limits": limits.model_dump_json()}
         given |= {} if blocked is None else {"blocked": blocked}
         with writing(self._engine) as c:
@@ -72,33 +73,27 @@ class Tenants(Database):
         """The first `limit`, or all, sorted by name."""
         with reading(self._engine) as c:
             query = sa.select(tenants).order_by(tenants.c.name).limit(limit)
-            return tuple(tenant_of(row) for row in c.execute(query))
+            return tuple(_tenant(row) for row in c.execute(query))
 
     def tenant(self, name: str) -> Tenant:
-        """Raises KeyNotFound."""
+        """One tenant. Raises KeyNotFound."""
         with reading(self._engine) as c:
             return get_tenant(c, name)
-
-
-def check_tenant_name(name: str) -> None:
-    try:
-        TypeAdapter(TenantName).validate_python(name)
-    except ValidationError as e:
-        rule = "letters, digits, '.', '_' and '-', at most 32"
-        raise SpecError(f"{name!r} is not a valid name of a tenant: {rule}") from e
 
 
 def get_tenant(c: sa.Connection, name: str) -> Tenant:
     row = c.execute(sa.select(tenants).where(tenants.c.name == name)).first()
     if row is None:
         raise KeyNotFound(f"no tenant {name!r}; `loray tenants create {name}` makes it")
-    return tenant_of(row)
+    return _tenant(row)
 
 
-def tenant_of(row: sa.Row[Any]) -> Tenant:
+def _tenant(row: sa.Row[Any]) -> Tenant:
     limits = Limits.model_validate_json(row.limits)
     return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=utc(row.created_at))
 
+
+# -- keys -------------------------------------------------------------------------------------------------------------
 
 MAX_GRACE = timedelta(days=30)  # of a key that was replaced
 SELF_ROTATION = timedelta(days=1)  # between two times that a key replaces itself
@@ -116,7 +111,8 @@ def refuse_rotation(old: ApiKey, family: Collection[ApiKey], now: datetime, *, i
         raise ConflictError(f"key {old.id!r} is revoked; create another one")
     if old.blocked:
         raise ConflictError(f"key {old.id!r} is blocked; let it pass again before it is replaced")
-    others = [key for key in family if key.id != old.id and _goes_on(key, now)]
+    go_on = (key for key in family if key.revoked_at is None and (key.expires_at is None or key.expires_at > now))
+    others = [key for key in go_on if key.id != old.id]
     for other in others:
         if _number_of(other.id) > _number_of(old.id):
             raise ConflictError(f"key {old.id!r} has been replaced by {other.id}; replace that one")
@@ -132,16 +128,11 @@ def refuse_rotation(old: ApiKey, family: Collection[ApiKey], now: datetime, *, i
         )
 
 
-def _goes_on(key: ApiKey, now: datetime) -> bool:
-    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
-
-
 def _number_of(key_id: str) -> int:
     return int(key_id.partition("_")[2] or 1)
 
 
 _KEY_BYTES = 32
-_INFER: tuple[Scope, ...] = ("infer",)
 UNCHANGED = object()  # of what None would change
 
 
@@ -170,6 +161,10 @@ def digest_of(secret: str) -> bytes:
 class Keys(Database):
     """The catalog's operations on keys. Each change of a key counts as a change, so that servers notice it.
 
+    The keys that were rotated into each other are told apart by their ids: `key-ab12` is the first, `key-ab12_3` the
+    third. A thief who has one of them can make others, so revoking one revokes all, few go on at once, and a key
+    replaces itself rarely.
+
     Other tenants' keys exist for administrators alone. Who is none changes and replaces only keys that it might have
     made: PermissionDenied where one has more scopes or models than it may give, and LimitExceeded where a limit would
     allow more than its tenant's.
@@ -180,14 +175,14 @@ class Keys(Database):
         alias: str,
         *,
         tenant: str | None = None,
-        scopes: Collection[Scope] = _INFER,
+        scopes: Collection[Scope] = ("infer",),
         models: Collection[str] | None = None,
         limits: Limits | None = None,
         metadata: Mapping[str, str] | None = None,
         expires_at: datetime | None = None,
     ) -> NewKey:
-        """`tenant` None: the caller's. Raises KeyNotFound where there is no such tenant, and ConflictError where a key
-        in use has the alias.
+        """Create a key of `tenant` (None: the caller's). Raises KeyNotFound where there is no such tenant, and
+        ConflictError where a key in use has the alias.
         """
         secret, tenant = new_secret(), self.own_tenant if tenant is None else tenant
         fields = {"scopes": scopes, "models": models, "metadata": dict(metadata or {}), "limits": limits or Limits()}
@@ -246,8 +241,8 @@ class Keys(Database):
         return NewKey(secret, key)
 
     def revoke_key(self, key_id: str, *, only_this: bool = False) -> ApiKey:
-        """For ever, with the keys that it was rotated from and into: whoever has stolen one may have rotated it.
-        `only_this`: the others stay. A second call changes nothing. Raises KeyNotFound.
+        """Revoke a key for ever, with those that it was rotated from and into: whoever has stolen one may have rotated
+        it. `only_this`: the others stay. A second call changes nothing. Raises KeyNotFound.
         """
         with writing(self._engine) as c:
             lock(c)
@@ -271,7 +266,7 @@ class Keys(Database):
         models: Collection[str] | object | None = UNCHANGED,
         expires_at: datetime | object | None = UNCHANGED,
     ) -> ApiKey:
-        """Replaces what is given; of the limits also single ones, by name. A blocked key is refused until it is
+        """Replace what is given; of the limits also single ones, by name. A blocked key is refused until it is
         unblocked, with the keys that it was rotated from and into.
 
         Raises KeyNotFound, and ConflictError where another key in use has the alias.
@@ -303,7 +298,7 @@ class Keys(Database):
             return _get(c, self._principal, key_id)
 
     def key(self, key_id: str) -> ApiKey:
-        """Raises KeyNotFound."""
+        """One key. Raises KeyNotFound."""
         with reading(self._engine) as c:
             return _get(c, self._principal, key_id)
 
@@ -327,7 +322,7 @@ class Keys(Database):
         return KeyPage(page, page[-1].id if len(found) > limit else None)
 
     def key_changes(self, since: int = -1) -> KeyChanges:
-        """What has changed after the change counter was `since`; everything by default."""
+        """The keys and tenants that have changed after the change counter was `since`; all by default."""
         with reading(self._engine) as c:
             counter = int(c.execute(sa.select(changes.c.counter)).scalar_one())
             rows = c.execute(sa.select(keys).where(keys.c.changed_at > since)).all() if counter > since else []
@@ -335,7 +330,7 @@ class Keys(Database):
             return KeyChanges(
                 counter=counter,
                 keys=tuple(HashedKey(bytes.fromhex(row.sha256), _key(row)) for row in rows),
-                tenants=tuple(tenant_of(row) for row in of_tenants),
+                tenants=tuple(_tenant(row) for row in of_tenants),
                 any_keys=c.execute(sa.select(keys.c.id).limit(1)).first() is not None,
             )
 
@@ -432,6 +427,9 @@ def _key(row: sa.Row[Any]) -> ApiKey:
     return ApiKey.model_validate(fields | times | texts | {"models": models})
 
 
+# -- the audit log ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
     """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given,
@@ -466,21 +464,16 @@ class Refused(NamedTuple):
 
 
 class Refusals(NamedTuple):
-    """How often requests of one kind were refused, and the id of the first of them."""
+    """The number of requests of one kind that were refused, and the id of the first of them."""
 
     num_requests: int
     request_id: str | None = None
 
 
 class AuditState(NamedTuple):
-    """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off.
-
-    num_entries   those in the chain
-    num_unlinked  those before it, which an older loray has written
-    """
+    """The end of the audit log's chain. Who keeps it elsewhere finds later that entries were cut off."""
 
     num_entries: int
-    num_unlinked: int
     last_id: int
     last_hash: str
 
@@ -507,14 +500,11 @@ class Audit(Database):
 
         Raises IntegrityError that names the first entry which was changed, or before which one is missing.
         """
-        previous, num_entries, num_unlinked, last = "", 0, 0, 0
+        previous, num_entries, last = "", 0, 0
         is_known = known is None
         query = sa.select(audit_log).order_by(audit_log.c.id)
         with reading(self._engine) as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
             for row in rows:
-                if row.hash is None and not num_entries:
-                    num_unlinked += 1
-                    continue
                 entry = row._asdict() | {"created_at": utc(row.created_at)}
                 if row.previous_hash != previous or row.hash != chained(previous, entry):
                     raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
@@ -522,7 +512,7 @@ class Audit(Database):
                 is_known = is_known or (row.id, row.hash) == known
         if not is_known:
             raise IntegrityError("the audit log was changed: it does not have the entry with the known hash any more")
-        return AuditState(num_entries, num_unlinked, last, previous)
+        return AuditState(num_entries, last, previous)
 
     def audit(
         self,
@@ -554,6 +544,8 @@ def _entry(row: sa.Row[Any]) -> AuditEntry:
     return AuditEntry(**fields | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
 
 
+# -- logins -----------------------------------------------------------------------------------------------------------
+
 IDLE = timedelta(hours=12)
 LONGEST = timedelta(hours=24)
 MOST = 1000  # the one that was not used for longest makes room
@@ -564,7 +556,7 @@ class Logins(Database):
     """The catalog's operations on logins, which end at logout, `IDLE` after the last request, and after `LONGEST`."""
 
     def begin_login(self, cookie_sha256: str, sealed: str) -> None:
-        """`sealed`: what `find_login` gives back. Logins that have ended are deleted."""
+        """Begin a login, of which `find_login` gives back what was `sealed`. Logins that have ended are deleted."""
         moment = now()
         with writing(self._engine) as c:
             lock(c)
@@ -577,7 +569,7 @@ class Logins(Database):
             log(c, self._actor, "login", "console", tenant=self._principal.tenant)
 
     def find_login(self, cookie_sha256: str) -> str | None:
-        """What was sealed for this cookie; None where there is no such login, or it has ended."""
+        """The text that was sealed for this cookie; None where there is no such login, or it has ended."""
         moment, mine = now(), logins.c.cookie_sha256 == cookie_sha256
         with reading(self._engine) as c:
             row = c.execute(sa.select(logins).where(mine)).first()
@@ -589,7 +581,7 @@ class Logins(Database):
         return str(row.sealed)
 
     def end_login(self, cookie_sha256: str) -> None:
-        """A login that has ended already stays so."""
+        """End a login; one that has ended already stays so."""
         with writing(self._engine) as c:
             lock(c)
             if c.execute(logins.delete().where(logins.c.cookie_sha256 == cookie_sha256)).rowcount:

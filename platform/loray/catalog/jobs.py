@@ -1,4 +1,4 @@
-"""Training jobs: recipe, actor and outcome, kept when the Ray cluster is gone.
+"""The catalog's operations on training jobs: recipe, actor and outcome are kept when the Ray cluster is gone.
 
 The API server adds a job before it submits it, and the job's driver records its start and its end. A job that was not
 submitted through the API is added by its driver. So each method may be called twice, and in any order.
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
 
+from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, insert_into, reading, writing
 from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
-from loray.catalog.queries import lock, log, now, utc
+from loray.catalog.queries import lock, now, utc
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
@@ -96,20 +97,20 @@ class Jobs(Database):
             return _get(c, self._principal, job_id)
 
     def note_cluster(self, cluster: str) -> None:
-        """The Ray cluster is there: whoever follows its jobs says so each half minute."""
+        """Record that the Ray cluster is there: whoever follows its jobs says so each half minute."""
         row = {"id": cluster, "seen_at": now()}
         with writing(self._engine) as c:
             statement = insert_into(c, clusters).values(row)
             c.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": row["seen_at"]}))
 
     def is_cluster_there(self, cluster: str) -> bool:
-        """Whether it was noted within two minutes."""
+        """The cluster was noted within two minutes."""
         seen = sa.select(clusters.c.id).where(clusters.c.id == cluster, clusters.c.seen_at > now() - _CLUSTER_IS_GONE)
         with reading(self._engine) as c:
             return c.execute(seen).first() is not None
 
     def job(self, job_id: str) -> Job:
-        """Raises JobNotFound."""
+        """One job. Raises JobNotFound."""
         with reading(self._engine) as c:
             return _get(c, self._principal, job_id)
 

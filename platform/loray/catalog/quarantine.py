@@ -1,4 +1,4 @@
-"""`catalog.quarantine`: deaths that gateways report.
+"""The catalog's operations on adapters in quarantine, on which replicas died as gateways report.
 
 A row is forgotten KEPT after the last death. Rows are no changes of names: no snapshot is made for them.
 """
@@ -24,14 +24,14 @@ class Quarantines(Database):
     """The catalog's operations on quarantined adapters. Times are the callers', who share a clock."""
 
     def quarantined(self) -> dict[str, Quarantined]:
-        """All of them, by digest."""
+        """All adapters in quarantine, by digest."""
         with reading(self._engine) as c:
             return {row.digest: make_quarantined(row) for row in c.execute(sa.select(quarantine))}
 
     def report_death(
         self, digest: str, replica: str, at: datetime, refused_for: Callable[[int], timedelta | None]
     ) -> Quarantined:
-        """A replica has died with a request for the adapter. Several gateways may report one death.
+        """Record that a replica has died with a request for the adapter. Several gateways may report one death.
 
         `refused_for`: for how long, after so many deaths; None: it is suspected, and not refused.
         """
@@ -58,19 +58,19 @@ class Quarantines(Database):
             return make_quarantined(c.execute(sa.select(quarantine).where(of_it)).one())
 
     def try_again(self, digest: str, at: datetime, until: datetime) -> bool:
-        """Whether the caller may try an adapter whose time is over. It is refused to all others until `until`."""
+        """The caller may try an adapter whose time is over, if True. It is refused to all others until `until`."""
         due = sa.and_(quarantine.c.digest == digest, quarantine.c.refused_until <= at)
         with writing(self._engine) as c:
             return c.execute(quarantine.update().where(due).values(refused_until=until)).rowcount == 1
 
     def acquit(self, digest: str) -> None:
-        """The caller had tokens of the adapter before its only death: it is suspected, and not refused."""
+        """Suspect the adapter, and refuse it no longer: the caller had tokens of it before its only death."""
         first = sa.and_(quarantine.c.digest == digest, quarantine.c.deaths == 1)
         with writing(self._engine) as c:
             c.execute(quarantine.update().where(first).values(refused_until=None))
 
     def clear_quarantine(self, digest: str) -> None:
-        """A token of the adapter has come since."""
+        """End the quarantine: a token of the adapter has come since."""
         with writing(self._engine) as c:
             c.execute(quarantine.delete().where(quarantine.c.digest == digest))
 

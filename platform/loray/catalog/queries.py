@@ -1,9 +1,4 @@
-"""Statements that several parts share.
-
-A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
-wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees is
-not found by an index: SQLite, which does not know how many names a condition holds for, would sort all of them.
-"""
+"""SQL statements that several parts of the catalog share."""
 
 from __future__ import annotations
 
@@ -16,7 +11,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.adapters.manifest import parse_manifest
-from loray.catalog.audit_chain import log as log  # which operations take from here, with the other statements
 from loray.catalog.entries import (
     NUM_COMPARED,
     AdapterEntry,
@@ -175,10 +169,7 @@ _POINTERS = (
 _CANARIES = (
     sa.select(canaries.c.adapter_id, canaries.c.alias, versions.c.version, canaries.c.percent, canaries.c.id)
     .join(versions, versions.c.id == canaries.c.version_id)
-    .join(aliases, (aliases.c.adapter_id == canaries.c.adapter_id) & (aliases.c.alias == canaries.c.alias))
     .where(canaries.c.adapter_id.in_(_IDS), canaries.c.ended_at.is_(None))
-    # An older loray beside this one moves and deletes aliases, and deletes versions, without ending their canaries.
-    .where(aliases.c.version_id == canaries.c.stable_id, versions.c.deleted_at.is_(None))
     .order_by(canaries.c.adapter_id, canaries.c.alias)
 )
 _SHARES = (
@@ -199,7 +190,9 @@ def load_canaries(c: sa.Connection, *adapter_ids: int) -> dict[int, list[Canary]
 def load_entry(
     c: sa.Connection, principal: Principal, name: str, *, to_change: bool = False
 ) -> tuple[int, AdapterEntry]:
-    """What `name` means for this caller. Raises AdapterNotFound; PermissionDenied `to_change` another tenant's."""
+    """The adapter that `name` means for this caller, as (adapter id, entry). Raises AdapterNotFound; PermissionDenied
+    `to_change` another tenant's.
+    """
     meant = meanings(name, principal.tenant)
     found = {
         entry.name: (adapter_id, entry) for adapter_id, entry in load_entries(c, principal, adapters.c.name.in_(meant))
@@ -251,6 +244,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
     query = sa.select(versions, adapters.c.tenant).join(adapters, adapters.c.id == versions.c.adapter_id)
     row = c.execute(query.where(adapters.c.id == adapter_id, versions.c.version == version)).one()
     pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
+    died = c.execute(sa.select(quarantine).where(quarantine.c.digest == row.digest)).first()
     return AdapterVersion(
         name=name,
         version=row.version,
@@ -259,13 +253,8 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         created_at=utc(row.created_at),
         aliases=tuple(pointing.scalars()),
         later_evaluations=load_evaluations(c, row.tenant, row.digest),
-        quarantine=_quarantine_of(c, row.digest),
+        quarantine=None if died is None else make_quarantined(died),
     )
-
-
-def _quarantine_of(c: sa.Connection, digest: str) -> Quarantined | None:
-    row = c.execute(sa.select(quarantine).where(quarantine.c.digest == digest)).first()
-    return None if row is None else make_quarantined(row)
 
 
 def make_quarantined(row: sa.Row[Any]) -> Quarantined:
@@ -305,6 +294,8 @@ def utc(value: datetime) -> datetime:
     return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
+# -- listings ---------------------------------------------------------------------------------------------------------
+
 _FEW = 10_000  # adapters with a tag, which are sorted; of more, names are read in order until a page is full
 _MOST_EVALUATIONS = 4096  # of a page, after which it ends
 _AT_ONCE = 50  # rows in memory
@@ -321,7 +312,12 @@ def select_names(
     search: str | None,
     tags: Mapping[str, str | None],
 ) -> sa.Select[Any]:
-    """The caller's names after `after`, sorted. `Catalog.names` says what the filters mean."""
+    """The caller's names after `after`, sorted. `Catalog.names` says what the filters mean.
+
+    A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
+    wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees
+    is not found by an index: SQLite, which does not know how many names a condition holds for, would sort all of them.
+    """
     query = sa.select(adapters.c.name).where(visible(principal), adapters.c.served_base.is_not(None))
     query = query.where(adapters.c.name > after)
     if tenant is not None:

@@ -1,4 +1,4 @@
-"""What is used of limits that several owners count.
+"""The catalog's operations on limits that several owners count: how much of them is used.
 
 Times are seconds since the epoch by the owners' clocks, which must agree within a few seconds.
 """
@@ -19,7 +19,7 @@ _BATCH = 500  # rules of a statement
 
 
 class QuotaUse(NamedTuple):
-    """What an owner counted of one limit since it last told.
+    """Units that an owner counted of one limit since it last told.
 
     rule         names the limit, and of a budget the period
     units        taken, less those given back
@@ -46,7 +46,7 @@ class Quotas(Database):
     """The catalog's operations on limits. They neither count as changes nor wait for other writers."""
 
     def count_quotas(self, owner: str, uses: Sequence[QuotaUse], now: float) -> QuotaState:
-        """Note that the owner is there and what it counted. Returns what is used of these limits, and how many owners
+        """Record that the owner is there and what it counted. Returns what is used of these limits, and how many owners
         there are, this one included.
         """
         with writing(self._engine) as c:
@@ -72,7 +72,7 @@ class Quotas(Database):
             return {row.rule: (row.used, row.at) for row in c.execute(query)}
 
     def leave_quotas(self, owner: str) -> None:
-        """The owner counts nothing any more."""
+        """Remove an owner that counts nothing any more."""
         with writing(self._engine) as c:
             c.execute(quota_owners.delete().where(quota_owners.c.id == owner))
 

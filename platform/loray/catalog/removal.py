@@ -1,4 +1,4 @@
-"""`catalog.removal`: delete, restore, what the store must keep.
+"""The catalog's operations that delete and restore, and those that keep in the store what is needed.
 
 A publication claims the names of its objects before it looks at the store, and its registration ends the claim. A
 collection claims what it is about to delete, in the transaction in which it finds that neither a version nor a
@@ -25,11 +25,14 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.queries import count_change, load_entry, lock, now, owned
-from loray.catalog.schema import adapters, alias_moves, bases, changes, jobs, metadata, versions
+from loray.catalog.schema import adapters, alias_moves, bases, changes, claims, jobs, versions
 from loray.errors import AdapterNotFound, CatalogError, ConflictError
 from loray.spec import has_ended, meanings, split_qualified
 
 Files = Mapping[str, frozenset[str]]  # digest of an adapter → SHA-256 of its files
+
+
+# -- what the store must keep -----------------------------------------------------------------------------------------
 
 
 class References(NamedTuple):
@@ -95,15 +98,6 @@ def needed_files(c: sa.Connection, keep_deleted_s: float, *, since: int) -> Iter
         yield row.digest, frozenset(json.loads(row.manifest)["files"].values())
 
 
-claims = sa.Table(
-    "claims",
-    metadata,
-    sa.Column("name", sa.String(64), primary_key=True),  # the object's SHA-256
-    sa.Column("claim", sa.String(32), primary_key=True),
-    sa.Column("deletes", sa.Boolean, nullable=False),  # the claim is a collection's
-    sa.Column("claimed_at", sa.DateTime(timezone=True), nullable=False),
-)
-
 _LONGEST_PUBLICATION = timedelta(hours=12)
 _PUBLICATION_LAPSES = timedelta(hours=24)
 _DELETION_LAPSES = timedelta(minutes=10)  # no deletion begins after _BATCH_S, and one may take minutes
@@ -124,7 +118,7 @@ class Claims(Database):
 
     @contextmanager
     def publishing(self, names: Collection[str]) -> Iterator[str]:
-        """Around a publication: the store's objects of these names, SHA-256, are not deleted.
+        """Keep the store's objects of these names, SHA-256, from being deleted during a publication.
 
         Yields the claim, which `register` and `restore` take and end. Waits for the end of a batch that deletes one of
         the objects; raises ConflictError where it does not end.
@@ -146,7 +140,7 @@ class Claims(Database):
 
     @contextmanager
     def deleting(self, names: Collection[str], before: References, *, keep_deleted_s: float) -> Iterator[Allowed]:
-        """Around a batch of deletions: yields those of `names` that nothing has come to need since `before`. Where the
+        """Claim a batch of deletions; yield those of `names` that nothing has come to need since `before`. Where the
         block raises, a deletion may still be under way: the claim is kept, and lapses.
         """
         claim = secrets.token_hex(16)
@@ -199,6 +193,9 @@ def _insert(c: sa.Connection, claim: str, names: Collection[str], *, deletes: bo
     rows = [{"name": name} | common for name in sorted(set(names))]
     if rows:
         c.execute(claims.insert(), rows)
+
+
+# -- delete and restore -----------------------------------------------------------------------------------------------
 
 
 class _Deleted(NamedTuple):
@@ -305,7 +302,7 @@ def refuse_deleted(c: sa.Connection, name: str) -> None:
 
 
 def restore_version(c: sa.Connection, adapter_id: int, version: int) -> bool:
-    """Whether the version was deleted; it exists again."""
+    """Restore the version. Returns whether it was deleted."""
     row = (versions.c.adapter_id == adapter_id, versions.c.version == version, versions.c.deleted_at.is_not(None))
     return c.execute(versions.update().where(*row).values(deleted_at=None)).rowcount > 0
 

@@ -19,10 +19,12 @@ canaries         versions that get, or until `ended_at` got, a share of an alias
                  at the start, `bounds` spec.CanaryBounds as JSON, `reports` what each gateway has counted so far
 evaluations      evaluations of a tenant's adapter recorded after it was published, by its digest
 uploads          the tenants that have brought the bytes of a digest, which they may register
-projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
+claims           objects of the store, by their SHA-256, that a publication needs or a collection `deletes`; `removal`
+                 says how the two keep out of each other's way
+projections      VeRA's pairs by base and tenant, in the order of their first registration; see `adapters`
 changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
 audit_log        what was done, with its actor and the tenant of its subject, append-only; `hash` is SHA-256 of the
-                 entry and of the hash before it (`identity.audit`)
+                 entry and of the hash before it (`audit_chain`)
 logins           browsers that are logged in at the console, by the SHA-256 of their cookie, which alone opens `sealed`
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone; `cluster` is the one
                  to which an API server submitted the job
@@ -31,11 +33,9 @@ quota_owners     who counts limits of keys and tenants in memory, and when it wa
 quota_levels     what all of them have taken of a limit at the time `at`; rows with an earlier `ends_at` say nothing
 quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
                  report; `refused_until` is null where an adapter is only suspected
-
-Those of usage are in `identity.usage_tables`, and that of claims in `removal.claims`.
-
-usage       what each request used, by its id, which is unique: an event that comes twice is counted once
-usage_days  sums of `usage` by day (UTC, as 2026-01-31), tenant, key and model; `key_id` is empty where there was none
+usage            what each request used, by its id, which is unique: an event that comes twice is counted once
+usage_days       sums of `usage` by day (UTC, as 2026-01-31), tenant, key and model; `key_id` is empty where there was
+                 none
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ adapters = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     Index(None, "changed_at", "id"),
     # Each of these has all that listings ask: a page, whatever it is filtered by, is read in order, from one of them.
-    # PostgreSQL also has ix_adapters_trigrams, where it may (revision 0006): parts of names are found by it.
+    # PostgreSQL also has ix_adapters_trigrams, where it may (`migrations`): parts of names are found by it.
     Index("ix_adapters_by_name", *_LISTED),
     *(Index(f"ix_adapters_by_{column}", column, *(c for c in _LISTED if c != column)) for column in _FILTERED),
 )
@@ -227,6 +227,15 @@ uploads = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
+claims = Table(
+    "claims",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("claim", String(32), primary_key=True),
+    Column("deletes", Boolean, nullable=False),
+    Column("claimed_at", DateTime(timezone=True), nullable=False),
+)
+
 evaluations = Table(
     "evaluations",
     metadata,
@@ -268,6 +277,7 @@ changes = Table(
     Column("id", Integer, primary_key=True),
     Column("counter", BigInteger, nullable=False),
 )
+
 audit_log = Table(
     "audit_log",
     metadata,
@@ -338,7 +348,6 @@ quarantine = Table(
     Column("died_at", DateTime(timezone=True), nullable=False),
     Column("refused_until", DateTime(timezone=True)),
 )
-
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
 

@@ -1,8 +1,4 @@
-"""All names in memory, and what changed since.
-
-A change of one key copies its block and the list of blocks: microseconds at a hundred thousand keys, where a copy of a
-dictionary and of a sorted list of its keys would take milliseconds each.
-"""
+"""Snapshots: all names in memory, and what has changed since one was taken."""
 
 from __future__ import annotations
 
@@ -21,6 +17,8 @@ from loray.catalog.queries import load_entries
 from loray.catalog.schema import adapters, bases, changes, versions
 from loray.spec import OPERATOR, AdapterRef, Principal, meanings
 
+# -- sorted maps ------------------------------------------------------------------------------------------------------
+
 K = TypeVar("K", int, str)
 V = TypeVar("V")
 
@@ -35,7 +33,11 @@ class _Block(NamedTuple, Generic[K, V]):
 
 
 class SortedMap(Mapping[K, V]):
-    """Never changes: `changed` returns another one."""
+    """A mapping sorted by keys that never changes: `changed` returns another one.
+
+    A change of one key copies its block and the list of blocks: microseconds at a hundred thousand keys, where a copy
+    of a dictionary and of a sorted list of its keys would take milliseconds each.
+    """
 
     __slots__ = ("_blocks", "_firsts", "_len")
 
@@ -123,12 +125,14 @@ def _blocks_of(items: Sequence[tuple[K, V]]) -> list[_Block[K, V]]:
     return [_Block(tuple(k for k, _ in part), tuple(v for _, v in part)) for part in parts]
 
 
+# -- snapshots --------------------------------------------------------------------------------------------------------
+
 PUBLIC = ""  # in place of a tenant's name
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What changed until the change counter was `counter`.
+    """Changes until the change counter was `counter`.
 
     bases      of the catalog: name → fingerprint
     adapters   id → entry of each adapter that changed; None: it does not exist any more
@@ -143,14 +147,14 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class BaseTotals:
-    """Of one base: names whose default version belongs to it; context length → number of versions."""
+    """The names of one base, those whose default version belongs to it, and its versions: context length → number."""
 
     num_adapters: int = 0
     contexts: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def longest_context(self) -> int:
-        """Of all versions; 0 where there are none."""
+        """The longest context of all versions; 0 where there are none."""
         return max(self.contexts, default=0)
 
 
@@ -216,7 +220,7 @@ class CatalogSnapshot:
         return self.entry(name, principal).select(selector)
 
     def entry(self, name: str, principal: Principal = OPERATOR) -> AdapterEntry:
-        """What `name` means for this caller. An adapter that does not exist for the caller is as unknown as any."""
+        """The adapter that `name` means for this caller. Raises AdapterNotFound, also for one that others alone see."""
         found = self._find(name, principal)
         if found is not None:
             return found
@@ -259,7 +263,7 @@ def _seen(
 
 
 def _seers(entry: AdapterEntry) -> Iterable[str]:
-    """As `AdapterEntry.exists_for`, without administrators."""
+    """The tenants for which the name exists by `AdapterEntry.exists_for`, beside administrators."""
     if entry.visibility == "public":
         return (PUBLIC,)
     return {entry.tenant, *entry.shared_with} if entry.visibility == "shared" else (entry.tenant,)
@@ -289,12 +293,14 @@ def _totals(
     }
 
 
+# -- what changed since -----------------------------------------------------------------------------------------------
+
 _LAST_ID = 2**31 - 1  # what the column holds
 _PAGE = 500  # adapters that are read at once: drivers hold Python's lock while they make the rows of a result
 
 
 def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapshot, *, whole: bool = False) -> Changes:
-    """What changed for the caller since the snapshot was taken; all its names where that is empty.
+    """The changes for the caller since the snapshot was taken; all its names where that is empty.
 
     A row of `adapters` is deleted only long after it was marked as deleted, so no name leaves unseen. `whole` compares
     everything, also with a snapshot of another copy of the catalog.

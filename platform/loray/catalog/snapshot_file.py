@@ -1,6 +1,6 @@
-"""The last snapshot on disk.
+"""The last snapshot and the keys of the catalog on disk, for a server that starts while the database is away.
 
-A file of JSON lines: a header, blocks of items, and a last line with the SHA-256 of all before it. Its time of
+Each is a file of JSON lines: a header, blocks of items, and a last line with the SHA-256 of all before it. Its time of
 modification says when it was last known to be current. Only its owner may read it: it speaks of all tenants.
 """
 
@@ -35,7 +35,7 @@ _MAX_BYTES = 2 << 30
 
 
 class StoredSnapshot(NamedTuple, Generic[T]):
-    """What is in a file, which was current `age_s` seconds ago."""
+    """The content of a file, which was current `age_s` seconds ago."""
 
     state: T
     age_s: float
@@ -57,18 +57,20 @@ class SnapshotStore(ABC, Generic[T]):
 
     @abstractmethod
     def _header(self, state: T) -> dict[str, Any]:
-        """What is said once."""
+        """Fields that the file has once."""
 
     @abstractmethod
     def _items(self, state: T) -> Iterator[list[Any]]:
-        """What there may be much of."""
+        """Lists of fields, of which there may be many."""
 
     @abstractmethod
     def _state(self, header: dict[str, Any], items: Iterable[list[Any]]) -> T:
-        """From what the two others gave. Raises KeyError, TypeError, ValueError or SpecError where it is damaged."""
+        """The state of which the two others gave these. Raises KeyError, TypeError, ValueError or SpecError where they
+        are damaged.
+        """
 
     def write(self, state: T) -> bool:
-        """Replaces the file; False, with a warning, where that is not possible."""
+        """Replace the file; False, with a warning, where that is not possible."""
         header = {"format": _FORMAT, "catalog": _name_of(self.catalog_url)} | self._header(state)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ class SnapshotStore(ABC, Generic[T]):
         return True
 
     def read(self) -> StoredSnapshot[T] | None:
-        """None where there is nothing that can be used, with a warning that says why."""
+        """The content of the file; None where nothing can be used, with a warning that says why."""
         try:
             with self.path.open("rb") as f:
                 return self._read(f, max(0.0, time.time() - check_private(f, _MAX_BYTES)))

@@ -1,12 +1,11 @@
-"""`catalog.usage`: sums by tenant, key, model, day.
+"""The catalog's operations on usage, summed by tenant, key, model and day.
 
 Sums of whole days are kept as events come, so that what is asked of a month does not read its requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NamedTuple
@@ -21,15 +20,6 @@ from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
 _COUNTS = ("num_requests", *TOKENS, "seconds")
 _COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
 _NO_KEY = ""  # in usage_days, whose primary key has no null
-
-
-@contextmanager
-def _refused_rows() -> Iterator[None]:
-    """What the database says of a row's values becomes DataError."""
-    try:
-        yield
-    except (sa.exc.DataError, sa.exc.IntegrityError) as e:
-        raise DataError(f"the catalog refuses a usage event: {str(e.orig).strip()}") from e
 
 
 class UsageRow(NamedTuple):
@@ -50,22 +40,25 @@ class UsageTable(Database):
     """The catalog's operations on usage. They neither count as changes nor wait for other writers."""
 
     def record_usage(self, events: Sequence[UsageEvent]) -> int:
-        """Returns how many of them were new. An event that is known already changes nothing.
+        """Record events, and return how many of them were new. One that is known already changes nothing.
 
         Raises DataError where the database refuses what one of them has; then none is recorded.
         """
         if not events:
             return 0
         rows = [asdict(e) | {"created_at": _utc(e.created_at)} for e in events]
-        with writing(self._engine) as c, _refused_rows():
-            statement = insert_into(c, usage).on_conflict_do_nothing(index_elements=["request_id"])
-            new = set(c.scalars(statement.returning(usage.c.request_id), rows))
-            if new:
-                self._add_to_days(c, {row["request_id"]: row for row in rows if row["request_id"] in new}.values())
+        with writing(self._engine) as c:
+            try:
+                statement = insert_into(c, usage).on_conflict_do_nothing(index_elements=["request_id"])
+                new = set(c.scalars(statement.returning(usage.c.request_id), rows))
+                if new:
+                    self._add_to_days(c, {row["request_id"]: row for row in rows if row["request_id"] in new}.values())
+            except (sa.exc.DataError, sa.exc.IntegrityError) as e:
+                raise DataError(f"the catalog refuses a usage event: {str(e.orig).strip()}") from e
             return len(new)
 
     def _add_to_days(self, c: sa.Connection, rows: Collection[dict[str, Any]]) -> None:
-        """In the order of the primary key, so that two writers do not wait for each other."""
+        """Add rows of events to the sums of their days, in the order of the primary key: writers do not deadlock."""
         sums: dict[tuple[str, str, str, str], dict[str, Any]] = {}
         for row in rows:
             of = (row["created_at"].date().isoformat(), row["tenant"], row["key_id"] or _NO_KEY, row["model"])
@@ -135,14 +128,14 @@ class UsageTable(Database):
         return found.num_prompt_tokens + found.num_output_tokens
 
     def forget_usage(self, before: datetime) -> int:
-        """Deletes what is older, in whole days. Returns how many events that was."""
+        """Delete events and sums of the days before `before`. Returns how many events that was."""
         midnight = _midnight(_utc(before))
         with writing(self._engine) as c:
             c.execute(usage_days.delete().where(usage_days.c.day < midnight.date().isoformat()))
             return int(c.execute(usage.delete().where(usage.c.created_at < midnight)).rowcount)
 
     def _columns(self) -> list[sa.ColumnElement[Any]]:
-        """Those of `usage` that `usage_days` has, as it has them."""
+        """The columns of `usage` that `usage_days` has too, as it has them."""
         if self._engine.dialect.name == "sqlite":
             day: sa.ColumnElement[Any] = sa.func.date(usage.c.created_at)
         else:
@@ -152,7 +145,7 @@ class UsageTable(Database):
 
 
 def _midnight(moment: datetime, *, is_next: bool = False) -> datetime:
-    """The last one until then, or the next one from then on. Raises SpecError."""
+    """The last midnight until `moment`, or the next one from then on. Raises SpecError."""
     midnight = datetime.combine(moment.date(), time(), UTC)
     try:
         return midnight + timedelta(days=1) if is_next and midnight < moment else midnight
@@ -161,7 +154,7 @@ def _midnight(moment: datetime, *, is_next: bool = False) -> datetime:
 
 
 def _utc(value: datetime) -> datetime:
-    """SQLite stores times without their zone. Raises SpecError."""
+    """The time in UTC, since SQLite stores it without its zone. Raises SpecError."""
     try:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError as e:  # in UTC it is before the year 1, or after 9999

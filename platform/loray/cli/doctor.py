@@ -635,11 +635,10 @@ def catalog(s: Situation) -> CheckResult:
         return ok("the catalog is empty; its tables are made at first use")
     if revision == HEAD:
         return ok(f"catalog {shown_url(url)} answers")
-    if revision.isdigit() and revision < HEAD:
-        return warning(
-            f"the catalog has the tables of an earlier loray (revision {revision}, this one has {HEAD}); servers of "
-            "that version end when it is migrated",
-            "loray catalog backup FILE && loray adapters ls  (the first command migrates it)",
+    if revision < HEAD:
+        return error(
+            f"the catalog was made before the first release (revision {revision})",
+            "LORAY_CATALOG=sqlite:///$HOME/.loray/new.db loray adapters import FOLDER --name NAME  (for each adapter)",
         )
     return error(
         f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD})",

@@ -68,8 +68,6 @@ def verify(known: str | None, as_json: bool) -> None:
     if as_json:
         emit(state._asdict())
         return
-    if state.num_unlinked:
-        click.echo(f"{state.num_unlinked:,} entries of an older loray have no hash")
     click.echo(f"{state.num_entries:,} entries are as they were written\n{state.last_id}:{state.last_hash}")
 
 

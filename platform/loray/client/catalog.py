@@ -1,4 +1,4 @@
-"""`CatalogClient`: the same calls over HTTP.
+"""A typed client of the catalog's API, with the calls of `loray.service` over HTTP.
 
 with CatalogClient("http://127.0.0.1:8000") as catalog:
     prod = catalog.alias("tone", "prod")
@@ -66,11 +66,16 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
+# -- access -----------------------------------------------------------------------------------------------------------
+
+
 class AccessCalls(PagedClient):
-    """A part of CatalogClient. What is not about the own key is for administrators, keys also for those of a tenant."""
+    """CatalogClient's calls on keys, tenants and the audit log. Those that are not about the own key are for
+    administrators; keys also for those of a tenant.
+    """
 
     def create_key(self, wanted: KeyCreation) -> NewKeyResource:
-        """The key itself is in the answer, and nowhere else."""
+        """Creates a key, which is in the answer and nowhere else."""
         body = wanted.model_dump(mode="json", exclude_unset=True)
         return self._ask(NewKeyResource, "POST", "/keys", json=body)
 
@@ -87,11 +92,11 @@ class AccessCalls(PagedClient):
         return self._ask(KeyResource, "PATCH", f"/keys/{key_id}", json=body)
 
     def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
-        """With those that it was rotated from and into, or `only_this`."""
+        """Revokes a key with those that it was rotated from and into, or `only_this`."""
         return self._ask(KeyResource, "DELETE", f"/keys/{key_id}", params={"only_this": True} if only_this else {})
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
-        """A new key instead of this one, which goes on for `grace_period`. A key may replace itself."""
+        """Replaces a key, which goes on for `grace_period`, by a new one. A key may replace itself."""
         body = given({"grace_period": grace_period})
         return self._ask(NewKeyResource, "POST", f"/keys/{key_id}/rotate", json=body)
 
@@ -119,18 +124,20 @@ class AccessCalls(PagedClient):
         subject: str | None = None,
         since: datetime | None = None,
     ) -> Iterator[AuditResource]:
-        """What was written, newest first, fetched page by page: of the own tenant; for administrators of all."""
+        """Entries of the audit log, newest first, fetched page by page: the own tenant's; for administrators all."""
         wanted = {"tenant": tenant, "actor": actor, "action": action, "subject": subject}
         wanted |= {"since": None if since is None else since.isoformat()}
         return self._pages("/audit", Page[AuditResource], dict(wanted))
 
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 _LONG = httpx.Timeout(1200.0, connect=5.0)  # merging takes minutes before its first byte
 _CHUNK_BYTES = 1 << 20
 
 
 class FileCalls(HttpClient):
-    """A part of CatalogClient."""
+    """CatalogClient's calls that send and receive files."""
 
     def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
         """Begins an upload, or continues that of this key."""
@@ -189,7 +196,7 @@ class FileCalls(HttpClient):
 
 
 def _read_from_store(file: PresignedFileResource, folder: Path) -> None:
-    """Raises StoreError where the store does not give the file, IntegrityError where it is another one."""
+    """Write the file to `folder`. Raises StoreError where the store has it not, IntegrityError where it differs."""
     if not is_plain(file.name):
         raise IntegrityError(f"the adapter has a file {file.name!r}, which is not a plain one")
     digest = hashlib.sha256()
@@ -232,7 +239,7 @@ def _body_of(response: httpx.Response) -> BinaryIO:
 
 
 def path_of(name: str, below: str = "") -> str:
-    """Of `name` or `tenant/name`."""
+    """The path of the adapter `name` or `tenant/name`, or one below it."""
     tenant, bare = split_qualified(name)
     return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
 
@@ -242,10 +249,13 @@ def _download(name: str, version: int, **params: str | bool) -> str:
     return str(path.copy_merge_params(params))  # its own query is kept
 
 
+# -- the client -------------------------------------------------------------------------------------------------------
+
+
 class CatalogClient(AccessCalls, FileCalls):
-    """Raises the errors that the server raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
-    GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its database, and
-    ClusterError if the server or Ray does not answer.
+    """A client that raises the errors which the server raised: AdapterNotFound, JobNotFound, ConflictError,
+    RevisionConflict, GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its
+    database, and ClusterError if the server or Ray does not answer.
 
     Reading, uploading, registering and promoting without a precondition go on when server, database or store come back
     within `retry_s`, by default 10 s.
@@ -424,7 +434,7 @@ class CatalogClient(AccessCalls, FileCalls):
         return self._ask(JobResource, "GET", f"/jobs/{job_id}")
 
     def logs(self, job_id: str) -> str:
-        """The job's log so far. JobNotFound if the job is unknown, or if Ray no longer has its log."""
+        """The job's log so far. Raises JobNotFound if the job is unknown, or if Ray no longer has its log."""
         return self._request("GET", f"/jobs/{job_id}/logs").text
 
     def follow(self, job_id: str) -> Iterator[str]:
@@ -441,7 +451,7 @@ class CatalogClient(AccessCalls, FileCalls):
     # -- usage --------------------------------------------------------------------------------------------------------
 
     def usage(self, group_by: Sequence[UsageGroup] = (), **params: Any) -> Iterator[UsageResource]:
-        """What requests used, fetched page by page. `params`: `tenant`, `key_id`, `model`, `since`, `until`."""
+        """Sums of what requests used, fetched page by page. `params`: `tenant`, `key_id`, `model`, `since`, `until`."""
         return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by)} | params)
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One connection, retries, errors."""
+"""The connection of the typed clients: requests, retries, errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from loray.errors import EngineError, LorayError
 from loray.schemas.resources import Page
 from loray.telemetry import get_logger
 
-NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-BROKEN = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ProxyError)
-PASSING = frozenset({502, 503, 504})
-RATE_LIMITED = 429  # nothing was done
+R = TypeVar("R", bound=BaseModel)
 
+_log = get_logger(__name__)
+
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_BROKEN = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ProxyError)
+_PASSING = frozenset({502, 503, 504})
+_RATE_LIMITED = 429  # nothing was done
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 
 
@@ -44,11 +47,6 @@ class RetryPolicy:
         time.sleep(pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return True
-
-
-R = TypeVar("R", bound=BaseModel)
-
-_log = get_logger(__name__)
 
 
 class HttpClient:
@@ -131,7 +129,7 @@ class HttpClient:
             response.close()
 
     def _attempts(self, send: Callable[[], httpx.Response], *, again: bool) -> httpx.Response:
-        patience = RetryPolicy(self._retry_s)
+        policy = RetryPolicy(self._retry_s)
         while True:
             try:
                 response = send()
@@ -139,13 +137,13 @@ class HttpClient:
                     return response
                 response.read()
             except httpx.HTTPError as e:
-                passes = isinstance(e, NEVER_SENT) or (again and isinstance(e, BROKEN))
-                if not (passes and patience.wait()):
+                passes = isinstance(e, _NEVER_SENT) or (again and isinstance(e, _BROKEN))
+                if not (passes and policy.wait()):
                     raise self._unreachable(e) from e
                 _log.warning("no answer from %s (%r): trying again", self.base_url, e)
             else:
-                passes = response.status_code == RATE_LIMITED or (again and response.status_code in PASSING)
-                if not (passes and patience.wait(response.headers.get("retry-after"))):
+                passes = response.status_code == _RATE_LIMITED or (again and response.status_code in _PASSING)
+                if not (passes and policy.wait(response.headers.get("retry-after"))):
                     raise self._error_of(response)
                 _log.warning("%s answers %d: trying again", self.base_url, response.status_code)
 
@@ -179,5 +177,5 @@ class PagedClient(HttpClient):
 
 
 def given(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that are None."""
+    """The parameters that are not None."""
     return {name: value for name, value in params.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Reads what a server's GET /metrics says, which is Prometheus' text."""
+"""A reader of a server's GET /metrics, which is Prometheus' text."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Metrics:
                 self._samples[sample.name].append(sample)
 
     def sums(self, name: str, by: str) -> dict[str, float]:
-        """Of a counter or a gauge, by the values of the label `by`."""
+        """The values of a counter or a gauge, by the values of the label `by`."""
         found: dict[str, float] = defaultdict(float)
         for label, sample in self._labelled(name, by):
             found[label] += sample.value
         return dict(found)
 
     def buckets(self, name: str, by: str) -> dict[str, Buckets]:
-        """Of a histogram, by the values of the label `by`."""
+        """The buckets of a histogram, by the values of the label `by`."""
         found: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
         for label, sample in self._labelled(f"{name}_bucket", by):
             found[label][float(sample.labels["le"])] += sample.value
@@ -52,7 +52,7 @@ class Metrics:
 
 
 def together(parts: Mapping[str, Buckets]) -> Buckets:
-    """One histogram of several."""
+    """The sum of several histograms."""
     found: dict[float, float] = defaultdict(float)
     for buckets in parts.values():
         for bound, count in buckets.items():

@@ -1,4 +1,4 @@
-"""Typed client of the OpenAI-compatible API: models, completions, chat completions, status.
+"""A typed client of the OpenAI-compatible API: models, completions, chat completions, status.
 
     with LorayClient("http://127.0.0.1:8000") as client:
         for chunk in client.stream_chat("tone@prod", [{"role": "user", "content": "Hello"}]):
@@ -35,8 +35,9 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 class LorayClient(HttpClient):
-    """Raises the errors that the server raised: Unauthenticated, PermissionDenied, RequestError, ContextLengthExceeded,
-    NotFoundError, Overloaded with `retry_after_s`, and EngineError if the server fails or does not answer.
+    """A client that raises the errors which the server raised: Unauthenticated, PermissionDenied, RequestError,
+    ContextLengthExceeded, NotFoundError, Overloaded with `retry_after_s`, and EngineError if the server fails or does
+    not answer.
     """
 
     # -- models and state ---------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class LorayClient(HttpClient):
         return self._ask(ModelList, "GET", "/v1/models").data
 
     def model(self, model: str) -> Model:
-        """By `name`, `name@alias` or `name@version`. Raises NotFoundError."""
+        """The base or adapter of this name, `name@alias` or `name@version`. Raises NotFoundError."""
         return self._ask(Model, "GET", f"/v1/models/{model}")
 
     def status(self) -> Status:
@@ -57,7 +58,7 @@ class LorayClient(HttpClient):
         return self._request("GET", "/metrics").text
 
     def is_healthy(self) -> bool:
-        """Whether the server and at least one replica answer."""
+        """The server and at least one replica answer."""
         try:
             self._request("GET", "/health")
         except LorayError:

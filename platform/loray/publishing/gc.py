@@ -1,8 +1,8 @@
-"""Objects that nothing needs; verification.
+"""Garbage collection and verification of the store.
 
 Needed are the adapters of all versions, of deleted ones for a time, and all objects that are younger than the grace
 time, which covers uploads that are not named yet. Manifests go before their blobs, so that a manifest that is found has
-its blobs. `catalog.removal.claims` says why no version can lose its bytes to a publication at the same time.
+its blobs. `catalog.removal` says why no version can lose its bytes to a publication at the same time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BATCH = 100  # objects whose deletions are claimed together
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What `find_garbage` found. `references` are the needs that it was compared with."""
+    """Objects that nothing needs. `references` are the needs that they were compared with."""
 
     manifests: tuple[ObjectEntry, ...]
     blobs: tuple[ObjectEntry, ...]
@@ -58,7 +58,7 @@ def find_garbage(
     grace_s: float = DEFAULT_GRACE_S,
     keep_deleted_s: float = DEFAULT_KEEP_DELETED_S,
 ) -> Garbage:
-    """What `collect` would delete now. Changes nothing."""
+    """The objects that `collect` would delete now. Changes nothing."""
     oldest = time.time() - grace_s
     manifests = list(store.objects.entries(f"{MANIFESTS}/"))
     blobs = list(store.objects.entries(f"{BLOBS}/"))
@@ -138,9 +138,9 @@ def verify_store(store: AdapterStore, catalog: Catalog, *, progress: Progress | 
         if progress is not None:
             progress("verifying", (i + 1) / len(keys))
     missing: Set[str] = needed_by.keys() - seen
-    found += [
-        Damage(name, "is missing", tuple(needed_by[name])) for name in sorted(missing) if not _exists(store, name)
-    ]
+    for name in sorted(missing):
+        if not any(store.objects.exists(key) for key in store.keys_of(name)):  # not written after the listing either
+            found.append(Damage(name, "is missing", tuple(needed_by[name])))
     return found
 
 
@@ -150,8 +150,3 @@ def _files_of(store: AdapterStore, digest: str) -> Set[str]:
         return frozenset(store.manifest(digest).files.values())
     except (IntegrityError, NotFoundError):
         return frozenset()
-
-
-def _exists(store: AdapterStore, name: str) -> bool:
-    """Whether the object has been written after the listing."""
-    return any(store.objects.exists(key) for key in store.keys_of(name))

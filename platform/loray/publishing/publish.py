@@ -1,4 +1,4 @@
-"""Publishing a folder: describe → store → register. Where one step fails, no version is registered."""
+"""Publishing a folder describes, stores and registers it. Where one step fails, no version is registered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from loray.store import AdapterStore
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where an adapter is published, and under which name, aliases and version.
+    """The store and the catalog in which an adapter is published, and its name, aliases and version.
 
     version  number of the version instead of the next one; ConflictError where another adapter has it
     no_gate  reason for which a LongLoRA adapter gets its `aliases` although the gate refuses them; GateRefused without
@@ -122,7 +122,7 @@ def restore(name: str, version: int | None, store: AdapterStore, catalog: Catalo
 
 
 def _stored(store: AdapterStore, digest: str) -> AdapterManifest:
-    """Raises ConflictError where the adapter's bytes are gone."""
+    """The adapter's manifest. Raises ConflictError where its bytes are gone."""
     try:
         manifest = store.manifest(digest)
         store.check_files(digest, manifest)
@@ -174,7 +174,7 @@ def _register(digest: str, manifest: AdapterManifest, to: Destination, claim: st
 
 
 def _names(digest: str, manifest: AdapterManifest) -> Set[str]:
-    """Of the adapter's objects in the store."""
+    """The names of the adapter's objects in the store."""
     return {digest, *manifest.files.values()}
 
 

@@ -1,12 +1,4 @@
-"""Folders that come and go file by file or as tar.
-
-    uploads/TENANT/ID/files/NAME/SHA256   one file; a later one of the same name takes its place
-    uploads/TENANT/ID/state/…             `begun`, and `published` with the adapter's digest
-    uploads/TENANT/open/ID                while it is not published: these are counted, and few
-
-A file that has come stays when the client or the server dies, so an upload is continued with what is missing. What is
-not published within the grace time of `loray store gc` is garbage.
-"""
+"""Uploads of adapters, which come file by file, and downloads of them, which go as a tar archive."""
 
 from __future__ import annotations
 
@@ -62,6 +54,9 @@ MAX_BYTES = {
 MAX_FILES = 8
 
 
+# -- uploads ----------------------------------------------------------------------------------------------------------
+
+
 class UploadedFile(NamedTuple):
     name: str
     sha256: str
@@ -69,7 +64,15 @@ class UploadedFile(NamedTuple):
 
 
 class Uploads:
-    """The uploads of one tenant. Safe from several threads and processes."""
+    """The uploads of one tenant. Safe from several threads and processes.
+
+        uploads/TENANT/ID/files/NAME/SHA256   one file; a later one of the same name takes its place
+        uploads/TENANT/ID/state/…             `begun`, and `published` with the adapter's digest
+        uploads/TENANT/open/ID                while it is not published: these are counted, and few
+
+    A file that has come stays when the client or the server dies, so an upload is continued with what is missing. What
+    is not published within the grace time of `loray store gc` is garbage.
+    """
 
     def __init__(self, store: AdapterStore, tenant: str) -> None:
         self._store, self._objects = store, store.objects
@@ -109,13 +112,13 @@ class Uploads:
             raise ConflictError(f"upload {upload} is published already; begin another one")
 
     def num_bytes(self, *, beside: tuple[str, str]) -> int:
-        """Of all files that are not published, without one of (upload, name)."""
+        """Bytes of all files that are not published, without one of (upload, name)."""
         other = f"{self._prefix}/{beside[0]}/files/{beside[1]}/"
         entries = self._objects.entries(f"{self._prefix}/")
         return sum(e.num_bytes for e in entries if "/files/" in e.key and not e.key.startswith(other))
 
     def files(self, upload: str) -> tuple[UploadedFile, ...]:
-        """What has come, sorted by name. Raises NotFoundError where there is no such upload."""
+        """The files that have come, sorted by name. Raises NotFoundError where there is no such upload."""
         self._check(upload)
         found = []
         for entry in self._objects.entries(f"{self._prefix}/{upload}/files/"):
@@ -124,11 +127,11 @@ class Uploads:
         return tuple(sorted(found))
 
     def is_published(self, upload: str) -> bool:
-        """Whether a version was made of it."""
+        """A version was made of it."""
         return self._objects.exists(self._state(upload, "published"))
 
     def delete(self, upload: str) -> None:
-        """Raises NotFoundError."""
+        """Delete an upload and its files. Raises NotFoundError where there is no such upload."""
         self._check(upload)
         for entry in list(self._objects.entries(f"{self._prefix}/{upload}/")):
             self._objects.delete(entry.key)
@@ -285,6 +288,8 @@ def check_file_name(name: str) -> int:
     return MAX_BYTES.get(name, MAX_SMALL_BYTES)
 
 
+# -- downloads --------------------------------------------------------------------------------------------------------
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -324,7 +329,7 @@ def as_tar(folder: Path, name: str) -> Archive:
 
 
 def as_it_is(path: Path) -> Archive:
-    """One file."""
+    """One file as it is."""
 
     def chunks() -> Iterator[bytes]:
         with path.open("rb") as f:

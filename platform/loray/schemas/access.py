@@ -1,4 +1,4 @@
-"""Keys, tenants, audit log."""
+"""Bodies of the API of keys, tenants and the audit log."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class KeyCreation(Limits):
 
 
 class KeyChange(Limits):
-    """What is to change; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
+    """Changes of a key; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
     with `expires` null the key does not end. `duration` counts from now. `limits` replaces all limits at once.
     """
 
@@ -148,6 +148,8 @@ class Rotation(BaseModel):
 
 
 class TenantResource(Limits):
+    """A tenant and its limits."""
+
     model_config = _LIMITS
 
     name: str
@@ -161,6 +163,8 @@ class TenantResource(Limits):
 
 
 class TenantCreation(Limits):
+    """A tenant that is wanted."""
+
     name: TenantName
 
     @property
@@ -169,7 +173,7 @@ class TenantCreation(Limits):
 
 
 class TenantChange(BaseModel):
-    """What is to change; `limits` replaces all of them."""
+    """Changes of a tenant; `limits` replaces all of them."""
 
     model_config = ConfigDict(extra="forbid")
 

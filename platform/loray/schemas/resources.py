@@ -1,4 +1,4 @@
-"""Resources of the catalog's API."""
+"""Bodies of the catalog's API: adapters, aliases, canaries, jobs, uploads, usage, and problems."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ _PRINTED = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 
 
 class Resource(BaseModel):
-    """Fields that a later server adds are ignored."""
+    """A body that a server sends. Fields that a later server adds are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Page(Resource, Generic[T]):
-    """`next` is the `cursor` of the page behind; null at the end."""
+    """A page of a list. `next` is the `cursor` of the page behind; null at the end."""
 
     items: tuple[T, ...]
     next: str | None = None
@@ -130,7 +130,7 @@ class AdapterResource(Resource):
 
 
 class AdapterChange(BaseModel):
-    """Who sees an adapter beside its tenant. `shared_with` goes with `shared`."""
+    """A change of who sees an adapter beside its tenant. `shared_with` goes with `shared`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -210,13 +210,13 @@ _ANY_OBJECT = WithJsonSchema({"type": "object", "additionalProperties": True})
 
 
 class VersionDetail(VersionResource):
-    """With its manifest: files, recipe, lineage."""
+    """One version with its manifest: files, recipe, lineage."""
 
     manifest: Annotated[AdapterManifest, _ANY_OBJECT]
 
 
 class AliasResource(Resource):
-    """`revision` is the ETag; it grows with every move and rollback and never comes twice."""
+    """An alias. `revision` is the ETag; it grows with every move and rollback and never comes twice."""
 
     name: str
     alias: str
@@ -311,14 +311,14 @@ _KINDS: dict[str, type[LorayError]] = {
 
 
 class FieldError(Resource):
-    """`field` is a path with dots: `optimizer.learning_rate`."""
+    """A mistake in a field, which is a path with dots: `optimizer.learning_rate`."""
 
     field: str
     message: str
 
 
 class Problem(Resource):
-    """RFC 9457. `type` says which of loray's errors it is; `errors` has one entry per wrong field."""
+    """An error as in RFC 9457. `type` says which of loray's errors it is; `errors` has one entry per wrong field."""
 
     type: str
     title: str
@@ -339,9 +339,9 @@ def problem_type(error: type[LorayError]) -> str:
     return _TYPE + next(names[cls] for cls in error.__mro__ if cls in names)
 
 
-DownloadForm = Literal["peft", "merged", "gguf"]
+# -- uploads and downloads --------------------------------------------------------------------------------------------
 
-_OF_UPLOADS = {"base", "licence", "description", "tool_parser"}
+DownloadForm = Literal["peft", "merged", "gguf"]
 
 
 class Registration(BaseModel):
@@ -367,12 +367,8 @@ class Registration(BaseModel):
     def _is_one(self) -> Self:
         if (self.digest is None) == (self.upload is None):
             raise ValueError("give either digest or upload")
-        if self.upload is None and (self.base, self.licence, self.description, self.tool_parser) != (
-            None,
-            None,
-            "",
-            None,
-        ):
+        described = self.base, self.licence, self.description, self.tool_parser
+        if self.upload is None and described != (None, None, "", None):
             raise ValueError("base, licence, description and tool_parser belong to an upload")
         return self
 
@@ -388,7 +384,7 @@ class PresignedFileResource(FileResource):
 
 
 class DownloadResource(Resource):
-    """Where a version's files are read, the smallest first. They are checked by their SHA-256."""
+    """URLs of a version's files, the smallest first. They are checked by their SHA-256."""
 
     files: tuple[PresignedFileResource, ...]
     expires_at: datetime
@@ -400,6 +396,9 @@ class UploadResource(Resource):
     id: str
     files: tuple[FileResource, ...]
     published: bool = Field(default=False, description="a version was made of it; it takes no files any more")
+
+
+# -- usage and canaries -----------------------------------------------------------------------------------------------
 
 
 class UsageResource(Resource):
@@ -428,7 +427,7 @@ class CanaryTarget(BaseModel):
 
 
 class CountsResource(Resource):
-    """Of one version. Times are geometric means in seconds; null where none was measured."""
+    """Counts of one version. Times are geometric means in seconds; null where none was measured."""
 
     num_requests: int = Field(description="answered and failed ones, without what a client did wrong or cancelled")
     num_errors: int

@@ -1,4 +1,4 @@
-"""GET /status."""
+"""The body of GET /status."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class _Status(BaseModel):
 
 
 class EngineStatus(EngineFigures):
-    """A moment's state, and totals since the replica's start. `blocks` are the pool's, by what they hold; hits and
-    misses are requests for an adapter, by where it was when they came."""
+    """The state of engines at one moment, and totals since their start. `blocks` are the pool's, by what they hold;
+    hits and misses are requests for an adapter, by where it was when they came.
+    """
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -26,7 +27,7 @@ class EngineStatus(EngineFigures):
 
 
 class ReplicaStatus(EngineStatus):
-    """The adapters by `name@version`, or by digest where the catalog does not know them any more.
+    """A replica, with adapters by `name@version`, or by digest where the catalog does not know them any more.
 
     layout  what the pool's blocks hold by position, from the first block to the last in at most 200 stretches; empty
             where it was not asked for, or the engine did not say in time
@@ -79,7 +80,7 @@ class ScalingDecision(_Status):
 
 
 class AutoscalingStatus(_Status):
-    """`reason`: why `target` is what it is, as of `time`. The last decisions, oldest first."""
+    """The number of replicas that the autoscaler wants, with its `reason`. The last decisions, oldest first."""
 
     target: int
     reason: str
@@ -91,8 +92,8 @@ Health = Literal["ok", "degraded"]
 
 
 class BaseStatus(_Status):
-    """`degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants. `asleep`: it wants none,
-    since nobody asks; the next request starts one.
+    """One base. `degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants. `asleep`: it
+    wants none, since nobody asks; the next request starts one.
     """
 
     base: str
@@ -105,7 +106,9 @@ class BaseStatus(_Status):
 
 
 class Status(_Status):
-    """`degraded`: one of the bases is, or the catalog cannot be read. `replicas` and `totals` are of all bases."""
+    """A deployment. `degraded`: one of the bases is, or the catalog cannot be read. `replicas` and `totals` are of all
+    bases.
+    """
 
     status: Health
     bases: tuple[BaseStatus, ...]
@@ -115,7 +118,7 @@ class Status(_Status):
 
     @property
     def base_names(self) -> str:
-        """For people."""
+        """The names of the bases, for people."""
         return ", ".join(base.base for base in self.bases)
 
 

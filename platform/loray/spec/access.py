@@ -1,4 +1,4 @@
-"""Who asks: tenants, keys with scopes and limits, the principal that a request acts as, and what it used.
+"""Access: tenants, keys with scopes and limits, the principal that a request acts as, and what it used.
 
 Field names are those of LiteLLM's proxy, where it has them; its teams are our tenants.
 """
@@ -60,7 +60,7 @@ class Limits(Frozen):
 
     @property
     def are_counted(self) -> bool:
-        """Whether requests are counted for them."""
+        """Requests are counted for one of the limits."""
         counted = (self.rpm_limit, self.tpm_limit, self.max_parallel_requests, self.max_budget)
         return any(limit is not None for limit in counted)
 
@@ -77,7 +77,7 @@ class Limits(Frozen):
 
 
 class Principal(Frozen):
-    """What a checked key stands for.
+    """The one who asks, as a checked key says it.
 
     key_id         the key's public id; None: no key was needed (a deployment on loopback, a command on the database)
     actor          written into the audit log
@@ -107,7 +107,7 @@ class Principal(Frozen):
 
     @property
     def account(self) -> str | None:
-        """What the key's usage and limits are counted on. A rotated key keeps its account."""
+        """The name on which the key's usage and limits are counted. A rotated key keeps its account."""
         return None if self.key_id is None else account_of(self.key_id)
 
 
@@ -120,7 +120,7 @@ def account_of(key_id: str) -> str:
 
 
 class Tenant(Frozen):
-    """Who adapters, keys, jobs and usage belong to. The keys of a blocked tenant are refused."""
+    """The owner of adapters, keys, jobs and usage. The keys of a blocked tenant are refused."""
 
     name: TenantName
     blocked: bool = False
@@ -152,7 +152,7 @@ class ApiKey(Frozen):
     last_used_at: datetime | None = None
 
     def principal(self, tenant: Tenant) -> Principal:
-        """What the key stands for. `tenant` is the key's."""
+        """The principal that the key stands for. `tenant` is the key's."""
         return Principal(
             tenant=self.tenant,
             scopes=self.scopes,
@@ -165,7 +165,7 @@ class ApiKey(Frozen):
 
 
 class HashedKey(NamedTuple):
-    """What a key is checked against: its SHA-256."""
+    """A key and its SHA-256, against which a secret is checked."""
 
     sha256: bytes
     key: ApiKey
@@ -259,7 +259,7 @@ class UsageEvent:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> UsageEvent:
-        """Raises ValueError."""
+        """The event that `to_json` wrote. Raises ValueError."""
         try:
             fields = json.loads(line)
             return cls(**fields | {"created_at": datetime.fromisoformat(fields["created_at"])})

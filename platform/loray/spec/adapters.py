@@ -1,4 +1,4 @@
-"""Manifest, `AdapterRef`, canaries."""
+"""Published adapters: their manifest and evaluations, references to their versions, canaries of an alias."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from loray.spec.training import TrainSpec
 Subject = Literal["adapter", "base", "base_scaled", "parent"]
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 
+MAX_TEMPLATE_CHARACTERS = 128 << 10
+MAX_MANIFEST_BYTES = 256 << 10  # of what is published; manifests in the store may be larger
+MAX_DESCRIPTION_CHARACTERS = 4096
+MAX_EVALUATIONS = 1024
+MAX_RECIPE_BYTES = 224 << 10  # which leaves place for the evaluations of what it trains
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # the catalog's integers have 32 bits
 _Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -88,14 +93,6 @@ class Projection(Frozen):
     max_in: _Count
     max_out: _Count
     sha256: Sha256
-
-
-MAX_TEMPLATE_CHARACTERS = 128 << 10
-# Of what is published from now on; manifests that are larger were published before, and stay readable.
-MAX_MANIFEST_BYTES = 256 << 10
-MAX_DESCRIPTION_CHARACTERS = 4096
-MAX_EVALUATIONS = 1024
-MAX_RECIPE_BYTES = 224 << 10  # which leaves place for the evaluations of what it trains
 
 
 class AdapterManifest(Frozen):
@@ -213,6 +210,8 @@ class AdapterBytes(NamedTuple):
     pair: tuple[str, int] | None = None
 
 
+# -- canaries ---------------------------------------------------------------------------------------------------------
+
 Percent = Annotated[int, Field(ge=1, le=99)]
 CanaryOutcome = Literal["promoted", "moved", "ended", "rolled_back"]
 
@@ -262,8 +261,8 @@ class LogMoments(NamedTuple):
 
 
 class VersionCounts(NamedTuple):
-    """Of one version: requests that were answered or failed, and those that failed; seconds to the first token, and
-    between two tokens. What a client did wrong or cancelled is not counted.
+    """Counts of one version: requests that were answered or failed, and those that failed; seconds to the first token,
+    and between two tokens. What a client did wrong or cancelled is not counted.
     """
 
     num_requests: int = 0
@@ -286,7 +285,7 @@ class VersionCounts(NamedTuple):
 
 
 class CanaryCounts(NamedTuple):
-    """Of the requests that an alias divided: those of its stable version, and of the canary."""
+    """Counts of the requests that an alias divided: those of its stable version, and of the canary."""
 
     stable: VersionCounts = VersionCounts()
     canary: VersionCounts = VersionCounts()

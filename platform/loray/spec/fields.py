@@ -13,9 +13,6 @@ from pydantic_core import ErrorDetails
 
 from loray.errors import SpecError
 
-ToolParserName = Literal["hermes", "llama3_json", "mistral"]
-
-
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,47}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -23,6 +20,7 @@ TagKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{
 TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f]*$", max_length=5000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Method = Literal["lora", "dora", "vera", "longlora"]
+ToolParserName = Literal["hermes", "llama3_json", "mistral"]
 DType = Literal["bfloat16", "float16", "float32"]
 AnyDType = DType | Literal["auto"]  # auto: what is fast on the device, see `loray.machine`
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,12 +64,12 @@ NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
 def mistakes(error: ValidationError) -> list[ErrorDetails]:
-    """Without those fields whose default could not be found because another field is wrong."""
+    """The wrong fields, without those whose default could not be found because another field is wrong."""
     return [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
 
 
 class Frozen(BaseModel):
-    """`NOUN` is what messages call it; it is empty where the source of the data says that."""
+    """A frozen model. `NOUN` is what messages call it; it is empty where the source of the data says that."""
 
     NOUN: ClassVar[str] = ""
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())

@@ -1,4 +1,4 @@
-"""Request, sampling, constraint, tools, deltas.
+"""Generation: a request with its sampling parameters, constraint and tools, and the deltas of its answer.
 
 The grammars are those of llguidance, which computes the masks: https://github.com/guidance-ai/llguidance/tree/main/docs
 """
@@ -30,7 +30,7 @@ class Tag(NamedTuple):
 
 
 class Constraint(Frozen):
-    """Equal constraints have equal fields, so that what was compiled once can be looked up.
+    """A form that the answer must have. Equal ones have equal fields, so that what was compiled can be looked up.
 
     kind        what `text` is
     text        json_schema: the schema as JSON; regex: for the whole answer, in the syntax of Rust's regex, but that
@@ -99,7 +99,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What a request says about its tools, of which there is at least one.
+    """The tools of a request, of which there is at least one, and whether they are called.
 
     choice    auto: the model decides; required: it calls at least one; else the name of the one that it calls, once
     parallel  one answer may have several calls
@@ -128,7 +128,7 @@ class ToolUse:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """What a step added to call number `index` of an answer: first id and name, then more of the arguments' JSON."""
+    """A step's part of call number `index` of an answer: first id and name, then more of the arguments' JSON."""
 
     index: int
     id: str | None
@@ -141,7 +141,7 @@ BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class SamplingParams(Frozen):
-    """Names and meanings are vLLM's. `temperature=0` is greedy."""
+    """Sampling parameters, with vLLM's names and meanings. `temperature=0` is greedy."""
 
     max_tokens: int = Field(default=16, ge=0, description="0: the prompt is only scored")
     min_tokens: int = Field(default=0, ge=0, description="before them neither EOS nor stop ends the text")
@@ -217,8 +217,8 @@ def cache_salt(tenant: str, given: str | None) -> str:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms, of the distribution before temperature and penalties. `top`: (token, logprob), best first;
-    `rank`: 1 for the best token.
+    """Natural logarithms of a token's probabilities, before temperature and penalties. `top`: (token, logprob), best
+    first; `rank`: 1 for the best token.
     """
 
     logprob: float
@@ -227,7 +227,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenDelta(NamedTuple):
-    """What one step, or several that were merged, added to a request. The last one has a finish reason.
+    """The tokens that one step, or several that were merged, added to a request. The last one has a finish reason.
 
     logprobs         of `token_ids`, if the request asks for them
     prompt_logprobs  of the prompt's tokens from the second on; with the first delta, if the request asks for them

@@ -1,4 +1,4 @@
-"""LoRA, DoRA, LongLoRA, VeRA as a recipe says them."""
+"""Adapter methods as a recipe says them: LoRA, DoRA, LongLoRA, VeRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
 
 
 class _AdapterSpec(Frozen):
-    """`train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and published as well.
+    """Fields of all methods. `train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and
+    published as well.
 
     usual_attention  while training, where a recipe does not say
     """

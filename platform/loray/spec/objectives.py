@@ -1,4 +1,4 @@
-"""SFT, DPO; sequences a row, extra forwards, metrics."""
+"""Training objectives as a recipe says them: supervised fine-tuning, and preference optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ServeSpec`, `FleetSpec`, autoscaling; `EngineStats`."""
+"""Serving: the spec of a deployment, its bases and their autoscaling, and the figures of an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loray.spec.fields import DTYPE_BYTES, AnyDType, Frozen, Name, NumBytes, Too
 
 
 class AutoscalingSpec(Frozen):
-    """Replicas by adapter demand: tokens against measured capacity, and the working set against the pools.
+    """Autoscaling by adapter demand: tokens against measured capacity, and the working set against the pools.
 
     Names that Ray Serve's own AutoscalingConfig has mean what they mean there.
     """
@@ -57,7 +57,7 @@ _SHARED = ("num_gateways", "host", "port", "max_body_bytes")  # fields of ServeS
 
 
 def _is_cpu(given: Mapping[str, Any]) -> bool:
-    """Of fields of a ServeSpec that have been read."""
+    """The device is a CPU. `given`: fields of a ServeSpec that have been read."""
     return str(given.get("device", "cpu")).startswith("cpu")
 
 
@@ -146,25 +146,25 @@ class ServeSpec(Frozen):
 
     @property
     def fixed_pool_bytes(self) -> int | None:
-        """Of a replica's pool; None: what the GPU's memory leaves, which is known when the base is on it."""
+        """Bytes of a replica's pool; None: what the GPU's memory leaves, which is known when the base is on it."""
         return self.pool_bytes or (_CPU_POOL_BYTES if self.device.startswith("cpu") else None)
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight and of what the pool holds. A dtype that is left to the device has 2 of them, except on a CPU
+        """Bytes of a weight and of an element of the pool. A dtype that is left to the device has 2, except on a CPU
         without compiled kernels, whose engine knows better.
         """
         return 2 if self.dtype == "auto" else DTYPE_BYTES[self.dtype]
 
     @property
     def itl_slo_s(self) -> float:
-        """Seconds; the device's default if `itl_slo_ms` is not given."""
+        """The target between two tokens in seconds; the device's default if `itl_slo_ms` is not given."""
         default = 60.0 if self.device.startswith("cpu") else 50.0
         return (self.itl_slo_ms or default) / 1000
 
     @property
     def graph_seconds(self) -> float:
-        """For recording decode steps; the device's default if `graph_record_s` is not given."""
+        """Seconds for capturing decode steps; the device's default if `graph_record_s` is not given."""
         default = 0.0 if self.device.startswith("cpu") else 60.0
         return default if self.graph_record_s is None else self.graph_record_s
 
@@ -179,7 +179,7 @@ class ServeSpec(Frozen):
 
     @property
     def for_replicas(self) -> ServeSpec:
-        """Without what is the whole deployment's: a replica does not depend on it, nor on other bases."""
+        """The spec without what is the whole deployment's: a replica does not depend on it, nor on other bases."""
         return self.model_copy(update={name: ServeSpec.model_fields[name].default for name in _SHARED})
 
     @model_validator(mode="after")
@@ -195,7 +195,7 @@ def engine_of(base: str) -> str:
 
 
 def is_engine(deployment: str) -> bool:
-    """Whether it is some base's."""
+    """The deployment has some base's replicas."""
     return deployment.startswith(_ENGINE)
 
 
@@ -217,7 +217,7 @@ class FleetSpec(Frozen):
 
     @classmethod
     def parse(cls, data: Any, *, source: str) -> Self:
-        """As `Frozen.parse`. Errors of a base name it."""
+        """`data` as a deployment, as `Frozen.parse` does it. Errors of a base name it."""
         if not isinstance(data, Mapping) or "bases" not in data:
             return cls.of(ServeSpec.parse(data, source=source))
         shared = {name: value for name, value in data.items() if name != "bases"}
@@ -300,7 +300,7 @@ class Stretch(NamedTuple):
 
 
 class EngineFigures(BaseModel):
-    """The state at one moment, and totals since the engine started.
+    """The state of an engine at one moment, and totals since it started.
 
     num_loading         adapters on their way from the store
     blocks              blocks of the pool, by what they hold: free, kv, cached, layered, flat, run

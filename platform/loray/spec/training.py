@@ -1,4 +1,4 @@
-"""`TrainSpec`: a recipe."""
+"""A recipe, `TrainSpec`, and what training jobs are."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ class DataSpec(Frozen):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of all sources."""
+        """The paths of all sources."""
         return tuple(source.path for source in (*self.train_sources, *self.eval_sources))
 
     def with_paths(self, change: Callable[[str], str]) -> Self:
-        """The same with every path changed."""
+        """The same data with every path changed."""
         ours = {field: getattr(self, field) for field in ("train", "eval")}
         return self.model_copy(update={field: _changed(sources, change) for field, sources in ours.items()})
 
@@ -239,7 +239,7 @@ class OptimizerSpec(Frozen):
 
 
 class ParallelSpec(Frozen):
-    """How `num_workers` share the work: sequence × data parallel.
+    """The division of the work among `num_workers`: sequence × data parallel.
 
     `sequence` neighbouring workers hold parts of the same rows, and the others other rows. `strategy` says what of
     parameters, gradients and optimizer states each holds: all of them (ddp), its shard of the last two (zero2), of all
@@ -345,12 +345,12 @@ class TrainSpec(Frozen):
 
     @property
     def is_long_context(self) -> bool:
-        """Whether rows are as long as the context unless the recipe says otherwise."""
+        """Rows are as long as the context unless the recipe says otherwise."""
         return self.rope_scaling is not None or isinstance(self.adapter, LongLoraSpec)
 
     @property
     def is_paired(self) -> bool:
-        """Whether a row is a pair of answers, of which a batch has two sequences."""
+        """A row is a pair of answers, of which a batch has two sequences."""
         return isinstance(self.objective, DpoSpec)
 
     @property
@@ -445,6 +445,8 @@ class TrainSpec(Frozen):
         return ()
 
 
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 EndStatus = Literal["succeeded", "failed", "stopped"]
 
@@ -462,12 +464,12 @@ class TrainingGroup(NamedTuple):
 
     @property
     def driver(self) -> dict[str, float]:
-        """What a job's driver takes: one a node, so that a node with a driver is not idle for Ray's autoscaler."""
+        """Resources of a job's driver: one a node, so that a node with a driver is not idle for Ray's autoscaler."""
         return {f"{self.name}_driver": 1.0}
 
     @property
     def worker(self) -> dict[str, float]:
-        """What each of a job's workers takes, instead of a CPU."""
+        """Resources of each of a job's workers, instead of a CPU."""
         return {f"{self.name}_worker": 1.0}
 
     @property

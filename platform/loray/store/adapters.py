@@ -66,13 +66,16 @@ class AdapterStore:
 
     def canonical(self, digest: str) -> bytes:
         """The manifest as canonical JSON, whose SHA-256 is the digest. Raises as `manifest`."""
-        data = self._manifest_bytes(check_digest(digest))
-        if data is None:
+        # One request to S3, where `get` makes two.
+        data = self.objects.get_range(_manifest_key(check_digest(digest)), 0, _MAX_MANIFEST_BYTES)
+        if hashlib.sha256(data).hexdigest() != digest:
             raise IntegrityError(f"the stored manifest of adapter {digest[:12]} is damaged; publish the adapter again")
         return data
 
     def manifest(self, digest: str) -> AdapterManifest:
-        """Raises NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
+        """The adapter's manifest. Raises NotFoundError where the store has no such adapter, IntegrityError where the
+        manifest is damaged.
+        """
         return parse_manifest(self.canonical(digest), source=f"the manifest of adapter {digest[:12]}")
 
     def fetch(
@@ -137,7 +140,9 @@ class AdapterStore:
         yield piece
 
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
-        """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""
+        """Fill `buffer` with the bytes from `start` on, as `read_range` reads them. Raises IntegrityError also
+        where the file is too short.
+        """
         with _named(digest, name):
             num_read = self.objects.read_into(_blob_key(sha256), start, buffer)
         if num_read != len(buffer):
@@ -204,12 +209,6 @@ class AdapterStore:
             self.objects.get_to(_blob_key(sha256), path)
         if file_sha256(path) != sha256:
             raise _differs(digest, name)
-
-    def _manifest_bytes(self, digest: str) -> bytes | None:
-        """None where the stored bytes do not have this digest."""
-        # One request to S3, where `get` makes two.
-        data = self.objects.get_range(_manifest_key(digest), 0, _MAX_MANIFEST_BYTES)
-        return data if hashlib.sha256(data).hexdigest() == digest else None
 
 
 def object_name(key: str) -> str:

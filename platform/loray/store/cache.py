@@ -26,7 +26,7 @@ Fetch = Callable[[str, Path], object]  # (digest, folder, which appears when it 
 
 
 class CacheEntry(NamedTuple):
-    """Where it is not `present`, `folder` does not exist, and must appear complete."""
+    """An adapter's place in a cache. Where it is not `present`, `folder` does not exist, and must appear complete."""
 
     folder: Path
     present: bool
@@ -39,7 +39,7 @@ class _CachedAdapter(NamedTuple):
 
 
 class AdapterCache:
-    """Evicts the least recently used adapters, but none that a process of the node has pinned.
+    """A cache that evicts the least recently used adapters, but none that a process of the node has pinned.
 
     Each adapter has a lock file (`locks/DIGEST`, flock), shared while the adapter is pinned, exclusive while it is
     fetched or evicted. So many requests for one adapter, of threads or processes, cause one fetch, and a process that
@@ -76,7 +76,7 @@ class AdapterCache:
     def pinned(
         self, digest: str, *, fetch: Fetch | None = None, is_good: Callable[[Path], bool] | None = None
     ) -> Iterator[Path]:
-        """As `get`; the folder is not evicted before the block ends.
+        """The adapter's folder, fetched where the cache lacks it, which is not evicted before the block ends.
 
         `fetch` makes the folder instead of the store, once for all callers that wait. `is_good` checks a folder that an
         earlier process left, instead of hashing its files.
@@ -110,7 +110,7 @@ class AdapterCache:
                 finally:
                     if path.is_dir():
                         self._trust(digest)
-                        self._evict(keep=digest)
+                        self.trim(keep=digest)
                     else:
                         (self._locks / digest).unlink(missing_ok=True)  # while this process holds the lock
                 return
@@ -129,31 +129,8 @@ class AdapterCache:
             yield found
 
     def trim(self, keep: str) -> None:
-        """Evict after `keep`, which is pinned, has grown."""
-        self._evict(keep=keep)
-
-    def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
-        """Whether it is present and verified once by this process: a folder of an earlier process may be damaged."""
-        if not path.is_dir():
-            return False
-        with self._mutex:
-            if digest in self._trusted:
-                return True
-        try:
-            if is_good is None or not is_good(path):
-                verify_folder(path)
-        except IntegrityError as e:
-            log.warning("cached adapter is damaged and is fetched again: %s", e)
-            return False
-        self._trust(digest)
-        return True
-
-    def _trust(self, digest: str) -> None:
-        with self._mutex:
-            self._trusted.add(digest)
-
-    def _evict(self, *, keep: str) -> None:
-        """Remove the least recently used entries until the rest fits, but neither `keep` nor pinned ones.
+        """Remove the least recently used entries until the rest fits, but neither `keep`, which has grown, nor pinned
+        ones.
 
         The entries are scanned only where they may be too many: this process has added more than half of the bytes that
         were free at the last scan, or that scan is old, since other processes add entries as well.
@@ -172,6 +149,26 @@ class AdapterCache:
         with self._mutex:
             self._added, self._room = 0, self._max_bytes - total
             self._next_scan = time.monotonic() + _SCAN_INTERVAL_S
+
+    def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
+        """The entry is present, and was verified once by this process: one of an earlier process may be damaged."""
+        if not path.is_dir():
+            return False
+        with self._mutex:
+            if digest in self._trusted:
+                return True
+        try:
+            if is_good is None or not is_good(path):
+                verify_folder(path)
+        except IntegrityError as e:
+            log.warning("cached adapter is damaged and is fetched again: %s", e)
+            return False
+        self._trust(digest)
+        return True
+
+    def _trust(self, digest: str) -> None:
+        with self._mutex:
+            self._trusted.add(digest)
 
     def _evict_one(self, digest: str) -> bool:
         try:

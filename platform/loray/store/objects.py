@@ -1,4 +1,4 @@
-"""`ObjectStore`, and a folder as one."""
+"""Object stores: what the others use of one, and a folder as one."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ObjectStore(Protocol):
-    """Keys are relative POSIX paths. Implementations are safe to use from several threads and processes."""
+    """Bytes by their keys, which are relative POSIX paths. Implementations are safe to use from several threads and
+    processes.
+    """
 
     def put_if_absent(self, key: str, data: bytes | Path) -> bool:
         """Store bytes, or those of a file. Exactly one of several writers of a key gets True. Durable on return."""
         ...
 
     def get(self, key: str) -> bytes:
-        """Raises NotFoundError where there is no such key."""
+        """The bytes of the object. Raises NotFoundError where there is no such key."""
         ...
 
     def get_to(self, key: str, path: Path) -> None:
@@ -71,7 +73,7 @@ class ObjectStore(Protocol):
         ...
 
     def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
-        """As `list`, with size and age, in no order."""
+        """The objects whose keys start with `prefix`, with size and age, in no order."""
         ...
 
     def delete(self, key: str) -> None:

@@ -1,4 +1,4 @@
-"""From a URL to a store or a pyarrow filesystem."""
+"""Stores and pyarrow's filesystems by their URLs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from loray.locations import FileLocation, S3Location, parse_location
 from loray.store.objects import LocalStore, ObjectStore
-from loray.store.s3 import endpoint_of, read_keys, region_of
+from loray.store.s3 import S3Store, endpoint_of, read_keys, region_of
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -45,6 +45,4 @@ def open_store(url: str) -> ObjectStore:
     location = parse_location(url)
     if isinstance(location, FileLocation):
         return LocalStore(location.folder)
-    from loray.store.s3 import S3Store
-
     return S3Store(location)

@@ -1,4 +1,4 @@
-"""A bucket as one; AWS's configuration and errors."""
+"""A bucket of S3 as an object store, with AWS's configuration and boto3's errors as loray's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from loray.locations import S3Location
 from loray.store.objects import TEMPORARY, ObjectEntry, check_key
 from loray.telemetry import get_logger
 
+log = get_logger(__name__)
+
 NUM_CONNECTIONS = 8  # parallel transfers of one object's parts
+PART_BYTES = 8 << 20
+LARGE_BYTES = 2 * PART_BYTES  # from here on, uploads look first whether the object exists, and transfers are parallel
+
+_MAX_PUT_BYTES = 5 << 30  # S3's own limit
+_MAX_PARTS = 10_000  # S3's own limit
+_PROBE = f"{TEMPORARY}/conditional-writes"
+_MAX_CONFLICTS = 5  # attempts of a write that collides with other writers of the key
 
 _PROFILE = "default"
 _DEFAULT_REGION = "us-east-1"  # for servers without regions
@@ -27,6 +36,9 @@ _READ_TIMEOUT_S = 60
 _QUICK_READ_TIMEOUT_S = 5
 _MAX_ATTEMPTS = 4  # of each request, with growing pauses
 _QUICK_MAX_ATTEMPTS = 2
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
 
 
 class AwsCredentials(NamedTuple):
@@ -97,9 +109,7 @@ def connect(location: S3Location, *, quick: bool = False) -> Any:
     )
 
 
-PART_BYTES = 8 << 20
-
-_MAX_PARTS = 10_000  # S3's own limit
+# -- multipart uploads ------------------------------------------------------------------------------------------------
 
 
 class UploadPart(NamedTuple):
@@ -123,7 +133,7 @@ class UploadPart(NamedTuple):
             return f.read(num_bytes)
 
 
-def upload_parts(client: Any, target: Mapping[str, str], source: UploadPart) -> Sequence[Mapping[str, Any]]:
+def _upload_parts(client: Any, target: Mapping[str, str], source: UploadPart) -> Sequence[Mapping[str, Any]]:
     """Send all parts of the multipart upload `target`. Returns the list of parts for CompleteMultipartUpload.
 
     Raises boto3's errors, after all transfers have ended.
@@ -142,6 +152,8 @@ def upload_parts(client: Any, target: Mapping[str, str], source: UploadPart) -> 
         pool.shutdown(cancel_futures=True)
 
 
+# -- errors -----------------------------------------------------------------------------------------------------------
+
 _REFUSED = {
     "AccessDenied",
     "InvalidAccessKeyId",
@@ -154,18 +166,13 @@ _REFUSED = {
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301"}
 
 
-def status_of(error: Any) -> int:
+def _status_of(error: Any) -> int:
     """The HTTP status of a botocore ClientError."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def was_retried(error: Any) -> bool:
-    """Whether the request was sent more than once, so that an earlier attempt may have succeeded."""
-    return bool(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
-
-
 @contextmanager
-def translate_errors(location: S3Location) -> Iterator[None]:
+def _translate_errors(location: S3Location) -> Iterator[None]:
     """Errors of boto3 in the block become StoreError, or UnsupportedError where the server lacks the operation."""
     from boto3.exceptions import RetriesExceededError
     from botocore.exceptions import BotoCoreError, ClientError
@@ -188,7 +195,7 @@ def _of_response(error: Any, location: S3Location) -> LorayError:
     code, message = str(error.response["Error"].get("Code")), str(error.response["Error"].get("Message"))
     place = _place(location)
     if code == "NoSuchBucket":
-        return missing_bucket(location)
+        return _missing_bucket(location)
     if code in _REFUSED:
         return StoreError(
             f"{place} refuses {error.operation_name} ({code}): check the keys (credentials_file of the store's URL, or "
@@ -214,7 +221,7 @@ def _of_client(error: Exception, location: S3Location) -> LorayError:
     return StoreError(f"{_place(location)} cannot be used: {error}")
 
 
-def missing_bucket(location: S3Location) -> StoreError:
+def _missing_bucket(location: S3Location) -> StoreError:
     return StoreError(
         f"{_place(location)} does not exist; create the bucket first, for instance: aws s3 mb s3://{location.bucket}"
     )
@@ -229,13 +236,7 @@ def _place(location: S3Location) -> str:
     return f"bucket {location.bucket!r} at {endpoint_of(location) or 'AWS'}"
 
 
-log = get_logger(__name__)
-
-LARGE_BYTES = 2 * PART_BYTES  # from here on, uploads look first whether the object exists, and transfers are parallel
-
-_MAX_PUT_BYTES = 5 << 30  # S3's own limit
-_PROBE = f"{TEMPORARY}/conditional-writes"
-_MAX_CONFLICTS = 5  # attempts of a write that collides with other writers of the key
+# -- the store --------------------------------------------------------------------------------------------------------
 
 
 class S3Store:
@@ -262,7 +263,7 @@ class S3Store:
         name = self._name(key)
         source = UploadPart.of(data)
         in_parts = source.num_bytes >= self._parts_from
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             if source.num_bytes >= LARGE_BYTES and self._find(name) is not None:
                 return False  # before any byte is sent
             self._check_conditional_writes("PutObject", self._put_whole)
@@ -307,13 +308,13 @@ class S3Store:
         try:
             found = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{stop - 1}")
         except ClientError as e:
-            if status_of(e) == 416:
+            if _status_of(e) == 416:
                 return None
             raise
         return found["Body"]
 
     def exists(self, key: str) -> bool:
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             found = self._find(self._name(key)) is not None
             if not found:
                 self._check_bucket()
@@ -327,7 +328,7 @@ class S3Store:
         yield from sorted(entry.key for entry in self.entries(prefix))
 
     def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
                 for item in page.get("Contents", ()):
@@ -338,8 +339,8 @@ class S3Store:
                         )
 
     def entry(self, key: str) -> ObjectEntry | None:
-        """What a listing tells of the object; None where there is none."""
-        with translate_errors(self.location):
+        """The object as a listing has it; None where there is none."""
+        with _translate_errors(self.location):
             found = self._head(self._name(key))
         if found is None:
             return None
@@ -347,22 +348,20 @@ class S3Store:
         return ObjectEntry(key, int(found["ContentLength"]), written_at, found.get("ETag", ""))
 
     def delete(self, key: str) -> None:
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def presigned(self, key: str, expires_s: int) -> str:
         target = {"Bucket": self._bucket, "Key": self._name(key)}
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             return str(self._client.generate_presigned_url("get_object", Params=target, ExpiresIn=expires_s))
 
     def check(self) -> None:
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             self._check_conditional_writes("PutObject", self._put_whole)
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
     def _put_whole(self, name: str, source: UploadPart) -> bool | None:
-        """Whether this call has written the object; None where it collided with another writer."""
+        """True where this call has written the object, False where it existed, None where another writer collided."""
         writer = uuid.uuid4().hex
         with self._conditional(name, writer) as outcome, source.open() as body:
             self._client.put_object(
@@ -376,7 +375,7 @@ class S3Store:
         return outcome.won
 
     def _put_in_parts(self, name: str, source: UploadPart) -> bool | None:
-        """As `_put_whole`; the writer that completes first wins. The parts of a failed upload are removed."""
+        """Write the object in parts, with the result of `_put_whole`; a failed upload leaves none of its parts."""
         writer = uuid.uuid4().hex
         upload = self._client.create_multipart_upload(
             Bucket=self._bucket,
@@ -388,7 +387,7 @@ class S3Store:
         target = {"Bucket": self._bucket, "Key": name, "UploadId": upload["UploadId"]}
         outcome = _Outcome()
         try:
-            parts = upload_parts(self._client, target, source)
+            parts = _upload_parts(self._client, target, source)
             with self._conditional(name, writer) as outcome:
                 self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
         finally:
@@ -413,13 +412,14 @@ class S3Store:
         try:
             yield outcome
         except ClientError as e:
-            status = status_of(e)
+            status = _status_of(e)
             if status == 409:
                 return
             if status not in (404, 412) or e.response["Error"].get("Code") == "NoSuchBucket":
                 raise
             # The response to a successful attempt may have been lost: then the object has the mark of this writer.
-            if was_retried(e) and self._find(name) == writer:
+            was_retried = e.response.get("ResponseMetadata", {}).get("RetryAttempts")
+            if was_retried and self._find(name) == writer:
                 outcome.won = True
             elif status == 412:
                 outcome.won = False
@@ -440,18 +440,16 @@ class S3Store:
             )
         self._checked.add(kind)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
         from botocore.exceptions import ClientError
 
         check_key(key)
-        with translate_errors(self.location):
+        with _translate_errors(self.location):
             try:
                 yield
             except ClientError as e:
-                if status_of(e) != 404:
+                if _status_of(e) != 404:
                     raise
                 self._check_bucket()
                 raise NotFoundError(f"bucket {self._bucket!r} has no object {self._name(key)!r}") from e
@@ -469,7 +467,7 @@ class S3Store:
             found: Mapping[str, Any] = self._client.head_object(Bucket=self._bucket, Key=name)
             return found
         except ClientError as e:
-            if status_of(e) != 404:
+            if _status_of(e) != 404:
                 raise
             return None
 
@@ -480,8 +478,8 @@ class S3Store:
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as e:
-            if status_of(e) == 404:
-                raise missing_bucket(self.location) from e
+            if _status_of(e) == 404:
+                raise _missing_bucket(self.location) from e
 
     def _name(self, key: str, *, reserved: bool = False) -> str:
         return self._prefix + (key if reserved else check_key(key))
@@ -498,7 +496,7 @@ def create_bucket(location: S3Location) -> None:
     from botocore.exceptions import ClientError
 
     client = connect(location)
-    with translate_errors(location):
+    with _translate_errors(location):
         try:
             client.create_bucket(Bucket=location.bucket)
         except ClientError as e:

@@ -1,4 +1,4 @@
-"""From messages to the text of a prompt: by the model's chat template, with the tools that a request offers."""
+"""Prompts of chats: messages become text by the model's chat template, with the tools that a request offers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MISTRAL_ID_LENGTH = 9  # its templates refuse any other
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a model is spoken to and answers: its chat template, and the form of its tool calls.
+    """The form in which a model is spoken to and answers: its chat template, and how it writes tool calls.
 
     own  the template is an adapter's, and is rendered in isolation
     """
@@ -56,11 +56,11 @@ class Dialect:
         return self.own.render(self.template, messages, **options)
 
     def constraint(self, use: ToolUse | None, answer: Constraint | None) -> Constraint | None:
-        """What the answer must match; `answer` is what it must match if it calls nothing."""
+        """The constraint of the whole answer; `answer` is that of an answer which calls nothing."""
         return answer if use is None else calls_constraint(use, self.form, self.tokenizer.added_tokens.get, answer)
 
     def text_of(self, request: GenerateRequest, use: ToolUse | None, *, tokens_as_ids: bool = False) -> RequestText:
-        """Reads the answer to `request`. `tokens_as_ids` is RequestText's."""
+        """The reader of the answer to `request`. `tokens_as_ids` is RequestText's."""
         parser = None if use is None else parser_for(self.form, use)
         kept = frozenset[str]() if use is None else frozenset(MARKERS[self.form])
         return RequestText(self.tokenizer, request, parser, kept, tokens_as_ids=tokens_as_ids)

@@ -1,4 +1,4 @@
-"""Deltas of text, stop strings."""
+"""Detokenizing: the text of a request's tokens, which stop strings end, as deltas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 
 class Detokenizer:
-    """Text that may be the beginning of a stop string, or part of a character, is not returned yet.
+    """A decoder that looks for stop strings. Text that may be the beginning of one, or part of a character, waits.
 
     As in vLLM, a stop string that begins in the first `min_tokens` tokens does not count.
     """
@@ -75,7 +75,7 @@ class Detokenizer:
         return Text("".join([*pieces, text]), len(token_ids), stop)
 
     def _until_stop(self, new: str, *, counts: bool, final: bool) -> tuple[str, str | None]:
-        """What of the text is certain, and the stop string that ended it."""
+        """The part of the text that is certain, and the stop string that ended it."""
         text = self._held + new
         stop = self._stop if counts else ()
         found = [(i, i + len(s), s) for s in stop if (i := text.find(s)) >= 0]
@@ -123,7 +123,7 @@ class RequestText:
         self._num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Delta:
-        """Adds the text. If a stop string ends it, the finish reason is "stop", and tokens after it do not count."""
+        """The delta with its text. If a stop string ends it, its reason is "stop", and tokens after it do not count."""
         token_ids, reason = delta.token_ids, delta.finish_reason
         stop_reason: str | int | None
         text, num_tokens, stop_reason = self._detokenizer.push(token_ids, reason)
@@ -139,8 +139,11 @@ class RequestText:
             self._has_calls = self._has_calls or bool(calls)
             if self._has_calls and reason == "stop":
                 reason = "tool_calls"
-        logprobs = self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None
-        of_prompt = None if delta.prompt_logprobs is None else self._of_prompt(delta.prompt_logprobs)
+        logprobs = None
+        if self._has_logprobs:
+            pairs = zip(token_ids, delta.logprobs or (), strict=False)
+            logprobs = tuple(self._logprob(token, given) for token, given in pairs)
+        prompt_logprobs = None if delta.prompt_logprobs is None else self._prompt_logprobs(delta.prompt_logprobs)
         # By position: with names it takes twice as long, and this is done for each token.
         return Delta(
             text,
@@ -150,7 +153,7 @@ class RequestText:
             self._num_prompt_tokens,
             self._num_tokens,
             delta.num_cached_tokens,
-            of_prompt,
+            prompt_logprobs,
             calls,
             stop_reason,
         )
@@ -163,10 +166,7 @@ class RequestText:
             tuple(part for part in parts if isinstance(part, ToolCallDelta)),
         )
 
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> tuple[TokenLogprob, ...]:
-        return tuple(self._logprob(t, lp) for t, lp in zip(token_ids, logprobs or (), strict=False))
-
-    def _of_prompt(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
         first, *rest = self._prompt_ids
         known = tuple(self._logprob(t, lp) for t, lp in zip(rest, logprobs, strict=True))
         return (TokenLogprob(first, self._text_of(first), None, (), 0), *known)
@@ -178,5 +178,5 @@ class RequestText:
 
 
 def _id_text(token_id: int) -> str:
-    """vLLM's, of `return_tokens_as_token_ids`."""
+    """The text of a token as vLLM has it for `return_tokens_as_token_ids`."""
     return f"token_id:{token_id}"

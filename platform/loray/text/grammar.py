@@ -1,4 +1,4 @@
-"""Constraints compiled by llguidance.
+"""Constraints on answers, compiled by llguidance for engines, and checked by gateways.
 
 A grammar is refused where it exceeds a limit; the limits are chosen so that a refusal takes less than a tenth of a
 second.
@@ -55,13 +55,13 @@ def ignored_keywords(matcher: LLMatcher) -> tuple[str, ...]:
 
 
 class GrammarCompiler:
-    """May be used by several threads, which llguidance lets run side by side."""
+    """A compiler of a base's constraints. Several threads may use it, which llguidance lets run side by side."""
 
     def __init__(self, base: BaseModel) -> None:
         self._args = base.path, base.config.vocab_size, tuple(base.config.eos_token_ids)
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """A matcher at the beginning of an answer. RequestError where the constraint is wrong or exceeds a limit."""
+        """A matcher at the beginning of an answer. Raises RequestError where the constraint is wrong or too large."""
         _check_size(constraint)
         from llguidance import LLMatcher, LLParserLimits
 
@@ -85,14 +85,14 @@ class GrammarCompiler:
 
     @property
     def tokenizer(self) -> LLTokenizer:
-        """RequestError if the base has none that llguidance can read."""
+        """The base's tokenizer. Raises RequestError if it is none that llguidance can read."""
         with _building:
             return _tokenizer(*self._args)
 
 
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """Return that of the base's tokenizer, about 30 MB. The model may have more tokens than the tokenizer."""
+    """The tokenizer of a base as llguidance has it, about 30 MB. The model may have more tokens than the tokenizer."""
     from llguidance import LLTokenizer
 
     try:
@@ -121,7 +121,7 @@ def _check_size(constraint: Constraint) -> None:
 
 
 def _grammar(constraint: Constraint) -> dict[str, Any]:
-    """Return it as llguidance takes it. ValueError where the text is not what it must be."""
+    """The constraint as llguidance takes it. Raises ValueError where the text is not what it must be."""
     from llguidance import regex_to_lark
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -155,19 +155,21 @@ def _first_line(message: str) -> str:
     return message.strip().splitlines()[0] if message.strip() else "no reason is known"
 
 
+# -- in gateways ------------------------------------------------------------------------------------------------------
+
 _MAX_KNOWN = 512  # constraints that were checked, the last used of which are remembered
 _NUM_THREADS = 2
 
 
 class _Found(NamedTuple):
-    """Why a constraint is refused, or what of it is ignored."""
+    """The reason why a constraint is refused, or the keywords of it that are ignored."""
 
     refusal: str | None
     ignored: tuple[str, ...] = ()
 
 
 class GrammarChecker:
-    """Compiles constraints as engines do. For one event loop."""
+    """A checker of constraints, which compiles them as engines do. It is for one event loop."""
 
     def __init__(self, base: BaseModel) -> None:
         self._compiler = GrammarCompiler(base)

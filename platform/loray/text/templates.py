@@ -1,11 +1,10 @@
-"""Chat templates; foreign ones in a process of their own.
+"""Chat templates, which are Jinja's with what transformers adds: `tojson`, `raise_exception`, `strftime_now`,
+`namespace`, loop controls and the `generation` block
+(https://huggingface.co/docs/transformers/chat_templating_writing).
 
-https://huggingface.co/docs/transformers/chat_templating_writing lists them: `tojson`, `raise_exception`,
-`strftime_now`, `namespace`, loop controls and the `generation` block. Templates come with models, so they run in
-Jinja's sandbox; those of adapters also run in a process of their own: see `loray.text.templates`.
-
-Jinja's sandbox keeps a template from reaching into Python, but not from looping for ever or doubling a text until the
-memory is full. A base's template was chosen by who runs the server; an adapter's comes from whoever published it.
+Templates come with models, so they run in Jinja's sandbox. It keeps a template from reaching into Python, but not from
+looping for ever or doubling a text until the memory is full. A base's template was chosen by who runs the server; an
+adapter's comes from whoever published it, and runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ class ChatTemplates:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplates:
-        """Those in a checkpoint's folder, in any of the places where transformers looks for them."""
+        """The templates in a checkpoint's folder, in any of the places where transformers looks for them."""
         config = _read_json(folder / "tokenizer_config.json")
         sources: dict[str, str] = {}
         match config.get("chat_template"):
@@ -97,8 +96,8 @@ class ChatTemplates:
                 sources["default"] = source
             case list(named):
                 sources |= {t["name"]: t["template"] for t in named}
-        if isinstance(older := _read_json(folder / "chat_template.json").get("chat_template"), str):
-            sources["default"] = older
+        if isinstance(source := _read_json(folder / "chat_template.json").get("chat_template"), str):
+            sources["default"] = source
         files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
         for file in files:
             if file.is_file():
@@ -154,7 +153,7 @@ class _GenerationBlock(Extension):
 
 
 class _Namespace(Namespace):
-    """Refuses private attributes, which could reach into Python."""
+    """Jinja's namespace without private attributes, which could reach into Python."""
 
     def __init__(*args: Any, **values: Any) -> None:
         self, *given = args
@@ -179,7 +178,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own filter, without escapes for HTML."""
+    """JSON without escapes for HTML, which Jinja's own filter has."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -200,6 +199,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+# -- templates of adapters --------------------------------------------------------------------------------------------
+
 MAX_PROMPT_CHARACTERS = 16 << 20
 TIMEOUT_S = 0.5  # of one prompt; most take a few milliseconds
 _START_S = 10.0  # for a process to start
@@ -212,7 +213,7 @@ _READY = b"ready\n"
 
 
 class IsolatedRenderer:
-    """Renders in one process for each thread that calls it at the same time. There is none before the first call."""
+    """A renderer with a process for each thread that calls it at the same time; there is none before the first call."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
@@ -222,8 +223,8 @@ class IsolatedRenderer:
         self._lock = threading.Lock()
 
     def render(self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """As `ChatTemplate.render`. Raises RequestError also for a template that takes too much time or memory, and
-        Overloaded where no process can be started.
+        """The prompt, as `ChatTemplate.render` gives it. Raises RequestError also for a template that takes too much
+        time or memory, and Overloaded where no process can be started.
         """
         task = {"source": template.source, "special_tokens": template.special_tokens, "messages": messages}
         line = json.dumps(task | {"options": options}).encode() + b"\n"
@@ -343,7 +344,7 @@ def _too_much() -> RequestError:
 
 
 def main() -> None:
-    """One JSON object a line in, one out, until the input ends."""
+    """Answer each JSON object, which is a line of the input, with one, until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     ChatTemplate("{{ messages }}").render([])  # what the first template would wait for
     sys.stdout.buffer.write(_READY)

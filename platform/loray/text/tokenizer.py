@@ -1,4 +1,4 @@
-"""A base's tokenizer, and decoders that stream."""
+"""Tokenizers of bases, and decoders that stream the text of tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ByteTable(dict[int, str | bytes]):
 
 
 class ByteDecoder:
-    """For tokens that are bytes: one look into a table, and a UTF-8 decoder where characters span tokens."""
+    """A decoder of tokens that are bytes: one look into a table, and a UTF-8 decoder where characters span tokens."""
 
     def __init__(self, table: ByteTable) -> None:
         self._table = table
@@ -102,7 +102,8 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """For any tokenizer. Each step decodes the tokens since the last complete character, with those before as context.
+    """A decoder for any tokenizer. Each step decodes the tokens since the last complete character, with those before as
+    context.
 
     Decoding starts at the end of the prompt, because SentencePiece tokenizers drop the space at the beginning of a
     text.
@@ -151,7 +152,7 @@ _SHRINKING = 4  # characters that become one
 
 
 class Tokenizer:
-    """Encodes and decodes texts. May be used by several threads; they run side by side while they encode.
+    """A tokenizer, which several threads may use; they run side by side while they encode.
 
     added_tokens          text → id of the tokens that are not made of others, special ones and markers of tool calls
     num_tokens            the vocabulary's, with added tokens
@@ -183,7 +184,7 @@ class Tokenizer:
         return cls(tokenizer.load(folder))
 
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """`special`: with the tokens that the tokenizer puts around a text."""
+        """The tokens of a text. `special`: with those that the tokenizer puts around it."""
         # As a batch, because only that lets other threads run meanwhile; without offsets, which nobody reads.
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
@@ -215,7 +216,7 @@ class Tokenizer:
         return SkippingDecoder(WindowDecoder(self.decode, prompt_ids), {self.added_tokens[token] for token in skipped})
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """As they stand in the vocabulary, which has other characters than their texts. Ids must be in it."""
+        """The tokens as the vocabulary has them, in other characters than their texts. Ids must be in it."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def text_of(self, token_id: int) -> str:
@@ -227,7 +228,9 @@ class Tokenizer:
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """As vLLM does: each word as at the beginning of a text, and after a space where that is as many other tokens."""
+    """The tokens of words that are not to be generated, as vLLM has them: of each word as at the beginning of a text,
+    and after a space where that is as many other tokens.
+    """
     out: dict[tuple[int, ...], None] = {}
     for word in words:
         first = tokenizer.encode(word.lstrip(), special=False)

@@ -1,4 +1,4 @@
-"""Strict bodies, fields of several forms, refused fields."""
+"""The ground of OpenAI's bodies: strict models, fields that have several forms, fields that are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from loray.errors import RequestError, shown
+
+# -- refused fields ---------------------------------------------------------------------------------------------------
 
 
 class _Refusal(NamedTuple):
@@ -51,74 +53,7 @@ def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dic
     return out
 
 
-_MAX_MISTAKES = 8  # that one message names
-_HINT = "accepted; it changes nothing"
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-def _small(value: dict[str, Any]) -> dict[str, Any]:
-    if (num := num_characters(value)) > MAX_OBJECT_CHARACTERS:
-        raise RequestError(f"has {num:,} characters; at most {MAX_OBJECT_CHARACTERS:,} are allowed")
-    return value
-
-
-SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
-
-
-class Hints(Body):
-    """Fields that clients send for OpenAI's accounting and for other kinds of models."""
-
-    metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
-    store: bool | None = Field(default=None, description="accepted; nothing is stored")
-    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
-    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
-    verbosity: ShortText | None = Field(default=None, description=_HINT)
-    service_tier: ShortText | None = Field(default=None, description=_HINT)
-    safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
-    prompt_cache_key: ShortText | None = Field(default=None, description="accepted; the prefix cache needs no key")
-    prompt_cache_retention: ShortText | None = Field(default=None, description=_HINT)
-
-
-B = TypeVar("B", bound=Body)
-
-
-def parse(schema: type[B], body: object) -> B:
-    """Checks a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
-    if not isinstance(body, dict):
-        raise RequestError("the request body must be a JSON object")
-    given = {name: value for name, value in body.items() if value is not None}
-    given = without_unsupported(given, schema.model_fields)
-    try:
-        return schema.model_validate(given)
-    except ValidationError as e:
-        raise _request_error(e, schema) from e
-
-
-def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
-    """The mistakes in one message; `param` is the first wrong field."""
-    lines, params = [], []
-    for detail in error.errors(include_url=False, include_input=False)[:_MAX_MISTAKES]:
-        param = ".".join(str(part)[:80] for part in detail["loc"])
-        cause = detail.get("ctx", {}).get("error")
-        if detail["type"] == "extra_forbidden":
-            known = f"; known fields: {', '.join(sorted(schema.model_fields))}" if len(detail["loc"]) == 1 else ""
-            lines.append(f"unknown field {shown(param)}{known}")
-        elif detail["type"] == "missing":
-            lines.append(f"{param!r} is required")
-        elif isinstance(cause, RequestError):
-            lines.append(f"{param}: {cause}" if param else str(cause))
-            param = param or cause.param or ""
-        else:
-            message = detail["msg"]
-            lines.append(f"{param}: {message[:1].lower()}{message[1:]}" if param else message)
-        params.append(param)
-    if error.error_count() > _MAX_MISTAKES:
-        lines.append(f"and {error.error_count() - _MAX_MISTAKES:,} more mistakes")
-    return RequestError("; ".join(lines), params[0] or None)
-
+# -- fields of several forms ------------------------------------------------------------------------------------------
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_STOP_STRINGS = 16
@@ -135,9 +70,8 @@ ShortText = Annotated[str, Field(max_length=MAX_SHORT_CHARACTERS)]
 
 
 def num_characters(value: object) -> int:
-    """Return the number of characters of all strings in a JSON value, keys too; any other value counts as one or more.
-
-    A number counts as about its digits.
+    """Characters of all strings in a JSON value, keys too. Any other value counts as one or more, a number as about its
+    digits.
     """
     num, rest = 0, [value]
     while rest:
@@ -154,6 +88,15 @@ def num_characters(value: object) -> int:
         elif isinstance(part, int):
             num += part.bit_length() // 3
     return num
+
+
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    if (num := num_characters(value)) > MAX_OBJECT_CHARACTERS:
+        raise RequestError(f"has {num:,} characters; at most {MAX_OBJECT_CHARACTERS:,} are allowed")
+    return value
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 def stop_strings(value: object) -> object:
@@ -222,12 +165,11 @@ def prompts(value: object) -> tuple[Prompt, ...]:
 
 
 def _is_token_ids(values: list[Any]) -> bool:
-    """Without a loop in Python, since a prompt may have hundreds of thousands. A bool is no id."""
+    """All are token ids, as no loop in Python finds: a prompt may have hundreds of thousands. A bool is no id."""
     return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < 1 << 31
 
 
 def _check_number(values: Sized, limit: int, noun: str) -> None:
-    """Called before the values themselves are looked at."""
     if len(values) > limit:
         raise RequestError(f"has {len(values):,} {noun}; at most {limit:,} are allowed")
 
@@ -251,3 +193,67 @@ def _part(part: object) -> str:
     if not isinstance(found, str):
         raise RequestError('a text part is {"type": "text", "text": "..."}')
     return found
+
+
+# -- bodies -----------------------------------------------------------------------------------------------------------
+
+_MAX_MISTAKES = 8  # that one message names
+_HINT = "accepted; it changes nothing"
+
+
+class Body(BaseModel):
+    """A body that a client sends, which has no unknown fields and no values of other types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Hints(Body):
+    """Fields that clients send for OpenAI's accounting and for other kinds of models."""
+
+    metadata: SmallObject | None = Field(default=None, description="accepted; nothing is stored")
+    store: bool | None = Field(default=None, description="accepted; nothing is stored")
+    reasoning_effort: ShortText | None = Field(default=None, description=_HINT)
+    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
+    verbosity: ShortText | None = Field(default=None, description=_HINT)
+    service_tier: ShortText | None = Field(default=None, description=_HINT)
+    safety_identifier: ShortText | None = Field(default=None, description="accepted, for the caller's own use")
+    prompt_cache_key: ShortText | None = Field(default=None, description="accepted; the prefix cache needs no key")
+    prompt_cache_retention: ShortText | None = Field(default=None, description=_HINT)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(schema: type[B], body: object) -> B:
+    """Checks a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
+    if not isinstance(body, dict):
+        raise RequestError("the request body must be a JSON object")
+    given = {name: value for name, value in body.items() if value is not None}
+    given = without_unsupported(given, schema.model_fields)
+    try:
+        return schema.model_validate(given)
+    except ValidationError as e:
+        raise _request_error(e, schema) from e
+
+
+def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
+    """The mistakes in one message; `param` is the first wrong field."""
+    lines, params = [], []
+    for detail in error.errors(include_url=False, include_input=False)[:_MAX_MISTAKES]:
+        param = ".".join(str(part)[:80] for part in detail["loc"])
+        cause = detail.get("ctx", {}).get("error")
+        if detail["type"] == "extra_forbidden":
+            known = f"; known fields: {', '.join(sorted(schema.model_fields))}" if len(detail["loc"]) == 1 else ""
+            lines.append(f"unknown field {shown(param)}{known}")
+        elif detail["type"] == "missing":
+            lines.append(f"{param!r} is required")
+        elif isinstance(cause, RequestError):
+            lines.append(f"{param}: {cause}" if param else str(cause))
+            param = param or cause.param or ""
+        else:
+            message = detail["msg"]
+            lines.append(f"{param}: {message[:1].lower()}{message[1:]}" if param else message)
+        params.append(param)
+    if error.error_count() > _MAX_MISTAKES:
+        lines.append(f"and {error.error_count() - _MAX_MISTAKES:,} more mistakes")
+    return RequestError("; ".join(lines), params[0] or None)

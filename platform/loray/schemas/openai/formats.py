@@ -1,4 +1,4 @@
-"""From deltas to responses and chunks."""
+"""Writers of OpenAI's answers: they make responses and chunks of deltas."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from loray.schemas.openai.responses import (
 )
 from loray.spec import Delta, FinishReason, TokenLogprob, ToolCallDelta
 
+# -- tool calls -------------------------------------------------------------------------------------------------------
+
 
 def assistant_message(text: str, deltas: Iterable[ToolCallDelta]) -> AssistantMessage:
     calls = [
@@ -43,7 +45,7 @@ def assistant_message(text: str, deltas: Iterable[ToolCallDelta]) -> AssistantMe
 
 
 def chat_delta(delta: Delta) -> ChatDelta:
-    """What a step added. Only a last one may have neither text nor calls."""
+    """The part of a message that a step added. Only a last one may have neither text nor calls."""
     fields: dict[str, object] = {}
     if delta.text or not (delta.finish_reason or delta.tool_calls):
         fields["content"] = delta.text
@@ -68,12 +70,14 @@ def _chunk(d: ToolCallDelta) -> ToolCallChunk:
     return ToolCallChunk(index=d.index, id=d.id, type="function", function=function)
 
 
+# -- what answers may have more ---------------------------------------------------------------------------------------
+
 C = TypeVar("C", CompletionChoice, ChatChoice, ChatChunkChoice)
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What one answer has more.
+    """Fields that one answer has beside OpenAI's.
 
     prompts    the prompt of each choice; empty if the request asks for nothing of this
     token_ids  `return_token_ids`: those of the prompt and of the answer
@@ -93,7 +97,7 @@ class Extras:
         return {"prompt_token_ids": list(self.prompts[index])} if self.token_ids else {}
 
     def usage_of(self, index: int, delta: Delta | None) -> Usage | None:
-        """Of choice `index` until `delta`; None: before the first."""
+        """The usage of choice `index` until `delta`; None: before the first."""
         if not self.usage:
             return None
         return Usage.of(len(self.prompts[index]), 0 if delta is None else delta.num_output_tokens)
@@ -108,6 +112,7 @@ class Extras:
 
 NO_EXTRAS = Extras()
 
+# -- log-probabilities ------------------------------------------------------------------------------------------------
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -163,6 +168,9 @@ def _finite(logprob: float | None) -> float:
 
 def _utf8(text: str) -> list[int]:
     return list(text.encode("utf-8", "surrogatepass"))
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -361,6 +369,8 @@ def _with_prompt_logprobs(body: B, choice: Choice) -> B:
     return body.model_copy(update={"prompt_logprobs": [by_token_id(t) for t in choice.prompt_logprobs]})
 
 
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
 # What stands in a sample chunk for the values of one request.
 _ID, _MODEL, _FINGERPRINT, _TEXT = "@id", "@model", "@fingerprint", "@text"
 _CREATED, _INDEX = 10**17 + 1, 10**17 + 2
@@ -377,7 +387,7 @@ class Template(NamedTuple):
 
 
 class Chunks:
-    """Writes the chunks of one stream, each between `before` and `after`. They are those of the format, byte for byte.
+    """A writer of one stream's chunks, each between `before` and `after`. They are those of the format, byte for byte.
 
     Chunks with log-probabilities, calls of tools or extras are rare, and the format itself writes them.
     """

@@ -1,4 +1,4 @@
-"""Completions and chat completions: messages, tools."""
+"""Bodies of OpenAI's requests: completions, and chat completions with their messages and tools."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from loray.schemas.openai.fields import (
 from loray.schemas.openai.structured import JsonSchema, StructuredFields
 from loray.spec import Constraint, SamplingParams, Tool, ToolUse
 
+# -- messages ---------------------------------------------------------------------------------------------------------
+
 # Keys of messages that change no prompt: what answers have and clients send back, and hints of other providers' APIs.
 _IGNORED = ("annotations", "cache_control", "provider_specific_fields", "reasoning", "reasoning_content", "refusal")
 
@@ -48,11 +50,11 @@ class ToolCall(Body):
     @model_validator(mode="before")
     @classmethod
     def _without_index(cls, value: Any) -> Any:
-        """Calls that were joined from a stream keep its `index`."""
+        """The call without the `index` of a stream, which clients keep that have joined its chunks."""
         return {k: v for k, v in value.items() if k not in ("index", *_IGNORED)} if isinstance(value, dict) else value
 
     def for_template(self) -> dict[str, Any]:
-        """Most templates expect the arguments as an object. What is not JSON stays the text that it was."""
+        """The call with arguments as an object, which most templates expect. What is not JSON stays the text it was."""
         arguments: Any = self.function.arguments
         with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
@@ -69,7 +71,7 @@ class ChatMessage(Body):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: Any) -> Any:
-        """Clients send an assistant's message back as they received it, with null and empty fields."""
+        """The message without null and empty fields, with which clients send an assistant's message back."""
         if not isinstance(value, dict):
             return value
         if value.get("audio"):
@@ -81,7 +83,7 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        """The fields that a role needs, and those that it alone has."""
+        """Refuse a message without the fields that its role needs, or with those of another one."""
         if self.role == "tool" and self.tool_call_id is None:
             raise RequestError("a message of role tool needs tool_call_id: the id of the call that it answers")
         if self.tool_calls and self.role != "assistant":
@@ -92,7 +94,7 @@ class ChatMessage(Body):
 
     @property
     def num_characters(self) -> int:
-        """Of all that the chat template can read of it."""
+        """Characters of all that the chat template can read of the message."""
         calls = sum(len(c.id) + len(c.function.name) + len(c.function.arguments) for c in self.tool_calls)
         return len(self.content) + len(self.name or "") + len(self.tool_call_id or "") + calls
 
@@ -112,7 +114,7 @@ class ChatMessage(Body):
 
 
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """All messages; a tool's gets the name of the function that was called, which some templates need."""
+    """The messages as chat templates expect them; a tool's gets the name of the function that was called."""
     out, names = [], dict[str | None, str]()
     for message in messages:
         names |= {call.id: call.function.name for call in message.tool_calls}
@@ -123,13 +125,15 @@ def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return out
 
 
+# -- tools ------------------------------------------------------------------------------------------------------------
+
 MAX_TOOLS = 128
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _HARMLESS = ("cache_control", "defer_loading", "eager_input_streaming")  # of other providers' APIs
 
 
 def tool_of(value: object) -> object:
-    """Tools of other types are refused by name."""
+    """One of `tools`, without fields that change nothing. Raises RequestError for a tool of another type."""
     if not isinstance(value, dict):
         return value
     kind = value.get("type", "function")
@@ -192,7 +196,7 @@ _CHOICES: dict[str, type[Body]] = {"function": NamedChoice, "allowed_tools": All
 
 
 def choice_of(value: object) -> object:
-    """`tool_choice`, with one error for all that it may not be."""
+    """`tool_choice` as one of its forms. Raises RequestError, the same for all that it may not be."""
     if value in ("none", "auto", "required"):
         return value
     kind = value.get("type") if isinstance(value, dict) else None
@@ -204,7 +208,9 @@ def choice_of(value: object) -> object:
 
 
 def tool_use(tools: Sequence[FunctionTool], choice: ToolChoice, parallel: bool) -> ToolUse | None:
-    """What the fields of a request mean; None where nothing is to be called. RequestError where they contradict."""
+    """The tools that a request offers; None where nothing is to be called. Raises RequestError where the fields
+    contradict.
+    """
     names = [tool.function.name for tool in tools]
     if isinstance(choice, AllowedTools):
         unknown = [name for name in choice.names if name not in names]
@@ -226,6 +232,8 @@ def tool_use(tools: Sequence[FunctionTool], choice: ToolChoice, parallel: bool) 
     return ToolUse(tuple(tool.to_tool() for tool in tools), name, parallel, named)
 
 
+# -- requests ---------------------------------------------------------------------------------------------------------
+
 MAX_LOGPROBS = 20
 _NO_VARIABLES = {"add_generation_prompt", "chat_template", "continue_final_message", "documents", "messages", "tools"}
 _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
@@ -238,7 +246,7 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Hints, StructuredFields):
-    """What both endpoints share."""
+    """The fields of both endpoints."""
 
     model: Annotated[ShortText, Field(min_length=1)]
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -315,7 +323,7 @@ class GenerationRequest(Hints, StructuredFields):
 
     @property
     def default_max_tokens(self) -> int | None:
-        """None: the rest of the context."""
+        """The limit where the client gives none; None: the rest of the context."""
         return None
 
     def sampling(
@@ -438,7 +446,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @cached_property
     def num_characters(self) -> int:
-        """Of all that the chat template can read."""
+        """Characters of all that the chat template can read."""
         tools = () if self.tool_use is None else self.tool_use.tools
         of_tools = (len(t.name) + len(t.description or "") + fields.num_characters(t.parameters) for t in tools)
         of_messages = sum(message.num_characters for message in self.messages)
@@ -446,7 +454,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @cached_property
     def tool_use(self) -> ToolUse | None:
-        """What the model may or must call; None: nothing."""
+        """The tools that the model may or must call; None: nothing."""
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property

@@ -1,4 +1,4 @@
-"""Responses and chunks.
+"""Bodies of OpenAI's answers: responses and chunks, models, errors.
 
 They are written with `exclude_unset`, because OpenAI leaves out some fields (`usage` of a chunk, `role` of a later
 delta) and sends others as null. So the gateway sets every field that must appear.

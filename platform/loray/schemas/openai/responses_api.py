@@ -1,4 +1,4 @@
-"""/v1/responses as another form of chat."""
+"""OpenAI's Responses API, /v1/responses, as another form of chat completions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from loray.errors import RequestError, shown
 from loray.schemas.openai.fields import Body, Hints, ShortText, SmallObject, parse
 from loray.schemas.openai.requests import ChatCompletionRequest
 from loray.schemas.openai.responses import Usage
+
+# -- items as messages ------------------------------------------------------------------------------------------------
 
 Message = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")
@@ -54,7 +56,7 @@ def _message(item: Mapping[str, Any], at: str) -> Message:
 
 
 def _append_call(chat: list[Message], item: Mapping[str, Any], at: str) -> None:
-    """Calls that follow a text of the assistant, or each other, belong to one message of a chat."""
+    """Append a call. Those that follow a text of the assistant, or each other, belong to one message of a chat."""
     function = {"name": _text(item, "name", at), "arguments": _text(item, "arguments", at)}
     call = {"id": _text(item, "call_id", at), "type": "function", "function": function}
     if not chat or chat[-1]["role"] != "assistant":
@@ -85,6 +87,8 @@ def _text(item: Mapping[str, Any], field: str, at: str) -> str:
         raise RequestError(f"{at}.{field}: must be a string", f"{at}.{field}")
     return value
 
+
+# -- the request ------------------------------------------------------------------------------------------------------
 
 _NOT_STORED = "responses are not stored; send the earlier items in `input`"
 _REFUSED = {
@@ -140,7 +144,7 @@ class ResponsesRequest(Hints):
     user: ShortText | None = None
 
     def chat_body(self) -> dict[str, Any]:
-        """The body of the chat request. RequestError for what a chat cannot say."""
+        """The body of the chat request. Raises RequestError for what a chat cannot say."""
         extra = dict(self.model_extra or {})
         for name in extra:
             if name in _REFUSED and extra[name] is not False:
@@ -212,11 +216,13 @@ def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {k: v for k, v in given.items() if k != "type" and v is not None}}
 
 
+# -- the answer -------------------------------------------------------------------------------------------------------
+
 Event = dict[str, Any]
 
 
 class ResponseBuilder:
-    """Collects one answer. Each method returns the events of its change; `response` is the answer as it is now.
+    """A collector of one answer. Each method returns the events of its change; `response` is the answer as it is now.
 
     A streamed answer is `opening`, then `text`, `call` and `arguments` in the order of generation, then `finish` or
     `fail`. One that is not streamed takes the same calls.
@@ -231,8 +237,6 @@ class ResponseBuilder:
         self._pieces: list[str] = []  # of its text or arguments
         self._logprobs: list[dict[str, Any]] = []
         self._num_events = 0
-
-    # -- events -------------------------------------------------------------------------------------------------------
 
     def opening(self) -> list[Event]:
         return [
@@ -254,7 +258,7 @@ class ResponseBuilder:
         return events
 
     def call(self, call_id: str, name: str) -> list[Event]:
-        """A function call begins; `arguments` follow."""
+        """The beginning of a function call, whose `arguments` follow."""
         events = list(self._close("completed"))
         item = {"id": _new_id("fc"), "type": "function_call", "status": "in_progress", "arguments": ""}
         return [*events, self._open(item | {"call_id": call_id, "name": name})]
@@ -270,14 +274,12 @@ class ResponseBuilder:
         return [*events, self._event(f"response.{status}", response=self.response(status, usage))]
 
     def fail(self, code: str, message: str) -> list[Event]:
-        """After a failure the open item stays incomplete."""
+        """The end of an answer that failed, whose open item stays incomplete."""
         if self._is_open:
             self._item.update(self._content("incomplete"))
             self._is_open = False
         response = self.response("failed") | {"error": {"code": code, "message": message}}
         return [self._event("response.failed", response=response)]
-
-    # -- the answer ---------------------------------------------------------------------------------------------------
 
     def response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
         request = self._request
@@ -315,8 +317,6 @@ class ResponseBuilder:
     @property
     def _item(self) -> dict[str, Any]:
         return self._output[-1]
-
-    # -- items --------------------------------------------------------------------------------------------------------
 
     def _open(self, item: dict[str, Any]) -> Event:
         self._output.append(item)

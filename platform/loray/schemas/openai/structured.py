@@ -1,4 +1,4 @@
-"""`response_format`, `structured_outputs`, `guided_*`."""
+"""Structured output: `response_format`, `structured_outputs` and `guided_*`, as constraints on the answer."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fals
 
 
 class RequestedConstraint(NamedTuple):
+    """The constraint of a request, and the field that asks for it."""
+
     param: str
     constraint: Constraint
 
@@ -158,7 +160,7 @@ class StructuredFields(BaseModel):
 
     @cached_property
     def constraint(self) -> RequestedConstraint | None:
-        """What the answer must match, and the field that says so. RequestError if several do."""
+        """The constraint that the answer must match, and the field that says so. Raises RequestError if several do."""
         found = _constraints(
             self.guided_json,
             self.guided_regex,

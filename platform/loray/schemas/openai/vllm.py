@@ -1,4 +1,4 @@
-"""VLLM's tokenize and load-adapter bodies."""
+"""Bodies of vLLM's routes that OpenAI does not have: tokenizing, and loading an adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnloadLoraRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: of a text, or of a chat, whose further fields are those of a chat completion."""
+    """POST /tokenize of a text, or of a chat, whose further fields are those of a chat completion."""
 
     model: fields.ShortText | None = Field(
         default=None, min_length=1, description="the base, unless given; required where several are served"

@@ -1,9 +1,7 @@
-"""Grammar of tool calls; tools as text.
+"""Tools as a prompt and a constraint on the answer.
 
-Written for llguidance (docs/syntax.md, "Tool calling"). JSON is written as Python's `json.dumps` and Jinja's `tojson`
-write it, which is what models have seen: a colon or comma and one space.
-
-https://github.com/NousResearch/Hermes-Function-Calling describes that form; the words are ours.
+Grammars are llguidance's (docs/syntax.md, "Tool calling"). JSON is written as Python's `json.dumps` and Jinja's
+`tojson` write it, which is what models have seen: a colon or comma and one space.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ Symbol = Callable[[str], str]  # a marker as llguidance has it: the token where 
 def calls_constraint(
     use: ToolUse, form: ToolParserName, token_id: Callable[[str], int | None], answer: Constraint | None = None
 ) -> Constraint | None:
-    """What the answer must match; None where the model is free. `answer` is what it must match if it calls nothing.
+    """The constraint of the answer; None where the model is free. `answer` is that of an answer which calls nothing.
 
     Forced calls have arguments that are valid by the function's parameters, as far as its schema can be enforced; those
     of a strict function always are, or the schema is refused.
@@ -107,7 +105,7 @@ class _Rules:
         return " | ".join(f"f{i}" for i in range(len(self._use.callable)))
 
     def _schema(self, tool: Tool) -> str:
-        """Of a function's arguments, always an object. A free answer is held to the schemas of strict functions."""
+        """The schema of a function's arguments, an object. A free answer is held to the schemas of strict functions."""
         if not (self._use.forced or tool.strict):
             return _schema({"type": "object"}, lenient=True)
         defaults: dict[str, Any] = {"type": "object"}
@@ -150,11 +148,14 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
+# -- tools as text ----------------------------------------------------------------------------------------------------
+
 _FORMS: Mapping[ToolParserName, tuple[str, str, str]] = {  # before the object, the arguments' key, after the object
     "hermes": ("<tool_call>\n", "arguments", "\n</tool_call>"),
     "llama3_json": ("", "parameters", ""),
     "mistral": ("[TOOL_CALLS][", "arguments", "]"),
 }
+# The form is that of https://github.com/NousResearch/Hermes-Function-Calling; the words are ours.
 _SYSTEM = """# Tools
 
 You can call functions. Each line between <tools> and </tools> describes one of them, with the JSON schema of its \

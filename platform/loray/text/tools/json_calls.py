@@ -1,4 +1,4 @@
-"""JSON of a tool call, read while it arrives.
+"""Readers of the JSON of a tool call while it arrives.
 
 RFC 8259. A parser that streams the arguments of a call must know where they end before it has read them.
 """
@@ -18,8 +18,8 @@ _CLOSED_BY = {"{": "}", "[": "]"}
 
 
 class JsonToken(Enum):
-    """What a character of the object is: of its own keys, of its own values (all that is nested counts as such), its
-    closing brace, or anything between. BAD: no JSON object goes on with this character.
+    """The kind of a character of the object: of its own keys, of its own values (all that is nested counts as such),
+    its closing brace, or anything between. BAD: no JSON object goes on with this character.
     """
 
     BETWEEN = auto()
@@ -35,7 +35,7 @@ _State = Literal[
 
 
 class JsonScanner:
-    """Starts before the opening brace. After END or BAD it takes no more characters."""
+    """A scanner of one object, from its opening brace on. After END or BAD it takes no more characters."""
 
     def __init__(self) -> None:
         self._open: list[str] = []
@@ -140,11 +140,15 @@ class JsonScanner:
         self._state = "key or }" if c == "{" else "value or ]"
 
 
+# -- calls ------------------------------------------------------------------------------------------------------------
+
 _ARGUMENTS = ("arguments", "parameters")
 
 
 class CallState(Enum):
-    """MALFORMED: the last character does not belong to a call; what came before it does, if the call has begun."""
+    """The state of a call that is read. MALFORMED: the last character does not belong to a call; what came before it
+    does, if the call has begun.
+    """
 
     MORE = auto()
     DONE = auto()
@@ -152,7 +156,8 @@ class CallState(Enum):
 
 
 class CallObject:
-    """Reads the keys in any order; other keys are ignored. Without arguments, they are `{}`.
+    """An object with the name and the arguments of a call, in any order. Other keys are ignored; arguments that are not
+    there are `{}`.
 
     name       as soon as the call has begun: name and arguments are known to be there
     complete   the arguments have ended
@@ -186,7 +191,7 @@ class CallObject:
 
     @property
     def in_string(self) -> bool:
-        """Whether a string of the arguments goes on, of which `feed` needs not see what neither ends nor escapes."""
+        """A string of the arguments goes on, of which `feed` needs not see what neither ends nor escapes."""
         return self._has_arguments and not self.complete and self.name is not None and self._scanner.in_string
 
     def take(self) -> str:
@@ -236,7 +241,7 @@ class CallObject:
 
 
 class ArgumentsObject:
-    """The arguments alone, of a call whose name is known. As CallObject; the call begins with the opening brace."""
+    """The arguments of a call whose name is known, read as by CallObject; the call begins with the opening brace."""
 
     def __init__(self, name: str) -> None:
         self.name: str | None = None

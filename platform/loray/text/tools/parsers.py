@@ -1,6 +1,7 @@
-"""Tool calls as Hermes, Llama and Mistral write them.
+"""Parsers of tool calls as Hermes, Llama and Mistral write them.
 
-A parser is a generator that receives characters and END. So the result cannot depend on how the text was cut.
+A parser runs a generator that receives one character after the other, and None at the end. So the result cannot depend
+on how the text was cut.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Reading = Generator[None, Char, Char]  # receives characters; returns the first 
 
 
 class ToolParser(Protocol):
-    """Splits generated text into what is said and what is called.
+    """A parser that splits generated text into what is said and what is called.
 
     A call's first delta has its id, its name and no arguments. A call that is malformed before its arguments begin is
     text; from there on everything up to the call's end marker is arguments, be they valid JSON or not.
     """
 
     def push(self, text: str) -> Sequence[Piece]:
-        """What has become certain with `text`."""
+        """The pieces that have become certain with `text`."""
 
     def finish(self) -> Sequence[Piece]:
         """The rest, when no more text comes."""
@@ -39,7 +40,7 @@ def new_call_id() -> str:
 
 
 class _Shortcut(NamedTuple):
-    """What a text that matches `plain` is, where the generator waits: it needs not read it."""
+    """The way past a generator that waits: a text that matches `plain` is given to `emit`, and needs not be read."""
 
     plain: re.Pattern[str]
     emit: Callable[[str], None]
@@ -55,7 +56,7 @@ def _without(first: str) -> re.Pattern[str]:
 
 
 class CharacterParser:
-    """Runs `_read`, the family's generator, over the text."""
+    """A parser that runs `_read`, the family's generator, over the text."""
 
     def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
         self._names, self._new_id = names, new_id
@@ -120,7 +121,7 @@ class CharacterParser:
         return spaces, c
 
     def _until(self, begin: str, c: Char, *, after_call: bool, end: str = "") -> Generator[None, Char, str | None]:
-        """Emits text until the marker `begin`. Returns it with the whitespace before it; None where the text ends.
+        """Emit text until the marker `begin`. Returns it with the whitespace before it; None where the text ends.
 
         Directly after a call, whitespace and the call's marker `end` are not text.
         """
@@ -246,7 +247,7 @@ class LlamaParser(CharacterParser):
             raw = found + spaces
 
     def _separator(self, c: Char) -> Generator[None, Char, tuple[str, Char]]:
-        """What stands between two calls, and the character after it; whitespace after a call counts as nothing."""
+        """The text between two calls, and the character after it; whitespace after a call counts as nothing."""
         _, c = yield from self._spaces(c)
         if c is None or c not in ";,":
             return "", c
@@ -314,7 +315,7 @@ class MistralParser(CharacterParser):
         return (yield from self._object(ArgumentsObject(name), raw + head + spaces, c))
 
     def _may_precede_arguments(self, head: str) -> bool:
-        """Whether a name and markers could begin with `head`."""
+        """A name and markers could begin with `head`."""
         name, bracket, rest = head.partition("[")
         rest = bracket + rest
         if rest.startswith(self.CALL_ID):
