@@ -46,8 +46,8 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
     `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
     steps, since cuBLAS has a handle and workspaces for each thread.
     """
-    if not model.records or model.recorded is not None:
-        return model.recorded
+    if not model.can_capture or model.captured is not None:
+        return model.captured
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
         batch = model.batch(prompts, lambda chunk: None, pool)
@@ -63,22 +63,22 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
             shown = time.monotonic()
             _log.info("recording decode steps: %s", _text(progress))
 
-    recorded = model.record(CaptureLimits(spec.graph_seconds, spec.graph_bytes), show)
-    assert recorded is not None
-    _log.info("recorded decode steps: %s", _text(recorded))
-    if recorded.num_recorded < recorded.num_wanted:
+    captured = model.capture(CaptureLimits(spec.graph_seconds, spec.graph_bytes), show)
+    assert captured is not None
+    _log.info("recorded decode steps: %s", _text(captured))
+    if captured.num_captured < captured.num_wanted:
         _log.warning(
             "%d kinds of decode steps are not recorded (graph_record_s %g, graph_bytes %d); they are padded to larger "
             "ones, or are computed launch by launch",
-            recorded.num_wanted - recorded.num_recorded,
+            captured.num_wanted - captured.num_captured,
             spec.graph_seconds,
             spec.graph_bytes,
         )
-    return recorded
+    return captured
 
 
 def _text(r: CaptureState) -> str:
-    return f"{r.num_recorded} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
+    return f"{r.num_captured} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
 
 
 def _prompts(pool: Pool, max_tokens: int) -> list[list[Chunk]]:

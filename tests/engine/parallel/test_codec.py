@@ -20,15 +20,15 @@ from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.parallel.pool import (
     CODEC,
     AdapterPlace,
+    CaptureSteps,
     Compact,
     CompileAdapters,
     Forward,
     GetPoolMap,
     PlaceAdapter,
-    RecordSteps,
     RemoveAdapter,
     Replay,
-    UseRecordings,
+    UseCaptures,
 )
 from loray.engine.parallel.transport import WireError
 from loray.engine.parallel.worker import ARGUMENTS, WorkerArgs
@@ -52,9 +52,9 @@ COMMANDS: list[Any] = [
     RemoveAdapter("d"),
     Compact(7, ([EXTENT], 5, {1: 2, 3: 4}, None)),
     GetPoolMap(),
-    UseRecordings(8, 512),
+    UseCaptures(8, 512),
     CompileAdapters(),
-    RecordSteps(CaptureLimits(60.0, 1 << 30)),
+    CaptureSteps(CaptureLimits(60.0, 1 << 30)),
     {"d": AdapterPlace((EXTENT,), SHAPE, None, AdapterDescriptor(1, 2, Parts.LORA | Parts.OWN, None, 0, 7))},
     [b"one", b"two"],
 ]

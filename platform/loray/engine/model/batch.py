@@ -179,7 +179,7 @@ class Batch:
     scored          parts of prompts for whose next tokens log-probabilities are requested
     scored_T        their tokens; None: there are none
     wait_for_layer  called before each layer if an adapter of the batch is partial
-    records         of a recorded step: its adapters, instead of `adapters`
+    descriptors         of a recorded step: its adapters, instead of `adapters`
     logits_tokens_T          of a part of a batch (see `kept`): the tokens of the batch that it has
     """
 
@@ -195,7 +195,7 @@ class Batch:
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
-    records: StepDescriptors | None = None
+    descriptors: StepDescriptors | None = None
     logits_tokens_T: Tensor | None = None
 
     @property
@@ -206,10 +206,10 @@ class Batch:
     @property
     def own_vectors(self) -> StepVectors | None:
         """Of a recorded step in which adapters have norms, embedding rows or a RoPE."""
-        return self.records.vectors if self.records is not None and Parts.OWN in self.records.parts else None
+        return self.descriptors.vectors if self.descriptors is not None and Parts.OWN in self.descriptors.parts else None
 
     @classmethod
-    def of_recorded(cls, step: CapturedStep) -> Batch:
+    def of_captured(cls, step: CapturedStep) -> Batch:
         """A batch without requests to sample for."""
         device = step.token_ids_S.device
         return cls(
@@ -221,7 +221,7 @@ class Batch:
             last=tuple(range(step.token_ids_S.shape[0])),
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
-            records=step.records,
+            descriptors=step.descriptors,
         )
 
 

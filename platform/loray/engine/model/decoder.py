@@ -230,8 +230,8 @@ class Decoder:
     ) -> None:
         self.config = config
         self.ops = ops
-        self.recorded: CaptureState | None = None  # how far recording came before the start
-        self._recorded: CapturedDecoding | None = None
+        self.captured: CaptureState | None = None  # how far recording came before the start
+        self._captures: CapturedDecoding | None = None
         self._steps: DecodeSteps | None = None
         self._adapters: AdapterBatch | None = None  # of the last step
         self._rope = Rope(config, dtype=dtype, device=device)
@@ -250,9 +250,9 @@ class Decoder:
         self._rope.prepare(rope)
 
     @property
-    def records(self) -> bool:
+    def can_capture(self) -> bool:
         """Decode steps can be recorded."""
-        return self._recorded is not None
+        return self._captures is not None
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         """From now on decode steps over `pool` are those that can be recorded, if the backend supports it. Before
@@ -263,17 +263,17 @@ class Decoder:
         """
 
         def forward(step: CapturedStep) -> Tensor:
-            return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
+            return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
 
-        self._recorded = self.ops.recorded(forward, self._decoding(pool, num_slots, max_blocks))
-        if self._recorded is not None:
-            pool.records = PoolDescriptors(
-                self._recorded.directory,
-                self._recorded.vectors,
+        self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
+        if self._captures is not None:
+            pool.descriptors = PoolDescriptors(
+                self._captures.descriptors,
+                self._captures.vectors,
                 block_size=pool.geometry.block_size,
                 rope=self._rope.numbers,
             )
-            self._steps = DecodeSteps(num_slots=num_slots, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+            self._steps = DecodeSteps(num_slots=num_slots, max_blocks=max_blocks, max_rows=self._captures.max_rows)
 
     def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
         return Decoding(pool.layout, num_slots, max_blocks, self._inputs(pool), pool.tensor.device)
@@ -286,11 +286,11 @@ class Decoder:
         compile_adapters(self.ops, pool.tensor, self._inputs(pool))
 
     @torch.inference_mode()
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
         """Record decode steps; None if there is nothing to record. Before the first step."""
-        if self._recorded is not None:
-            self.recorded = self._recorded.record(limits, on_progress)
-        return self.recorded
+        if self._captures is not None:
+            self.captured = self._captures.capture(limits, on_progress)
+        return self.captured
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
         """The batch of `chunks` for one pass, or of some of them, whose turn it is; None if it needs tokens that are in
@@ -309,7 +309,7 @@ class Decoder:
         """Where the tokens of the last step, `batch`, are drawn to, so that the next one takes them from there; None if
         it cannot.
         """
-        return None if self._recorded is None or isinstance(batch, Batch) else self._recorded.slots
+        return None if self._captures is None or isinstance(batch, Batch) else self._captures.slots
 
     def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
         batch = build_batch(
@@ -341,8 +341,8 @@ class Decoder:
         pool.wait_for(batch.residents)
         if isinstance(batch, Batch):
             return self._forward(batch, pool, on_scored)
-        assert self._recorded is not None
-        return self._recorded(batch.step)
+        assert self._captures is not None
+        return self._captures(batch.step)
 
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops

@@ -70,8 +70,8 @@ class Linear:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
         parts = torch.split(y_TO, self._widths, dim=1)
-        if step.batch.records is not None:
-            self.add_recorded(x_TI, y_TO, parts, step.batch.records, step)
+        if step.batch.descriptors is not None:
+            self.add_adapters(x_TI, y_TO, parts, step.batch.descriptors, step)
             return y_TO
         outputs = dict(zip(self.modules, parts, strict=True))
         self.add_lora(x_TI, outputs, step)
@@ -79,17 +79,17 @@ class Linear:
         self.scale_dora(outputs, step)
         return y_TO
 
-    def add_recorded(
-        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepDescriptors, step: ForwardContext
+    def add_adapters(
+        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], descriptors: StepDescriptors, step: ForwardContext
     ) -> None:
-        """What `records` bring, to the result and its `parts` by module."""
+        """What `descriptors` bring, to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
-        if Parts.LORA in records.parts:
-            step.ops.lora_by_descriptor(x_TI, parts, pool, records, self._field, offset)
-        if Parts.VERA in records.parts:
-            step.ops.vera_by_descriptor(x_TI, y_TO, pool, records, self._field, offset)
-        if Parts.DORA in records.parts:
-            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, records, self._field, offset)
+        if Parts.LORA in descriptors.parts:
+            step.ops.lora_by_descriptor(x_TI, parts, pool, descriptors, self._field, offset)
+        if Parts.VERA in descriptors.parts:
+            step.ops.vera_by_descriptor(x_TI, y_TO, pool, descriptors, self._field, offset)
+        if Parts.DORA in descriptors.parts:
+            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, descriptors, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora

@@ -26,9 +26,9 @@ from loray.engine.parallel.pool import (
     Forward,
     GetPoolMap,
     LeadingPool,
-    RecordSteps,
+    CaptureSteps,
     Replay,
-    UseRecordings,
+    UseCaptures,
 )
 from loray.engine.parallel.shard import Shard, check_divisible, local_device, sharded_loads
 from loray.engine.parallel.transport import SECRET_BYTES, joined, open_meeting
@@ -84,20 +84,20 @@ class LeadingDecoder(ShardedDecoder):
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         super().use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
-        if self.records:
-            self._send(UseRecordings(num_slots, max_blocks))
+        if self.can_capture:
+            self._send(UseCaptures(num_slots, max_blocks))
 
     def compile_adapters(self, pool: Pool) -> None:
         self._send(CompileAdapters())
         super().compile_adapters(pool)
 
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
         """RankLost if a rank ends meanwhile."""
-        if not self.records:
+        if not self.can_capture:
             return None
-        self._send(RecordSteps(limits))
+        self._send(CaptureSteps(limits))
         with self._together("recording steps"):
-            return super().record(limits, on_progress)
+            return super().capture(limits, on_progress)
 
     def _send(self, command: Command) -> None:
         self._channel.broadcast(command)

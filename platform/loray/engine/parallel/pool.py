@@ -64,7 +64,7 @@ class GetPoolMap(NamedTuple):
     """The answer is the PoolMap of the rank's pool."""
 
 
-class UseRecordings(NamedTuple):
+class UseCaptures(NamedTuple):
     num_slots: int
     max_blocks: int
 
@@ -73,12 +73,12 @@ class CompileAdapters(NamedTuple):
     pass
 
 
-class RecordSteps(NamedTuple):
+class CaptureSteps(NamedTuple):
     limits: CaptureLimits
 
 
 PoolCommand = PlaceAdapter | RemoveAdapter | Compact
-ModelCommand = Forward | Replay | UseRecordings | CompileAdapters | RecordSteps
+ModelCommand = Forward | Replay | UseCaptures | CompileAdapters | CaptureSteps
 Command = PoolCommand | ModelCommand | GetPoolMap
 
 
@@ -88,7 +88,7 @@ class AdapterPlace(NamedTuple):
     extents: tuple[Extent, ...]
     shape: AdapterShape
     first_pair_block: int | None
-    record: AdapterDescriptor | None
+    descriptor: AdapterDescriptor | None
 
 
 PoolMap = dict[str, AdapterPlace]  # by digest
@@ -102,9 +102,9 @@ CODEC = Codec(
         RemoveAdapter,
         Compact,
         GetPoolMap,
-        UseRecordings,
+        UseCaptures,
         CompileAdapters,
-        RecordSteps,
+        CaptureSteps,
         CaptureLimits,
         AdapterRef,
         PackedAdapter,
@@ -307,7 +307,7 @@ def pool_map(pool: Pool) -> PoolMap:
             adapter.extents,
             adapter.shape,
             None if adapter.pair is None else adapter.pair.first_block,
-            adapter.record,
+            adapter.descriptor,
         )
         for adapter in pool.residents
     }

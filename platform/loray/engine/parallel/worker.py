@@ -24,9 +24,9 @@ from loray.engine.parallel.pool import (
     FollowingPool,
     Forward,
     GetPoolMap,
-    RecordSteps,
+    CaptureSteps,
     Replay,
-    UseRecordings,
+    UseCaptures,
     pool_map,
 )
 from loray.engine.parallel.shard import Shard, local_device
@@ -155,12 +155,12 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
                     model.forward(model.passed(wire.load_chunks(chunks, digests), pool), pool)
                 case Replay(step):
                     model.forward(DecodeBatch(wire.load_step(step), (), ()), pool)
-                case UseRecordings(num_slots, max_blocks):
+                case UseCaptures(num_slots, max_blocks):
                     model.use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
                 case CompileAdapters():
                     model.compile_adapters(pool)
-                case RecordSteps(limits):
-                    model.record(limits, lambda progress: None)
+                case CaptureSteps(limits):
+                    model.capture(limits, lambda progress: None)
                 case GetPoolMap():
                     communicator.send(CODEC.dumps(pool_map(pool)).data, 0)
                 case _:

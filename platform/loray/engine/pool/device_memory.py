@@ -77,7 +77,7 @@ def prompt_logprobs_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     return logits + logits * spec.element_bytes // 4 + _SCORED_ROWS * config.vocab_size * (4 + 4 + 1)
 
 
-def recording_bytes(spec: ServeSpec, config: ModelConfig) -> int:
+def capture_bytes(spec: ServeSpec, config: ModelConfig) -> int:
     """graph_bytes if steps are recorded; adapters' records, 8 MiB, and tables of 8 bytes a block for max_num_seqs."""
     longest = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     tables = 8 * spec.max_num_seqs * -(-longest // spec.block_tokens)
@@ -107,7 +107,7 @@ def plan_memory(
         "logits": logits_bytes(spec, config),
         "prompt logprobs": prompt_logprobs_bytes(spec, config),
         **scratch,
-        "recordings": recording_bytes(spec, config),
+        "recordings": capture_bytes(spec, config),
     }
     usable = usable_bytes(memory, spec.gpu_memory_utilization)
     return DeviceMemoryPlan(usable, needs, usable - sum(needs.values()))

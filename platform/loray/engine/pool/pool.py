@@ -84,7 +84,7 @@ class ResidentAdapter:
     pair: ResidentProjection | None
     pending: PackedAdapter | None = None
     num_layers: int = 0
-    record: AdapterDescriptor | None = None
+    descriptor: AdapterDescriptor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -133,19 +133,19 @@ class PoolDescriptors:
     """
 
     def __init__(
-        self, directory: DescriptorAllocator, vectors: VectorShape, *, block_size: int, rope: RopeNumbers
+        self, allocator: DescriptorAllocator, vectors: VectorShape, *, block_size: int, rope: RopeNumbers
     ) -> None:
-        self._directory, self._vectors = directory, vectors
+        self._allocator, self._vectors = allocator, vectors
         self._block_size, self._rope = block_size, rope
 
     def placed(self, adapter: ResidentAdapter) -> None:
-        adapter.record = None
+        adapter.descriptor = None
         words = self._words(adapter)
-        start = None if words is None else self._directory.add(np.concatenate(words))
+        start = None if words is None else self._allocator.add(np.concatenate(words))
         if words is None or start is None:
             return
         lora, vectors = map(len, words)
-        adapter.record = AdapterDescriptor(
+        adapter.descriptor = AdapterDescriptor(
             start,
             lora + vectors,
             _parts(adapter),
@@ -156,13 +156,13 @@ class PoolDescriptors:
 
     def moved(self, adapter: ResidentAdapter) -> None:
         """Its rows are elsewhere. The record stays where it is: it is as long as before."""
-        if adapter.record is not None and (words := self._words(adapter)) is not None:
-            self._directory.write(adapter.record.start, np.concatenate(words))
+        if adapter.descriptor is not None and (words := self._words(adapter)) is not None:
+            self._allocator.write(adapter.descriptor.start, np.concatenate(words))
 
     def removed(self, adapter: ResidentAdapter) -> None:
-        if adapter.record is not None:
-            self._directory.remove(adapter.record.start, adapter.record.size)
-            adapter.record = None
+        if adapter.descriptor is not None:
+            self._allocator.remove(adapter.descriptor.start, adapter.descriptor.size)
+            adapter.descriptor = None
 
     def _words(self, adapter: ResidentAdapter) -> _Words | None:
         """Those of LoRA and of vectors, each empty if it has none."""
@@ -170,7 +170,7 @@ class PoolDescriptors:
         lora: npt.NDArray[np.int64] | None = none
         if Parts.LORA in parts:
             groups = [_lora_rows(table, group, adapter.scales) for group in range(len(table.groups))]
-            lora = descriptor_words(groups, table.layer_group, self._directory.records.inputs)
+            lora = descriptor_words(groups, table.layer_group, self._allocator.table.inputs)
         vectors = self._vector_words(adapter) if parts & ~Parts.LORA else none
         return None if lora is None or vectors is None else _Words(lora, vectors)
 
@@ -273,7 +273,7 @@ class Pool:
         self._residents: dict[ResidentAdapter, None] = {}
         self._arriving: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
         self._compact = False  # True: nothing to compact until adapters are placed or removed
-        self.records: PoolDescriptors | None = None  # where decode steps are recorded
+        self.descriptors: PoolDescriptors | None = None  # where decode steps are recorded
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
@@ -340,8 +340,8 @@ class Pool:
         self._take(resident, min(num_layers, self.geometry.num_layers))
         if complete:
             resident.pending = None
-        if self.records is not None:
-            self.records.placed(resident)
+        if self.descriptors is not None:
+            self.descriptors.placed(resident)
         self._arriving[resident] = self._writer.arrival()
         self._residents[resident] = None
         self._compact = False
@@ -384,8 +384,8 @@ class Pool:
         self.wait_for([adapter])  # its rows must not come over what will be in their place
         del self._residents[adapter]
         self._compact = False
-        if self.records is not None:
-            self.records.removed(adapter)
+        if self.descriptors is not None:
+            self.descriptors.removed(adapter)
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
@@ -490,8 +490,8 @@ class Pool:
                 adapter.table = place(adapter.shape, extents, self.geometry)
                 adapter.rows = row_tensors(adapter.table, self.tensor.device)
                 adapter.token_row = token_row(tuple(adapter.token_row), adapter.table)
-                if self.records is not None:
-                    self.records.moved(adapter)
+                if self.descriptors is not None:
+                    self.descriptors.moved(adapter)
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""
