@@ -46,8 +46,8 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
     `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
     steps, since cuBLAS has a handle and workspaces for each thread.
     """
-    if not model.can_capture or model.captured is not None:
-        return model.captured
+    if not model.can_capture or model.capture_state is not None:
+        return model.capture_state
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
         batch = model.batch(prompts, lambda chunk: None, pool)
@@ -243,7 +243,7 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
+        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
             load=self._start_load,

@@ -64,7 +64,7 @@ def test_the_thread_that_steps_compiles_and_captures(
     stream = build(base)
     stream.start()
     try:
-        captured = stream._engine._model.captured
+        captured = stream._engine._model.capture_state
         assert captured is not None
         assert captured.num_captured == captured.num_wanted == 3
 

@@ -1,6 +1,6 @@
 """Steps of one token a request, for captured graphs.
 
-The block tables of running requests stay on the device, one row for each slot, and so do the records of adapters. A
+The block tables of running requests stay on the device, one row for each slot, and so do the descriptors of adapters. A
 step sends what has changed: tokens, positions, new blocks. Its order, its slots and its adapters are arranged again
 only when other requests run than in the step before.
 """
@@ -20,7 +20,7 @@ from loray.engine.request import Chunk, Request, RequestState
 from loray_kernels import ITEM_TOKENS, DecodeStep, Parts
 
 _NONE = np.array([], dtype=np.int64)
-_MOST_TURNS = 3  # of recorded steps before one of requests that are apart
+_MOST_TURNS = 3  # of captured steps before one of requests that are apart
 
 Resident = Callable[[Chunk], ResidentAdapter | None]
 
@@ -41,8 +41,8 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Arranged:
-    """Of the last step. By row: `order` has its chunk's place, `slots` its slot, `prompts_S` its tokens of prompt,
-    `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks that have no row.
+    """The last step's arrangement. By row: `order` has its chunk's place, `slots` its slot, `prompts_S` its tokens of
+    prompt, `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks without row.
     """
 
     requests: list[Request]
@@ -61,7 +61,7 @@ class _Arranged:
 
 
 class DecodeSteps:
-    """Makes the batches of one backend's recorded steps, and knows what its block tables hold."""
+    """Makes the batches of one backend's captured steps, and knows what its block tables hold."""
 
     def __init__(self, *, num_slots: int, max_blocks: int, max_rows: int) -> None:
         self._max_blocks, self._max_rows = max_blocks, max_rows
@@ -74,17 +74,18 @@ class DecodeSteps:
         self.forget()
 
     def forget(self) -> None:
-        """What the tables hold is not known any more: a step has failed, and perhaps before its blocks were sent."""
+        """Forget what the tables hold: a step has failed, and perhaps before its blocks were sent."""
         num_slots = len(self._free) + len(self._slot_of)
         self._blocks, self._lengths, self._last = [[]] * num_slots, [0] * num_slots, None
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | Sequence[Chunk]:
-        """A step of those of `chunks` that can be recorded; or the chunks of the next step, which cannot be. These are
-        all of them if the step is of another kind, or has embedding rows of tokens that are in flight: which row a
-        token has is known here alone.
+        """Make a step of those of `chunks` that a captured step can take; else return the chunks of the next step.
 
-        Requests whose adapter has no record, or with more blocks than a table has, are apart: they and the others have
-        steps of their own by turns.
+        These are all of them if the step is of another kind, or has embedding rows of tokens that are in flight: which
+        row a token has is known here alone.
+
+        Requests whose adapter has no descriptor, or with more blocks than a table has, are apart: they and the others
+        have steps of their own by turns.
         """
         arranged = self._arranged(chunks, resident)
         if arranged is None:
@@ -186,7 +187,7 @@ class DecodeSteps:
         )
 
     def _slots_of(self, requests: Sequence[Request]) -> list[int]:
-        """The slots of requests; those that run no more give theirs back."""
+        """Give requests their slots; those that run no more give theirs back."""
         for request in [r for r in self._slot_of if r.state is not RequestState.RUNNING]:
             slot = self._slot_of.pop(request)
             self._blocks[slot], self._lengths[slot] = [], 0
@@ -198,14 +199,14 @@ class DecodeSteps:
 
 
 def _turns(num_captured: int, num_apart: int) -> int:
-    """Recorded steps for one of requests that are apart, which takes about as long: one of four to one of two, by how
-    many there are of both. So neither waits for more than three steps of the others.
+    """Count the captured steps that go before one of requests that are apart, which takes about as long: one to three,
+    by how many requests there are of both. So neither waits for more than three steps of the others.
     """
     return max(1, min(_MOST_TURNS, num_captured // num_apart))
 
 
 def _place(adapter: ResidentAdapter | None) -> tuple[int, int]:
-    """By which rows are ordered: those of a pair are neighbours, and in it those of an adapter."""
+    """The key by which rows are ordered: those of a pair are neighbours, and in it those of an adapter."""
     if adapter is None or adapter.descriptor is None:
         return -1, -1
     return -1 if adapter.pair is None else adapter.pair.first_block, adapter.descriptor.start
