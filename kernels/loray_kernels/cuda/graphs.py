@@ -281,7 +281,7 @@ class DecodeGraphs:
         self._capturer.release()
 
     def _capture(self, shape: GraphShape) -> Capture | None:
-        """None if the memory of the device, or of another rank's for the run before, is too small."""
+        """Capture; None if the memory of the device, or of another rank's for the run before, is too small."""
         capture = _unless_full(lambda: self._capturer(partial(self._compute, shape)))
         if not self._decoding.ranks.agree(capture is not None) or capture is None:
             return None
@@ -321,7 +321,7 @@ def _padded_size(num: int) -> int:
 
 
 def _unless_full(call: Callable[[], T]) -> T | None:
-    """None if the device's memory is too small."""
+    """Call it; None if the device's memory is too small."""
     try:
         return call()
     except RuntimeError as e:
