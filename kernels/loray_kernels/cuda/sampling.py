@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.launch import Launcher
+from loray_kernels.kv import to_device
 from loray_kernels.sampling import (
     MAX_TOP,
     NEW_EDIT,
@@ -146,12 +147,12 @@ class Sampling:
         words = None
         if words_MW is not None and max(draws.masks) >= 0:
             assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
-            words = upload(words_MW.contiguous(), self._device)
+            words = to_device(words_MW.contiguous(), self._device)
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
         choices = self._greedy
         if not is_greedy:
-            choices = Choices.of(upload(torch.from_numpy(packed(draws)), self._device), num)
+            choices = Choices.of(to_device(torch.from_numpy(packed(draws)), self._device), num)
         launch_sample(self._launch, logits_SV, choices, words, out_R2, slots)
         read = self._readback(out_R2.view(-1))
         return lambda: _tokens_and_logits(read())
@@ -175,13 +176,6 @@ def packed(draws: Draws) -> npt.NDArray[np.int64]:
     shares = [log_share(p) for p in draws.min_p]
     out[2 * num :].view(np.float64)[:] = [*draws.temperature, *shares, *draws.uniform]
     return out
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Queue a copy; gives the tensor itself on a CPU."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Choosing:
@@ -209,7 +203,7 @@ class Choosing:
             np.concatenate(new),
             _forbidden(np.concatenate(forbidden)),
         ]
-        there = upload(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
+        there = to_device(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
         starts = np.cumsum([0, *(part.nbytes for part in parts)]).tolist()
         out = self._results(2 * num_plain + _RESULT * num)
         if num_plain:
@@ -230,13 +224,13 @@ class Choosing:
             return None
         assert max(masks) < len(words_MW)
         assert 32 * words_MW.shape[1] >= vocab
-        return upload(words_MW.contiguous(), self._device)
+        return to_device(words_MW.contiguous(), self._device)
 
     def _edits(self, changes: Sequence[Change]) -> list[npt.NDArray[np.void]]:
         """Take what is new of each row's edits; makes room for them, and for allowed tokens, on the device."""
         for allowed in (c.allowed for c in changes if c.allowed is not None):
             if allowed.there is None:
-                allowed.there = upload(allowed.words_W, self._device)
+                allowed.there = to_device(allowed.words_W, self._device)
         return [np.empty(0, NEW_EDIT) if c.edits is None else self._new(c.edits) for c in changes]
 
     def _new(self, edits: TokenEdits) -> npt.NDArray[np.void]:

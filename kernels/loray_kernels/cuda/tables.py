@@ -23,7 +23,7 @@ from loray_kernels.descriptors import (
     VectorShape,
     row_size,
 )
-from loray_kernels.kv import AttentionMeta, KvLayout
+from loray_kernels.kv import AttentionMeta, KvLayout, to_device
 from loray_kernels.ops import AdapterSegments, LoraTable
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
@@ -120,9 +120,7 @@ class AttentionTables(NamedTuple):
 def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """Upload each list as an int64 tensor; one copy for all."""
     flat = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return torch.split(flat, [len(values) for values in lists])
+    return torch.split(to_device(flat, device), [len(values) for values in lists])
 
 
 def pack_rows(rows: RowTables) -> DeviceRows:
@@ -227,9 +225,7 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
         rank_start += table.rank_start
     h_column = [sum(ranks[:m]) for m in range(len(ranks))]
     tiles_C5, rank_start_MN1, h_column_M = upload(device, tiles, rank_start, h_column)
-    scale_MN = torch.tensor([table.scale for table in tables], dtype=torch.float32)
-    if device.type == "cuda":
-        scale_MN = scale_MN.pin_memory().to(device, non_blocking=True)
+    scale_MN = to_device(torch.tensor([table.scale for table in tables], dtype=torch.float32), device)
     widths = tuple(sum(width for _, width, _ in table.b.segments) for table in tables)
     even = all(width % 8 == 0 for table in tables for _, width, _ in table.b.segments)
     return Expand(
