@@ -66,29 +66,29 @@ def compile_adapters(ops: Ops, pool: Tensor, inputs: Sequence[InputShape]) -> No
         x_TI = pool.new_zeros(_TOKENS, _width(shape.a))
         outputs = torch.split(pool.new_zeros(_TOKENS, sum(map(_width, shape.b))), [_width(b) for b in shape.b], dim=1)
         for num_rows in _NUM_ROWS:
-            _lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
+            _run_lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
         for rank in _PAIR_RANKS:
-            _vera(ops, pool, shape, rank, x_TI, outputs[0])
+            _run_vera(ops, pool, shape, rank, x_TI, outputs[0])
 
 
-def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
+def _run_lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
     segments = AdapterSegments((0,), (_TOKENS,))
     tables = tuple(
-        LoraTable(_rows(shape.a, rank, pool), _rows(b, rank, pool), (0, rank), (1.0,)) for b in map(tuple, shape.b)
+        LoraTable(_first_rows(shape.a, rank, pool), _first_rows(b, rank, pool), (0, rank), (1.0,)) for b in shape.b
     )
     h = ops.lora_shrink(x_TI, pool, tables, segments, 0)
     ops.lora_expand(outputs, h, pool, tables, segments, 0)
 
 
-def _vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
+def _run_vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
     a_RI = ProjectionMatrix(pool.new_zeros(rank, x_TI.shape[1]))
     b_OR = ProjectionMatrix(pool.new_zeros(y_TO.shape[1], rank))
-    d, b = _rows(((0, rank),), _TOKENS, pool), _rows(shape.b[0], _TOKENS, pool)
+    d, b = _first_rows(((0, rank),), _TOKENS, pool), _first_rows(shape.b[0], _TOKENS, pool)
     z_TR = ops.vera_shrink(x_TI, a_RI)
     ops.vera_expand(y_TO, z_TR, pool, VeraTable(a_RI, b_OR, d, b, 0, _TOKENS), 0)
 
 
-def _rows(columns: _Columns, num: int, pool: Tensor) -> RowTables:
+def _first_rows(columns: _Columns, num: int, pool: Tensor) -> RowTables:
     at = torch.zeros(num, dtype=torch.int64, device=pool.device)
     return RowTables(tuple((column, width, at) for column, width in columns))
 
