@@ -82,7 +82,7 @@ def _text(r: CaptureState) -> str:
 
 
 def _prompts(pool: Pool, max_tokens: int) -> list[list[Chunk]]:
-    """Make steps of one prompt and of several: Triton compiles numbers that are 1 or multiples of 16 apart from others."""
+    """Make steps of one prompt and of several: Triton compiles numbers that are 1 or multiples of 16 apart."""
     geometry = pool.geometry
     longest = min(max_tokens, geometry.num_blocks * geometry.block_tokens)
     steps = []

@@ -158,7 +158,7 @@ class Grammars:
 
     @property
     def has_due(self) -> bool:
-        """Say whether `take` has something without being told: masks that the next steps compute, or requests that end."""
+        """Say whether `take` has something without being told: masks that later steps compute, or requests that end."""
         return bool(self._turns or self._refused)
 
     def prepare(self, request: Request, constraint: Constraint) -> None:
