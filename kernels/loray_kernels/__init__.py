@@ -2,20 +2,16 @@
 
 `backend(name)` gives an implementation of `ops.Ops`.
 
-    ops        the ops' equations
-    arguments  tables of adapters and weights, which ops are given
-    pages      writing adapters' rows into the pool
-    kv         how blocks hold keys and values
-    decoding   steps that a backend records and replays
-    records    where an adapter's LoRA rows are, in the device's memory
-    vectors    the same for what it brings beside LoRA
-    sampling/  a token for each row of logits
-    reference  torch; every other backend is tested against it
-    cpu/       C++ (cpu/csrc), compiled at first use
-    cuda/      CUDA C++ (cuda/csrc) and Triton (cuda/tiles), for NVIDIA GPUs
-    layout     what several backends check before they call compiled kernels
-    compiled   where compiled kernels are kept
-    memory     CPU memory in huge pages, and its reuse
+    ops          the ops' equations, and the tables and weights that they take
+    kv           how blocks hold keys and values, and writing rows into the pool
+    descriptors  where an adapter's rows are, in the device's memory
+    decode       decode steps that a backend captures and replays
+    sampling     a token for each row of logits
+    reference    torch; every other backend is tested against it
+    cpu/         C++ (cpu/csrc), compiled at first use
+    cuda/        CUDA C++ (cuda/csrc) and Triton, for NVIDIA GPUs
+    compiled     where compiled kernels are kept
+    memory       CPU memory in huge pages, and its reuse
 """
 
 from __future__ import annotations
@@ -42,8 +38,8 @@ from loray_kernels.decode import (
 )
 from loray_kernels.descriptors import (
     INPUTS,
+    ITEM_TOKENS,
     MAX_PAIR_RANK,
-    RECORD_TOKENS,
     DescriptorAllocator,
     InputShape,
     LoraRows,
@@ -72,8 +68,8 @@ from loray_kernels.sampling import Change, Chooser, Chosen, Drawn, Draws, TokenE
 
 __all__ = [
     "INPUTS",
+    "ITEM_TOKENS",
     "MAX_PAIR_RANK",
-    "RECORD_TOKENS",
     "AdapterSegments",
     "AttentionMeta",
     "BackendUnavailable",
@@ -129,7 +125,7 @@ _log = logging.getLogger("loray.kernels")
 
 
 def backend(name: str, device: torch.device | str = "cpu") -> Ops:
-    """The implementation called `name`, for tensors on `device`.
+    """Give the implementation called `name`, for tensors on `device`.
 
     "auto" is the fastest that runs there; if that is the reference because something is missing, one warning is logged.
     ValueError for an unknown name; BackendUnavailable says why the backend cannot run.
@@ -152,7 +148,7 @@ def backend(name: str, device: torch.device | str = "cpu") -> Ops:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that run on this machine. Compiles kernels that are not in the cache."""
+    """List the backends that run on this machine. Compiles kernels that are not in the cache."""
     names = []
     for name, device in (("cuda", "cuda"), ("cpu", "cpu")):
         try:

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and the error of a backend that cannot run."""
+"""The folder of compiled kernels, and the error of a backend that cannot run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """loray/kernels in the user's cache folder. BackendUnavailable for a user who has none."""
+    """Give loray/kernels in the user's cache folder. BackendUnavailable for a user who has none."""
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "loray" / "kernels"

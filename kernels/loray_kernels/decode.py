@@ -1,4 +1,4 @@
-"""Decode steps that a backend captures."""
+"""Decode steps that a backend captures and replays. Shapes: S sequences of a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NONE = np.array([], dtype=np.int64)
 
 
 class Parts(IntFlag):
-    """What the adapters of a step have. OWN: norms, embedding rows, a RoPE."""
+    """The kinds of rows that the adapters of a step have. OWN: norms, embedding rows, a RoPE."""
 
     NONE = 0
     LORA = 1
@@ -37,12 +37,13 @@ class Parts(IntFlag):
 
 
 class StepDescriptors(NamedTuple):
-    """Of a decode step. items_S3: (start of an adapter's record, first token, tokens); without tokens it is padding.
+    """The adapters of a decode step, by descriptor.
 
-    vectors  given if `parts` is more than LoRA
+    items_S3  (start of an adapter's descriptor of LoRA, first token, tokens); without tokens it is padding
+    vectors   given if `parts` is more than LoRA
     """
 
-    records: DescriptorTable
+    table: DescriptorTable
     items_S3: Tensor
     parts: Parts = Parts.LORA
     vectors: StepVectors | None = None
@@ -53,13 +54,13 @@ class DecodeStep(NamedTuple):
     stay on the device.
 
     token_ids  −1: the token that the step before has drawn for this slot
-    items    flat: (start of a LoRA record, first token, tokens up to RECORD_TOKENS) for each; tokens without LoRA have
-             none
-    places   in the block tables, (slots, max_blocks) flat, whose `blocks` are new
-    parts    with LoRA alone, what follows is empty
-    vectors  where each sequence's record of vectors begins; 0: none
-    pairs    as `items`, of sequences that share a VeRA pair: (where its words are, first token, tokens)
-    own_rows offset of the embedding row that a sequence's adapter has for its token; −1: none. Empty: all have none
+    items      flat: (start of a descriptor of LoRA, first token, tokens up to ITEM_TOKENS) for each; tokens without
+               LoRA have none
+    places     in the block tables, (slots, max_blocks) flat, whose `blocks` are new
+    parts      with LoRA alone, what follows is empty
+    vectors    where each sequence's descriptor of vectors begins; 0: none
+    pairs      as `items`, of sequences that share a VeRA pair: (where its words are, first token, tokens)
+    own_rows   offset of the embedding row that a sequence's adapter has for its token; −1: none. Empty: all have none
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -75,24 +76,26 @@ class DecodeStep(NamedTuple):
 
 
 class CapturedStep(NamedTuple):
-    """A decode step as the device's tensors. `records` None: all tokens are the base's. `own_rows`: of embeddings; None
-    without the part OWN.
+    """A decode step as the device's tensors.
+
+    descriptors  None: all tokens are the base's
+    own_rows     of embeddings; None without the part OWN
     """
 
     token_ids_S: Tensor
     positions_S: Tensor
     attention: AttentionMeta
-    records: StepDescriptors | None
+    descriptors: StepDescriptors | None
     own_rows: RowOverrides | None = None
 
 
 class CaptureBarrier(NamedTuple):
-    """What recording needs of ranks that compute a step together; the defaults are those of one rank.
+    """The calls with which ranks that compute a step together capture it together; the defaults are those of one rank.
 
-    silent  while it is entered, a step of this rank waits for no other, and its result means nothing
-    agree   whether a condition holds on every rank; each rank calls it equally often
-    connect calls the collectives that the last silent step would have called, as far as that has not been done: ranks
-            connect to each other at the first call of a kind and size, which cannot be recorded
+    silent   while it is entered, a step of this rank waits for no other, and its result means nothing
+    agree    whether a condition holds on every rank; each rank calls it equally often
+    connect  calls the collectives that the last silent step would have called, as far as that has not been done: ranks
+             connect to each other at the first call of a kind and size, which cannot be captured
     """
 
     silent: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -101,7 +104,7 @@ class CaptureBarrier(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """What a backend needs to record decode steps. `max_blocks`: the most of a sequence."""
+    """The sizes that a backend needs to capture decode steps. `max_blocks`: the most of a sequence."""
 
     layout: KvLayout
     num_slots: int
@@ -112,41 +115,41 @@ class Decoding(NamedTuple):
 
 
 class CaptureLimits(NamedTuple):
-    """Seconds after which no further recording begins; bytes of the device that all of them may take."""
+    """Seconds after which no further capture begins; bytes of the device that all of them may take."""
 
     seconds: float
     num_bytes: int
 
 
 class CaptureState(NamedTuple):
-    """How far recording has come."""
+    """The progress of capturing: kinds of steps, seconds, and bytes of the device."""
 
-    num_recorded: int
+    num_captured: int
     num_wanted: int
     seconds: float
     num_bytes: int
 
 
 class CapturedDecoding(Protocol):
-    """`directory` has the records of adapters that steps may name, and `vectors` is their shape. Steps have at most
+    """Decode steps of padded sizes. Steps name `descriptors`, whose vectors have the shape `vectors`, and have at most
     `max_rows` sequences.
     """
 
-    directory: DescriptorAllocator
+    descriptors: DescriptorAllocator
     vectors: VectorShape
     max_rows: int
 
     @property
     def slots(self) -> TokenSlots:
-        """Of the last step's rows: the next step takes tokens from there."""
+        """The slots of the last step's rows: the next step takes tokens from there."""
         ...
 
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
-        """Record steps, within `limits` of every rank: all have the same recordings. Only before the first step."""
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
+        """Capture steps, within `limits` of every rank: all have the same captures. Only before the first step."""
         ...
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        """The result for each sequence, which the next call overwrites. Never records: a step for which no recording
-        serves is computed launch by launch.
+        """Compute the result for each sequence, which the next call overwrites. Never captures: a step for which no
+        capture serves is computed launch by launch.
         """
         ...

@@ -1,13 +1,13 @@
-"""Where an adapter's rows are, as words that kernels read.
+"""Adapter descriptors: where an adapter's rows are in the pool, as words in a table that kernels read.
 
-A record is written when its adapter is placed or moved and not step by step, and a decode step names records only. So
-the step's launches do not depend on which adapters it has, and can be recorded.
+A descriptor is written when its adapter is placed or moved and not step by step, and a decode step names descriptors
+only. So the step's launches do not depend on which adapters it has, and can be captured.
 
-Shapes: S sequences, M modules of one input.
-
-A record of vectors is words in a directory, as LoRA's records are. Its head has for each layer, and then for what is
-outside of layers, where a block begins, from the record's start; then where a RoPE's numbers and a pair's words begin;
-0: none. A block has an offset for each segment of each vector, or −1. The head of a token without a record is zeros.
+LoRA's rows and an adapter's vectors (what it brings beside them) have descriptors of their own. One of LoRA begins with
+where the block of each layer and input begins, see `descriptor_words`. One of vectors begins with a head, which has for
+each layer, and then for what is outside of layers, where a block begins, from the descriptor's start; then where a
+RoPE's numbers and a pair's words begin; 0: none. A block has an offset for each segment of each vector, or −1. The head
+of a token without a descriptor is zeros.
 
 Shapes: S tokens of a step, L layers and one more for what is outside of them, W words of a block, h half of head_dim.
 """
@@ -28,11 +28,14 @@ from torch import Tensor
 from loray_kernels.kv import to_device
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-RECORD_TOKENS = 4  # of one adapter, that share the reading of its rows
-MAX_ROWS = 512  # of A, of all modules of one input; an adapter with more has no record
-_WORDS = 1 << 20  # of a directory: 8 MB, the records of 3,000 adapters of Llama-3-8B
+ITEM_TOKENS = 4  # of one adapter, that share the reading of its rows
+MAX_ROWS = 512  # of A, of all modules of one input; an adapter with more has no descriptor
+MAX_PAIR_RANK = 1024  # of a VeRA pair; an adapter with more has no descriptor
+_WORDS = 1 << 20  # of a table: 8 MB, the descriptors of 3,000 adapters of Llama-3-8B
 
 Columns = tuple[tuple[int, int], ...]  # (first column, columns) of each segment of a row
+Name = tuple[str, str]  # (module, role), as in the engine's tables
+Offsets = Mapping[Name, Sequence[int]]  # of each segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,19 @@ class RowTables:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class RowOverrides:
+    """A row of the pool for each of the tokens `tokens_N` of the step: used instead of the base's, or DoRA's scale.
+
+    Captured steps name all tokens, and those without a row have the offset −1.
+    """
+
+    tokens_N: Tensor
+    rows: RowTables
+
+
 class LoraRows(NamedTuple):
-    """Of one module: for each segment of A's rows, and of B's, the offsets of all of them; alpha/r."""
+    """One module's rows: for each segment of A's, and of B's, the offsets of all of them; alpha/r."""
 
     a: tuple[Sequence[int], ...]
     b: tuple[Sequence[int], ...]
@@ -66,7 +80,7 @@ class InputShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DescriptorTable:
-    """The directory in the device's memory, (words,) of int64, and the rows that it describes, by input."""
+    """Descriptors in the device's memory, (words,) of int64, and the shape of the rows that they describe, by input."""
 
     words: Tensor
     inputs: tuple[InputShape, ...]
@@ -74,16 +88,19 @@ class DescriptorTable:
 
 
 class DescriptorAllocator:
-    """Gives records their places and writes them. For the engine's thread. The first `reserved` words stay zero."""
+    """Gives descriptors their places in the table and writes them. For the engine's thread.
+
+    The first `reserved` words stay zero.
+    """
 
     def __init__(
         self, inputs: Sequence[InputShape], device: torch.device, num_words: int = _WORDS, *, reserved: int = 0
     ) -> None:
-        self.records = DescriptorTable(torch.zeros(num_words, dtype=torch.int64, device=device), tuple(inputs))
+        self.table = DescriptorTable(torch.zeros(num_words, dtype=torch.int64, device=device), tuple(inputs))
         self._free = [(reserved, num_words - reserved)]  # (start, words), by start
 
     def add(self, words: npt.NDArray[np.int64]) -> int | None:
-        """The start of a new record; None if there is no place for it."""
+        """Write a new descriptor; returns its start, or None if there is no place for it."""
         size = len(words)
         for i, (start, free) in enumerate(self._free):
             if free >= size:
@@ -93,8 +110,8 @@ class DescriptorAllocator:
         return None
 
     def write(self, start: int, words: npt.NDArray[np.int64]) -> None:
-        """Steps that are queued already read the old words."""
-        own = self.records.words[start : start + len(words)]
+        """Replace a descriptor. Steps that are queued already read the old words."""
+        own = self.table.words[start : start + len(words)]
         own.copy_(to_device(torch.from_numpy(words), own.device))
 
     def remove(self, start: int, size: int) -> None:
@@ -111,8 +128,8 @@ class DescriptorAllocator:
 def descriptor_words(
     groups: Sequence[Mapping[str, LoraRows]], layer_group: Sequence[int], inputs: Sequence[InputShape]
 ) -> npt.NDArray[np.int64] | None:
-    """A record: for each layer and input where its block begins, or 0; then the blocks, which layers of one group
-    share. csrc/lora.cu describes a block. None if an input has more than MAX_ROWS rows.
+    """A descriptor of LoRA: for each layer and input where its block begins, or 0; then the blocks, which layers of one
+    group share. csrc/lora.cu describes a block. None if an input has more than MAX_ROWS rows.
 
     layer_group  the group of each layer; −1 for a layer without LoRA
     """
@@ -121,7 +138,7 @@ def descriptor_words(
     for rows in groups:
         numbers.append([])
         for modules, shape in zip(INPUTS, inputs, strict=True):
-            block = _block([rows.get(m) for m in modules], shape)
+            block = _lora_block([rows.get(m) for m in modules], shape)
             numbers[-1].append(len(blocks) if block else -1)
             blocks += [block] if block else []
             if block and sum(block[: len(modules)]) > MAX_ROWS:
@@ -133,7 +150,7 @@ def descriptor_words(
     return np.array([*words, *(word for block in blocks for word in block)], dtype=np.int64)
 
 
-def _block(modules: Sequence[LoraRows | None], shape: InputShape) -> list[int]:
+def _lora_block(modules: Sequence[LoraRows | None], shape: InputShape) -> list[int]:
     found = [rows for rows in modules if rows is not None]
     if not found:
         return []
@@ -148,7 +165,7 @@ def _block(modules: Sequence[LoraRows | None], shape: InputShape) -> list[int]:
 
 
 def read_descriptor(words: Tensor, start: int, field: int, shape: InputShape) -> list[LoraRows | None]:
-    """The modules of one input as `descriptor_words` wrote them, for the record from `start` on."""
+    """The modules of one input as `descriptor_words` wrote them, for the descriptor from `start` on."""
     at = int(words[start + field])
     if not at:
         return []
@@ -171,21 +188,7 @@ def read_descriptor(words: Tensor, start: int, field: int, shape: InputShape) ->
     return rows
 
 
-MAX_PAIR_RANK = 1024  # of a VeRA pair; an adapter with more has no record
-
-Name = tuple[str, str]  # (module, role), as in the engine's tables
-Offsets = Mapping[Name, Sequence[int]]  # of each segment
-
-
-@dataclass(frozen=True, slots=True)
-class RowOverrides:
-    """For each of the tokens `tokens_N` of the step a row of the pool: used instead of the base's, or DoRA's scale.
-
-    Recorded steps name all tokens, and those without a row have the offset −1.
-    """
-
-    tokens_N: Tensor
-    rows: RowTables
+# -- vectors -----------------------------------------------------------------------------------------------------------
 
 
 class VectorEntry(NamedTuple):
@@ -196,7 +199,7 @@ class VectorEntry(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Where A (rank, width) and B (any, rank) begin in the pool. These are a record's words of its pair."""
+    """A descriptor's words of its pair: where A (rank, width) and B (any, rank) begin in the pool."""
 
     a: int
     b: int
@@ -251,12 +254,12 @@ def vector_words(
     rope_h1: npt.NDArray[np.float32] | None,
     pair: Pair | None,
 ) -> npt.NDArray[np.int64]:
-    """A record, as the module describes it. Layers of one group share a block.
+    """A descriptor of vectors, as the module describes it. Layers of one group share a block.
 
     layer_group  the group of each layer; −1 for a layer without vectors
     rope_h1      inverse frequencies, and the factor of cos and sin
     """
-    blocks = [_block_vectors(shape, own) if own else [] for own in (*groups, flat)]
+    blocks = [_vector_block(shape, own) if own else [] for own in (*groups, flat)]
     rope = [] if rope_h1 is None else rope_h1.view(np.int32).tolist()
     parts = [*blocks, rope, [] if pair is None else [*pair]]
     firsts = accumulate(map(len, parts), initial=shape.head)
@@ -265,7 +268,7 @@ def vector_words(
     return np.array([*of_layers, *starts[len(groups) :], *(word for part in parts for word in part)], dtype=np.int64)
 
 
-def _block_vectors(shape: VectorShape, own: Offsets) -> list[int]:
+def _vector_block(shape: VectorShape, own: Offsets) -> list[int]:
     block = [-1] * shape.num_words
     for name, offsets in own.items():
         slot = shape.slots[name]
@@ -275,10 +278,10 @@ def _block_vectors(shape: VectorShape, own: Offsets) -> list[int]:
 
 
 class StepVectors:
-    """The vectors of a recorded step's tokens, found on the device from where their records begin.
+    """The vectors of a captured step's tokens, found on the device from where their descriptors begin.
 
     rows_LWS   offsets of segments, for layer 0; −1: the token has none
-    items_S3   (where the words of a pair are, first token, tokens up to RECORD_TOKENS that share it); without tokens it
+    items_S3   (where the words of a pair are, first token, tokens up to ITEM_TOKENS that share it); without tokens it
                is padding
     """
 
@@ -293,14 +296,14 @@ class StepVectors:
         self.rows_LWS = torch.where((at_LS > 0).unsqueeze(1), found_LWS, -1)
 
     def token_rows(self, layer: int | None, module: str, role: str) -> RowOverrides:
-        """A vector of each token; layer None: outside of layers."""
+        """Give a vector of each token; layer None: outside of layers."""
         slot = self.shape.slots[module, role]
         own_WS = self.rows_LWS[self.shape.num_layers if layer is None else layer]
         rows = RowTables(tuple((c, w, own_WS[slot.word + i]) for i, (c, w) in enumerate(slot.columns)))
         return RowOverrides(self.tokens_S, rows)
 
     def embedding_rows(self, offsets_S: Tensor) -> RowOverrides:
-        """Rows of hidden size outside of layers."""
+        """Give rows of hidden size outside of layers."""
         ((column, width),) = self.shape.slots["norm", "norm"].columns
         return RowOverrides(self.tokens_S[: offsets_S.shape[0]], RowTables(((column, width, offsets_S),)))
 
@@ -314,7 +317,7 @@ class StepVectors:
         return [(m, layer, slice(at, at + w)) for m, at, w in zip(INPUTS[number], firsts, widths, strict=False)]
 
     def rope(self, inverse_h: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Inverse frequencies (S, h) and factors (S,): those of the token's record, or the given ones."""
+        """Inverse frequencies (S, h) and factors (S,): those of the token's descriptor, or the given ones."""
         at_S = self.words[self._starts_S + self.shape.rope_word]
         numbers = torch.arange(inverse_h.shape[0] + 1, device=inverse_h.device)
         bits_Sh1 = self.words[torch.where(at_S > 0, self._starts_S + at_S, 0).unsqueeze(1) + numbers]
@@ -323,8 +326,11 @@ class StepVectors:
         return inverse_Sh, torch.where(at_S > 0, own_Sh1[:, -1], factor)
 
 
+# -- checks before compiled kernels are called -------------------------------------------------------------------------
+
+
 def token_rows(x: Tensor) -> Tensor:
-    """`x`, or a copy if the elements of a token are not contiguous. Tokens may be any stride apart."""
+    """Give `x`, or a copy if the elements of a token are not contiguous. Tokens may be any stride apart."""
     if x.is_contiguous() or (x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])):
         return x
     return x.contiguous()
@@ -341,8 +347,8 @@ def row_size(rows: RowTables) -> tuple[int, int]:
 
 
 def side_by_side(h: Sequence[Tensor]) -> Tensor:
-    """The modules' intermediates as columns of one matrix: that of `lora_shrink` if they are still its parts, else a
-    copy.
+    """Give the modules' intermediates as columns of one matrix: that of `lora_shrink` if they are still its parts, else
+    a copy.
     """
     first, width = h[0], sum(t.shape[1] for t in h)
     at, storage = first.data_ptr(), first.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""How blocks hold keys and values; writing rows into the pool.
+"""The layout of keys and values in the pool's blocks, and the writing of adapters' rows into the pool.
 
 Shapes: L layers, E packed elements of a layer, P pieces.
 """
@@ -31,10 +31,10 @@ class KvLayout(NamedTuple):
 class AttentionMeta:
     """The sequences of a step.
 
-    query_start  S+1 offsets into the step's tokens
-    context_len  tokens of each sequence in the cache after this step's have been written
-    block_table  blocks of each sequence, in order
-    slot_mapping_T      block × block_tokens + position in it, of each token of the step
+    query_start     S+1 offsets into the step's tokens
+    context_len     tokens of each sequence in the cache after this step's have been written
+    block_table     blocks of each sequence, in order
+    slot_mapping_T  block × block_tokens + position in it, of each token of the step
     """
 
     query_start: tuple[int, ...]
@@ -67,12 +67,12 @@ class PageWriter(Protocol):
         ...
 
     def arrival(self) -> Callable[[], bool]:
-        """Says whether all that has been written up to now is there, so that nobody needs to wait for it."""
+        """Give what says whether all that has been written up to now is there, so that nobody needs to wait for it."""
         ...
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the host, on the device; the thread waits neither for the copy nor for what is queued before it."""
+    """Copy a tensor of the host; the thread waits neither for the copy nor for what is queued before it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -99,7 +99,7 @@ class DirectWriter:
 
 
 def _copy(to: Tensor, rows: Tensor) -> None:
-    """On the CPU with one thread: with several, they would wait for each other at the end of every piece."""
+    # On the CPU with one thread: with several, they would wait for each other at the end of every piece.
     if to.is_cpu and rows.dtype == to.dtype:
         integers = torch.int16 if to.itemsize == 2 else torch.int32
         np.copyto(to.view(integers).numpy(), rows.view(integers).numpy())
@@ -108,7 +108,7 @@ def _copy(to: Tensor, rows: Tensor) -> None:
 
 
 def _neighbours(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Stretches [start, stop) of layers that are `stride` elements apart."""
+    """(start, stop, stride): layers [start, stop) are `stride` elements apart."""
     start = 0
     while start < len(offsets):
         stop = start + 1

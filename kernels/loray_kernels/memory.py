@@ -30,14 +30,14 @@ _MALLOPT = {  # mallopt(3): parameters of <malloc.h>, and their values in bytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A device has too little memory. Only torch has an error of its own for that."""
+    """Say whether a device has too little memory. Only torch has an error of its own for that."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (num_elements,), on the CPU. Small tensors are ordinary memory."""
+    """Make zeros, (num_elements,), on the CPU. Small tensors are ordinary memory."""
     num_bytes = num_elements * dtype.itemsize
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_elements, dtype=dtype)
@@ -55,7 +55,7 @@ class SharedPages:
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def zeros(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """(num_elements,), on the CPU."""
+        """Make zeros, (num_elements,), on the CPU."""
         num_bytes = num_elements * dtype.itemsize
         if num_bytes > _SHARED // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
             return huge_pages(num_elements, dtype)
@@ -95,7 +95,7 @@ class Recycled:
         self._lock = threading.Lock()
 
     def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """(num_elements,), on the CPU, with any contents."""
+        """Make a tensor, (num_elements,), on the CPU, with any contents."""
         num_bytes = num_elements * dtype.itemsize
         if num_bytes < _HUGE_PAGE:
             return torch.empty(num_elements, dtype=dtype)
@@ -143,7 +143,7 @@ class Recycled:
         return min(fits, key=len, default=None)
 
     def _give_back(self, pages: mmap.mmap) -> None:
-        """A collection of garbage may call it in a thread that holds the lock, which therefore is not waited for."""
+        # Python's garbage collection may call this in a thread that holds the lock, which therefore is not waited for.
         self._returned.append(pages)
         if self._lock.acquire(blocking=False):
             try:
@@ -152,7 +152,7 @@ class Recycled:
                 self._lock.release()
 
     def _take_returned(self) -> None:
-        """With the lock."""
+        """The caller holds the lock."""
         while self._returned:
             self._idle.append(self._returned.popleft())
         while sum(map(len, self._idle)) > self._max_bytes:

@@ -1,4 +1,4 @@
-"""`Ops`: equations and arguments.
+"""`Ops`, the protocol of backends: the equations of the ops, and the tables and weights that they take.
 
 The pool is one flat tensor. A row is given by the offset of its first element for layer 0; `layer_offset`
 (layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
@@ -39,7 +39,7 @@ class LoraTable:
 
     @property
     def ranks(self) -> list[int]:
-        """Of each adapter; 0 for one without this module."""
+        """The rank of each adapter; 0 for one without this module."""
         return [stop - start for start, stop in pairwise(self.rank_start)]
 
     @property
@@ -139,7 +139,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """What all layers of a step share."""
+    """The arguments that all layers of a step share."""
 
     pool: Tensor
     layout: KvLayout
@@ -151,26 +151,32 @@ class StepInputs:
 
 
 class Ops(Protocol):
-    """In every backend intermediates are fp32, and values are rounded where the reference rounds them."""
+    """The ops of one backend. Intermediates are fp32, and values are rounded where the reference rounds them."""
 
     def page_writer(self, pool: Tensor) -> PageWriter:
-        """Writes adapters from host memory into `pool`."""
+        """Give what writes adapters from host memory into `pool`."""
         ...
 
-    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
-        """Records `forward`, whose launches must not depend on a step's values, when it is told to, and replays it. It
-        gives a row for each sequence. None if this backend does not record.
+    def captured_decoding(
+        self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
+    ) -> CapturedDecoding | None:
+        """Give what captures `forward`, when it is told to, and replays it; None if this backend captures nothing.
+
+        The launches of `forward` must not depend on a step's values. It gives a row for each sequence.
         """
         ...
 
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
-        """Layers from `first` on in one call, with the bits of their ops; may write `x_TD`. None if there is none."""
+        """Compute the layers from `first` on in one call, with the bits of their ops; None if there is no such call.
+
+        May write `x_TD`.
+        """
         ...
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-        """The matrix in the layout that `linear` and `logits` read; the original may be freed."""
+        """Put the matrix into the layout that `linear` and `logits` read; the original may be freed."""
         ...
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
@@ -178,15 +184,17 @@ class Ops(Protocol):
         ...
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
-        """The results of `linear`, which are rounded to x's dtype, in fp32."""
+        """Give the results of `linear`, which are rounded to x's dtype, in fp32."""
         ...
 
     def sample(self, logits_SV: Tensor, draws: Draws, slots: TokenSlots | None = None) -> Drawn:
-        """A token for each of the draws' rows, also for `slots`; it is read before the call after the next one."""
+        """Draw a token for each of the draws' rows, also into `slots`; it is read before the call after the next."""
         ...
 
     def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        """For logits like these: chooses tokens of all rows, whatever requests change. None if the backend has none."""
+        """Give what chooses tokens of all rows of logits like these, whatever requests change; None if the backend has
+        none.
+        """
         ...
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
@@ -253,12 +261,12 @@ class Ops(Protocol):
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
-        """`lora_shrink` and `lora_expand` with the rows that the records have at `field`, which is layer × inputs + the
-        input. Writes `outputs`.
+        """`lora_shrink` and `lora_expand` with the rows that the descriptors have at `field`, which is
+        layer × inputs + the input. Writes `outputs`.
         """
         ...
 
@@ -267,17 +275,23 @@ class Ops(Protocol):
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
-        """`vera_shrink` and `vera_expand` with the vectors that the records have for `field`'s layer and input, whose
-        modules `y_TO` has side by side. Writes `y_TO`.
+        """`vera_shrink` and `vera_expand` with the vectors that the descriptors have for `field`'s layer and input.
+        `y_TO` has the input's modules side by side. Writes `y_TO`.
         """
         ...
 
     def scale_by_descriptor(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
+        self,
+        y_TO: Tensor,
+        bias_O: Tensor | None,
+        pool: Tensor,
+        descriptors: StepDescriptors,
+        field: int,
+        layer_offset: int,
     ) -> None:
         """`scale_rows` in the same way, for all modules of the input."""
         ...

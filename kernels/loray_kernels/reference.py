@@ -38,7 +38,7 @@ from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start:stop as a dense (rows, width) tensor in the pool's dtype; any values where offsets are negative."""
+    """Gather rows start:stop into (rows, width), in the pool's dtype; any values where offsets are negative."""
     parts = []
     for _, width, offsets_R in rows.segments:
         # Row i of this view is the `width` elements from i on: rows overlap, and a row's index is its offset.
@@ -48,12 +48,14 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 
 class ReferenceOps:
-    """See `loray_kernels.ops.Ops` for the equations."""
+    """The reference of every op; `loray_kernels.ops.Ops` has the equations."""
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return DirectWriter(pool)
 
-    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
+    def captured_decoding(
+        self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
+    ) -> CapturedDecoding | None:
         return None
 
     def decoder_layers(
@@ -196,16 +198,16 @@ class ReferenceOps:
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
-        shape = records.records.inputs[field % len(INPUTS)]
+        shape = descriptors.table.inputs[field % len(INPUTS)]
         h_TR = torch.zeros(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
         found: list[tuple[slice, list[LoraRows | None]]] = []
-        for start, first, num in records.items_S3.tolist():
+        for start, first, num in descriptors.items_S3.tolist():
             own, column = slice(first, first + num), 0
-            found.append((own, read_descriptor(records.records.words, start, field, shape) if num else []))
+            found.append((own, read_descriptor(descriptors.table.words, start, field, shape) if num else []))
             for lora in (r for r in found[-1][1] if r is not None):
                 a_RI = gather_rows(pool, _row_tables(shape.a, lora.a), layer_offset).float()
                 h_TR[own, column : column + len(a_RI)] = x_TI[own].float() @ a_RI.T
@@ -225,11 +227,11 @@ class ReferenceOps:
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors, shape = records.vectors, records.records.inputs[field % len(INPUTS)]
+        vectors, shape = descriptors.vectors, descriptors.table.inputs[field % len(INPUTS)]
         assert vectors is not None
         z_TR = torch.zeros(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
         pairs = []
@@ -257,11 +259,18 @@ class ReferenceOps:
                         ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
 
     def scale_by_descriptor(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
+        self,
+        y_TO: Tensor,
+        bias_O: Tensor | None,
+        pool: Tensor,
+        descriptors: StepDescriptors,
+        field: int,
+        layer_offset: int,
     ) -> None:
-        assert records.vectors is not None
-        for module, layer, columns in records.vectors.modules(field, "dora"):
-            own, bias = records.vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
+        vectors = descriptors.vectors
+        assert vectors is not None
+        for module, layer, columns in vectors.modules(field, "dora"):
+            own, bias = vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
             plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
             self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
             y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
@@ -287,8 +296,7 @@ class ReferenceOps:
 
 
 def _has_row(own: RowOverrides) -> Tensor:
-    """(N, 1)"""
-    return own.rows.segments[0][2].unsqueeze(1) >= 0
+    return own.rows.segments[0][2].unsqueeze(1) >= 0  # (N, 1)
 
 
 def _kv(pool: Tensor, layout: KvLayout) -> Tensor:

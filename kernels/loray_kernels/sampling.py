@@ -1,11 +1,10 @@
-"""Choosing tokens: the reference.
+"""The choice of a token for each row of logits: the reference for plain draws, and the protocol of a `Chooser`.
+
+A chooser also applies what a request changes about its logits. That is kept from step to step, here and on the device:
+a step sends what is new.
 
 Shapes: S rows of logits, R of them sampled, D of these drawn, M masks, V vocabulary, W words of 32 bits, C columns,
 N rows of weights, B columns of a block.
-
-What a request changes is kept from step to step, here and on the device: a step sends what is new.
-
-Shapes: S rows of logits, V vocabulary, W words of 32 bits.
 """
 
 from __future__ import annotations
@@ -20,13 +19,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+MAX_TOP = 20  # log-probabilities of a row's best tokens
+EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("factor", "<f4"), ("added", "<f4")])
+NEW_EDIT = np.dtype([("place", "<i4"), *((name, EDIT[name]) for name in EDIT.names or ())])
 _BLOCK = 512
 _BELOW_ONE = 1 - 2**-52
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """How a token is chosen for each of R rows.
+    """The choice of a token for each of R rows.
 
     rows         of the logits
     temperature  of each; 0 takes the best token, the first of equals
@@ -46,7 +48,7 @@ class Draws:
 
 
 class TokenSlots(NamedTuple):
-    """Where drawn tokens stay on the device, so that the next step needs no host to begin with them; int64.
+    """The places of drawn tokens on the device, so that the next step needs no host to begin with them; int64.
 
     slots_S  of each row of logits
     tokens   by slot
@@ -62,7 +64,7 @@ Drawn = Callable[[], tuple[list[int], list[float]]]
 
 
 def sample(logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-    """The tokens, and the largest of each row's allowed logits; where that is not finite the token has no meaning."""
+    """Draw at once, with the result of a `Drawn`."""
     x_RV = rows_of(logits_SV, draws.rows)
     if any(m >= 0 for m in draws.masks):
         x_RV = allowed(x_RV.clone() if x_RV is logits_SV else x_RV, draws.masks, draws.words_MW)
@@ -79,7 +81,7 @@ def sample(logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
 
 
 def allowed(x_RV: Tensor, masks: Sequence[int], words_MW: Tensor | None) -> Tensor:
-    """`x_RV` with −∞ for tokens that are not allowed; `masks` and `words_MW` as in `Draws`. Writes `x_RV`."""
+    """Write −∞ to `x_RV` for tokens that are not allowed, and return it; `masks` and `words_MW` are as in `Draws`."""
     masked = [i for i, m in enumerate(masks) if m >= 0]
     if not masked:
         return x_RV
@@ -92,12 +94,12 @@ def allowed(x_RV: Tensor, masks: Sequence[int], words_MW: Tensor | None) -> Tens
 
 
 def rows_of(x_SV: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows; `x_SV` itself, without a copy, if they are all of them in order."""
+    """Copy these rows; give `x_SV` itself if they are all of them in order."""
     return x_SV if list(rows) == list(range(len(x_SV))) else x_SV[list(rows)]
 
 
 def scaled(x_NV: Tensor, best_N: Tensor, temperature: Sequence[float], min_p: Sequence[float]) -> Tensor:
-    """New logits, 0 for the best of each row: after the temperature, and −∞ below min-p."""
+    """Make new logits, 0 for the best of each row: after the temperature, and −∞ below min-p."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=x_NV.dtype, device=x_NV.device).unsqueeze(1)
@@ -111,13 +113,13 @@ def scaled(x_NV: Tensor, best_N: Tensor, temperature: Sequence[float], min_p: Se
 
 
 def log_share(min_p: float) -> float:
-    """−∞ for 0."""
+    """The natural logarithm; −∞ for 0."""
     return math.log(min_p) if min_p else -math.inf
 
 
 def draw(p_NC: Tensor, uniform_N: Tensor) -> Tensor:
-    """Columns (N), by inverting the cumulative distribution: first over blocks of columns, then in one block. The
-    weights need not sum to 1; a column without weight is never drawn.
+    """Draw a column of each row, (N,), by inverting the cumulative distribution: first over blocks of columns, then in
+    one block. The weights need not sum to 1; a column without weight is never drawn.
     """
     num_columns = p_NC.shape[1]
     num_whole = num_columns // _BLOCK
@@ -140,14 +142,9 @@ def _invert(weight_NM: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
     return found_N1, ((target_N1 - before_N1) / weight_N1).clamp(0, _BELOW_ONE)
 
 
-MAX_TOP = 20  # log-probabilities of a row's best tokens
-EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("factor", "<f4"), ("added", "<f4")])
-NEW_EDIT = np.dtype([("place", "<i4"), *((name, EDIT[name]) for name in EDIT.names or ())])
-
-
 class TokenEdits:
-    """Of one request: the logit x of a token becomes x + bias; then / factor if it is positive, else · factor; then +
-    added. All in fp32. Other tokens have a bias of 0 and a factor of 1, and 0 is added.
+    """The edits of one request's logits: x of a token becomes x + bias; then / factor if it is positive, else · factor;
+    then + added. All in fp32. Other tokens have a bias of 0 and a factor of 1, and 0 is added.
 
     `there` belongs to the chooser: the entries on its device.
     """
@@ -162,7 +159,7 @@ class TokenEdits:
         return len(self._places)
 
     def set(self, token: int, factor: float | None, added: float | None) -> None:
-        """What is None stays as it is."""
+        """Set what is not None."""
         place = self._place(token)
         if place >= self.capacity:
             self._grow()
@@ -174,7 +171,7 @@ class TokenEdits:
         self._new.add(place)
 
     def set_all(self, name: str, tokens: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
-        """One of bias, factor, added of many tokens."""
+        """Set one of bias, factor, added of many tokens."""
         places = [self._place(token) for token in tokens.tolist()]
         while len(self) > self.capacity:
             self._grow()
@@ -192,11 +189,11 @@ class TokenEdits:
 
     @property
     def capacity(self) -> int:
-        """Entries that there is room for."""
+        """The number of entries that there is room for."""
         return len(self._columns["token"])
 
     def take_new(self, *, everything: bool) -> npt.NDArray[np.void]:
-        """Entries that are new, or are now others, since the last call: NEW_EDIT."""
+        """Give the entries that are new, or are now others, since the last call: NEW_EDIT."""
         places = np.arange(len(self)) if everything else np.fromiter(self._new, np.int64, len(self._new))
         self._new.clear()
         out = np.empty(len(places), dtype=NEW_EDIT)
@@ -219,7 +216,7 @@ class TokenSet:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """Of one row, beside what `Draws` has.
+    """The changes of one row, beside what `Draws` has.
 
     edits      None: none
     forbidden  further tokens that may not be next, each once
@@ -238,9 +235,10 @@ class Change:
 
 
 class Scores(NamedTuple):
-    """Natural logarithms of probabilities, of the unchanged logits without temperature. `rank`: 1 for the best token;
-    `tokens` and `logprobs`: of the best ones. Where the best of these logits is not finite, `logprob` is NaN, and
-    `tokens` and `logprobs` may be empty.
+    """Natural logarithms of probabilities, of the unchanged logits without temperature.
+
+    `rank` is 1 for the best token; `tokens` and `logprobs` are those of the best ones. Where the best of these logits
+    is not finite, `logprob` is NaN, and `tokens` and `logprobs` may be empty.
     """
 
     logprob: float
@@ -250,7 +248,7 @@ class Scores(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """As from `Ops.sample`; and the scores of rows that want them."""
+    """The results of `Ops.sample`, and the scores of rows that want them."""
 
     tokens: list[int]
     best: list[float]
@@ -268,9 +266,9 @@ class Chooser(Protocol):
         changes: Sequence[Change],
         slots: TokenSlots | None = None,
     ) -> Callable[[], Chosen]:
-        """Of the rows of `plain`, then of those of `changed`, to which `changes` belong. Each row is in one of them,
-        once. May write `logits_SV`, and puts back what it had. The result is read, and written to `slots`, as that of
-        `Ops.sample`.
+        """Choose for the rows of `plain`, then for those of `changed`, to which `changes` belong. Each row is in one of
+        them, once. May write `logits_SV`, and puts back what it had. The result is read, and written to `slots`, as
+        that of `Ops.sample`.
 
         A draw takes tokens in the order of their ids; in rows with top-k or top-p from the best to the worst, equals by
         their ids.

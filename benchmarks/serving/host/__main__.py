@@ -6,7 +6,7 @@ The real engine runs a model of the given depth and heads whose widths are small
 do nothing (see `stand_in` for what is replaced). Row i uses adapter i modulo their number, of `--method` on q, k, v and
 o; without adapters all rows use the base. A step of all rows is timed `--steps` times, then one is counted. A card
 adds what launches, copies and waiting cost there. The figure to compare it with is the time that the card needs for the
-same step: if the host takes longer, the card waits for it. Before, all decode steps are recorded: `recording_s` is the
+same step: if the host takes longer, the card waits for it. Before, all decode steps are captured: `recording_s` is the
 host's part of that, and standard error has how far it is.
 """
 
@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "host_ms_mean": round(1e3 * statistics.mean(seconds), 3),
         "host_ms_lowest": round(1e3 * min(seconds), 3),
         "host_ms_highest": round(1e3 * max(seconds), 3),
-        "recorded_steps": ops.recorder.num_recorded,
-        "recording_s": round(ops.recorder.seconds, 2),
+        "recorded_steps": ops.capturer.num_captured,
+        "recording_s": round(ops.capturer.seconds, 2),
         **vars(counts),
     }
     machine = {**describe_machine(), "load": f"{load_average():.2f}"}
@@ -131,7 +131,7 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
         max_num_seqs=args.rows + bool(args.prompt),
         max_num_batched_tokens=max(_STEP_TOKENS, args.rows + args.prompt),
         itl_slo_ms=1e6,  # steps are limited by tokens alone
-        graph_record_s=1e6,  # all steps are recorded before the start
+        graph_record_s=1e6,  # all steps are captured before the start
         enable_prefix_caching=False,
     )
     ops = StandInOps()

@@ -1,8 +1,8 @@
 """The cuda backend on a CPU, with kernels that do nothing, and counters of what a card would be asked to do.
 
 Replaced: CuPy's launcher and every Triton kernel (nothing is computed), `linear` and `logits` (uninitialised and zero
-results), the recording of graphs (a replay does nothing), the thread that copies adapters. Everything else is the
-product's: tables, packing, recorded steps, scheduler, sampler, and torch's small operations on tensors that are on the
+results), the capture of graphs (a replay does nothing), the thread that copies adapters. Everything else is the
+product's: tables, packing, captured steps, scheduler, sampler, and torch's small operations on tensors that are on the
 CPU here. Their cost is a launch's without CUDA's own 3 to 5 µs.
 """
 
@@ -48,22 +48,22 @@ class Counts:
         self.copied_bytes += tensor.nbytes
 
 
-class StandInRecorder:
-    """Runs a step twice, as a recording does, and keeps nothing of it. `seconds` of all of them."""
+class StandInCapturer:
+    """Runs a step twice, as a capture does, and keeps nothing of it. `seconds` of all of them."""
 
     def __init__(self, ops: StandInOps) -> None:
         self._ops = ops
-        self.num_recorded, self.seconds = 0, 0.0
+        self.num_captured, self.seconds = 0, 0.0
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
-        return lambda: self._record(run)
+        return lambda: self._capture(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Capture:
+    def _capture(self, run: Callable[[], Tensor]) -> Capture:
         began, before = time.perf_counter(), self._ops.counts.launches
         run()
         kernels = self._ops.counts.launches - before
         out = run()
-        self.num_recorded += 1
+        self.num_captured += 1
         self.seconds += time.perf_counter() - began
 
         def replay() -> None:
@@ -81,7 +81,7 @@ class StandInRecorder:
 
 class StandInOps(CudaOps):
     def __init__(self) -> None:
-        self.counts, self.recorder = Counts(), StandInRecorder(self)
+        self.counts, self.capturer = Counts(), StandInCapturer(self)
         super().__init__(Gather(self._launch), cast(Any, _NoTiles(self)))
 
     def _launch(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
@@ -98,8 +98,8 @@ class StandInOps(CudaOps):
         self.counts.launches += 1
         return x_TD.new_zeros(x_TD.shape[0], weights.out_features, dtype=torch.float32)
 
-    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding:
-        return DecodeGraphs(forward, decoding, self.recorder)
+    def captured_decoding(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding:
+        return DecodeGraphs(forward, decoding, self.capturer)
 
 
 class _NoTiles:

@@ -1,4 +1,4 @@
-"""Compiles, chooses and loads the C++ library.
+"""The C++ library: compiled for each instruction set, chosen for this CPU, and loaded.
 
 The sources are plain C functions without torch's headers, so compiling takes seconds, not minutes. A library's name has
 the hash of its sources and flags and the hash of the compiler, so an outdated library is never loaded. Without a
@@ -27,15 +27,23 @@ import torch
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
+_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
 # No contraction and no fast math: values are rounded only where the sources say.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
 )
+# From slow to fast, with the compiler's flags; host.cpp knows them by their index.
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
+ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
+# Where torch is held to a slower one by its own variable, so are these kernels.
+_HELD_TO = {"default": "generic", "avx2": "avx2"}
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
-    """The shared library of `sources` (files of csrc), compiled unless it is in the cache.
+    """Find the shared library of `sources` (files of csrc), which is compiled unless it is in the cache.
 
     Several processes may call this at once: one compiles, the others wait for it.
     """
@@ -105,14 +113,6 @@ def _run(command: Sequence[str]) -> None:
         raise BackendUnavailable(f"{command[0]} cannot compile the cpu kernels; install g++ 12 or newer:\n{first}")
 
 
-# From slow to fast, with the compiler's flags; host.cpp knows them by their index.
-_AVX2 = ("-mavx2", "-mfma")
-_AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
-ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
-# Where torch is held to a slower one by its own variable, so are these kernels.
-_HELD_TO = {"default": "generic", "avx2": "avx2"}
-_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
-
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_linear": (_P, _I, _I, _P, _N),
@@ -130,7 +130,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
     "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
 }
-_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Functions(NamedTuple):
@@ -154,7 +153,7 @@ class Functions(NamedTuple):
 
 @cache
 def supported() -> tuple[str, ...]:
-    """Instruction sets that this CPU has, from slow to fast, up to that of ATEN_CPU_CAPABILITY.
+    """List the instruction sets that this CPU has, from slow to fast, up to that of ATEN_CPU_CAPABILITY.
 
     BackendUnavailable if there is no library.
     """
@@ -182,7 +181,10 @@ def _host() -> ctypes.PyDLL:
 
 @cache
 def functions(isa: str) -> dict[torch.dtype, Functions]:
-    """Compiled at first use. BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`."""
+    """Give the kernels by dtype; they are compiled at first use.
+
+    BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`.
+    """
     loaded, beside = _library(isa), _beside_python(isa)
     found = {}
     for dtype, suffix in _SUFFIX.items():
@@ -238,7 +240,7 @@ def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @cache
 def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) -> int:
-    """The number of elements of a packed matrix."""
+    """Count the elements of a packed matrix."""
     size = ctypes.c_int64()
     function = _library(isa)[f"packed_size_{isa}"]
     function.argtypes = (_I, _I, _I, _P)

@@ -1,10 +1,8 @@
-"""The ops in C++.
+"""The ops in C++. Shapes are those of `loray_kernels.ops`.
 
 Each call with another dtype, with mixed dtypes, or with attention heads whose width is no multiple of 16, goes to the
-reference.
-
-Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, in any batch and for any chunking of its
-prompt; the C++ sources say how.
+reference. A token's results are the same, bit for bit, in any batch and for any chunking of its prompt; the C++ sources
+say how.
 """
 
 from __future__ import annotations
@@ -49,14 +47,16 @@ from loray_kernels.sampling import Drawn, Draws, TokenSlots, log_share
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
 
 
-class DenseOps(ReferenceOps):
-    """`embed` is torch's: it is called once in a step, and copies rows.
-
-    isa  instruction set: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
-    BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
+class CpuOps(ReferenceOps):
+    """The ops of one instruction set, with decoder layers as one call. `embed` is torch's: it is called once in a step,
+    and copies rows.
     """
 
     def __init__(self, isa: str | None = None) -> None:
+        """`isa`: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
+
+        BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
+        """
         self.isa = isa or supported()[-1]
         self._functions = functions(self.isa)
         self._pages = SharedPages()
@@ -167,7 +167,7 @@ class DenseOps(ReferenceOps):
             weight_D.data_ptr(),
             eps,
             y_TD.data_ptr(),
-            address_at(pool, layer_offset),
+            _address_at(pool, layer_offset),
             tokens,
             num_own,
             rows,
@@ -206,7 +206,7 @@ class DenseOps(ReferenceOps):
         k_TKd, v_TKd, slot_mapping_T = token_rows(k_TKd), token_rows(v_TKd), meta.slot_mapping_T.contiguous()
         assert k_TKd.shape == v_TKd.shape == (slot_mapping_T.shape[0], layout.num_kv_heads, layout.head_dim)
         f.write_kv(
-            address_at(pool, layer * layout.layer_share),
+            _address_at(pool, layer * layout.layer_share),
             layout.num_layers * layout.layer_share,
             layout.block_tokens,
             k_TKd.data_ptr(),
@@ -246,22 +246,9 @@ class DenseOps(ReferenceOps):
         )
         return out_THd
 
-
-def address_at(pool: Tensor, offset: int) -> int:
-    return pool.data_ptr() + offset * pool.element_size()
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-class CpuOps(DenseOps):
-    """Adds the ops of adapters, and decoder layers as one call."""
-
     def decoder_layers(
         self, x_TD: Tensor, weights: Sequence[LayerWeights], tables: TablesOf, step: StepInputs, first: int
     ) -> Tensor | None:
-        """Writes `x_TD`."""
         matrices = [m.data for w in weights for m in (w.qkv, w.o, w.gate_up, w.down)]
         f = self._for(step.pool, x_TD, step.cos_Td, *matrices)
         if f is None or step.layout.head_dim % 16 or any(m.dim() != 1 for m in matrices):
@@ -273,8 +260,8 @@ class CpuOps(DenseOps):
         assert x_TD.is_contiguous()
         assert all(x_TD.shape == (*inputs.widths, *p.widths) for p in packed)
         assert all(t.num in (0, inputs.num) for t in own)
-        weights_address, held = pack_words([p.address for p in packed])
-        tables_address, kept = pack_words([t.address for t in own])
+        weights_address, held_weights = pack_words([p.address for p in packed])
+        tables_address, held_tables = pack_words([t.address for t in own])
         f.layers(
             x_TD.data_ptr(),
             weights_address,
@@ -285,7 +272,7 @@ class CpuOps(DenseOps):
             len(packed),
             torch.get_num_threads(),
         )
-        del held, kept  # until here C reads them
+        del held_weights, held_tables  # until here C reads them
         return x_TD
 
     def lora_shrink(
@@ -312,7 +299,7 @@ class CpuOps(DenseOps):
         f.lora_shrink(
             x_TI.data_ptr(),
             x_TI.stride(0),
-            address_at(pool, layer_offset),
+            _address_at(pool, layer_offset),
             (ctypes.c_int64 * num)(*addresses),
             (ctypes.c_int64 * (2 * num))(*outputs),
             num,
@@ -350,7 +337,7 @@ class CpuOps(DenseOps):
         num = len(tables)
         f.lora_expand(
             (ctypes.c_int64 * (4 * num))(*targets),
-            address_at(pool, layer_offset),
+            _address_at(pool, layer_offset),
             (ctypes.c_int64 * num)(*addresses),
             num,
             spans.address,
@@ -381,7 +368,7 @@ class CpuOps(DenseOps):
             z_TR.stride(0),
             num_tokens,
             (ctypes.c_int64 * 4)(*pack_matrix(self._pair_weights(table.b_OR, rank), width)),
-            address_at(pool, layer_offset),
+            _address_at(pool, layer_offset),
             d.address,
             b.address,
             torch.get_num_threads(),
@@ -403,7 +390,7 @@ class CpuOps(DenseOps):
             y_TO.stride(0),
             width,
             None if bias_O is None else bias_O.data_ptr(),
-            address_at(pool, layer_offset),
+            _address_at(pool, layer_offset),
             tokens_N.data_ptr(),
             tokens_N.shape[0],
             rows.address,
@@ -418,3 +405,11 @@ class CpuOps(DenseOps):
             assert width <= matrix.data.shape[1]
             weights = matrix.memo[key] = self._packed(matrix.data[:, :width], None, huge_pages)
         return weights
+
+
+def _address_at(pool: Tensor, offset: int) -> int:
+    return pool.data_ptr() + offset * pool.element_size()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

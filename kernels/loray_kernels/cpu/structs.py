@@ -1,7 +1,4 @@
-"""Tables as C++ structs.
-
-A packed table is kept in the table's memo.
-"""
+"""A step's tables and weights as C++ structs. A packed table is kept in the table's memo."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class CStruct(NamedTuple):
 
 
 def pack_words(values: list[int]) -> tuple[int, array[int]]:
-    """Their address, and what holds them."""
+    """Pack int64 words; returns their address, and what holds them."""
     packed = array("q", values)
     return packed.buffer_info()[0], packed
 

@@ -1,15 +1,15 @@
 """The ops for NVIDIA GPUs of compute capability 8.0 and later.
 
-ops            chooses the kernel for each call
-gather         launches the CUDA C++ kernels (csrc): decode, and copies of rows
-tiles/         the Triton kernels and their launches: prompts, and rows of activations
-flash          attention of prompts by FlashInfer, where it is installed
-tables         a step's tables as device tensors
-nvrtc, launch  compile and launch the CUDA C++ kernels
-sampling/      a token for each row of logits: plain rows, and those with more (choosing)
-pages          copies adapters from pinned host memory into blocks while steps run
-padded, graphs decode steps of padded sizes, and their CUDA graphs
-compile        compiles every kernel ahead of time, without a GPU
+ops             chooses the kernel for each call
+kernels         launches the CUDA C++ kernels (csrc): decode, and rows of activations
+triton_kernels  the Triton kernels, for prompts; triton_launch launches them
+flash           attention of prompts by FlashInfer, where it is installed
+tables          a step's tables as device tensors
+launch          compiles (NVRTC) and launches (CuPy) the CUDA C++ kernels
+sampling        a token for each row of logits
+upload          copies adapters from pinned host memory into blocks while steps run
+graphs          decode steps of padded sizes, and their CUDA graphs
+compile         compiles every kernel ahead of time, without a GPU
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CUBLAS_BYTES = 64 << 20  # its workspaces: of a card of 2022, 32 MiB for each o
 
 
 def use_device(device: torch.device) -> torch.device:
-    """`device` with its index, and from now on the current device of this thread: each thread has its own.
+    """Make `device` the current device of this thread (each thread has its own), and return it with its index.
 
     Devices other than CUDA's are returned as they are.
     """
@@ -39,7 +39,7 @@ def use_device(device: torch.device) -> torch.device:
 
 
 def cuda_ops(device: torch.device) -> Ops:
-    """Kernels are launched on `device`, which becomes this thread's current device.
+    """Make the ops whose kernels are launched on `device`, which becomes this thread's current device.
 
     BackendUnavailable says what is missing: a GPU that is new enough, Triton, CuPy or NVRTC.
     """
@@ -70,7 +70,7 @@ def device_memory(device: torch.device) -> tuple[int, int, int]:
 
 
 def scratch_bytes() -> dict[str, int]:
-    """What kernels take of a GPU beside their arguments and results, by what it is for, at most."""
+    """The most that kernels take of a GPU beside their arguments and results, by what it is for."""
     from loray_kernels.cuda.kernels import PARTIAL_BYTES
     from loray_kernels.cuda.upload import STAGING_BYTES
 
@@ -78,7 +78,7 @@ def scratch_bytes() -> dict[str, int]:
 
 
 def workspace_bytes() -> dict[str, int]:
-    """What they have taken of it since the backend was made, by what it is for."""
+    """The part of a GPU that kernels have taken since the backend was made, by what it is for."""
     from loray_kernels.cuda.flash import WORKSPACE_BYTES
 
     return {"FlashInfer": WORKSPACE_BYTES} if importlib.util.find_spec("flashinfer") else {}

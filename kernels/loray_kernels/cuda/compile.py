@@ -57,7 +57,7 @@ class KernelUsage(NamedTuple):
 
 
 def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
+    """Compile every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
         for kernel, usage in ptxas_report(compile_source(name, arch).log):
             found = KernelUsage(kernel, arch, *usage)
@@ -66,30 +66,28 @@ def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUs
 
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Every Triton kernel. BackendUnavailable without Triton."""
+    """Compile every Triton kernel. BackendUnavailable without Triton."""
     for label, made in triton_kernels(arch, dtypes):
         ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
         yield KernelUsage(label, arch, registers, made.metadata.shared, spills)
 
 
 def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, Any]]:
-    """Every Triton kernel's name in the table, and what Triton made of it. BackendUnavailable without Triton."""
+    """Give every Triton kernel's name in the table, and what Triton made of it. BackendUnavailable without Triton."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda import triton_kernels as attention
-    from loray_kernels.cuda import triton_kernels as lora
+    from loray_kernels.cuda import triton_kernels as kernels
     from loray_kernels.cuda.triton_launch import OPTIONS, attention_stages, shrink_turns
 
-    known = {**vars(attention), **vars(lora)}
     for dtype in dtypes:
         size = 4 if dtype == "fp32" else 2
         own = {"lora_shrink": shrink_turns(size)[1], "attention_prefill": {"num_stages": attention_stages(size)}}
         for name, variants in _constants(size).items():
-            kernel = known[name]
+            kernel = getattr(kernels, name)
             for constants in variants:
                 types = {a: _type(name, a, dtype) for a in kernel.arg_names if a not in constants}
                 signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
@@ -104,7 +102,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
 
 
 def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
-    """The constants of each kernel's launches in `tiles.launch`."""
+    """The constants of each kernel's launches in `triton_launch`."""
     from loray_kernels.cuda import triton_launch as tiles
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
 
@@ -125,7 +123,7 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
 
 
 def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
-    """Of what is compiled for multiples of 16: all pointers and strides that the kernel does not exclude."""
+    """Say whether it is compiled for multiples of 16: a pointer or a stride that the kernel does not exclude."""
     if signature[parameter.name].startswith("*"):
         return not parameter.do_not_specialize_on_alignment
     is_stride = parameter.name.endswith(("stride", "stride0", "stride1", "stride2"))
@@ -157,7 +155,7 @@ def _ptxas(ptx: str) -> str:
 
 
 def ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
-    """(kernel, (registers, shared, spills)) from `ptxas -v`."""
+    """Read (kernel, (registers, shared, spills)) from the output of `ptxas -v`."""
     found = []
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.split("'", 1)[0]
@@ -168,7 +166,7 @@ def ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def missing() -> dict[str, str]:
-    """Why kernels are left out: NVRTC or Triton is not installed."""
+    """Say why kernels are left out: NVRTC or Triton is not installed."""
     out = {}
     try:
         version()
@@ -180,7 +178,7 @@ def missing() -> dict[str, str]:
 
 
 def markdown(usages: Sequence[KernelUsage]) -> list[str]:
-    """A table with a row for each kernel and a column for each architecture."""
+    """Make a table with a row for each kernel and a column for each architecture."""
     archs = list(dict.fromkeys(u.arch for u in usages))
     cells = {(u.kernel, u.arch): f"{u.registers} · {u.shared:,} · {u.spills}" for u in usages}
     lines = [f"| kernel | {' | '.join(archs)} |", f"|---|{'---:|' * len(archs)}"]

@@ -61,7 +61,7 @@ def prompts_of(meta: AttentionMeta, block_tokens: int) -> Prompts:
 
 
 def keys_and_values(pool: Tensor, layout: KvLayout, layer: int) -> tuple[Tensor, Tensor]:
-    """Views (blocks, tokens, KV heads, d) of the whole pool."""
+    """Give views (blocks, tokens, KV heads, d) of the whole pool."""
     shape = (-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
     own = pool.view(shape)[:, layer]
     return own[:, 0], own[:, 1]
@@ -136,7 +136,7 @@ class FlashPrompts:
 
 
 def flash_prompts(device: torch.device) -> FlashPrompts | None:
-    """None where FlashInfer cannot be imported."""
+    """Make the attention of prompts on `device`; None where FlashInfer cannot be imported."""
     try:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
     except ImportError:

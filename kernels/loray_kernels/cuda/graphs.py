@@ -1,27 +1,27 @@
 """Decode steps as CUDA graphs.
 
-Whatever changes from step to step stands in tensors that stay in place, since a recorded step contains their addresses.
+Whatever changes from step to step stands in tensors that stay in place, since a captured step contains their addresses.
 Padding has no context, and its keys and values are not written.
 
 Steps of the base, with LoRA alone and with other parts of adapters have graphs of their own, so that nobody pays for
-what others bring; so have sizes. A step is padded to the next of each that has been recorded, whatever its contexts
+what others bring; so have sizes. A step is padded to the next of each that has been captured, whatever its contexts
 are: attention finds its work on the device. Where nothing serves it, it is computed launch by launch: no request waits
-for a recording.
+for a capture.
 
-Recording has not run on a GPU yet. All else is tested on a CPU.
+Capturing has not run on a GPU yet. All else is tested on a CPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import AttentionTables, Items, RecordedVectors, num_splits, upload
+from loray_kernels.cuda.tables import AttentionTables, CapturedVectors, Items, num_splits, upload
 from loray_kernels.decode import (
     CaptureBarrier,
     CapturedStep,
@@ -37,7 +37,12 @@ from loray_kernels.kv import AttentionMeta
 from loray_kernels.memory import is_out_of_memory
 from loray_kernels.sampling import TokenSlots
 
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
+KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
 _MORE_BLOCKS = 1024  # that go up with a step beside one for each of its sequences; more are a copy of their own
+
+T = TypeVar("T")
 
 
 class StepWords:
@@ -55,14 +60,14 @@ class StepWords:
         self._blocks, self._nowhere = blocks, len(blocks) - 1
         words, pinned = self._num + 2 * size + 2 * _MORE_BLOCKS, blocks.is_cuda
         self.words = torch.zeros(words, dtype=torch.int64, device=blocks.device)
-        self.words[size : 2 * size] = -1  # the run before a recording writes no keys,
+        self.words[size : 2 * size] = -1  # the run before a capture writes no keys,
         self.words[self._num : self._num + size] = self._nowhere  # and no tables
         self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._views = [staged.numpy() for staged in self._staged]
         self._turn = 0
 
     def fill(self, step: DecodeStep) -> None:
-        """At most `size` sequences; the rest is padding."""
+        """Stage the numbers of a step of at most `size` sequences, and send them; the rest is padding."""
         size, num, new = self._size, len(step.token_ids), len(step.places)
         self._turn ^= 1
         view = self._views[self._turn]
@@ -94,12 +99,12 @@ class StepWords:
         self.send(self._staged[self._turn][:used])
 
     def write_blocks(self) -> None:
-        """Those of the step, to the tables."""
+        """Write the step's new blocks to the tables."""
         places_S, blocks_S = self.words[self._num : self._num + 2 * self._size].view(2, self._size)
         self._blocks.index_copy_(0, places_S, blocks_S)
 
     def send(self, staged: Tensor) -> None:
-        """The one copy to the device of a step. It waits for nothing."""
+        """Queue the step's one copy to the device. It waits for nothing."""
         self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
 
 
@@ -113,21 +118,21 @@ class PaddedStep:
         tokens: Tensor,
         decoding: Decoding,
         parts: Parts = Parts.NONE,
-        records: DescriptorTable | None = None,
+        table: DescriptorTable | None = None,
         shape: VectorShape | None = None,
     ) -> None:
         device = blocks.device
         self._parts, self._shape = parts, shape
         self._has_vectors = bool(parts & ~Parts.LORA)
         self.words = StepWords(size, blocks, vectors=self._has_vectors)
-        self._size, self._blocks, self._records, self._decoding = size, blocks, records, decoding
+        self._size, self._blocks, self._table, self._decoding = size, blocks, table, decoding
         self._tokens = tokens  # by slot, that the step before has drawn
         self._numbers = torch.arange(size + 1, device=device)
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
         self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
     def slots(self, num: int) -> TokenSlots:
-        """Of the first `num` rows, where their tokens are drawn to."""
+        """Say where the tokens of the first `num` rows are drawn to."""
         return TokenSlots(self.words.words[2 * self._size : 2 * self._size + num], self._tokens)
 
     def step(self) -> CapturedStep:
@@ -149,181 +154,174 @@ class PaddedStep:
             prefilled=self._prefilled,
             max_splits=num_splits(self._decoding.max_blocks * block_tokens),
         )
-        if not self._parts or self._records is None:
+        if not self._parts or self._table is None:
             return CapturedStep(token_ids_S, at_S, meta, None)
         items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
         if self._has_vectors and self._shape is not None:
             pairs_S3 = words[7 * size : 10 * size].view(size, 3)
-            vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
-        records = StepDescriptors(self._records, items_S3, self._parts, vectors)
+            vectors = CapturedVectors(self._table, self._shape, words[6 * size : 7 * size], pairs_S3)
+        descriptors = StepDescriptors(self._table, items_S3, self._parts, vectors)
         own_rows = None
         if vectors is not None and Parts.OWN in self._parts:
             own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
-        return CapturedStep(token_ids_S, at_S, meta, records, own_rows)
-
-
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
-KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
-
-T = TypeVar("T")
+        return CapturedStep(token_ids_S, at_S, meta, descriptors, own_rows)
 
 
 class Capture(NamedTuple):
-    """`replay` repeats the recorded launches on the current stream, and so overwrites `out`."""
+    """`replay` repeats the captured launches on the current stream, and so overwrites `out`."""
 
     replay: Callable[[], None]
     out: Tensor
 
 
 class Capturer(Protocol):
-    """Recordings share memory: what one of them needs is there for the next."""
+    """Captures share memory: what one of them needs is there for the next."""
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
-        """Run once, which waits for no other rank. The result, called when all ranks have run, records."""
+        """Run once, which waits for no other rank. The result, called when all ranks have run, captures."""
         ...
 
     def num_bytes(self) -> int:
-        """Memory of the device that all recordings take."""
+        """Count the memory of the device that all captures take."""
         ...
 
     def release(self) -> None:
-        """Give back the memory of recordings, of which none is left."""
+        """Give back the memory of captures, of which none is left."""
         ...
 
 
 class GraphShape(NamedTuple):
-    """What a step is padded to. `kind`: parts that its adapters may have."""
+    """The shape to which a step is padded. `kind`: parts that its adapters may have."""
 
     size: int
     kind: Parts
 
 
 class DecodeGraphs:
-    """A RecordedDecoding."""
+    """A CapturedDecoding whose captures are CUDA graphs."""
 
-    def __init__(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding, recorder: Capturer) -> None:
-        self._forward, self._decoding, self._recorder = forward, decoding, recorder
+    def __init__(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding, capturer: Capturer) -> None:
+        self._forward, self._decoding, self._capturer = forward, decoding, capturer
         num_blocks = decoding.num_slots * decoding.max_blocks + 1  # the last one is not a slot's, see StepWords
         self._blocks = torch.zeros(num_blocks, dtype=torch.int64, device=decoding.device)
         self._tokens = torch.zeros(decoding.num_slots, dtype=torch.int64, device=decoding.device)
         self._slots: TokenSlots | None = None
         self._steps: dict[GraphShape, PaddedStep] = {}
-        self._recorded: dict[GraphShape, Capture] = {}
-        self._serving: dict[GraphShape, GraphShape | None] = {}  # by needed form: the recorded one that serves it
-        self._out_SV: Tensor | None = None  # of all recordings
+        self._captured: dict[GraphShape, Capture] = {}
+        self._serving: dict[GraphShape, GraphShape | None] = {}  # by needed shape: the captured one that serves it
+        self._out_SV: Tensor | None = None  # of all captures
         self.vectors = VectorShape.of(decoding.inputs, decoding.layout.num_layers, decoding.layout.head_dim)
-        self.directory = DescriptorAllocator(decoding.inputs, decoding.device, reserved=self.vectors.head)
+        self.descriptors = DescriptorAllocator(decoding.inputs, decoding.device, reserved=self.vectors.head)
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
         num = len(step.token_ids)
-        needed = GraphShape(_least(SIZES, num), next(k for k in KINDS if step.parts in k))
-        form = self._serving_of(needed)
-        padded = self._step(form or needed)
+        needed = GraphShape(_padded_size(num), next(k for k in KINDS if step.parts in k))
+        shape = self._serving_of(needed)
+        padded = self._step(shape or needed)
         padded.words.fill(step)
         self._slots = padded.slots(num)
-        if form is None:
+        if shape is None:
             return self._forward(padded.step())[:num]
-        recording = self._recorded[form]
-        recording.replay()
-        return recording.out[:num]
+        capture = self._captured[shape]
+        capture.replay()
+        return capture.out[:num]
 
     @property
     def slots(self) -> TokenSlots:
         assert self._slots is not None, "a step has been computed"
         return self._slots
 
-    def forms(self) -> Iterator[GraphShape]:
-        """All that steps may need, the most useful first, since limits may end recording.
+    def shapes(self) -> Iterator[GraphShape]:
+        """List all shapes that steps may need, the most useful first, since limits may end capturing.
 
         First what serves every step: of each size adapters with everything, with LoRA alone, and the base. Then the
-        other kinds. The first form needs the most memory, which the others then share.
+        other kinds. The first shape needs the most memory, which the others then share.
         """
-        size = _least(SIZES, min(self._decoding.num_slots, SIZES[-1]))
+        size = _padded_size(min(self._decoding.num_slots, SIZES[-1]))
         sizes = [s for s in reversed(SIZES) if s <= size]
         first = [k for k in reversed(KINDS) if k in (_ALL, Parts.LORA, Parts.NONE)]
         rest = [k for k in reversed(KINDS) if k not in first]
         for kinds in (first, rest):
             yield from (GraphShape(s, kind) for s in sizes for kind in kinds)
 
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
-        """Where a form does not fit into memory, smaller ones may."""
-        forms = list(self.forms())
-        began, taken = time.monotonic(), self._recorder.num_bytes()
-        largest, adds = forms[0].size, 0  # `adds`: what a further form takes beside the memory that all share
-        progress = CaptureState(0, len(forms), 0.0, 0)
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState:
+        """Capture all shapes; where one does not fit into memory, smaller ones may."""
+        shapes = list(self.shapes())
+        began, taken = time.monotonic(), self._capturer.num_bytes()
+        largest, adds = shapes[0].size, 0  # `adds`: what a further shape takes beside the memory that all share
+        progress = CaptureState(0, len(shapes), 0.0, 0)
         agree = self._decoding.ranks.agree
-        for form in forms:
-            if form.size > largest:
+        for shape in shapes:
+            if shape.size > largest:
                 continue
             left = limits.num_bytes - progress.num_bytes
             if not agree(time.monotonic() - began < limits.seconds and max(adds, 1) <= left):
                 break
-            recording = self._recording(form)
-            num_bytes = self._recorder.num_bytes() - taken
-            fits = bool(self._recorded) or num_bytes <= limits.num_bytes
-            if not agree(recording is not None and fits) or recording is None:
-                del recording
-                largest = form.size - 1
-                if not self._recorded:
-                    self._release(form)
+            capture = self._capture(shape)
+            num_bytes = self._capturer.num_bytes() - taken
+            fits = bool(self._captured) or num_bytes <= limits.num_bytes
+            if not agree(capture is not None and fits) or capture is None:
+                del capture
+                largest = shape.size - 1
+                if not self._captured:
+                    self._release(shape)
                 continue
-            adds = num_bytes - progress.num_bytes if self._recorded else 0
-            self._recorded[form] = recording
-            progress = CaptureState(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
+            adds = num_bytes - progress.num_bytes if self._captured else 0
+            self._captured[shape] = capture
+            progress = CaptureState(len(self._captured), len(shapes), time.monotonic() - began, num_bytes)
             on_progress(progress)
         self._serving.clear()
         return progress
 
-    def _release(self, form: GraphShape) -> None:
-        """The only form that has been computed leaves nothing on the device."""
-        self._steps.pop(form, None)
+    def _release(self, shape: GraphShape) -> None:
+        """The only shape that has been computed leaves nothing on the device."""
+        self._steps.pop(shape, None)
         self._out_SV = None
-        self._recorder.release()
+        self._capturer.release()
 
-    def _recording(self, form: GraphShape) -> Capture | None:
-        """None if the memory of the device, or of another rank's for the run before, is too small."""
-        record = _unless_full(lambda: self._recorder(partial(self._compute, form)))
-        if not self._decoding.ranks.agree(record is not None) or record is None:
+    def _capture(self, shape: GraphShape) -> Capture | None:
+        """Capture; None if the memory of the device, or of another rank's for the run before, is too small."""
+        capture = _unless_full(lambda: self._capturer(partial(self._compute, shape)))
+        if not self._decoding.ranks.agree(capture is not None) or capture is None:
             return None
-        return _unless_full(record)
+        return _unless_full(capture)
 
-    def _compute(self, form: GraphShape) -> Tensor:
-        """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
-        logits_SV = self._forward(self._step(form).step())
-        if self._out_SV is None or self._out_SV.shape[0] < form.size:
+    def _compute(self, shape: GraphShape) -> Tensor:
+        # All captures write their results into one tensor, since each has size × vocabulary × 4 bytes.
+        logits_SV = self._forward(self._step(shape).step())
+        if self._out_SV is None or self._out_SV.shape[0] < shape.size:
             self._out_SV = torch.empty_like(logits_SV)
-        return self._out_SV[: form.size].copy_(logits_SV)
+        return self._out_SV[: shape.size].copy_(logits_SV)
 
-    def _step(self, form: GraphShape) -> PaddedStep:
-        if form not in self._steps:
-            self._steps[form] = PaddedStep(
-                form.size,
+    def _step(self, shape: GraphShape) -> PaddedStep:
+        if shape not in self._steps:
+            self._steps[shape] = PaddedStep(
+                shape.size,
                 self._blocks,
                 self._tokens,
                 self._decoding,
-                form.kind,
-                self.directory.records,
+                shape.kind,
+                self.descriptors.table,
                 self.vectors,
             )
-        return self._steps[form]
+        return self._steps[shape]
 
     def _serving_of(self, needed: GraphShape) -> GraphShape | None:
-        """The smallest recorded form that holds it: of its own kind, or else of one with more parts."""
+        """The smallest captured shape that holds it: of its own kind, or else of one with more parts."""
         if needed not in self._serving:
             size, kind = needed
-            found = (f for f in self._recorded if f.size >= size and kind in f.kind)
+            found = (f for f in self._captured if f.size >= size and kind in f.kind)
             self._serving[needed] = min(found, key=lambda f: (KINDS.index(f.kind), f), default=None)
         return self._serving[needed]
 
 
-def _least(sizes: Sequence[int], needed: int) -> int:
-    return next(size for size in sizes if size >= needed)
+def _padded_size(num: int) -> int:
+    return next(size for size in SIZES if size >= num)
 
 
 def _unless_full(call: Callable[[], T]) -> T | None:
-    """None if the device's memory is too small."""
+    """Call it; None if the device's memory is too small."""
     try:
         return call()
     except RuntimeError as e:
@@ -333,40 +331,39 @@ def _unless_full(call: Callable[[], T]) -> T | None:
 
 
 class GraphCapturer:
-    """CUDA graphs that share their memory, since only one is replayed at a time. The run before a recording is silent,
-    then collectives are called that it would have been the first to need, and what is recorded is not executed.
+    """Captures CUDA graphs that share their memory, since only one is replayed at a time. The run before a capture is
+    silent, then collectives are called that it would have been the first to need, and what is captured is not executed.
     """
 
     def __init__(self, device: torch.device, ranks: CaptureBarrier) -> None:
         self._device, self._memory, self._ranks = device, torch.cuda.graph_pool_handle(), ranks
-        # One for all recordings, since cuBLAS keeps a workspace for each stream: 32 MiB on a card of 2022.
+        # One for all captures, since cuBLAS keeps a workspace for each stream: 32 MiB on a card of 2022.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
-        """Compiles kernels and initialises libraries."""
+        """Run once, which compiles kernels and initialises libraries."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), self._ranks.silent():
             run()
         current.wait_stream(self._stream)
-        return lambda: self._record(run)
+        return lambda: self._capture(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Capture:
+    def _capture(self, run: Callable[[], Tensor]) -> Capture:
         with torch.cuda.stream(self._stream):
             self._ranks.connect()
         graph = torch.cuda.CUDAGraph()
-        # Threads that load adapters may allocate pinned memory meanwhile, which must not break this recording.
+        # Threads that load adapters may allocate pinned memory meanwhile, which must not break this capture.
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             out = run()
         return Capture(graph.replay, out)
 
     def num_bytes(self) -> int:
-        """What the whole device has in use, without what torch keeps free: graphs take memory of the driver too."""
+        """Count what the whole device has in use, without what torch keeps free: graphs take the driver's too."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
 
     def release(self) -> None:
-        """Memory that no graph shares any more cannot be recorded into again, so the next one has another."""
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # memory that no graph shares any more cannot be captured into: the next has another
         self._memory = torch.cuda.graph_pool_handle()

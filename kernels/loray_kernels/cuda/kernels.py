@@ -16,23 +16,50 @@ from loray_kernels.cuda.tables import (
     Items,
     LoraLaunch,
     Shrink,
-    VectorsOfInput,
+    VectorLaunch,
     three_outputs,
 )
 from loray_kernels.decode import StepDescriptors
 from loray_kernels.descriptors import StepVectors
 from loray_kernels.kv import KvLayout
 
-_THREADS, _NORM_THREADS = 128, 256  # as in csrc/rows.cu
+MAX_HEAD_DIM = 256
+PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
+_THREADS, _NORM_THREADS, _SHRINK_WARPS, _EXPAND_THREADS = 128, 256, 4, 64  # as in csrc
 _WARP, _NARROW = 32, 512  # a row up to so wide has a warp
 _SILU_COLUMNS = 8 * _THREADS
+_GROUP = 8
+_TENSOR_HEADS, _TENSOR_KEYS = (64, 128), 16
+_ROW_TURNS = 12  # blocks of warps for an item: 48 rows at once, such as rank 16 of q, k and v
+_PAIR_TURNS = 32  # the same for a pair: 128 rows at once
+_BLOCKS = 8  # of attention, for each multiprocessor: some times as many as stand there at once, so that all are busy
 
 
-class RowLaunches:
-    """Each method queues one launch."""
+class Work(NamedTuple):
+    """The work of attention in each layer, made once for all layers: which splits of decoding sequences each launch
+    computes; see attention.cu.
 
-    def __init__(self, launch: Launcher) -> None:
+    starts_G1  of G launches, in `splits`
+    arrived    blocks that have come to a sequence, for each part of its heads
+    most       a launch has the sequences whose first split is one of so many
+    room       the most splits that these have
+    """
+
+    starts_G1: Tensor
+    splits: Tensor
+    arrived: Tensor
+    most: int
+    room: int
+
+
+class Gather:
+    """Each method but `attention` queues one launch. `num_processors`: the device's multiprocessors."""
+
+    def __init__(self, launch: Launcher, num_processors: int = 132) -> None:
         self.launch = launch
+        self._num_blocks = _BLOCKS * num_processors
+
+    # -- rows of activations and of the pool ---------------------------------------------------------------------------
 
     def rms_norm(
         self,
@@ -146,8 +173,8 @@ class RowLaunches:
             (pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()),
         )
 
-    def scale_recorded(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, rows_WS: Tensor, tables: VectorsOfInput
+    def scale_by_descriptor(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, rows_WS: Tensor, tables: VectorLaunch
     ) -> None:
         """`pool` begins at the layer's share."""
         self.launch(
@@ -165,42 +192,7 @@ class RowLaunches:
             ),
         )
 
-
-_SHRINK_WARPS, _EXPAND_THREADS, _GATHER_THREADS = 4, 64, 128  # as in cuda/csrc
-_GROUP = 8
-_TENSOR_HEADS, _TENSOR_KEYS = (64, 128), 16
-_ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
-_PAIR_TURNS = 32  # the same for a pair: 128 rows at once
-MAX_HEAD_DIM = 256
-PARTIAL_BYTES = 128 << 20  # of partial sums of attention at a time
-
-
-_BLOCKS = 8  # of attention, for each multiprocessor: some times as many as stand there at once, so that all are busy
-
-
-class Work(NamedTuple):
-    """Which splits of decoding sequences each launch of a layer's attention computes, made once for all layers; see
-    attention.cu.
-
-    starts_G1  of G launches, in `splits`
-    arrived    blocks that have come to a sequence, for each part of its heads
-    most       a launch has the sequences whose first split is one of so many
-    room       the most splits that these have
-    """
-
-    starts_G1: Tensor
-    splits: Tensor
-    arrived: Tensor
-    most: int
-    room: int
-
-
-class Gather(RowLaunches):
-    """Each method but `attention` queues one launch. `num_processors`: the device's multiprocessors."""
-
-    def __init__(self, launch: Launcher, num_processors: int = 132) -> None:
-        super().__init__(launch)
-        self._num_blocks = _BLOCKS * num_processors
+    # -- adapters ------------------------------------------------------------------------------------------------------
 
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, shrink: Shrink, h_TR: Tensor) -> None:
         rows = shrink.rows
@@ -246,10 +238,10 @@ class Gather(RowLaunches):
             ),
         )
 
-    def recorded_shrink(
+    def shrink_by_descriptor(
         self, x_TI: Tensor, pool: Tensor, step: StepDescriptors, field: int, tables: LoraLaunch, h_TR: Tensor
     ) -> None:
-        words = step.records.words
+        words = step.table.words
         self.launch(
             f"lora_recorded_shrink_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], _ROW_TURNS, 1),
@@ -269,7 +261,7 @@ class Gather(RowLaunches):
             ),
         )
 
-    def recorded_expand(
+    def expand_by_descriptor(
         self,
         outputs: tuple[Tensor, ...],
         h_TR: Tensor,
@@ -291,7 +283,7 @@ class Gather(RowLaunches):
                 pool.data_ptr(),
                 step.items_S3.data_ptr(),
                 tables.tiles.data_ptr(),
-                step.records.words.data_ptr(),
+                step.table.words.data_ptr(),
                 field,
                 tables.num_modules,
                 tables.num_segments,
@@ -299,8 +291,8 @@ class Gather(RowLaunches):
             ),
         )
 
-    def vera_recorded_shrink(
-        self, x_TI: Tensor, pool: Tensor, step: StepVectors, layer: int, tables: VectorsOfInput, z_TR: Tensor
+    def vera_shrink_by_descriptor(
+        self, x_TI: Tensor, pool: Tensor, step: StepVectors, layer: int, tables: VectorLaunch, z_TR: Tensor
     ) -> None:
         """`pool` begins at the column of the pair's A that meets the input's first, counted from the pool's start."""
         rows_WS = step.rows_LWS[layer]
@@ -324,7 +316,7 @@ class Gather(RowLaunches):
             ),
         )
 
-    def vera_recorded_expand(
+    def vera_expand_by_descriptor(
         self,
         y_TO: Tensor,
         z_TR: Tensor,
@@ -332,13 +324,13 @@ class Gather(RowLaunches):
         layer_offset: int,
         step: StepVectors,
         layer: int,
-        tables: VectorsOfInput,
+        tables: VectorLaunch,
     ) -> None:
         rows_WS = step.rows_LWS[layer]
         self.launch(
             f"vera_recorded_expand_{SUFFIX[pool.dtype]}",
             (step.items_S3.shape[0], tables.num_tiles, 1),
-            _GATHER_THREADS,
+            _THREADS,
             (
                 y_TO.data_ptr(),
                 y_TO.stride(0),
@@ -354,9 +346,11 @@ class Gather(RowLaunches):
             ),
         )
 
+    # -- attention -----------------------------------------------------------------------------------------------------
+
     def plan_attention(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> Work:
-        """The work of `attention` in each layer. Launches are so many that the partial sums of one fit into
-        PARTIAL_BYTES; those that a step does not need find no work.
+        """Plan the work of `attention`. Launches are so many that the partial sums of one fit into PARTIAL_BYTES; those
+        that a step does not need find no work.
         """
         device, num, splits = tables.context_len.device, tables.decoded.num, max(1, tables.max_splits)
         room = max(splits, PARTIAL_BYTES // (4 * num_heads * (layout.head_dim + 2))) if splits > 1 else num
@@ -372,7 +366,7 @@ class Gather(RowLaunches):
         self.launch(
             "attention_plan_fp32",
             (1, 1, 1),
-            _GATHER_THREADS,
+            _THREADS,
             (
                 tables.decoded.data.data_ptr(),
                 tables.context_len.data_ptr(),
@@ -397,8 +391,8 @@ class Gather(RowLaunches):
         work: Work,
         scale: float,
     ) -> None:
-        """For sequences with one query. `pool` begins at the layer's share. A launch has a number of blocks that does
-        not depend on the step, and they take the splits that there are by turns.
+        """Compute the attention of sequences with one query. `pool` begins at the layer's share. A launch has a number
+        of blocks that does not depend on the step, and they take the splits that there are by turns.
         """
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
         kernel = f"tensor{d}" if _by_tensors(pool, layout) else "decode"
@@ -409,7 +403,7 @@ class Gather(RowLaunches):
             self.launch(
                 f"attention_{kernel}_{kind}",
                 (blocks, parts, 1),
-                _GATHER_THREADS,
+                _THREADS,
                 (
                     q_THd.data_ptr(),
                     q_THd.stride(0),
@@ -435,12 +429,12 @@ class Gather(RowLaunches):
 
 
 def _parts(num_heads: int, layout: KvLayout) -> int:
-    """Blocks among which a split's heads are divided."""
+    """Count the blocks among which a split's heads are divided."""
     return layout.num_kv_heads * -(-num_heads // layout.num_kv_heads // _GROUP)
 
 
 def _by_tensors(pool: Tensor, layout: KvLayout) -> bool:
-    """Whether a tensor core's kernel can read the pool: 16 keys at a time of one block, 16 bytes at once."""
+    """Say whether a tensor core's kernel can read the pool: 16 keys at a time of one block, 16 bytes at once."""
     return (
         pool.element_size() == 2
         and layout.head_dim in _TENSOR_HEADS

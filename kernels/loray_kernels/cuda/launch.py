@@ -1,8 +1,7 @@
-"""NVRTC, and launches by CuPy.
+"""The CUDA C++ kernels: compiled by NVRTC, launched by CuPy.
 
-NVRTC is a shared library, of the wheel nvidia-cuda-nvrtc (which torch's CUDA build requires) or of a toolkit.
-
-Tests use another Launcher, which runs the same kernels on the CPU.
+NVRTC is a shared library, of the wheel nvidia-cuda-nvrtc (which torch's CUDA build requires) or of a toolkit. Tests use
+another Launcher, which runs the same kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +23,11 @@ from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
 FILES = ("attention.cu", "choose.cu", "lora.cu", "rows.cu", "sample.cu", "vera.cu")
+SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
+_DRIVERS = {12: "525", 13: "580"}  # the oldest that run what a major version of CUDA has compiled
+
+Argument = int | np.float32
 
 
 class Compiled(NamedTuple):
@@ -35,7 +38,7 @@ class Compiled(NamedTuple):
 
 
 def compile_source(name: str, arch: str) -> Compiled:
-    """`arch` like "sm_90". BackendUnavailable without NVRTC, or with its errors in the source."""
+    """Compile a source for `arch`, such as "sm_90". BackendUnavailable without NVRTC, or with its errors."""
     nvrtc = _library()
     program = ctypes.c_void_p()
     source = (SOURCES / name).read_bytes()
@@ -74,7 +77,7 @@ def cubin(name: str, arch: str) -> Path:
 
 
 def version() -> tuple[int, int]:
-    """NVRTC's version. BackendUnavailable without NVRTC."""
+    """Ask for NVRTC's version. BackendUnavailable without NVRTC."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "its version")
     return major.value, minor.value
@@ -92,8 +95,8 @@ def _library() -> ctypes.CDLL:
 
 
 def _wheels() -> list[Path]:
-    """NVIDIA's wheels have their libraries below the namespace package `nvidia`. Of several, that of torch's CUDA comes
-    first, whose machine code a driver that runs torch can load; then the newest.
+    """The NVRTC libraries of NVIDIA's wheels, which are below the namespace package `nvidia`. That of torch's CUDA
+    comes first, whose machine code a driver that runs torch can load; then the newest.
     """
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else None
@@ -103,7 +106,6 @@ def _wheels() -> list[Path]:
 
 
 def _major(library: Path) -> int:
-    """Of libnvrtc.so.13 it is 13."""
     return int(library.name.removeprefix("libnvrtc.so.").partition(".")[0])
 
 
@@ -120,11 +122,6 @@ def _check(status: int, what: str) -> None:
         raise BackendUnavailable(f"NVRTC failed with status {status} at {what}")
 
 
-Argument = int | np.float32
-_DRIVERS = {12: "525", 13: "580"}  # the oldest that run what a major version of CUDA has compiled
-SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
 class Launcher(Protocol):
     def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
         """Queue a kernel. Integers and addresses are 64 bits wide. The caller keeps alive what addresses point to."""
@@ -136,7 +133,7 @@ class _Stream(NamedTuple):
 
 
 class CupyLauncher:
-    """BackendUnavailable without CuPy or NVRTC, or with a driver too old for CuPy or for what NVRTC has made."""
+    """Launches on one device. BackendUnavailable without CuPy or NVRTC, or with a driver too old for one of them."""
 
     def __init__(self, device: torch.device) -> None:
         try:
@@ -174,6 +171,6 @@ class CupyLauncher:
 
 
 def file_of(kernel: str) -> str:
-    """The source of a kernel: named by the kernel's first word, or rows.cu."""
+    """Find the source of a kernel: it is named by the kernel's first word, or is rows.cu."""
     name = f"{kernel.partition('_')[0]}.cu"
     return name if name in FILES else "rows.cu"

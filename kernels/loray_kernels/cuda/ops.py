@@ -56,8 +56,10 @@ class CudaOps(ReferenceOps):
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
 
-    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
-        """None without a GPU, and if attention goes to the reference, whose launches depend on a step's values."""
+    def captured_decoding(
+        self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
+    ) -> CapturedDecoding | None:
+        # Attention that goes to the reference cannot be captured: its launches depend on a step's values.
         if decoding.device.type != "cuda" or not _attends(decoding.layout.head_dim):
             return None
         return DecodeGraphs(forward, decoding, GraphCapturer(decoding.device, decoding.ranks))
@@ -214,46 +216,52 @@ class CudaOps(ReferenceOps):
         x_TI: Tensor,
         outputs: tuple[Tensor, ...],
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
         assert _one_dtype(pool, x_TI, *outputs)
         assert all(y.stride(1) == 1 for y in outputs)
         x_TI, layer, number = token_rows(x_TI), pool[layer_offset:], field % len(INPUTS)
-        tables = pack_input(records.records, number)
+        tables = pack_input(descriptors.table, number)
         h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
-        self._gather.recorded_shrink(x_TI, layer, records, field, tables, h_TR)
-        self._gather.recorded_expand(outputs, h_TR, layer, records, field, tables)
+        self._gather.shrink_by_descriptor(x_TI, layer, descriptors, field, tables, h_TR)
+        self._gather.expand_by_descriptor(outputs, h_TR, layer, descriptors, field, tables)
 
     def vera_by_descriptor(
         self,
         x_TI: Tensor,
         y_TO: Tensor,
         pool: Tensor,
-        records: StepDescriptors,
+        descriptors: StepDescriptors,
         field: int,
         layer_offset: int,
     ) -> None:
-        vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
+        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
         assert vectors is not None
         assert _one_dtype(pool, x_TI, y_TO)
         assert y_TO.stride(1) == 1
-        x_TI, tables = token_rows(x_TI), pack_vectors(records.records, vectors.shape, number)
+        x_TI, tables = token_rows(x_TI), pack_vectors(descriptors.table, vectors.shape, number)
         z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
-        columns = pool[records.records.inputs[number].pair_column :]
-        self._gather.vera_recorded_shrink(x_TI, columns, vectors, layer, tables, z_TR)
-        self._gather.vera_recorded_expand(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
+        columns = pool[descriptors.table.inputs[number].pair_column :]
+        self._gather.vera_shrink_by_descriptor(x_TI, columns, vectors, layer, tables, z_TR)
+        self._gather.vera_expand_by_descriptor(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
 
     def scale_by_descriptor(
-        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepDescriptors, field: int, layer_offset: int
+        self,
+        y_TO: Tensor,
+        bias_O: Tensor | None,
+        pool: Tensor,
+        descriptors: StepDescriptors,
+        field: int,
+        layer_offset: int,
     ) -> None:
-        vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
+        vectors, (layer, number) = descriptors.vectors, divmod(field, len(INPUTS))
         assert vectors is not None
         assert _one_dtype(pool, y_TO, *(() if bias_O is None else (bias_O,)))
         assert y_TO.stride(1) == 1
-        tables = pack_vectors(records.records, vectors.shape, number)
-        self._gather.scale_recorded(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
+        tables = pack_vectors(descriptors.table, vectors.shape, number)
+        self._gather.scale_by_descriptor(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: ProjectionMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:

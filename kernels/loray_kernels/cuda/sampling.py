@@ -1,9 +1,9 @@
-"""Sampling on the device.
-
-Shapes: S rows of logits, R of them sampled, M masks, V vocabulary, W words of 32 bits.
+"""Sampling on the device: plain draws (`Sampling`), and rows whose logits requests change (`Choosing`).
 
 A step has one copy to the device (two with masks of grammars), two launches and one read. A request's edits stay on the
 device with the request; the copy has those that are new.
+
+Shapes: S rows of logits, R of them sampled, M masks, V vocabulary, W words of 32 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.launch import Launcher
+from loray_kernels.kv import to_device
 from loray_kernels.sampling import (
     MAX_TOP,
     NEW_EDIT,
@@ -31,7 +32,17 @@ from loray_kernels.sampling import (
     log_share,
 )
 
+MAX_VOCAB = 1024 * 512  # of draw.cuh
 _THREADS = 512  # as in csrc/draw.cuh
+_RESULT = 4 + 2 * MAX_TOP  # 64-bit words of a row
+_EDIT_WORDS = 5  # 32 bits each, of an entry on the device
+_INTEGERS = (
+    *("row", "mask", "own_words", "edits", "num_edits", "first_new", "num_new", "first_forbidden", "num_forbidden"),
+    *("top_k", "num_top"),
+)
+_NUMBERS = ("temperature", "log_min_p", "uniform", "top_p")
+_CHOICE = np.dtype([*((name, "<i8") for name in _INTEGERS), *((name, "<f8") for name in _NUMBERS)])
+_FORBIDDEN = np.dtype([("token", "<i4"), ("logit", "<f4")])
 
 
 def launch_sample(
@@ -83,7 +94,7 @@ class Readback:
         self._events = [torch.cuda.Event() for _ in range(2)] if self._on_gpu else []  # type: ignore[no-untyped-call]
 
     def __call__(self, there_N: Tensor) -> Callable[[], npt.NDArray[np.int64]]:
-        """The words of `there_N`, int64; waits for them when it is called."""
+        """Queue the copy of `there_N`, int64; the result waits for it and gives its words."""
         self._turn ^= 1
         turn, num = self._turn, len(there_N)
         if num > len(self._staged[turn]):
@@ -101,11 +112,12 @@ class Readback:
         return words
 
 
-MAX_VOCAB = 1024 * 512  # of draw.cuh
-
-
 class Choices(NamedTuple):
-    """On the device. rows_R, masks_R: int64; numbers: fp64, temperatures, then logs of min-p, then uniform numbers."""
+    """`Draws` on the device.
+
+    rows_R, masks_R  int64
+    numbers          fp64: temperatures, then logs of min-p, then uniform numbers
+    """
 
     rows_R: Tensor
     masks_R: Tensor
@@ -113,12 +125,14 @@ class Choices(NamedTuple):
 
     @classmethod
     def of(cls, words: Tensor, num: int) -> Choices:
-        """`packed` on the device."""
+        """Divide the words of `packed`, which are on the device."""
         return cls(words[:num], words[num : 2 * num], words[2 * num :].view(torch.float64))
 
 
 class Sampling:
-    """Owns what comes back, and what greedy rows need, for as many rows as a step has had. For one thread."""
+    """Samples plain draws. Owns what comes back, and what greedy rows need, for as many rows as a step has had. For one
+    thread.
+    """
 
     def __init__(self, launch: Launcher, device: torch.device) -> None:
         self._launch, self._device, self._readback = launch, device, Readback(device)
@@ -133,17 +147,15 @@ class Sampling:
         words = None
         if words_MW is not None and max(draws.masks) >= 0:
             assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
-            words = upload(words_MW.contiguous(), self._device)
+            words = to_device(words_MW.contiguous(), self._device)
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
-        choices = self._greedy if is_greedy else self._choices(draws)
+        choices = self._greedy
+        if not is_greedy:
+            choices = Choices.of(to_device(torch.from_numpy(packed(draws)), self._device), num)
         launch_sample(self._launch, logits_SV, choices, words, out_R2, slots)
         read = self._readback(out_R2.view(-1))
         return lambda: _tokens_and_logits(read())
-
-    def _choices(self, draws: Draws) -> Choices:
-        """One copy for all."""
-        return Choices.of(upload(torch.from_numpy(packed(draws)), self._device), len(draws.rows))
 
     def _grow(self, num: int) -> None:
         self._out = torch.zeros(num, 2, dtype=torch.int64, device=self._device)
@@ -157,7 +169,7 @@ def _tokens_and_logits(words: npt.NDArray[np.int64]) -> tuple[list[int], list[fl
 
 
 def packed(draws: Draws) -> npt.NDArray[np.int64]:
-    """All of `Choices`, in 64-bit words."""
+    """Pack all of `Choices` into 64-bit words, for one copy."""
     num = len(draws.rows)
     out = np.empty(5 * num, dtype=np.int64)
     out[:num], out[num : 2 * num] = draws.rows, draws.masks
@@ -166,26 +178,8 @@ def packed(draws: Draws) -> npt.NDArray[np.int64]:
     return out
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that is queued; the tensor itself on a CPU."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-_RESULT = 4 + 2 * MAX_TOP  # 64-bit words of a row
-_EDIT_WORDS = 5  # 32 bits each, of an entry on the device
-_INTEGERS = (
-    *("row", "mask", "own_words", "edits", "num_edits", "first_new", "num_new", "first_forbidden", "num_forbidden"),
-    *("top_k", "num_top"),
-)
-_NUMBERS = ("temperature", "log_min_p", "uniform", "top_p")
-_CHOICE = np.dtype([*((name, "<i8") for name in _INTEGERS), *((name, "<f8") for name in _NUMBERS)])
-_FORBIDDEN = np.dtype([("token", "<i4"), ("logit", "<f4")])
-
-
 class Choosing:
-    """A Chooser. Owns what comes back, for as many rows as a step has had."""
+    """A Chooser, which owns what comes back, for as many rows as a step has had."""
 
     def __init__(self, launch: Launcher, device: torch.device) -> None:
         self._launch, self._device, self._readback = launch, device, Readback(device)
@@ -209,7 +203,7 @@ class Choosing:
             np.concatenate(new),
             _forbidden(np.concatenate(forbidden)),
         ]
-        there = upload(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
+        there = to_device(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
         starts = np.cumsum([0, *(part.nbytes for part in parts)]).tolist()
         out = self._results(2 * num_plain + _RESULT * num)
         if num_plain:
@@ -230,13 +224,13 @@ class Choosing:
             return None
         assert max(masks) < len(words_MW)
         assert 32 * words_MW.shape[1] >= vocab
-        return upload(words_MW.contiguous(), self._device)
+        return to_device(words_MW.contiguous(), self._device)
 
     def _edits(self, changes: Sequence[Change]) -> list[npt.NDArray[np.void]]:
-        """What is new of each row's; and room for them, and for the tokens that are allowed, on the device."""
+        """Take what is new of each row's edits; makes room for them, and for allowed tokens, on the device."""
         for allowed in (c.allowed for c in changes if c.allowed is not None):
             if allowed.there is None:
-                allowed.there = upload(allowed.words_W, self._device)
+                allowed.there = to_device(allowed.words_W, self._device)
         return [np.empty(0, NEW_EDIT) if c.edits is None else self._new(c.edits) for c in changes]
 
     def _new(self, edits: TokenEdits) -> npt.NDArray[np.void]:
@@ -292,6 +286,6 @@ def _read(words: npt.NDArray[np.int64], num_plain: int, changes: Sequence[Change
 
 
 def _numbers(words: npt.NDArray[np.int64]) -> list[float]:
-    """fp32, from bits."""
+    """Read fp32 from bits."""
     out: list[float] = words.astype(np.uint32).view(np.float32).tolist()
     return out

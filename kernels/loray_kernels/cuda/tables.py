@@ -23,7 +23,7 @@ from loray_kernels.descriptors import (
     VectorShape,
     row_size,
 )
-from loray_kernels.kv import AttentionMeta, KvLayout
+from loray_kernels.kv import AttentionMeta, KvLayout, to_device
 from loray_kernels.ops import AdapterSegments, LoraTable
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
@@ -31,10 +31,11 @@ GATHER_BELOW = 16
 GATHER_TOKENS = 4
 TILE_TOKENS = 32
 TILE_COLUMNS = 128
+VECTOR_TILE_COLUMNS = 64  # of VeRA's outputs
 TILE_QUERIES = 64
 SPLIT, MAX_SPLITS = 256, 64  # positions of a decoding sequence that one block reads, and how many of them; attention.cu
 MAX_MODULES = 3  # outputs of one expand launch
-
+_SCALE_COLUMNS = 512
 
 Packed = TypeVar("Packed")
 
@@ -79,7 +80,7 @@ class Shrink(NamedTuple):
 
 
 class Expand(NamedTuple):
-    """See lora.cu. `offsets`: rows of B, module by module, segment by segment; `ranks`: the largest of each module."""
+    """Rows of B, for lora.cu. `offsets`: module by module, segment by segment; `ranks`: the largest of each module."""
 
     offsets: Tensor
     tiles: Tensor
@@ -94,7 +95,7 @@ class Expand(NamedTuple):
 
 
 class LoraLaunch(NamedTuple):
-    """What recorded launches need of one input, equal for all adapters; see lora.cu."""
+    """The tables of one input for launches of LoRA by descriptor, equal for all adapters; see lora.cu."""
 
     segments: Tensor
     tiles: Tensor
@@ -117,11 +118,9 @@ class AttentionTables(NamedTuple):
 
 
 def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
-    """Each list as an int64 tensor; one copy for all."""
+    """Upload each list as an int64 tensor; one copy for all."""
     flat = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return torch.split(flat, [len(values) for values in lists])
+    return torch.split(to_device(flat, device), [len(values) for values in lists])
 
 
 def pack_rows(rows: RowTables) -> DeviceRows:
@@ -135,7 +134,7 @@ def pack_rows(rows: RowTables) -> DeviceRows:
 
 
 def pack_token_rows(own: RowOverrides, num_tokens: int) -> Tensor:
-    """For each token of the step its row in `own.rows`; −1: it has none."""
+    """Find each token's row in `own.rows`; −1: it has none."""
     index_T: Tensor | None = own.rows.memo.get("cuda tokens")
     if index_T is None:
         num = own.tokens_N.shape[0]
@@ -164,14 +163,14 @@ def pack_spans(segments: AdapterSegments, device: torch.device) -> Spans:
 
 
 def pack_shrink(tables: tuple[LoraTable, ...]) -> Shrink:
-    return _of_group("cuda shrink", tables, _shrink)
+    return _memoized("cuda shrink", tables, _shrink)
 
 
 def pack_expand(tables: tuple[LoraTable, ...]) -> Expand:
-    return _of_group("cuda expand", tables, _expand)
+    return _memoized("cuda expand", tables, _expand)
 
 
-def _of_group(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[LoraTable, ...]], Packed]) -> Packed:
+def _memoized(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[LoraTable, ...]], Packed]) -> Packed:
     """make(tables), kept in the memo of the first table. The key are ids, so the other tables are kept as well."""
     groups: dict[tuple[int, ...], tuple[tuple[LoraTable, ...], Packed]] = tables[0].memo.setdefault(name, {})
     key = tuple(id(t) for t in tables)
@@ -226,9 +225,7 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
         rank_start += table.rank_start
     h_column = [sum(ranks[:m]) for m in range(len(ranks))]
     tiles_C5, rank_start_MN1, h_column_M = upload(device, tiles, rank_start, h_column)
-    scale_MN = torch.tensor([table.scale for table in tables], dtype=torch.float32)
-    if device.type == "cuda":
-        scale_MN = scale_MN.pin_memory().to(device, non_blocking=True)
+    scale_MN = to_device(torch.tensor([table.scale for table in tables], dtype=torch.float32), device)
     widths = tuple(sum(width for _, width, _ in table.b.segments) for table in tables)
     even = all(width % 8 == 0 for table in tables for _, width, _ in table.b.segments)
     return Expand(
@@ -245,23 +242,23 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
     )
 
 
-def pack_input(records: DescriptorTable, number: int) -> LoraLaunch:
-    packed: LoraLaunch | None = records.memo.get(number)
+def pack_input(table: DescriptorTable, number: int) -> LoraLaunch:
+    packed: LoraLaunch | None = table.memo.get(number)
     if packed is None:
-        a, b = records.inputs[number][:2]
+        a, b = table.inputs[number][:2]
         tiles: list[int] = []
         for m, columns in enumerate(b):
             for s, (column, width) in enumerate(columns):
                 for first in range(0, width, TILE_COLUMNS):
                     tiles += (m, s, first, column + first, min(TILE_COLUMNS, width - first))
         lists = [v for pair in a for v in pair], tiles, [len(s) for s in b]
-        segments, tiles_C5, module_segments = upload(records.words.device, *lists)
-        packed = records.memo[number] = LoraLaunch(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
+        segments, tiles_C5, module_segments = upload(table.words.device, *lists)
+        packed = table.memo[number] = LoraLaunch(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
     return packed
 
 
 def num_splits(longest: int) -> int:
-    """The most splits that a decoding sequence of up to `longest` positions has."""
+    """Count the most splits that a decoding sequence of up to `longest` positions has."""
     return min(MAX_SPLITS, -(-longest // SPLIT))
 
 
@@ -299,7 +296,7 @@ def pack_attention(meta: AttentionMeta, layout: KvLayout) -> AttentionTables:
 
 
 def three_outputs(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """`outputs`, padded with the first: the expand kernels take MAX_MODULES of them."""
+    """Pad `outputs` with the first: the expand kernels take MAX_MODULES of them."""
     return [*outputs, *outputs[:1] * (MAX_MODULES - 1)][:MAX_MODULES]
 
 
@@ -307,12 +304,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) != 1 else parts[0].contiguous()
 
 
-VECTORS_TILE_COLUMNS = 64  # of VeRA's outputs
-_SCALE_COLUMNS = 512
-
-
-class VectorsOfInput(NamedTuple):
-    """What launches need of one input; see vera.cu and rows.cu."""
+class VectorLaunch(NamedTuple):
+    """The tables of one input for launches of VeRA and DoRA by descriptor; see vera.cu and rows.cu."""
 
     words_M: Tensor
     tiles: Tensor
@@ -321,27 +314,27 @@ class VectorsOfInput(NamedTuple):
     num_scale_tiles: int
 
 
-def pack_vectors(records: DescriptorTable, shape: VectorShape, number: int) -> VectorsOfInput:
-    packed: VectorsOfInput | None = records.memo.get(("vectors", number))
+def pack_vectors(table: DescriptorTable, shape: VectorShape, number: int) -> VectorLaunch:
+    packed: VectorLaunch | None = table.memo.get(("vectors", number))
     if packed is None:
         words: list[int] = []
         tiles: list[int] = []
         scale_tiles: list[int] = []
         column = scale_column = 0
-        pair_rows = records.inputs[number].pair_rows
+        pair_rows = table.inputs[number].pair_rows
         for m, module in enumerate(INPUTS[number]):
             d, (b, segments) = shape.slots[module, "vera_d"].word, shape.slots[module, "vera_b"]
             row = pair_rows[m]  # of B, the first of this rank
             words.append(d)
             for s, (first, width) in enumerate(segments):
-                for at in range(0, width, VECTORS_TILE_COLUMNS):
+                for at in range(0, width, VECTOR_TILE_COLUMNS):
                     tiles += (
                         d,
                         b + s,
                         at,
                         row + first + at,
                         column + first + at,
-                        min(VECTORS_TILE_COLUMNS, width - at),
+                        min(VECTOR_TILE_COLUMNS, width - at),
                     )
             column += sum(width for _, width in segments)
             dora, segments = shape.slots[module, "dora"]
@@ -349,18 +342,18 @@ def pack_vectors(records: DescriptorTable, shape: VectorShape, number: int) -> V
                 for at in range(0, width, _SCALE_COLUMNS):
                     scale_tiles += (dora + s, at, scale_column + first + at, min(_SCALE_COLUMNS, width - at))
             scale_column += sum(width for _, width in segments)
-        uploaded = upload(records.words.device, words, tiles, scale_tiles)
-        packed = VectorsOfInput(uploaded[0], uploaded[1], len(tiles) // 6, uploaded[2], len(scale_tiles) // 4)
-        records.memo["vectors", number] = packed
+        uploaded = upload(table.words.device, words, tiles, scale_tiles)
+        packed = VectorLaunch(uploaded[0], uploaded[1], len(tiles) // 6, uploaded[2], len(scale_tiles) // 4)
+        table.memo["vectors", number] = packed
     return packed
 
 
-class RecordedVectors(StepVectors):
-    """Its rows are packed already, so that a recording uploads nothing."""
+class CapturedVectors(StepVectors):
+    """StepVectors whose rows are packed already, so that a capture uploads nothing."""
 
-    def __init__(self, records: DescriptorTable, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
-        super().__init__(shape, records.words, starts_S, items_S3)
-        self._records = records
+    def __init__(self, table: DescriptorTable, shape: VectorShape, starts_S: Tensor, items_S3: Tensor) -> None:
+        super().__init__(shape, table.words, starts_S, items_S3)
+        self._table = table
         self._index_LWS = torch.where(self.rows_LWS >= 0, self.tokens_S, -1)
 
     def token_rows(self, layer: int | None, module: str, role: str) -> RowOverrides:
@@ -375,10 +368,10 @@ class RecordedVectors(StepVectors):
         return self._packed(super().embedding_rows(offsets_S), offsets_S, columns)
 
     def _packed(self, own: RowOverrides, offsets: Tensor, columns: Columns) -> RowOverrides:
-        segments = self._records.memo.get(columns)
+        segments = self._table.memo.get(columns)
         if segments is None:
             numbers = [v for pair in columns for v in pair]
-            segments = self._records.memo[columns] = upload(self.words.device, numbers)[0]
+            segments = self._table.memo[columns] = upload(self.words.device, numbers)[0]
         width = sum(width for _, width in columns)
         own.rows.memo["cuda"] = DeviceRows(offsets, segments, len(columns), self.tokens_S.shape[0], width)
         return own

@@ -11,9 +11,7 @@ wherever the number is used, in the other branch too.
 Numbers that vary with a step's adapters are not specialised on, nor is where its tables begin: each variant would be
 compiled while a request waits.
 
-Shapes: T tokens, I input width, O output width, R rows of A and B.
-
-Shapes: Q queries of a tile, D head dimension.
+Shapes: T tokens, I input width, O output width, R rows of A and B; Q queries of a tile, D head dimension.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Their launches."""
+"""Launches of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda import triton_kernels as attention_kernels
-from loray_kernels.cuda import triton_kernels as lora_kernels
+from loray_kernels.cuda import triton_kernels
 from loray_kernels.cuda.kernels import PARTIAL_BYTES
 from loray_kernels.cuda.tables import (
     TILE_COLUMNS,
@@ -53,7 +52,7 @@ class Tiles:
             together = max(1, min(items.num, PARTIAL_BYTES // (4 * own)))
             partial = torch.empty(together * own, device=h_TR.device)
         for first in range(0, items.num, together):
-            lora_kernels.lora_shrink[(min(together, items.num - first), row_tiles, splits)](
+            triton_kernels.lora_shrink[(min(together, items.num - first), row_tiles, splits)](
                 x_TI,
                 x_TI.stride(0),
                 pool,
@@ -85,7 +84,7 @@ class Tiles:
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, table: Expand) -> None:
         y = three_outputs(outputs)
         even = table.multiple_of_8 and all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in outputs)
-        lora_kernels.lora_expand[(items.num, table.num_tiles)](
+        triton_kernels.lora_expand[(items.num, table.num_tiles)](
             *y,
             *(t.stride(0) for t in y),
             h_TR,
@@ -114,7 +113,7 @@ class Tiles:
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, b_OR: Tensor, pool: Tensor, d: DeviceRows, b: DeviceRows) -> None:
         """y += b ⊙ (B (d ⊙ z)); each token has a row of d and b."""
         num_tokens, width = y_TO.shape
-        lora_kernels.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
+        triton_kernels.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
             y_TO,
             y_TO.stride(0),
             z_TR,
@@ -139,9 +138,9 @@ class Tiles:
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: AttentionTables, scale: float
     ) -> None:
-        """For sequences with several queries. `pool` begins at the layer's share."""
+        """Compute the attention of sequences with several queries. `pool` begins at the layer's share."""
         num_heads, d = q_THd.shape[1], layout.head_dim
-        attention_kernels.attention_prefill[(tables.prefilled.num, num_heads)](
+        triton_kernels.attention_prefill[(tables.prefilled.num, num_heads)](
             q_THd,
             q_THd.stride(0),
             out_THd,
@@ -175,27 +174,27 @@ def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.de
 
 
 def shrink_turns(element_size: int) -> tuple[int, dict[str, int]]:
-    """Columns of a turn of the shrink, and Triton's options: its stages (one turn less has room in shared memory), and
-    the registers of a thread with which four blocks stand on a multiprocessor. Without this limit ptxas wants seven
-    blocks on sm_80, and spills. In fp32 registers limit the turns.
+    """Choose the columns of a turn of the shrink, and Triton's options: its stages (one turn less has room in shared
+    memory), and the registers of a thread with which four blocks stand on a multiprocessor. Without this limit ptxas
+    wants seven blocks on sm_80, and spills. In fp32 registers limit the turns.
     """
     return (64, {"num_stages": 5, "maxnreg": 128}) if element_size == 2 else (32, {"num_stages": 3})
 
 
 def split_input(width: int) -> tuple[int, int]:
-    """Splits of an input, and the columns of each, a multiple of 128."""
+    """Count the splits of an input, and the columns of each, a multiple of 128."""
     splits = min(MAX_SPLITS, -(-width // SPLIT_COLUMNS))
     each = -(-width // (splits * _SPLIT_UNIT)) * _SPLIT_UNIT
     return -(-width // each), each
 
 
 def attention_stages(element_size: int) -> int:
-    """Limited by shared memory."""
+    """Triton's stages, which shared memory limits."""
     return 3 if element_size == 2 else 1
 
 
 def keys_at_once(head_dim: int) -> int:
-    """Keys of one turn. Independent of the batch, because it decides the order in which attention adds."""
+    """Keys of one turn: independent of the batch, because it decides the order in which attention adds."""
     return 64 if head_dim <= 64 else 32
 
 

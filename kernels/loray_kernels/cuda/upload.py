@@ -1,4 +1,4 @@
-"""Adapters from pinned memory, beside the steps."""
+"""Copies of adapters from pinned memory into blocks, beside the steps. Shapes: P pieces, L layers, E elements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PageUploader:
         self._written = False
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> None:
-        """The copy waits for the steps that are queued so far: they may read the blocks' previous contents.
+        """Queue the copy, which waits for the steps that are queued so far: they may read the blocks' old contents.
 
         This thread first copies rows that are not pinned to pinned memory: a copy from other memory would block the
         thread until the stream reaches it. Rows that are on the device already are scattered from there.
@@ -47,21 +47,21 @@ class PageUploader:
         self._written = True
 
     def wait(self) -> None:
-        """The steps' stream waits for this one."""
+        """Let the steps' stream wait for this one."""
         if self._written:
             torch.cuda.current_stream(self._pool.device).wait_stream(self._stream)
             self._written = False
 
     def arrival(self) -> Callable[[], bool]:
-        """An event after the last copy and its kernel."""
+        """Ask an event after the last copy and its kernel."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event.query
 
 
 def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`rows`, (elements,), and their `piece_table` in stretches of at most `num_elements`, each with a table of its
-    own; those without a piece are left out.
+    """Cut `rows`, (elements,), and their `piece_table` into stretches of at most `num_elements`, each with a table of
+    its own; those without a piece are left out.
     """
     if len(rows) <= num_elements:
         yield rows, table_P3
@@ -77,7 +77,7 @@ def parts(rows: Tensor, table_P3: Tensor, num_elements: int) -> Iterator[tuple[T
 
 
 def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[PageCopy]) -> Tensor:
-    """`pieces` for every layer, for `Gather.place_pages`: (start in all rows, offset in the pool, length), int64.
+    """Give `pieces` for every layer, for `Gather.place_pages`: int64 (start in all rows, offset in the pool, length).
 
     num_elements  of one layer's rows
     """

@@ -1,4 +1,4 @@
-"""`AsyncEngine`: the engine in its thread, streams of tokens.
+"""`AsyncEngine`: an engine in threads of its own, with a stream of tokens for each request.
 
 On a CPU, steps run in the background (`loray.priority`). That is right for most of them, and wrong for a first token of
 a tenant that asks for little beside others (`GenerateRequest.is_modest`): where processors are busy, its steps would
@@ -35,9 +35,16 @@ from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, Token
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
 
+_log = get_logger(__name__)
+
+_STATS_INTERVAL_S = 0.2
+_PREFETCH_LOOK_S = 0.01
+
+T = TypeVar("T")
+
 
 class Lane(IntEnum):
-    """`FIRST`: while a modest request waits for its first token. `USUAL`: all other steps."""
+    """The thread of a step. `FIRST`: while a modest request waits for its first token. `USUAL`: all other steps."""
 
     USUAL = 0
     FIRST = 1
@@ -72,13 +79,13 @@ class EngineThreads:
             thread.start()
 
     def wake(self) -> None:
-        """Something has come: there is a turn after this call."""
+        """Let a turn follow this call: something has come."""
         with self._lock:
             self._has_news = True
             self._theirs[self._wanted].notify()
 
     def use(self, lane: Lane) -> None:
-        """From the next turn on."""
+        """Use this lane from the next turn on."""
         if lane is self._wanted or lane not in self._theirs:
             return
         with self._lock:
@@ -86,7 +93,7 @@ class EngineThreads:
             self._theirs[lane].notify()
 
     def stop(self) -> None:
-        """After the turn that is under way there is none. Returns when the threads have ended."""
+        """End the threads after the turn that is under way, and wait for them."""
         with self._lock:
             self._end()
         for thread in self._threads:
@@ -104,7 +111,7 @@ class EngineThreads:
             self._due = due
 
     def _take(self, lane: Lane) -> bool:
-        """Gives up the turn that this thread had, and waits for its next one. False: there is none."""
+        """Give up the turn that this thread had, and wait for its next one. False: there is none."""
         if self._holder is lane and self._wanted is not lane:
             release_threads()  # OpenMP's: with those of the other thread there would be more than cores
         with self._lock:
@@ -129,20 +136,12 @@ class EngineThreads:
             condition.notify()
 
 
-_log = get_logger(__name__)
-
-_STATS_INTERVAL_S = 0.2
-_PREFETCH_LOOK_S = 0.01
-
-T = TypeVar("T")
-
-
 class TokenSink(Protocol):
     """Takes the results of requests. Sinks that are equal get the results of one step together."""
 
     def deliver(self, outputs: Sequence[tuple[Any, TokenOutput]]) -> None:
-        """One step's results, each with the `key` of its request. Called in the engine's thread, which waits for it, so
-        it must neither block nor raise. A request's last result has a finish reason or an error.
+        """Take one step's results, each with the `key` of its request. Called in the engine's thread, which waits for
+        it, so it must neither block nor raise. A request's last result has a finish reason or an error.
         """
 
 
@@ -174,8 +173,9 @@ class AsyncEngine:
         engine.wake = self._threads.wake
 
     def start(self) -> None:
-        """Called from the thread that built the engine. That thread's OpenMP threads end: with those of the engine's
-        thread there would be more threads than cores. Raises what Engine.warm_up raises; then the engine is closed.
+        """Start the threads, from the thread that built the engine. That thread's OpenMP threads end: with those of the
+        engine's thread there would be more threads than cores. Raises what Engine.warm_up raises; then the engine is
+        closed.
         """
         release_threads()
         self._threads.start()
@@ -191,26 +191,26 @@ class AsyncEngine:
         self._engine.close()
 
     def check_health(self) -> None:
-        """EngineError if the engine's thread or another rank has ended."""
+        """Raise EngineError if the engine's thread or another rank has ended."""
         self._check_not_ended()
         self._engine.check_health()
 
     def stats(self) -> EngineStats:
-        """While the engine works at most 0.2 s or one step old; exact when it is idle."""
+        """Give figures that are at most 0.2 s or one step old while the engine works, and exact when it is idle."""
         return self._stats
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
-        """See Engine. EngineError if the engine has stopped."""
+        """Ask `Engine.adapters`. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
 
     async def layout(self) -> tuple[Stretch, ...]:
-        """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
+        """Say what the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
         pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
         return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
 
     def prefetch(self, refs: Iterable[AdapterRef], timeout_s: float) -> Prefetched:
-        """Loads adapters, in their order, before requests come: into the pool as long as half of it stays free, and
-        else into host memory. Blocks until they are there, but no longer than `timeout_s` and a step.
+        """Load adapters, in their order, before requests come: into the pool as long as half of it stays free, and else
+        into host memory. Blocks until they are there, but no longer than `timeout_s` and a step.
 
         EngineError if the engine has stopped.
         """
@@ -235,7 +235,7 @@ class AsyncEngine:
         return result
 
     def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
-        """Submits the request; `sink` gets its results, with `key`.
+        """Submit the request; `sink` gets its results, with `key`.
 
         Raises RequestError, ContextLengthExceeded, BaseMismatch or EngineError. The result may be one of those, an
         Overloaded or an error of loading the adapter.
@@ -253,11 +253,11 @@ class AsyncEngine:
         self._post(lambda: self._add(request))
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request, if it has not ended, before the next step. Its sink gets nothing more after that step."""
+        """End a request, if it has not ended, before the next step. Its sink gets nothing more after that step."""
         self._post(lambda: self._cancel(request_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The tokens as they come; the last delta has a finish reason. Closing the iterator cancels the request.
+        """Give the tokens as they come; the last delta has a finish reason. Closing the iterator cancels the request.
 
         Raises what `subscribe` raises and what its sink would get.
         """
@@ -276,24 +276,24 @@ class AsyncEngine:
                 self.cancel(request.request_id)
 
     def on_first_step(self, called: Callable[[str, float], None]) -> None:
-        """`called` gets the id of each traced request when its first step begins, and the time of `time.monotonic`. It
-        runs in the engine's thread, so it neither blocks nor raises.
+        """Call `called` with the id of each traced request when its first step begins, and the time of
+        `time.monotonic`. It runs in the engine's thread, so it neither blocks nor raises.
         """
         self._engine.counters.first_step = called
 
     @property
     def pool_bytes(self) -> int:
-        """On all ranks. From any thread."""
+        """The bytes of the pool on all ranks. From any thread."""
         pool_bytes = self._engine.spec.pool_bytes
         assert pool_bytes is not None, "an engine's spec says it, see `sized`"
         return pool_bytes
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
-        """See Engine."""
+        """Ask `Engine.max_model_len`."""
         return self._engine.max_model_len(adapter)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
-        """See Engine."""
+        """Ask `Engine.adapter_bytes`."""
         return self._engine.adapter_bytes(adapter)
 
     def _check_not_ended(self) -> None:
@@ -319,7 +319,6 @@ class AsyncEngine:
             self._run_call(self._warm, self._engine.warm_up)
 
     def _turn(self) -> float | None:
-        """See EngineThreads."""
         try:
             while self._inbox:
                 self._inbox.popleft()()
@@ -394,7 +393,7 @@ def _put(items: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> Non
 
 
 def _leaves_half_free(engine: Engine, ref: AdapterRef) -> bool:
-    """Whether half of the pool stays free when `ref`, which has been loaded, is placed there."""
+    """Say whether half of the pool stays free when `ref`, which has been loaded, is placed there."""
     pool, (own, pair) = engine.pool, engine.adapter_bytes(ref)
     left = pool.allocator.num_free * pool.block_bytes - own - (pair[1] if pair else 0)
     return 2 * left >= pool.geometry.num_blocks * pool.block_bytes

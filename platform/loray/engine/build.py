@@ -1,4 +1,4 @@
-"""Builds an engine from a base model: loads the weights, allocates the pool, starts other ranks."""
+"""`build_engine`, which makes an engine from a base model: it loads the weights, allocates the pool, starts ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Engine.step`; what it accepts, reports, undoes and checks."""
+"""`Engine`: its step, what it does before the first one, and what it accepts, reports, undoes and checks."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _PROGRESS_S = 5.0  # between two lines of the log
 
 
 def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
-    """How far recording has come; None where the backend records no steps. Done once: a further call changes nothing.
+    """Compile kernels and capture decode steps; None where the backend captures none. A further call changes nothing.
 
     `pool` is empty; the keys and values of its first blocks are written, which nobody reads. It runs in the thread that
     steps, since cuBLAS has a handle and workspaces for each thread.
     """
-    if not model.records or model.recorded is not None:
-        return model.recorded
+    if not model.can_capture or model.capture_state is not None:
+        return model.capture_state
     began = time.monotonic()
     for prompts in _prompts(pool, min(spec.max_num_batched_tokens, model.config.max_position_embeddings)):
         batch = model.batch(prompts, lambda chunk: None, pool)
@@ -63,26 +63,26 @@ def warm_up(model: Decoder, pool: Pool, spec: ServeSpec) -> CaptureState | None:
             shown = time.monotonic()
             _log.info("recording decode steps: %s", _text(progress))
 
-    recorded = model.record(CaptureLimits(spec.graph_seconds, spec.graph_bytes), show)
-    assert recorded is not None
-    _log.info("recorded decode steps: %s", _text(recorded))
-    if recorded.num_recorded < recorded.num_wanted:
+    captured = model.capture(CaptureLimits(spec.graph_seconds, spec.graph_bytes), show)
+    assert captured is not None
+    _log.info("recorded decode steps: %s", _text(captured))
+    if captured.num_captured < captured.num_wanted:
         _log.warning(
             "%d kinds of decode steps are not recorded (graph_record_s %g, graph_bytes %d); they are padded to larger "
             "ones, or are computed launch by launch",
-            recorded.num_wanted - recorded.num_recorded,
+            captured.num_wanted - captured.num_captured,
             spec.graph_seconds,
             spec.graph_bytes,
         )
-    return recorded
+    return captured
 
 
 def _text(r: CaptureState) -> str:
-    return f"{r.num_recorded} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
+    return f"{r.num_captured} of {r.num_wanted}, {r.seconds:.1f} s, {r.num_bytes / 2**20:.0f} MiB"
 
 
 def _prompts(pool: Pool, max_tokens: int) -> list[list[Chunk]]:
-    """Steps of one prompt and of several: Triton compiles numbers that are 1 or multiples of 16 apart from others."""
+    """Make steps of one prompt and of several: Triton compiles numbers that are 1 or multiples of 16 apart."""
     geometry = pool.geometry
     longest = min(max_tokens, geometry.num_blocks * geometry.block_tokens)
     steps = []
@@ -136,8 +136,8 @@ def check_integrity(
     adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> None:
-    """AssertionError unless each block is free or held by running requests, the prefix cache or resident adapters, as
-    their books say.
+    """Raise AssertionError unless each block is free or held by running requests, the prefix cache or resident
+    adapters, as their books say.
     """
     kv = Counter(block for request in scheduler.running for block in request.blocks)
     kv.update(scheduler.prefix_cache.blocks())
@@ -154,9 +154,9 @@ def check_integrity(
 def undo_step(
     error: RuntimeError, chunks: Sequence[Chunk], scheduler: Scheduler[Any, Any], model: Decoder
 ) -> tuple[Request, EngineError]:
-    """As if the step of `chunks`, which `error` ended before a request got a token, had not been. Returns the request
-    with the most tokens in it, which the caller ends, and the error that it gets. Raises `error` if it has another
-    reason than memory, or if there are no chunks, so that no request could be ended for it.
+    """Undo the step of `chunks`, which `error` ended before a request got a token. Returns the request with the most
+    tokens in it, which the caller ends, and the error that it gets. Raises `error` if it has another reason than
+    memory, or if there are no chunks, so that no request could be ended for it.
     """
     if not is_out_of_memory(error) or not chunks:
         raise error
@@ -185,7 +185,7 @@ def report(
     adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter],
     pool: Pool,
 ) -> EngineStats:
-    """Of the pool's KV blocks those that only the prefix cache holds are `cached`."""
+    """Collect the figures of this moment. The pool's KV blocks that only the prefix cache holds are `cached`."""
     tiers, counts = adapter_manager.table.by_tier(), adapter_manager.counts
     blocks, num_cached = pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
     return EngineStats(
@@ -223,9 +223,9 @@ def report(
 
 
 class Engine:
-    """Called from one thread. Loader threads call `wake` when a load has a result or is complete.
+    """An engine is called from one thread. Loader threads call `wake` when a load has a result or is complete.
 
-    Only that thread may use `pool`, `adapter_manager` and `scheduler`; see EngineStream.call.
+    Only that thread may use `pool`, `adapter_manager` and `scheduler`; see AsyncEngine.call.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.prepare_rope)
+        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
             load=self._start_load,
@@ -282,11 +282,11 @@ class Engine:
         self.idle = True  # the last step had nothing to compute
 
     def warm_up(self) -> CaptureState | None:
-        """Compile kernels and record decode steps, see `warmup`. In the thread that steps, before the first step."""
+        """Compile kernels and capture decode steps. In the thread that steps, before the first step."""
         return warm_up(self._model, self.pool, self.spec)
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
-        """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
+        """Count the tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
 
         The pool's limit is what the adapter leaves.
         """
@@ -295,7 +295,7 @@ class Engine:
         return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
-        """Bytes that an adapter takes in the pool; its published size until it has been loaded. From any thread."""
+        """Count the bytes that an adapter takes in the pool; its published size until it is loaded. From any thread."""
         return self._loads.nbytes(adapter.digest) or AdapterBytes(adapter.nbytes)
 
     def check(self, request: GenerateRequest) -> None:
@@ -326,7 +326,9 @@ class Engine:
 
     @property
     def next_deadline(self) -> float:
-        """When an idle engine must step although nothing happens, in seconds of `time.monotonic`; may be inf."""
+        """The time at which an idle engine must step although nothing happens, in seconds of `time.monotonic`; may be
+        inf.
+        """
         return min(self.scheduler.next_deadline(), self._grammars.next_deadline)
 
     def step(self) -> list[TokenOutput]:
@@ -337,14 +339,14 @@ class Engine:
         prompt, or a step is in flight.
         """
         outputs = [self._fail(*refused) for refused in self._grammars.take(self.scheduler.waiting.prepared)]
-        plan = self.scheduler.next()
-        outputs += [self._fail(*failed) for failed in plan.failed]
-        chunks, runner = plan.chunks, self._runner
+        scheduled = self.scheduler.next()
+        outputs += [self._fail(*failed) for failed in scheduled.failed]
+        chunks, runner = scheduled.chunks, self._runner
         try:
-            if chunks and not runner.launch(chunks, plan.work):  # it needs tokens that are in flight
+            if chunks and not runner.launch(chunks, scheduled.work):  # it needs tokens that are in flight
                 self._collect(0, outputs)
                 if chunks := _not_ended(chunks):
-                    runner.launch(chunks, plan.work)
+                    runner.launch(chunks, scheduled.work)
             self._collect(runner.num_ahead if chunks else 0, outputs)
         except RuntimeError as e:  # perhaps the device is out of memory
             outputs.append(self._fail(*undo_step(e, _not_ended(runner.last_chunks), self.scheduler, self._model)))
@@ -352,12 +354,12 @@ class Engine:
             self._collect(0, outputs)
             runner.forget()
         self._grammars.end_step()
-        self.idle = not (plan.chunks or outputs or plan.residency_changed or self._grammars.has_due)
+        self.idle = not (scheduled.chunks or outputs or scheduled.adapters_moved or self._grammars.has_due)
         return outputs
 
     @property
     def last_adapters(self) -> frozenset[str]:
-        """See ModelRunner."""
+        """Digests of the adapters in the last steps, see ModelRunner."""
         return self._runner.last_adapters
 
     def _collect(self, num_left: int, outputs: list[TokenOutput]) -> None:
@@ -461,15 +463,15 @@ class Engine:
         return report(self.counters, self.scheduler, self.adapter_manager, self.pool)
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
-        """Where these adapters are and how they have been used; without `digests`, of all that are known."""
+        """Say where these adapters are and how they have been used; without `digests`, all that are known."""
         return self.adapter_manager.table.placements(digests)
 
     def check_integrity(self) -> None:
-        """AssertionError unless the books of scheduler, residency and pool agree. Between steps."""
+        """Raise AssertionError unless the books of scheduler, adapter manager and pool agree. Between steps."""
         check_integrity(self.scheduler, self.adapter_manager, self.pool)
 
     def check_health(self) -> None:
-        """EngineError if another rank has ended. From any thread."""
+        """Raise EngineError if another rank has ended. From any thread."""
         if self._workers is not None:
             self._workers.check()
 
@@ -481,5 +483,5 @@ class Engine:
 
 
 def _not_ended(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Without those of requests that tokens in flight have ended."""
+    """Leave out those of requests that tokens in flight have ended."""
     return [chunk for chunk in chunks if chunk.request.state is not RequestState.FINISHED]

@@ -1,4 +1,4 @@
-"""Counters, histograms, an adapter's usage."""
+"""The figures of an engine: counters, histograms, and the usage of its adapters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Counters:
                     self.first_step(request.request_id, now)
 
     def computed(self, request: Request) -> None:
-        """`num_computed` of the request has grown."""
+        """Count the tokens by which `num_computed` of the request has grown."""
         prompt = min(request.num_computed, request.num_prompt_tokens)
         self.num_prompt_tokens += max(0, prompt - request.num_prompt_counted)
         request.num_prompt_counted = max(prompt, request.num_prompt_counted)
@@ -68,6 +68,9 @@ class Counters:
         self.step_seconds.observe(seconds)
         self.step_tokens.observe(num_tokens)
         self.step_adapters.observe(num_adapters)
+
+
+NUM_KEPT = 10_000  # dropped adapters whose usage is kept; some 15 MB
 
 
 class EngineStats(EngineFigures):
@@ -91,9 +94,6 @@ class EngineStats(EngineFigures):
     step_adapters: SkipValidation[HistogramCounts]
     load_seconds: SkipValidation[HistogramCounts]
     queue_seconds: SkipValidation[dict[str, HistogramCounts]]
-
-
-NUM_KEPT = 10_000  # dropped adapters whose usage is kept; some 15 MB
 
 
 @dataclass(slots=True)
@@ -141,36 +141,36 @@ class AdapterUsageLog:
         self._dropped: OrderedDict[str, AdapterUsage] = OrderedDict()
 
     def expected(self, ref: AdapterRef) -> None:
-        """The engine holds `ref` from now on, although no request came."""
+        """Note that the engine holds `ref` from now on, although no request came."""
         usage = self._hold(ref)
         if not usage.num_uses:
             usage.last_used_at = self._now()
 
     def request_came(self, ref: AdapterRef) -> None:
-        """A request for `ref` came; the engine holds `ref` from now on."""
+        """Note that a request for `ref` came; the engine holds `ref` from now on."""
         usage = self._hold(ref)
         usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
         usage.num_uses += 1
         usage.last_used_at = self._now()
 
     def request_ended(self, ref: AdapterRef, num_tokens: int) -> None:
-        """A request for `ref` ended, with or without an error; the engine holds `ref`."""
+        """Note that a request for `ref`, which the engine holds, ended with or without an error."""
         usage = self._held[ref.digest]
         usage.num_tokens += num_tokens
         usage.last_used_at = self._now()
 
     def dropped(self, ref: AdapterRef) -> None:
-        """The engine does not hold `ref` any more."""
+        """Note that the engine does not hold `ref` any more."""
         self._dropped[ref.digest] = self._held.pop(ref.digest)
         if len(self._dropped) > self._num_kept:
             self._on_forget(self._dropped.popitem(last=False)[0])
 
     def get(self, digest: str) -> AdapterUsage | None:
-        """None for an adapter that was never used, or is forgotten."""
+        """Give an adapter's usage; None if it was never used, or is forgotten."""
         return self._held.get(digest) or self._dropped.get(digest)
 
     def all(self) -> list[AdapterUsage]:
-        """Held adapters first, then dropped ones, the longest dropped first."""
+        """List held adapters first, then dropped ones, the longest dropped first."""
         return [*self._held.values(), *self._dropped.values()]
 
     def _hold(self, ref: AdapterRef) -> AdapterUsage:

@@ -1,4 +1,4 @@
-"""`Request`, `Chunk`, `SchedulerOutput`."""
+"""One request inside the engine: `Request`, `Chunk` (its part of a step), `SchedulerOutput` (what a step computes)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RequestState(Enum):
 
 
 class TokenOutput(NamedTuple):
-    """One step's result for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a part
-    of the prompt has been scored.
+    """The result of one step for one request: a token, or the error that ended it, or neither if max_tokens is 0 or a
+    part of the prompt has been scored.
 
     `prompt_logprobs` are those of the prompt's tokens from the second on, in parts: each step's are in its result, the
     last ones with the first token or the finish reason.
@@ -58,7 +58,7 @@ class Request:
     charged_until       tokens of its prompt that have been computed or found in the prefix cache, now or before
     num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
-    changes_logits      the sampler writes it and `history`, see sampling.history
+    changes_logits      the sampler writes it and `history`, see `sampling.sampler`
     num_in_flight       tokens of its output that a device has drawn, or will, and that nobody has read; see `runner`
     awaits_mask         it is in no step before its next token's mask has been computed; `sampling.grammar` writes it
     """
@@ -107,23 +107,23 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """If so, every token of the prompt is computed, and the prefix cache is not used."""
+        """The prompt's tokens are to be scored: each is computed, and the prefix cache is not used."""
         wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
         return wanted and self.num_scored < self.num_prompt_tokens - 1
 
     @property
     def has_constraint(self) -> bool:
-        """Its answer must match one, which is compiled before it can run."""
+        """The answer must match a constraint, which is compiled before the request can run."""
         return self.spec.params.structured is not None
 
     @property
     def is_continued(self) -> bool:
-        """Its first tokens, and its prompt's log-probabilities, are another engine's."""
+        """The first tokens, and the prompt's log-probabilities, are another engine's."""
         return bool(self.spec.output_ids)
 
     @property
     def num_generated(self) -> int:
-        """Tokens of its output that this engine has generated."""
+        """The number of tokens of the output that this engine has generated."""
         return len(self.output_ids) - len(self.spec.output_ids)
 
     @property
@@ -140,7 +140,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and output, those in flight included."""
+        """The number of tokens of prompt and output, those in flight included."""
         return len(self.spec.prompt_ids) + len(self.output_ids) + self.num_in_flight
 
     @property
@@ -150,16 +150,16 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens not yet in the KV cache; while decoding 1, and those that a constraint has forced."""
+        """The number of tokens not yet in the KV cache; while decoding 1, and those that a constraint has forced."""
         return self.num_tokens - self.num_computed
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of prompt and output at the request's limit."""
+        """The number of tokens of prompt and output at the request's limit."""
         return self.num_prompt_tokens + self.spec.params.max_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and output, none of them in flight."""
+        """Give tokens [start, stop) of prompt and output, none of them in flight."""
         n = self.num_prompt_tokens
         return [*self.spec.prompt_ids[start:stop], *self.output_ids[max(start - n, 0) : max(stop - n, 0)]]
 
@@ -187,7 +187,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, start: int, num_tokens: int, num_scored: int = 0) -> Work:
-        """Of tokens [start, start + num_tokens) of one request."""
+        """Compute the work of tokens [start, start + num_tokens) of one request."""
         if num_tokens == 1:
             return cls(num_decoded=1, num_keys=start + 1, num_scored=num_scored)
         pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
@@ -203,7 +203,7 @@ class Chunk(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """True where the chunk reaches the request's newest token, so that its logits are sampled."""
+        """The chunk reaches the request's newest token, so that its logits are sampled."""
         return self.start + self.num_tokens == self.request.num_tokens
 
     @property
@@ -223,11 +223,14 @@ class Chunk(NamedTuple):
 
 
 class SchedulerOutput(NamedTuple):
-    """`failed` will not run. `residency_changed`: an adapter has moved: plan again at once.
-    `work`: of the whole step.
+    """The scheduler's decision for a step.
+
+    failed          requests that will not run, and why
+    adapters_moved  an adapter has moved: schedule again at once
+    work            of the whole step
     """
 
     chunks: list[Chunk]
     failed: list[tuple[Request, Exception]]
-    residency_changed: bool
+    adapters_moved: bool
     work: Work

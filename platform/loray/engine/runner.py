@@ -1,6 +1,6 @@
-"""Runs steps: launches them, and reads what they gave.
+"""`ModelRunner`, which launches steps and reads what they gave.
 
-A recorded decode step is launched before the tokens of the step before it have been read: the device has drawn them,
+A captured decode step is launched before the tokens of the step before it have been read: the device has drawn them,
 and takes them from where they are (`TokenSlots`). So while a device computes a step, the host reads the one before it
 and schedules the one after it. A token that ends its request without anybody having known leaves a row of the next
 step without use, whose result is dropped.
@@ -34,7 +34,7 @@ from loray.spec import TokenLogprobs
 
 
 class StepResults(NamedTuple):
-    """Of one step, for requests that have not ended.
+    """The results of one step, for requests that have not ended.
 
     computed  the requests of the step's chunks
     outcomes  of those that were sampled
@@ -60,7 +60,7 @@ class _Launched(NamedTuple):
 
 
 class ModelRunner:
-    """For one thread. `observe` gets the work of steps and their seconds."""
+    """Runs steps, in one thread. `observe` gets the work of steps and their seconds."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class ModelRunner:
 
     @property
     def last_chunks(self) -> Sequence[Chunk]:
-        """Of the last step that was launched, or should have been."""
+        """The chunks of the last step that was launched, or should have been."""
         return self._last_chunks[-1]
 
     @property
@@ -133,17 +133,17 @@ class ModelRunner:
 
     @property
     def num_in_flight(self) -> int:
-        """Steps that have not been read."""
+        """The number of steps that have not been read."""
         return len(self._launched)
 
     @property
     def num_ahead(self) -> int:
-        """How many of them need not be read before the next step is scheduled: the last one, or none."""
+        """The number of them that need not be read before the next step is scheduled: the last one, or none."""
         return int(bool(self._launched) and self._launched[-1].is_ahead)
 
     @contextmanager
     def collected(self) -> Iterator[StepResults]:
-        """Reads the oldest step in flight, which ends where the context does."""
+        """Read the oldest step in flight, which ends where the context does."""
         step = self._launched.popleft()
         batch, requests = step.batch, [chunk.request for chunk in step.batch.sampled]
         for request in requests:
@@ -165,11 +165,11 @@ class ModelRunner:
 
 
 def _no_wait() -> None:
-    """What was read has been computed."""
+    pass  # what was read has been computed
 
 
 def _computed() -> Callable[[], None]:
-    """Waits for what this thread has queued so far, and not for other streams, on which adapters are copied."""
+    """Make a wait for what this thread has queued so far, and not for other streams, on which adapters are copied."""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event.synchronize

@@ -12,11 +12,11 @@ from loray.engine.pool.device_memory import (
     SCORED_BYTES,
     DeviceMemory,
     activation_bytes,
+    capture_bytes,
     check_plan,
     logits_bytes,
     plan_memory,
     prompt_logprobs_bytes,
-    recording_bytes,
     usable_bytes,
 )
 from loray.errors import SpecError
@@ -68,9 +68,9 @@ def test_logits() -> None:
 
 def test_recordings_and_their_tables() -> None:
     tables = 8 * MIB + 8 * 256 * 512
-    assert recording_bytes(SPEC, CONFIG) == GIB + tables
-    assert recording_bytes(spec(graph_record_s=0.0), CONFIG) == tables
-    assert recording_bytes(spec(max_model_len=33, graph_bytes=MIB), CONFIG) == MIB + 8 * MIB + 8 * 256 * 3
+    assert capture_bytes(SPEC, CONFIG) == GIB + tables
+    assert capture_bytes(spec(graph_record_s=0.0), CONFIG) == tables
+    assert capture_bytes(spec(max_model_len=33, graph_bytes=MIB), CONFIG) == MIB + 8 * MIB + 8 * 256 * 3
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_pool_has_what_is_left() -> None:
         "prompt logprobs": prompt_logprobs_bytes(SPEC, CONFIG),
         "partial sums": 128 * MIB,
         "staging": 64 * MIB,
-        "recordings": recording_bytes(SPEC, CONFIG),
+        "recordings": capture_bytes(SPEC, CONFIG),
     }
     assert plan.pool == 72 * GIB - sum(plan.needs.values())
     text = plan.text()

@@ -56,14 +56,14 @@ def advance(request: Request) -> None:
 
 
 def adapter(start: int | None, pending: object = None, pair: int | None = None, **fields: Any) -> Any:
-    """With a record of nine words from `start` on; with a VeRA pair in a run of blocks from `pair` on."""
-    record = None
+    """With a descriptor of nine words from `start` on; with a VeRA pair in a run of blocks from `pair` on."""
+    descriptor = None
     if start is not None and pair is None:
-        record = AdapterDescriptor(start, 9, Parts.LORA, start, 0, None)
+        descriptor = AdapterDescriptor(start, 9, Parts.LORA, start, 0, None)
     elif start is not None:
-        record = AdapterDescriptor(start, 9, Parts.VERA, None, start, start + 5)
+        descriptor = AdapterDescriptor(start, 9, Parts.VERA, None, start, start + 5)
     run = None if pair is None else SimpleNamespace(first_block=pair)
-    return SimpleNamespace(**{"record": record, "pending": pending, "pair": run, "token_row": {}} | fields)
+    return SimpleNamespace(**{"descriptor": descriptor, "pending": pending, "pair": run, "token_row": {}} | fields)
 
 
 def test_only_new_blocks_are_sent() -> None:
@@ -158,7 +158,7 @@ def test_rows_that_share_a_pair_are_neighbours_and_name_their_vectors() -> None:
 
 def test_embedding_rows_are_found_for_each_token() -> None:
     device, a, b = Device(), running("a", [1]), running("b", [2])
-    own = adapter(30, token_row={3: 500}, record=AdapterDescriptor(30, 9, Parts.OWN, None, 30, None))
+    own = adapter(30, token_row={3: 500}, descriptor=AdapterDescriptor(30, 9, Parts.OWN, None, 30, None))
     device.adapters = {a: own}
     first = device.step(a, b)
     assert first is not None

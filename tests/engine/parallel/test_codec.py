@@ -20,14 +20,14 @@ from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.parallel.pool import (
     CODEC,
     AdapterPlace,
+    CaptureSteps,
     CompileAdapters,
     Forward,
     GetPoolMap,
     PlaceAdapter,
-    RecordSteps,
     RemoveAdapter,
     Replay,
-    UseRecordings,
+    UseCaptures,
 )
 from loray.engine.parallel.transport import WireError
 from loray.engine.parallel.worker import ARGUMENTS, WorkerArgs
@@ -50,9 +50,9 @@ COMMANDS: list[Any] = [
     Replay(b""),
     RemoveAdapter("d"),
     GetPoolMap(),
-    UseRecordings(8, 512),
+    UseCaptures(8, 512),
     CompileAdapters(),
-    RecordSteps(CaptureLimits(60.0, 1 << 30)),
+    CaptureSteps(CaptureLimits(60.0, 1 << 30)),
     {"d": AdapterPlace((EXTENT,), SHAPE, None, AdapterDescriptor(1, 2, Parts.LORA | Parts.OWN, None, 0, 7))},
     [b"one", b"two"],
 ]

@@ -50,25 +50,25 @@ class LateUploader(Late):
 
 
 class Tapes:
-    """A Recorder. Every recording takes one byte."""
+    """A Capturer. Every capture takes one byte."""
 
     def __init__(self, ops: ShimOps, ranks: CaptureBarrier) -> None:
         self._ops, self._ranks, self._num_bytes = ops, ranks, 0
         self._arena = Arena()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Capture]:
-        """As GraphRecorder does."""
-        assert self._ops.may_record
+        """As GraphCapturer does."""
+        assert self._ops.may_capture
         self._num_bytes += 1
         with self._ranks.silent():
             run()
-        return lambda: self._record(run)
+        return lambda: self._capture(run)
 
-    def _record(self, run: Callable[[], Tensor]) -> Capture:
+    def _capture(self, run: Callable[[], Tensor]) -> Capture:
         self._ranks.connect()
         tape = self._ops.launcher.tape = Tape(self._arena)
         out = tape.record(run)
-        out.fill_(torch.nan)  # recording computes nothing
+        out.fill_(torch.nan)  # capturing computes nothing
 
         def replay() -> None:
             self._ops.replayed.append(out.shape[0])
@@ -92,15 +92,17 @@ class ShimOps(CudaOps):
         super().__init__(Gather(launcher), cast(Any, None))
         self.launcher = launcher
         self.uploaders: list[LateUploader] = []
-        self.records_steps = self.may_record = True
+        self.captures_steps = self.may_capture = True
         self.replayed: list[int] = []
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         self.uploaders.append(LateUploader(self._gather, pool))
         return self.uploaders[-1]
 
-    def recorded(self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding) -> CapturedDecoding | None:
-        return DecodeGraphs(forward, decoding, Tapes(self, decoding.ranks)) if self.records_steps else None
+    def captured_decoding(
+        self, forward: Callable[[CapturedStep], Tensor], decoding: Decoding
+    ) -> CapturedDecoding | None:
+        return DecodeGraphs(forward, decoding, Tapes(self, decoding.ranks)) if self.captures_steps else None
 
     def paged_attention(
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float

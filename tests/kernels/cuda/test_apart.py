@@ -1,4 +1,4 @@
-"""Requests that no recorded step takes, beside others: each kind has steps of its own."""
+"""Requests that no captured step takes, beside others: each kind has steps of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[bool, set[str]]]:
-    """Of steps from now on in which requests decode: whether it is recorded, and whose it is."""
+    """Of steps from now on in which requests decode: whether it is captured, and whose it is."""
     launch, found = engine._model.forward, list[tuple[bool, set[str]]]()
 
     def forward(batch: Batch | DecodeBatch, *arguments: Any) -> Any:
@@ -50,7 +50,7 @@ def requests_of(mixed: dict[str, TestAdapter]) -> list[Any]:  # noqa: F811
 
 
 def is_fair(steps: list[tuple[bool, set[str]]]) -> bool:
-    """Rows without a record are in no recorded step, and no step of theirs has others; both come by turns."""
+    """Rows without a descriptor are in no captured step, and no step of theirs has others; both come by turns."""
     apart = {"1", "6"}
     together = [(recorded, own) for recorded, own in steps if own & apart and own - apart]
     as_they_should = all(recorded != bool(own & apart) for recorded, own in steps)

@@ -75,7 +75,7 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
     requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
     recorded = make_engine(base)
-    ops.records_steps = False
+    ops.captures_steps = False
     eager = make_engine(base)
     expected, got = logits_of(eager, *requests), logits_of(recorded, *requests)
     for name, want in expected.items():
@@ -238,10 +238,10 @@ def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, Te
     places = {a.ref.name: a.extents for a in engine.pool.residents}
     assert engine.pool._clear_run(engine.pool.allocator.num_free)
     assert any(a.extents != places[a.ref.name] for a in engine.pool.residents)
-    records = engine.pool.records
-    assert records is not None
+    descriptors = engine.pool.descriptors
+    assert descriptors is not None
     for adapter in engine.pool.residents:
-        assert adapter.record is not None
-        start, size = adapter.record.start, adapter.record.size
-        written = records._directory.records.words[start : start + size]
-        assert written.tolist() == [word for part in cast(Any, records._words(adapter)) for word in part]
+        assert adapter.descriptor is not None
+        start, size = adapter.descriptor.start, adapter.descriptor.size
+        written = descriptors._allocator.table.words[start : start + size]
+        assert written.tolist() == [word for part in cast(Any, descriptors._words(adapter)) for word in part]

@@ -155,10 +155,10 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
         store(ops, pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
         return ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.125)
 
-    graphs = ops.recorded(forward, Decoding(layout, 3, 32, (), device))
+    graphs = ops.captured_decoding(forward, Decoding(layout, 3, 32, (), device))
     assert isinstance(graphs, DecodeGraphs)
-    done = graphs.record(CaptureLimits(600.0, 1 << 30), lambda progress: None)
-    assert done.num_recorded == done.num_wanted == 3 * 6  # sizes, kinds
+    done = graphs.capture(CaptureLimits(600.0, 1 << 30), lambda progress: None)
+    assert done.num_captured == done.num_wanted == 3 * 6  # sizes, kinds
     for contexts in ([40, 300, 7], [500], [3, 17, 90]):
         num, blocks = len(contexts), torch.randperm(64)[: 21 * len(contexts)].view(len(contexts), -1)
         blocks = blocks if num > 1 else torch.randperm(64)[None, :32]

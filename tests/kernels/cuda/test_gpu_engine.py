@@ -57,13 +57,13 @@ def test_the_engine_replays_decode_steps(
     requests = [request(str(i), range(3, 9 + 7 * i), own[i % len(own)], max_tokens=3 + i) for i in range(5)]
     recorded, eager = (make_engine(base, list(adapters.values()), device="cuda", dtype=dtype) for _ in range(2))
     eager._model._steps = None
-    graphs = recorded._model._recorded
+    graphs = recorded._model._captures
     assert isinstance(graphs, DecodeGraphs)
-    known = len(graphs._recorded)
+    known = len(graphs._captured)
     assert known > 0
     expected, got = logits_of(eager, requests), logits_of(recorded, requests)
-    assert {form.kind for form in graphs._serving} >= {Parts.NONE if names == (None,) else Parts.LORA}
-    assert len(graphs._recorded) == known  # requests record nothing
+    assert {shape.kind for shape in graphs._serving} >= {Parts.NONE if names == (None,) else Parts.LORA}
+    assert len(graphs._captured) == known  # requests capture nothing
     for name, want in expected.items():
         near(got[name], want, getattr(torch, dtype))
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from loray_kernels import (
+    ITEM_TOKENS,
     MAX_PAIR_RANK,
-    RECORD_TOKENS,
     AttentionMeta,
     BackendUnavailable,
     DecodeStep,
@@ -29,7 +29,6 @@ from loray_kernels import (
 )
 from loray_kernels import sampling as draws
 from loray_kernels.cuda import kernels, sampling, tables
-from loray_kernels.cuda import kernels as row_launches
 from loray_kernels.cuda import launch as nvrtc
 from loray_kernels.cuda.graphs import PaddedStep
 from loray_kernels.cuda.kernels import Gather
@@ -202,7 +201,7 @@ def test_launches_and_kernels_agree() -> None:
         (value,) = re.findall(rf"constexpr int {name} = (\d+);", sources[file])
         return int(value)
 
-    assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == RECORD_TOKENS
+    assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == ITEM_TOKENS
     assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == kernels._SHRINK_WARPS
     assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
     assert 2 * constant("lora.cu", "THREADS") == 2 * kernels._EXPAND_THREADS == tables.TILE_COLUMNS
@@ -215,9 +214,8 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("draw.cuh", "BLOCK") == draws._BLOCK
     assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == sampling.MAX_VOCAB <= 1 << 20
     assert constant("choose.cu", "MAX_TOP") == MAX_TOP
-    assert kernels._GATHER_THREADS == row_launches._THREADS
-    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {kernels._GATHER_THREADS}
-    assert constant("rows.cu", "NORM_THREADS") == row_launches._NORM_THREADS
+    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {kernels._THREADS}
+    assert constant("rows.cu", "NORM_THREADS") == kernels._NORM_THREADS
 
 
 @pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])

@@ -77,7 +77,7 @@ def test_all_forms_are_recorded_on_one_stream_within_the_bytes_of_graphs(monkeyp
 
     layout, device = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16), torch.device("cpu")
     steps = DecodeGraphs(forward, Decoding(layout, 32, 512, (), device), GraphCapturer(device, CaptureBarrier()))
-    done = steps.record(CaptureLimits(1e9, 1 << 30), lambda progress: None)
-    assert done.num_recorded == done.num_wanted == card.num_graphs == 36
+    done = steps.capture(CaptureLimits(1e9, 1 << 30), lambda progress: None)
+    assert done.num_captured == done.num_wanted == card.num_graphs == 36
     assert len(card.computed_on) == 2 * 36
     assert len(set(card.computed_on)) == 1

@@ -1,4 +1,4 @@
-"""In which thread kernels are compiled and steps recorded: cuBLAS has a handle and workspaces for each thread, so what
+"""In which thread kernels are compiled and steps captured: cuBLAS has a handle and workspaces for each thread, so what
 is warm in one is cold in another.
 """
 
@@ -45,10 +45,10 @@ def build(base: BaseModel) -> AsyncEngine:
     return AsyncEngine(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
 
 
-def test_the_thread_that_steps_compiles_and_records(
+def test_the_thread_that_steps_compiles_and_captures(
     base: BaseModel, ops: ShimOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads: dict[str, set[str]] = {"forward": set(), "record": set()}
+    threads: dict[str, set[str]] = {"forward": set(), "capture": set()}
 
     def watch(name: str) -> None:
         call = getattr(Decoder, name)
@@ -64,9 +64,9 @@ def test_the_thread_that_steps_compiles_and_records(
     stream = build(base)
     stream.start()
     try:
-        recorded = stream._engine._model.recorded
-        assert recorded is not None
-        assert recorded.num_recorded == recorded.num_wanted == 3
+        captured = stream._engine._model.capture_state
+        assert captured is not None
+        assert captured.num_captured == captured.num_wanted == 3
 
         async def answer() -> list[Any]:
             return [delta async for delta in stream.generate(request("r", range(3, 9), max_tokens=4))]
@@ -75,7 +75,7 @@ def test_the_thread_that_steps_compiles_and_records(
         assert ops.replayed
     finally:
         stream.stop()
-    assert threads == {"forward": {"engine-usual"}, "record": {"engine-usual"}}
+    assert threads == {"forward": {"engine-usual"}, "capture": {"engine-usual"}}
 
 
 def test_an_engine_that_cannot_be_warmed_up_does_not_start(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,11 +109,11 @@ __device__ void expand(Outputs<T> y, const float *h, i64 h_stride, const T *pool
               offsets + tile[1] + start[0], rank, scale[module * num_adapters + adapter]);
 }
 
-// Decode steps that are recorded once and replayed: which adapters a step has stands in device memory only. An item is
-// (where its adapter's record begins in `directory`, first token, tokens); padding has no tokens. A record has at
-// `field` where a layer's block for one input begins, from the record's start, or 0. A block has, for each module of the
-// input, its rank; then each scale, a float's bits; then the offsets of all rows of A, segment by segment; then those of
-// B, module by module and segment by segment.
+// Decode steps that are captured once and replayed: which adapters a step has stands in device memory only. An item is
+// (where its adapter's descriptor begins in `directory`, first token, tokens); padding has no tokens. A descriptor has
+// at `field` where a layer's block for one input begins, from the descriptor's start, or 0. A block has, for each module
+// of the input, its rank; then each scale, a float's bits; then the offsets of all rows of A, segment by segment; then
+// those of B, module by module and segment by segment.
 __device__ inline const i64 *block_of(const i64 *directory, const i64 *item, i64 field) {
   const i64 *record = directory + item[0];
   return item[2] && record[field] ? record + record[field] : nullptr;

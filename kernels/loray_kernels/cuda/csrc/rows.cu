@@ -122,7 +122,7 @@ template <class T> __device__ void place_pages(T *pool, const T *pages, const i6
   for (i64 i = whole * 16 / sizeof(T) + threadIdx.x; i < piece[2]; i += THREADS) to[i] = from[i];
 }
 
-// y[t, o] += row[o] · (y[t, o] − bias[o]) in recorded steps. `rows` as in vera.cu; `bias` may be null. A tile is (word,
+// y[t, o] += row[o] · (y[t, o] − bias[o]) in captured steps. `rows` as in vera.cu; `bias` may be null. A tile is (word,
 // first column in the row's segment, first column in y, columns). Grid (tokens, tiles), THREADS threads.
 template <class T>
 __device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool, const i64 *rows, i64 num_tokens,

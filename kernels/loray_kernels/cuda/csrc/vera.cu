@@ -1,4 +1,4 @@
-// VeRA in recorded decode steps: y += b ⊙ (B (d ⊙ (A x))), with A and B of a pair that several adapters share, and each
+// VeRA in captured decode steps: y += b ⊙ (B (d ⊙ (A x))), with A and B of a pair that several adapters share, and each
 // token's own d and b.
 //
 // An item is (where the words of a pair are in `directory`, first token, number of tokens up to TOKENS); padding has no

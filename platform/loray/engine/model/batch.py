@@ -1,10 +1,7 @@
-"""One step's batch.
+"""The batch of one step, with its adapters' tables.
 
 Chunks are in the order (VeRA pair, adapter, arrival), so the tokens of one adapter are neighbours, and so are those of
 one pair. The base's tokens come first.
-
-Of a prompt only the last token's logits are needed, so in the last layer its other tokens need keys and values and
-nothing else: no attention, no output projection and no MLP.
 """
 
 from __future__ import annotations
@@ -116,7 +113,7 @@ class AdapterBatch:
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 
     def _vera(self, module: str, groups: tuple[Group, ...]) -> list[VeraTable]:
-        """One table for each run of neighbouring spans that share a pair and have the module."""
+        """Make a table for each run of neighbouring spans that share a pair and have the module."""
         tables = []
         numbered = list(zip(self.spans, groups, strict=True))
 
@@ -138,7 +135,7 @@ class AdapterBatch:
         return RowOverrides(torch.tensor(tokens, device=self._device), self._token_rows(own))
 
     def _token_rows(self, single: Sequence[tuple[AdapterSpan, RowTables]]) -> RowTables:
-        """One-row tables, each repeated for every token of its span."""
+        """Join one-row tables, each repeated for every token of its span."""
         return _concatenate([rows for _, rows in single], [span.stop - span.start for span, _ in single])
 
 
@@ -172,15 +169,15 @@ class Scored(NamedTuple):
 class Batch:
     """All that the model needs for one step. T tokens.
 
-    chunks          of the step
-    own_rows        tokens that have an embedding row of their adapter's
-    last, logits_T  tokens whose logits are needed, on host and device: the last one of each of `sampled`
-    sampled         the chunks that end at their request's newest token, for which the next token is sampled
-    scored          parts of prompts for whose next tokens log-probabilities are requested
-    scored_T        their tokens; None: there are none
-    wait_for_layer  called before each layer if an adapter of the batch is partial
-    records         of a recorded step: its adapters, instead of `adapters`
-    logits_tokens_T          of a part of a batch (see `kept`): the tokens of the batch that it has
+    chunks           of the step
+    own_rows         tokens that have an embedding row of their adapter's
+    last, logits_T   tokens whose logits are needed, on host and device: the last one of each of `sampled`
+    sampled          the chunks that end at their request's newest token, for which the next token is sampled
+    scored           parts of prompts for whose next tokens log-probabilities are requested
+    scored_T         their tokens; None: there are none
+    wait_for_layer   called before each layer if an adapter of the batch is partial
+    descriptors      of a captured step: its adapters, instead of `adapters`
+    logits_tokens_T  of a part of a batch, see `logits_part`: the tokens of the batch that it has
     """
 
     token_ids_T: Tensor
@@ -195,7 +192,7 @@ class Batch:
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
-    records: StepDescriptors | None = None
+    descriptors: StepDescriptors | None = None
     logits_tokens_T: Tensor | None = None
 
     @property
@@ -205,12 +202,13 @@ class Batch:
 
     @property
     def own_vectors(self) -> StepVectors | None:
-        """Of a recorded step in which adapters have norms, embedding rows or a RoPE."""
-        return self.records.vectors if self.records is not None and Parts.OWN in self.records.parts else None
+        """The vectors of a captured step in which adapters have norms, embedding rows or a RoPE."""
+        own = self.descriptors
+        return own.vectors if own is not None and Parts.OWN in own.parts else None
 
     @classmethod
-    def of_recorded(cls, step: CapturedStep) -> Batch:
-        """A batch without requests to sample for."""
+    def of_captured(cls, step: CapturedStep) -> Batch:
+        """Make the batch of a captured step, which has no requests to sample for."""
         device = step.token_ids_S.device
         return cls(
             token_ids_T=step.token_ids_S,
@@ -221,7 +219,7 @@ class Batch:
             last=tuple(range(step.token_ids_S.shape[0])),
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
-            records=step.records,
+            descriptors=step.descriptors,
         )
 
 
@@ -234,8 +232,8 @@ def build_batch(
     device: torch.device,
     earlier: AdapterBatch | None = None,
 ) -> Batch:
-    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned; `earlier`
-    are those of an earlier step, whose tables are used again if they fit.
+    """Make the batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned;
+    `earlier` are those of an earlier step, whose tables are used again if they fit.
     """
     placed = [(chunk, resident(chunk)) for chunk in chunks]
     placed.sort(key=lambda item: _order(item[1]))
@@ -304,26 +302,28 @@ def _order(adapter: ResidentAdapter | None) -> tuple[str, str]:
 
 
 def logits_part(batch: Batch) -> Batch | None:
-    """The batch of the tokens whose logits are needed. None where it would save too little.
+    """Make the batch of the tokens whose logits are needed; None where it would save too little.
 
-    One token is kept if none is needed, since ops take no empty batch; it has no logits.
+    Of a prompt only the last token's logits are needed, so in the last layer its other tokens need keys and values and
+    nothing else: no attention, no output projection and no MLP. The part has one token if none is needed, since ops
+    take no empty batch; it has no logits.
     """
     num = batch.token_ids_T.shape[0]
-    kept = batch.last or (num - 1,)
-    if batch.scored_T is not None or 2 * len(kept) > num:
+    tokens = batch.last or (num - 1,)
+    if batch.scored_T is not None or 2 * len(tokens) > num:
         return None
     device, attention = batch.token_ids_T.device, batch.attention
-    logits_tokens_T = torch.tensor(kept, dtype=torch.int64, device=device)
+    logits_tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
     ends = {stop - 1: i for i, (start, stop) in enumerate(pairwise(attention.query_start)) if stop > start}
-    sequences = [ends[token] for token in kept]
+    sequences = [ends[token] for token in tokens]
     spans = [
-        AdapterSpan(a, bisect_left(kept, start), bisect_left(kept, stop)) for a, start, stop in batch.adapters.spans
+        AdapterSpan(a, bisect_left(tokens, start), bisect_left(tokens, stop)) for a, start, stop in batch.adapters.spans
     ]
     return Batch(
         token_ids_T=batch.token_ids_T[logits_tokens_T],
         positions_T=batch.positions_T[logits_tokens_T],
         attention=AttentionMeta(
-            tuple(range(len(kept) + 1)),
+            tuple(range(len(tokens) + 1)),
             tuple(attention.context_len[i] for i in sequences),
             tuple(attention.block_table[i] for i in sequences),
             attention.slot_mapping_T[logits_tokens_T],

@@ -1,6 +1,6 @@
 """Steps of one token a request, for captured graphs.
 
-The block tables of running requests stay on the device, one row for each slot, and so do the records of adapters. A
+The block tables of running requests stay on the device, one row for each slot, and so do the descriptors of adapters. A
 step sends what has changed: tokens, positions, new blocks. Its order, its slots and its adapters are arranged again
 only when other requests run than in the step before.
 """
@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from loray.engine.pool.pool import ResidentAdapter
 from loray.engine.request import Chunk, Request, RequestState
-from loray_kernels import RECORD_TOKENS, DecodeStep, Parts
+from loray_kernels import ITEM_TOKENS, DecodeStep, Parts
 
 _NONE = np.array([], dtype=np.int64)
-_MOST_TURNS = 3  # of recorded steps before one of requests that are apart
+_MOST_TURNS = 3  # of captured steps before one of requests that are apart
 
 Resident = Callable[[Chunk], ResidentAdapter | None]
 
@@ -41,8 +41,8 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Arranged:
-    """Of the last step. By row: `order` has its chunk's place, `slots` its slot, `prompts_S` its tokens of prompt,
-    `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks that have no row.
+    """The last step's arrangement. By row: `order` has its chunk's place, `slots` its slot, `prompts_S` its tokens of
+    prompt, `embeddings` its adapter if that has embedding rows; empty: none has. `apart`: places of chunks without row.
     """
 
     requests: list[Request]
@@ -61,7 +61,7 @@ class _Arranged:
 
 
 class DecodeSteps:
-    """Makes the batches of one backend's recorded steps, and knows what its block tables hold."""
+    """Makes the batches of one backend's captured steps, and knows what its block tables hold."""
 
     def __init__(self, *, num_slots: int, max_blocks: int, max_rows: int) -> None:
         self._max_blocks, self._max_rows = max_blocks, max_rows
@@ -70,27 +70,28 @@ class DecodeSteps:
         self._blocks: list[list[int]]  # by slot: the request's own list, which only grows, and
         self._lengths: list[int]  # how many of it are in the table
         self._last: _Arranged | None
-        self._num_recorded = 0  # steps since one of requests that are apart
+        self._num_captured = 0  # steps since one of requests that are apart
         self.forget()
 
     def forget(self) -> None:
-        """What the tables hold is not known any more: a step has failed, and perhaps before its blocks were sent."""
+        """Forget what the tables hold: a step has failed, and perhaps before its blocks were sent."""
         num_slots = len(self._free) + len(self._slot_of)
         self._blocks, self._lengths, self._last = [[]] * num_slots, [0] * num_slots, None
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | Sequence[Chunk]:
-        """A step of those of `chunks` that can be recorded; or the chunks of the next step, which cannot be. These are
-        all of them if the step is of another kind, or has embedding rows of tokens that are in flight: which row a
-        token has is known here alone.
+        """Make a step of those of `chunks` that a captured step can take; else return the chunks of the next step.
 
-        Requests whose adapter has no record, or with more blocks than a table has, are apart: they and the others have
-        steps of their own by turns.
+        These are all of them if the step is of another kind, or has embedding rows of tokens that are in flight: which
+        row a token has is known here alone.
+
+        Requests whose adapter has no descriptor, or with more blocks than a table has, are apart: they and the others
+        have steps of their own by turns.
         """
         arranged = self._arranged(chunks, resident)
         if arranged is None:
             return chunks
-        if arranged.apart and self._num_recorded >= _turns(len(arranged.order), len(arranged.apart)):
-            self._num_recorded = 0
+        if arranged.apart and self._num_captured >= _turns(len(arranged.order), len(arranged.apart)):
+            self._num_captured = 0
             return [chunks[i] for i in arranged.apart]
         in_order = tuple([chunks[i] for i in arranged.order])
         if arranged.embeddings and any(chunk.request.num_in_flight for chunk in in_order):
@@ -105,7 +106,7 @@ class DecodeSteps:
         if any(len(request.blocks) > self._max_blocks for request in requests):
             self._last = None
             return self.batch(chunks, resident)
-        self._num_recorded += 1
+        self._num_captured += 1
         places: list[int] = []
         blocks: list[int] = []
         for request, slot in zip(requests, arranged.slots, strict=True):
@@ -153,7 +154,7 @@ class DecodeSteps:
     def _arrange(self, chunks: Sequence[Chunk], requests: list[Request], resident: Resident) -> _Arranged | None:
         adapters = [resident(chunk) for chunk in chunks]
         has_row = [
-            (a is None or (a.record is not None and a.pending is None)) and len(request.blocks) <= self._max_blocks
+            (a is None or (a.descriptor is not None and a.pending is None)) and len(request.blocks) <= self._max_blocks
             for a, request in zip(adapters, requests, strict=True)
         ]
         if not any(has_row):
@@ -161,11 +162,11 @@ class DecodeSteps:
         places = [_place(a) for a in adapters]
         order = sorted((i for i, has in enumerate(has_row) if has), key=places.__getitem__)
         in_order = [adapters[i] for i in order]
-        records = [None if a is None else a.record for a in in_order]
+        descriptors = [None if a is None else a.descriptor for a in in_order]
         parts = Parts.NONE
-        for record in {*records} - {None}:
-            assert record is not None
-            parts |= record.parts
+        for descriptor in {*descriptors} - {None}:
+            assert descriptor is not None
+            parts |= descriptor.parts
         has_vectors = bool(parts & ~Parts.LORA)
         has_rows = [a if a is not None and a.token_row else None for a in in_order]
         slots = self._slots_of([requests[i] for i in order])
@@ -177,16 +178,16 @@ class DecodeSteps:
             slots,
             np.array(slots, dtype=np.int64),
             np.array([requests[i].num_prompt_tokens for i in order], dtype=np.int64),
-            _items([None if r is None else r.lora for r in records], [places[i] for i in order]),
+            _items([None if r is None else r.lora for r in descriptors], [places[i] for i in order]),
             tuple({id(a): a for a in adapters if a is not None}.values()),
             parts,
-            np.array([0 if r is None else r.vectors for r in records], dtype=np.int64) if has_vectors else _NONE,
-            _items([None if r is None else r.pair for r in records], [places[i][0] for i in order]),
+            np.array([0 if r is None else r.vectors for r in descriptors], dtype=np.int64) if has_vectors else _NONE,
+            _items([None if r is None else r.pair for r in descriptors], [places[i][0] for i in order]),
             has_rows if any(a is not None for a in has_rows) else [],
         )
 
     def _slots_of(self, requests: Sequence[Request]) -> list[int]:
-        """The slots of requests; those that run no more give theirs back."""
+        """Give requests their slots; those that run no more give theirs back."""
         for request in [r for r in self._slot_of if r.state is not RequestState.RUNNING]:
             slot = self._slot_of.pop(request)
             self._blocks[slot], self._lengths[slot] = [], 0
@@ -197,22 +198,22 @@ class DecodeSteps:
         return [self._slot_of[request] for request in requests]
 
 
-def _turns(num_recorded: int, num_apart: int) -> int:
-    """Recorded steps for one of requests that are apart, which takes about as long: one of four to one of two, by how
-    many there are of both. So neither waits for more than three steps of the others.
+def _turns(num_captured: int, num_apart: int) -> int:
+    """Count the captured steps that go before one of requests that are apart, which takes about as long: one to three,
+    by how many requests there are of both. So neither waits for more than three steps of the others.
     """
-    return max(1, min(_MOST_TURNS, num_recorded // num_apart))
+    return max(1, min(_MOST_TURNS, num_captured // num_apart))
 
 
 def _place(adapter: ResidentAdapter | None) -> tuple[int, int]:
-    """By which rows are ordered: those of a pair are neighbours, and in it those of an adapter."""
-    if adapter is None or adapter.record is None:
+    """The key by which rows are ordered: those of a pair are neighbours, and in it those of an adapter."""
+    if adapter is None or adapter.descriptor is None:
         return -1, -1
-    return -1 if adapter.pair is None else adapter.pair.first_block, adapter.record.start
+    return -1 if adapter.pair is None else adapter.pair.first_block, adapter.descriptor.start
 
 
 def _items(starts: Sequence[int | None], owners: Sequence[object]) -> npt.NDArray[np.int64]:
-    """(start, first row, rows up to RECORD_TOKENS) for rows that follow each other and have one owner; `starts` by row,
+    """(start, first row, rows up to ITEM_TOKENS) for rows that follow each other and have one owner; `starts` by row,
     None: it has no item.
     """
     items: list[int] = []
@@ -220,7 +221,7 @@ def _items(starts: Sequence[int | None], owners: Sequence[object]) -> npt.NDArra
     for _, stretch in groupby(owners):
         num, start = len(list(stretch)), starts[row]
         if start is not None:
-            for first in range(row, row + num, RECORD_TOKENS):
-                items += (start, first, min(RECORD_TOKENS, row + num - first))
+            for first in range(row, row + num, ITEM_TOKENS):
+                items += (start, first, min(ITEM_TOKENS, row + num - first))
         row += num
     return np.array(items, dtype=np.int64)

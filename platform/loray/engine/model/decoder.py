@@ -1,9 +1,6 @@
-"""`Decoder`: weights, RoPE, the pass.
+"""`Decoder`: a base's weights, RoPE, and the pass of a batch through them.
 
-Which kernel an op takes depends on the base, on how many rows of A an adapter has for an input: 16, 32, or more, and on
-whether the rank of a VeRA pair is a multiple of 16. All rows are the pool's first elements, and the results go nowhere.
-
-Shapes: T tokens, I input width, O output width, R ranks.
+Shapes: T tokens, R rows of logits, D hidden, V vocabulary, I input width, O output width, h half of head_dim.
 """
 
 from __future__ import annotations
@@ -45,42 +42,53 @@ from loray_kernels import (
     VeraTable,
 )
 
+_EMBEDDING = "model.embed_tokens.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 32  # a tile
 _NUM_ROWS = (16, 32, 64)
 _PAIR_RANKS = (64, 24)
 _Columns = tuple[tuple[int, int], ...]
 
+L = TypeVar("L")
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
 
 @torch.inference_mode()
 def compile_adapters(ops: Ops, pool: Tensor, inputs: Sequence[InputShape]) -> None:
-    """`inputs`: of the rank's part of the base. Writes nothing that is kept."""
+    """Run the ops of prompts with adapters once with each of their kernels. `inputs`: of the rank's part of the base.
+
+    Which kernel an op takes depends on the base, on how many rows of A an adapter has for an input: 16, 32, or more,
+    and on whether the rank of a VeRA pair is a multiple of 16. All rows are the pool's first elements, and nothing that
+    is kept is written.
+    """
     for shape in inputs:
         x_TI = pool.new_zeros(_TOKENS, _width(shape.a))
         outputs = torch.split(pool.new_zeros(_TOKENS, sum(map(_width, shape.b))), [_width(b) for b in shape.b], dim=1)
         for num_rows in _NUM_ROWS:
-            _lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
+            _run_lora(ops, pool, shape, num_rows // len(shape.b), x_TI, outputs)
         for rank in _PAIR_RANKS:
-            _vera(ops, pool, shape, rank, x_TI, outputs[0])
+            _run_vera(ops, pool, shape, rank, x_TI, outputs[0])
 
 
-def _lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
+def _run_lora(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, outputs: tuple[Tensor, ...]) -> None:
     segments = AdapterSegments((0,), (_TOKENS,))
     tables = tuple(
-        LoraTable(_rows(shape.a, rank, pool), _rows(b, rank, pool), (0, rank), (1.0,)) for b in map(tuple, shape.b)
+        LoraTable(_first_rows(shape.a, rank, pool), _first_rows(b, rank, pool), (0, rank), (1.0,)) for b in shape.b
     )
     h = ops.lora_shrink(x_TI, pool, tables, segments, 0)
     ops.lora_expand(outputs, h, pool, tables, segments, 0)
 
 
-def _vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
+def _run_vera(ops: Ops, pool: Tensor, shape: InputShape, rank: int, x_TI: Tensor, y_TO: Tensor) -> None:
     a_RI = ProjectionMatrix(pool.new_zeros(rank, x_TI.shape[1]))
     b_OR = ProjectionMatrix(pool.new_zeros(y_TO.shape[1], rank))
-    d, b = _rows(((0, rank),), _TOKENS, pool), _rows(shape.b[0], _TOKENS, pool)
+    d, b = _first_rows(((0, rank),), _TOKENS, pool), _first_rows(shape.b[0], _TOKENS, pool)
     z_TR = ops.vera_shrink(x_TI, a_RI)
     ops.vera_expand(y_TO, z_TR, pool, VeraTable(a_RI, b_OR, d, b, 0, _TOKENS), 0)
 
 
-def _rows(columns: _Columns, num: int, pool: Tensor) -> RowTables:
+def _first_rows(columns: _Columns, num: int, pool: Tensor) -> RowTables:
     at = torch.zeros(num, dtype=torch.int64, device=pool.device)
     return RowTables(tuple((column, width, at) for column, width in columns))
 
@@ -89,9 +97,7 @@ def _width(columns: _Columns) -> int:
     return sum(width for _, width in columns)
 
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-L = TypeVar("L")
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_layers(
@@ -100,7 +106,7 @@ def load_layers(
     take: Callable[[str, Tensor], Tensor],
     make: Callable[[int, Mapping[str, Tensor]], L],
 ) -> tuple[list[L], Mapping[str, Tensor]]:
-    """The layers of the decoder, each made when the last of its tensors has been taken, and the tensors of no layer.
+    """Make the layers, each when the last of its tensors has been taken; also returns the tensors of no layer.
 
     A layer packs its matrices into other memory; what it was made from is given up with it. In the order of a
     checkpoint, by name, a layer's tensors follow each other. Tensors that the decoder does not read are not taken.
@@ -131,6 +137,18 @@ def _layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor on the device. Matrices are packed into other memory later. The others are copied if they are views of
+    a mapped checkpoint: one view would keep all of the checkpoint in memory.
+    """
+    taken = tensor.to(device=device, dtype=dtype)
+    is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
+    return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken
+
+
+# -- RoPE --------------------------------------------------------------------------------------------------------------
+
+
 class Frequencies(NamedTuple):
     """Inverse frequencies, fp32 (head_dim/2), and the factor of cos and sin (YaRN's attention temperature)."""
 
@@ -139,7 +157,7 @@ class Frequencies(NamedTuple):
 
 
 def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
-    """Equal to transformers' bit for bit; its functions compute all scaled kinds."""
+    """Compute the frequencies that transformers has, bit for bit; its functions compute all scaled kinds."""
     if rope.rope_type == "default":
         exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
@@ -181,7 +199,7 @@ class Rope:
             raise IntegrityError(f"its RoPE parameters {rope.to_hf()} give frequencies that are not finite")
 
     def numbers(self, rope: RopeParameters) -> npt.NDArray[np.float32]:
-        """Inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's record."""
+        """Give inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's descriptor."""
         inverse_d, factor = self._frequencies(rope)
         return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
 
@@ -212,11 +230,11 @@ class Rope:
         return found
 
 
-_EMBEDDING = "model.embed_tokens.weight"
+# -- the decoder -------------------------------------------------------------------------------------------------------
 
 
 class Decoder:
-    """`tensors` are a checkpoint's, by name; see `loading`. `ops` packs the matrices and runs every pass."""
+    """A base's decoder. `tensors` are a checkpoint's, by name; `ops` packs the matrices and runs every pass."""
 
     def __init__(
         self,
@@ -230,11 +248,11 @@ class Decoder:
     ) -> None:
         self.config = config
         self.ops = ops
-        self.recorded: CaptureState | None = None  # how far recording came before the start
-        self._recorded: CapturedDecoding | None = None
+        self.capture_state: CaptureState | None = None  # how far capturing came before the start
+        self._captures: CapturedDecoding | None = None
         self._steps: DecodeSteps | None = None
         self._adapters: AdapterBatch | None = None  # of the last step
-        self._rope = Rope(config, dtype=dtype, device=device)
+        self.rope = Rope(config, dtype=dtype, device=device)
         self._layers, others = load_layers(
             tensors,
             config,
@@ -245,35 +263,31 @@ class Decoder:
         self._head = ops.pack_linear(self.embedding_VD if config.tie_word_embeddings else others["lm_head.weight"])
         self._norm = RMSNorm(None, "norm", others["model.norm.weight"], config.rms_norm_eps)
 
-    def prepare_rope(self, rope: RopeParameters) -> None:
-        """See Rope.prepare."""
-        self._rope.prepare(rope)
-
     @property
-    def records(self) -> bool:
-        """Decode steps can be recorded."""
-        return self._recorded is not None
+    def can_capture(self) -> bool:
+        """The backend captures decode steps, see `use_captures`."""
+        return self._captures is not None
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
-        """From now on decode steps over `pool` are those that can be recorded, if the backend supports it. Before
-        adapters are placed.
+        """Make decode steps over `pool` those that can be captured, if the backend supports it. Before adapters are
+        placed.
 
         num_slots   requests that run at once
         max_blocks  the most that a request for the base may have
         """
 
         def forward(step: CapturedStep) -> Tensor:
-            return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
+            return self._forward(Batch.of_captured(step), pool, lambda logits_RV: None)
 
-        self._recorded = self.ops.recorded(forward, self._decoding(pool, num_slots, max_blocks))
-        if self._recorded is not None:
-            pool.records = PoolDescriptors(
-                self._recorded.directory,
-                self._recorded.vectors,
+        self._captures = self.ops.captured_decoding(forward, self._decoding(pool, num_slots, max_blocks))
+        if self._captures is not None:
+            pool.descriptors = PoolDescriptors(
+                self._captures.descriptors,
+                self._captures.vectors,
                 block_size=pool.geometry.block_size,
-                rope=self._rope.numbers,
+                rope=self.rope.numbers,
             )
-            self._steps = DecodeSteps(num_slots=num_slots, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+            self._steps = DecodeSteps(num_slots=num_slots, max_blocks=max_blocks, max_rows=self._captures.max_rows)
 
     def _decoding(self, pool: Pool, num_slots: int, max_blocks: int) -> Decoding:
         return Decoding(pool.layout, num_slots, max_blocks, self._inputs(pool), pool.tensor.device)
@@ -282,19 +296,19 @@ class Decoder:
         return input_shapes(self.config, pool.layout.layer_share)
 
     def compile_adapters(self, pool: Pool) -> None:
-        """Compile the kernels of prompts with adapters, see `compiling`."""
+        """Compile the kernels of prompts with adapters."""
         compile_adapters(self.ops, pool.tensor, self._inputs(pool))
 
     @torch.inference_mode()
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
-        """Record decode steps; None if there is nothing to record. Before the first step."""
-        if self._recorded is not None:
-            self.recorded = self._recorded.record(limits, on_progress)
-        return self.recorded
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
+        """Capture decode steps; None if there is nothing to capture. Before the first step."""
+        if self._captures is not None:
+            self.capture_state = self._captures.capture(limits, on_progress)
+        return self.capture_state
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
-        """The batch of `chunks` for one pass, or of some of them, whose turn it is; None if it needs tokens that are in
-        flight. `resident` gives the adapter of a chunk's request, which is pinned.
+        """Make the batch of `chunks` for one pass, or of some of them, whose turn it is; None if it needs tokens that
+        are in flight. `resident` gives the adapter of a chunk's request, which is pinned.
         """
         if self._steps is not None:
             found = self._steps.batch(chunks, resident)
@@ -306,10 +320,10 @@ class Decoder:
         return self._eager(chunks, resident, pool)
 
     def slots(self, batch: Batch | DecodeBatch) -> TokenSlots | None:
-        """Where the tokens of the last step, `batch`, are drawn to, so that the next one takes them from there; None if
-        it cannot.
+        """The slots to which the tokens of the last step, `batch`, are drawn, so that the next one takes them from
+        there; None if it cannot.
         """
-        return None if self._recorded is None or isinstance(batch, Batch) else self._recorded.slots
+        return None if self._captures is None or isinstance(batch, Batch) else self._captures.slots
 
     def _eager(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch:
         batch = build_batch(
@@ -324,7 +338,7 @@ class Decoder:
         return batch
 
     def forget_steps(self) -> None:
-        """A step has failed: nothing is kept from step to step but what `pool` holds."""
+        """Keep nothing from step to step but what the pool holds: a step has failed."""
         self._adapters = None
         if self._steps is not None:
             self._steps.forget()
@@ -333,37 +347,37 @@ class Decoder:
     def forward(
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
     ) -> Tensor:
-        """Logits (batch.logits_T, vocabulary), fp32, valid until the next call. Writes the step's keys and values into
-        `pool`.
+        """Compute the logits, fp32 (batch.logits_T, vocabulary), valid until the next call. Writes the step's keys and
+        values into `pool`.
 
         `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
         """
         pool.wait_for(batch.residents)
         if isinstance(batch, Batch):
             return self._forward(batch, pool, on_scored)
-        assert self._recorded is not None
-        return self._recorded(batch.step)
+        assert self._captures is not None
+        return self._captures(batch.step)
 
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops
-        cos_Td, sin_Td = self._rope(batch)
+        cos_Td, sin_Td = self.rope(batch)
         step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
-        kept, added_TD = logits_part(batch), None
-        layers = self._layers if kept is None else self._layers[:-1]
+        part, added_TD = logits_part(batch), None
+        layers = self._layers if part is None else self._layers[:-1]
         if (wait_for := batch.wait_for_layer) is None:
             x_TD = through(layers, x_TD, step)
         else:
             for layer in layers:
                 wait_for(layer.number)
                 x_TD = through((layer,), x_TD, step)
-        if kept is not None:
+        if part is not None:
             last = self._layers[-1]
             if wait_for is not None:
                 wait_for(last.number)
-            part = step.for_logits(kept)
-            x_TD, added_TD = last(x_TD, None, step, part)
-            batch, step = kept, part
+            logits_step = step.for_logits(part)
+            x_TD, added_TD = last(x_TD, None, step, logits_step)
+            batch, step = part, logits_step
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
         if batch.scored_T is not None:
             for rows_R in torch.split(batch.scored_T, max(1, SCORED_BYTES // (4 * self.config.vocab_size))):
@@ -372,12 +386,3 @@ class Decoder:
 
     def _logits(self, x_RD: Tensor) -> Tensor:
         return self.ops.logits(x_RD, self._head)
-
-
-def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor on the device. Matrices are packed into other memory later. The others are copied if they are views of
-    a mapped checkpoint: one view would keep all of the checkpoint in memory.
-    """
-    taken = tensor.to(device=device, dtype=dtype)
-    is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
-    return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken

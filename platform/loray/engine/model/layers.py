@@ -29,7 +29,7 @@ from loray_kernels import (
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What all layers of one pass share; `inputs` is the part that a backend needs."""
+    """The objects that all layers of one pass share; `inputs` is the part that a backend needs."""
 
     batch: Batch
     pool: Pool
@@ -42,7 +42,7 @@ class ForwardContext:
         return cls(batch, pool, ops, inputs)
 
     def for_logits(self, part: Batch) -> ForwardContext:
-        """The step of a part of the batch."""
+        """Make the context of a part of the batch, see `logits_part`."""
         cos_Rd, sin_Rd = (table_Td[part.logits_tokens_T] for table_Td in (self.inputs.cos_Td, self.inputs.sin_Td))
         return ForwardContext.of(part, self.pool, self.ops, cos_Rd, sin_Rd)
 
@@ -54,7 +54,7 @@ class Linear:
     """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns, then DoRA
     scales them.
 
-    Where the module is spread over several ranks, `parallel.linear` overrides the hooks below.
+    Where the module is spread over several ranks, `parallel.decoder` overrides the hooks below.
     """
 
     def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
@@ -70,8 +70,8 @@ class Linear:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
         parts = torch.split(y_TO, self._widths, dim=1)
-        if step.batch.records is not None:
-            self.add_recorded(x_TI, y_TO, parts, step.batch.records, step)
+        if step.batch.descriptors is not None:
+            self.add_adapters(x_TI, y_TO, parts, step.batch.descriptors, step)
             return y_TO
         outputs = dict(zip(self.modules, parts, strict=True))
         self.add_lora(x_TI, outputs, step)
@@ -79,17 +79,17 @@ class Linear:
         self.scale_dora(outputs, step)
         return y_TO
 
-    def add_recorded(
-        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepDescriptors, step: ForwardContext
+    def add_adapters(
+        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], descriptors: StepDescriptors, step: ForwardContext
     ) -> None:
-        """What `records` bring, to the result and its `parts` by module."""
+        """Add what `descriptors` bring to the result and its `parts` by module."""
         pool, offset = step.pool.tensor, step.offset(self._layer)
-        if Parts.LORA in records.parts:
-            step.ops.lora_by_descriptor(x_TI, parts, pool, records, self._field, offset)
-        if Parts.VERA in records.parts:
-            step.ops.vera_by_descriptor(x_TI, y_TO, pool, records, self._field, offset)
-        if Parts.DORA in records.parts:
-            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, records, self._field, offset)
+        if Parts.LORA in descriptors.parts:
+            step.ops.lora_by_descriptor(x_TI, parts, pool, descriptors, self._field, offset)
+        if Parts.VERA in descriptors.parts:
+            step.ops.vera_by_descriptor(x_TI, y_TO, pool, descriptors, self._field, offset)
+        if Parts.DORA in descriptors.parts:
+            step.ops.scale_by_descriptor(y_TO, self.weights.bias_O, pool, descriptors, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: ForwardContext) -> None:
         found = step.batch.adapters.layer(self._layer).lora
@@ -124,16 +124,16 @@ class Linear:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def shrink_vera(self, x_TI: Tensor, pair: ResidentProjection, step: ForwardContext) -> Tensor:
-        """z = A x, (T, R) in fp32."""
+        """Compute z = A x, (T, R) in fp32."""
         return step.ops.vera_shrink(x_TI, pair.a_RI)
 
     def local_vera_table(self, table: VeraTable, width: int) -> VeraTable:
-        """The table for this rank's `width` columns of the output."""
+        """Give the table for this rank's `width` columns of the output."""
         return table
 
 
 class Linears(NamedTuple):
-    """Makes linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down are `row`."""
+    """The makers of linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
 
     column: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
     row: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
@@ -153,13 +153,13 @@ class RMSNorm:
         return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
 
     def of_sum(self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x + added, or x if nothing is to be added, and the norm of that."""
+        """Compute x + added, or x if nothing is to be added, and the norm of that."""
         if added_TD is None:
             return x_TD, self(x_TD, step)
         return step.ops.add_rms_norm(x_TD, added_TD, self.weight_D, self._eps, step.pool.tensor, *self._own(step))
 
     def _own(self, step: ForwardContext) -> tuple[RowOverrides | None, int]:
-        """The weights of adapters, and their layer's offset."""
+        """Find the weights of adapters, and their layer's offset."""
         adapters, vectors = step.batch.adapters, step.batch.own_vectors
         offset = 0 if self._layer is None else step.offset(self._layer)
         if vectors is not None:
@@ -184,8 +184,8 @@ class Attention:
             self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
             self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
 
-    def __call__(self, x_TD: Tensor, step: ForwardContext, kept: ForwardContext | None = None) -> Tensor:
-        """`kept`: see Layer."""
+    def __call__(self, x_TD: Tensor, step: ForwardContext, logits_step: ForwardContext | None = None) -> Tensor:
+        """Attend; `logits_step` is that of Layer."""
         c, pool = self._config, step.pool
         widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
         q, k, v = torch.split(self.qkv(x_TD, step), widths, dim=1)
@@ -195,8 +195,8 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
         q_THd = step.ops.rope_kv(q_THd, k_TKd, v_TKd, step.inputs, self._layer)
-        if kept is not None:
-            q_THd, step = q_THd[kept.batch.logits_tokens_T], kept
+        if logits_step is not None:
+            q_THd, step = q_THd[logits_step.batch.logits_tokens_T], logits_step
         meta, scale = step.batch.attention, c.head_dim**-0.5
         out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
         return self.o(out_THd.flatten(1), step)
@@ -245,22 +245,22 @@ class Layer:
         )
 
     def __call__(
-        self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext, kept: ForwardContext | None = None
+        self, x_TD: Tensor, added_TD: Tensor | None, step: ForwardContext, logits_step: ForwardContext | None = None
     ) -> tuple[Tensor, Tensor]:
-        """From x, and what is to be added to it, to the same behind the layer; (T, D). So the next norm adds as well.
+        """Go from x, and what is to be added to it, to the same behind the layer; (T, D). So the next norm also adds.
 
-        `kept`: of the tokens for which alone the result is computed, once all have keys and values.
+        logits_step  of the tokens for which alone the result is computed, once all have keys and values
         """
         x_TD, normal_TD = self._attention_norm.of_sum(x_TD, added_TD, step)
-        attended_TD = self._attention(normal_TD, step, kept)
-        if kept is not None:
-            x_TD, step = x_TD[kept.batch.logits_tokens_T], kept
+        attended_TD = self._attention(normal_TD, step, logits_step)
+        if logits_step is not None:
+            x_TD, step = x_TD[logits_step.batch.logits_tokens_T], logits_step
         x_TD, normal_TD = self._mlp_norm.of_sum(x_TD, attended_TD, step)
         return x_TD, self._mlp(normal_TD, step)
 
 
 def through(layers: Sequence[Layer], x_TD: Tensor, step: ForwardContext) -> Tensor:
-    """(T, D) after consecutive layers, in one call if the backend has one; may write `x_TD`.
+    """Compute (T, D) after consecutive layers, in one call if the backend has one; may write `x_TD`.
 
     With other linears than LOCAL the ranks communicate inside a layer, so it runs op by op.
     """

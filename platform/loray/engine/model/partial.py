@@ -58,7 +58,7 @@ class PartialAdapters:
     def drop_incomplete(
         self, chunks: Sequence[Chunk], batch: Batch, logits_RV: Tensor
     ) -> tuple[list[Chunk], Batch, Tensor]:
-        """The same without the chunks, and their rows, whose adapters are not complete in time."""
+        """Drop the chunks, and their rows, whose adapters are not complete in time."""
         incomplete = self._incomplete()
         if not incomplete:
             return list(chunks), batch, logits_RV
@@ -68,16 +68,16 @@ class PartialAdapters:
             sampled=tuple(c for c in batch.sampled if c.request.adapter_digest not in incomplete),
             scored=tuple(part for part in batch.scored if part.request.adapter_digest not in incomplete),
         )
-        kept = [c for c in chunks if c.request.adapter_digest not in incomplete]
-        return kept, batch, logits_RV[torch.tensor(rows, dtype=torch.bool, device=logits_RV.device)]
+        left = [c for c in chunks if c.request.adapter_digest not in incomplete]
+        return left, batch, logits_RV[torch.tensor(rows, dtype=torch.bool, device=logits_RV.device)]
 
     def end_step(self) -> None:
-        """Loaders may now use the cores for work that is not urgent."""
+        """Let loaders use the cores for work that is not urgent."""
         for load in self._loads:
             load.mark_used()
 
     def _incomplete(self) -> set[str]:
-        """Digests; waits for each adapter unless it is late."""
+        """Find the digests of adapters that are not complete; waits for each adapter unless it is late."""
         incomplete = set()
         for adapter in self._adapters:
             assert adapter.pending is not None

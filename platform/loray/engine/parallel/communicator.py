@@ -1,4 +1,4 @@
-"""Collectives, and values as bytes.
+"""`Communicator`: the collectives of ranks and what rank 0 sends them; and a step as bytes.
 
 There are two groups. `data` carries tensors of a forward pass: NCCL on CUDA, gloo elsewhere. `control`, always gloo,
 carries rank 0's commands and adapters' rows, which are in host memory. There a rank may wait days for the next step.
@@ -38,6 +38,7 @@ Collective = Literal["all_reduce", "gather"]
 
 _FORWARD_TIMEOUT = timedelta(minutes=5)  # within which every rank must start the same collective
 _IDLE_TIMEOUT = timedelta(days=10_000)
+_STEP_HEAD = len(DecodeStep._fields)  # the parts, and a number for each of the others
 
 
 class _Call(NamedTuple):
@@ -47,7 +48,7 @@ class _Call(NamedTuple):
 
 
 class Communicator:
-    """One rank's end of both groups. It listens at `own_address` alone."""
+    """A rank's end of both groups. It listens at `own_address` alone."""
 
     def __init__(self, store: Store, shard: Shard, device: torch.device, own_address: str, secret: bytes) -> None:
         """RuntimeError if a rank does not know the secret."""
@@ -72,8 +73,8 @@ class Communicator:
             raise RuntimeError(f"rank {other} does not know the engine's secret")
 
     def _exchanged(self, data: bytes, other: int) -> bytes:
-        """What the other rank sends, as many bytes as `data`. Rank 0 sends first: sending waits for the receiver.
-        RuntimeError if it is silent, as one may be that does not know the secret.
+        """Send `data`, and receive as many bytes. Rank 0 sends first: sending waits for the receiver. RuntimeError if
+        the other rank is silent, as one may be that does not know the secret.
         """
         mine, theirs = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
         if self.shard.rank == 0:
@@ -84,15 +85,15 @@ class Communicator:
         return theirs.numpy().tobytes()
 
     # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
-    #    They may be recorded in a CUDA graph: they allocate and wait on the device alone.
+    #    They may be captured in a CUDA graph: they allocate and wait on the device alone.
 
     def all_reduce(self, x: Tensor) -> None:
-        """`x` becomes the sum over the ranks, in x's dtype."""
+        """Replace `x` by the sum over the ranks, in x's dtype."""
         if not self._skips("all_reduce", x):
             self._data.allreduce([x]).wait()
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """(ranks, *x.shape) on rank 0, None elsewhere."""
+        """Gather (ranks, *x.shape) on rank 0; None elsewhere."""
         out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
         if not self._skips("gather", x):
             options = GatherOptions()
@@ -102,7 +103,7 @@ class Communicator:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """Inside, collectives of a forward pass do nothing, and their results mean nothing."""
+        """Make collectives of a forward pass do nothing inside, where their results mean nothing."""
         self._silent, self._skipped = True, {}
         try:
             yield
@@ -124,11 +125,11 @@ class Communicator:
         return self._silent
 
     def agree(self, holds: bool) -> bool:
-        """Whether it holds on every rank; each calls this. RuntimeError if a rank has ended."""
+        """Ask whether it holds on every rank; each calls this. RuntimeError if a rank has ended."""
         return bool(self.least(int(holds)))
 
     def least(self, number: int) -> int:
-        """Of every rank's number; each calls this. RuntimeError if a rank has ended."""
+        """Find the least of every rank's number; each calls this. RuntimeError if a rank has ended."""
         least, options = torch.tensor([number]), AllreduceOptions()
         options.reduceOp = ReduceOp(ReduceOp.MIN)
         self._control.allreduce([least], options).wait()
@@ -141,17 +142,17 @@ class Communicator:
         self._control.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], rank, 0).wait()
 
     def send_rows(self, rows: Tensor, rank: int) -> None:
-        """`rows` are contiguous, in host memory."""
+        """Send `rows`, which are contiguous and in host memory."""
         if rows.numel():
             self._control.send([rows.view(-1).view(torch.uint8)], rank, 0).wait()
 
     def receive_rows(self, rows: Tensor, rank: int) -> None:
-        """What that rank sends, into `rows`. RuntimeError if it has ended."""
+        """Receive what that rank sends into `rows`. RuntimeError if it has ended."""
         if rows.numel():
             self._control.recv([rows.view(-1).view(torch.uint8)], rank, 0).wait()
 
     def receive(self, rank: int) -> bytes:
-        """RuntimeError if that rank has ended."""
+        """Receive what that rank `send`s. RuntimeError if it has ended."""
         size = torch.empty(1, dtype=torch.int64)
         self._control.recv([size], rank, 0).wait()
         data = torch.empty(int(size), dtype=torch.uint8)
@@ -175,7 +176,7 @@ def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGrou
     return cast("ProcessGroup", ProcessGroupNCCL(store, rank, size, options))
 
 
-_STEP_HEAD = len(DecodeStep._fields)  # the parts, and a number for each of the others
+# -- a step as bytes ---------------------------------------------------------------------------------------------------
 
 
 def dump_step(step: DecodeStep) -> bytes:
@@ -221,12 +222,12 @@ class PassedChunk(NamedTuple):
 
 @cache
 def _sampled() -> GenerateRequest:
-    """As far as `build_batch` reads it. Only ranks beside the first have one."""
+    """Make a spec as far as `build_batch` reads it. Only ranks beside the first have one."""
     return GenerateRequest("", (), SamplingParams(max_tokens=1))
 
 
 def dump_chunks(chunks: Sequence[Chunk]) -> tuple[bytes, tuple[str, ...]]:
-    """The step's numbers, and the digests of its adapters, which they name by place; −1 is the base."""
+    """Give the step's numbers, and the digests of its adapters, which they name by place; −1 is the base."""
     place: dict[str | None, int] = {None: -1}
     words: list[int] = []
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Column- and row-parallel linears.
+"""`ShardedDecoder`: one rank's part of the model, with column- and row-parallel linears.
 
 Column-parallel modules have all of their input on every rank. Each rank computes h = A x with all of A, and of B h the
 columns that it has of the base's output. Row-parallel modules have a part of their input on each rank. A rank's h is
@@ -53,14 +53,14 @@ class _ParallelLinear(Linear):
 
 class ColumnParallelLinear(_ParallelLinear):
     def local_vera_table(self, table: VeraTable, width: int) -> VeraTable:
-        """With the rank's rows of B. The rank's pool has only its part of b."""
+        """Take the rank's rows of B. The rank's pool has only its part of b."""
         rank = self._communicator.shard.rank
         return replace(table, b_OR=table.b_OR.rows(rank * width, (rank + 1) * width))
 
 
 class RowParallelLinear(_ParallelLinear):
     def __call__(self, x_TI: Tensor, step: ForwardContext) -> Tensor:
-        """(T, O), the same on every rank."""
+        """Compute (T, O), the same on every rank."""
         y_TO = super().__call__(x_TI, step)
         self._communicator.all_reduce(y_TO)
         return y_TO
@@ -84,7 +84,7 @@ class ShardedDecoder(Decoder):
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
 
     def passed(self, chunks: Sequence[PassedChunk], pool: FollowingPool) -> Batch:
-        """The batch of another rank's chunks."""
+        """Make the batch of the chunks that rank 0 has sent."""
 
         def resident(chunk: Chunk) -> ResidentAdapter | None:
             digest = cast("PassedChunk", chunk).adapter
@@ -100,7 +100,7 @@ class ShardedDecoder(Decoder):
         return split_inputs(self.config, pool.layout.layer_share, self._communicator.shard)
 
     def _logits(self, x_RD: Tensor) -> Tensor:
-        """On rank 0 as Decoder; on other ranks the logits of their part of the vocabulary."""
+        """Compute all logits on rank 0, and on other ranks those of their part of the vocabulary."""
         logits_RV = super()._logits(x_RD)
         parts_NRV = self._communicator.gather(logits_RV) if logits_RV.shape[0] else None
         if parts_NRV is None:

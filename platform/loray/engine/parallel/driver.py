@@ -1,6 +1,4 @@
-"""Rank 0's side: the model and the pool of the engine. They send each command to the other ranks before they execute it
-themselves.
-"""
+"""Rank 0's side: the engine's model and pool send each command to the other ranks before they execute it themselves."""
 
 from __future__ import annotations
 
@@ -16,19 +14,18 @@ from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
 from loray.engine.model.decode_batch import DecodeBatch, Resident
-from loray.engine.parallel import communicator as wire
-from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.communicator import Communicator, dump_chunks, dump_step
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import (
+    CaptureSteps,
     Channel,
     Command,
     CompileAdapters,
     Forward,
     GetPoolMap,
     LeadingPool,
-    RecordSteps,
     Replay,
-    UseRecordings,
+    UseCaptures,
 )
 from loray.engine.parallel.shard import Shard, check_divisible, local_device, sharded_loads
 from loray.engine.parallel.transport import SECRET_BYTES, joined, open_meeting
@@ -63,41 +60,41 @@ class LeadingDecoder(ShardedDecoder):
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch | None:
         batch = super().batch(chunks, resident, pool)
         if isinstance(batch, Batch):
-            self._passed = batch.token_ids_T, Forward(*wire.dump_chunks(batch.chunks))
+            self._passed = batch.token_ids_T, Forward(*dump_chunks(batch.chunks))
         return batch
 
     def forward(
         self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
     ) -> Tensor:
-        """RankLost if the step fails on a rank."""
+        """Compute a step on all ranks. RankLost if it fails on one."""
         if isinstance(batch, Batch):
             tokens_T, command = self._passed
             assert batch.token_ids_T is tokens_T, "a batch is computed before the next one is made"
             self._send(command)
         else:
-            self._send(Replay(wire.dump_step(batch.step)))
+            self._send(Replay(dump_step(batch.step)))
         with self._together("a step"):
             return super().forward(batch, pool, on_scored)
 
     def slots(self, batch: Batch | DecodeBatch) -> None:
-        """Tokens are drawn on this rank alone, and the others are sent them."""
+        """Give no slots: tokens are drawn on this rank alone, and the others are sent them."""
 
     def use_captures(self, pool: Pool, *, num_slots: int, max_blocks: int) -> None:
         super().use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
-        if self.records:
-            self._send(UseRecordings(num_slots, max_blocks))
+        if self.can_capture:
+            self._send(UseCaptures(num_slots, max_blocks))
 
     def compile_adapters(self, pool: Pool) -> None:
         self._send(CompileAdapters())
         super().compile_adapters(pool)
 
-    def record(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
-        """RankLost if a rank ends meanwhile."""
-        if not self.records:
+    def capture(self, limits: CaptureLimits, on_progress: Callable[[CaptureState], None]) -> CaptureState | None:
+        """Capture steps on all ranks. RankLost if one ends meanwhile."""
+        if not self.can_capture:
             return None
-        self._send(RecordSteps(limits))
+        self._send(CaptureSteps(limits))
         with self._together("recording steps"):
-            return super().record(limits, on_progress)
+            return super().capture(limits, on_progress)
 
     def _send(self, command: Command) -> None:
         self._channel.broadcast(command)
@@ -112,7 +109,9 @@ class LeadingDecoder(ShardedDecoder):
 
 
 def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> StartedRanks:
-    """SpecError if the ranks do not divide the base, EngineError if a rank does not start."""
+    """Start the other ranks, and make this one. SpecError if the ranks do not divide the base, EngineError if a rank
+    does not start.
+    """
     world_size = spec.tensor_parallel_size
     check_divisible(base.config, world_size)
     if spec.fixed_pool_bytes is not None:

@@ -1,4 +1,4 @@
-"""Pools with the same contents; commands to ranks.
+"""The pools of ranks, which have the same contents, and the commands that rank 0 sends to the others.
 
 Every rank runs the same code of `Pool` for the same sequence of operations. What an operation does depends only on the
 allocator's answers, so only these are sent. KV blocks are not: a step names the blocks that it uses.
@@ -33,14 +33,14 @@ Answers = tuple[RankAnswer, ...]
 
 
 class Forward(NamedTuple):
-    """The last command of a message, as Replay is: the ranks compute it together. See `wire`."""
+    """A step, see `communicator`. It is the last command of a message, as Replay is: the ranks compute it together."""
 
     chunks: bytes
     digests: tuple[str, ...]
 
 
 class Replay(NamedTuple):
-    """A recorded decode step, see `wire`."""
+    """A captured decode step, see `communicator`."""
 
     step: bytes
 
@@ -59,7 +59,7 @@ class GetPoolMap(NamedTuple):
     """The answer is the PoolMap of the rank's pool."""
 
 
-class UseRecordings(NamedTuple):
+class UseCaptures(NamedTuple):
     num_slots: int
     max_blocks: int
 
@@ -68,22 +68,22 @@ class CompileAdapters(NamedTuple):
     pass
 
 
-class RecordSteps(NamedTuple):
+class CaptureSteps(NamedTuple):
     limits: CaptureLimits
 
 
 PoolCommand = PlaceAdapter | RemoveAdapter
-ModelCommand = Forward | Replay | UseRecordings | CompileAdapters | RecordSteps
+ModelCommand = Forward | Replay | UseCaptures | CompileAdapters | CaptureSteps
 Command = PoolCommand | ModelCommand | GetPoolMap
 
 
 class AdapterPlace(NamedTuple):
-    """Where an adapter and its record are. `first_pair_block` None: it has no VeRA pair."""
+    """The places of an adapter and its descriptor. `first_pair_block` None: it has no VeRA pair."""
 
     extents: tuple[Extent, ...]
     shape: AdapterShape
     first_pair_block: int | None
-    record: AdapterDescriptor | None
+    descriptor: AdapterDescriptor | None
 
 
 PoolMap = dict[str, AdapterPlace]  # by digest
@@ -96,9 +96,9 @@ CODEC = Codec(
         PlaceAdapter,
         RemoveAdapter,
         GetPoolMap,
-        UseRecordings,
+        UseCaptures,
         CompileAdapters,
-        RecordSteps,
+        CaptureSteps,
         CaptureLimits,
         AdapterRef,
         PackedAdapter,
@@ -125,13 +125,13 @@ class Channel:
         self._waiting: list[list[Encoded]] = [[] for _ in range(1, self.world_size)]
 
     def broadcast(self, command: Command) -> None:
-        """The same command to all ranks."""
+        """Collect a command that is the same for all ranks."""
         packed = CODEC.dumps(command)
         for waiting in self._waiting:
             waiting.append(packed)
 
     def scatter(self, commands: Sequence[Command]) -> None:
-        """One command each to ranks 1, 2 … Their tensors are rows of adapters, which stay in host memory."""
+        """Collect a command each for ranks 1, 2 … Their tensors are rows of adapters, which stay in host memory."""
         for waiting, command in zip(self._waiting, commands, strict=True):
             waiting.append(CODEC.dumps(command, rows_apart=True))
 
@@ -157,32 +157,32 @@ A = TypeVar("A", bound=RankAnswer)
 
 
 class LeadingAllocator(BlockAllocator):
-    """Rank 0's: keeps its answers until they are sent."""
+    """Rank 0's allocator, which keeps its answers until they are sent."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
         self._answers: list[RankAnswer] = []
 
     def allocate_rows(self, kind: BlockKind, demand: Mapping[int, int]) -> list[Extent] | None:
-        return self._kept(super().allocate_rows(kind, demand))
+        return self._noted(super().allocate_rows(kind, demand))
 
     def allocate_run(self, num_blocks: int) -> int | None:
-        return self._kept(super().allocate_run(num_blocks))
+        return self._noted(super().allocate_run(num_blocks))
 
     def clear_run(self, num_blocks: int) -> dict[int, int] | None:
-        return self._kept(super().clear_run(num_blocks))
+        return self._noted(super().clear_run(num_blocks))
 
     def take_answers(self) -> Answers:
         answers, self._answers = tuple(self._answers), []
         return answers
 
-    def _kept(self, answer: A) -> A:
+    def _noted(self, answer: A) -> A:
         self._answers.append(answer)
         return answer
 
 
 class FollowingAllocator(BlockAllocator):
-    """Another rank's: every answer is rank 0's."""
+    """Another rank's allocator, every answer of which is rank 0's."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -205,7 +205,7 @@ class FollowingAllocator(BlockAllocator):
 
 
 class LeadingPool(Pool):
-    """Rank 0's."""
+    """Rank 0's pool, whose changes the other ranks follow."""
 
     allocator: LeadingAllocator
 
@@ -219,7 +219,7 @@ class LeadingPool(Pool):
 
     @property
     def block_bytes(self) -> int:
-        """Of all ranks together."""
+        """The bytes of a block on all ranks together."""
         return super().block_bytes * self._channel.world_size
 
     def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
@@ -238,7 +238,7 @@ class LeadingPool(Pool):
         self._channel.broadcast(RemoveAdapter(adapter.ref.digest))
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
-        """Also checks that every rank's pool has the same contents."""
+        """Check this pool, and that every rank's has the same contents."""
         super().check_integrity(kv_references, residents)
         own = pool_map(self)
         for rank, other in enumerate(self._channel.call(GetPoolMap()), 1):
@@ -246,7 +246,7 @@ class LeadingPool(Pool):
 
 
 class FollowingPool(Pool):
-    """Another rank's: executes rank 0's commands."""
+    """Another rank's pool, which executes rank 0's commands."""
 
     allocator: FollowingAllocator
 
@@ -259,7 +259,7 @@ class FollowingPool(Pool):
         self.adapters: dict[str, ResidentAdapter] = {}
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
-        """Rank 0 knows when its own rows have arrived, not when these have."""
+        """Wait for all: rank 0 knows when its own rows have arrived, not when these have."""
         self.wait_for_rows()
 
     def follow(self, command: PoolCommand) -> None:
@@ -277,26 +277,26 @@ class FollowingPool(Pool):
 
 
 def _local(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """As many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
+    """Cut as many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
     layout, num_blocks = cut_pool(spec, config)
     return layout._replace(num_kv_heads=layout.num_kv_heads // spec.tensor_parallel_size), num_blocks
 
 
 def pool_map(pool: Pool) -> PoolMap:
-    """The places of all adapters, which are the same on every rank."""
+    """List the places of all adapters, which are the same on every rank."""
     return {
         adapter.ref.digest: AdapterPlace(
             adapter.extents,
             adapter.shape,
             None if adapter.pair is None else adapter.pair.first_block,
-            adapter.record,
+            adapter.descriptor,
         )
         for adapter in pool.residents
     }
 
 
 def _without_pair(packed: PackedAdapter) -> PackedAdapter:
-    """With an empty pair: the pool has the pair already, and it is as large as many adapters."""
+    """Empty the pair: the pool has the pair already, and it is as large as many adapters."""
     assert packed.pair is not None
     empty = torch.empty(0)
     return replace(packed, pair=SharedProjection(empty, empty, packed.pair.digest))

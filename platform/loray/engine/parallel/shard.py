@@ -36,22 +36,26 @@ from loray_kernels import INPUTS, InputShape
 
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
+_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora"})  # of column-parallel modules
+_SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
+    """The part of one rank of several."""
+
     rank: int
     world_size: int
 
     def slice(self, size: int) -> slice:
-        """The rank's part of `size` elements, which the ranks divide evenly."""
+        """Find the rank's part of `size` elements, which the ranks divide evenly."""
         assert size % self.world_size == 0
         own = size // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
 
 
 def check_divisible(config: ModelConfig, world_size: int) -> None:
-    """SpecError unless the ranks evenly divide everything that is split."""
+    """Raise SpecError unless the ranks evenly divide everything that is split."""
     sizes = {
         "attention heads": config.num_heads,
         "key/value heads": config.num_kv_heads,
@@ -67,7 +71,7 @@ def check_divisible(config: ModelConfig, world_size: int) -> None:
 
 
 def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
-    """The configuration of one rank's decoder."""
+    """Make the configuration of one rank's decoder."""
     n = shard.world_size
     return replace(
         config,
@@ -81,7 +85,7 @@ def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
 def local_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, shard: Shard
 ) -> Iterator[tuple[str, Tensor]]:
-    """The rank's parts of a checkpoint's tensors, with the same names."""
+    """Cut the rank's parts from a checkpoint's tensors, with the same names."""
     for name, tensor in tensors:
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]
@@ -100,22 +104,21 @@ def local_tensors(
 
 
 def local_head(head_VD: Tensor, shard: Shard) -> Tensor:
-    """The rank's rows, of a vocabulary that is padded with zeros so that the ranks divide it."""
+    """Cut the rank's rows from a vocabulary that is padded with zeros so that the ranks divide it."""
     padding = -head_VD.shape[0] % shard.world_size
     padded = F.pad(head_VD, (0, 0, 0, padding)) if padding else head_VD
     return padded[shard.slice(padded.shape[0])].clone()
 
 
 def local_device(spec: ServeSpec, rank: int) -> torch.device:
-    """On CUDA each rank has a device of its own if the process sees several."""
+    """Find the rank's device: on CUDA each rank has one of its own if the process sees several."""
     device = torch.device(spec.device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", rank % torch.cuda.device_count())
     return device
 
 
-_SPLIT_BY_OUTPUT = frozenset({"lora_b", "vera_b", "dora"})  # of column-parallel modules
-_SPLIT_BY_INPUT = frozenset({"lora_a"})  # of row-parallel ones
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +129,18 @@ class ShardedAdapter(PackedAdapter):
 
     @property
     def nbytes(self) -> int:
-        """Of all ranks' parts."""
+        """The bytes of all ranks' parts."""
         return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
 
     @property
     def host_bytes(self) -> int:
-        """Of all ranks' parts."""
+        """The host memory that all ranks' parts take."""
         parts = (self, *self.others)
         return sum(bytes_taken(t, pinned=part.pinned) for part in parts for t in (*part.layered, part.flat))
 
 
 def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[InputShape, ...]:
-    """`input_shapes` of a rank's part of adapters. `config` is the rank's."""
+    """Give the `input_shapes` of a rank's part of adapters. `config` is the rank's."""
     shapes = []
     for modules, shape in zip(INPUTS, input_shapes(config, capacity), strict=True):
         outputs, inputs = zip(*map(config.module_shape, modules), strict=True)
@@ -151,8 +154,9 @@ def split_inputs(config: ModelConfig, capacity: int, shard: Shard) -> tuple[Inpu
 def shard_adapter(
     packed: PackedAdapter, whole: Geometry, local: Geometry, world_size: int, *, pinned: bool = False
 ) -> ShardedAdapter:
-    """`packed` for blocks of the geometry `whole`, in parts for blocks of the geometry `local`. `pinned`: rank 0's part
-    is in page-locked memory; the others are sent.
+    """Cut `packed`, which is for blocks of the geometry `whole`, into parts for blocks of the geometry `local`.
+
+    pinned  rank 0's part is in page-locked memory; the others are sent
     """
     parts = [
         _part(packed, whole, local, Shard(rank, world_size), pinned=pinned and rank == 0) for rank in range(world_size)
@@ -233,7 +237,7 @@ class _ShardedSource:
     world_size: int
 
     def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        """Usable as soon as it is complete; an error in storing it afterwards does not fail its requests."""
+        """Pack and cut it. It is usable as soon as it is complete; an error in storing it afterwards fails nothing."""
         whole = replace(packer, geometry=self.whole, pinned=False)
         ready: list[ShardedAdapter] = []
 
@@ -249,5 +253,5 @@ class _ShardedSource:
 
 
 def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
-    """`load`, whose adapters are cut. `whole`: the geometry of an engine of one rank with as many blocks."""
+    """Make `load` cut its adapters. `whole`: the geometry of an engine of one rank with as many blocks."""
     return lambda ref: _ShardedSource(load(ref), whole, world_size)

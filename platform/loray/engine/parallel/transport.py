@@ -1,12 +1,13 @@
-"""Messages between ranks: how they meet, and what they say.
+"""How ranks meet, and how values become the bytes that they send each other.
 
-A number, text, bytes, a truth value and None are themselves. Everything else is a list that begins with the number of
-its class. Rows of adapters follow the bytes, each in a message of its own, straight into host memory that the receiver
-chooses: of a tensor the bytes have its dtype and shape.
+In a message a number, text, bytes, a truth value and None are themselves. Everything else is a list that begins with
+the number of its class. Rows of adapters follow the bytes, each in a message of its own, straight into host memory that
+the receiver chooses: of a tensor the bytes have its dtype and shape.
 
-The names in it begin with what only the ranks that know the engine's secret can compute. Whoever else reaches the port
-can list names, and so keep an engine from starting; but a rank is sent nothing before it has shown that it knows the
-secret (`communicator`). Nothing in the store is a program, or is made into objects.
+Ranks meet in a store of rank 0. The names in it begin with what only the ranks that know the engine's secret can
+compute. Whoever else reaches the port can list names, and so keep an engine from starting; but a rank is sent nothing
+before it has shown that it knows the secret (`communicator`). Nothing in the store is a program, or is made into
+objects.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic import BaseModel as Model
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+SECRET_BYTES = _NONCE_BYTES = hashlib.sha256().digest_size
 _TUPLE, _LIST, _DICT, _TENSOR, _PATH, _FIRST = range(6)
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32")
 _MAX_DEPTH = 32
@@ -35,7 +37,7 @@ ReceiveRows = Callable[[torch.dtype, tuple[int, ...]], Tensor]
 
 
 class WireError(Exception):
-    """What came is no message of a rank."""
+    """Bytes that came are no message of a rank."""
 
 
 class Encoded(NamedTuple):
@@ -46,13 +48,13 @@ class Encoded(NamedTuple):
 
 
 def no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Of messages without tensors."""
+    """Refuse rows, for messages without tensors."""
     raise WireError("a tensor where none is expected")
 
 
 class Codec:
-    """`classes`: those of the values beside what is built in: named tuples, dataclasses, enums, pydantic's models. Both
-    ends have the same.
+    """Turns values into bytes and back. `classes`: those of the values beside what is built in: named tuples,
+    dataclasses, enums, pydantic's models. Both ends have the same.
     """
 
     def __init__(self, classes: Sequence[type]) -> None:
@@ -134,16 +136,16 @@ def _no_extension(code: int, data: bytes) -> object:
     raise WireError("msgpack's extensions are not used")
 
 
-SECRET_BYTES = _NONCE_BYTES = hashlib.sha256().digest_size
+# -- the meeting -------------------------------------------------------------------------------------------------------
 
 
 def joined(rank: int) -> str:
-    """The key that is set when this rank has started."""
+    """Name the key that is set when this rank has started."""
     return f"joined-{rank}"
 
 
 def open_meeting(host: str, secret: bytes) -> tuple[Store, int]:
-    """Rank 0's store, and the port of `host` at which the others find it."""
+    """Open rank 0's store; also returns the port of `host` at which the others find it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
         listening.bind((host, 0))
         port: int = listening.getsockname()[1]
@@ -153,7 +155,7 @@ def open_meeting(host: str, secret: bytes) -> tuple[Store, int]:
 
 
 def meeting(host: str, port: int, secret: bytes) -> Store:
-    """Rank 0's store, for another rank."""
+    """Find rank 0's store, for another rank."""
     return PrefixStore(_prefix(secret), TCPStore(host, port, is_master=False))
 
 
@@ -162,7 +164,7 @@ def new_nonce() -> bytes:
 
 
 def proof(secret: bytes, rank: int, nonce: bytes) -> bytes:
-    """That this rank knows the secret, for the one that sent `nonce`."""
+    """Prove that this rank knows the secret, to the one that sent `nonce`."""
     return hmac.digest(secret, b"rank %d " % rank + nonce, hashlib.sha256)
 
 

@@ -1,4 +1,4 @@
-"""The other ranks."""
+"""The ranks beside the first: how they are started, and what each runs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.engine.model.decode_batch import DecodeBatch
-from loray.engine.parallel import communicator as wire
-from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.communicator import Communicator, load_chunks, load_step
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import (
     CODEC,
+    CaptureSteps,
     Command,
     CompileAdapters,
     FollowingPool,
     Forward,
     GetPoolMap,
-    RecordSteps,
     Replay,
-    UseRecordings,
+    UseCaptures,
     pool_map,
 )
 from loray.engine.parallel.shard import Shard, local_device
@@ -40,8 +39,8 @@ from loray_kernels.memory import keep_freed
 
 
 class WorkerArgs(NamedTuple):
-    """What a rank needs to join rank 0, which listens at `host` and `port`. `spec.num_threads` is given. Who does not
-    know the `secret` is no rank.
+    """The arguments with which a rank joins rank 0, which listens at `host` and `port`. `spec.num_threads` is given.
+    Who does not know the `secret` is no rank.
     """
 
     spec: ServeSpec
@@ -58,7 +57,7 @@ class Workers(Protocol):
     """Ranks 1, 2 … of one engine. May be called from any thread."""
 
     def check(self) -> None:
-        """EngineError if one of them has ended."""
+        """Raise EngineError if one of them has ended."""
         ...
 
     def stop(self) -> None:
@@ -70,7 +69,7 @@ class StartWorkers(Protocol):
     """Rank 0 calls it with the other ranks' arguments and its base."""
 
     def own_address(self) -> str:
-        """Of this machine, at which the other ranks reach rank 0. Nothing listens at another one."""
+        """Give this machine's address at which the other ranks reach rank 0. Nothing listens at another one."""
         ...
 
     def __call__(self, args: Sequence[WorkerArgs], base: BaseModel, /) -> Workers: ...
@@ -117,12 +116,12 @@ class LocalWorkers:
 
 
 def num_threads(spec: ServeSpec) -> int:
-    """Threads of one rank. All ranks of an engine compute at the same time."""
+    """Count the threads of one rank. All ranks of an engine compute at the same time."""
     return spec.num_threads or max(1, len(os.sched_getaffinity(0)) // spec.tensor_parallel_size)
 
 
 def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
-    """Runs until rank 0 has ended. `own_address`: at which the other ranks reach this one."""
+    """Run a rank until rank 0 has ended. `own_address`: at which the other ranks reach this one."""
     spec, rank = args.spec, args.rank
     assert spec.num_threads is not None
     torch.set_num_threads(spec.num_threads)
@@ -138,7 +137,7 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
     pool = FollowingPool(spec, base.config, rank, model.ops.page_writer)
 
     def receive_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """In memory from which a device copies while steps run."""
+        # A device copies from pinned memory while steps run.
         rows = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         communicator.receive_rows(rows, 0)
         return rows
@@ -152,15 +151,15 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
             command: Command = CODEC.loads(data, receive_rows)
             match command:
                 case Forward(chunks, digests):
-                    model.forward(model.passed(wire.load_chunks(chunks, digests), pool), pool)
+                    model.forward(model.passed(load_chunks(chunks, digests), pool), pool)
                 case Replay(step):
-                    model.forward(DecodeBatch(wire.load_step(step), (), ()), pool)
-                case UseRecordings(num_slots, max_blocks):
+                    model.forward(DecodeBatch(load_step(step), (), ()), pool)
+                case UseCaptures(num_slots, max_blocks):
                     model.use_captures(pool, num_slots=num_slots, max_blocks=max_blocks)
                 case CompileAdapters():
                     model.compile_adapters(pool)
-                case RecordSteps(limits):
-                    model.record(limits, lambda progress: None)
+                case CaptureSteps(limits):
+                    model.capture(limits, lambda progress: None)
                 case GetPoolMap():
                     communicator.send(CODEC.dumps(pool_map(pool)).data, 0)
                 case _:
@@ -168,7 +167,7 @@ def run_worker(args: WorkerArgs, base: BaseModel, own_address: str) -> None:
 
 
 def main() -> None:
-    """A process on rank 0's machine; it reads its arguments from standard input."""
+    """Run a rank as a process on rank 0's machine; it reads its arguments from standard input."""
     args, base = ARGUMENTS.loads(sys.stdin.buffer.read())
     configure_logging("INFO")
     run_worker(args, base, args.host)

@@ -1,6 +1,6 @@
-"""What a GPU's memory is divided into.
+"""The division of a GPU's memory.
 
-All sizes are bytes of one device. `config` is that of the device's part of the base.
+All sizes are bytes of one device; `config` is that of the device's part of the base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ SCORED_BYTES = 16 << 20  # of a prompt's logits, fp32, that are computed at a ti
 _LARGEST_SHARE = 0.95  # of what is free, that is ever planned for: the device may be another process's too
 _RANKS = 1024  # of all adapters' modules of one input, side by side: a token's intermediate, fp32
 _SCORED_ROWS = 32  # of logits, whose log-probabilities are computed at a time
-_DIRECTORY = 8 << 20  # of adapters' records
+_DESCRIPTOR_BYTES = 8 << 20  # of adapters' descriptors
+
+_log = get_logger(__name__)
 
 
 class DeviceMemory(NamedTuple):
@@ -41,13 +43,13 @@ class DeviceMemoryPlan(NamedTuple):
     pool: int
 
     def text(self) -> str:
-        """One line."""
+        """Say it in one line."""
         needs = ", ".join(f"{what} {format_size(num)}" for what, num in self.needs.items() if num)
         return f"{format_size(self.usable)} may be used: {needs}, pool {format_size(max(self.pool, 0))}"
 
 
 def activation_bytes(spec: ServeSpec, config: ModelConfig) -> int:
-    """Of the largest step: max_num_batched_tokens × (dtype × widths of what is there at once + 4 × ranks).
+    """Activations of the largest step: max_num_batched_tokens × (dtype × widths of what is there at once + 4 × ranks).
 
     With D hidden columns, Q and K columns of queries and keys, F of the MLP. Attention: the layer's input, norm, result
     and sum (4 D), q, k and v (Q + 2 K), normed and turned queries and keys (2 Q + 2 K), its result and FlashInfer's
@@ -60,7 +62,7 @@ def activation_bytes(spec: ServeSpec, config: ModelConfig) -> int:
 
 
 def logits_bytes(spec: ServeSpec, config: ModelConfig) -> int:
-    """max_num_seqs × vocabulary × (dtype + 4 × 3): the head's result, in fp32, and two tensors of the sampler.
+    """Logits: max_num_seqs × vocabulary × (dtype + 4 × 3): the head's result, in fp32, and two tensors of the sampler.
 
     A rank among several gathers the parts of the others: once more in fp32.
     """
@@ -69,23 +71,25 @@ def logits_bytes(spec: ServeSpec, config: ModelConfig) -> int:
 
 
 def prompt_logprobs_bytes(spec: ServeSpec, config: ModelConfig) -> int:
-    """SCORED_BYTES of logits, and the same in dtype; of 32 rows the log-probabilities, fp32, a copy for the best ones,
-    and a comparison, one byte each. At least one row.
+    """Prompts' logits that are scored at a time: SCORED_BYTES, or one row, and the same in dtype; of 32 rows the
+    log-probabilities, fp32, a copy for the best ones, and a comparison, one byte each.
     """
     row = 4 * config.vocab_size
     logits = max(SCORED_BYTES, row)
     return logits + logits * spec.element_bytes // 4 + _SCORED_ROWS * config.vocab_size * (4 + 4 + 1)
 
 
-def recording_bytes(spec: ServeSpec, config: ModelConfig) -> int:
-    """graph_bytes if steps are recorded; adapters' records, 8 MiB, and tables of 8 bytes a block for max_num_seqs."""
+def capture_bytes(spec: ServeSpec, config: ModelConfig) -> int:
+    """Captured steps: graph_bytes if there are any; adapters' descriptors, 8 MiB, and block tables of max_num_seqs
+    requests, 8 bytes a block.
+    """
     longest = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     tables = 8 * spec.max_num_seqs * -(-longest // spec.block_tokens)
-    return (spec.graph_bytes if spec.graph_seconds else 0) + _DIRECTORY + tables
+    return (spec.graph_bytes if spec.graph_seconds else 0) + _DESCRIPTOR_BYTES + tables
 
 
 def usable_bytes(memory: DeviceMemory, utilization: float) -> int:
-    """total × utilization, and never more than what this process has and 0.95 × what is free."""
+    """Memory for this process: total × utilization, and never more than what it has and 0.95 × what is free."""
     return min(int(memory.total * utilization), memory.taken + int(memory.free * _LARGEST_SHARE))
 
 
@@ -97,8 +101,8 @@ def plan_memory(
     held: Mapping[str, int] = MappingProxyType({}),
     scratch: Mapping[str, int] = MappingProxyType({}),
 ) -> DeviceMemoryPlan:
-    """When the base has been loaded. `held`: what of `memory.taken` is not the base, by what it is for. `scratch`: what
-    the kernels will take, likewise.
+    """Divide the memory when the base has been loaded. `held`: what of `memory.taken` is not the base, by what it is
+    for. `scratch`: what the kernels will take, likewise.
     """
     needs = {
         "base": memory.taken - sum(held.values()),
@@ -107,7 +111,7 @@ def plan_memory(
         "logits": logits_bytes(spec, config),
         "prompt logprobs": prompt_logprobs_bytes(spec, config),
         **scratch,
-        "recordings": recording_bytes(spec, config),
+        "recordings": capture_bytes(spec, config),
     }
     usable = usable_bytes(memory, spec.gpu_memory_utilization)
     return DeviceMemoryPlan(usable, needs, usable - sum(needs.values()))
@@ -125,13 +129,10 @@ def check_plan(plan: DeviceMemoryPlan, spec: ServeSpec, memory: DeviceMemory, le
     )
 
 
-_log = get_logger(__name__)
-
-
 def sized(
     spec: ServeSpec, config: ModelConfig, device: torch.device, least: Callable[[int], int] = lambda num: num
 ) -> ServeSpec:
-    """`spec` with the bytes of its pool. Called when the base is on `device`, of which `config` is this rank's part.
+    """Give `spec` the bytes of its pool. Called when the base is on `device`, of which `config` is this rank's part.
 
     Of several ranks all have as much as the one that has the least: `least` gives that of a number. On a GPU the log
     says what its memory is for. SpecError if the device has no room for two blocks.

@@ -37,7 +37,7 @@ class LoadProgress(Protocol):
 
 
 class AdapterSource(Protocol):
-    """One adapter in the place where it is stored."""
+    """An adapter in the place where it is stored."""
 
     def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
         """Load it into host memory. Raises errors of the adapter or its place. If `progress` has been called with the
@@ -76,22 +76,24 @@ class AdapterLoads:
         self._bytes: dict[str, AdapterBytes] = {}
 
     def start(self, ref: AdapterRef, lead_s: float) -> Future[PackedAdapter]:
-        """The result may be partial, but on a GPU; it is then complete after about `lead_s` seconds at most."""
+        """Start a load. The result may be partial, except on a GPU; about `lead_s` seconds later it is complete."""
         result: Future[PackedAdapter] = Future()
         self._threads.submit(self._run, result, ref, lead_s)
         return result
 
     def num_blocks(self, digest: str) -> int | None:
-        """The most blocks that the adapter takes; None until it has been loaded. May be called from any thread."""
+        """Count the most blocks that the adapter takes; None until it has been loaded. From any thread."""
         return self._num_blocks.get(digest)
 
     def expected_blocks(self, ref: AdapterRef) -> int:
-        """Likewise; until it has been loaded, an estimate from its published size. On several ranks it takes more."""
+        """Count them, or estimate them from its published size until it has been loaded. On several ranks it takes more
+        than the estimate. May be called from any thread.
+        """
         estimate = min(-(-ref.nbytes // self._pool.block_bytes) + 1, self._pool.geometry.num_blocks // 2)
         return self._num_blocks.get(ref.digest) or estimate
 
     def nbytes(self, digest: str) -> AdapterBytes | None:
-        """Bytes that it takes in the pool; None until it has been loaded. May be called from any thread."""
+        """Count the bytes that it takes in the pool; None until it has been loaded. May be called from any thread."""
         return self._bytes.get(digest)
 
     def forget(self, digest: str) -> None:

@@ -1,11 +1,10 @@
-"""An adapter as rows in host memory, and as a file.
-
-Shapes: V vocabulary, D hidden, R rows of a part.
+"""An adapter packed as rows of the pool: in host memory, and as a file.
 
 `AdapterShape.demand` asks for rows by width. Here the rows of one width follow each other, widest first, cut into
 segments as in the pool. So every extent that the allocator gives is filled from one contiguous stretch of each layer.
+Reading a file maps the rows into memory and touches every page; nothing is copied, parsed or converted.
 
-Reading maps the rows into memory and touches every page; nothing is copied, parsed or converted.
+Shapes: V vocabulary, D hidden, R rows, L layers of a group, E elements of a layer, I input width, O output width.
 """
 
 from __future__ import annotations
@@ -37,38 +36,12 @@ from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, Shared
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
-_COMPARED_BYTES = 16 << 20  # of the base's rows at a time
-
-
-def own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
-    """Tokens whose rows an adapter brings, and these rows: of a dense embedding those that differ from the base's."""
-    if weights.embedding is None:
-        return (), base_VD[:0]
-    rows_VD = weights.embedding.rows_VD.to(dtype)
-    if weights.embedding.token_ids is not None:
-        return weights.embedding.token_ids, rows_VD
-    differs = _differs(rows_VD, base_VD)
-    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
-
-
-def _differs(rows_VD: Tensor, base_VD: Tensor) -> Tensor:
-    """Which rows are others than those of `base_VD`, (V,). From a device these are copied on a stream of their own and
-    a few MiB at a time: no step waits for them, and they take no memory to speak of.
-    """
-    num_rows = max(1, _COMPARED_BYTES // (base_VD.element_size() * base_VD.shape[1]))
-    with torch.cuda.stream(_beside_steps(base_VD.device) if base_VD.is_cuda else None):
-        parts = zip(torch.split(rows_VD, num_rows), torch.split(base_VD, num_rows), strict=True)
-        return torch.cat([(own_RD != base_RD.cpu().to(own_RD.dtype)).any(dim=1) for own_RD, base_RD in parts])
-
-
-@cache
-def _beside_steps(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-_IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
+_IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
+_COMPARED_BYTES = 16 << 20  # of the base's rows at a time
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+_FORMAT = 1  # of the file
+_PAGE = mmap.PAGESIZE
 
 PackedRows = Mapping[Matrix, Tensor]
 
@@ -99,12 +72,12 @@ class PackedAdapter:
 
     @property
     def host_bytes(self) -> int:
-        """What the rows take of host memory."""
+        """The host memory that the rows take."""
         return sum(bytes_taken(t, pinned=self.pinned) for t in (*self.layered, self.flat))
 
 
 def bytes_taken(tensor: Tensor, *, pinned: bool) -> int:
-    """Torch takes page-locked memory by powers of two."""
+    """Count the host memory of a tensor: torch takes page-locked memory by powers of two."""
     return 1 << (tensor.nbytes - 1).bit_length() if pinned and tensor.nbytes else tensor.nbytes
 
 
@@ -133,7 +106,7 @@ class RowOrder(NamedTuple):
     num_elements: int
 
     def pieces(self, extents: Iterable[Extent], kind: BlockKind) -> Iterator[CopySpan]:
-        """Which of a layer's elements go to which extent."""
+        """Say which of a layer's elements go to which extent."""
         used: Counter[int] = Counter()
         for e in extents:
             if e.kind is kind and e.width in self.widths:
@@ -145,7 +118,7 @@ class RowOrder(NamedTuple):
 
 
 def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
-    """The order in which `rows.place` assigns rows: among rows of one width, that of `matrices`."""
+    """Order rows as `adapter_layout.place` assigns them: among rows of one width as `matrices`."""
     counts = rows_by_width(matrices, capacity)
     widths: dict[int, tuple[int, int]] = {}
     end = 0
@@ -165,7 +138,7 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packer:
-    """What packing needs to know of an engine.
+    """Packs adapters for one engine's pool.
 
     embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
     checkpoint    the base's, for the norms that DoRA divides by
@@ -183,7 +156,7 @@ class Packer:
 
     @property
     def key(self) -> str:
-        """Packers with the same key pack an adapter into the same bytes."""
+        """A name of how adapters are packed: packers with the same key pack an adapter into the same bytes."""
         return f"{str(self.dtype).removeprefix('torch.')}-{self.geometry.layer_share}-{self.geometry.num_layers}"
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
@@ -193,12 +166,12 @@ class Packer:
         return packing.packed
 
     def shared(self, pair: SharedProjection | None) -> SharedProjection | None:
-        """The one copy of the pair on the host, however many adapters have it."""
+        """Give the one copy of the pair on the host, however many adapters have it."""
         return None if pair is None else self._pairs.setdefault(pair.digest, pair)
 
     def excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
-        """What DoRA scales the module's outputs by, less one: in the pool's dtype it is then as exact as the outputs.
-        (1, O)
+        """Compute the factors by which DoRA scales the module's outputs, less one, (1, O): so they are as exact in the
+        pool's dtype as the outputs.
         """
         assert self.checkpoint is not None, "DoRA needs the base's weights"
         weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
@@ -271,6 +244,34 @@ class Packing:
         return {**rows, **own}
 
 
+def own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
+    """Find the tokens whose rows an adapter brings, and these rows: of a dense embedding those that differ from the
+    base's.
+    """
+    if weights.embedding is None:
+        return (), base_VD[:0]
+    rows_VD = weights.embedding.rows_VD.to(dtype)
+    if weights.embedding.token_ids is not None:
+        return weights.embedding.token_ids, rows_VD
+    differs = _differs(rows_VD, base_VD)
+    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
+
+
+def _differs(rows_VD: Tensor, base_VD: Tensor) -> Tensor:
+    """Find the rows that are others than those of `base_VD`, (V,). From a device these are copied on a stream of their
+    own and a few MiB at a time: no step waits for them, and they take no memory to speak of.
+    """
+    num_rows = max(1, _COMPARED_BYTES // (base_VD.element_size() * base_VD.shape[1]))
+    with torch.cuda.stream(_beside_steps(base_VD.device) if base_VD.is_cuda else None):
+        parts = zip(torch.split(rows_VD, num_rows), torch.split(base_VD, num_rows), strict=True)
+        return torch.cat([(own_RD != base_RD.cpu().to(own_RD.dtype)).any(dim=1) for own_RD, base_RD in parts])
+
+
+@cache
+def _beside_steps(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _write(to: Tensor, rows: PackedRows, order: RowOrder) -> None:
     for matrix, tensor in rows.items():
         for column, width, start in order.stretches[matrix]:
@@ -324,12 +325,11 @@ def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], d
     return layers, flat
 
 
-_FORMAT = 1
-_PAGE = mmap.PAGESIZE
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def packed_name(packer: Packer, base_fingerprint: str) -> str:
-    """Name of the file in an adapter's folder. It says for which base and which kind of pool the file was made."""
+    """Name the file in an adapter's folder, by the base and the kind of pool for which it was made."""
     return f"packed{_FORMAT}-{packer.key}-{base_fingerprint[:16]}.safetensors"
 
 
@@ -349,7 +349,7 @@ def save_packed(packed: PackedAdapter, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write_file(file, tensors, {"packed": header, "crc32": _crc32(header, tensors)})
+            _write_safetensors(file, tensors, {"packed": header, "crc32": _crc32(header, tensors)})
         os.chmod(temporary, 0o444)
         os.rename(temporary, path)
     finally:
@@ -357,7 +357,7 @@ def save_packed(packed: PackedAdapter, path: Path) -> None:
 
 
 def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> PackedAdapter:
-    """IntegrityError if the file is damaged; damage to the rows is found only with `verify`."""
+    """Read a file. IntegrityError if it is damaged; damage to the rows is found only with `verify`."""
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata: dict[str, str] = f.metadata()
@@ -385,8 +385,8 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
     )
 
 
-def _write_file(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the safetensors format directly from the rows: the library's writer copies each tensor twice."""
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the format directly from the rows: the library's writer copies each tensor twice."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():

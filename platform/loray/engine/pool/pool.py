@@ -1,4 +1,4 @@
-"""`Pool`: the tensor, resident adapters, their descriptors.
+"""`Pool`: the tensor of all blocks, the adapters that reside in it, and their descriptors for kernels.
 
 `packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` and `Pool.take` copy the rows
 into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
@@ -45,6 +45,19 @@ from loray_kernels import (
 from loray_kernels.kv import DirectWriter
 from loray_kernels.memory import huge_pages
 
+RopeNumbers = Callable[[RopeParameters], npt.NDArray[np.float32]]  # inverse frequencies, the factor of cos and sin
+
+_LORA = {"lora_a", "lora_b"}
+_PARTS: dict[Role, Parts] = {
+    "lora_a": Parts.LORA,
+    "lora_b": Parts.LORA,
+    "vera_d": Parts.VERA,
+    "vera_b": Parts.VERA,
+    "dora": Parts.DORA,
+    "norm": Parts.OWN,
+    "embedding": Parts.OWN,
+}
+
 
 class AdapterDescriptor(NamedTuple):
     """An adapter's words on the device, [start, start + size), and in them where its LoRA rows, its vectors and the
@@ -63,12 +76,12 @@ class AdapterDescriptor(NamedTuple):
 class ResidentAdapter:
     """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
-    rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
-    scales     LoRA's alpha/r by (group, module)
+    rows        the table as tensors, by (group, module, role); group -1 holds rows without a layer
+    scales      LoRA's alpha/r by (group, module)
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
-    token_row  {token: offset of the adapter's embedding row for it}
-    record     on the device; None without one, see `records`
-    pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
+    token_row   {token: offset of the adapter's embedding row for it}
+    descriptor  on the device; None without one, see PoolDescriptors
+    pending     the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
     ref: AdapterRef
@@ -83,7 +96,7 @@ class ResidentAdapter:
     pair: ResidentProjection | None
     pending: PackedAdapter | None = None
     num_layers: int = 0
-    record: AdapterDescriptor | None = None
+    descriptor: AdapterDescriptor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -98,27 +111,8 @@ class ResidentProjection:
     references: int = 0
 
 
-RopeNumbers = Callable[[RopeParameters], npt.NDArray[np.float32]]  # inverse frequencies, the factor of cos and sin
-
-_LORA = {"lora_a", "lora_b"}
-_PARTS: dict[Role, Parts] = {
-    "lora_a": Parts.LORA,
-    "lora_b": Parts.LORA,
-    "vera_d": Parts.VERA,
-    "vera_b": Parts.VERA,
-    "dora": Parts.DORA,
-    "norm": Parts.OWN,
-    "embedding": Parts.OWN,
-}
-
-
-class _Words(NamedTuple):
-    lora: npt.NDArray[np.int64]
-    vectors: npt.NDArray[np.int64]
-
-
 def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
-    """`capacity`: elements of a layer's share of a block, at which rows are cut."""
+    """Give the shapes of adapters' rows, which are cut at `capacity`: elements of a layer's share of a block."""
     shapes = [[config.module_shape(module) for module in modules] for modules in INPUTS]
     return tuple(
         InputShape(tuple(columns(of_input[0][1], capacity)), tuple(tuple(columns(o, capacity)) for o, _ in of_input))
@@ -126,25 +120,30 @@ def input_shapes(config: ModelConfig, capacity: int) -> tuple[InputShape, ...]:
     )
 
 
+class _Words(NamedTuple):
+    lora: npt.NDArray[np.int64]
+    vectors: npt.NDArray[np.int64]
+
+
 class PoolDescriptors:
-    """Writes `record` of residents. An adapter has none if an input has more than MAX_ROWS rows of it, if its pair has
-    more than MAX_PAIR_RANK ranks or too many for a row of one segment, or if the directory is full.
+    """Writes `descriptor` of residents. An adapter has none if an input has more than MAX_ROWS rows of it, if its pair
+    has more than MAX_PAIR_RANK ranks or too many for a row of one segment, or if the table is full.
     """
 
     def __init__(
-        self, directory: DescriptorAllocator, vectors: VectorShape, *, block_size: int, rope: RopeNumbers
+        self, allocator: DescriptorAllocator, vectors: VectorShape, *, block_size: int, rope: RopeNumbers
     ) -> None:
-        self._directory, self._vectors = directory, vectors
+        self._allocator, self._vectors = allocator, vectors
         self._block_size, self._rope = block_size, rope
 
     def placed(self, adapter: ResidentAdapter) -> None:
-        adapter.record = None
+        adapter.descriptor = None
         words = self._words(adapter)
-        start = None if words is None else self._directory.add(np.concatenate(words))
+        start = None if words is None else self._allocator.add(np.concatenate(words))
         if words is None or start is None:
             return
         lora, vectors = map(len, words)
-        adapter.record = AdapterDescriptor(
+        adapter.descriptor = AdapterDescriptor(
             start,
             lora + vectors,
             _parts(adapter),
@@ -154,22 +153,22 @@ class PoolDescriptors:
         )
 
     def moved(self, adapter: ResidentAdapter) -> None:
-        """Its rows are elsewhere. The record stays where it is: it is as long as before."""
-        if adapter.record is not None and (words := self._words(adapter)) is not None:
-            self._directory.write(adapter.record.start, np.concatenate(words))
+        """Write the descriptor anew, as the rows are elsewhere. It stays where it is, since it is as long as before."""
+        if adapter.descriptor is not None and (words := self._words(adapter)) is not None:
+            self._allocator.write(adapter.descriptor.start, np.concatenate(words))
 
     def removed(self, adapter: ResidentAdapter) -> None:
-        if adapter.record is not None:
-            self._directory.remove(adapter.record.start, adapter.record.size)
-            adapter.record = None
+        if adapter.descriptor is not None:
+            self._allocator.remove(adapter.descriptor.start, adapter.descriptor.size)
+            adapter.descriptor = None
 
     def _words(self, adapter: ResidentAdapter) -> _Words | None:
-        """Those of LoRA and of vectors, each empty if it has none."""
+        """Make the words of LoRA and of vectors, each empty if it has none."""
         table, parts, none = adapter.table, _parts(adapter), np.array([], dtype=np.int64)
         lora: npt.NDArray[np.int64] | None = none
         if Parts.LORA in parts:
             groups = [_lora_rows(table, group, adapter.scales) for group in range(len(table.groups))]
-            lora = descriptor_words(groups, table.layer_group, self._directory.records.inputs)
+            lora = descriptor_words(groups, table.layer_group, self._allocator.table.inputs)
         vectors = self._vector_words(adapter) if parts & ~Parts.LORA else none
         return None if lora is None or vectors is None else _Words(lora, vectors)
 
@@ -196,7 +195,7 @@ def _parts(adapter: ResidentAdapter) -> Parts:
 
 
 def _vectors(table: Table) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Offsets of each segment of what has one row. Embedding rows are named by steps."""
+    """Find the offsets of each segment of what has one row. Embedding rows are named by steps."""
     return {
         (module, role): tuple(s.offsets[0] for s in segments)
         for (module, role), segments in table.items()
@@ -218,7 +217,7 @@ def _lora_rows(table: RowTable, group: int, scales: Mapping[tuple[int, str], flo
 
 
 def row_tensors(table: RowTable, device: torch.device) -> dict[tuple[int, str, Role], RowTables]:
-    """By (group, module, role); group -1 holds rows without a layer. All are parts of one tensor, copied at once."""
+    """Make `ResidentAdapter.rows`. All are parts of one tensor, copied at once."""
     found = {
         (group, module, role): segments
         for group, tables in ((-1, table.flat), *enumerate(table.groups))
@@ -232,7 +231,7 @@ def row_tensors(table: RowTable, device: torch.device) -> dict[tuple[int, str, R
 
 
 def token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
-    """{token: offset of its embedding row}"""
+    """Make `ResidentAdapter.token_row`."""
     if not token_ids:
         return {}
     (segment,) = table.flat["embed_tokens", "embedding"]
@@ -240,7 +239,7 @@ def token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """Layout of a block, and how many blocks the pool has. SpecError if it is too small, see `limits`."""
+    """Give a block's layout, and how many blocks the pool has. SpecError if it is too small, see `limits`."""
     layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
     return layout, pool_geometry(spec, config).num_blocks
 
@@ -270,8 +269,8 @@ class Pool:
         self._writer = page_writer(self.tensor)
         self._pairs: dict[str, ResidentProjection] = {}
         self._residents: dict[ResidentAdapter, None] = {}
-        self._arriving: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
-        self.records: PoolDescriptors | None = None  # where decode steps are recorded
+        self._copying: dict[ResidentAdapter, Callable[[], bool]] = {}  # whose rows steps may not read yet
+        self.descriptors: PoolDescriptors | None = None  # where decode steps are captured
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
@@ -280,7 +279,7 @@ class Pool:
 
     @property
     def pairs(self) -> Mapping[str, ResidentProjection]:
-        """By digest."""
+        """The shared pairs in the pool, by digest."""
         return self._pairs
 
     @property
@@ -288,7 +287,7 @@ class Pool:
         return self.geometry.block_size * self.tensor.itemsize
 
     def num_blocks_for(self, packed: PackedAdapter) -> int:
-        """The most blocks that the adapter takes, with its pair, which may be resident already."""
+        """Count the most blocks that the adapter takes, with its pair, which may be resident already."""
         blocks = packed.shape.num_blocks(self.geometry)
         if packed.pair is not None:
             blocks += self._pair_blocks(packed.pair)
@@ -337,9 +336,9 @@ class Pool:
         self._take(resident, min(num_layers, self.geometry.num_layers))
         if complete:
             resident.pending = None
-        if self.records is not None:
-            self.records.placed(resident)
-        self._arriving[resident] = self._writer.arrival()
+        if self.descriptors is not None:
+            self.descriptors.placed(resident)
+        self._copying[resident] = self._writer.arrival()
         self._residents[resident] = None
         return resident
 
@@ -351,21 +350,21 @@ class Pool:
         self.wait_for_rows()
 
     def wait_for_rows(self) -> None:
-        """Whatever is queued after this call sees all rows that have been placed."""
+        """Let whatever is queued after this call see all rows that have been placed."""
         self._writer.wait()
-        self._arriving.clear()
+        self._copying.clear()
 
     def wait_for(self, adapters: Iterable[ResidentAdapter]) -> None:
-        """Likewise, the rows of these."""
-        if self._arriving and not all(map(self.copy_is_done, adapters)):
+        """Let whatever is queued after this call see the rows of `adapters`."""
+        if self._copying and not all(map(self.copy_is_done, adapters)):
             self.wait_for_rows()
 
     def copy_is_done(self, adapter: ResidentAdapter) -> bool:
-        """Whether steps read its rows without waiting for them."""
-        arrived = self._arriving.get(adapter)
-        if arrived is not None and not arrived():
+        """Say whether steps read its rows without waiting for them."""
+        is_done = self._copying.get(adapter)
+        if is_done is not None and not is_done():
             return False
-        self._arriving.pop(adapter, None)
+        self._copying.pop(adapter, None)
         return True
 
     def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
@@ -379,8 +378,8 @@ class Pool:
     def remove(self, adapter: ResidentAdapter) -> None:
         self.wait_for([adapter])  # its rows must not come over what will be in their place
         del self._residents[adapter]
-        if self.records is not None:
-            self.records.removed(adapter)
+        if self.descriptors is not None:
+            self.descriptors.removed(adapter)
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
@@ -423,7 +422,6 @@ class Pool:
         return resident
 
     def _write_matrix(self, values: Tensor, start: int) -> ProjectionMatrix:
-        """As adapters' rows are, in their order."""
         num = values.numel()
         self._writer.write(values.to(self.tensor.dtype).reshape(1, num), [0], [PageCopy(0, start, num)])
         return ProjectionMatrix(self.tensor[start : start + num].view_as(values))
@@ -440,7 +438,9 @@ class Pool:
     # -- moving adapters and KV blocks, between steps -----------------------------------------------------------------
 
     def size_of(self, adapter: ResidentAdapter) -> float:
-        """Blocks that its removal would free, counting parts of shared blocks; with its pair if no other uses that."""
+        """Count the blocks that its removal would free, with parts of shared blocks, and with its pair if no other
+        adapter uses that.
+        """
         blocks = adapter.num_blocks
         if adapter.pair is not None and adapter.pair.references == 1:
             blocks += adapter.pair.num_blocks
@@ -462,8 +462,8 @@ class Pool:
                 adapter.table = place(adapter.shape, extents, self.geometry)
                 adapter.rows = row_tensors(adapter.table, self.tensor.device)
                 adapter.token_row = token_row(tuple(adapter.token_row), adapter.table)
-                if self.records is not None:
-                    self.records.moved(adapter)
+                if self.descriptors is not None:
+                    self.descriptors.moved(adapter)
         self.on_kv_moved(moves)
         return True
 

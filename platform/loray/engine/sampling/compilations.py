@@ -63,11 +63,11 @@ class Compilations:
 
     @property
     def next_deadline(self) -> float:
-        """When the first request has waited for too long, in seconds of the clock; may be infinite."""
+        """The time at which the first request has waited for too long, in seconds of the clock; may be infinite."""
         return next((deadline for _, deadline in self._waiting.values()), float("inf"))
 
     def add(self, request: Request, constraint: Constraint) -> None:
-        """`take` gives the request when its constraint has been compiled."""
+        """Compile the constraint; `take` gives the request when that is done."""
         compilation = self._known.get(constraint)
         if compilation is None:
             compilation = self._known[constraint] = _Compilation(constraint)
@@ -86,7 +86,7 @@ class Compilations:
             self._ended.append(compilation)
 
     def cancel(self, request: Request) -> None:
-        """It waits no more, if it did."""
+        """Let the request wait no more, if it did."""
         found = self._waiting.pop(request, None)
         if found is None:
             return
@@ -102,7 +102,7 @@ class Compilations:
         self._forget(compilation)
 
     def take(self) -> Iterator[tuple[Request, LLMatcher | Exception]]:
-        """The requests whose constraint has been compiled, with its matcher, or that get an error."""
+        """Give the requests whose constraint has been compiled, with its matcher, and those that get an error."""
         while self._ended:
             compilation = self._ended.popleft()
             outcome = compilation.outcome

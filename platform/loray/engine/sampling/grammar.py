@@ -1,4 +1,4 @@
-"""Masks of structured requests.
+"""`Grammars`: the masks of structured requests, and the thread that computes them.
 
 A constraint is compiled in a thread (`compilations`), for which its request waits in the queue. When a step's tokens
 are drawn, the matchers read them, and llguidance fills one bit per token of the vocabulary for the next step, in a
@@ -40,11 +40,11 @@ _GROUP_SIZE = 16  # masks for each of llguidance's threads
 
 
 class Masks(NamedTuple):
-    """Of one step.
+    """The masks of one step.
 
-    requests   those of the rows
-    words_MW   bit t % 32 of word t // 32 is set where token t is allowed
-    ended      whose answer is complete: only the end of the text is allowed
+    requests  those of the rows
+    words_MW  bit t % 32 of word t // 32 is set where token t is allowed
+    ended     whose answer is complete: only the end of the text is allowed
     """
 
     requests: Sequence[Request]
@@ -62,7 +62,7 @@ class _Answer:
         self.words_W, self.num_masked, self.has_ended = np.empty(num_words, dtype=np.int32), -1, False
 
     def read(self, output_ids: Sequence[int]) -> None:
-        """The tokens that came since the last call."""
+        """Let the matcher read the tokens that came since the last call."""
         for token in output_ids[self.num_read :]:
             self.matcher.consume_token(token)
         self.num_read = len(output_ids)
@@ -151,12 +151,14 @@ class Grammars:
 
     @property
     def next_deadline(self) -> float:
-        """When a request has waited for its constraint for too long, in seconds of `time.monotonic`; may be inf."""
+        """The time at which a request has waited for its constraint for too long, in seconds of `time.monotonic`; may
+        be inf.
+        """
         return self._compilations.next_deadline
 
     @property
     def has_due(self) -> bool:
-        """Whether `take` has something without being told: masks that the next steps compute, or requests that end."""
+        """Say whether `take` has something without being told: masks that later steps compute, or requests that end."""
         return bool(self._turns or self._refused)
 
     def prepare(self, request: Request, constraint: Constraint) -> None:
@@ -179,7 +181,7 @@ class Grammars:
         return refused
 
     def forget(self, request: Request) -> None:
-        """The request has ended."""
+        """Forget a request that has ended."""
         self._compilations.cancel(request)
         self._answers.pop(request, None)
         self._turns.leave(request)
@@ -192,7 +194,9 @@ class Grammars:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def advance(self, requests: Sequence[Request]) -> None:
-        """Those of `requests` that have a constraint and got tokens need another mask. Their outputs are complete."""
+        """Ask for another mask for those of `requests` that have a constraint and got tokens. Their outputs are
+        complete.
+        """
         for request in requests if self._answers else ():
             answer = self._answers.get(request)
             if answer is not None and answer.num_masked != len(request.output_ids):
@@ -208,7 +212,9 @@ class Grammars:
                 self._begin()
 
     def masks(self, requests: Sequence[Request]) -> Masks | None:
-        """Of those of `requests` that have a constraint, none of which awaits its mask; None if none has."""
+        """Give the masks of those of `requests` that have a constraint, none of which awaits its mask; None if none
+        has.
+        """
         found = [(r, a) for r in requests if (a := self._answers.get(r)) is not None] if self._answers else []
         if not found:
             return None
@@ -217,8 +223,8 @@ class Grammars:
         return Masks([r for r, _ in found], np.stack([a.words_W for _, a in found]), ended)
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
-        """What the requests' constraints leave no choice about, after their last tokens. The next step computes
-        them together. A request may end while they are taken.
+        """Give the tokens about which the requests' constraints leave no choice, after their last ones. The next step
+        computes them together. A request may end while they are taken.
         """
         for request in requests if self._answers else ():
             for token in self._forced(request):
@@ -226,8 +232,8 @@ class Grammars:
                     yield request, token
 
     def _forced(self, request: Request) -> Sequence[int]:
-        """None where something else may exclude them, where their log-probabilities are wanted, or on a GPU, where a
-        step of single tokens is a recorded graph.
+        """Find no token where something else may exclude it, where its log-probability is wanted, or on a GPU, where a
+        step of single tokens is a captured graph.
         """
         answer, p = self._answers.get(request), request.spec.params
         if answer is None or self._on_gpu or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
@@ -260,7 +266,7 @@ class Grammars:
         self._computing = self._thread.begin(matchers, self._words_MW)
 
     def _end(self, prepared: Callable[[Request], None]) -> None:
-        """The thread's turn has ended."""
+        """Take the masks of the thread's turn, which has ended."""
         assert self._computing is not None
         computed, self._computing = self._turns.end(self._computing.result()), None
         for row, request in enumerate(computed):

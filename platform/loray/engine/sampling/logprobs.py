@@ -17,7 +17,7 @@ _ROWS = 32  # at a time, to bound the memory that is needed beside the logits
 
 
 class _Scores(NamedTuple):
-    """Of some rows, where the logits are: the log-probability and rank of each row's token, and its K best tokens."""
+    """The log-probability and rank of each row's token, and its K best tokens, where the logits are."""
 
     own_R: Tensor
     rank_R: Tensor
@@ -28,7 +28,7 @@ class _Scores(NamedTuple):
 def token_logprobs(
     logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """For each row the log-probability of its token and those of its `num_top` best tokens; None if `num_top` is."""
+    """Compute for each row the log-probability of its token and those of its `num_top` best; None if `num_top` is."""
     out: list[TokenLogprobs | None] = [None] * len(tokens)
     asked = [(i, n) for i, n in enumerate(num_top) if n is not None]
     for start in range(0, len(asked), _ROWS):
@@ -49,7 +49,7 @@ def _scores(logits_RV: Tensor, tokens_R: Tensor, num_top: int) -> _Scores:
 
 
 def _read(found: Sequence[_Scores], num_top: Sequence[int]) -> Iterator[TokenLogprobs]:
-    """All rows of `found`; each field is read at once. `num_top`: of each row."""
+    """Read all rows of `found`; each field is read at once. `num_top`: of each row."""
     own, ranks, ids, logprobs = (
         torch.cat([field.flatten() for field in fields]).tolist() for fields in zip(*found, strict=True)
     )
@@ -76,7 +76,7 @@ class PromptScores:
         self._num = 0
 
     def add(self, logits_RV: Tensor) -> None:
-        """The rows of the next R tokens of the parts."""
+        """Take the logits of the next R tokens of the parts."""
         if self._tokens_T is None:
             self._tokens_T = torch.tensor(self._tokens, device=logits_RV.device)
         for rows_RV in torch.split(logits_RV, _ROWS):
@@ -85,7 +85,7 @@ class PromptScores:
             self._num += len(rows_RV)
 
     def of(self, parts: Collection[Scored]) -> Iterator[tuple[Scored, list[TokenLogprobs] | None]]:
-        """Of those of the parts the log-probabilities of the prompt's next tokens; None if they are not finite."""
+        """Give those parts' log-probabilities of the prompt's next tokens; None if they are not finite."""
         scores = _read(self._found, self._num_top) if self._found else iter(())
         for part in self._parts:
             own = [*islice(scores, part.stop - part.start)]

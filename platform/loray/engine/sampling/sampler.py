@@ -1,9 +1,9 @@
-"""Logits → tokens.
+"""`Sampler`: from logits to tokens.
 
-The order is vLLM's: constraints, minimum length and biases, penalties (`logits.process`), then greedy, or temperature,
-min-p, top-k, top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position.
-There is no generator whose state a batch, a preemption or another replica could change, so a row's token depends only
-on the row.
+The order is vLLM's: constraints, minimum length and biases, penalties (`process`), then greedy, or temperature, min-p,
+top-k, top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position. There is
+no generator whose state a batch, a preemption or another replica could change, so a row's token depends only on the
+row.
 
 Rows without top-k and top-p are the kernels' (`Ops.sample`), constraints included; so most batches are one call that
 writes nothing as large as the vocabulary. Where the backend has a chooser, all else is its as well (`Ops.chooser`):
@@ -33,9 +33,18 @@ from loray.spec import GenerateRequest, SamplingParams, TokenLogprobs
 from loray_kernels import Change, Chooser, Draws, Ops, TokenEdits, TokenSet, TokenSlots
 from loray_kernels.sampling import allowed, draw, rows_of, scaled
 
+_MANY = 4096  # tokens of a row
+_GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
+_CANDIDATES = (72, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
+_GROUP = 32
+
 N = TypeVar("N", bound=np.generic)
 Tokens = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
+_Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
+_Choice = tuple[int, float]  # a token, and a number that is finite if the row's best logit is
+
+# -- the history of a request ------------------------------------------------------------------------------------------
 
 
 class Occurrences:
@@ -65,14 +74,14 @@ class Occurrences:
         return len(self._counts)
 
     def dense(self, vocab_size: int) -> npt.NDArray[np.float32]:
-        """A value for each token of the vocabulary. Made at the first call, and kept from then on."""
+        """Give a value for each token of the vocabulary. Made at the first call, and kept from then on."""
         if self._dense is None:
             self._dense = np.full(vocab_size, self._others, dtype=np.float32)
             self._dense[self.tokens] = self.values
         return self._dense
 
     def add(self, token: int) -> int:
-        """One more occurrence; returns how many there are now."""
+        """Count one more occurrence; returns how many there are now."""
         place = self._places.setdefault(token, len(self._counts))
         if place == len(self._counts):
             self._counts.append(0)
@@ -89,7 +98,7 @@ class Occurrences:
 
 
 class BadWords:
-    """vLLM's bad_words: a word's last token may not follow its other tokens."""
+    """The bad_words of a request, as vLLM's: a word's last token may not follow its other tokens."""
 
     def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
         self._always = [word[0] for word in words if len(word) == 1]
@@ -99,13 +108,13 @@ class BadWords:
                 self._by_previous.setdefault(word[-2], []).append(word)
 
     def after(self, output_ids: Sequence[int]) -> list[int]:
-        """Tokens that may not be next."""
+        """List the tokens that may not be next."""
         words = self._by_previous.get(output_ids[-1], ()) if output_ids else ()
         return self._always + [w[-1] for w in words if tuple(output_ids[1 - len(w) :]) == w[:-1]]
 
 
 class SamplingState:
-    """Of one request. `read` takes in its tokens; the rest is what they mean for the logits of the next one.
+    """The history of one request. `read` takes in its tokens; the rest is what they mean for the next one's logits.
 
     repeated  tokens of prompt and output, with their repetition penalty
     produced  tokens of the output, with what frequency and presence penalty add to their logits
@@ -153,7 +162,7 @@ class SamplingState:
         return self._edits
 
     def allowed_set(self, vocab_size: int) -> TokenSet | None:
-        """`allowed`, for a device."""
+        """Give `allowed` for a device."""
         if self._allowed_set is None and self.allowed is not None:
             self._allowed_set = TokenSet(self.allowed, vocab_size)
         return self._allowed_set
@@ -165,7 +174,7 @@ class SamplingState:
         return self._num_read >= self._params.min_tokens and all(cause is None for cause in steady)
 
     def forbidden(self, output_ids: Sequence[int], *, may_end: bool) -> Tokens:
-        """Tokens that may not be next. `may_end`: also before min_tokens, as nothing else is allowed."""
+        """List the tokens that may not be next. `may_end`: also before min_tokens, as nothing else is allowed."""
         tokens = [] if self._bad_words is None else self._bad_words.after(output_ids)
         if len(output_ids) < self._params.min_tokens and not may_end:
             tokens.extend(self._ends)
@@ -173,7 +182,7 @@ class SamplingState:
 
 
 def history_of(request: Request, eos_token_ids: Sequence[int]) -> SamplingState | None:
-    """The request's, with all tokens of its output; None where it changes nothing any more."""
+    """Give the request's history, with all tokens of its output; None where it changes nothing any more."""
     history = request.history
     if not isinstance(history, SamplingState):
         history = request.history = SamplingState(request.spec, eos_token_ids)
@@ -186,8 +195,7 @@ def _grown(array: npt.NDArray[N]) -> npt.NDArray[N]:
     return np.concatenate((array, np.zeros(max(64, len(array)), dtype=array.dtype)))
 
 
-_MANY = 4096  # tokens of a row
-_Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
+# -- processed logits --------------------------------------------------------------------------------------------------
 
 
 def process(
@@ -204,7 +212,7 @@ def process(
     logits_SV = logits_SV.clone() if masks is None else _masked(masks, logits_SV, requests)
     for i, _, history in rows:
         if history.allowed is not None:
-            _keep(logits_SV[i], history.allowed)
+            _allow_only(logits_SV[i], history.allowed)
     ended = masks.ended if masks is not None else ()
     forbidden = [(i, h.forbidden(r.output_ids, may_end=r in ended), -math.inf) for i, r, h in rows]
     _assign(logits_SV, forbidden)
@@ -220,7 +228,7 @@ def _penalise(
     some: Callable[[Tensor, Sequence[_Entry]], None],
     whole: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """With `some`, or on a CPU with `whole` rows where that is less work than to look up so many tokens."""
+    """Apply `some`, or on a CPU `whole` to rows where that is less work than to look up so many tokens."""
     most = math.inf if logits_SV.is_cuda else _MANY
     some(logits_SV, [(i, found.tokens, found.values) for i, found in rows if len(found) <= most])
     for i, found in ((i, found) for i, found in rows if len(found) > most):
@@ -228,21 +236,20 @@ def _penalise(
 
 
 def _masked(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """A copy, in which tokens that a request's constraint does not allow have −∞."""
+    """Copy the logits, with −∞ for tokens that a request's constraint does not allow."""
     mask_of = {r: m for m, r in enumerate(masks.requests)}
     return allowed(logits_SV.clone(), [mask_of.get(r, -1) for r in requests], torch.from_numpy(masks.words_MW))
 
 
-def _keep(logits_V: Tensor, tokens: Tokens) -> None:
-    """All other tokens get −∞."""
+def _allow_only(logits_V: Tensor, tokens: Tokens) -> None:
     at = torch.from_numpy(tokens).to(logits_V.device)
-    kept = logits_V[at]
+    own = logits_V[at]
     logits_V.fill_(-math.inf)
-    logits_V[at] = kept
+    logits_V[at] = own
 
 
 def _index(logits_SV: Tensor, entries: Sequence[_Entry]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
-    """Where the entries are, and their values; None if there are none."""
+    """Find the places of the entries, and their values; None if there are none."""
     lengths = [len(tokens) for _, tokens, _ in entries]
     if not any(lengths):
         return None
@@ -278,12 +285,7 @@ def _scaled(logits: Tensor, values: Tensor) -> Tensor:
     return torch.where(logits > 0, logits / values, logits * values)
 
 
-_GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
-_CANDIDATES = (72, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
-_GROUP = 32
-
-
-_Choice = tuple[int, float]  # a token, and a number that is finite if the row's best logit is
+# -- the sampler -------------------------------------------------------------------------------------------------------
 
 
 class Sampled(NamedTuple):
@@ -297,7 +299,7 @@ _Found = tuple[dict[int, _Choice], list[TokenLogprobs | None]]  # by row
 
 
 class Sampler:
-    """`eos_token_ids` are not sampled before a request's min_tokens."""
+    """Samples the tokens of steps. `eos_token_ids` are not sampled before a request's min_tokens."""
 
     def __init__(self, ops: Ops, eos_token_ids: Collection[int] = ()) -> None:
         self._ops, self._eos_token_ids = ops, tuple(eos_token_ids)
@@ -311,7 +313,7 @@ class Sampler:
         masks: Masks | None = None,
         slots: TokenSlots | None = None,
     ) -> Callable[[], list[Outcome]]:
-        """Draws one token for each row, also for `slots`; they are read by the result, before the call after the next
+        """Draw one token for each row, also into `slots`; they are read by the result, before the call after the next
         one, and where a request `needs_history` before the logits change.
 
         Requested log-probabilities are those of the unchanged logits.
@@ -354,7 +356,7 @@ class Sampler:
         masks: Masks | None,
         slots: TokenSlots | None,
     ) -> Callable[[], _Found]:
-        """Of all rows, those of `own` with changes, where the logits are."""
+        """Choose tokens of all rows, those of `own` with changes, where the logits are."""
         ended, vocab = masks.ended if masks is not None else (), logits_SV.shape[1]
         changes = [self._change(requests[i], vocab, may_end=requests[i] in ended) for i in own]
         plain_draws, own_draws = (self._draws(requests, rows, masks) for rows in (plain, own))
@@ -387,7 +389,7 @@ class Sampler:
         masks: Masks | None,
         slots: TokenSlots | None = None,
     ) -> Callable[[], dict[int, _Choice]]:
-        """Of rows from which any token may be drawn that `masks` allow."""
+        """Draw tokens of rows from which any token may be drawn that `masks` allow."""
         if not rows:
             return dict
         drawn = self._ops.sample(logits_SV, self._draws(requests, rows, masks), slots)
@@ -409,7 +411,7 @@ class Sampler:
     def _processed(
         self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
     ) -> dict[int, _Choice]:
-        """Of rows whose logits change, or whose candidates are cut."""
+        """Draw tokens of rows whose logits change, or whose candidates are cut."""
         own = [requests[i] for i in rows]
         logits_PV = process(rows_of(logits_SV, rows), own, self._eos_token_ids, masks)
         cut = [n for n, r in enumerate(own) if _cuts(r.spec.params, logits_PV.shape[1])]
@@ -432,7 +434,7 @@ class Sampler:
         return tokens
 
     def _uniform(self, request: Request) -> float:
-        """In [0, 1); a function of the token's position and the seed, or the request if it has no seed."""
+        """A number in [0, 1): a function of the token's position and the seed, or the request if it has no seed."""
         seed = request.spec.params.seed
         key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
         position = len(request.output_ids) + request.num_in_flight
@@ -441,7 +443,7 @@ class Sampler:
 
 
 def needs_history(request: Request) -> bool:
-    """Its next token is drawn only when all tokens before it have been read."""
+    """Say whether its next token is drawn only when all tokens before it have been read."""
     return request.changes_logits or request.spec.params.structured is not None
 
 
@@ -463,7 +465,7 @@ def _nothing_allowed() -> RequestError:
 
 
 def _cuts(params: SamplingParams, vocab: int) -> bool:
-    """Top-k or top-p may take something away."""
+    """Say whether top-k or top-p may take something away."""
     return params.temperature >= _GREEDY_BELOW and (0 < params.top_k < vocab or params.top_p < 1)
 
 
@@ -476,7 +478,7 @@ class Candidates(NamedTuple):
 
 
 def candidates(logits_NV: Tensor, best_N: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
-    """After temperature, min-p (Nguyen et al., 2024), top-k, top-p (Holtzman et al., 2020), each renormalised.
+    """Apply temperature, min-p (Nguyen et al., 2024), top-k, top-p (Holtzman et al., 2020), each renormalised.
 
     `best_N` is each row's maximum.
     """
@@ -512,14 +514,14 @@ def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Te
 
 
 def _by_token(p_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """The best first, equals by their ids."""
+    """Sort: the best first, equals by their ids."""
     ids_NC, order_NC = ids_NC.sort(dim=1)
     p_NC, order_NC = p_NC.gather(1, order_NC).sort(dim=1, descending=True, stable=True)
     return p_NC, ids_NC.gather(1, order_NC)
 
 
 def _best(p_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """torch.topk over fewer columns: the best tokens are in the groups with the best maxima."""
+    """Find torch.topk over fewer columns: the best tokens are in the groups with the best maxima."""
     num_groups, odd = divmod(p_NV.shape[1], _GROUP)
     if odd or 4 * width > num_groups:
         best = p_NV.topk(width)

@@ -1,4 +1,4 @@
-"""Whose masks are computed in a step, so that expensive constraints hold up neither the other requests nor each other.
+"""`MaskTurns`: whose masks a step computes, so that expensive constraints hold up neither others nor each other.
 
 A step has a budget of mask time. What a mask takes beyond it is a debt, which later steps pay before masks are computed
 again: so masks take no more than the budget a step on average, however long one takes. Each tenant has a counter of the
@@ -38,7 +38,7 @@ class MaskGroup(NamedTuple):
 
 @dataclass(slots=True)
 class _Cost:
-    """Of a request's masks in seconds: what the next one is expected to take, and all together."""
+    """The seconds of a request's masks: what the next one is expected to take, and all together."""
 
     expected_s: float = 0.0
     total_s: float = 0.0
@@ -62,22 +62,22 @@ class MaskTurns:
         self._turn: list[MaskGroup] = []
 
     def __bool__(self) -> bool:
-        """Whether masks are due, those of the turn included."""
+        """Say whether masks are due, those of the turn included."""
         return bool(self._due)
 
     def enter(self, request: Request) -> None:
-        """A new request, which has a mask due. Its tenant is not behind another one, so being away earns nothing."""
+        """Add a request, which has a mask due. Its tenant is not behind another one, so being away earns nothing."""
         self._costs[request] = _Cost()
         self._num_requests[request.tenant] += 1
         self._used_s.setdefault(request.tenant, max(self._used_s.values(), default=0.0))
         self.add(request)
 
     def add(self, request: Request) -> None:
-        """Its next mask is due."""
+        """Note that its next mask is due."""
         self._due.setdefault(request.tenant, {})[request] = None
 
     def leave(self, request: Request) -> None:
-        """It has ended, perhaps in the middle of a turn."""
+        """Forget a request that has ended, perhaps in the middle of a turn."""
         if self._costs.pop(request, None) is None:
             return
         self._done(request)
@@ -86,11 +86,13 @@ class MaskTurns:
             del self._num_requests[request.tenant], self._used_s[request.tenant]
 
     def next_step(self) -> None:
-        """A step has passed, which brings its budget."""
+        """Add the budget of a step that has passed."""
         self._credit_s += self.budget_s
 
     def begin(self) -> Sequence[MaskGroup]:
-        """The groups of a turn, in order; not while another one goes on. The first that its limit excludes ends it."""
+        """Begin a turn; returns its groups, in order. Not while another one goes on. The first that its limit excludes
+        ends it.
+        """
         assert not self._turn
         self._credit_s = min(self._credit_s, self.budget_s)
         behind, places = max(self._used_s.values(), default=0.0) - _BEHIND_S, itertools.count()
@@ -117,8 +119,9 @@ class MaskTurns:
         return self._turn
 
     def end(self, seconds: Sequence[float]) -> list[Request]:
-        """The requests of the turn whose masks have been computed, also those that have left meanwhile. `seconds`: what
-        each group took; the first ones, if the turn has ended before the others.
+        """End the turn; returns its requests whose masks have been computed, also those that have left meanwhile.
+
+        seconds  what each group took; the first ones, if the turn has ended before the others
         """
         computed: list[Request] = []
         for group, group_s in zip(self._turn, seconds, strict=False):
@@ -133,7 +136,7 @@ class MaskTurns:
         return computed
 
     def mean_s(self, request: Request) -> float:
-        """What a mask of the request has taken."""
+        """The mean time that a mask of the request has taken."""
         cost = self._costs[request]
         return cost.total_s / max(1, cost.num)
 

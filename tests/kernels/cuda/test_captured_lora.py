@@ -1,4 +1,4 @@
-"""LoRA by records, as recorded decode steps compute it, in CUDA C++ compiled for the CPU."""
+"""LoRA by descriptors, as captured decode steps compute it, in CUDA C++ compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_it_is_what_a_steps_tables_give(ops: Ops, dtype: torch.dtype) -> None:  
         [LoraRows(rows(rank, A_COLUMNS), rows(rank, B_COLUMNS[m]), 0.5 + m + n) for m, rank in enumerate(ranks)]
         for n, ranks in enumerate(RANKS)
     ]
-    directory = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=2000)
+    allocator = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=2000)
     items = []
     for own, (first, stop) in zip(adapters, SPANS, strict=True):
         found = {name: lora for name, lora in zip(INPUTS[0], own, strict=True) if lora.a[0]}
         words = descriptor_words([found], [-1, 0], SHAPES)
         assert words is not None
-        items.append((directory.add(words), first, stop - first))
-    step = StepDescriptors(directory.records, torch.tensor([*items, (0, 0, 0)]))
+        items.append((allocator.add(words), first, stop - first))
+    step = StepDescriptors(allocator.table, torch.tensor([*items, (0, 0, 0)]))
     segments = AdapterSegments(tuple(first for first, _ in SPANS), tuple(stop for _, stop in SPANS))
     tables = tuple(table(adapters, module) for module in range(3))
     pool, x_TI, y_TO = randn(2, dtype, 2 * LAYER_SHARE), randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)

@@ -1,5 +1,5 @@
-"""VeRA, DoRA, norms, embedding rows and RoPE by records, as recorded decode steps compute them, in CUDA C++ compiled
-for the CPU.
+"""VeRA, DoRA, norms, embedding rows and RoPE by descriptors, as captured decode steps compute them, in CUDA C++
+compiled for the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loray_kernels import DescriptorAllocator, InputShape, Ops, Pair, Parts, StepDescriptors, VectorShape, vector_words
-from loray_kernels.cuda.tables import RecordedVectors
+from loray_kernels.cuda.tables import CapturedVectors
 from tests.kernels.cuda.cases import REFERENCE, near, randn
 from tests.kernels.cuda.test_shim import launcher, ops  # noqa: F401
 
@@ -25,7 +25,7 @@ PAIRS = (Pair(40_000, 42_000, 21, 48), Pair(48_003, 49_001, 5, 40))  # beyond th
 
 
 class Step(NamedTuple):
-    records: StepDescriptors
+    descriptors: StepDescriptors
     starts: list[int]
 
 
@@ -44,10 +44,10 @@ def step() -> Step:
     dora = {("q_proj", "dora"): [next(places), next(places)], ("v_proj", "dora"): [next(places)]}
     norms = {("input_layernorm", "norm"): [next(places), next(places)], ("self_attn.q_norm", "norm"): [next(places)]}
     rope = np.array([*np.linspace(1, 0.1, 8), 1.25], dtype=np.float32)
-    directory = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
+    allocator = DescriptorAllocator(SHAPES, torch.device("cpu"), num_words=1000, reserved=shape.head)
 
     def start(words: np.ndarray) -> int:
-        at = directory.add(words)
+        at = allocator.add(words)
         assert at is not None
         return at
 
@@ -60,22 +60,22 @@ def step() -> Step:
         start(vector_words(shape, [dora], [0, -1], {}, None, None)),
     ]
     starts = [0, own[0], own[1], own[1], own[1], own[2], own[3], own[3], own[4], own[5], 0, 0]
-    words = directory.records.words
+    words = allocator.table.words
     pairs = [at + int(words[at + shape.pair_word]) for at in (own[0], own[2])]
     items = [(pairs[0], 1, 4), (pairs[1], 5, 1)]
-    vectors = RecordedVectors(directory.records, shape, torch.tensor(starts), torch.tensor([*items, (0, 0, 0)]))
+    vectors = CapturedVectors(allocator.table, shape, torch.tensor(starts), torch.tensor([*items, (0, 0, 0)]))
     parts = Parts.VERA | Parts.DORA | Parts.OWN
-    return Step(StepDescriptors(directory.records, torch.zeros(3, 3, dtype=torch.int64), parts, vectors), starts)
+    return Step(StepDescriptors(allocator.table, torch.zeros(3, 3, dtype=torch.int64), parts, vectors), starts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:  # noqa: F811
     pool, x_TI, y_TO = randn(2, dtype, 60_000) / 4, randn(3, dtype, 12, 40), randn(4, dtype, 12, 168)
-    records = step().records
+    descriptors = step().descriptors
     for layer in range(NUM_LAYERS):
         got, want = y_TO.clone(), y_TO.clone()
         for o, y in ((ops, got), (REFERENCE, want)):
-            o.vera_by_descriptor(x_TI, y, pool, records, 4 * layer, layer * SHARE)
+            o.vera_by_descriptor(x_TI, y, pool, descriptors, 4 * layer, layer * SHARE)
         near(got, want, dtype)
         changed = (want != y_TO).any(dim=1).tolist()
         assert changed == [False] + [layer == 1] * 4 + [True] + [False] * 6
@@ -83,10 +83,10 @@ def test_vera_of_two_pairs(ops: Ops, dtype: torch.dtype) -> None:  # noqa: F811
 
 
 def test_the_reference_adds_what_the_equation_says() -> None:
-    pool, x_TI, records = randn(2, torch.float32, 60_000) / 4, randn(3, torch.float32, 12, 40), step().records
+    pool, x_TI, descriptors = randn(2, torch.float32, 60_000) / 4, randn(3, torch.float32, 12, 40), step().descriptors
     y_TO, pair = torch.zeros(12, 168), PAIRS[0]
-    REFERENCE.vera_by_descriptor(x_TI, y_TO, pool, records, 4, SHARE)
-    vectors = records.vectors
+    REFERENCE.vera_by_descriptor(x_TI, y_TO, pool, descriptors, 4, SHARE)
+    vectors = descriptors.vectors
     assert vectors is not None
     slots, own_WS = vectors.shape.slots, vectors.rows_LWS[1] + SHARE
     d_at, b_at = (int(own_WS[slots["k_proj", role].word, 1]) for role in ("vera_d", "vera_b"))
@@ -100,10 +100,10 @@ def test_the_reference_adds_what_the_equation_says() -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_doras_scales(ops: Ops, has_bias: bool, dtype: torch.dtype) -> None:  # noqa: F811
     pool, y_TO = randn(2, dtype, 60_000), randn(4, dtype, 12, 168)
-    bias_O, records = randn(5, dtype, 168) if has_bias else None, step().records
+    bias_O, descriptors = randn(5, dtype, 168) if has_bias else None, step().descriptors
     got, want = y_TO.clone(), y_TO.clone()
     for o, y in ((ops, got), (REFERENCE, want)):
-        o.scale_by_descriptor(y, bias_O, pool, records, 4, SHARE)
+        o.scale_by_descriptor(y, bias_O, pool, descriptors, 4, SHARE)
     near(got, want, dtype)
     assert (got != y_TO).any(dim=1).tolist() == [t in (6, 7) for t in range(12)]
     assert torch.equal(got[:, 136:160], y_TO[:, 136:160])  # k has none
@@ -112,8 +112,8 @@ def test_doras_scales(ops: Ops, has_bias: bool, dtype: torch.dtype) -> None:  # 
 def test_norms_rope_and_embedding_rows(ops: Ops) -> None:  # noqa: F811
     """What a token has, and the base's where it has none."""
     pool, x_TD, weight_D = randn(2, torch.float32, 60_000), randn(3, torch.float32, 12, 40), randn(4, torch.float32, 40)
-    vectors = step().records.vectors
-    assert isinstance(vectors, RecordedVectors)
+    vectors = step().descriptors.vectors
+    assert isinstance(vectors, CapturedVectors)
     plain = REFERENCE.rms_norm(x_TD, weight_D, 1e-5, pool, None, SHARE)
     for layer, name in ((1, "input_layernorm"), (None, "norm")):
         own, offset = vectors.token_rows(layer, name, "norm"), 0 if layer is None else SHARE

@@ -1,4 +1,4 @@
-"""Recorded decode steps of an engine where blocks, recordings or memory are not what the step before left."""
+"""Captured decode steps of an engine where blocks, captures or memory are not what the step before left."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_is_recorded_for_adapters_with_more_serves_the_others(
     monkeypatch.setattr(graphs, "SIZES", (4,))
     requests = [request(str(i), range(3 + i, 13), [None, adapters[0]][i % 2], max_tokens=4 + 3 * i) for i in range(3)]
     engine = make_engine(base, adapters, graph_bytes=1)
-    assert [form.kind for form in cast(Any, engine._model)._recorded._recorded] == [graphs.KINDS[-1]]
+    assert [shape.kind for shape in cast(Any, engine._model)._captures._captured] == [graphs.KINDS[-1]]
     decode_steps = decode_steps_of(engine, monkeypatch)
     got = served(engine, requests, joins=3)
     assert len(ops.replayed) == len(decode_steps) >= 8
@@ -65,11 +65,11 @@ def test_after_a_step_without_memory_the_tables_are_sent_again(
     engine = make_engine(base)
     compute, failed = graphs.DecodeGraphs.__call__, list[int]()
 
-    def without_memory(recorded: graphs.DecodeGraphs, step: DecodeStep) -> Tensor:
+    def without_memory(captured: graphs.DecodeGraphs, step: DecodeStep) -> Tensor:
         if step.places and step.positions.max() >= 16 and not failed:
             failed.append(len(step.token_ids))
             raise torch.OutOfMemoryError
-        return compute(recorded, step)
+        return compute(captured, step)
 
     monkeypatch.setattr(graphs.DecodeGraphs, "__call__", without_memory)
     submit(engine, requests)
