@@ -154,33 +154,16 @@ def for_server(recipe: Recipe, url: str) -> TrainSpec:
 def from_spec(
     spec: TrainSpec, settings: Settings, *, stage: Path, resume: bool = False, tenant: str = DEFAULT_TENANT
 ) -> Submission:
-    """A job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server) with its
-    settings. Ray uploads the recipe from `stage`.
+    """Returns a job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server)
+    with its settings, and its Python, which the cluster's nodes have too. Ray uploads the recipe from `stage`.
 
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
     """
-    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
-    return _of_server(command, spec, settings, stage, tenant)
-
-
-def sweep_from_spec(
-    spec: TrainSpec, plan: str, settings: Settings, *, stage: Path, tenant: str = DEFAULT_TENANT
-) -> Submission:
-    """Return, as `from_spec` does, a job that runs a sweep of `spec`, whose trials are in `plan`, as JSON. Ray uploads
-    the plan from `stage`.
-    """
-    (stage / _PLAN).write_text(plan, encoding="utf-8")
-    flags = [] if tenant == DEFAULT_TENANT else ["--tenant", tenant]
-    command = shlex.join([sys.executable, *_SWEEP_DRIVER, _PLAN, "--events", *flags])
-    return _of_server(command, spec, settings, stage, tenant)
-
-
-def _of_server(command: str, spec: TrainSpec, settings: Settings, stage: Path, tenant: str) -> Submission:
-    """`command` begins with the Python of this image or environment, which the cluster's nodes have too."""
     for source in _sources(spec.data):
         if not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
+    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)

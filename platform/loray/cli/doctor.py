@@ -150,7 +150,7 @@ def _left_in_container(folder: Path) -> int | None:
 
 
 class CheckResult(NamedTuple):
-    """Says what a check found. `warning`: it works, but slower or not for long. `mend`: a command or a change to make."""
+    """Says what a check found. `warning`: it works, but slower or not for long. `mend`: a command, or what to do."""
 
     severity: Severity
     message: str
