@@ -35,7 +35,7 @@ class Axis(NamedTuple):
 
 
 def grid_axis(text: str) -> Axis:
-    """Reads `adapter.rank=8,16`. A list as a value is in brackets: `adapter.target_modules=[q_proj],[q_proj,v_proj]`."""
+    """Reads `adapter.rank=8,16`. Lists as values are in brackets: `adapter.target_modules=[q_proj],[q_proj,v_proj]`."""
     path, wanted = _split(text, "adapter.rank=8,16")
     values = _values(wanted)
     if len(set(values)) < len(values):
@@ -44,7 +44,7 @@ def grid_axis(text: str) -> Axis:
 
 
 def random_axis(text: str) -> Axis:
-    """Reads `FIELD=loguniform(1e-5,1e-3)`, Ray Tune's `uniform`, `randint` and `lograndint`, or values to choose from."""
+    """Reads `FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint`, `lograndint` as Ray Tune's, or values to choose from."""
     path, wanted = _split(text, "optimizer.learning_rate=loguniform(1e-5,1e-3)")
     match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", wanted)
     if match is None:
