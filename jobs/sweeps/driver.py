@@ -376,7 +376,7 @@ class _Sweep:
         return tasks
 
     def _run_of(self, trial: int) -> str:
-        """Names a trial's run. Workers keep checkpoints by the last part of its path, which no other sweep's trial has."""
+        """Names a trial's run. Workers keep checkpoints by the last part of it, which no other sweep's trial has."""
         return f"{self._at}/{self._folder.name}-{trial:04}"
 
     def _publish(self, chosen: TrialRecord) -> PublishedEvent:
