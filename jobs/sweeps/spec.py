@@ -44,7 +44,7 @@ def grid_axis(text: str) -> Axis:
 
 
 def random_axis(text: str) -> Axis:
-    """Reads `FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint`, `lograndint` as in Ray Tune, or values to draw from."""
+    """Reads `FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint`, `lograndint` as in Ray Tune, or values to draw."""
     path, wanted = _split(text, "optimizer.learning_rate=loguniform(1e-5,1e-3)")
     match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", wanted)
     if match is None:
