@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.sax.saxutils import escape
 
 import click
@@ -18,6 +18,7 @@ from rich.table import Table
 from jobs.command import connect, fail, follow
 from jobs.events import RunView, SweepEvent, TrialEvent, decode, describe, number
 from jobs.submission import commands
+from jobs.submission.server import RayJobServer
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, TrialRecord, label, ranked
 from loray.cli.output import table
 from loray.cli.pictures import MARGIN, document, text
@@ -30,9 +31,6 @@ from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.store import open_store
-
-if TYPE_CHECKING:
-    from jobs.submission.server import RayJobServer
 
 _WIDTH, _PLOT_H, _LEFT, _TOP = 860, 320, 70, 64
 _LINE_H, _MAX_NAMED = 20, 20  # trials in the legend
