@@ -21,10 +21,10 @@ from loray.bases.config import scaled
 from loray.bases.registry import BaseModel, get_base, list_bases
 from loray.catalog import AdapterVersion
 from loray.cli import describe
-from loray.cli import pictures as heatmap
 from loray.cli.connect import open_services
 from loray.cli.eval_tasks import tasks
 from loray.cli.output import console, emit, json_option, progress_bar, table
+from loray.cli.pictures import draw_heat_maps
 from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
 from loray.machine import hardware, training_dtype
 from loray.publishing import base_of
@@ -384,7 +384,7 @@ def _retrieve(
         measured, took = _measure(target, options, retrieval=[spec])
         title = f"{task} retrieval of {target.label}"
         if picture is not None:
-            picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
+            picture.write_text(draw_heat_maps(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
         if options.as_json:
             _record(target, options, measured)
             emit(_as_json(target, options, measured, took) | {"heatmap": picture})

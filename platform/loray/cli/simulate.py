@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from loray.cli.output import console, emit, json_option, progress_bar, table
-from loray.cli.pictures import Panel, page
+from loray.cli.pictures import Chart, draw_charts
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
@@ -181,10 +181,10 @@ def _existing(path: Path) -> Path:
 
 def _picture(title: str, courses: Sequence[Course]) -> str:
     """Times have a logarithmic scale."""
-    panels = [
-        Panel("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
-        Panel("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
-        Panel("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
-        Panel("replicas", [c.replicas_B for c in courses]),
+    charts = [
+        Chart("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
+        Chart("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
+        Chart("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
+        Chart("replicas", [c.replicas_B for c in courses]),
     ]
-    return page(title, [c.policy for c in courses], courses[0].at_B / 60, panels)
+    return draw_charts(title, [c.policy for c in courses], courses[0].at_B / 60, charts)
