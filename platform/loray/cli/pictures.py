@@ -45,7 +45,7 @@ def text(
     )
 
 
-# -- heat maps --
+# -- heat maps ---------------------------------------------------------------------------------------------------------
 
 _CELL_W, _CELL_H = 76, 38
 _MAP_LEFT, _MAP_TOP, _MAP_GAP, _MAP_BOTTOM = 60, 76, 36, 62  # for depths, titles, between maps, lengths and legend
@@ -158,7 +158,7 @@ def _colour(share: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-# -- line charts --
+# -- line charts -------------------------------------------------------------------------------------------------------
 
 _WIDTH, _CHART_H, _CHART_LEFT, _CHART_GAP, _CHART_TOP = 860, 150, 74, 46, 84
 _LINE_COLOURS = ("#c44870", "#3567a8", "#999999", "#d98a29", "#4a9a63")
