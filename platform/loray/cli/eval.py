@@ -1,4 +1,4 @@
-"""`loray eval`."""
+"""`loray eval`: perplexity and retrieval of a base, a published adapter or a folder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Rope(click.ParamType[RopeScaling]):
             self.fail(f"{value!r} is not TYPE:FACTOR, such as linear:2, ntk:2 or yarn:4", param, ctx)
 
 
-class Where(click.ParamType[tuple[str, str]]):
+class _Where(click.ParamType[tuple[str, str]]):
     """`split=validation`."""
 
     name = "where"
@@ -149,7 +149,7 @@ _RETRIEVAL = (
 )
 
 
-def measurement(command: Callable[..., None]) -> Callable[..., Any]:
+def _measurement_options(command: Callable[..., None]) -> Callable[..., Any]:
     """Adds the argument and options of `Options`, and passes them to the command as its first argument."""
 
     @wraps(command)
@@ -160,7 +160,7 @@ def measurement(command: Callable[..., None]) -> Callable[..., Any]:
     return _with(_MEASUREMENT, gathered)
 
 
-def retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
+def _retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with(_RETRIEVAL, command)
 
 
@@ -202,7 +202,7 @@ class EvaluatedModel:
 def opened(
     model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
 ) -> Iterator[EvaluatedModel]:
-    """Opens the target. A published adapter's files are fetched, verified, and removed when the block ends.
+    """Opens the model to measure. A published adapter's files are fetched, verified, and removed when the block ends.
 
     A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
     adapter. `scaling` scales the RoPE of a model that has none of its own. Raises BaseNotFound, AdapterNotFound,
@@ -286,7 +286,7 @@ evaluate.add_command(tasks)
 
 @evaluate.command()
 @click.option("--data", required=True, help="Documents: JSONL or Parquet with a column `text`, or a .txt file.")
-@click.option("--where", type=Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
+@click.option("--where", type=_Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
 @click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
 @click.option(
     "--max-windows",
@@ -296,7 +296,7 @@ evaluate.add_command(tasks)
     help="For each length, evenly spread; 0: every window.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Only the first so many tokens of the data.")
-@measurement
+@_measurement_options
 def perplexity(
     options: Options,
     data: str,
@@ -341,8 +341,8 @@ def perplexity(
 
 
 @evaluate.command()
-@retrieval_options
-@measurement
+@_retrieval_options
+@_measurement_options
 def passkey(options: Options, **retrieval: Any) -> None:
     """Passkey retrieval of MODEL by depth and length (Mohtashami & Jaggi, 2023).
 
@@ -353,8 +353,8 @@ def passkey(options: Options, **retrieval: Any) -> None:
 
 
 @evaluate.command()
-@retrieval_options
-@measurement
+@_retrieval_options
+@_measurement_options
 def topics(options: Options, **retrieval: Any) -> None:
     """Topic retrieval of MODEL by depth and length (LongChat's LongEval).
 

@@ -1,4 +1,4 @@
-"""`loray eval tasks`."""
+"""`loray eval tasks`: tasks of lm-evaluation-harness, through a server."""
 
 from __future__ import annotations
 

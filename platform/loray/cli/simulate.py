@@ -1,4 +1,4 @@
-"""`loray simulate`."""
+"""`loray simulate`: a deployment under a trace, with several policies."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _row(name: str, made: Summary, seconds: float) -> tuple[object, ...]:
 
 
 def _trace(name: str) -> RequestTrace | None:
-    """None: synthetic."""
+    """Reads the trace; None where it is to be synthetic."""
     if name == "synthetic":
         return None
     kind, _, path = name.partition(":")
@@ -180,7 +180,7 @@ def _existing(path: Path) -> Path:
 
 
 def _picture(title: str, courses: Sequence[Course]) -> str:
-    """Times have a logarithmic scale."""
+    """Draws the courses; times have a logarithmic scale."""
     charts = [
         Chart("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
         Chart("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
