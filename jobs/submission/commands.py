@@ -1,4 +1,4 @@
-"""What is submitted to Ray's job server: a command line, its environment, and metadata.
+"""Submissions to Ray's job server: a command line, its environment, and metadata.
 
 A recipe that is no file goes to the driver's standard input, from a file that Ray uploads: a command line has no room
 for a large one.

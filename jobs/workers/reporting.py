@@ -287,15 +287,12 @@ class MeasuredPeak:
 
     def compare(self, attained: float) -> float:
         share = _SAMPLING_SHARE * (10 if attained > self.flops else 1)
-        if self._again is not None and self._is_due(share):
+        if self._again is not None and self._spent + self._cost <= share * (self._clock() - self._began):
             before = self._clock()
             self.flops = max(self.flops, self._again())
             self._cost = self._clock() - before
             self._spent += self._cost
         return max(self.flops, attained)
-
-    def _is_due(self, share: float) -> bool:
-        return self._spent + self._cost <= share * (self._clock() - self._began)
 
 
 class Utilisation(NamedTuple):

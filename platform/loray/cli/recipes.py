@@ -163,9 +163,5 @@ def _with_data_from(recipe: Recipe, folder: Path) -> TrainSpec:
     """Changes the recipe for a file in `folder`: paths of data files that exist start there."""
     data = recipe.spec.data
     found = dict(zip(data.paths, recipe.data().paths, strict=True))
-    moved = data.with_paths(lambda source: _path_from(source, found[source], folder))
+    moved = data.with_paths(lambda s: os.path.relpath(found[s], folder) if Path(found[s]).exists() else s)
     return recipe.spec.model_copy(update={"data": moved})
-
-
-def _path_from(source: str, found: str, folder: Path) -> str:
-    return os.path.relpath(found, folder) if Path(found).exists() else source
