@@ -255,7 +255,7 @@ def describe(event: Event) -> str:
 
 
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
-    """One line for each context length."""
+    """Writes one line for each context length."""
     by_length: dict[int, list[str]] = {}
     for e in evaluations:
         if e["metric"] == PERPLEXITY:

@@ -117,13 +117,13 @@ class JobServer(Protocol):
         """Asks a job that Ray knows to stop, and returns before it has ended."""
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """The log so far of a job that Ray knows, in pieces."""
+        """Returns the log so far of a job that Ray knows, in pieces."""
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        """The last lines of the log of a job that Ray knows; of many bytes the last."""
+        """Returns the last lines of the log of a job that Ray knows; of many bytes the last."""
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """The log of a job that Ray knows, in pieces, until the job ends."""
+        """Yields the log of a job that Ray knows, in pieces, until the job ends."""
 
 
 class JobTracker:
@@ -172,7 +172,7 @@ class JobTracker:
         return job
 
     def get(self, job_id: str) -> Job:
-        """The job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound.
+        """Returns the job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound.
 
         Here and in the methods below, `job_id` may be what the tenant chose.
         """
@@ -209,17 +209,17 @@ class JobTracker:
         return self.get(job.id)
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """The job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job, before the
-        first one.
+        """Returns the job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job, before
+        the first one.
         """
         return self._server.logs(self._with_logs(job_id))
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        """The last lines of the job's log so far. Raises as `logs` does."""
+        """Returns the last lines of the job's log so far. Raises as `logs` does."""
         return self._server.tail(self._with_logs(job_id), num_lines)
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
+        """Yields the job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
         return self._server.follow(self._with_logs(job_id))
 
     def watch(self) -> None:
@@ -278,7 +278,7 @@ class JobTracker:
         return job.cluster == self._server.cluster() or not self._open().is_cluster_there(job.cluster)
 
     def _find(self, job_id: str) -> Job:
-        """The caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
+        """Finds the caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
         catalog = self._open()
         with suppress(JobNotFound):
             return catalog.job(id_of(catalog.own_tenant, job_id))

@@ -101,7 +101,7 @@ class Options(NamedTuple):
 
 
 def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
-    """The values of an option that is given several times, each time with several values."""
+    """Joins the values of an option that is given several times, each time with several values."""
     return tuple(number for numbers in values for number in numbers)
 
 
@@ -473,7 +473,7 @@ def _as_json(target: EvaluatedModel, options: Options, measured: Sequence[Evalua
 
 
 def _perplexities(measured: Sequence[Evaluation]) -> Table:
-    """One row per context length, one column per model."""
+    """Shows one row per context length, one column per model."""
     subjects = list(dict.fromkeys(e.subject for e in measured))
     by_length: dict[int, dict[str, Evaluation]] = {}
     for e in measured:
@@ -487,7 +487,7 @@ def _perplexities(measured: Sequence[Evaluation]) -> Table:
 
 
 def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
-    """One row per depth, one column per context length."""
+    """Shows one row per depth, one column per context length."""
     exact, likelihood = (
         {(e.depth, e.context_length): e.value for e in measured if e.metric == retrieval_metric(task, metric)}
         for metric in (EXACT_MATCH, LOG_LIKELIHOOD)
