@@ -209,8 +209,8 @@ class JobTracker:
         return self.get(job.id)
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """Returns the job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job, before
-        the first one.
+        """Returns the job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job,
+        before the first one.
         """
         return self._server.logs(self._with_logs(job_id))
 

@@ -156,7 +156,7 @@ class _Talk:
         self._messages = {name: list(first) for name in self._names}
 
     def ask(self, line: str) -> None:
-        """Asks every model. A failed answer is told, and its question is forgotten. Ctrl-C ends an answer, not the conversation."""
+        """Asks every model. A failed answer's question is forgotten. Ctrl-C ends an answer, not the conversation."""
         answers = [ChatAnswer(name) for name in self._names]
         if self._as_json:
             for answer in answers:

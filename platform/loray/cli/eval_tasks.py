@@ -118,7 +118,7 @@ def _run(
 
 
 def read_results(folder: Path) -> tuple[Evaluation, ...]:
-    """Reads the figures in the harness's results below `folder`; standard errors are left out. Raises EvaluationError."""
+    """Reads the harness's figures in its results below `folder`, but no standard errors. Raises EvaluationError."""
     files = sorted(folder.rglob("results_*.json"))
     if not files:
         raise EvaluationError("lm_eval wrote no results")
