@@ -22,11 +22,7 @@ from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
 from loray.schemas.resources import AdapterResource, CanaryResource, VersionDetail
 from loray.settings import Settings
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_seconds, format_size
-
-
-def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
-    return bases.get(ref.base_fingerprint, ref.base_fingerprint[:12])
+from loray.spec import AdapterManifest, Evaluation, RopeParameters, format_seconds, format_size
 
 
 def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
@@ -36,7 +32,7 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
         "version": ref.version,
         "digest": ref.digest,
         "method": ref.method,
-        "base": base_name(ref, bases),
+        "base": bases.get(ref.base_fingerprint, ref.base_fingerprint[:12]),
         "context_length": ref.context_length,
         "nbytes": ref.nbytes,
         "aliases": dict(entry.aliases),
