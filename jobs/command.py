@@ -1,4 +1,4 @@
-"""`loray train`."""
+"""`loray train`: submits a run to Ray's job server or to a loray server, and follows it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import click
 from rich.console import Console
 
 from jobs.events import RunView, describe
 from jobs.submission import commands
+from jobs.submission.server import RayJobServer
 from jobs.submission.tracker import RayJob, RayStatus
 from loray.cli.plan import check_plan, device_option
 from loray.cli.recipes import RecipeSource, explained, recipe_options
@@ -29,12 +30,14 @@ from loray.spec import TrainSpec
 from loray.store import open_store
 from loray.telemetry import get_logger
 
-if TYPE_CHECKING:
-    from jobs.submission.server import RayJobServer
+log = get_logger(__name__)
+
+_RECONNECTIONS = 5  # without a new line in between
+_RECONNECT_S = 1.0
 
 
 class ApiJobServer:
-    """What `loray train` needs of a job server, over the REST API. Raises the client's errors."""
+    """Offers what `loray train` needs of a job server, over the REST API. Raises the client's errors."""
 
     def __init__(self, url: str, client: CatalogClient | None = None) -> None:
         self.address = url
@@ -51,15 +54,9 @@ class ApiJobServer:
         return RayJob(cast(RayStatus, job.status.upper()), job.message)
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
-        """The log in whole lines, until the job ends. Blocks the event loop between them."""
+        """Yields the log in whole lines, until the job ends. Blocks the event loop between them."""
         for line in self._client.follow(job_id):
             yield f"{line}\n"
-
-
-log = get_logger(__name__)
-
-_RECONNECTIONS = 5  # without a new line in between
-_RECONNECT_S = 1.0
 
 
 @click.command()
@@ -159,9 +156,7 @@ def _submit(
 
 
 def connect(address: str) -> RayJobServer:
-    """Raises LorayError where nothing answers there."""
-    from jobs.submission.server import RayJobServer  # late: importing Ray takes longer than the rest of the command
-
+    """Returns Ray's job server at this address. Raises LorayError where nothing answers there."""
     server = RayJobServer(lambda: http_url(address))
     try:
         log.debug("Ray's job server is %s", server.address)

@@ -1,8 +1,4 @@
-"""Ray Train's controller: restarts, elastic sizes, its events.
-
-Ray Train's elastic scaling decides when to resize, and restarts the workers from the last checkpoint. It has no public
-setting for the size of a group, so this module overrides a private method of it. What it knows of nodes may be 20 s
-old: workers that it places on a node that was just lost would be waited for until Ray Train's timeout, a minute.
+"""Ray Train's controller: restarts after losses, elastic sizes, and the events of checkpoints.
 
 A lost process or node, a peer that no longer answers, and a disk, network or storage that failed say nothing about the
 run, which goes on from its last checkpoint. Every other error would come again, and ends the run at once.
@@ -31,9 +27,20 @@ from jobs.workers.reporting import EventSender
 from loray.errors import StoreError
 from loray_kernels.memory import is_out_of_memory
 
+_MAX_AT_ONCE = 3
+_REFILL_S = 3600.0  # after which one more loss is allowed again, up to `_MAX_AT_ONCE`
+# Beside these types: what gloo, which has no type of its own, and a device that failed say.
+_LOST = (RayError, RayTrainError, torch.distributed.DistError, OSError, StoreError)
+_WORDS_OF_LOST = ("gloo/", "CUDA error")
+
 
 class WholeGroupScaling(ElasticScalingPolicy):  # type: ignore[misc]
-    """Ray Train's elastic policy, with numbers of workers that are multiples of `group_size`, on nodes that live."""
+    """Ray Train's elastic policy, with numbers of workers that are multiples of `group_size`, on nodes that live.
+
+    It decides when to resize, and restarts the workers from the last checkpoint. It has no public setting for the size
+    of a group, so a private method of it is overridden. What it knows of nodes may be 20 s old: workers that it places
+    on a node that was just lost would be waited for until Ray Train's timeout, a minute.
+    """
 
     def __init__(self, scaling_config: ScalingConfig, group_size: int) -> None:
         super().__init__(scaling_config)
@@ -65,13 +72,6 @@ class EventLog(ray.train.UserCallback):  # type: ignore[misc]
             self._events.flush()
 
 
-_MAX_AT_ONCE = 3
-_REFILL_S = 3600.0  # after which one more loss is allowed again, up to `_MAX_AT_ONCE`
-# Beside these types: what gloo, which has no type of its own, and a device that failed say.
-_LOST = (RayError, RayTrainError, torch.distributed.DistError, OSError, StoreError)
-_WORDS_OF_LOST = ("gloo/", "CUDA error")
-
-
 class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
     """Allows three losses at once and one more an hour, over a run of any length. Nodes whose end was announced, and
     workers that could not start, are Ray Train's to decide.
@@ -100,7 +100,7 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
         return FailureDecision.RETRY if self._take() else FailureDecision.RAISE
 
     def _take(self) -> bool:
-        """Return whether one more loss is allowed, and count it."""
+        """Says whether one more loss is allowed, and counts it."""
         now = self._clock()
         self._left = min(float(_MAX_AT_ONCE), self._left + (now - self._counted_at) / _REFILL_S)
         self._counted_at = now
@@ -111,7 +111,7 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether a worker failed by what is around it, and not by what it computes."""
+    """Says whether a worker failed by what is around it, and not by what it computes."""
     if is_out_of_memory(error):
         return False
     return isinstance(error, _LOST) or (

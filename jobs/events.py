@@ -1,4 +1,4 @@
-"""Events of a run, as JSON and for people."""
+"""Events of a run: their fields, as lines of JSON and for people, and how a terminal shows them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from loray.spec import PERPLEXITY, Subject
+
+_POLL_S = 0.2
+_LOG_LINES = 20
+_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
 
 # Of DPO: means over pairs, by TRL's names.
 RewardFigures = TypedDict(
@@ -174,16 +178,13 @@ Event = (
 Emit = Callable[[Event], None]
 
 
-_POLL_S = 0.2
-
-
 def encode(event: Event) -> str:
-    """The event as one line of JSON. NaN and infinity become null."""
+    """Writes the event as one line of JSON. NaN and infinity become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
 
 
 def decode(line: str) -> Event | None:
-    """The event in a line of a job's log; None if the line is not an event. Its fields are not checked."""
+    """Reads the event in a line of a job's log; None if the line is not an event. Its fields are not checked."""
     if not line.startswith('{"event"'):
         return None
     try:
@@ -194,7 +195,7 @@ def decode(line: str) -> Event | None:
 
 
 def describe(event: Event) -> str:
-    """The event as a line for people."""
+    """Writes the event as a line for people."""
     match event["event"]:
         case "start":
             data = event["data"]
@@ -207,7 +208,8 @@ def describe(event: Event) -> str:
             ]
             if data["num_truncated"] or data["num_without_targets"]:
                 parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
-            parts.append(_device(event))
+            reason = f" ({event['dtype_reason']})" if event.get("dtype_reason") else ""
+            parts.append(f"on {event['device']} in {event['dtype']}{reason}")
             return "; ".join(parts)
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
@@ -252,14 +254,8 @@ def describe(event: Event) -> str:
             return str(other)
 
 
-def _device(start: StartEvent) -> str:
-    """Say what trains, and in which dtype; older events do not have it."""
-    reason = f" ({start['dtype_reason']})" if start.get("dtype_reason") else ""
-    return f"on {start['device']} in {start['dtype']}{reason}" if "dtype" in start else f"on {start['device']}"
-
-
 def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
-    """One line for each context length."""
+    """Writes one line for each context length."""
     by_length: dict[int, list[str]] = {}
     for e in evaluations:
         if e["metric"] == PERPLEXITY:
@@ -273,14 +269,14 @@ def number(value: float | None) -> str:
 
 
 def rewards(figures: RewardFigures) -> str:
-    """The share of pairs that are told apart, and the margin; nothing without pairs."""
+    """Writes the share of pairs that are told apart, and the margin; nothing without pairs."""
     if "rewards/accuracies" not in figures:
         return ""
     return f"  accuracy {number(figures['rewards/accuracies'])}  margin {number(figures.get('rewards/margins'))}"
 
 
 def speed(step: StepEvent) -> str:
-    """Tokens per second of all workers, and model FLOPs utilisation (MFU)."""
+    """Writes the tokens per second of all workers, and model FLOPs utilisation (MFU)."""
     return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
 
 
@@ -291,7 +287,7 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the innermost cause: Ray wraps errors in layers that hold tracebacks as text."""
+    """Returns the first line of the innermost cause: Ray wraps errors in layers that hold tracebacks as text."""
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
@@ -331,10 +327,6 @@ class EventTail:
                 if finished:
                     return
                 self._done.wait(_POLL_S)
-
-
-_LOG_LINES = 20
-_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
 
 
 class RunView:

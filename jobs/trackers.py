@@ -1,7 +1,7 @@
-"""TensorBoard, MLflow, Weights & Biases.
+"""The trackers of a run: TensorBoard, MLflow, Weights & Biases.
 
-A tracker's library is imported only where a recipe names it. What it reaches, and with which key, the library reads
-from its own environment variables (MLFLOW_…, WANDB_…), which no recipe and no event shows.
+MLflow and wandb are imported only where a recipe names them. What they reach, and with which key, they read from their
+own environment variables (MLFLOW_…, WANDB_…), which no recipe and no event shows.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import wandb
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
 from tensorboardX import SummaryWriter
 
 from jobs.events import Emit, Event
 from loray.errors import LorayError, SpecError, TrainingError
 from loray.spec import REWARDS, TrackerName, TrainSpec
 from loray.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = get_logger(__name__)
 
 _STEP = {
     "loss": "train/loss",
@@ -36,7 +37,26 @@ _STEP = {
     "mfu": "throughput/mfu",
     "memory_bytes": "memory/peak_bytes",
 }
-_FLUSH_S = 5
+_FLUSH_S = 5  # of TensorBoard's files
+_LONGEST = 6000  # characters of a parameter's value in MLflow
+_MOST = 100  # parameters in one request to it
+
+
+def scalars(event: Event) -> tuple[dict[str, float], int]:
+    """Returns (values by tag, step) of an event; no values where it has none. A number that was not finite is left
+    out.
+    """
+    match event["event"]:
+        case "step":
+            values: Mapping[str, Any] = event
+            found = {tag: values.get(name) for name, tag in _STEP.items()}
+            return {tag: value for tag, value in found.items() if value is not None}, event["step"]
+        case "eval" if event["eval_loss"] is not None:
+            figures: Mapping[str, Any] = event
+            measured = {"loss": event["eval_loss"]} | {name: figures.get(name) for name in REWARDS}
+            tags = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
+            return {tag: value for tag, value in tags.items() if value is not None}, event["step"]
+    return {}, 0
 
 
 class TensorBoardWriter:
@@ -73,28 +93,8 @@ class TensorBoardWriter:
                     self._writer.add_scalar(tag, value, step)
 
 
-def scalars(event: Event) -> tuple[dict[str, float], int]:
-    """(values by tag, step) of an event; no values where it has none. A number that was not finite is left out."""
-    match event["event"]:
-        case "step":
-            values: Mapping[str, Any] = event
-            found = {tag: values.get(name) for name, tag in _STEP.items()}
-            return {tag: value for tag, value in found.items() if value is not None}, event["step"]
-        case "eval" if event["eval_loss"] is not None:
-            figures: Mapping[str, Any] = event
-            measured = {"loss": event["eval_loss"]} | {name: figures.get(name) for name in REWARDS}
-            tags = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
-            return {tag: value for tag, value in tags.items() if value is not None}, event["step"]
-    return {}, 0
-
-
-log = get_logger(__name__)
-
-_MODULES: Mapping[TrackerName, str] = {"mlflow": "jobs.trackers", "wandb": "jobs.trackers"}
-
-
 class TrackedRun(NamedTuple):
-    """What a tracker shows of a run. `at` names it among all runs, so that a resumed run goes on in its tracker too.
+    """A run as trackers show it. `at` names it among all runs, so that a resumed run goes on in its tracker too.
 
     name   of the adapter, with its tenant
     sweep  of which it is a trial
@@ -116,6 +116,14 @@ class TrackedRun(NamedTuple):
         return tags if self.sweep is None else tags | {"loray.sweep": self.sweep}
 
 
+def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _flat(below, f"{path}.{name}" if path else name)
+    elif value is not None:
+        yield path, str(value)
+
+
 class Tracker(Protocol):
     """A run in a tracker. Its methods may raise any error of its library."""
 
@@ -129,7 +137,7 @@ class Tracker(Protocol):
 def check_installed(names: Sequence[TrackerName]) -> None:
     """Raises SpecError with what to install where a tracker's library is missing."""
     for name in names:
-        if name in _MODULES and find_spec(name) is None:
+        if name in _OPENERS and find_spec(name) is None:
             raise SpecError(f"tracking: {name} is not installed on this machine: pip install 'loray[{name}]'")
 
 
@@ -168,7 +176,7 @@ class Trackers:
 @contextmanager
 def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Trackers]:
     """Opens the trackers that the recipe names. TrainingError where one cannot be reached."""
-    trackers = Trackers({name: _opened(name, run) for name in run.recipe.tracking if name in _MODULES}, emit)
+    trackers = Trackers({name: _opened(name, run) for name in run.recipe.tracking if name in _OPENERS}, emit)
     try:
         yield trackers
     except BaseException:
@@ -178,26 +186,12 @@ def tracked(run: TrackedRun, emit: Emit = lambda event: None) -> Iterator[Tracke
 
 
 def _opened(name: TrackerName, run: TrackedRun) -> Tracker:
-    opener = import_module(_MODULES[name])
     try:
-        opened: Tracker = opener.open_run(run)
+        return _OPENERS[name](run)
     except LorayError:
         raise
     except Exception as e:
         raise TrainingError(f"tracking: {name} cannot be reached, or refuses: {e}") from e
-    return opened
-
-
-def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for name, below in value.items():
-            yield from _flat(below, f"{path}.{name}" if path else name)
-    elif value is not None:
-        yield path, str(value)
-
-
-_LONGEST = 6000  # characters of a parameter's value
-_MOST = 100  # parameters in one request
 
 
 class _MlflowRun:
@@ -205,18 +199,25 @@ class _MlflowRun:
         self._client, self._id = client, run_id
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def tag(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
         self._client.log_batch(self._id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def end(self, *, succeeded: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if succeeded else "FAILED")
 
 
-def open_run(run: TrackedRun) -> Tracker:
-    """The run with the tag `loray.run`, made with the recipe as its parameters where there is none."""
+def _open_mlflow(run: TrackedRun) -> Tracker:
+    """Finds the run by the tag `loray.run`, or makes it with the recipe as its parameters."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
     client = MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "loray")
     experiment = client.get_experiment_by_name(name)
@@ -247,8 +248,10 @@ class _WandbRun:
         self._run.finish(exit_code=0 if succeeded else 1)
 
 
-def open_run_wandb(run: TrackedRun) -> Tracker:
-    """The run whose id is made of `at`, with the recipe as its configuration."""
+def _open_wandb(run: TrackedRun) -> Tracker:
+    """Opens the run whose id is made of `at`, with the recipe as its configuration."""
+    import wandb
+
     opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "loray"),
         id=re.sub(r"[^\w.-]", "-", run.at)[-128:],
@@ -261,3 +264,6 @@ def open_run_wandb(run: TrackedRun) -> Tracker:
     )
     opened.define_metric("*", step_metric="step")
     return _WandbRun(opened)
+
+
+_OPENERS: Mapping[TrackerName, Callable[[TrackedRun], Tracker]] = {"mlflow": _open_mlflow, "wandb": _open_wandb}

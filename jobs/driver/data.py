@@ -1,4 +1,4 @@
-"""Data of buckets, copied to the driver."""
+"""Training data of buckets and of the Hugging Face hub, copied to the driver."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class HubSource(NamedTuple):
     split: str
 
 
-def parse(source: str) -> HubSource:
-    """Raises DataError."""
+def parse_hub(source: str) -> HubSource:
+    """Reads hf://org/name, with /CONFIGURATION, @REVISION or :SPLIT after it. Raises DataError for anything else."""
     found = _SOURCE.fullmatch(source)
     if found is None:
         raise DataError(
@@ -47,9 +47,9 @@ def parse(source: str) -> HubSource:
     return HubSource(found["id"], found["config"], found["revision"], found["split"] or "train")
 
 
-def fetch(source: str, copy: Path) -> None:
-    """Save the columns that training reads in the folder `copy`. Raises DataError that says what to do."""
-    wanted = parse(source)
+def _fetch_hub(source: str, copy: Path) -> None:
+    """Saves the columns that training reads in the folder `copy`. Raises DataError that says what to do."""
+    wanted = parse_hub(source)
     try:
         import datasets
     except ImportError as e:
@@ -86,7 +86,7 @@ def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, C
                 continue
             path = Path(folder, str(len(copies)))
             if source.startswith(HUB):
-                fetch(source, path)
+                _fetch_hub(source, path)
                 copies[source] = Copy(path)
             else:
                 copies[source] = _in_bucket(source, settings, path)
@@ -94,7 +94,7 @@ def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, C
 
 
 def _in_bucket(source: str, settings: Settings, copy: Path) -> Copy:
-    """A file or a folder of empty files."""
+    """Makes a file, or a folder of files, empty until they are read."""
     with _data_errors(source, None):
         location = _location(source, settings)
     with _data_errors(source, location):
@@ -107,14 +107,14 @@ def _in_bucket(source: str, settings: Settings, copy: Path) -> Copy:
             path.touch()
             # With the options: who may list an object with other keys than before has to read it with them.
             state = replace(location, prefix=entry.key).url, entry.num_bytes, int(entry.written_at), entry.etag
-            remote[path] = RemoteFile(path, state, partial(_fetch, source, store, location, entry))
+            remote[path] = RemoteFile(path, state, partial(_fetch_object, source, store, location, entry))
         if copy not in remote:
             copy.mkdir(exist_ok=True)  # what is no data is not fetched: maybe nothing is
         return Copy(copy, remote)
 
 
 def _objects(source: str, store: S3Store, key: str) -> dict[str, ObjectEntry]:
-    """Return the objects by their path below the source; the path of a single one is empty."""
+    """Returns the objects by their path below the source; the path of a single one is empty."""
     folder = fixed_part(key).rstrip("/")
     single = store.entry(folder) if folder and not is_glob(key) else None
     if single is not None:
@@ -132,8 +132,8 @@ def _objects(source: str, store: S3Store, key: str) -> dict[str, ObjectEntry]:
     return found
 
 
-def _fetch(source: str, store: S3Store, location: S3Location, entry: ObjectEntry, path: Path) -> None:
-    """Raises DataError also where the object is not that of `entry` any more."""
+def _fetch_object(source: str, store: S3Store, location: S3Location, entry: ObjectEntry, path: Path) -> None:
+    """Copies an object. Raises DataError also where it is not that of `entry` any more."""
     with _data_errors(source, location):
         store.get_to(entry.key, path)
         now = store.entry(entry.key)
@@ -151,7 +151,7 @@ def _data_errors(source: str, location: S3Location | None) -> Iterator[None]:
 
 
 def _location(source: str, settings: Settings) -> S3Location:
-    """Where `source` is, with the options of LORAY_DATA or of the store where it has none and lies there."""
+    """Returns where `source` is, with the options of LORAY_DATA or of the store where it has none and lies there."""
     location = parse_location(source)
     assert isinstance(location, S3Location)
     if location != S3Location(location.bucket, location.prefix):
@@ -165,7 +165,7 @@ def _location(source: str, settings: Settings) -> S3Location:
 
 
 def _without_options(reason: str, location: S3Location) -> str:
-    """An error's text in which the options are called by their names."""
+    """Returns an error's text in which the options are called by their names."""
     endpoint = urlsplit(location.endpoint_url or "")
     values = {
         "credentials_file": str(location.credentials_file or ""),

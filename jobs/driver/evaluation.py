@@ -116,7 +116,7 @@ class _Saved(Frozen):
 
 
 def _read(run: RunFolder) -> _Saved | None:
-    """None where nothing was measured yet, or the file is damaged."""
+    """Returns None where nothing was measured yet, or the file is damaged."""
     data = run.read(_EVALUATIONS)
     try:
         return None if data is None else _Saved.parse(json.loads(data), source=f"{_EVALUATIONS} of {run}")

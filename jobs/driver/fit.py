@@ -1,4 +1,4 @@
-"""One run of Ray Train: trainer, placement, failures."""
+"""One run of Ray Train: what it finds on the cluster, its trainer, and how it ends."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.telemetry import get_logger
 
+log = get_logger(__name__)
+
 _HEALTH_CHECK_S = "0.2"  # Ray's default, 2 s, would delay by as much its knowledge of an uploaded checkpoint
 _MEASURING = "measuring"  # the folder of Ray's files, which has no checkpoints
 _RESIZE_S = 60.0  # between two checks whether an elastic run can have more workers
+_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cluster that `ray up` has started
 
 
 class Workload(NamedTuple):
@@ -76,7 +79,7 @@ def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: Acto
 
 
 def build_measuring(measurement: measuring.Measurement, run: RunFolder, settings: Settings) -> TorchTrainer:
-    """The same workers as those of the run, which measure and write nothing. Ray's own files are in a folder of it."""
+    """Returns workers as those of the run, which measure and write nothing. Ray's own files are in a folder of it."""
     spec = measurement.spec
     storage = {"name": _MEASURING, "storage_path": run.path, "storage_filesystem": run.storage["storage_filesystem"]}
     run_config = RunConfig(**storage, callbacks=[*_placement(spec)])
@@ -104,7 +107,7 @@ def _workers(
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's, with policies of ours. `scaling` None: Ray Train's."""
+    """Ray Train's trainer with policies of ours. `scaling` None: Ray Train's."""
 
     def __init__(self, *args: Any, restarts: Restarts, scaling: WholeGroupScaling | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,7 +134,7 @@ def _placement(spec: TrainSpec) -> list[WholeGroups]:
 
 
 def cause(error: TrainingFailedError) -> Exception:
-    """The error of a worker with which a run ended. Of workers that lost a peer, that of the peer."""
+    """Returns the error of a worker with which a run ended. Of workers that lost a peer, that of the peer."""
     failures: list[Exception] = list((getattr(error, "worker_failures", None) or {0: error}).values())
     return min(failures, key=is_lost)
 
@@ -172,13 +175,8 @@ def fit(
             ray.kill(sink)
 
 
-log = get_logger(__name__)
-
-_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cluster that `ray up` has started
-
-
 def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None:
-    """To the cluster, or to one on this machine alone. Raises SpecError if it has too few resources."""
+    """Connects to the cluster, or to one on this machine alone. Raises SpecError if it has too few resources."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     interrupts.arm()
@@ -195,12 +193,12 @@ class Workers(NamedTuple):
 
     @classmethod
     def here(cls, spec: TrainSpec) -> Workers:
-        """All on this machine."""
+        """Places all on this machine."""
         return cls(hardware(), spec.num_workers)
 
 
 def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Workers:
-    """Return what a recipe's workers run on.
+    """Returns what a recipe's workers run on.
 
     A recipe that leaves it to the cluster uses GPUs where there are as many as workers. On a cluster of several nodes,
     or with GPUs, a task that takes what a worker takes looks. A driver that is no cluster's job starts Ray on this
@@ -244,7 +242,7 @@ def check_resources(spec: TrainSpec, settings: Settings) -> None:
 
 
 def _has_autoscaler() -> bool:
-    """Return whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
+    """Says whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
 
     KubeRay starts the head with --no-monitor if it runs the autoscaler itself, which does not show on other nodes;
     `ray up` leaves its configuration file.

@@ -1,4 +1,4 @@
-"""Recipe, base, parent adapter and data, before any worker."""
+"""Preparation of a run before any worker starts: recipe, base, parent adapter and data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from loray.train.data.rows import Dataset, load_data
 
 
 def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig, label: str) -> None:
-    """Raise SpecError where training `spec` on `base` could not go on from `weights`, which are called `label`.
+    """Raises SpecError where training `spec` on `base` could not go on from `weights`, which are called `label`.
 
     It must have the same matrices. It may train norms and the embedding where they are the base's so far.
     """
@@ -88,7 +88,9 @@ def _has_pair_of(spec: VeraSpec, weights: AdapterWeights, base: ModelConfig) -> 
 
 
 class Parent(NamedTuple):
-    """`spec` is the recipe with what it takes over; `context` is what the adapter was trained for, in tokens."""
+    """The adapter that a run goes on from. `spec` is the recipe with what it takes over; `context` is what the adapter
+    was trained for, in tokens.
+    """
 
     spec: TrainSpec
     files: InitialFiles
@@ -96,7 +98,7 @@ class Parent(NamedTuple):
 
 
 def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: Settings) -> Parent:
-    """The adapter that `spec` goes on from, its `init_adapter`.
+    """Fetches the adapter that `spec` goes on from, its `init_adapter`.
 
     Raises NotFoundError, BaseMismatch for an adapter of another base, and SpecError where the recipe trains another
     adapter.
@@ -119,8 +121,8 @@ def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: S
 
 
 class Prepared(NamedTuple):
-    """`spec` is the recipe with every default that affects the result filled in, so that it reproduces the run.
-    `dtype_reason`: why its dtype is what it is.
+    """A run before it starts. `spec` is the recipe with every default that affects the result filled in, so that it
+    reproduces the run. `dtype_reason`: why its dtype is what it is.
     """
 
     spec: TrainSpec
@@ -202,7 +204,7 @@ def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workloa
 
 
 def _check_packages(spec: TrainSpec) -> None:
-    """Raise SpecError or UnsupportedError with what to install where a package is missing that not every recipe needs.
+    """Raises SpecError or UnsupportedError with what to install where a package is missing that not every recipe needs.
 
     The workers run in the driver's environment.
     """
@@ -216,7 +218,7 @@ def _check_packages(spec: TrainSpec) -> None:
 
 
 def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Workers) -> None:
-    """Raise SpecError where the longest row does not fit the workers' devices, with what to change.
+    """Raises SpecError where the longest row does not fit the workers' devices, with what to change.
 
     Without a GPU to be found where one is used, there is no plan.
     """
@@ -263,7 +265,7 @@ def _rows(
 
 
 def _is_joined(spec: TrainSpec) -> bool | None:
-    """Return whether texts are joined; None where only the data says whether it is texts, which then are joined."""
+    """Says whether texts are joined; None where only the data says whether it is texts, which then are joined."""
     if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec) and not spec.is_paired:
         return None
     return spec.batch.order == "concat"

@@ -65,7 +65,7 @@ def publish_best(
 
 
 def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
-    """The event of an earlier publication of this run with the same recipe; None if there is none.
+    """Returns the event of an earlier publication of this run with the same recipe; None if there is none.
 
     Resuming a published run has nothing left to do.
     """
@@ -81,7 +81,7 @@ def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
 
 
 def best(result: Result, *, by_loss: bool) -> Checkpoint:
-    """The checkpoint with the lowest held-out loss; the latest one without `by_loss`, or if none was evaluated."""
+    """Returns the checkpoint with the lowest held-out loss; the latest without `by_loss`, or if none was evaluated."""
     evaluated = [
         (metrics["eval_loss"], checkpoint)
         for checkpoint, metrics in result.best_checkpoints or ()
@@ -96,7 +96,7 @@ def _state(checkpoint: Checkpoint) -> RunState:
 
 
 def driver_of(tenant: str) -> Principal:
-    """Return what a job may do: for its tenant alone."""
+    """Returns who a job acts as: for its tenant alone."""
     return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
 
 
@@ -162,8 +162,8 @@ def _publish(
 
 
 def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """The recipe that trained the checkpoint, with the measurements and `publish` of the given recipe. Its tensors were
-    written in the dtype that the first one asks for.
+    """Returns the recipe that trained the checkpoint, with the measurements and `publish` of the given recipe. Its
+    tensors were written in the dtype that the first one asks for.
     """
     measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
     evaluation = trained.evaluation.model_copy(update=measured)
@@ -172,6 +172,6 @@ def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
 
 
 def _on_workers_of(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """The recipe that trained the checkpoint, on workers as the given recipe asks for, in number and sharing."""
+    """Returns the recipe that trained the checkpoint, on workers in number and sharing as the given recipe asks for."""
     names = ("num_workers", "min_workers", "parallel", *(() if at_hand.use_gpu == "auto" else ("use_gpu",)))
     return trained.model_copy(update={name: getattr(at_hand, name) for name in names})

@@ -1,9 +1,5 @@
-"""Run folders, and Ray Train's checkpoints in them.
-
-Ray Train keeps that list, its snapshot, in one file, which it overwrites with each checkpoint. Where that write was cut
-off, or somebody has removed a checkpoint by hand, Ray Train refuses the whole run; `repair` lists what is there.
-
-NAME is `_TENANT/NAME` where the tenant is not the default one; no adapter's name begins with `_`.
+"""Run folders, and Ray Train's checkpoints in them: `NAME/TIME`, and `_TENANT/NAME/TIME` for another tenant than the
+default one (no adapter's name begins with `_`).
 
 step_000100/…     checkpoints; with `checkpoint_manager_snapshot.json` they are Ray Train's
 events.jsonl      every event of the run
@@ -11,6 +7,9 @@ tensorboard/…     the same for TensorBoard
 job_id            of the job that created the run
 published.json    what was published from the run, and with which recipe
 lock, lock/…      held by the driver that works on the run
+
+Ray Train lists the checkpoints in its snapshot, one file, which it overwrites with each checkpoint. Where that write
+was cut off, or somebody has removed a checkpoint by hand, it refuses the whole run; `repair` lists what is there.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from typing import Any, Literal, NamedTuple
 from pyarrow import fs as pafs
 from ray.train import Result
 
+from jobs.runs.history import folder_of
 from jobs.runs.leases import leased
 from loray.adapters.peft_format import read_tensors
 from loray.errors import ConflictError, LorayError, SpecError, StoreError, TrainingError
 from loray.files import replacing
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
-from loray.spec import split_qualified
 from loray.store import ObjectStore, open_filesystem
 from loray.store.s3 import S3Store
 from loray.telemetry import get_logger
@@ -45,10 +44,15 @@ log = get_logger(__name__)
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 SCORE = "score"  # the metric by which Ray ranks checkpoints
 PREFIX = "step_"  # of their folders
+PUBLISHED = "published.json"
+_EVENTS = "events.jsonl"
+_BOARD = "tensorboard"
+_JOB_ID = "job_id"
+_LOCK = "lock"
 
 
 def score(eval_loss: float | None) -> float:
-    """The metric that ranks a checkpoint; lower is better.
+    """Returns the metric that ranks a checkpoint; lower is better.
 
     It is finite, because Ray writes it into JSON. Checkpoints that were not evaluated come last.
     """
@@ -93,7 +97,7 @@ def _is_sound(run: Path) -> bool:
 
 
 def _state(checkpoint: Path) -> RunState | None:
-    """None where a file is missing or was not written to its end."""
+    """Returns None where a file is missing or was not written to its end."""
     try:
         read_optimizer(checkpoint)
         read_tensors(checkpoint / ADAPTER)
@@ -104,7 +108,7 @@ def _state(checkpoint: Path) -> RunState | None:
 
 
 def _snapshot(states: dict[int, RunState]) -> str:
-    """As Ray Train's own: the best checkpoint last where they are ranked, else the latest."""
+    """Makes the snapshot as Ray Train does: the best checkpoint last where they are ranked, else the latest."""
     from ray.train.v2._internal.execution.checkpoint import checkpoint_manager as theirs  # private: no public way
 
     steps = sorted(states)
@@ -132,13 +136,6 @@ def _snapshot(states: dict[int, RunState]) -> str:
     return str(made.model_dump_json())
 
 
-PUBLISHED = "published.json"
-_EVENTS = "events.jsonl"
-_BOARD = "tensorboard"
-_JOB_ID = "job_id"
-_LOCK = "lock"
-
-
 class RunHistory(NamedTuple):
     """Files on this machine: `events`, one event a line, and `board`, TensorBoard's folder."""
 
@@ -162,7 +159,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The last part of its path, which is the time at which it began."""
+        """The last part of its path: the time at which it began."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -190,17 +187,17 @@ class RunFolder:
                 return bytes(file.read())
 
     def write(self, name: str, data: bytes) -> None:
-        """In one step: a driver that dies, or a full disk, leaves what was there before."""
+        """Writes in one step: a driver that dies, or a full disk, leaves what was there before."""
         with _translate_errors(self), replacing(Path(self.path, name)) as file:
             file.write(data)
 
     def repair(self) -> None:
-        """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: `saved.mend`."""
+        """Lists the run's checkpoints anew for Ray Train, where the list was left damaged: see `repair`."""
         with _translate_errors(self):
             repair(Path(self.path))
 
     def result(self) -> Result:
-        """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
+        """Returns Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
         self.repair()
         if not self.has_checkpoint:
             raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
@@ -223,7 +220,7 @@ class RunFolder:
 
     @contextmanager
     def history(self) -> Iterator[RunHistory]:
-        """Files of this machine to append to. When the block ends, the run contains what was appended."""
+        """Opens files of this machine to append to. When the block ends, the run contains what was appended."""
         yield RunHistory.below(Path(self.path))
 
     def _has(self, name: str) -> bool:
@@ -246,12 +243,12 @@ class SharedRunFolder(RunFolder):
         return f"s3://{self.path}"
 
     def write(self, name: str, data: bytes) -> None:
-        """The object appears whole."""
+        """Writes an object, which appears whole."""
         with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(data)
 
     def repair(self) -> None:
-        """There is nothing to do: a bucket has an object whole, or as it was before."""
+        """Does nothing: a bucket has an object whole, or as it was before."""
 
     @contextmanager
     def locked(self, job_id: str, lost: Callable[[str], None]) -> Iterator[None]:
@@ -297,11 +294,11 @@ class Runs:
     folder: Path
 
     def new(self, name: str, job_id: str) -> RunFolder:
-        """`name`: of the adapter, as `spec.qualified_name` makes it."""
-        return self.open(f"{_folder_of(name)}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}", job_id)
+        """Makes a run. `name`: of the adapter, as `spec.qualified_name` makes it."""
+        return self.open(f"{folder_of(name)}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}", job_id)
 
     def open(self, at: str, job_id: str) -> RunFolder:
-        """The run at `name/time`, or below a sweep's; made for this job if there is none yet."""
+        """Opens the run at `name/time`, or below a sweep's; makes it for this job if there is none yet."""
         run = self.make(at)
         if run.job_id is None:
             with _translate_errors(run):
@@ -310,12 +307,12 @@ class Runs:
         return run
 
     def latest(self, name: str) -> RunFolder:
-        """The last run of this adapter. SpecError if there is none."""
+        """Returns the last run of this adapter. SpecError if there is none."""
         return next(self._newest_first(name))
 
     def resumable(self, name: str) -> RunFolder:
-        """The run of this adapter to go on with: of those since the last published one the last that has a checkpoint,
-        else the last run. SpecError if there is none.
+        """Finds the run of this adapter to go on with: of those since the last published one the last that has a
+        checkpoint, else the last run. SpecError if there is none.
         """
         found: list[RunFolder] = []
         for run in self._newest_first(name):
@@ -327,8 +324,8 @@ class Runs:
         return found[0]
 
     def _newest_first(self, name: str) -> Iterator[RunFolder]:
-        """At least one. SpecError if there is none."""
-        at = _folder_of(name)
+        """Yields at least one run. SpecError if there is none."""
+        at = folder_of(name)
         folder = pafs.FileSelector(f"{self.root}/{at}", allow_not_found=True)
         with _translate_errors(self.make(at)):
             found = self.filesystem.get_file_info(folder)
@@ -341,15 +338,10 @@ class Runs:
         return (self.make(f"{at}/{time}") for time in reversed(times))
 
     def _of_the_folder_store(self, name: str) -> str:
-        folder = self.folder / _folder_of(name)
+        folder = self.folder / folder_of(name)
         found = any(folder.glob(f"*/{_JOB_ID}"))  # a run in a bucket has no job_id there
         hint = f", or set LORAY_STORE to the folder store: its runs in {folder} are not looked at now"
         return hint if found else ""
-
-
-def _folder_of(name: str) -> str:
-    tenant, bare = split_qualified(name)
-    return bare if tenant is None else f"_{tenant}/{bare}"
 
 
 def open_runs(settings: Settings, kind: Literal["runs", "sweeps"] = "runs") -> Runs:

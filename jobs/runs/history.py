@@ -1,4 +1,4 @@
-"""What a run wrote of itself, read without Ray: its events, each once, a bounded part of them where there are many."""
+"""A run's events, read without Ray: each once, and of many a bounded part."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ _PARTS = 16  # of what is longer, evenly spread: its beginning and its end are a
 _MOST_RUNS = 16  # of one adapter that are looked at for one job
 _SKEW = timedelta(minutes=5)  # between the clocks of the catalog and of the driver
 _MARK_BYTES = 64
+
+
+def folder_of(name: str) -> str:
+    """Returns where the runs of an adapter are: `NAME`, or `_TENANT/NAME`."""
+    tenant, bare = split_qualified(name)
+    return bare if tenant is None else f"_{tenant}/{bare}"
 
 
 class Appended(NamedTuple):
@@ -44,8 +50,7 @@ class RunFinder:
     ) -> None:
         self._settings, self._job_id = settings, job_id
         self._earliest = (began_at.astimezone(UTC) - _SKEW).strftime("%Y%m%d-%H%M%S")
-        tenant, bare = split_qualified(name)
-        self._folder = f"{kind}/{bare}" if tenant is None else f"{kind}/_{tenant}/{bare}"
+        self._folder = f"{kind}/{folder_of(name)}"
         self._found: str | None = None
         self._others: set[str] = set()  # runs of other jobs
 
@@ -58,13 +63,13 @@ class RunFinder:
         return places
 
     def find(self) -> str | None:
-        """Its folder below the root of the last place; None where there is none yet. Raises OSError."""
+        """Returns its folder below the root of the last place; None where there is none yet. Raises OSError."""
         if self._found is None:
             self._found = self._search()
         return self._found
 
     def _search(self) -> str | None:
-        """Folders are called by the time at which they began."""
+        """Looks through the folders, which are called by the time at which they began."""
         filesystem, root = self.places[-1]
         folder = f"{root}/{self._folder}"
         found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
@@ -95,7 +100,7 @@ class RunEvents:
         self._offset, self._mark = 0, b""  # where the next line begins, and the bytes before it
 
     def read(self) -> Appended:
-        """At most `MAX_BYTES`. No lines where no run is found yet. Raises StoreError."""
+        """Returns at most `MAX_BYTES`. No lines where no run is found yet. Raises StoreError."""
         try:
             found = self._run.find()
             return Appended([], is_anew=False) if found is None else self._read(f"{found}/events.jsonl")
@@ -116,12 +121,12 @@ class RunEvents:
         return Appended(lines, is_anew)
 
     def _goes_on(self, file: Any) -> bool:
-        """Whether the bytes before the next line are those that were read."""
+        """Says whether the bytes before the next line are those that were read."""
         return bytes(file.read_at(len(self._mark), self._offset - len(self._mark))) == self._mark
 
     def _lines(self, file: Any, begin: int, size: int, mark: bytes) -> tuple[list[str], int, bytes]:
-        """The whole lines from `begin` on; of more than MAX_BYTES, those in parts of it. With where the next line
-        begins, and the bytes before it: `begin` and `mark` where there is no whole line.
+        """Returns the whole lines from `begin` on; of more than MAX_BYTES, those in parts of it. With them, where the
+        next line begins, and the bytes before it: `begin` and `mark` where there is no whole line.
         """
         num_bytes, length = size - begin, MAX_BYTES // _PARTS
         parts = [(begin, num_bytes)]
@@ -137,6 +142,6 @@ class RunEvents:
         return lines, end, mark
 
     def _take(self, file: Any, at: int, num_bytes: int) -> bytes:
-        """These bytes, without what comes after the last end of a line."""
+        """Returns these bytes, without what comes after the last end of a line."""
         data = bytes(file.read_at(num_bytes, at))
         return data[: data.rfind(b"\n") + 1]

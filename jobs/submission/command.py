@@ -117,7 +117,7 @@ def _opened() -> Iterator[_Calls]:
 
 
 class _Direct:
-    """The calls on the catalog and on Ray's job server: the one of LORAY_ADDRESS, else this home's."""
+    """Makes the calls on the catalog and on Ray's job server: the one of LORAY_ADDRESS, else this home's."""
 
     def __init__(self, catalog: Catalog, settings: Settings) -> None:
         self._tracker = JobTracker(lambda: catalog, HomeJobServer(settings), settings)

@@ -1,4 +1,4 @@
-"""Builds what is submitted to Ray's job server: a command line, its environment, and metadata.
+"""Submissions to Ray's job server: a command line, its environment, and metadata.
 
 A recipe that is no file goes to the driver's standard input, from a file that Ray uploads: a command line has no room
 for a large one.
@@ -45,8 +45,8 @@ class Submission(NamedTuple):
 
 
 def local(recipe: Recipe, settings: Settings, *, resume: bool, stage: Path, no_plan: bool = False) -> Submission:
-    """A job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded but a
-    recipe that is no file, from `stage`.
+    """Returns a job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded
+    but a recipe that is no file, from `stage`.
 
     Raises DataError if a data file does not exist, which the job would report only after it has started.
     """
@@ -67,8 +67,8 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool, stage: Path, no_p
 def remote(
     recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path, no_plan: bool = False
 ) -> Submission:
-    """A job on a cluster that has loray installed. Puts the recipe, with its defaults, and local data files into
-    `stage`, which Ray uploads.
+    """Returns a job on a cluster that has loray installed. Puts the recipe, with its defaults, and local data files
+    into `stage`, which Ray uploads.
 
     Raises SettingsError if the cluster cannot reach the store or the catalog; DataError for data outside the recipe's
     folder, or named by an absolute path of this machine.
@@ -109,8 +109,8 @@ def _stage_data(recipe: Recipe, address: str, stage: Path) -> None:
 def sweep(
     recipe: Recipe, plan: str, settings: Settings, *, address: str | None, stage: Path, no_plan: bool = False
 ) -> Submission:
-    """A job that runs a sweep of `recipe`, whose trials are in `plan`, as JSON. Ray uploads the plan from `stage`, and
-    local data where `address` is another machine's. Raises as `local` and `remote` do.
+    """Returns a job that runs a sweep of `recipe`, whose trials are in `plan`, as JSON. Ray uploads the plan from
+    `stage`, and local data where `address` is another machine's. Raises as `local` and `remote` do.
     """
     if address is not None and not is_this_machine(address):
         settings.check_reachable_from(address)
@@ -124,7 +124,7 @@ def sweep(
 
 
 def resumed_sweep(name: str, settings: Settings, *, address: str | None, no_plan: bool = False) -> Submission:
-    """A job that goes on with the latest sweep of the adapter `name`."""
+    """Returns a job that goes on with the latest sweep of the adapter `name`."""
     return _sweep(["--resume", name, *_unplanned(no_plan)], settings, address, {"loray_name": name})
 
 
@@ -139,8 +139,8 @@ def _sweep(arguments: list[str], settings: Settings, address: str | None, metada
 
 
 def for_server(recipe: Recipe, url: str) -> TrainSpec:
-    """The recipe for a server at `url`, whose cluster opens the data itself. Raises DataError for data that it cannot
-    open: files of this machine, unless the server is on it.
+    """Returns the recipe for a server at `url`, whose cluster opens the data itself. Raises DataError for data that it
+    cannot open: files of this machine, unless the server is on it.
     """
     here = [source for source in _sources(recipe.data()) if any(path.exists() for path in uploaded_files(source))]
     if here and not is_this_machine(url):
@@ -154,33 +154,16 @@ def for_server(recipe: Recipe, url: str) -> TrainSpec:
 def from_spec(
     spec: TrainSpec, settings: Settings, *, stage: Path, resume: bool = False, tenant: str = DEFAULT_TENANT
 ) -> Submission:
-    """A job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server) with its
-    settings. Ray uploads the recipe from `stage`.
+    """Returns a job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server)
+    with its settings, and its Python, which the cluster's nodes have too. Ray uploads the recipe from `stage`.
 
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
     """
-    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
-    return _of_server(command, spec, settings, stage, tenant)
-
-
-def sweep_from_spec(
-    spec: TrainSpec, plan: str, settings: Settings, *, stage: Path, tenant: str = DEFAULT_TENANT
-) -> Submission:
-    """Return, as `from_spec` does, a job that runs a sweep of `spec`, whose trials are in `plan`, as JSON. Ray uploads
-    the plan from `stage`.
-    """
-    (stage / _PLAN).write_text(plan, encoding="utf-8")
-    flags = [] if tenant == DEFAULT_TENANT else ["--tenant", tenant]
-    command = shlex.join([sys.executable, *_SWEEP_DRIVER, _PLAN, "--events", *flags])
-    return _of_server(command, spec, settings, stage, tenant)
-
-
-def _of_server(command: str, spec: TrainSpec, settings: Settings, stage: Path, tenant: str) -> Submission:
-    """`command` begins with the Python of this image or environment, which the cluster's nodes have too."""
     for source in _sources(spec.data):
         if not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
+    command = f"{_command(sys.executable, STDIN, resume=resume, tenant=tenant)} {_staged(spec, stage)}"
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)
@@ -189,14 +172,14 @@ def _of_server(command: str, spec: TrainSpec, settings: Settings, stage: Path, t
 
 
 def _env_here(settings: Settings) -> dict[str, str]:
-    """With what the libraries of trackers read: on this machine, only its user sees a job's environment."""
+    """Adds what the libraries of trackers read: on this machine, only its user sees a job's environment."""
     ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
     ours.pop("WANDB_SERVICE", None)  # of this process alone
     return settings.to_env() | ours
 
 
 def _of_driver(settings: Settings) -> dict[str, float] | None:
-    """Return what the driver takes of its node; None for nothing, and Ray starts it on the head node."""
+    """Returns what the driver takes of its node; None for nothing, and Ray starts it on the head node."""
     return None if settings.training_group is None else settings.training_group.driver
 
 
@@ -231,12 +214,12 @@ def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:
 
 
 def _sources(data: DataSpec) -> list[str]:
-    """The sources that are files of this machine."""
+    """Returns the sources that are files of this machine."""
     return [source for source in data.paths if "://" not in source]
 
 
 def _local_files(source: str, recipe: Recipe) -> tuple[Path, ...]:
-    """The files that `source`, an absolute path, is read from. Raises DataError where there is none."""
+    """Returns the files that `source`, an absolute path, is read from. Raises DataError where there is none."""
     files = uploaded_files(source)
     for path in files:
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Ray's job server."""
+"""Ray's job server, at an address or this home's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import codecs
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
@@ -20,10 +19,6 @@ from loray.local.cluster import current_cluster
 from loray.locations import http_url
 from loray.settings import Settings
 
-if TYPE_CHECKING:
-    import ray
-
-
 TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
 PIECE_BYTES = 64 << 10
 _ALL_LINES = -1  # as Ray says it
@@ -32,11 +27,22 @@ _AGENT_RETRY_S = 1.0
 _TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
 
 
-class RayJobServer:
-    """Connects on the first call that succeeds. `address` returns the dashboard's; by default the running cluster's."""
+def _own_cluster() -> str:
+    import ray  # takes longer than all else that commands import
 
-    def __init__(self, address: Callable[[], str] = lambda: str(ray.get_runtime_context().gcs_address)) -> None:
-        self._address = address
+    return str(ray.get_runtime_context().gcs_address)
+
+
+class RayJobServer:
+    """Implements `jobs.submission.tracker.JobServer`. Ray's client is imported by the first call that finds a cluster.
+
+    `find_address` returns where the dashboard, or Ray, is, and is asked at each call: a cluster that starts again has
+    another address. By default it is this process's cluster.
+    """
+
+    def __init__(self, find_address: Callable[[], str] = _own_cluster) -> None:
+        self._find_address = find_address
+        self._clients: dict[str, Any] = {}  # by address
 
     @property
     def address(self) -> str:
@@ -45,8 +51,8 @@ class RayJobServer:
             return str(self._client.get_address())
 
     def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        """Waits for the head node's agent where it has not started yet: on a busy machine it comes a minute after the
-        job server, which then has submitted nothing.
+        """Submits a job. Waits for the head node's agent where it has not started yet: on a busy machine it comes a
+        minute after the job server, which then has submitted nothing.
         """
         deadline = time.monotonic() + AGENT_S
         while True:
@@ -61,9 +67,10 @@ class RayJobServer:
                 raise ConflictError("the job has ended before Ray's agent started: it was stopped, or given up")
 
     def cluster(self) -> str:
-        """Ray's session, which begins with the head and has its time and process in its name."""
+        """Names Ray's session, which begins with the head and has its time and process in its name."""
         with _translate_errors():
-            url, headers = f"{self._client.get_address()}/api/version", self._client._headers
+            client = self._client
+            url, headers = f"{client.get_address()}/api/version", client._headers
             return str(httpx.get(url, headers=headers, timeout=_TAIL_TIMEOUT).raise_for_status().json()["session_name"])
 
     def find(self, job_id: str) -> RayJob | None:
@@ -93,7 +100,7 @@ class RayJobServer:
             self._client.stop_job(job_id)
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """In pieces of `PIECE_BYTES`, however long it is."""
+        """Returns the log in pieces of `PIECE_BYTES`, however long it is."""
         held = ExitStack()
         chunks = held.enter_context(self._log(job_id, _ALL_LINES))
 
@@ -105,43 +112,67 @@ class RayJobServer:
 
     def tail(self, job_id: str, num_lines: int) -> str:
         with self._log(job_id, num_lines) as chunks:
-            return end_of(chunks).decode(errors="replace")
-
-    @contextmanager
-    def _log(self, job_id: str, num_lines: int) -> Iterator[Iterator[bytes]]:
-        """The last lines, by Ray's API of log files, which reads the file from its end. None until the driver has
-        begun.
-        """
-        with _translate_errors():
-            node_id = self._client.get_job_info(job_id).driver_node_id
-            if node_id is None:
-                yield iter(())
-                return
-            asked = {"node_id": node_id, "submission_id": job_id, "lines": num_lines}
-            url, headers = f"{self._client.get_address()}/api/v0/logs/file", self._client._headers
-            with httpx.stream("GET", url, params=asked, headers=headers, timeout=_TAIL_TIMEOUT) as answer:
-                if answer.status_code != 200:
-                    raise RuntimeError(f"status code {answer.status_code}: {answer.read().decode(errors='replace')}")
-                yield answer.iter_bytes(PIECE_BYTES)
+            return _end_of(chunks).decode(errors="replace")
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
         async for lines in self._client.tail_job_logs(job_id):
             yield lines
 
-    @cached_property
-    def _client(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
+    @contextmanager
+    def _log(self, job_id: str, num_lines: int) -> Iterator[Iterator[bytes]]:
+        """Opens the last lines, by Ray's API of log files, which reads the file from its end. There are none until the
+        driver has begun.
+        """
+        with _translate_errors():
+            client = self._client
+            node_id = client.get_job_info(job_id).driver_node_id
+            if node_id is None:
+                yield iter(())
+                return
+            asked = {"node_id": node_id, "submission_id": job_id, "lines": num_lines}
+            url, headers = f"{client.get_address()}/api/v0/logs/file", client._headers
+            with httpx.stream("GET", url, params=asked, headers=headers, timeout=_TAIL_TIMEOUT) as answer:
+                if answer.status_code != 200:
+                    raise RuntimeError(f"status code {answer.status_code}: {answer.read().decode(errors='replace')}")
+                yield answer.iter_bytes(PIECE_BYTES)
 
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed socket
-        return JobSubmissionClient(self._address())
+    @property
+    def _client(self) -> Any:
+        address = self._find_address()
+        if address not in self._clients:
+            from ray.job_submission import JobSubmissionClient
+
+            logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed socket
+            self._clients[address] = JobSubmissionClient(address)
+        return self._clients[address]
+
+
+class HomeJobServer(RayJobServer):
+    """The job server of LORAY_ADDRESS, else of this home's cluster."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(lambda: http_url(self._address()))
+        self._settings = settings
+
+    def _address(self) -> str:
+        if self._settings.address is not None:
+            return self._settings.address
+        cluster = current_cluster(self._settings.home)
+        if cluster is None:
+            raise ClusterError(
+                "no Ray cluster runs on this machine, and this starts none; `loray train RECIPE` starts one and trains "
+                "on it"
+            )
+        os.environ.update(cluster.client_env)  # Ray reads the cluster's token from there
+        return cluster.address
 
 
 def _job(info: Any) -> RayJob:
     return RayJob(info.status.value, info.message or "")
 
 
-def end_of(chunks: Iterable[bytes]) -> bytes:
-    """The last `TAIL_BYTES`, from the beginning of a line on. Raises ClusterError for too many in all."""
+def _end_of(chunks: Iterable[bytes]) -> bytes:
+    """Returns the last `TAIL_BYTES`, from the beginning of a line on. Raises ClusterError for too many in all."""
     kept, num_bytes = bytearray(), 0
     for chunk in chunks:
         num_bytes += len(chunk)
@@ -179,53 +210,3 @@ def _translate_errors() -> Iterator[None]:
         raise ClusterError(f"Ray's job server refused: {reason.strip().splitlines()[-1]}") from e
     except (OSError, httpx.HTTPError) as e:  # requests' errors are OSErrors
         raise ClusterError(f"Ray's job server cannot be reached: {e}") from e
-
-
-class HomeJobServer:
-    """Implements `jobs.submission.tracker.JobServer`. Ray is imported by the first call that finds a cluster."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._servers: dict[str, RayJobServer] = {}  # by address: a cluster that starts again has another one
-
-    def submit(self, job: Submission, job_id: str | None = None, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        return self._server().submit(job, job_id, is_wanted)
-
-    def cluster(self) -> str:
-        return self._server().cluster()
-
-    def find(self, job_id: str) -> RayJob | None:
-        return self._server().find(job_id)
-
-    def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
-        return self._server().find_all(job_ids)
-
-    def stop(self, job_id: str) -> None:
-        self._server().stop(job_id)
-
-    def logs(self, job_id: str) -> Iterator[str]:
-        return self._server().logs(job_id)
-
-    def tail(self, job_id: str, num_lines: int) -> str:
-        return self._server().tail(job_id, num_lines)
-
-    def follow(self, job_id: str) -> AsyncIterator[str]:
-        return self._server().follow(job_id)
-
-    def _server(self) -> RayJobServer:
-        address = self._address()
-        if address not in self._servers:
-            self._servers[address] = RayJobServer(lambda: http_url(address))
-        return self._servers[address]
-
-    def _address(self) -> str:
-        if self._settings.address is not None:
-            return self._settings.address
-        cluster = current_cluster(self._settings.home)
-        if cluster is None:
-            raise ClusterError(
-                "no Ray cluster runs on this machine, and this starts none; `loray train RECIPE` starts one and trains "
-                "on it"
-            )
-        os.environ.update(cluster.client_env)  # Ray reads the cluster's token from there
-        return cluster.address

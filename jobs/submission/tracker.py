@@ -1,4 +1,4 @@
-"""Jobs from submission to their end; what tenants may submit.
+"""Jobs from submission to their end, and what tenants may submit.
 
 An administrator, and everybody where no key is needed, may name any data that the cluster reaches.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from jobs.submission.commands import Submission, from_spec, sweep_from_spec
+from jobs.submission.commands import Submission, from_spec
 from loray.adapters.manifest import check_recipe
 from loray.catalog import Catalog, Job, JobPage
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
@@ -23,16 +23,27 @@ from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger
 
+log = get_logger(__name__)
+
+COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
+_ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
+_MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
+_NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
+AGENT_S = 120.0  # how long a submission waits for Ray's agent
+_SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
+
+RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+
 
 class JobLimits(NamedTuple):
-    """Of a tenant, at once; None: none."""
+    """How many a tenant may have at once; None: any number."""
 
     jobs: int | None
     workers: int | None
 
 
 def limits_of(principal: Principal, settings: Settings) -> JobLimits:
-    """The smaller ones of key and tenant; where neither says anything, the deployment's, which do not bind its
+    """Returns the smaller ones of key and tenant; where neither says anything, the deployment's, which do not bind its
     administrators.
     """
     given = (principal.limits, principal.tenant_limits)
@@ -73,18 +84,6 @@ def _check_source(source: str, tenant: str, settings: Settings) -> None:
         raise PermissionDenied(f"data {source!r} must be an s3:// URL without options below {folder}")
 
 
-_log = get_logger(__name__)
-
-COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
-_ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
-_MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
-NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
-AGENT_S = 120.0  # how long a submission waits for Ray's agent
-_SUBMISSION_S = AGENT_S + 60.0  # how long a job may be in the catalog before Ray knows it
-
-RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
-
-
 class RayJob(NamedTuple):
     """A job as Ray's job server reports it."""
 
@@ -109,22 +108,22 @@ class JobServer(Protocol):
         """Names the Ray cluster. One that was started anew is another one."""
 
     def find(self, job_id: str) -> RayJob | None:
-        """None if Ray does not know the job, not yet or no longer."""
+        """Returns None if Ray does not know the job, not yet or no longer."""
 
     def find_all(self, job_ids: Collection[str]) -> Mapping[str, RayJob]:
-        """Return those of these jobs that Ray knows, by one request."""
+        """Returns those of these jobs that Ray knows, by one request."""
 
     def stop(self, job_id: str) -> None:
         """Asks a job that Ray knows to stop, and returns before it has ended."""
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """The log so far of a job that Ray knows, in pieces."""
+        """Returns the log so far of a job that Ray knows, in pieces."""
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        """The last lines of the log of a job that Ray knows; of many bytes the last."""
+        """Returns the last lines of the log of a job that Ray knows; of many bytes the last."""
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """The log of a job that Ray knows, in pieces, until the job ends."""
+        """Yields the log of a job that Ray knows, in pieces, until the job ends."""
 
 
 class JobTracker:
@@ -133,17 +132,13 @@ class JobTracker:
     def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
-    @property
-    def limits(self) -> JobLimits:
-        """The caller's."""
-        return limits_of(self._open().principal, self._settings)
-
     def submit(self, spec: TrainSpec, chosen: str | None, *, resume: bool) -> Job:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
         `chosen` becomes a part of the job's id, and names it in the caller's tenant: see `id_of`. DataError for
-        relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if the name is taken, the
-        tenant has a job of the chosen id, or the job is stopped before Ray has it, ClusterError without Ray.
+        relative data paths, PermissionDenied as `check_allowed` says, RateLimited for more jobs or workers at once
+        than the caller may have, ConflictError if the name is taken, the tenant has a job of the chosen id, or the job
+        is stopped before Ray has it, ClusterError without Ray.
         """
         catalog = self._open()
         check_allowed(spec, catalog.principal, self._settings)
@@ -154,18 +149,6 @@ class JobTracker:
             if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
                 raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
             return self._submit(catalog, job_id, spec, submission)
-
-    def submit_sweep(self, spec: TrainSpec, trials: Sequence[TrainSpec], plan: str) -> Job:
-        """One job that trains `trials`, as `plan` (JSON of `jobs.sweeps.spec.SweepPlan`) says, and publishes the best
-        under the name of `spec`. It counts as a job of `spec` does. Raises as `submit` does.
-        """
-        catalog = self._open()
-        for each in (spec, *trials):
-            check_allowed(each, catalog.principal, self._settings)
-        with tempfile.TemporaryDirectory(prefix="loray-sweep-") as stage:
-            tenant = catalog.own_tenant
-            submission = sweep_from_spec(spec, plan, self._settings, stage=Path(stage), tenant=tenant)
-            return self._submit(catalog, f"sweep_{secrets.token_hex(8)}", spec, submission)
 
     def _submit(self, catalog: Catalog, job_id: str, spec: TrainSpec, submission: Submission) -> Job:
         catalog.check_name(spec.name, spec.publish.aliases)
@@ -189,7 +172,7 @@ class JobTracker:
         return job
 
     def get(self, job_id: str) -> Job:
-        """The job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound.
+        """Returns the job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound.
 
         Here and in the methods below, `job_id` may be what the tenant chose.
         """
@@ -197,11 +180,11 @@ class JobTracker:
         try:
             return job if job.has_ended else self._settle(job, self._server.find(job.id))
         except ClusterError as e:
-            _log.warning("job %s is shown as the catalog has it: %s", job.id, e)
+            log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
-        """Return the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
+        """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
         matches `status` is left out.
         """
         page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
@@ -210,7 +193,7 @@ class JobTracker:
             known = self._server.find_all(active) if active else {}
             settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.jobs)
         except ClusterError as e:
-            _log.warning("jobs are shown as the catalog has them: %s", e)
+            log.warning("jobs are shown as the catalog has them: %s", e)
             return page
         return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
 
@@ -226,33 +209,33 @@ class JobTracker:
         return self.get(job.id)
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """The job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job, before the
-        first one.
+        """Returns the job's log so far, in pieces. Raises JobNotFound, or LogsGone if Ray no longer knows the job,
+        before the first one.
         """
         return self._server.logs(self._with_logs(job_id))
 
     def tail(self, job_id: str, num_lines: int) -> str:
-        """The last lines of the job's log so far. Raises as `logs` does."""
+        """Returns the last lines of the job's log so far. Raises as `logs` does."""
         return self._server.tail(self._with_logs(job_id), num_lines)
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
+        """Yields the job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
         return self._server.follow(self._with_logs(job_id))
 
     def watch(self) -> None:
-        """Note that this cluster is there, and end the jobs that are lost; called each half minute. Raises ClusterError
-        and CatalogError.
+        """Notes that this cluster is there, and ends the jobs that are lost; called each half minute. Raises
+        ClusterError and CatalogError.
         """
         self._open().note_cluster(self._server.cluster())
         self.settle_active()
 
     def settle_active(self) -> None:
-        """Jobs that have ended without telling the catalog do not count any more."""
+        """Ends the jobs that have ended without telling the catalog, so that they do not count any more."""
         for status in _ACTIVE:
             self.page(_MOST_ACTIVE, None, status, None)
 
     def _with_logs(self, job_id: str) -> str:
-        """The id of a job whose log Ray has."""
+        """Returns the id of a job whose log Ray has. Raises JobNotFound and LogsGone."""
         job = self._find(job_id)
         if self._server.find(job.id) is None:
             raise LogsGone(
@@ -281,7 +264,7 @@ class JobTracker:
         return job
 
     def _is_lost(self, job: Job) -> bool:
-        """Say whether a job that Ray does not know must have died.
+        """Says whether a job that Ray does not know must have died.
 
         False if another cluster with the same catalog may be running it, or if its driver was started by hand.
         """
@@ -295,7 +278,7 @@ class JobTracker:
         return job.cluster == self._server.cluster() or not self._open().is_cluster_there(job.cluster)
 
     def _find(self, job_id: str) -> Job:
-        """The caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
+        """Finds the caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
         catalog = self._open()
         with suppress(JobNotFound):
             return catalog.job(id_of(catalog.own_tenant, job_id))
@@ -313,4 +296,4 @@ def id_of(tenant: str, chosen: str) -> str:
     the same have different ids, so that neither learns of the other's job, and no id that Ray or loray makes up is
     like these.
     """
-    return f"{chosen}.{hashlib.sha256(f'{tenant}/{chosen}'.encode()).hexdigest()[:NUM_ID_DIGITS]}"
+    return f"{chosen}.{hashlib.sha256(f'{tenant}/{chosen}'.encode()).hexdigest()[:_NUM_ID_DIGITS]}"

@@ -1,4 +1,4 @@
-"""`loray sweep`."""
+"""`loray sweep`, with its view in a terminal and the picture of its trials' losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.sax.saxutils import escape
 
 import click
@@ -18,7 +18,7 @@ from rich.table import Table
 from jobs.command import connect, fail, follow
 from jobs.events import RunView, SweepEvent, TrialEvent, decode, describe, number
 from jobs.submission import commands
-from jobs.submission.commands import Submission
+from jobs.submission.server import RayJobServer
 from jobs.sweeps.spec import SweepPlan, SweepSpec, Trial, TrialRecord, label, ranked
 from loray.cli.output import table
 from loray.cli.pictures import MARGIN, document, text
@@ -32,10 +32,6 @@ from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.store import open_store
 
-if TYPE_CHECKING:
-    from jobs.submission.server import RayJobServer
-
-
 _WIDTH, _PLOT_H, _LEFT, _TOP = 860, 320, 70, 64
 _LINE_H, _MAX_NAMED = 20, 20  # trials in the legend
 _BEST, _OTHER, _GREY = "#c44870", "#5b7db1", "#999"
@@ -43,16 +39,13 @@ _NUM_TICKS = 5
 
 
 def draw(title: str, records: Sequence[TrialRecord], best: int | None, *, keep_best: bool = True) -> str:
-    """SVG. `best`: the trial to emphasise, None if there is none. `keep_best`: as of the recipe."""
+    """Draws the losses by step, as SVG. `best`: the trial to emphasise, if any. `keep_best`: as of the recipe."""
     order = ranked(records, keep_best=keep_best)
     named = order[:_MAX_NAMED]
     top, bottom = _TOP, _TOP + _PLOT_H
     height = bottom + 56 + _LINE_H * (len(named) + (len(order) > len(named))) + MARGIN
     scale = _Scale(records, top, bottom)
-    parts = [
-        text(MARGIN, MARGIN + 14, title, size=18, weight=600),
-        *scale.grid(),
-    ]
+    parts = [text(MARGIN, MARGIN + 14, title, size=18, weight=600), *scale.grid()]
     for record in reversed(order):  # the best on top
         if record.trial != best:
             parts += _line(record, scale, is_best=False)
@@ -165,7 +158,7 @@ class SweepView(RunView):
             super().feed(line)
 
     def table(self) -> Table:
-        """All trials, the best first."""
+        """Lists all trials, the best first."""
         records = ranked(self.records, keep_best=self.keep_best)
         paths = list(records[0].values) if records else []
         rows = [
@@ -249,10 +242,14 @@ def sweep(
             if not no_plan:
                 _check_plans(plan.trials, settings, device_name, address, console)
             if dry_run:
-                _show_trials(plan, console)
+                for i, trial in enumerate(plan.trials):
+                    line = f"trial {i}: {label(trial.values)}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
                 return
-            name, text = plan.name, plan.model_dump_json()
-            job = commands.sweep(recipe, text, settings, address=address, stage=Path(stage), no_plan=no_plan)
+            name = plan.name
+            job = commands.sweep(
+                recipe, plan.model_dump_json(), settings, address=address, stage=Path(stage), no_plan=no_plan
+            )
             console.print(f"{len(plan.trials)} trials of {name}", highlight=False)
         view = _run(job, settings, address, console)
     if view.published is None:
@@ -270,7 +267,7 @@ def sweep(
 
 
 def _without_ranges(source: RecipeSource, ranges: tuple[str, ...]) -> tuple[RecipeSource, tuple[str, ...]]:
-    """A recipe of options alone has no RECIPE: what stands in its place is the first range."""
+    """Corrects a recipe of options alone, which has no RECIPE: what stands in its place is the first range."""
     first = source.recipe
     if first is None or "=" not in first or first.lstrip().startswith("{") or Path(first).exists():
         return source, ranges
@@ -290,7 +287,7 @@ def _plan(source: RecipeSource, settings: Settings, address: str | None, asked: 
 def _check_plans(
     trials: tuple[Trial, ...], settings: Settings, device_name: str | None, address: str | None, console: Console
 ) -> None:
-    """Print the plans, equal ones once. Raises SpecError for the first trial that cannot fit."""
+    """Prints the plans, equal ones once. Raises SpecError for the first trial that cannot fit."""
     is_here, said = address is None or is_this_machine(address), set()
     for trial in trials:
         try:
@@ -298,18 +295,13 @@ def _check_plans(
                 check_plan(trial.recipe, settings.home, device_name=device_name, is_here=is_here, to=console)
         except SpecError as e:
             raise SpecError(f"trial {label(trial.values)}: {e}") from e
-        if captured.get() not in said:
-            said.add(captured.get())
-            text = captured.get().rstrip()
-            console.print(f"{label(trial.values)}: {text}", highlight=False, markup=False, soft_wrap=True)
+        if (plan := captured.get()) not in said:
+            said.add(plan)
+            line = f"{label(trial.values)}: {plan.rstrip()}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show_trials(plan: SweepPlan, console: Console) -> None:
-    for i, trial in enumerate(plan.trials):
-        console.print(f"trial {i}: {label(trial.values)}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _run(job: Submission, settings: Settings, address: str | None, console: Console) -> SweepView:
+def _run(job: commands.Submission, settings: Settings, address: str | None, console: Console) -> SweepView:
     """Submits the job and follows it to its end. Without an address, the local cluster is used, and started."""
     if address is None or is_this_machine(address):
         open_store(settings.store).check()

@@ -1,16 +1,17 @@
-"""The trials, stopped early by rank (ASHA), and the best published.
+"""The driver of a sweep, `python -m jobs.sweeps.driver`: runs the trials, stops the worse ones early (ASHA), and
+publishes the best.
 
-Ray's documentation has a trial start a trainer, and so it is here. The losses that Tune gets are those of the run's
-events and not of its checkpoints: with `checkpoint.interval_steps`, not every evaluation has a checkpoint.
+It checks all recipes and reads the data once. A trial's process starts a trainer, as a run's driver does. Tune gets the
+losses of the run's events and not of its checkpoints: with `checkpoint.interval_steps`, not every evaluation has a
+checkpoint. The best trial is published under the recipe's name, through the same gate as a run.
 
 What became of a trial is written into the sweep's folder as it happens. A sweep that goes on after it was killed starts
 the trials that have not ended, which continue from their checkpoints, and gives ASHA the losses of the others first:
 Tune's own restoration would forget them, since it does not keep a scheduler's state.
 
-Checks all recipes and reads the data once, runs the trials (`search`), publishes the best one under the recipe's name
-through the same gate as a run, and draws what was measured. The sweep's folder is `sweeps/NAME/TIME`, beside the runs:
+The folder is `sweeps/NAME/TIME`, beside the runs:
 
-plan.json            the trials (`trials.SweepPlan`)
+plan.json            the trials (`jobs.sweeps.spec.SweepPlan`)
 trial_0003.json      what became of one
 TIME-0003/…          a run's folder, of trial 3
 trials.svg           held-out losses by step
@@ -57,11 +58,23 @@ from loray.train.data.batches import TokenizedRows
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.rows import Dataset
 
+PICTURE = "trials.svg"
 PERCENT, LOSS = "percent", "eval_loss"  # of the trial's steps; what is minimised
+_REDUCTION = 3  # of the trials that reach a rung, one of so many goes on
+_FIRST_RUNG = 100 / _REDUCTION**2  # per cent of a trial's steps
+_MAX_LOST_DRIVERS = 3  # of a trial, whose process died
+# Of the resource that each node has one of: trials' drivers run on the sweep's node, as its own does.
+_OF_DRIVER = 0.001
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their events
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table on stdout, whatever `verbose` is
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that fails before its first evaluation has no loss
+}
 
 
 class TrialTask(NamedTuple):
-    """A trial's workload, where its run is (below the sweeps of `open_runs`), and what trackers show of it."""
+    """A trial: its workload, where its run is (below the sweeps of `open_runs`), and what trackers show of it."""
 
     work: Workload
     run: str
@@ -89,7 +102,7 @@ class Results:
                     self._last = result
 
     def end(self, failure: str | None, latest: Mapping[str, Any]) -> None:
-        """`latest`: of the last checkpoint. A run that had ended before its end was recorded has no event of it."""
+        """Reports the end. `latest`: of the last checkpoint; a run that had ended before has no event of its loss."""
         if self._last is None and latest.get("eval_loss") is not None and self._num_steps:
             self._last = self._result(latest["step"], latest["eval_loss"])
         tune.report({**(self._last or {}), "ended": True, "failure": failure})
@@ -115,20 +128,6 @@ def run_trial(config: Mapping[str, Any], *, tasks: Mapping[int, TrialTask], sett
     results.end(failure, latest)
 
 
-_REDUCTION = 3  # of the trials that reach a rung, one of so many goes on
-_FIRST_RUNG = 100 / _REDUCTION**2  # per cent of a trial's steps
-_MAX_LOST_DRIVERS = 3  # of a trial, whose process died
-_OF_DRIVER = (
-    0.001  # of the resource that each node has one of: trials' drivers run on the sweep's node, as its own does
-)
-_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their events
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table on stdout, whatever `verbose` is
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that fails before its first evaluation has no loss
-}
-
-
 class TrialRecords:
     """The records of a sweep's trials, one file each. `changed` is called with each that has changed."""
 
@@ -148,10 +147,9 @@ class TrialRecords:
         self._changed(record)
 
     def _read(self, trial: int, values: dict[str, str]) -> TrialRecord:
+        name = record_file(trial)
         try:
-            return TrialRecord.parse(
-                json.loads(self._folder.read(record_file(trial)) or b""), source=record_file(trial)
-            )
+            return TrialRecord.parse(json.loads(self._folder.read(name) or b""), source=name)
         except (ValueError, SpecError):  # not written yet, or in part by a killed driver
             return TrialRecord(trial=trial, values=values)
 
@@ -184,7 +182,7 @@ def search(
 
 
 def num_at_once(specs: Sequence[TrainSpec], settings: Settings) -> int:
-    """How many of the largest trials the cluster has place for; at least one."""
+    """Returns how many of the largest trials the cluster has place for; at least one."""
     have, fitting = ray.cluster_resources(), []
     for spec in specs:
         for resource, each in worker_resources(spec, settings.training_group).items():
@@ -243,9 +241,6 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._records.put(record.model_copy(update={"status": "failed", "message": first_line(error)}))
 
 
-PICTURE = "trials.svg"
-
-
 @click.command()
 @click.argument("plan", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--resume", "resumed", metavar="NAME", help="Go on with the latest sweep of this adapter.")
@@ -262,7 +257,7 @@ def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str, n
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         if plan is not None and resumed is None:
-            sweep(_read(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant, is_planned=not no_plan)
+            sweep(_parse_plan(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant, is_planned=not no_plan)
         elif plan is None and resumed is not None:
             sweep(resumed, settings, emit, tenant=tenant, is_planned=not no_plan)
         else:
@@ -284,7 +279,7 @@ def sweep(
     runs, folder = open_runs(settings, "sweeps"), None
     if isinstance(plan, str):
         folder = runs.latest(qualified_name(tenant, plan))
-        plan = _read(folder.read(PLAN) or b"", f"{PLAN} of {folder}")
+        plan = _parse_plan(folder.read(PLAN) or b"", f"{PLAN} of {folder}")
     whole = Catalog(settings.catalog)
     catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, plan.name)
     with Interrupts() as interrupts, recorded(catalog, plan.recipe) as job:
@@ -368,7 +363,7 @@ class _Sweep:
         return self._publish(chosen)
 
     def _tasks(self, job: JobRecord) -> dict[int, TrialTask]:
-        """Return the tasks of the trials that have not ended. Trials with the same rows share them."""
+        """Returns the tasks of the trials that have not ended. Trials with the same rows share them."""
         datasets = {id(each.data): each.data for each in self._prepared}
         shared = {key: ray.put(data) for key, data in datasets.items()}
         tasks = {}
@@ -381,7 +376,7 @@ class _Sweep:
         return tasks
 
     def _run_of(self, trial: int) -> str:
-        """Workers keep checkpoints by the last part of a run's path, which no other sweep's trial has."""
+        """Names a trial's run. Workers keep checkpoints by the last part of it, which no other sweep's trial has."""
         return f"{self._at}/{self._folder.name}-{trial:04}"
 
     def _publish(self, chosen: TrialRecord) -> PublishedEvent:
@@ -408,7 +403,7 @@ class _Sweep:
             self._emit({"event": "warning", "message": message})
 
     def _end_stopped(self, trials: Iterable[int]) -> None:
-        """End what nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their
+        """Ends what nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their
         workers left on this machine for workers that would have replaced them.
         """
         for trial in trials:
@@ -429,7 +424,7 @@ def _prepare(
     *,
     is_planned: bool = True,
 ) -> list[Prepared]:
-    """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
+    """Checks all trials. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)
     recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
@@ -453,7 +448,7 @@ def _are_same(a: TokenizedRows, b: TokenizedRows) -> bool:
     )
 
 
-def _read(data: bytes, source: str) -> SweepPlan:
+def _parse_plan(data: bytes, source: str) -> SweepPlan:
     try:
         return SweepPlan.parse(json.loads(data), source=source)
     except ValueError as e:

@@ -1,4 +1,4 @@
-"""What a sweep wrote of its trials, read without Ray."""
+"""The records of a sweep's trials, read without Ray."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SweepTrials:
         self._marks: dict[int, tuple[_Mark, bool]] = {}  # of what was read last, and whether it was read twice
 
     def read(self) -> Trials | None:
-        """None where no sweep of this job is found, or none yet. Raises StoreError."""
+        """Returns None where no sweep of this job is found, or none yet. Raises StoreError."""
         try:
             folder = self._sweep.find()
             if folder is None:
@@ -71,9 +71,9 @@ class SweepTrials:
         return Trials(tuple(records), self._plan.recipe.evaluation.keep_best, is_whole)
 
     def _changed(self, filesystem: Any, folder: str) -> dict[int, _Mark]:
-        """Records of trials that have not ended, by one listing, whose files are others than those read last; first
-        those that were never read. A file is read twice: a bucket's times are whole seconds, and a record that is
-        written twice in one may be as long as before.
+        """Finds, by one listing, the records of trials that have not ended whose files are others than those read last;
+        first those that were never read. A file is read twice: a bucket's times are whole seconds, and a record that
+        is written twice in one may be as long as before.
         """
         assert self._plan is not None
         files = {info.base_name: (info.size, info.mtime_ns) for info in filesystem.get_file_info(FileSelector(folder))}
@@ -96,7 +96,7 @@ class SweepTrials:
 
 
 def _content(filesystem: Any, path: str) -> bytes:
-    """Empty where there is no such file."""
+    """Returns nothing where there is no such file."""
     if not filesystem.get_file_info(path).is_file:
         return b""
     with filesystem.open_input_stream(path) as file:

@@ -1,4 +1,4 @@
-"""What varies, the trials, their records."""
+"""A sweep: what varies, its trials, and their records."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from loray.errors import SpecError
 from loray.recipes.fields import given
 from loray.spec import Frozen, TrainSpec
 
+PLAN = "plan.json"  # in a sweep's folder
 MAX_TRIALS = 1000
 # Held-out losses of trials can be compared only where base and held-out rows are the same.
 _FIXED = ("name", "base", "data", "evaluation", "publish", "tracking")
@@ -22,6 +23,7 @@ _DIGITS = 4  # of a drawn number
 
 Values = Mapping[str, str]  # field → value, as `--set FIELD=VALUE` takes it
 Draw = Callable[[random.Random], str]
+TrialStatus = Literal["running", "completed", "stopped", "failed"]
 
 
 class Axis(NamedTuple):
@@ -33,22 +35,22 @@ class Axis(NamedTuple):
 
 
 def grid_axis(text: str) -> Axis:
-    """`adapter.rank=8,16`. A list as a value is in brackets: `adapter.target_modules=[q_proj],[q_proj,v_proj]`."""
-    path, given = _split(text, "adapter.rank=8,16")
-    values = _values(given)
+    """Reads `adapter.rank=8,16`. Lists as values are in brackets: `adapter.target_modules=[q_proj],[q_proj,v_proj]`."""
+    path, wanted = _split(text, "adapter.rank=8,16")
+    values = _values(wanted)
     if len(set(values)) < len(values):
         raise SpecError(f"{text!r} names a value twice")
     return Axis(path, values)
 
 
 def random_axis(text: str) -> Axis:
-    """`FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint` and `lograndint` as Ray Tune's, or values to choose from."""
-    path, given = _split(text, "optimizer.learning_rate=loguniform(1e-5,1e-3)")
-    match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", given)
+    """Reads `FIELD=loguniform(1e-5,1e-3)`, `uniform`, `randint`, `lograndint` as in Ray Tune, or values to draw."""
+    path, wanted = _split(text, "optimizer.learning_rate=loguniform(1e-5,1e-3)")
+    match = re.fullmatch(r"(\w+)\(([^,()]+),([^,()]+)\)", wanted)
     if match is None:
-        if "(" in given:
-            raise SpecError(f"{given!r} is no range; write one as {', '.join(f'{name}(1,10)' for name in _DRAWS)}")
-        choices = _values(given)
+        if "(" in wanted:
+            raise SpecError(f"{wanted!r} is no range; write one as {', '.join(f'{name}(1,10)' for name in _DRAWS)}")
+        choices = _values(wanted)
         return Axis(path, choices, lambda generator: generator.choice(choices))
     name, low, high = match.groups()
     if name not in _DRAWS:
@@ -56,17 +58,17 @@ def random_axis(text: str) -> Axis:
     try:
         bounds = float(low), float(high)
     except ValueError as e:
-        raise SpecError(f"{given!r} needs two numbers") from e
+        raise SpecError(f"{wanted!r} needs two numbers") from e
     is_log, is_whole = name.startswith("log"), name.endswith("randint")
     if not bounds[0] < bounds[1] or not all(map(math.isfinite, bounds)) or (is_log and bounds[0] <= 0):
-        raise SpecError(f"{given!r}: the first number must be below the second" + (", and above 0" if is_log else ""))
+        raise SpecError(f"{wanted!r}: the first number must be below the second" + (", and above 0" if is_log else ""))
     if is_whole and any(bound != int(bound) for bound in bounds):
-        raise SpecError(f"{given!r} needs whole numbers")
+        raise SpecError(f"{wanted!r} needs whole numbers")
     return Axis(path, draw=lambda generator: _DRAWS[name](generator, *bounds))
 
 
 def points(grid: Sequence[Axis], ranges: Sequence[Axis], num_draws: int | None, *, seed: int) -> list[Values]:
-    """The values of each trial: every point of the grid, with `num_draws` draws of the ranges for each.
+    """Returns the values of each trial: every point of the grid, with `num_draws` draws of the ranges for each.
 
     The same arguments give the same trials; a point that is drawn twice is one trial. Raises SpecError where nothing
     varies, or what may not.
@@ -102,14 +104,14 @@ def _check_paths(paths: Sequence[str]) -> None:
 
 
 def _split(text: str, example: str) -> tuple[str, str]:
-    path, separator, given = (part.strip() for part in text.partition("="))
-    if not separator or not path or not given:
+    path, separator, wanted = (part.strip() for part in text.partition("="))
+    if not separator or not path or not wanted:
         raise SpecError(f"{text!r} is no field with values; write it as {example}")
-    return path, given
+    return path, wanted
 
 
 def _values(text: str) -> tuple[str, ...]:
-    """At the commas that are in no brackets."""
+    """Splits at the commas that are in no brackets."""
     values = tuple(part.strip() for part in re.split(r",(?![^\[]*\])", text))
     if not all(values):
         raise SpecError(f"{text!r} has an empty value")
@@ -134,10 +136,6 @@ _DRAWS: Mapping[str, Callable[[random.Random, float, float], str]] = {
     "randint": _whole_between,  # without the upper bound
     "lograndint": lambda generator, low, high: str(min(int(high) - 1, int(_log_between(generator, low, high)))),
 }
-
-
-PLAN = "plan.json"  # in a sweep's folder
-TrialStatus = Literal["running", "completed", "stopped", "failed"]
 
 
 class Trial(Frozen):
@@ -168,7 +166,7 @@ class SweepPlan(Frozen):
 
 
 class TrialRecord(Frozen):
-    """What became of a trial so far. `losses`: step and held-out loss of each evaluation. `message`: why it failed."""
+    """The state of a trial so far. `losses`: step and held-out loss of each evaluation. `message`: why it failed."""
 
     trial: int
     values: dict[str, str]
@@ -186,19 +184,19 @@ class TrialRecord(Frozen):
         return self.losses[-1][0] if self.losses else 0
 
     def with_loss(self, step: int, loss: float, num_steps: int) -> TrialRecord:
-        """A resumed trial measures again what it had measured after its last checkpoint."""
+        """Adds an evaluation. A resumed trial measures again what it had measured after its last checkpoint."""
         kept = tuple(pair for pair in self.losses if pair[0] < step)
         return self.model_copy(update={"losses": (*kept, (step, loss)), "num_steps": num_steps})
 
     def loss(self, *, keep_best: bool) -> float | None:
-        """Of the checkpoint that would be published; None where nothing was measured."""
+        """Returns that of the checkpoint that would be published; None where nothing was measured."""
         if not self.losses:
             return None
         return min(loss for _, loss in self.losses) if keep_best else self.losses[-1][1]
 
 
 def expand(points: Sequence[Values], load: Callable[[dict[str, Any]], TrainSpec]) -> tuple[Trial, ...]:
-    """The whole recipe of each point; `load` makes it from what lies on top of the sweep's. Raises SpecError."""
+    """Makes the whole recipe of each point; `load` makes it from what lies on top of the sweep's. Raises SpecError."""
     trials = []
     for values in points:
         try:
@@ -210,7 +208,7 @@ def expand(points: Sequence[Values], load: Callable[[dict[str, Any]], TrainSpec]
 
 
 def ranked(records: Sequence[TrialRecord], *, keep_best: bool) -> list[TrialRecord]:
-    """Completed trials by their loss, then stopped ones, then the rest."""
+    """Sorts completed trials by their loss, then come stopped ones, then the rest."""
 
     def key(record: TrialRecord) -> tuple[int, float, int]:
         loss = record.loss(keep_best=keep_best)
@@ -221,7 +219,7 @@ def ranked(records: Sequence[TrialRecord], *, keep_best: bool) -> list[TrialReco
 
 
 def best(records: Sequence[TrialRecord], *, keep_best: bool) -> TrialRecord | None:
-    """The completed trial with the lowest held-out loss."""
+    """Returns the completed trial with the lowest held-out loss."""
     for record in ranked(records, keep_best=keep_best)[:1]:
         if record.status == "completed" and record.losses:
             return record
@@ -229,7 +227,7 @@ def best(records: Sequence[TrialRecord], *, keep_best: bool) -> TrialRecord | No
 
 
 def label(values: Values) -> str:
-    """`{"adapter.rank": "8"}` → "rank=8"; whole paths where two fields have one name."""
+    """Writes `{"adapter.rank": "8"}` as "rank=8"; whole paths where two fields have one name."""
     names = [path.rpartition(".")[2] for path in values]
     return " ".join(
         f"{name if names.count(name) == 1 else path}={value}"
@@ -238,39 +236,37 @@ def label(values: Values) -> str:
 
 
 def record_file(trial: int) -> str:
-    """The name of a trial's record in the sweep's folder."""
+    """Returns the name of a trial's record in the sweep's folder."""
     return f"trial_{trial:04}.json"
 
 
 class SweepSpec(Frozen):
-    """`loray sweep` makes it from its options, and the console's form has a field for each of these."""
+    """A sweep as the options of `loray sweep` ask for it.
 
-    grid: tuple[str, ...] = Field(
-        default=(), description="FIELD=VALUE,VALUE: each value of the field; of several fields each with each"
-    )
-    ranges: tuple[str, ...] = Field(
-        default=(),
-        description="FIELD=RANGE to draw from: loguniform(1e-5,1e-3), uniform, randint, lograndint, or values",
-    )
-    num_draws: int | None = Field(default=None, gt=0, description="of the ranges, for each point of the grid")
-    draw_seed: int = Field(default=0, ge=0, description="another one draws other values")
-    max_concurrent: int | None = Field(default=None, gt=0, description="trials at once; as many as fit unless given")
-    stops_early: bool = Field(
-        default=True, description="stop trials with a high held-out loss (ASHA; needs evaluation.interval_steps)"
-    )
+    grid            FIELD=VALUE,VALUE: each value of the field; of several fields each with each
+    ranges          FIELD=RANGE to draw from, or FIELD=VALUE,VALUE to choose from
+    num_draws       of the ranges, for each point of the grid
+    draw_seed       another one draws other values
+    max_concurrent  trials at once; None: as many as fit
+    stops_early     trials with a high held-out loss are stopped (ASHA; needs evaluation.interval_steps)
+    """
 
-    def plan(
-        self, recipe: TrainSpec, load: Callable[[dict[str, Any]], TrainSpec], *, folder: str, most: int = MAX_TRIALS
-    ) -> SweepPlan:
-        """All trials of `recipe`. `load` makes the recipe with values on top of it; relative data start at `folder`.
+    grid: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
+    num_draws: int | None = Field(default=None, gt=0)
+    draw_seed: int = Field(default=0, ge=0)
+    max_concurrent: int | None = Field(default=None, gt=0)
+    stops_early: bool = True
 
-        Raises SpecError where nothing varies or what may not, for more trials than `most`, for one whose recipe is not
-        valid, and for a recipe that holds nothing out.
+    def plan(self, recipe: TrainSpec, load: Callable[[dict[str, Any]], TrainSpec], *, folder: str) -> SweepPlan:
+        """Makes all trials of `recipe`. `load` makes the recipe with values on top of it; relative data start at
+        `folder`.
+
+        Raises SpecError where nothing varies or what may not, for more trials than `MAX_TRIALS`, for one whose recipe
+        is not valid, and for a recipe that holds nothing out.
         """
         grid, ranges = [grid_axis(text) for text in self.grid], [random_axis(text) for text in self.ranges]
         found = points(grid, ranges, self.num_draws, seed=self.draw_seed)
-        if len(found) > most:
-            raise SpecError(f"these are {len(found)} trials, and {most} are the most here: vary less")
         if recipe.data.eval is None and not recipe.data.eval_fraction:
             raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")
         return SweepPlan(

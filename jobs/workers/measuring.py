@@ -1,5 +1,5 @@
-"""Measures a checkpoint beside its base before it is published, on the run's workers: a base that they share to train
-they share here too. Without a cluster the driver's process measures alone.
+"""Measuring of a checkpoint beside its base before it is published, on the run's workers: a base that they share to
+train they share here too. Without a cluster the driver's process measures alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loray.train.evaluation.documents import Documents
 
 
 class Measurement(NamedTuple):
-    """What is measured. `spec`: the recipe that trained the checkpoint, on the workers at hand."""
+    """A checkpoint and what is measured of it. `spec`: the recipe that trained it, on the workers at hand."""
 
     spec: TrainSpec
     evaluation: EvaluationSpec
@@ -34,18 +34,18 @@ class Measurement(NamedTuple):
 
 
 def run(config: dict[str, Measurement]) -> tuple[Evaluation, ...]:
-    """What each of Ray Train's workers does; `config` has the measurement as its only value."""
+    """Measures on each of Ray Train's workers; `config` has the measurement as its only value."""
     (measurement,) = config.values()
     configure_logging(measurement.log_level)
     if not measurement.spec.use_gpu:
         compute_in_background()
-    torch.set_num_threads(num_threads(ray.train.get_context().get_local_world_size()))
+    torch.set_num_threads(num_threads())
     return measure_here(measurement)
 
 
 def measure_here(measurement: Measurement) -> tuple[Evaluation, ...]:
-    """A collective call of the process group, if there is one. Raises LorayError, and what torch raises where a device
-    has too little memory.
+    """Measures in a collective call of the process group, if there is one. Raises LorayError, and what torch raises
+    where a device has too little memory.
     """
     # Late: PEFT and models take two seconds to import, which the driver spares itself.
     from loray.train.evaluation.measure import measure, subjects

@@ -1,6 +1,6 @@
-"""What workers take of a node, and on which nodes they are.
+"""Placement of workers: what each takes of its node, and whole sequence groups on nodes.
 
-Sequence groups do not span nodes: a group exchanges keys and values in every layer.
+A group exchanges keys and values in every layer, and so does not span nodes.
 
 Ray Train numbers its workers node by node (within a node by GPU), and neighbouring ranks form a sequence group. A group
 lies on one node if every node runs a multiple of the group's size. Ray itself packs workers on few nodes, with any
@@ -27,12 +27,12 @@ _SETTLE_S = 5.0  # within which the resources of workers that have ended become 
 
 
 def worker_resources(spec: TrainSpec, group: TrainingGroup | None) -> dict[str, float]:
-    """What one worker takes of its node, beside memory. `group` None: it may be any node."""
+    """Returns what one worker takes of its node, beside memory. `group` None: it may be any node."""
     return ({"CPU": 1.0} if group is None else group.worker) | ({"GPU": 1.0} if spec.use_gpu is True else {})
 
 
 def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[str] | None:
-    """The node of every worker, group by group: each group on one node, on as few nodes as possible.
+    """Returns the node of every worker, group by group: each group on one node, on as few nodes as possible.
 
     `room` maps each node to the number of workers that fit on it. None if the groups do not fit.
     """
@@ -44,7 +44,7 @@ def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[st
 
 
 def straddling(nodes: Sequence[str | None], group_size: int) -> list[int]:
-    """The groups that span more than one node, if rank r runs on nodes[r]."""
+    """Returns the groups that span more than one node, if rank r runs on nodes[r]."""
     starts = range(0, len(nodes), group_size)
     return [group for group, start in enumerate(starts) if len(set(nodes[start : start + group_size])) > 1]
 
@@ -68,7 +68,7 @@ class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
 
     @staticmethod
     def label_selectors(num_workers: int) -> list[dict[str, str]]:
-        """For the ScalingConfig: one empty selector per worker, which `before_worker_group_start` fills in."""
+        """Returns, for the ScalingConfig, an empty selector per worker, which `before_worker_group_start` fills in."""
         return [{} for _ in range(num_workers)]
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:

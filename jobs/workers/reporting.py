@@ -1,10 +1,4 @@
-"""Checkpoints, events and gauges from a worker.
-
-Rank 0 writes a checkpoint to its disk, and Ray Train uploads it from a thread: one at a time, in order; the end of
-training waits for the last. A checkpoint stays on the disk until the next one is written. If rank 0 is lost before an
-upload has begun or finished, the worker that replaces it on the same machine finds the checkpoint there and uploads it
-first.
-"""
+"""Reports of a worker: its checkpoints, events and gauges."""
 
 from __future__ import annotations
 
@@ -34,6 +28,10 @@ from loray.spec import REWARDS
 from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS, get_logger
 from loray.train.checkpoint import WRITTEN, read_state
 from loray.train.mesh import World
+
+log = get_logger(__name__)
+
+_SAMPLING_SHARE = 0.005  # of a run's time
 
 
 class _EventSink:
@@ -74,11 +72,12 @@ class EventSender:
             self._sent = None
 
 
-log = get_logger(__name__)
-
-
 class CheckpointUploads:
-    """The uploads of one worker. The end of its `with` block waits for the last upload.
+    """The uploads of one worker's checkpoints. The end of its `with` block waits for the last upload.
+
+    Rank 0 writes a checkpoint to its disk, and Ray Train uploads it from a thread: one at a time, in order. A
+    checkpoint stays on the disk until the next one is written. If rank 0 is lost before an upload has begun or
+    finished, the worker that replaces it on the same machine finds the checkpoint there and uploads it first.
 
     `folder` contains rank 0's checkpoints and nothing else; other ranks write none. The uploading thread calls
     `arrived(seconds)` with the time from writing a checkpoint to the end of its upload.
@@ -103,7 +102,7 @@ class CheckpointUploads:
                 shutil.rmtree(self._folder)
 
     def latest(self, world: World) -> Checkpoint | None:
-        """The checkpoint to resume from: the last that Ray Train knows, or a later one that a lost worker left here.
+        """Returns the checkpoint to resume from: the last that Ray Train knows, or a later one that a lost worker left.
 
         A collective call. Checkpoints that the lost worker uploaded and Ray Train does not know are removed.
         """
@@ -160,7 +159,7 @@ class CheckpointUploads:
             self._idle.set()
 
     def _left_behind(self, known_step: int) -> Path | None:
-        """The last complete checkpoint of a step after `known_step`. Everything else in the folder is removed."""
+        """Returns the last complete checkpoint of a step after `known_step`, and removes all else in the folder."""
         for path in self._folder.glob(f"{WRITTEN}*"):  # not reported before the worker was lost
             path.rename(self._folder / name_of(int(path.name.removeprefix(WRITTEN))))
         for path in sorted(self._folder.glob(f"{PREFIX}*"), key=step_of, reverse=True):
@@ -232,17 +231,14 @@ class TrainingGauges:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The largest number of bytes that this process has held: in the GPU's allocator, or resident on a CPU."""
+    """Returns the largest number of bytes that this process has held: in the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-_SAMPLING_SHARE = 0.005  # of a run's time
-
-
 class Peak(Protocol):
-    """Of one worker's device. `source`: "measured" with matrix products, or the "setting" LORAY_PEAK_TFLOPS."""
+    """The peak of a worker's device. `source`: "measured" with matrix products, or the "setting" LORAY_PEAK_TFLOPS."""
 
     @property
     def source(self) -> str: ...
@@ -253,7 +249,7 @@ class Peak(Protocol):
         ...
 
     def compare(self, attained: float) -> float:
-        """The peak in FLOP/s that a step which attained so many is compared with. Called between steps."""
+        """Returns the FLOP/s with which a step that attained so many is compared. Called between steps."""
         ...
 
 
@@ -291,25 +287,22 @@ class MeasuredPeak:
 
     def compare(self, attained: float) -> float:
         share = _SAMPLING_SHARE * (10 if attained > self.flops else 1)
-        if self._again is not None and self._is_due(share):
+        if self._again is not None and self._spent + self._cost <= share * (self._clock() - self._began):
             before = self._clock()
             self.flops = max(self.flops, self._again())
             self._cost = self._clock() - before
             self._spent += self._cost
         return max(self.flops, attained)
 
-    def _is_due(self, share: float) -> bool:
-        return self._spent + self._cost <= share * (self._clock() - self._began)
-
 
 class Utilisation(NamedTuple):
-    """`flops_per_token` is of forward and backward pass, without recomputation."""
+    """Model FLOPs utilisation. `flops_per_token` is of forward and backward pass, without recomputation."""
 
     flops_per_token: float
     peak: Peak
 
     def mfu(self, tokens_per_s: float, num_workers: int) -> float:
-        """Of a step that was just taken. At most 1 where the peak is measured."""
+        """Returns the MFU of a step that was just taken. At most 1 where the peak is measured."""
         attained = tokens_per_s * self.flops_per_token / num_workers
         return attained / self.peak.compare(attained)
 
@@ -344,7 +337,7 @@ class RayReporter:
             self._gauges.set(memory_bytes=peak_memory(self._device))
 
     def _measured(self, event: LoopEvent, utilisation: Utilisation) -> LoopEvent:
-        """The event with MFU and memory, which are also set as gauges."""
+        """Adds MFU and memory to the event, which are also set as gauges."""
         match event["event"]:
             case "start":
                 start: StartEvent = {

@@ -41,7 +41,7 @@ _MAX_COPIES_BYTES = 64 << 30  # on a machine's disk: those that were used least 
 
 
 def open_tokens(settings: Settings) -> ShardCache:
-    """The deployment's cache. Connects at the first use."""
+    """Returns the deployment's cache. Connects at the first use."""
     folder = settings.home / _FOLDER
     if not isinstance(parse_location(settings.store), S3Location):
         return FolderCache(folder)
@@ -61,7 +61,7 @@ class BucketCache:
         return self.indices([key])[0]
 
     def indices(self, keys: Sequence[str]) -> list[ShardIndex | None]:
-        """Each shard has its tokens there, because they are written first."""
+        """Reads what the bucket has. Each shard has its tokens there, because they are written first."""
         with ThreadPoolExecutor(_READERS) as pool:
             found = list(pool.map(lambda key: self._read(key, INDEX), keys))
         return [None if data is None else ShardIndex.from_bytes(data) for data in found]
@@ -122,7 +122,7 @@ class BucketCache:
         return self._copies.alone()
 
     def _copy(self, key: str) -> bool:
-        """Whether the bucket has such an array, of which there is a copy now."""
+        """Says whether the bucket has such an array, of which there is a copy now."""
         try:
             with self._errors(key, TOKENS), self._filesystem.open_input_file(self._name(key, TOKENS)) as file:
                 self._make_room(file.size())
@@ -156,7 +156,7 @@ class BucketCache:
             raise StoreError(f"tokens {self._name(key, suffix)} cannot be read or written: {e}") from e
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the oldest copies. What a process has mapped stays readable."""
+        """Removes the oldest copies. What a process has mapped stays readable."""
         self._room -= num_bytes
         if self._room >= 0:
             return

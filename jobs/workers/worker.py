@@ -1,4 +1,4 @@
-"""What runs on each worker."""
+"""A training worker: the function that Ray Train runs on each."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from loray.train.data.rows import Dataset
 
 
-def num_threads(num_workers: int) -> int:
-    """OMP_NUM_THREADS of the node's environment if it is set, else this node's cores divided by `num_workers` on it.
+def num_threads() -> int:
+    """Returns OMP_NUM_THREADS of the node's environment if it is set, else this worker's part of the node's cores.
 
     If it is not set, Ray sets it later to the number of CPUs that a worker reserves. A worker reserves one CPU, so that
     training also starts on a node whose other CPUs a replica has reserved.
@@ -56,11 +56,11 @@ def num_threads(num_workers: int) -> int:
         return preset
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
-    return max(1, cores // num_workers)
+    return max(1, cores // ray.train.get_context().get_local_world_size())
 
 
 def preset_threads(environ: bytes) -> int | None:
-    """OMP_NUM_THREADS in the environment that a process was started with: NAME=value, each followed by a NUL byte."""
+    """Reads OMP_NUM_THREADS in a process's first environment: NAME=value, each followed by a NUL byte."""
     variables = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
     value = variables.get(b"OMP_NUM_THREADS", b"").partition(b",")[0]  # a list is for nested parallelism
     return int(value) if value.isdigit() and int(value) > 0 else None
@@ -99,7 +99,7 @@ def run(config: WorkerConfig) -> str | None:
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
     if not spec.use_gpu:
         compute_in_background()  # as an engine
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(num_threads())
     try:
         base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])
         problem = None
@@ -121,10 +121,7 @@ def run(config: WorkerConfig) -> str | None:
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
-    from loray.train.loop import (
-        deterministic,
-        train,  # takes seconds; driver and controller import this module and do not need it
-    )
+    from loray.train.loop import deterministic, train  # takes seconds, which driver and controller spare themselves
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     data: Dataset = ray.get(config["data"])
@@ -163,7 +160,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
 
 
 def _out_of_memory(spec: TrainSpec, base: BaseModel, error: RuntimeError) -> str:
-    """Return what to change in a run that did not fit, although the plan may have said that it would."""
+    """Says what to change in a run that did not fit, although the plan may have said that it would."""
     per_node = ray.train.get_context().get_local_world_size()
     device = device_on(hardware(), per_node, use_gpu=spec.use_gpu is True)
     advice = "" if device is None else f"; {advice_for_less(shape_of(spec, base.config), device)}"
@@ -171,17 +168,13 @@ def _out_of_memory(spec: TrainSpec, base: BaseModel, error: RuntimeError) -> str
 
 
 def _initial(config: WorkerConfig, stack: ExitStack) -> InitialAdapter | None:
-    """The adapter to go on from, in a folder that `stack` removes."""
+    """Returns the adapter to go on from, in a folder that `stack` removes."""
     if config["initial"] is None:
         return None
     from loray.methods.attach import InitialAdapter  # imports PEFT
 
     files: InitialFiles = ray.get(config["initial"])
     return InitialAdapter(files.digest, stack.enter_context(files.as_folder()))
-
-
-def _num_threads() -> int:
-    return num_threads(ray.train.get_context().get_local_world_size())
 
 
 def _utilisation(
@@ -207,7 +200,7 @@ def _utilisation(
 
 
 def _slow_products(spec: TrainSpec, device: torch.device) -> str | None:
-    """What bfloat16 costs on a CPU that does not multiply it, measured; None elsewhere."""
+    """Measures what bfloat16 costs on a CPU that does not multiply it; None elsewhere."""
     from loray.train.rates import product_flops
 
     if spec.dtype != "bfloat16" or device.type != "cpu" or hardware().multiplies_bfloat16:

@@ -249,7 +249,7 @@ def test_colours_of_all_models_mean_the_same() -> None:
         same: dict[str, Any] = {"dataset": "d", "context_length": 1024, "depth": 0.5}
         return Evaluation(metric="passkey_log_likelihood", subject=subject, value=value, **same)
 
-    svg = pictures.draw("a <title> & more", [cell("base", -10.0), cell("adapter", -0.01)])
+    svg = pictures.draw_heat_maps("a <title> & more", [cell("base", -10.0), cell("adapter", -0.01)])
     root = ET.fromstring(svg)
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a <title> & more" in texts

@@ -40,7 +40,7 @@ def test_commands_have_json() -> None:
 
 def test_colours(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
     """None where the output is no terminal; on a terminal, for which FORCE_COLOR stands, none with NO_COLOR."""
-    monkeypatch.setattr(doctor, "problem", lambda: None)
+    monkeypatch.setattr(doctor, "kernels_problem", lambda: None)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")

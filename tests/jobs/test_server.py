@@ -19,7 +19,7 @@ LATE = "Request failed with status code 500: No available agent to submit job, p
 
 def server_of(**methods: Any) -> RayJobServer:
     server = RayJobServer(lambda: "http://nowhere")
-    server.__dict__["_client"] = SimpleNamespace(**methods)
+    server._clients["http://nowhere"] = SimpleNamespace(**methods)
     return server
 
 

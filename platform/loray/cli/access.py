@@ -1,4 +1,4 @@
-"""`loray keys`, `loray tenants`."""
+"""`loray keys` and `loray tenants`, and the options of limits that both have."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Limit(click.ParamType):  # type: ignore[type-arg]  # generic in some vers
 
 # option, field, type, help
 _Row = tuple[str, str, type[Any], str]
-_OF_KEYS: tuple[_Row, ...] = (
+_LIMITS_OF_KEYS: tuple[_Row, ...] = (
     ("--rpm", "rpm_limit", int, "Requests a minute."),
     ("--tpm", "tpm_limit", int, "Tokens a minute, of prompts and answers."),
     ("--parallel", "max_parallel_requests", int, "Requests at once."),
@@ -47,22 +47,23 @@ _OF_KEYS: tuple[_Row, ...] = (
     ("--budget-duration", "budget_duration", str, "Such as 12h or 30d (default 30d)."),
     ("--min-priority", "min_priority", int, "The most urgent priority that requests may ask for."),
 )
-_OF_TENANTS: tuple[_Row, ...] = (
+_LIMITS_OF_TENANTS: tuple[_Row, ...] = (
     ("--adapters", "max_adapters", int, "Names of adapters."),
     ("--stored-bytes", "max_stored_bytes", str, "Size of all adapters, for instance 20GiB."),
     ("--jobs", "max_jobs", int, "Training jobs at once."),
     ("--workers", "max_workers", int, "Training workers at once."),
 )
-_AWAY = "none"
+_AWAY = "none"  # takes a limit away
+_ALL, _NEVER = "all", "never"  # take a key's models and its end away
 
 
-def limit_options(
+def _limit_options(
     *, of_tenant: bool = False, takes_away: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`takes_away`: `none` is allowed, too, and takes a limit away."""
+    """Adds an option for each limit. `takes_away`: `none` is allowed, too, and takes a limit away."""
 
     def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option, field, kind, text in reversed(_OF_KEYS + (_OF_TENANTS if of_tenant else ())):
+        for option, field, kind, text in reversed(_LIMITS_OF_KEYS + (_LIMITS_OF_TENANTS if of_tenant else ())):
             of: Any = _Limit(kind, _AWAY) if takes_away and kind is not str else kind
             command = click.option(option, field, type=of, help=text)(command)
         return command
@@ -70,19 +71,19 @@ def limit_options(
     return decorated
 
 
-def given_limits(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Field → value of the options that are given; None where `none` is."""
+def _given_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Maps field to value of the options that are given; None where `none` is."""
     return {name: None if value == _AWAY else value for name, value in options.items() if value is not None}
 
 
-def limits_from(options: Mapping[str, Any], before: Limits | None = None) -> Limits:
-    """The options that are given, over the limits of `before`."""
+def _limits_from(options: Mapping[str, Any], before: Limits | None = None) -> Limits:
+    """Returns the options that are given, over the limits of `before`."""
     known = {} if before is None else before.model_dump(include=set(Limits.model_fields))
-    return Limits.parse(known | given_limits(options), source="the command line")
+    return Limits.parse(known | _given_limits(options), source="the command line")
 
 
-def describe(limits: Limits) -> str:
-    """In a few words; empty without limits."""
+def _describe(limits: Limits) -> str:
+    """Describes limits in a few words; empty without limits."""
     words = {
         "requests/min": limits.rpm_limit,
         "tokens/min": limits.tpm_limit,
@@ -101,12 +102,9 @@ Access = AccessCalls | DirectAccess
 
 
 @contextmanager
-def open_access() -> Iterator[Access]:
+def _open_access() -> Iterator[Access]:
     with open_catalog() as catalog:
         yield catalog if isinstance(catalog, CatalogClient) else DirectAccess(catalog)
-
-
-_ALL, _NEVER = "all", "never"  # what takes a key's models and its end away
 
 
 @click.group()
@@ -118,7 +116,7 @@ def keys() -> None:
     """
 
 
-@keys.command()
+@keys.command("create")
 @click.argument("alias", required=False)
 @click.option(
     "--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="What it may do (default infer); repeatable."
@@ -126,10 +124,10 @@ def keys() -> None:
 @click.option("--tenant", help="Whose it is (default: that of LORAY_API_KEY; without a server, `default`).")
 @click.option("--model", "models", multiple=True, help="Only this model; may be given several times.")
 @click.option("--expires", metavar="DURATION", help="When it ends, such as 12h or 90d (default: it does not).")
-@limit_options()
+@_limit_options()
 @click.option("--static", is_flag=True, help="Make one for the deployment itself, which the catalog does not keep.")
 @json_option
-def create(
+def create_key(
     alias: str | None,
     scopes: tuple[Scope, ...],
     tenant: str | None,
@@ -157,19 +155,19 @@ def create(
     fields |= {} if tenant is None else {"tenant": tenant}
     fields |= {"models": models} if models else {}
     fields |= {} if expires is None else {"duration": _duration(expires)}
-    wanted = KeyCreation.parse(fields | given_limits(limits), source="the command line")
-    with open_access() as access:
+    wanted = KeyCreation.parse(fields | _given_limits(limits), source="the command line")
+    with _open_access() as access:
         made = access.create_key(wanted)
-    _show_new(made, as_json)
+    _show_new_key(made, as_json)
 
 
 @keys.command("ls")
 @click.option("--tenant", help="Only keys of this tenant.")
 @click.option("--all", "every", is_flag=True, help="Also those that are revoked or have expired.")
 @json_option
-def ls(tenant: str | None, every: bool, as_json: bool) -> None:
+def list_keys(tenant: str | None, every: bool, as_json: bool) -> None:
     """List keys, the newest first."""
-    with open_access() as access:
+    with _open_access() as access:
         found = [key for key in access.keys(tenant=tenant) if every or _is_in_use(key)]
     if as_json:
         emit([key.model_dump(mode="json") for key in found])
@@ -185,7 +183,7 @@ def ls(tenant: str | None, every: bool, as_json: bool) -> None:
                 key.tenant,
                 " ".join(key.scopes),
                 _ALL if key.models is None else " ".join(key.models),
-                describe(key),
+                _describe(key),
                 _state(key),
                 key.expires and when(key.expires),
                 key.last_used_at and when(key.last_used_at),
@@ -201,7 +199,7 @@ def ls(tenant: str | None, every: bool, as_json: bool) -> None:
 @click.option("--model", "models", multiple=True, help="Only this model; may be given several times. `all`: all.")
 @click.option("--expires", metavar="DURATION", help="When it ends, from now, such as 90d. `never`: it does not.")
 @click.option("--metadata", "pairs", multiple=True, metavar="KEY=VALUE", help="Replaces what is noted; repeatable.")
-@limit_options(takes_away=True)
+@_limit_options(takes_away=True)
 @json_option
 def update(
     key: str,
@@ -220,13 +218,13 @@ def update(
         fields |= {"expires": None} if expires == _NEVER else {"duration": _duration(expires)}
     if pairs:
         fields["metadata"] = _metadata(pairs)
-    fields |= given_limits(limits)
+    fields |= _given_limits(limits)
     if not fields:
         raise click.UsageError("say what is to change: `loray keys update --help`")
     change = KeyChange.parse(fields, source="the command line")
-    with open_access() as access:
+    with _open_access() as access:
         changed = access.change_key(_find(access, key), change)
-    _show(changed, as_json, "is changed")
+    _show_key(changed, as_json, "is changed")
 
 
 @keys.command()
@@ -235,8 +233,8 @@ def update(
 @json_option
 def revoke(key: str, only_this: bool, as_json: bool) -> None:
     """Revoke KEY for ever, with those that it was rotated from and into. Every server refuses it within two seconds."""
-    with open_access() as access:
-        _show(access.revoke_key(_find(access, key), only_this=only_this), as_json, "revoked")
+    with _open_access() as access:
+        _show_key(access.revoke_key(_find(access, key), only_this=only_this), as_json, "revoked")
 
 
 @keys.command()
@@ -245,9 +243,9 @@ def revoke(key: str, only_this: bool, as_json: bool) -> None:
 @json_option
 def block(key: str, off: bool, as_json: bool) -> None:
     """Refuse KEY until `loray keys block KEY --off`."""
-    with open_access() as access:
+    with _open_access() as access:
         changed = access.change_key(_find(access, key), KeyChange(blocked=not off))
-    _show(changed, as_json, "passes again" if off else "is blocked")
+    _show_key(changed, as_json, "passes again" if off else "is blocked")
 
 
 @keys.command()
@@ -256,13 +254,13 @@ def block(key: str, off: bool, as_json: bool) -> None:
 @json_option
 def rotate(key: str, grace: str | None, as_json: bool) -> None:
     """Replace KEY by a new one with the same alias, scopes and limits."""
-    with open_access() as access:
+    with _open_access() as access:
         made = access.rotate_key(_find(access, key), grace_period=None if grace is None else _duration(grace))
-    _show_new(made, as_json)
+    _show_new_key(made, as_json)
 
 
 def _find(access: Access, given: str) -> str:
-    """The id of the key that people name by its id or its alias."""
+    """Returns the id of the key that people name by its id or its alias."""
     if given.startswith("key-"):
         return given
     found = [key for key in access.keys(key_alias=given) if _is_in_use(key)]
@@ -301,7 +299,7 @@ def _metadata(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _show_new(made: NewKeyResource, as_json: bool) -> None:
+def _show_new_key(made: NewKeyResource, as_json: bool) -> None:
     if as_json:
         emit(made.model_dump(mode="json"))
         return
@@ -310,7 +308,7 @@ def _show_new(made: NewKeyResource, as_json: bool) -> None:
     click.echo(f"{about}; it is shown this once: export LORAY_API_KEY=…", err=True)
 
 
-def _show(key: KeyResource, as_json: bool, what: str) -> None:
+def _show_key(key: KeyResource, as_json: bool, what: str) -> None:
     if as_json:
         emit(key.model_dump(mode="json"))
     else:
@@ -327,48 +325,46 @@ def tenants() -> None:
 
 @tenants.command("create")
 @click.argument("name")
-@limit_options(of_tenant=True)
+@_limit_options(of_tenant=True)
 @json_option
-def create_tenants(name: str, as_json: bool, **limits: Any) -> None:
+def create_tenant(name: str, as_json: bool, **limits: Any) -> None:
     """Make the tenant NAME, with limits for all its keys together."""
-    with open_access() as access:
-        made = access.create_tenant(name, limits_from(limits))
-    _show_tenants(
-        made, as_json, f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`"
-    )
+    with _open_access() as access:
+        made = access.create_tenant(name, _limits_from(limits))
+    _show_tenant(made, as_json, f"made tenant {name}; give it a key with `loray keys create --tenant {name} --scope …`")
 
 
 @tenants.command("ls")
 @json_option
-def ls_tenants(as_json: bool) -> None:
+def list_tenants(as_json: bool) -> None:
     """List tenants."""
-    with open_access() as access:
+    with _open_access() as access:
         found = access.tenants()
     if as_json:
         emit([tenant.model_dump(mode="json") for tenant in found])
         return
     columns = ("NAME", "LIMITS", "STATE", "CREATED")
-    rows = [(t.name, describe(t), "blocked" if t.blocked else "good", when(t.created_at)) for t in found]
+    rows = [(t.name, _describe(t), "blocked" if t.blocked else "good", when(t.created_at)) for t in found]
     console().print(table(columns, rows))
 
 
 @tenants.command("set")
 @click.argument("name")
-@limit_options(of_tenant=True, takes_away=True)
+@_limit_options(of_tenant=True, takes_away=True)
 @click.option("--blocked/--unblocked", default=None, help="Refuse all its keys, or let them pass again.")
 @click.option("--no-limits", is_flag=True, help="Take all limits away before those that are given.")
 @json_option
 def set_(name: str, blocked: bool | None, no_limits: bool, as_json: bool, **limits: Any) -> None:
     """Change limits of NAME; those that are left out stay, and `none` takes one away."""
-    with open_access() as access:
+    with _open_access() as access:
         before = None if no_limits else access.tenant(name)
-        changed = access.change_tenant(name, TenantChange(limits=limits_from(limits, before), blocked=blocked))
-    _show_tenants(
-        changed, as_json, f"{name}: {describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
+        changed = access.change_tenant(name, TenantChange(limits=_limits_from(limits, before), blocked=blocked))
+    _show_tenant(
+        changed, as_json, f"{name}: {_describe(changed) or 'no limits'}{', blocked' if changed.blocked else ''}"
     )
 
 
-def _show_tenants(tenant: TenantResource, as_json: bool, line: str) -> None:
+def _show_tenant(tenant: TenantResource, as_json: bool, line: str) -> None:
     if as_json:
         emit(tenant.model_dump(mode="json"))
     else:

@@ -1,4 +1,4 @@
-"""`loray adapters`."""
+"""`loray adapters`: published adapters in the store and the catalog, or at the server of LORAY_URL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from loray.adapters.manifest import published_files
 from loray.bases.registry import base_with, get_base
-from loray.catalog import AdapterVersion, Catalog, split_model
+from loray.catalog import Catalog, split_model
 from loray.catalog.entries import parse_tags
 from loray.cli import describe
 from loray.cli.connect import CommandServices, complete_models, needed_remote, open_catalog, open_remote, open_services
@@ -28,8 +28,27 @@ from loray.settings import Settings
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
 
+# Form → the option that it needs, and those that it may have.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "lora": ("name", "aliases", "no_gate"),
+    "merged": ("folder", "dtype", "as_trained"),
+    "gguf": ("file",),
+}
+_no_gate_option = click.option(
+    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
+)
 
-@click.command()
+
+@click.group()
+def adapters() -> None:
+    """Published adapters: import, list, search, tag, show, promote, roll back, share, convert and verify them.
+
+    MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`; an adapter of
+    another tenant than `default` is `tenant/name`.
+    """
+
+
+@adapters.command()
 @click.argument("name")
 @click.option("--with", "tenants", metavar="TENANT,…", help="These tenants see it, and no others.")
 @click.option("--public", is_flag=True, help="Every tenant sees it.")
@@ -47,13 +66,10 @@ def share(name: str, tenants: str | None, public: bool, private: bool, as_json: 
     with open_catalog() as catalog:
         changed = catalog.share(name, visibility, shared_with)
         shown = describe.one_json(changed, catalog)
-    if as_json:
-        emit(shown)
-    else:
-        click.echo(f"{changed.name} is seen by {describe.seen_by(changed)}")
+    _tell(f"{changed.name} is seen by {describe.seen_by(changed)}", shown, as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("name")
 @click.option("--to", "tenant", required=True, metavar="TENANT", help="Whose it is to be.")
 @click.option("--name", "new_name", help="What it is called there (default: as it is).")
@@ -69,22 +85,14 @@ def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: b
     with open_catalog() as catalog:
         changed = catalog.transfer(name, tenant, new_name)
         shown = describe.one_json(changed, catalog)
-    if as_json:
-        emit(shown)
-    else:
-        click.echo(f"{name} is {changed.name} now")
+    _tell(f"{name} is {changed.name} now", shown, as_json)
 
 
-no_gate_option = click.option(
-    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
-)
-
-
-@click.command()
+@adapters.command()
 @click.argument("model", shell_complete=complete_models)
 @click.argument("alias", default=DEFAULT_ALIAS)
 @click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
-@no_gate_option
+@_no_gate_option
 @json_option
 def promote(model: str, alias: str, expected: int | None, no_gate: str | None, as_json: bool) -> None:
     """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version.
@@ -94,11 +102,10 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
     name, selector = split_model(model)
     with open_remote() as client:
         if client is not None:
-            target = version_of(client, name, selector or "newest")
+            target = _version_of(client, name, selector or "newest")
             etag, create = _precondition(client, name, alias, expected)
             moved = client.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
-            described: dict[str, Any] = moved.model_dump(mode="json")
-            _say(described if as_json else None, f"{name}@{alias} is version {moved.version} now")
+            _tell(f"{name}@{alias} is version {moved.version} now", moved.model_dump(mode="json"), as_json)
             return
     with open_services() as services:
         if selector is None:
@@ -107,10 +114,10 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
             target = services.catalog.resolve(model).version
         state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
         version = services.catalog.version(name, state.version)
-    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} now")
+    _tell(f"{name}@{alias} is version {version.version} now", describe.version_json(version), as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("name", shell_complete=complete_models)
 @click.option("--version", type=click.IntRange(1), help="The version that gets a share of the alias's requests.")
 @click.option("--percent", type=click.IntRange(1, 99), help="How many of 100 requests it gets.")
@@ -120,7 +127,7 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
 @click.option("--max-ttft-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
 @click.option("--max-itl-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
 @click.option("--min-requests", type=click.IntRange(1, 1_000_000), help="Before which times are not compared, 50.")
-@no_gate_option
+@_no_gate_option
 @json_option
 def canary(
     name: str,
@@ -155,7 +162,7 @@ def canary(
         console().print(describe.canaries([shown]))
 
 
-@click.command()
+@adapters.command()
 @click.argument("name", shell_complete=complete_models)
 @click.argument("alias", default=DEFAULT_ALIAS)
 @json_option
@@ -164,15 +171,14 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
     with open_remote() as client:
         if client is not None:
             moved = client.rollback(name, alias)
-            line = f"{name}@{alias} is version {moved.version} again"
-            _say(moved.model_dump(mode="json") if as_json else None, line)
+            _tell(f"{name}@{alias} is version {moved.version} again", moved.model_dump(mode="json"), as_json)
             return
     with open_services() as services:
         version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
-    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} again")
+    _tell(f"{name}@{alias} is version {version.version} again", describe.version_json(version), as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("model", shell_complete=complete_models)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
@@ -194,11 +200,10 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
                     services.catalog.delete_adapter(name)
                 else:
                     services.catalog.delete_version(name, version)
-    deleted = {"deleted": model} if as_json else None
-    _say(deleted, f"deleted {model}; `loray adapters restore {model}` brings it back")
+    _tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("model", shell_complete=complete_models)
 @json_option
 def restore(model: str, as_json: bool) -> None:
@@ -210,10 +215,10 @@ def restore(model: str, as_json: bool) -> None:
         else:
             with open_services() as services:
                 restore_stored(name, version, services.store, services.catalog)
-    _say({"restored": model} if as_json else None, f"restored {model}")
+    _tell(f"restored {model}", {"restored": model}, as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("model", shell_complete=complete_models)
 @json_option
 def release(model: str, as_json: bool) -> None:
@@ -221,20 +226,19 @@ def release(model: str, as_json: bool) -> None:
     name, selector = split_model(model)
     with open_remote() as client:
         if client is not None:
-            version = version_of(client, name, selector)
+            version = _version_of(client, name, selector)
             client.release(name, version)
         else:
             with open_services() as services:
                 version = services.catalog.resolve(model).version
                 services.catalog.release(name, version)
-    released = {"released": f"{name}@{version}"} if as_json else None
-    _say(released, f"released {name}@{version}: the next request tries it")
+    _tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
 
 
 def _bounds(
     catalog: CatalogClient | Catalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
 ) -> CanaryBounds:
-    """Those of the version's running canary, else the defaults, with what is wanted instead."""
+    """Returns the bounds of the version's running canary, else the defaults, with what is wanted instead."""
     try:
         known = catalog.canary(name, alias)
     except NotFoundError:
@@ -243,8 +247,8 @@ def _bounds(
     return CanaryBounds.model_validate((known.bounds if runs else CanaryBounds()).model_dump() | dict(wanted))
 
 
-def version_of(client: CatalogClient, name: str, selector: str | None) -> int:
-    """The version that `name`, `name@3` or `name@alias` means at the server, or the newest."""
+def _version_of(client: CatalogClient, name: str, selector: str | None) -> int:
+    """Returns the version that `name`, `name@3` or `name@alias` means at the server, or the newest."""
     if selector is None:
         return client.adapter(name).version
     if selector == "newest":
@@ -253,7 +257,7 @@ def version_of(client: CatalogClient, name: str, selector: str | None) -> int:
 
 
 def _precondition(client: CatalogClient, name: str, alias: str, expected: int | None) -> tuple[str | None, bool]:
-    """(ETag, whether the alias must not be set) for `--expected`."""
+    """Returns (ETag, whether the alias must not be set) for `--expected`."""
     if expected is None:
         return None, False
     try:
@@ -268,7 +272,7 @@ def _precondition(client: CatalogClient, name: str, alias: str, expected: int | 
 
 
 def _name_and_version(model: str) -> tuple[str, int | None]:
-    """The parts of `name` or `name@3`."""
+    """Returns the parts of `name` or `name@3`."""
     name, selector = split_model(model)
     if selector is None:
         return name, None
@@ -277,14 +281,14 @@ def _name_and_version(model: str) -> tuple[str, int | None]:
     return name, int(selector)
 
 
-def _say(data: dict[str, Any] | None, line: str) -> None:
-    if data is not None:
+def _tell(line: str, data: Any, as_json: bool) -> None:
+    if as_json:
         emit(data)
     else:
         click.echo(line)
 
 
-@click.command()
+@adapters.command()
 @click.argument("text", default="")
 @click.option("--tag", "tags", multiple=True, metavar="KEY[=VALUE]", help="With this tag; may be given several times.")
 @click.option("--base", help="Of this base model.")
@@ -321,7 +325,7 @@ def search(
             click.echo(f"the first {limit}; there are more (--limit)")
 
 
-@click.command()
+@adapters.command()
 @click.argument("name", shell_complete=complete_models)
 @click.argument("tags", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--unset", "unset", multiple=True, metavar="KEY", help="Take this tag away; may be given several times.")
@@ -349,12 +353,12 @@ def tag(name: str, tags: tuple[str, ...], unset: tuple[str, ...], as_json: bool)
         console().print(pairs(list(found.items())))
 
 
-@click.command()
+@adapters.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Publish it as the next version of this adapter.")
 @click.option("--base", help="The server's base model that it was trained on (default: found from the folder).")
 @click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
-@no_gate_option
+@_no_gate_option
 @click.option("--licence", help="Its licence, as an SPDX identifier.")
 @click.option("--description", help="One line for people.")
 @click.option("--tool-parser", type=click.Choice(get_args(ToolParserName)), help="How it writes tool calls.")
@@ -396,13 +400,10 @@ def push(
             description=description,
             tool_parser=tool_parser,
         )
-    if as_json:
-        emit(version.model_dump(mode="json"))
-    else:
-        click.echo(f"published {version.label}")
+    _tell(f"published {version.label}", version.model_dump(mode="json"), as_json)
 
 
-@click.command()
+@adapters.command()
 @click.argument("model", shell_complete=complete_models)
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(get_args(DownloadForm)), default="peft", show_default=True)
@@ -418,16 +419,16 @@ def pull(model: str, target: Path, form: DownloadForm, as_json: bool) -> None:
     name, selector = split_model(model)
     with open_remote() as client:
         if client is not None:
-            version = version_of(client, name, selector)
+            version = _version_of(client, name, selector)
             client.fetch(name, version, target, form)
             label = f"{name}@{version}"
         else:
             with open_services() as services:
                 label = _from_store(services, model, target, form)
-    if as_json:
-        emit({"model": label, "path": target, "format": form})
-    else:
-        click.echo(f"downloaded {label} to {target}")
+    _tell(f"downloaded {label} to {target}", {"model": label, "path": target, "format": form}, as_json)
+
+
+adapters.add_command(pull, "download")
 
 
 def _from_store(services: CommandServices, model: str, target: Path, form: DownloadForm) -> str:
@@ -444,34 +445,13 @@ def _from_store(services: CommandServices, model: str, target: Path, form: Downl
     return ref.label
 
 
-@click.group()
-def adapters() -> None:
-    """Published adapters: import, list, search, tag, show, promote, roll back, share, convert and verify them.
-
-    MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`; an adapter of
-    another tenant than `default` is `tenant/name`.
-    """
-
-
-# Form → the option that it needs, and those that it may have.
-_NEEDED: Mapping[str, tuple[str, ...]] = {
-    "lora": ("name", "aliases", "no_gate"),
-    "merged": ("folder", "dtype", "as_trained"),
-    "gguf": ("file",),
-}
-
-for command in (search, tag, share, transfer, promote, canary, rollback, rm, restore, release, push, pull):
-    adapters.add_command(command)
-adapters.add_command(pull, "download")
-
-
 @adapters.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Publish it as the next version of this adapter.")
 @click.option("--base", "base_name", help="The base model it was trained on (default: found from the folder).")
 @click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
 @click.option("--version", type=int, help="Ask for this version number; refused where another adapter has it.")
-@no_gate_option
+@_no_gate_option
 @click.option("--licence", help="Its licence, as an SPDX identifier.")
 @click.option("--description", default="", help="One line for people.")
 @click.option(
@@ -508,7 +488,7 @@ def import_(
             description=description,
             tool_parser=tool_parser,
         )
-    _print_version(published, as_json, f"published {published.label}")
+    _tell(f"published {published.label}", describe.version_json(published), as_json)
 
 
 @adapters.command("ls")
@@ -571,7 +551,7 @@ def show(model: str, as_json: bool) -> None:
 @click.option("--to", "form", type=click.Choice(list(_NEEDED)), required=True, help="What it is to become.")
 @click.option("--name", help="lora: publish it as the next version of this adapter.")
 @click.option("--alias", "aliases", multiple=True, help="lora: point this alias at it; may be given several times.")
-@no_gate_option
+@_no_gate_option
 @click.option("--folder", type=click.Path(path_type=Path), help="merged: the new folder of the checkpoint.")
 @click.option("--file", type=click.Path(path_type=Path), help="gguf: the new file.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="merged: its tensors' (default the base's).")
@@ -613,15 +593,12 @@ def convert(
                 assert file is not None
                 save_as_gguf(ref, file, base=base, store=services.store)
                 line = f"wrote {ref.label} as GGUF: {file}"
-            if as_json:
-                emit({"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])})
-            else:
-                click.echo(line)
+            _tell(line, {"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])}, as_json)
             return
         version = convert_to_lora(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
-    _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
+    _tell(f"published {version.label}, converted from {ref.label}", describe.version_json(version), as_json)
 
 
 @adapters.command()
@@ -640,18 +617,11 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
         verified: list[Verification] = []
         with progress_bar() as progress:
             for i, ref in enumerate(refs):
+                error = None
                 try:
                     services.store.verify(ref.digest)
                 except (IntegrityError, NotFoundError) as e:
-                    verified.append(Verification(ref.label, {"digest": ref.digest}, error=f"{ref.label}: {e}"))
-                else:
-                    verified.append(Verification(ref.label, {"digest": ref.digest}))
+                    error = f"{ref.label}: {e}"
+                verified.append(Verification(ref.label, {"digest": ref.digest}, error))
                 progress("verifying", (i + 1) / len(refs))
     report(verified, as_json)
-
-
-def _print_version(version: AdapterVersion, as_json: bool, line: str) -> None:
-    if as_json:
-        emit(describe.version_json(version))
-    else:
-        click.echo(line)

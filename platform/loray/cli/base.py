@@ -75,12 +75,12 @@ def verify(name: str | None, every: bool, as_json: bool) -> None:
     verified: list[Verification] = []
     with progress_bar() as progress:
         for b in list_bases(home) if every else [get_base(home, name or "")]:
+            error = None
             try:
                 verify_base(b, progress)
             except IntegrityError as e:
-                verified.append(Verification(b.name, {}, error=str(e)))
-            else:
-                verified.append(Verification(b.name, {"fingerprint": b.fingerprint}))
+                error = str(e)
+            verified.append(Verification(b.name, {} if error else {"fingerprint": b.fingerprint}, error))
     report(verified, as_json)
 
 

@@ -1,4 +1,4 @@
-"""`loray chat`."""
+"""`loray chat`: one conversation with each of several models."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from loray.client import LorayClient
 from loray.errors import EngineError, LorayError
 from loray.spec import format_seconds
 
+_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends (as Ctrl-D does)"
+_REFRESH_S = 0.1
+
 
 @dataclass(slots=True)
 class ChatAnswer:
-    """`ttft_s`: from the request to the first text. `num_tokens`: as the server counts them; 0 before the end."""
+    """An answer to a message. `ttft_s`: from the request to the first text. `num_tokens`: as the server counts them."""
 
     model: str
     text: str = ""
@@ -46,12 +49,12 @@ class ChatAnswer:
         return f"{self.num_tokens} tokens{rate}, first after {format_seconds(self.ttft_s)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds and tokens; `error` is null where there is none."""
+        """Returns seconds and tokens; `error` is null where there is none."""
         return asdict(self)
 
 
 def printable(text: str) -> str:
-    """Without control characters, by which a text could change what a terminal shows; lines and tabs stay."""
+    """Takes out control characters, by which a text could change what a terminal shows; lines and tabs stay."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
@@ -76,10 +79,6 @@ def stream(
         if chunk.usage is not None:
             answer.num_tokens = chunk.usage.completion_tokens
     answer.total_s = time.monotonic() - began
-
-
-_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends (as Ctrl-D does)"
-_REFRESH_S = 0.1
 
 
 @click.command()
@@ -157,7 +156,7 @@ class _Talk:
         self._messages = {name: list(first) for name in self._names}
 
     def ask(self, line: str) -> None:
-        """A failed answer is told, and its question is forgotten. Ctrl-C ends an answer, not the conversation."""
+        """Asks every model. A failed answer's question is forgotten. Ctrl-C ends an answer, not the conversation."""
         answers = [ChatAnswer(name) for name in self._names]
         if self._as_json:
             for answer in answers:

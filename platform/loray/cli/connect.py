@@ -1,4 +1,4 @@
-"""The server or the service that a command asks."""
+"""The server, or the store and catalog, that a command works on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _TRANSFER_RETRY_S = 60.0
+_COMPLETION_TIMEOUT_S = 1.0
+_MOST_NAMES = 200
 
 
 class CommandServices(NamedTuple):
@@ -44,7 +46,7 @@ def open_services() -> Iterator[CommandServices]:
 
 @contextmanager
 def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
-    """A client of the server at LORAY_URL; None where commands work on store and catalog themselves.
+    """Opens a client of the server at LORAY_URL; None where commands work on store and catalog themselves.
 
     `retry_s`: how long it waits for a server that is away.
     """
@@ -58,7 +60,7 @@ def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
 
 @contextmanager
 def open_catalog() -> Iterator[CatalogClient | Catalog]:
-    """A client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+    """Opens a client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
     with open_remote() as client:
         if client is not None:
             yield client
@@ -69,7 +71,7 @@ def open_catalog() -> Iterator[CatalogClient | Catalog]:
 
 @contextmanager
 def needed_remote() -> Iterator[CatalogClient]:
-    """As `open_remote`; transfers go on when the server comes back. Raises SettingsError without LORAY_URL."""
+    """Opens a client of LORAY_URL, whose transfers go on when the server comes back. SettingsError without one."""
     with open_remote(retry_s=_TRANSFER_RETRY_S) as client:
         if client is None:
             raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
@@ -82,7 +84,7 @@ url_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
 
 
 def target(url: str | None) -> str:
-    """The URL without a path. ClusterError where nothing is served."""
+    """Returns the server's URL without a path. ClusterError where nothing is served."""
     settings = Settings.from_env()
     chosen = url or settings.url
     if chosen is not None:
@@ -95,14 +97,10 @@ def target(url: str | None) -> str:
     return found[0]
 
 
-_TIMEOUT_S = 1.0
-_MOST = 200
-
-
 def complete_models(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """Adapters and bases whose names begin like this, and aliases after `@`: of LORAY_URL, else of this machine."""
+    """Lists models whose names begin like this, and aliases after `@`: of LORAY_URL, else of this machine."""
     try:
-        return [name for name in _names(Settings.from_env(), incomplete) if name.startswith(incomplete)][:_MOST]
+        return [name for name in _names(Settings.from_env(), incomplete) if name.startswith(incomplete)][:_MOST_NAMES]
     except (LorayError, OSError):
         return []
 
@@ -111,7 +109,7 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     if settings.url is not None:
         from loray.client import LorayClient
 
-        with LorayClient(settings.url, timeout=_TIMEOUT_S) as client:
+        with LorayClient(settings.url, timeout=_COMPLETION_TIMEOUT_S) as client:
             models = client.models()
         return [f"{m.id}{at}" for m in models for at in ("", *(f"@{alias}" for alias in m.aliases or ()))]
     bases = sorted(folder.name for folder in (settings.home / "bases").glob("[!.]*"))
@@ -125,6 +123,8 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
         name, at, _ = incomplete.partition("@")
         if at:
             return [f"{name}@{alias}" for alias, _ in catalog.adapter(name).entry.pointers]
-        return bases + [entry.name for entry in islice(catalog.names(limit=_MOST, search=name or None), _MOST)]
+        return bases + [
+            entry.name for entry in islice(catalog.names(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
+        ]
     finally:
         catalog.close()

@@ -22,11 +22,7 @@ from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
 from loray.schemas.resources import AdapterResource, CanaryResource, VersionDetail
 from loray.settings import Settings
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_seconds, format_size
-
-
-def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
-    return bases.get(ref.base_fingerprint, ref.base_fingerprint[:12])
+from loray.spec import AdapterManifest, Evaluation, RopeParameters, format_seconds, format_size
 
 
 def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
@@ -36,7 +32,7 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
         "version": ref.version,
         "digest": ref.digest,
         "method": ref.method,
-        "base": base_name(ref, bases),
+        "base": bases.get(ref.base_fingerprint, ref.base_fingerprint[:12]),
         "context_length": ref.context_length,
         "nbytes": ref.nbytes,
         "aliases": dict(entry.aliases),
@@ -49,14 +45,14 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
 
 
 def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
-    """As `entry_json` of each."""
+    """Makes of each what `entry_json` makes."""
     fields = {"name", "version", "digest", "method", "base", "context_length", "nbytes", "aliases", "versions"}
     fields |= {"weights", "tenant", "visibility", "shared_with"}
     return [a.model_dump(mode="json", include=fields) for a in found]
 
 
 def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogClient) -> dict[str, Any]:
-    """As `entry_json`, of what the catalog or a server has returned."""
+    """Makes what `entry_json` makes, of what the catalog or a server has returned."""
     if isinstance(found, AdapterResource):
         return of_resources([found])[0]
     assert isinstance(catalog, Catalog)
@@ -64,13 +60,13 @@ def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogCl
 
 
 def all_adapters(snapshot: CatalogSnapshot) -> list[dict[str, Any]]:
-    """`entry_json` of each."""
+    """Makes `entry_json` of each."""
     bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
     return [entry_json(entry, bases) for entry in snapshot.models()]
 
 
 def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of what `entry_json` makes."""
+    """Shows what `entry_json` makes as a table."""
     columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "SEEN BY", "DIGEST")
     cells = [
         (
@@ -97,7 +93,7 @@ def _target(row: Mapping[str, Any], alias: str) -> str:
 
 
 def seen_by(entry: AdapterEntry | AdapterResource) -> str:
-    """The tenants that see it."""
+    """Names the tenants that see it."""
     if entry.visibility == "public":
         return "everybody"
     return " ".join([entry.tenant, *sorted(entry.shared_with)])
@@ -156,7 +152,7 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
 
 
 def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
-    """As `Catalog.adapter`, of what a server tells: without the moves of aliases."""
+    """Returns what `Catalog.adapter` does, of what a server tells: without the moves of aliases."""
     found = client.adapter(name)
     versions = tuple(_version_of(client.version(name, number)) for number in found.versions)
     shares = ((alias, v, share) for alias, weights in found.weights.items() for v, share in weights.items())
@@ -191,14 +187,14 @@ def _version_of(found: VersionDetail) -> AdapterVersion:
 def objections(
     manifest: AdapterManifest, evaluations: Sequence[Evaluation], settings: Settings
 ) -> tuple[str, ...] | None:
-    """Why the gate of `settings` refuses an alias; None if the adapter is not gated."""
+    """Says why the gate of `settings` refuses an alias; None if the adapter is not gated."""
     if not aliases.is_gated(manifest):
         return None
     return aliases.failures(manifest, evaluations, settings.gate_tolerance, trusts_keys=settings.gate_trusts_keys)
 
 
 def lineage(version: AdapterVersion, settings: Settings | None) -> Table:
-    """The version's properties and origin, and why the gate of `settings` refuses it an alias; None: nobody knows."""
+    """Shows the version's properties and origin, and why the gate of `settings`, if known, refuses it an alias."""
     m: AdapterManifest = version.manifest
     passes = None
     if settings is not None and (against := objections(m, version.evaluations, settings)) is not None:
@@ -237,7 +233,7 @@ def _parent(m: AdapterManifest) -> str:
 
 
 def evaluations(measured: Sequence[Evaluation]) -> Table:
-    """One row per evaluation. Empty columns are left out."""
+    """Shows one row per evaluation. Empty columns are left out."""
     columns: dict[str, list[object]] = {
         "METRIC": [e.metric for e in measured],
         "VALUE": [f"{e.value:.4g}" for e in measured],
@@ -275,7 +271,7 @@ def versions(detail: AdapterDetail) -> Table:
 
 
 def canaries(found: Iterable[CanaryResource]) -> Table:
-    """Canaries with what was counted of them, beside the stable version's figures in brackets."""
+    """Shows canaries with what was counted of them, beside the stable version's figures in brackets."""
     rows = []
     for c in found:
         new, old = c.counts["canary"], c.counts["stable"]

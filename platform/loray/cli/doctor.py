@@ -1,10 +1,9 @@
-"""`loray doctor`: one function a check."""
+"""`loray doctor`: checks of this machine and of the deployment that it is to run, each a function in `CHECKS`."""
 
 from __future__ import annotations
 
 import errno
 import os
-import resource
 import shlex
 import shutil
 import socket
@@ -15,14 +14,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Literal, NamedTuple
 
 import click
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.markup import escape
 
 from loray.bases.checkpoint import check_tensors, tensor_infos
@@ -53,21 +57,34 @@ from loray.recipes.resolve import on_hardware
 from loray.settings import LOCAL_S3_FOLDER, Settings
 from loray.spec import FleetSpec, ServeSpec, TrainSpec, format_size, read_mapping
 
-_SHM = Path("/dev/shm")
-_CGROUP = Path("/sys/fs/cgroup")
+_LEAST_DISK = 1 << 30
+_LOW_DISK = 0.05  # share of the disk
+_OTHER_FILES = 256  # libraries, adapters, logs, connections between processes
+_BUILD_TIMEOUT_S = 180.0  # of the kernels: the first build takes tens of seconds on one core
+_SERVER_TIMEOUT_S = 10.0
+_CLOCK_TIMEOUT_S = 5.0
+_SKEW_S, _MOST_SKEW_S = 30.0, 300.0  # S3 refuses what is signed more than 15 minutes before or after
+_INSTALL = "apt-get install g++  (or set CXX to a C++17 compiler)"
+_ROW_LENGTH = 512
+_REQUESTS, _PROMPT, _ANSWER = 32, 64, 32  # of the load that the estimate of serving is for
+# Of what products and reading the weights alone would take, measured with SmolLM2-135M: 0.76 on two cores with AVX2
+# (110 tokens/s), 0.78 on two with AVX512-BF16 (936 tokens/s).
+_SERVED_SHARE = 0.77
+
+Severity = Literal["ok", "warning", "error"]
+_STYLES: Mapping[Severity, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Sizes in bytes.
+    """Holds what checks know of the machine.
 
-    python        version
-    requirements  PEP 508 lines of the installed loray; None where it is not installed
-    installed     version by distribution, None where it is missing
-    available     memory that processes can still get: the machine's, within the container's limit
-    shm           free bytes of /dev/shm; None where there is none
+    requirements    PEP 508 lines of the installed loray; None where it is not installed
+    installed       version by distribution, None where it is missing
+    available       memory that processes can still get: the machine's, within the container's limit
+    shm             free space of /dev/shm; None where there is none
     disk_free, disk_total  of the file system of LORAY_HOME
-    max_open_files  the soft limit; hard_open_files: up to which it can be raised
+    max_open_files  the soft limit; `hard_open_files`: up to which it can be raised
     """
 
     python: str
@@ -82,21 +99,21 @@ class Facts:
 
     @classmethod
     def read(cls, home: Path) -> Facts:
-        import psutil
-
-        requirements = _requirements()
+        try:
+            requirements: tuple[str, ...] | None = tuple(requires("loray") or ())
+        except PackageNotFoundError:
+            requirements = None
         available = psutil.virtual_memory().available
-        limit = _left_in_container(_CGROUP)
+        limit = _left_in_container(Path("/sys/fs/cgroup"))
         disk = shutil.disk_usage(existing(home))
-        soft, hard = (
-            sys.maxsize if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE)
-        )
+        soft, hard = (sys.maxsize if n == RLIM_INFINITY else n for n in getrlimit(RLIMIT_NOFILE))
+        shm = Path("/dev/shm")
         return cls(
             python=".".join(map(str, sys.version_info[:3])),
             requirements=requirements,
-            installed=_installed(requirements or ()),
+            installed={name: _version(name) for name, _ in _needed(requirements or ())},
             available=available if limit is None else min(available, limit),
-            shm=shutil.disk_usage(_SHM).free if _SHM.is_dir() else None,
+            shm=shutil.disk_usage(shm).free if shm.is_dir() else None,
             disk_free=disk.free,
             disk_total=disk.total,
             max_open_files=soft,
@@ -105,37 +122,25 @@ class Facts:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Returns the path, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def needed(lines: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(name, versions) of the requirements that hold on this machine without extras."""
-    from packaging.requirements import Requirement
-
+def _needed(lines: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Returns (name, versions) of the requirements that hold on this machine without extras."""
     found = map(Requirement, lines)
     return [(r.name, str(r.specifier)) for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def _requirements() -> tuple[str, ...] | None:
+def _version(distribution: str) -> str | None:
     try:
-        return tuple(requires("loray") or ())
+        return version(distribution)
     except PackageNotFoundError:
         return None
 
 
-def _installed(requirements: tuple[str, ...]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name, _ in needed(requirements):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def _left_in_container(folder: Path) -> int | None:
-    """Bytes below the limit of this control group (version 2); None where there is no limit."""
+    """Returns the bytes below the limit of this control group (version 2); None where there is no limit."""
     try:
         limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
         used = int((folder / "memory.current").read_text(encoding="utf-8"))
@@ -144,11 +149,8 @@ def _left_in_container(folder: Path) -> int | None:
     return None if limit == "max" else max(0, int(limit) - used)
 
 
-Severity = Literal["ok", "warning", "error"]
-
-
 class CheckResult(NamedTuple):
-    """`warning`: it works, but slower or not for long. `mend`: a command, or what to change; None where all is well."""
+    """Says what a check found. `warning`: it works, but slower or not for long. `mend`: a command, or what to do."""
 
     severity: Severity
     message: str
@@ -157,8 +159,8 @@ class CheckResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """`spec`: the deployment that this machine is to run, or one base of it, beside `others`. `deep`: bytes are hashed,
-    which takes as long as reading them. `file`: where the spec is; None: on the command line.
+    """Holds what is examined. `spec`: the deployment that this machine is to run, or one base of it, beside `others`.
+    `deep`: bytes are hashed, which takes as long as reading them. `file`: where the spec is; None: on the command line.
     """
 
     settings: Settings
@@ -169,71 +171,371 @@ class Situation:
     file: Path | None = None
 
 
-class Check(NamedTuple):
-    """`serves`: only what serves or trains here needs it, and not a machine that asks the server of LORAY_URL."""
-
-    name: str
-    run: Callable[[Situation], CheckResult]
-    serves: bool = True
+Check = Callable[[Situation], CheckResult]
+ok = partial(CheckResult, "ok")
+warning = partial(CheckResult, "warning")
+error = partial(CheckResult, "error")
 
 
-def ok(message: str) -> CheckResult:
-    return CheckResult("ok", message)
+def python(s: Situation) -> CheckResult:
+    try:
+        wanted = metadata("loray")["Requires-Python"]
+    except PackageNotFoundError:
+        wanted = ">=3.11"
+    if SpecifierSet(wanted).contains(s.facts.python, prereleases=True):
+        return ok(f"Python {s.facts.python}")
+    return error(
+        f"Python {s.facts.python} does not run loray, which needs {wanted}",
+        "python3.12 -m venv .venv && .venv/bin/pip install loray",
+    )
 
 
-def warning(message: str, repair: str) -> CheckResult:
-    return CheckResult("warning", message, repair)
+def packages(s: Situation) -> CheckResult:
+    if s.facts.requirements is None:
+        return error("loray is not installed, so train, serve and up are missing", "pip install -e .")
+    wrong, install = [], []
+    for name, specifier in _needed(s.facts.requirements):
+        found = s.facts.installed.get(name)
+        if found is None:
+            wrong.append(f"{name} is missing")
+        elif not SpecifierSet(specifier).contains(found, prereleases=True):
+            wrong.append(f"{name} {found} is not {specifier}")
+        else:
+            continue
+        install.append(name + specifier)
+    if wrong:
+        return error("; ".join(wrong), f"pip install {shlex.join(install)}")
+    return ok(f"{len(s.facts.installed)} packages have versions that fit")
 
 
-def error(message: str, repair: str) -> CheckResult:
-    return CheckResult("error", message, repair)
+def server(s: Situation) -> CheckResult:
+    url = s.settings.url
+    if url is None:
+        return ok("LORAY_URL is not set: commands work on this machine")
+    from loray.client import LorayClient
+
+    try:
+        with LorayClient(url, timeout=_SERVER_TIMEOUT_S) as client:
+            num_models = len(client.models())
+    except (Unauthenticated, PermissionDenied) as e:
+        given = "is refused" if s.settings.api_key else "is missing"
+        return error(
+            f"the server at LORAY_URL={url} answers, and the API key {given}: {e}",
+            "export LORAY_API_KEY=KEY  (an administrator makes one with `loray keys create`)",
+        )
+    except LorayError as e:
+        return error(f"LORAY_URL={url}: {e}", "export LORAY_URL=http://HOST:PORT of a server, or unset LORAY_URL")
+    return ok(f"the server at {url} answers: {num_models} models")
 
 
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to the folder, or made where it does not exist yet; None where it can."""
+def home(s: Situation) -> CheckResult:
+    mend = "export LORAY_HOME=FOLDER  (one that is yours, as ~/.loray)"
+    return _writable(f"LORAY_HOME={s.settings.home}", s.settings.home, mend)
+
+
+def _writable(what: str, folder: Path, mend: str) -> CheckResult:
+    """Checks that something can be written to the folder, or made where it does not exist yet."""
     nearest = existing(folder)
     if not nearest.is_dir():
-        return f"{nearest} is a file"
+        return error(f"{what} cannot be written to: {nearest} is a file", mend)
     try:
         with tempfile.TemporaryFile(dir=nearest):
-            return None
+            return ok(f"{what} can be written to")
     except OSError as e:
-        return e.strerror or str(e)
+        return error(f"{what} cannot be written to: {e.strerror or e}", mend)
 
 
-def writable(s: Situation) -> CheckResult:
-    home = s.settings.home
-    reason = unwritable(home)
-    if reason is None:
-        return ok(f"LORAY_HOME={home} can be written to")
-    return error(
-        f"LORAY_HOME={home} cannot be written to: {reason}",
-        "export LORAY_HOME=FOLDER  (one that is yours, as ~/.loray)",
+def disk(s: Situation) -> CheckResult:
+    free, total = s.facts.disk_free, s.facts.disk_total
+    told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
+    mend = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
+    if free < _LEAST_DISK:
+        return error(told, mend)
+    return warning(told, mend) if free < _LOW_DISK * total else ok(told)
+
+
+def memory(s: Situation) -> CheckResult:
+    """Counts all bases on the CPU together, and says what mends it of the one that is examined."""
+    spec, home, available = s.spec, s.settings.home, s.facts.available
+    if not spec.device.startswith("cpu"):
+        if spec.pool_bytes is None:
+            share = f"{spec.gpu_memory_utilization:.0%} of its memory"
+            return ok(f"weights are on {spec.device}; the pool has what they and the steps leave of {share}")
+        return ok(f"weights and a pool of {format_size(spec.pool_bytes)} are on {spec.device}")
+    if standalone_servers(home) or current_cluster(home):
+        return ok("what is served has its memory")
+    bases = [
+        (b, max(1, b.min_replicas), _weights(s, b.base), b.fixed_pool_bytes or 0)
+        for b in (spec, *s.others)
+        if b.device.startswith("cpu")
+    ]
+    least = sum(num * (weights + pool) for _, num, weights, pool in bases)
+    most = least + sum(num * b.host_bytes for b, num, _, _ in bases)
+    told = f"{format_size(available)} of memory are available"
+    if available < least:
+        what = " + ".join(
+            f"{num} × (weights {format_size(weights)} + pool {format_size(pool)}{f' of {b.base}' if s.others else ''})"
+            for b, num, weights, pool in bases
+        )
+        _, num, weights, pool = bases[0]
+        beside = least - num * (weights + pool)
+        fitting = max(16, ((available - beside) // num - weights) // 2 >> 20)
+        return error(f"{told}, and {format_size(least)} are needed: {what}", _with(s, "pool_bytes", f"{fitting}MiB"))
+    if available < most:
+        return warning(
+            f"{told}; with host_bytes full, {format_size(most)} are needed",
+            _with(s, "host_bytes", f"{(available - least) >> 21}MiB"),
+        )
+    return ok(f"{told}, {format_size(most)} needed at most")
+
+
+def _weights(s: Situation, name: str) -> int:
+    """Returns the bytes of a base; 0 where it is missing, which another check says."""
+    try:
+        return sum(info.stop - info.start for info in tensor_infos(get_base(s.settings.home, name).path))
+    except (LorayError, OSError, ValueError):
+        return 0
+
+
+def _with(s: Situation, field: str, value: str) -> str:
+    """Says what gives the examined base another value, and leaves the rest of its deployment."""
+    if s.file is not None:
+        return f"set {field} of {s.spec.base} in {s.file} to {value}"
+    return f"loray up --base {s.spec.base} --{field.replace('_', '-')} {value}"
+
+
+def shm(s: Situation) -> CheckResult:
+    if s.facts.shm is not None and (s.facts.shm >= OBJECT_STORE_BYTES or current_cluster(s.settings.home)):
+        return ok(f"/dev/shm has {format_size(s.facts.shm)} free")
+    free = "is missing" if s.facts.shm is None else f"has {format_size(s.facts.shm)} free"
+    return warning(
+        f"/dev/shm {free}, and Ray's object store takes {format_size(OBJECT_STORE_BYTES)}: it will be on disk, slower",
+        "mount -o remount,size=1G /dev/shm  (in a container: docker run --shm-size=1g)",
     )
+
+
+def files(s: Situation) -> CheckResult:
+    """Counts a connection to its client for each request, and for a queued one too."""
+    least = _OTHER_FILES + sum(b.max_queued + b.max_num_seqs * b.max_replicas for b in (s.spec, *s.others))
+    limit = s.facts.max_open_files
+    if limit >= least:
+        return ok(f"{limit:,} open files are allowed")
+    mend = f"ulimit -n {least}"
+    if s.facts.hard_open_files < least:
+        mend = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
+    return error(f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", mend)
+
+
+def compiler(s: Situation) -> CheckResult:
+    chosen = os.environ.get("CXX")
+    found = [name for name in (chosen, "g++", "c++", "clang++") if name and shutil.which(name)]
+    if not found:
+        return error("there is no C++ compiler: without compiled kernels, the slow reference kernels run", _INSTALL)
+    if chosen and found[0] != chosen:
+        return error(f"CXX={chosen} is not a program", "unset CXX")
+    return ok(f"C++ compiler: {found[0]}")
+
+
+def kernels(s: Situation) -> CheckResult:
+    if s.spec.device.startswith("cuda"):
+        return ok("the CPU's kernels are not needed on a GPU")
+    reason = kernels_problem()
+    if reason is None:
+        return ok("the CPU's kernels build and load")
+    told = f"the CPU's kernels do not load, and slow reference kernels run instead: {reason}"
+    if "cannot be kept" in reason:
+        return error(told, "export XDG_CACHE_HOME=FOLDER  (one that can be written)")
+    if "compile" in reason:
+        return error(told, _INSTALL)
+    return error(told, "rm -r ~/.cache/loray/kernels  (they are built again at the next start)")
+
+
+def kernels_problem() -> str | None:
+    """Says why the CPU's kernels do not load; None where they do.
+
+    They are loaded in a process of its own, which a library for other CPUs ends with a signal.
+    """
+    command = [sys.executable, "-c", "from loray.cli.doctor import load_kernels; raise SystemExit(load_kernels())"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"not built within {_BUILD_TIMEOUT_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode} while it loaded"
+    return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+
+
+def load_kernels() -> str | int:
+    """Returns what a process is to exit with: 0, or why the CPU's kernels cannot be had."""
+    from loray_kernels import BackendUnavailable, backend
+
+    try:
+        backend("cpu")
+    except (BackendUnavailable, OSError) as e:
+        return " ".join(str(e).split())
+    return 0
 
 
 def base(s: Situation) -> CheckResult:
     """Reads the weights' headers; hashes all bytes with `deep`."""
-    name, repair = s.spec.base, f"loray base add {s.spec.base}"
+    name, add = s.spec.base, f"loray base add {s.spec.base}"
     try:
         found = get_base(s.settings.home, name)
     except BaseNotFound:
-        return error(f"the base model {name} is not on this machine", repair)
+        return error(f"the base model {name} is not on this machine", add)
     except (LorayError, OSError) as e:
-        return error(f"the base model {name} is damaged: {e}", _again(s))
-    source = found.source.removeprefix("hf:")
+        return error(f"the base model {name} is damaged: {e}", f"rm -r {s.settings.home / 'bases' / name} && {add}")
     try:
         if s.deep:
             verify_base(found)
         else:
             check_tensors(found.path, found.config)
     except (LorayError, OSError, ValueError) as e:
+        source = found.source.removeprefix("hf:")
         return error(f"the base model {name} is damaged: {e}", f"loray base add {source} --name {name}")
     return ok(f"base model {name}{', every byte' if s.deep else ''}")
 
 
-def _again(s: Situation) -> str:
-    return f"rm -r {s.settings.home / 'bases' / s.spec.base} && loray base add {s.spec.base}"
+def machine(s: Situation) -> CheckResult:
+    """Measures this machine where that has not been done."""
+    try:
+        machine = measured(s.settings.home, even_if_busy=False)
+    except LorayError as e:
+        return ok(f"{Machine.here(s.settings.home).hardware.describe()}; not measured: {e}")
+    told = machine.hardware.describe()
+    if machine.rates is None:
+        return ok(f"{told}; not measured yet, because it is busy")
+    products = ", ".join(f"{dtype} {flops / 1e9:,.0f}" for dtype, flops in machine.rates.products.items())
+    told += f"; products in GFLOP/s: {products}; memory {machine.rates.bandwidth / 1e9:.0f} GB/s"
+    if (gpu := machine.rates.gpu) is not None:
+        told += f"; GPU {gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
+    return ok(told)
+
+
+def speed(s: Situation) -> CheckResult:
+    """Estimates the base's speeds from the rates that `rates` has measured."""
+    try:
+        config = get_base(s.settings.home, s.spec.base).config
+    except (LorayError, OSError):
+        return ok(f"without the base {s.spec.base} there is no estimate")  # another check says that it is missing
+    machine = Machine.here(s.settings.home)
+    return ok(f"{s.spec.base}: {_training(config, machine)}; {_serving(s.spec, config, machine)}")
+
+
+def _training(config: ModelConfig, machine: Machine) -> str:
+    fields = {"name": "estimate", "data": {"train": "data.jsonl", "max_length": _ROW_LENGTH}}
+    recipe = TrainSpec.parse(complete(fields, size_of(config)), source="the usual recipe")
+    spec, why = on_hardware(recipe, machine.hardware)
+    device = gpu_here(machine) if spec.use_gpu else host(machine, 1)
+    told = f"trains in {spec.dtype} ({why})"
+    if device is not None and (machine.rates is not None or not device.is_host):
+        time = make_plan(shape_of(spec, config, dtype=device.training_dtype), device).time
+        told += f", LoRA at about {_about(time.tokens_per_s)} tokens/s"
+    return told
+
+
+def _serving(spec: ServeSpec, config: ModelConfig, machine: Machine) -> str:
+    use_gpu = not spec.device.startswith("cpu")
+    dtype, why = serving_dtype(machine.hardware, use_gpu=use_gpu, has_kernels=True)
+    if spec.dtype != "auto":
+        dtype, why = spec.dtype, "as given"
+    steps = f"steps of up to {spec.max_num_seqs} requests and {spec.max_num_batched_tokens:,} tokens"
+    told, rates = f"serves in {dtype} ({why}) with {steps}", machine.rates
+    if rates is None or (use_gpu and rates.gpu is None):
+        return told
+    flops, bandwidth = rates.fastest, rates.bandwidth
+    if use_gpu and rates.gpu is not None:
+        flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
+    elements = config.num_matrix_elements
+    prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
+    step = max(spec.element_bytes * elements / bandwidth, 2.0 * elements * _REQUESTS / flops)
+    tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
+    return f"{told}; {_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
+
+
+def _about(value: float) -> str:
+    """Rounds to two digits: estimates are not better."""
+    return f"{float(f'{value:.2g}'):,.0f}"
+
+
+def catalog(s: Situation) -> CheckResult:
+    from loray.catalog.database import HEAD, revision_of, shown_url
+
+    url = s.settings.catalog
+    try:
+        revision = revision_of(url)
+    except IntegrityError as e:
+        return error(str(e), "loray catalog restore FILE  (a backup, into a catalog with another name)")
+    except (LorayError, OSError) as e:
+        mend = "start the database, or set LORAY_CATALOG to where it is"
+        return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else mend)
+    if revision is None:
+        return ok("the catalog is empty; its tables are made at first use")
+    if revision == HEAD:
+        return ok(f"catalog {shown_url(url)} answers")
+    if revision < HEAD:
+        return error(
+            f"the catalog was made before the first release (revision {revision})",
+            "LORAY_CATALOG=sqlite:///$HOME/.loray/new.db loray adapters import FOLDER --name NAME  (for each adapter)",
+        )
+    return error(
+        f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD})",
+        "pip install --upgrade loray",
+    )
+
+
+def store(s: Situation) -> CheckResult:
+    location = parse_location(s.settings.store)
+    if isinstance(location, FileLocation):
+        return _writable(f"store {location.url}", location.folder, f"chown -R $USER {location.folder}")
+    if _is_down(s):
+        return ok(f"store {describe_store(s.settings)}")
+    from loray.store.s3 import S3Store
+
+    try:
+        S3Store(location, quick=True).check()
+    except (LorayError, OSError) as e:
+        return error(f"store {location.url}: {e}", "set LORAY_STORE (s3://bucket?endpoint_url=…) and the keys of AWS_…")
+    return ok(f"store {location.url} can be written to")
+
+
+def clock(s: Situation) -> CheckResult:
+    location = parse_location(s.settings.store)
+    ahead = None if _is_down(s) else _seconds_ahead(location)
+    if ahead is None:
+        return ok("the store's clock could not be compared")
+    told = f"this machine's clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the store's"
+    mend = "sudo timedatectl set-ntp true"
+    if abs(ahead) >= _MOST_SKEW_S:
+        return error(f"{told}: S3 refuses requests, and garbage is judged by its age", mend)
+    return warning(told, mend) if abs(ahead) >= _SKEW_S else ok("the clocks of this machine and of the store agree")
+
+
+def _is_down(s: Situation) -> bool:
+    """Says whether the store is this home's own server, which `loray up` starts, and does not run."""
+    return has_local_s3(s.settings) and current_local_s3(s.settings.home / LOCAL_S3_FOLDER) is None
+
+
+def _seconds_ahead(location: FileLocation | S3Location) -> float | None:
+    """Compares this machine's clock with what the file system writes, which may be another machine's, or with the
+    header Date of the server, whose answers have it also where they refuse. None where there is no such time.
+    """
+    from loray.store.s3 import endpoint_of, region_of
+
+    try:
+        if isinstance(location, FileLocation):
+            with tempfile.NamedTemporaryFile(dir=location.folder) as file:
+                return time.time() - os.fstat(file.fileno()).st_mtime
+        url = endpoint_of(location) or f"https://s3.{region_of(location) or 'us-east-1'}.amazonaws.com"
+        with urllib.request.urlopen(url, timeout=_CLOCK_TIMEOUT_S) as response:
+            date = response.headers.get("Date")
+    except urllib.error.HTTPError as e:
+        date = e.headers.get("Date")
+    except (OSError, ValueError):
+        return None
+    return time.time() - parsedate_to_datetime(date).timestamp() if date else None
 
 
 def cluster(s: Situation) -> CheckResult:
@@ -248,315 +550,6 @@ def cluster(s: Situation) -> CheckResult:
     left = len(session_members(dead.pid)) if dead.is_of_this_boot else 0
     also = f", and {left} of its processes go on" if left else ""
     return error(f"the Ray cluster of an earlier `loray up` (process {dead.pid}) has died{also}", "loray down")
-
-
-_TIMEOUT_S = 180.0  # the first build takes tens of seconds on one core
-# In a process of its own: a library for other CPUs ends it with a signal.
-_LOAD = "from loray.cli.doctor import load; raise SystemExit(load())"
-_COMPILERS = ("g++", "c++", "clang++")
-_INSTALL = "apt-get install g++  (or set CXX to a C++17 compiler)"
-
-
-def compiler(s: Situation) -> CheckResult:
-    chosen = os.environ.get("CXX")
-    found = [name for name in (chosen, *_COMPILERS) if name and shutil.which(name)]
-    if not found:
-        return error("there is no C++ compiler: without compiled kernels, the slow reference kernels run", _INSTALL)
-    if chosen and found[0] != chosen:
-        return error(f"CXX={chosen} is not a program", "unset CXX")
-    return ok(f"C++ compiler: {found[0]}")
-
-
-def library(s: Situation) -> CheckResult:
-    if s.spec.device.startswith("cuda"):
-        return ok("the CPU's kernels are not needed on a GPU")
-    reason = problem()
-    if reason is None:
-        return ok("the CPU's kernels build and load")
-    return error(f"the CPU's kernels do not load, and slow reference kernels run instead: {reason}", _mend(reason))
-
-
-def problem() -> str | None:
-    """Why the library does not load; None where it does."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _LOAD], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return f"not built within {_TIMEOUT_S:.0f} s"
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:
-        return f"ended by signal {-done.returncode} while it loaded"
-    return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-
-
-def load() -> str | int:
-    """What makes a process exit: 0, or why the library cannot be had."""
-    from loray_kernels import BackendUnavailable, backend
-
-    try:
-        backend("cpu")
-    except (BackendUnavailable, OSError) as e:
-        return " ".join(str(e).split())
-    return 0
-
-
-def _mend(reason: str) -> str:
-    if "cannot be kept" in reason:
-        return "export XDG_CACHE_HOME=FOLDER  (one that can be written)"
-    if "compile" in reason:
-        return _INSTALL
-    return "rm -r ~/.cache/loray/kernels  (they are built again at the next start)"
-
-
-OLDEST_PYTHON = ">=3.11"  # where loray is not installed; else its metadata says it
-_LEAST_DISK = 1 << 30
-_LOW_DISK = 0.05  # share of the disk
-_OTHER_FILES = 256  # libraries, adapters, logs, connections between processes
-
-
-def python(s: Situation) -> CheckResult:
-    from packaging.specifiers import SpecifierSet
-
-    try:
-        wanted = metadata("loray")["Requires-Python"]
-    except PackageNotFoundError:
-        wanted = OLDEST_PYTHON
-    if SpecifierSet(wanted).contains(s.facts.python, prereleases=True):
-        return ok(f"Python {s.facts.python}")
-    return error(
-        f"Python {s.facts.python} does not run loray, which needs {wanted}",
-        "python3.12 -m venv .venv && .venv/bin/pip install loray",
-    )
-
-
-def packages(s: Situation) -> CheckResult:
-    from packaging.specifiers import SpecifierSet
-
-    if s.facts.requirements is None:
-        return error("loray is not installed, so train, serve and up are missing", "pip install -e .")
-    wrong, install = [], []
-    for name, specifier in needed(s.facts.requirements):
-        found = s.facts.installed.get(name)
-        if found is None:
-            wrong.append(f"{name} is missing")
-        elif not SpecifierSet(specifier).contains(found, prereleases=True):
-            wrong.append(f"{name} {found} is not {specifier}")
-        else:
-            continue
-        install.append(name + specifier)
-    if wrong:
-        return error("; ".join(wrong), f"pip install {shlex.join(install)}")
-    return ok(f"{len(s.facts.installed)} packages have versions that fit")
-
-
-def memory(s: Situation) -> CheckResult:
-    """Of all bases on the CPU together; what mends it is told of the one that is examined."""
-    spec, home = s.spec, s.settings.home
-    if not spec.device.startswith("cpu"):
-        if spec.pool_bytes is None:
-            share = f"{spec.gpu_memory_utilization:.0%} of its memory"
-            return ok(f"weights are on {spec.device}; the pool has what they and the steps leave of {share}")
-        return ok(f"weights and a pool of {format_size(spec.pool_bytes)} are on {spec.device}")
-    if standalone_servers(home) or current_cluster(home):
-        return ok("what is served has its memory")
-    bases = [(b, _num_replicas(b), _weights(s, b.base)) for b in (spec, *s.others) if b.device.startswith("cpu")]
-    least = sum(num * (weights + _pool(b)) for b, num, weights in bases)
-    most = least + sum(num * b.host_bytes for b, num, _ in bases)
-    told = f"{format_size(s.facts.available)} of memory are available"
-    if s.facts.available < least:
-        what = " + ".join(
-            f"{num} × (weights {format_size(weights)} + pool {format_size(_pool(b))}{_of(b.base, s)})"
-            for b, num, weights in bases
-        )
-        _, num, weights = bases[0]
-        beside = least - num * (weights + _pool(spec))
-        fitting = max(16, ((s.facts.available - beside) // num - weights) // 2 >> 20)
-        return error(f"{told}, and {format_size(least)} are needed: {what}", _with(s, "pool_bytes", f"{fitting}MiB"))
-    if s.facts.available < most:
-        return warning(
-            f"{told}; with host_bytes full, {format_size(most)} are needed",
-            _with(s, "host_bytes", f"{(s.facts.available - least) >> 21}MiB"),
-        )
-    return ok(f"{told}, {format_size(most)} needed at most")
-
-
-def _with(s: Situation, field: str, value: str) -> str:
-    """What gives the examined base another value, and leaves the rest of its deployment."""
-    if s.file is not None:
-        return f"set {field} of {s.spec.base} in {s.file} to {value}"
-    return f"loray up --base {s.spec.base} --{field.replace('_', '-')} {value}"
-
-
-def _of(base: str, s: Situation) -> str:
-    return f" of {base}" if s.others else ""
-
-
-def _pool(spec: ServeSpec) -> int:
-    """Bytes, of a base on the CPU."""
-    return spec.fixed_pool_bytes or 0
-
-
-def _num_replicas(spec: ServeSpec) -> int:
-    return max(1, spec.min_replicas)
-
-
-def shared_memory(s: Situation) -> CheckResult:
-    if s.facts.shm is not None and (s.facts.shm >= OBJECT_STORE_BYTES or current_cluster(s.settings.home)):
-        return ok(f"/dev/shm has {format_size(s.facts.shm)} free")
-    free = "is missing" if s.facts.shm is None else f"has {format_size(s.facts.shm)} free"
-    return warning(
-        f"/dev/shm {free}, and Ray's object store takes {format_size(OBJECT_STORE_BYTES)}: it will be on disk, slower",
-        "mount -o remount,size=1G /dev/shm  (in a container: docker run --shm-size=1g)",
-    )
-
-
-def disk(s: Situation) -> CheckResult:
-    free, total = s.facts.disk_free, s.facts.disk_total
-    told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
-    repair = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
-    if free < _LEAST_DISK:
-        return error(told, repair)
-    return warning(told, repair) if free < _LOW_DISK * total else ok(told)
-
-
-def open_files(s: Situation) -> CheckResult:
-    """A request has a connection to its client, and a queued one too."""
-    least = _OTHER_FILES + sum(b.max_queued + b.max_num_seqs * b.max_replicas for b in (s.spec, *s.others))
-    limit = s.facts.max_open_files
-    if limit >= least:
-        return ok(f"{limit:,} open files are allowed")
-    if s.facts.hard_open_files >= least:
-        repair = f"ulimit -n {least}"
-    else:
-        repair = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
-    return error(
-        f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", repair
-    )
-
-
-def _weights(s: Situation, name: str) -> int:
-    """Bytes of a base; 0 where it is missing, which another check says."""
-    try:
-        base = get_base(s.settings.home, name)
-        return sum(info.stop - info.start for info in tensor_infos(base.path))
-    except (LorayError, OSError, ValueError):
-        return 0
-
-
-_ROW_LENGTH = 512
-_REQUESTS, _PROMPT, _ANSWER = 32, 64, 32  # of the load that the estimate of serving is for
-# Of what products and reading the weights alone would take, measured with SmolLM2-135M: 0.76 on two cores with AVX2
-# (110 tokens/s), 0.78 on two with AVX512-BF16 (936 tokens/s).
-_SERVED_SHARE = 0.77
-
-
-def rates(s: Situation) -> CheckResult:
-    """Measures this machine where that has not been done."""
-    try:
-        machine = measured(s.settings.home, even_if_busy=False)
-    except LorayError as e:
-        return ok(f"{Machine.here(s.settings.home).hardware.describe()}; not measured: {e}")
-    told = machine.hardware.describe()
-    if machine.rates is None:
-        return ok(f"{told}; not measured yet, because it is busy")
-    products = ", ".join(f"{dtype} {flops / 1e9:,.0f}" for dtype, flops in machine.rates.products.items())
-    told += f"; products in GFLOP/s: {products}; memory {machine.rates.bandwidth / 1e9:.0f} GB/s"
-    if machine.rates.gpu is not None:
-        gpu = machine.rates.gpu
-        told += f"; GPU {gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
-    return ok(told)
-
-
-def base_speed(s: Situation) -> CheckResult:
-    """Estimates from the rates that `rates` has measured."""
-    try:
-        config = get_base(s.settings.home, s.spec.base).config
-    except (LorayError, OSError):
-        return ok(f"without the base {s.spec.base} there is no estimate")  # another check says that it is missing
-    machine = Machine.here(s.settings.home)
-    trains, serves = _training(config, machine), _serving(s, config, machine)
-    return ok(f"{s.spec.base}: {trains}; {serves}")
-
-
-def _training(config: ModelConfig, machine: Machine) -> str:
-    fields = {"name": "estimate", "data": {"train": "data.jsonl", "max_length": _ROW_LENGTH}}
-    recipe = TrainSpec.parse(complete(fields, size_of(config)), source="the usual recipe")
-    spec, why = on_hardware(recipe, machine.hardware)
-    device = gpu_here(machine) if spec.use_gpu else host(machine, 1)
-    speed = ""
-    if device is not None and (machine.rates is not None or not device.is_host):
-        time = make_plan(shape_of(spec, config, dtype=device.training_dtype), device).time
-        speed = f", LoRA at about {_about(time.tokens_per_s)} tokens/s"
-    return f"trains in {spec.dtype} ({why}){speed}"
-
-
-def _serving(s: Situation, config: ModelConfig, machine: Machine) -> str:
-    use_gpu = not s.spec.device.startswith("cpu")
-    dtype, why = serving_dtype(machine.hardware, use_gpu=use_gpu, has_kernels=True)
-    if s.spec.dtype != "auto":
-        dtype, why = s.spec.dtype, "as given"
-    rates = machine.rates
-    steps = f"steps of up to {s.spec.max_num_seqs} requests and {s.spec.max_num_batched_tokens:,} tokens"
-    if rates is None or (use_gpu and rates.gpu is None):
-        return f"serves in {dtype} ({why}) with {steps}"
-    flops, bandwidth = rates.fastest, rates.bandwidth
-    if use_gpu and rates.gpu is not None:
-        flops, bandwidth = rates.gpu.flops, rates.gpu.bandwidth
-    elements = config.num_matrix_elements
-    prompts = 2.0 * (elements - config.vocab_size * config.hidden_size) * _REQUESTS * _PROMPT / flops
-    step = max(s.spec.element_bytes * elements / bandwidth, 2.0 * elements * _REQUESTS / flops)
-    tokens_per_s = _SERVED_SHARE * _REQUESTS * _ANSWER / (prompts + _ANSWER * step)
-    speed = f"{_REQUESTS} requests at once at about {_about(tokens_per_s)} tokens/s"
-    return f"serves in {dtype} ({why}) with {steps}; {speed}"
-
-
-def _about(value: float) -> str:
-    """Two digits: estimates are not better."""
-    return f"{float(f'{value:.2g}'):,.0f}"
-
-
-_SERVING_TIMEOUT_S = 10.0
-
-
-def port(s: Situation) -> CheckResult:
-    host, number = s.spec.host, s.spec.port
-    try:
-        check_port(host, number)
-        return ok(f"port {number} is free")
-    except OSError as e:
-        reason = e
-    try:
-        ours = serving_urls(s.settings)
-    except LorayError as e:
-        return error(str(e), "loray down")
-    if ServingAddress(host, number).url in ours:
-        return ok(f"loray serves at port {number}")
-    repair = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
-    if reason.errno != errno.EADDRINUSE:
-        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", repair)
-    return error(f"port {number} is taken by {_holder(number)}", repair)
-
-
-def server(s: Situation) -> CheckResult:
-    url = s.settings.url
-    if url is None:
-        return ok("LORAY_URL is not set: commands work on this machine")
-    from loray.client import LorayClient
-
-    try:
-        with LorayClient(url, timeout=_SERVING_TIMEOUT_S) as client:
-            names = [model.id for model in client.models()]
-    except (Unauthenticated, PermissionDenied) as e:
-        given = "is refused" if s.settings.api_key else "is missing"
-        return error(
-            f"the server at LORAY_URL={url} answers, and the API key {given}: {e}",
-            "export LORAY_API_KEY=KEY  (an administrator makes one with `loray keys create`)",
-        )
-    except LorayError as e:
-        return error(f"LORAY_URL={url}: {e}", "export LORAY_URL=http://HOST:PORT of a server, or unset LORAY_URL")
-    return ok(f"the server at {url} answers: {len(names)} models")
 
 
 def encryption(s: Situation) -> CheckResult:
@@ -583,12 +576,12 @@ def encryption(s: Situation) -> CheckResult:
 
 
 def _speaks_tls(node: ServingAddress) -> bool | None:
-    """None where nothing answers."""
+    """Tries a handshake; None where nothing answers."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose certificate it is, is not the question
     context.set_alpn_protocols(["h2"])
     try:
-        connection = socket.create_connection(node, timeout=_SERVING_TIMEOUT_S)
+        connection = socket.create_connection(node, timeout=_SERVER_TIMEOUT_S)
     except OSError:
         return None
     with connection:
@@ -603,141 +596,51 @@ def _speaks_tls(node: ServingAddress) -> bool | None:
     return True
 
 
-def _holder(number: int) -> str:
-    import psutil
-
+def port(s: Situation) -> CheckResult:
+    host, number = s.spec.host, s.spec.port
     try:
-        pids = {
-            c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == number and c.status == "LISTEN"
-        }
+        check_port(host, number)
+        return ok(f"port {number} is free")
+    except OSError as e:
+        reason = e
+    try:
+        ours = serving_urls(s.settings)
+    except LorayError as e:
+        return error(str(e), "loray down")
+    if ServingAddress(host, number).url in ours:
+        return ok(f"loray serves at port {number}")
+    mend = f"loray up --port {number + 1}" if s.file is None else f"loray up --spec {s.file} --port {number + 1}"
+    if reason.errno != errno.EADDRINUSE:
+        return error(f"nothing can listen at {host}:{number}: {reason.strerror}", mend)
+    return error(f"port {number} is taken by {_holder(number)}", mend)
+
+
+def _holder(number: int) -> str:
+    try:
+        connections = psutil.net_connections("tcp")
+        pids = {c.pid for c in connections if c.laddr and c.laddr.port == number and c.status == "LISTEN"}
         (pid,) = pids - {None}
         return f"process {pid} ({psutil.Process(pid).name()})"
     except (psutil.Error, ValueError, OSError):  # another user's, or it has ended
         return "another program"
 
 
-_STORES_TIMEOUT_S = 5.0
-_SKEW_S, _MOST_SKEW_S = 30.0, 300.0  # S3 refuses what is signed more than 15 minutes before or after
-
-
-def catalog(s: Situation) -> CheckResult:
-    from loray.catalog.database import HEAD, revision_of, shown_url
-
-    url = s.settings.catalog
-    try:
-        revision = revision_of(url)
-    except IntegrityError as e:
-        return error(str(e), "loray catalog restore FILE  (a backup, into a catalog with another name)")
-    except (LorayError, OSError) as e:
-        repair = "start the database, or set LORAY_CATALOG to where it is"
-        return error(str(e), "unset LORAY_CATALOG  (to use SQLite in LORAY_HOME)" if url[:6] == "sqlite" else repair)
-    if revision is None:
-        return ok("the catalog is empty; its tables are made at first use")
-    if revision == HEAD:
-        return ok(f"catalog {shown_url(url)} answers")
-    if revision < HEAD:
-        return error(
-            f"the catalog was made before the first release (revision {revision})",
-            "LORAY_CATALOG=sqlite:///$HOME/.loray/new.db loray adapters import FOLDER --name NAME  (for each adapter)",
-        )
-    return error(
-        f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD})",
-        "pip install --upgrade loray",
-    )
-
-
-def store(s: Situation) -> CheckResult:
-    location = parse_location(s.settings.store)
-    if isinstance(location, FileLocation):
-        reason = unwritable(location.folder)
-        if reason is None:
-            return ok(f"store {location.url} can be written to")
-        return error(f"store {location.url} cannot be written to: {reason}", f"chown -R $USER {location.folder}")
-    if _is_down(s):
-        return ok(f"store {describe_store(s.settings)}")
-    from loray.store.s3 import S3Store
-
-    try:
-        S3Store(location, quick=True).check()
-    except (LorayError, OSError) as e:
-        return error(f"store {location.url}: {e}", "set LORAY_STORE (s3://bucket?endpoint_url=…) and the keys of AWS_…")
-    return ok(f"store {location.url} can be written to")
-
-
-def clock(s: Situation) -> CheckResult:
-    location = parse_location(s.settings.store)
-    ahead = None
-    if isinstance(location, FileLocation):
-        ahead = _ahead_of_folder(location.folder)
-    elif not _is_down(s):
-        ahead = _ahead_of_server(location)
-    return skew(ahead)
-
-
-def skew(ahead: float | None) -> CheckResult:
-    """`ahead`: seconds by which this machine's clock is ahead of the store's; None where it could not be asked."""
-    if ahead is None:
-        return ok("the store's clock could not be compared")
-    told = f"this machine's clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the store's"
-    repair = "sudo timedatectl set-ntp true"
-    if abs(ahead) >= _MOST_SKEW_S:
-        return error(f"{told}: S3 refuses requests, and garbage is judged by its age", repair)
-    return warning(told, repair) if abs(ahead) >= _SKEW_S else ok("the clocks of this machine and of the store agree")
-
-
-def _is_down(s: Situation) -> bool:
-    """Whether the store is this home's own server, which `loray up` starts, and does not run."""
-    return has_local_s3(s.settings) and current_local_s3(s.settings.home / LOCAL_S3_FOLDER) is None
-
-
-def _ahead_of_folder(folder: Path) -> float | None:
-    """By the times that the file system, which may be another machine's, writes."""
-    if not folder.is_dir():
-        return None
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            return time.time() - os.fstat(file.fileno()).st_mtime
-    except OSError:
-        return None
-
-
-def _ahead_of_server(location: S3Location) -> float | None:
-    """By the header Date, which answers have also where they refuse."""
-    from loray.store.s3 import endpoint_of, region_of
-
-    url = endpoint_of(location) or f"https://s3.{region_of(location) or 'us-east-1'}.amazonaws.com"
-    try:
-        with urllib.request.urlopen(url, timeout=_STORES_TIMEOUT_S) as response:
-            date = response.headers.get("Date")
-    except urllib.error.HTTPError as e:
-        date = e.headers.get("Date")
-    except (OSError, ValueError):
-        return None
-    return time.time() - parsedate_to_datetime(date).timestamp() if date else None
-
-
-CHECKS: Sequence[Check] = (
-    Check("python", python, serves=False),
-    Check("packages", packages, serves=False),
-    Check("server", server, serves=False),
-    Check("home", writable),
-    Check("disk", disk),
-    Check("memory", memory),
-    Check("shm", shared_memory),
-    Check("files", open_files),
-    Check("compiler", compiler),
-    Check("kernels", library),
-    Check("base", base),
-    Check("machine", rates),
-    Check("speed", base_speed),
-    Check("catalog", catalog),
-    Check("store", store),
-    Check("clock", clock),
-    Check("cluster", cluster),
-    Check("encryption", encryption),
-    Check("port", port),
+# In the order in which they are shown, under the functions' names.
+_ANYWHERE: tuple[Check, ...] = (python, packages, server)  # also where commands ask the server of LORAY_URL
+CHECKS: tuple[Check, ...] = (
+    *_ANYWHERE,
+    *(home, disk, memory, shm, files, compiler, kernels, base, machine, speed),
+    *(catalog, store, clock, cluster, encryption, port),
 )
-_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+def examined(checks: Iterable[Check], situation: Situation) -> Iterator[tuple[str, CheckResult]]:
+    """Yields each check's name and result. A check that fails itself is an error too, and the others go on."""
+    for check in checks:
+        try:
+            yield check.__name__, check(situation)
+        except (LorayError, OSError) as e:
+            yield check.__name__, error(str(e), "LORAY_LOG_LEVEL=DEBUG loray doctor")
 
 
 @click.command()
@@ -760,19 +663,19 @@ def doctor(
     settings = Settings.from_env()
     spec, others = _specs(spec_file, base_name, port)
     situation = Situation(settings, spec, Facts.read(settings.home), deep, others, spec_file)
-    chosen = [check for check in CHECKS if here or settings.url is None or not check.serves]
+    chosen = CHECKS if here or settings.url is None else _ANYWHERE
     results: list[tuple[str, CheckResult]] = []
     out = console()
-    for name, finding in examined(chosen, situation):
-        results.append((name, finding))
+    for name, result in examined(chosen, situation):
+        results.append((name, result))
         if not as_json:
-            style = _STYLES[finding.severity]
-            out.print(f"[{style}]{finding.severity:<8}[/] {name:<10} {escape(finding.message)}", soft_wrap=True)
-            if finding.mend is not None:
-                out.print(f"{'':<19} → [bold]{escape(finding.mend)}[/]", soft_wrap=True)
-    errors = sum(finding.severity == "error" for _, finding in results)
+            style = _STYLES[result.severity]
+            out.print(f"[{style}]{result.severity:<8}[/] {name:<10} {escape(result.message)}", soft_wrap=True)
+            if result.mend is not None:
+                out.print(f"{'':<19} → [bold]{escape(result.mend)}[/]", soft_wrap=True)
+    errors = sum(result.severity == "error" for _, result in results)
     if as_json:
-        emit({"ok": not errors, "checks": [{"name": name, **finding._asdict()} for name, finding in results]})
+        emit({"ok": not errors, "checks": [{"name": name, **result._asdict()} for name, result in results]})
     elif errors:
         click.echo(f"{errors} of {len(results)} checks found an error")
     if errors:
@@ -780,7 +683,7 @@ def doctor(
 
 
 def _specs(file: Path | None, base: str | None, port: int | None) -> tuple[ServeSpec, tuple[ServeSpec, ...]]:
-    """The base that is examined, and those beside it. SpecError where there are several and `base` is none of them."""
+    """Returns the base that is examined, and those beside it. SpecError where there are several and `base` is none."""
     fields = {} if file is None else read_mapping(file)
     given = {name: value for name, value in (("base", base), ("port", port)) if value is not None}
     fleet = FleetSpec.parse(fields, source=str(file))
@@ -793,12 +696,3 @@ def _specs(file: Path | None, base: str | None, port: int | None) -> tuple[Serve
             return spec if port is None else spec.model_copy(update={"port": port}), others
     names = ", ".join(fleet.names)
     raise SpecError(f"{file} has several bases ({names}); say which one to examine, as in --base {fleet.names[0]}")
-
-
-def examined(checks: Sequence[Check], situation: Situation) -> Iterator[tuple[str, CheckResult]]:
-    """Each check's finding as it comes. A check that fails itself is an error too, and the others go on."""
-    for check in checks:
-        try:
-            yield check.name, check.run(situation)
-        except (LorayError, OSError) as e:
-            yield check.name, error(str(e), "LORAY_LOG_LEVEL=DEBUG loray doctor")

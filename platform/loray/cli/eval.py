@@ -1,4 +1,4 @@
-"""`loray eval`."""
+"""`loray eval`: perplexity and retrieval of a base, a published adapter or a folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from loray.bases.config import scaled
 from loray.bases.registry import BaseModel, get_base, list_bases
 from loray.catalog import AdapterVersion
 from loray.cli import describe
-from loray.cli import pictures as heatmap
 from loray.cli.connect import open_services
 from loray.cli.eval_tasks import tasks
 from loray.cli.output import console, emit, json_option, progress_bar, table
+from loray.cli.pictures import draw_heat_maps
 from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
 from loray.machine import hardware, training_dtype
 from loray.publishing import base_of
@@ -72,7 +72,7 @@ class _Rope(click.ParamType[RopeScaling]):
             self.fail(f"{value!r} is not TYPE:FACTOR, such as linear:2, ntk:2 or yarn:4", param, ctx)
 
 
-class Where(click.ParamType[tuple[str, str]]):
+class _Where(click.ParamType[tuple[str, str]]):
     """`split=validation`."""
 
     name = "where"
@@ -101,7 +101,7 @@ class Options(NamedTuple):
 
 
 def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
-    """The values of an option that is given several times, each time with several values."""
+    """Joins the values of an option that is given several times, each time with several values."""
     return tuple(number for numbers in values for number in numbers)
 
 
@@ -149,7 +149,7 @@ _RETRIEVAL = (
 )
 
 
-def measurement(command: Callable[..., None]) -> Callable[..., Any]:
+def _measurement_options(command: Callable[..., None]) -> Callable[..., Any]:
     """Adds the argument and options of `Options`, and passes them to the command as its first argument."""
 
     @wraps(command)
@@ -160,7 +160,7 @@ def measurement(command: Callable[..., None]) -> Callable[..., Any]:
     return _with(_MEASUREMENT, gathered)
 
 
-def retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
+def _retrieval_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with(_RETRIEVAL, command)
 
 
@@ -202,7 +202,7 @@ class EvaluatedModel:
 def opened(
     model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
 ) -> Iterator[EvaluatedModel]:
-    """Opens the target. A published adapter's files are fetched, verified, and removed when the block ends.
+    """Opens the model to measure. A published adapter's files are fetched, verified, and removed when the block ends.
 
     A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
     adapter. `scaling` scales the RoPE of a model that has none of its own. Raises BaseNotFound, AdapterNotFound,
@@ -286,7 +286,7 @@ evaluate.add_command(tasks)
 
 @evaluate.command()
 @click.option("--data", required=True, help="Documents: JSONL or Parquet with a column `text`, or a .txt file.")
-@click.option("--where", type=Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
+@click.option("--where", type=_Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
 @click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
 @click.option(
     "--max-windows",
@@ -296,7 +296,7 @@ evaluate.add_command(tasks)
     help="For each length, evenly spread; 0: every window.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Only the first so many tokens of the data.")
-@measurement
+@_measurement_options
 def perplexity(
     options: Options,
     data: str,
@@ -341,8 +341,8 @@ def perplexity(
 
 
 @evaluate.command()
-@retrieval_options
-@measurement
+@_retrieval_options
+@_measurement_options
 def passkey(options: Options, **retrieval: Any) -> None:
     """Passkey retrieval of MODEL by depth and length (Mohtashami & Jaggi, 2023).
 
@@ -353,8 +353,8 @@ def passkey(options: Options, **retrieval: Any) -> None:
 
 
 @evaluate.command()
-@retrieval_options
-@measurement
+@_retrieval_options
+@_measurement_options
 def topics(options: Options, **retrieval: Any) -> None:
     """Topic retrieval of MODEL by depth and length (LongChat's LongEval).
 
@@ -384,7 +384,7 @@ def _retrieve(
         measured, took = _measure(target, options, retrieval=[spec])
         title = f"{task} retrieval of {target.label}"
         if picture is not None:
-            picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
+            picture.write_text(draw_heat_maps(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
         if options.as_json:
             _record(target, options, measured)
             emit(_as_json(target, options, measured, took) | {"heatmap": picture})
@@ -473,7 +473,7 @@ def _as_json(target: EvaluatedModel, options: Options, measured: Sequence[Evalua
 
 
 def _perplexities(measured: Sequence[Evaluation]) -> Table:
-    """One row per context length, one column per model."""
+    """Shows one row per context length, one column per model."""
     subjects = list(dict.fromkeys(e.subject for e in measured))
     by_length: dict[int, dict[str, Evaluation]] = {}
     for e in measured:
@@ -487,7 +487,7 @@ def _perplexities(measured: Sequence[Evaluation]) -> Table:
 
 
 def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
-    """One row per depth, one column per context length."""
+    """Shows one row per depth, one column per context length."""
     exact, likelihood = (
         {(e.depth, e.context_length): e.value for e in measured if e.metric == retrieval_metric(task, metric)}
         for metric in (EXACT_MATCH, LOG_LIKELIHOOD)

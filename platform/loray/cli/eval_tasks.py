@@ -1,4 +1,4 @@
-"""`loray eval tasks`."""
+"""`loray eval tasks`: tasks of lm-evaluation-harness, through a server."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _run(
 
 
 def read_results(folder: Path) -> tuple[Evaluation, ...]:
-    """The figures in the harness's results below `folder`; standard errors are left out. Raises EvaluationError."""
+    """Reads the harness's figures in its results below `folder`, but no standard errors. Raises EvaluationError."""
     files = sorted(folder.rglob("results_*.json"))
     if not files:
         raise EvaluationError("lm_eval wrote no results")

@@ -1,4 +1,4 @@
-"""`loray logs`."""
+"""`loray logs`: the logs of what is served here, and of jobs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def logs(context: click.Context, part: str, job: str | None, follow: bool, num_l
 
 
 def _files(settings: Settings, part: str) -> list[Path]:
-    """The logs of a part. ClusterError where nothing runs here, NotFoundError where it has no file."""
+    """Finds the logs of a part. ClusterError where nothing runs here, NotFoundError where it has no file."""
     if settings.address is not None:
         raise ClusterError(f"the logs are on the machines of {settings.address}: `ray logs` there, or its dashboard")
     cluster = current_cluster(settings.home)
@@ -82,7 +82,7 @@ def _files(settings: Settings, part: str) -> list[Path]:
 
 
 def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list[Path]:
-    """The files of Serve's ServeInstanceDetails: its own log of each process, and what the process wrote to stderr."""
+    """Lists the files of Serve's ServeInstanceDetails: the log of each process, and what it wrote to stderr."""
     folder = Path(cluster.temp_dir) / "session_latest" / "logs"
     if part == "controller":
         actors: Sequence[dict[str, Any]] = [details.get("controller_info") or {}]
@@ -100,7 +100,7 @@ def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list
 
 
 def output_of(server: StandaloneServer) -> Path:
-    """The file that its stderr goes to. NotFoundError for a terminal or a pipe."""
+    """Returns the file that its stderr goes to. NotFoundError for a terminal or a pipe."""
     try:
         target = os.readlink(f"/proc/{server.pid}/fd/2")
     except OSError as e:
@@ -114,7 +114,7 @@ def output_of(server: StandaloneServer) -> Path:
 
 
 def last_lines(files: Sequence[Path], number: int) -> Iterator[str]:
-    """The end of each file without Ray's own marks, under its name where there are several. No file is held whole."""
+    """Yields each file's end without Ray's own marks, under its name where there are several. No file is held whole."""
     for file in files:
         if len(files) > 1:
             yield f"==> {file.name}"
@@ -123,7 +123,7 @@ def last_lines(files: Sequence[Path], number: int) -> Iterator[str]:
 
 
 def following(files: Sequence[Path], poll_s: float = _POLL_S) -> Iterator[str]:
-    """Lines that are written from now on, under the file's name where it changes. Ends with Ctrl-C alone."""
+    """Yields lines that are written from now on, under the file's name where it changes. Ends with Ctrl-C alone."""
     handles = [(file, file.open(encoding="utf-8", errors="replace")) for file in files]
     for _, handle in handles:
         handle.seek(0, os.SEEK_END)  # here, not when the first line is asked for

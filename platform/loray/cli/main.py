@@ -85,7 +85,7 @@ class LazyGroup(click.Group):
         return loaded
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names and help lines without importing the commands."""
+        """Completes names and help lines without importing the commands."""
         from click.shell_completion import CompletionItem
 
         names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]

@@ -29,7 +29,7 @@ def emit(data: Any) -> None:
 
 
 def console() -> Console:
-    """stdout. If it is no terminal, it is wide, so that a pipe gets whole rows."""
+    """Returns stdout. If it is no terminal, it is wide, so that a pipe gets whole rows."""
     return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
 
 
@@ -68,7 +68,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
 
 
 def pairs(rows: Sequence[tuple[str, object]]) -> Table:
-    """Two columns, names on the left; rows without a value are left out."""
+    """Makes two columns, names on the left; rows without a value are left out."""
     made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(style="dim")
     made.add_column(overflow="fold")
@@ -79,7 +79,7 @@ def pairs(rows: Sequence[tuple[str, object]]) -> Table:
 
 
 def count(number: int) -> str:
-    """`134515008` → "134.5 M"."""
+    """Writes `134515008` as "134.5 M"."""
     for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= scale:
             return f"{number / scale:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`loray plan`; the check before `loray train`."""
+"""`loray plan`, and the check of a plan before `loray train`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ config_option = click.option(
 
 
 def device_of(name: str, home: Path, num_workers: int, *, use_gpu: bool = False) -> Device:
-    """The device by preset, YAML file, or this machine, of which `use_gpu` takes a GPU. SpecError if there is none."""
+    """Finds the device: a preset, a YAML file, or this machine, of which `use_gpu` takes a GPU. SpecError for none."""
     if name == THIS_MACHINE:
         machine = measured(home)
         device = gpu_here(machine) if use_gpu else host(machine, num_workers)
@@ -67,7 +67,7 @@ def device_of(name: str, home: Path, num_workers: int, *, use_gpu: bool = False)
 
 
 def shape_of_recipe(base: str, config: Path | None, home: Path) -> ModelConfig:
-    """The shape in `config` if it is given, else of the base on this machine, else of a well-known base."""
+    """Returns the shape in `config` if it is given, else of the base on this machine, else of a well-known base."""
     return known_shape(base, home) if config is None else _read(config)
 
 
@@ -81,7 +81,7 @@ def _read(path: Path) -> ModelConfig:
 
 
 def measured(home: Path, *, even_if_busy: bool = True) -> Machine:
-    """This machine with its rates, which are measured where `home` does not have them: in another process, because
+    """Returns this machine with its rates, which are measured where `home` does not have them: in another process, as
     torch takes seconds and memory. Where something else computes they are measured for now alone, or not at all without
     `even_if_busy`. Raises LorayError.
     """
@@ -101,8 +101,8 @@ def measured(home: Path, *, even_if_busy: bool = True) -> Machine:
     return machine
 
 
-def with_parent(spec: TrainSpec, model: ModelConfig) -> TrainSpec:
-    """`spec` with the RoPE of its `init_adapter`, if it has one. Raises NotFoundError, and SpecError as `continued`."""
+def _with_parent(spec: TrainSpec, model: ModelConfig) -> TrainSpec:
+    """Adds the RoPE of `init_adapter`, if the recipe has one. Raises NotFoundError, and SpecError as `continued`."""
     if spec.init_adapter is None:
         return spec
     from loray.cli.connect import open_services  # the catalog, which other plans do not need
@@ -203,7 +203,7 @@ def _exchanges(rows: list[list[ExchangeVolume]]) -> Table:
 
 
 def _halo(exchange: ExchangeVolume) -> str:
-    """Bytes of the halo, and the factor by which Ulysses sends more."""
+    """Writes the bytes of the halo, and the factor by which Ulysses sends more."""
     times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
     return f"{format_size(exchange.halo_bytes)} ({times:.1f}×)"
 
@@ -258,7 +258,7 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
     home = Settings.from_env().home
     spec = source.load(home, is_example=True).spec
     model = shape_of_recipe(spec.base, config, home)
-    spec = with_parent(spec, model)
+    spec = _with_parent(spec, model)
     found = hardware()
     here = on_hardware(spec, found)
     is_elsewhere = device_name is None and here.spec.use_gpu and not found.gpus
@@ -274,7 +274,7 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
 
 
 def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here: bool, to: Console) -> None:
-    """Print what a run takes. Raises SpecError where it cannot fit, with what to change.
+    """Prints what a run takes. Raises SpecError where it cannot fit, with what to change.
 
     Where workers run here, this machine is measured once, at a time when it is not busy; before that, no time is told.
     Where they run elsewhere, and no device is named, nobody knows their memory: then a run that would not fit the usual
@@ -285,7 +285,7 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
         to.print(f"no plan: the base {spec.base} is not on this machine", highlight=False, soft_wrap=True)
         return
     try:
-        spec = with_parent(spec, model)
+        spec = _with_parent(spec, model)
     except NotFoundError as e:
         to.print(f"no plan: {e}", highlight=False, soft_wrap=True)
         return
@@ -307,7 +307,7 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
 
 
 def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool) -> Device | None:
-    """The device of the workers; None where it is not known."""
+    """Returns the device of the workers; None where it is not known."""
     if device_name is not None:
         return device_of(device_name, home, spec.num_workers, use_gpu=spec.use_gpu is True)
     if not is_here:

@@ -1,4 +1,4 @@
-"""`loray recipes`; the options that make a recipe."""
+"""`loray recipes`, and the options with which commands are given a recipe."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _FIELDS = {  # option → field
 
 
 class RecipeSource(NamedTuple):
-    """What a command line says of a recipe. `arguments` say the same again."""
+    """A recipe as a command line asks for it. `arguments` say the same again."""
 
     recipe: str | None
     over: dict[str, Any]
     arguments: tuple[str, ...]
 
     def load(self, home: Path, *, is_example: bool = False) -> Recipe:
-        """The recipe, with defaults for its base, which is looked for in `home`. An example may lack name and data."""
+        """Loads the recipe, with defaults for its base, which may be in `home`. An example may lack name and data."""
         return load_recipe(self.recipe, over=self.over, shape_of=shapes_in(home), is_example=is_example)
 
 
@@ -145,7 +145,7 @@ def init(file: Path, source: RecipeSource, force: bool) -> None:
 
 
 def explained(spec: TrainSpec, home: Path) -> str:
-    """The recipe as YAML with the reason of each value, and what it leaves to the hardware as it would be here."""
+    """Writes the recipe as YAML with the reason of each value, and what it leaves to the hardware as it is here."""
     chosen, why = on_hardware(spec, hardware())
     here = {}
     if spec.dtype == "auto":
@@ -160,12 +160,8 @@ def _size(spec: TrainSpec, home: Path) -> BaseSize:
 
 
 def _with_data_from(recipe: Recipe, folder: Path) -> TrainSpec:
-    """The recipe for a file in `folder`: paths of data files that exist start there."""
+    """Changes the recipe for a file in `folder`: paths of data files that exist start there."""
     data = recipe.spec.data
     found = dict(zip(data.paths, recipe.data().paths, strict=True))
-    moved = data.with_paths(lambda source: _path_from(source, found[source], folder))
+    moved = data.with_paths(lambda s: os.path.relpath(found[s], folder) if Path(found[s]).exists() else s)
     return recipe.spec.model_copy(update={"data": moved})
-
-
-def _path_from(source: str, found: str, folder: Path) -> str:
-    return os.path.relpath(found, folder) if Path(found).exists() else source

@@ -1,4 +1,4 @@
-"""`loray recommend`."""
+"""`loray recommend`: which method fits what is to be built."""
 
 from __future__ import annotations
 

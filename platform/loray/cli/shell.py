@@ -1,4 +1,4 @@
-"""`loray open`, `loray completion`."""
+"""`loray open` and `loray completion`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loray simulate`."""
+"""`loray simulate`: a deployment under a trace, with several policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from loray.cli.output import console, emit, json_option, progress_bar, table
-from loray.cli.pictures import Panel, page
+from loray.cli.pictures import Chart, draw_charts
 from loray.simulation.profile import SMOLLM2_TWO_CORES, load_profile
 from loray.simulation.runs import run_all
 from loray.simulation.scenario import POLICIES, Scenario
@@ -163,7 +163,7 @@ def _row(name: str, made: Summary, seconds: float) -> tuple[object, ...]:
 
 
 def _trace(name: str) -> RequestTrace | None:
-    """None: synthetic."""
+    """Reads the trace; None where it is to be synthetic."""
     if name == "synthetic":
         return None
     kind, _, path = name.partition(":")
@@ -180,11 +180,11 @@ def _existing(path: Path) -> Path:
 
 
 def _picture(title: str, courses: Sequence[Course]) -> str:
-    """Times have a logarithmic scale."""
-    panels = [
-        Panel("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
-        Panel("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
-        Panel("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
-        Panel("replicas", [c.replicas_B for c in courses]),
+    """Draws the courses; times have a logarithmic scale."""
+    charts = [
+        Chart("p50 of the first token, s", [c.p50_B for c in courses], is_log=True),
+        Chart("p99 of the first token, s", [c.p99_B for c in courses], is_log=True),
+        Chart("cold loads, all so far", [np.cumsum(c.loads_B) for c in courses]),
+        Chart("replicas", [c.replicas_B for c in courses]),
     ]
-    return page(title, [c.policy for c in courses], courses[0].at_B / 60, panels)
+    return draw_charts(title, [c.policy for c in courses], courses[0].at_B / 60, charts)

@@ -1,4 +1,4 @@
-"""`loray store`, `loray catalog`."""
+"""`loray catalog` and `loray store`: backup, verification, garbage and statistics."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.console import Console
 from loray.catalog.backup import BackupSummary
 from loray.cli.connect import open_services
 from loray.cli.output import console, emit, json_option, progress_bar, table, when
-from loray.publishing.gc import collect, find_garbage
-from loray.publishing.gc import verify_store as gc_verify_store
+from loray.publishing import gc
 from loray.spec import format_size
 from loray.spec.access import Duration, duration_s
 from loray.store.adapters import BLOBS, MANIFESTS, UPLOADS
 
+_KINDS = (MANIFESTS, BLOBS, UPLOADS)
 _file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 
 
@@ -51,10 +51,10 @@ def restore(file: Path, as_json: bool) -> None:
     _report("restored", restored, as_json)
 
 
-@catalog.command()
+@catalog.command("verify")
 @click.option("--known", metavar="ID:HASH", help="An earlier end of the log, which must still be in it.")
 @json_option
-def verify(known: str | None, as_json: bool) -> None:
+def verify_audit(known: str | None, as_json: bool) -> None:
     """Compute the hashes of the audit log again: a changed or removed entry is found.
 
     Keep the last line's ID:HASH elsewhere. Whoever can write to the database can cut off the log's end, or make all
@@ -91,22 +91,22 @@ def store() -> None:
     """The store of adapters: what it holds, whether it is whole, and what nothing needs."""
 
 
-@store.command()
+@store.command("gc")
 @click.option("--yes", is_flag=True, help="Delete. Without it, nothing is changed.")
 @click.option("--grace", default="24h", callback=_seconds, help="Keep what is younger (default 24h).")
 @click.option("--keep-deleted", default="30d", callback=_seconds, help="Keep what was deleted since (default 30d).")
 @json_option
-def gc(yes: bool, grace: float, keep_deleted: float, as_json: bool) -> None:
+def collect(yes: bool, grace: float, keep_deleted: float, as_json: bool) -> None:
     """Delete what no version needs: bytes of interrupted publications and uploads, and of adapters deleted long ago.
 
     Shows what it would delete; --yes deletes it. Publishing and serving go on meanwhile.
     """
     with open_services() as services, progress_bar() as progress:
-        garbage = find_garbage(services.store, services.catalog, grace_s=grace, keep_deleted_s=keep_deleted)
+        garbage = gc.find_garbage(services.store, services.catalog, grace_s=grace, keep_deleted_s=keep_deleted)
         objects = garbage.objects
         if yes and objects:
             objects = tuple(
-                collect(services.store, services.catalog, garbage, keep_deleted_s=keep_deleted, progress=progress)
+                gc.collect(services.store, services.catalog, garbage, keep_deleted_s=keep_deleted, progress=progress)
             )
     num_bytes = sum(entry.num_bytes for entry in objects)
     if as_json:
@@ -123,10 +123,10 @@ def gc(yes: bool, grace: float, keep_deleted: float, as_json: bool) -> None:
 
 @store.command("verify")
 @json_option
-def verify_store(as_json: bool) -> None:
+def verify_objects(as_json: bool) -> None:
     """Hash every object of the store, and look for what versions need and the store lacks. Exits with 1 for damage."""
     with open_services() as services, progress_bar() as progress:
-        found = gc_verify_store(services.store, services.catalog, progress=progress)
+        found = gc.verify_store(services.store, services.catalog, progress=progress)
     if as_json:
         emit([{"object": d.key, "problem": d.problem, "needed_by": list(d.needed_by)} for d in found])
     for damage in found:
@@ -154,6 +154,3 @@ def stats(as_json: bool) -> None:
     console().print(table(columns, rows, right=columns[3:]))
     for kind, found in sizes.items():
         click.echo(f"{kind}: {len(found):,} objects, {format_size(sum(found))}")
-
-
-_KINDS = (MANIFESTS, BLOBS, UPLOADS)

@@ -1,4 +1,4 @@
-"""`loray top`."""
+"""`loray top`: what replicas, gateways and adapters do now."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.schemas.status import ReplicaStatus, Status
 from loray.spec import format_seconds
 
+_TIMEOUT_S = 10.0
+_WINDOW_S = 60.0
+_ADAPTERS_SHOWN = 15
+
 
 @dataclass(frozen=True, slots=True)
 class StatusSample:
-    """`at`: seconds of a monotonic clock. Without metrics, `ttft`, `requests` and `under_way` are empty."""
+    """Status and metrics at a time, `at` (of a monotonic clock). Without metrics, the three mappings are empty."""
 
     at: float
     status: Status
@@ -40,7 +44,7 @@ class StatusSample:
 
 
 def since(now: Buckets, earlier: Buckets | None) -> Buckets:
-    """What was counted after `earlier`; all of it where nothing was counted in between, or the counter began anew."""
+    """Subtracts what was counted before; all of it stays where nothing was counted since, or the counter began anew."""
     if not earlier:
         return now
     left = {bound: value - earlier.get(bound, 0.0) for bound, value in now.items()}
@@ -48,7 +52,7 @@ def since(now: Buckets, earlier: Buckets | None) -> Buckets:
 
 
 def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
-    """What `loray top --json` prints: rates between both moments, percentiles of what ended between them."""
+    """Makes what `loray top --json` prints: rates between both moments, percentiles of what ended between them."""
     seconds = 0.0 if earlier is None else now.at - earlier.at
     old = {} if earlier is None else {r.replica: r for r in earlier.status.replicas}
     replicas = []
@@ -92,7 +96,7 @@ def report(now: StatusSample, earlier: StatusSample | None) -> dict[str, Any]:
 
 
 def placements(status: Status) -> list[dict[str, Any]]:
-    """The adapters that are in memory: in how many replicas' pools, and on how many hosts beside them."""
+    """Lists the adapters that are in memory: in how many replicas' pools, and on how many hosts beside them."""
     pool: dict[str, int] = defaultdict(int)
     host: dict[str, int] = defaultdict(int)
     for r in status.replicas:
@@ -113,11 +117,6 @@ def _rate(now: ReplicaStatus, earlier: ReplicaStatus | None, seconds: float) -> 
 def _used(r: ReplicaStatus) -> float | None:
     blocks = sum(r.blocks.values())
     return 1 - r.blocks.get("free", 0) / blocks if blocks else None
-
-
-_TIMEOUT_S = 10.0
-_WINDOW_S = 60.0
-_ADAPTERS_SHOWN = 15
 
 
 @click.command()
@@ -158,7 +157,7 @@ def top(interval: float, once: bool, url: str | None, as_json: bool) -> None:
 
 
 def look(client: LorayClient) -> StatusSample:
-    """Status and metrics. Without those where the key may not read them."""
+    """Asks for status and metrics; there are no metrics where the key may not read them."""
     status = client.status()
     try:
         metrics: str | None = client.metrics()
@@ -168,7 +167,7 @@ def look(client: LorayClient) -> StatusSample:
 
 
 def shown(found: dict[str, Any]) -> Group:
-    """Tables of a report."""
+    """Shows a report as tables."""
     head = pairs([("base", found["base"]), ("state", found["status"]), ("adapters", found["adapters"])])
     columns = (
         "REPLICA",

@@ -17,15 +17,15 @@ from tests.tiny import write_checkpoint
 
 
 def test_a_home_that_cannot_be_written_to(situation: Situations, tmp_path: Path) -> None:
-    assert doctor.writable(situation()).severity == "ok"
+    assert doctor.home(situation()).severity == "ok"
     assert not (tmp_path / "home").exists()
     for path in ("/proc/nowhere/home", "/sys/home"):
-        finding = doctor.writable(situation(env={"LORAY_HOME": path}))
+        finding = doctor.home(situation(env={"LORAY_HOME": path}))
         assert finding.severity == "error"
         assert finding.message.startswith(f"LORAY_HOME={path} cannot be written to")
         assert "export LORAY_HOME=" in (finding.mend or "")
     (tmp_path / "file").touch()
-    assert "is a file" in doctor.writable(situation(env={"LORAY_HOME": f"{tmp_path}/file/home"})).message
+    assert "is a file" in doctor.home(situation(env={"LORAY_HOME": f"{tmp_path}/file/home"})).message
 
 
 def test_a_base_that_is_missing_or_damaged(situation: Situations, tmp_path: Path) -> None:
@@ -100,20 +100,21 @@ def test_kernels_that_do_not_build_or_load(
 ) -> None:
     from loray_kernels.cpu import build
 
-    assert doctor.load() == 0
+    assert doctor.load_kernels() == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
     held = (build.supported, build.functions, build._host, build._library)
     for cached in held:
         cached.cache_clear()
     try:
-        reason = doctor.load()
+        reason = doctor.load_kernels()
     finally:
         for cached in held:
             cached.cache_clear()
     assert "/bin/false cannot compile the cpu kernels" in str(reason)
-    assert "g++" in (doctor._mend(str(reason)) or "")
-    assert doctor.library(situation(spec={"device": "cuda:0"})).severity == "ok"
+    monkeypatch.setattr(doctor, "kernels_problem", lambda: reason)
+    assert "g++" in (doctor.kernels(situation()).mend or "")
+    assert doctor.kernels(situation(spec={"device": "cuda:0"})).severity == "ok"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_library_that_ends_its_process(
 ) -> None:
     ended = subprocess.CompletedProcess[str](["python"], code, "", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    finding = doctor.library(situation())
+    finding = doctor.kernels(situation())
     assert finding.severity == "error"
     assert message in finding.message
     assert repair in (finding.mend or "")

@@ -14,7 +14,7 @@ from loray.cli.doctor import CheckResult, Facts, Situation, _left_in_container, 
 from loray.local.serving import announced
 from tests.cli.doctor.conftest import GIB, Situations
 
-ALL = (doctor.python, doctor.packages, doctor.memory, doctor.shared_memory, doctor.disk, doctor.open_files)
+ALL = (doctor.python, doctor.packages, doctor.memory, doctor.shm, doctor.disk, doctor.files)
 
 
 @pytest.mark.parametrize("check", ALL)
@@ -38,13 +38,13 @@ def test_all_is_well(check: Callable[[Situation], CheckResult], situation: Situa
         (doctor.packages, {"requirements": None}, "error", "not installed", "pip install -e ."),
         (doctor.memory, {"available": GIB // 4}, "error", "536.9 MB are needed", "--pool-bytes 128MiB"),
         (doctor.memory, {"available": GIB}, "warning", "host_bytes full", "--host-bytes 256MiB"),
-        (doctor.shared_memory, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
-        (doctor.shared_memory, {"shm": None}, "warning", "is missing", "/dev/shm"),
+        (doctor.shm, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
+        (doctor.shm, {"shm": None}, "warning", "is missing", "/dev/shm"),
         (doctor.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
         (doctor.disk, {"disk_free": 5 * GIB}, "warning", "free", "loray store gc --yes"),
-        (doctor.open_files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
+        (doctor.files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
         (
-            doctor.open_files,
+            doctor.files,
             {"max_open_files": 256, "hard_open_files": 256},
             "error",
             "256 open files",

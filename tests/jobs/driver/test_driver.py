@@ -214,7 +214,7 @@ def test_an_error_on_another_rank_ends_this_one_too(
 ) -> None:
     world = SimpleNamespace(rank=0, gather=lambda problem: [problem, "rank 1 has no such base"])
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: world))
-    monkeypatch.setattr(worker, "_num_threads", lambda: 1)
+    monkeypatch.setattr(worker, "num_threads", lambda: 1)
     monkeypatch.setattr(worker, "_train", lambda *_: pytest.fail("trained"))
     config = worker.WorkerConfig(
         recipe=write(tmp_path).spec.model_dump(mode="json"),

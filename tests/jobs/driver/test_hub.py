@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.driver.data import HubSource, fetched, parse
+from jobs.driver.data import HubSource, fetched, parse_hub
 from loray.errors import DataError
 from loray.settings import Settings
 from loray.spec import DataSpec
@@ -60,13 +60,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ],
 )
 def test_names(source: str, expected: HubSource) -> None:
-    assert parse(source) == expected
+    assert parse_hub(source) == expected
 
 
 @pytest.mark.parametrize("source", ["hf://name", "hf://org/../x", "hf://org/name:", "hf://org/name/a/b"])
 def test_what_is_no_name(source: str) -> None:
     with pytest.raises(DataError, match="write hf://org/name"):
-        parse(source)
+        parse_hub(source)
 
 
 def test_a_data_set_is_read_as_a_saved_one(tmp_path: Path, asked: list[Any]) -> None:

@@ -27,11 +27,9 @@ def test_a_specification_becomes_a_plan() -> None:
     assert plan != asked.model_copy(update={"draw_seed": 1}).plan(load({}), load, folder="/")
 
 
-def test_what_cannot_be_compared_or_is_too_much_is_refused() -> None:
+def test_what_cannot_be_compared_is_refused() -> None:
     asked = SweepSpec(grid=("adapter.rank=4,8,16",))
     with pytest.raises(SpecError, match=r"give data\.eval, or a data\.eval_fraction"):
         asked.plan(load({}, eval_fraction=0), load, folder="/")
-    with pytest.raises(SpecError, match="these are 3 trials, and 2 are the most here"):
-        asked.plan(load({}), load, folder="/", most=2)
     with pytest.raises(SpecError, match="nothing varies"):
         SweepSpec(max_concurrent=2).plan(load({}), load, folder="/")

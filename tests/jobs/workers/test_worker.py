@@ -46,7 +46,7 @@ def test_out_of_memory_ends_the_run_with_what_to_change(
     world = SimpleNamespace(rank=0, size=num_workers, gather=lambda problem: [problem])
     context = SimpleNamespace(get_local_world_size=lambda: num_workers)
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: world))
-    monkeypatch.setattr(worker, "_num_threads", lambda: 1)
+    monkeypatch.setattr(worker, "num_threads", lambda: 1)
     monkeypatch.setattr(worker, "_train", fail)
     monkeypatch.setattr(worker, "hardware", lambda: replace(HARDWARE, gpus=(H100, H100)))
     monkeypatch.setattr(worker.ray.train, "get_context", lambda: context)

@@ -44,7 +44,7 @@ def test_top_logs_and_pages_of_a_server(run: Any, served_alone: Served) -> None:
 
 
 def test_a_doctor_knows_its_own_server(run: Any, served_alone: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "problem", lambda: None)
+    monkeypatch.setattr(doctor, "kernels_problem", lambda: None)
     done = run("doctor", "--base", served_alone.base.name, "--port", served_alone.spec.port, "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.exit_code == 0, done.output
