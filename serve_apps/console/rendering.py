@@ -81,7 +81,7 @@ class Renderer:
         return HTMLResponse(html, status, headers=PAGE_HEADERS)
 
     def refusal(self, request: Request, error: Exception) -> Response:
-        """Answer with an error's page, or for a part of a page with its message alone; without a key, with the login."""
+        """Answer with an error's page, for a part of a page with its message alone; without a key, with the login."""
         answer = self._failed(error)
         status = answer.status_code
         is_told = isinstance(error, LorayError) and status != 500
