@@ -24,13 +24,7 @@ from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes import BODIES as ADAPTER_BODIES
-from serve_apps.gateway.routes import GENERATION_BODIES, describe
-from serve_apps.gateway.routes import TOKENS_BODIES as TOKEN_BODIES
-from serve_apps.gateway.routes import create_router as create_adapters
-from serve_apps.gateway.routes import create_router_generation as create_generation
-from serve_apps.gateway.routes import create_router_server as create_server
-from serve_apps.gateway.routes import create_router_tokens as create_tokens
+from serve_apps.gateway.routes import METERED, create_routes, describe
 from serve_apps.http import BodyLimit, EchoRequestId
 from serve_apps.tracing import TraceRequests, Tracing
 
@@ -41,7 +35,7 @@ _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger 
 def create_app(
     gateway: Gateway, access: Authenticator, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
 ) -> FastAPI:
-    """Creates the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
+    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,13 +50,11 @@ def create_app(
         await gateway.directory.stop()
         await access.stop()
 
-    parts = create_generation, create_tokens, create_adapters, create_server
-    routes = [route for create in parts for route in create(gateway).routes]
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*routes, *auth.router.routes],
+        routes=[*create_routes(gateway), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -76,11 +68,7 @@ def create_app(
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
     app.add_middleware(
-        AdmitRequests,
-        accounts=gateway.accounts,
-        turns=gateway.turns,
-        paths=GENERATION_BODIES | TOKEN_BODIES,
-        refused=refused,
+        AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused
     )
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
@@ -90,7 +78,7 @@ def create_app(
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
-    describe(app, permissions, GENERATION_BODIES | TOKEN_BODIES | ADAPTER_BODIES)
+    describe(app, permissions)
     return app
 
 
@@ -103,7 +91,7 @@ def open_gateway(
     access: Authenticator | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """A gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
+    """Open a gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 
     `engines` opens those of a base. `exchange` None: no other gateway counts the same limits. `access` None: keys that
     this application alone reads. `app.state.gateway` is the Gateway.
