@@ -420,7 +420,7 @@ def _preflight(asked: Headers, allowed: str) -> Response:
     answer.headers["Access-Control-Allow-Methods"] = "GET, POST"
     answer.headers["Access-Control-Allow-Headers"] = ", ".join(filter(_HEADER.fullmatch, names[:_MOST_HEADERS]))
     answer.headers["Access-Control-Max-Age"] = str(_MAX_AGE_S)
-    answer.headers["Vary"] = "Origin, Authenticator-Control-Request-Headers"
+    answer.headers["Vary"] = "Origin, Access-Control-Request-Headers"
     return answer
 
 
