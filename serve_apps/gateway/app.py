@@ -67,9 +67,7 @@ def create_app(
         return errors.response_of(errors.failure_of(error))
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
-    app.add_middleware(
-        AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused
-    )
+    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused)
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)

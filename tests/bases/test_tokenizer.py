@@ -70,18 +70,18 @@ from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.policy.auth import KeyRing
 from loray.spec import ServeSpec
-from serve_apps.auth import Access
-from serve_apps.catalog_watch import CatalogFollower
+from serve_apps.auth import Authenticator
+from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import ServedBase
-from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.bases import PromptEncoder
 base = get_base(Path({str(base.path.parent.parent)!r}), {base.name!r})
 prompts = PromptEncoder.load(base)
-follower = CatalogFollower(lambda: Catalog("sqlite://"))
-directory = ModelDirectory([base], follower)
-access = Access(KeyRing(), follower, host="127.0.0.1")
+follower = CatalogWatcher(lambda: Catalog("sqlite://"))
+directory = ModelResolver([base], follower)
+access = Authenticator(KeyRing(), follower, host="127.0.0.1")
 served = ServedBase(ServeSpec(base=base.name), base, prompts, None)
 create_app(Gateway([served], directory), access)
 assert prompts.tokenizer.encode("hi", special=True)
