@@ -201,7 +201,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
             node,
             host,
             lambda: Catalog(settings.catalog, actor="gateway"),
-            notes=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
+            demand=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
             max_token_lateness=spec.max_token_lateness,

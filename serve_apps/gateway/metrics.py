@@ -91,14 +91,14 @@ def _outcome(code: int) -> str:
     return "ok" if code < 400 else "refused" if code in (401, 403, 429) else "client_error"
 
 
-class OfBase(NamedTuple):
+class BaseMetrics(NamedTuple):
     """What a base's replicas have answered, and how many of them are wanted."""
 
     num_wanted: int
     replicas: Answers
 
 
-def together(gateways: Answers, bases: Mapping[str, OfBase]) -> list[Family]:
+def together(gateways: Answers, bases: Mapping[str, BaseMetrics]) -> list[Family]:
     """The families of a deployment, and how many of its processes they are from."""
     silent: dict[Labels, float] = {(name,): sum(f is None for f in base.replicas) for name, base in bases.items()}
     reporting: dict[Labels, float] = {(name,): len(base.replicas) - silent[name,] for name, base in bases.items()}
