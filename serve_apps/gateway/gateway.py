@@ -139,8 +139,8 @@ class Gateway:
     async def _chosen(
         self, request: GenerationRequest, headers: RequestHeaders
     ) -> tuple[ServedModel, CanaryMeter | None]:
-        """Find the request's model, and what measures the request if its alias has a canary. Nothing does while the base
-        has no replica: the wait for one says nothing of a version.
+        """Find the request's model, and what measures the request if its alias has a canary. Nothing does while its
+        base has no replica: the wait for one says nothing of a version.
         """
         session = session_of(headers.principal, headers.session_id, request.user)
         found, arm = await self.directory.choose(request.model, headers.principal, session)
