@@ -1,4 +1,4 @@
-"""What pages need: the services behind them, and the sessions of browsers.
+"""The services behind pages, and the sessions of browsers.
 
 Of a session, the catalog keeps the cookie's SHA-256 and the key, sealed with the cookie: the key can be read with both
 together alone, and every process of the API finds it.

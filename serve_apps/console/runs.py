@@ -1,4 +1,4 @@
-"""What was read of runs, from their events or from Ray's log, and runs beside each other.
+"""Runs as their events, or Ray's log, tell them, and runs beside each other.
 
 Of the steps and losses of a run an evenly thinned part is kept.
 """

@@ -57,7 +57,7 @@ class CanaryMeter:
         self._is_error = status >= 500 and not is_no_fault
 
     def end(self, outcome: str, last: Delta | None) -> None:
-        """Count the request. `outcome` is of `UsageEvent`; `last`: the first choice's last delta; None: nothing came."""
+        """Count the request. `outcome` is of `UsageEvent`; `last`: the first choice's last delta, None without any."""
         if outcome != "ok" and not self._is_error:
             return
         counts = VersionCounts(num_requests=1, num_errors=int(self._is_error))

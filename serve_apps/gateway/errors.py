@@ -88,7 +88,7 @@ _INTERNAL = _Kind(500, _SERVER, "internal_error")
 
 
 def failure_of(error: Exception, request_id: str | None = None) -> Failure:
-    """Make the response to any error. An unexpected one is logged with its traceback, which the response does not show."""
+    """Make the response to any error. An unexpected one is logged with its traceback, which is not shown."""
     kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
     if kind is None:
         of_request = f" of request {request_id}" if request_id else ""

@@ -1,4 +1,4 @@
-"""What a gateway answers: completions, chat completions and responses; its health, status and metrics."""
+"""A gateway's answers: completions, chat completions and responses; its health, status and metrics."""
 
 from __future__ import annotations
 

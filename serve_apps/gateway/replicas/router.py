@@ -9,6 +9,8 @@ The adapter is read from the request. Serve's `multiplexed_model_id` has side ef
 keeps every such request for ever; with it, requests wait for a replica that announces the model.
 """
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections import Counter, OrderedDict
