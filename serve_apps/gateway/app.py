@@ -98,8 +98,8 @@ def open_gateway(
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
     access = access or open_auth(settings, fleet.host)
     directory = ModelResolver(bases, access.follower, kept)
-    books = UsageSink(settings, exchange, access.is_limited)
-    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
+    sink = UsageSink(settings, exchange, access.is_limited)
+    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), sink)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
     return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)
