@@ -46,7 +46,7 @@ Left = Callable[[str], None]  # called with "stop", "abort" or "lost"
 
 
 class Reporting:
-    """Reports the adapters that a replica holds: all of them at once, then every period what has changed, if anything has.
+    """Reports the adapters that a replica holds: all at once, then every period what has changed, if anything has.
     There is one for each connection.
 
     That the replica still lives, the connection's heartbeat says.
