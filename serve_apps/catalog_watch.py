@@ -49,7 +49,7 @@ class Reader(Protocol[S]):
     def counter(self) -> int: ...
 
     def read(self, catalog: Catalog, *, whole: bool) -> S:
-        """Read in a thread what is to be known now. `whole`: nothing that is known may be relied on, as the database may
+        """Read in a thread what is to be known now. `whole`: nothing known may be relied on, since the database may
         be another copy of the catalog, a backup that was restored.
         """
 

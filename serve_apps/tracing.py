@@ -217,7 +217,7 @@ class ReplicaTrace:
         return used | {"gen_ai.request.model": adapter.label, "loray.adapter.digest": adapter.digest}
 
     def _phases(self, times: Times, ended_ns: int) -> list[tuple[str, int, int]]:
-        """Return (name, begin, end) of the phases reached. The metrics' clock and the engine's may differ in their zero."""
+        """Return (name, begin, end) of the phases reached. Metrics and engine may have clocks with different zeros."""
         if self.scheduled_at is None:
             return [("queue", self._came_ns, ended_ns)]
         scheduled_ns = self._ns(self.scheduled_at - self._came)

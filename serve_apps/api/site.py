@@ -57,7 +57,7 @@ async def _watch_jobs(services: Services) -> None:
 
 
 def create_app(services: Services, access: Authenticator) -> FastAPI:
-    """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
+    """Create the ASGI application. Its paths are relative to the route prefix /api/v1.
 
     The routes are those of the process; what they use is in `app.state.services` and `app.state.console`.
     """
