@@ -1,4 +1,4 @@
-"""Who asks, and what each route permits.
+"""Authentication and permissions: who asks, and what each route permits.
 
 `Authenticator` knows the keys, `Authenticate` is the middleware that asks it before a body is read, and `may(...)` says
 at a route which permission it takes. `Rates` bind how often keys and tenants ask the catalog API.

@@ -72,7 +72,7 @@ class UsageSink:
     @asynccontextmanager
     async def opened(self, gate: QuotaGate) -> AsyncIterator[None]:
         url = self._settings.store
-        # A folder is on the disk that has the journal.
+        # A folder is on the disk that has the log.
         open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
         self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
         async with self._with_owner(gate) as exchange:

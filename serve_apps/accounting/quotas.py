@@ -28,7 +28,7 @@ class QuotaExchange(Protocol):
     """Tells the owner of the limits what a gateway has counted."""
 
     async def __call__(self, reports: Sequence[Report]) -> Reply:
-        """Raises OwnerAway."""
+        """Exchange with the owner. Raises OwnerAway."""
 
 
 class OwnerAway(Exception):

@@ -101,7 +101,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldError, ...]:
-    """Convert pydantic's errors, one per wrong field. `skip`: the number of leading parts of the location, as `body`."""
+    """Convert pydantic's errors, one per wrong field. `skip`: how many parts of each location go, such as `body`."""
     return tuple(
         FieldError(field=".".join(str(part) for part in e["loc"][skip:]) or "(body)", message=e["msg"]) for e in errors
     )

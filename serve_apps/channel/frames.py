@@ -42,7 +42,7 @@ _PER_PART = 512  # items of a prompt, between which others' tokens go
 
 
 class FrameError(Exception):
-    """What came over a connection is no frame."""
+    """Something came over a connection that is no frame."""
 
 
 class Output(Protocol):

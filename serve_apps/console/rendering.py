@@ -197,7 +197,7 @@ class Streams:
             part = await look()
 
     async def _has_ended(self) -> bool:
-        """After the interval, or at once."""
+        """Wait for the interval, or until the end."""
         try:
             async with asyncio.timeout(self._interval_s):
                 await self._ended.wait()

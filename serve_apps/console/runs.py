@@ -185,7 +185,7 @@ class Seen(NamedTuple):
 
 
 class JobHistory:
-    """What was read of one job. Thread-safe.
+    """Reads one job's events and log, each part once. Thread-safe.
 
     Losses and lines are those of the run's own events, which outlive Ray's cluster. Of a run that has none yet, and
     where its events are elsewhere, both are those of the end of Ray's log; of a job that failed or was stopped, the
@@ -221,7 +221,7 @@ class JobHistory:
         self._progress.take(events)
 
     def _read_events(self) -> str:
-        """Returns why they cannot be read; empty where they can."""
+        """Read what is new, and return why it cannot be read; empty where it can."""
         try:
             found = self._events.read()
         except StoreError as e:
@@ -243,7 +243,7 @@ class JobHistory:
 
 
 class Histories:
-    """The histories of the jobs that were looked at last. Thread-safe."""
+    """Keeps the histories of the jobs that were looked at last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()

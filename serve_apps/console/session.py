@@ -1,4 +1,4 @@
-"""Sessions at the door: who may see a page, login and logout, and the files that pages load."""
+"""Sessions of browsers: the check of each page, login and logout, and the files that pages load."""
 
 from __future__ import annotations
 

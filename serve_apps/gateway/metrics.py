@@ -33,7 +33,7 @@ class GatewayMetrics:
         for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
             self._canary_rollbacks.labels(bound)
         self.num_in_flight = 0
-        self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway's door knows
+        self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway knows
 
     def answered(self, route: str, code: int, *, is_broken: bool = False) -> None:
         """Count a request that has ended. `is_broken`: its answer had begun with this status, and failed."""

@@ -419,7 +419,7 @@ def _not_sent(pending: PendingRequest) -> None:
 
 
 def _asked(pending: PendingRequest | None) -> AdapterOf | None:
-    """What a replica asks another one for; None for other calls."""
+    """The adapter that a replica asks another one for; None for other calls."""
     first = pending.args[0] if pending is not None and pending.args else None
     return first if isinstance(first, AdapterOf) else None
 
