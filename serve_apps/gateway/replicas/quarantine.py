@@ -41,7 +41,7 @@ class DeathRecords(Protocol):
 
 
 class SharedQuarantine:
-    """The quarantine of one gateway. Used from one event loop. `open_records` None: it is alone, and forgets at its end."""
+    """The quarantine of one gateway, used from one event loop. `open_records` None: alone, it forgets at its end."""
 
     def __init__(
         self, open_records: Callable[[], DeathRecords] | None = None, clock: Callable[[], float] = time.time
