@@ -37,7 +37,6 @@ from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
 from serve_apps.replica.requests import ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
-from serve_apps.scaling import DemandRecords
 from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from loray.spec import AdapterOf, GenerateRequest
     from loray.store import AdapterCopy
     from serve_apps.channel.frames import ChannelAddress
+    from serve_apps.scaling import DemandRecords
 
 
 _log = get_logger(__name__)
@@ -224,6 +224,8 @@ def _own_deployment() -> Any:
 
 def _demand_records() -> DemandRecords:
     from ray import serve
+
+    from serve_apps.scaling import DemandRecords
 
     here = serve.get_replica_context()
     return DemandRecords(here.app_name, here.deployment)
