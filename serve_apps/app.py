@@ -1,7 +1,7 @@
-"""`build`: the Serve application.
+"""The Serve application `loray`: gateways, and the engines of each base.
 
 Serve gives all deployments of an application one version, a hash of the application's arguments: a change of one base
-would replace the replicas of all of them.
+would replace the replicas of all of them. So the deployments of engines have versions of their own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 
     from serve_apps.gateway.gateway import Gateway
 
+_UPDATED_S = 30.0  # three times the age of the autoscaler's last record
+_SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
+
 __all__ = ["GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
 
 class VersionedConfig(DeploymentConfig):  # type: ignore[misc]
-    """Has its own version in the form that Serve's controller is sent, whatever version Serve sets before."""
+    """Tells Serve's controller a version of its own, whatever version Serve sets before."""
 
     _own: str = PrivateAttr(default="")
 
@@ -51,7 +54,7 @@ class VersionedConfig(DeploymentConfig):  # type: ignore[misc]
 
 
 def versioned(deployment: Deployment, *arguments: Any) -> Deployment:
-    """The deployment with a version that follows from `arguments`, JSON of what its replicas are given, and from
+    """Give the deployment a version that follows from `arguments`, JSON of what its replicas are given, and from
     loray's version. Serve itself replaces replicas whose actors' options change, such as the environment.
     """
     config = VersionedConfig(**dict(deployment._deployment_config))
@@ -60,12 +63,8 @@ def versioned(deployment: Deployment, *arguments: Any) -> Deployment:
     return Deployment(deployment.name, config, deployment._replica_config, version=None, _internal=True)
 
 
-_UPDATED_S = 30.0  # three times the age of the autoscaler's last record
-_SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
-
-
 def build(args: dict[str, Any]) -> Application:
-    """Builds the application. `args` are FleetSpec's fields; the environment (LORAY_*) names catalog and store.
+    """Build the application. `args` are FleetSpec's fields; the environment (LORAY_*) names catalog and store.
 
     Raises SpecError on a wrong field, BaseNotFound if a base is not on this machine.
     """
@@ -74,7 +73,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
-    """The application with a given request router."""
+    """Build the application with a given request router."""
     settings = Settings.from_env()
     bases = get_bases(settings.home, fleet.names)
     reserve_names(bases, settings)
@@ -101,7 +100,7 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
 def _engine(
     spec: ServeSpec, fingerprint: str, routing: RequestRouterConfig, environment: dict[str, Any]
 ) -> Application:
-    """The replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone.
+    """Make the replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone.
 
     `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
     """
@@ -129,12 +128,12 @@ def _engine(
 
 
 def _slots(spec: ServeSpec) -> int:
-    """The requests that a replica is given at most."""
+    """Return the most requests that a replica is given."""
     return spec.max_num_seqs + spec.max_queued + spec.max_loading + _SPARE_SLOTS
 
 
 def _host(fleet: FleetSpec) -> str:
-    """Where this gateway takes tokens from other nodes."""
+    """Find the address at which this gateway takes tokens from other nodes."""
     import ray
 
     alone = sum(node["Alive"] for node in ray.nodes()) == 1
@@ -144,7 +143,7 @@ def _host(fleet: FleetSpec) -> str:
 
 
 class GatewayReplica:
-    """What a gateway answers other gateways. Serve adds its HTTP application, as `app`."""
+    """Answers other gateways. Serve adds its HTTP application, as `app`."""
 
     app: FastAPI
 
@@ -152,7 +151,7 @@ class GatewayReplica:
         """`engines`: makes those deployments a part of the application."""
 
     def metrics(self) -> list[Family]:
-        """Prometheus families of this gateway."""
+        """Collect the Prometheus families of this gateway."""
         gateway: Gateway = self.app.state.gateway
         return gateway.own_families()
 
@@ -163,8 +162,8 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
 
 
 def _is_scaled(deployment: str) -> bool:
-    """Whether the autoscaler has looked at a deployment just now, which therefore is updated. It looks at that of the
-    application `loray`, since Serve does not tell this function which one it builds.
+    """Tell whether the autoscaler has looked at a deployment just now, which therefore is updated. It looks at that of
+    the application `loray`, since Serve does not tell this function which one it builds.
     """
     import ray
 
@@ -201,7 +200,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
             node,
             host,
             lambda: Catalog(settings.catalog, actor="gateway"),
-            notes=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
+            demand=DemandReporter(DemandRecords(here.app_name, name), gateways.name, name),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
             max_token_lateness=spec.max_token_lateness,

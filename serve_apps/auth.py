@@ -1,7 +1,11 @@
-"""`Auth`: the principal of a request; `may(...)`, the permission of a route.
+"""Authentication and permissions: who asks, and what each route permits.
+
+`Authenticator` knows the keys, `Authenticate` is the middleware that asks it before a body is read, and `may(...)` says
+at a route which permission it takes. `Rates` bind how often keys and tenants ask the catalog API.
 
 A page of another site may send forms and plain text here, with the visitor's network but without reading the answer;
-and with a name that it makes point at 127.0.0.1, it may read answers too (DNS rebinding).
+and with a name that it makes point at 127.0.0.1, it may read answers too (DNS rebinding). So a server without keys
+refuses what a web page may send. Pages of the origins that settings name may ask the gateway, with a key.
 """
 
 from __future__ import annotations
@@ -17,11 +21,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Path, Request
-from fastapi.responses import FileResponse, HTMLResponse
-from fastapi.responses import Response as ResponsesResponse
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -42,7 +44,7 @@ E = TypeVar("E", bound=Callable[..., object])
 
 
 def may(action: Action) -> Callable[[E], E]:
-    """Below the route's decorator: only who may do `action` reaches the endpoint."""
+    """Permit the endpoint, below its route's decorator, to those alone who may do `action`."""
 
     def say(endpoint: E) -> E:
         setattr(endpoint, _ACTION, action)
@@ -52,7 +54,7 @@ def may(action: Action) -> Callable[[E], E]:
 
 
 def action_of(route: BaseRoute) -> Action:
-    """Raises TypeError for a route that does not say who may call it, and for what is no plain route."""
+    """Return who may call the route. Raises TypeError for one that does not say it, and for what is no plain route."""
     action = getattr(route.endpoint, _ACTION, None) if isinstance(route, Route) else None
     if action is None and isinstance(route, Route) and not isinstance(route, APIRoute) and route.path == _DOCUMENT:
         return "open"
@@ -70,32 +72,34 @@ class Permissions:
         self._routes = [(route, action_of(route)) for route in routes]
 
     def action(self, scope: Scope) -> Action | None:
-        """Of the request's route, which is found as the application finds it; None: there is none, for nobody."""
+        """Return the action of the request's route, found as the application finds it; None: there is no route."""
         for route, action in self._routes:
             if route.matches(scope)[0] is Match.FULL:
                 return action
         return None
 
     def named(self, method: str, path: str) -> Action:
-        """Of the route with this path, as the OpenAPI document spells it."""
+        """Return the action of the route with this path, as the OpenAPI document spells it."""
         for route, action in self._routes:
             if isinstance(route, Route) and route.path_format == path and method in (route.methods or ()):
                 return action
         raise KeyError(f"{method} {path}")
 
 
+# -- What web pages send --
+
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 _NO_FORM_SENDS = frozenset({"authorization", "idempotency-key", "if-match", "x-requested-with"})
 # What proxies add: who asks is elsewhere then, though the connection comes from this machine.
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
-# Those of a request that are read here.
-HEADERS = _NO_FORM_SENDS | {"content-type", "host", "origin", "sec-fetch-site", *_FORWARDED}
+# By which a server without keys knows what a web page may have sent.
+_BROWSER_HEADERS = _NO_FORM_SENDS | {"content-type", "host", "origin", "sec-fetch-site", *_FORWARDED}
 _MAKE_A_KEY = "or make a key, `loray keys create --scope admin`, and send it"
 
 
 def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[str]) -> None:
-    """Raises PermissionDenied. `names`: what Host may say beside loopback's names and addresses."""
+    """Raise PermissionDenied for what a web page may send. `names`: what Host may say beside loopback's."""
     for name in _FORWARDED:
         if name in headers:
             raise PermissionDenied(
@@ -121,7 +125,7 @@ def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[s
 
 
 def refuse_cross_site(headers: Mapping[str, str]) -> None:
-    """Raises PermissionDenied where a browser says that a page of another site sends this."""
+    """Raise PermissionDenied where a browser says that a page of another site sends this."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != headers.get("host"):
         raise PermissionDenied(f"a page of another site ({shown(origin)}) may not do this")
@@ -137,16 +141,18 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
     return name is not None and "@" not in host and (name in names or is_this_machine(host))
 
 
+# -- Keys --
+
 REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one query
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
-DOOR_HEADERS = HEADERS | {"authorization", TENANT}  # those of a request that are read
+HEADERS = _BROWSER_HEADERS | {"authorization", TENANT}  # those of a request that are read
 _MOST_REFUSED = 100  # kinds of refused requests that the audit log tells apart in a minute
 _BEARER = "bearer "
 
 
 class Authenticator:
-    """Who asks. Used from one event loop, and by all applications of a process. `follower` reads the catalog's keys.
+    """Finds who asks. Used from one event loop, by all applications of a process. `follower` reads the catalog's keys.
 
     While nobody has made a key, a server on loopback needs none, and refuses what a web page may send.
 
@@ -186,7 +192,7 @@ class Authenticator:
     # -- the catalog --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Reads the keys, and again from now on. Each application that uses this object calls it, and `stop`."""
+        """Read the keys, and again from now on. Each application that uses this object calls it, and `stop`."""
         self._num_users += 1
         await self.follower.start()
 
@@ -200,7 +206,7 @@ class Authenticator:
         self.follower.close()
 
     async def refresh(self) -> None:
-        """Takes over what has changed. After an error of the database, the keys that are known go on."""
+        """Take over what has changed. After an error of the database, the keys that are known go on."""
         await self.follower.refresh()
 
     @property
@@ -209,12 +215,12 @@ class Authenticator:
 
     @property
     def needs_key(self) -> bool:
-        """Whether requests need one: a server on loopback needs none while nobody has made a key."""
+        """Tell whether requests need a key: a server on loopback needs none while nobody has made one."""
         return not self._is_local or self.ring.needs_key
 
     @property
     def age_s(self) -> float:
-        """Seconds since the keys were last known to be current; infinite before the first time."""
+        """The seconds since the keys were last known to be current; infinite before the first time."""
         return time.monotonic() - self.ring.read_at
 
     def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
@@ -271,9 +277,9 @@ class Authenticator:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal | None:
-        """The principal of a request that may do `action`; None for what needs no key. `headers`: those of HEADERS.
+        """Return the principal of a request that may do `action`; None for what needs no key. `headers` are of HEADERS.
 
-        The audit log has those that are refused. Raises Unauthenticated, PermissionDenied, and CatalogError where it is
+        The audit log has what is refused. Raises Unauthenticated, PermissionDenied, and CatalogError where it is
         not known whether a key is good.
         """
         if action == "open":
@@ -301,7 +307,7 @@ class Authenticator:
 
     @contextmanager
     def until_revoked(self, principal: Principal | None) -> Iterator[asyncio.Future[None]]:
-        """While a request of this principal is answered: done as soon as its key is revoked or blocked."""
+        """Give a future for the time of a request, done as soon as the principal's key is revoked or blocked."""
         revoked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         key_id = None if principal is None else principal.key_id
         if key_id is None or key_id in STATIC_KEYS:
@@ -317,7 +323,7 @@ class Authenticator:
                 self._asking.pop(key_id, None)
 
     def _local(self, method: str, headers: Mapping[str, str]) -> Principal:
-        """Of a request without keys. It acts for any tenant."""
+        """The principal of a server without keys acts for any tenant."""
         if not self.ring.was_read:
             raise CatalogError(
                 f"the catalog could not be read yet, so it is not known who may ask ({self.follower.failure})"
@@ -355,7 +361,7 @@ STATIC_KEYS = frozenset({STATIC_KEY, METRICS_KEY})
 
 
 def open_auth(settings: Settings, host: str) -> Authenticator:
-    """Of a server that listens at `host`, with the deployment's own keys and those of its catalog."""
+    """Open the keys of a server that listens at `host`: the deployment's own, and those of its catalog."""
     admin = Principal(scopes=frozenset(SCOPES), key_id=STATIC_KEY, actor=STATIC_KEY)
     metrics = Principal(scopes=frozenset(), key_id=METRICS_KEY, actor=METRICS_KEY)
     static = {bytes.fromhex(sha256): metrics for sha256 in settings.metrics_key_hashes}
@@ -364,6 +370,8 @@ def open_auth(settings: Settings, host: str) -> Authenticator:
     kept = KeysFile(settings.home / CATALOG_KEYS, settings.catalog)
     return Authenticator(ring, CatalogWatcher(lambda: Catalog(settings.catalog)), host=host, kept=kept)
 
+
+# -- Allowed origins --
 
 ANY = "*"
 _PATHS = re.compile(r"/v1/.*|/tokenize|/detokenize")
@@ -420,9 +428,11 @@ def _preflight(asked: Headers, allowed: str) -> Response:
     answer.headers["Access-Control-Allow-Methods"] = "GET, POST"
     answer.headers["Access-Control-Allow-Headers"] = ", ".join(filter(_HEADER.fullmatch, names[:_MOST_HEADERS]))
     answer.headers["Access-Control-Max-Age"] = str(_MAX_AGE_S)
-    answer.headers["Vary"] = "Origin, Authenticator-Control-Request-Headers"
+    answer.headers["Vary"] = "Origin, Access-Control-Request-Headers"
     return answer
 
+
+# -- Rates --
 
 KEY_RATE, KEY_BURST = 20.0, 100.0  # requests a second, and at once
 TENANT_RATE, TENANT_BURST = 200.0, 400.0
@@ -437,7 +447,7 @@ class _Bucket(NamedTuple):
 
 
 class Rates:
-    """Binds keys that are no administrator's. A rotated key keeps its bucket."""
+    """Token buckets of keys and tenants. Administrators have none, and a rotated key keeps its bucket."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, _Bucket] = {}
@@ -450,7 +460,7 @@ class Rates:
         self._take({f"key {principal.account}": key, f"tenant {principal.tenant}": tenant}, now)
 
     def take_advice(self, principal: Principal, now: float) -> None:
-        """Count a plan or a recommendation. As `take`, which has counted its request."""
+        """Count a plan or a recommendation, beside its request, as `take` does."""
         if principal.account is not None and not principal.is_admin:
             self._take({f"for advice, key {principal.account}": (ADVICE_RATE, ADVICE_BURST)}, now)
 
@@ -474,8 +484,10 @@ class Rates:
         self._buckets = {of: bucket for of, bucket in self._buckets.items() if now < bucket.full_at}
 
 
+# -- The middleware, and the principal behind it --
+
 _PRINCIPAL, _REVOKED = "principal", "revoked"
-_NAMES = {name.encode(): name for name in DOOR_HEADERS}
+_NAMES = {name.encode(): name for name in HEADERS}
 _ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
 
 
@@ -537,20 +549,20 @@ class Authenticate:
 
 
 def _origin_of(scope: Scope) -> Origin:
-    """The address is that of the connection; behind a proxy, the proxy's."""
+    """Behind a proxy, the address is the proxy's."""
     client = scope.get("client")
     return Origin(str(client[0])[:64] if client else None, scope.get("state", {}).get("request_id"))
 
 
 def principal_of(request: Request) -> Principal:
-    """Who asks. For routes that need a key."""
+    """Return who asks, at a route that is not open."""
     principal = request.state.principal
     assert isinstance(principal, Principal), "this route is open to all: it has no principal"
     return principal
 
 
 async def until_revoked(request: Request, parts: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The parts of a long answer, which ends where the request's key is revoked or blocked meanwhile."""
+    """Pass on the parts of a long answer, until its end or until the request's key is revoked or blocked."""
     revoked: asyncio.Future[None] = request.state.revoked
     while True:
         coming = asyncio.ensure_future(anext(parts, None))
@@ -565,11 +577,11 @@ async def until_revoked(request: Request, parts: AsyncIterator[str]) -> AsyncIte
         yield part
 
 
-async def _asking(request: Request) -> Principal:  # FastAPI would call a plain function in a thread
+async def _current_principal(request: Request) -> Principal:  # FastAPI would call a plain function in a thread
     return principal_of(request)
 
 
-CurrentPrincipal = Annotated[Principal, Depends(_asking)]
+CurrentPrincipal = Annotated[Principal, Depends(_current_principal)]
 
 
 _SCHEME = "key"
@@ -577,7 +589,7 @@ _DESCRIPTION = "An API key, `sk-lr-…`. A server on loopback that was started w
 
 
 def describe_keys(document: dict[str, Any], permissions: Permissions) -> None:
-    """Adds how a key is sent, and to each operation that needs one, that it does."""
+    """Add to an OpenAPI document how a key is sent, and to each operation that needs one, that it does."""
     scheme = {"type": "http", "scheme": "bearer", "description": _DESCRIPTION}
     document["components"]["securitySchemes"] = {_SCHEME: scheme}
     for path, operations in document["paths"].items():
@@ -586,7 +598,9 @@ def describe_keys(document: dict[str, Any], permissions: Permissions) -> None:
                 operation["security"] = [{_SCHEME: []}]
 
 
-# Of HTML. Pictures in style sheets are data: URLs. Nothing inline runs, and nothing is asked of another host.
+# -- The page of the OpenAPI document --
+
+# Of pages. Pictures in style sheets are data: URLs. Nothing inline runs, and nothing is asked of another host.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -615,13 +629,13 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/docs")
 @may("open")
-async def show_docs() -> ResponsesResponse:
+async def show_docs() -> Response:
     return HTMLResponse(_PAGE, headers=PAGE_HEADERS)
 
 
 @router.get("/docs/static/{name}")
 @may("open")
-async def get_docs_file(name: Annotated[str, Path(max_length=64)]) -> ResponsesResponse:
+async def get_docs_file(name: Annotated[str, Path(max_length=64)]) -> Response:
     path = _FILES.get(name)
     if path is None:
         raise NotFoundError(f"there is no file {name!r}")

@@ -1,7 +1,7 @@
-"""One connection that follows the catalog for all readers.
+"""One connection that follows the catalog for all readers of a process, and the copies that they keep on disk.
 
-Readers keep something of the catalog each: a gateway its names, a door its keys. While a reader reads, which may take
-seconds, looks go on, and the other readers with them.
+Readers keep something of the catalog each: a gateway its names, an authenticator its keys. While a reader reads, which
+may take seconds, looks go on, and the other readers with them.
 """
 
 from __future__ import annotations
@@ -49,22 +49,24 @@ class Reader(Protocol[S]):
     def counter(self) -> int: ...
 
     def read(self, catalog: Catalog, *, whole: bool) -> S:
-        """In a thread: what is to be known now. `whole`: nothing that is known may be relied on, since the database may
+        """Read in a thread what is to be known now. `whole`: nothing known may be relied on, since the database may
         be another copy of the catalog, a backup that was restored.
         """
 
     def read_kept(self) -> StoredSnapshot[S] | None:
-        """In a thread: what was kept on disk."""
+        """Read in a thread what was kept on disk."""
 
     def take(self, state: S, at: float) -> None:
-        """What is known from now on. It was current at `at`, of the monotonic clock."""
+        """Take what is known from now on. It was current at `at`, of the monotonic clock."""
 
     def confirm(self, at: float) -> None:
-        """What is known is the database's, and was current at `at`."""
+        """Confirm that what is known is the database's, and was current at `at`."""
 
 
 class _Followed:
-    """rereads   nothing was read yet, or an error came since: what answers then may be another copy
+    """A reader that is followed.
+
+    rereads   nothing was read yet, or an error came since: what answers then may be another copy
     whole_at  when all is read again, though something is known, of the monotonic clock; None: not decided yet
     """
 
@@ -105,7 +107,7 @@ class CatalogWatcher:
         self._followed.append(_Followed(reader))
 
     async def start(self) -> None:
-        """Looks now, and again from now on. Each application that uses this object calls it, and `stop`."""
+        """Look now, and again from now on. Each application that uses this object calls it, and `stop`."""
         self._num_users += 1
         if self._watcher is None:
             await self.refresh()
@@ -132,18 +134,18 @@ class CatalogWatcher:
         self._threads = self._catalog = self._counting = None
 
     async def refresh(self, since: float | None = None) -> None:
-        """Returns when all readers know what the catalog had at `since` (None: now), or an error prevents it."""
+        """Return when all readers know what the catalog had at `since` (None: now), or an error prevents it."""
         since = time.monotonic() if since is None else since
         await self._settle()  # what is being read may have begun before
         await self._look(since)
         await self._settle()
 
     async def ask(self, question: Callable[[Catalog], T]) -> T:
-        """What the catalog answers, in a thread. Raises what it raises."""
+        """Ask the catalog in a thread. Raises what it raises."""
         return await self._in_thread(question)
 
     def soon(self, work: Callable[[Catalog], object]) -> None:
-        """Does it in a thread. It is not worth a second try: errors of the catalog are forgotten."""
+        """Do work in a thread that is not worth a second try: errors of the catalog are forgotten."""
 
         async def attempt() -> None:
             try:
@@ -164,7 +166,7 @@ class CatalogWatcher:
                 _log.exception("the catalog is looked at again, after an error that is not the database's")
 
     async def _look(self, since: float) -> None:
-        """Makes readers read what has changed, if no look has begun since then. Does not wait for them."""
+        """Make readers read what has changed, if no look has begun since then. Does not wait for them."""
         async with self._looking:
             if self.looked_at >= since:
                 return
@@ -244,7 +246,7 @@ class CatalogWatcher:
             _log.warning("the catalog's %s of %.0f s ago are used, which were kept on disk", reader.what, kept.age_s)
 
     def _note_success(self) -> None:
-        """After a look or a reading that succeeded."""
+        """Note that a look or a reading has succeeded."""
         if self.failure is not None and not any(
             (f.rereads and f.whole_at is None) or f.reading is not None for f in self._followed
         ):
@@ -276,7 +278,7 @@ class SnapshotWriter(Generic[S]):
         self._version: int | None = None
 
     def keep(self, state: Callable[[], S], version: int) -> None:
-        """Called whenever the state is known to be current. One of the same version needs no other copy."""
+        """Keep a state that is known to be current. One of the same version needs no other copy."""
         if self._file is None or (self._writing is not None and not self._writing.done()):
             return
         is_written = version == self._version and self._writing is not None and self._writing.result()

@@ -1,4 +1,4 @@
-"""`loray up`, `status`, `down`."""
+"""The commands that serve on Ray: `loray up`, `status` and `down`."""
 
 from __future__ import annotations
 
@@ -33,146 +33,11 @@ from loray.spec import FleetSpec, format_size
 from serve_apps.deployment import DRAIN_S, ApplicationState, ServeApi, serve_config
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 
-_DECISIONS_SHOWN = 5
-_TIMEOUT_S = 10.0
-
-
-def welcome(url: str, fleet: FleetSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
-    """`hints`: what to do next, as (what to type, what it does)."""
-    names, model = _models(url)
-    bases = ", ".join(fleet.names)
-    body = json.dumps(
-        {"model": model or fleet.names[0], "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
-    )
-    out = console()
-    out.print(f"[green]serving[/] {bases} at [bold]{url}/v1[/]{remark and f', {remark}'}")
-    out.print(f"models: {escape(names)}")
-    out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
-    if model is None or os.environ.get("LORAY_API_KEY"):
-        out.print('    -H "Authorization: Bearer $LORAY_API_KEY" \\', soft_wrap=True)
-    out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
-    out.print("more")
-    for typed, does in hints:
-        out.print(f"  {typed:<14}  {does}")
-
-
-def _models(url: str) -> tuple[str, str | None]:
-    """The names of what is served, and one of them; a sentence and None where this needs a key."""
-    try:
-        with LorayClient(url) as client:
-            models = client.models()
-    except (Unauthenticated, PermissionDenied):
-        return "those that your API key sees (set LORAY_API_KEY to be shown them here)", None
-    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
-    return names, models[-1].id
-
-
-class ServerReply(NamedTuple):
-    report: Status | None
-    problem: str | None
-
-
-def ask(url: str) -> ServerReply:
-    """GET /status of the server at `url`. `problem`: why there is no report."""
-    with LorayClient(url, timeout=_TIMEOUT_S) as client:
-        try:
-            return ServerReply(client.status(), None)
-        except LorayError as e:
-            return ServerReply(None, str(e))
-
-
-def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
-    """The status of a server of which only the URL is known. Exits with 1 if it does not answer, or is not well."""
-    report, problem = ask(url)
-    if as_json:
-        known = None if report is None else report.model_dump(mode="json")
-        emit({"serving": report is not None, "url": url, "store": store, "message": problem or "", "gateway": known})
-        return
-    state = "does not answer" if report is None else "running" if report.status == "ok" else report.status
-    show_status(url, state, report, problem, None, store)
-    if report is None:
-        sys.exit(1)
-
-
-def show_status(
-    url: str,
-    state: ApplicationState | str,
-    report: Status | None,
-    problem: str | None,
-    dashboard: str | None,
-    store: str | None,
-) -> None:
-    """Exits with 1 if the report says that something is wrong. `dashboard`: None without Ray."""
-    out = console()
-    rows: list[tuple[str, object]] = [
-        ("state", state),
-        ("url", f"{url}/v1"),
-        ("dashboard", dashboard),
-        ("store", store),
-    ]
-    if report is not None:
-        catalog = report.catalog
-        rows += [(_of(report, b, "base"), _base_row(report, b)) for b in report.bases]
-        rows += [("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
-        for b in report.bases:
-            if (scaling := b.autoscaling) is not None:
-                rows.append((_of(report, b, "autoscaling"), f"{scaling.target} wanted: {scaling.reason}"))
-    message = state.reason if isinstance(state, ApplicationState) else None
-    out.print(pairs([*rows, ("message", message), ("problem", problem)]))
-    if report is not None and report.replicas:
-        columns = (
-            "replica",
-            "base",
-            "pid",
-            "up",
-            "running",
-            "waiting",
-            "pool used",
-            "hit rate",
-            "host",
-            "output tokens",
-            "adapters in pool",
-        )
-        out.print(table(columns, [replica_row(r) for r in report.replicas], right=columns[2:10]))
-    for b in () if report is None else report.bases:
-        if b.autoscaling is not None and b.autoscaling.decisions:
-            changes = b.autoscaling.decisions[-_DECISIONS_SHOWN:]
-            head = (f"{b.base} scaled at", "from", "to", "because")
-            out.print(table(head, [_change(d) for d in changes], right=("from", "to")))
-    if report is not None and report.status != "ok":
-        sys.exit(1)
-
-
-def _of(report: Status, base: BaseStatus, what: str) -> str:
-    """The name of a row about one base."""
-    return what if len(report.bases) == 1 or what == "base" else f"{what} of {base.base}"
-
-
-def _base_row(report: Status, b: BaseStatus) -> str:
-    if len(report.bases) == 1:
-        return b.base if b.status != "asleep" else f"{b.base}, asleep"
-    replicas = "asleep" if b.status == "asleep" else f"{b.num_replicas} of {b.target} replicas"
-    return f"{b.base}: {replicas}, adapters: {b.num_adapters}"
-
-
-def _change(d: ScalingDecision) -> tuple[object, ...]:
-    at = datetime.fromtimestamp(d.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return (at, d.from_replicas, d.to_replicas, d.reason)
-
-
-def replica_row(r: ReplicaStatus) -> tuple[object, ...]:
-    blocks = sum(r.blocks.values())
-    used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
-    hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
-    names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
-    up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
-    counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
-    return (r.replica, r.base, r.pid, up, *counts, names)
-
-
-_COMMAND_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
+_READY_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
 _SHUTDOWN_S = 10.0  # of Serve, beside the requests under way
 _POLL_S = 0.5
+_REPLY_TIMEOUT_S = 10.0
+_DECISIONS_SHOWN = 5
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("loray down", "stop it"))
 
 
@@ -206,12 +71,15 @@ def up(spec_file: Path | None, s3: bool, wait: bool, as_json: bool, **options: A
         with screen.status("starting Ray on this machine"):
             address = ensure_started(settings).address
     else:
-        address = _remote(settings)
+        address = http_url(settings.address)
+        if settings.is_remote:
+            settings.check_reachable_from(address)
     with screen.status("deploying"):
         api = ServeApi(address)
         fleet = _settle_port(fleet, api.http())
         api.deploy(serve_config(fleet, settings))
-    url = ServingAddress(_hostname(fleet, settings), fleet.port).url
+    host = fleet.host if settings.address is None else urlsplit(address).hostname or fleet.host
+    url = ServingAddress(host, fleet.port).url
     if wait:
         _wait(api, screen)
     if as_json:
@@ -298,39 +166,11 @@ def down(keep_cluster: bool) -> None:
         click.echo("the local Ray cluster stays: a job is running on it (`loray down` again once it has ended)")
 
 
-def _clear_dead(home: Path) -> bool:
-    """Removes what is left of a cluster that died, its processes included. Whether there was one."""
-    dead = dead_cluster(home)
-    if dead is not None:
-        stop_local_cluster(home)
-        click.echo(f"removed what was left of a Ray cluster that had died (process {dead.pid})")
-    return dead is not None
-
-
-def _stop_store(settings: Settings) -> bool:
-    """Stops this home's S3 server, unless `loray serve` uses it. Names what goes on."""
-    servers = standalone_servers(settings.home)
-    for server in servers:
-        click.echo(f"`loray serve` goes on at {server.url}, and its store with it; end it where it runs (Ctrl-C)")
-    return not servers and stop_home_store(settings)
-
-
-def _wait_until_stopped(api: ServeApi) -> None:
-    """Waits until requests under way have ended. Serve's own deletion returns after half a minute in any case."""
-    deadline = time.monotonic() + DRAIN_S + _SHUTDOWN_S
-    while time.monotonic() < deadline:
-        with suppress(ClusterError):  # Serve's controller may end during the call
-            if api.http() is None:
-                return
-        time.sleep(_POLL_S)
-    raise ClusterError("requests under way are still being waited for; `loray status` says how far it is")
-
-
 # -- up ---------------------------------------------------------------------------------------------------------------
 
 
 def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
-    """Starts the store. With `s3`, this home's S3 server becomes the store."""
+    """Start the store. With `s3`, this home's S3 server becomes the store."""
     if not s3:
         with screen.status("starting the store"):
             return start_home_store(settings)
@@ -368,21 +208,9 @@ def _settle_port(fleet: FleetSpec, serving: ServingAddress | None) -> FleetSpec:
     return fleet.at(serving.host, serving.port)
 
 
-def _remote(settings: Settings) -> str:
-    assert settings.address is not None
-    address = http_url(settings.address)
-    if settings.is_remote:
-        settings.check_reachable_from(address)
-    return address
-
-
-def _hostname(fleet: FleetSpec, settings: Settings) -> str:
-    return fleet.host if settings.address is None else urlsplit(_remote(settings)).hostname or fleet.host
-
-
 def _wait(api: ServeApi, screen: Console) -> None:
     with screen.status("waiting for the engine") as spinner:
-        for state in api.watch(_COMMAND_TIMEOUT_S):
+        for state in api.watch(_READY_TIMEOUT_S):
             spinner.update(escape(str(state)))
             if state.has_failed:
                 raise ClusterError(f"serving did not come up: {state.reason}")
@@ -396,3 +224,169 @@ def _running(settings: Settings) -> ServeApi | None:
     if settings.address is not None:
         return ServeApi(settings.address)
     return None if current_cluster(settings.home) is None else ServeApi(ensure_started(settings).address)
+
+
+def _clear_dead(home: Path) -> bool:
+    """Remove what is left of a cluster that died, its processes included. Returns whether there was one."""
+    dead = dead_cluster(home)
+    if dead is not None:
+        stop_local_cluster(home)
+        click.echo(f"removed what was left of a Ray cluster that had died (process {dead.pid})")
+    return dead is not None
+
+
+def _stop_store(settings: Settings) -> bool:
+    """Stop this home's S3 server, unless `loray serve` uses it, and name what goes on. Returns whether it stopped."""
+    servers = standalone_servers(settings.home)
+    for server in servers:
+        click.echo(f"`loray serve` goes on at {server.url}, and its store with it; end it where it runs (Ctrl-C)")
+    return not servers and stop_home_store(settings)
+
+
+def _wait_until_stopped(api: ServeApi) -> None:
+    """Wait until requests under way have ended. Serve's own deletion returns after half a minute in any case."""
+    deadline = time.monotonic() + DRAIN_S + _SHUTDOWN_S
+    while time.monotonic() < deadline:
+        with suppress(ClusterError):  # Serve's controller may end during the call
+            if api.http() is None:
+                return
+        time.sleep(_POLL_S)
+    raise ClusterError("requests under way are still being waited for; `loray status` says how far it is")
+
+
+# -- what they print -------------------------------------------------------------------------------------------------
+
+
+def welcome(url: str, fleet: FleetSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
+    """Say what is served and how to ask it. `hints`: what to do next, as (what to type, what it does)."""
+    names, model = _models(url)
+    bases = ", ".join(fleet.names)
+    body = json.dumps(
+        {"model": model or fleet.names[0], "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
+    )
+    out = console()
+    out.print(f"[green]serving[/] {bases} at [bold]{url}/v1[/]{remark and f', {remark}'}")
+    out.print(f"models: {escape(names)}")
+    out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+    if model is None or os.environ.get("LORAY_API_KEY"):
+        out.print('    -H "Authorization: Bearer $LORAY_API_KEY" \\', soft_wrap=True)
+    out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
+    out.print("more")
+    for typed, does in hints:
+        out.print(f"  {typed:<14}  {does}")
+
+
+def _models(url: str) -> tuple[str, str | None]:
+    """Return the names of what is served, and one of them; a sentence and None where this needs a key."""
+    try:
+        with LorayClient(url) as client:
+            models = client.models()
+    except (Unauthenticated, PermissionDenied):
+        return "those that your API key sees (set LORAY_API_KEY to be shown them here)", None
+    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+    return names, models[-1].id
+
+
+class ServerReply(NamedTuple):
+    """`problem`: why there is no report."""
+
+    report: Status | None
+    problem: str | None
+
+
+def ask(url: str) -> ServerReply:
+    """Ask the server at `url` for its status."""
+    with LorayClient(url, timeout=_REPLY_TIMEOUT_S) as client:
+        try:
+            return ServerReply(client.status(), None)
+        except LorayError as e:
+            return ServerReply(None, str(e))
+
+
+def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
+    """Show the status of a server of which only the URL is known. Exits with 1 if it does not answer or is not well."""
+    report, problem = ask(url)
+    if as_json:
+        known = None if report is None else report.model_dump(mode="json")
+        emit({"serving": report is not None, "url": url, "store": store, "message": problem or "", "gateway": known})
+        return
+    state = "does not answer" if report is None else "running" if report.status == "ok" else report.status
+    show_status(url, state, report, problem, None, store)
+    if report is None:
+        sys.exit(1)
+
+
+def show_status(
+    url: str,
+    state: ApplicationState | str,
+    report: Status | None,
+    problem: str | None,
+    dashboard: str | None,
+    store: str | None,
+) -> None:
+    """Show a status. Exits with 1 if the report says that something is wrong. `dashboard`: None without Ray."""
+    out = console()
+    rows: list[tuple[str, object]] = [
+        ("state", state),
+        ("url", f"{url}/v1"),
+        ("dashboard", dashboard),
+        ("store", store),
+    ]
+    if report is not None:
+        catalog = report.catalog
+        rows += [(_of(report, b, "base"), _base_row(report, b)) for b in report.bases]
+        rows += [("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
+        for b in report.bases:
+            if (scaling := b.autoscaling) is not None:
+                rows.append((_of(report, b, "autoscaling"), f"{scaling.target} wanted: {scaling.reason}"))
+    message = state.reason if isinstance(state, ApplicationState) else None
+    out.print(pairs([*rows, ("message", message), ("problem", problem)]))
+    if report is not None and report.replicas:
+        columns = (
+            "replica",
+            "base",
+            "pid",
+            "up",
+            "running",
+            "waiting",
+            "pool used",
+            "hit rate",
+            "host",
+            "output tokens",
+            "adapters in pool",
+        )
+        out.print(table(columns, [replica_row(r) for r in report.replicas], right=columns[2:10]))
+    for b in () if report is None else report.bases:
+        if b.autoscaling is not None and b.autoscaling.decisions:
+            changes = b.autoscaling.decisions[-_DECISIONS_SHOWN:]
+            head = (f"{b.base} scaled at", "from", "to", "because")
+            out.print(table(head, [_change(d) for d in changes], right=("from", "to")))
+    if report is not None and report.status != "ok":
+        sys.exit(1)
+
+
+def _of(report: Status, base: BaseStatus, what: str) -> str:
+    """Name a row about one base."""
+    return what if len(report.bases) == 1 or what == "base" else f"{what} of {base.base}"
+
+
+def _base_row(report: Status, b: BaseStatus) -> str:
+    if len(report.bases) == 1:
+        return b.base if b.status != "asleep" else f"{b.base}, asleep"
+    replicas = "asleep" if b.status == "asleep" else f"{b.num_replicas} of {b.target} replicas"
+    return f"{b.base}: {replicas}, adapters: {b.num_adapters}"
+
+
+def _change(d: ScalingDecision) -> tuple[object, ...]:
+    at = datetime.fromtimestamp(d.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return (at, d.from_replicas, d.to_replicas, d.reason)
+
+
+def replica_row(r: ReplicaStatus) -> tuple[object, ...]:
+    blocks = sum(r.blocks.values())
+    used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
+    hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
+    names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
+    up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
+    counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
+    return (r.replica, r.base, r.pid, up, *counts, names)

@@ -1,4 +1,4 @@
-"""Ray Serve's REST API: deploys the applications, reads their state, deletes them. Needs no Ray driver."""
+"""Deployment through Ray Serve's REST API: the applications' configuration, state and end. Needs no Ray driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REASON_LINES = 12
 
 
 def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
-    """The configuration of `serve deploy` (ServeDeploySchema): the engines with their gateways, and the catalog's REST
+    """Make the configuration of `serve deploy` (ServeDeploySchema): engines with their gateways, and the catalog's REST
     API.
 
     Ray's dashboard shows it, so passwords are not sent to another cluster: its nodes have their own LORAY_CATALOG.
@@ -58,7 +58,7 @@ def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
 
 
 def front_nodes(settings: Settings) -> dict[str, str]:
-    """Ray's label selector of the nodes that gateways run on; empty: all. Engines need none: they take a CPU, which the
+    """Return Ray's label selector of gateways' nodes; empty: all. Engines need none: they take a CPU, which the
     nodes of other groups do not offer.
     """
     if settings.front_group is not None:
@@ -88,7 +88,7 @@ class ApplicationState:
 
     @property
     def reason(self) -> str:
-        """Why it failed: the message of loray's last error, or else the end of Ray's message."""
+        """The reason of a failure: the message of loray's last error, or else the end of Ray's message."""
         errors = _OUR_ERROR.findall(self.message)
         return errors[-1] if errors else "\n".join(self.message.strip().splitlines()[-_REASON_LINES:])
 
@@ -121,19 +121,19 @@ class ServeApi:
         self._client.delete_applications()
 
     def http(self) -> ServingAddress | None:
-        """Where Serve listens; None if it does not run. It keeps its port until it is deleted."""
+        """Return where Serve listens; None if it does not run. It keeps its port until it is deleted."""
         options = self._details().get("http_options") or {}
         return ServingAddress(options["host"], options["port"]) if options.get("port") else None
 
     def state(self) -> ApplicationState | None:
-        """The state of loray's applications; None if they are not deployed."""
+        """Read the state of loray's applications; None if they are not deployed."""
         deployed = self._details().get("applications", {})
         if APPLICATION not in deployed:
             return None
         return combined([deployed[name] for name in (APPLICATION, CATALOG_APPLICATION) if name in deployed])
 
     def watch(self, timeout_s: float) -> Iterator[ApplicationState]:
-        """Yields states as they change, until one is running or failed.
+        """Yield states as they change, until one is running or failed.
 
         ClusterError with the last message if that takes longer than `timeout_s`.
         """
@@ -153,7 +153,7 @@ class ServeApi:
         )
 
     def has_running_jobs(self) -> bool:
-        """Whether jobs run on the cluster, which must not be stopped then."""
+        """Tell whether jobs run on the cluster, which must not be stopped then."""
         from jobs.submission.server import RayJobServer
 
         return RayJobServer(lambda: self.dashboard).has_running_jobs()
@@ -166,7 +166,7 @@ class ServeApi:
 
 
 def combined(applications: Sequence[Mapping[str, Any]]) -> ApplicationState:
-    """The state of several applications, from Serve's ApplicationDetails."""
+    """Combine the states of several applications, from Serve's ApplicationDetails."""
     replicas: dict[str, dict[str, int]] = {}
     messages: list[str] = []
     for application in applications:
@@ -187,6 +187,6 @@ def combined(applications: Sequence[Mapping[str, Any]]) -> ApplicationState:
 
 
 def _severity(status: str) -> int:
-    """The lower, the worse."""
+    """Order states, the worst first."""
     order = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED", "DELETING", "DEPLOYING")
     return order.index(status) if status in order else len(order)

@@ -1,4 +1,4 @@
-"""Prometheus' exposition of the gateway's metrics and every replica's, for GET /metrics."""
+"""Families of metrics in Prometheus' exposition: made, joined and encoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def merge(groups: Iterable[Iterable[Family]]) -> list[Family]:
-    """Each family once, with the samples of all groups. Samples `_created` are dropped: replicas expose their start."""
+    """Join each family with the samples of all groups. Samples `_created` are dropped: replicas expose their start."""
     merged: dict[str, Family] = {}
     for group in groups:
         for family in group:
@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 def encode(families: Sequence[Family], accept: str) -> Encoded:
-    """Prometheus' text format, or OpenMetrics if the Accept header requests it."""
+    """Encode families in Prometheus' text format, or OpenMetrics if the Accept header requests it."""
     encoder, content_type = choose_encoder(accept)
     return Encoded(encoder(_Families(families)), content_type)
 
@@ -51,7 +51,7 @@ Labels = tuple[str, ...]
 
 
 def gauge(name: str, values: Mapping[Labels, float]) -> Family:
-    """The metric `name` of `loray.telemetry`; `values` maps the values of its labels to its own."""
+    """Make a family of the metric `name` of `loray.telemetry`; `values` maps the values of its labels to its own."""
     family = GaugeMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
     for labels, value in values.items():
         family.add_metric(labels, value)
@@ -59,7 +59,7 @@ def gauge(name: str, values: Mapping[Labels, float]) -> Family:
 
 
 def counter(name: str, values: Mapping[Labels, float]) -> Family:
-    """As `gauge`."""
+    """Make a family of counters as `gauge` does."""
     family = CounterMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
     for labels, value in values.items():
         family.add_metric(labels, value)
@@ -75,7 +75,7 @@ def histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
 
 
 def labelled(families: Iterable[Family], **labels: str) -> list[Family]:
-    """The families, whose samples get these labels too."""
+    """Give the families' samples these labels too."""
     found = list(families)
     for family in found:
         family.samples = [s._replace(labels={**labels, **s.labels}) for s in family.samples]

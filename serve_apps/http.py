@@ -1,4 +1,4 @@
-"""Bodies limited while they are read; errors; OpenAPI.
+"""HTTP for both applications: errors, request ids, the OpenAPI document, and bodies that are limited while they come.
 
 Python's JSON parser holds the interpreter's lock from beginning to end, so the limits bound how long a body can delay
 other requests: about 30 ms for the worst one that is taken. Longer bodies are parsed in a thread.
@@ -30,10 +30,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.errors import LorayError
 
+T = TypeVar("T")
+
 CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
 REQUEST_ID = "X-Request-Id"
+MAX_DEPTH = 64
+MAX_MEMBERS = 2048  # of one object
+MAX_ARRAYS_AND_OBJECTS = 1 << 15
+MAX_VALUES = 1 << 18
+INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
+BODY_S = 30.0  # for a body to come, and a second more for each BODY_BYTES_PER_S that have come
+BODY_BYTES_PER_S = 16 << 10
 _MAX_ID = 128  # characters
 _REFERENCE = "#/components/schemas/{model}"
+_TOO_SLOW = "the request's body came too slowly; send it at once"
+_WRITE_BYTES = 1 << 20
+_BACKSLASH, _QUOTE, _COMMA = b"\\\\", b'\\"', ord(",")
+_STEPS = np.zeros(256, dtype=np.int32)  # in depth, by character
+_STEPS[list(b"[{")] = 1
+_STEPS[list(b"]}")] = -1
+_threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
 
 
 def install_error_handlers(
@@ -43,7 +59,7 @@ def install_error_handlers(
     invalid: Callable[[RequestValidationError], LorayError],
     refused: Callable[[int, str], Response],
 ) -> None:
-    """Turns every error of `app` into a response of its format.
+    """Turn every error of `app` into a response of its format.
 
     failed   response for an error that a route raised
     invalid  error for parameters that FastAPI found invalid
@@ -80,13 +96,13 @@ def install_error_handlers(
 
 
 def _allowed(app: FastAPI, request: Request) -> str:
-    """The methods of a path's routes, each of which has one."""
+    """List the methods of a path's routes, each of which has one."""
     at_path = (r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
     return ", ".join(sorted({method for route in at_path for method in route.methods or ()}))
 
 
 def request_id_of(headers: Mapping[str, str]) -> str | None:
-    """None where the client gives none, or one that is too long or not visible ASCII."""
+    """Return the client's id of a request; None where it gives none, or one that is too long or not visible ASCII."""
     given = headers.get(REQUEST_ID, "")
     return given if 0 < len(given) <= _MAX_ID and all("!" <= char <= "~" for char in given) else None
 
@@ -138,7 +154,7 @@ class WithoutRequestId:
 
 
 def schema_reference(name: str) -> dict[str, str]:
-    """Reference to a schema of the OpenAPI document."""
+    """Refer to a schema of the OpenAPI document."""
     return {"$ref": _REFERENCE.format(model=name)}
 
 
@@ -147,7 +163,7 @@ def extend_openapi(
     schemas: Sequence[tuple[type[BaseModel], JsonSchemaMode]],
     edit: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> None:
-    """Adds `schemas` of models that no route declares to the app's OpenAPI document, then calls `edit` with it."""
+    """Add `schemas` of models that no route declares to the app's OpenAPI document, then calls `edit` with it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -159,19 +175,6 @@ def extend_openapi(
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-MAX_DEPTH = 64
-MAX_MEMBERS = 2048  # of one object
-MAX_ARRAYS_AND_OBJECTS = 1 << 15
-MAX_VALUES = 1 << 18
-INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
-BODY_S = 30.0  # for a body to come, and a second more for each BODY_BYTES_PER_S that have come
-BODY_BYTES_PER_S = 16 << 10
-_TOO_SLOW = "the request's body came too slowly; send it at once"
-_WRITE_BYTES = 1 << 20
-_threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
-T = TypeVar("T")
 
 
 class BodyLimit:
@@ -215,7 +218,7 @@ class BodyLimit:
 
 
 async def read(request: Request, parse: Callable[[bytes], T]) -> T:
-    """`parse` of the body, in a thread if it is long."""
+    """Return `parse` of the body, in a thread if it is long."""
     raw = await request.body()
     if len(raw) <= INLINE_BYTES:
         return parse(raw)
@@ -223,7 +226,7 @@ async def read(request: Request, parse: Callable[[bytes], T]) -> T:
 
 
 def length_of(request: Request, limit: int) -> int:
-    """The bytes that a file's body will have. 411 where the request does not say it, 413 where they are too many."""
+    """Return the length of a file's body. Answers 411 where the request does not say it, 413 where it is too much."""
     length = request.headers.get("content-length")
     if length is None:
         raise HTTPException(411, "send the file with its length in the header Content-Length")
@@ -233,7 +236,7 @@ def length_of(request: Request, limit: int) -> int:
 
 
 async def receive_file(request: Request, path: Path, num_bytes: int, keep: Callable[[Path], T]) -> T:
-    """`keep` of the body, written to the new file `path`. 413 beyond its `num_bytes`."""
+    """Return `keep` of the body, written to the new file `path`. Answers 413 beyond its `num_bytes`."""
     with path.open("wb") as f:
         await _write(request, f, num_bytes)
     return await run_in_threadpool(keep, path)
@@ -253,7 +256,7 @@ async def _write(request: Request, f: BinaryIO, limit: int) -> None:
 
 
 def parse_json(raw: str | bytes) -> Any:
-    """JSON as RFC 8259 defines it: unlike `json.loads`, without NaN, Infinity and halves of surrogate pairs.
+    """Parse JSON as RFC 8259 defines it: unlike `json.loads`, without NaN, Infinity and halves of surrogate pairs.
 
     Raises ValueError, also for JSON that is nested deeper or has more parts than the limits of this module.
     """
@@ -265,17 +268,10 @@ def parse_json(raw: str | bytes) -> Any:
     return value
 
 
-_BACKSLASH, _QUOTE = b"\\\\", b'\\"'
-_STEPS = np.zeros(256, dtype=np.int32)  # in depth, by character
-_STEPS[list(b"[{")] = 1
-_STEPS[list(b"]}")] = -1
-_COMMA = ord(",")
-
-
 def check_shape(text: str) -> None:
-    """Raises ValueError if a JSON text is nested too deep or has too many parts.
+    """Raise ValueError if a JSON text is nested too deep or has too many parts.
 
-    In a few passes of numpy, which lets other threads run: a body as large as may be takes some milliseconds.
+    It takes a few passes of numpy, which lets other threads run: a body as large as may be takes some milliseconds.
     """
     openings = text.count("[") + text.count("{")  # also those in strings, hence more than there are
     if openings <= MAX_DEPTH and text.count(",") + openings < MAX_VALUES:
@@ -292,7 +288,7 @@ def check_shape(text: str) -> None:
 
 
 def _outside_strings(text: str) -> npt.NDArray[np.uint8]:
-    """The bytes that are in no string, closed or not, and the quotes that close strings. From the left, pairs of
+    """Return the bytes that are in no string, closed or not, and the quotes that close strings. From the left, pairs of
     backslashes are no escapes, and then a backslash before a quote is one.
     """
     raw = text.encode(errors="replace").replace(_BACKSLASH, b"  ").replace(_QUOTE, b"  ")
@@ -301,7 +297,7 @@ def _outside_strings(text: str) -> npt.NDArray[np.uint8]:
 
 
 def _size(num_bytes: int) -> str:
-    """Limits are powers of two, unlike the sizes that `format_size` shows."""
+    """Format a limit, which is a power of two, unlike the sizes that `format_size` shows."""
     return f"{num_bytes / (1 << 20):g} MiB" if num_bytes >= 1 << 20 else f"{num_bytes / (1 << 10):g} KiB"
 
 

@@ -343,7 +343,7 @@ CATALOG_API = (
         _SLOWER,
     ),
     Limit(
-        "plans and recommendations (`/recommend`, the console's advice and estimates of recipes)",
+        "plans and recommendations (`/recommend`, the console's estimates of recipes)",
         f"{60 * auth.ADVICE_RATE:g} a minute of a key; administrators: none",
         _SLOWER,
     ),

@@ -1,6 +1,4 @@
-"""What `loray up` and `loray serve` share: the options of a serve spec, its file, and what they refuse: a port that is
-taken, a base that is called as an adapter.
-"""
+"""Options and checks that `loray up` and `loray serve` share: a serve spec and its file, keys, names and ports."""
 
 from __future__ import annotations
 
@@ -43,14 +41,14 @@ _OPTIONS = (
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of both commands. `spec_file` and `s3` are not fields of ServeSpec."""
+    """Add the options of both commands. `spec_file` and `s3` are not fields of ServeSpec."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def read_spec(file: Path | None, options: dict[str, Any]) -> FleetSpec:
-    """The file's fields, overridden by the command line's. `options`: None where an option was left out.
+    """Read the file's fields, overridden by the command line's. `options`: None where an option was left out.
 
     Raises SpecError, also for options that would be one base's where the file has several.
     """
@@ -69,7 +67,7 @@ def read_spec(file: Path | None, options: dict[str, Any]) -> FleetSpec:
 
 
 def check_keys(host: str, settings: Settings) -> None:
-    """SettingsError where others than this machine could ask, and nobody has made a key that they would need."""
+    """Raise SettingsError where others than this machine could ask, and nobody has made a key that they would need."""
     if is_on_loopback(host) or settings.static_key_hashes:
         return
     catalog = Catalog(settings.catalog)
@@ -85,7 +83,7 @@ def check_keys(host: str, settings: Settings) -> None:
 
 
 def reserve_names(bases: Iterable[BaseModel], settings: Settings) -> None:
-    """Reserves the names of bases that are going to be served, so that no adapter is published under one of them.
+    """Reserve the names of bases that are going to be served, so that no adapter is published under one of them.
 
     Raises ConflictError where an adapter has the name, in whose place the base would answer. While the catalog is away
     nothing is reserved, and the bases are served nevertheless.

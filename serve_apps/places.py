@@ -1,4 +1,4 @@
-"""Long operations, a few at once for each key and tenant."""
+"""Places for long operations, of which a few run at once for each key and tenant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RETRY_S = 10.0
 
 
 class MostPlaces(NamedTuple):
-    """How many have a place at once, of all, of a tenant and of a key (None: as many as its tenant).
+    """The most that have a place at once, of all, of a tenant and of a key (None: as many as its tenant).
 
     Who finds none waits for `wait_s` seconds at most, and of one tenant `waiting` wait (None: any number).
     """
@@ -37,7 +37,7 @@ class _Waiting(NamedTuple):
 
 
 class Places:
-    """A place that becomes free is given to the tenants that wait in turn, and of one tenant in the order in which they
+    """Gives places. A free one is given to the tenants that wait in turn, and of one tenant in the order in which they
     came. Used from one event loop. `what` says in messages what they are for.
     """
 
@@ -49,7 +49,7 @@ class Places:
 
     @asynccontextmanager
     async def one(self, tenant: str, account: str | None = None) -> AsyncIterator[None]:
-        """A place for the block, of a tenant and of one of its keys' accounts. Raises RateLimited where none is free,
+        """Take a place for the block, of a tenant and of a key's account. Raises RateLimited where none is free,
         and Overloaded where none was in time.
         """
         wanted = await self._take(tenant, account)
@@ -59,7 +59,7 @@ class Places:
             self._leave(wanted)
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, in a place and in a thread of it: however many wait, other work finds its
+        """Return or raise what `work` does, in a place and in a thread of it: however many wait, other work finds its
         threads. Both are taken until it has ended, also where the caller is cancelled.
         """
         wanted = await self._take(tenant, None)
@@ -71,7 +71,7 @@ class Places:
         self._threads.shutdown(wait=False)
 
     async def _take(self, tenant: str, account: str | None) -> dict[str, int]:
-        """What is counted → how many there may be."""
+        """Return what is counted → how many there may be."""
         wanted = {"": self._most.total, f"tenant {tenant}": self._most.of_tenant}
         if self._most.of_key is not None and account is not None:
             wanted[f"key {account}"] = self._most.of_key
@@ -126,7 +126,7 @@ class Places:
             one.given.set_result(None)
 
     def _next(self) -> tuple[str, _Waiting] | None:
-        """The first that fits, and its tenant; None: nobody does."""
+        """Find the first that fits, and its tenant; None: nobody does."""
         for tenant, waiting in self._waiting.items():
             for one in waiting:
                 if not one.given.done() and self._has(one.wanted):

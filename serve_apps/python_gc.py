@@ -1,4 +1,4 @@
-"""When Python collects garbage."""
+"""Python's garbage collections, at times when they delay nobody."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _num_paused = 0
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """While the block makes many objects, no collection looks through all of them again and again, which would hold the
-    interpreter, and with it the event loop, for a tenth of a second and more each time.
+    """Pause collections while the block makes many objects: each would look through all of them again, and hold the
+    interpreter, and with it the event loop, for a tenth of a second and more.
     """
     global _num_paused
     with _lock:
@@ -36,14 +36,14 @@ def collection_paused() -> Iterator[None]:
 
 
 def exempt_all() -> None:
-    """No collection looks through the objects that there are now. Those that nobody refers to any more are freed as
+    """Exempt the objects that there are now from all collections. Those that nobody refers to any more are freed as
     before, unless they refer to each other.
     """
     gc.freeze()
 
 
 def freeze_garbage() -> None:
-    """The same at the end of a start, when nothing waits: what refers to each other and is not needed goes first.
+    """Exempt all objects at the end of a start, when nothing waits: what only refers to each other goes first.
 
     Otherwise collections would take long in torch and transformers.
     """
@@ -52,7 +52,7 @@ def freeze_garbage() -> None:
 
 
 def collect_when_quiet(is_quiet: Callable[[], bool]) -> None:
-    """From now on a thread of this process' priority does the full collections, in moments in which nobody waits.
+    """Do the full collections from now on in a thread of this process' priority, in moments in which nobody waits.
 
     Otherwise they come in the thread that happens to make an object. In a replica that is mostly the engine's, which
     runs in the background: where others use the processors, it holds the interpreter, and with it the event loop, for

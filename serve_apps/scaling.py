@@ -1,14 +1,10 @@
-"""Serve's autoscaling policy, its log.
-
-They are in the cluster's key-value store (Ray's GCS), which every node can read and which needs no process or file.
-Each deployment has one writer and one small record. The writer is created with the policy, at every deployment and
-every restart of the controller, and begins without decisions, so those of an earlier deployment are not shown.
+"""Autoscaling on Ray Serve: our policy, the log of its decisions, and the demand that warms new replicas up.
 
 Serve creates the policy in its controller and calls it ten times a second. The state between two decisions is Serve's
 policy state. A controller that restarts begins without one, so the delays begin again.
 
-It is in the cluster's key-value store (Ray's GCS), beside the autoscaler's decisions: so it outlives every process that
-knows it, and a replica that starts needs nobody's answer. Each gateway writes a record of its own.
+Decisions and demand are in the cluster's key-value store (Ray's GCS), which every node can read and which needs no
+process or file. Records there outlive every process that knows them, and a replica that starts needs nobody's answer.
 """
 
 from __future__ import annotations
@@ -34,20 +30,35 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-KEPT = 20
+# By import path. Serve pickles a class by value if the named module defines it, and by reference if it imports it.
+POLICY_CLASS = "serve_apps.app.AdapterDemandPolicy"
+KEPT = 20  # decisions
 _NAMESPACE = b"loray"
 _TIMEOUT_S = 1.0  # Serve's controller is blocked meanwhile
+_DECIDE_S = 0.25  # between two decisions
+_REPORT_S = 10.0  # the maximum age of the reason that /status shows
+_CHANGE_S = 2.0  # between two reported changes of the cause, if the loads are nearly equal
+_STATE = "loray"
+_WOKEN = "a request waited and no replica ran"
+_HISTORY = 5  # reports that Serve keeps and sends each time; it requires more than one, only the last is used
+_STALE_REPORTS = 5  # consecutive reports that may be missing
+_OLD_S = 3600.0  # older than the newest record of demand: its gateway is gone
+_RECORD = TypeAdapter(DemandRecord)
 
 
 class ScalingLog:
-    """The decisions for one deployment of an application. A failure to read or write them is only logged."""
+    """The decisions for one deployment of an application, as one small record with one writer.
+
+    The writer is created with the policy, at every deployment and every restart of the controller, and begins without
+    decisions, so those of an earlier deployment are not shown. A failure to read or write them is only logged.
+    """
 
     def __init__(self, application: str, deployment: str) -> None:
         self._key = f"autoscaling/{application}/{deployment}".encode()
         self._decisions: tuple[ScalingDecision, ...] = ()
 
     def write(self, *, target: int, reason: str, now: float, decision: ScalingDecision | None = None) -> None:
-        """`decision`: if the target has just changed. Blocks for a round trip to the GCS, at most a second."""
+        """Write the record. `decision`: if the target has just changed. Blocks for a second at most."""
         if decision is not None:
             self._decisions = (*self._decisions, decision)[-KEPT:]
         status = AutoscalingStatus(target=target, reason=reason, time=now, decisions=self._decisions)
@@ -59,7 +70,7 @@ class ScalingLog:
             _log.warning("a scaling decision could not be kept for /status: %s", e)
 
     def read(self) -> AutoscalingStatus | None:
-        """The last record; None if there is none, or if the GCS does not answer. Blocks for at most a second."""
+        """Read the last record; None if there is none, or if the GCS does not answer. Blocks for at most a second."""
         try:
             raw = internal_kv_get_gcs_client().internal_kv_get(self._key, namespace=_NAMESPACE, timeout=_TIMEOUT_S)
             return None if raw is None else AutoscalingStatus.model_validate_json(raw)
@@ -68,20 +79,9 @@ class ScalingLog:
             return None
 
 
-# By import path. Serve pickles a class by value if the named module defines it, and by reference if it imports it.
-POLICY_CLASS = "serve_apps.app.AdapterDemandPolicy"
-_DECIDE_S = 0.25  # between two decisions
-_REPORT_S = 10.0  # the maximum age of the reason that /status shows
-_CHANGE_S = 2.0  # between two reported changes of the cause, if the loads are nearly equal
-_STATE = "loray"
-_WOKEN = "a request waited and no replica ran"
-_HISTORY = 5  # reports that Serve keeps and sends each time; it requires more than one, only the last is used
-_STALE_REPORTS = 5  # consecutive reports that may be missing
-
-
 def autoscaling_config(spec: ServeSpec, *, runs: bool = False) -> AutoscalingConfig | None:
-    """Serve's configuration with our policy; None if the number of replicas is fixed. `runs`: it is a deployment that
-    is scaled already: then the number that demand has required stays, also zero.
+    """Make Serve's configuration with our policy; None if the number of replicas is fixed. `runs`: the deployment is
+    scaled already: then the number that demand has required stays, also zero.
 
     The policy has its own delays, because Serve's count from the first change of the demand, whatever its later size.
     `metrics_interval_s` is deprecated, but Serve's replicas do not read its replacement yet (an environment variable of
@@ -106,12 +106,12 @@ def autoscaling_config(spec: ServeSpec, *, runs: bool = False) -> AutoscalingCon
 
 
 def report_s(scaling: AutoscalingSpec) -> float:
-    """Seconds between two reports of a replica."""
+    """Return the seconds between two reports of a replica."""
     return min(max(scaling.window_s / 30, 0.5), 5.0)
 
 
 class AdapterDemandPolicy:
-    """`spec`: AutoscalingSpec's fields."""
+    """Decides the number of a base's replicas by the demand for its adapters. `spec`: AutoscalingSpec's fields."""
 
     def __init__(self, **spec: Any) -> None:
         self._spec = AutoscalingSpec.model_validate(spec)
@@ -175,7 +175,7 @@ def _state_of(kept: Mapping[str, Any] | None) -> PolicyState:
 def observations(
     replicas: Sequence[Any], metrics: Mapping[str, Mapping[Any, Sequence[Any]]], spec: AutoscalingSpec, now: float
 ) -> list[Observation | None]:
-    """One observation per replica; None if its last report is missing or too old.
+    """Make one observation per replica; None if its last report is missing or too old.
 
     `metrics`: name → replica → points with `timestamp` and `value`, the newest last. Serve keeps the series of an
     adapter for a while after the adapter has left the reports.
@@ -203,7 +203,7 @@ def _initial(num_replicas: int, scaling: AutoscalingSpec) -> int | None:
 
 
 def _log_with_controller(logger: logging.Logger) -> None:
-    """Gives the logger Serve's handlers: the controller writes only their records to its file."""
+    """Give the logger Serve's handlers: the controller writes only their records to its file."""
     logger.setLevel(logging.INFO)
     for handler in logging.getLogger("ray.serve").handlers:
         if handler not in logger.handlers:
@@ -211,19 +211,18 @@ def _log_with_controller(logger: logging.Logger) -> None:
     logger.propagate = not logger.handlers
 
 
-_OLD_S = 3600.0  # older than the newest: its gateway is gone
-_RECORD = TypeAdapter(DemandRecord)
-
-
 class DemandRecords:
-    """Of one deployment of an application. Each call blocks for a second or two at most."""
+    """The demand for adapters of one deployment of an application, of which each gateway writes a record of its own.
+
+    Each call blocks for a second or two at most.
+    """
 
     def __init__(self, application: str, deployment: str) -> None:
         self._prefix = f"demand/{application}/{deployment}/".encode()
         self._fails = False
 
     def write(self, gateway: str, record: DemandRecord) -> None:
-        """Replaces the gateway's record. A failure is logged once."""
+        """Replace the gateway's record. A failure is logged once."""
         data = zlib.compress(_RECORD.dump_json(record), 1)
         try:
             internal_kv_get_gcs_client().internal_kv_put(
@@ -236,7 +235,7 @@ class DemandRecords:
             self._fails = True
 
     def read(self) -> DemandRecord | None:
-        """The demand at all gateways; None if there was none. Removes what gateways have left that are long gone.
+        """Read the demand at all gateways; None if there was none. Removes what gateways have left that are long gone.
 
         Raises RayError where the GCS does not answer, ValueError where a record is not one.
         """

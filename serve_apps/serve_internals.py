@@ -1,4 +1,4 @@
-"""Private parts of Ray Serve that are used.
+"""Private parts of Ray Serve that are used here.
 
 Other modules import Serve's private classes and functions from here. What they call or override of Serve's objects
 stands in PRIVATE. It is compared with the installed Ray where this module is imported, which the applications do.
@@ -30,6 +30,7 @@ class Private(NamedTuple):
     parameters: tuple[str, ...] | None = ()
 
 
+_TIMEOUT_S = 30.0
 _ROUTER, _HANDLE = "ray.serve.request_router", "ray.serve.handle"
 
 PRIVATE = (
@@ -61,7 +62,7 @@ PRIVATE = (
 
 
 def check() -> None:
-    """Raises ClusterError where the installed Ray has one of PRIVATE not, or with other parameters."""
+    """Raise ClusterError where the installed Ray has one of PRIVATE not, or with other parameters."""
     for private in PRIVATE:
         if (problem := _problem(private)) is not None:
             raise ClusterError(
@@ -87,20 +88,14 @@ def _problem(private: Private) -> str | None:
 
 
 def _is_set(owner: Any, name: str) -> bool:
-    """By the constructor of the class or of one that it is derived from."""
+    """Tell whether the constructor of the class, or of one that it is derived from, sets the attribute."""
     return any(
         name in base.__dict__["__init__"].__code__.co_names for base in owner.__mro__ if "__init__" in vars(base)
     )
 
 
-check()
-
-
-_TIMEOUT_S = 30.0
-
-
 def reachable_host(stated: str) -> str:
-    """The host for which keys are decided: `stated`, the application's, unless Serve listens where others can reach it.
+    """Return the host for which keys are decided: `stated`, the application's, unless others can reach Serve's own.
 
     Called in a replica. Both must be loopback for a server that needs no key.
     """
@@ -112,3 +107,6 @@ def _host_of_serve() -> str:
     controller = _get_global_client()._controller
     options = ray.get(controller.get_http_config.remote(), timeout=_TIMEOUT_S)
     return str(options.host)
+
+
+check()

@@ -1,4 +1,4 @@
-"""OpenTelemetry.
+"""Traces of requests with OpenTelemetry: the spans, the exporter that the environment names, and the middleware.
 
     chat MODEL, text_completion MODEL     the gateway's, of one HTTP request; its parent is the client's `traceparent`
         generate                          a replica's, of one choice
@@ -42,10 +42,14 @@ if TYPE_CHECKING:
 REQUEST_ID = "loray.request_id"
 _X_REQUEST_ID = b"x-request-id"
 _LONGEST_NAME = 256  # characters of a model's name, which a client may have made up
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat", "/v1/responses": "chat"}
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 class Times(Protocol):
-    """What a replica notes of a request; times are seconds of one clock."""
+    """The times of a request that a replica notes, in seconds of one clock, and its tokens."""
 
     @property
     def num_prompt_tokens(self) -> int: ...
@@ -69,7 +73,7 @@ class Tracing:
         self._w3c = TraceContextTextMapPropagator()
 
     def request(self, operation: str, route: str, traceparent: str | None, tracestate: str | None) -> RequestTrace:
-        """The span of an HTTP request that has come; a malformed `traceparent` counts as none."""
+        """Begin the span of an HTTP request that has come; a malformed `traceparent` counts as none."""
         from opentelemetry.trace import SpanKind
 
         given = {"traceparent": traceparent, "tracestate": tracestate}
@@ -90,7 +94,7 @@ class Tracing:
         return ReplicaTrace(self._tracer, self._w3c.extract({"traceparent": request.traceparent}), request)
 
     def close(self) -> None:
-        """Exports what is left. Otherwise the process's end does."""
+        """Export what is left. Otherwise the process's end does."""
         self._provider.shutdown()
 
     def _carried(self, span: Span) -> str | None:
@@ -113,7 +117,7 @@ class RequestTrace:
         self._status = 0
 
     def asked(self, request: GenerationRequest, requests: Sequence[GenerateRequest], answer_id: str) -> None:
-        """What the body asks for, once it has been understood."""
+        """Note what the body asks for, once it has been understood."""
         if not self._span.is_recording():
             return
         params, adapter = requests[0].params, requests[0].adapter
@@ -133,7 +137,7 @@ class RequestTrace:
         self._span.set_attributes(found)
 
     def sending(self, send: Send) -> Send:
-        """`send`, from which the status, the request's id and the time of the first part are read."""
+        """Wrap `send`, of which the status, the request's id and the time of the first part are noted."""
         is_first = True
 
         async def sent(message: Message) -> None:
@@ -152,7 +156,7 @@ class RequestTrace:
         return sent
 
     def end(self, usage: UsageEvent | None) -> None:
-        """`usage`: what the request used; None: it was refused before."""
+        """End the span. `usage`: what the request used; None: it was refused before."""
         from opentelemetry.trace import Status, StatusCode
 
         outcome = "ok" if self._status and self._status < 400 else str(self._status or "internal_error")
@@ -183,7 +187,7 @@ class ReplicaTrace:
         self.scheduled_at: float | None = None  # seconds of `time.monotonic`, written by the engine's thread
 
     def end(self, times: Times, how: str | Exception) -> None:
-        """`how`: as `ReplicaMetrics.ended`."""
+        """Make the spans. `how`: as `ReplicaMetrics.ended`."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         ended_ns = self._ns(time.monotonic() - self._came)
@@ -213,7 +217,7 @@ class ReplicaTrace:
         return used | {"gen_ai.request.model": adapter.label, "loray.adapter.digest": adapter.digest}
 
     def _phases(self, times: Times, ended_ns: int) -> list[tuple[str, int, int]]:
-        """(name, begin, end) of those that it reached. The metrics' clock and the engine's may differ in their zero."""
+        """Return (name, begin, end) of the phases reached. Metrics and engine may have clocks with different zeros."""
         if self.scheduled_at is None:
             return [("queue", self._came_ns, ended_ns)]
         scheduled_ns = self._ns(self.scheduled_at - self._came)
@@ -224,17 +228,12 @@ class ReplicaTrace:
         return [*phases, ("prefill", scheduled_ns, first_ns), ("decode", first_ns, last_ns)]
 
     def _ns(self, seconds: float) -> int:
-        """The time so many seconds after the request came, since 1970."""
+        """Return the time so many seconds after the request came, since 1970."""
         return self._came_ns + max(0, int(seconds * 1e9))
 
 
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
-
-
 def open_tracing(component: str, instance: str, env: Mapping[str, str] | None = None) -> Tracing | None:
-    """Traces of this process, which has this part and this name in the deployment. None: no exporter is configured.
+    """Open the traces of this process, which is this part of the deployment by this name. None: no exporter is named.
 
     Raises SettingsError where the exporter is unknown or not installed.
     """
@@ -253,7 +252,7 @@ def open_tracing(component: str, instance: str, env: Mapping[str, str] | None = 
 
 
 def _exporter(env: Mapping[str, str]) -> str | None:
-    """The entry point of the configured exporter."""
+    """Name the entry point of the configured exporter."""
     if env.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     name = env.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(env.get, _ENDPOINTS)) else "none")
@@ -288,11 +287,8 @@ def _resource(component: str, instance: str) -> Resource:
     return given.merge(Resource(ours))
 
 
-_OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat", "/v1/responses": "chat"}
-
-
 class TraceRequests:
-    """The span is `scope["state"]["trace"]`, until the response has ended."""
+    """ASGI middleware: the request's span is `scope["state"]["trace"]` until the response has ended."""
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self._app, self._tracing = app, tracing

@@ -67,7 +67,6 @@ _PAGES: Mapping[str, str] = {
     "suggestions": "/playground/models?search=00042",
     "usage_by_model": "/usage",
     "usage_by_key": "/usage?by=key",
-    "advice": "/advice",
 }
 _OF_ADMINISTRATORS: Mapping[str, str] = {"serving": "/serving", "replica": "/serving/replicas/r7", "keys": "/keys"}
 

@@ -1,1 +1,1 @@
-"""What requests may use and have used: quotas, usage events, the access log."""
+"""Accounts of requests: quotas, usage, and the access log."""

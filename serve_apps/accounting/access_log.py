@@ -40,7 +40,7 @@ class AccessLog:
         atexit.register(self.close)
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Returns at once. A line that the target has no time for is lost, and counted in the next one."""
+        """Take a line at once. One that the target has no time for is lost, and counted in the next one."""
         if self._num_lost:
             fields = fields | {"lost_before": self._num_lost}
         try:
@@ -50,7 +50,7 @@ class AccessLog:
             self._num_lost += 1
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is left."""
         atexit.unregister(self.close)
         self._queue.put(None)
         self._thread.join()

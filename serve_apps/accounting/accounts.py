@@ -1,4 +1,8 @@
-"""What a request reserves and used; turns of tenants."""
+"""Accounts of requests: what one reserves and uses. `UsageMeter` opens a `RequestUsage`, which ends in `UsageSink`.
+
+`AdmitRequests` is the middleware before it: limits are looked at before a body is read, and tenants' requests begin in
+turn (`TenantTurns`).
+"""
 
 from __future__ import annotations
 
@@ -27,10 +31,18 @@ from serve_apps.accounting.quotas import QuotaExchange, SharedOwner, follow_owne
 from serve_apps.accounting.usage import UsageStatus, UsageWriter
 
 _START_S = 2.0  # that a start waits to hear what was used before
+NOTED_TOKENS = 1024  # of a choice, after which what the request has used is noted again
+_ABANDONED = "abandoned"  # the outcome where the gateway was killed
+LOOK_S = 0.02  # between two looks how late the event loop is
+LONGEST_S = 30.0  # that a request waits for its turn
+_LOOP_LATE_S = 0.003  # that the loop may be, in the mean
+_RETRY_S = 5.0
 
 
 class UsageSink:
-    """`exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
+    """Records what requests used, and shares limits with other gateways, while it is open.
+
+    `exchange` None: the gateway is the only one, and has the owner of its limits in its process. `is_limited` is set
     while a key or a tenant has a limit; None: it may always be so.
     """
 
@@ -44,23 +56,23 @@ class UsageSink:
         return Catalog(self._settings.catalog)
 
     def add(self, event: UsageEvent) -> None:
-        assert self._writer is not None, "requests end before the books are closed"
+        assert self._writer is not None, "requests end before the sink is closed"
         self._writer.add(event)
 
     def note_open(self, event: UsageEvent) -> None:
-        """As `UsageWriter.note_open`."""
-        assert self._writer is not None, "requests begin after the books are opened"
+        """Take what an open request is charged with, see `UsageWriter.note_open`."""
+        assert self._writer is not None, "requests begin after the sink is opened"
         self._writer.note_open(event)
 
     @property
     def status(self) -> UsageStatus | None:
-        """None before the books are opened."""
+        """The state of the writer; None before it is opened."""
         return None if self._writer is None else self._writer.status
 
     @asynccontextmanager
     async def opened(self, gate: QuotaGate) -> AsyncIterator[None]:
         url = self._settings.store
-        # A folder is on the disk that has the journal.
+        # A folder is on the disk that has the log.
         open_objects = None if isinstance(parse_location(url), FileLocation) else partial(open_store, url)
         self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days, open_objects)
         async with self._with_owner(gate) as exchange:
@@ -74,8 +86,8 @@ class UsageSink:
 
     @asynccontextmanager
     async def _with_owner(self, gate: QuotaGate) -> AsyncIterator[QuotaExchange]:
-        """The exchange with the owner of the limits. One of this process begins with what was used before, and is told
-        at the end what the gate has admitted since its last exchange.
+        """Open the exchange with the owner of the limits. One of this process begins with what was used before, and is
+        told at the end what the gate has admitted since its last exchange.
         """
         if self._exchange is not None:
             yield self._exchange
@@ -92,14 +104,10 @@ class UsageSink:
             await owner.close()
 
 
-NOTED_TOKENS = 1024  # of a choice, after which what the request has used is noted again
-_ABANDONED = "abandoned"  # the outcome where the gateway was killed
-
-
 @dataclass(slots=True)
 class RequestUsage:
-    """Closed once, however the request ends. `event` is what it used, once it is closed. Until then the books have a
-    note of what it is charged with where the gateway is killed.
+    """The account of one request, closed once, however it ends. `event` is what it used, once it is closed. Until then
+    the sink has what it is charged with where the gateway is killed.
 
     requests     one for each choice; those of one prompt, `num_choices`, follow each other
     received_at  seconds of the monotonic clock
@@ -116,10 +124,10 @@ class RequestUsage:
     reservation: Reservation
     granted: list[int]
     num_prompt_tokens: int
-    books: UsageSink | None
+    sink: UsageSink | None
     event: UsageEvent | None = None
     _num_output: list[int] = field(init=False)  # tokens of each choice
-    _noted: list[int] = field(init=False)  # those of them that the books know
+    _noted: list[int] = field(init=False)  # those of them that the sink knows
 
     def __post_init__(self) -> None:
         self._num_output, self._noted = [0] * len(self.requests), [0] * len(self.requests)
@@ -130,8 +138,8 @@ class RequestUsage:
         return self.reservation.headers
 
     def may_go_on(self, choice: int, num_tokens: int) -> bool:
-        """Whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit reserves
-        is renewed while there is room.
+        """Tell whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit
+        reserves is renewed while there is room.
         """
         self._num_output[choice] = num_tokens
         if num_tokens - self._noted[choice] >= NOTED_TOKENS:
@@ -147,7 +155,7 @@ class RequestUsage:
         return True
 
     def close(self, outcome: str, last: Sequence[Delta | None]) -> UsageEvent:
-        """`last`: the last delta of each choice; None: nothing came."""
+        """Close the account. `last`: the last delta of each choice; None: nothing came."""
         if self.event is not None:
             return self.event
         of_prompts = [delta for delta in last[:: _prompt_step(self.requests, self.num_choices)] if delta is not None]
@@ -156,13 +164,13 @@ class RequestUsage:
         num_cached = sum(delta.num_cached_tokens for delta in of_prompts)
         self.event = self._used(outcome, num_prompt, num_cached, num_output)
         self.reservation.settle(num_prompt + num_output, time.time())
-        if self.books is not None:
-            self.books.add(self.event)
+        if self.sink is not None:
+            self.sink.add(self.event)
         return self.event
 
     def _note(self) -> None:
-        if self.books is not None:
-            self.books.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
+        if self.sink is not None:
+            self.sink.note_open(self._used(_ABANDONED, self.num_prompt_tokens, 0, sum(self._num_output)))
 
     def _used(self, outcome: str, num_prompt: int, num_cached: int, num_output: int) -> UsageEvent:
         first = self.requests[0]
@@ -185,23 +193,23 @@ class RequestUsage:
 class UsageMeter:
     """Opens the accounts of a gateway's requests, and keeps its shares of all limits while it runs."""
 
-    def __init__(self, gate: QuotaGate | None = None, books: UsageSink | None = None) -> None:
-        """`books` None: what requests use is recorded nowhere, and limits are this process's alone."""
+    def __init__(self, gate: QuotaGate | None = None, sink: UsageSink | None = None) -> None:
+        """`sink` None: what requests use is recorded nowhere, and limits are this process's alone."""
         self._gate = gate or QuotaGate()
-        self._books = books
+        self._sink = sink
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        if self._books is None:
+        if self._sink is None:
             yield
             return
-        async with self._books.opened(self._gate):
+        async with self._sink.opened(self._gate):
             yield
 
     @property
     def usage_status(self) -> UsageStatus | None:
-        """None where usage is not recorded."""
-        return None if self._books is None else self._books.status
+        """The state of the writer; None where usage is not recorded."""
+        return None if self._sink is None else self._sink.status
 
     def enter(self, principal: Principal) -> None:
         """Take a request of those of a minute before it is read. Raises RateLimited where none can begin now."""
@@ -213,7 +221,7 @@ class UsageMeter:
 
     @contextmanager
     def charged_if_refused(self, principal: Principal, num_tokens: int) -> Iterator[None]:
-        """Around the checks of what was tokenised: what is tokenised for a wrong request is not free."""
+        """Charge what was tokenised if a check in the block refuses it: a wrong request is not free."""
         try:
             yield
         except RequestError:
@@ -254,21 +262,15 @@ class UsageMeter:
             reservation,
             granted,
             num_prompt,
-            self._books,
+            self._sink,
         )
 
 
 def _prompt_step(requests: Sequence[GenerateRequest], num_choices: int) -> int:
-    """Between two requests whose prompts are computed: the choices of a prompt share it, unless they ask for its
-    logprobs, which need all of it.
+    """Return the distance of requests whose prompts are computed: the choices of a prompt share it, unless they ask for
+    its logprobs, which need all of it.
     """
     return num_choices if requests[0].params.prompt_logprobs is None else 1
-
-
-LOOK_S = 0.02  # between two looks how late the event loop is
-_LOOP_LATE_S = 0.003  # that the loop may be, in the mean
-LONGEST_S = 30.0  # that a request waits for its turn
-_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,7 +282,7 @@ class Turn:
 
 
 class TenantTurns:
-    """Requests of tenants in turn. Used from one event loop."""
+    """Lets requests of tenants begin in turn. Used from one event loop."""
 
     def __init__(self, fair: FairAdmission[Turn] | None = None) -> None:
         self._fair = fair or FairAdmission[Turn]()
@@ -291,11 +293,11 @@ class TenantTurns:
         return self._fair.num_waiting
 
     def is_modest(self, tenant: str) -> bool:
-        """See FairAdmission."""
+        """Tell whether the tenant is modest, see FairAdmission."""
         return self._fair.is_modest(tenant)
 
     async def enter(self, tenant: str) -> None:
-        """Returns when the request may begin; `leave` follows once. Overloaded if that takes too long."""
+        """Return when the request may begin; `leave` follows once. Raises Overloaded if that takes too long."""
         loop = asyncio.get_running_loop()
         turn = Turn(tenant, loop.create_future())
         is_admitted = self._fair.ask(tenant, turn, loop.time())
@@ -317,7 +319,7 @@ class TenantTurns:
             ) from e
 
     def tokens_are_late(self, lateness: float) -> None:
-        """By what they may be; see `Engines.running`."""
+        """Take how late tokens are, by what they may be; see `EngineClient.running`."""
         if self._fair.is_crowded:
             self._begin(self._fair.observe(lateness, asyncio.get_running_loop().time()))
 

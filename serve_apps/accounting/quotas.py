@@ -1,4 +1,4 @@
-"""The quota owner as a Ray actor."""
+"""Limits that gateways share: their owner, in one gateway's process or as a Ray actor, and how it is asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from loray.catalog import Catalog, QuotaUse
 from loray.catalog.quotas import OWNER_IS_GONE_S
@@ -17,28 +17,27 @@ from loray.settings import Settings
 from loray.telemetry import get_logger
 from serve_apps.deployment import front_nodes
 
-if TYPE_CHECKING:
-    pass
-
-
 _log = get_logger(__name__)
 
 SOON_S, BUSY_S = 0.01, 0.1  # between two exchanges, or IDLE_S
 _TIMEOUT_S = 2.0
 _RETRY_S = 1.0
+_NAMESPACE = "serve"
 
 
 class QuotaExchange(Protocol):
+    """Tells the owner of the limits what a gateway has counted."""
+
     async def __call__(self, reports: Sequence[Report]) -> Reply:
-        """Raises OwnerAway."""
+        """Exchange with the owner. Raises OwnerAway."""
 
 
 class OwnerAway(Exception):
-    pass
+    """The owner of limits does not answer."""
 
 
 async def follow_owner(gate: QuotaGate, exchange: QuotaExchange, is_limited: asyncio.Event | None = None) -> None:
-    """Runs until it is cancelled. While the owner is away, the gateway goes on with its share.
+    """Exchange with the owner until cancelled. While the owner is away, the gateway goes on with its share.
 
     `is_limited` is set while anybody has a limit; without one there is nothing to share, and the owner is not asked. A
     gateway asks also where its own requests have none, since others may need what it holds. None: it is always so.
@@ -66,8 +65,8 @@ async def follow_owner(gate: QuotaGate, exchange: QuotaExchange, is_limited: asy
 
 
 class SharedOwner:
-    """While its gateways ask, it tells the catalog each TOLD_S that it is there and what it counted, and learns what
-    others did. While the catalog is away, it goes on with the number of owners that it knew last.
+    """The owner of a deployment's limits. While its gateways ask, it tells the catalog each TOLD_S that it is there and
+    what it counted, and learns what others did. While that is away, it goes on with the number of owners known last.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class SharedOwner:
         self._is_away: bool | None = None  # the catalog; None: it was not asked yet
 
     async def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
-        """The first one waits until the catalog has said how many owners there are, or cannot."""
+        """Exchange with a gateway. The first one waits until it is known how many owners there are, or cannot be."""
         if self._telling is None:
             self._telling = asyncio.create_task(self._tell())
         if self._is_away is None:
@@ -129,7 +128,7 @@ class SharedOwner:
     # -- in a thread --------------------------------------------------------------------------------------------------
 
     def _told(self, counted: Sequence[Counted], now: float) -> tuple[int, dict[Rule, float]]:
-        """Raises CatalogError."""
+        """Ask the catalog. Raises CatalogError."""
         if self._catalog is None:
             self._catalog = self._open()
         catalog, used = self._catalog, dict[Rule, float]()
@@ -172,11 +171,8 @@ def _rule_of(key: str) -> Rule:
     return Rule(owner, subject, kind, float(limit), float(period_s))  # type: ignore[arg-type]  # words of _key
 
 
-_NAMESPACE = "serve"
-
-
 class QuotaActor:
-    """It ends with the gateway that made it; the next exchange of another one makes a new one."""
+    """The owner as a Ray actor. It ends with the gateway that made it; another one's next exchange makes a new one."""
 
     def __init__(self, application: str, num_gateways: int) -> None:
         import ray
@@ -190,7 +186,7 @@ class QuotaActor:
 
 
 class RayExchange:
-    """Implements `serve_apps.accounting.quotas.Exchange` for the gateway `name` of an application."""
+    """Implements `QuotaExchange` for the gateway `name` of an application."""
 
     def __init__(self, application: str, name: str, num_gateways: int, settings: Settings) -> None:
         # Gateways with another number of gateways, while an application is replaced, have another owner.

@@ -1,14 +1,8 @@
-"""Usage events: write-ahead log, then the catalog.
+"""Usage of requests: events in a write-ahead log on disk, and from there in the catalog.
 
-A process has a journal of its own, which it locks. A journal that nobody locks was left by a process that was killed:
-the next writer of the home sends its events too. Events that were sent already count once, by their ids.
-
-A request that goes on has a line that begins with `open`: then the event that it is charged with where its process is
-killed. Of several lines of a request the last one counts.
-
-    usage/JOURNAL/N.jsonl   some events of a journal, a JSON object a line
-
-The journal has them too, and whoever finds the catalog first sends them: an event that comes twice counts once.
+`UsageLog` is the log of one process, which locks it. A log that nobody locks was left by a process that was killed: the
+next writer of the home sends its events too. Events that were sent already count once, by their ids. While the catalog
+is away, `StoredEvents` keeps them in a store that outlives this machine, too. `UsageWriter` does all this in threads.
 """
 
 from __future__ import annotations
@@ -36,13 +30,28 @@ _log = get_logger(__name__)
 FOLDER = "usage"  # in the home
 MAX_BYTES = 256 << 20  # about a million events; the database is away for long
 _OPEN = "open "
+PREFIX = "usage"  # in the store
+FLUSH_S = 1.0
+LONGEST_PAUSE_S = 60.0  # between two attempts while the catalog takes nothing
+STORE_AFTER_S = 10.0  # that the catalog has taken nothing, until events go to the store too
+STORE_S = 5.0  # between two times that they do
+REJECTED = "rejected.log"  # in the logs' folder: events that the catalog refuses, a JSON object a line
+ABANDONED_S = 60.0  # between two looks for logs that other processes have left
+_BATCH = 500
+_STORED_BATCH = 5000  # about a megabyte
+_MAX_QUEUED = 100_000
+_RETENTION_CHECK_S = 3600.0
 
 
 class UsageLog:
-    """One file of events, a JSON object a line. Its owner's thread alone uses it."""
+    """A file of events, a JSON object a line, which its owner's thread alone uses.
+
+    A request that goes on has a line that begins with `open`: then the event that it is charged with where its process
+    is killed. Of several lines of a request the last one counts.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Opens and locks it. Raises BlockingIOError where another process has it."""
+        """Open and lock the file. Raises BlockingIOError where another process has it."""
         self._fd = _locked(path)
         self.path = path
 
@@ -59,9 +68,9 @@ class UsageLog:
         return os.fstat(self._fd).st_size
 
     def append(self, events: Iterable[UsageEvent], unsettled: Iterable[UsageEvent] = ()) -> bool:
-        """False: it is full, and the events are lost. The lines are with the system, so a kill does not lose them.
+        """Append events; False: the log is full, and they are lost. The system has the lines, so a kill loses none.
 
-        `unsettled` are of requests that go on. Where it raises OSError, as for a full disk, the journal is as it was.
+        `unsettled` are of requests that go on. Where it raises OSError, as for a full disk, the log is as it was.
         """
         num_bytes = self.num_bytes
         if num_bytes >= MAX_BYTES:
@@ -74,7 +83,7 @@ class UsageLog:
         return True
 
     def read(self, limit: int, offset: int) -> tuple[list[UsageEvent], int]:
-        """At most `limit` events from `offset` on, and the offset behind them. What is no event is left out."""
+        """Read at most `limit` events from `offset` on, and the offset behind them. Lines without one are left out."""
         events: list[UsageEvent] = []
         for event, is_open, num_bytes in self._lines(offset):
             offset += num_bytes
@@ -85,7 +94,7 @@ class UsageLog:
         return events, offset
 
     def unsettled(self) -> list[UsageEvent]:
-        """What requests are charged with that have no event, as those of a process that was killed."""
+        """Find what requests are charged with that have no event, as those of a process that was killed."""
         found: dict[str, UsageEvent] = {}
         for event, is_open, _ in self._lines(0):
             if event is not None:
@@ -95,7 +104,7 @@ class UsageLog:
         return list(found.values())
 
     def _lines(self, offset: int) -> Iterator[tuple[UsageEvent | None, bool, int]]:
-        """For each line from `offset` on its event, whether that is of an open request, and its number of bytes."""
+        """Yield each line's event from `offset` on, whether that is of an open request, and the line's length."""
         with os.fdopen(os.dup(self._fd), "rb") as f:
             f.seek(offset)
             for line in f:
@@ -108,8 +117,8 @@ class UsageLog:
                 yield event, is_open, len(line)
 
     def clear(self, unsettled: Iterable[UsageEvent] = ()) -> None:
-        """All events have been sent; lines of open requests stay. A kill leaves the journal as it was, or as it is
-        after this.
+        """Remove the events, which have been sent; lines of open requests stay. A kill leaves the log as it was, or as
+        it is after this.
         """
         lines = list(map(_open_line, unsettled))
         if not lines:
@@ -136,7 +145,7 @@ class UsageLog:
 
 
 def _locked(path: Path) -> int:
-    """Of the file that has this path once it is locked. Raises BlockingIOError where another process has it."""
+    """Open the file that has this path once it is locked. Raises BlockingIOError where another process has it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +172,7 @@ def _write(fd: int, lines: Iterable[str]) -> None:
 
 
 def abandoned(home: Path) -> Iterator[UsageLog]:
-    """Journals of processes that are gone, locked. The caller closes each."""
+    """Lock the logs of processes that are gone. The caller closes each."""
     for path in sorted((home / FOLDER).glob("*.jsonl")):
         try:
             yield UsageLog(path)
@@ -171,25 +180,27 @@ def abandoned(home: Path) -> Iterator[UsageLog]:
             continue
 
 
-PREFIX = "usage"
-
-
 class StoredEvents:
-    """Those of one journal are put, those of all are taken. Used from one thread."""
+    """Events in the store: those of one log are put, those of all are taken. Used from one thread.
 
-    def __init__(self, open_objects: Callable[[], ObjectStore], journal: str) -> None:
-        self._open, self._journal = open_objects, journal
+        usage/LOG/N.jsonl   some events of a log, a JSON object a line
+
+    The log has them too, and whoever finds the catalog first sends them: an event that comes twice counts once.
+    """
+
+    def __init__(self, open_objects: Callable[[], ObjectStore], log_name: str) -> None:
+        self._open, self._log_name = open_objects, log_name
         self._objects: ObjectStore | None = None
         self._num_put = 0
 
     def put(self, events: Sequence[UsageEvent]) -> None:
-        """Raises StoreError."""
+        """Store events. Raises StoreError."""
         data = "".join(f"{event.to_json()}\n" for event in events).encode()
-        self._known().put_if_absent(f"{PREFIX}/{self._journal}/{self._num_put:06}.jsonl", data)
+        self._known().put_if_absent(f"{PREFIX}/{self._log_name}/{self._num_put:06}.jsonl", data)
         self._num_put += 1
 
     def all(self) -> Iterator[tuple[str, list[UsageEvent]]]:
-        """(key, events) of each object. Raises StoreError."""
+        """Read (key, events) of each object. Raises StoreError."""
         for key in self._known().list(f"{PREFIX}/"):
             try:
                 lines = self._known().get(key).splitlines()
@@ -204,7 +215,7 @@ class StoredEvents:
             yield key, events
 
     def delete(self, key: str) -> None:
-        """Raises StoreError."""
+        """Delete what has been sent. Raises StoreError."""
         self._known().delete(key)
 
     def _known(self) -> ObjectStore:
@@ -213,21 +224,9 @@ class StoredEvents:
         return self._objects
 
 
-FLUSH_S = 1.0
-LONGEST_PAUSE_S = 60.0  # between two attempts while the catalog takes nothing
-STORE_AFTER_S = 10.0  # that the catalog has taken nothing, until events go to the store too
-STORE_S = 5.0  # between two times that they do
-REJECTED = "rejected.log"  # in the journals' folder: events that the catalog refuses, a JSON object a line
-ABANDONED_S = 60.0  # between two looks for journals that other processes have left
-_BATCH = 500
-_STORED_BATCH = 5000  # about a megabyte
-_MAX_QUEUED = 100_000
-_RETENTION_CHECK_S = 3600.0
-
-
 class UsageStatus(NamedTuple):
-    """Whether events are written, the bytes that wait, for how many seconds the oldest of them has, and the number of
-    those that were lost or refused.
+    """Events are written (`is_alive`); so many bytes wait, the oldest of them for so long, and so many events were lost
+    or refused.
     """
 
     is_alive: bool
@@ -244,7 +243,7 @@ class _Entry(NamedTuple):
 
 
 class UsageWriter:
-    """Events reach the journal within milliseconds and the catalog within seconds, or when it can be reached again.
+    """Brings events to the log within milliseconds and to the catalog within seconds, or when it can be reached again.
 
     open_catalog    its catalog is closed with the writer
     retention_days  older events are deleted; 0: never
@@ -263,17 +262,17 @@ class UsageWriter:
         self._retention_days = retention_days
         self._queue: queue.Queue[_Entry | None] = queue.Queue(_MAX_QUEUED)
         self._catalog: Catalog | None = None
-        self._journal = UsageLog.create(home)
-        self._stored = None if open_objects is None else StoredEvents(open_objects, self._journal.path.stem)
-        self._stored_bytes = 0  # of the journal, which the store has
+        self._wal = UsageLog.create(home)
+        self._stored = None if open_objects is None else StoredEvents(open_objects, self._wal.path.stem)
+        self._stored_bytes = 0  # of the log, which the store has
         self._failing_since: float | None = None  # of the monotonic clock
-        self._journal_lock = Lock()  # of appending and clearing
-        self._unsettled: dict[str, UsageEvent] = {}  # of open requests that the journal has
+        self._wal_lock = Lock()  # of appending and clearing
+        self._unsettled: dict[str, UsageEvent] = {}  # of open requests that the log has
         self._stopped = Event()
         self._is_due = Event()  # there is something to send
         self._num_failures = 0  # in sequence
         self._num_lost = 0
-        self._waits_since: float | None = None  # of the monotonic clock; None: the journal is empty
+        self._waits_since: float | None = None  # of the monotonic clock; None: the log is empty
         self._threads = [
             Thread(target=self._append_all, name="usage-journal", daemon=True),
             Thread(target=self._send_all, name="usage-catalog", daemon=True),
@@ -282,37 +281,37 @@ class UsageWriter:
             thread.start()
 
     def add(self, event: UsageEvent) -> None:
-        """Returns at once. Where the disk has not kept up for very long, the event is lost, and the log says so."""
+        """Take an event at once. Where the disk has not kept up for very long, it is lost, and the log says so."""
         try:
             self._queue.put_nowait(_Entry(event, False))
         except queue.Full:
             self._lose(1)
 
     def note_open(self, event: UsageEvent) -> None:
-        """Returns at once. The request is charged with the last of these events where this process is killed."""
+        """Take an event at once. With the last of these the request is charged where this process is killed."""
         with suppress(queue.Full):
             self._queue.put_nowait(_Entry(event, True))
 
     @property
     def status(self) -> UsageStatus:
-        """Used while the writer is open."""
+        """The state of a writer that is open."""
         since = self._waits_since
-        num_bytes, oldest_s = (0, 0.0) if since is None else (self._journal.num_bytes, time.monotonic() - since)
+        num_bytes, oldest_s = (0, 0.0) if since is None else (self._wal.num_bytes, time.monotonic() - since)
         is_alive = all(thread.is_alive() for thread in self._threads)
         return UsageStatus(is_alive, num_bytes, oldest_s, self._num_lost)
 
     def close(self) -> None:
-        """Sends what is left. What the catalog does not take stays in the journal, for the next writer."""
+        """Send what is left. What the catalog does not take stays in the log, for the next writer."""
         self._queue.put(None)
         self._threads[0].join()
         self._stopped.set()
         self._is_due.set()
         self._threads[1].join()
-        self._journal.close(delete=self._journal.num_bytes == 0)
+        self._wal.close(delete=self._wal.num_bytes == 0)
         if self._catalog is not None:
             self._catalog.close()
 
-    # -- the journal's thread -----------------------------------------------------------------------------------------
+    # -- the log's thread ----------------------------------------------------------------------------------------------
 
     def _append_all(self) -> None:
         running = True
@@ -325,11 +324,11 @@ class UsageWriter:
             last = {entry.event.request_id: entry for entry in batch if entry is not None}  # of each request
             events = [entry.event for entry in last.values() if not entry.is_open]
             unsettled = {id: entry.event for id, entry in last.items() if entry.is_open}
-            with self._journal_lock:
+            with self._wal_lock:
                 try:
-                    kept = self._journal.append(events, unsettled.values())
+                    kept = self._wal.append(events, unsettled.values())
                 except Exception:  # noqa: BLE001 - the next ones may come through
-                    _log.exception("usage events cannot be written to %s", self._journal.path)
+                    _log.exception("usage events cannot be written to %s", self._wal.path)
                     kept = False
                 if kept:
                     self._settle(events, unsettled)
@@ -339,7 +338,7 @@ class UsageWriter:
                 self._is_due.set()
 
     def _settle(self, events: Sequence[UsageEvent], unsettled: Mapping[str, UsageEvent]) -> None:
-        """What the journal has now, of which it has `events` and `unsettled` since just now."""
+        """Remember that the log has `events` and `unsettled` since just now."""
         self._unsettled |= unsettled
         for event in events:
             self._unsettled.pop(event.request_id, None)
@@ -353,7 +352,7 @@ class UsageWriter:
     # -- the catalog's thread -----------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        """Sleeps while no usage arrives, but for looks for what others have left. No error ends it."""
+        """Sleep while no usage arrives, but for looks for what others have left. No error ends this."""
         looked_at = forgotten_at = float("-inf")
         self._is_due.set()
         while True:
@@ -362,7 +361,7 @@ class UsageWriter:
             longest_s = LONGEST_PAUSE_S if self._stored is None else STORE_S
             last = self._stopped.wait(min(FLUSH_S * 2**self._num_failures, longest_s) if is_due else 0.0)
             try:
-                self._send(self._journal)
+                self._send(self._wal)
                 if last or time.monotonic() - looked_at >= ABANDONED_S:
                     self._send_abandoned()
                     looked_at = time.monotonic()
@@ -375,7 +374,7 @@ class UsageWriter:
                     is_known = isinstance(e, (LorayError, OSError))
                     _log.warning(
                         "usage events wait in %s until the catalog takes them: %s",
-                        self._journal.path,
+                        self._wal.path,
                         e,
                         exc_info=not is_known,
                     )
@@ -385,26 +384,26 @@ class UsageWriter:
             if last:
                 return
 
-    def _send(self, journal: UsageLog) -> None:
+    def _send(self, wal: UsageLog) -> None:
         offset = 0
         while True:
-            with self._journal_lock:  # never half a line
-                events, offset = journal.read(_BATCH, offset)
+            with self._wal_lock:  # never half a line
+                events, offset = wal.read(_BATCH, offset)
             if events:
                 self._record(events)
                 continue
-            with self._journal_lock:
-                if journal.num_bytes != offset:
+            with self._wal_lock:
+                if wal.num_bytes != offset:
                     continue
-                if journal is self._journal:
-                    journal.clear(self._unsettled.values())
+                if wal is self._wal:
+                    wal.clear(self._unsettled.values())
                     self._waits_since, self._stored_bytes = None, 0
                 else:
-                    journal.clear()
+                    wal.clear()
                 return
 
     def _record(self, events: Sequence[UsageEvent]) -> None:
-        """One that the catalog refuses is put aside, so that it does not stop the others."""
+        """Record events. One that the catalog refuses is put aside, so that it does not stop the others."""
         try:
             self._known().record_usage(events)
         except DataError as e:
@@ -419,14 +418,14 @@ class UsageWriter:
             _log.error("%s; it is in %s", e, path)
 
     def _send_abandoned(self) -> None:
-        for journal in abandoned(self._home):
+        for wal in abandoned(self._home):
             try:
-                if unsettled := journal.unsettled():
+                if unsettled := wal.unsettled():
                     self._record(unsettled)
-                self._send(journal)
-                journal.close(delete=True)
+                self._send(wal)
+                wal.close(delete=True)
             except BaseException:
-                journal.close(delete=False)
+                wal.close(delete=False)
                 raise
         if self._stored is None:
             return
@@ -445,13 +444,13 @@ class UsageWriter:
             return
         try:
             while True:
-                with self._journal_lock:
-                    events, offset = self._journal.read(_STORED_BATCH, self._stored_bytes)
+                with self._wal_lock:
+                    events, offset = self._wal.read(_STORED_BATCH, self._stored_bytes)
                 if not events:
                     return
                 self._stored.put(events)
                 self._stored_bytes = offset
-        except Exception as e:  # noqa: BLE001 - the journal has them
+        except Exception as e:  # noqa: BLE001 - the log on disk has them
             _log.warning("usage events cannot be kept in the store: %s", e)
 
     def _known(self) -> Catalog:

@@ -1,4 +1,4 @@
-"""The Serve application `catalog`; where replicas have an adapter."""
+"""The Serve application `catalog`: the REST API and the console, and how they ask replicas which adapters they have."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ from serve_apps.deployment import APPLICATION
 from serve_apps.http import WithoutRequestId
 
 _TIMEOUT_S = 5.0
+API = "api"
+# The one server that writes to the store: on a node with no engine, so that its identity can be another one.
+_ON_THE_HEAD = {"node:__internal_head__": 0.001}
+_MAX_ONGOING = 256  # including clients that follow a job's log
 
 
 class ServePlacements:
-    """`application`: the one whose deployments are asked. Which bases it has may change meanwhile."""
+    """Asks the replicas of `application`, whose bases may change meanwhile, for their adapters."""
 
     def __init__(self, application: str) -> None:
         self._application = application
@@ -61,12 +65,6 @@ class ServePlacements:
         return [placement for answer in answers if isinstance(answer, list) for placement in answer]
 
 
-API = "api"
-# The one server that writes to the store: on a node with no engine, so that its identity can be another one.
-_ON_THE_HEAD = {"node:__internal_head__": 0.001}
-_MAX_ONGOING = 256  # including clients that follow a job's log
-
-
 class ApiSpec(Frozen):
     """`host`, `port`: where Serve listens. No key is needed until one is made where both this and Serve's own host are
     loopback; elsewhere one always is.
@@ -77,7 +75,7 @@ class ApiSpec(Frozen):
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Builds the application. `args` are ApiSpec's fields; the environment (LORAY_*) configures the rest.
+    """Build the application. `args` are ApiSpec's fields; the environment (LORAY_*) configures the rest.
 
     Raises SpecError on a wrong field.
     """

@@ -1,4 +1,4 @@
-"""Conversions and uploads, a few at once.
+"""Conversions of adapters in processes of their own, and publications of uploads.
 
 The API loads no torch and must go on answering, so a conversion is a bounded process: as many at once as there are
 processors and memory for, one for a tenant, with a deadline, and ended when its client leaves. Nothing is kept: a
@@ -40,7 +40,7 @@ MEMORY_SHARE = 0.8  # of what is left when a conversion begins
 
 
 class Conversions:
-    """The conversions of one server. Safe from several threads and event loops."""
+    """Makes the conversions of one server. Safe from several threads and event loops."""
 
     def __init__(self, settings: Settings, left: Callable[[], int] = memory_left) -> None:
         """`left`: the bytes of memory that processes may take now."""
@@ -51,7 +51,7 @@ class Conversions:
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
-        """Held until the result has been sent, so that a tenant has one on this machine's disk. Raises RateLimited."""
+        """Hold a tenant's place until the result is sent, so that it has one on this disk. Raises RateLimited."""
         with self._lock:
             if tenant in self._tenants:
                 raise RateLimited(
@@ -65,7 +65,7 @@ class Conversions:
                 self._tenants.remove(tenant)
 
     def num_bytes(self, form: Form, manifest: AdapterManifest) -> int:
-        """At most so many bytes are made. Raises BaseMismatch where this machine does not have the base."""
+        """Bound the bytes that are made. Raises BaseMismatch where this machine does not have the base."""
         base = base_with(self._settings.home, manifest.base_fingerprint, manifest.base)
         if form == "gguf":
             return 4 * manifest.nbytes + _HEADERS_BYTES
@@ -83,7 +83,7 @@ class Conversions:
 
     @contextmanager
     def _memory(self) -> Iterator[int]:
-        """The bytes that one process may take, which are its own for the block."""
+        """Reserve the bytes that one process may take, for the block."""
         with self._lock:
             left = int(MEMORY_SHARE * self._left())
             max_bytes = min(MAX_MEMORY_BYTES, left - sum(self._held))
@@ -107,7 +107,7 @@ class Conversions:
                 self._held.remove(max_bytes)
 
     async def _run(self, command: list[str], client: Request) -> tuple[int, bytes]:
-        """(exit code, output)"""
+        """Return (exit code, output)."""
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # it ends with this process
@@ -133,7 +133,7 @@ class Conversions:
 
 
 def _output_of(process: subprocess.Popen[bytes]) -> bytes:
-    """What it has written by its end."""
+    """Return what the process has written by its end."""
     with process:  # closes its pipes
         assert process.stdout is not None
         output = process.stdout.read()

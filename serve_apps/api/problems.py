@@ -1,4 +1,4 @@
-"""Problem+json; preconditions."""
+"""Errors of the REST API as application/problem+json (RFC 9457), and preconditions on aliases (RFC 9110)."""
 
 from __future__ import annotations
 
@@ -46,10 +46,16 @@ MEDIA_TYPE = "application/problem+json"
 MAX_BODY_BYTES = 256 << 10
 _ADVICE = "data belongs into files that it names"
 _FILE_ROUTES = re.compile(r"(/console)?/uploads/[^/]+/files/[^/]+")  # adapters may be called uploads, too
+_ALWAYS = (400, 401, 403, 413, 422, 500, 503)
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "60"}, 503: {"Retry-After": "1"}}
+_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+_LIST = re.compile(rf"\s*(?:\*|{_TAG}(?:\s*,\s*{_TAG})*)\s*")
+_STRONG = re.compile(r'(?<!W/)"(\d{1,18})"')
+_WEAK = re.compile(r'"(\d{1,18})"')
 
 
 class InvalidFields(SpecError):
-    """`errors`: one per wrong field."""
+    """A request's body or parameters are not valid. `errors`: one per wrong field."""
 
     def __init__(self, message: str, errors: tuple[FieldError, ...]) -> None:
         super().__init__(message, errors)
@@ -83,12 +89,8 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
 )
 
 
-_ALWAYS = (400, 401, 403, 413, 422, 500, 503)
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "60"}, 503: {"Retry-After": "1"}}
-
-
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Error responses, for `responses=` of a route. Those of every route are always included."""
+    """Describe error responses, for `responses=` of a route. Those of every route are always included."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*statuses, *_ALWAYS}):
         title = HTTPStatus(status).phrase
@@ -99,20 +101,20 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldError, ...]:
-    """Pydantic's errors, one per wrong field. `skip`: number of leading parts of the location, such as `body`."""
+    """Convert pydantic's errors, one per wrong field. `skip`: how many parts of each location go, such as `body`."""
     return tuple(
         FieldError(field=".".join(str(part) for part in e["loc"][skip:]) or "(body)", message=e["msg"]) for e in errors
     )
 
 
 def install(app: FastAPI) -> None:
-    """Gives every error of `app` the form of a problem, and limits the size of request bodies."""
+    """Give every error of `app` the form of a problem, and limit the size of request bodies."""
     install_error_handlers(app, failed=failed, invalid=_invalid, refused=_response)
     app.add_middleware(BodyLimit, max_bytes=_max_body_bytes, advice=_ADVICE)
 
 
 def failed(error: Exception) -> Response:
-    """The response to any error."""
+    """Make the response to any error."""
     if not isinstance(error, LorayError):
         _log.error("unexpected error", exc_info=error)
         return _response(500, "internal error; the log of the API server has the details", problem_type(LorayError))
@@ -127,12 +129,12 @@ def failed(error: Exception) -> Response:
 
 
 def status_of(error: type[LorayError]) -> int:
-    """The HTTP status of an error of this class."""
+    """Return the HTTP status of an error of this class."""
     return next(status for cls, status in _STATUSES if issubclass(error, cls))
 
 
 def _max_body_bytes(scope: Scope) -> int:
-    """A file's bytes are no body that is held in memory: its route counts them."""
+    """Limit a body. A file's is not held in memory: its route counts it."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     is_file = scope["method"] == "PUT" and _FILE_ROUTES.fullmatch(path) is not None
     return MAX_FILE_BYTES if is_file else MAX_BODY_BYTES
@@ -150,29 +152,25 @@ def _response(
     return Response(problem.model_dump_json(exclude_none=True), status, _HEADERS.get(status), media_type=MEDIA_TYPE)
 
 
-_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
-_LIST = re.compile(rf"\s*(?:\*|{_TAG}(?:\s*,\s*{_TAG})*)\s*")
-_STRONG = re.compile(r'(?<!W/)"(\d{1,18})"')
-_WEAK = re.compile(r'"(\d{1,18})"')
-
-
 class _Tags(NamedTuple):
     any: bool
     revisions: frozenset[int]
 
     def match(self, revision: int) -> bool:
-        """Whether a tag matches `revision`, which is 0 for an alias that is not set."""
+        """Tell whether a tag matches `revision`, which is 0 for an alias that is not set."""
         return revision > 0 and (self.any or revision in self.revisions)
 
 
 class Preconditions(NamedTuple):
+    """The conditional headers of a request."""
+
     if_match: str | None
     if_none_match: str | None
 
     def expected_revision(self, current: int, alias: str) -> int | None:
-        """The revision that the alias must have when it is written; None without preconditions.
+        """Return the revision that the alias must have when it is written; None without preconditions.
 
-        `current`: the revision now, 0 if the alias is not set. RevisionConflict if it does not satisfy the headers,
+        `current`: the revision now, 0 if the alias is not set. Raises RevisionConflict if it does not fit the headers,
         SpecError if a header is malformed.
         """
         self.check_match(current, alias)
@@ -181,12 +179,12 @@ class Preconditions(NamedTuple):
         return None if self.if_match is None and self.if_none_match is None else current
 
     def check_match(self, current: int, alias: str) -> None:
-        """RevisionConflict if If-Match does not match the alias's revision."""
+        """Raise RevisionConflict if If-Match does not match the alias's revision."""
         if self.if_match is not None and not _parse(self.if_match, "If-Match", _STRONG).match(current):
             raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which is not what If-Match asks for")
 
     def found_unchanged(self, revision: int) -> bool:
-        """Whether a GET gets the response 304."""
+        """Tell whether a GET gets the response 304."""
         return self.if_none_match is not None and _parse(self.if_none_match, "If-None-Match", _WEAK).match(revision)
 
 
@@ -200,7 +198,7 @@ def _parse(header: str, name: str, tag: re.Pattern[str]) -> _Tags:
     return _Tags(header.strip() == "*", frozenset(int(t) for t in tag.findall(header)))
 
 
-def _read(
+def _preconditions(
     if_match: Annotated[str | None, Header(description='Only if it has this ETag now, as in `"17"`')] = None,
     if_none_match: Annotated[
         str | None, Header(description="`*`: only if it is not set; for GET, an ETag that the client has")
@@ -209,4 +207,4 @@ def _read(
     return Preconditions(if_match, if_none_match)
 
 
-Conditional = Annotated[Preconditions, Depends(_read)]
+Conditional = Annotated[Preconditions, Depends(_preconditions)]

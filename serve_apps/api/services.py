@@ -1,4 +1,4 @@
-"""The services behind the routes: the catalog, the store, Ray's job server, and the engine's replicas."""
+"""Services behind the routes, opened on first use: the catalog, the store, Ray's job server, and engines' replicas."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.api.conversions import Conversions, publish_upload
-from serve_apps.auth import (
-    CurrentPrincipal as CurrentPrincipal,  # which routes take from here, with the other parameters
-)
 from serve_apps.auth import Rates
 from serve_apps.console import GatewayClient, Placements, Streams
 from serve_apps.places import MostPlaces, Places
+
+T = TypeVar("T")
 
 _log = get_logger(__name__)
 
@@ -54,7 +53,7 @@ AdapterName = Annotated[str, Depends(_adapter_name)]
 
 
 class Services:
-    """Opens each service on first use, so that the server starts without its database, and answers 503.
+    """The services of one application, each opened on first use: the server starts without its database, and says 503.
 
     long, sending, downloads, followers  how many publications are made at once, files received, downloads made and
                                          sent, and logs followed
@@ -111,17 +110,17 @@ class Services:
             return self._catalog
 
     def catalog_of(self, principal: Principal) -> Catalog:
-        """The catalog as this caller sees it, who is logged as the API where no key was needed. Raises CatalogError."""
+        """View the catalog as this caller sees it, who is logged as the API without a key. Raises CatalogError."""
         if principal.key_id is None:
             principal = principal.model_copy(update={"actor": ACTOR})
         return self.catalog.view(principal)
 
     def jobs_of(self, principal: Principal) -> JobTracker:
-        """The jobs of this caller's tenant."""
+        """Track the jobs of this caller's tenant."""
         return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
 
     def watch_jobs(self) -> None:
-        """Of all tenants; see `JobTracker.watch`."""
+        """Compare the jobs of all tenants with Ray's; see `JobTracker.watch`."""
         JobTracker(lambda: self.catalog, self._job_server, self._settings).watch()
 
     @property
@@ -132,7 +131,7 @@ class Services:
             return self._store
 
     def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
-        """As `publication.publish_upload`, with the bases of this node. Overloaded: its disk has no room."""
+        """Publish an upload, against the bases of this node. Raises Overloaded where its disk has no room."""
         assert asked.upload is not None
         files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
         with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
@@ -168,11 +167,8 @@ def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
             _log.warning("%s", e)
 
 
-T = TypeVar("T")
-
-
 def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
-    """A page, with a Link header to the next one if there is one."""
+    """Make a page, with a Link header to the next one if there is one."""
     if cursor is not None:
         others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
         query = urlencode([*others, ("cursor", cursor)])

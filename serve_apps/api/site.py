@@ -15,15 +15,8 @@ from loray.spec import TrainSpec
 from loray.telemetry import get_logger
 from serve_apps import auth
 from serve_apps.api import problems
-from serve_apps.api.routes.access import router as access_router
-from serve_apps.api.routes.access import usage_router
-from serve_apps.api.routes.adapters import downloads_router, removal_router, tags_router
-from serve_apps.api.routes.adapters import router as adapters_router
-from serve_apps.api.routes.aliases import canaries_router
-from serve_apps.api.routes.aliases import router as aliases_router
-from serve_apps.api.routes.jobs import recommend_router
-from serve_apps.api.routes.jobs import router as jobs_router
-from serve_apps.api.routes.uploads import router as uploads_router
+from serve_apps.api.routes import access as access_routes
+from serve_apps.api.routes import adapters, aliases, jobs, uploads
 from serve_apps.api.services import Services
 from serve_apps.auth import Authenticator, Permissions, describe_keys
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
@@ -38,17 +31,15 @@ WATCH_S = 30.0  # between two comparisons of the jobs with Ray's
 _ROUTES = [
     route
     for router in (
-        access_router,
-        adapters_router,
-        aliases_router,
-        canaries_router,
-        downloads_router,
-        jobs_router,
-        recommend_router,
-        usage_router,
-        removal_router,
-        tags_router,
-        uploads_router,
+        access_routes.router,
+        adapters.router,
+        aliases.router,
+        adapters.downloads_router,
+        jobs.router,
+        jobs.methods_router,
+        access_routes.usage_router,
+        adapters.tags_router,
+        uploads.router,
     )
     for route in router.routes
 ]
@@ -66,7 +57,7 @@ async def _watch_jobs(services: Services) -> None:
 
 
 def create_app(services: Services, access: Authenticator) -> FastAPI:
-    """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
+    """Create the ASGI application. Its paths are relative to the route prefix /api/v1.
 
     The routes are those of the process; what they use is in `app.state.services` and `app.state.console`.
     """

@@ -1,4 +1,4 @@
-"""The replica's end."""
+"""A replica's end: it connects to gateways, sends them what its engine computes, and reports the adapters it holds."""
 
 from __future__ import annotations
 
@@ -35,11 +35,19 @@ from serve_apps.channel.frames import (
     parts,
 )
 
-PERIOD_S = 5.0  # the router remembers what it has sent since
+PERIOD_S = 5.0  # between two reports: the router remembers what it has sent since
+MAX_BACKLOG = 32 << 20  # bytes
+_AT_ONCE = 64  # pieces of the backlog, sent under the lock
+_HANDSHAKE_S = 10.0
+_READ_BYTES = 1 << 16
+
+_log = get_logger(__name__)
+Left = Callable[[str], None]  # called with "stop", "abort" or "lost"
 
 
 class Reporting:
-    """Sends everything at once, then every period what has changed, if anything has. One for each connection.
+    """Reports the adapters that a replica holds: all at once, then every period what has changed, if anything has.
+    There is one for each connection.
 
     That the replica still lives, the connection's heartbeat says.
     """
@@ -50,7 +58,7 @@ class Reporting:
         self._report()
 
     def again(self) -> None:
-        """The gateway has missed something."""
+        """Report everything once more: the gateway has missed something."""
         self._series.restart()
         self._send()
 
@@ -64,10 +72,6 @@ class Reporting:
     def _send(self) -> None:
         for delta in self._series.deltas(self._held()):
             self._write(pack_delta(delta))
-
-
-MAX_BACKLOG = 32 << 20  # bytes
-_AT_ONCE = 64
 
 
 class SocketWriter:
@@ -98,7 +102,7 @@ class SocketWriter:
         self._closed = False
 
     def write(self, data: bytes) -> None:
-        """May be called from any thread. Does nothing once the writer has failed or is closed."""
+        """Send data, from any thread. Does nothing once the writer has failed or is closed."""
         with self._lock:
             if self._closed:
                 return
@@ -114,7 +118,7 @@ class SocketWriter:
                 self._num_behind += len(data) - sent
 
     def write_later(self, stream: int, parts: Iterator[bytes]) -> None:
-        """`parts` of the stream, after those that it has left. May be called from any thread."""
+        """Send `parts` of the stream, after those that it has left. May be called from any thread."""
         with self._lock:
             if self._closed:
                 return
@@ -125,12 +129,12 @@ class SocketWriter:
             self.behind.setdefault(stream, deque()).append(parts)
 
     def drop(self, stream: int) -> None:
-        """Nobody wants the parts of this stream that are left."""
+        """Forget the parts of this stream that are left, which nobody wants."""
         with self._lock:
             self.behind.pop(stream, None)
 
     def close(self) -> None:
-        """Called in the event loop, before the socket is closed."""
+        """Stop. Called in the event loop, before the socket is closed."""
         with self._lock:
             self._closed = True
             self._backlog.clear()
@@ -159,7 +163,7 @@ class SocketWriter:
                     return
 
     def _pack_part(self) -> None:
-        """Puts the next part of a stream into the backlog. The lock, for which others wait, is not held meanwhile."""
+        """Put the next part of a stream into the backlog. The lock, for which others wait, is not held meanwhile."""
         while True:
             with self._lock:
                 if self._backlog or not self._turns:
@@ -208,14 +212,6 @@ class SocketWriter:
             self._loop.call_soon_threadsafe(callback)
 
 
-_log = get_logger(__name__)
-
-_HANDSHAKE_S = 10.0
-_READ_BYTES = 1 << 16
-
-Left = Callable[[str], None]  # called with "stop", "abort" or "lost"
-
-
 class Cipher:
     """TLS apart from the socket: the engine's thread sends while the event loop reads. Without a context what a
     connection carries and what is said over it are the same.
@@ -231,7 +227,7 @@ class Cipher:
         self._tls = None if context is None else context.wrap_bio(self._received, self._unsent, server_hostname=host)
 
     async def greet(self, sock: socket.socket) -> None:
-        """The handshake, before anything else is sent."""
+        """Shake hands, before anything else is sent."""
         if self._tls is None:
             return
         loop = asyncio.get_running_loop()
@@ -256,7 +252,7 @@ class Cipher:
             return self._unsent.read()
 
     def decrypt(self, carried: bytes) -> bytes:
-        """What is complete of what has come."""
+        """Decrypt what is complete of what has come."""
         if self._tls is None:
             return carried
         said = bytearray()
@@ -271,7 +267,7 @@ class Cipher:
 
 
 def _shaken(tls: ssl.SSLObject) -> bool:
-    """Whether the handshake is complete; otherwise more must be received."""
+    """Tell whether the handshake is complete; otherwise more must be received."""
     try:
         tls.do_handshake()
     except ssl.SSLWantReadError:
@@ -280,7 +276,7 @@ def _shaken(tls: ssl.SSLObject) -> bool:
 
 
 class Connection:
-    """Results may be sent from any thread; everything else is called in the event loop.
+    """A connection to a gateway. Results may be sent from any thread; everything else is called in the event loop.
 
     When the connection ends, whatever the reason, all its streams are told that they are lost.
     """
@@ -297,7 +293,7 @@ class Connection:
         self._reader = asyncio.create_task(self._read())
 
     def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
-        """One step's results, each with its stream. Never waits.
+        """Send one step's results, each with its stream. Never waits.
 
         A prompt's log-probabilities are packed and sent in parts, when the gateway has read what came before; the
         tokens of their stream follow them, and those of others go on.
@@ -312,7 +308,7 @@ class Connection:
             self._writer.write(frame(SENT, time.monotonic()) + pack(outputs))
 
     def watch(self, stream: int, left: Left) -> None:
-        """`left` is called once the gateway wants no more of this stream, or the connection has ended."""
+        """Have `left` called once the gateway wants no more of this stream, or the connection has ended."""
         if self.is_open:
             self._streams[stream] = left
         else:
@@ -371,8 +367,8 @@ class Connection:
 async def connect(
     address: ChannelAddress, node: str, name: str, held: Callable[[], Held] = Held, tls: ssl.SSLContext | None = None
 ) -> Connection:
-    """From a replica on `node` to the gateway; `name` is the connection's. `tls`: to gateways on other nodes. OSError,
-    also if the gateway is silent.
+    """Connect a replica on `node` to the gateway; `name` is the connection's. `tls`: to gateways on other nodes. Raises
+    OSError, also if the gateway is silent.
     """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(_HANDSHAKE_S):
@@ -411,7 +407,7 @@ class Connections:
         self._to: dict[ChannelAddress, asyncio.Task[Connection]] = {}
 
     async def to(self, address: ChannelAddress) -> Connection:
-        """The connection that stands, or a new one. Raises OSError if the gateway cannot be reached."""
+        """Return the connection that stands, or a new one. Raises OSError if the gateway cannot be reached."""
         task = self._to.get(address)
         if task is not None and task.done() and not (task.exception() is None and task.result().is_open):
             task = None

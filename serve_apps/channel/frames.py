@@ -1,4 +1,4 @@
-"""Frames, addresses, heartbeat.
+"""Frames, as both ends of a connection read and write them; the address of a gateway, and the heartbeat.
 
     HELLO    replica   the connection's name, REPLICA#NUMBER; after the token
     WELCOME  gateway   the connection stands
@@ -33,13 +33,16 @@ from loray.spec import FinishReason, TokenLogprobs
 
 HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN, SENT = range(10)
 MAX_FRAME = 1 << 20
+TOKEN_BYTES = 64  # of an address
+PERIOD_S = 5.0  # of the heartbeat
+_MAX_SILENT = 4  # periods
 _HEADER = struct.Struct("<I")
 _PER_FRAME = 1024  # items, each of at most 800 bytes
 _PER_PART = 512  # items of a prompt, between which others' tokens go
 
 
 class FrameError(Exception):
-    """What came over a connection is no frame."""
+    """Something came over a connection that is no frame."""
 
 
 class Output(Protocol):
@@ -65,7 +68,7 @@ def frame(kind: int, *fields: Any) -> bytes:
 
 
 def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
-    """The frames of one step's results, each with its stream. The log-probabilities of prompts are not in them."""
+    """Pack one step's results, each with its stream, without the log-probabilities of prompts."""
     plain: list[tuple[Any, ...]] = []
     scored: list[tuple[Any, ...]] = []
     frames: list[bytes] = []
@@ -81,7 +84,7 @@ def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
 
 
 def parts(stream: int, output: Output) -> Iterator[bytes]:
-    """The frames of one result one after the other, with the log-probabilities of the prompt. Each is packed when it is
+    """Pack one result with its prompt's log-probabilities, as frames one after the other. Each is packed when it is
     asked for.
     """
     prompt = iter(output.prompt_logprobs or ())
@@ -91,13 +94,13 @@ def parts(stream: int, output: Output) -> Iterator[bytes]:
 
 
 class FrameReader:
-    """Takes a connection's bytes as they come."""
+    """Makes frames of a connection's bytes as they come."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[Any, ...]]:
-        """The frames that are complete now: (kind, *fields). FrameError if that is not what came."""
+        """Yield the frames that are complete now: (kind, *fields). Raises FrameError where something else came."""
         self._buffer += data
         start = 0
         try:
@@ -125,7 +128,7 @@ def pack_delta(delta: RoutingDelta) -> bytes:
 
 
 def unpack_delta(fields: Sequence[Any]) -> RoutingDelta:
-    """ValueError or TypeError if the fields are not a delta's."""
+    """Read a report. Raises ValueError or TypeError if the fields are not a delta's."""
     series, number, is_whole, *kinds = fields
     if not isinstance(series, str) or not isinstance(number, int) or not isinstance(is_whole, bool):
         raise TypeError("a report without its number")
@@ -154,12 +157,9 @@ def _unpacked(body: bytes) -> tuple[Any, ...]:
     return fields
 
 
-TOKEN_BYTES = 64
-
-
 @dataclass(frozen=True, slots=True)
 class ChannelAddress:
-    """Of one gateway process.
+    """The address of one gateway process.
 
     node   Ray's id of the gateway's node
     name   of its socket in Linux' abstract namespace, which leaves no file behind
@@ -174,7 +174,7 @@ class ChannelAddress:
 
 
 async def dial(address: ChannelAddress, node: str) -> socket.socket:
-    """A non-blocking connection to the gateway from a process on `node`. Raises OSError."""
+    """Open a non-blocking connection to the gateway from a process on `node`. Raises OSError."""
     local = address.node == node
     family = socket.AF_UNIX if local else (socket.AF_INET6 if ":" in address.host else socket.AF_INET)
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -191,14 +191,8 @@ async def dial(address: ChannelAddress, node: str) -> socket.socket:
 
 
 def abstract(name: str) -> str:
-    """The address of a socket in the abstract namespace."""
+    """Return the address of a socket in the abstract namespace."""
     return f"\0{name}"
-
-
-PERIOD_S = 5.0
-_MAX_SILENT = 4  # periods
-
-_BEAT = frame(ALIVE)
 
 
 class Heartbeat:
@@ -214,7 +208,7 @@ class Heartbeat:
         self._timer = asyncio.get_running_loop().call_later(PERIOD_S, self._beat)
 
     def heard(self) -> None:
-        """Something has come."""
+        """Note that something has come."""
         self._num_silent = 0
 
     def stop(self) -> None:
@@ -226,4 +220,4 @@ class Heartbeat:
             return
         self._num_silent += 1
         self._timer = asyncio.get_running_loop().call_later(PERIOD_S, self._beat)
-        self._write(_BEAT)
+        self._write(frame(ALIVE))

@@ -11,8 +11,8 @@ from serve_apps.channel.wakes import Wakes
 
 
 class Inbox:
-    """What arrives between two calls of `take` is one delta, so a slow reader costs no more than the tokens' ids.
-    Iterating takes the deltas up to the one with the finish reason.
+    """Collects the tokens of a stream. What arrives between two calls of `take` is one delta, so a slow reader costs no
+    more than the tokens' ids. Iterating takes the deltas up to the one with the finish reason.
 
     Used from one event loop.
     """
@@ -38,7 +38,7 @@ class Inbox:
         num_cached_tokens: int,
         logprobs: TokenLogprobs | None = None,
     ) -> None:
-        """One step's result. `token` is None if there is only a finish reason."""
+        """Take one step's result. `token` is None if there is only a finish reason."""
         if self.has_ended:
             return
         if token is not None:
@@ -51,13 +51,13 @@ class Inbox:
         self._wake()
 
     def push_prompt(self, logprobs: Iterable[TokenLogprobs]) -> None:
-        """A part of the prompt's log-probabilities. They are in the first delta."""
+        """Take a part of the prompt's log-probabilities, which are in the first delta."""
         if self._prompt_logprobs is None:
             self._prompt_logprobs = []
         self._prompt_logprobs.extend(logprobs)
 
     def fail(self, error: Exception) -> None:
-        """After what has arrived, `take` raises this, unless the last token has arrived."""
+        """Have `take` raise this after what has arrived, unless the last token has arrived."""
         if self._error is None and not self.has_ended:
             self._error = error
             self._wake()
@@ -71,7 +71,7 @@ class Inbox:
         return await self.take()
 
     async def take(self) -> TokenDelta:
-        """Everything that has arrived, as soon as there is something."""
+        """Return everything that has arrived, as soon as there is something."""
         while self._is_empty:
             if self._error is not None:
                 raise self._error
@@ -104,7 +104,7 @@ class Inbox:
 
 @contextmanager
 def reading(request: GenerateRequest, left: Callable[[str], None]) -> Iterator[None]:
-    """Around the reading of a request's stream in a generator. At its end, `left` is called with why: "stop" if the
+    """Surround the reading of a request's stream in a generator. At its end, `left` is called with why: "stop" if the
     generator was closed because a stop string was found, otherwise "abort", which means nothing after the last token.
     """
     reason = "abort"
@@ -118,7 +118,7 @@ def reading(request: GenerateRequest, left: Callable[[str], None]) -> Iterator[N
 
 
 def _why_closed(request: GenerateRequest) -> str:
-    """Why a reader has closed the request's stream: "stop" if it found a stop string, "abort" if it is gone itself."""
+    """Say why a reader has closed the stream: "stop" if it found a stop string, "abort" if it is gone itself."""
     task = asyncio.current_task()
     is_gone = task is not None and task.cancelling() > 0
     return "stop" if request.params.stop and not is_gone else "abort"

@@ -1,4 +1,4 @@
-"""How late what a replica sends arrives."""
+"""Lateness of what a replica sends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _WINDOW_S = 60.0
 
 
 class RecentLeast:
-    """The least value of the last one to two minutes. `now`: seconds of one clock."""
+    """Keeps the least value of the last one to two minutes. `now`: seconds of one clock."""
 
     def __init__(self) -> None:
         self._least = self._least_before = math.inf
         self._window_ends = -math.inf
 
     def add(self, value: float, now: float) -> float:
-        """Adds one, and returns the least."""
+        """Add a value, and return the least."""
         if now >= self._window_ends:
             self._least_before, self._least = self._least, math.inf
             self._window_ends = now + _WINDOW_S
@@ -24,12 +24,12 @@ class RecentLeast:
 
     @property
     def value(self) -> float:
-        """inf: there was none."""
+        """The least value; inf: there was none."""
         return min(self._least, self._least_before)
 
 
 class Lateness:
-    """Of one connection: by how much longer than usual its messages are under way.
+    """Tells by how much longer than usual the messages of one connection are under way.
 
     The clocks of both sides differ by an unknown time, which drifts slowly. So the shortest way of late counts as usual
     (one-way delay over base delay: LEDBAT, RFC 6817).
@@ -39,5 +39,5 @@ class Lateness:
         self._shortest = RecentLeast()
 
     def of(self, sent_at: float, now: float) -> float:
-        """Of the message that came `now`. Seconds, each of its side's clock."""
+        """Return the lateness of the message that came `now`. Seconds, each of its side's clock."""
         return now - sent_at - self._shortest.add(now - sent_at, now)

@@ -52,7 +52,7 @@ _LOST_S = 2.0  # after a connection's end, for the call to say what happened
 
 
 class Listener:
-    """Used from one event loop."""
+    """Listens for replicas, and gives tokens to inboxes. Used from one event loop."""
 
     def __init__(self, reports: RoutingReports | None = None, late: Callable[[float], None] = lambda _: None) -> None:
         """`reports` gets what the replicas report; `late` by how many seconds each step's tokens come late."""
@@ -75,7 +75,7 @@ class Listener:
         return self._address
 
     async def start(self, node: str, host: str, tls: ssl.SSLContext | None = None) -> None:
-        """Listens on `node` and, for other nodes, at a free port of `host`, there with TLS if it is given."""
+        """Listen on `node` and, for other nodes, at a free port of `host`, there with TLS if it is given."""
         loop = asyncio.get_running_loop()
         name = f"loray-{secrets.token_hex(16)}"
         unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -93,7 +93,7 @@ class Listener:
         ]
 
     async def close(self) -> None:
-        """Ends all connections; their streams fail."""
+        """End all connections; their streams fail."""
         for server in self._servers:
             server.close()
         for peer in list(self._all):
@@ -101,13 +101,13 @@ class Listener:
         await asyncio.sleep(0)  # for the connections' last callbacks
 
     def open(self) -> Inbox:
-        """A new stream, for one attempt of one request."""
+        """Open a new stream, for one attempt of one request."""
         inbox = Inbox(next(self._ids), self._wakes)
         self._inboxes[inbox.stream] = inbox
         return inbox
 
     def forget(self, inbox: Inbox, reason: str) -> bool:
-        """Drops the stream. If its tokens still come, tells their replica to end it, for `reason` "stop" or "abort".
+        """Drop the stream. If its tokens still come, tell their replica to end it, for `reason` "stop" or "abort".
 
         False if no replica could be told: the call must be cancelled then.
         """
@@ -143,7 +143,7 @@ class Listener:
             self._reporters[peer.replica] = peer
 
     def replicas(self) -> frozenset[str]:
-        """Those that are connected."""
+        """Return the names of the replicas that are connected."""
         return frozenset(self._reporters)
 
     def left(self, peer: _Peer) -> None:
@@ -158,7 +158,7 @@ class Listener:
             asyncio.get_running_loop().call_later(_LOST_S, _fail, inboxes, peer.replica)
 
     def take(self, peer: _Peer, fields: tuple[Any, ...]) -> None:
-        """One frame. ValueError or TypeError if it is none that a replica sends."""
+        """Take one frame. Raises ValueError or TypeError if it is none that a replica sends."""
         kind, *rest = fields
         if kind in (TOKENS, SCORED):
             (items,) = rest
@@ -228,7 +228,7 @@ class _Peer(asyncio.Protocol):
         return None if self.name is None else self.name.partition("#")[0]
 
     def write(self, data: bytes) -> bool:
-        """Whether the connection stands."""
+        """Write, and tell whether the connection stands."""
         if self._transport is None or self._transport.is_closing():
             return False
         self._transport.write(data)

@@ -1,4 +1,4 @@
-"""Readers of streams are woken a few at a time."""
+"""Wakes readers of streams, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ MOST = 8  # in one pass of the event loop; each writes an event, which takes up 
 
 
 class Wakes:
-    """An engine's step has tokens for all of its streams. If all their readers ran in one pass of the event loop,
-    whatever else is there would wait for them in each pass, and a request takes a dozen passes to its engine.
+    """Wakes readers in turn.
+
+    An engine's step has tokens for all of its streams. If all their readers ran in one pass of the event loop, whatever
+    else is there would wait for them in each pass, and a request takes a dozen passes to its engine.
 
     Who waits for a first token is woken at once; of others at most MOST in a pass, in turn. What arrives for a reader
     until its turn is in the same delta. Used from one event loop.

@@ -1,11 +1,11 @@
-"""Adapters, versions, uploads."""
+"""The pages of adapters: the list, an adapter with its lineage, a version, differences, aliases, canaries, uploads."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from itertools import islice
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, NamedTuple, get_args
 from urllib.parse import urlencode
 
 import yaml
@@ -37,94 +37,38 @@ from loray.spec import (
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import receive_upload, send_adapter
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.pictures.heat_maps import heat_maps_of
 from serve_apps.console.recipes import recipe_text
-from serve_apps.console.rendering import MOST_SUGGESTED, Form, checked, led_to, read_form, router_of
+from serve_apps.console.rendering import MOST_SUGGESTED, Form, checked, led_to, page_router, read_form
 
-_WIDTH, _HEIGHT, _GAP, _ROW = 150, 26, 50, 36  # units of the picture
+_PAGE = 50
+_VERSIONS = 20
+_EVALUATIONS = 100
+_DRAWN = 8  # versions and canaries
+_DONE = {
+    "published": "The upload is published.",
+    "promoted": "The alias points at the version now.",
+    "rolled-back": "The alias points where it pointed before, and has no canary.",
+    "divided": "The version gets its share of the alias's requests.",
+    "ended": "The canary has ended.",
+}
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+_WIDTH, _HEIGHT, _GAP, _ROW = 150, 26, 50, 36  # units of the lineage's picture
 _COLUMNS = ("Data", "Run", "Version", "Alias")
 _LONGEST = 20  # characters that fit into a box
 
 
-class Box(NamedTuple):
-    x: int
-    y: int
-    kind: str
-    text: str
-    title: str
-
-
-class Lineage(NamedTuple):
-    """`rows`: (data, run, version, aliases) of each version. `lines`: (x1, y1, x2, y2)."""
-
-    rows: tuple[tuple[str, str, str, str], ...]
-    boxes: tuple[Box, ...]
-    lines: tuple[tuple[int, int, int, int], ...]
-    width: int
-    height: int
-    box: tuple[int, int] = (_WIDTH, _HEIGHT)
-
-
-def lineage_of(versions: Sequence[VersionSummary]) -> Lineage:
-    """A row for each version; what versions have in common is drawn once, beside the first of them."""
-    boxes: dict[tuple[int, str], Box] = {}
-    lines: list[tuple[int, int, int, int]] = []
-    rows = []
-    num_aliases = 0
-    for row, version in enumerate(versions):
-        parts = (version.data_fingerprint or "", version.run or "", f"version {version.version}")
-        rows.append((parts[0] and parts[0][:12], *parts[1:], ", ".join(version.aliases)))
-        before: Box | None = None
-        for column, text in enumerate(parts):
-            if text:
-                shown = text[:12] if column == 0 else text
-                before = _join(boxes, lines, before, column, row, shown, text)
-        for alias in version.aliases:
-            _join(boxes, lines, before, 3, num_aliases, alias, alias)
-            num_aliases += 1
-    height = max(len(versions), num_aliases, 1) * _ROW
-    return Lineage(tuple(rows), tuple(boxes.values()), tuple(lines), 4 * _WIDTH + 3 * _GAP, height)
-
-
-def _join(
-    boxes: dict[tuple[int, str], Box],
-    lines: list[tuple[int, int, int, int]],
-    before: Box | None,
-    column: int,
-    row: int,
-    text: str,
-    title: str,
-) -> Box:
-    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
-    kind = _COLUMNS[column]
-    made = Box(column * (_WIDTH + _GAP), row * _ROW + 4, kind.lower(), short, f"{kind}: {title}")
-    box = boxes.setdefault((column, title), made)
-    if before is not None:
-        line = (before.x + _WIDTH, before.y + _HEIGHT // 2, box.x, box.y + _HEIGHT // 2)
-        if line not in lines:
-            lines.append(line)
-    return box
-
-
-_PAGE = 50
-_VERSIONS = 20
-_DRAWN = 8
-_EVALUATIONS = 100
-
-TenantQuery = Annotated[TenantName | None, Query()]
-
-
-async def _adapter_name(name: Annotated[Name, Path()], tenant: TenantQuery = None) -> str:
+async def _adapter_name(name: Annotated[Name, Path()], tenant: Annotated[TenantName | None, Query()] = None) -> str:
     return name if tenant is None else f"{tenant}/{name}"
 
 
 AdapterName = Annotated[str, Depends(_adapter_name)]
 VersionPath = Annotated[VersionNumber, Path()]
+UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
 
-router = router_of("/adapters")
+router = page_router()
 
 
-@router.get("")
+@router.get("/adapters")
 @may("read")
 def list_adapters(
     console: ConsoleDep,
@@ -165,7 +109,7 @@ def list_adapters(
     )
 
 
-@router.get("/{name}")
+@router.get("/adapters/{name}")
 @may("read")
 def show_adapter(
     console: ConsoleDep,
@@ -195,7 +139,7 @@ def show_adapter(
     )
 
 
-@router.get("/{name}/versions/{version}")
+@router.get("/adapters/{name}/versions/{version}")
 @may("read")
 def show_version(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
@@ -210,18 +154,17 @@ def show_version(
         entry=entry,
         version=found,
         manifest=_manifest_text(found),
-        heat_maps=heat_maps_of(found.evaluations),
         evaluations=found.evaluations[:_EVALUATIONS],
         recipe="" if recipe is None else recipe_text(recipe, console.backend.settings.home),
     )
 
 
-@router.get("/{name}/versions/{version}/download")
+@router.get("/adapters/{name}/versions/{version}/download")
 @may("download")
 async def download(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> Response:
-    """The files as a tar archive."""
+    """Send the files as a tar archive."""
 
     def find() -> AdapterVersion:
         catalog = console.backend.catalog_of(asking)
@@ -232,7 +175,7 @@ async def download(
     return await send_adapter(console.backend, asking, await run_in_threadpool(find))
 
 
-@router.get("/{name}/diff")
+@router.get("/adapters/{name}/diff")
 @may("read")
 def show_difference(
     console: ConsoleDep,
@@ -251,7 +194,7 @@ def show_difference(
     )
 
 
-@router.post("/{name}/aliases/{alias}")
+@router.post("/adapters/{name}/aliases/{alias}")
 @may("promote")
 def promote(
     console: ConsoleDep,
@@ -266,7 +209,7 @@ def promote(
     return _again(request, name, "promoted")
 
 
-@router.post("/{name}/aliases/{alias}/rollback")
+@router.post("/adapters/{name}/aliases/{alias}/rollback")
 @may("promote")
 def roll_back(
     console: ConsoleDep,
@@ -281,7 +224,7 @@ def roll_back(
     return _again(request, name, "rolled-back")
 
 
-@router.post("/{name}/aliases/{alias}/canary")
+@router.post("/adapters/{name}/aliases/{alias}/canary")
 @may("promote")
 def set_canary(
     console: ConsoleDep,
@@ -297,7 +240,7 @@ def set_canary(
     return _again(request, name, "divided")
 
 
-@router.post("/{name}/aliases/{alias}/canary/end")
+@router.post("/adapters/{name}/aliases/{alias}/canary/end")
 @may("promote")
 def end_canary(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, alias: Annotated[Alias, Path()]
@@ -307,42 +250,7 @@ def end_canary(
     return _again(request, name, "ended")
 
 
-_DONE = {
-    "published": "The upload is published.",
-    "promoted": "The alias points at the version now.",
-    "rolled-back": "The alias points where it pointed before, and has no canary.",
-    "divided": "The version gets its share of the alias's requests.",
-    "ended": "The canary has ended.",
-}
-
-
-def _names(name: str, tenant: str) -> dict[str, str]:
-    """`here` is the path of the adapter's page, `of` the query that says whose it is."""
-    bare = split_qualified(name)[1]
-    return {"bare": bare, "here": f"/adapters/{bare}", "of": urlencode({"tenant": tenant})}
-
-
-def _again(request: Request, name: str, done: str) -> Response:
-    tenant, bare = split_qualified(name)
-    query = ({} if tenant is None else {"tenant": tenant}) | {"done": done}
-    return led_to(request, f"/adapters/{bare}?{urlencode(query)}")
-
-
-def _manifest_text(version: AdapterVersion) -> str:
-    return _as_yaml(version.manifest.model_dump(mode="json", exclude_none=True))
-
-
-def _as_yaml(data: dict[str, Any]) -> str:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-
-
-uploads_router = router_of("/uploads")
-
-UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
-
-
-@uploads_router.get("")
+@router.get("/uploads")
 @may("publish")
 def show_upload(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(
@@ -353,13 +261,13 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
     )
 
 
-@uploads_router.post("")
+@router.post("/uploads")
 @may("publish")
 def begin_upload(console: ConsoleDep, asking: CurrentPrincipal) -> Response:
     return JSONResponse({"id": _uploads(console, asking).begin()}, 201)
 
 
-@uploads_router.put("/{id}/files/{name}")
+@router.put("/uploads/{id}/files/{name}")
 @may("publish")
 async def put_file(
     console: ConsoleDep,
@@ -368,25 +276,25 @@ async def put_file(
     id: UploadId,
     name: Annotated[str, Path(max_length=64)],
 ) -> Response:
-    """One file, as it is."""
+    """Receive one file, as it is."""
     await receive_upload(console.backend, request, asking, id, name)
     return Response(status_code=204)
 
 
-@uploads_router.post("/{id}/publish")
+@router.post("/uploads/{id}/publish")
 @may("publish")
 async def publish(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: UploadId) -> Response:
-    """Check the folder as a whole and publish it; then its page is shown."""
+    """Check the folder as a whole, publish it, and show its page."""
     form = await read_form(request)
     version = await console.backend.long.run(asking.tenant, lambda: _publish(console, asking, id, form))
     bare = version.name.rpartition("/")[2]
     return led_to(request, f"/adapters/{bare}?tenant={asking.tenant}&done=published")
 
 
-@uploads_router.delete("/{id}")
+@router.delete("/uploads/{id}")
 @may("publish")
 def forget(console: ConsoleDep, asking: CurrentPrincipal, id: UploadId) -> Response:
-    """What could not be published does not count among the uploads that are open."""
+    """Forget an upload that could not be published, so that it does not count among those that are open."""
     _uploads(console, asking).delete(id)
     return Response(status_code=204)
 
@@ -407,3 +315,80 @@ def _publish(console: Console, asking: Principal, id: str, form: Form) -> Adapte
         check(asking, "promote")
     to = Destination(name, console.backend.store, console.backend.catalog_of(asking), asked.aliases)
     return console.backend.publish_upload(asked, to)
+
+
+def _names(name: str, tenant: str) -> dict[str, str]:
+    """`here` is the path of the adapter's page, `of` the query that says whose it is."""
+    bare = split_qualified(name)[1]
+    return {"bare": bare, "here": f"/adapters/{bare}", "of": urlencode({"tenant": tenant})}
+
+
+def _again(request: Request, name: str, done: str) -> Response:
+    tenant, bare = split_qualified(name)
+    query = ({} if tenant is None else {"tenant": tenant}) | {"done": done}
+    return led_to(request, f"/adapters/{bare}?{urlencode(query)}")
+
+
+def _manifest_text(version: AdapterVersion) -> str:
+    data = version.manifest.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+class Box(NamedTuple):
+    x: int
+    y: int
+    kind: str
+    text: str
+    title: str
+
+
+class Lineage(NamedTuple):
+    """`rows`: (data, run, version, aliases) of each version. `lines`: (x1, y1, x2, y2)."""
+
+    rows: tuple[tuple[str, str, str, str], ...]
+    boxes: tuple[Box, ...]
+    lines: tuple[tuple[int, int, int, int], ...]
+    width: int
+    height: int
+    box: tuple[int, int] = (_WIDTH, _HEIGHT)
+
+
+def lineage_of(versions: Sequence[VersionSummary]) -> Lineage:
+    """Draw a row for each version. What versions have in common is drawn once, beside the first of them."""
+    boxes: dict[tuple[int, str], Box] = {}
+    lines: list[tuple[int, int, int, int]] = []
+    rows = []
+    num_aliases = 0
+    for row, version in enumerate(versions):
+        parts = (version.data_fingerprint or "", version.run or "", f"version {version.version}")
+        rows.append((parts[0] and parts[0][:12], *parts[1:], ", ".join(version.aliases)))
+        before: Box | None = None
+        for column, text in enumerate(parts):
+            if text:
+                shown = text[:12] if column == 0 else text
+                before = _join(boxes, lines, before, column, row, shown, text)
+        for alias in version.aliases:
+            _join(boxes, lines, before, 3, num_aliases, alias, alias)
+            num_aliases += 1
+    height = max(len(versions), num_aliases, 1) * _ROW
+    return Lineage(tuple(rows), tuple(boxes.values()), tuple(lines), 4 * _WIDTH + 3 * _GAP, height)
+
+
+def _join(
+    boxes: dict[tuple[int, str], Box],
+    lines: list[tuple[int, int, int, int]],
+    before: Box | None,
+    column: int,
+    row: int,
+    text: str,
+    title: str,
+) -> Box:
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    kind = _COLUMNS[column]
+    made = Box(column * (_WIDTH + _GAP), row * _ROW + 4, kind.lower(), short, f"{kind}: {title}")
+    box = boxes.setdefault((column, title), made)
+    if before is not None:
+        line = (before.x + _WIDTH, before.y + _HEIGHT // 2, box.x, box.y + _HEIGHT // 2)
+        if line not in lines:
+            lines.append(line)
+    return box

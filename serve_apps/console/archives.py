@@ -1,4 +1,4 @@
-"""Archives, given and received in parts."""
+"""The bytes of adapters, sent as archives and received as files, for pages and the REST API."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ArchiveResponse(StreamingResponse):
 
 
 async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersion) -> ArchiveResponse:
-    """The version's folder, read from the store while it is sent. It has one of the tenant's places until its end.
+    """Send the version's folder, read from the store meanwhile, in one of the tenant's places.
 
     Raises Overloaded where none is free, and as `adapter_as_tar`. A file that is damaged in the store ends the
     connection before the archive's end.
@@ -52,12 +52,12 @@ async def send_adapter(backend: Backend, asking: Principal, found: AdapterVersio
 
 
 def label_of(version: AdapterVersion) -> str:
-    """The name of the archive's folder, and of the file without its suffix."""
+    """Name the archive's folder, and the file without its suffix."""
     return f"{version.name.replace('/', '-')}-{version.version}"
 
 
 async def receive_upload(backend: Backend, request: Request, asking: Principal, id: str, name: str) -> UploadedFile:
-    """The file `name` of the upload `id`. All that it costs is counted before its first byte is read.
+    """Receive the file `name` of the upload `id`. All that it costs is counted before its first byte is read.
 
     Raises as `Uploads.put`; LimitExceeded where the tenant would store too much, Overloaded where no place or no disk
     is left.

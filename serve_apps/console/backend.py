@@ -1,14 +1,13 @@
-"""What pages need; sessions.
+"""The services behind pages, and the sessions of browsers.
 
-The catalog keeps the cookie's SHA-256 and the key, sealed with the cookie: it can be read with both together alone, and
-every process of the API finds it.
+Of a session, the catalog keeps the cookie's SHA-256 and the key, sealed with the cookie: the key can be read with both
+together alone, and every process of the API finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from collections.abc import Callable
 from typing import Annotated, NamedTuple, Protocol
 
@@ -23,7 +22,7 @@ from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.auth import Authenticator, CurrentPrincipal, Rates
+from serve_apps.auth import Authenticator, Rates
 from serve_apps.console.gateway import GatewayClient
 from serve_apps.console.rendering import Renderer, Streams
 from serve_apps.console.runs import Histories
@@ -40,7 +39,7 @@ class Session(NamedTuple):
 
 
 class Sessions:
-    """Safe from several threads, and waits for the database. When a session ends, `catalog.identity.logins` says.
+    """Begins, finds and ends sessions; safe from several threads. `catalog.identity.logins` says when one ends.
 
     Whether the key is still good is not decided here: each request is admitted with the key as if it had sent it.
 
@@ -52,7 +51,7 @@ class Sessions:
         self._catalog_of = catalog_of
 
     def begin(self, key: str, principal: Principal) -> str:
-        """The new cookie's value. `principal` is the key's."""
+        """Begin a session, and return the value of its cookie. `principal` is the key's."""
         value = secrets.token_urlsafe(32)
         self._catalog_of(principal).begin_login(_sha256(value), _sealed(value, key.encode()).hex())
         return value
@@ -87,11 +86,11 @@ def _derived(value: str, what: str, num_bytes: int) -> bytes:
 
 class Placements(Protocol):
     async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
-        """Where these adapters are, from `EngineReplica.adapters` of every replica that answers."""
+        """Say where these adapters are, from `EngineReplica.adapters` of every replica that answers."""
 
 
 class Backend(Protocol):
-    """The catalog API's services. What exists for a caller, `catalog_of` and `jobs_of` decide, as for the REST API."""
+    """The catalog API's services. As for the REST API, `catalog_of` and `jobs_of` decide what exists for a caller."""
 
     gateway: GatewayClient
     placements: Placements
@@ -136,10 +135,3 @@ async def _console(request: Request) -> Console:  # FastAPI would call a plain f
 
 
 ConsoleDep = Annotated[Console, Depends(_console)]
-
-
-async def _count_advice(console: ConsoleDep, asking: CurrentPrincipal) -> None:
-    console.backend.rates.take_advice(asking, time.monotonic())
-
-
-COUNTED_AS_ADVICE = [Depends(_count_advice)]  # of a route that plans or recommends: raises RateLimited

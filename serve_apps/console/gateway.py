@@ -1,4 +1,4 @@
-"""The gateway that pages ask."""
+"""A client of the gateway, for pages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starlette.concurrency import run_in_threadpool
 from loray.client.metrics import Metrics
 from loray.errors import ClusterError, LorayError, PermissionDenied, Unauthenticated
 from loray.schemas.status import Status
-from serve_apps.console.live.demand import Demand
+from serve_apps.console.demand import Demand
 
 _TIMEOUT = httpx.Timeout(5.0)
 _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
 
 
 class GatewayClient:
-    """A client of `url`. One connection pool for all callers; `transport` replaces the network in tests.
+    """One connection pool to `url` for all callers; `transport` replaces the network in tests.
 
     demand    what `status` found so far, for callers who may see it
     replicas  names of those that `status` found last
@@ -39,7 +39,7 @@ class GatewayClient:
         self._client: httpx.AsyncClient | None = None
 
     async def status(self, authorization: str | None, *, layout: bool | Collection[str] = False) -> Status:
-        """GET /status; with `layout` also what pools hold by position, or those of replicas of these names. Raises
+        """Ask GET /status; with `layout` also what pools hold by position, or those of replicas of these names. Raises
         PermissionDenied where the key may not see it, and ClusterError where nothing answers.
         """
         asked: dict[str, Any] = {"layout": True} if layout else {}
@@ -55,12 +55,12 @@ class GatewayClient:
         return status
 
     async def metrics(self, authorization: str | None, *names: str) -> Metrics:
-        """These metrics of GET /metrics. Raises as `status` does."""
+        """Ask GET /metrics for these metrics. Raises as `status` does."""
         response = await self._get("/metrics", authorization)
         return await run_in_threadpool(Metrics, response.text, names)
 
     async def stream(self, path: str, body: bytes, authorization: str | None) -> tuple[int, AsyncIterator[bytes]]:
-        """POST, and the answer's status and bytes as they come. Raises ClusterError where nothing answers."""
+        """Send a POST, and return the status and the bytes as they come. Raises ClusterError where nothing answers."""
         headers = {"Content-Type": "application/json"} | _authorized(authorization)
         request = self._open().build_request("POST", path, content=body, headers=headers, timeout=_STREAM_TIMEOUT)
         try:

@@ -1,4 +1,4 @@
-"""Training jobs."""
+"""The pages of training jobs: the list, the form of a recipe, one run, and runs beside each other."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from jobs.sweeps.submission import submit
 from loray.catalog import Job
 from loray.errors import LorayError, SpecError
 from loray.policy.auth import check
 from loray.spec import JobId, JobStatus, Method, Principal
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.recipes import RunEstimate, form_fields, is_begun, plan_of, recipe_of, recipe_text
-from serve_apps.console.rendering import MOST_SUGGESTED, led_to, read_form, router_of
+from serve_apps.console.recipes import form_fields, is_begun, plan_of, recipe_of, recipe_text
+from serve_apps.console.rendering import MOST_SUGGESTED, led_to, page_router, read_form
 from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
-from serve_apps.console.sweeps import SweepEstimate, estimate_of, search_fields, sweep_of
 
 _PAGE = 50
 _COMPARED = 4
 _ROWS = 12  # of a table beside a curve
 JobPath = Annotated[JobId, Path()]
 
-router = router_of("/jobs")
+router = page_router()
 
 
-@router.get("")
+@router.get("/jobs")
 @may("follow")
 def list_jobs(
     console: ConsoleDep,
@@ -45,60 +43,49 @@ def list_jobs(
     )
 
 
-@router.get("/new")
+@router.get("/jobs/new")
 @may("train")
 def show_form(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """The form of a recipe."""
+    """Show the form of a recipe."""
     bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
-    return console.renderer.page(
-        request, "new_job.html", fields=form_fields(), search=search_fields(), bases=bases, methods=get_args(Method)
-    )
+    return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 
-@router.post("/plan")
+@router.post("/jobs/plan")
 @may("train")
 async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """What `loray plan` says of the form, and of each trial of a sweep; of one that is no recipe yet, why."""
+    """Show what `loray plan` says of the form; where it is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
-
-    def estimated() -> RunEstimate | SweepEstimate:
-        sweep, catalog = sweep_of(form, settings.home), console.backend.catalog_of(asking)
-        if sweep is not None:
-            return estimate_of(sweep, catalog, settings)
-        return plan_of(recipe_of(form, settings.home), catalog, settings)
-
     if not is_begun(form):
         hint = "What a run takes is shown here once the recipe has a name and data."
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
     try:
         console.backend.rates.take_advice(asking, time.monotonic())
-        found = await run_in_threadpool(estimated)
+        estimate = await run_in_threadpool(
+            lambda: plan_of(recipe_of(form, settings.home), console.backend.catalog_of(asking), settings)
+        )
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
-    if isinstance(found, SweepEstimate):
-        largest = found.kinds[0].estimate
-        return console.renderer.page(request, "parts/sweep.html", sweep=found, plan=largest, problem="")
-    return console.renderer.page(request, "parts/plan.html", plan=found, problem="")
+    return console.renderer.page(request, "parts/plan.html", plan=estimate, problem="")
 
 
-@router.post("")
+@router.post("/jobs")
 @may("train")
 async def submit_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does, or a sweep of it, as `loray sweep`."""
-    form, home = await read_form(request), console.backend.settings.home
+    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does."""
+    form = await read_form(request)
 
-    def submitted() -> Job:
-        sweep, jobs = sweep_of(form, home), console.backend.jobs_of(asking)
-        recipe = recipe_of(form, home) if sweep is None else sweep.recipe
+    def submit() -> Job:
+        recipe = recipe_of(form, console.backend.settings.home)
         if recipe.publish.aliases:
             check(asking, "promote")
-        return jobs.submit(recipe, None, resume=False) if sweep is None else submit(sweep, jobs)
+        return console.backend.jobs_of(asking).submit(recipe, None, resume=False)
 
-    job = await run_in_threadpool(submitted)
+    job = await run_in_threadpool(submit)
     return led_to(request, f"/jobs/{job.id}")
 
 
-@router.get("/compare")
+@router.get("/jobs/compare")
 @may("follow")
 def compare_jobs(
     console: ConsoleDep,
@@ -116,7 +103,7 @@ def compare_jobs(
     return console.renderer.page(request, "compare.html", **compare(seen)._asdict())
 
 
-@router.get("/{id}")
+@router.get("/jobs/{id}")
 @may("follow")
 def show_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
@@ -124,7 +111,7 @@ def show_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id
     return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
 
 
-@router.get("/{id}/live")
+@router.get("/jobs/{id}/live")
 @may("follow")
 def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     """The part of the page that is asked for again and again until the job has ended."""
@@ -158,7 +145,7 @@ def _look(console: Console, asking: Principal, job: Job) -> Seen:
     return history.look(job, console.backend.jobs_of(asking).tail)
 
 
-@router.post("/{id}/stop")
+@router.post("/jobs/{id}/stop")
 @may("train")
 def stop_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).stop(id)

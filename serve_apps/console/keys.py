@@ -1,4 +1,4 @@
-"""Keys, tenants, usage."""
+"""The pages of keys and tenants, and of usage."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from loray.service import DirectAccess
 from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName, UsageGroup
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.rendering import Form, checked, led_to, read_form, router_of
+from serve_apps.console.rendering import Form, checked, led_to, page_router, read_form
 
-_PAGE = 50
+_PAGE = 50  # keys
 _TENANTS = 200
+_ROWS = 200  # sums of usage
+_BAR, _HEIGHT = 16, 120  # units of the picture
+
 KeyPath = Annotated[JobId, Path()]
 
-router = router_of("")
-
-
-def _access_of(console: Console, asking: Principal) -> DirectAccess:
-    return DirectAccess(console.backend.catalog_of(asking))
+router = page_router()
 
 
 @router.get("/keys")
@@ -39,7 +38,7 @@ def list_keys(
     cursor: JobId | None = None,
     tenant: Annotated[str, Query(max_length=96)] = "",
 ) -> Response:
-    """Newest first, those revoked included; of the own tenant, and for administrators of all."""
+    """Show keys newest first, those revoked included: the own tenant's, and to administrators all."""
     catalog = console.backend.catalog_of(asking)
     tenants = catalog.tenants(limit=_TENANTS + 1) if asking.is_admin else ()
     page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
@@ -59,7 +58,7 @@ def list_keys(
 @router.post("/keys")
 @may("manage_own")
 async def create_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """The key itself is in this answer, and nowhere else."""
+    """Make a key, which is in this answer and nowhere else."""
     wanted = _key(await read_form(request))
     made = await run_in_threadpool(lambda: _access_of(console, asking).create_key(wanted))
     return console.renderer.page(request, "parts/new_key.html", 201, made=made)
@@ -68,7 +67,7 @@ async def create_key(console: ConsoleDep, request: Request, asking: CurrentPrinc
 @router.post("/keys/{id}/revoke")
 @may("manage_own")
 def revoke_key(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: KeyPath) -> Response:
-    """For ever: every server refuses it within two seconds."""
+    """Revoke a key for ever: every server refuses it within two seconds."""
     _access_of(console, asking).revoke_key(id)
     return led_to(request, "/keys")
 
@@ -92,34 +91,7 @@ def block_tenant(
     return led_to(request, "/keys")
 
 
-def _key(form: Form) -> KeyCreation:
-    given: dict[str, Any] = {name: form.get(name) for name in ("key_alias", "tenant", "duration") if form.get(name)}
-    if models := form.get("models"):
-        given["models"] = [model.strip() for model in models.split(",") if model.strip()]
-    if limit := form.get("rpm_limit"):
-        if not limit.isdecimal():
-            raise SpecError("requests a minute must be a whole number")
-        given["rpm_limit"] = int(limit)
-    return checked(KeyCreation, given | {"scopes": form.all("scopes")})
-
-
-_ROWS = 200
-_BAR, _HEIGHT = 16, 120  # units of the picture
-
-
-class Bar(NamedTuple):
-    """Output tokens of a day."""
-
-    x: int
-    height: float
-    day: date
-    num_tokens: int
-
-
-usage_router = router_of("")
-
-
-@usage_router.get("/usage")
+@router.get("/usage")
 @may("identify")
 def show_usage(
     console: ConsoleDep,
@@ -128,7 +100,7 @@ def show_usage(
     by: UsageGroup = "model",
     days: Annotated[int, Query(ge=1, le=90)] = 30,
 ) -> Response:
-    """Of the own tenant, and for administrators of all."""
+    """Show the own tenant's usage, and to administrators that of all."""
     catalog, tenant = console.backend.catalog_of(asking), None if asking.is_admin else asking.tenant
     today = datetime.now(UTC).date()
     first = today - timedelta(days=days - 1)
@@ -148,8 +120,32 @@ def show_usage(
     )
 
 
+def _access_of(console: Console, asking: Principal) -> DirectAccess:
+    return DirectAccess(console.backend.catalog_of(asking))
+
+
+def _key(form: Form) -> KeyCreation:
+    given: dict[str, Any] = {name: form.get(name) for name in ("key_alias", "tenant", "duration") if form.get(name)}
+    if models := form.get("models"):
+        given["models"] = [model.strip() for model in models.split(",") if model.strip()]
+    if limit := form.get("rpm_limit"):
+        if not limit.isdecimal():
+            raise SpecError("requests a minute must be a whole number")
+        given["rpm_limit"] = int(limit)
+    return checked(KeyCreation, given | {"scopes": form.all("scopes")})
+
+
+class Bar(NamedTuple):
+    """The picture of a day's output tokens."""
+
+    x: int
+    height: float
+    day: date
+    num_tokens: int
+
+
 def bars_of(rows: Sequence[UsageRow], first: date, days: int) -> list[Bar]:
-    """A bar for each day from `first` on, the highest of the picture's height."""
+    """Make a bar for each day from `first` on, the highest of the picture's height."""
     tokens = {row.day: row.num_output_tokens for row in rows}
     most = max(tokens.values(), default=0) or 1
     shown = [(number, first + timedelta(days=number)) for number in range(days)]

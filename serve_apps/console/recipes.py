@@ -1,18 +1,18 @@
-"""Recipes on pages: as text, as the fields of a form, from a form, and what a run of one takes."""
+"""Recipes on pages: the fields of the form, the recipe that a form makes, its text, and what a run of it takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jobs.submission.tracker import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
 from loray.errors import NotFoundError, PermissionDenied, SpecError
 from loray.machine import Machine
-from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE, Device, gpu_here, host
+from loray.planning.devices import ASSUMED_GPU, PRESETS, gpu_here, host
 from loray.planning.plan import Plan, make_plan
-from loray.planning.run import RunShape, shape_of
+from loray.planning.run import shape_of
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
 from loray.recipes.fields import fields_of, given, merge, parse_plain, to_yaml
 from loray.recipes.load import size_of_base
@@ -59,12 +59,12 @@ class RunEstimate(NamedTuple):
 
 
 def recipe_text(spec: TrainSpec, home: Path) -> str:
-    """YAML with the reason of each value, from which the same recipe is made again. `home` has this node's bases."""
+    """Write YAML with the reasons of values, from which the same recipe is made again. `home` has this node's bases."""
     return to_yaml(spec, size_of_base(spec.base, shapes_in(home)))
 
 
 def form_fields() -> list[Field]:
-    """The fields of the form, with the reasons and defaults of the first method's recipe."""
+    """Return the fields of the form, with the reasons and defaults of the first method's recipe."""
     fields, defaults = fields_of(FIRST_METHOD), defaults_of(FIRST_METHOD)
     shown = []
     for path in _PATHS:
@@ -76,58 +76,32 @@ def form_fields() -> list[Field]:
 
 
 def is_begun(form: Form) -> bool:
-    """Whether something of the form's recipe has been typed that has no default."""
+    """Tell whether something of the form's recipe has been typed that has no default."""
     return any(form.get(name) for name in (*_REQUIRED, "rest"))
 
 
 def recipe_of(form: Form, home: Path) -> TrainSpec:
-    """The recipe of a form: its YAML, its fields on top of that, and defaults. Raises SpecError."""
-    return recipe_from(fields_given(form), home)
-
-
-def fields_given(form: Form) -> dict[str, Any]:
-    """The YAML of a form, with its fields on top of that. Raises SpecError."""
-    return merge(_rest(form.get("rest")), given([f"{path}={form.get(path)}" for path in _PATHS if form.get(path)]))
-
-
-def recipe_from(fields: dict[str, Any], home: Path) -> TrainSpec:
-    """The recipe of these fields and defaults, which are filled in where they are missing. Raises SpecError."""
+    """Make the recipe of a form: its YAML, its fields on top of that, and defaults. Raises SpecError."""
+    rest = parse_plain(form.get("rest") or "{}", source="the rest of the recipe")
+    if not isinstance(rest, dict):
+        raise SpecError("the rest of the recipe is a YAML mapping, such as `batch: {rows: 4}`")
+    fields = merge(rest, given([f"{path}={form.get(path)}" for path in _PATHS if form.get(path)]))
     base = fields.get("base", TrainSpec.model_fields["base"].default)
     return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
 
 
-def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings, device_name: str = "") -> RunEstimate:
-    """What `loray plan` says of it, on this machine, a preset, or where none is named the GPU that is assumed for
-    recipes with GPUs. Nothing is measured.
+def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> RunEstimate:
+    """Estimate what `loray plan` does, on this machine, or for a recipe with GPUs on its GPU, else on the one that is
+    assumed. Nothing is measured.
 
     Raises SpecError where the driver would refuse it and where the estimate would take long, PermissionDenied for more
     workers than the caller may have, and NotFoundError for a base of unknown shape.
     """
-    workers = workers_of(spec, settings, device_name)
-    return estimate(planned_run(spec, workers, catalog, settings), workers)
-
-
-class Workers(NamedTuple):
-    """The device of a recipe's workers. `is_timed` and `is_assumed` as of an `RunEstimate`."""
-
-    device: Device
-    is_timed: bool
-    is_assumed: bool
-
-
-def workers_of(spec: TrainSpec, settings: Settings, device_name: str = "") -> Workers:
-    """Return the preset of that name, else this machine, or a GPU where the recipe uses GPUs."""
-    if device_name in PRESETS:
-        return Workers(PRESETS[device_name], is_timed=True, is_assumed=False)
     machine = Machine.here(settings.home)
-    if device_name != THIS_MACHINE and on_hardware(spec, machine.hardware).spec.use_gpu:
+    device, is_timed, is_assumed = host(machine, spec.num_workers), machine.rates is not None, False
+    if on_hardware(spec, machine.hardware).spec.use_gpu:
         known = gpu_here(machine)
-        return Workers(known or PRESETS[ASSUMED_GPU], is_timed=True, is_assumed=known is None)
-    return Workers(host(machine, spec.num_workers), is_timed=machine.rates is not None, is_assumed=False)
-
-
-def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: Settings) -> RunShape:
-    """What `plan_of` estimates. Raises as it does."""
+        device, is_timed, is_assumed = known or PRESETS[ASSUMED_GPU], True, known is None
     _check_size(spec, catalog, settings)
     model = shapes_in(settings.home)(spec.base)
     if model is None:
@@ -135,11 +109,7 @@ def planned_run(spec: TrainSpec, workers: Workers, catalog: Catalog, settings: S
     if spec.init_adapter is not None:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
-    return shape_of(spec, model, dtype=workers.device.training_dtype)
-
-
-def estimate(run: RunShape, workers: Workers) -> RunEstimate:
-    return RunEstimate(make_plan(run, workers.device), workers.is_timed, workers.is_assumed)
+    return RunEstimate(make_plan(shape_of(spec, model, dtype=device.training_dtype), device), is_timed, is_assumed)
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
@@ -151,10 +121,3 @@ def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
             f"the console estimates at most {_MOST_WORKERS} workers (num_workers: {spec.num_workers}) in sequence "
             f"groups of at most {_MOST_SEQUENCE} (parallel.sequence: {spec.parallel.sequence}); ask `loray plan`"
         )
-
-
-def _rest(text: str) -> dict[str, Any]:
-    rest = parse_plain(text or "{}", source="the rest of the recipe")
-    if not isinstance(rest, dict):
-        raise SpecError("the rest of the recipe is a YAML mapping, such as `batch: {rows: 4}`")
-    return rest

@@ -1,4 +1,4 @@
-"""Pages, forms, streamed parts."""
+"""Pages from templates, their errors, the parts of them that are streamed, and forms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from serve_apps.auth import PAGE_HEADERS
 
 PREFIX = "/console"
 CSRF_HEADER = "x-csrf-token"
+EVENT_STREAM = "text/event-stream"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
+MOST_SUGGESTED = 200  # bases beside a field, which takes the names of others too
+_MOST_FIELDS = 200
+_INTERVAL_S = 3.0
+_LENGTH_S = 15.0  # after which the browser asks again: a server that stops waits no longer for its pages
 _HERE = Path(__file__).parent
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class Section(NamedTuple):
@@ -43,14 +51,13 @@ SECTIONS = (
     Section("/playground", "Playground", "infer"),
     Section("/jobs", "Training", "follow"),
     Section("/serving", "Serving", "observe"),
-    Section("/advice", "Advice", "identify"),
     Section("/usage", "Usage", "identify"),
     Section("/keys", "Keys", "manage_own"),
 )
 
 
 class Renderer:
-    """`failed`: the REST API's response to an error, whose status and words pages take over."""
+    """Renders pages. `failed`: the REST API's response to an error, whose status and words pages take over."""
 
     def __init__(self, failed: Callable[[Exception], Response]) -> None:
         self._failed = failed
@@ -74,7 +81,7 @@ class Renderer:
         return HTMLResponse(html, status, headers=PAGE_HEADERS)
 
     def refusal(self, request: Request, error: Exception) -> Response:
-        """The page of an error, or for a part of a page its message alone. Without a key, the login."""
+        """Answer with an error's page, for a part of a page with its message alone; without a key, with the login."""
         answer = self._failed(error)
         status = answer.status_code
         is_told = isinstance(error, LorayError) and status != 500
@@ -85,19 +92,19 @@ class Renderer:
         return self.told(request, status, message)
 
     def told(self, request: Request, status: int, message: str) -> Response:
-        """A page with this message, or where a part of a page was asked for, the message alone."""
+        """Answer with a page that has this message, or where a part of a page was asked for, with the message alone."""
         template = "parts/message.html" if request.headers.get("hx-request") else "error.html"
         return self.page(request, template, status, message=message)
 
 
 def root_of(request: Request) -> str:
-    """The console's path, behind the application's prefix."""
+    """Return the console's path, behind the application's prefix."""
     root: str = request.scope.get("root_path", "")
     return root + PREFIX
 
 
 def led_to(request: Request, path: str) -> Response:
-    """The answer to a change, after which htmx goes to the page at `path`."""
+    """Answer a change, after which htmx goes to the page at `path`."""
     return Response(status_code=204, headers={"HX-Redirect": root_of(request) + path})
 
 
@@ -117,7 +124,7 @@ def _templates() -> Environment:
 
 
 def is_allowed(principal: Principal, action: Action, owner: str | None = None) -> bool:
-    """Whether a page shows what leads to this action, which its own route checks again."""
+    """Tell whether a page shows what leads to this action, which its own route checks again."""
     try:
         check(principal, action, owner)
     except PermissionDenied:
@@ -152,21 +159,15 @@ def duration(seconds: float | None) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long, in its largest unit: 3 h"""
+    """3 h"""
     for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
-EVENT_STREAM = "text/event-stream"
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
-_INTERVAL_S = 3.0
-_LENGTH_S = 15.0  # after which the browser asks again: a server that stops waits no longer for its pages
-
-
 class Streams:
-    """All streams of a process. Used from one event loop; `end` also from a signal's handler in it.
+    """The streams of a process. Used from one event loop; `end` also from a signal's handler in it.
 
     interval_s  between two looks
     length_s    of a stream
@@ -177,11 +178,11 @@ class Streams:
         self._ended = asyncio.Event()
 
     def end(self) -> None:
-        """Streams end, and those that begin later have one event."""
+        """End all streams; those that begin later have one event."""
         self._ended.set()
 
     async def events(self, first: str, look: Callable[[], Awaitable[str | None]]) -> AsyncIterator[str]:
-        """An event with the part at the beginning, and one whenever it has changed; a comment where it has not, so
+        """Give an event with the part at the beginning, and one whenever it has changed; a comment where it has not, so
         that a connection which has broken is noticed. Ends where `look` has None.
         """
         loop = asyncio.get_running_loop()
@@ -196,7 +197,7 @@ class Streams:
             part = await look()
 
     async def _has_ended(self) -> bool:
-        """After the interval, or at once."""
+        """Wait for the interval, or until the end."""
         try:
             async with asyncio.timeout(self._interval_s):
                 await self._ended.wait()
@@ -249,9 +250,9 @@ def _text(answer: Response) -> str:
     return bytes(answer.body).decode()
 
 
-def router_of(path: str) -> APIRouter:
-    """A new router of pages below the console's `path`."""
-    return APIRouter(prefix=PREFIX + path, route_class=PageRoute, include_in_schema=False)
+def page_router() -> APIRouter:
+    """Make a router of pages, whose paths are below the console's."""
+    return APIRouter(prefix=PREFIX, route_class=PageRoute, include_in_schema=False)
 
 
 def _renderer(request: Request) -> Renderer:
@@ -264,17 +265,12 @@ def _first(error: RequestValidationError) -> str:
     return f"{'.'.join(str(part) for part in wrong['loc'][1:])}: {wrong['msg']}"
 
 
-MOST_SUGGESTED = 200  # bases beside a field, which takes the names of others too
-_MOST_FIELDS = 200
-T = TypeVar("T", bound=BaseModel)
-
-
 class Form:
     def __init__(self, fields: dict[str, list[str]]) -> None:
         self._fields = fields
 
     def get(self, name: str) -> str:
-        """The field's text without spaces around it; empty where it is not there."""
+        """Return the field's text without spaces around it; empty where it is not there."""
         return self._fields.get(name, [""])[-1].strip()
 
     def all(self, name: str) -> tuple[str, ...]:
@@ -282,7 +278,7 @@ class Form:
 
 
 async def read_form(request: Request) -> Form:
-    """Raises SpecError for what is neither a form nor an object of JSON."""
+    """Read a form, or an object of JSON. Raises SpecError for anything else."""
     body = await request.body()
     try:
         if request.headers.get("content-type", "").startswith("application/json"):
@@ -296,7 +292,7 @@ async def read_form(request: Request) -> Form:
 
 
 def checked(model: type[T], given: dict[str, Any]) -> T:
-    """Raises SpecError that names each wrong field."""
+    """Make a `model` of what was given. Raises SpecError that names each wrong field."""
     try:
         return model.model_validate(given)
     except ValidationError as e:

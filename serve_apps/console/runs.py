@@ -1,4 +1,7 @@
-"""What was read of runs; runs side by side."""
+"""Runs as their events, or Ray's log, tell them, and runs beside each other.
+
+Of the steps and losses of a run an evenly thinned part is kept.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,19 @@ from loray.settings import Settings
 from loray.spec import Subject, TrainSpec, qualified_name, split_qualified
 from loray.telemetry import get_logger
 
+TRAINING, HELD_OUT = "training", "held out, adapter"
+_MOST, _MOST_OF_BASELINE = 470, 20  # losses of a line
+_BASELINES: tuple[Subject, ...] = ("parent", "base_scaled", "base")
+MOST_POINTS = 2 * _MOST + len(_BASELINES) * _MOST_OF_BASELINE
+MOST_STEPS = 400
+MOST_JOBS = 64  # the one that nobody looked at for longest is read from its beginning again
+LOG_LINES = 200
+CURVE_LINES = 2000  # of Ray's log, where a curve is made of it
+_DRAWN_TRIALS = 5  # lines that can be told apart
+_SHOWN_TRIALS = 50
+
+_log = get_logger(__name__)
+
 T = TypeVar("T")
 Line = Mapping[int, float]  # by step
 
@@ -32,7 +48,7 @@ class Curve(NamedTuple):
 
 
 def curve_of(lines: Mapping[str, Line]) -> Curve | None:
-    """None where no line has a point."""
+    """Write the lines as a curve; None where no line has a point."""
     steps = sorted(set().union(*lines.values()))
     if not steps:
         return None
@@ -69,12 +85,6 @@ class Series(Generic[T]):
         return dict(self._kept) if self._last is None else self._kept | dict([self._last])
 
 
-TRAINING, HELD_OUT = "training", "held out, adapter"
-_MOST, _MOST_OF_BASELINE = 470, 20
-_BASELINES: tuple[Subject, ...] = ("parent", "base_scaled", "base")
-MOST_POINTS = 2 * _MOST + len(_BASELINES) * _MOST_OF_BASELINE
-
-
 class Losses:
     """Collects losses from events, of each line an evenly thinned part: one of training, and one of held-out rows for
     each model that they were measured of.
@@ -102,7 +112,7 @@ class Losses:
                     series.add(step, loss)
 
     def lines(self) -> dict[str, Line]:
-        """Training and the adapter, then the baselines that were measured; nothing without any loss.
+        """Return training and the adapter, then the baselines that were measured; nothing without any loss.
 
         A baseline is measured before training, which does not change it, so its line goes on to the last step.
         """
@@ -114,9 +124,6 @@ class Losses:
         for subject, values in baselines.items():
             lines[f"held out, {subject.replace('_', ' ')}"] = values | {max(steps): values[max(values)]}
         return lines
-
-
-MOST_STEPS = 400
 
 
 class RunStep(NamedTuple):
@@ -160,13 +167,6 @@ def _step(step: int, event: dict[str, Any]) -> RunStep:
     )
 
 
-_log = get_logger(__name__)
-
-MOST_JOBS = 64  # the one that nobody looked at for longest is read from its beginning again
-LOG_LINES = 200
-CURVE_LINES = 2000  # of Ray's log, where a curve is made of it
-
-
 class Seen(NamedTuple):
     """`lines`: its losses, by what they are of. `steps`: some, evenly spread, and the last one. `log`: its last lines.
     `problem`: why something is not there; may be empty. `trials`: of a sweep; None where the job is none.
@@ -180,12 +180,12 @@ class Seen(NamedTuple):
 
     @property
     def curve(self) -> Curve | None:
-        """Of the losses; None without any."""
+        """The curve of the losses; None without any."""
         return curve_of(self.lines)
 
 
 class JobHistory:
-    """What was read of one job. Thread-safe.
+    """Reads one job's events and log, each part once. Thread-safe.
 
     Losses and lines are those of the run's own events, which outlive Ray's cluster. Of a run that has none yet, and
     where its events are elsewhere, both are those of the end of Ray's log; of a job that failed or was stopped, the
@@ -221,7 +221,7 @@ class JobHistory:
         self._progress.take(events)
 
     def _read_events(self) -> str:
-        """Returns why they cannot be read; empty where they can."""
+        """Read what is new, and return why it cannot be read; empty where it can."""
         try:
             found = self._events.read()
         except StoreError as e:
@@ -243,7 +243,7 @@ class JobHistory:
 
 
 class Histories:
-    """The histories of the jobs that were looked at last. Thread-safe."""
+    """Keeps the histories of the jobs that were looked at last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -263,16 +263,12 @@ class Histories:
 
 
 def _described(line: str) -> str:
-    """An event of another version as it is."""
+    """Describe the event of a line; a line without one, and an event of another version, stay as they are."""
     event = decode(line)
     try:
         return line if event is None else describe(event)
     except (KeyError, TypeError, ValueError):
         return line
-
-
-_DRAWN_TRIALS = 5  # lines that can be told apart
-_SHOWN_TRIALS = 50
 
 
 class RunRow(NamedTuple):
@@ -319,14 +315,14 @@ def rank(trials: Trials) -> Ranked:
 
 
 def compare(seen: Mapping[str, tuple[Job, Seen]]) -> Comparison:
-    """By the jobs' ids, in their order."""
+    """Put jobs beside each other, by their ids and in their order."""
     training = {id: found.lines.get(TRAINING, {}) for id, (_, found) in seen.items()}
     held_out = {id: found.lines.get(HELD_OUT, {}) for id, (_, found) in seen.items()}
     rows = (
         RunRow(
             job,
             found.steps[-1] if found.steps else None,
-            last_of(training[id]),
+            _last(training[id]),
             min(held_out[id].values(), default=None),
         )
         for id, (job, found) in seen.items()
@@ -336,7 +332,7 @@ def compare(seen: Mapping[str, tuple[Job, Seen]]) -> Comparison:
 
 
 def differences_of(recipes: Sequence[TrainSpec]) -> tuple[Difference, ...]:
-    """The fields, by their paths, that not all of them have alike."""
+    """List the fields, by their paths, that not all of them have alike."""
     flat = [_flat(recipe.model_dump(mode="json")) for recipe in recipes]
     paths = dict.fromkeys(path for fields in flat for path in fields)
     found = (Difference(path, tuple(fields.get(path, "") for fields in flat)) for path in paths)
@@ -344,7 +340,7 @@ def differences_of(recipes: Sequence[TrainSpec]) -> tuple[Difference, ...]:
 
 
 def loss_rows(lines: Mapping[str, Line], most: int) -> list[tuple[int, list[float | None]]]:
-    """Steps with the loss of each line there, the last one first: half of them of held-out losses, where there are."""
+    """List steps with the loss of each line there, the last one first: half of them with held-out losses, if any."""
     if not lines:
         return []
     every, measured = sorted(set().union(*lines.values())), sorted(lines[HELD_OUT])
@@ -353,12 +349,12 @@ def loss_rows(lines: Mapping[str, Line], most: int) -> list[tuple[int, list[floa
     return [(step, [line.get(step) for line in lines.values()]) for step in chosen]
 
 
-def last_of(line: Line) -> float | None:
+def _last(line: Line) -> float | None:
     return line[max(line)] if line else None
 
 
 def spread(values: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly spread; the last is among them."""
+    """Choose at most so many, evenly spread; the last is among them."""
     stride = -(-len(values) // most) or 1
     return list(values[::-1][::stride][::-1])
 

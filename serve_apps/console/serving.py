@@ -1,4 +1,4 @@
-"""Overview, replicas, playground."""
+"""The pages of what is served: the overview, all replicas with their pools, one replica, and the playground."""
 
 from __future__ import annotations
 
@@ -18,31 +18,54 @@ from loray.schemas.status import ReplicaStatus, Status
 from loray.spec import Principal, format_seconds
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Backend, Console, ConsoleDep
-from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
-from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, router_of
+from serve_apps.console.pools import KINDS, heat_map, parts_of, rows_of, strip_of
+from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, page_router
 
-_NUM_NEWEST = 8
+_NUM_NEWEST = 8  # versions and jobs of the overview
+_ROWS, _COLUMNS = 50, 50  # adapters and replicas of the table of places
+_MOMENTS = 20  # of demand
+_WHY: dict[str, str] = {
+    "pool": "its pool has the adapter",
+    "host": "its host memory has the adapter",
+    "recent": "a request for the adapter went there a moment ago",
+    "hash": "no replica has the adapter: the one that its name hashes to",
+    "overflow": "a bound on load was reached, or no replica was free",
+    "base": "for the base: the replica with the least load",
+}
+_ADAPTERS = 50  # of one replica
+_HEIGHT = 120  # units of the picture of step times
+_SUGGESTED = 50  # models of the playground
+_CHAT = "/v1/chat/completions"
+_LOOK_S = 3.0  # the first look at a deployment finds its replicas
+# Where an adapter is, from the best place on.
+_TIERS = {
+    "pool": "in a replica's pool",
+    "host": "in a replica's host memory",
+    "loading": "on its way from the store",
+}
 
-router = router_of("")
+ReplicaName = Annotated[str, Path(max_length=200)]
+
+router = page_router()
 
 
 @router.get("")
 @may("identify")
 async def show_overview(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    return console.renderer.page(request, "overview.html", **await _state(console.backend, request, asking))
+    return await _overview(console, request, asking, "overview.html")
 
 
 @router.get("/live")
 @may("identify")
-async def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """The part of the page that is asked for again and again."""
-    return console.renderer.page(request, "parts/live.html", **await _state(console.backend, request, asking))
+async def show_overview_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+    """Show the part of the page that is asked for again and again."""
+    return await _overview(console, request, asking, "parts/live.html")
 
 
-async def _state(backend: Backend, request: Request, asking: Principal) -> dict[str, Any]:
-    served = await _served(backend, request.state.authorization)
-    recent = await run_in_threadpool(_recent, backend, asking)
-    return served | recent
+async def _overview(console: Console, request: Request, asking: Principal, template: str) -> Response:
+    served = await _served(console.backend, request.state.authorization)
+    recent = await run_in_threadpool(_recent, console.backend, asking)
+    return console.renderer.page(request, template, **served, **recent)
 
 
 async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
@@ -50,7 +73,13 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None, "pace": None}
     try:
         status = await backend.gateway.status(authorization)
-        seen |= {"status": status, "tiers": _tiers(status), "target": _target(status)}
+        # Adapters in how many places of pools and of host memory, and all in the store.
+        tiers = {
+            "pool": sum(len(replica.adapters_in_pool) for replica in status.replicas),
+            "host": sum(len(replica.adapters_on_host) for replica in status.replicas),
+            "store": status.catalog.num_adapters,
+        }
+        seen |= {"status": status, "tiers": tiers, "target": sum(base.target for base in status.bases)}
         first = together((await backend.gateway.metrics(authorization, TTFT)).buckets(TTFT, "replica"))
         seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
         seen["pace"] = backend.gateway.demand.tokens_per_s()
@@ -59,19 +88,6 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     except ClusterError as e:
         seen["problem"] = str(e)
     return seen
-
-
-def _tiers(status: Status) -> dict[str, int]:
-    """Adapters by where they are: in how many places of pools and of host memory, and all in the store."""
-    return {
-        "pool": sum(len(replica.adapters_in_pool) for replica in status.replicas),
-        "host": sum(len(replica.adapters_on_host) for replica in status.replicas),
-        "store": status.catalog.num_adapters,
-    }
-
-
-def _target(status: Status) -> int:
-    return sum(base.target for base in status.bases)
 
 
 def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
@@ -84,33 +100,19 @@ def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
     return {"newest": newest, "jobs": jobs}
 
 
-_ROWS, _COLUMNS = 50, 50
-_MOMENTS = 20
-_WHY: dict[str, str] = {
-    "pool": "its pool has the adapter",
-    "host": "its host memory has the adapter",
-    "recent": "a request for the adapter went there a moment ago",
-    "hash": "no replica has the adapter: the one that its name hashes to",
-    "overflow": "a bound on load was reached, or no replica was free",
-    "base": "for the base: the replica with the least load",
-}
-
-serving_router = router_of("/serving")
-
-
-@serving_router.get("")
+@router.get("/serving")
 @may("observe")
 async def show_serving(console: ConsoleDep, request: Request) -> Response:
-    return await _page(console, request, "serving.html")
+    return await _serving(console, request, "serving.html")
 
 
-@serving_router.get("/live")
+@router.get("/serving/live")
 @may("observe")
-async def show_live_serving(console: ConsoleDep, request: Request) -> Response:
-    return await _page(console, request, "parts/serving.html")
+async def show_serving_live(console: ConsoleDep, request: Request) -> Response:
+    return await _serving(console, request, "parts/serving.html")
 
 
-async def _page(console: Console, request: Request, template: str) -> Response:
+async def _serving(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
     # Of many, only the engines that are shown make a layout: the first ones of the last look.
     wanted = gateway.replicas[:_COLUMNS] if len(gateway.replicas) > _COLUMNS else True
@@ -119,13 +121,13 @@ async def _page(console: Console, request: Request, template: str) -> Response:
         metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, problem=str(e), status=None)
-    shown = await run_in_threadpool(_shown, status, metrics)
+    shown = await run_in_threadpool(_serving_context, status, metrics)
     demand = {"curve": gateway.demand.curve(), "moments": gateway.demand.rows(_MOMENTS)}
     return console.renderer.page(request, template, problem="", status=status, **shown, **demand)
 
 
-def _shown(status: Status, metrics: Metrics) -> dict[str, Any]:
-    """Of the first replicas, whatever their number; nothing grows with the number of adapters."""
+def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
+    """Describe the first replicas, whatever their number; nothing grows with the number of adapters."""
     replicas = status.replicas[:_COLUMNS]
     rows, num_rows = heat_map(replicas, _ROWS)
     steps, routed = metrics.buckets(STEPS, "replica"), metrics.sums(ROUTED, "reason")
@@ -146,36 +148,20 @@ def _shown(status: Status, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-_ADAPTERS = 50
-_HEIGHT = 120  # units of the picture
-
-replicas_router = router_of("/serving/replicas")
-
-ReplicaName = Annotated[str, Path(max_length=200)]
-
-
-class Steps(NamedTuple):
-    """How many steps took longer than the bound before, and at most `bound`; `height`: of the picture's bar."""
-
-    bound: str
-    num_steps: int
-    height: float
-
-
-@replicas_router.get("/{name}")
+@router.get("/serving/replicas/{name}")
 @may("observe")
 async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _page_replicas(console, request, name, "replica.html")
+    return await _replica(console, request, name, "replica.html")
 
 
-@replicas_router.get("/{name}/live")
+@router.get("/serving/replicas/{name}/live")
 @may("observe")
-async def show_live_replicas(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _page_replicas(console, request, name, "parts/replica.html")
+async def show_replica_live(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
+    return await _replica(console, request, name, "parts/replica.html")
 
 
-async def _page_replicas(console: Console, request: Request, name: str, template: str) -> Response:
-    """404 where no replica of this name answers: it has ended, or never was."""
+async def _replica(console: Console, request: Request, name: str, template: str) -> Response:
+    """Answer 404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
         status = await gateway.status(request.state.authorization, layout=(name,))
@@ -186,11 +172,11 @@ async def _page_replicas(console: Console, request: Request, name: str, template
     if found is None:
         raise NotFoundError(f"no replica {name!r} answers; it may have ended")
     buckets = metrics.buckets(STEPS, "replica").get(name, {})
-    shown = await run_in_threadpool(_shown_replicas, found, buckets)
+    shown = await run_in_threadpool(_replica_context, found, buckets)
     return console.renderer.page(request, template, name=name, problem="", replica=found, **shown)
 
 
-def _shown_replicas(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
+def _replica_context(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
     held = (
         (name, tier)
         for tier, names in (
@@ -214,8 +200,16 @@ def _shown_replicas(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
     }
 
 
+class Steps(NamedTuple):
+    """`num_steps` steps took longer than the bound before, and at most `bound`; `height`: of the picture's bar."""
+
+    bound: str
+    num_steps: int
+    height: float
+
+
 def steps_of(buckets: Buckets) -> list[Steps]:
-    """A bar for each bucket of the histogram, the highest of the picture's height; none before the first step."""
+    """Make a bar for each bucket of the histogram, the highest of the picture's height; none before the first step."""
     bounds = sorted(buckets)
     counts = [buckets[bound] - (buckets[bounds[n - 1]] if n else 0) for n, bound in enumerate(bounds)]
     most = max(counts, default=0)
@@ -225,20 +219,7 @@ def steps_of(buckets: Buckets) -> list[Steps]:
     return [Steps(text, int(n), _HEIGHT * n / most) for text, n in zip(texts, counts, strict=True)]
 
 
-_SUGGESTED = 50
-_CHAT = "/v1/chat/completions"
-_LOOK_S = 3.0  # the first look at a deployment finds its replicas
-# Where an adapter is, from the best place on.
-_TIERS = {
-    "pool": "in a replica's pool",
-    "host": "in a replica's host memory",
-    "loading": "on its way from the store",
-}
-
-playground_router = router_of("/playground")
-
-
-@playground_router.get("")
+@router.get("/playground")
 @may("infer")
 def show_playground(
     console: ConsoleDep,
@@ -258,20 +239,20 @@ def show_playground(
     )
 
 
-@playground_router.post("/chat")
+@router.post("/playground/chat")
 @may("infer")
 async def chat(console: ConsoleDep, request: Request) -> Response:
-    """A request of OpenAI's chat completions, sent on with the key of this session; the answer as it comes."""
+    """Send a request of OpenAI's chat completions on with the key of this session, and the answer as it comes."""
     status, chunks = await console.backend.gateway.stream(_CHAT, await request.body(), request.state.authorization)
     return StreamingResponse(chunks, status, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
 
-@playground_router.get("/tier")
+@router.get("/playground/tier")
 @may("infer")
 async def find_tier(
     console: ConsoleDep, asking: CurrentPrincipal, model: Annotated[str, Query(max_length=300)] = ""
 ) -> Response:
-    """Where the model's adapter is now: the next request takes it from there."""
+    """Say where the model's adapter is now: the next request takes it from there."""
     backend = console.backend
     try:
         ref = await run_in_threadpool(lambda: backend.catalog_of(asking).resolve(model))
@@ -285,12 +266,12 @@ async def find_tier(
     return JSONResponse({"tier": next((said for tier, said in _TIERS.items() if tier in tiers), "in the store")})
 
 
-@playground_router.get("/models")
+@router.get("/playground/models")
 @may("infer")
 async def find_models(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, search: Annotated[str, Query(max_length=96)] = ""
 ) -> Response:
-    """Adapters with this in their names, for the list of suggestions."""
+    """Find adapters with this in their names, for the list of suggestions."""
     catalog = console.backend.catalog_of(asking)
     found = await run_in_threadpool(lambda: catalog.names(limit=_SUGGESTED, search=search or None))
     return console.renderer.page(request, "parts/models.html", names=[entry.name for entry in found])

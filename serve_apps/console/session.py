@@ -1,4 +1,4 @@
-"""Login and the check of pages."""
+"""Sessions of browsers: the check of each page, login and logout, and the files that pages load."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated
 
-from fastapi import Path
-from fastapi import Request as FastapiRequest
-from fastapi.responses import FileResponse, RedirectResponse
-from fastapi.responses import Response as ResponsesResponse
+from fastapi import Path, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
 from loray.errors import LorayError, NotFoundError, PermissionDenied
@@ -22,10 +18,15 @@ from loray.policy.auth import Action
 from loray.spec import Principal
 from serve_apps.auth import Authenticate, Authenticator, CurrentPrincipal, Permissions, Rates, may, refuse_cross_site
 from serve_apps.console.backend import COOKIE, ConsoleDep, Sessions
-from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, read_form, root_of, router_of
+from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, page_router, read_form, root_of
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOGIN = f"{PREFIX}/login"
+_STATIC = FilePath(__file__).parent / "static"
+_FILES = {path.name: path for folder in (_STATIC, _STATIC / "vendor") for path in folder.iterdir() if path.is_file()}
+_A_DAY = {"Cache-Control": "public, max-age=86400"}
+
+router = page_router()
 
 
 class CheckConsole(Authenticate):
@@ -91,22 +92,15 @@ def _is_page(path: str) -> bool:
     return path == PREFIX or path.startswith(f"{PREFIX}/")
 
 
-_STATIC = FilePath(__file__).parent / "static"
-_FILES = {path.name: path for folder in (_STATIC, _STATIC / "vendor") for path in folder.iterdir() if path.is_file()}
-_A_DAY = {"Cache-Control": "public, max-age=86400"}
-
-router = router_of("")
-
-
 @router.get("/login")
 @may("open")
-def show_login(console: ConsoleDep, request: FastapiRequest) -> ResponsesResponse:
+def show_login(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(request, "login.html", message="")
 
 
 @router.post("/login")
 @may("open")
-async def log_in(console: ConsoleDep, request: FastapiRequest) -> ResponsesResponse:
+async def log_in(console: ConsoleDep, request: Request) -> Response:
     refuse_cross_site(request.headers)
     key = (await read_form(request)).get("key")
     try:
@@ -125,7 +119,7 @@ async def log_in(console: ConsoleDep, request: FastapiRequest) -> ResponsesRespo
 
 @router.post("/logout")
 @may("identify")
-def log_out(console: ConsoleDep, request: FastapiRequest, asking: CurrentPrincipal) -> ResponsesResponse:
+def log_out(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     console.sessions.end(request.cookies.get(COOKIE), asking)
     response = led_to(request, "/login")
     response.delete_cookie(COOKIE, path=root_of(request), httponly=True, samesite="strict", secure=_is_https(request))
@@ -134,12 +128,12 @@ def log_out(console: ConsoleDep, request: FastapiRequest, asking: CurrentPrincip
 
 @router.get("/static/{name}")
 @may("open")
-def get_static(name: Annotated[str, Path(max_length=64)]) -> ResponsesResponse:
+def get_static(name: Annotated[str, Path(max_length=64)]) -> Response:
     path = _FILES.get(name)
     if path is None:
         raise NotFoundError(f"there is no file {name!r}")
     return FileResponse(path, headers=_A_DAY)
 
 
-def _is_https(request: FastapiRequest) -> bool:
+def _is_https(request: Request) -> bool:
     return "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))

@@ -24,13 +24,7 @@ from serve_apps.gateway.bases import Gateways, OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.routes import BODIES as ADAPTER_BODIES
-from serve_apps.gateway.routes import GENERATION_BODIES, describe
-from serve_apps.gateway.routes import TOKENS_BODIES as TOKEN_BODIES
-from serve_apps.gateway.routes import create_router as create_adapters
-from serve_apps.gateway.routes import create_router_generation as create_generation
-from serve_apps.gateway.routes import create_router_server as create_server
-from serve_apps.gateway.routes import create_router_tokens as create_tokens
+from serve_apps.gateway.routes import METERED, create_routes, describe
 from serve_apps.http import BodyLimit, EchoRequestId
 from serve_apps.tracing import TraceRequests, Tracing
 
@@ -41,7 +35,7 @@ _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger 
 def create_app(
     gateway: Gateway, access: Authenticator, tracing: Tracing | None = None, origins: frozenset[str] = frozenset()
 ) -> FastAPI:
-    """Creates the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
+    """Create the ASGI application, which follows the catalog while it runs. `origins`: as for AllowOrigins."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,13 +50,11 @@ def create_app(
         await gateway.directory.stop()
         await access.stop()
 
-    parts = create_generation, create_tokens, create_adapters, create_server
-    routes = [route for create in parts for route in create(gateway).routes]
     app = FastAPI(
         title="loray",
         version=__version__,
         lifespan=lifespan,
-        routes=[*routes, *auth.router.routes],
+        routes=[*create_routes(gateway), *auth.router.routes],
         docs_url=None,
         redoc_url=None,
     )
@@ -75,13 +67,7 @@ def create_app(
         return errors.response_of(errors.failure_of(error))
 
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
-    app.add_middleware(
-        AdmitRequests,
-        accounts=gateway.accounts,
-        turns=gateway.turns,
-        paths=GENERATION_BODIES | TOKEN_BODIES,
-        refused=refused,
-    )
+    app.add_middleware(AdmitRequests, accounts=gateway.accounts, turns=gateway.turns, paths=METERED, refused=refused)
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(Authenticate, access=access, permissions=permissions, refused=refused)
@@ -90,7 +76,7 @@ def create_app(
         app.add_middleware(AllowOrigins, access=access, origins=origins)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
-    describe(app, permissions, GENERATION_BODIES | TOKEN_BODIES | ADAPTER_BODIES)
+    describe(app, permissions)
     return app
 
 
@@ -103,7 +89,7 @@ def open_gateway(
     access: Authenticator | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """A gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
+    """Open a gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 
     `engines` opens those of a base. `exchange` None: no other gateway counts the same limits. `access` None: keys that
     this application alone reads. `app.state.gateway` is the Gateway.
@@ -112,8 +98,8 @@ def open_gateway(
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
     access = access or open_auth(settings, fleet.host)
     directory = ModelResolver(bases, access.follower, kept)
-    books = UsageSink(settings, exchange, access.is_limited)
-    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
+    sink = UsageSink(settings, exchange, access.is_limited)
+    accounts = UsageMeter(QuotaGate(1 if exchange is None else fleet.num_gateways), sink)
     served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
     gateway = Gateway(served, directory, gateways, accounts)
     return log_access(create_app(gateway, access, tracing, frozenset(settings.origins)), settings.access_log)

@@ -1,4 +1,7 @@
-"""A served base: prompts, limits, engines."""
+"""A served base: its engines (`EngineClient`), its prompts (`PromptEncoder`), its limits and its health.
+
+The protocols here stand between the gateway, which knows no Ray, and those who have engines.
+"""
 
 from __future__ import annotations
 
@@ -24,60 +27,10 @@ from loray.text.chat import Dialect, Dialects
 from loray.text.grammar import GrammarChecker
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer, bad_word_ids
-from serve_apps.gateway.metrics import OfBase
+from serve_apps.gateway.metrics import BaseMetrics
 from serve_apps.places import MostPlaces, Places
 
-
-class EngineClient(Protocol):
-    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
-        """What they do beside requests, while the gateway runs. `late` is told how late tokens come from another
-        process, by what they may be (`max_token_lateness`), as often as they come.
-        """
-
-    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """Yields deltas as they arrive; those that arrive between two reads are one. Raises LorayError.
-
-        Closing the generator before its last delta ends the request in the engine. `fit`: max_tokens is an upper bound,
-        which the replica lowers to what fits into its pool.
-        """
-
-    async def healthy(self) -> bool:
-        """Whether a replica answers and its engine runs."""
-
-    def is_cold(self) -> bool:
-        """Whether no replica runs, and the next request starts one."""
-
-    def start_failed(self) -> bool:
-        """Whether no replica runs because the last one that a request started was not ready in time."""
-
-    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
-        """The status of every replica that answers; with `layout` also what its pool's blocks hold by position, or only
-        those of replicas of these names.
-        """
-
-    async def autoscaling(self) -> AutoscalingStatus | None:
-        """The autoscaler's last decisions; None if there are none."""
-
-    async def metrics(self) -> list[list[Family] | None]:
-        """The Prometheus families of every replica; None for one that does not answer in time."""
-
-    def routing_decisions(self) -> Mapping[str, int]:
-        """How many requests were routed, by reason (`loray.policy.routing.Reason`). Empty without replicas."""
-
-    def resumes(self) -> Mapping[str, int]:
-        """How many begun answers went on at another replica: "lost" ones and "moved" ones. Empty without replicas."""
-
-
-class Gateways(Protocol):
-    """The gateways of a deployment. Each has the HTTP requests that came to it, and no other's."""
-
-    @property
-    def name(self) -> str:
-        """Of the gateway in this process."""
-
-    async def metrics(self) -> list[list[Family] | None]:
-        """The families of every gateway, this one included; None for one that does not answer in time."""
-
+T = TypeVar("T")
 
 LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
 VERY_LONG = 131_072  # about 60 ms
@@ -85,7 +38,62 @@ LONG_TEXTS = MostPlaces(total=1, of_tenant=1, wait_s=30.0, waiting=None)  # very
 OWN_TEMPLATES = MostPlaces(total=2, of_tenant=1, wait_s=2.0, waiting=None)  # renderings of adapters, each in a process
 _PIECE = 8192  # tokens that are decoded at once; then other threads run
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
-T = TypeVar("T")
+MIN_BODY_BYTES, MAX_BODY_BYTES = 1 << 20, 64 << 20
+BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
+FRESH_S = 1.0  # for which what replicas have said of their health is said again
+
+
+class EngineClient(Protocol):
+    """The replicas of one base, or the one engine of this process."""
+
+    def running(self, late: Callable[[float], None]) -> AbstractAsyncContextManager[None]:
+        """Work beside requests, while the gateway runs. `late` is told how late tokens come from another process, by
+        what they may be (`max_token_lateness`), as often as they come.
+        """
+
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        """Yield deltas as they arrive; those that arrive between two reads are one. Raises LorayError.
+
+        Closing the generator before its last delta ends the request in the engine. `fit`: max_tokens is an upper bound,
+        which the replica lowers to what fits into its pool.
+        """
+
+    async def healthy(self) -> bool:
+        """Tell whether a replica answers and its engine runs."""
+
+    def is_cold(self) -> bool:
+        """Tell whether no replica runs, and the next request starts one."""
+
+    def start_failed(self) -> bool:
+        """Tell whether no replica runs because the last one that a request started was not ready in time."""
+
+    async def stats(self, layout: bool | frozenset[str] = False) -> list[ReplicaStatus]:
+        """Ask for the status of every replica that answers; with `layout` also what its pool's blocks hold by position,
+        or only those of replicas of these names.
+        """
+
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        """Ask for the autoscaler's last decisions; None if there are none."""
+
+    async def metrics(self) -> list[list[Family] | None]:
+        """Ask for the Prometheus families of every replica; None for one that does not answer in time."""
+
+    def routing_decisions(self) -> Mapping[str, int]:
+        """Count the requests that were routed, by reason (`loray.policy.routing.Reason`). Empty without replicas."""
+
+    def resumes(self) -> Mapping[str, int]:
+        """Count the begun answers that went on at another replica: "lost" and "moved" ones. Empty without replicas."""
+
+
+class Gateways(Protocol):
+    """The gateways of a deployment. Each has the HTTP requests that came to it, and no other's."""
+
+    @property
+    def name(self) -> str:
+        """The name of the gateway in this process."""
+
+    async def metrics(self) -> list[list[Family] | None]:
+        """Ask for the families of every gateway, this one included; None for one that does not answer in time."""
 
 
 class PromptEncoder:
@@ -124,7 +132,7 @@ class PromptEncoder:
         special: bool = True,
         keep: int | None = None,
     ) -> list[tuple[int, ...]]:
-        """Encodes texts, with the tokenizer's special tokens if `special`. Token ids are returned unchanged.
+        """Encode texts, with the tokenizer's special tokens if `special`. Token ids are returned unchanged.
 
         `limit` is the model's context length: a text that is certainly longer raises ContextLengthExceeded before it is
         encoded. `keep`: of longer prompts the last so many tokens are taken instead.
@@ -142,13 +150,13 @@ class PromptEncoder:
         return await self._run(tenant, encode, sum(len(p) for p in prompts if isinstance(p, str)))
 
     def echo(self, prompt: Prompt) -> str:
-        """The text of a prompt; token ids are decoded."""
+        """Return the text of a prompt; token ids are decoded."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     async def dialect(
         self, adapter: AdapterRef | None, template: str | None, tenant: str, *, with_tools: bool
     ) -> Dialect:
-        """How the model is spoken to; `template` is the adapter's own.
+        """Find how the model is spoken to; `template` is the adapter's own.
 
         Raises RequestError if there is no template.
         """
@@ -165,7 +173,7 @@ class PromptEncoder:
         *,
         keep: int | None = None,
     ) -> tuple[int, ...]:
-        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`."""
+        """Encode the messages by the chat template, up to the beginning of the assistant's turn. As `texts`."""
         use = request.tool_use
         begins = (
             not request.continue_final_message
@@ -199,18 +207,18 @@ class PromptEncoder:
         return await self._run(tenant, partial(encode, prompt), len(prompt))
 
     async def constraint(self, request: ChatCompletionRequest, dialect: Dialect, tenant: str) -> Constraint | None:
-        """What the answer must match, of which the tools are a part: see `Dialect.constraint`."""
+        """Find what the answer must match, of which the tools are a part: see `Dialect.constraint`."""
         answer = None if request.constraint is None else request.constraint.constraint
         if request.tool_use is None:
             return answer
         return await self._run(tenant, partial(dialect.constraint, request.tool_use, answer), request.num_characters)
 
     async def bad_words(self, words: Sequence[str], tenant: str) -> tuple[tuple[int, ...], ...]:
-        """Their token ids: see `bad_word_ids`."""
+        """Return the words' token ids: see `bad_word_ids`."""
         return await self._run(tenant, partial(bad_word_ids, self.tokenizer, words), 2 * sum(map(len, words)))
 
     async def decode(self, ids: Sequence[int], tenant: str) -> str:
-        """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
+        """Return the text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
         if max(ids, default=0) >= self.tokenizer.num_tokens:
             raise RequestError(f"a token id is outside the vocabulary of {self.tokenizer.num_tokens}", "tokens")
 
@@ -222,11 +230,11 @@ class PromptEncoder:
         return await self._run(tenant, decode, len(ids))
 
     async def token_strings(self, ids: Sequence[int], tenant: str) -> list[str]:
-        """Each token as it stands in the vocabulary."""
+        """Return each token as it stands in the vocabulary."""
         return await self._run(tenant, partial(self.tokenizer.tokens, ids), len(ids))
 
     async def _run(self, tenant: str, encode: Callable[[], T], num_characters: int) -> T:
-        """Calls `encode` at once, or in a thread if the text is long."""
+        """Call `encode` at once, or in a thread if the text is long."""
         if num_characters <= LONG:
             return encode()
         if num_characters > VERY_LONG:
@@ -244,7 +252,7 @@ def _check_characters(num: int, most: int, limit: int, param: str) -> None:
 
 
 def _check_number(num_messages: int, limit: int) -> None:
-    """No template writes a message in less than one token."""
+    """Refuse more messages than tokens: no template writes a message in less than one."""
     if num_messages > limit:
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, but the chat has {num_messages:,} messages; send "
@@ -252,10 +260,6 @@ def _check_number(num_messages: int, limit: int) -> None:
             "messages",
         )
 
-
-MIN_BODY_BYTES, MAX_BODY_BYTES = 1 << 20, 64 << 20
-BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
-FRESH_S = 1.0  # for which what replicas have said of their health is said again
 
 OpenEngines = Callable[[ServeSpec], EngineClient]
 
@@ -273,7 +277,7 @@ class ServedBase:
 
     @classmethod
     def open(cls, spec: ServeSpec, base: BaseModel, engines: EngineClient) -> ServedBase:
-        """Reads the base's tokenizer and templates."""
+        """Read the base's tokenizer and templates."""
         return cls(spec, base, PromptEncoder.load(base, spec.tool_parser), engines)
 
     @property
@@ -281,36 +285,36 @@ class ServedBase:
         return self.base.name
 
     def limit(self, context_length: int) -> int:
-        """The largest number of prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.
+        """Return the most prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.
 
         The adapter takes space in the pool too. Only its replica knows how much, and applies its own limit.
         """
         return max_model_len(self.spec, context_length, self._pool_tokens)
 
     def limit_of(self, adapter: AdapterRef | None) -> int:
-        """As `limit`, of an adapter, or of the base itself."""
+        """Return the `limit` of an adapter, or of the base itself."""
         return self.limit(self.base.config.max_position_embeddings if adapter is None else adapter.context_length)
 
     def max_body_bytes(self, longest_context: int) -> int:
-        """Of a request: the spec's, else what a prompt as long as the longest context may take, at most 64 MiB."""
+        """Limit a request's body: the spec's limit, else what the longest context's prompt may take, at most 64 MiB."""
         if self.spec.max_body_bytes is not None:
             return self.spec.max_body_bytes
         return min(max(MIN_BODY_BYTES, BYTES_PER_TOKEN * self.limit(longest_context)), MAX_BODY_BYTES)
 
     async def healthy(self) -> bool:
-        """Whether it can be asked: a replica answers, or the next request starts one. Not where a replica is wanted and
-        the last one did not become ready.
+        """Tell whether the base can be asked: a replica answers, or the next request starts one. Not where a replica is
+        wanted and the last one did not become ready.
         """
         if not self.engines.is_cold():
             return await self.engines.healthy()
         return not (self.engines.start_failed() and await self.num_wanted())
 
-    async def metrics(self) -> OfBase:
+    async def metrics(self) -> BaseMetrics:
         num_wanted, replicas = await asyncio.gather(self.num_wanted(), self.engines.metrics())
-        return OfBase(num_wanted, replicas)
+        return BaseMetrics(num_wanted, replicas)
 
     async def num_wanted(self) -> int:
-        """The replicas that the spec or the autoscaler wants."""
+        """Return the number of replicas that the spec or the autoscaler wants."""
         return self._target(await self._scaling())
 
     async def _scaling(self) -> AutoscalingStatus | None:
@@ -320,7 +324,7 @@ class ServedBase:
         return self.spec.min_replicas if scaling is None else scaling.target
 
     async def status(self, num_adapters: int, layout: bool | frozenset[str]) -> BaseReport:
-        """Asks its replicas. `num_adapters`: of it in the catalog."""
+        """Ask the base's replicas. `num_adapters`: those of the base in the catalog."""
         replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats(layout)]
         scaling = await self._scaling()
         target = self._target(scaling)
@@ -342,7 +346,7 @@ class BaseReport(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    """What a request's model means. `adapter`: None for the base itself. `limit`: the largest number of tokens."""
+    """A request's model. `adapter`: None for the base itself. `limit`: the largest number of tokens."""
 
     base: ServedBase
     adapter: AdapterRef | None
@@ -350,8 +354,8 @@ class ServedModel(NamedTuple):
 
 
 class Health:
-    """Whether the bases can be asked. Asks the replicas at most once in FRESH_S, however many callers, who need no key,
-    there are. Used from one event loop.
+    """Tells whether the bases can be asked. The replicas are asked at most once in FRESH_S, however many callers, who
+    need no key, there are. Used from one event loop.
     """
 
     def __init__(self, bases: Sequence[ServedBase]) -> None:
@@ -360,7 +364,7 @@ class Health:
         self._asked_at = 0.0
 
     async def found(self) -> str:
-        """JSON, with the number of the bases that cannot be asked. Raises EngineError if that are all of them."""
+        """Return JSON with the number of the bases that cannot be asked. Raises EngineError if that are all of them."""
         asked, now = self._asked, asyncio.get_running_loop().time()
         if asked is None or (asked.done() and now >= self._asked_at + FRESH_S):
             asked = self._asked = asyncio.gather(*(base.healthy() for base in self._bases))

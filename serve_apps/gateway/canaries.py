@@ -1,4 +1,4 @@
-"""Canaries at one gateway: what it counts of their requests, and reports to the catalog, which decides.
+"""Canaries at one gateway, which counts what their requests were like and reports it to the catalog, which decides.
 
 Without a request for an alias that has a canary nothing is counted, and nobody wakes.
 """
@@ -33,7 +33,7 @@ class Reports(Protocol):
 
 
 class CanaryMeter:
-    """Of one request: times of its first choice, and how it ended. Used from one event loop.
+    """Measures one request: times of its first choice, and how it ended. Used from one event loop.
 
     received_at  a time of the event loop
     has_timeout  the client has chosen how long the request may take: running out of that is not the version's fault
@@ -47,7 +47,7 @@ class CanaryMeter:
         self._is_error = False
 
     def came(self) -> None:
-        """Tokens of the first choice have come."""
+        """Take the time at which tokens of the first choice have come."""
         self._last_at = self._time()
         if self._first_at is None:
             self._first_at = self._last_at
@@ -57,7 +57,7 @@ class CanaryMeter:
         self._is_error = status >= 500 and not is_no_fault
 
     def end(self, outcome: str, last: Delta | None) -> None:
-        """`outcome` as of `UsageEvent`; `last`: the first choice's last delta; None: nothing came."""
+        """Count the request. `outcome` is of `UsageEvent`; `last`: the first choice's last delta, None without any."""
         if outcome != "ok" and not self._is_error:
             return
         counts = VersionCounts(num_requests=1, num_errors=int(self._is_error))
@@ -70,7 +70,7 @@ class CanaryMeter:
 
 
 class CanaryCounters:
-    """What one gateway has counted. Used from one event loop.
+    """Counts what requests of canaries were like at one gateway. Used from one event loop.
 
     `ask` answers a question to the catalog from a thread; it raises CatalogError while that is away. What could not be
     reported is part of the next report.
@@ -88,7 +88,7 @@ class CanaryCounters:
         self._woken = asyncio.Event()
 
     def meter(self, arm: Arm | None, received_at: float, *, has_timeout: bool) -> CanaryMeter | None:
-        """For a request of this arm; None for one that no canary concerns."""
+        """Make the meter of a request of this arm; None for one that no canary concerns."""
         return None if arm is None else CanaryMeter(arm, self, received_at, has_timeout=has_timeout)
 
     def add(self, arm: Arm, counts: VersionCounts) -> None:
@@ -100,7 +100,7 @@ class CanaryCounters:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Reports meanwhile, and a last time."""
+        """Report meanwhile, and a last time."""
         task = asyncio.create_task(self._follow())
         try:
             yield
@@ -114,7 +114,7 @@ class CanaryCounters:
                 _log.debug("the last counts of canaries were not reported in time")
 
     async def report(self) -> None:
-        """Tells the catalog what has changed since the last report that it took."""
+        """Tell the catalog what has changed since the last report that it took."""
         reported = {canary: self._counted[canary] for canary in self._changed}
         if not reported:
             return

@@ -1,4 +1,4 @@
-"""Model names → versions, from the snapshot; the list of models."""
+"""Names of models: `ModelResolver` finds their meaning in a snapshot of the catalog, `ModelCards` lists the models."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ T = TypeVar("T")
 REFRESH_S = 0.5  # the time after which a promotion or a rollback takes effect
 LOOK_AGAIN_S = 0.05
 _MANY = 10_000  # adapters, whose objects a collection would look through for more than 20 ms
+_OWNER = "loray"
+MAX_CARDS = 10_000  # of one answer
+LISTS = Limits(rpm_limit=60)  # of a key, beside its own limits
+_AT_ONCE = 100  # models that are encoded before other requests have their turn: about a millisecond
 
 
 class ResolvedModel(NamedTuple):
-    """What a name means. `adapter`: None for the base itself."""
+    """The meaning of a name. `adapter`: None for the base itself."""
 
     base: BaseModel
     adapter: AdapterRef | None = None
@@ -59,19 +63,19 @@ class ModelResolver:
 
     @property
     def num_adapters(self) -> int:
-        """Of all bases together."""
+        """The adapters of all bases together."""
         return sum(self.num_adapters_of(base) for base in self.bases.values())
 
     def num_adapters_of(self, base: BaseModel) -> int:
         return self._totals(base).num_adapters
 
     def longest_context(self, base: BaseModel) -> int:
-        """Of a base and all its adapters."""
+        """Return the longest context of a base and all its adapters."""
         return max(base.config.max_position_embeddings, self._totals(base).longest_context)
 
     @property
     def age_s(self) -> float:
-        """Seconds since the snapshot was last known to be current; infinite before the first one."""
+        """The seconds since the snapshot was last known to be current; infinite before the first one."""
         return time.monotonic() - self._read_at
 
     def _totals(self, base: BaseModel) -> BaseTotals:
@@ -79,7 +83,7 @@ class ModelResolver:
         return totals.get(base.fingerprint, BaseTotals())
 
     async def labels(self, digests: Collection[str]) -> dict[str, str]:
-        """Digest → `name@version` of those that the catalog has. A thread looks through all versions."""
+        """Map digests to `name@version`, as far as the catalog has them. A thread looks through all versions."""
         snapshot, wanted = self._snapshot, frozenset(digests)
         if snapshot is None or not wanted:
             return {}
@@ -88,11 +92,11 @@ class ModelResolver:
 
     @property
     def failure(self) -> str | None:
-        """Why the catalog cannot be read now; None: it can."""
+        """The reason why the catalog cannot be read now; None: it can."""
         return self._follower.failure
 
     async def start(self) -> None:
-        """Follows the catalog from now on."""
+        """Follow the catalog from now on."""
         await self._follower.start()
 
     async def stop(self) -> None:
@@ -102,11 +106,11 @@ class ModelResolver:
         self._follower.close()
 
     async def refresh(self) -> None:
-        """Takes a new snapshot if the catalog has changed."""
+        """Take a new snapshot if the catalog has changed."""
         await self._follower.refresh()
 
     async def _look_again(self) -> None:
-        """Returns after a refresh that began later than this call. Such refreshes are LOOK_AGAIN_S apart at least, so
+        """Return after a refresh that began later than this call. Such refreshes are LOOK_AGAIN_S apart at least, so
         that a flood of unknown names does not become one of reads.
         """
         called_at = time.monotonic()
@@ -116,7 +120,7 @@ class ModelResolver:
             await self._follower.refresh(called_at)
 
     async def resolve(self, model: str, principal: Principal) -> ResolvedModel:
-        """What a name means for this caller. `base:name` is accepted as `name`.
+        """Find what a name means for this caller. `base:name` is accepted as `name`.
 
         The database is read again for a name that the snapshot lacks, or that does not exist for the caller. Raises
         AdapterNotFound, PermissionDenied for a model that the caller's key is not for, BaseMismatch for an adapter of
@@ -133,12 +137,12 @@ class ModelResolver:
         return ResolvedModel(self._base_of(ref, base, principal), ref)
 
     def _split(self, model: str) -> tuple[BaseModel | None, str]:
-        """The base and the name of `base:name`; None where it is a name alone."""
+        """Split `base:name`; the base is None where there is a name alone."""
         prefix, colon, name = model.partition(":")
         return (self.bases[prefix], name) if colon and prefix in self.bases else (None, model)
 
     def _base_of(self, ref: AdapterRef, wanted: BaseModel | None, principal: Principal) -> BaseModel:
-        """The base of an adapter. Raises BaseMismatch where it is not served, or is not the one that was asked for."""
+        """Find the base of an adapter. Raises BaseMismatch where it is not served, or is not the one that was named."""
         if wanted is not None:
             ref.check_base(wanted.name, wanted.fingerprint)
         base = self._by_fingerprint.get(ref.base_fingerprint)
@@ -150,7 +154,7 @@ class ModelResolver:
         return base
 
     def base_names(self, principal: Principal) -> str:
-        """Those that the caller may ask, for messages: `a`, `a and b`, `a, b and c`. Empty where there is none."""
+        """Name the bases that the caller may ask, for messages: `a`, `a and b`, `a, b and c`; empty without any."""
         names = [name for name in self.bases if may_ask(principal, name)]
         if not names:
             return ""
@@ -158,8 +162,8 @@ class ModelResolver:
         return f"{', '.join(others)} and {last}" if others else last
 
     async def choose(self, model: str, principal: Principal, session: str | None) -> tuple[ResolvedModel, Arm | None]:
-        """What a name means for a request of this session, and which of an alias's two versions it is if the alias has
-        a canary. Without a session it is drawn. Raises what `resolve` raises.
+        """Find what a name means for a request of this session, and which of an alias's two versions it is if the alias
+        has a canary. Without a session it is drawn. Raises what `resolve` raises.
         """
         found = await self.resolve(model, principal)
         ref = found.adapter
@@ -176,19 +180,19 @@ class ModelResolver:
         return ResolvedModel(self._base_of(ref, None, principal), ref), arm
 
     async def ask(self, question: Callable[[Catalog], T]) -> T:
-        """What the catalog answers, in a thread. Raises what it raises."""
+        """Ask the catalog in a thread. Raises what it raises."""
         return await self._follower.ask(question)
 
     def template(self, adapter: AdapterRef | None) -> str | None:
-        """The chat template of an adapter that has its own; None: the base's is used."""
+        """Return the chat template of an adapter that has its own; None: the base's is used."""
         if adapter is None or adapter.chat_template is None:
             return None
         assert self._snapshot is not None
         return self._snapshot.templates[adapter.chat_template]
 
     def entries(self, principal: Principal, after: str | None = None) -> Iterator[AdapterEntry | None]:
-        """The adapters of this moment that exist for the caller by name, those after the name `after`; None for each
-        that is not served here, or that its key is not for.
+        """Go through the adapters of this moment that exist for the caller, by name and after the name `after`; None
+        for each that is not served here, or that its key is not for.
         """
         if self._snapshot is None:
             return
@@ -197,11 +201,11 @@ class ModelResolver:
             yield entry if is_served and may_ask(principal, entry.name) else None
 
     def base_of(self, ref: AdapterRef) -> BaseModel:
-        """The base of an adapter that `entries` yields."""
+        """Return the base of an adapter that `entries` yields."""
         return self._by_fingerprint[ref.base_fingerprint]
 
     def entry(self, ref: AdapterRef) -> AdapterEntry:
-        """The entry of an adapter that `resolve` has just found."""
+        """Return the entry of an adapter that `resolve` has just found."""
         assert self._snapshot is not None
         return self._snapshot.adapters[ref.name]
 
@@ -234,7 +238,7 @@ class ModelResolver:
             return found and StoredSnapshot(_exempt(found.state), found.age_s)
 
     def take(self, state: CatalogSnapshot, at: float) -> None:
-        """Whoever looks sees the snapshot before or this one, complete."""
+        """Take a snapshot. Whoever looks sees the one before or this one, complete."""
         self._snapshot, self._read_at = state, at
 
     def confirm(self, at: float) -> None:
@@ -245,21 +249,15 @@ class ModelResolver:
 
 
 def _exempt(snapshot: CatalogSnapshot) -> CatalogSnapshot:
-    """Before a collection can begin: it would look through all of a snapshot that is new."""
+    """Exempt a new snapshot before a collection can begin, which would look through all of it."""
     if len(snapshot.adapters) >= _MANY:
         exempt_all()
     return snapshot
 
 
-_OWNER = "loray"
-MAX_CARDS = 10_000  # of one answer
-LISTS = Limits(rpm_limit=60)  # of a key, beside its own limits
-_AT_ONCE = 100  # models that are encoded before other requests have their turn: about a millisecond
-
-
 class ModelCards:
-    """Cards of the directory's models. `limit` maps a base and the context length of one of its models to the one that
-    is served.
+    """Makes cards of the directory's models. `limit` maps a base and the context length of one of its models to the
+    one that is served.
     """
 
     def __init__(self, directory: ModelResolver, limit: Callable[[BaseModel, int], int]) -> None:
@@ -268,12 +266,12 @@ class ModelCards:
         self._lists = QuotaGate()
 
     async def card(self, model: str, principal: Principal) -> Model:
-        """One model, by any name that the directory resolves for this caller. Raises what it raises."""
+        """Make the card of a model, by any name that the directory resolves for this caller. Raises what it raises."""
         base, ref = await self._directory.resolve(model, principal)
         return self._base(base) if ref is None else self._adapter(model, self._directory.entry(ref), ref)
 
     def count_list(self, principal: Principal) -> None:
-        """Before a list. Raises RateLimited where the key has asked for too many in the last minute."""
+        """Count a list before it is made. Raises RateLimited where the key has asked for too many in a minute."""
         counted = Principal(tenant=principal.tenant, key_id=principal.key_id, limits=LISTS)
         try:
             self._lists.admit(counted, 0, time.time())
@@ -283,7 +281,7 @@ class ModelCards:
     async def page(
         self, principal: Principal, after: str | None = None, limit: int | None = None
     ) -> AsyncIterator[bytes]:
-        """The parts of a list's body: the bases, then adapters by name, as of one moment: what the caller may ask.
+        """Make the parts of a list's body: the bases, then adapters by name, as of one moment: what the caller may ask.
 
         `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`, and
         never more than MAX_CARDS.
@@ -304,7 +302,7 @@ class ModelCards:
         yield f"],{json.dumps(end, separators=(',', ':'))[1:]}".encode()
 
     async def _found(self, principal: Principal, after: str | None) -> AsyncIterator[list[Model]]:
-        """Cards, in parts between which other requests have their turn."""
+        """Make cards in parts, between which other requests have their turn."""
         bases = list(self._directory.bases.values())
         if after is None or after in self._directory.bases:
             first = 0 if after is None else 1 + [base.name for base in bases].index(after)

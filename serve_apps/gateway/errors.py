@@ -1,4 +1,4 @@
-"""Maps each error to an HTTP status and an error object in OpenAI's form."""
+"""Each error's HTTP status and error object, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _INTERNAL = _Kind(500, _SERVER, "internal_error")
 
 
 def failure_of(error: Exception, request_id: str | None = None) -> Failure:
-    """The response to any error. An unexpected error is logged with its traceback, which the response does not show."""
+    """Make the response to any error. An unexpected one is logged with its traceback, which is not shown."""
     kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
     if kind is None:
         of_request = f" of request {request_id}" if request_id else ""
@@ -120,7 +120,7 @@ def response_of(failure: Failure) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Gives every error of `app` OpenAI's form."""
+    """Give every error of `app` OpenAI's form."""
 
     def invalid(error: RequestValidationError) -> RequestError:
         first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""Completions, chat, responses; status, metrics."""
+"""A gateway's answers: completions, chat completions and responses; its health, status and metrics."""
 
 from __future__ import annotations
 
@@ -33,37 +33,7 @@ from serve_apps.gateway.answers.writers import AnswerWriter, Echo, response_writ
 from serve_apps.gateway.bases import Gateways, Health, ServedBase, ServedModel
 from serve_apps.gateway.canaries import CanaryCounters, CanaryMeter
 from serve_apps.gateway.directory import ModelCards, ModelResolver, ResolvedModel
-from serve_apps.gateway.metrics import GatewayMetrics, OfBase, together
-
-
-def max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
-    """The requested limit, else the API's default, at most what fits into the context.
-
-    Raises RequestError for an empty prompt, and ContextLengthExceeded.
-    """
-    if not num_prompt_tokens:
-        raise RequestError("the prompt is empty; give at least one token", param)
-    requested = request.requested_max_tokens
-    check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
-    left = limit - num_prompt_tokens
-    return min(left, request.default_max_tokens or left) if requested is None else requested
-
-
-def extras(request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> Extras:
-    usage = request.stream_options is not None and request.stream_options.continuous_usage_stats
-    if not (usage or request.return_token_ids):
-        return NO_EXTRAS
-    of_choices = [prompt for prompt in prompts for _ in range(request.n)]
-    return Extras(of_choices, request.return_token_ids, usage)
-
-
-def num_kept(request: GenerationRequest, limit: int) -> int | None:
-    """How many tokens of a longer prompt are taken, by `truncate_prompt_tokens`; None: it may not be longer."""
-    given = request.truncate_prompt_tokens
-    if given != -1:
-        return given
-    requested = request.requested_max_tokens
-    return max(1, limit - ((request.default_max_tokens or 1) if requested is None else requested))
+from serve_apps.gateway.metrics import GatewayMetrics, together
 
 
 class Gateway:
@@ -97,7 +67,7 @@ class Gateway:
             limit,
             headers.principal.tenant,
             special=request.add_special_tokens,
-            keep=num_kept(request, limit),
+            keep=_num_kept(request, limit),
         )
         answer = CompletionFormat(_new_id("cmpl"), *_about(request, target, prompts))
         told = await self._check(target, request.constraint, headers, prompts)
@@ -114,7 +84,7 @@ class Gateway:
     async def responses(
         self, request: ResponsesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
     ) -> Response:
-        """`chat` is the chat request that `request` stands for."""
+        """Answer a request of the Responses API, which stands for the chat request `chat`."""
         builder = ResponseBuilder(request)
         try:
             return await self.chat_completions(
@@ -130,9 +100,9 @@ class Gateway:
         writer: AnswerWriter | None = None,
         answer_id: str | None = None,
     ) -> Response:
-        """`writer` None: a chat completion."""
+        """Answer a chat. `writer` None: as a chat completion."""
         target, meter = await self._chosen(request, headers)
-        tenant, keep = headers.principal.tenant, num_kept(request, target.limit)
+        tenant, keep = headers.principal.tenant, _num_kept(request, target.limit)
         dialect = await self.dialect(request, target, tenant)
         prompt = await target.base.prompts.chat(request, dialect, target.limit, tenant, keep=keep)
         given, use = request.constraint, request.tool_use
@@ -147,12 +117,12 @@ class Gateway:
         return self._answer(request, target, requests, texts, writer, answer.id, headers, meter, told)
 
     async def dialect(self, request: ChatCompletionRequest, target: ServedModel, tenant: str) -> Dialect:
-        """How the model of a chat is spoken to; `tenant` is who asks."""
+        """Find how the model of a chat is spoken to; `tenant` is who asks."""
         template, with_tools = self.directory.template(target.adapter), request.tool_use is not None
         return await target.base.prompts.dialect(target.adapter, template, tenant, with_tools=with_tools)
 
     async def model(self, name: str | None, principal: Principal) -> ServedModel:
-        """What a name means for this caller. None: the base, if there is one alone; else RequestError. Raises
+        """Find the model of this name for the caller. None: the base, if there is one alone; else RequestError. Raises
         PermissionDenied where its key is for other models.
         """
         if name is None and len(self.bases) > 1:
@@ -169,8 +139,8 @@ class Gateway:
     async def _chosen(
         self, request: GenerationRequest, headers: RequestHeaders
     ) -> tuple[ServedModel, CanaryMeter | None]:
-        """As `model`, with what measures the request if its alias has a canary. Nothing does while its base has no
-        replica: the wait for one says nothing of a version.
+        """Find the request's model, and what measures the request if its alias has a canary. Nothing does while its
+        base has no replica: the wait for one says nothing of a version.
         """
         session = session_of(headers.principal, headers.session_id, request.user)
         found, arm = await self.directory.choose(request.model, headers.principal, session)
@@ -186,8 +156,8 @@ class Gateway:
         headers: RequestHeaders,
         prompts: Sequence[tuple[int, ...]],
     ) -> dict[str, str]:
-        """The answer's headers that say what of a constraint is ignored. Raises RequestError where it is refused; what
-        was tokenised is charged then.
+        """Return the answer's headers that say what of a constraint is ignored. Where it is refused, RequestError, what
+        was tokenised is charged.
         """
         if given is None:
             return {}
@@ -204,7 +174,7 @@ class Gateway:
         headers: RequestHeaders,
         given: RequestedConstraint | None,
     ) -> list[GenerateRequest]:
-        """The engine's requests, one for each choice. Their ids begin with the client's, and are unique.
+        """Make the engine's requests, one for each choice. Their ids begin with the client's, and are unique.
 
         `given`: what the answers must match. What was tokenised for a request that is refused is charged.
         """
@@ -216,7 +186,7 @@ class Gateway:
                     request_id=f"{prefix}-{i * request.n + choice}",
                     prompt_ids=prompt,
                     params=request.sampling(
-                        max_tokens=max_tokens(request, len(prompt), target.limit, param),
+                        max_tokens=_max_tokens(request, len(prompt), target.limit, param),
                         choice=choice,
                         bad_words=bad_words,
                         structured=None if given is None else given.constraint,
@@ -276,19 +246,19 @@ class Gateway:
         )
 
     def max_body_bytes(self) -> int:
-        """The largest request body, which is read before its model is known: the spec's, else what the longest context
-        of all bases needs.
+        """Limit a request's body, which is read before its model is known: the spec's limit, else what the longest
+        context of all bases needs.
         """
         return max(b.max_body_bytes(self.directory.longest_context(b.base)) for b in self.bases.values())
 
     # -- health, status, metrics --------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
-        """200 while any base can be asked, with the number of the others: who asks needs no key. Raises EngineError."""
+        """Answer 200 while any base can be asked, with the number of the others, to all. Raises EngineError."""
         return Response(await self._health.found(), media_type="application/json")
 
     async def status(self, layout: bool | frozenset[str] = False) -> Status:
-        """`layout`: as for `Engines.stats`."""
+        """Ask all replicas. `layout`: as for `EngineClient.stats`."""
         counts = self.directory.num_adapters_of
         reports = await asyncio.gather(*(b.status(counts(b.base), layout) for b in self.bases.values()))
         found = [replica for report in reports for replica in report.replicas]
@@ -310,18 +280,17 @@ class Gateway:
         )
 
     async def metrics(self, accept: str) -> Response:
-        reports, gateways = await asyncio.gather(self._metrics_of_bases(), self._all_gateways())
+        reports, gateways = await asyncio.gather(
+            asyncio.gather(*(base.metrics() for base in self.bases.values())), self._all_gateways()
+        )
         body, content_type = encode(together(gateways, dict(zip(self.bases, reports, strict=True))), accept)
         return Response(body, media_type=content_type)
-
-    async def _metrics_of_bases(self) -> list[OfBase]:
-        return await asyncio.gather(*(base.metrics() for base in self.bases.values()))
 
     async def _all_gateways(self) -> list[list[Family] | None]:
         return [self.own_families()] if self._gateways is None else await self._gateways.metrics()
 
     def own_families(self) -> list[Family]:
-        """The metrics of this gateway alone."""
+        """Collect the metrics of this gateway alone."""
         decisions = {name: base.engines.routing_decisions() for name, base in self.bases.items()}
         resumes = {name: base.engines.resumes() for name, base in self.bases.items()}
         status = self.accounts.usage_status
@@ -331,9 +300,39 @@ class Gateway:
 def _about(
     request: GenerationRequest, target: ServedModel, prompts: Sequence[tuple[int, ...]]
 ) -> tuple[int, str, str, bool, Extras]:
-    """What each format begins with, after the id."""
+    """Each format begins with these, after the id."""
     fingerprint = target.base.system_fingerprint
-    return int(time.time()), request.model, fingerprint, request.include_usage, extras(request, prompts)
+    return int(time.time()), request.model, fingerprint, request.include_usage, _extras(request, prompts)
+
+
+def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
+    """Return the requested limit, else the API's default, at most what fits into the context.
+
+    Raises RequestError for an empty prompt, and ContextLengthExceeded.
+    """
+    if not num_prompt_tokens:
+        raise RequestError("the prompt is empty; give at least one token", param)
+    requested = request.requested_max_tokens
+    check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
+    left = limit - num_prompt_tokens
+    return min(left, request.default_max_tokens or left) if requested is None else requested
+
+
+def _extras(request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> Extras:
+    usage = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    if not (usage or request.return_token_ids):
+        return NO_EXTRAS
+    of_choices = [prompt for prompt in prompts for _ in range(request.n)]
+    return Extras(of_choices, request.return_token_ids, usage)
+
+
+def _num_kept(request: GenerationRequest, limit: int) -> int | None:
+    """Return how many tokens of a longer prompt are taken (`truncate_prompt_tokens`); None: it may not be longer."""
+    given = request.truncate_prompt_tokens
+    if given != -1:
+        return given
+    requested = request.requested_max_tokens
+    return max(1, limit - ((request.default_max_tokens or 1) if requested is None else requested))
 
 
 def _new_id(prefix: str) -> str:

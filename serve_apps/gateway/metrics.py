@@ -33,10 +33,10 @@ class GatewayMetrics:
         for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
             self._canary_rollbacks.labels(bound)
         self.num_in_flight = 0
-        self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway's door knows
+        self.keys_age_s: Callable[[], float] | None = None  # of the keys that the gateway knows
 
     def answered(self, route: str, code: int, *, is_broken: bool = False) -> None:
-        """A request has ended. `is_broken`: its answer had begun with this status, and failed."""
+        """Count a request that has ended. `is_broken`: its answer had begun with this status, and failed."""
         self._answered.labels(route, str(code)).inc()
         self._ended.labels(route, "broken" if is_broken else _outcome(code)).inc()
 
@@ -54,8 +54,8 @@ class GatewayMetrics:
         num_waiting: int,
         usage: UsageStatus | None = None,
     ) -> list[Family]:
-        """They can be pickled. `decisions` and `resumes`: by base, and by reason; `num_waiting`: for their turn;
-        `usage` None: it is not recorded.
+        """Collect the families, which can be pickled. `decisions` and `resumes`: by base, and by reason; `num_waiting`:
+        requests that wait for their turn; `usage` None: it is not recorded.
         """
         families = [
             *self._registry.collect(),
@@ -83,7 +83,7 @@ def _by_base(counts: Mapping[str, Mapping[str, int]]) -> dict[Labels, float]:
 
 
 def _outcome(code: int) -> str:
-    """Of a request whose answer, if it has one, is whole."""
+    """Name the outcome of a request whose answer, if it has one, is whole."""
     if code == CLIENT_LEFT:
         return "left"
     if code >= 500:
@@ -91,15 +91,15 @@ def _outcome(code: int) -> str:
     return "ok" if code < 400 else "refused" if code in (401, 403, 429) else "client_error"
 
 
-class OfBase(NamedTuple):
-    """What a base's replicas have answered, and how many of them are wanted."""
+class BaseMetrics(NamedTuple):
+    """The answers of a base's replicas, and how many replicas are wanted."""
 
     num_wanted: int
     replicas: Answers
 
 
-def together(gateways: Answers, bases: Mapping[str, OfBase]) -> list[Family]:
-    """The families of a deployment, and how many of its processes they are from."""
+def together(gateways: Answers, bases: Mapping[str, BaseMetrics]) -> list[Family]:
+    """Join the families of a deployment, and count the processes that they are from."""
     silent: dict[Labels, float] = {(name,): sum(f is None for f in base.replicas) for name, base in bases.items()}
     reporting: dict[Labels, float] = {(name,): len(base.replicas) - silent[name,] for name, base in bases.items()}
     num_gateways = sum(families is not None for families in gateways)

@@ -1,7 +1,7 @@
-"""The routes, each with its permission and its answers.
+"""The routes, each with its permission, its body and its answers.
 
-A model is served as soon as the catalog has it, and replicas load and evict adapters by themselves. So these routes say
-whether the name can be requested, and change nothing.
+A model is served as soon as the catalog has it, and replicas load and evict adapters by themselves. So the routes that
+load and unload an adapter say whether the name can be requested, and change nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode
+from starlette.routing import BaseRoute
 
 from loray import __version__
 from loray.errors import RequestError, shown
@@ -49,76 +50,28 @@ from serve_apps.http import extend_openapi, parse_json, read, schema_reference
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
+_TOKENIZING = 0.25  # of these tokens count as tokens a minute: no engine computes them
 
-async def body_of(request: Request, schema: type[B]) -> B:
-    """The body of a request. Raises RequestError."""
-    return await converted_body(request, partial(parse, schema))
-
-
-async def converted_body(request: Request, convert: Callable[[object], T]) -> T:
-    """What `convert` makes of the decoded JSON, in a thread if the body is long."""
-    return await read(request, partial(_converted, convert))
-
-
-def _converted(convert: Callable[[object], T], raw: bytes) -> T:
-    try:
-        body = parse_json(raw)
-    except ValueError as e:
-        raise RequestError(f"the request body is not valid JSON: {e}") from e
-    return convert(body)
-
-
-BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/unload_lora_adapter": UnloadLoraRequest}
-
-
-def create_router(gateway: Gateway) -> APIRouter:
-    router = APIRouter()
-
-    async def check_own(request: Request, name: str) -> None:
-        principal = principal_of(request)
-        adapter = (await gateway.model(name, principal)).adapter
-        if adapter is None:
-            raise RequestError(f"{name!r} is a base model, not an adapter", "lora_name")
-        check(principal, "publish", gateway.directory.entry(adapter).tenant)
-
-    @router.post("/v1/load_lora_adapter")
-    @may("publish")
-    async def load_lora_adapter(request: Request) -> Response:
-        """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
-        body = await body_of(request, LoadLoraRequest)
-        if body.lora_path not in (None, "", body.lora_name):
-            raise RequestError(
-                f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
-                f"`loray adapters import FOLDER --name {body.lora_name[:96]}`, then request it by that name",
-                "lora_path",
-            )
-        await check_own(request, body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
-
-    @router.post("/v1/unload_lora_adapter")
-    @may("publish")
-    async def unload_lora_adapter(request: Request) -> Response:
-        """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
-        body = await body_of(request, UnloadLoraRequest)
-        await check_own(request, body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
-
-    return router
-
-
-GENERATION_BODIES: dict[str, type[Body]] = {
+# Of POST, by path.
+BODIES: Mapping[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v1/load_lora_adapter": LoadLoraRequest,
+    "/v1/unload_lora_adapter": UnloadLoraRequest,
 }
+METERED = frozenset(BODIES) - {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # generate or tokenise
 
 
-def create_router_generation(gateway: Gateway) -> APIRouter:
+def create_routes(gateway: Gateway) -> list[BaseRoute]:
+    """Make the routes of one gateway."""
     router = APIRouter()
 
     async def parsed(request: Request, convert: Callable[[object], T]) -> T:
         try:
-            return await converted_body(request, convert)
+            return await _converted_body(request, convert)
         except RequestError as e:
             if e.param != "model":
                 raise
@@ -146,16 +99,70 @@ def create_router_generation(gateway: Gateway) -> APIRouter:
         headers = RequestHeaders.of(request)
         return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
-    return router
+    def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
+        body = parse(TokenizeRequest, given)
+        model = body.model or next(iter(gateway.bases))
+        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(model))
 
+    @router.post("/tokenize")
+    @may("infer")
+    async def tokenize(request: Request) -> Response:
+        """vLLM's: a text or a chat as token ids."""
+        body, chat = await _converted_body(request, tokenize_and_chat)
+        principal = principal_of(request)
+        target, tenant = await gateway.model(body.model, principal), principal.tenant
+        prompts = target.base.prompts
+        if chat is not None:
+            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
+        else:
+            special = body.add_special_tokens is not False
+            (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
+        # Without a check of what may be hundreds of thousands of tokens.
+        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
+        if body.return_token_strs:
+            answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids, tenant)})
+        gateway.accounts.charge(principal, _TOKENIZING * len(ids))
+        return Response(answer.to_json(), media_type="application/json")
 
-def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
-    request = parse(ResponsesRequest, body)
-    return request, chat_request(request)
+    @router.post("/detokenize")
+    @may("infer")
+    async def detokenize(request: Request) -> Response:
+        """vLLM's: token ids as a text."""
+        body = await _body(request, DetokenizeRequest)
+        principal = principal_of(request)
+        target = await gateway.model(body.model, principal)
+        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
+        gateway.accounts.charge(principal, _TOKENIZING * len(body.tokens))
+        return Response(answer.to_json(), media_type="application/json")
 
+    async def check_own(request: Request, name: str) -> None:
+        principal = principal_of(request)
+        adapter = (await gateway.model(name, principal)).adapter
+        if adapter is None:
+            raise RequestError(f"{name!r} is a base model, not an adapter", "lora_name")
+        check(principal, "publish", gateway.directory.entry(adapter).tenant)
 
-def create_router_server(gateway: Gateway) -> APIRouter:
-    router = APIRouter()
+    @router.post("/v1/load_lora_adapter")
+    @may("publish")
+    async def load_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
+        body = await _body(request, LoadLoraRequest)
+        if body.lora_path not in (None, "", body.lora_name):
+            raise RequestError(
+                f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
+                f"`loray adapters import FOLDER --name {body.lora_name[:96]}`, then request it by that name",
+                "lora_path",
+            )
+        await check_own(request, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
+
+    @router.post("/v1/unload_lora_adapter")
+    @may("publish")
+    async def unload_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
+        body = await _body(request, UnloadLoraRequest)
+        await check_own(request, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
 
     @router.get("/v1/models", response_class=JSONResponse)
     @may("read")
@@ -215,55 +222,33 @@ def create_router_server(gateway: Gateway) -> APIRouter:
         """Metrics of all gateways and replicas, for Prometheus."""
         return await gateway.metrics(request.headers.get("accept", ""))
 
-    return router
+    return router.routes
 
 
-_PART = 0.25  # of these tokens count as tokens a minute: no engine computes them
+async def _body(request: Request, schema: type[B]) -> B:
+    """Return the body of a request. Raises RequestError."""
+    return await _converted_body(request, partial(parse, schema))
 
-TOKENS_BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
+
+async def _converted_body(request: Request, convert: Callable[[object], T]) -> T:
+    """Return what `convert` makes of the decoded JSON, in a thread if the body is long."""
+    return await read(request, partial(_convert, convert))
 
 
-def create_router_tokens(gateway: Gateway) -> APIRouter:
-    router = APIRouter()
+def _convert(convert: Callable[[object], T], raw: bytes) -> T:
+    try:
+        body = parse_json(raw)
+    except ValueError as e:
+        raise RequestError(f"the request body is not valid JSON: {e}") from e
+    return convert(body)
 
-    def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
-        body = parse(TokenizeRequest, given)
-        model = body.model or next(iter(gateway.bases))
-        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(model))
 
-    @router.post("/tokenize")
-    @may("infer")
-    async def tokenize(request: Request) -> Response:
-        """vLLM's: a text or a chat as token ids."""
-        body, chat = await converted_body(request, tokenize_and_chat)
-        principal = principal_of(request)
-        target, tenant = await gateway.model(body.model, principal), principal.tenant
-        prompts = target.base.prompts
-        if chat is not None:
-            ids = await prompts.chat(chat, await gateway.dialect(chat, target, tenant), None, tenant)
-        else:
-            special = body.add_special_tokens is not False
-            (ids,) = await prompts.texts((body.prompt or "",), None, tenant, special=special)
-        # Without a check of what may be hundreds of thousands of tokens.
-        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
-        if body.return_token_strs:
-            answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids, tenant)})
-        gateway.accounts.charge(principal, _PART * len(ids))
-        return Response(answer.to_json(), media_type="application/json")
+def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
+    request = parse(ResponsesRequest, body)
+    return request, chat_request(request)
 
-    @router.post("/detokenize")
-    @may("infer")
-    async def detokenize(request: Request) -> Response:
-        """vLLM's: token ids as a text."""
-        body = await body_of(request, DetokenizeRequest)
-        principal = principal_of(request)
-        target = await gateway.model(body.model, principal)
-        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens, principal.tenant))
-        gateway.accounts.charge(principal, _PART * len(body.tokens))
-        return Response(answer.to_json(), media_type="application/json")
 
-    return router
-
+# -- The OpenAPI document --
 
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
 
@@ -317,16 +302,14 @@ _OF_LIMITS = {
 }
 
 
-def describe(app: FastAPI, permissions: Permissions, bodies: Mapping[str, type[BaseModel]]) -> None:
-    """Gives each operation its answers, says whether it needs a key, and gives the POST operation at each path of
-    `bodies` its body's schema.
-    """
+def describe(app: FastAPI, permissions: Permissions) -> None:
+    """Give each operation its answers and the schema of its body, and say whether it needs a key."""
 
     def edit(document: dict[str, Any]) -> None:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"] = _responses(_ANSWERS[path])
-        for path, body in bodies.items():
+        for path, body in BODIES.items():
             document["paths"][path]["post"]["requestBody"] = {
                 "required": True,
                 "content": {_JSON: {"schema": schema_reference(body.__name__)}},
@@ -335,11 +318,10 @@ def describe(app: FastAPI, permissions: Permissions, bodies: Mapping[str, type[B
             document["components"]["schemas"].pop(unused, None)
         describe_keys(document, permissions)
 
-    extend_openapi(app, [*((body, "validation") for body in bodies.values()), *_written()], edit)
+    extend_openapi(app, [*((body, "validation") for body in BODIES.values()), *_answer_models()], edit)
 
 
-def _written() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
-    """The models of answers."""
+def _answer_models() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
     models: set[type[BaseModel]] = {ErrorBody}
     for answers in _ANSWERS.values():
         models.update(model for model in answers.content.values() if model is not None)
@@ -347,7 +329,6 @@ def _written() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
 
 
 def _responses(answers: _Answers) -> dict[str, Any]:
-    """Of one operation, by status."""
     content = {kind: _media_type(kind, model) for kind, model in answers.content.items()}
     described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if answers.limited else {})}
     error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}

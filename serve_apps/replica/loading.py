@@ -1,13 +1,13 @@
-"""Node cache, else store → verified → packed.
+"""Adapters on their way to the engine: from the node's cache, from another replica, or from the store; packed at once.
 
-Until then hashing, packing and computing need the cores; the cache only helps later loads.
-
-What a replica has kept in host memory it needs not load. Otherwise the node's cache has the adapter, packed; or another
+A replica need not load what it has kept in host memory. Otherwise the node's cache has the adapter, packed; or another
 replica gives its files, which become the cache's. If neither has it, the store does: it is read as ranges of its
-weights, in the order of layers. Each range is packed when
-it arrives, so the engine can use the first layers while the last ones are being read. The file's SHA-256 is computed
-meanwhile and checked before any token computed with the adapter is sent (`loray.engine.model.partial`). Afterwards the
-adapter is written into the cache.
+weights, in the order of layers. Each range is packed when it arrives, so the engine can use the first layers while the
+last ones are being read. The file's SHA-256 is computed meanwhile and checked before any token computed with the
+adapter is sent (`loray.engine.model.partial`).
+
+Afterwards the adapter is written into the cache. Until its first step, hashing, packing and computing need the cores;
+the cache only helps later loads.
 """
 
 from __future__ import annotations
@@ -56,10 +56,14 @@ _log = get_logger(__name__)
 
 _MAX_WAIT_S = 0.25  # for the first step on an adapter
 _MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
+_NODE_CACHE_BYTES = 16 << 30  # of disk
+_FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter
+_RANGE_BYTES = 4 << 20
+_NUM_RANGES = 4  # read at once, of all adapters together
 
 
 class CacheWriter:
-    """One thread in the background that writes one adapter at a time. A failure is logged and affects no request."""
+    """Writes one adapter at a time, in a thread in the background. A failure is logged and affects no request."""
 
     def __init__(self) -> None:
         self._free_slots = threading.BoundedSemaphore(_MAX_WAITING)
@@ -69,7 +73,7 @@ class CacheWriter:
     def submit(
         self, label: str, packed: PackedAdapter, write: Callable[[], None], held: ExitStack, memory: Recycled
     ) -> None:
-        """Schedules `write`. After it, `held` is closed and `memory` is prepared for the next load.
+        """Schedule `write`. After it, `held` is closed and `memory` is prepared for the next load.
 
         If too many adapters wait already, `write` is called at once.
         """
@@ -80,7 +84,7 @@ class CacheWriter:
             self._run(label, packed, write, held, memory, 0.0)
 
     def flush(self) -> None:
-        """Waits until everything has been written."""
+        """Wait until everything has been written."""
         if self._last is not None:
             self._last.result()
 
@@ -109,24 +113,18 @@ class CacheWriter:
         memory.prepare()
 
 
-_NODE_CACHE_BYTES = 16 << 30  # of disk
-_FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter
-_RANGE_BYTES = 4 << 20
-_NUM_RANGES = 4  # read at once, of all adapters together
-
-
 class Peers(Protocol):
-    """Other replicas."""
+    """Other replicas that have adapters."""
 
     def copy(self, digest: str) -> AdapterCopy | None:
-        """The adapter's files from one that has it, not verified. None if none is known, or that one does not give it
-        in time. Does not raise.
+        """Get the adapter's files from one that has it, not verified. None if none is known, or that one does not give
+        it in time. Does not raise.
         """
         ...
 
 
 class AdapterLoader:
-    """The engine's `load`, which its loader threads call."""
+    """Makes an adapter of a reference: the engine's `load`, which its loader threads call."""
 
     def __init__(
         self, base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
@@ -143,13 +141,13 @@ class AdapterLoader:
 
 
 class StoredAdapter:
-    """One adapter in the loader's store."""
+    """Loads one adapter of the loader's store."""
 
     def __init__(self, loader: AdapterLoader, ref: AdapterRef) -> None:
         self._loader, self._ref = loader, ref
 
     def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        """Loads and packs the adapter.
+        """Load and pack the adapter.
 
         Raises NotFoundError or IntegrityError from the store, BaseMismatch, and UnsupportedError if the engine does not
         support the adapter.
@@ -186,7 +184,7 @@ class StoredAdapter:
         return packed
 
     def _source(self, entry: CacheEntry) -> Source:
-        """Where the adapter's bytes come from. If it is not the store, they are in the cache then."""
+        """Find where the adapter's bytes come from. If it is not the store, they are in the cache then."""
         if entry.present:
             return "cache"
         copy = None if self._loader.peers is None else self._loader.peers.copy(self._ref.digest)
@@ -203,7 +201,7 @@ class StoredAdapter:
     def _stream(
         self, folder: Path, packer: Packer, progress: LoadProgress
     ) -> tuple[PackedAdapter, Mapping[str, bytes | memoryview]]:
-        """Reads the adapter from the store and packs it. Returns its files too."""
+        """Read the adapter from the store and pack it. Returns its files too."""
         digest, store = self._ref.digest, self._loader.store
         manifest = store.manifest(digest)
         config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
@@ -249,7 +247,7 @@ class StoredAdapter:
 
     @contextmanager
     def _coming(self, manifest: AdapterManifest, file: PartialFile) -> Iterator[Iterator[tuple[int, float | None]]]:
-        """Reads the file. Yields an iterator over (number of complete layers, seconds until the file is hashed).
+        """Read the file. Yields an iterator over (number of complete layers, seconds until the file is hashed).
 
         The seconds are None if the next range has arrived too: packing it is better than a step on these layers.
         """
@@ -304,7 +302,7 @@ class StoredAdapter:
         return self._loader.store.file_size(self._ref.digest, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE])
 
     def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
-        """Checks the base, and adds what only the manifest contains."""
+        """Check the base, and add what only the manifest contains."""
         ref, base = self._ref, self._loader.base
         manifest.ref(ref.digest, ref.name, ref.version).check_base(base.name, base.fingerprint)
         return with_manifest(weights, manifest, self._ref.label)

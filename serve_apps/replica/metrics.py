@@ -1,4 +1,4 @@
-"""A replica's metrics and report."""
+"""A replica's metrics, its status, and the adapters that it has."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from loray.telemetry import HistogramCounts
 
 
+_LAYOUT_TIMEOUT_S = 1.0
+
 Source = Literal["cache", "peer", "store"]  # of an adapter's bytes
 PeerAnswer = Literal["given", "absent", "late", "failed"]
 
@@ -58,7 +60,7 @@ class RequestTimes:
 
 
 class LoadCounts:
-    """Where adapters were loaded from, and what other replicas answered. From any thread."""
+    """Counts where adapters were loaded from, and what other replicas answered. Used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class LoadCounts:
 
 
 class WarmStart(NamedTuple):
-    """What a replica loaded before it took requests, and how long that took."""
+    """Adapters that a replica loaded before it took requests, and how long that took."""
 
     adapters: Prefetched = Prefetched()
     seconds: float = 0.0
@@ -122,7 +124,7 @@ class ReplicaMetrics:
         return RequestTimes(method, prompt, now, now, num_output_tokens=num_output, resumed=num_output > 0)
 
     def stepped(self, results: Sequence[tuple[RequestTimes, TokenOutput]]) -> None:
-        """One step's results. Those that had their last token at the same time have the same latency."""
+        """Take one step's results. Those that had their last token at the same time have the same latency."""
         now = self._clock()
         gaps: dict[tuple[str, float], int] = {}
         for times, out in results:
@@ -142,7 +144,7 @@ class ReplicaMetrics:
             self._between_tokens[method].observe(now - last, num)
 
     def ended(self, times: RequestTimes, how: str | Exception) -> None:
-        """`how`: a finish reason, "abort" if the caller has left, or the request's error."""
+        """Count the end of a request. `how`: a finish reason, "abort" if the caller has left, or the error."""
         if isinstance(how, Exception):
             kind = type(how).__name__ if isinstance(how, LorayError) else "internal"
             self._errors.labels(times.method, kind).inc()
@@ -154,7 +156,7 @@ class ReplicaMetrics:
             self._output_tokens.labels(times.method).observe(times.num_output_tokens)
 
     def families(self, stats: EngineStats, replica: str) -> list[Family]:
-        """All metrics of this replica, labelled with its name. They can be pickled."""
+        """Collect all metrics of this replica, labelled with its name. They can be pickled."""
         own = [gauge("replica_start_time_seconds", {(): self._started_at}), *self._load_families()]
         return labelled([*self.request_families(), *engine_families(stats), *own], replica=replica)
 
@@ -177,7 +179,7 @@ class ReplicaMetrics:
 
 
 def engine_families(stats: EngineStats) -> Iterator[Family]:
-    """The engine's totals, under the names of `loray.telemetry`."""
+    """Make families of the engine's totals, under the names of `loray.telemetry`."""
     blocks = sum(stats.blocks.values())
     yield gauge("num_requests_running", {(): stats.num_running})
     yield gauge("num_requests_waiting", {(): stats.num_waiting})
@@ -214,35 +216,32 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield histogram("request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()})
 
 
-_LAYOUT_TIMEOUT_S = 1.0
-
-
 async def replica_status(
-    stream: AsyncEngine, replica: str, started_at: float, layout: bool | frozenset[str]
+    engine: AsyncEngine, replica: str, started_at: float, layout: bool | frozenset[str]
 ) -> ReplicaStatus:
-    """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
+    """Describe the replica; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
     the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
     """
     stretches: tuple[Stretch, ...] = ()
     if layout if isinstance(layout, bool) else replica in layout:
         with suppress(EngineError, TimeoutError):
             async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
-                stretches = await stream.layout()
+                stretches = await engine.layout()
     return ReplicaStatus(
         replica=replica,
         node=socket.gethostname(),
         pid=os.getpid(),
         uptime_s=time.time() - started_at,
         layout=stretches,
-        **dict(stream.stats()),
+        **dict(engine.stats()),
     )
 
 
 async def placements(
-    stream: AsyncEngine, replica: str, digests: Collection[str] | None = None
+    engine: AsyncEngine, replica: str, digests: Collection[str] | None = None
 ) -> list[AdapterPlacement]:
-    """Where these adapters are, or all that the engine has loaded. Adapters that were never used here, or not for long,
-    are left out. Raises EngineError if the engine has stopped.
+    """Say where these adapters are, or all that the engine has loaded. Those never used here, or not for long, are
+    left out. Raises EngineError if the engine has stopped.
     """
     node = socket.gethostname()
     return [
@@ -258,5 +257,5 @@ async def placements(
             last_used_at=placement.last_used_at,
             num_tokens=placement.num_tokens,
         )
-        for placement in await stream.adapters(digests)
+        for placement in await engine.adapters(digests)
     ]

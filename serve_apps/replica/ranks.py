@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 def bundles(spec: ServeSpec) -> list[dict[str, float]]:
-    """The resources of each rank of a replica. The first bundle is rank 0's, the replica itself."""
+    """Return the resources of each rank of a replica. The first bundle is rank 0's, the replica itself."""
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device.startswith("cuda") else {})
     return [bundle] * spec.tensor_parallel_size
 
 
 class RankActor:
-    """One rank. It uses the base on its own node."""
+    """Runs one rank, with the base on its own node."""
 
     def run(self, args: WorkerArgs) -> None:
-        """Runs until rank 0 has ended. It listens at loopback where rank 0 does."""
+        """Run until rank 0 has ended. It listens at loopback where rank 0 does."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         os.environ["OMP_NUM_THREADS"] = str(args.spec.num_threads)  # before torch is imported: it is read once

@@ -1,4 +1,4 @@
-"""`EngineReplica`, and its warm start.
+"""The Ray Serve deployment of a base's engines: a replica, what it loads before it takes requests, and what it logs.
 
 This module does not import torch: the number of threads must be set first (`startup`), and the process that deploys the
 application needs only the class.
@@ -37,7 +37,6 @@ from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
 from serve_apps.replica.requests import ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
-from serve_apps.scaling import DemandRecords
 from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:
@@ -48,10 +47,12 @@ if TYPE_CHECKING:
     from loray.spec import AdapterOf, GenerateRequest
     from loray.store import AdapterCopy
     from serve_apps.channel.frames import ChannelAddress
+    from serve_apps.scaling import DemandRecords
 
 
 _log = get_logger(__name__)
 
+_CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 _ALONE = 0.2  # of the time, where no other replica takes requests, which wait meanwhile
 
 
@@ -63,7 +64,7 @@ def warm_up(
     timeout_s: float,
     told: Callable[[str, tuple[str, ...]], None] = lambda digest, holders: None,
 ) -> WarmStart:
-    """Loads what is expected of the replica `own`, whose base has this fingerprint. Blocks for `timeout_s` at most, and
+    """Load what is expected of the replica `own`, whose base has this fingerprint. Blocks for `timeout_s` at most, and
     a call of the cluster. Does not raise: a replica that could not load anything starts as well.
 
     `told` gets who has an adapter before it is loaded, see `ReplicaPeers`.
@@ -93,11 +94,8 @@ def warm_up(
     return WarmStart(loaded, seconds)
 
 
-_CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
-
-
 class EngineReplica:
-    """The Ray Serve deployment. Its methods run on one event loop, the engine in a thread of its own."""
+    """A replica of a Ray Serve deployment. Its methods run on one event loop, the engine in a thread of its own."""
 
     def __init__(self, spec: ServeSpec) -> None:
         settings = Settings.from_env()
@@ -125,15 +123,13 @@ class EngineReplica:
         collect_when_quiet(lambda: stream.stats().is_idle)
 
     def _warm_up(self, base: BaseModel) -> WarmStart:
-        # late, as above
-
         records, timeout_s = _demand_records(), self._spec.warm_start_s
         return warm_up(self._stream, records, _replica_id(), base.fingerprint, timeout_s, self._peers.told)
 
     async def generate_to(
         self, request: GenerateRequest, fit: bool, gateway: ChannelAddress, stream: int
     ) -> AsyncGenerator[str, None]:
-        """Runs the request; its tokens go to `gateway` as `stream`, over this replica's connection to it. Yields that
+        """Run the request; its tokens go to `gateway` as `stream`, over this replica's connection to it. Yields that
         connection's name when the request has ended. Closing it cancels the request.
 
         `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
@@ -156,23 +152,23 @@ class EngineReplica:
         yield connection.name
 
     async def stats(self, layout: bool | frozenset[str]) -> ReplicaStatus:
-        """See `replica_status`."""
+        """Describe this replica, see `replica_status`."""
         return await replica_status(self._stream, _replica_id(), self._started_at, layout)
 
     def metrics(self) -> list[Family]:
-        """Prometheus families for the gateway's exposition, labelled with this replica."""
+        """Collect Prometheus families for the gateway's exposition, labelled with this replica."""
         return self._metrics.families(self._stream.stats(), _replica_id())
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
-        """See `placements`."""
+        """Say where adapters are, see `placements`."""
         return await placements(self._stream, _replica_id(), digests)
 
     async def give_adapter(self, asked: AdapterOf) -> AdapterCopy | None:
-        """The adapter's files, for another replica. None if this node's cache does not have them."""
+        """Give the adapter's files to another replica. None if this node's cache does not have them."""
         return await self._giver.give(asked.digest)
 
     async def report_to(self, gateway: ChannelAddress) -> None:
-        """Tells `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
+        """Tell `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
         await self._connections.to(gateway)
 
     def _held(self) -> Held:
@@ -180,14 +176,14 @@ class EngineReplica:
         return Held(stats.adapters_in_pool, stats.adapters_on_host)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve calls it if it scales the deployment, and sends the report to its controller.
+        """Report to Serve, which calls this if it scales the deployment and sends the report to its controller.
 
         It is async so that it runs on the event loop, as the requests do.
         """
         return self._demand.stats() if self._demand else {}
 
     def check_health(self) -> None:
-        """Raises EngineError if the engine has stopped or has lost a rank. Serve then replaces the replica."""
+        """Raise EngineError if the engine has stopped or has lost a rank. Serve then replaces the replica."""
         self._stream.check_health()
 
     def __del__(self) -> None:
@@ -196,7 +192,7 @@ class EngineReplica:
 
 
 def without_expected_tracebacks(record: logging.LogRecord) -> bool:
-    """A log filter. Ray Serve logs every error of a request with its traceback; it shortens expected ones to a line."""
+    """Filter a log: Ray Serve logs every error of a request with its traceback; expected ones are cut to a line."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, ReplicaUnavailable) or (isinstance(error, LorayError) and not isinstance(error, EngineError)):
         record.exc_info, record.exc_text = None, None
@@ -213,7 +209,7 @@ def _replica_id() -> str:
 
 
 def _own_deployment() -> Any:
-    """A handle of this replica's deployment, for any thread. Its router soon knows the other replicas.
+    """Open a handle of this replica's deployment, for any thread. Its router soon knows the other replicas.
 
     `_init` is private. Otherwise the router would be in the loop of its caller, as loray's clusters are set, and those
     that call it are threads; nor does this replica's own loop run before it has started.
@@ -242,7 +238,7 @@ def _node_id() -> str:
 
 
 def _num_bases() -> int:
-    """How many the deployment has now. It is no argument of the replica's, which would be replaced where it changes."""
+    """Count the application's bases now. No argument says it: the replica would be replaced where it changes."""
     from ray import serve
 
     application = serve.status().applications[serve.get_replica_context().app_name]

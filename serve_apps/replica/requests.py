@@ -1,4 +1,4 @@
-"""Requests of an engine: submitted, measured, ended."""
+"""Requests of an engine: submitted, measured and ended, for a gateway elsewhere or in this process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ReplicaDemand:
-    """The demand on a replica that Serve scales."""
+    """Measures the demand on a replica that Serve scales."""
 
     def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: AsyncEngine) -> None:
         self._stream, self._pool_bytes = stream, float(stream.pool_bytes)
@@ -40,7 +40,7 @@ class ReplicaDemand:
         )
 
     def arrived(self, request: GenerateRequest) -> TrackedRequest:
-        """The caller counts its output tokens as they come. What another replica has generated is prompt here."""
+        """Track a request, whose output tokens the caller counts. What another replica has generated is prompt here."""
         prompt, left = len(request.prompt_ids), request.params.max_tokens
         if request.output_ids:
             prompt, left = prompt + len(request.output_ids), left - len(request.output_ids)
@@ -55,7 +55,7 @@ class ReplicaDemand:
             self._meter.finished(tracked, time.monotonic())
 
     def stats(self) -> dict[str, float]:
-        """The report for the autoscaler, which asks for it at its intervals."""
+        """Report to the autoscaler, which asks for it at its intervals."""
         now, engine = time.monotonic(), self._stream.stats()
         load = EngineLoad(
             num_running=engine.num_running,
@@ -70,13 +70,13 @@ class ReplicaDemand:
 
 
 class RequestOutlet(Protocol):
-    """Where the results of streams go."""
+    """Takes the results of streams: a connection to a gateway, or the streams of this process."""
 
     def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
-        """One step's results, each with its stream. Called in the engine's thread: it neither blocks nor raises."""
+        """Send one step's results, each with its stream. Called in the engine's thread; neither blocks nor raises."""
 
     def watch(self, stream: int, left: Callable[[str], None]) -> None:
-        """`left` is called in the event loop when the reader wants no more: "stop", "abort", or "lost" if it is gone.
+        """Have `left` called in the event loop when the reader wants no more: "stop", "abort", or "lost" if it is gone.
 
         "stop": what it has got ends the text, as a finish reason does.
         """
@@ -104,7 +104,7 @@ class _Ongoing:
 
 
 class ReplicaRequests:
-    """`run` is called in one event loop. It is the sink of the engine's results."""
+    """Runs requests in one event loop, and takes the engine's results."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class ReplicaRequests:
             engine.on_first_step(self._scheduled)
 
     async def run(self, request: GenerateRequest, fit: bool, outlet: RequestOutlet, stream: int) -> None:
-        """Returns when the request has ended; its tokens go to `outlet`. Cancelling it cancels the request.
+        """Return when the request has ended; its tokens go to `outlet`. Cancelling it cancels the request.
 
         `fit`: max_tokens is lowered to what fits into the pool. Until an adapter has been loaded, the engine estimates
         its size there; a request that turns out to be too long is submitted once more, with the limit that is known by
@@ -178,7 +178,7 @@ class ReplicaRequests:
                 self._engine.cancel(request.request_id)
 
     def _fitted(self, request: GenerateRequest) -> GenerateRequest:
-        """Lowers max_tokens to the limit, but not below one more than there are already. If even that is too much, the
+        """Lower max_tokens to the limit, but not below one more than there are already. If even that is too much, the
         engine refuses the request.
         """
         left = max(self._engine.max_model_len(request.adapter) - len(request.prompt_ids), len(request.output_ids) + 1)
@@ -187,13 +187,13 @@ class ReplicaRequests:
         return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
 
     def _scheduled(self, request_id: str, at: float) -> None:
-        """In the engine's thread."""
+        """Note when a request was scheduled, in the engine's thread."""
         trace = self._traces.get(request_id)
         if trace is not None:
             trace.scheduled_at = at
 
     def deliver(self, outputs: Sequence[tuple[_Ongoing, TokenOutput]]) -> None:
-        """One step's results, in the engine's thread."""
+        """Take one step's results, in the engine's thread."""
         self._metrics.stepped([(ongoing.times, out) for ongoing, out in outputs if out.error is None])
         by_outlet: dict[RequestOutlet, list[tuple[int, TokenOutput]]] = {}
         ended: list[tuple[_Ongoing, str | Exception]] = []
@@ -220,7 +220,7 @@ def _end(ended: Sequence[tuple[_Ongoing, str | Exception]]) -> None:
 
 
 class LocalStreams:
-    """Used from one event loop, which is woken once a step for all streams."""
+    """Streams of this process. Used from one event loop, which is woken once a step for all streams."""
 
     def __init__(self, requests: ReplicaRequests) -> None:
         self._requests = requests
@@ -230,7 +230,7 @@ class LocalStreams:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """As the gateway's `Engines.generate`."""
+        """Generate, as `EngineClient.generate` of the gateway."""
         self._loop = asyncio.get_running_loop()
         stream = next(self._ids)
         inbox = self._inboxes[stream] = Inbox(stream, self._wakes)

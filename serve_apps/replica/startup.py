@@ -24,7 +24,7 @@ _log = get_logger(__name__)
 
 
 def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> ServeSpec:
-    """Sets the number of threads of each rank, and returns `spec` with it. Must be called before torch is imported.
+    """Set the number of threads of each rank, and return `spec` with it. Must be called before torch is imported.
 
     The replicas are spread over `num_nodes` machines, which `num_bases` bases share equally. Ray sets OMP_NUM_THREADS
     to 1 for its workers, and OpenMP reads it once.
@@ -47,7 +47,7 @@ def start_engine(
     start_workers: StartWorkers | None = None,
     load: AdapterLoader | None = None,
 ) -> AsyncEngine:
-    """Loads the base, allocates the pool, and starts the engine's thread.
+    """Load the base, allocate the pool, and start the engine's thread.
 
     `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
     is an `adapter_loader`.
@@ -67,7 +67,7 @@ def start_engine(
 def adapter_loader(
     base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
 ) -> AdapterLoader:
-    """The `load` of the engine's loader threads: from a reference to an adapter."""
+    """Make the `load` of the engine's loader threads, from a reference to an adapter."""
     from serve_apps.replica.loading import AdapterLoader
 
     return AdapterLoader(base, settings, counts, peers)

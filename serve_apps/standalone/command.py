@@ -82,7 +82,7 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
 
 
 def one_engine(fleet: FleetSpec) -> ServeSpec:
-    """Raises SpecError for what needs several engines, and so Ray."""
+    """Return the spec of the one base. Raises SpecError for what needs several engines, and so Ray."""
     spec, *others = fleet.bases
     if others:
         raise SpecError(

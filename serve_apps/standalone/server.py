@@ -1,4 +1,4 @@
-"""One process: engine, gateway, API."""
+"""The process of `loray serve`: an engine, a gateway and the catalog's API behind one uvicorn server, without Ray."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader, set_num_threads, start_engine
 from serve_apps.tracing import Tracing
 
+REPLICA = "local"  # the engine's name where replicas have one
 HEADERS_S = 10.0  # for a request's headers to come, the first one's from the connection on
+SEND_S = 60.0  # in which a client takes a byte of what it is sent
+_KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close them first
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TICKS_PER_CHECK = 10  # of uvicorn's main loop, ten a second
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -80,11 +85,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._headers_due = None
 
 
-REPLICA = "local"  # the engine's name where replicas have one
-
-
 class LocalEngineClient:
-    """Implements `serve_apps.gateway.bases.Engines` and `serve_apps.api.services.Placements` with one engine."""
+    """Implements `serve_apps.gateway.bases.EngineClient` and `serve_apps.console.Placements` with one engine."""
 
     def __init__(self, stream: AsyncEngine, tracing: Tracing | None = None, loads: LoadCounts | None = None) -> None:
         self._stream = stream
@@ -99,7 +101,7 @@ class LocalEngineClient:
         return nullcontext()
 
     def check_health(self) -> None:
-        """Raises EngineError if the engine has stopped."""
+        """Raise EngineError if the engine has stopped."""
         self._stream.check_health()
 
     async def healthy(self) -> bool:
@@ -136,7 +138,7 @@ class LocalEngineClient:
 
 
 class LocalJobServer(HomeJobServer):
-    """Sends nothing to other machines, which have another store and catalog."""
+    """Runs jobs of this home. It sends none to other machines, which have another store and catalog."""
 
     def _address(self) -> str:
         if self._settings.is_remote:
@@ -148,7 +150,7 @@ class LocalJobServer(HomeJobServer):
 
 
 class Site:
-    """Two applications by path. They start and end together."""
+    """Chooses between the gateway and the API by path. They start and end together."""
 
     def __init__(self, gateway: FastAPI, api: FastAPI, end_streams: Callable[[], None]) -> None:
         """`end_streams`: lets the console's pages go, for which a server that stops need not wait."""
@@ -174,7 +176,7 @@ class Site:
 def create_site(
     spec: ServeSpec, settings: Settings, engines: LocalEngineClient, tracing: Tracing | None = None
 ) -> Site:
-    """The application of this home's catalog and store."""
+    """Make the application of this home's catalog and store."""
     access = open_auth(settings, spec.host)
     services = Services(
         settings, LocalJobServer(settings), engines, GatewayClient(ServingAddress(spec.host, spec.port).url)
@@ -182,12 +184,6 @@ def create_site(
     api = log_access(create_api(services, access), settings.access_log)
     gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
     return Site(gateway, api, services.streams.end)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KEEP_ALIVE_S = 75  # longer than clients and load balancers keep idle connections, so that they close them first
-SEND_S = 60.0  # in which a client takes a byte of what it is sent
-_TICKS_PER_CHECK = 10  # of uvicorn's main loop, ten a second
 
 
 class UvicornServer(uvicorn.Server):
@@ -247,7 +243,7 @@ class UvicornServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Replaces uvicorn's, which raises the signals again at the end, and whose second SIGTERM changes nothing."""
+        """Replace uvicorn's handlers, which raise the signals again at the end, and ignore a second SIGTERM."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._stop)
@@ -268,7 +264,7 @@ class UvicornServer(uvicorn.Server):
 
 
 def bound_silence(listener: socket.socket) -> None:
-    """Ends the connections of a listener whose clients take nothing for SEND_S. Only Linux' kernel can; elsewhere
+    """End the connections of a listener whose clients take nothing for SEND_S. Only Linux' kernel can; elsewhere
     requests end after `request_timeout_s`.
     """
     if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -284,7 +280,7 @@ def run(
     started: Callable[[], None],
     stopping: Callable[[int], None],
 ) -> None:
-    """Serves at `listener` until a signal ends it. Raises EngineError if the engine stops before.
+    """Serve at `listener` until a signal ends it. Raises EngineError if the engine stops before.
 
     started   called once the server answers
     stopping  called with the number of requests under way when the first signal comes

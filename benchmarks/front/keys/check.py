@@ -57,7 +57,7 @@ async def _measure(num_requests: int) -> KeyCost:
         raise AssertionError("a check needs no database")
 
     access = _Held(ring, CatalogWatcher(no_catalog), host="0.0.0.0")
-    permissions = Permissions(routes.create_router_generation(Mock()).routes)
+    permissions = Permissions(routes.create_routes(Mock()))
     checked = Authenticate(_nothing, access, permissions, lambda e: response_of(failure_of(e)))
     right, wrong = _scope(secret), _scope(KEY_START + secrets.token_urlsafe(32))
     floor = await _seconds(_nothing, right, num_requests)

@@ -1,4 +1,4 @@
-"""Keys, tenants, audit, usage."""
+"""Routes of keys, tenants, the audit log and usage."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import AccessRoute, router_of
 from serve_apps.api.services import Limit, Services, ServicesDep, page
-from serve_apps.api.services import page as views_page
 from serve_apps.auth import CurrentPrincipal, may
-
-router = router_of("access", AccessRoute)
 
 KeyPath = Annotated[JobId, Path(description="the id of a key, `key-…`, which is no secret")]
 TenantPath = Annotated[TenantName, Path(description="name of a tenant")]
 Cursor = Annotated[int | None, Query(ge=1, le=1 << 62, description="`next` of the page before")]
+_Groups = Annotated[
+    list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
+]
+_Time = Annotated[datetime, WRITTEN_OUT]
 TEXT = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
+_KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
+_MOST_ROWS = 10**9  # to be passed over
 _NO_STORE = {"Cache-Control": "no-store"}
 
-
-def _access_of(services: Services, asking: CurrentPrincipal) -> DirectAccess:
-    return DirectAccess(services.catalog_of(asking))
+router, usage_router = router_of("access", AccessRoute), router_of("usage")
 
 
 @router.post(
@@ -74,15 +75,17 @@ def list_keys(
     key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
 ) -> Page[KeyResource]:
     """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
-    page = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-    return views_page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
+    found = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
+    return page(tuple(KeyResource.of(key) for key in found.keys), found.next, request, response)
 
 
 @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
 @may("identify")
 def get_own_key(services: ServicesDep, asking: CurrentPrincipal) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
-    return KeyResource.of(services.catalog.key(_own(asking.key_id)))
+    if asking.key_id is None:
+        raise KeyNotFound("this request has no key, and needs none")
+    return KeyResource.of(services.catalog.key(asking.key_id))
 
 
 @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
@@ -183,23 +186,7 @@ def read_audit(
         limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
     )
     items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
-    return views_page(items, None if found.next is None else str(found.next), request, response)
-
-
-def _own(key_id: str | None) -> str:
-    if key_id is None:
-        raise KeyNotFound("this request has no key, and needs none")
-    return key_id
-
-
-usage_router = router_of("usage")
-
-_Groups = Annotated[
-    list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
-]
-_MOST = 10**9
-_Time = Annotated[datetime, WRITTEN_OUT]
-_KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
+    return page(items, None if found.next is None else str(found.next), request, response)
 
 
 @usage_router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
@@ -210,7 +197,7 @@ def get_usage(
     response: Response,
     asking: CurrentPrincipal,
     limit: Limit = 100,
-    cursor: Annotated[int, Query(ge=0, le=_MOST, description="`next` of the page before")] = 0,
+    cursor: Annotated[int, Query(ge=0, le=_MOST_ROWS, description="`next` of the page before")] = 0,
     group_by: _Groups = [],  # noqa: B006 - FastAPI copies it
     tenant: Annotated[TenantName | None, Query(description="for administrators; others have their own")] = None,
     key_id: Annotated[str | None, Query(pattern=_KEY_ID, description="only this key's requests")] = None,
@@ -231,3 +218,7 @@ def get_usage(
     )
     rows = tuple(UsageResource(**row._asdict()) for row in found[:limit])
     return page(rows, str(cursor + limit) if len(found) > limit else None, request, response)
+
+
+def _access_of(services: Services, asking: CurrentPrincipal) -> DirectAccess:
+    return DirectAccess(services.catalog_of(asking))

@@ -1,7 +1,7 @@
-"""Adapters, versions, tags, removal, downloads.
+"""Routes of adapters: names, versions, evaluations, removal, tags and downloads.
 
-Nothing is in memory as a whole: PEFT's files are sent while they are read from the store, and what is computed goes to
-a folder of this machine first.
+No download is in memory as a whole: PEFT's files are sent while they are read from the store, and what is computed goes
+to a folder of this machine first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,22 @@ from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.archives import FILE, TAR, ArchiveResponse, label_of, send_adapter
 from serve_apps.http import schema_reference
 
-router = router_of("adapters")
+EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
+_VERSION = "/adapters/{name}/versions/{version}"
+_TAG = "/adapters/{name}/tags/{key}"
+
+VersionPath = Annotated[VersionNumber, Path()]
+KeyPath = Annotated[TagKey, Path(description="`team`, `stage`, …")]
+FormQuery = Annotated[
+    DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
+]
+Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
+_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
+_ANSWER: examples.Responses = {
+    200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
+}
+
+router, tags_router, downloads_router = router_of("adapters"), router_of("tags"), router_of("downloads")
 
 
 @router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
@@ -89,7 +104,8 @@ def list_adapters(
 @may("read")
 def get_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
-    return _adapter(services.catalog_of(asking), name)
+    catalog = services.catalog_of(asking)
+    return _adapter(catalog, catalog.entry(name))
 
 
 @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
@@ -100,7 +116,7 @@ def change_adapter(
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
     catalog = services.catalog_of(asking)
     catalog.share(name, change.visibility, change.shared_with)
-    return _adapter(catalog, name)
+    return _adapter(catalog, catalog.entry(name))
 
 
 @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
@@ -120,10 +136,10 @@ def list_versions(
     return page(items, None if found.next is None else str(found.next), request, response)
 
 
-@router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+@router.get(_VERSION, responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
 @may("read")
 def get_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
     return service.detail(services.catalog_of(asking).version(name, version))
@@ -171,7 +187,7 @@ async def register_version(
 
 
 @router.post(
-    "/adapters/{name}/versions/{version}/evaluations",
+    _VERSION + "/evaluations",
     status_code=201,
     responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201),
 )
@@ -180,7 +196,7 @@ def report_evaluations(
     services: ServicesDep,
     asking: CurrentPrincipal,
     name: AdapterName,
-    version: Annotated[VersionNumber, Path()],
+    version: VersionPath,
     report: EvaluationReport,
 ) -> VersionDetail:
     """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
@@ -209,33 +225,7 @@ def list_bases(services: ServicesDep, asking: CurrentPrincipal) -> Page[BaseReso
     return Page[BaseResource](items=tuple(items))
 
 
-def _adapter(catalog: Catalog, name: str) -> AdapterResource:
-    return service.adapter(catalog.entry(name), {fingerprint: base for base, fingerprint in catalog.bases().items()})
-
-
-def _location(request: Request, version: AdapterVersion) -> str:
-    tenant, name = split_qualified(version.name)
-    path = request.url_for("get_version", name=name, version=version.version).path
-    return path if tenant is None else f"{path}?tenant={tenant}"
-
-
-async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool) -> PlacementResource:
-    versions = {ref.digest: ref.version for ref in entry.versions.values()}
-    if not versions:
-        raise AdapterNotFound(f"adapter {entry.name!r} has no version")
-    found = await services.placements.adapters(list(versions))
-    items = (service.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
-    return PlacementResource(
-        name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
-    )
-
-
-removal_router = router_of("adapters")
-
-_VERSION = "/adapters/{name}/versions/{version}"
-
-
-@removal_router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
+@router.delete("/adapters/{name}", status_code=204, responses=responses(403, 404, 409))
 @may("publish")
 def delete_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> None:
     """Delete a name with its versions and aliases. 409: a job trains for it.
@@ -245,28 +235,26 @@ def delete_adapter(services: ServicesDep, asking: CurrentPrincipal, name: Adapte
     services.catalog_of(asking).delete_adapter(name)
 
 
-@removal_router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
+@router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
 @may("publish")
-def delete_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
-) -> None:
+def delete_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
     """Delete one version. 409: an alias points at it, or it is the only one. Its number is not used again."""
     services.catalog_of(asking).delete_version(name, version)
 
 
-@removal_router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
+@router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
 @may("publish")
 def restore_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
     restore(name, None, services.store, catalog)
-    return _shown(catalog.entry(name), catalog)
+    return _adapter(catalog, catalog.entry(name))
 
 
-@removal_router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
+@router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
 @may("publish")
 def restore_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
+    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> VersionDetail:
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
@@ -274,7 +262,7 @@ def restore_version(
     return service.detail(catalog.version(name, version))
 
 
-@removal_router.post(
+@router.post(
     "/adapters/{name}/transfer",
     responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
 )
@@ -287,26 +275,14 @@ def transfer_adapter(
     Its old name is free then. 409: the new name is taken, or a job trains for the old one.
     """
     catalog = services.catalog_of(asking)
-    return _shown(catalog.transfer(name, to.tenant, to.name), catalog)
+    return _adapter(catalog, catalog.transfer(name, to.tenant, to.name))
 
 
-@removal_router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
+@router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
 @may("manage")
-def release_version(
-    services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: Annotated[VersionNumber, Path()]
-) -> None:
+def release_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
     """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
     services.catalog_of(asking).release(name, version)
-
-
-def _shown(entry: AdapterEntry, catalog: Catalog) -> AdapterResource:
-    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})
-
-
-tags_router = router_of("tags")
-
-KeyPath = Annotated[TagKey, Path(description="`team`, `stage`, …")]
-_TAG = "/adapters/{name}/tags/{key}"
 
 
 @tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
@@ -340,22 +316,8 @@ def delete_tag(services: ServicesDep, asking: CurrentPrincipal, name: AdapterNam
     services.catalog_of(asking).delete_tag(name, key)
 
 
-downloads_router = router_of("downloads")
-
-EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
-
-FormQuery = Annotated[
-    DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
-]
-Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
-_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
-_ANSWER: examples.Responses = {
-    200: {"description": "a tar archive, or one file", "content": {TAR: {}, FILE: {}, "application/json": _URLS}}
-}
-
-
 @downloads_router.get(
-    "/adapters/{name}/versions/{version}/download",
+    _VERSION + "/download",
     response_class=Response,
     responses=responses(404, 429, 504) | _ANSWER,
 )
@@ -365,7 +327,7 @@ async def download(
     request: Request,
     asking: CurrentPrincipal,
     name: AdapterName,
-    version: Annotated[VersionNumber, Path()],
+    version: VersionPath,
     format: FormQuery = "peft",
     presigned: Presigned = False,
 ) -> Response:
@@ -394,6 +356,27 @@ async def download(
         await services.conversions.make(format, found.ref, made, client=request)
         archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label_of(found))
         return ArchiveResponse(archive, held.pop_all(), found, format)
+
+
+def _adapter(catalog: Catalog, entry: AdapterEntry) -> AdapterResource:
+    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})
+
+
+def _location(request: Request, version: AdapterVersion) -> str:
+    tenant, name = split_qualified(version.name)
+    path = request.url_for("get_version", name=name, version=version.version).path
+    return path if tenant is None else f"{path}?tenant={tenant}"
+
+
+async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool) -> PlacementResource:
+    versions = {ref.digest: ref.version for ref in entry.versions.values()}
+    if not versions:
+        raise AdapterNotFound(f"adapter {entry.name!r} has no version")
+    found = await services.placements.adapters(list(versions))
+    items = (service.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
+    return PlacementResource(
+        name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
+    )
 
 
 def _noted(services: Services, asking: CurrentPrincipal, name: str, version: int, form: DownloadForm) -> AdapterVersion:

@@ -1,4 +1,4 @@
-"""Aliases, canaries."""
+"""Routes of aliases and their canaries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from serve_apps.auth import CurrentPrincipal, may
 
 router = router_of("aliases")
 
-_PATH = "/adapters/{name}/aliases/{alias}"
+_ALIAS = "/adapters/{name}/aliases/{alias}"
+_CANARY = _ALIAS + "/canary"
 
 
 def _tagged(status: int = 200) -> examples.Responses:
@@ -31,7 +32,7 @@ def list_aliases(services: ServicesDep, asking: CurrentPrincipal, name: AdapterN
 
 
 @router.get(
-    _PATH,
+    _ALIAS,
     response_model=AliasResource,
     responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
 )
@@ -52,7 +53,7 @@ def get_alias(
     return found
 
 
-@router.put(_PATH, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
+@router.put(_ALIAS, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
 @may("promote")
 def put_alias(
     services: ServicesDep,
@@ -77,7 +78,7 @@ def put_alias(
     return _tag(state, response)
 
 
-@router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
+@router.delete(_ALIAS, status_code=204, responses=responses(403, 404, 412))
 @may("promote")
 def delete_alias(
     services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath, conditions: Conditional
@@ -88,7 +89,7 @@ def delete_alias(
     catalog.delete_alias(name, alias, expected_revision=expected)
 
 
-@router.post(_PATH + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
+@router.post(_ALIAS + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
 @may("promote")
 def roll_back(
     services: ServicesDep,
@@ -110,12 +111,7 @@ def _tag(state: AliasState, response: Response) -> AliasResource:
     return found
 
 
-canaries_router = router_of("aliases")
-
-_CANARIES_PATH = "/adapters/{name}/aliases/{alias}/canary"
-
-
-@canaries_router.get(_CANARIES_PATH, responses=responses(403, 404) | examples.ok(examples.CANARY))
+@router.get(_CANARY, responses=responses(403, 404) | examples.ok(examples.CANARY))
 @may("read")
 def get_canary(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath) -> CanaryResource:
     """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
@@ -125,7 +121,7 @@ def get_canary(services: ServicesDep, asking: CurrentPrincipal, name: AdapterNam
     return CanaryResource.of(services.catalog_of(asking).canary(name, alias))
 
 
-@canaries_router.put(_CANARIES_PATH, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
+@router.put(_CANARY, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
 @may("promote")
 def put_canary(
     services: ServicesDep,
@@ -154,7 +150,7 @@ def put_canary(
     return CanaryResource.of(state)
 
 
-@canaries_router.delete(_CANARIES_PATH, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
+@router.delete(_CANARY, responses=responses(403, 404, 412) | examples.ok(examples.CANARY))
 @may("promote")
 def end_canary(
     services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, alias: AliasPath, conditions: Conditional

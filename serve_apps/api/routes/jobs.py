@@ -1,4 +1,4 @@
-"""Jobs, recommendations."""
+"""Routes of training jobs, and of the recommendation of a method."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from loray.spec.fields import mistakes
 from serve_apps.api import examples
 from serve_apps.api.problems import InvalidFields, fields_of, responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import Limit, ServicesDep
-from serve_apps.api.services import page as views_page
+from serve_apps.api.services import Limit, ServicesDep, page
 from serve_apps.auth import CurrentPrincipal, may, until_revoked
 from serve_apps.http import parse_json, read, schema_reference
 
-JSON = ("application/json",)
+JSON = "application/json"
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+LONGEST_FOLLOWED_S = 3600.0
 
 
 async def _read(request: Request) -> TrainSpec:
-    media_type = request.headers.get("content-type", JSON[0]).partition(";")[0].strip().lower()
-    if media_type not in JSON + YAML:
-        raise HTTPException(415, f"a recipe is {JSON[0]} or {YAML[0]}, not {media_type or 'without a type'}")
+    media_type = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    if media_type not in (JSON, *YAML):
+        raise HTTPException(415, f"a recipe is {JSON} or {YAML[0]}, not {media_type or 'without a type'}")
     return await read(request, partial(_parse, is_yaml=media_type in YAML))
 
 
@@ -69,20 +69,16 @@ def _completed(data: object) -> object:
 
 
 RecipeBody = Annotated[TrainSpec, Depends(_read)]
-
-
-router = router_of("jobs")
-
-LONGEST_FOLLOWED_S = 3600.0
-
 JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
 ChosenId = Annotated[
     JobId | None,
     Query(max_length=111, description="begins its id, and names it in the own tenant; made up where left out"),
 ]
-
+DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 _RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": examples.RECIPE}
-_BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
+_BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON, YAML[0]), _RECIPE)}}
+
+router, methods_router = router_of("jobs"), router_of("methods")
 
 
 @router.post(
@@ -122,8 +118,8 @@ def list_jobs(
     name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
-    page = services.jobs_of(asking).page(limit, cursor, status, name)
-    return views_page(tuple(service.job(job) for job in page.jobs), page.next, request, response)
+    found = services.jobs_of(asking).page(limit, cursor, status, name)
+    return page(tuple(service.job(job) for job in found.jobs), found.next, request, response)
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
@@ -166,6 +162,13 @@ async def get_logs(
         raise
 
 
+@router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+@may("train")
+def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
+    """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
+    return service.job(services.jobs_of(asking).stop(id))
+
+
 class _Log(StreamingResponse):
     """A log in pieces. `held` is closed at the end, also where the client leaves."""
 
@@ -194,18 +197,6 @@ async def _for_an_hour(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
         yield piece
 
 
-@router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
-@may("train")
-def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
-    """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return service.job(services.jobs_of(asking).stop(id))
-
-
-recommend_router = router_of("methods")
-
-DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
-
-
 class RecommendationResource(Resource):
     """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
 
@@ -220,7 +211,7 @@ async def _count(services: ServicesDep, asking: CurrentPrincipal) -> None:
     services.rates.take_advice(asking, time.monotonic())
 
 
-@recommend_router.get(
+@methods_router.get(
     "/recommend",
     dependencies=[Depends(_count)],
     responses=responses(404, 429) | examples.ok(examples.RECOMMENDATION),

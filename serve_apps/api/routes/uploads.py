@@ -11,8 +11,8 @@ from loray.schemas.resources import FileResource, UploadResource
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import CurrentPrincipal, Services, ServicesDep
-from serve_apps.auth import may
+from serve_apps.api.services import Services, ServicesDep
+from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console import receive_upload
 
 router = router_of("uploads")

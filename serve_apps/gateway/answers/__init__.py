@@ -1,1 +1,1 @@
-"""From the tokens of a request's choices to its answer: texts, events or one body, and the connection to the client."""
+"""Answers to generation requests: their headers, their texts, events or one body, and the connection to the client."""

@@ -1,4 +1,4 @@
-"""Runs the choices of a request."""
+"""The response to a generation request: it runs the choices, writes what they bring, and ends them with the client."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from loray.spec import Delta, TokenDelta
 from serve_apps.accounting.accounts import RequestUsage
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.writers import AnswerWriter
+from serve_apps.gateway.canaries import CanaryMeter
 
 HEARTBEAT = ": waiting\n\n"  # a comment, which clients of server-sent events skip
+OUT_OF_QUOTA = "quota"  # the stop reason of an answer that a limit of tokens ended
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class ClientConnection:
@@ -53,7 +56,7 @@ class ClientConnection:
             self.is_blocked = False
 
     async def until_left(self, receive: Receive) -> None:
-        """Returns when the client has disconnected. Writes the heart-beats meanwhile."""
+        """Return when the client has disconnected. Writes the heart-beats meanwhile."""
         while True:
             due = None if self._heartbeat_s is None else self._written_at + self._heartbeat_s
             try:
@@ -72,26 +75,10 @@ class ClientConnection:
         await self._send({"type": "http.response.start", "status": 200, "headers": list(headers)})
 
 
-OUT_OF_QUOTA = "quota"  # the stop reason of an answer that a limit of tokens ended
-_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
 class DeltaText(Protocol):
     """Writes the text of one choice."""
 
     def push(self, tokens: TokenDelta, /) -> Delta: ...
-
-
-class Meter(Protocol):
-    """Measures a request whose version is compared with another one."""
-
-    def came(self) -> None:
-        """Tokens of the first choice have come."""
-
-    def failed(self, error: Exception, status: int, /) -> None: ...
-
-    def end(self, outcome: str, last: Delta | None, /) -> None:
-        """`last`: the first choice's last delta."""
 
 
 class ChoiceStream(NamedTuple):
@@ -109,7 +96,7 @@ class Deadline(NamedTuple):
 
     @classmethod
     def earliest(cls, received_at: float, *timeouts_s: float | None) -> Deadline | None:
-        """After the shortest of these; None: no deadline."""
+        """Make the deadline after the shortest of these; None: there is none."""
         limits = [s for s in timeouts_s if s is not None]
         return cls(received_at + min(limits), min(limits)) if limits else None
 
@@ -132,7 +119,7 @@ class AnswerResponse(Response):
         deadline: Deadline | None = None,
         heartbeat_s: float | None = None,
         headers: Mapping[str, str] | None = None,
-        meter: Meter | None = None,
+        meter: CanaryMeter | None = None,
     ) -> None:
         self.status_code, self.media_type, self.background = 200, writer.media_type, None
         self._limits = {} if account is None else account.headers
@@ -157,7 +144,7 @@ class AnswerResponse(Response):
                 scope.setdefault("state", {})["usage"] = self._account.close(outcome, self._last)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> str:
-        """Returns the outcome, as `UsageEvent` has it."""
+        """Return the outcome, as `UsageEvent` has it."""
         connection = ClientConnection(send, self.raw_headers, self._heartbeat_s)
         limit = asyncio.timeout_at(self._deadline and self._deadline.at)
         left = False

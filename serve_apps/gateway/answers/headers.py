@@ -1,4 +1,4 @@
-"""What a request's headers say: its id, how long it may take, and with the keys' middleware whose it is."""
+"""Headers of a request: its id, how long it may take, its session; and those of the gateway's own answers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class RequestHeaders(NamedTuple):
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
-        """Raises RequestError if the time is not a positive number. An id that is too long or not visible ASCII counts
-        as absent."""
+        """Read the headers. Raises RequestError if the time is not a positive number. An id that is too long or not
+        visible ASCII counts as absent.
+        """
         state, headers = request.scope.get("state", {}), request.headers
         received_at, trace = state.get("received_at", asyncio.get_running_loop().time()), state.get("trace")
         timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)

@@ -1,4 +1,4 @@
-"""Events or one body."""
+"""Writers of answers: server-sent events or one body, of completions and chats and of the Responses API."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class AnswerWriter(Protocol):
     is_stream: ClassVar[bool]
 
     def push(self, index: int, delta: Delta) -> str:
-        """Takes a delta of choice `index`."""
+        """Take a delta of choice `index`."""
 
     def end(self) -> str:
-        """After the last delta of all choices."""
+        """End the answer after the last delta of all choices."""
 
     def failed(self, failure: Failure) -> str:
-        """Instead of `end`, if an error ends a stream whose status has been sent."""
+        """End a stream whose status has been sent with an error, instead of `end`."""
 
 
 class Events:
-    """Server-sent events in OpenAI's form: chunks, usage if it was asked for, `[DONE]`."""
+    """Writes server-sent events in OpenAI's form: chunks, usage if it was asked for, `[DONE]`."""
 
     media_type: ClassVar[str] = "text/event-stream"
     is_stream: ClassVar[bool] = True
@@ -58,7 +58,7 @@ class Events:
 
 
 class Whole:
-    """One JSON body."""
+    """Writes one JSON body."""
 
     media_type: ClassVar[str] = "application/json"
     is_stream: ClassVar[bool] = False
@@ -79,7 +79,7 @@ class Whole:
 
 
 def writer_of(answer: CompletionFormat | ChatFormat, num_choices: int, request: GenerationRequest) -> AnswerWriter:
-    """As the request asks: events, or one body."""
+    """Choose the writer that the request asks for: events, or one body."""
     return (Events if request.stream else Whole)(answer, num_choices, request.n)
 
 
@@ -87,11 +87,8 @@ def event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-_RATE_LIMITED = 429
-
-
-class _Response:
-    """What both writers do: they take the deltas of the only choice."""
+class _ResponseWriter:
+    """Takes the deltas of the only choice, for both writers of the Responses API."""
 
     def __init__(self, builder: ResponseBuilder) -> None:
         self._builder = builder
@@ -114,7 +111,7 @@ class _Response:
         return self._builder.finish(self._choice.finish_reason, usage_of([self._choice], 1))
 
 
-class ResponseEvents(_Response):
+class ResponseEvents(_ResponseWriter):
     media_type: ClassVar[str] = "text/event-stream"
     is_stream: ClassVar[bool] = True
 
@@ -135,7 +132,7 @@ class ResponseEvents(_Response):
         return _events(opening + self._builder.fail(_code(failure), failure.error.message))
 
 
-class WholeResponse(_Response):
+class WholeResponse(_ResponseWriter):
     media_type: ClassVar[str] = "application/json"
     is_stream: ClassVar[bool] = False
 
@@ -160,8 +157,8 @@ def _logprobs(delta: Delta) -> list[dict[str, Any]]:
 
 
 def _code(failure: Failure) -> str:
-    """OpenAI's code of a response's error."""
-    if failure.status == _RATE_LIMITED:
+    """Find OpenAI's code of a response's error."""
+    if failure.status == 429:
         return "rate_limit_exceeded"
     return "invalid_prompt" if failure.status < 500 else "server_error"
 
@@ -175,7 +172,7 @@ def _json(value: Event) -> str:
 
 
 class Echo:
-    """A request's text, with the prompt's text and logprobs prepended to the first delta.
+    """Writes a request's text, with the prompt's text and logprobs before the first delta.
 
     `prompt` returns the text. It is called after the engine has accepted the prompt, because token ids may be invalid.
     """
@@ -193,7 +190,7 @@ class Echo:
 
 
 def _with_prompt(delta: Delta, prompt: str, request: CompletionRequest) -> Delta:
-    """Prepends the prompt, with as many most likely tokens as each of `logprobs` and `prompt_logprobs` requests.
+    """Prepend the prompt, with as many most likely tokens as each of `logprobs` and `prompt_logprobs` requests.
 
     The engine returns as many as the larger of the two requests.
     """

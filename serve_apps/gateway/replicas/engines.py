@@ -1,4 +1,9 @@
-"""Engines behind a Serve handle: attempts, resumption."""
+"""The engines of a base behind a Serve handle: calls of its replicas, and answers that survive a replica.
+
+`ServeEngineClient` makes attempts of a request (`Call`) until its answer is whole (`ResumableAnswer`). Beside that it
+moves the streams of replicas that are leaving (`DrainingReplicas`), reports demand for replicas that start
+(`DemandReporter`), and asks all replicas at once (`Broadcast`).
+"""
 
 from __future__ import annotations
 
@@ -43,21 +48,34 @@ from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.lateness import RecentLeast
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
-from serve_apps.gateway.replicas.quarantine import DeathRecords as QuarantineRecords
-from serve_apps.gateway.replicas.quarantine import SharedQuarantine
+from serve_apps.gateway.replicas.quarantine import DeathRecords, SharedQuarantine
 from serve_apps.scaling import ScalingLog
 
+ATTEMPTS = 3  # in a row that bring no token
+_BACKOFF_S = 0.2
 _STATS_TIMEOUT_S = 5.0
 _HEALTH_TIMEOUT_S = 1.0  # the timeout of Kubernetes' probes
+_NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
+_STARTING_S = 10.0  # after which a client tries again while a replica starts
+_REAP_S = 10.0  # for a call whose stream has ended
+_ASK_S = 1.0  # between looks for replicas that do not report yet
+_DRAIN_LOOK_S = 0.5  # between looks for replicas that are leaving
+_DEMAND_LOOK_S = 1.0
+_DEMAND_WRITE_S = 5.0  # between two records, unless the replicas change or a request waits for the first one
+_REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+
+_log = get_logger(__name__)
 
 
 class Broadcast:
+    """Asks every replica of a deployment."""
+
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
 
     async def ask(self, method: str, *args: Any) -> list[Any]:
-        """Calls `method` of every replica. Returns each result or exception; nothing if there are no replicas.
+        """Call `method` of every replica. Returns each result or exception; nothing if there are no replicas.
 
         It runs in a thread: if one replica does not answer, only Serve's blocking call returns the others' results.
         """
@@ -70,7 +88,7 @@ class Broadcast:
             return []
 
     async def healthy(self) -> bool:
-        """Returns at the first replica that is healthy."""
+        """Return at the first replica that is healthy."""
         checks: list[asyncio.Future[Any]] = []
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
@@ -94,16 +112,10 @@ class Broadcast:
         return await asyncio.get_running_loop().run_in_executor(self._threads, log.read)
 
 
-_NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
-_STARTING_S = 10.0  # after which a client tries again while a replica starts
-_REAP_S = 10.0  # for a call whose stream has ended
-_REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
-
-
 class Call:
-    """Follows the call; its error becomes the inbox's. Used from one event loop.
+    """Follows a call of a replica, whose error becomes the inbox's. Used from one event loop.
 
-    `cold_start_s`: for which it waits for a replica to be started; None: replicas run, and one will take it soon. It is
+    `cold_start_s`: how long it waits for a replica to be started; None: replicas run, and one will take it soon. It is
     asked at the beginning and, since the last replica may stop in between, when none has taken the call in time.
     """
 
@@ -119,7 +131,7 @@ class Call:
         self._task = asyncio.create_task(self._follow())
 
     def leave(self, reason: str) -> None:
-        """Nobody reads the stream any more. If tokens are still expected, the request is ended: "stop" or "abort"."""
+        """Say that nobody reads the stream any more. A request of which tokens come still ends: "stop" or "abort"."""
         is_told = self._listener.forget(self._inbox, reason)
         if self._task.done():
             return
@@ -161,7 +173,7 @@ class Call:
 
 
 async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: Callable[[], float | None]) -> None:
-    """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
+    """Wait until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
     began, limit_s = asyncio.get_running_loop().time(), cold_start_s()
 
     def look_again() -> None:
@@ -188,7 +200,7 @@ async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: Ca
 
 
 def _translated(error: Exception) -> Exception:
-    """The error with loray's class. What the replica raised, Ray wraps into an exception of both classes."""
+    """Ray wraps what the replica raised into an exception of both classes."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, LorayError):
@@ -206,10 +218,6 @@ def _translated(error: Exception) -> Exception:
     return translated
 
 
-_LOOK_S = 1.0
-_WRITE_S = 5.0  # between two notes, unless the replicas change or a request waits for the first one
-
-
 class DemandStore(Protocol):
     """`serve_apps.scaling.DemandRecords`."""
 
@@ -217,7 +225,7 @@ class DemandStore(Protocol):
 
 
 class DemandReporter:
-    """Of one base at the gateway `name`. Used from one event loop."""
+    """Reports the demand for a base's adapters at the gateway `name`. Used from one event loop."""
 
     def __init__(self, records: DemandStore, name: str, deployment: str) -> None:
         self._records, self._name, self._deployment = records, name, deployment
@@ -227,20 +235,20 @@ class DemandReporter:
         self._replicas: frozenset[str] = frozenset()  # as written last
 
     def came(self, ref: AdapterRef) -> None:
-        """A request for an adapter came."""
+        """Count a request for an adapter."""
         self._memory.came(ref, time.time())
         self._has_news = True
 
     async def run(self) -> None:
-        """Writes until it is cancelled."""
+        """Write until it is cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_DEMAND_LOOK_S)
             await self.look()
 
     async def look(self) -> None:
-        """Writes if there is something to be written now."""
+        """Write if there is something to be written now."""
         now, replicas = time.monotonic(), router.replicas(self._deployment)
-        is_due = self._has_news and (now - self._written_at >= _WRITE_S or not replicas)
+        is_due = self._has_news and (now - self._written_at >= _DEMAND_WRITE_S or not replicas)
         if not is_due and replicas == self._replicas:
             return
         self._has_news, self._written_at, self._replicas = False, now, replicas
@@ -263,7 +271,7 @@ class DrainingReplicas:
         self._since: dict[str, float] = {}
 
     def due(self, busy: Collection[str | None], running: Collection[str], now: float) -> frozenset[str]:
-        """Those of `busy`, which have requests, whose requests go elsewhere now; none while no replica is `running`.
+        """Choose those of `busy`, which have requests, whose requests go elsewhere now; none while none is `running`.
 
         `now`: seconds of one clock.
         """
@@ -272,9 +280,6 @@ class DrainingReplicas:
         if not running:
             return frozenset()
         return frozenset(name for name, since in self._since.items() if now - since >= self._grace_s)
-
-
-ATTEMPTS = 3  # in a row that bring no token
 
 
 class ResumableAnswer:
@@ -297,11 +302,11 @@ class ResumableAnswer:
 
     @property
     def num_tokens(self) -> int:
-        """Of the answer so far."""
+        """The tokens of the answer so far."""
         return len(self._output_ids)
 
     def attempt(self) -> GenerateRequest:
-        """The request of the next attempt. Its id is its own, since a replica may still have the last one's."""
+        """Return the request of the next attempt. Its id is its own, since a replica may still have the last one's."""
         n, request = self._num_attempts, self._request
         self._num_attempts, self._has_brought = n + 1, False
         if n == 0:
@@ -309,7 +314,7 @@ class ResumableAnswer:
         return replace(request, request_id=f"{request.request_id}-{n}", output_ids=tuple(self._output_ids))
 
     def took(self, delta: TokenDelta) -> TokenDelta:
-        """What came, as the caller gets it. The prompt's cached tokens are those that the first replica found."""
+        """Return what came as the caller gets it. The prompt's cached tokens are those that the first replica found."""
         self._output_ids += delta.token_ids
         self._has_brought, self.num_failed = True, 0
         if self._num_cached_tokens is None:
@@ -317,7 +322,7 @@ class ResumableAnswer:
         return delta._replace(num_cached_tokens=self._num_cached_tokens)
 
     def failed(self, error: ReplicaUnavailable, replica: str | None) -> None:
-        """The attempt has ended with `error` at `replica`, if it came to one. Raises it where that was the last one."""
+        """Count an attempt that ended with `error` at `replica`, if it came to one. Raises it where it was the last."""
         is_leaving = isinstance(error, ReplicaLeaving)
         is_another = isinstance(error, ReplicaLost) and replica is not None and replica not in self._lost
         if replica is not None:
@@ -334,22 +339,15 @@ class ResumableAnswer:
             raise error
 
 
-_log = get_logger(__name__)
-
-_BACKOFF_S = 0.2
-_ASK_S = 1.0  # between looks for replicas that do not report yet
-_ENGINES_LOOK_S = 0.5  # between looks for replicas that are leaving
-
-
 class ServeEngineClient:
-    """The replicas of one base. Used from one event loop.
+    """Implements `serve_apps.gateway.bases.EngineClient` with the replicas of one base. Used from one event loop.
 
-    handle          of the deployment called `deployment`
+    handle          handle of the deployment called `deployment`
     node, host      Ray's id and the address of this process' node
     open_records    see `SharedQuarantine`
-    notes           are told of each request for an adapter
-    max_resumes, drain_grace_s, max_token_lateness  see ServeSpec
-    cold_start_timeout_s        the same; None: there is always a replica, or Serve is about to start one
+    demand          is told of each request for an adapter
+    max_resumes, drain_grace_s, max_token_lateness  as in ServeSpec
+    cold_start_timeout_s  the same; None: there is always a replica, or Serve is about to start one
     """
 
     def __init__(
@@ -358,9 +356,9 @@ class ServeEngineClient:
         deployment: str,
         node: str,
         host: str,
-        open_records: Callable[[], QuarantineRecords] | None = None,
+        open_records: Callable[[], DeathRecords] | None = None,
         *,
-        notes: DemandReporter | None = None,
+        demand: DemandReporter | None = None,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
         max_token_lateness: float = 0.07,
@@ -376,8 +374,8 @@ class ServeEngineClient:
         self._max_lateness = max_token_lateness  # by that
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
-        self._departures = DrainingReplicas(drain_grace_s)
-        self._notes = notes
+        self._draining = DrainingReplicas(drain_grace_s)
+        self._demand = demand
         self._reading: dict[str, Inbox] = {}  # by request
         self._cold: set[str] = set()  # requests that wait, and no replica runs
         self._start_failed = False  # and no replica has run since
@@ -385,13 +383,13 @@ class ServeEngineClient:
 
     @asynccontextmanager
     async def running(self, late: Callable[[float], None]) -> AsyncIterator[None]:
-        """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing, and
+        """Have the replicas report meanwhile which adapters they hold, also those that this gateway sends nothing, and
         the requests of replicas that are leaving go elsewhere.
         """
         self._tell_late = late
-        works = [self._ask_for_reports(), self._look_for_departures()]
-        if self._notes is not None:
-            works.append(self._notes.run())
+        works = [self._ask_for_reports(), self._watch_draining()]
+        if self._demand is not None:
+            works.append(self._demand.run())
         tasks = [asyncio.create_task(work) for work in works]
         try:
             yield
@@ -416,29 +414,29 @@ class ServeEngineClient:
         if self._shortest.value < math.inf:
             self._tell_late(seconds / (self._max_lateness * self._shortest.value))
 
-    async def _look_for_departures(self) -> None:
+    async def _watch_draining(self) -> None:
         while True:
             self._move_streams(time.monotonic())
             self._start_failed = self.start_failed()
-            await asyncio.sleep(_ENGINES_LOOK_S)
+            await asyncio.sleep(_DRAIN_LOOK_S)
 
     def _move_streams(self, now: float) -> None:
-        """Ends the streams of replicas that are leaving; `generate` goes on elsewhere."""
+        """End the streams of replicas that are leaving; `generate` goes on elsewhere."""
         places = {name: router.replica_of(name) for name in self._reading}
-        due = self._departures.due(places.values(), router.replicas(self._deployment), now)
+        due = self._draining.due(places.values(), router.replicas(self._deployment), now)
         for name, replica in places.items():
             if replica in due:
                 self._reading[name].fail(ReplicaLeaving("the replica is leaving; send the request again", replica))
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """As `Engines.generate`. If its replica is lost or is leaving, another one goes on after the tokens that have
-        come, see `ResumableAnswer`.
+        """Generate, as `EngineClient.generate`. If its replica is lost or is leaving, another one goes on after the
+        tokens that have come, see `ResumableAnswer`.
 
         Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
         replicas.
         """
-        if self._notes is not None and request.adapter is not None:
-            self._notes.came(request.adapter)
+        if self._demand is not None and request.adapter is not None:
+            self._demand.came(request.adapter)
         progress = ResumableAnswer(request, self._max_resumes)
         while True:
             attempt = progress.attempt()
@@ -453,7 +451,7 @@ class ServeEngineClient:
                     await asyncio.sleep(_BACKOFF_S * 2 ** max(0, progress.num_failed - 1))
 
     def _failed(self, progress: ResumableAnswer, attempt: GenerateRequest, error: ReplicaUnavailable) -> None:
-        """Raises `error` unless another attempt follows."""
+        """Raise `error` unless another attempt follows."""
         if error.replica is not None:
             router.suspect(error.replica)
         progress.failed(error, error.replica)
@@ -507,7 +505,7 @@ class ServeEngineClient:
             await self._quarantine.died(request_id, replica, router.replica_of, is_held, among)
 
     def _cold_start_s(self, request_id: str) -> float | None:
-        """For which this request, which waits now, waits for a replica to be started; None: one runs."""
+        """Say how long this request, which waits now, waits for a replica to be started; None: one runs."""
         if not self.is_cold():
             return None
         self._cold.add(request_id)
@@ -519,7 +517,7 @@ class ServeEngineClient:
         return await asyncio.shield(self._listener)
 
     async def close(self) -> None:
-        """Ends all streams."""
+        """End all streams."""
         if self._listener is not None:
             await (await self._listening()).close()
         await self._quarantine.close()

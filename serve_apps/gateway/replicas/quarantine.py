@@ -41,7 +41,7 @@ class DeathRecords(Protocol):
 
 
 class SharedQuarantine:
-    """Used from one event loop. `open_records` None: this gateway is alone, and forgets at its end."""
+    """The quarantine of one gateway, used from one event loop. `open_records` None: alone, it forgets at its end."""
 
     def __init__(
         self, open_records: Callable[[], DeathRecords] | None = None, clock: Callable[[], float] = time.time
@@ -58,7 +58,7 @@ class SharedQuarantine:
         self._behind: set[asyncio.Task[object]] = set()  # what no request waits for
 
     async def enter(self, request_id: str, digest: str) -> None:
-        """A request for `digest` is about to be sent. Raises AdapterQuarantined where it must not be."""
+        """Let a request for `digest` be sent. Raises AdapterQuarantined where it must not be."""
         if self._open is not None and not self._known.is_good(digest):
             await self._read()
             now = self._clock()
@@ -72,7 +72,7 @@ class SharedQuarantine:
         self._known.leave(request_id)
 
     def answered(self, digest: str) -> None:
-        """A token computed with the adapter has come."""
+        """Note that a token computed with the adapter has come."""
         if self._known.answered(digest) and self._open is not None:
             self._later(lambda records: records.clear_quarantine(digest))
 
@@ -108,7 +108,7 @@ class SharedQuarantine:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self) -> None:
-        """Returns after a read that began later than this call. Concurrent calls share one."""
+        """Return after a read that began later than this call. Concurrent calls share one."""
         called_at = time.monotonic()
         async with self._reading:
             if self._read_at >= called_at:
@@ -126,7 +126,7 @@ class SharedQuarantine:
         task.add_done_callback(self._behind.discard)
 
     async def _ask(self, question: Callable[[DeathRecords], T], timeout_s: float | None = None) -> T | None:
-        """What the catalog answers, asked in a thread; None while it cannot be asked."""
+        """Ask the catalog in a thread; None while it cannot be asked."""
         async with self._asking:
             is_stuck = self._asked is not None and not self._asked.done()
             if is_stuck or time.monotonic() < self._away_until:

@@ -1,14 +1,9 @@
-"""Ray Serve's request router.
+"""Ray Serve's request router, which knows which replica holds which adapter.
 
-Serve says the length of a replica's queue with each request that the replica accepts. That is as of the acceptance:
-what was sent meanwhile is not in it. And a request that has got its replica is sent a turn of the event loop later.
-Both are counted here, so that requests that come at once do not all find the same replica idle.
-
-The length known of a replica contains the requests that are under way to it: sent, and neither accepted nor refused.
-
-Serve says which replicas there are and how many requests they have; which adapters they hold, they report to this
-process (`serve_apps.channel`); which prompts it has sent and got no token for, the process knows itself. Serve creates
-one router per handle, in the handle's process (the gateway's), and calls it on an event loop of its own.
+Serve says which replicas there are and how many requests they have (`QueueLengths`); which adapters they hold, they
+report to this process (`serve_apps.channel`); which prompts it has sent and got no token for, the process knows itself
+(`UnansweredPrompts`). Serve creates one router per handle, in the handle's process (the gateway's), and calls it on an
+event loop of its own.
 
 The adapter is read from the request. Serve's `multiplexed_model_id` has side effects: without MultiplexMixin, Serve
 keeps every such request for ever; with it, requests wait for a replica that announces the model.
@@ -42,11 +37,29 @@ from loray.policy.routing import (
 from loray.spec import AdapterOf, GenerateRequest
 from loray.telemetry import get_logger
 
+# By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
+# give every router its own copy of the state below, and by reference if the module imports it.
+ROUTER_CLASS = "serve_apps.app.AdapterRouter"
+_NOTHING = RoutingReport("", -1)  # of a replica that has not reported yet
+_SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
+_ALIVE_S = 10.0  # since its last report, in which a replica is not asked whether it answers: as long as Serve's cache
 _UNDER_WAY_S = 1.0  # after which a request that was sent is not waited for: it was cancelled, or its replica is silent
+_FORGOTTEN_S = 300.0  # after which a prompt does not count: its call was cancelled at a moment at which nobody said so
+_MAX_PLACED = 1 << 14
+_NUM_HOLDERS = 3  # one of them may be the asker itself
+
+_log = get_logger(__name__)
 
 
 class QueueLengths:
-    """Replicas by name, requests by any key. `clock` returns seconds."""
+    """Counts the requests of each replica. Replicas by name, requests by any key; `clock` returns seconds.
+
+    Serve says the length of a replica's queue with each request that the replica accepts. That is as of the acceptance:
+    what was sent meanwhile is not in it. And a request that has got its replica is sent a turn of the event loop later.
+    Both are counted here, so that requests that come at once do not all find the same replica idle.
+
+    The length known of a replica contains its requests under way: sent, and neither accepted nor refused.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
@@ -59,7 +72,7 @@ class QueueLengths:
         return self.known(replica) + self._num_chosen[replica]
 
     def known(self, replica: str) -> int:
-        """Without those that are not sent yet."""
+        """The length without those that are not sent yet."""
         return self._known.get(replica, 0)
 
     def chosen(self, request: Hashable, replica: str) -> None:
@@ -68,13 +81,13 @@ class QueueLengths:
         self._num_chosen[replica] += 1
 
     def leaves(self, request: Hashable) -> None:
-        """It is sent now: `sent` follows for its replica."""
+        """The request is sent now: `sent` follows for its replica."""
         replica = self.withdrawn(request)
         if replica is not None:
             self._sent.setdefault(replica, OrderedDict())[request] = self.now()
 
     def withdrawn(self, request: Hashable) -> str | None:
-        """It will not be sent. Returns the replica that was chosen for it."""
+        """The request will not be sent. Returns the replica that was chosen for it."""
         replica = self._chosen.pop(request, None)
         if replica is not None:
             self._num_chosen[replica] -= 1
@@ -84,7 +97,7 @@ class QueueLengths:
         self._known[replica] = self.known(replica) + 1
 
     def heard(self, replica: str, length: int) -> None:
-        """What the replica says with its answer to a request, of which `accepted` or `refused` follows."""
+        """Take the length that comes with the answer to a request, of which `accepted` or `refused` follows."""
         self._known[replica] = length + self._num_sent(replica)
 
     def accepted(self, request: Hashable, replica: str) -> None:
@@ -92,19 +105,19 @@ class QueueLengths:
         self._answered(request, replica)
 
     def refused(self, request: Hashable) -> None:
-        """It is on no replica, and will be sent again. Nothing happens if it was not sent."""
+        """The request is on no replica, and will be sent again. Nothing happens if it was not sent."""
         for replica in self._sent:
             self._answered(request, replica)
 
     def probed(self, replica: str, length: int) -> None:
-        """What the replica says when it is asked. What is under way may be in it, and then counts twice at first."""
+        """Take the length that a probe has found. Requests under way may be in it, and then count twice at first."""
         self._known[replica] = length + self._num_sent(replica)
 
     def ended(self, replica: str) -> None:
         self._known[replica] = max(0, self.known(replica) - 1)
 
     def retain(self, replicas: Collection[str]) -> None:
-        """Forgets what was sent to all others."""
+        """Forget what was sent to all others."""
         for numbers in (self._known, self._sent):
             for replica in [name for name in numbers if name not in replicas]:
                 del numbers[replica]
@@ -121,9 +134,6 @@ class QueueLengths:
         return len(under_way)
 
 
-_FORGOTTEN_S = 300.0  # after which a prompt does not count: its call was cancelled at a moment at which nobody said so
-
-
 class _Sent(NamedTuple):
     replica: str
     num_tokens: int
@@ -131,7 +141,10 @@ class _Sent(NamedTuple):
 
 
 class UnansweredPrompts:
-    """Of all replicas. Routers and the gateway use it, in threads of their own. `clock` returns seconds."""
+    """Counts the tokens of prompts that wait for a first token, by replica.
+
+    Routers and the gateway use it, in threads of their own. `clock` returns seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, Lock()
@@ -139,7 +152,7 @@ class UnansweredPrompts:
         self._tokens: Counter[str] = Counter()  # by replica; none is zero
 
     def of(self, replica: str) -> int:
-        """Tokens."""
+        """The tokens sent to the replica."""
         return self._tokens.get(replica, 0)
 
     def sent(self, request_id: str, replica: str, num_tokens: int) -> None:
@@ -152,7 +165,7 @@ class UnansweredPrompts:
             self._tokens[replica] += num_tokens
 
     def answered(self, request_id: str) -> None:
-        """Its first token has come, or it has ended. Nothing happens if it was not sent."""
+        """The request's first token has come, or it has ended. Nothing happens if it was not sent."""
         with self._lock:
             self._drop(request_id)
 
@@ -164,18 +177,8 @@ class UnansweredPrompts:
                 del self._tokens[sent.replica]
 
 
-_log = get_logger(__name__)
-
-# By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
-# give every router its own copy of the state below, and by reference if the module imports it.
-ROUTER_CLASS = "serve_apps.app.AdapterRouter"
-_NOTHING = RoutingReport("", -1)  # of a replica that has not reported yet
-_SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
-_ALIVE_S = 10.0  # since its last report, in which a replica is not asked whether it answers: as long as Serve's cache
-
+# What this process knows. Its routers and its gateway share it.
 _decisions: dict[str, dict[Reason, int]] = {}  # by deployment: there is one for each base
-_MAX_PLACED = 1 << 14
-_NUM_HOLDERS = 3  # one of them may be the asker itself
 _placed: dict[str, str] = {}  # request → the replica that has accepted it
 _replicas: dict[str, frozenset[str]] = {}  # by deployment
 _routings: dict[str, Routing] = {}  # by deployment
@@ -186,24 +189,24 @@ reports = RoutingReports()  # the gateway's listener writes them, in the gateway
 
 
 def decisions(deployment: str) -> dict[str, int]:
-    """The number of requests routed to a deployment by this process, by reason (`loray.policy.routing.Reason`)."""
+    """Count the requests routed to a deployment by this process, by reason (`loray.policy.routing.Reason`)."""
     return {str(reason): n for reason, n in _decisions.get(deployment, dict.fromkeys(REASONS, 0)).items()}
 
 
 def replicas(deployment: str) -> frozenset[str]:
-    """Those of a deployment that Serve has named last."""
+    """Return the names of a deployment's replicas, as Serve has given them last."""
     return _replicas.get(deployment, frozenset())
 
 
 def holders(deployment: str, digest: str) -> tuple[str, ...]:
-    """Some replicas of a deployment that have an adapter: they have reported it, or it was sent to them just now."""
+    """Name some replicas of a deployment that have an adapter: they have reported it, or it was sent there just now."""
     key, running, routing = routing_key(digest), replicas(deployment), _routings.get(deployment)
     recent = () if routing is None else (name for name in routing.recent_holders(key) if name in running)
     return tuple(dict.fromkeys(islice(chain(_reported(deployment, key), recent), _NUM_HOLDERS)))
 
 
 def is_held(deployment: str, besides: str, digest: str) -> bool:
-    """Whether another replica of the deployment than `besides` has reported that it has the adapter."""
+    """Tell whether another replica of the deployment than `besides` has reported that it has the adapter."""
     return any(name != besides for name in _reported(deployment, routing_key(digest)))
 
 
@@ -213,7 +216,7 @@ def _reported(deployment: str, key: str) -> Iterator[str]:
 
 
 def suspect(replica: str) -> None:
-    """Makes routers avoid a replica that does not answer or whose engine has stopped, until Serve has replaced it."""
+    """Make routers avoid a replica that does not answer or whose engine has stopped, until Serve has replaced it."""
     now = time.monotonic()
     for name in [n for n, until in list(_suspects.items()) if until < now]:
         _suspects.pop(name, None)
@@ -221,7 +224,7 @@ def suspect(replica: str) -> None:
 
 
 def replica_of(request_id: str) -> str | None:
-    """The replica that has accepted the request, until `forget`."""
+    """Name the replica that has accepted the request, until `forget`."""
     return _placed.get(request_id)
 
 
@@ -351,7 +354,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return answers
 
     def _probe_silent(self, replicas: Sequence[RunningReplica]) -> None:
-        """Asks busy replicas for the length of their queues if Serve has not received it for a while.
+        """Ask busy replicas for the length of their queues if Serve has not received it for a while.
 
         A request that is cancelled, or whose replica cannot be reached, before it is accepted counts as sent and never
         as ended. The replica then seems to be busy, and gets no request whose response would correct the number.
@@ -361,7 +364,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             self._probing = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
 
     def _remind(self, replicas: Sequence[RunningReplica]) -> None:
-        """Tells Serve the lengths that it has forgotten. Otherwise it asks the replica chosen for a request, and all
+        """Tell Serve the lengths that it has forgotten. Otherwise it asks the replica chosen for a request, and all
         requests that come meanwhile are ranked before the first of them counts: they would all get this replica.
         """
         for replica in replicas:
@@ -372,7 +375,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return self.replica_queue_len_cache.get(replica.replica_id) is not None
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
-        """The request with these metadata, for whose adapter a replica was chosen.
+        """Find the request with these metadata, for whose adapter a replica was chosen.
 
         Private in Serve, which matches by an id that all calls of one HTTP request share (`n`, several prompts): it
         would find only the first of them, and the others would wait for ever.
@@ -416,7 +419,7 @@ def _not_sent(pending: PendingRequest) -> None:
 
 
 def _asked(pending: PendingRequest | None) -> AdapterOf | None:
-    """What a replica asks another one for; None for other calls."""
+    """The adapter that a replica asks another one for; None for other calls."""
     first = pending.args[0] if pending is not None and pending.args else None
     return first if isinstance(first, AdapterOf) else None
 

@@ -49,7 +49,7 @@ class ReplicaPeers:
         self._avoided: dict[str, float] = {}  # replica → until when
 
     def told(self, digest: str, holders: tuple[str, ...]) -> None:
-        """These replicas have the adapter, as a gateway knows it now."""
+        """Take the replicas that have the adapter, as a gateway knows it now."""
         others = tuple(holder for holder in holders if holder != self._replica)
         with self._lock:
             self._holders.pop(digest, None)
@@ -77,7 +77,7 @@ class ReplicaPeers:
         return copy
 
     def connect(self) -> None:
-        """Opens the handle now, in a thread, so that the first question need not wait for it."""
+        """Open the handle now, in a thread, so that the first question need not wait for it."""
         threading.Thread(target=self._connect, name="peers", daemon=True).start()
 
     def _connect(self) -> None:

@@ -16,14 +16,14 @@ _AT_ONCE = 2
 
 
 class CopyGiver:
-    """Used from one event loop; files are read in threads, beside the engine's."""
+    """Gives copies. Used from one event loop; files are read in threads, beside the engine's."""
 
     def __init__(self, cache: AdapterCache) -> None:
         self._cache = cache
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def give(self, digest: str) -> AdapterCopy | None:
-        """None where the cache does not have the adapter, or it is too large. Waits for no load."""
+        """Give a copy; None where the cache does not have the adapter, or it is too large. Waits for no load."""
         async with self._turns:
             return await asyncio.to_thread(self._read, digest)
 

@@ -12,7 +12,7 @@ import pytest
 from loray.errors import LorayError, PermissionDenied
 from loray.policy.auth import KeyRing
 from loray.spec import OPERATOR
-from serve_apps.auth import DOOR_HEADERS, refuse_strangers
+from serve_apps.auth import HEADERS, refuse_strangers
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.keys import access_of
 
@@ -97,4 +97,4 @@ def test_the_middleware_keeps_what_is_read(headers: dict[str, str], ring: KeyRin
     asyncio.run(ask())
     access.close()
     assert given.names
-    assert given.names <= DOOR_HEADERS
+    assert given.names <= HEADERS

@@ -60,11 +60,11 @@ class Gateway:
                 self.delivered["short"] = 3
                 self.close(short, 3)
             if step % 3 == 0:
-                self.writer._send(self.writer._journal)
+                self.writer._send(self.writer._wal)
         self.close(long, step * AT_ONCE)
-        self.writer._send(self.writer._journal)
+        self.writer._send(self.writer._wal)
         self.close(bounded, step * AT_ONCE)
-        self.writer._send(self.writer._journal)
+        self.writer._send(self.writer._wal)
 
     def open(self, name: str, *, open_ended: bool = False) -> RequestUsage:
         params = SamplingParams(max_tokens=8000)
@@ -119,7 +119,7 @@ def test_whatever_write_a_gateway_is_killed_at(tmp_path: Path, monkeypatch: pyte
                 gateway.run()
             except Killed:
                 was_killed = True
-            os.close(gateway.writer._journal._fd)
+            os.close(gateway.writer._wal._fd)
         for _ in range(2):  # the second finds nothing
             UsageWriter(lambda url=url: Catalog(url), folder).close()
         catalog = Catalog(url)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import serve_apps.console
-from serve_apps.console.live.places import KINDS
-from serve_apps.console.pictures.heat_maps import NUM_SHADES
+from serve_apps.console.pools import KINDS
 from tests.serve_apps.console.colours import Theme
 from tests.serve_apps.console.markup import Element, parse, problems_of
 from tests.serve_apps.console.site import ConsoleSite
@@ -33,7 +32,6 @@ PAGES = (
     _COMPARED,
     "/serving",
     "/serving/replicas/r1",
-    "/advice",
     "/usage",
     "/keys",
 )
@@ -122,10 +120,6 @@ def test_texts_can_be_read(dark: bool) -> None:
         "taken out": (_BODY, _value(".diff .diff-del", "background"), _SURFACE),
         "placeholder": (_value("::placeholder", "color"), "var(--tblr-bg-forms)"),
         "danger on the page": (_value(".text-danger", "color"), _PAGE),
-    }
-    pairs |= {
-        f"shade {n}": (_value(f".heat .shade-{n}", "color"), _value(f".heat .shade-{n}", "background"))
-        for n in range(NUM_SHADES)
     }
     pairs |= {
         f"badge {name}": (_value(".badge", "color"), f"var(--tblr-{name}-lt)", _SURFACE)

@@ -70,7 +70,6 @@ def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
         seen.picture(name.replace("/", "-"))
     show_a_job(console, seen)
     compare_runs(console, seen)
-    ask_for_advice(seen)
     seen.open("")
     page.click("#theme")
     seen.open("")
@@ -109,18 +108,6 @@ def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
     assert '"logprobs": True' in page.inner_text("#python")
     assert sorted(body["model"] for _, body in console.engines.asked) == ["smollm2", "tone"]
     seen.picture("playground")
-
-
-def ask_for_advice(seen: Seen) -> None:
-    page = seen.page
-    seen.open("/advice")
-    page.get_by_role("button", name="Recommend", exact=True).click()
-    page.wait_for_selector("#recommended tbody")
-    page.get_by_role("button", name="Plan", exact=True).click()
-    page.wait_for_selector("#planned tbody")
-    page.click("button:text-is('Simulate')")
-    page.wait_for_selector("#simulated .curve canvas", timeout=30000)
-    seen.picture("advice")
 
 
 def compare_runs(console: ConsoleSite, seen: Seen) -> None:

@@ -25,7 +25,7 @@ from serve_apps.accounting.usage import UsageStatus
 from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.exposition import encode, merge
 from serve_apps.gateway.directory import ModelResolver
-from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, OfBase, together
+from serve_apps.gateway.metrics import BaseMetrics, CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
 from tests.catalogs import sqlite_catalog
@@ -59,7 +59,7 @@ def whole(base: BaseModel) -> list[Family]:
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
     return together(
         [gateway.families(directory, routed, resumes, 2, UsageStatus(True, 9, 1.5, 0)), None],
-        {base.name: OfBase(3, replicas)},
+        {base.name: BaseMetrics(3, replicas)},
     )
 
 

@@ -1,4 +1,4 @@
-"""Demand over time: what the server's state was whenever somebody looked."""
+"""Demand over time: the server's state whenever somebody looked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_POINTS = 400
 
 
 class DemandMoment(NamedTuple):
-    """`at`: seconds of a monotonic clock. Requests, adapters and replicas then; tokens generated until then."""
+    """Requests, adapters and replicas at `at`, seconds of a monotonic clock, and the tokens generated until then."""
 
     at: float
     num_running: int
@@ -74,7 +74,7 @@ class Demand:
             self._moments.popleft()
 
     def tokens_per_s(self) -> float | None:
-        """Output tokens a second over the last minute in which somebody looked; None before the second look."""
+        """Return output tokens a second over the last minute in which somebody looked; None before the second look."""
         if not self._moments:
             return None
         first = last = self._moments[-1]
@@ -85,7 +85,7 @@ class Demand:
         return None if first is last else _pace(first, last)
 
     def curve(self) -> str:
-        """JSON of [seconds before the last look, as negative numbers, running, waiting]. Empty before two looks."""
+        """Return JSON of [seconds before the last look, negative, running, waiting]; empty before two looks."""
         shown = self._thinned(MOST_POINTS)
         if len(shown) < 2:
             return ""
@@ -99,7 +99,7 @@ class Demand:
         )
 
     def rows(self, most: int) -> list[DemandRow]:
-        """At most so many of the same moments, evenly spread, the last one first."""
+        """Return at most so many of the same moments, evenly spread, the last one first."""
         shown = self._thinned(most)
         before = [None, *shown[:-1]] if shown else []
         return [
@@ -121,5 +121,5 @@ class Demand:
 
 
 def _pace(earlier: DemandMoment, later: DemandMoment) -> float:
-    """Tokens a second."""
+    """Return tokens a second."""
     return (later.num_output_tokens - earlier.num_output_tokens) / (later.at - earlier.at)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serve_apps.console.live.demand import MOST_POINTS, Demand
+from serve_apps.console.demand import MOST_POINTS, Demand
 from tests.serve_apps.console.site import ScriptedGateway
 
 

@@ -1,4 +1,4 @@
-"""Where adapters and blocks are, as tables and pictures of bounded size."""
+"""Pictures and tables of bounded size: which replica holds an adapter, and what the blocks of its pool hold."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TIERS = (("host", "adapters_on_host"), ("loading", "adapters_loading"), ("pool"
 
 
 class PlaceRow(NamedTuple):
-    """Where an adapter is: `tiers` has pool, loading, host or nothing for each replica."""
+    """`tiers`: pool, loading, host or nothing, for each replica."""
 
     adapter: str
     tiers: tuple[str, ...]
 
 
 class BarPart(NamedTuple):
-    """Blocks of one kind: `begin` and `share` are of all blocks, from 0 to 1."""
+    """Blocks of one kind; `begin` and `share` are parts of all blocks, from 0 to 1."""
 
     kind: str
     num_blocks: int
@@ -39,7 +39,7 @@ class BarPart(NamedTuple):
 
 
 def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[PlaceRow], int]:
-    """The `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
+    """Return the `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
     tiers: dict[str, dict[int, str]] = {}
     for at, replica in enumerate(replicas):
         for tier, field in _TIERS:
@@ -51,7 +51,7 @@ def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Pla
 
 
 def parts_of(blocks: Mapping[str, int]) -> list[BarPart]:
-    """The pool of one replica by what its blocks hold; all kinds, in the order of `KINDS`."""
+    """Divide the pool of one replica by what its blocks hold: all kinds, in the order of `KINDS`."""
     num_blocks = sum(blocks.values()) or 1
     parts, begin = [], 0
     for kind in KINDS:
@@ -62,7 +62,7 @@ def parts_of(blocks: Mapping[str, int]) -> list[BarPart]:
 
 
 def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
-    """The pool of one replica by position, 1000 × 10 units in size: each kind with the path of its stretches."""
+    """Draw the pool of one replica by position, 1000 × 10 units in size: each kind with the path of its stretches."""
     num_blocks, at = sum(stretch.num_blocks for stretch in layout) or 1, 0
     paths: dict[str, list[str]] = {}
     for kind, count in layout:
@@ -73,6 +73,6 @@ def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
 
 
 def rows_of(layout: Sequence[Stretch]) -> list[tuple[int, int, str]]:
-    """The pool as a table: the first block and the last one of each stretch, and its kind."""
+    """List the first block and the last one of each stretch of the pool, and its kind."""
     ends = list(accumulate(stretch.num_blocks for stretch in layout))
     return [(end - count, end - 1, kind) for (kind, count), end in zip(layout, ends, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loray.spec import Stretch
-from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
+from serve_apps.console.pools import KINDS, heat_map, parts_of, rows_of, strip_of
 from tests.serve_apps.console.site import ScriptedGateway
 
 

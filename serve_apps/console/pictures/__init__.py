@@ -1,1 +1,0 @@
-"""Pictures of bounded size that pages draw: what is in them, without HTML."""
