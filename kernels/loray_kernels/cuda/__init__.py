@@ -9,7 +9,6 @@ nvrtc, launch  compile and launch the CUDA C++ kernels
 sampling/      a token for each row of logits: plain rows, and those with more (choosing)
 pages          copies adapters from pinned host memory into blocks while steps run
 padded, graphs decode steps of padded sizes, and their CUDA graphs
-compile        compiles every kernel ahead of time, without a GPU
 """
 
 from __future__ import annotations

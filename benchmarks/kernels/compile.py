@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and prints its registers, shared memory and spills.
 
-    python -m loray_kernels.cuda.compile [--arch sm_80 ...] [--dtype bf16 ...] [--format text | markdown | json]
+    python -m benchmarks.kernels.compile [--arch sm_80 ...] [--dtype bf16 ...] [--format text | markdown | json]
 
 NVRTC compiles CUDA C++; Triton compiles its kernels, for Llama-3-8B's shapes, with the ptxas of its own wheel. What is
 not installed is left out, and said. The exit status is 1 where a kernel spills registers in bf16.
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from loray_kernels.compiled import BackendUnavailable
+from loray_kernels import BackendUnavailable
 from loray_kernels.cuda.launch import FILES, compile_source, version
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -57,7 +57,7 @@ class KernelUsage(NamedTuple):
 
 
 def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
+    """Compile every kernel of cuda/csrc. Raises BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
         for kernel, usage in ptxas_report(compile_source(name, arch).log):
             found = KernelUsage(kernel, arch, *usage)
@@ -66,30 +66,28 @@ def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUs
 
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Every Triton kernel. BackendUnavailable without Triton."""
+    """Compile every Triton kernel. Raises BackendUnavailable without Triton."""
     for label, made in triton_kernels(arch, dtypes):
         ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
         yield KernelUsage(label, arch, registers, made.metadata.shared, spills)
 
 
 def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, Any]]:
-    """Every Triton kernel's name in the table, and what Triton made of it. BackendUnavailable without Triton."""
+    """Each Triton kernel's name in the table, and what Triton makes of it. Raises BackendUnavailable without Triton."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda import triton_kernels as attention
-    from loray_kernels.cuda import triton_kernels as lora
+    from loray_kernels.cuda import triton_kernels as kernels
     from loray_kernels.cuda.triton_launch import OPTIONS, attention_stages, shrink_turns
 
-    known = {**vars(attention), **vars(lora)}
     for dtype in dtypes:
         size = 4 if dtype == "fp32" else 2
         own = {"lora_shrink": shrink_turns(size)[1], "attention_prefill": {"num_stages": attention_stages(size)}}
         for name, variants in _constants(size).items():
-            kernel = known[name]
+            kernel = getattr(kernels, name)
             for constants in variants:
                 types = {a: _type(name, a, dtype) for a in kernel.arg_names if a not in constants}
                 signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
@@ -104,7 +102,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
 
 
 def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
-    """The constants of each kernel's launches in `tiles.launch`."""
+    """The constants of each kernel's launches in `loray_kernels.cuda.triton_launch`."""
     from loray_kernels.cuda import triton_launch as tiles
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
 
@@ -125,7 +123,7 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
 
 
 def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
-    """Of what is compiled for multiples of 16: all pointers and strides that the kernel does not exclude."""
+    """Pointers and strides that the kernel does not exclude are compiled for multiples of 16."""
     if signature[parameter.name].startswith("*"):
         return not parameter.do_not_specialize_on_alignment
     is_stride = parameter.name.endswith(("stride", "stride0", "stride1", "stride2"))
