@@ -11,7 +11,7 @@ from loray.engine.memory.layout import MOST_STRETCHES
 from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.schemas.status import BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import ServeSpec, StepStretch
+from loray.spec import ServeSpec, Stretch
 from loray.telemetry import METRICS, HistogramCounts
 from serve_apps.exposition import counter, encode, labelled, merge
 from serve_apps.replica.metrics import ReplicaMetrics
@@ -25,7 +25,7 @@ def status_json(names: Sequence[str]) -> str:
     one before.
     """
     parts = [tuple(f"{name}@1" for name in names[n::NUM_REPLICAS]) for n in range(NUM_REPLICAS)]
-    layout = tuple(StepStretch(holds, 5) for holds in islice(cycle(_HOLDS), MOST_STRETCHES))
+    layout = tuple(Stretch(holds, 5) for holds in islice(cycle(_HOLDS), MOST_STRETCHES))
     replicas = tuple(
         ReplicaStatus(
             replica=f"r{n}",

@@ -20,7 +20,7 @@ from benchmarks.output import write_json
 from benchmarks.training.steps import Measured, measure_recipe
 from loray.bases.registry import BaseModel, add_base
 from loray.planning.devices import host
-from loray.recommend import Answers, MethodEstimate, candidates, estimate_methods
+from loray.recommend import Answers, Estimate, candidates, estimate_methods
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
@@ -64,7 +64,7 @@ def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
         return (Path(folder) / "adapter" / WEIGHTS_FILE).stat().st_size
 
 
-def _line(estimate: MethodEstimate, found: Measured, nbytes: int) -> str:
+def _line(estimate: Estimate, found: Measured, nbytes: int) -> str:
     pairs = (
         (found.peak_bytes / 1e6, (estimate.training_bytes or 0) / 1e6, "8.0f", "9.0f"),
         (nbytes / 1e6, estimate.adapter_bytes / 1e6, "8.2f", "9.2f"),

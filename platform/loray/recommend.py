@@ -106,7 +106,7 @@ _SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV ca
 
 
 @dataclass(frozen=True, slots=True)
-class MethodEstimate:
+class Estimate:
     """Of one method with its default settings.
 
     problem                 why it cannot be trained there; then the figures of training are None
@@ -134,7 +134,7 @@ class MethodEstimate:
     throughput: float
 
 
-def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[MethodEstimate]:
+def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
     """LoRA, DoRA, VeRA, LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
     return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
 
@@ -210,7 +210,7 @@ def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, T
         yield "vera + longlora", both
 
 
-def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> MethodEstimate:
+def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
     problem, run, training_bytes, time = None, None, None, None
     adapter = recipe.adapter
     try:
@@ -223,7 +223,7 @@ def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device
     trained = count_trained(model, adapter).total
     per_gib = _per_gib(adapter, model)
     served = int(NUM_SERVED / per_gib * GIB)
-    return MethodEstimate(
+    return Estimate(
         method=method,
         settings=_settings(adapter),
         problem=problem,
@@ -292,7 +292,7 @@ class Recommendation:
     base: str
     device: str
     scores: tuple[Score, ...]
-    estimates: tuple[MethodEstimate, ...]
+    estimates: tuple[Estimate, ...]
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def recommend(answers: Answers, base: str, model: ModelConfig, device: Device) -
 
 
 def remarks(
-    answers: Answers, scores: Sequence[Score], estimates: Sequence[MethodEstimate], model: ModelConfig
+    answers: Answers, scores: Sequence[Score], estimates: Sequence[Estimate], model: ModelConfig
 ) -> Iterator[str]:
     yield (
         "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves LoRA, VeRA "

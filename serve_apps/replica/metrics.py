@@ -19,7 +19,7 @@ from loray.engine.memory.adapter_manager import Prefetched
 from loray.engine.metrics import Histogram as CountedHistogram
 from loray.errors import EngineError, LorayError
 from loray.schemas.status import AdapterPlacement, ReplicaStatus
-from loray.spec import StepStretch
+from loray.spec import Stretch
 from loray.telemetry import METRICS
 from serve_apps.exposition import Labels, counter, gauge, histogram, labelled
 
@@ -223,7 +223,7 @@ async def replica_status(
     """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
     the pool's blocks hold by position, where the engine says it within a second; or names of the replicas for which.
     """
-    stretches: tuple[StepStretch, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
     if layout if isinstance(layout, bool) else replica in layout:
         with suppress(EngineError, TimeoutError):
             async with asyncio.timeout(_LAYOUT_TIMEOUT_S):

@@ -9,7 +9,7 @@ import click
 
 from loray.cli.output import console, count, emit, table
 from loray.cli.plan import config_option, device_of, device_option, shape_of_recipe
-from loray.recommend import Answers, Constraint, MethodEstimate, Recommendation, Scale, recommend
+from loray.recommend import Answers, Constraint, Estimate, Recommendation, Scale, recommend
 from loray.settings import Settings
 from loray.spec import format_seconds, format_size
 
@@ -75,7 +75,7 @@ def _show(found: Recommendation) -> None:
         to.print(f"- {remark}", soft_wrap=True, markup=False)
 
 
-def _row(e: MethodEstimate) -> tuple[str, ...]:
+def _row(e: Estimate) -> tuple[str, ...]:
     training = "–" if e.training_bytes is None else format_size(e.training_bytes) + " (checkpointing)" * e.checkpointing
     return (
         e.method,

@@ -30,7 +30,7 @@ from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import EngineError, EngineStopped, RankLost, RequestError
 from loray.priority import compute_in_background
-from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, StepStretch, TokenDelta
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
 
@@ -202,7 +202,7 @@ class AsyncEngine:
         """See Engine. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
 
-    async def layout(self) -> tuple[StepStretch, ...]:
+    async def layout(self) -> tuple[Stretch, ...]:
         """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
         pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
         return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from loray.spec import EngineFigures, ServeSpec, StepStretch
+from loray.spec import EngineFigures, ServeSpec, Stretch
 
 
 class _Status(BaseModel):
@@ -40,7 +40,7 @@ class ReplicaStatus(EngineStatus):
     adapters_in_pool: tuple[str, ...] = ()
     adapters_on_host: tuple[str, ...] = ()
     adapters_loading: tuple[str, ...] = ()
-    layout: tuple[StepStretch, ...] = ()
+    layout: tuple[Stretch, ...] = ()
 
 
 class AdapterPlacement(_Status):

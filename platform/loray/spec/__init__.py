@@ -108,7 +108,7 @@ from loray.spec.methods import (
     VeraSpec,
 )
 from loray.spec.objectives import DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
-from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, StepStretch, engine_of, is_engine
+from loray.spec.serving import AutoscalingSpec, EngineFigures, FleetSpec, ServeSpec, Stretch, engine_of, is_engine
 from loray.spec.training import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -243,8 +243,8 @@ __all__ = [
     "ServeSpec",
     "SftSpec",
     "Sha256",
-    "StepStretch",
     "StrategyName",
+    "Stretch",
     "Subject",
     "TagKey",
     "TagValue",

@@ -292,7 +292,7 @@ def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> Ser
     return ServeSpec.parse(fields, source=where)
 
 
-class StepStretch(NamedTuple):
+class Stretch(NamedTuple):
     """Neighbouring blocks of the pool, and what they hold, or most of them: free, kv, cached, layered, flat or run."""
 
     holds: str

@@ -24,7 +24,7 @@ from loray.policy.auth import check
 from loray.recipes.defaults import complete
 from loray.recipes.fields import parse_plain
 from loray.recipes.load import size_of_base
-from loray.recommend import Answers, Constraint, MethodEstimate, Scale, Score, recommend
+from loray.recommend import Answers, Constraint, Estimate, Scale, Score, recommend
 from loray.schemas.resources import JobResource, Page, Resource
 from loray.settings import Settings
 from loray.spec import JobId, JobStatus, Name, QualifiedName, TrainSpec
@@ -212,7 +212,7 @@ class RecommendationResource(Resource):
     base: str
     device: str
     scores: tuple[Score, ...]
-    estimates: tuple[MethodEstimate, ...]
+    estimates: tuple[Estimate, ...]
     remarks: tuple[str, ...]
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from loray.schemas.status import ReplicaStatus
-from loray.spec import StepStretch
+from loray.spec import Stretch
 
 # What a pool's block holds, in the order of the pictures.
 KINDS: Mapping[str, str] = {
@@ -61,7 +61,7 @@ def parts_of(blocks: Mapping[str, int]) -> list[BarPart]:
     return parts
 
 
-def strip_of(layout: Sequence[StepStretch]) -> list[tuple[str, str]]:
+def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
     """The pool of one replica by position, 1000 × 10 units in size: each kind with the path of its stretches."""
     num_blocks, at = sum(stretch.num_blocks for stretch in layout) or 1, 0
     paths: dict[str, list[str]] = {}
@@ -72,7 +72,7 @@ def strip_of(layout: Sequence[StepStretch]) -> list[tuple[str, str]]:
     return [(kind, "".join(parts)) for kind, parts in paths.items()]
 
 
-def rows_of(layout: Sequence[StepStretch]) -> list[tuple[int, int, str]]:
+def rows_of(layout: Sequence[Stretch]) -> list[tuple[int, int, str]]:
     """The pool as a table: the first block and the last one of each stretch, and its kind."""
     ends = list(accumulate(stretch.num_blocks for stretch in layout))
     return [(end - count, end - 1, kind) for (kind, count), end in zip(layout, ends, strict=True)]

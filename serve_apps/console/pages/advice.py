@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.bases.presets import known_shape
 from loray.planning.devices import ASSUMED_GPU, PRESETS, THIS_MACHINE
 from loray.recommend import Answers, Constraint, Scale, recommend
-from loray.recommend import MethodEstimate as Cost
+from loray.recommend import Estimate as Cost
 from loray.simulation.asked import POLICY_NAMES, Asked
 from loray.spec import Method
 from serve_apps.auth import CurrentPrincipal, may

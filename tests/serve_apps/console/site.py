@@ -15,7 +15,7 @@ from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
 from loray.catalog import Job
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, StepStretch, TrainSpec
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import GatewayClient
 from tests.catalog.test_catalog import BASE, digest, manifest
 from tests.serve_apps.api.fakes import Api
@@ -122,7 +122,7 @@ class ScriptedGateway:
                 num_host_hits=8,
                 num_misses=2,
                 blocks={"free": 60, "kv": 30, "flat": 10},
-                layout=(StepStretch("kv", 20), StepStretch("free", 60), StepStretch("kv", 10), StepStretch("flat", 10)),
+                layout=(Stretch("kv", 20), Stretch("free", 60), Stretch("kv", 10), Stretch("flat", 10)),
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
                 adapters_loading=("cold@1",)[: number - 1],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from loray.schemas.status import AdapterPlacement
-from loray.spec import StepStretch
+from loray.spec import Stretch
 from tests.catalog.test_catalog import digest
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
 
-LATER = (StepStretch("kv", 55), StepStretch("layered", 40), StepStretch("free", 5))
+LATER = (Stretch("kv", 55), Stretch("layered", 40), Stretch("free", 5))
 
 
 def test_replicas_adapters_and_reasons(console: ConsoleSite) -> None:
@@ -60,7 +60,7 @@ def test_one_replica(console: ConsoleSite) -> None:
         assert shown in page, shown
     assert _rows(page) == [("0 to 19", "kv"), ("20 to 79", "free"), ("80 to 89", "kv"), ("90 to 99", "flat")]
     assert re.search(r'class="strip".*<path class="blocks-free" d="M200.0 0h600.0v10h-600.0z"', page, re.DOTALL)
-    changed = {"blocks": {"free": 95, "kv": 5}, "layout": (StepStretch("free", 95), StepStretch("kv", 5))}
+    changed = {"blocks": {"free": 95, "kv": 5}, "layout": (Stretch("free", 95), Stretch("kv", 5))}
     console.engines.replicas = (console.engines.status().replicas[0].model_copy(update=changed),)
     part = console.get("/serving/replicas/r1/live").text
     assert (_rows(part), "<main" in part) == ([("0 to 94", "free"), ("95 to 99", "kv")], False)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from loray.errors import EngineError
-from loray.spec import EngineFigures, StepStretch
+from loray.spec import EngineFigures, Stretch
 from serve_apps.replica import metrics
 from serve_apps.replica.metrics import replica_status
 
-LAYOUT = (StepStretch("kv", 2), StepStretch("free", 10))
+LAYOUT = (Stretch("kv", 2), Stretch("free", 10))
 
 
 class Stream:

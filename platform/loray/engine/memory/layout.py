@@ -7,13 +7,13 @@ import numpy.typing as npt
 
 from loray.engine.memory.blocks import BlockAllocator, Occupancy
 from loray.engine.memory.kv_cache import PrefixCache
-from loray.spec import StepStretch
+from loray.spec import Stretch
 
 MOST_STRETCHES = 200
 _HOLDS = (*(name for name in Occupancy._fields if name != "free"), "cached", "free")  # of as many, the first counts
 
 
-def layout(allocator: BlockAllocator, prefix_cache: PrefixCache) -> tuple[StepStretch, ...]:
+def layout(allocator: BlockAllocator, prefix_cache: PrefixCache) -> tuple[Stretch, ...]:
     """At most `MOST_STRETCHES`, which together are the whole pool. KV blocks that only the prefix cache holds are
     `cached`. A pool of 100,000 blocks takes about 2 ms, and 5 where the prefix cache holds all of it, so it is made
     between two steps only when somebody asks.
@@ -26,7 +26,7 @@ def layout(allocator: BlockAllocator, prefix_cache: PrefixCache) -> tuple[StepSt
     return summary(holds.tobytes())
 
 
-def summary(holds: bytes) -> tuple[StepStretch, ...]:
+def summary(holds: bytes) -> tuple[Stretch, ...]:
     """`holds` has an index into `_HOLDS` for each block. Exact where that makes few enough stretches; else of shares of
     as many blocks each, of which one has the state that most of its blocks have.
     """
@@ -38,7 +38,7 @@ def summary(holds: bytes) -> tuple[StepStretch, ...]:
         codes = np.concatenate([np.full_like(share, np.bincount(share).argmax()) for share in shares])
         starts = _starts(codes)
     lengths = np.diff(starts, append=len(codes))
-    return tuple(StepStretch(_HOLDS[codes[at]], int(n)) for at, n in zip(starts, lengths, strict=True))
+    return tuple(Stretch(_HOLDS[codes[at]], int(n)) for at, n in zip(starts, lengths, strict=True))
 
 
 def _starts(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:

@@ -59,6 +59,15 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    if (num := num_characters(value)) > MAX_OBJECT_CHARACTERS:
+        raise RequestError(f"has {num:,} characters; at most {MAX_OBJECT_CHARACTERS:,} are allowed")
+    return value
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
+
+
 class Hints(Body):
     """Fields that clients send for OpenAI's accounting and for other kinds of models."""
 
@@ -145,15 +154,6 @@ def num_characters(value: object) -> int:
         elif isinstance(part, int):
             num += part.bit_length() // 3
     return num
-
-
-def _small(value: dict[str, Any]) -> dict[str, Any]:
-    if (num := num_characters(value)) > MAX_OBJECT_CHARACTERS:
-        raise RequestError(f"has {num:,} characters; at most {MAX_OBJECT_CHARACTERS:,} are allowed")
-    return value
-
-
-SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 def stop_strings(value: object) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.spec import StepStretch
+from loray.spec import Stretch
 from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
 from tests.serve_apps.console.site import ScriptedGateway
 
@@ -36,7 +36,7 @@ def test_parts_are_the_whole_pool(blocks: dict[str, int]) -> None:
 
 
 def test_stretches_are_where_their_blocks_are() -> None:
-    layout = (StepStretch("kv", 20), StepStretch("free", 55), StepStretch("kv", 1), StepStretch("run", 4))
+    layout = (Stretch("kv", 20), Stretch("free", 55), Stretch("kv", 1), Stretch("run", 4))
     assert strip_of(layout) == [
         ("kv", "M0.0 0h250.0v10h-250.0zM937.5 0h12.5v10h-12.5z"),
         ("free", "M250.0 0h687.5v10h-687.5z"),
