@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-cluster test-numeric test-kernels test-doors test-rest test-portable test-arm test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-cluster bench-trials bench-catalog bench-train bench-quality chaos fuzz gpu clean
 
 demo: .venv/.ready
-	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
+	$(BIN)/python examples/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
 # The tests of clusters and servers often wait; the others take what these leave of two cores. All are begun at once,
 # since the last one would be alone with two cores. The output comes when a part has ended.
@@ -76,7 +76,7 @@ format: .venv/.ready
 
 # Writes the guide's tables of limits, and makes the site without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
 docs: .venv/.docs-ready
-	$(BIN)/python -m infra.docs.limits
+	$(BIN)/python -m docs.site.limits
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html is the documentation"
 

@@ -21,7 +21,7 @@ PACKAGES = {
     "jobs": "jobs",
     "serve_apps": "serve_apps",
 }
-FOLDERS = ("platform", "kernels", "jobs", "serve_apps", "benchmarks", "examples", "infra", "tests")
+FOLDERS = ("platform", "kernels", "jobs", "serve_apps", "benchmarks", "docs", "examples", "tests")
 PYTHON_FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 SOURCES = sorted(
     p

@@ -1,1 +1,3 @@
-"""Each op of a backend, timed against the reference and against the least time that the hardware allows."""
+"""Each op of a backend, timed against the reference and against the least time that the hardware allows, and what
+compilers make of the GPU kernels without a GPU.
+"""

@@ -96,7 +96,7 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
     for source in sources():
         assert (REPOSITORY / source).exists()
         assert is_sent(source)
-    assert not [name for name in (".git", ".venv", ".cache", "tests", "infra") if is_sent(name)]
+    assert not [name for name in (".git", ".venv", ".cache", "tests", "infra", "docs", "examples") if is_sent(name)]
     (copied,) = of(IMAGE, "COPY")
     assert copied.words[:2] == ["--from=wheel", "/wheel"]
 
@@ -125,7 +125,7 @@ def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
         "loray_kernels/cuda/csrc/lora.cu",
     )
     assert set(wanted) <= set(held)
-    assert not [name for name in held if name.startswith(("tests", "benchmarks", "infra"))]
+    assert not [name for name in held if name.startswith(("tests", "benchmarks", "docs", "examples", "infra"))]
 
 
 def test_what_is_installed_is_known() -> None:

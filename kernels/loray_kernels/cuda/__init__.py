@@ -9,7 +9,6 @@ launch          compiles (NVRTC) and launches (CuPy) the CUDA C++ kernels
 sampling        a token for each row of logits
 upload          copies adapters from pinned host memory into blocks while steps run
 graphs          decode steps of padded sizes, and their CUDA graphs
-compile         compiles every kernel ahead of time, without a GPU
 """
 
 from __future__ import annotations

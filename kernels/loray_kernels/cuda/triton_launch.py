@@ -27,7 +27,8 @@ from loray_kernels.kv import KvLayout
 # versions, and results would not be either.
 OPTIONS = {"enable_fp_fusion": True}
 
-# Chosen so that the kernels compile without spilling registers (see `compile`). No GPU has run or timed them yet.
+# Chosen so that the kernels compile without spilling registers (benchmarks/kernels/compile.py). No GPU has run or timed
+# them yet.
 SHRINK_ROWS = 64
 SPLIT_COLUMNS, MAX_SPLITS = 512, 8  # of the input, that a block adds up at least, and how many blocks share a sum
 _SPLIT_UNIT = 128

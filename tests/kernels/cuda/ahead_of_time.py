@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loray_kernels.cuda.compile import triton_kernels
+from benchmarks.kernels.compile import triton_kernels
 from loray_kernels.cuda.tables import TILE_TOKENS
 
 

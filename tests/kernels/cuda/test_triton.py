@@ -51,7 +51,7 @@ def test_loads_when_compiled() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_ahead_of_time() -> None:
-    out = run("loray_kernels.cuda.compile", "--format", "json", "--dtype", "bf16", TRITON_INTERPRET="0")
+    out = run("benchmarks.kernels.compile", "--format", "json", "--dtype", "bf16", TRITON_INTERPRET="0")
     usages = json.loads(out)
     assert {u["arch"] for u in usages} == {"sm_80", "sm_90", "sm_100"}
     assert max(u["shared"] for u in usages) <= 160 << 10  # a block of sm_80 has 163 KiB

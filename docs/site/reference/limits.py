@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.docs.limits import limits_table
+from docs.site.limits import limits_table
 from serve_apps.limits import TABLES
 
 _TITLES = {

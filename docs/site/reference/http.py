@@ -7,8 +7,8 @@ from unittest.mock import Mock
 
 from fastapi import FastAPI
 
-from infra.docs.markdown import table
-from infra.docs.reference.schemas import default_of, references, sentences, type_of
+from docs.site.markdown import table
+from docs.site.reference.schemas import default_of, references, sentences, type_of
 from loray.policy.auth import SCOPES_OF, Action
 from loray.settings import Settings
 from serve_apps.api.services import Services
@@ -64,7 +64,7 @@ def _route(method: str, path: str, prefix: str, operation: dict[str, Any], actio
 
 
 def _answers(responses: dict[str, Any]) -> str:
-    """Of success one in each line, with its form; errors, which have one form, in one line."""
+    """A line for each success, with its form, and one line for all errors, which have one form."""
     lines = [
         f"Answers {status}: {_content(answer.get('content', {})) or 'no body'}\n"
         for status, answer in sorted(responses.items())

@@ -7,7 +7,7 @@ import re
 
 import click
 
-from infra.docs.markdown import table
+from docs.site.markdown import table
 from loray.cli.main import cli
 
 

@@ -31,7 +31,7 @@ def references(schema: Any) -> Iterator[str]:
 
 
 def type_of(schema: dict[str, Any]) -> str:
-    """What values are, with links to the schemas of the same page."""
+    """The type and bounds of values, with links to the schemas of the same page."""
     return " or ".join(dict.fromkeys(_types(schema)))
 
 

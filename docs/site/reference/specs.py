@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.docs.markdown import table
-from infra.docs.reference.schemas import default_of, sentences, type_of
+from docs.site.markdown import table
+from docs.site.reference.schemas import default_of, sentences, type_of
 from loray.recipes.defaults import OBJECTIVES
 from loray.recipes.fields import defaults_table
 from loray.recipes.load import purpose, shipped

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "infra" / "demo"
+DEMO = ROOT / "examples" / "demo"
 
 
 def processes_of(home: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from infra.docs.reference import commands, http, limits, specs, telemetry
+from docs.site.reference import commands, http, limits, specs, telemetry
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "cli": commands.page,

@@ -1,4 +1,4 @@
-"""Which pages the site has beside those of docs/."""
+"""The pages that the site has beside those of docs/."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, headings, links, repository_path, site_path
-from infra.docs.reference import reference
+from docs.site.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, headings, links, repository_path, site_path
+from docs.site.reference import reference
 
 _SECTIONS = {"howto": "How-to guides", "benchmarks": "Benchmarks"}  # of pages of other folders: Explanations
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}

@@ -1,4 +1,4 @@
-"""The guide's tables of limits, written into its pages from `serve_apps.limits`: python -m infra.docs.limits.
+"""The guide's tables of limits, written into its pages from `serve_apps.limits`: python -m docs.site.limits.
 
 A table stands behind a comment that names it: <!-- limits: requests -->
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from infra.docs.markdown import table
+from docs.site.markdown import table
 from serve_apps.limits import TABLES, Limit
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
+GUIDE = Path(__file__).resolve().parents[1] / "guide"
 _TABLE = re.compile(r"^(<!-- limits: (\S+) -->\n)(?:\|.*\n)*", re.MULTILINE)
 
 

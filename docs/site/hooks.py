@@ -1,4 +1,4 @@
-"""What mkdocs calls: pages from outside of docs/, generated ones, and Markdown as the site wants it."""
+"""Hooks of mkdocs: pages from outside of docs/, generated ones, and Markdown as the site wants it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from infra.docs import pages
-from infra.docs.markdown import for_site
+from docs.site import pages
+from docs.site.markdown import for_site
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _log = logging.getLogger("mkdocs.hooks.loray")  # what it warns of ends a strict build
@@ -21,14 +21,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds README and the like, the reference, and the repository's files that pages link to."""
+    """Add README and the like, the reference, and the repository's files that pages link to."""
     for uri, text in pages.all_pages(REPOSITORY).items():
         files.append(File.generated(config, uri, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Pages of docs/ itself; the others are made for the site already."""
+    """Convert a page of docs/ itself; the others are made for the site already."""
     source = page.file.abs_src_path
     if source is None or page.file.generated_by is not None:
         return markdown
@@ -36,6 +36,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_post_build(config: Any) -> None:
-    """Warns of links that lead nowhere in the repository, though their page in the site may exist."""
+    """Warn of links that lead nowhere in the repository, though their page in the site may exist."""
     for problem in pages.problems(REPOSITORY):
         _log.warning(problem)

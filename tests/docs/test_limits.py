@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from infra.docs.limits import GUIDE, limits_table, names, with_limits
-from infra.docs.reference import reference
+from docs.site.limits import GUIDE, limits_table, names, with_limits
+from docs.site.reference import reference
 from serve_apps.limits import TABLES
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in GUIDE.glob("*.md")}
@@ -15,7 +15,7 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in GUIDE.glob("*.m
 
 @pytest.mark.parametrize("name", sorted(name for name, page in PAGES.items() if names(page)))
 def test_the_guide_has_the_limits_of_the_code(name: str) -> None:
-    assert PAGES[name] == with_limits(PAGES[name]), "run python -m infra.docs.limits"
+    assert PAGES[name] == with_limits(PAGES[name]), "run python -m docs.site.limits"
 
 
 def test_the_reference_has_every_table_and_the_guide_none_twice() -> None:

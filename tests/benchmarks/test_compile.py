@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from benchmarks.kernels import compile as compiling
+from benchmarks.kernels.compile import KernelUsage, markdown, missing, ptxas_report
 from loray_kernels import BackendUnavailable
-from loray_kernels.cuda import compile as compiling
-from loray_kernels.cuda.compile import KernelUsage, markdown, missing, ptxas_report
 from loray_kernels.cuda.launch import Compiled
 
 LOG = """

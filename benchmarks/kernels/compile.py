@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and prints its registers, shared memory and spills.
 
-    python -m loray_kernels.cuda.compile [--arch sm_80 ...] [--dtype bf16 ...] [--format text | markdown | json]
+    python -m benchmarks.kernels.compile [--arch sm_80 ...] [--dtype bf16 ...] [--format text | markdown | json]
 
 NVRTC compiles CUDA C++; Triton compiles its kernels, for Llama-3-8B's shapes, with the ptxas of its own wheel. What is
 not installed is left out, and said. The exit status is 1 where a kernel spills registers in bf16.
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from loray_kernels.compiled import BackendUnavailable
+from loray_kernels import BackendUnavailable
 from loray_kernels.cuda.launch import FILES, compile_source, version
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -57,7 +57,7 @@ class KernelUsage(NamedTuple):
 
 
 def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Compile every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
+    """Compile every kernel of cuda/csrc. Raises BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
         for kernel, usage in ptxas_report(compile_source(name, arch).log):
             found = KernelUsage(kernel, arch, *usage)
@@ -66,14 +66,14 @@ def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUs
 
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[KernelUsage]:
-    """Compile every Triton kernel. BackendUnavailable without Triton."""
+    """Compile every Triton kernel. Raises BackendUnavailable without Triton."""
     for label, made in triton_kernels(arch, dtypes):
         ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
         yield KernelUsage(label, arch, registers, made.metadata.shared, spills)
 
 
 def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, Any]]:
-    """Give every Triton kernel's name in the table, and what Triton made of it. BackendUnavailable without Triton."""
+    """Each Triton kernel's name in the table, and what Triton makes of it. Raises BackendUnavailable without Triton."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -102,7 +102,7 @@ def triton_kernels(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[
 
 
 def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
-    """The constants of each kernel's launches in `triton_launch`."""
+    """The constants of each kernel's launches in `loray_kernels.cuda.triton_launch`."""
     from loray_kernels.cuda import triton_launch as tiles
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
 
@@ -123,7 +123,7 @@ def _constants(element_size: int) -> dict[str, list[dict[str, int | bool]]]:
 
 
 def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
-    """Say whether it is compiled for multiples of 16: a pointer or a stride that the kernel does not exclude."""
+    """Pointers and strides that the kernel does not exclude are compiled for multiples of 16."""
     if signature[parameter.name].startswith("*"):
         return not parameter.do_not_specialize_on_alignment
     is_stride = parameter.name.endswith(("stride", "stride0", "stride1", "stride2"))

@@ -9,8 +9,8 @@ import click
 import pytest
 import yaml
 
-from infra.docs.markdown import for_site, headings, links, site_path, table
-from infra.docs.pages import all_pages, navigation, placed, problems, written
+from docs.site.markdown import for_site, headings, links, site_path, table
+from docs.site.pages import all_pages, navigation, placed, problems, written
 from loray import errors
 from loray.cli.main import cli
 from loray.recipes.defaults import METHODS, OBJECTIVES
@@ -62,6 +62,13 @@ def test_the_navigation_has_every_page(made: dict[str, str]) -> None:
     assert set(shown) == {path for path in {*made, *map(site_path, written(REPOSITORY))} if not hidden.match(path)}
 
 
+def test_the_program_of_the_site_is_not_published() -> None:
+    configuration = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
+    docs = REPOSITORY / configuration["docs_dir"]
+    assert {path.relative_to(docs).parts[0] for path in docs.rglob("*.py")} == {"site"}
+    assert configuration["exclude_docs"] == "/site/"
+
+
 def test_a_page_that_is_not_placed_comes_last_in_its_section(tmp_path: Path) -> None:
     (tmp_path / "docs" / "howto").mkdir(parents=True)
     for name in ("old", "new"):
@@ -77,14 +84,14 @@ def test_a_page_that_is_not_placed_comes_last_in_its_section(tmp_path: Path) -> 
 
 def test_a_page_as_the_site_has_it() -> None:
     page = (
-        "Text:\n- one [link](../../README.md#measured), [two](../decisions/), [three](../../infra/demo/data.py)\n"
+        "Text:\n- one [link](../../README.md#measured), [two](../decisions/), [three](../../examples/demo/data.py)\n"
         "- [here](#there), [there](https://example.com)\n\n```bash up\n- [no](link.md)\n```\n"
     )
     assert for_site(page, "docs/guide/page.md") == (
         "Text:\n\n- one [link](../index.md#measured), [two](../decisions/index.md), "
-        "[three](../source/infra/demo/data.py.md)\n"
+        "[three](../source/examples/demo/data.py.md)\n"
         "- [here](#there), [there](https://example.com)\n\n```bash\n- [no](link.md)\n```\n"
     )
     assert headings("# What, and *how*?\n```\n# no\n```\n## `loray up`: two\n") == {"what-and-how", "loray-up-two"}
-    assert links(page) == ["../../README.md#measured", "../decisions/", "../../infra/demo/data.py", "#there"]
+    assert links(page) == ["../../README.md#measured", "../decisions/", "../../examples/demo/data.py", "#there"]
     assert table(("a", "b"), [("x|y", "two\nlines")]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from infra.docs.markdown import table
+from docs.site.markdown import table
 from loray import errors
 from loray.telemetry import METRICS, TRAINING_METRICS, Metric
 from serve_apps.api import problems
