@@ -175,7 +175,7 @@ class Keys(Database):
         alias: str,
         *,
         tenant: str | None = None,
-        scopes: Collection[Scope] = ("infer",),
+        scopes: Collection[Scope] = _INFER,
         models: Collection[str] | None = None,
         limits: Limits | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -586,3 +586,6 @@ class Logins(Database):
             lock(c)
             if c.execute(logins.delete().where(logins.c.cookie_sha256 == cookie_sha256)).rowcount:
                 log(c, self._actor, "logout", "console", tenant=self._principal.tenant)
+
+
+_INFER: tuple[Scope, ...] = ("infer",)
