@@ -133,6 +133,7 @@ def _number_of(key_id: str) -> int:
 
 
 _KEY_BYTES = 32
+_INFER: tuple[Scope, ...] = ("infer",)
 UNCHANGED = object()  # of what None would change
 
 
@@ -586,6 +587,3 @@ class Logins(Database):
             lock(c)
             if c.execute(logins.delete().where(logins.c.cookie_sha256 == cookie_sha256)).rowcount:
                 log(c, self._actor, "logout", "console", tenant=self._principal.tenant)
-
-
-_INFER: tuple[Scope, ...] = ("infer",)
