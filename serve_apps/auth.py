@@ -1,7 +1,7 @@
 """Authentication and permissions: who asks, and what each route permits.
 
 `Authenticator` knows the keys, `Authenticate` is the middleware that asks it before a body is read, and `may(...)` says
-at a route which permission it takes. `Rates` bind how often keys and tenants ask the catalog API.
+at a route which permission it takes. `RateLimits` bind how often keys and tenants ask the catalog API.
 
 A page of another site may send forms and plain text here, with the visitor's network but without reading the answer;
 and with a name that it makes point at 127.0.0.1, it may read answers too (DNS rebinding). So a server without keys
@@ -446,7 +446,7 @@ class _Bucket(NamedTuple):
     full_at: float
 
 
-class Rates:
+class RateLimits:
     """Token buckets of keys and tenants. Administrators have none, and a rotated key keeps its bucket."""
 
     def __init__(self) -> None:
@@ -508,7 +508,7 @@ class Authenticate:
         access: Authenticator,
         permissions: Permissions,
         refused: Callable[[Exception], Response],
-        rates: Rates | None = None,
+        rates: RateLimits | None = None,
     ) -> None:
         self._app, self._access, self._permissions, self._refused = app, access, permissions, refused
         self._rates = rates

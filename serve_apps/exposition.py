@@ -28,15 +28,15 @@ def merge(groups: Iterable[Iterable[Family]]) -> list[Family]:
     return list(merged.values())
 
 
-class Encoded(NamedTuple):
+class EncodedMetrics(NamedTuple):
     body: bytes
     content_type: str
 
 
-def encode(families: Sequence[Family], accept: str) -> Encoded:
+def encode(families: Sequence[Family], accept: str) -> EncodedMetrics:
     """Encode families in Prometheus' text format, or OpenMetrics if the Accept header requests it."""
     encoder, content_type = choose_encoder(accept)
-    return Encoded(encoder(_Families(families)), content_type)
+    return EncodedMetrics(encoder(_Families(families)), content_type)
 
 
 class _Families(Collector):

@@ -72,7 +72,7 @@ class Tracing:
         self._provider, self._tracer = provider, provider.get_tracer("loray", __version__)
         self._w3c = TraceContextTextMapPropagator()
 
-    def request(self, operation: str, route: str, traceparent: str | None, tracestate: str | None) -> RequestTrace:
+    def request(self, operation: str, route: str, traceparent: str | None, tracestate: str | None) -> RequestSpan:
         """Begin the span of an HTTP request that has come; a malformed `traceparent` counts as none."""
         from opentelemetry.trace import SpanKind
 
@@ -85,7 +85,7 @@ class Tracing:
             "http.route": route,
         }
         span = self._tracer.start_span(operation, context, SpanKind.SERVER, attributes)
-        return RequestTrace(span, operation, self._carried(span))
+        return RequestSpan(span, operation, self._carried(span))
 
     def replica(self, request: GenerateRequest) -> ReplicaTrace | None:
         """A trace of a request that has come to a replica; None where it is not traced."""
@@ -108,7 +108,7 @@ class Tracing:
         return carrier.get("traceparent")
 
 
-class RequestTrace:
+class RequestSpan:
     """The gateway's span. `traceparent`: what its replicas get."""
 
     def __init__(self, span: Span, operation: str, traceparent: str | None) -> None:

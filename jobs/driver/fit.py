@@ -183,7 +183,7 @@ def connect(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> None
     check_resources(spec, settings)
 
 
-class Workers(NamedTuple):
+class WorkerHardware(NamedTuple):
     """The hardware of the nodes that a recipe's workers run on, with a GPU for each worker or none. `per_node`: how
     many share a node, at least.
     """
@@ -192,12 +192,12 @@ class Workers(NamedTuple):
     per_node: int
 
     @classmethod
-    def here(cls, spec: TrainSpec) -> Workers:
+    def here(cls, spec: TrainSpec) -> WorkerHardware:
         """Places all on this machine."""
         return cls(hardware(), spec.num_workers)
 
 
-def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> Workers:
+def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) -> WorkerHardware:
     """Returns what a recipe's workers run on.
 
     A recipe that leaves it to the cluster uses GPUs where there are as many as workers. On a cluster of several nodes,
@@ -205,23 +205,23 @@ def find_workers(spec: TrainSpec, settings: Settings, interrupts: Interrupts) ->
     machine alone. Raises SpecError if there are too few resources.
     """
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
-        return Workers.here(spec)
+        return WorkerHardware.here(spec)
     connect(spec, settings, interrupts)
     if spec.use_gpu == "auto":
         spec = spec.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) >= spec.num_workers})
     check_resources(spec, settings)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     if not spec.use_gpu and num_nodes == 1:
-        return Workers(replace(hardware(), gpus=()), spec.num_workers)
+        return WorkerHardware(replace(hardware(), gpus=()), spec.num_workers)
     takes = worker_resources(spec, settings.training_group)
     look = ray.remote(hardware).options(
         num_cpus=takes.pop("CPU", 0), num_gpus=takes.pop("GPU", 0), resources=takes, max_retries=0
     )
     found: Hardware = ray.get(look.remote())
     if not spec.use_gpu:
-        return Workers(replace(found, gpus=()), -(-spec.num_workers // num_nodes))
+        return WorkerHardware(replace(found, gpus=()), -(-spec.num_workers // num_nodes))
     per_node = min(spec.num_workers, max(len(found.gpus), 1))
-    return Workers(replace(found, gpus=found.gpus[:1] * spec.num_workers), per_node)
+    return WorkerHardware(replace(found, gpus=found.gpus[:1] * spec.num_workers), per_node)
 
 
 def check_resources(spec: TrainSpec, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
-from jobs.driver.fit import Workers, Workload
+from jobs.driver.fit import WorkerHardware, Workload
 from jobs.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -138,7 +138,7 @@ def prepare(
     catalog: Catalog | None = None,
     run: Runner = run_here,
     datasets: MutableMapping[object, Dataset] | None = None,
-    workers_of: Callable[[TrainSpec], Workers] = Workers.here,
+    workers_of: Callable[[TrainSpec], WorkerHardware] = WorkerHardware.here,
     is_planned: bool = True,
 ) -> Prepared:
     """Checks the recipe against this machine, reads the data, and plans the memory of its workers. Raises LorayError
@@ -217,7 +217,7 @@ def _check_packages(spec: TrainSpec) -> None:
         quantized.check_installed()
 
 
-def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: Workers) -> None:
+def _check_plan(spec: TrainSpec, base: BaseModel, data: Dataset, workers: WorkerHardware) -> None:
     """Raises SpecError where the longest row does not fit the workers' devices, with what to change.
 
     Without a GPU to be found where one is used, there is no plan.

@@ -36,7 +36,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from jobs.driver.fit import Workers, Workload, connect, find_workers, fit
+from jobs.driver.fit import WorkerHardware, Workload, connect, find_workers, fit
 from jobs.driver.prepare import Prepared, prepare, share_workload
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
@@ -420,7 +420,7 @@ def _prepare(
     settings: Settings,
     catalog: Catalog,
     run: Runner = run_here,
-    workers_of: Callable[[TrainSpec], Workers] = Workers.here,
+    workers_of: Callable[[TrainSpec], WorkerHardware] = WorkerHardware.here,
     *,
     is_planned: bool = True,
 ) -> list[Prepared]:

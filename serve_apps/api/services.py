@@ -24,7 +24,7 @@ from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.api.conversions import Conversions, publish_upload
-from serve_apps.auth import Rates
+from serve_apps.auth import RateLimits
 from serve_apps.console import GatewayClient, Placements, Streams
 from serve_apps.places import MostPlaces, Places
 
@@ -71,7 +71,7 @@ class Services:
         self.sending = Places("files", SENDING)
         self.downloads = Places("downloads", DOWNLOADS)
         self.scratch = Scratch(settings.scratch_bytes)
-        self.rates = Rates()
+        self.rates = RateLimits()
         self.followers = Places("followers of logs", FOLLOWERS)
         self.gateway = gateway or GatewayClient(ServingAddress("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings

@@ -22,7 +22,7 @@ from loray.scratch import Scratch
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
-from serve_apps.auth import Authenticator, Rates
+from serve_apps.auth import Authenticator, RateLimits
 from serve_apps.console.gateway import GatewayClient
 from serve_apps.console.rendering import Renderer, Streams
 from serve_apps.console.runs import Histories
@@ -98,7 +98,7 @@ class Backend(Protocol):
     long: Places
     sending: Places
     downloads: Places
-    rates: Rates
+    rates: RateLimits
     scratch: Scratch
 
     @property

@@ -16,7 +16,15 @@ from starlette.types import ASGIApp, Scope
 from loray.errors import LorayError, NotFoundError, PermissionDenied
 from loray.policy.auth import Action
 from loray.spec import Principal
-from serve_apps.auth import Authenticate, Authenticator, CurrentPrincipal, Permissions, Rates, may, refuse_cross_site
+from serve_apps.auth import (
+    Authenticate,
+    Authenticator,
+    CurrentPrincipal,
+    Permissions,
+    RateLimits,
+    may,
+    refuse_cross_site,
+)
 from serve_apps.console.backend import COOKIE, ConsoleDep, Sessions
 from serve_apps.console.rendering import CSRF_HEADER, PREFIX, Renderer, led_to, page_router, read_form, root_of
 
@@ -43,7 +51,7 @@ class CheckConsole(Authenticate):
         access: Authenticator,
         permissions: Permissions,
         refused: Callable[[Exception], Response],
-        rates: Rates,
+        rates: RateLimits,
         sessions: Sessions,
         renderer: Renderer,
     ) -> None:

@@ -35,7 +35,7 @@ _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 _BLOCKS = 8  # of attention, for each multiprocessor: some times as many as stand there at once, so that all are busy
 
 
-class Work(NamedTuple):
+class AttentionWork(NamedTuple):
     """The work of attention in each layer, made once for all layers: which splits of decoding sequences each launch
     computes; see attention.cu.
 
@@ -348,7 +348,7 @@ class Gather:
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def plan_attention(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> Work:
+    def plan_attention(self, tables: AttentionTables, num_heads: int, layout: KvLayout) -> AttentionWork:
         """Plan the work of `attention`. Launches are so many that the partial sums of one fit into PARTIAL_BYTES; those
         that a step does not need find no work.
         """
@@ -356,7 +356,7 @@ class Gather:
         room = max(splits, PARTIAL_BYTES // (4 * num_heads * (layout.head_dim + 2))) if splits > 1 else num
         most = min(num * splits, room - splits + 1)
         starts_G1 = torch.empty(1 - (-num * splits // most), dtype=torch.int64, device=device)
-        work = Work(
+        work = AttentionWork(
             starts_G1,
             torch.empty(num * splits, dtype=torch.int64, device=device),
             torch.empty(num * _parts(num_heads, layout), dtype=torch.int32, device=device),
@@ -388,7 +388,7 @@ class Gather:
         pool: Tensor,
         layout: KvLayout,
         tables: AttentionTables,
-        work: Work,
+        work: AttentionWork,
         scale: float,
     ) -> None:
         """Compute the attention of sequences with one query. `pool` begins at the layer's share. A launch has a number

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loray_kernels.cuda.flash import FlashPrompts
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphCapturer
-from loray_kernels.cuda.kernels import MAX_HEAD_DIM, Gather, Work
+from loray_kernels.cuda.kernels import MAX_HEAD_DIM, AttentionWork, Gather
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.sampling import MAX_VOCAB, Choosing, Sampling
 from loray_kernels.cuda.tables import (
@@ -161,7 +161,7 @@ class CudaOps(ReferenceOps):
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
         packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
         if packed.decoded.num:
-            work: Work | None = meta.memo.get("cuda work")
+            work: AttentionWork | None = meta.memo.get("cuda work")
             if work is None:
                 work = meta.memo["cuda work"] = self._gather.plan_attention(packed, q_THd.shape[1], layout)
             self._gather.attention(q_THd, out_THd, cache, layout, packed, work, scale)

@@ -18,7 +18,7 @@ from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.metrics import AdapterUsageLog, Counters, EngineStats
 from loray.engine.model.decoder import Decoder
-from loray.engine.parallel.worker import Workers
+from loray.engine.parallel.worker import RankWorkers
 from loray.engine.pool.loader import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool, ResidentAdapter
@@ -235,7 +235,7 @@ class Engine:
         model: Decoder,
         pool: Pool,
         load: LoadAdapter,
-        workers: Workers | None = None,
+        workers: RankWorkers | None = None,
     ) -> None:
         self.spec, self.base = spec, base
         self.wake: Callable[[], None] = lambda: None

@@ -164,7 +164,7 @@ class Request:
         return [*self.spec.prompt_ids[start:stop], *self.output_ids[max(start - n, 0) : max(stop - n, 0)]]
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """The work of a step, or of a part of it, in the quantities on which its time depends.
 
     num_steps    1 for a whole step: the weights are read once
@@ -182,11 +182,11 @@ class Work(NamedTuple):
     num_pairs: float = 0
     num_scored: float = 0
 
-    def plus(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: StepWork) -> StepWork:
+        return StepWork(*(a + b for a, b in zip(self, other, strict=True)))
 
     @classmethod
-    def of(cls, start: int, num_tokens: int, num_scored: int = 0) -> Work:
+    def of(cls, start: int, num_tokens: int, num_scored: int = 0) -> StepWork:
         """Compute the work of tokens [start, start + num_tokens) of one request."""
         if num_tokens == 1:
             return cls(num_decoded=1, num_keys=start + 1, num_scored=num_scored)
@@ -218,8 +218,8 @@ class Chunk(NamedTuple):
         return range(first, max(first, min(self.start + self.num_tokens, request.num_prompt_tokens - 1)))
 
     @property
-    def work(self) -> Work:
-        return Work.of(self.start, self.num_tokens, len(self.scored))
+    def work(self) -> StepWork:
+        return StepWork.of(self.start, self.num_tokens, len(self.scored))
 
 
 class SchedulerOutput(NamedTuple):
@@ -233,4 +233,4 @@ class SchedulerOutput(NamedTuple):
     chunks: list[Chunk]
     failed: list[tuple[Request, Exception]]
     adapters_moved: bool
-    work: Work
+    work: StepWork

@@ -26,7 +26,7 @@ from loray.engine.model.decode_batch import DecodeBatch, Resident
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.partial import PartialAdapters
 from loray.engine.pool.pool import Pool
-from loray.engine.request import Chunk, Request, RequestState, Work
+from loray.engine.request import Chunk, Request, RequestState, StepWork
 from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Outcome, Sampler, needs_history
@@ -50,7 +50,7 @@ class _Launched(NamedTuple):
     chunks: Sequence[Chunk]
     num_tokens: int
     batch: Batch | DecodeBatch
-    work: Work
+    work: StepWork
     began: float
     partial: PartialAdapters
     scores: PromptScores
@@ -70,7 +70,7 @@ class ModelRunner:
         grammars: Grammars,
         counters: Counters,
         resident: Resident,
-        observe: Callable[[Work, float], None],
+        observe: Callable[[StepWork, float], None],
     ) -> None:
         self._model, self._pool, self._sampler, self._grammars = model, pool, sampler, grammars
         self._counters, self._resident, self._observe = counters, resident, observe
@@ -79,7 +79,7 @@ class ModelRunner:
         self._read_at = 0.0
         self._on_gpu = pool.tensor.is_cuda
 
-    def launch(self, chunks: Sequence[Chunk], work: Work) -> bool:
+    def launch(self, chunks: Sequence[Chunk], work: StepWork) -> bool:
         """Queue a step of `chunks`, or of those whose turn it is; `work` is that of all. False, and nothing has
         happened, if it needs tokens that are in flight. Nothing is kept of a step whose launch fails, but what its
         chunks' requests count as computed.
@@ -91,7 +91,7 @@ class ModelRunner:
             return False
         if len(batch.chunks) < len(chunks):  # of each of which one token is computed
             chunks, keys = batch.chunks, sum(chunk.start + 1 for chunk in batch.chunks)
-            self._last_chunks[-1], work = chunks, Work(1, len(chunks), keys)
+            self._last_chunks[-1], work = chunks, StepWork(1, len(chunks), keys)
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         partial, num_tokens = PartialAdapters(self._pool, batch.residents), sum(chunk.num_tokens for chunk in chunks)
         if partial and isinstance(batch, Batch):

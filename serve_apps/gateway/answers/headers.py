@@ -13,7 +13,7 @@ from loray.errors import RequestError
 from loray.spec import Principal
 from serve_apps.auth import principal_of
 from serve_apps.http import request_id_of
-from serve_apps.tracing import RequestTrace
+from serve_apps.tracing import RequestSpan
 
 TIMEOUT = "X-Request-Timeout-S"
 SESSION_ID = "X-Session-ID"
@@ -33,7 +33,7 @@ class RequestHeaders(NamedTuple):
     principal: Principal = Principal()
     request_id: str | None = None
     timeout_s: float | None = None
-    trace: RequestTrace | None = None
+    trace: RequestSpan | None = None
     session_id: str | None = None
     is_modest: bool = False
 

@@ -15,7 +15,7 @@ from loray.engine.memory.adapter_manager import AdapterManager, Backoff
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.partial import PartialLoad
 from loray.engine.metrics import AdapterUsageLog
-from loray.engine.request import Request, SchedulerOutput, Work
+from loray.engine.request import Request, SchedulerOutput, StepWork
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.scheduling.waiting import WaitLimits
 from loray.errors import IntegrityError
@@ -192,7 +192,7 @@ class Simulation:
         self.check_integrity()
         return plan
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: StepWork) -> float:
         num_tokens = work.num_decoded + work.num_prompt
         return self.step_s + self.token_s * num_tokens + self.pair_s * work.num_pairs + self.scored_s * work.num_scored
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.engine.request import Chunk, Request, Work
+from loray.engine.request import Chunk, Request, StepWork
 from loray.engine.scheduling.step_budget import ALONE, MIN_CHUNK, StepBudget, StepTimeModel
 from loray.spec import GenerateRequest, SamplingParams
 
 TARGET, MAX_TOKENS = 0.1, 512
-LARGEST = Work(1, 64, 1 << 20, 4096, 1 << 30, 4096)
+LARGEST = StepWork(1, 64, 1 << 20, 4096, 1 << 30, 4096)
 
 
 def known(*costs: float) -> StepTimeModel:
     steps = StepTimeModel()
-    steps.costs, steps.largest = Work(*costs), LARGEST
+    steps.costs, steps.largest = StepWork(*costs), LARGEST
     return steps
 
 
@@ -49,7 +49,7 @@ def test_a_chunk_is_the_largest_that_its_time_allows(
 
     def cost(n: int) -> float:
         pairs = n * start + n * (n + 1) // 2
-        return steps.predict(Work(0, 0, start + n, n, pairs, n if scored else 0))
+        return steps.predict(StepWork(0, 0, start + n, n, pairs, n if scored else 0))
 
     def expected(room: float) -> int:
         fits = max((m for m in range(1, most + 1) if cost(m) <= room), default=0)
@@ -68,7 +68,7 @@ def test_a_step_that_gives_a_token_keeps_to_the_target() -> None:
     assert budget.fit(0, 1000) == 96
     budget.add(Chunk(prompt(1000), 0, 96))
     assert budget.fit(0, 1000) == 0  # nobody is given less than MIN_CHUNK
-    assert budget.work == Work(1, 0, 3 + 96, 3 + 96, 6 + 96 * 97 // 2)
+    assert budget.work == StepWork(1, 0, 3 + 96, 3 + 96, 6 + 96 * 97 // 2)
 
 
 def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_step() -> None:
@@ -76,7 +76,7 @@ def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_
     assert StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET).fit(0, 1000) == MAX_TOKENS
     sizes = []
     for num_tokens in (3, 32, 64, 128):
-        steps.observe(Work(1).plus(Work.of(0, num_tokens)), 0.01)
+        steps.observe(StepWork(1).plus(StepWork.of(0, num_tokens)), 0.01)
         budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
         budget.decode(10, 1, 0)
         sizes.append(budget.fit(0, 1000))
@@ -86,7 +86,7 @@ def test_before_anything_is_measured_tokens_decide_and_then_chunks_grow_step_by_
 def test_one_slow_step_does_not_keep_chunks_small() -> None:
     """What comes after it is short and alike, and does not show what more tokens would cost."""
     steps, sizes = StepTimeModel(), []
-    steps.observe(Work(1).plus(Work.of(0, 64)), 40 * TARGET)  # adapters were loaded
+    steps.observe(StepWork(1).plus(StepWork.of(0, 64)), 40 * TARGET)  # adapters were loaded
     for _ in range(8):
         budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
         budget.decode(10, 1, 0)
@@ -101,7 +101,7 @@ def test_what_took_more_than_half_of_the_target_is_not_doubled() -> None:
     steps = known(0, 0, 0, 1.0, 0, 0)
     budget = StepBudget(steps, max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
     budget.decode(10, 1, 0)
-    last = Work(1, 1, 100, 32, 1000)
+    last = StepWork(1, 1, 100, 32, 1000)
     for seconds, expected in ((0.49 * TARGET, 64), (0.51 * TARGET, MIN_CHUNK)):
         steps.last_with_prompts = (last, seconds)
         assert budget.fit(0, 1000) == expected

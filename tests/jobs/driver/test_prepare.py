@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.driver.fit import Workers
+from jobs.driver.fit import WorkerHardware
 from jobs.driver.prepare import prepare
 from loray.bases.registry import add_base
 from loray.errors import SpecError, UnsupportedError
@@ -80,8 +80,8 @@ def test_the_driver_plans_on_what_the_workers_run_on(
 ) -> None:
     recipe = write(tmp_path, **({"dtype": "float32"} | fields))
 
-    def workers_of(spec: TrainSpec) -> Workers:
-        return Workers(found, 1)
+    def workers_of(spec: TrainSpec) -> WorkerHardware:
+        return WorkerHardware(found, 1)
 
     if message is None:
         assert prepare(recipe, settings, workers_of=workers_of).spec.name == recipe.spec.name
@@ -96,8 +96,8 @@ def test_the_driver_plans_the_rows_that_there_are(tmp_path: Path, settings: Sett
     data = {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 512}
     fields: dict[str, Any] = {"dtype": "float32", "batch": {"rows": 128}, "data": data}
 
-    def workers_of(spec: TrainSpec) -> Workers:
-        return Workers(replace(HARDWARE, memory_bytes=640 * MIB), 1)
+    def workers_of(spec: TrainSpec) -> WorkerHardware:
+        return WorkerHardware(replace(HARDWARE, memory_bytes=640 * MIB), 1)
 
     assert prepare(write(tmp_path, **fields), settings, workers_of=workers_of).data.lengths.max() < 100
     packed = fields["batch"] | {"order": "packed"}

@@ -11,7 +11,7 @@ import torch
 
 from loray_kernels import BackendUnavailable, KvLayout
 from loray_kernels.cuda import kernels
-from loray_kernels.cuda.kernels import Gather, Work
+from loray_kernels.cuda.kernels import AttentionWork, Gather
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.tables import MAX_SPLITS, SPLIT, AttentionTables, Items
@@ -48,7 +48,7 @@ def splits_of(context: int) -> int:
     return max(1, -(-context // size))
 
 
-def planned(launcher: GridLauncher, contexts: list[int]) -> Work:
+def planned(launcher: GridLauncher, contexts: list[int]) -> AttentionWork:
     """As a recorded step plans it, which knows no context: for the longest that may be. Sequence i has query 2 i."""
     num, none = len(contexts), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([n for i in range(num) for n in (i, 2 * i)])
@@ -97,7 +97,7 @@ def test_the_number_of_blocks_depends_on_the_device_alone(launcher: GridLauncher
         ops = CudaOps(Gather(launcher, processors), cast(Any, None))
         found.append([ops.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125) for _ in range(2)])
         assert launcher.grids == [(4 if processors == 1 else len(contexts) * MAX_SPLITS, 2, 1)] * 2
-        work: Work = meta.memo["cuda work"]
+        work: AttentionWork = meta.memo["cuda work"]
         assert work.starts_G1.tolist() == [0, sum(map(splits_of, contexts))]
         assert not work.arrived.any()
     near(found[0][0], REFERENCE.paged_attention(q_THd, pool, LAYOUT, 0, meta, 0.125), dtype)

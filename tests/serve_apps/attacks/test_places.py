@@ -17,7 +17,7 @@ from loray.spec import Principal, TrainSpec
 from serve_apps import auth
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
-from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, Rates
+from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 
@@ -164,7 +164,7 @@ def test_the_last_lines_of_a_log(api: Api) -> None:
 
 
 def test_rates_of_a_key_and_of_its_tenant() -> None:
-    counted = Rates()
+    counted = RateLimits()
     for _ in range(int(KEY_BURST)):
         counted.take(of("acme", "key-1"), 0.0)
     with pytest.raises(RateLimited, match="key key-1 may ask 20 times a second") as refused:
@@ -182,7 +182,7 @@ def test_rates_of_a_key_and_of_its_tenant() -> None:
 
 
 def test_advice_has_a_rate_of_its_own() -> None:
-    counted = Rates()
+    counted = RateLimits()
     for _ in range(30):
         counted.take_advice(of("acme", "key-1"), 0.0)
     with pytest.raises(RateLimited, match="for advice, key key-1 may ask 30 times a minute") as refused:
@@ -219,7 +219,7 @@ def test_a_loop_of_plans_and_recommendations_is_slowed_down(api: Api, monkeypatc
 
 def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "_KEPT", 8)
-    counted = Rates()
+    counted = RateLimits()
     for number in range(100):
         counted.take(of(f"tenant-{number}", f"key-{number}"), 10.0 * number)
     assert len(counted._buckets) <= 8

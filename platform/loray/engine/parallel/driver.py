@@ -29,7 +29,7 @@ from loray.engine.parallel.pool import (
 )
 from loray.engine.parallel.shard import Shard, check_divisible, local_device, sharded_loads
 from loray.engine.parallel.transport import SECRET_BYTES, joined, open_meeting
-from loray.engine.parallel.worker import StartWorkers, WorkerArgs, Workers
+from loray.engine.parallel.worker import RankWorkers, StartWorkers, WorkerArgs
 from loray.engine.pool.device_memory import sized
 from loray.engine.pool.loader import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
@@ -48,7 +48,7 @@ class StartedRanks(NamedTuple):
     model: ShardedDecoder
     pool: LeadingPool
     load: LoadAdapter
-    workers: Workers
+    workers: RankWorkers
 
 
 class LeadingDecoder(ShardedDecoder):

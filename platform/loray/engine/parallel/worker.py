@@ -53,7 +53,7 @@ class WorkerArgs(NamedTuple):
 ARGUMENTS = Codec((WorkerArgs, ServeSpec, BaseModel, ModelConfig, RopeParameters))  # of a process
 
 
-class Workers(Protocol):
+class RankWorkers(Protocol):
     """Ranks 1, 2 … of one engine. May be called from any thread."""
 
     def check(self) -> None:
@@ -72,7 +72,7 @@ class StartWorkers(Protocol):
         """Give this machine's address at which the other ranks reach rank 0. Nothing listens at another one."""
         ...
 
-    def __call__(self, args: Sequence[WorkerArgs], base: BaseModel, /) -> Workers: ...
+    def __call__(self, args: Sequence[WorkerArgs], base: BaseModel, /) -> RankWorkers: ...
 
 
 class LocalWorkers:

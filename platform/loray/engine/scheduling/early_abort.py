@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from loray.engine.request import Request, RequestState, Work
+from loray.engine.request import Request, RequestState, StepWork
 from loray.engine.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
 from loray.engine.scheduling.step_budget import StepTimeModel, room_for_prompts
 from loray.errors import Overloaded
@@ -83,9 +83,9 @@ class TtftEstimate:
     def prompt_seconds(self, request: Request) -> float:
         """Return the seconds that what is left of its prompt takes, without the fixed cost of steps."""
         scored = request.num_pending if request.needs_prompt_logits else 0
-        return self._steps.predict(Work.of(request.num_computed, request.num_pending, scored))
+        return self._steps.predict(StepWork.of(request.num_computed, request.num_pending, scored))
 
-    def seconds(self, ahead: Backlog, decoding: Work, num_running: int = 0, mean_output: float = 0) -> float:
+    def seconds(self, ahead: Backlog, decoding: StepWork, num_running: int = 0, mean_output: float = 0) -> float:
         """Return the estimate. `ahead`: the requests before it and itself; `decoding`: a step without prompts. If the
         batch has no place for all of them, so many requests must end first; in a full batch one ends every
         mean_output ÷ max_num_seqs steps.

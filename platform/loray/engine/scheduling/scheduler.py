@@ -23,7 +23,7 @@ from loray.engine.memory.adapter_manager import AdapterManager, R, Tier
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.host_memory import P
 from loray.engine.memory.kv_cache import KVCacheManager, PrefixCache
-from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, Work
+from loray.engine.request import Chunk, Request, RequestState, SchedulerOutput, StepWork
 from loray.engine.scheduling.early_abort import Backlog, TtftEstimate, TtftSlo, ahead_of
 from loray.engine.scheduling.fairness import rank_in_batch
 from loray.engine.scheduling.step_budget import Burst, StepBudget, StepTimeModel
@@ -334,7 +334,7 @@ class Scheduler(Generic[P, R]):
         for request in self.running:
             if request not in self.waiting.begun:
                 budget.decode(request.num_computed, 1, 0)
-        chunk = Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))
+        chunk = StepWork.of(0, budget.fit(0, max(r.num_pending for r in loading)))
         return self.step_time.predict(budget.work.plus(chunk))
 
     def next(self) -> SchedulerOutput:
@@ -475,11 +475,11 @@ class Scheduler(Generic[P, R]):
         seconds, mean_output = self._estimate.prompt_seconds, self.output_lengths.mean
         ahead = ahead_of(request, others, self.waiting.fair, seconds, mean_output)
         decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
-        ahead, step = ahead.plus(self._backlog(request)), Work(1, len(decoding), sum(decoding))
+        ahead, step = ahead.plus(self._backlog(request)), StepWork(1, len(decoding), sum(decoding))
         return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
 
     def _seconds_alone(self, request: Request) -> float:
-        return self._estimate.seconds(self._backlog(request), Work(num_steps=1))
+        return self._estimate.seconds(self._backlog(request), StepWork(num_steps=1))
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

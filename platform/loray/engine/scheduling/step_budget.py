@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from operator import add, le, mul
 
-from loray.engine.request import Chunk, Work
+from loray.engine.request import Chunk, StepWork
 
 _MEMORY_STEPS = 128  # after that many further steps of its kind, a step's weight in the fit has fallen to 1/e
 _SWEEPS = 4  # for each measured step
@@ -30,10 +30,10 @@ _OUTLIER = 4.0
 _CHANGED = 3  # so many exceptions of a kind, without another step of it between them, are what steps take now
 _SURE = 16  # measured steps of a kind, after which the fit is believed
 _RISE = 1 + 1 / 2048  # of the shortest time, with each step that does not confirm it
-_SIZE = len(Work._fields)
+_SIZE = len(StepWork._fields)
 # The first steps are explained by these in order. A prompt's tokens come before the fixed cost, so that the first chunk
 # does not make the next one look free.
-_ORDER = [Work._fields.index(name) for name in ("num_prompt", "num_steps")]
+_ORDER = [StepWork._fields.index(name) for name in ("num_prompt", "num_steps")]
 _ORDER += [i for i in range(_SIZE) if i not in _ORDER]
 
 ALONE = 4.0
@@ -44,7 +44,7 @@ _GROWTH = 2  # a step may have so many times the tokens of any measured one
 
 
 class StepTimeModel:
-    """Predicts a step's seconds = Σ cost · quantity over the quantities of `Work`. It owns the costs; reading them
+    """Predicts a step's seconds = Σ cost · quantity over the quantities of `StepWork`. It owns the costs; reading them
     takes no time, measuring a step about 30 µs.
 
     The fixed cost is for reading the weights and for launching a step; a decoded request and a prompt's token cost
@@ -59,9 +59,9 @@ class StepTimeModel:
     """
 
     def __init__(self) -> None:
-        self.costs = Work()
-        self.largest = Work()  # of each quantity, in any measured step
-        self.last_with_prompts = (Work(), math.inf)  # and its seconds
+        self.costs = StepWork()
+        self.largest = StepWork()  # of each quantity, in any measured step
+        self.last_with_prompts = (StepWork(), math.inf)  # and its seconds
         self._shortest = math.inf  # seconds of a step; the fixed cost is no more
         # Of steps without and with prompts: Σ w · x xᵀ and, as its last row, Σ w · x · seconds.
         self._sums = [[[0.0] * _SIZE for _ in range(_SIZE + 1)] for _ in range(2)]
@@ -73,7 +73,7 @@ class StepTimeModel:
         """True when a step has been measured. Before that every prediction is 0."""
         return self.largest.num_steps > 0
 
-    def predict(self, work: Work) -> float:
+    def predict(self, work: StepWork) -> float:
         """Seconds."""
         return float(sum(map(mul, self.costs, work)))
 
@@ -81,7 +81,7 @@ class StepTimeModel:
         """Return the seconds of one more token of a prompt, without its attention."""
         return self.costs.num_prompt
 
-    def observe(self, work: Work, seconds: float) -> None:
+    def observe(self, work: StepWork, seconds: float) -> None:
         """A step with that work took that long.
 
         A step may be slow for reasons of its own (a kernel is compiled, another process takes the cores), never fast.
@@ -105,7 +105,7 @@ class StepTimeModel:
         if seconds * _OUTLIER < predicted:
             self._sums = [[[0.5 * s for s in row] for row in sums] for sums in self._sums]
         self._num_steps[kind] += 1
-        self.largest = Work(*map(max, self.largest, work))
+        self.largest = StepWork(*map(max, self.largest, work))
         self._sums[kind] = [
             [_KEEP * s + quantity * x for s, x in zip(row, work, strict=True)]
             for row, quantity in zip(self._sums[kind], (*work, seconds), strict=True)
@@ -121,7 +121,7 @@ class StepTimeModel:
                 if row[i]:
                     costs[i] = max(0.0, costs[i] + (target[i] - sum(map(mul, row, costs))) / row[i])
             costs[0] = min(costs[0], self._shortest)
-        self.costs = Work(*costs)
+        self.costs = StepWork(*costs)
 
 
 def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
@@ -131,7 +131,7 @@ def target_s(itl_slo_s: float | None, *, alone: bool) -> float:
     return ALONE * itl_slo_s if alone else itl_slo_s
 
 
-def room_for_prompts(steps: StepTimeModel, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
+def room_for_prompts(steps: StepTimeModel, decoding: StepWork, itl_slo_s: float | None, *, alone: bool) -> float:
     """Return the seconds of a step beside `decoding`, which has its fixed cost; infinite if only tokens count. `alone`:
     the step gives nobody a token.
     """
@@ -171,11 +171,11 @@ class StepBudget:
         self._num_decoded = self._num_keys = 0
         self._alone = True
         self.in_burst = False
-        self._forced = Work()
-        self._prompts = Work()
+        self._forced = StepWork()
+        self._prompts = StepWork()
 
     @property
-    def work(self) -> Work:
+    def work(self) -> StepWork:
         """All that was added."""
         return self._decoding.plus(self._prompts)
 
@@ -190,7 +190,7 @@ class StepBudget:
             self._num_decoded += 1
             self._num_keys += start + 1
         else:
-            self._forced = self._forced.plus(Work.of(start, n))
+            self._forced = self._forced.plus(StepWork.of(start, n))
         return n
 
     def add(self, chunk: Chunk) -> None:
@@ -212,8 +212,8 @@ class StepBudget:
         return 0 if self._prompts.num_keys else min(most, MIN_CHUNK)
 
     @property
-    def _decoding(self) -> Work:
-        return self._forced.plus(Work(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys))
+    def _decoding(self) -> StepWork:
+        return self._forced.plus(StepWork(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys))
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""

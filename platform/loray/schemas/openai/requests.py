@@ -40,7 +40,7 @@ class CalledFunction(Body):
     arguments: str = Field(default="{}", description="JSON in a string, as the model wrote it")
 
 
-class ToolCall(Body):
+class RequestToolCall(Body):
     """A call of an earlier answer."""
 
     id: str
@@ -65,7 +65,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(fields.text)] = Field(default="", description="text, or text parts")
     name: str | None = None
-    tool_calls: tuple[ToolCall, ...] = Field(default=(), strict=False, description="of an assistant")
+    tool_calls: tuple[RequestToolCall, ...] = Field(default=(), strict=False, description="of an assistant")
     tool_call_id: str | None = Field(default=None, description="of a tool: the call that it answers")
 
     @model_validator(mode="before")
