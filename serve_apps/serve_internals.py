@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import ray
-from ray.serve._private.config import DeploymentConfig
-from ray.serve.context import _get_global_client
 
 from loray.errors import ClusterError
 from loray.locations import is_on_loopback
@@ -110,3 +108,6 @@ def _host_of_serve() -> str:
 
 
 check()
+
+from ray.serve._private.config import DeploymentConfig  # noqa: E402 - checked first; no public option sets a version
+from ray.serve.context import _get_global_client  # noqa: E402 - no public call tells the options of the proxies

@@ -27,7 +27,6 @@ from loray.settings import Settings
 from loray.spec import Evaluation, Frozen, PerplexitySpec, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
-from loray.train.evaluation.retrieval import make_prompt
 from loray_kernels.memory import is_out_of_memory
 
 log = get_logger(__name__)
@@ -63,6 +62,8 @@ def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> Non
             "leave out publish.aliases, or say in publish.no_gate why it needs none"
         )
     for task in spec.evaluation.retrieval:
+        from loray.train.evaluation.retrieval import make_prompt  # imports PEFT and models
+
         make_prompt(task.task, AutoTokenizer.from_pretrained(base.path), min(task.context_lengths), 0.0)
 
 

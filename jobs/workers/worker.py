@@ -56,7 +56,8 @@ def num_threads() -> int:
         return preset
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
-    return max(1, cores // ray.train.get_context().get_local_world_size())
+    num_workers: int = ray.train.get_context().get_local_world_size()
+    return max(1, cores // num_workers)
 
 
 def preset_threads(environ: bytes) -> int | None:

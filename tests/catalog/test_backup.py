@@ -38,6 +38,7 @@ def filled(catalog_url: str) -> Iterator[Catalog]:
     catalog.share("tone", "shared", ["acme"])
     catalog.record_evaluations(digest(1), [Evaluation(metric="loss", value=1.5, dataset="docs")])
     catalog.record_upload(digest(1))
+    catalog.set_tag("tone", "team", "search")
     yield catalog
     catalog.close()
 

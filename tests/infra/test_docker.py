@@ -154,8 +154,9 @@ def test_the_gpu_image_has_what_shipped_recipes_need_and_what_training_asks_to_i
         needed = {"deepspeed"} if spec.parallel.strategy in ("zero2", "zero3") else set()
         needed |= {"bitsandbytes"} if spec.quantization else set()
         assert needed <= (installed.keys() if spec.use_gpu is True else distributions(()).keys()), name
-    library = REPOSITORY / "platform" / "loray"
-    sources = [p for part in ("train", "adapters", "bases") for p in (library / part).rglob("*.py")]
+    sources = [
+        p for part in ("train", "adapters", "bases") for p in (REPOSITORY / "platform" / "loray" / part).rglob("*.py")
+    ]
     named = {e for p in sources for e in re.findall(r"loray\[(\w+)\]", p.read_text())}
     assert {"deepspeed", "qlora"} <= named <= wanted
     assert {"flashinfer-python", "nvidia-cuda-nvcc", "triton"} <= installed.keys()

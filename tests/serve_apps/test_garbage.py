@@ -8,7 +8,7 @@ import sys
 # In a process of its own: thresholds are the process', and the thread stays.
 _SCRIPT = """
 import gc, sys, threading, weakref
-from serve_apps import garbage
+from serve_apps import python_gc as garbage
 
 class Ring:
     def __init__(self):

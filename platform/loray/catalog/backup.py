@@ -127,7 +127,8 @@ def _rows(lines: Iterable[Line]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
             continue
         if table is None:
             raise IntegrityError("it has a row before its first table")
-        yield table, {column.name: _value(column, v) for column, v in zip(columns, line, strict=True)}
+        row = zip(columns, line, strict=True)
+        yield table, {column.name: _value(column, v) for column, v in row if column.computed is None}
 
 
 def _value(column: sa.Column[Any], value: Any) -> Any:

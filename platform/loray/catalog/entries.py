@@ -284,7 +284,8 @@ class AdapterEntry:
 
 def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any) -> AdapterRef:
     """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string."""
-    method, base_fingerprint, tool_parser, chat_template = (word and intern(word) for word in words)
+    interned: list[Any] = [word and intern(word) for word in words]
+    method, base_fingerprint, tool_parser, chat_template = interned
     return AdapterRef(
         digest=digest,
         name=name,

@@ -133,6 +133,7 @@ def _number_of(key_id: str) -> int:
 
 
 _KEY_BYTES = 32
+_INFER: tuple[Scope, ...] = ("infer",)
 UNCHANGED = object()  # of what None would change
 
 
@@ -175,7 +176,7 @@ class Keys(Database):
         alias: str,
         *,
         tenant: str | None = None,
-        scopes: Collection[Scope] = ("infer",),
+        scopes: Collection[Scope] = _INFER,
         models: Collection[str] | None = None,
         limits: Limits | None = None,
         metadata: Mapping[str, str] | None = None,

@@ -96,8 +96,8 @@ class ChatTemplates:
                 sources["default"] = source
             case list(named):
                 sources |= {t["name"]: t["template"] for t in named}
-        if isinstance(source := _read_json(folder / "chat_template.json").get("chat_template"), str):
-            sources["default"] = source
+        if isinstance(own := _read_json(folder / "chat_template.json").get("chat_template"), str):
+            sources["default"] = own
         files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
         for file in files:
             if file.is_file():

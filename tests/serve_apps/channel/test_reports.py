@@ -108,12 +108,12 @@ def test_an_idle_replica_sends_nothing_but_signs_of_life(monkeypatch: pytest.Mon
     sent: list[bytes] = []
     held = Held(DIGESTS[:1000])
 
-    class Writer(connection.Writer):
+    class Writer(connection.SocketWriter):
         def write(self, data: bytes) -> None:
             sent.append(data)
             super().write(data)
 
-    monkeypatch.setattr(connection, "Writer", Writer)
+    monkeypatch.setattr(connection, "SocketWriter", Writer)
 
     async def test() -> None:
         async with plane(held=lambda: held) as (gateway, replica):
