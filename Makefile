@@ -74,9 +74,8 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Writes the guide's tables of limits, and makes the site without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
+# Makes the site without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
 docs: .venv/.docs-ready
-	$(BIN)/python -m docs.site.limits
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html is the documentation"
 

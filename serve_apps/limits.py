@@ -1,7 +1,7 @@
 """All limits of a server on one page: what each is for, its default, what sets it, and what lies beyond it.
 
 The numbers stand where they are used and are imported here, and statuses and codes are those that the errors get. The
-reference's page of limits is made of these rows, and tables of the guide by `python -m docs.site.limits`.
+reference's page of limits is made of these rows.
 """
 
 from __future__ import annotations

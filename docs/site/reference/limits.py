@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from docs.site.limits import limits_table
-from serve_apps.limits import TABLES
+from docs.site.markdown import table
+from serve_apps.limits import TABLES, Limit
 
 _TITLES = {
     "requests": "Requests to `/v1`",
@@ -25,3 +25,9 @@ def page() -> str:
     for name, limits in TABLES.items():
         parts += [f"## {_TITLES[name]}\n", limits_table(limits)]
     return "\n".join(parts)
+
+
+def limits_table(limits: tuple[Limit, ...]) -> str:
+    """The rows as Markdown."""
+    rows = [(limit.what, limit.limit, limit.set_by, limit.beyond) for limit in limits]
+    return table(("what", "limit", "set by", "beyond it"), rows)
