@@ -103,12 +103,12 @@ def _commands() -> str:
 
 
 def _command(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
-    """A command and those below it. `--help`, which all have, is told of the first one."""
+    """A command and those below it, without `--help`, which all have and click makes when it is first asked for."""
     ctx = click.Context(command, info_name=name, parent=parent, **command.context_settings)
     yield " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)]) + " (hidden)" * command.hidden
     yield f"  {_first_paragraph(command.help)}"
-    for option in command.get_params(ctx):
-        if isinstance(option, click.Option) and (parent is None or option.name != "help"):
+    for option in command.params:
+        if isinstance(option, click.Option):
             yield from _option(option, ctx)
     yield ""
     if isinstance(command, click.Group):

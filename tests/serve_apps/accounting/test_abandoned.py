@@ -44,7 +44,7 @@ class Gateway:
         self.writer = UsageWriter(lambda: Catalog(url), folder)
         books = UsageSink(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": url}))
         books._writer = self.writer
-        self.accounts = UsageMeter(books=books)
+        self.accounts = UsageMeter(sink=books)
         self.delivered: Counter[str] = Counter()
 
     def run(self) -> None:

@@ -55,7 +55,7 @@ class Front:
         principal = Principal(tenant="acme", key_id="k1", limits=Limits(**limits))
         directory = ModelResolver([self.base], following(self.url))
         served = ServedBase.open(ServeSpec(base=self.base.name), self.base, engines)
-        app = create_app(Gateway([served], directory, accounts=UsageMeter(books=self.books)), Given(principal))
+        app = create_app(Gateway([served], directory, accounts=UsageMeter(sink=self.books)), Given(principal))
         if log is not None:
             app.add_middleware(LogAccess, log=log)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
