@@ -210,7 +210,7 @@ def create_routes(gateway: Gateway) -> list[BaseRoute]:
         layout: bool = False,
         replica: Annotated[list[str] | None, Query(description="layouts of these replicas alone")] = None,
     ) -> Status:
-        """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
+        """Tell what is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
 
         With `layout=true` each engine also says what its pool's blocks hold by position, after its current step.
         """

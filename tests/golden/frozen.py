@@ -40,25 +40,11 @@ from loray.telemetry import METRICS, TRAINING_METRICS, Metric
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as catalog_app
 from serve_apps.gateway.app import create_app as gateway_app
+from tests.infra.manifests import QWEN3_8B
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
 LIBRARIES = ("click", "fastapi", "gguf", "numpy", "peft", "pydantic", "safetensors", "torch", "transformers")
-
-# Bases that shipped recipes name and that are no presets: their config.json.
-_QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1_000_000,
-}
 
 
 def as_json(data: Any) -> str:
@@ -181,7 +167,7 @@ def _shown(value: object) -> str:
 
 def _shape(base: str) -> ModelConfig | None:
     if base == "qwen3-8b":
-        return ModelConfig.from_hf(_QWEN3_8B)
+        return ModelConfig.from_hf(QWEN3_8B)
     return preset("smollm2" if base.startswith("smollm2") else base)
 
 

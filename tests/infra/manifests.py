@@ -20,6 +20,20 @@ from tests.conftest import REPOSITORY
 KUBERAY = REPOSITORY / "infra" / "kuberay"
 CRDS = Path(__file__).parent / "crds"
 SERVICES = ("base", "overlays/cpu-dev", "overlays/gpu")
+# The config.json of the base that a job's pods add and that is no preset.
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1_000_000,
+}
 JOBS = ("train", "overlays/gpu-train")
 # Secrets that people make of these files.
 EXAMPLES = {"loray": "secret.env", "loray-database": "database.env", "loray-training": "training.env"}

@@ -16,24 +16,10 @@ from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import on_hardware
-from tests.infra.manifests import JOBS, data
+from tests.infra.manifests import JOBS, QWEN3_8B, data
 from tests.infra.test_kuberay import bytes_of, groups
 from tests.test_machine import AVX2
 
-# Of the bases that the jobs' pods add: their config.json.
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1_000_000,
-}
 SHAPES = {
     "qwen3-8b": ModelConfig.from_hf(QWEN3_8B),
     "smollm2-135m-instruct": ModelConfig.from_hf(smollm2.CONFIG),

@@ -141,7 +141,7 @@ def verify_objects(as_json: bool) -> None:
 @store.command()
 @json_option
 def stats(as_json: bool) -> None:
-    """What the store holds: versions by tenant, method and base, and the objects, where equal files count once."""
+    """Show what the store holds: versions by tenant, method and base; and the objects, equal files once."""
     with open_services() as services:
         used = services.catalog.stored_use()
         sizes = {kind: [e.num_bytes for e in services.store.objects.entries(f"{kind}/")] for kind in _KINDS}

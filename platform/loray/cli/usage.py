@@ -40,7 +40,7 @@ _COUNTS = {
 def usage(
     groups: tuple[str, ...], tenant: str | None, key_id: str | None, model: str | None, days: int, as_json: bool
 ) -> None:
-    """What requests used: their tokens, by tenant, key, adapter and day (UTC).
+    """Show what requests used: their tokens, by tenant, key, adapter and day (UTC).
 
     With LORAY_URL a server is asked, which tells an administrator of all, and others of their own tenant.
     """

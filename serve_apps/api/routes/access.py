@@ -180,7 +180,7 @@ def read_audit(
     subject: Annotated[str | None, Query(max_length=200, pattern=TEXT, description="what was written")] = None,
     since: Annotated[Moment | None, Query(description="only entries of that time and later")] = None,
 ) -> Page[AuditResource]:
-    """What was written, newest first: of the key's own tenant, and for administrators of all."""
+    """List what was written, newest first: of the key's own tenant, and for administrators of all."""
     of = tenant if asking.is_admin else asking.tenant
     found = services.catalog.audit(
         limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since

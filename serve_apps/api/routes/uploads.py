@@ -42,7 +42,7 @@ def begin_upload(
 @router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
 @may("publish")
 def get_upload(services: ServicesDep, asking: CurrentPrincipal, id: UploadId) -> UploadResource:
-    """Which files have come: an upload that broke off is continued with the others."""
+    """Tell which files have come: an upload that broke off is continued with the others."""
     return _resource(_uploads(services, asking), id)
 
 
