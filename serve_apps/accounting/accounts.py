@@ -126,7 +126,7 @@ class RequestUsage:
     num_prompt_tokens: int
     sink: UsageSink | None
     event: UsageEvent | None = None
-    _num_output: list[int] = field(init=False)  # tokens of each choice
+    _num_output: list[int] = field(init=False)  # tokens of each choice when it asked last
     _noted: list[int] = field(init=False)  # those of them that the sink knows
 
     def __post_init__(self) -> None:
@@ -137,22 +137,23 @@ class RequestUsage:
     def headers(self) -> Mapping[str, str]:
         return self.reservation.headers
 
-    def may_go_on(self, choice: int, num_tokens: int) -> bool:
-        """Tell whether the choice may have more tokens after its first `num_tokens`: what an answer without a limit
-        reserves is renewed while there is room.
+    def tokens_until_asked(self, choice: int, num_tokens: int) -> int:
+        """The number of tokens of the choice at which this is to be asked again; `num_tokens`, those that it has, where
+        it may have no more. What an answer without a limit reserves is renewed while there is room.
         """
         self._num_output[choice] = num_tokens
         if num_tokens - self._noted[choice] >= NOTED_TOKENS:
             self._noted = self._num_output.copy()
             self._note()
+        due = self._noted[choice] + NOTED_TOKENS
         while num_tokens >= (granted := self.granted[choice]):
             more = min(OPEN_ENDED_TOKENS, self.requests[choice].params.max_tokens - granted)
             if more <= 0:
-                return True
+                return due
             if not self.reservation.extend(more, time.time()):
-                return False
+                return num_tokens
             self.granted[choice] += more
-        return True
+        return min(due, self.granted[choice])
 
     def close(self, outcome: str, last: Sequence[Delta | None]) -> UsageEvent:
         """Close the account. `last`: the last delta of each choice; None: nothing came."""

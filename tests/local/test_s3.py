@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from click.testing import CliRunner, Result
@@ -105,6 +106,9 @@ def test_started_once_for_this_machine_alone(tmp_path: Path) -> None:
         location = server.location("kept")
         create_bucket(location)
         S3Store(location).put_if_absent("a", b"one")
+        with urlopen(f"http://127.0.0.1:{server.ports['master']}/dir/status") as status:
+            # A bucket takes a volume at least: as many buckets as a user makes, on a disk that is almost full, too.
+            assert json.load(status)["Topology"]["Max"] >= 1_000
 
         die(server)
         assert current_local_s3(folder) is None

@@ -45,6 +45,7 @@ log = get_logger(__name__)
 _STATE_FILE = "server.json"
 _LOCK_FILE = "server.lock"
 _LOG_FILE = "server.log"
+_VOLUMES = 10_000  # a bucket takes one at least; by default one a free GiB, so that a fuller disk refuses new buckets
 _SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port, and one for gRPC
 _BUCKET = "loray"
 
@@ -144,6 +145,7 @@ def _command(weed: str, folder: Path, ports: Mapping[str, int]) -> list[str]:
         "-webdav=false",
         "-admin.ui=false",
         "-volume.preStopSeconds=0",
+        f"-volume.max={_VOLUMES}",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
@@ -205,21 +206,33 @@ class AnswerResponse(Response):
     async def _pump(self, index: int, connection: ClientConnection) -> None:
         stream, text = self._choices[index]
         push = self._writer.push
-        meter, account, num_tokens = self._meter if index == 0 else None, self._account, 0
+        meter, account = self._meter if index == 0 else None, self._account
+        num_tokens, asked_at = 0, sys.maxsize if account is None else 0
         async with aclosing(stream):
             async for tokens in stream:
                 if meter is not None:
                     meter.came()
                 num_tokens += len(tokens.token_ids)
-                goes_on = tokens.finish_reason is not None or account is None or account.may_go_on(index, num_tokens)
-                delta = text.push(tokens if goes_on else tokens._replace(finish_reason="length"))
-                if not goes_on and delta.finish_reason == "length":
-                    delta = delta._replace(stop_reason=OUT_OF_QUOTA)
+                if num_tokens < asked_at:
+                    delta = text.push(tokens)
+                else:
+                    delta, asked_at = self._metered(index, tokens, num_tokens)
                 self._last[index] = delta
                 if written := push(index, delta):
                     await connection.write(written)
                 if delta.finish_reason is not None:
                     return
+
+    def _metered(self, index: int, tokens: TokenDelta, num_tokens: int) -> tuple[Delta, int]:
+        """The delta, the last one where the account has no more, and the number of tokens at which it is asked next."""
+        _, text = self._choices[index]
+        if tokens.finish_reason is not None or self._account is None:
+            return text.push(tokens), sys.maxsize
+        asked_at = self._account.tokens_until_asked(index, num_tokens)
+        if asked_at > num_tokens:
+            return text.push(tokens), asked_at
+        delta = text.push(tokens._replace(finish_reason="length"))
+        return delta._replace(stop_reason=OUT_OF_QUOTA) if delta.finish_reason == "length" else delta, asked_at
 
     async def _fail(
         self, error: Exception, connection: ClientConnection, scope: Scope, receive: Receive, send: Send
