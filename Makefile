@@ -109,7 +109,7 @@ bench-train: .venv/.ready
 
 bench-quality: .venv/.ready
 	@test -n "$(DATA)" || { echo "name the folder of the tasks' files: make bench-quality DATA=folder"; exit 1; }
-	$(BIN)/python -m benchmarks.quality $(DATA) $(ARGS)
+	$(BIN)/python -m examples.quality $(DATA) $(ARGS)
 
 # With the Python that has torch, Triton and CuPy; nothing is installed. Without a card it lists what it would run.
 gpu:

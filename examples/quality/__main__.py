@@ -1,7 +1,7 @@
 """Task scores of LoRA, rsLoRA and VeRA after equally many training steps, in loray and in PEFT, on SmolLM2-135M.
 
-    python -m benchmarks.quality DATA                       three tasks, an hour
-    python -m benchmarks.quality DATA --tasks e2e --seeds 1
+    python -m examples.quality DATA                       three tasks, an hour
+    python -m examples.quality DATA --tasks e2e --seeds 1
 
 DATA holds e2e_train.jsonl, e2e_validation.jsonl, gsm8k_train.jsonl, gsm8k_validation.jsonl, t0_many_tasks.parquet.
 docs/benchmarks/quality.md explains the tables and the picture.
@@ -22,9 +22,9 @@ import click
 from benchmarks import workers
 from benchmarks.machine import describe_machine
 from benchmarks.output import machine_line, write_json
-from benchmarks.quality.report import Result, plot, table
-from benchmarks.quality.setting import METHODS, Run, Setting, System, best_of
-from benchmarks.quality.tasks import TASKS, Question, Task
+from examples.quality.report import Result, plot, table
+from examples.quality.setting import METHODS, Run, Setting, System, best_of
+from examples.quality.tasks import TASKS, Question, Task
 from loray.bases.registry import add_base
 from loray.settings import Settings
 
@@ -78,7 +78,7 @@ class Benchmark:
             saved = json.loads(kept.read_text(encoding="utf-8"))
             if Setting.from_dict(saved["setting"]) == setting:
                 return dict(saved["found"])
-        command = ["benchmarks.quality.worker", json.dumps(setting.to_dict())]
+        command = ["examples.quality.worker", json.dumps(setting.to_dict())]
         (found,) = workers.run([command], self.threads)
         kept.write_text(json.dumps({"setting": setting.to_dict(), "found": found}, indent=2) + "\n", encoding="utf-8")
         return found
@@ -87,7 +87,7 @@ class Benchmark:
         asked = {"prompts": [q.prompt for q in questions], "max_tokens": task.max_tokens, "adapters": adapters}
         file = folder / "questions.json"
         file.write_text(json.dumps(asked), encoding="utf-8")
-        (found,) = workers.run([["benchmarks.quality.answers", str(self.home), self.base, str(file)]], self.threads)
+        (found,) = workers.run([["examples.quality.answers", str(self.home), self.base, str(file)]], self.threads)
         (folder / "answers.json").write_text(json.dumps(found["answers"], indent=1) + "\n", encoding="utf-8")
         return [task.score(answers, questions) for answers in found["answers"]]
 

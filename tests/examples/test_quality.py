@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import __main__ as quality
-from benchmarks.quality import answers, worker
-from benchmarks.quality.report import Result, plot, table
-from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting
-from benchmarks.quality.tasks import TASKS, Question, bleu, exact_match, last_number
+from examples.quality import __main__ as quality
+from examples.quality import answers, worker
+from examples.quality.report import Result, plot, table
+from examples.quality.setting import FACTOR, METHODS, Run, Setting
+from examples.quality.tasks import TASKS, Question, bleu, exact_match, last_number
 from loray.bases.registry import BaseModel
 from loray.errors import DataError
 

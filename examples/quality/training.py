@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.quality.setting import Run
+from examples.quality.setting import Run
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
 from loray.methods.attach import peft_config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import panels
-from benchmarks.quality.setting import Run, best_of
+from examples.quality.setting import Run, best_of
 from loray.spec import format_size
 
 _COLUMNS = (

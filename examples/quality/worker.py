@@ -1,6 +1,6 @@
 """The runs of one method on one task in one system, in a separate process; printed as JSON.
 
-    python -m benchmarks.quality.worker SETTING_JSON
+    python -m examples.quality.worker SETTING_JSON
 
 A setting with `rates` trains each of them with each seed. Without `rates`, the first seed searches the rate with the
 lowest held-out loss in steps of a factor √10, until the best rate has a worse one on both sides; the other seeds use
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
-from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting, best_of
-from benchmarks.quality.training import read_data, train_ours, train_peft
+from examples.quality.setting import FACTOR, METHODS, Run, Setting, best_of
+from examples.quality.training import read_data, train_ours, train_peft
 from loray.bases.registry import get_base
 from loray.errors import TrainingError
 

@@ -1,6 +1,6 @@
 """Answers of the base and of all adapters to a task's questions, from one engine in one batch; printed as JSON.
 
-    python -m benchmarks.quality.answers HOME BASE QUESTIONS_JSON
+    python -m examples.quality.answers HOME BASE QUESTIONS_JSON
 
 The file holds {"prompts": […], "max_tokens": N, "adapters": [folder, …]}. The result is {"answers": […]} with one list
 of texts for the base, then one for each adapter. Decoding is greedy, in bf16.
