@@ -6,6 +6,7 @@ Figures are written after each case, and cases that the file has already are not
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import random
 import statistics
@@ -13,15 +14,32 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.serving import server
-from benchmarks.gpu.shape import Shape
-from benchmarks.gpu.state import Figures
+from benchmarks.gpu.serving import Shape, server
 from benchmarks.machine import MachineRates, rates_here
 from loray_kernels import CaptureState
 
 _WARM = 5  # steps of all rows before the first that counts
 _STREAMS = 32  # beside which a cold adapter comes
+
+
+class Figures:
+    """Rows of a measurement by case, written after each, so that a phase that was stopped goes on where it was."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def add(self, case: str, row: dict[str, Any]) -> None:
+        self.rows[case] = row
+        if self._path is not None:
+            made = self._path.with_suffix(".part")
+            made.write_text(json.dumps({"rows": self.rows}, indent=2) + "\n", encoding="utf-8")
+            made.replace(self._path)
+
 
 Measure = Callable[[Shape, MachineRates, Figures, Path], None]
 

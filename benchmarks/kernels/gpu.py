@@ -194,7 +194,8 @@ def main() -> None:
     card = torch.cuda.get_device_name()
     click.echo(f"{card}  read {bandwidth / 1e9:.0f} GB/s  bf16 product {flops / 1e12:.0f} TFLOP/s")
     click.echo(f"{'microseconds a layer':<32}{'ours':>9}{'recorded':>10}{'floor':>9}{'of floor':>10}")
-    results, names = [], []
+    found: dict[str, dict[str, float]] = {}
+    names = []
     for make in cases(ops):
         for case in make():
             names.append(case.name)
@@ -202,12 +203,13 @@ def main() -> None:
                 continue
             floor = 1e3 * max(case.bytes / bandwidth, 2 * case.macs / flops)
             ours, recorded = milliseconds(case.call), recorded_milliseconds(case.call)
-            results.append({"case": case.name, "ours": ours, "recorded": recorded, "floor": floor})
+            us = {"us": 1e3 * ours, "recorded_us": 1e3 * recorded, "floor_us": 1e3 * floor}
+            found[case.name] = {name: round(x, 1) for name, x in us.items()} | {"of_floor": round(floor / recorded, 3)}
             click.echo(
                 f"{case.name:<32}{1e3 * ours:>9.1f}{1e3 * recorded:>10.1f}{1e3 * floor:>9.1f}{floor / recorded:>10.2f}"
             )
     check_only(args.only, names)
-    write_json(args.json, {"card": card, "bandwidth": bandwidth, "macs": flops / 2, "milliseconds": results})
+    write_json(args.json, {"card": card, "bandwidth": bandwidth, "flops": flops, "rows": found})
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu.measure import MEASURES
-from benchmarks.gpu.phases import LIMIT_S, PHASES, Phase
-from benchmarks.gpu.shape import Shape
-from benchmarks.gpu.state import Figures
+from benchmarks.gpu.__main__ import LIMIT_S, PHASES, Phase
+from benchmarks.gpu.measure import MEASURES, Figures
+from benchmarks.gpu.serving import Shape
 from benchmarks.machine import MachineRates
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
