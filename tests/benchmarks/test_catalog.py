@@ -1,25 +1,20 @@
-"""The benchmark of the catalog, small: what it fills is a catalog like others."""
+"""The benchmark of the catalog, small: what it fills is a catalog like others, and each figure is taken."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.catalog.__main__ import _ROWS, _table
-from benchmarks.catalog.console import console_pages
-from benchmarks.catalog.fill import adapter_name, fill
-from benchmarks.catalog.heartbeat import heartbeat
-from benchmarks.catalog.measure import Setup, _pages
+from benchmarks import catalog as benchmark
 from loray.catalog import Catalog
+from tests.fixtures.filled_catalog import adapter_name, fill
 
 _NUM, _NUM_TENANTS = 1000, 10
 
 
-def test_what_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_fills(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/catalog.db"
     fill(url, _NUM, _NUM_TENANTS)
     catalog = Catalog(url)
@@ -34,33 +29,15 @@ def test_what_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = catalog.snapshot(snapshot)
     assert (after.adapters[name].default.version, snapshot.adapters[name].default.version) == (2, 1)
     assert after == catalog.snapshot()
-    monkeypatch.setattr("benchmarks.catalog.measure._REPEATS", 1)
-    assert _pages(catalog, Setup(url, _NUM, _NUM_TENANTS)).keys() <= {row.name for row in _ROWS}
     catalog.close()
-    monkeypatch.setattr("benchmarks.catalog.history._NUM_STEPS", 100)
-    asked = console_pages(url, tmp_path / "home", _NUM, _NUM_TENANTS, _once)
-    assert {"console_ms", "serving_page_ms", "job_first_page_ms"} < asked.keys()
 
 
-def _once(ask: Callable[[], object]) -> float:
-    ask()
-    return 0.0
-
-
-def test_the_table_marks_what_is_not_reached() -> None:
-    figures = {row.name: 1e9 for row in _ROWS}
-    lines = _table({"sqlite": figures}).splitlines()
-    assert len(lines) == len(_ROWS) + 1
-    assert "1,000,000,000*" in next(line for line in lines if "served after" in line)
-    assert "*" not in next(line for line in lines if "resolved" in line)
-    assert json.dumps(figures)
-
-
-def test_the_heartbeat_sees_what_holds_the_loop() -> None:
-    async def run() -> float:
-        async with heartbeat() as holds:
-            await asyncio.sleep(0)
-            sum(range(3_000_000))
-        return holds.longest_s
-
-    assert asyncio.run(run()) > 0.001
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    benchmark.main(["--adapters", "1000", "--tenants", "4", "--database", "sqlite", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert written["columns"] == ["", "sqlite", "wanted"]
+    rows = {name: value for name, value, _ in written["rows"]}
+    assert len(rows) == len(benchmark._ROWS)
+    assert all(rows.values())
+    assert "a change is served after at most, s" in capsys.readouterr().out

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.catalog.fill import BASES, adapter_name, fill, tenant_name
 from loray.catalog import AdapterEntry, Catalog, queries
 from loray.catalog.database import reading, writing
 from loray.catalog.schema import adapters, tags
 from loray.spec import Principal
+from tests.fixtures.filled_catalog import BASES, adapter_name, fill, tenant_name
 
 _NUM, _NUM_TENANTS = 500, 10
 _LONG = "x" * 5000  # longer than what PostgreSQL's indices hold
