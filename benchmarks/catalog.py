@@ -36,7 +36,7 @@ from loray.spec import OPERATOR, Principal
 from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway.directory import ModelCards, ModelResolver
 from tests.fixtures.filled_catalog import BASES, adapter_name, fill, tenant_name
-from tests.postgres import start_postgres
+from tests.fixtures.postgres import start_postgres
 
 _PAGE = 100
 _REPEATS = 7

@@ -75,7 +75,7 @@ PHASES = (
         "tests/kernels/cuda/test_gpu_engine.py",
         (*_ENGINE, "peft"),
         "-p",
-        "tests.tiny_bases",
+        "tests.fixtures.tiny_bases",
     ),
     _tests("training", "training's tests for a GPU", "tests/train/sequence/test_dense.py", _TRAINING),
     _tests(
@@ -84,7 +84,7 @@ PHASES = (
         "tests/train/test_gpu.py",
         (*_TRAINING, "accelerate", "pyarrow", "safetensors", "tokenizers"),
         "-p",
-        "tests.tiny_bases",
+        "tests.fixtures.tiny_bases",
         "-rs",
     ),
     Phase(
