@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.serving import Shape, server
-from benchmarks.machine import MachineRates, rates_here
+from benchmarks.world import MachineRates, rates_here
 from loray_kernels import CaptureState
 
 _WARM = 5  # steps of all rows before the first that counts

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import MachineRates
 from benchmarks.serving.figures.floors import ModelSize
 from benchmarks.serving.models import RANDOM, random_tensors
+from benchmarks.world import MachineRates
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine

@@ -21,9 +21,9 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.machine import rates_here
 from benchmarks.options import check_only
-from benchmarks.output import write_json
+from benchmarks.report import write_json
+from benchmarks.world import rates_here
 from loray_kernels import (
     AdapterSegments,
     AttentionMeta,

@@ -20,11 +20,11 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import Disturbance, describe_machine, watch
 from benchmarks.options import check_only
-from benchmarks.output import machine_line, write_json
+from benchmarks.report import machine_line, write_json
 from benchmarks.training.cases import PRESETS
-from benchmarks.training.rows import Case, Row, Setting
+from benchmarks.training.cases import Case, Row, Setting
+from benchmarks.world import Disturbance, describe_machine, watch
 from loray.bases.registry import add_base
 from loray.settings import Settings
 

@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from benchmarks import workers
 from benchmarks.training import steps
-from benchmarks.training.peers import Trainer, Vera
-from benchmarks.training.rows import Case, Row, Setting, Target
-from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
+from benchmarks.world import run_modules
+from loray.bases.registry import BaseModel
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
 from loray.planning.run import shape_of
-from loray.planning.sequence import HaloPlan, ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
 
-_BF16 = 2  # bytes
+
+@dataclass(slots=True)
+class Setting:
+    """`activations`: bytes that earlier rows measured, by (tokens, P)."""
+
+    base: BaseModel
+    num_threads: int
+    repeats: int = 3
+    num_steps: int = 1
+    activations: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-_EXACT = Target("≤", 0.0)
+class Target(NamedTuple):
+    sign: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.value:g}"
+
+    def is_met(self, reached: float) -> bool:
+        return reached >= self.value if self.sign == "≥" else reached <= self.value
+
+
+class Row(NamedTuple):
+    """`cells` and `note` are printed, `figures` are written as JSON, and `reached` is compared with the target."""
+
+    cells: tuple[str, ...]
+    figures: Mapping[str, Any]
+    reached: float
+    note: str = ""
+
+
+class Case(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def target(self) -> Target | None: ...
+
+    def run(self, setting: Setting) -> Row: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +82,7 @@ class Attention:
         model, group_size = setting.base.config, quarter(self.tokens)
         shape = (self.tokens, group_size, model.num_heads, model.num_kv_heads, model.head_dim, setting.repeats)
         command = ["benchmarks.training.workers.attention", *map(str, shape)]
-        (found,) = workers.run([command], setting.num_threads)
+        (found,) = run_modules([command], setting.num_threads)
         fastest = found["fastest"]
         s2, dense = _median(found["s2"]), _median(found["dense"][fastest])
         pairs = [attention_pairs(self.tokens, group, model.num_heads) for group in (None, group_size)]
@@ -135,62 +170,57 @@ class Activations:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes that a rank of a sequence group sends in the forward pass of one layer with 8 query and 4 KV heads, counted
-    at the collective, beside the formulas. The figures are those of the rank that sends most; `reached` is the largest
-    relative difference from a formula.
-    """
+class Vera:
+    """Training steps of VeRA on all linear modules, in turn with PEFT's VeRA in fp32, its default, and in bf16."""
 
     tokens: int
-    sequence: int
-    group_size: int
-    target: Target = _EXACT
-    columns: ClassVar = (
-        "G",
-        "halo kB",
-        "planned",
-        "Ulysses kB",
-        "formula",
-        "ring kB",
-        "formula",
-        "Ulysses/halo",
-    )
+    rank: int
+    target: Target | None = None
+    columns: ClassVar = ("ours s", "PEFT s", "PEFT/ours", "PEFT bf16 s", "bf16/ours", "loss apart")
 
     @property
     def name(self) -> str:
-        return f"traffic {_short(self.tokens)} P={self.sequence}"
+        return f"VeRA r{self.rank}, {self.tokens}"
 
     def run(self, setting: Setting) -> Row:
-        numbers = [str(x) for x in (self.sequence, self.tokens, self.group_size)]
-        with tempfile.TemporaryDirectory(prefix="traffic-") as folder:
-            command = ["benchmarks.training.workers.traffic", f"{folder}/rendezvous"]
-            ranks = [[*command, str(rank), *numbers] for rank in range(self.sequence)]
-            found = workers.run(ranks, setting.num_threads)
-        sent = {name: max(rank[name] for rank in found) for name in found[0]}
-        expected = self.expected()
-        cells = [str(self.group_size)]
-        for name, planned in expected.items():
-            cells += [f"{sent[name] / 1e3:.1f}", f"{planned / 1e3:.1f}"]
-        cells.append(f"{sent['ulysses'] / sent['halo']:.1f}")
-        off = max(abs(sent[name] / planned - 1) for name, planned in expected.items())
-        return Row(tuple(cells), {"sent": sent, "expected": expected}, off)
-
-    def expected(self) -> dict[str, int]:
-        plan = HaloPlan(self.tokens, self.sequence, self.group_size, NUM_HEADS, NUM_KV_HEADS)
-        shape = (self.tokens, self.sequence)
-        return {
-            "halo": max(plan.bytes_sent(rank, HEAD_DIM, "bfloat16") for rank in range(self.sequence)),
-            "ulysses": ulysses_elements(*shape, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM) * _BF16,
-            "ring": ring_elements(*shape, NUM_KV_HEADS, HEAD_DIM) * _BF16,
-        }
+        found = _found("vera", setting, self.tokens, self.rank, 3 * setting.repeats)
+        ours, peft, bf16 = (statistics.median(found["seconds"][name]) for name in ("ours", "peft", "peft-bf16"))
+        own, *others = found["losses"].values()
+        apart = max(abs(a - b) for other in others for a, b in zip(own, other, strict=True))
+        cells = (
+            f"{ours:.3f}",
+            f"{peft:.3f}",
+            f"{peft / ours:.2f}",
+            f"{bf16:.3f}",
+            f"{bf16 / ours:.2f}",
+            f"{apart:.3f}",
+        )
+        return Row(cells, found | {"ratio": peft / ours, "bf16_ratio": bf16 / ours, "apart": apart}, peft / ours)
 
 
-def _traffic() -> Iterator[Traffic]:
-    """G fixed, and G = N/4."""
-    for tokens in (1024, 2048, 4096):
-        for sequence in (2, 4):
-            for group_size in dict.fromkeys((256, tokens // 4)):
-                yield Traffic(tokens, sequence, group_size)
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Training steps of a method by its recipe, in turn with those of PEFT's method in transformers' Trainer, in bf16.
+
+    LongLoRA's peer has the same adapter, embeddings, norms and RoPE, and dense attention: PEFT has no other.
+    """
+
+    method: str
+    rows: int
+    tokens: int
+    target: Target | None = None
+    columns: ClassVar = ("ours s", "Trainer s", "Trainer/ours", "loss apart")
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.rows} × {self.tokens}"
+
+    def run(self, setting: Setting) -> Row:
+        found = _found("trainer", setting, self.method, self.rows, self.tokens, 2 * setting.repeats)
+        ours, theirs = (statistics.median(found["seconds"][name]) for name in ("ours", "trainer"))
+        apart = max(abs(a - b) for a, b in zip(found["losses"]["ours"], found["losses"]["trainer"], strict=True))
+        cells = f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}", f"{apart:.3f}"
+        return Row(cells, found | {"ratio": theirs / ours, "apart": apart}, theirs / ours)
 
 
 PRESETS: Mapping[str, tuple[Case, ...]] = {
@@ -204,7 +234,6 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
         Activations(8192, 1),
         Activations(8192, 2, Target("≤", 0.6)),
         Activations(8192, 4, Target("≤", 0.35)),
-        *_traffic(),
     ),
     "vera": (Vera(512, 256, Target("≥", 1.3)),),
     "trainer": (
@@ -218,6 +247,13 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
 
 def _measure(case: steps.Case, setting: Setting) -> steps.Measured:
     return steps.measure(case, setting.base, setting.num_steps, num_threads=setting.num_threads)
+
+
+def _found(worker: str, setting: Setting, *arguments: object) -> dict[str, Any]:
+    home = setting.base.path.parent.parent
+    command = [f"benchmarks.training.workers.{worker}", str(home), setting.base.name, *map(str, arguments)]
+    (found,) = run_modules([command], setting.num_threads)
+    return found
 
 
 def _median(times: list[list[float]]) -> tuple[float, float]:

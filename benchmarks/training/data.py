@@ -25,9 +25,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.machine import describe_machine, load_average
-from benchmarks.output import machine_line, write_json
-from benchmarks.workers import run
+from benchmarks.report import machine_line, write_json
+from benchmarks.world import describe_machine, load_average, run_modules
 from loray.bases.registry import add_base
 from loray.text.tokenizer import Tokenizer
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _prepared(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     command = ["benchmarks.training.workers.data", str(folder), args.order, str(_ROWS[args.order]), str(args.cpus)]
-    (found,) = run([[*command, str(time.time()), *(["--random-ids"] if args.random_ids else [])]])
+    (found,) = run_modules([[*command, str(time.time()), *(["--random-ids"] if args.random_ids else [])]])
     return {"run": name, "load": load_average(), **found}
 
 

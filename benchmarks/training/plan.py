@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import load_average, measure_machine
-from benchmarks.output import write_json
+from benchmarks.report import write_json
 from benchmarks.training.steps import Case, Measured, measure
+from benchmarks.world import load_average, measure_machine
 from loray.bases.registry import add_base
 from loray.planning.devices import host
 from loray.planning.memory import CHECKPOINT

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from benchmarks import workers
-from benchmarks.machine import on_this_machine
+from benchmarks.world import on_this_machine, run_modules
 from loray.bases.registry import BaseModel
 from loray.recommend import recipe_of
 from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
@@ -82,5 +81,5 @@ def measure_recipe(
         if recipe.num_workers > 1:
             where = ["--rendezvous", f"{folder}/rendezvous"]
             commands = [[*command, *where, "--rank", str(rank)] for rank in range(recipe.num_workers)]
-        found = [Measured(**figures) for figures in workers.run(commands, num_threads)]
+        found = [Measured(**figures) for figures in run_modules(commands, num_threads)]
     return Measured(*(max(values) for values in zip(*map(astuple, found), strict=True)))

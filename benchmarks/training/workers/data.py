@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
+from benchmarks.world import peak_bytes, reset_peak, resident_bytes
 from jobs.driver.prepare import prepare
 from jobs.driver.tokenising import RayTasks
 from loray.recipes.load import load_recipe
@@ -37,6 +37,7 @@ def main() -> None:
         "name": "data-benchmark",
         "data": {"train": f"{folder}/data", "max_length": int(row_length)},
         "batch": {"rows": 4, "order": order},
+        "gradient_checkpointing": True,  # without it the plan of such a step fits few machines; no step is trained
         "max_steps": 1,
         "num_epochs": None,
     }

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
+from benchmarks.world import peak_bytes, reset_peak, resident_bytes
 from loray.bases.registry import get_base
 from loray.planning.run import shape_of
 from loray.spec import TrainSpec

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.machine import on_this_machine
+from benchmarks.world import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recipes.resolve import resolve
 from loray.spec import LongLoraSpec, TrainSpec, VeraSpec

@@ -26,7 +26,7 @@ from peft import VeraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.machine import on_this_machine
+from benchmarks.world import on_this_machine
 from loray.bases.registry import BaseModel, get_base
 from loray.recommend import recipe_of
 from loray.spec import LINEAR_MODULES, VeraSpec

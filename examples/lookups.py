@@ -1,6 +1,6 @@
 """Conversations that ask for records of a long text: data that train retrieval over a long context.
 
-    python -m benchmarks.training.lookups BOOKS OUT --tokens 8100,16200,24300
+    python examples/lookups.py BOOKS OUT --tokens 8100,16200,24300
 
 BOOKS is a Parquet file with a column `text`. The first message of a row is pages of these books, with a record after
 each page or two ("The ticket number of Jonas Hale is 18163. Remember it."), and a question. Each answer repeats one
@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.options import numbers
 from loray.bases.registry import add_base
 from loray.settings import Settings
 from loray.text.tokenizer import Tokenizer
@@ -71,12 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pq.write_table(pa.Table.from_pylist(rows), args.out)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("books", type=Path)
     add("out", type=Path)
-    add("--tokens", type=numbers, required=True, help="of each row, divided by commas")
+    add("--tokens", type=_numbers, required=True, help="of each row, divided by commas")
     add("--seed", type=int, default=1)
     add("--base", default="smollm2", help="whose tokenizer counts, or the folder of a checkpoint")
     add("--home", type=Path, default=Settings.from_env().home, help="where the base is, or is made")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.training.lookups import main
+from examples.lookups import main
 from loray.bases.registry import BaseModel
 from loray.text.tokenizer import Tokenizer
 
