@@ -21,7 +21,7 @@ class Work(NamedTuple):
 WORK = {
     "orders": Work(9_700, 7_700),
     "dates": Work(11_100, 7_400),
-    "codepages": Work(28_700, 18_400),
+    "codepages": Work(22_500, 18_400),
 }
 _FORWARD = 0.5  # of the time of a trained token: measuring has no backward pass
 _START_S = 60.0  # base model, cluster, server and questions
