@@ -16,7 +16,7 @@ from jobs.submission.tracker import RayJob
 from loray.catalog import Catalog
 from loray.spec import DEFAULT_TENANT, Scope, split_qualified
 from serve_apps.console import GatewayClient
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 _PREFIX = "http://test/api/v1/console"
 _FORM = {"name": "new", "data.train": "s3://b/d.jsonl"}

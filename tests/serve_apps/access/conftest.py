@@ -23,11 +23,11 @@ from serve_apps.gateway.app import create_app as create_gateway
 from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
+from tests.fixtures.api import Api, mounted
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api, mounted
+from tests.fixtures.keys import access_of
 from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.serve_apps.gateway.test_gateway import HELLO
-from tests.serve_apps.keys import access_of
 
 STATIC, METRICS = "the deployment's own key, which is long", "Prometheus's key, which is long as well"
 

@@ -14,7 +14,7 @@ from loray.policy.auth import KeyRing
 from loray.spec import OPERATOR
 from serve_apps.auth import HEADERS, refuse_strangers
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.keys import access_of
+from tests.fixtures.keys import access_of
 
 HOST = {"host": "localhost:8000"}
 JSON = {"content-type": "application/json"}

@@ -17,10 +17,10 @@ from loray.spec import FleetSpec, Limits, ServeSpec
 from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.keys import access_of
 from tests.serve_apps.access.conftest import bearer
 from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.serve_apps.gateway.test_gateway import HELLO
-from tests.serve_apps.keys import access_of
 
 CHAT, OTHER = "https://chat.example", "https://evil.example"
 ASKED = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,X-Stainless-OS,a b"}

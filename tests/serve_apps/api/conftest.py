@@ -15,7 +15,7 @@ import uvicorn
 from loray.bases.registry import BaseModel
 from loray.cli.main import _run
 from tests.cli.run import Loray, Result
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from loray.errors import ConflictError, KeyNotFound, PermissionDenied, SpecError
 from loray.policy.auth import KeyRing
 from loray.schemas.access import KeyChange, KeyCreation, TenantChange
 from loray.spec import Limits, Principal
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.keys import access_of
+from tests.fixtures.api import Api
+from tests.fixtures.keys import access_of
 
 ADMIN = "a key of the deployment itself, long enough"
 As = Callable[[str], CatalogClient]

@@ -6,23 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from loray.client import CatalogClient
 from loray.schemas.status import AdapterPlacement
 from loray.spec import RopeParameters
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
-from tests.serve_apps.api.fakes import Api
-
-
-def problem(response: httpx.Response, status: int) -> Any:
-    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
-    body = response.json()
-    assert body["status"] == status
-    assert body["title"]
-    return body
-
+from tests.fixtures.api import Api, problem
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,7 @@ from loray.spec import CanaryCounts
 from tests.catalog.test_canaries import counts
 from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.api.test_adapters import problem
+from tests.fixtures.api import Api, problem
 
 PATH = "/adapters/tone/aliases/prod"
 

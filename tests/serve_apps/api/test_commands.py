@@ -23,8 +23,8 @@ from tests.catalog.test_catalog import digest, manifest, publish
 from tests.catalog.test_usage import event
 from tests.cli.run import Loray
 from tests.cli.test_tasks import RESULTS
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from starlette.routing import Match
 
 from tests.cli.documented import blocks
 from tests.conftest import REPOSITORY
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 _PATH = re.compile(r"/api/v1(/[^?\s]*)")
 

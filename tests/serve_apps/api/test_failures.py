@@ -15,10 +15,11 @@ from loray.errors import CatalogError, StoreError
 from loray.schemas.resources import Problem
 from loray.settings import Settings
 from tests.catalog.test_catalog import publish
+from tests.fixtures.api import Api, problem
 from tests.fixtures.cluster import free_port
 from tests.fixtures.postgres import Postgres
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.api.test_adapters import PROD, problem
+
+PROD = "/adapters/tone/aliases/prod"
 
 
 def test_without_its_database(tmp_path: Path) -> None:

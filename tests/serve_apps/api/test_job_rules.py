@@ -18,9 +18,8 @@ from loray.spec import DEFAULT_TENANT, Limits, Principal
 from serve_apps.api.examples import RECIPE
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from tests.serve_apps.api.fakes import JSON, Api, InProcess, mounted
-from tests.serve_apps.api.test_adapters import problem
-from tests.serve_apps.keys import Given
+from tests.fixtures.api import JSON, Api, InProcess, mounted, problem
+from tests.fixtures.keys import Given
 
 DATA = "s3://training/sets?endpoint_url=http://127.0.0.1:9&credentials_file=/keys"
 MINE = "s3://training/sets/acme/tone.jsonl"

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -24,8 +23,7 @@ from loray.recipes.load import load_recipe
 from loray.spec import DEFAULT_TENANT, TrainSpec
 from serve_apps.api import site
 from serve_apps.api.examples import RECIPE
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.api.test_adapters import problem
+from tests.fixtures.api import Api, problem, submit
 
 LAUGHS = b"a: &a [1]\n" + b"".join(  # each line is ten times the one before, and the last one a billion values
     b"%c: &%c [%s]\n" % (letter + 1, letter + 1, b", ".join([b"*%c" % letter] * 10)) for letter in range(97, 106)
@@ -37,12 +35,6 @@ def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
     api = Api(tmp_path / "home", catalog_url)
     yield api
     api.close()
-
-
-def submit(api: Api, job_id: str, **fields: Any) -> Any:
-    response = api.http.post("/jobs", params={"id": job_id}, json=RECIPE | fields)
-    assert response.status_code == 201, response.text
-    return response.json()
 
 
 def ray(*chosen: str) -> list[str]:

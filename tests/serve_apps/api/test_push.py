@@ -11,8 +11,8 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from tests.cli.run import Loray
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture

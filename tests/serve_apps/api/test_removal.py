@@ -10,7 +10,7 @@ import pytest
 from loray.client import CatalogClient
 from loray.errors import AdapterNotFound, ConflictError, NotFoundError
 from tests.catalog.test_catalog import digest, publish
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 
 @pytest.fixture

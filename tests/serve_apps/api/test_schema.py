@@ -16,10 +16,9 @@ from loray.errors import AdapterNotFound
 from loray.policy.auth import KeyRing
 from loray.spec import Principal
 from tests.catalog.test_catalog import BASE, publish
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.api.test_jobs import submit
-from tests.serve_apps.keys import access_of
-from tests.serve_apps.schemas import (
+from tests.fixtures.api import Api, submit
+from tests.fixtures.keys import access_of
+from tests.fixtures.openapi import (
     CHECKS,
     NEGATIVE_CHECKS,
     Headers,

@@ -29,7 +29,7 @@ from loray.errors import (
 from loray.files import unpack_tar
 from loray.publishing import uploads as uploading
 from loray.publishing.uploads import MAX_OPEN
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 
 @pytest.fixture

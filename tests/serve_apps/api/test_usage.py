@@ -15,9 +15,8 @@ from loray.cli.main import cli
 from loray.spec import Principal
 from serve_apps.api.site import create_app
 from tests.catalog.test_usage import event
-from tests.serve_apps.api.fakes import Api, InProcess, mounted
-from tests.serve_apps.api.test_adapters import problem
-from tests.serve_apps.keys import Given
+from tests.fixtures.api import Api, InProcess, mounted, problem
+from tests.fixtures.keys import Given
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from loray.spec import Evaluation, RopeParameters
 from serve_apps.api.services import Services
 from tests.catalog.test_catalog import digest, manifest
 from tests.catalog.test_gate import figures
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.keys import access_of
+from tests.fixtures.keys import access_of
 
 MADE_UP: Any = {"job_id": "train_5f1b", "sweep": "best/1 3"}
 

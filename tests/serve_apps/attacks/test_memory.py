@@ -20,14 +20,14 @@ from loray.methods.vera_module import draw_pair
 from loray.publishing import Destination, convert, import_folder
 from loray.publishing.convert import environment_of
 from serve_apps.api.conversions import Conversions
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.conftest import base as base
-from tests.serve_apps.api.fakes import Api
 
 SERVER = """
 import sys
 from pathlib import Path
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 home, catalog, folder, base = sys.argv[1:]
 api = Api(Path(home), catalog)

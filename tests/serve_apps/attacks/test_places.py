@@ -18,8 +18,8 @@ from serve_apps import auth
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
+from tests.fixtures.api import Api, _loop
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api, _loop
 
 RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")
 IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up

@@ -18,7 +18,7 @@ from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, R
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import GatewayClient
 from tests.catalog.test_catalog import BASE, digest, manifest
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 ROOT = "/api/v1/console"
 URL = f"http://test{ROOT}"

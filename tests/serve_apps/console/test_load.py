@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loray.publishing import Destination, publish
+from tests.fixtures.asking import answer_of
 from tests.fixtures.cluster import Served
-from tests.serve_apps.asking import answer_of
 from tests.serve_apps.console.browser import MARKS, watched
 from tests.serve_apps.console.site import ROOT
 

@@ -20,7 +20,7 @@ from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import EngineClient, ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
-from tests.serve_apps.keys import access_of
+from tests.fixtures.keys import access_of
 
 REPLICA = ReplicaStatus(
     replica="r1",

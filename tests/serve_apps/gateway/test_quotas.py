@@ -24,8 +24,8 @@ from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.keys import Given, following
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
-from tests.serve_apps.keys import Given, following
 
 PROMPT = {"model": "tiny", "prompt": "abcdef", "max_tokens": 4}
 

@@ -13,10 +13,8 @@ from schemathesis import GenerationMode
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
-from tests.serve_apps.gateway.test_gateway import HELLO
-from tests.serve_apps.keys import access_of
-from tests.serve_apps.schemas import (
+from tests.fixtures.keys import access_of
+from tests.fixtures.openapi import (
     CHECKS,
     Headers,
     document_of,
@@ -25,6 +23,8 @@ from tests.serve_apps.schemas import (
     headers_of_each_kind,
     needing_keys,
 )
+from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
+from tests.serve_apps.gateway.test_gateway import HELLO
 
 OPERATIONS = [
     "GET /health",

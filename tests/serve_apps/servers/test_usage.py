@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import httpx
 
+from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import Served
-from tests.serve_apps.asking import eventually
 
 TENANT = "counted"  # of this test alone: others' events may still be on their way
 

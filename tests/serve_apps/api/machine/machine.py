@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from loray.spec import Principal
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 from tests.serve_apps.api.machine.asking import AskingMachine
 from tests.serve_apps.api.machine.model import BASE, DEFAULT, Caller, Model, Refused
 
