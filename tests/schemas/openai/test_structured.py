@@ -31,8 +31,13 @@ def response_format(**fields: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", **fields}}}
 
 
+A_JSON_OBJECT = {"response_format": {"type": "json_object"}}
 JSON = Constraint.from_schema(SCHEMA)
-OBJECT = Constraint.from_schema({"type": "object"})
+OBJECT, LENIENT = Constraint.from_schema({"type": "object"}), Constraint.from_schema(SCHEMA, lenient=True)
+
+
+def spaced(whitespace: str) -> Constraint:
+    return JSON.model_copy(update={"whitespace": whitespace})
 
 
 @pytest.mark.parametrize(
@@ -40,28 +45,22 @@ OBJECT = Constraint.from_schema({"type": "object"})
     [
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": None, "guided_json": None}, None),
-        ({"response_format": {"type": "json_object"}}, OBJECT),
-        (response_format(schema=SCHEMA), Constraint.from_schema(SCHEMA, lenient=True)),
+        (A_JSON_OBJECT, OBJECT),
+        (response_format(schema=SCHEMA), LENIENT),
         (response_format(schema=SCHEMA, strict=True, description="d"), JSON),
-        (response_format(schema=SCHEMA, strict=False), Constraint.from_schema(SCHEMA, lenient=True)),
-        (response_format(schema=SCHEMA, strict=None), Constraint.from_schema(SCHEMA, lenient=True)),
+        (response_format(schema=SCHEMA, strict=False), LENIENT),
+        (response_format(schema=SCHEMA, strict=None), LENIENT),
         ({"structured_outputs": {"json": SCHEMA}}, JSON),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, JSON),
-        (
-            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}},
-            JSON.model_copy(update={"whitespace": " ?"}),
-        ),
-        (
-            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
-            JSON.model_copy(update={"whitespace": ""}),
-        ),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}}, spaced(" ?")),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, spaced("")),
         ({"structured_outputs": {"json_object": True}}, OBJECT),
         ({"structured_outputs": {"json_object": False}}, None),
         ({"structured_outputs": {"regex": "a+", "disable_fallback": True}}, Constraint.from_regex("a+")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, Constraint.from_choice(["a", "b"])),
         ({"structured_outputs": {"grammar": "start: A"}}, Constraint.from_grammar("start: A")),
         ({"guided_json": SCHEMA, "guided_decoding_backend": "xgrammar"}, JSON),
-        ({"guided_json": SCHEMA, "guided_whitespace_pattern": " "}, JSON.model_copy(update={"whitespace": " "})),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": " "}, spaced(" ")),
         ({"guided_regex": "a+"}, Constraint.from_regex("a+")),
         ({"guided_choice": ["a", "b"]}, Constraint.from_choice(["a", "b"])),
         ({"guided_grammar": "start: A"}, Constraint.from_grammar("start: A")),
@@ -92,13 +91,10 @@ def test_structural_tags() -> None:
     [
         ({"guided_json": SCHEMA, "guided_regex": "a"}, "choose from guided_json, guided_regex"),
         (
-            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
-            "choose from structured_outputs.regex, response_format",
+            {"structured_outputs": {"regex": "a"}} | A_JSON_OBJECT,
+            "from structured_outputs.regex, response_format",
         ),
-        (
-            {"structured_outputs": {"json": SCHEMA, "choice": ["a"]}},
-            "structured_outputs.json, structured_outputs.choice",
-        ),
+        ({"structured_outputs": {"json": {}, "choice": ["a"]}}, "structured_outputs.json, structured_outputs.choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs to"),
         ({"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}}, "json_schema belongs to"),

@@ -27,30 +27,18 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 def test_a_text_and_instructions() -> None:
     body = chat(instructions="be brief", max_output_tokens=5, temperature=0.5, user="me", seed=3, top_k=7)
-    assert body == {
-        "model": "m",
-        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "stream": False,
-        "max_completion_tokens": 5,
-        "user": "me",
-        "seed": 3,
-        "top_k": 7,
-    }
+    kept = {"model": "m", "temperature": 0.5, "top_p": 1.0, "stream": False, "user": "me", "seed": 3, "top_k": 7}
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert body == kept | {"messages": messages, "max_completion_tokens": 5}
 
 
 def test_items_are_messages() -> None:
+    said = {"type": "output_text", "text": "b", "annotations": [], "logprobs": []}
     items = [
         {"role": "developer", "content": "rules"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}], "status": "completed"},
         {"type": "reasoning", "id": "r", "summary": []},
-        {
-            "type": "message",
-            "id": "msg_1",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}],
-        },
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": [said]},
         {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
         {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "1", "output": "x"},
@@ -58,19 +46,18 @@ def test_items_are_messages() -> None:
         {"type": "function_call", "call_id": "3", "name": "f", "arguments": "{}"},
     ]
 
+    def text(value: str) -> dict[str, str]:
+        return {"type": "text", "text": value}
+
     def call(call_id: str, name: str) -> dict[str, Any]:
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
 
     assert chat(input=items)["messages"] == [
         {"role": "developer", "content": "rules"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}]},
-        {
-            "role": "assistant",
-            "content": [{"type": "text", "text": "b"}],
-            "tool_calls": [call("1", "f"), call("2", "g")],
-        },
+        {"role": "user", "content": [text("a")]},
+        {"role": "assistant", "content": [text("b")], "tool_calls": [call("1", "f"), call("2", "g")]},
         {"role": "tool", "tool_call_id": "1", "content": "x"},
-        {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "y"}]},
+        {"role": "tool", "tool_call_id": "2", "content": [text("y")]},
         {"role": "assistant", "content": None, "tool_calls": [call("3", "f")]},
     ]
 
@@ -86,11 +73,9 @@ def test_tools_and_formats() -> None:
     assert [t["function"]["name"] for t in body["tools"]] == ["g"]
     assert body["tool_choice"] == "required"
     assert "tool_choice" not in chat(tool_choice="auto")
-    schema = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
-    assert chat(text={"format": schema})["response_format"] == {
-        "type": "json_schema",
-        "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
-    }
+    schema = {"name": "n", "schema": {"type": "object"}, "strict": True}
+    asked = chat(text={"format": {"type": "json_schema"} | schema})["response_format"]
+    assert asked == {"type": "json_schema", "json_schema": schema}
     logprobs = chat(include=["message.output_text.logprobs"], top_logprobs=2)
     assert (logprobs["logprobs"], logprobs["top_logprobs"]) == (True, 2)
 
@@ -137,24 +122,11 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
 def test_a_text_streams_in_openais_order() -> None:
     answer = ResponseBuilder(request(metadata={"a": "b"}))
     logprob = {"token": "b", "logprob": -1.0, "bytes": [98], "top_logprobs": []}
-    events = [
-        *answer.opening(),
-        *answer.text("a"),
-        *answer.text("b", [logprob]),
-        *answer.finish("stop", Usage.of(3, 2, 1)),
-    ]
-    assert kinds(events) == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "content_part.added",
-        "output_text.delta",
-        "output_text.delta",
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        "completed",
-    ]
+    events = [*answer.opening(), *answer.text("a"), *answer.text("b", [logprob])]
+    events += answer.finish("stop", Usage.of(3, 2, 1))
+    begun, done = ["created", "in_progress", "output_item.added", "content_part.added"], ["output_text.done"]
+    done += ["content_part.done", "output_item.done", "completed"]
+    assert kinds(events) == [*begun, "output_text.delta", "output_text.delta", *done]
     assert [e["sequence_number"] for e in events] == list(range(10))
     assert events[0]["response"]["output"] == []
     assert events[2]["item"]["content"] == []
@@ -170,40 +142,19 @@ def test_a_text_streams_in_openais_order() -> None:
 
 def test_calls_follow_a_text_as_items_of_their_own() -> None:
     answer = ResponseBuilder(request(tools=[TOOL]))
-    events = [
-        *answer.opening(),
-        *answer.text("so: "),
-        *answer.call("1", "f"),
-        *answer.arguments('{"a"'),
-        *answer.arguments(":1}"),
-    ]
-    events += [*answer.call("2", "f"), *answer.arguments("{}"), *answer.finish("tool_calls", Usage.of(3, 2))]
-    assert kinds(events)[5:] == [
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        "output_item.added",
-        "function_call_arguments.delta",
-        "function_call_arguments.delta",
-        "function_call_arguments.done",
-        "output_item.done",
-        "output_item.added",
-        "function_call_arguments.delta",
-        "function_call_arguments.done",
-        "output_item.done",
-        "completed",
-    ]
+    events = [*answer.opening(), *answer.text("so: "), *answer.call("1", "f")]
+    events += [*answer.arguments('{"a"'), *answer.arguments(":1}"), *answer.call("2", "f"), *answer.arguments("{}")]
+    events += answer.finish("tool_calls", Usage.of(3, 2))
+    piece, end = "function_call_arguments.delta", ["function_call_arguments.done", "output_item.done"]
+    calls = ["output_item.added", piece, piece, *end, "output_item.added", piece, *end]
+    assert kinds(events)[5:] == ["output_text.done", "content_part.done", "output_item.done", *calls, "completed"]
     for event in events:
         EVENT.validate_python(event, strict=True)
     output = events[-1]["response"]["output"]
-    assert [(i["type"], i.get("call_id"), i.get("arguments")) for i in output] == [
-        ("message", None, None),
-        ("function_call", "1", '{"a":1}'),
-        ("function_call", "2", "{}"),
-    ]
-    assert [e["output_index"] for e in events if "output_index" in e] == sorted(
-        e["output_index"] for e in events if "output_index" in e
-    )
+    assert [i["type"] for i in output] == ["message", "function_call", "function_call"]
+    assert [(i["call_id"], i["arguments"]) for i in output[1:]] == [("1", '{"a":1}'), ("2", "{}")]
+    indices = [e["output_index"] for e in events if "output_index" in e]
+    assert indices == sorted(indices)
 
 
 def test_an_answer_that_reaches_its_limit_is_incomplete() -> None:
