@@ -14,6 +14,7 @@ import uvicorn
 
 from loray.bases.registry import BaseModel
 from loray.cli.main import _run
+from loray.client import CatalogClient
 from tests.cli.run import Loray, Result
 from tests.fixtures.api import Api
 
@@ -23,6 +24,11 @@ def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
     api = Api(tmp_path / "home", catalog_url)
     yield api
     api.close()
+
+
+@pytest.fixture
+def client(api: Api) -> CatalogClient:
+    return CatalogClient("http://test", transport=api.transport)
 
 
 @pytest.fixture
@@ -56,6 +62,7 @@ def loray(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        capsys.readouterr()  # what fixtures have printed
         code = _run()
         return Result(code, *capsys.readouterr())
 

@@ -1,40 +1,39 @@
-"""Jobs over HTTP, on both databases, with a scripted job server."""
+"""Jobs over HTTP, with a scripted job server: what tenants may ask of the cluster, and recommendations."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import httpx
 import pytest
 import sqlalchemy as sa
 import yaml
 
 from jobs.submission.tracker import AGENT_S, id_of
+from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import clusters, jobs
-from loray.errors import ClusterError
+from loray.errors import ClusterError, PermissionDenied, RateLimited
 from loray.recipes.load import load_recipe
-from loray.spec import DEFAULT_TENANT, TrainSpec
+from loray.settings import Settings
+from loray.spec import DEFAULT_TENANT, Limits, Principal, TrainSpec
 from serve_apps.api import site
 from serve_apps.api.examples import RECIPE
-from tests.fixtures.api import Api, problem, submit
+from serve_apps.api.routes.jobs import RecommendationResource
+from tests.fixtures.api import JSON, Api, problem, submit
+from tests.fixtures.tiny import write_checkpoint
 
 LAUGHS = b"a: &a [1]\n" + b"".join(  # each line is ten times the one before, and the last one a billion values
     b"%c: &%c [%s]\n" % (letter + 1, letter + 1, b", ".join([b"*%c" % letter] * 10)) for letter in range(97, 106)
 )
-
-
-@pytest.fixture
-def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
-    api = Api(tmp_path / "home", catalog_url)
-    yield api
-    api.close()
 
 
 def ray(*chosen: str) -> list[str]:
@@ -74,7 +73,7 @@ def test_yaml(api: Api, media_type: str) -> None:
 
 def test_what_a_recipe_leaves_out_has_its_methods_default(api: Api) -> None:
     little = {"name": "tone", "adapter": {"method": "vera"}, "data": {"train": "s3://bucket/tone.jsonl"}}
-    response = api.http.post("/jobs", params={"id": "little"}, json=little)
+    response = api.http.post("/jobs", json=little)
     assert response.status_code == 201, response.text
     recipe = response.json()["recipe"]
     assert (recipe["optimizer"]["learning_rate"], recipe["batch"]["rows"], recipe["num_epochs"]) == (0.01, 8, 1)
@@ -100,24 +99,17 @@ def test_every_wrong_field_is_named(api: Api) -> None:
     ]:
         response = api.http.post("/jobs", content=content, headers={"Content-Type": media_type})
         assert detail in problem(response, 422)["detail"], content[:20]
-    assert (
-        "relative path" in problem(api.http.post("/jobs", json=RECIPE | {"data": {"train": "x.jsonl"}}), 422)["detail"]
-    )
-    assert (
-        "application/json or"
-        in problem(api.http.post("/jobs", content=b"x", headers={"Content-Type": "a/b"}), 415)["detail"]
-    )
+    relative = api.http.post("/jobs", json=RECIPE | {"data": {"train": "x.jsonl"}})
+    assert "relative path" in problem(relative, 422)["detail"]
+    unknown = api.http.post("/jobs", content=b"x", headers={"Content-Type": "a/b"})
+    assert "application/json or" in problem(unknown, 415)["detail"]
+    infinite = yaml.safe_dump(RECIPE | {"adapter": {"method": "lora", "alpha": float("inf")}})
+    body = problem(api.http.post("/jobs", content=infinite, headers={"Content-Type": "application/yaml"}), 422)
+    assert [e["field"] for e in body["errors"]] == ["adapter.lora.alpha"]
     for wrong_id in ("a/b", "a" * 112):
         problem(api.http.post("/jobs", params={"id": wrong_id}, json=RECIPE), 422)
     assert api.jobs.submitted == {}
     assert api.http.get("/jobs").json()["items"] == []
-
-
-def test_an_infinite_number_is_refused(api: Api) -> None:
-    recipe = yaml.safe_dump(RECIPE | {"adapter": {"method": "lora", "alpha": float("inf")}})
-    headers = {"Content-Type": "application/yaml"}
-    body = problem(api.http.post("/jobs", content=recipe, headers=headers), 422)
-    assert [e["field"] for e in body["errors"]] == ["adapter.lora.alpha"]
 
 
 def test_ids_and_names_that_are_taken(api: Api) -> None:
@@ -141,10 +133,8 @@ def test_a_job_follows_ray(api: Api) -> None:
     assert running["status"] == "running"
     assert running["started_at"] is not None
     api.catalog.end_job(good, "succeeded", version=3)  # the driver, before Ray has seen it end
-    assert (api.http.get("/jobs/good").json()["status"], api.http.get("/jobs/good").json()["version"]) == (
-        "succeeded",
-        3,
-    )
+    ended = api.http.get("/jobs/good").json()
+    assert (ended["status"], ended["version"]) == ("succeeded", 3)
     api.jobs.say(silent, "FAILED", "Job entrypoint command failed with exit code 137")
     failed = api.http.get("/jobs/silent").json()
     assert (failed["status"], failed["message"]) == ("failed", "Job entrypoint command failed with exit code 137")
@@ -291,3 +281,163 @@ def test_jobs_are_watched_past_errors(api: Api, monkeypatch: pytest.MonkeyPatch)
             assert await asyncio.to_thread(compared.wait, 30)
 
     asyncio.run(run())
+
+
+DATA = "s3://training/sets?endpoint_url=http://127.0.0.1:9&credentials_file=/keys"
+MINE = "s3://training/sets/acme/tone.jsonl"
+
+
+def principal(**fields: Any) -> Principal:
+    given: dict[str, Any] = {"tenant": "acme", "scopes": {"train"}, "key_id": "k1", "actor": "key:k1"}
+    return Principal(**given | fields)
+
+
+@pytest.fixture
+def deployment(api: Api) -> Api:
+    """A deployment with LORAY_DATA, in which acme is a tenant."""
+    api.replace_services(data=DATA)
+    if "acme" not in {tenant.name for tenant in api.catalog.tenants()}:
+        api.catalog.create_tenant("acme")
+    return api
+
+
+def recipe(train: str = MINE, **fields: Any) -> dict[str, Any]:
+    return RECIPE | {"data": {"train": train}} | fields
+
+
+def test_other_data_than_the_tenants_own_is_refused(deployment: Api) -> None:
+    sets = "s3://training/sets"
+    with deployment.by(principal()) as http:
+        for train in (
+            *("file:///etc/passwd", "/etc/passwd"),
+            *("gs://training/sets/acme/tone.jsonl", "hdfs://training/sets/acme/tone.jsonl"),
+            *(f"{MINE}?endpoint_url=http://attacker", f"{MINE}?credentials_file=/root/.aws/credentials"),
+            *(f"{sets}/other/tone.jsonl", f"{sets}/acme", f"{sets}/acme/", f"{sets}/acme2/tone.jsonl"),
+            *(f"{sets}/acme/../other/tone.jsonl", f"{sets}/acme//tone.jsonl", f"{sets}/acme/%2e%2e/other/tone.jsonl"),
+            *(f"{sets}/acme/tone.jsonl#x", f"{sets}/acme/a\\b", "s3://key:secret@training/sets/acme/tone.jsonl"),
+            *("s3://adapters/blobs/sha256", "S3://training/sets/acme/tone.jsonl"),
+        ):
+            mixed = {"train": [MINE, train]}, {"train": MINE, "eval": [MINE, train]}
+            weighed = {"train": [{"path": train, "weight": 2}]}
+            for data in ({"train": train}, {"train": MINE, "eval": train}, *mixed, weighed):
+                detail = problem(http.post("/jobs", json=RECIPE | {"data": data}), 403)["detail"]
+                assert "must be an s3:// URL without options below s3://training/sets/acme/" in detail, data
+    assert not deployment.jobs.submitted
+
+
+def test_no_recipe_has_the_deployments_options(deployment: Api) -> None:
+    """The driver adds them when it opens the data: tests/jobs/driver/test_data.py."""
+    with deployment.by(principal()) as http:
+        response = http.post("/jobs", json=recipe())
+    assert response.status_code == 201, response.text
+    job = response.json()
+    assert job["recipe"]["data"]["train"] == MINE
+    submission = deployment.jobs.submitted[job["id"]]
+    assert json.loads(deployment.jobs.uploaded[job["id"]]["recipe.json"])["data"]["train"] == MINE
+    assert submission.runtime_env["env_vars"]["LORAY_DATA"] == DATA
+
+
+def test_an_id_that_another_tenant_has_chosen_is_free(deployment: Api) -> None:
+    deployment.catalog.create_tenant("beta")
+    asked = {tenant: principal(tenant=tenant, key_id=tenant, actor=tenant) for tenant in ("acme", "beta")}
+    jobs: dict[str, Any] = {}
+    for tenant, who in asked.items():
+        train = MINE.replace("acme", tenant)
+        with deployment.by(who) as http:
+            answer = http.post("/jobs", params={"id": "nightly"}, json=recipe(train))
+            assert answer.status_code == 201, answer.text
+            jobs[tenant] = answer.json()
+            assert http.get("/jobs/nightly").json() == jobs[tenant]
+            taken = http.post("/jobs", params={"id": "nightly"}, json=recipe(train))
+            assert "there is a job 'nightly' already" in problem(taken, 409)["detail"]
+    with deployment.by(asked["beta"]) as http:
+        own, none = jobs["acme"]["id"], "nightly." + "0" * 16
+        for method, path in (("GET", ""), ("GET", "/logs"), ("POST", "/stop")):
+            told = [http.request(method, f"/jobs/{job}{path}", headers=JSON).text for job in (own, none)]
+            assert told[0].replace(own, none) == told[1]
+        assert http.post("/jobs", params={"id": own}, json=recipe(MINE.replace("acme", "beta"))).status_code == 201
+    assert not deployment.jobs.stopped
+
+
+def test_without_a_place_for_data_tenants_train_nothing(deployment: Api) -> None:
+    deployment.replace_services(data=None)
+    with deployment.by(principal()) as http:
+        assert "LORAY_DATA" in problem(http.post("/jobs", json=recipe()), 403)["detail"]
+
+
+def test_so_many_jobs_and_workers_at_once(deployment: Api) -> None:
+    limited = principal(limits=Limits(max_workers=3), tenant_limits=Limits(max_jobs=2, max_workers=4))
+    with deployment.by(limited) as http:
+        assert "at most 3" in problem(http.post("/jobs", json=recipe(num_workers=4)), 403)["detail"]
+        assert http.post("/jobs", params={"id": "a"}, json=recipe(num_workers=2)).status_code == 201
+        refused = http.post("/jobs", json=recipe(num_workers=2))
+        assert "asks for 2 workers; tenant acme has jobs with 2, and at most 3" in problem(refused, 429)["detail"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert http.post("/jobs", params={"id": "b"}, json=recipe(num_workers=1)).status_code == 201
+        deployment.jobs.say(id_of("acme", "a"), "RUNNING")
+        assert "2 jobs that have not ended" in problem(http.post("/jobs", json=recipe()), 429)["detail"]
+        deployment.jobs.say(id_of("acme", "a"), "FAILED")  # which nobody has told the catalog
+        assert http.post("/jobs", json=recipe()).status_code == 201
+    assert deployment.by(principal(tenant=DEFAULT_TENANT)).post("/jobs", json=recipe()).status_code == 403  # its data
+
+
+def test_a_tenant_has_four_jobs_at_once_unless_it_is_said_otherwise(deployment: Api) -> None:
+    with deployment.by(principal()) as http:
+        assert [http.post("/jobs", json=recipe()).status_code for _ in range(5)] == [201] * 4 + [429]
+        problem(http.post("/jobs", json=recipe(num_workers=17)), 403)
+    with deployment.by(principal(tenant=DEFAULT_TENANT, scopes={"admin"})) as http:  # who names any data
+        assert http.post("/jobs", json=recipe("/data/x.jsonl")).status_code == 201
+        assert [http.post("/jobs", json=recipe()).status_code for _ in range(5)] == [201] * 5
+
+
+def test_a_recipe_that_could_not_be_published_is_refused_before_it_is_trained(deployment: Api) -> None:
+    with deployment.by(principal()) as http:
+        for field, text, said in (
+            ("licence", "x" * (225 << 10), "the recipe has"),
+            ("description", "x" * 4097, "publish.description has"),
+        ):
+            assert said in problem(http.post("/jobs", json=recipe() | {"publish": {field: text}}), 422)["detail"]
+
+
+def test_the_deployments_limits_bind_tenants_without_limits(deployment: Api) -> None:
+    deployment.replace_services(max_jobs=1)
+    with deployment.by(principal()) as http:
+        assert http.post("/jobs", json=recipe()).status_code == 201
+        problem(http.post("/jobs", json=recipe()), 429)
+
+
+def test_errors_come_back_as_they_were() -> None:
+    from loray.schemas.resources import Problem, problem_type
+
+    for kind in (RateLimited, PermissionDenied):
+        told = Problem(type=problem_type(kind), title="", status=0, detail="why").exception()
+        assert (type(told), str(told)) == (kind, "why")
+
+
+@pytest.mark.parametrize("data", ["file:///x", "s3://store/a/b", "s3://store", "s3://x?secret=1"])
+def test_where_data_may_not_lie(data: str) -> None:
+    from loray.errors import SettingsError
+
+    with pytest.raises(SettingsError, match="LORAY_DATA"):
+        Settings.from_env({"LORAY_HOME": "/x", "LORAY_STORE": "s3://store/a", "LORAY_DATA": data})
+    kept = Settings.from_env({"LORAY_HOME": "/x", "LORAY_STORE": "s3://store/a", "LORAY_DATA": "s3://store/ab"})
+    assert Settings.from_env(kept.to_env()) == kept
+
+
+def test_recommendations(api: Api, tmp_path: Path) -> None:
+    personal = {"context_length": 2048, "num_tasks": 1000, "resource_constraint": "high"}
+    personal |= {"deployment_scale": "distributed"}
+
+    def ask(params: Mapping[str, Any]) -> httpx.Response:
+        return api.http.get("/recommend", params=params)
+
+    found = RecommendationResource.model_validate(ask(personal).json())
+    assert [(s.method, s.score) for s in found.scores] == [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)]
+    assert [e.method for e in found.estimates] == ["lora", "dora", "vera", "longlora"]
+    assert (found.base, found.device) == ("smollm2", "a100-80gb")
+    add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=api.settings.home, name="tiny")
+    small = {"context_length": 64, "num_tasks": 1, "base": "tiny", "device": "h100-80gb"}
+    assert RecommendationResource.model_validate(ask(small).json()).estimates[0].trained_parameters < 100_000
+    assert "gpt-9" in problem(ask(personal | {"base": "gpt-9"}), 404)["detail"]
+    problem(ask(personal | {"device": "abacus"}), 422)
+    problem(ask({"num_tasks": 1}), 422)

@@ -1,4 +1,4 @@
-"""Keys, tenants and the audit log over HTTP, with the typed client."""
+"""Keys, tenants, the audit log and usage over HTTP, with the typed client."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from loray.cli.main import cli
 from loray.client import CatalogClient
-from loray.errors import ConflictError, KeyNotFound, PermissionDenied, SpecError, Unauthenticated
+from loray.errors import ConflictError, KeyNotFound, PermissionDenied, Unauthenticated
 from loray.policy.auth import KeyRing
 from loray.schemas.access import KeyChange, KeyCreation, TenantChange
 from loray.spec import Limits, Principal
-from tests.fixtures.api import Api
+from tests.catalog.test_usage import event
+from tests.fixtures.api import Api, problem
 from tests.fixtures.keys import access_of
 
 ADMIN = "a key of the deployment itself, long enough"
+
+
 As = Callable[[str], CatalogClient]
 
 
@@ -40,13 +45,8 @@ def test_the_life_of_a_key(api: Api, as_: As) -> None:
     admin.create_tenant("acme", Limits(rpm_limit=60))
     wanted = KeyCreation(key_alias="ci", tenant="acme", scopes=("train",), models=("tone",), duration="1h", tpm_limit=9)
     made = admin.create_key(wanted)
-    assert (made.tenant, made.scopes, made.models, made.tpm_limit, made.created_by) == (
-        "acme",
-        ("train",),
-        ("tone",),
-        9,
-        "root",
-    )
+    assert (made.tenant, made.scopes, made.models) == ("acme", ("train",), ("tone",))
+    assert (made.tpm_limit, made.created_by) == (9, "root")
     assert made.expires is not None
     assert timedelta(minutes=59) < made.expires - datetime.now(UTC) <= timedelta(hours=1)
     holder = as_(made.key)
@@ -97,21 +97,6 @@ def test_a_key_is_changed_by_litellms_names(api: Api, as_: As) -> None:
     assert api.http.patch(path, json={"key_alias": "other"}).status_code == 409
     with pytest.raises(PermissionDenied):
         as_(made.key).change_key(made.id, KeyChange(rpm_limit=10_000))
-
-
-def test_tenants(as_: As) -> None:
-    admin = as_(ADMIN)
-    admin.create_tenant("acme")
-    key = admin.create_key(KeyCreation(key_alias="ci", tenant="acme", scopes=("infer", "train"))).key
-    assert [tenant.name for tenant in admin.tenants()] == ["acme", "default"]
-    assert admin.change_tenant("acme", TenantChange(limits=Limits(max_jobs=2), blocked=True)).max_jobs == 2
-    assert admin.tenant("acme").blocked
-    with pytest.raises(PermissionDenied, match="blocked"):
-        as_(key).bases()
-    with pytest.raises(ConflictError):
-        admin.create_tenant("acme")
-    with pytest.raises(KeyNotFound):
-        admin.create_key(KeyCreation(key_alias="ci", tenant="nobody"))
 
 
 @pytest.fixture
@@ -251,5 +236,52 @@ def test_a_client_takes_its_key_from_the_environment(api: Api, monkeypatch: pyte
     monkeypatch.setenv("LORAY_API_KEY", ADMIN)
     with CatalogClient("http://test/", transport=api.transport) as client:
         assert client.bases() == ()
-    with pytest.raises(SpecError, match="no cursor"):
-        api.catalog.keys(cursor="key-0")
+
+
+@pytest.fixture
+def used(api: Api) -> Api:
+    now = datetime.now(UTC)
+    others = event(3, created_at=now, tenant="other", model="tone", key_id=None)
+    api.catalog.record_usage([event(1, created_at=now), event(2, created_at=now, key_id="k2"), others])
+    api.http.headers["Authorization"] = f"Bearer {ADMIN}"
+    return api
+
+
+def rows(api: Api, **params: Any) -> list[tuple[Any, ...]]:
+    items = api.http.get("/usage", params=params).raise_for_status().json()["items"]
+    return [(row["tenant"], row["key_id"], row["num_requests"], row["num_prompt_tokens"]) for row in items]
+
+
+def test_an_administrator_sees_all(used: Api) -> None:
+    assert rows(used) == [(None, None, 3, 30)]
+    assert rows(used, group_by="tenant") == [("acme", None, 2, 20), ("other", None, 1, 10)]
+    assert rows(used, tenant="acme", group_by=["key", "tenant"]) == [("acme", "k1", 1, 10), ("acme", "k2", 1, 10)]
+    assert rows(used, since="2999-01-01") == [(None, None, 0, 0)]
+    problem(used.http.get("/usage", params={"since": "0001-01-01T00:00:00+09:00"}), 422)
+    assert rows(used, since="0001-01-01T00:00:00", until="9999-12-31T23:59:59") == [(None, None, 3, 30)]
+    first = used.http.get("/usage", params={"group_by": "tenant", "limit": 1})
+    second = used.http.get(f"http://test{first.links['next']['url']}").json()
+    assert [row["tenant"] for row in second["items"]] == ["other"]
+    assert second["next"] is None
+    for number in ("274", "1700000000", "1.7e9", "-1"):  # seconds since 1970, as far as one can guess
+        problem(used.http.get("/usage", params={"until": number}), 422)
+        problem(used.http.get("/audit", params={"since": number}), 422)
+    problem(used.http.post("/keys", json={"key_alias": "ci", "expires": 4_000_000_000}), 422)
+    for wrong in ({"group_by": "hour"}, {"since": "yesterday"}, {"cursor": "-1"}, {"key_id": "a\0"}, {"model": "\0"}):
+        problem(used.http.get("/usage", params=wrong), 422)
+
+
+def test_a_tenant_sees_its_own_whatever_it_asks(used: Api) -> None:
+    with used.by(Principal(tenant="other", scopes=frozenset({"infer"}), key_id="k9")) as used.http:
+        for asked in ({}, {"tenant": "acme"}, {"tenant": "other"}):
+            assert rows(used, group_by="tenant", **asked) == [("other", None, 1, 10)]
+        assert rows(used, key_id="k1") == [(None, None, 0, 0)]
+
+
+def test_usage_in_the_command(used: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAY_CATALOG", used.settings.catalog)
+    shown = CliRunner().invoke(cli, ["usage", "--by", "tenant", "--by", "key"]).output
+    found = [line.split()[:3] for line in shown.splitlines() if "acme" in line]
+    assert found == [["acme", "k1", "1"], ["acme", "k2", "1"]]
+    assert "no requests" in CliRunner().invoke(cli, ["usage", "--tenant", "nobody"]).output

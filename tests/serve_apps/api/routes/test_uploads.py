@@ -37,11 +37,6 @@ def folder(base: BaseModel, peft_folder: Callable[..., Path]) -> Path:
     return peft_folder(base)
 
 
-@pytest.fixture
-def client(api: Api) -> CatalogClient:
-    return CatalogClient("http://test", transport=api.transport)
-
-
 def send(client: CatalogClient, folder: Path, key: str | None = None) -> str:
     upload = client.begin_upload(key)
     for path in sorted(folder.iterdir()):
