@@ -38,17 +38,9 @@ from tests.fixtures.openapi import (
 from tests.fixtures.openapi import examples as num_examples
 
 TAKE_NOTHING = {"GET /bases", "GET /keys/self", "GET /tenants"}  # that could be wrong
-
-
 KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1", "key": "team"}
-
-
 KEY = "a key of the deployment itself, long enough"
-
-
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-
-
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "openapi-catalog.json").read_text())
 OPERATIONS = sorted(f"{method.upper()} {path}" for path, methods in GOLDEN["paths"].items() for method in methods)
 

@@ -22,8 +22,6 @@ from tests.fixtures.api import Api, problem
 from tests.fixtures.keys import access_of
 
 ADMIN = "a key of the deployment itself, long enough"
-
-
 As = Callable[[str], CatalogClient]
 
 
