@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from loray.bases.registry import BaseModel
 from loray.cli.main import _run
 from loray.client import CatalogClient
 from tests.cli.run import Loray, Result
-from tests.fixtures.api import Api
+from tests.fixtures.api import Api, listening
 
 
 @pytest.fixture
@@ -41,16 +38,8 @@ def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture
 def url(api: Api) -> Iterator[str]:
-    """Of a server that listens."""
-    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()  # a client that is quicker than the server waits for it
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with listening(api.app) as url:
+        yield url
 
 
 @pytest.fixture

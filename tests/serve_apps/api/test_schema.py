@@ -25,6 +25,7 @@ from tests.catalog.test_catalog import BASE, publish
 from tests.cli.documented import blocks
 from tests.conftest import REPOSITORY
 from tests.fixtures.api import Api, submit
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.keys import access_of
 from tests.fixtures.openapi import (
     CHECKS,
@@ -48,7 +49,7 @@ OPERATIONS = sorted(f"{method.upper()} {path}" for path, methods in GOLDEN["path
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     home = tmp_path_factory.mktemp("home")
-    url = f"sqlite:///{home}/catalog.db"
+    url = sqlite_catalog(home)
     ring = KeyRing(static={hashlib.sha256(KEY.encode()).digest(): Principal(key_id="deployment")})
     api = Api(home, url, access_of(url, host="0.0.0.0", ring=ring))
     api.http.headers.update(HEADERS)

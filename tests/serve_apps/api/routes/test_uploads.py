@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from loray.adapters.manifest import describe, read_manifest, verify_folder
@@ -30,6 +29,12 @@ from loray.files import unpack_tar
 from loray.publishing import uploads as uploading
 from loray.publishing.uploads import MAX_OPEN
 from tests.fixtures.api import Api
+from tests.fixtures.catalogs import sqlite_catalog
+
+
+@pytest.fixture
+def catalog_url(tmp_path: Path) -> str:
+    return sqlite_catalog(tmp_path)
 
 
 @pytest.fixture
@@ -224,26 +229,16 @@ def test_an_upload_begins_without_a_look_at_those_that_are_published(
     assert [key for key in seen if new.id not in key] == [f"uploads/default/open/{waiting.id}"]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_registrations_that_are_not_valid(api: Api) -> None:
+    nothing = "0" * 32
+    for body in (
         {},
-        {"digest": "0" * 64, "upload": "0" * 32},
-        {"digest": "0" * 64, "base": "x"},
+        {"digest": nothing * 2, "upload": nothing},
+        {"digest": nothing * 2, "base": "x"},
         {"upload": "../../x"},
-        {"upload": "0" * 32, "tool_parser": "none of them"},
-    ],
-)
-def test_registrations_that_are_not_valid(api: Api, body: dict[str, object]) -> None:
-    assert api.http.post("/adapters/tone/versions", json=body).status_code == 422
-
-
-def test_an_archive(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:
-    client.register("tone", upload=send(client, folder), base=base.name)
-    archive = api.http.get("/adapters/tone/versions/1/download")
-    assert int(archive.headers["content-length"]) == len(archive.content)
-    with tarfile.open(fileobj=io.BytesIO(archive.content)) as opened:
-        assert {Path(name).parent.name for name in opened.getnames()} == {"tone-1"}
+        {"upload": nothing, "tool_parser": "none of them"},
+    ):
+        assert api.http.post("/adapters/tone/versions", json=body).status_code == 422
 
 
 def test_archives_that_are_not_whole(tmp_path: Path, base: BaseModel, folder: Path) -> None:
@@ -259,9 +254,3 @@ def test_archives_that_are_not_whole(tmp_path: Path, base: BaseModel, folder: Pa
     with pytest.raises(ConflictError, match="exists already"):
         unpack_tar(io.BytesIO(), tmp_path / "y")
     assert not (tmp_path / "x").exists()
-
-
-def test_unknown_uploads(api: Api) -> None:
-    for method, path in [("GET", ""), ("DELETE", ""), ("PUT", "/files/README.md")]:
-        answer: httpx.Response = api.http.request(method, f"/uploads/{'0' * 32}{path}")
-        assert answer.status_code == 404
