@@ -23,9 +23,9 @@ from loray.errors import (
 )
 from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
 from serve_apps.api.examples import RECIPE
-from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.versions import BASE, digest, publish, vera_manifest
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
 from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import Served
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.trained import Trained
 from tests.jobs.test_train import train_here
-from tests.test_recipe import write
 
 pytestmark = pytest.mark.cluster
 

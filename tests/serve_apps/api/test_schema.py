@@ -21,7 +21,6 @@ from loray.policy.auth import KeyRing
 from loray.schemas import access, resources
 from loray.spec import Principal, TrainSpec
 from serve_apps.api import examples
-from tests.catalog.test_catalog import BASE, publish
 from tests.cli.documented import blocks
 from tests.conftest import REPOSITORY
 from tests.fixtures.api import Api, submit
@@ -37,6 +36,7 @@ from tests.fixtures.openapi import (
     needing_keys,
 )
 from tests.fixtures.openapi import examples as num_examples
+from tests.fixtures.versions import BASE, publish
 
 TAKE_NOTHING = {"GET /bases", "GET /keys/self", "GET /tenants"}  # that could be wrong
 KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1", "key": "team"}

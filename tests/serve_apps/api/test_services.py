@@ -14,10 +14,10 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
 from loray.schemas.resources import Problem
 from loray.settings import Settings
-from tests.catalog.test_catalog import publish
 from tests.fixtures.api import Api, problem
 from tests.fixtures.cluster import free_port
 from tests.fixtures.postgres import Postgres
+from tests.fixtures.versions import publish
 
 PROD = "/adapters/tone/aliases/prod"
 

@@ -18,11 +18,11 @@ from loray.errors import AdapterNotFound, ConflictError, GateRefused, Permission
 from loray.settings import Settings
 from loray.spec import Evaluation, RopeParameters
 from serve_apps.api.services import Services
-from tests.catalog.test_catalog import digest, manifest
-from tests.catalog.test_gate import figures
 from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.figures import figures
 from tests.fixtures.keys import access_of
+from tests.fixtures.versions import digest, manifest
 
 MADE_UP: Any = {"job_id": "train_5f1b", "sweep": "best/1 3"}
 

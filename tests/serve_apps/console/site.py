@@ -19,8 +19,8 @@ from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import GatewayClient
-from tests.catalog.test_catalog import BASE, digest, manifest
 from tests.fixtures.api import Api
+from tests.fixtures.versions import BASE, digest, manifest
 
 ROOT = "/api/v1/console"
 URL = f"http://test{ROOT}"

@@ -7,7 +7,7 @@ import re
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Stretch
-from tests.catalog.test_catalog import digest
+from tests.fixtures.versions import digest
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
 
 

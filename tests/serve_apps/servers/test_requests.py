@@ -19,7 +19,7 @@ from loray.catalog import AdapterVersion
 from loray.spec import TrainSpec
 from tests.fixtures.asking import CHAT, GREEDY, LONG, PROMPT, answer, eventually, status
 from tests.fixtures.cluster import SERVE, Served
-from tests.test_recipe import RECIPE
+from tests.fixtures.recipes import RECIPE
 
 
 def metrics(server: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -17,8 +17,8 @@ from loray.errors import ConflictError, KeyNotFound, PermissionDenied, Unauthent
 from loray.policy.auth import KeyRing
 from loray.schemas.access import KeyChange, KeyCreation, TenantChange
 from loray.spec import Limits, Principal
-from tests.catalog.test_usage import event
 from tests.fixtures.api import Api, problem
+from tests.fixtures.figures import event
 from tests.fixtures.keys import access_of
 
 ADMIN = "a key of the deployment itself, long enough"

@@ -11,8 +11,8 @@ import pytest
 from loray.client import CatalogClient
 from loray.errors import ConflictError, NotFoundError
 from loray.schemas.status import AdapterPlacement
-from tests.catalog.test_catalog import BASE, digest, publish
 from tests.fixtures.api import Api, problem
+from tests.fixtures.versions import BASE, digest, publish
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 

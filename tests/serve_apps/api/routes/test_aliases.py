@@ -8,11 +8,10 @@ from pathlib import Path
 
 from loray.client import CatalogClient
 from loray.spec import CanaryCounts, RopeParameters
-from tests.catalog.test_canaries import counts
-from tests.catalog.test_catalog import publish
-from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.cli.run import Loray
 from tests.fixtures.api import Api, problem
+from tests.fixtures.figures import GOOD, NATIVE, OWN, counts, figures
+from tests.fixtures.versions import publish
 
 # -- aliases ----------------------------------------------------------------------------------------------------------
 PROD = "/adapters/tone/aliases/prod"
