@@ -85,16 +85,12 @@ class Read(Mapping[str, str]):
 
 @pytest.mark.parametrize("headers", [{}, HOST, HOST | JSON, {"authorization": "Bearer x"}, {"x-tenant-id": "acme"}])
 @pytest.mark.parametrize("ring", [KeyRing(), KeyRing(static={b"0" * 32: OPERATOR})])
-def test_the_middleware_keeps_what_is_read(headers: dict[str, str], ring: KeyRing, tmp_path: Path) -> None:
+async def test_the_middleware_keeps_what_is_read(headers: dict[str, str], ring: KeyRing, tmp_path: Path) -> None:
     given = Read(headers)
     access = access_of(sqlite_catalog(tmp_path), ring=ring)
-
-    async def ask() -> None:
-        for method in ("GET", "POST"):
-            with suppress(LorayError):
-                await access.admit(method, "infer", given)
-
-    asyncio.run(ask())
+    for method in ("GET", "POST"):
+        with suppress(LorayError):
+            await access.admit(method, "infer", given)
     access.close()
     assert given.names
     assert given.names <= HEADERS

@@ -14,19 +14,13 @@ from fastapi import FastAPI
 from loray.spec import SCOPES, Limits
 from serve_apps.auth import REFRESH_S, Permissions
 from tests.catalogs import sqlite_catalog
-from tests.serve_apps.access.conftest import METRICS, STATIC, Site, bearer
+from tests.fixtures.access import METRICS, STATIC, Site, bearer
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.asking import eventually
 
 SiteOf = Callable[..., Site]
 OPEN = {"/health", "/ping", "/version"}
 JSON = {"Content-Type": "application/json"}
-
-
-def code_of(response: Any) -> tuple[int, str]:
-    """Status and kind, in the form of either application."""
-    body = response.json()
-    return response.status_code, body["error"]["code"] if "error" in body else body["type"].rpartition(":")[2]
 
 
 def operations(document: Any) -> list[tuple[str, str]]:

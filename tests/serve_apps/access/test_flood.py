@@ -17,7 +17,7 @@ from loray.policy import auth
 from serve_apps import auth as door
 from serve_apps import auth as middleware
 from serve_apps.auth import Authenticator
-from tests.serve_apps.access.conftest import Site, bearer
+from tests.fixtures.access import Site, bearer
 from tests.serve_apps.keys import access_of
 
 KEPT_BY = [module.__file__ for module in (auth, door, middleware)]

@@ -19,7 +19,7 @@ from loray.spec import Principal
 from serve_apps.auth import Authenticator
 from serve_apps.catalog_watch import CatalogWatcher
 from tests.catalogs import sqlite_catalog
-from tests.serve_apps.access.conftest import bearer
+from tests.fixtures.access import bearer
 
 
 class World:

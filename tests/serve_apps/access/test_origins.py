@@ -17,9 +17,9 @@ from loray.spec import FleetSpec, Limits, ServeSpec
 from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
 from tests.catalogs import sqlite_catalog
-from tests.serve_apps.access.conftest import bearer
-from tests.serve_apps.gateway.scripted import ScriptedEngines
-from tests.serve_apps.gateway.test_gateway import HELLO
+from tests.fixtures.access import bearer
+from tests.fixtures.gateway import ScriptedEngines
+from tests.fixtures.gateway import HELLO
 from tests.serve_apps.keys import access_of
 
 CHAT, OTHER = "https://chat.example", "https://evil.example"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from tests.conftest import REPOSITORY
-from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
+from tests.fixtures.access import Site, base, site_of  # noqa: F401 - fixtures
 
 FOLDER = REPOSITORY / "serve_apps" / "access" / "swagger"
 

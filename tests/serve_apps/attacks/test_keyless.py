@@ -12,8 +12,7 @@ from serve_apps import serve_internals
 from serve_apps.api.app import ApiSpec
 from serve_apps.auth import open_auth
 from serve_apps.serve_internals import reachable_host
-from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
-from tests.serve_apps.access.test_door import code_of
+from tests.fixtures.access import Site, base, code_of, site_of  # noqa: F401 - fixtures
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway import bases
 from serve_apps.gateway.bases import PromptEncoder
+from tests.fixtures.gateway import ScriptedEngines
 from tests.serve_apps.attacks.front import front
-from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 LIMIT = 1 << 20

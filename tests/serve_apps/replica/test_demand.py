@@ -95,7 +95,7 @@ def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, Adapte
     assert seen.kv_byte_s == 0
 
 
-def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
+async def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
     num_steps, stands, go_on, step = 0, threading.Event(), threading.Event(), replica.stream._engine.step
 
     def held() -> list[TokenOutput]:
@@ -107,17 +107,13 @@ def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
         return outputs
 
     replica.stream._engine.step = held  # type: ignore[method-assign]
-
-    async def leave() -> None:
-        deltas = replica.deltas(request("a", max_tokens=400))
-        await anext(deltas)
-        assert await asyncio.to_thread(stands.wait, 60)
-        await deltas.aclose()
-        while replica.streams._left:
-            await asyncio.sleep(0)
-        go_on.set()
-
-    asyncio.run(leave())
+    deltas = replica.deltas(request("a", max_tokens=400))
+    await anext(deltas)
+    assert await asyncio.to_thread(stands.wait, 60)
+    await deltas.aclose()
+    while replica.streams._left:
+        await asyncio.sleep(0)
+    go_on.set()
     assert replica.observe().tokens == 3 + 5
 
 

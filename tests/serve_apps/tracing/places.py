@@ -26,7 +26,7 @@ from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import ReplicaRequests
 from serve_apps.standalone.server import LocalEngineClient, create_site
 from serve_apps.tracing import Tracing
-from tests.serve_apps.channel.plane import NODE, until
+from tests.fixtures.channel import NODE, until
 
 Place = Callable[["Deployed"], Any]
 

@@ -21,7 +21,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.startup import adapter_loader
-from tests.serve_apps.channel.plane import until
+from tests.fixtures.channel import until
 from tests.serve_apps.tracing.places import Deployed, Place, data_plane, serve
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

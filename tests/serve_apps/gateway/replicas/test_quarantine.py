@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,15 +16,14 @@ from loray.catalog import Catalog
 from loray.errors import AdapterQuarantined, CatalogError, EngineStopped
 from loray.policy.quarantine import FIRST_S, TRIAL_S
 from loray.spec import AdapterRef
-from serve_apps.gateway.replicas import engines as generation
+from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import quarantine, router
 from serve_apps.gateway.replicas.engines import ServeEngineClient
 from serve_apps.gateway.replicas.quarantine import SharedQuarantine
-from tests.serve_apps.gateway.test_engines import LAST, REQUEST, Handle, engines_of, raised_by, tokens
+from tests.fixtures.gateway import adapter_ref
+from tests.fixtures.handles import LAST, REQUEST, Handle, engines_of, raised_by, tokens
 
-BAD = AdapterRef(
-    digest="b" * 64, name="bad", version=1, method="lora", base_fingerprint="0" * 64, context_length=9, nbytes=1
-)
+BAD = adapter_ref("b" * 64, name="bad")
 OTHER = replace(BAD, digest="a" * 64, name="other")
 
 
@@ -33,18 +33,18 @@ class Deployment:
     def __init__(self, url: str) -> None:
         self.url, self.now, self.kills, self.num_deaths = url, 1_000_000.0, True, 0
         self.death: Exception = ActorDiedError()
-        self.num_asked = 0
-
-    def catalog(self) -> Catalog:
-        self.num_asked += 1
-        return Catalog(self.url)
 
     @asynccontextmanager
     async def gateway(self, open_records: Callable[[], Catalog] | None = None) -> AsyncIterator[ServeEngineClient]:
         replicas = Replicas(self)
         async with engines_of(replicas) as engines:
-            engines._quarantine = SharedQuarantine(open_records or self.catalog, clock=lambda: self.now)
+            engines._quarantine = SharedQuarantine(open_records or (lambda: Catalog(self.url)), clock=lambda: self.now)
             yield engines
+
+    @asynccontextmanager
+    async def both(self) -> AsyncIterator[tuple[ServeEngineClient, ServeEngineClient]]:
+        async with self.gateway() as first, self.gateway() as second:
+            yield first, second
 
 
 class Replicas(Handle):
@@ -63,11 +63,9 @@ class Replicas(Handle):
 
 
 @pytest.fixture
-def deployment(catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
-    monkeypatch.setattr(generation, "_BACKOFF_S", 0.0)
+def deployment(catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> Deployment:
     monkeypatch.setattr(quarantine, "_TIMEOUT_S", 60.0)
-    yield Deployment(catalog_url)
-    router._placed.clear()
+    return Deployment(catalog_url)
 
 
 async def ask(engines: ServeEngineClient, adapter: AdapterRef | None, name: str = "r") -> list[int]:
@@ -76,76 +74,58 @@ async def ask(engines: ServeEngineClient, adapter: AdapterRef | None, name: str 
 
 async def refused(engines: ServeEngineClient) -> float:
     """The seconds for which BAD is refused."""
-    with pytest.raises(AdapterQuarantined) as e:
+    with pytest.raises(AdapterQuarantined, match="is refused for") as e:
         await ask(engines, BAD)
+    assert failure_of(e.value).headers["Retry-After"] == str(math.ceil(e.value.retry_after_s))
     return e.value.retry_after_s
 
 
-def run(deployment: Deployment, story: Callable[[ServeEngineClient, ServeEngineClient], object]) -> None:
-    async def told() -> None:
-        async with AsyncExitStack() as held:
-            both = [await held.enter_async_context(deployment.gateway()) for _ in range(2)]
-            await story(*both)  # type: ignore[misc]
-
-    asyncio.run(told())
-
-
-def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> None:
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+async def test_an_adapter_costs_the_deployment_one_replica(deployment: Deployment) -> None:
+    async with deployment.both() as (first, second):
         assert await refused(first) == FIRST_S
         assert [await refused(gateway) for gateway in (second, first)] == [FIRST_S, FIRST_S]
         assert deployment.num_deaths == 1
         assert await ask(second, OTHER) == [2]
 
-    run(deployment, story)
-
-    async def after_a_restart(first: ServeEngineClient, second: ServeEngineClient) -> None:
+    async with deployment.both() as (first, second):
         assert [await refused(gateway) for gateway in (first, second)] == [FIRST_S, FIRST_S]
-
-    run(deployment, after_a_restart)
     assert deployment.num_deaths == 1
 
 
-def test_an_adapter_whose_step_stops_an_engine_costs_as_many_replicas_as_one_that_kills_it(
+async def test_an_adapter_whose_step_stops_an_engine_costs_as_many_replicas_as_one_that_kills_it(
     deployment: Deployment,
 ) -> None:
     deployment.death = raised_by(pickle.loads(pickle.dumps(EngineStopped("the engine stopped", [BAD.digest]))))
 
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+    async with deployment.both() as (first, second):
         with pytest.raises(EngineStopped):  # it is not sent to another replica
             await ask(first, BAD)
         assert [await refused(gateway) for gateway in (second, first)] == [FIRST_S, FIRST_S]
         assert deployment.num_deaths == 1
 
-    run(deployment, story)
 
-
-def test_an_adapter_that_was_not_in_the_step_is_not_suspected(deployment: Deployment) -> None:
+async def test_an_adapter_that_was_not_in_the_step_is_not_suspected(deployment: Deployment) -> None:
     deployment.death = raised_by(EngineStopped("the engine stopped", [OTHER.digest]))
 
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+    async with deployment.both() as (first, second):
         for gateway in (first, second, first):
             with pytest.raises(EngineStopped):
                 await ask(gateway, BAD)
 
-    run(deployment, story)
 
-
-def test_one_that_another_replica_has_is_sent_once_more(
+async def test_one_that_another_replica_has_is_sent_once_more(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = {("replica#1", BAD.digest)}
     monkeypatch.setattr(router, "is_held", lambda deployment, besides, digest: (besides, digest) in held)
 
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+    async with deployment.both() as (first, second):
         assert await refused(first) == await refused(second) == 2 * FIRST_S
         assert deployment.num_deaths == 2
 
-    run(deployment, story)
 
-
-def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+async def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
+    async with deployment.both() as (first, second):
         await refused(first)
         deployment.now += FIRST_S
         assert await refused(second) == 2 * FIRST_S  # it died of it again
@@ -164,11 +144,9 @@ def test_one_gateway_tries_it_again(deployment: Deployment) -> None:
         assert await ask(first, BAD) == [2]
         other.close()
 
-    run(deployment, story)
 
-
-def test_a_release_is_for_all_gateways(deployment: Deployment) -> None:
-    async def story(first: ServeEngineClient, second: ServeEngineClient) -> None:
+async def test_a_release_is_for_all_gateways(deployment: Deployment) -> None:
+    async with deployment.both() as (first, second):
         await refused(first)
         await refused(second)
         deployment.kills = False
@@ -177,10 +155,8 @@ def test_a_release_is_for_all_gateways(deployment: Deployment) -> None:
         released.close()
         assert [await ask(gateway, BAD) for gateway in (first, second)] == [[2], [2]]
 
-    run(deployment, story)
 
-
-def test_only_requests_for_adapters_without_a_token_ask_the_catalog(deployment: Deployment) -> None:
+async def test_only_requests_for_adapters_without_a_token_ask_the_catalog(deployment: Deployment) -> None:
     reads = 0
 
     class Counting(Catalog):
@@ -189,25 +165,19 @@ def test_only_requests_for_adapters_without_a_token_ask_the_catalog(deployment: 
             reads += 1
             return super().quarantined()
 
-    async def story() -> None:
-        async with deployment.gateway(lambda: Counting(deployment.url)) as engines:
-            await ask(engines, None)
-            assert reads == 0
-            for name in ("1", "2", "3"):
-                assert await ask(engines, OTHER, name) == [2]
-            assert reads == 1
-
-    asyncio.run(story())
+    async with deployment.gateway(lambda: Counting(deployment.url)) as engines:
+        await ask(engines, None)
+        assert reads == 0
+        for name in ("1", "2", "3"):
+            assert await ask(engines, OTHER, name) == [2]
+        assert reads == 1
 
 
-def test_without_the_catalog_a_gateway_goes_on_alone(deployment: Deployment) -> None:
+async def test_without_the_catalog_a_gateway_goes_on_alone(deployment: Deployment) -> None:
     def away() -> Catalog:
         raise CatalogError("the database is away")
 
-    async def story() -> None:
-        async with deployment.gateway(away) as engines:
-            assert [await refused(engines), await refused(engines)] == [FIRST_S, FIRST_S]
-            assert await ask(engines, OTHER) == [2]
-
-    asyncio.run(story())
+    async with deployment.gateway(away) as engines:
+        assert [await refused(engines), await refused(engines)] == [FIRST_S, FIRST_S]
+        assert await ask(engines, OTHER) == [2]
     assert deployment.num_deaths == 1

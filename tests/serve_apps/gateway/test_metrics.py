@@ -7,12 +7,10 @@ import pickle
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -20,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.errors import EngineError
 from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.accounting.usage import UsageStatus
 from serve_apps.catalog_watch import CatalogWatcher
@@ -28,30 +27,20 @@ from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.metrics import BaseMetrics, CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
-from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
-from tests.serve_apps.replica.test_metrics import ObservedEngine, go
+from tests.fixtures.gateway import ScriptedEngines, delta, register
+from tests.fixtures.replica import observed
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
-
-
-@pytest.fixture
 def whole(base: BaseModel) -> list[Family]:
     """The families of a gateway with two replicas that have served one request each, and a silent third one."""
     replicas: list[list[Family] | None] = [None]
     for name in ("r1", "r2"):
-        asked = ObservedEngine(base)
-
-        async def test(asked: ObservedEngine = asked, name: str = name) -> None:
-            await asked.ask(3)
-            families = asked.metrics.families(await asked.settled(1), name)
-            replicas.append(pickle.loads(pickle.dumps(families)))
-
-        go(asked, test)
+        with observed(base) as asked:
+            asyncio.run(asked.ask(3))
+            families = asked.metrics.families(asyncio.run(asked.settled(1)), name)
+        replicas.append(pickle.loads(pickle.dumps(families)))
     gateway = GatewayMetrics("g1")
     gateway.keys_age_s = lambda: 2.0
     gateway.answered("/v1/completions", 200)
@@ -80,22 +69,12 @@ def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[
             assert set(sample.labels) - {"le"} == expected - {"le"}, sample
 
 
-def test_a_family_contains_all_replicas(whole: list[Family], base: BaseModel) -> None:
-    body, content_type = encode(whole, "")
-    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
-    families = {f.name: f for f in parse(body.decode())}
-    tokens = families["loray_generation_tokens"].samples
-    assert [(s.name, s.labels, s.value) for s in tokens] == [
-        ("loray_generation_tokens_total", {"base": base.name, "replica": "r1"}, 4),
-        ("loray_generation_tokens_total", {"base": base.name, "replica": "r2"}, 4),
-    ]
-    assert families["loray_replicas_reporting"].samples[0].value == 2
-    assert families["loray_replicas_silent"].samples[0].value == 1
-    assert (
-        families["loray_gateways_reporting"].samples[0].value == families["loray_gateways_silent"].samples[0].value == 1
-    )
-    first = families["loray_time_to_first_token_seconds"].samples
+def test_a_family_contains_all_replicas(whole: list[Family]) -> None:
+    families = {f.name: f.samples for f in parse(encode(whole, "").body.decode())}
+    first = families["loray_time_to_first_token_seconds"]
     assert [s.labels["replica"] for s in first if s.labels.get("le") == "+Inf"] == ["r1", "r2"]
+    names = ("replicas_reporting", "replicas_silent", "gateways_reporting", "gateways_silent")
+    assert [families[f"loray_{name}"][0].value for name in names] == [2, 1, 1, 1]
 
 
 def test_openmetrics_on_request(whole: list[Family]) -> None:
@@ -139,29 +118,22 @@ def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
     assert samples["loray_gateways_reporting", None] == 2
 
 
-# -- over HTTP ---------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path: Path) -> None:
-    register(Catalog(sqlite_catalog(tmp_path)), "tone", base.fingerprint)
+def test_metrics_are_the_replicas_and_the_gateways_own(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "tone", base.fingerprint)
     engines = ScriptedEngines([delta("hello", "stop")])
     for name, num_tokens in (("r1", 3), ("r2", 4)):
         family = CounterMetricFamily("loray_generation_tokens", "Tokens generated.", labels=["replica"])
         family.add_metric([name], num_tokens)
         engines.families.append([family])
     engines.families.append(None)
-    body = {"model": base.name, "prompt": "abc"}
-    app = gateway_app(base, sqlite_catalog(tmp_path), engines)
-    with TestClient(app, raise_server_exceptions=False) as client:
-        for _ in range(2):
-            assert client.post("/v1/completions", json=body).status_code == 200
-        client.post("/v1/completions", json=body | {"stream": True})
-        client.post("/v1/completions", json=body | {"model": "nobody"})
-        client.get("/v1/completions")
-        client.get("/v1/models/tone@1")
-        client.get("/wp-login.php")
+    with client_of(engines) as client:
+        for stream in (False, False, True):
+            assert client.complete(stream=stream).status_code == 200
+        client.complete(model="nobody")
+        for path in ("/v1/completions", "/v1/models/tone@1", "/wp-login.php"):
+            client.get(path)
         engines.script = [ZeroDivisionError()]
-        client.post("/v1/completions", json=body)
+        client.complete()
         response = client.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     samples = {
@@ -187,7 +159,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
     assert samples["loray_http_requests_waiting",] == 0
 
 
-def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
+async def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
     counted = GatewayMetrics("g1")
     in_flight: list[int] = []
 
@@ -197,17 +169,33 @@ def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
             raise asyncio.CancelledError
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    async def send(_: Any) -> None:
-        pass
-
-    async def run() -> None:
-        counting = CountRequests(app, counted)
-        await counting({"type": "http", "path": "/"}, None, send)  # type: ignore[arg-type]
-        with pytest.raises(asyncio.CancelledError):
-            await counting({"type": "http", "path": "/cancelled"}, None, send)  # type: ignore[arg-type]
-
-    asyncio.run(run())
+    counting = CountRequests(app, counted)
+    await counting({"type": "http", "path": "/"}, AsyncMock(), AsyncMock())
+    with pytest.raises(asyncio.CancelledError):
+        await counting({"type": "http", "path": "/cancelled"}, AsyncMock(), AsyncMock())
     assert (in_flight, counted.num_in_flight) == ([1, 1], 0)
     samples = [s for f in counted._registry.collect() for s in f.samples if s.name == "loray_http_requests_total"]
     codes = {s.labels["code"]: s.value for s in samples}
     assert codes == {"200": 1, "499": 1}
+
+
+def outcomes(text: str, route: str) -> dict[str, float]:
+    lines = re.findall(r"loray_requests_total{(.*)} (.+)", text)
+    named = [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(n)) for labels, n in lines]
+    return {labels["outcome"]: n for labels, n in named if labels["route"] == route}
+
+
+def test_answers_that_break_off_are_counted_as_broken(client_of: Any) -> None:
+    engines = ScriptedEngines([delta("a"), EngineError("the engine was killed")])
+    with client_of(engines) as client:
+        for _ in range(10):
+            answer = client.complete(stream=True)
+            assert answer.status_code == 200
+            assert "engine_unavailable" in answer.text
+        engines.script = [EngineError("the engine was killed")]
+        client.complete(stream=True)
+        engines.script = [delta("a", "stop")]
+        client.complete(stream=True)
+        client.complete(n=0)
+        counted = outcomes(client.get("/metrics").text, "/v1/completions")
+    assert counted == {"broken": 10, "failed": 1, "ok": 1, "client_error": 1}
