@@ -12,6 +12,7 @@ import uvloop
 from click.testing import CliRunner, Result
 
 from loray.cli.main import cli
+from tests.fixtures.access import site_of as site_of
 
 Loray = Callable[..., Result]
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -121,6 +121,7 @@ async def test_the_middleware_refuses_before_the_body_is_read_and_leaves_other_p
 
         await middleware(scope, receive, send)
         return sent[0]["status"], scope
+
     status, scope = await ask("/v1/completions", rpm_limit=0)
     assert (status, read, scope["route"].path) == (429, [], "/v1/completions")
     assert (await ask("/v1/models", rpm_limit=0))[0] == 200

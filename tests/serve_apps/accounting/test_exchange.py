@@ -28,6 +28,7 @@ async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: p
         async with asyncio.timeout(30):
             while len(asked) < number:
                 await asyncio.sleep(0.001)
+
     is_limited = asyncio.Event()
     task = asyncio.create_task(follow_owner(gate, ask, is_limited))
     await asyncio.sleep(0.05)
@@ -70,6 +71,7 @@ async def test_others_have_their_turn_between_urgent_exchanges() -> None:
         nonlocal asked
         asked += 1
         return Reply("epoch", ())
+
     task = asyncio.create_task(follow_owner(Urgent(), ask))
     for _ in range(5):
         await asyncio.sleep(0)

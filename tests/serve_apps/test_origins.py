@@ -18,8 +18,7 @@ from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
 from tests.catalogs import sqlite_catalog
 from tests.fixtures.access import bearer
-from tests.fixtures.gateway import ScriptedEngines
-from tests.fixtures.gateway import HELLO
+from tests.fixtures.gateway import HELLO, ScriptedEngines
 from tests.serve_apps.keys import access_of
 
 CHAT, OTHER = "https://chat.example", "https://evil.example"

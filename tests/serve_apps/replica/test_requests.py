@@ -1,29 +1,87 @@
-"""Demand measured on a real engine, and on one that refuses requests."""
+"""Requests of a replica: defaults that fit what it has, and the demand that they are."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.catalog import Catalog
-from loray.engine.async_engine import AsyncEngine
+from loray.engine.async_engine import AsyncEngine, TokenSink
 from loray.engine.build import build_engine
 from loray.engine.request import TokenOutput
-from loray.errors import Overloaded, RequestError
+from loray.errors import ContextLengthExceeded, Overloaded, RequestError
 from loray.policy.demand import Observation
-from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
-from loray.store import AdapterStore, open_store
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import LocalStreams, ReplicaDemand, ReplicaRequests
 from serve_apps.replica.startup import adapter_loader
+
+
+class Limited:
+    """An engine whose exact limit is known once its adapter is loaded."""
+
+    def __init__(self, estimate: int, exact: int) -> None:
+        self._limit, self._exact = estimate, exact
+        self.asked: list[int] = []
+
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        return self._limit
+
+    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+        self.asked.append(request.params.max_tokens)
+        self._limit = self._exact
+        fits = len(request.prompt_ids) + request.params.max_tokens <= self._limit
+        error = None if fits else ContextLengthExceeded("too long", "prompt")
+        sink.deliver([(key, TokenOutput("r", 7, finish_reason="length", error=error))])
+
+
+async def ask(engine: Any, max_tokens: int, adapter: AdapterRef | None = None) -> list[TokenDelta]:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
+    streams = LocalStreams(ReplicaRequests(engine, ReplicaMetrics()))
+    return [d async for d in streams.generate(request, fit=True)]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "exact", "asked"), [(200, 200, [100]), (50, 50, [47]), (50, 20, [47, 17]), (20, 50, [17])]
+)
+async def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
+    engine: Any = Limited(estimate, exact)
+    assert await ask(engine, 100) == [TokenDelta((7,), "length")]
+    assert engine.asked == asked
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+async def test_a_default_leaves_room_for_the_adapter(
+    base: BaseModel, settings: Settings, published: Callable[..., AdapterRef], method: str
+) -> None:
+    """A real engine with a pool smaller than the model's context. The published size does not contain VeRA's pair."""
+    ref = published("a", method)
+    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
+    stream = AsyncEngine(build_engine(spec, base, adapter_loader(base, settings)))
+    limit = stream.max_model_len(None)
+    assert limit < ref.context_length
+    stream.start()
+    try:
+        deltas = await ask(stream, limit - 3, ref)
+        assert deltas[-1].finish_reason == "length"
+        left = stream.max_model_len(ref) - 3
+        num_tokens = sum(len(d.token_ids) for d in deltas)
+        assert left - 2 * spec.block_tokens <= num_tokens <= left < limit - 3  # the estimate is cautious
+    finally:
+        stream.stop()
+
+
+async def test_a_prompt_that_never_fits_is_refused_once_its_limit_is_known() -> None:
+    engine: Any = Limited(2, 2)
+    with pytest.raises(ContextLengthExceeded):
+        await ask(engine, 100)
+    assert engine.asked == [1]
+
 
 SCALING = AutoscalingSpec(window_s=3600)
 
@@ -40,36 +98,22 @@ class Replica:
     def deltas(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         return self.streams.generate(request, fit=False)
 
-    def answer(self, request: GenerateRequest) -> None:
-        async def run() -> None:
-            async for _ in self.deltas(request):
-                pass
-
-        asyncio.run(run())
+    async def answer(self, request: GenerateRequest) -> None:
+        async for _ in self.deltas(request):
+            pass
 
     def observe(self) -> Observation:
         return Observation.from_stats(self.demand.stats())
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+def refs(published: Callable[..., AdapterRef]) -> dict[str, AdapterRef]:
+    return {method: published(method, method) for method in ("lora", "vera")}
 
 
 @pytest.fixture
-def refs(
-    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], settings: Settings
-) -> dict[str, AdapterRef]:
-    base, catalog = tiny_base(), Catalog(settings.catalog)
-    store = AdapterStore(open_store(settings.store))
-    for method in ("lora", "vera"):
-        publish(peft_folder(base, method), base, Destination(method, store, catalog))
-    return {method: catalog.resolve(method) for method in ("lora", "vera")}
-
-
-@pytest.fixture
-def replica(tiny_base: Callable[..., BaseModel], settings: Settings) -> Iterator[Replica]:
-    made = Replica(tiny_base(), settings)
+def replica(base: BaseModel, settings: Settings) -> Iterator[Replica]:
+    made = Replica(base, settings)
     made.stream.start()
     yield made
     made.stream.stop()
@@ -79,16 +123,16 @@ def request(name: str, ref: AdapterRef | None = None, **params: Any) -> Generate
     return GenerateRequest(name, (1, 2, 3), SamplingParams(ignore_eos=True, **params), ref)
 
 
-def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, AdapterRef]) -> None:
+async def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, AdapterRef]) -> None:
     lora, vera = refs["lora"], refs["vera"]
-    replica.answer(request("a", max_tokens=5))
-    replica.answer(request("b", lora, max_tokens=7))
+    await replica.answer(request("a", max_tokens=5))
+    await replica.answer(request("b", lora, max_tokens=7))
     seen = replica.observe()
     assert seen.tokens == (3 + 5) + (3 + 7)
     # Its size in the pool is known now: rank 4 on q (64 → 64) and v (64 → 32) of two layers, in fp32.
     assert seen.adapters == {lora.digest[:16]: 2 * 4 * (64 + 64 + 64 + 32) * 4}
     assert seen.pairs == {}
-    replica.answer(request("c", vera, max_tokens=1))
+    await replica.answer(request("c", vera, max_tokens=1))
     seen = replica.observe()
     (pair,) = seen.pairs.values()
     assert pair > seen.adapters[vera.digest[:16]] > 0
