@@ -24,8 +24,8 @@ from loray.spec import OPERATOR, SCOPES, Limits, Principal
 from serve_apps import auth as door
 from serve_apps.auth import HEADERS, REFRESH_S, Authenticator, Permissions, refuse_strangers
 from serve_apps.catalog_watch import CatalogWatcher
-from tests.catalogs import sqlite_catalog
 from tests.fixtures.access import METRICS, STATIC, Site, bearer, code_of
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.asking import eventually
 from tests.serve_apps.keys import access_of

@@ -16,8 +16,8 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, Limits, ServeSpec
 from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
-from tests.catalogs import sqlite_catalog
 from tests.fixtures.access import bearer
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import HELLO, ScriptedEngines
 from tests.serve_apps.keys import access_of
 

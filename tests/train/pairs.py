@@ -11,7 +11,7 @@ from loray.spec import TrainSpec
 from loray.train.checkpoint import FolderReporter
 from loray.train.data.rows import Dataset, load_data
 from loray.train.loop import train
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.test_loop import METHODS, recipe
 
 MAX_LENGTH = 48

@@ -23,7 +23,7 @@ from loray.train.data.rows import load_data
 from loray.train.loop import train
 from tests.adapters.test_export import ADAPTERS, in_peft, trained
 from tests.adapters.test_export import recipe as adapter_recipe
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.test_loop import METHODS, TINY, curve, make_data, masters, recipe, run
 
 

@@ -22,7 +22,7 @@ from loray.train import checkpoint, loop
 from loray.train.checkpoint import FolderReporter, RunState
 from loray.train.data.rows import Dataset, load_data
 from loray.train.loop import train
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"method": "lora", "rank": 4, "dropout": 0.1}},

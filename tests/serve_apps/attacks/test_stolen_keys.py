@@ -20,8 +20,8 @@ from loray.catalog import identity as stored_keys
 from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
-from tests.catalogs import sqlite_catalog
 from tests.fixtures.access import bearer
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import ScriptedEngines, delta, gateway_app
 from tests.serve_apps.api.fakes import Api, FakeJobs
 from tests.serve_apps.keys import access_of

@@ -22,7 +22,7 @@ from serve_apps.channel.connection import Connection, Connections, connect
 from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, abstract, dial, frame, pack, parts
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
-from tests.authority import Authority
+from tests.fixtures.authority import Authority
 from tests.fixtures.channel import (
     ENCRYPTED,
     LINKS,

@@ -11,7 +11,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import GatewayClient, ScriptedEngines, gateway_app
 
 

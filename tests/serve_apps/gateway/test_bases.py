@@ -20,7 +20,7 @@ from loray.spec import AutoscalingSpec, Principal, ServeSpec
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.bases import PromptEncoder, ServedBase
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import (
     CHAT,
     GatewayClient,
@@ -31,7 +31,7 @@ from tests.fixtures.gateway import (
     fleet_app,
     register,
 )
-from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
+from tests.fixtures.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 
 class Fleet:

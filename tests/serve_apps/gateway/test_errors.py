@@ -14,7 +14,7 @@ from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, GrammarTooExpensive, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
 from serve_apps.gateway import errors
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import (
     CHAT,
     HELLO,

@@ -18,7 +18,7 @@ from loray.schemas.status import AutoscalingStatus, ScalingDecision
 from loray.spec import TokenDelta
 from serve_apps.gateway.directory import REFRESH_S
 from tests.fixtures.gateway import CHAT, HELLO, REPLICA, ScriptedEngines, delta, error_of, events_of, register
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from loray.schemas.openai.formats import CompletionFormat
 from loray.spec import Delta, FinishReason, TokenDelta
 from serve_apps.gateway.answers.answer import HEARTBEAT, AnswerResponse, ChoiceStream, Deadline
 from serve_apps.gateway.answers.writers import Events, Whole
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.gateway import ScriptedEngines, delta, gateway_app
 
 FORMAT = CompletionFormat("cmpl-1", 1, "m", "f")
