@@ -20,7 +20,7 @@ from serve_apps import catalog_watch
 from serve_apps.auth import Authenticator
 from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway.directory import ModelResolver
-from tests.serve_apps.gateway.scripted import register
+from tests.fixtures.gateway import register
 
 
 class Database:
