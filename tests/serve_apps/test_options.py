@@ -1,4 +1,4 @@
-"""A server that others reach does not start without a key."""
+"""Options of the command over a file's, and a server that others reach, which does not start without a key."""
 
 from __future__ import annotations
 

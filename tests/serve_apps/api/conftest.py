@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +29,7 @@ def client(api: Api) -> CatalogClient:
 
 @pytest.fixture
 def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    """A base of the server's own machine."""
-    base = tiny_base()
-    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
-    return base
+    return api.add_base(tiny_base())
 
 
 @pytest.fixture

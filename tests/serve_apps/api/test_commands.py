@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -171,9 +170,8 @@ def test_figures_of_tasks_are_reported_to_the_server(
 def test_a_data_scientists_day(
     loray: Loray, api: Api, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = tiny_base()
-    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
-    assert "no adapters yet" in loray("adapters", "ls").out  # after what making the base has printed
+    base = api.add_base(tiny_base())
+    assert "no adapters yet" in loray("adapters", "ls").out
     for seed in (0, 1):
         pushed = loray("adapters", "push", peft_folder(base, seed=seed), "--name", "tone", "--base", base.name)
         assert pushed == (0, f"published tone@{seed + 1}\n", "")

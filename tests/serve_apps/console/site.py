@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,10 +219,8 @@ class ConsoleSite(Api):
         self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
 
     def add_base(self, base: BaseModel) -> BaseModel:
-        """A base of the server's own machine."""
-        shutil.copytree(base.path, self.settings.home / "bases" / base.name)
         self.catalog.add_base(base.name, base.fingerprint)
-        return base
+        return super().add_base(base)
 
     def _token(self) -> dict[str, str]:
         return {"X-CSRF-Token": self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]}
