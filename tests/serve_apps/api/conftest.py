@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.catalog import AdapterVersion
 from loray.cli.main import _run
 from loray.client import CatalogClient
+from loray.publishing import Destination, import_folder
 from tests.cli.run import Loray, Result
 from tests.fixtures.api import Api, listening
 
@@ -30,6 +32,12 @@ def client(api: Api) -> CatalogClient:
 @pytest.fixture
 def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
     return api.add_base(tiny_base())
+
+
+@pytest.fixture
+def tone(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> AdapterVersion:
+    """A version that is in the catalog and in the store."""
+    return import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
 
 
 @pytest.fixture

@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from loray.bases.registry import BaseModel
-from loray.errors import (
-    DeadlineExceeded,
-    LorayError,
-    RateLimited,
-    UnsupportedError,
-)
-from loray.publishing import Destination, import_folder
+from loray.catalog import AdapterVersion
+from loray.errors import DeadlineExceeded, LorayError, RateLimited, UnsupportedError
 from loray.publishing.convert import command_of, environment_of, raise_failure
 from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from tests.fixtures.api import Api
+from tests.fixtures.catalogs import sqlite_catalog
 
 STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); sys.stdin.read()'
+
+
+@pytest.fixture
+def catalog_url(tmp_path: Path) -> str:
+    return sqlite_catalog(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,8 @@ def test_what_a_process_says(code: int, output: bytes, error: type[LorayError], 
         raise_failure(code, output)
 
 
-def test_a_process_ends_with_its_server(
-    api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    version = import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
-    command = command_of("merged", version.ref, tmp_path / "merged")
+def test_a_process_ends_with_its_server(api: Api, tone: AdapterVersion, tmp_path: Path) -> None:
+    command = command_of("merged", tone.ref, tmp_path / "merged")
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment_of(api.settings), check=False)
     assert ended.returncode == 1
     assert not (tmp_path / "merged").exists()
@@ -56,7 +53,6 @@ def test_a_process_ends_with_its_server(
     assert {name for name in env if name.startswith("LORAY_")} == {"LORAY_HOME", "LORAY_STORE", "LORAY_LOG_LEVEL"}
 
 
-# -- processes --------------------------------------------------------------------------------------------------------
 class Client:
     """`leaves`: as soon as there is that file."""
 
@@ -68,11 +64,8 @@ class Client:
 
 
 @pytest.fixture
-def make(
-    api: Api, base: BaseModel, peft_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
+def make(api: Api, tone: AdapterVersion, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`make(target, tenant=…, client=…)` begins a conversion whose process writes its id to `target`, and waits."""
-    version = import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
     monkeypatch.setattr(
         conversions, "command_of", lambda form, ref, target, max_bytes: [sys.executable, "-c", STILL_THERE, str(target)]
     )
@@ -82,7 +75,7 @@ def make(
     async def begin(target: Path, tenant: str = "acme", client: Client | None = None) -> None:
         with made.place(tenant):
             asked: Any = client or Client()
-            await made.make("gguf", version.ref, target, client=asked)
+            await made.make("gguf", tone.ref, target, client=asked)
 
     return begin
 

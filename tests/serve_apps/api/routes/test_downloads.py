@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -16,18 +15,14 @@ import pytest
 from loray.adapters.manifest import ManifestDetails, describe, verify_folder
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
+from loray.catalog import AdapterVersion
 from loray.client import CatalogClient, catalog
-from loray.errors import (
-    BaseMismatch,
-    ClusterError,
-    IntegrityError,
-)
+from loray.errors import BaseMismatch, ClusterError, IntegrityError
 from loray.publishing import Destination, import_folder
 from loray.publishing.uploads import adapter_as_tar, as_tar
 from loray.scratch import Scratch
 from loray.spec import Principal
 from loray.store import adapters
-from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from tests.fixtures.api import Api, InProcess, mounted, problem
 from tests.fixtures.catalogs import sqlite_catalog
@@ -66,11 +61,9 @@ def test_every_form(
 
 
 def test_forms_that_cannot_be_made(
-    api: Api, client: CatalogClient, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, scratch: Path
+    api: Api, client: CatalogClient, tone: AdapterVersion, tmp_path: Path, scratch: Path
 ) -> None:
-    folder = peft_folder(base)
-    version = import_folder(folder, base, Destination("tone", api.services.store, api.catalog))
-    blob = version.manifest.files["adapter_model.safetensors"]
+    blob = tone.manifest.files["adapter_model.safetensors"]
     api.services.store.objects.delete(api.services.store.keys_of(blob)[0])
     with pytest.raises(IntegrityError, match="is missing from the store"):
         client.fetch("tone", 1, tmp_path / "x.gguf", "gguf")  # as the process says it
@@ -108,11 +101,10 @@ def test_a_folder_is_sent_from_the_store_without_a_copy(
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_damaged_file_ends_the_connection_before_the_archive(
-    api: Api, url: str, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
+    api: Api, url: str, tone: AdapterVersion, tmp_path: Path
 ) -> None:
     store = api.services.store
-    version = import_folder(peft_folder(base), base, Destination("tone", store, api.catalog))
-    damage_object(store.objects, store.keys_of(version.manifest.files["adapter_model.safetensors"])[0])
+    damage_object(store.objects, store.keys_of(tone.manifest.files["adapter_model.safetensors"])[0])
     with CatalogClient(url) as client, pytest.raises(ClusterError, match="closed connection without sending complete"):
         client.fetch("tone", 1, tmp_path / "got")
     assert not (tmp_path / "got").exists()
@@ -120,15 +112,12 @@ def test_a_damaged_file_ends_the_connection_before_the_archive(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_what_is_lost_meanwhile_is_noticed(
-    api: Api, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_is_lost_meanwhile_is_noticed(api: Api, tone: AdapterVersion) -> None:
     store = api.services.store
-    version = import_folder(peft_folder(base), base, Destination("tone", store, api.catalog))
-    blob = store.keys_of(version.manifest.files["adapter_model.safetensors"])[0]
+    blob = store.keys_of(tone.manifest.files["adapter_model.safetensors"])[0]
     whole = store.objects.get(blob)
     for left, error in ((None, "is missing from the store"), (whole[:-1], "differs from its SHA-256")):
-        archive = adapter_as_tar(store, version.digest, version.manifest, "tone-1")
+        archive = adapter_as_tar(store, tone.digest, tone.manifest, "tone-1")
         sent = [next(archive.chunks)]
         store.objects.delete(blob)
         if left is not None:
@@ -173,56 +162,40 @@ def test_who_may_not_know_how_a_version_was_made_does_not_read_it_in_its_folder(
 # -- buckets ----------------------------------------------------------------------------------------------------------
 
 
-class Bucket(Api):
-    """The API of a server whose store is a bucket. `asked`: what came to it."""
-
-    def __init__(self, home: Path, catalog_url: str, store: str) -> None:
-        super().__init__(home, catalog_url)
-        self.settings = replace(self.settings, store=store)
-        self.services.close()
-        self.services = Services(self.settings, self.jobs, self.placements)
-        self.asked: list[str] = []
-        app = mounted(create_app(self.services, self.access))
-
-        async def noting(scope: Any, receive: Any, send: Any) -> None:
-            self.asked.append(f"{scope['path'].rpartition('/')[2]}?{scope['query_string'].decode()}")
-            await app(scope, receive, send)
-
-        self.transport = InProcess(noting)
-
-
 @pytest.fixture
-def bucket(tmp_path: Path, s3_server: S3Server) -> Iterator[Bucket]:
-    api = Bucket(tmp_path / "home", sqlite_catalog(tmp_path), s3_server.url("downloads", "adapters"))
-    yield api
-    api.close()
+def asked(api: Api, s3_server: S3Server) -> list[str]:
+    """What came to the API, whose store is a bucket."""
+    api.replace_services(store=s3_server.url("downloads", "adapters"))
+    asked: list[str] = []
+    app = mounted(create_app(api.services, api.access))
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(f"{scope['path'].rpartition('/')[2]}?{scope['query_string'].decode()}")
+        await app(scope, receive, send)
+
+    api.transport = InProcess(noting)
+    return asked
 
 
 def test_bytes_come_from_the_bucket(
-    bucket: Bucket,
-    tiny_base: Callable[..., BaseModel],
-    peft_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    api: Api, asked: list[str], base: BaseModel, tone: AdapterVersion, tmp_path: Path
 ) -> None:
-    base, store = tiny_base(), bucket.services.store
-    version = import_folder(peft_folder(base), base, Destination("tone", store, bucket.catalog))
-    monkeypatch.setenv("LORAY_API_KEY", "sk-lr-" + "A" * 43)  # which the bucket must not be sent: it would refuse it
-    client = CatalogClient("http://test", transport=bucket.transport)
+    store = api.services.store
+    key = "sk-lr-" + "A" * 43  # which the bucket must not be sent: it would refuse it
+    client = CatalogClient("http://test", api_key=key, transport=api.transport)
     client.fetch("tone", 1, tmp_path / "got")
-    assert verify_folder(tmp_path / "got") == version.manifest
+    assert verify_folder(tmp_path / "got") == tone.manifest
     assert read_adapter(tmp_path / "got", base.config).modules
-    assert bucket.asked == ["download?presigned=true"]
+    assert asked == ["download?presigned=true"]
     found = json.loads(client._request("GET", "/adapters/tone/versions/1/download?presigned=true").content)
     sizes = {file["name"]: file["nbytes"] for file in found["files"]}
     assert sizes == {path.name: path.stat().st_size for path in (tmp_path / "got").iterdir()}
     assert list(sizes.values()) == sorted(sizes.values())
     for file in found["files"]:
         query = parse_qs(urlsplit(file["url"]).query)
-        assert query["X-Amz-Expires"] == ["300"]
-        assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
+        assert (query["X-Amz-Expires"], query["X-Amz-Algorithm"]) == (["300"], ["AWS4-HMAC-SHA256"])
 
-    blob = store.keys_of(version.manifest.files["adapter_config.json"])[0]
+    blob = store.keys_of(tone.manifest.files["adapter_config.json"])[0]
     store.objects.delete(blob)
     store.objects.put_if_absent(blob, b"{}")
     with pytest.raises(IntegrityError, match=r"adapter_config\.json differs from its SHA-256"):
@@ -234,19 +207,14 @@ def test_bytes_come_from_the_bucket(
 
 
 def test_a_bucket_that_only_the_server_reaches(
-    bucket: Bucket,
-    tiny_base: Callable[..., BaseModel],
-    peft_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    api: Api, asked: list[str], tone: AdapterVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, store = tiny_base(), bucket.services.store
-    version = import_folder(peft_folder(base), base, Destination("tone", store, bucket.catalog))
-    client = CatalogClient("http://test", transport=bucket.transport)
-    monkeypatch.setattr(type(store.objects), "presigned", lambda self, key, expires_s: "http://127.0.0.1:1/x")
-    client.fetch("tone", 1, tmp_path / "got")
-    assert verify_folder(tmp_path / "got") == version.manifest
-    assert bucket.asked == ["download?presigned=true", "download?format=peft"]
+    monkeypatch.setattr(
+        type(api.services.store.objects), "presigned", lambda self, key, expires_s: "http://127.0.0.1:1/x"
+    )
+    CatalogClient("http://test", transport=api.transport).fetch("tone", 1, tmp_path / "got")
+    assert verify_folder(tmp_path / "got") == tone.manifest
+    assert asked == ["download?presigned=true", "download?format=peft"]
 
 
 def test_names_of_files_are_plain(tmp_path: Path) -> None:
