@@ -15,7 +15,6 @@ from loray.errors import (
     AdapterNotFound,
     CatalogError,
     ClusterError,
-    ConflictError,
     GateRefused,
     JobNotFound,
     RevisionConflict,
@@ -77,16 +76,6 @@ def test_promotion_with_preconditions(api: Api, client: CatalogClient) -> None:
     client.delete_alias("tone", "prod")
     with pytest.raises(AdapterNotFound, match="no alias 'prod'"):
         client.alias("tone", "prod")
-
-
-def test_registering(api: Api, client: CatalogClient, tmp_path: Path) -> None:
-    stored = api.store(1, tmp_path)
-    version = client.register("tone", stored, aliases=["prod"], version=4)
-    assert (version.label, version.digest, version.aliases) == ("tone@4", stored, ("prod",))
-    with pytest.raises(ConflictError, match="as version 4 already"):
-        client.register("tone", stored, version=5)
-    with pytest.raises(SpecError, match="digest: String should match"):
-        client.register("tone", digest(1)[1:])
 
 
 def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tmp_path: Path) -> None:

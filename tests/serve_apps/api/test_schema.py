@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,15 +166,6 @@ def test_examples_are_what_they_are_examples_of() -> None:
         (TrainSpec, examples.RECIPE),
     ):
         assert set(model.model_validate(example).model_dump(mode="json", exclude_unset=True)) == set(example)
-
-
-def test_the_document_needs_no_database(tmp_path: Path) -> None:
-    api = Api(tmp_path, "postgresql://nobody@127.0.0.1:1/none")
-    assert api.http.get("/openapi.json").status_code == 200
-    assert "swagger" in api.http.get("/docs").text
-
-
-_PATH = re.compile(r"/api/v1(/[^?\s]*)")
 
 
 def test_every_route_that_is_asked_is_there(api: Api) -> None:

@@ -230,12 +230,6 @@ def test_wrong_wishes(api: Api) -> None:
     assert api.http.get(answer.headers["location"].removeprefix("/api/v1")).json()["key_alias"] == "ci"
 
 
-def test_a_client_takes_its_key_from_the_environment(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAY_API_KEY", ADMIN)
-    with CatalogClient("http://test/", transport=api.transport) as client:
-        assert client.bases() == ()
-
-
 @pytest.fixture
 def used(api: Api) -> Api:
     now = datetime.now(UTC)
