@@ -168,6 +168,9 @@ def test_examples_are_what_they_are_examples_of() -> None:
         assert set(model.model_validate(example).model_dump(mode="json", exclude_unset=True)) == set(example)
 
 
+_PATH = re.compile(r"/api/v1(/[^?\s]*)")
+
+
 def test_every_route_that_is_asked_is_there(api: Api) -> None:
     found = set(asked())
     assert len(found) > 5

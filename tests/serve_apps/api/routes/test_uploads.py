@@ -185,16 +185,6 @@ def test_files_that_no_adapter_has(client: CatalogClient, tmp_path: Path) -> Non
     assert client.upload(id).files == ()
 
 
-@pytest.mark.parametrize("length", [True, False])
-def test_files_are_limited(api: Api, monkeypatch: pytest.MonkeyPatch, length: bool) -> None:
-    monkeypatch.setitem(uploading.MAX_BYTES, "adapter_model.safetensors", 1000)
-    id = api.http.post("/uploads").json()["id"]
-    body: Any = b"x" * 1001 if length else iter([b"x" * 600, b"x" * 600])
-    answer = api.http.put(f"/uploads/{id}/files/adapter_model.safetensors", content=body)
-    assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
-    assert staged(api) == []
-
-
 def test_uploads_in_flight_are_limited(api: Api, client: CatalogClient) -> None:
     ids = [client.begin_upload(f"key {i}").id for i in range(MAX_OPEN)]
     assert client.begin_upload("key 1").id == ids[1]
