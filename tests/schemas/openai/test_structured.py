@@ -90,10 +90,7 @@ def test_structural_tags() -> None:
     ("fields", "message"),
     [
         ({"guided_json": SCHEMA, "guided_regex": "a"}, "choose from guided_json, guided_regex"),
-        (
-            {"structured_outputs": {"regex": "a"}} | A_JSON_OBJECT,
-            "from structured_outputs.regex, response_format",
-        ),
+        ({"structured_outputs": {"regex": "a"}} | A_JSON_OBJECT, "from structured_outputs.regex, response_format"),
         ({"structured_outputs": {"json": {}, "choice": ["a"]}}, "structured_outputs.json, structured_outputs.choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs to"),

@@ -15,10 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SCREENS = os.environ.get("LORAY_TEST_SCREENSHOTS")  # a folder for pictures of all pages
 WIDTHS = {"wide": (1440, 900), "phone": (390, 844)}
 
-MARKS = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
-]
+MARKS = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
 
 
 @dataclass

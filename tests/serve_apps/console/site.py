@@ -147,11 +147,7 @@ class ScriptedGateway:
             autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
         )
         return Status(
-            status="ok",
-            bases=(base,),
-            catalog=CatalogStatus(num_adapters=3),
-            replicas=replicas,
-            totals=total(replicas),
+            status="ok", bases=(base,), catalog=CatalogStatus(num_adapters=3), replicas=replicas, totals=total(replicas)
         )
 
 

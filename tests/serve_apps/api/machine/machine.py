@@ -202,12 +202,7 @@ class CatalogMachine(AskingMachine):
             shown = self.adapter(who, adapter) if version is None else self.version(adapter, version)
             self.compare(answer.json(), shown)
 
-    @rule(
-        who=WHO,
-        of=OF,
-        name=NAMES,
-        sharing=st.sampled_from(SHARING),
-    )
+    @rule(who=WHO, of=OF, name=NAMES, sharing=st.sampled_from(SHARING))
     def share(self, who: Caller, of: str | None, name: str, sharing: tuple[str, list[str]]) -> None:
         visibility, shared_with = sharing
         shared = self.ask(

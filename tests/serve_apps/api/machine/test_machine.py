@@ -48,10 +48,7 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
         api.catalog.add_base(BASE, FINGERPRINT)
         return CatalogMachine(api, Model(stored))
 
-    run_state_machine_as_test(
-        machine,
-        settings=settings(examples(num_runs), stateful_step_count=num_steps),
-    )
+    run_state_machine_as_test(machine, settings=settings(examples(num_runs), stateful_step_count=num_steps))
 
 
 def test_random_requests(tmp_path: Path) -> None:
