@@ -14,6 +14,8 @@ from tests.fixtures.figures import GOOD, NATIVE, OWN, counts, figures
 from tests.fixtures.versions import publish
 
 # -- aliases ----------------------------------------------------------------------------------------------------------
+
+
 PROD = "/adapters/tone/aliases/prod"
 
 
@@ -62,6 +64,8 @@ def test_one_of_two_promotions_with_one_etag_wins(api: Api) -> None:
 
 
 # -- what was measured ------------------------------------------------------------------------------------------------
+
+
 def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None:
     rope = RopeParameters(rope_type="linear", rope_theta=1e5, factor=2)
     fields = {"rope_parameters": rope, "context_length": OWN, "original_context_length": NATIVE}
