@@ -20,7 +20,7 @@ from loray.errors import (
 )
 from loray.schemas.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
 from loray.schemas.openai.formats import Choice
-from tests.api.test_formats import Delta, fmt
+from tests.fixtures.answers import delta, fmt
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -59,15 +59,15 @@ def test_whole_answers() -> None:
 
 
 def test_streams() -> None:
-    chunks = [fmt(ChatFormat).opening(0), fmt(ChatFormat).chunk(0, Delta("a", None, "stop"))]
+    chunks = [fmt(ChatFormat).opening(0), fmt(ChatFormat).chunk(0, delta("a", None, "stop"))]
     with events(*(c.to_json() for c in chunks), "[DONE]") as client:
         assert [c.choices[0].delta.content for c in client.stream_chat("m", CHAT)] == ["", "a"]
-    with events(fmt(CompletionFormat).chunk(0, Delta("a")).to_json(), "[DONE]") as client:
+    with events(fmt(CompletionFormat).chunk(0, delta("a")).to_json(), "[DONE]") as client:
         assert [c.choices[0].text for c in client.stream_complete("m", "p")] == ["a"]
 
 
 def test_a_stream_that_fails_or_is_cut_off() -> None:
-    first = fmt(CompletionFormat).chunk(0, Delta("a")).to_json()
+    first = fmt(CompletionFormat).chunk(0, delta("a")).to_json()
     lost = ErrorBody(error=Error(message="lost", type="server_error", param=None, code="engine_unavailable")).to_json()
     for rest, match in (([lost], "lost"), ([], "ended early")):
         with events(first, *rest) as client:

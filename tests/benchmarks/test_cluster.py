@@ -24,7 +24,7 @@ from benchmarks.output import write_json
 from loray.simulation.profile import SMOLLM2_TWO_CORES
 from loray.simulation.scenario import Scenario
 from loray.simulation.workload import read
-from tests.serve_apps.gateway.routed import Replica, pending
+from tests.fixtures.routed import Replica, pending
 
 LOAD = Load(num_adapters=50, rate=20.0, seconds=30.0, hot_seconds=5.0, probe_rate=10.0)
 

@@ -16,7 +16,7 @@ from loray.errors import ClusterError, JobNotFound
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, TrainSpec
 from serve_apps.api.examples import RECIPE
-from tests.serve_apps.api.fakes import FakeJobs
+from tests.fixtures.api import FakeJobs
 
 NIGHTLY = id_of(DEFAULT_TENANT, "nightly")
 

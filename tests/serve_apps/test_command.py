@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from loray.bases.registry import add_base
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
 from loray.local.serving import ServingAddress
 from loray.schemas.status import (
@@ -29,8 +28,6 @@ from loray.spec import FleetSpec, ServeSpec
 from serve_apps import command
 from serve_apps.command import _settle_port, replica_row, show_status
 from serve_apps.deployment import ApplicationState, serve_config
-from serve_apps.options import read_spec
-from tests.conftest import REPOSITORY
 from tests.fixtures.cluster import RayCluster, Served, free_port
 from tests.fixtures.tiny import write_checkpoint
 from tests.serve_apps.conftest import Loray
@@ -44,54 +41,6 @@ def listening() -> Iterator[int]:
         yield s.getsockname()[1]
 
 
-def test_help_imports_no_ray() -> None:
-    modules = "serve_apps.command, serve_apps.deployment, serve_apps.replica.replica"
-    code = f"import sys, {modules}; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPOSITORY).returncode == 0
-
-
-def test_options_go_over_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "spec.yaml"
-    file.write_text("base: mine\nport: 9000\npool_bytes: 1MiB\n")
-    (spec,) = read_spec(file, {"port": 9001, "pool_bytes": "2MiB"}).bases
-    assert (spec.base, spec.port, spec.pool_bytes) == ("mine", 9001, 2 << 20)
-    file.write_text("pool: 1\n")
-    with pytest.raises(SpecError, match=r"pool: .*known fields: .*pool_bytes"):
-        read_spec(file, {})
-
-
-def test_options_of_one_base_are_refused_beside_several(tmp_path: Path) -> None:
-    file = tmp_path / "fleet.yaml"
-    file.write_text("port: 9000\nbases: [{base: a}, {base: b, max_num_seqs: 3}]\n")
-    fleet = read_spec(file, {"port": 9001, "num_gateways": 2, "base": None})
-    assert (fleet.names, fleet.port, fleet.num_gateways) == (("a", "b"), 9001, 2)
-    assert [spec.max_num_seqs for spec in fleet.bases] == [32, 3]
-    with pytest.raises(SpecError, match="leave out --max-replicas, --pool-bytes"):
-        read_spec(file, {"pool_bytes": "1MiB", "max_replicas": 2})
-    file.write_text("bases: [{base: a}, {base: a}]\n")
-    with pytest.raises(SpecError, match="the same base twice: a"):
-        read_spec(file, {})
-
-
-def test_gateways_are_an_option(loray: Loray) -> None:
-    refused = loray("up", "--num-gateways", 0).exception
-    assert isinstance(refused, SpecError)
-    assert "num_gateways" in str(refused)
-
-
-def test_bounds_make_the_number_of_replicas_follow_demand(tmp_path: Path) -> None:
-    assert read_spec(None, {"num_replicas": 2}).bases[0].autoscaling is None
-    (spec,) = read_spec(None, {"max_replicas": 3}).bases
-    assert (spec.min_replicas, spec.max_replicas, spec.num_replicas) == (1, 3, 1)
-    file = tmp_path / "spec.yaml"
-    file.write_text("autoscaling: {min_replicas: 2, max_replicas: 6, window_s: 30}\n")
-    scaling = read_spec(file, {"max_replicas": 3}).bases[0].autoscaling
-    assert scaling is not None
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.window_s) == (2, 3, 30)
-    with pytest.raises(SpecError, match="max_replicas must be at least min_replicas"):
-        read_spec(None, {"min_replicas": 3, "max_replicas": 2})
-
-
 def test_nothing_runs(loray: Loray, tmp_path: Path) -> None:
     assert "nothing is being served" in loray("status").output
     store = f"file://{tmp_path}/home/store"
@@ -100,18 +49,21 @@ def test_nothing_runs(loray: Loray, tmp_path: Path) -> None:
     assert "nothing is running" in loray("down").output
 
 
-def test_missing_base_and_wrong_options(loray: Loray) -> None:
-    missing = loray("up", "--base", "nobody").exception
-    assert isinstance(missing, BaseNotFound)
-    assert "loray base add nobody" in str(missing)
-    wrong = loray("up", "--pool-bytes", "5 parsecs").exception
-    assert isinstance(wrong, SpecError)
-    assert "pool_bytes" in str(wrong)
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        (("--base", "nobody"), BaseNotFound, "loray base add nobody"),
+        (("--pool-bytes", "5 parsecs"), SpecError, "pool_bytes"),
+        (("--num-gateways", 0), SpecError, "num_gateways"),
+    ],
+)
+def test_missing_base_and_wrong_options(loray: Loray, options: Any, error: type[Exception], said: str) -> None:
+    refused = loray("up", *options).exception
+    assert isinstance(refused, error)
+    assert said in str(refused)
 
 
 def test_a_taken_port_is_refused_before_ray_starts(loray: Loray, listening: int, tmp_path: Path) -> None:
-    from loray.bases.registry import add_base
-
     add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
     taken = loray("up", "--base", "tiny", "--port", listening).exception
     assert isinstance(taken, ConflictError)
@@ -136,13 +88,6 @@ def test_an_update_keeps_its_port() -> None:
         _settle_port(FleetSpec.of(ServeSpec(port=8001, host="0.0.0.0")), serving)
 
 
-def test_fields_of_the_file_count_as_set(tmp_path: Path) -> None:
-    file = tmp_path / "spec.yaml"
-    file.write_text("port: 9000\n")
-    assert read_spec(file, {"base": "tiny"}).fields_set == {"port"}
-    assert read_spec(None, {"base": "tiny"}).fields_set == set()
-
-
 def test_a_request_whose_adapter_loads_is_counted_once() -> None:
     replica = ReplicaStatus(replica="r", node="n", pid=1, uptime_s=1.0, num_running=2, num_waiting=3, num_loading=1)
     assert replica_row(replica)[4:6] == (2, 3)
@@ -150,25 +95,11 @@ def test_a_request_whose_adapter_loads_is_counted_once() -> None:
 
 def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     decision = ScalingDecision(time=0.0, from_replicas=1, to_replicas=2, reason="working set 12.0 MiB of 12 adapters")
-    report = Status(
-        status="ok",
-        bases=(
-            BaseStatus(
-                base="tiny",
-                status="ok",
-                num_replicas=2,
-                target=2,
-                num_adapters=12,
-                spec=ServeSpec(base="tiny"),
-                autoscaling=AutoscalingStatus(
-                    target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,)
-                ),
-            ),
-        ),
-        catalog=CatalogStatus(num_adapters=12),
-        replicas=(),
-        totals=EngineStatus(),
-    )
+    scaling = AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,))
+    counts: dict[str, Any] = {"num_replicas": 2, "target": 2, "num_adapters": 12}
+    base = BaseStatus(base="tiny", status="ok", spec=ServeSpec(base="tiny"), autoscaling=scaling, **counts)
+    catalog = CatalogStatus(num_adapters=12)
+    report = Status(status="ok", bases=(base,), catalog=catalog, replicas=(), totals=EngineStatus())
     show_status("http://u", ApplicationState("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
     shown = capsys.readouterr().out
     assert "2 wanted: tokens need 2 replicas" in shown
@@ -232,11 +163,8 @@ def test_a_second_up_is_an_update_and_status_shows_it(
     moved = loray("up", "--spec", file, "--port", free_port()).exception
     assert isinstance(moved, ConflictError)
     status: Any = json.loads(loray("status", "--json").output)
-    assert (status["serving"], status["url"], status["gateway"]["bases"][0]["base"]) == (
-        True,
-        served.url,
-        "tiny",
-    )
+    assert (status["serving"], status["url"]) == (True, served.url)
+    assert status["gateway"]["bases"][0]["base"] == "tiny"
     table = loray("status").output
     assert "running" in table
     assert "hit rate" in table

@@ -14,7 +14,7 @@ from loray.client import LorayClient
 from loray.schemas.openai import ChatFormat, Error, ErrorBody, Usage
 from loray.schemas.status import BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
 from loray.spec import ServeSpec
-from tests.api.test_formats import Delta, fmt
+from tests.fixtures.answers import delta, fmt
 
 MODELS = ("tiny", "tone", "dates")
 
@@ -52,8 +52,8 @@ class Server:
         if said.endswith("fail"):
             error = ErrorBody(error=Error(message="it broke", type="server_error")).to_json()
             return httpx.Response(500, text=error)
-        chunks = [made.opening(0), *(made.chunk(0, Delta(word, None)) for word in said.split(" "))]
-        chunks += [made.chunk(0, Delta("", None, "stop")), made.usage_chunk(Usage.of(3, 5))]
+        chunks = [made.opening(0), *(made.chunk(0, delta(word, None)) for word in said.split(" "))]
+        chunks += [made.chunk(0, delta("", None, "stop")), made.usage_chunk(Usage.of(3, 5))]
         events = [chunk.to_json() for chunk in chunks]
         text = "".join(f"data: {data}\n\n" for data in (*events, "[DONE]"))
         return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})

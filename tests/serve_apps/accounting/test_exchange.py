@@ -15,7 +15,7 @@ from serve_apps.accounting import quotas
 from serve_apps.accounting.quotas import follow_owner
 
 
-def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quotas, "IDLE_S", 0.001)
     monkeypatch.setattr(quotas, "BUSY_S", 0.001)
     gate, owner, asked = QuotaGate(2), QuotaOwner(2), list[int]()
@@ -29,27 +29,24 @@ def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.
             while len(asked) < number:
                 await asyncio.sleep(0.001)
 
-    async def run() -> None:
-        is_limited = asyncio.Event()
-        task = asyncio.create_task(follow_owner(gate, ask, is_limited))
-        await asyncio.sleep(0.05)
-        assert asked == []
-        gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=10)), 1, 0.0)
-        is_limited.set()
-        await until_asked(3)  # also without requests of its own: others may need what it holds
-        assert asked[0] == 1
-        is_limited.clear()
-        await asyncio.sleep(0.01)  # the exchange that is under way ends
-        number = len(asked)
-        await asyncio.sleep(0.05)
-        assert len(asked) == number
-        is_limited.set()
-        await until_asked(number + 1)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(run())
+    is_limited = asyncio.Event()
+    task = asyncio.create_task(follow_owner(gate, ask, is_limited))
+    await asyncio.sleep(0.05)
+    assert asked == []
+    gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=10)), 1, 0.0)
+    is_limited.set()
+    await until_asked(3)  # also without requests of its own: others may need what it holds
+    assert asked[0] == 1
+    is_limited.clear()
+    await asyncio.sleep(0.01)  # the exchange that is under way ends
+    number = len(asked)
+    await asyncio.sleep(0.05)
+    assert len(asked) == number
+    is_limited.set()
+    await until_asked(number + 1)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def test_an_owner_in_the_same_process_is_asked_again_after_a_pause() -> None:
@@ -63,7 +60,7 @@ def test_an_owner_in_the_same_process_is_asked_again_after_a_pause() -> None:
     assert not asked
 
 
-def test_others_have_their_turn_between_urgent_exchanges() -> None:
+async def test_others_have_their_turn_between_urgent_exchanges() -> None:
     class Urgent(QuotaGate):
         def apply(self, reply: Reply, now: float) -> bool:
             return True
@@ -75,13 +72,10 @@ def test_others_have_their_turn_between_urgent_exchanges() -> None:
         asked += 1
         return Reply("epoch", ())
 
-    async def run() -> None:
-        task = asyncio.create_task(follow_owner(Urgent(), ask))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(run())
+    task = asyncio.create_task(follow_owner(Urgent(), ask))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
     assert asked == 1

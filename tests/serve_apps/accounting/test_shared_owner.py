@@ -95,138 +95,114 @@ def run(test: Awaitable[None]) -> None:
     asyncio.run(awaited())
 
 
-def test_two_deployments_admit_one_limit(database: Database) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", rpm_limit=60)
-        begin, total = database.now, first.burst() + second.burst()
-        assert 54 <= total <= 66
+async def test_two_deployments_admit_one_limit(database: Database) -> None:
+    first, second = await database.started("a", "b", rpm_limit=60)
+    begin, total = database.now, first.burst() + second.burst()
+    assert 54 <= total <= 66
 
-        def both() -> None:
-            nonlocal total
-            total += first.burst(2) + second.burst(2)
+    def both() -> None:
+        nonlocal total
+        total += first.burst(2) + second.burst(2)
 
-        await database.wait(120, first, second, each=both)
-        allowed = 60 + database.now - begin
-        assert 0.9 * allowed <= total <= 1.1 * allowed
-
-    run(test())
+    await database.wait(120, first, second, each=both)
+    allowed = 60 + database.now - begin
+    assert 0.9 * allowed <= total <= 1.1 * allowed
 
 
-def test_what_an_idle_deployment_does_not_use_is_granted_by_the_other(database: Database) -> None:
-    async def test() -> None:
-        busy, idle = await database.started("a", "b", rpm_limit=60)
-        total = 0
+async def test_what_an_idle_deployment_does_not_use_is_granted_by_the_other(database: Database) -> None:
+    busy, idle = await database.started("a", "b", rpm_limit=60)
+    total = 0
 
-        def ask() -> None:
-            nonlocal total
-            total += busy.burst(2)
+    def ask() -> None:
+        nonlocal total
+        total += busy.burst(2)
 
-        await database.wait(600, busy, idle, each=ask)
-        assert 0.9 * 600 <= total <= 630
-        assert idle.burst() == 30
-        before = total
-        await database.wait(60, busy, idle, each=lambda: (ask(), idle.burst(2)))
-        assert total - before <= 30 + 5 + 1
-
-    run(test())
+    await database.wait(600, busy, idle, each=ask)
+    assert 0.9 * 600 <= total <= 630
+    assert idle.burst() == 30
+    before = total
+    await database.wait(60, busy, idle, each=lambda: (ask(), idle.burst(2)))
+    assert total - before <= 30 + 5 + 1
 
 
 @pytest.mark.parametrize("name", ["a", "another"])
-def test_a_deployment_that_is_killed_grants_five_seconds_twice_at_most(database: Database, name: str) -> None:
-    async def test() -> None:
-        (killed,) = await database.started("a", rpm_limit=60)
-        total = killed.burst()
-        assert total == 60
+async def test_a_deployment_that_is_killed_grants_five_seconds_twice_at_most(database: Database, name: str) -> None:
+    (killed,) = await database.started("a", rpm_limit=60)
+    total = killed.burst()
+    assert total == 60
 
-        def ask() -> None:
-            nonlocal total
-            total += running.burst(2)
+    def ask() -> None:
+        nonlocal total
+        total += running.burst(2)
 
-        running = killed
-        await database.wait(64, running, each=ask)
-        running = Deployment(database, name, killed._who)
-        await running.exchange()
-        await database.wait(60, running, each=ask)
-        assert total <= 60 + 64 + 60 + 5 + 1
-
-    run(test())
+    running = killed
+    await database.wait(64, running, each=ask)
+    running = Deployment(database, name, killed._who)
+    await running.exchange()
+    await database.wait(60, running, each=ask)
+    assert total <= 60 + 64 + 60 + 5 + 1
 
 
-def test_the_share_of_a_dead_deployment_returns(database: Database) -> None:
-    async def test() -> None:
-        first, _dead = await database.started("a", "b", rpm_limit=60)
-        await database.wait(10, first)
-        assert first.burst() == 30
-        await database.wait(70, first)
-        assert first.burst() == 60
-
-    run(test())
+async def test_the_share_of_a_dead_deployment_returns(database: Database) -> None:
+    first, _dead = await database.started("a", "b", rpm_limit=60)
+    await database.wait(10, first)
+    assert first.burst() == 30
+    await database.wait(70, first)
+    assert first.burst() == 60
 
 
-def test_one_that_ends_leaves_its_share_at_once(database: Database) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", rpm_limit=60)
-        await second.owner.close()
-        await database.wait(5, first)
-        assert first.burst() == 60
-
-    run(test())
+async def test_one_that_ends_leaves_its_share_at_once(database: Database) -> None:
+    first, second = await database.started("a", "b", rpm_limit=60)
+    await second.owner.close()
+    await database.wait(5, first)
+    assert first.burst() == 60
 
 
-def test_while_the_database_is_away_the_last_division_goes_on(
+async def test_while_the_database_is_away_the_last_division_goes_on(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", rpm_limit=60)
-        with monkeypatch.context() as patch:
-            patch.setattr(Catalog, "count_quotas", away)
-            assert (first.burst(), second.burst()) == (30, 30)
-            await database.wait(100, first, second)
-            assert (first.burst(), second.burst()) == (30, 30)
-        await database.wait(5, first, second)
-        assert first.burst() + second.burst() <= 5
-
-    run(test())
+    first, second = await database.started("a", "b", rpm_limit=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "count_quotas", away)
+        assert (first.burst(), second.burst()) == (30, 30)
+        await database.wait(100, first, second)
+        assert (first.burst(), second.burst()) == (30, 30)
+    await database.wait(5, first, second)
+    assert first.burst() + second.burst() <= 5
 
 
-def test_a_deployment_that_starts_without_the_database_counts_alone(
+async def test_a_deployment_that_starts_without_the_database_counts_alone(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test() -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Catalog, "known_quotas", away)
-            (only,) = await database.started("a", rpm_limit=60)
-            assert only.burst() == 60
-        await database.wait(30, only)
-        assert 29 <= only.burst() <= 30
-
-    run(test())
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "known_quotas", away)
+        (only,) = await database.started("a", rpm_limit=60)
+        assert only.burst() == 60
+    await database.wait(30, only)
+    assert 29 <= only.burst() <= 30
 
 
 def away(*_: object) -> None:
     raise CatalogError("the catalog is away")
 
 
-def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", max_budget=1000)
-        assert first.burst(2000) == 500
-        total = 500
+async def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> None:
+    first, second = await database.started("a", "b", max_budget=1000)
+    assert first.burst(2000) == 500
+    total = 500
 
-        def ask() -> None:
-            nonlocal total
-            total += first.burst(2000)
+    def ask() -> None:
+        nonlocal total
+        total += first.burst(2000)
 
-        await database.wait(60, first, second, each=ask)
-        assert 990 <= total <= 1000
-        assert second.ask() is not None  # it has not asked what was used
-        await database.wait(2, first, second)
-        assert second.ask() is None
-
-    run(test())
+    await database.wait(60, first, second, each=ask)
+    assert 990 <= total <= 1000
+    assert second.ask() is not None  # it has not asked what was used
+    await database.wait(2, first, second)
+    assert second.ask() is None
 
 
-def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
+async def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
     catalog = database.catalog()
     at = datetime.fromtimestamp(_START, UTC)
     counts = {"num_prompt_tokens": 90, "num_cached_tokens": 0, "num_output_tokens": 5}
@@ -235,42 +211,32 @@ def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
         tier="default", seconds=1.0, outcome="ok", created_at=at,
     )  # fmt: skip
     catalog.record_usage([event])
-
-    async def test() -> None:
-        (only,) = await database.started("a", max_budget=100)
-        assert only.ask(1) is not None
-        await database.wait(1, only)
-        assert only.ask(5) is None
-        assert only.ask(4) is not None
-
-    run(test())
+    (only,) = await database.started("a", max_budget=100)
+    assert only.ask(1) is not None
+    await database.wait(1, only)
+    assert only.ask(5) is None
+    assert only.ask(4) is not None
 
 
 @pytest.mark.parametrize(("limit", "each"), [(4, 2), (5, 2), (1, 1), (0, 0)])
-def test_requests_at_once_are_divided(database: Database, limit: int, each: int) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", max_parallel_requests=limit)
-        running = [first.ask() for _ in range(9)]
-        assert sum(one is not None for one in running) == each
-        await database.wait(10, first, second)
-        assert (first.burst(), second.burst()) == (0, each)
-        for one in running:
-            if one is not None:
-                one.settle(1, database.now)
-        await database.wait(1, first, second)
-        assert first.burst() == each
-
-    run(test())
+async def test_requests_at_once_are_divided(database: Database, limit: int, each: int) -> None:
+    first, second = await database.started("a", "b", max_parallel_requests=limit)
+    running = [first.ask() for _ in range(9)]
+    assert sum(one is not None for one in running) == each
+    await database.wait(10, first, second)
+    assert (first.burst(), second.burst()) == (0, each)
+    for one in running:
+        if one is not None:
+            one.settle(1, database.now)
+    await database.wait(1, first, second)
+    assert first.burst() == each
 
 
-def test_a_request_larger_than_what_an_owner_grants_is_admitted(database: Database) -> None:
-    async def test() -> None:
-        first, second = await database.started("a", "b", tpm_limit=1000)
-        assert first.ask(1001) is None
-        assert first.ask(900) is not None
-        await database.wait(5, first, second)
-        assert first.ask(1) is None  # until what it took too much has come back
-        await database.wait(60, first, second)
-        assert first.ask(1) is not None
-
-    run(test())
+async def test_a_request_larger_than_what_an_owner_grants_is_admitted(database: Database) -> None:
+    first, second = await database.started("a", "b", tpm_limit=1000)
+    assert first.ask(1001) is None
+    assert first.ask(900) is not None
+    await database.wait(5, first, second)
+    assert first.ask(1) is None  # until what it took too much has come back
+    await database.wait(60, first, second)
+    assert first.ask(1) is not None

@@ -20,10 +20,10 @@ from loray.spec import UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
 from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
+from tests.fixtures.asking import eventually
 from tests.fixtures.catalogs import new_postgresql
 from tests.fixtures.figures import event
 from tests.fixtures.postgres import Postgres
-from tests.serve_apps.asking import eventually
 
 
 def num_requests(url: str) -> int:

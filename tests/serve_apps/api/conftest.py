@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from loray.bases.registry import BaseModel
+from loray.catalog import AdapterVersion
 from loray.cli.main import _run
+from loray.client import CatalogClient
+from loray.publishing import Destination, import_folder
 from tests.cli.run import Loray, Result
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api, listening
 
 
 @pytest.fixture
@@ -26,25 +25,25 @@ def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
 
 
 @pytest.fixture
+def client(api: Api) -> CatalogClient:
+    return CatalogClient("http://test", transport=api.transport)
+
+
+@pytest.fixture
 def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    """A base of the server's own machine."""
-    base = tiny_base()
-    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
-    return base
+    return api.add_base(tiny_base())
+
+
+@pytest.fixture
+def tone(api: Api, base: BaseModel, peft_folder: Callable[..., Path]) -> AdapterVersion:
+    """A version that is in the catalog and in the store."""
+    return import_folder(peft_folder(base), base, Destination("tone", api.services.store, api.catalog))
 
 
 @pytest.fixture
 def url(api: Api) -> Iterator[str]:
-    """Of a server that listens."""
-    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()  # a client that is quicker than the server waits for it
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with listening(api.app) as url:
+        yield url
 
 
 @pytest.fixture
@@ -56,6 +55,7 @@ def loray(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
     def run(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        capsys.readouterr()  # what fixtures have printed
         code = _run()
         return Result(code, *capsys.readouterr())
 

@@ -1,9 +1,9 @@
-"""Commands of administrators and tenants at a server: keys, tenants, tags, owners, jobs."""
+"""Commands of administrators and tenants at a server, with neither database nor store of their own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,15 @@ from loray.settings import Settings
 from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
 from tests.cli.run import Loray
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import RESULTS, event
 from tests.fixtures.versions import digest, manifest, publish
-from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "server", sqlite_catalog(tmp_path / "server"))
-    yield api
-    api.close()
+def catalog_url(tmp_path: Path) -> str:
+    return sqlite_catalog(tmp_path)
 
 
 def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,14 +44,9 @@ def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.Monke
         *("--tpm", "none", "--metadata", "team=support", "--json"),
     )
     now = json.loads(changed.out)
-    assert (now["id"], now["key_alias"], now["models"], now["rpm_limit"], now["tpm_limit"], now["metadata"]) == (
-        key["id"],
-        "nightly",
-        None,
-        5,
-        None,
-        {"team": "support"},
-    )
+    right = {"id": key["id"], "key_alias": "nightly", "models": None, "rpm_limit": 5, "tpm_limit": None}
+    assert {name: now[name] for name in right} == right
+    assert now["metadata"] == {"team": "support"}
     assert now["expires"] is not None
     assert loray("keys", "update", "nightly", "--expires", "never").out == f"{key['id']} (nightly) is changed\n"
     assert api.catalog.key(key["id"]).expires_at is None
@@ -83,9 +76,8 @@ def test_tags_and_owners(loray: Loray, api: Api) -> None:
     assert loray("adapters", "share", "tone", "--with", "acme").out == "tone is seen by default acme\n"
     assert json.loads(loray("adapters", "share", "tone", "--public", "--json").out)["visibility"] == "public"
     assert loray("adapters", "transfer", "tone", "--to", "acme", "--yes").out == "tone is acme/tone now\n"
-    again = json.loads(
-        loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json").out
-    )
+    back = loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json")
+    again = json.loads(back.out)
     assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
     publish(api.catalog, "acme/mood", 2)
     assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
@@ -167,3 +159,39 @@ def test_figures_of_tasks_are_reported_to_the_server(
     assert found == [("acc", 0.5, "key"), ("acc_norm", 0.25, "key"), ("exact_match/strict-match", 0.75, "key")]
     shown = loray("adapters", "show", "tone")
     assert "MEASURED BY" in shown.out
+
+
+def test_a_data_scientists_day(
+    loray: Loray, api: Api, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = api.add_base(tiny_base())
+    assert "no adapters yet" in loray("adapters", "ls").out
+    for seed in (0, 1):
+        pushed = loray("adapters", "push", peft_folder(base, seed=seed), "--name", "tone", "--base", base.name)
+        assert pushed == (0, f"published tone@{seed + 1}\n", "")
+    assert loray("adapters", "promote", "tone@1").out == "tone@prod is version 1 now\n"
+    assert loray("adapters", "promote", "tone", "--expected", "2").code == 1
+    assert loray("adapters", "promote", "tone", "--expected", "1").out == "tone@prod is version 2 now\n"
+    assert loray("adapters", "rollback", "tone").out == "tone@prod is version 1 again\n"
+    (row,) = json.loads(loray("adapters", "ls", "--json").out)
+    assert (row["name"], row["version"], row["aliases"]) == ("tone", 1, {"prod": 1})
+    assert "prod→1" in loray("adapters", "ls").out
+    got = tmp_path / "got"
+    assert loray("adapters", "pull", "tone@prod", got).out == f"downloaded tone@1 to {got}\n"
+    assert (got / "adapter_model.safetensors").is_file()
+    assert loray("adapters", "push", got, "--name", "copy", "--json").code == 0
+    assert loray("adapters", "push", got, "--name", "copy").out == "published copy@1\n"
+    assert loray("adapters", "rm", "tone@1", "--yes").code == 1
+    assert loray("adapters", "rm", "tone@2", "--yes").code == 0
+    assert loray("adapters", "restore", "tone@2").out == "restored tone@2\n"
+    assert loray("adapters", "rm", "tone", "--yes").code == 0
+    assert [row["name"] for row in json.loads(loray("adapters", "ls", "--json").out)] == ["copy"]
+
+
+def test_without_a_server(loray: Loray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = loray("adapters", "push", tmp_path / "missing", "--name", "tone")
+    assert (refused.code, "is not a folder" in refused.err) == (1, True)
+    monkeypatch.setenv("LORAY_URL", "localhost:8000")
+    assert "must begin with http://" in loray("adapters", "ls").err
+    monkeypatch.delenv("LORAY_URL")
+    assert "set LORAY_URL" in loray("adapters", "push", tmp_path, "--name", "tone").err

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from starlette.types import Message
 
 from serve_apps.api.problems import MAX_BODY_BYTES
-from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 CHUNK = 64 << 10  # what uvicorn passes on at once
 MANY = 64 * CHUNK
 UPLOAD = "0" * 32
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
-    yield api
-    api.close()
 
 
 def send(api: Api, method: str, path: str, *headers: tuple[bytes, bytes]) -> tuple[int, int]:

@@ -18,11 +18,11 @@ from loray.errors import AdapterNotFound, ConflictError, GateRefused, Permission
 from loray.settings import Settings
 from loray.spec import Evaluation, RopeParameters
 from serve_apps.api.services import Services
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.figures import figures
+from tests.fixtures.keys import access_of
 from tests.fixtures.versions import digest, manifest
-from tests.serve_apps.api.fakes import Api
-from tests.serve_apps.keys import access_of
 
 MADE_UP: Any = {"job_id": "train_5f1b", "sweep": "best/1 3"}
 

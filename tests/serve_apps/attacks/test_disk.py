@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,18 +17,9 @@ from loray.publishing import Destination, import_folder
 from loray.scratch import Scratch
 from loray.spec import Limits, Principal
 from serve_apps.places import MostPlaces, Places
-from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api, _loop
+from tests.fixtures.api import Api, _loop
 
 IN_TIME_S = 20.0
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
-    _loop()  # made by one thread
-    yield api
-    api.close()
 
 
 def acme(api: Api, limits: Limits) -> dict[str, str]:

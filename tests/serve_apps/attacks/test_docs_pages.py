@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 
 from tests.conftest import REPOSITORY
-from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
+from tests.fixtures.access import Site
 
 FOLDER = REPOSITORY / "serve_apps" / "access" / "swagger"
 
 
-def test_pages_load_nothing_from_another_host(site_of: Callable[..., Site]) -> None:  # noqa: F811
+def test_pages_load_nothing_from_another_host(site_of: Callable[..., Site]) -> None:
     site = site_of()
     for client, prefix in ((site.gateway, ""), (site.api, "/api/v1")):
         page = client.get(f"http://testserver{prefix}/docs")

@@ -12,8 +12,7 @@ from serve_apps import serve_internals
 from serve_apps.api.app import ApiSpec
 from serve_apps.auth import open_auth
 from serve_apps.serve_internals import reachable_host
-from tests.serve_apps.access.conftest import Site, base, site_of  # noqa: F401 - fixtures
-from tests.serve_apps.access.test_door import code_of
+from tests.fixtures.access import Site, code_of
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ from tests.serve_apps.access.test_door import code_of
         ("Via", "1.1 proxy"),
     ],
 )
-def test_what_a_proxy_sends_on_needs_a_key(site_of: Callable[..., Site], name: str, value: str) -> None:  # noqa: F811
+def test_what_a_proxy_sends_on_needs_a_key(site_of: Callable[..., Site], name: str, value: str) -> None:
     site = site_of("127.0.0.1")
     assert site.complete({}).status_code == 200
     refused = site.complete({name: value})

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,12 @@ from loray.methods.vera_module import draw_pair
 from loray.publishing import Destination, convert, import_folder
 from loray.publishing.convert import environment_of
 from serve_apps.api.conversions import Conversions
-from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.conftest import base as base
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 SERVER = """
 import sys
 from pathlib import Path
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 
 home, catalog, folder, base = sys.argv[1:]
 api = Api(Path(home), catalog)
@@ -37,13 +35,6 @@ for file in Path(folder).iterdir():
 print(api.http.post("/adapters/tone/versions", json={"upload": upload, "base": base}).status_code)
 print("torch" in sys.modules)
 """
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
-    yield api
-    api.close()
 
 
 @pytest.mark.parametrize("is_stored", [False, True], ids=["drawn", "stored"])

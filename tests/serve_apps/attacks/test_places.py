@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import httpx
 import pytest
@@ -18,19 +17,10 @@ from serve_apps import auth
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
-from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.api.fakes import Api, _loop
+from tests.fixtures.api import Api, _loop
 
 RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")
 IN_TIME_S = 20.0  # a bound for what takes milliseconds, where nothing holds it up
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
-    _loop()  # made by one thread
-    yield api
-    api.close()
 
 
 @pytest.fixture

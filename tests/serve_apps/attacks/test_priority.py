@@ -13,8 +13,8 @@ from loray.spec import Limits, Principal
 from serve_apps.gateway.answers.headers import PRIORITY
 from tests.engine.scheduling.simulation import Simulation
 from tests.engine.scheduling.test_fairness_bound import Bound
+from tests.fixtures.gateway import ScriptedEngines, delta
 from tests.serve_apps.attacks.front import front
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta
 
 MOST_URGENT = -(2**31)
 

@@ -21,7 +21,7 @@ from serve_apps.standalone import server
 from serve_apps.standalone import server as protocol
 from serve_apps.standalone.server import BoundedProtocol
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
+from tests.fixtures.gateway import ScriptedEngines, gateway_app
 
 ANSWER_BYTES = 100 * (16 << 10)
 SOON_S = 0.2  # in place of the limits

@@ -20,11 +20,11 @@ from loray.catalog import identity as stored_keys
 from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
+from tests.fixtures.access import bearer
+from tests.fixtures.api import Api, FakeJobs
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.access.conftest import bearer
-from tests.serve_apps.api.fakes import Api, FakeJobs
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
-from tests.serve_apps.keys import access_of
+from tests.fixtures.gateway import ScriptedEngines, delta, gateway_app
+from tests.fixtures.keys import access_of
 
 
 class Asked:

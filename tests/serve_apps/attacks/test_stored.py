@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,8 @@ from loray.client import CatalogClient
 from loray.errors import SpecError
 from loray.publishing import Destination, import_folder
 from loray.spec import MAX_EVALUATIONS, MAX_MANIFEST_BYTES, Evaluation, Principal
-from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.api import Api
 from tests.fixtures.versions import digest, manifest
-from tests.serve_apps.api.fakes import Api
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
-    yield api
-    api.close()
-
 
 # -- manifests --------------------------------------------------------------------------------------------------------
 

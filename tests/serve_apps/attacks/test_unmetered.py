@@ -13,8 +13,8 @@ from loray.schemas.openai import ModelList
 from loray.spec import Principal
 from serve_apps.gateway import bases, directory
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.gateway import ScriptedEngines, register
 from tests.serve_apps.attacks.front import Front, front
-from tests.serve_apps.gateway.scripted import ScriptedEngines, register
 
 
 class Counting(ScriptedEngines):

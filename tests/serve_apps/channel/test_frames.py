@@ -23,7 +23,7 @@ from serve_apps.channel.frames import (
     parts,
     unpack_logprobs,
 )
-from tests.serve_apps.channel.plane import Out
+from tests.fixtures.channel import Out
 
 LOGPROBS = st.builds(
     TokenLogprobs,

@@ -9,7 +9,7 @@ import pytest
 
 from serve_apps.channel import connection, listener
 from serve_apps.channel.lateness import Lateness, RecentLeast
-from tests.serve_apps.channel.plane import LOOPS, PLACES, Out, go, plane
+from tests.fixtures.channel import LOOPS, PLACES, Out, plane
 
 
 def test_late_is_what_takes_longer_than_usual_whatever_the_clocks() -> None:
@@ -28,23 +28,18 @@ def test_what_was_the_least_is_forgotten_after_two_minutes_at_the_latest() -> No
 
 
 @PLACES
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_gateway_hears_how_late_each_steps_tokens_come(monkeypatch: pytest.MonkeyPatch, loop: str, node: str) -> None:
+@LOOPS
+async def test_a_gateway_hears_how_late_each_steps_tokens_come(
+    monkeypatch: pytest.MonkeyPatch, loop: str, node: str
+) -> None:
     late, now = list[float](), 5.0
     monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: 7000.0))
     monkeypatch.setattr(listener, "time", SimpleNamespace(monotonic=lambda: now))
-
-    async def test() -> None:
-        nonlocal now
-        async with plane(node=node, late=late.append) as (gateway, replica):
-            inboxes = [gateway.open() for _ in range(2)]
-            to = await replica.to(gateway.address)
-            for way, last in ((0.25, None), (0.125, None), (0.5, "length")):
-                now = 5.0 + way
-                to.send([(inbox.stream, Out(1, last)) for inbox in inboxes])  # type: ignore[arg-type]
-                assert [(await inbox.take()).token_ids for inbox in inboxes] == [(1,), (1,)]
-            for inbox in inboxes:
-                gateway.forget(inbox, "stop")
-
-    go(test, loop)
+    async with plane(node=node, late=late.append) as (gateway, replica):
+        inboxes = [gateway.open() for _ in range(2)]
+        to = await replica.to(gateway.address)
+        for way, last in ((0.25, None), (0.125, None), (0.5, "length")):
+            now = 5.0 + way
+            to.send([(inbox.stream, Out(1, last)) for inbox in inboxes])  # type: ignore[arg-type]
+            assert [(await inbox.take()).token_ids for inbox in inboxes] == [(1,), (1,)]
     assert late == [0.0, 0.0, 0.375]

@@ -18,8 +18,8 @@ import httpx
 
 from loray.spec import engine_of
 from serve_apps.deployment import GATEWAY, ServeApi
+from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import RayCluster, Served
-from tests.serve_apps.asking import eventually
 from tests.serve_apps.chaos import spy
 
 Held = dict[str, int]

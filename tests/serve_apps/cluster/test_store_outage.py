@@ -19,7 +19,7 @@ from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps.replica.startup import start_engine
 from serve_apps.standalone.server import LocalEngineClient
-from tests.serve_apps.gateway.scripted import gateway_app
+from tests.fixtures.gateway import gateway_app
 
 
 def test_a_request_fails_and_a_later_one_is_served(

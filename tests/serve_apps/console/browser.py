@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import uvicorn
-
-from tests.serve_apps.console.site import ConsoleSite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENS = os.environ.get("LORAY_TEST_SCREENSHOTS")  # a folder for pictures of all pages
 WIDTHS = {"wide": (1440, 900), "phone": (390, 844)}
 
-MARKS = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
-]
+MARKS = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
 
 
 @dataclass
@@ -60,19 +52,3 @@ def watched(server: str, path: str) -> Iterator[Seen]:
         page.on("dialog", lambda dialog: dialog.accept())
         yield seen
         browser.close()
-
-
-@contextmanager
-def served_site(site: ConsoleSite) -> Iterator[str]:
-    """The site's address on loopback, where a browser finds it."""
-    server = uvicorn.Server(uvicorn.Config(site.app, log_level="warning", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from jobs.sweeps.spec import PLAN, SweepPlan, Trial, TrialRecord, record_file
+from loray.bases.registry import BaseModel
 from loray.catalog import Job
 from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import GatewayClient
+from tests.fixtures.api import Api
 from tests.fixtures.versions import BASE, digest, manifest
-from tests.serve_apps.api.fakes import Api
 
 ROOT = "/api/v1/console"
 URL = f"http://test{ROOT}"
 HTMX = {"HX-Request": "true", "X-Requested-With": "htmx", "Content-Type": "application/x-www-form-urlencoded"}
+COMPARED = "/jobs/compare?job=train_1&job=train_2"
+PAGES = (
+    *("", "/login", "/adapters", "/adapters?search=zzz", "/adapters/tone", "/adapters/tone/versions/2"),
+    *("/adapters/tone/diff?old=1&new=2", "/adapters/nothing", "/uploads", "/playground", "/jobs", "/jobs/new"),
+    *("/jobs/train_1", "/jobs/sweep_1", COMPARED, "/serving", "/serving/replicas/r1", "/usage", "/keys"),
+)
 METRICS = """
 # TYPE loray_time_to_first_token_seconds histogram
 loray_time_to_first_token_seconds_bucket{method="base",le="0.1"} 50
@@ -52,6 +59,10 @@ def steps(num_steps: int, offset: float) -> list[dict[str, object]]:
         if n % 5 == 0:
             events.append({"event": "eval", "step": n, "eval_loss": offset + 3.0 / n, "subject": "adapter"})
     return events
+
+
+def lines(events: Iterable[Mapping[str, object]]) -> str:
+    return "".join(f"{json.dumps(event)}\n" for event in events)
 
 
 class ScriptedGateway:
@@ -108,43 +119,35 @@ class ScriptedGateway:
         return None if self.keys is None or given in self.keys else Response(status_code=403)
 
     def status(self) -> Status:
+        common: dict[str, Any] = {"uptime_s": 7200, "num_running": 3, "num_output_tokens": self.num_tokens // 2}
+        common |= {"num_pool_hits": 90, "num_host_hits": 8, "num_misses": 2}
         replicas = self.replicas or tuple(
             ReplicaStatus(
                 replica=f"r{number}",
                 node=f"n{number}",
                 pid=number,
-                uptime_s=7200,
-                num_running=3,
                 num_waiting=number,
                 num_loading=number - 1,
-                num_output_tokens=self.num_tokens // 2,
-                num_pool_hits=90,
-                num_host_hits=8,
-                num_misses=2,
                 blocks={"free": 60, "kv": 30, "flat": 10},
                 layout=(Stretch("kv", 20), Stretch("free", 60), Stretch("kv", 10), Stretch("flat", 10)),
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
                 adapters_loading=("cold@1",)[: number - 1],
+                **common,
             )
             for number in (1, 2)
         )
-        return Status(
+        base = BaseStatus(
+            base="smollm2",
             status="ok",
-            bases=(
-                BaseStatus(
-                    base="smollm2",
-                    status="ok",
-                    num_replicas=2,
-                    target=3,
-                    num_adapters=3,
-                    spec=ServeSpec(base="smollm2"),
-                    autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
-                ),
-            ),
-            catalog=CatalogStatus(num_adapters=3),
-            replicas=replicas,
-            totals=total(replicas),
+            num_replicas=2,
+            target=3,
+            num_adapters=3,
+            spec=ServeSpec(base="smollm2"),
+            autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
+        )
+        return Status(
+            status="ok", bases=(base,), catalog=CatalogStatus(num_adapters=3), replicas=replicas, totals=total(replicas)
         )
 
 
@@ -186,12 +189,12 @@ class ConsoleSite(Api):
     def run(self, job_id: str, *events: dict[str, object], recipe: TrainSpec | None = None) -> Path:
         """A job of `tone` with these events in its run's folder, which is returned."""
         job = self.catalog.add_job(job_id, name="tone", recipe=recipe or load_recipe("lora_smollm2").spec)
-        return self.write("runs", job, {"events.jsonl": "".join(f"{json.dumps(event)}\n" for event in events)})
+        return self.write("runs", job, {"events.jsonl": lines(events)})
 
     def write(self, kind: str, job: Job, files: dict[str, str]) -> Path:
         """The folder of the run, or of the sweep, that the job began."""
-        number = sum(1 for _ in self.settings.home.glob(f"{kind}/tone/*"))
-        folder = self.settings.home / kind / "tone" / f"{job.created_at:%Y%m%d-%H%M%S}-{number:06}"
+        number = sum(1 for _ in self.settings.home.glob(f"{kind}/{job.name}/*"))
+        folder = self.settings.home / kind / job.name / f"{job.created_at:%Y%m%d-%H%M%S}-{number:06}"
         folder.mkdir(parents=True)
         for name, text in {"job_id": job.id, **files}.items():
             (folder / name).write_text(text)
@@ -210,6 +213,10 @@ class ConsoleSite(Api):
         )
         job = self.catalog.add_job("sweep_1", name="tone", recipe=recipe)
         self.write("sweeps", job, {PLAN: plan.model_dump_json(), record_file(1): ended.model_dump_json()})
+
+    def add_base(self, base: BaseModel) -> BaseModel:
+        self.catalog.add_base(base.name, base.fingerprint)
+        return super().add_base(base)
 
     def _token(self) -> dict[str, str]:
         return {"X-CSRF-Token": self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]}

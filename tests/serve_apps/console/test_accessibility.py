@@ -11,42 +11,25 @@ import serve_apps.console
 from serve_apps.console.pools import KINDS
 from tests.serve_apps.console.colours import Theme
 from tests.serve_apps.console.markup import Element, parse, problems_of
-from tests.serve_apps.console.site import ConsoleSite
+from tests.serve_apps.console.site import COMPARED, PAGES, ConsoleSite
 
-_COMPARED = "/jobs/compare?job=train_1&job=train_2"
-PAGES = (
-    "",
-    "/login",
-    "/adapters",
-    "/adapters?search=zzz",
-    "/adapters/tone",
-    "/adapters/tone/versions/2",
-    "/adapters/tone/diff?old=1&new=2",
-    "/adapters/nothing",
-    "/uploads",
-    "/playground",
-    "/jobs",
-    "/jobs/new",
-    "/jobs/train_1",
-    "/jobs/sweep_1",
-    _COMPARED,
-    "/serving",
-    "/serving/replicas/r1",
-    "/usage",
-    "/keys",
-)
 _CSS = (Path(serve_apps.console.__file__).parent / "static" / "console.css").read_text()
 _SURFACE, _PAGE, _HEAD = "var(--tblr-bg-surface)", "var(--tblr-body-bg)", "var(--tblr-bg-surface-tertiary)"
 _BODY, _SECONDARY, _LINK = "var(--tblr-body-color)", "var(--tblr-secondary)", "var(--tblr-link-color)"
+
+
+def look_twice(console: ConsoleSite) -> None:
+    """The second look has demand over time."""
+    for number in range(2):
+        console.now += 5 * number
+        console.get("/serving/live")
 
 
 def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
     console.train_some()
     found = {}
-    for number in range(2):  # a second look has demand over time
-        console.now += 5 * number
-        console.get("/serving/live")
+    look_twice(console)
     for path in PAGES:
         page = console.get(path)
         assert page.headers["content-type"].startswith("text/html"), path
@@ -55,11 +38,9 @@ def test_every_page_can_be_used_without_seeing_it(console: ConsoleSite) -> None:
 
 
 def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
-    for number in range(2):
-        console.now += 5 * number
-        console.get("/serving/live")
+    look_twice(console)
     console.train_some()
-    for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", _COMPARED):
+    for path in ("/serving", "/usage", "/adapters/tone", "/jobs/train_1", "/jobs/sweep_1", COMPARED):
         pictures = [e for e in parse(console.get(path).text).all() if e.attributes.get("role") == "img"]
         assert pictures, path
         check_tables(pictures)
@@ -79,28 +60,16 @@ def test_what_is_wrong_with_a_page_is_found() -> None:
         <input id="a"><label for="b">c</label><img src="x"><svg></svg><section></section><p id="d"></p><p id="d"></p>
         <div class="table-responsive"><table><tr><th>x</th></tr></table></div></main><footer></footer></body></html>"""
     problems = "; ".join(problems_of(parse(wrong)))
-    for said in (
-        "no language",
-        "comes after h1",
-        "no label",
-        "no alternative",
-        "neither named",
-        "without a name",
-        "2 times",
-        "no scope",
-        "has no name",
-        "refers to 'b'",
-        "past the navigation",
-        "navs are called ''",
-        "not by the keyboard",
-    ):
+    named = ("no label", "no alternative", "neither named", "without a name", "has no name", "navs are called ''")
+    placed = ("comes after h1", "2 times", "no scope", "refers to 'b'", "past the navigation", "not by the keyboard")
+    for said in ("no language", *named, *placed):
         assert said in problems, said
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_texts_can_be_read(dark: bool) -> None:
     theme = Theme(dark)
-    pairs = {
+    pairs: dict[str, tuple[str, ...]] = {
         "body": (_BODY, _PAGE),
         "card": (_BODY, _SURFACE),
         "secondary on the page": (_SECONDARY, _PAGE),
@@ -121,25 +90,14 @@ def test_texts_can_be_read(dark: bool) -> None:
         "placeholder": (_value("::placeholder", "color"), "var(--tblr-bg-forms)"),
         "danger on the page": (_value(".text-danger", "color"), _PAGE),
     }
-    pairs |= {
-        f"badge {name}": (_value(".badge", "color"), f"var(--tblr-{name}-lt)", _SURFACE)
-        for name in ("green", "red", "blue", "orange", "secondary", "primary")
-    }
-    pairs |= {
-        f"status {name}": (
-            _value(".status", "color"),
-            f"color-mix(in oklab, var(--tblr-{name}) 10%, transparent)",
-            _PAGE,
-        )
-        for name in ("green", "orange", "red")
-    }
-    pairs |= {
-        f"alert {name}": (
-            _value(".alert", "--tblr-alert-color"),
-            f"color-mix(in oklab, var(--tblr-{name}) 16%, var(--tblr-bg-surface))",
-        )
-        for name in ("success", "warning", "danger")
-    }
+    for name in ("green", "red", "blue", "orange", "secondary", "primary"):
+        pairs[f"badge {name}"] = (_value(".badge", "color"), f"var(--tblr-{name}-lt)", _SURFACE)
+    for name in ("green", "orange", "red"):
+        ground = f"color-mix(in oklab, var(--tblr-{name}) 10%, transparent)"
+        pairs[f"status {name}"] = (_value(".status", "color"), ground, _PAGE)
+    for name in ("success", "warning", "danger"):
+        ground = f"color-mix(in oklab, var(--tblr-{name}) 16%, var(--tblr-bg-surface))"
+        pairs[f"alert {name}"] = (_value(".alert", "--tblr-alert-color"), ground)
     too_dim = {name: round(theme.contrast(*pair), 2) for name, pair in pairs.items() if theme.contrast(*pair) < 4.5}
     assert not too_dim
 

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import re
-import tarfile
-import tempfile
-from contextlib import suppress
-from pathlib import Path
-
-import pytest
-from starlette.requests import ClientDisconnect
 
 from loray.spec import Evaluation
 from serve_apps.console.rendering import MOST_SUGGESTED
@@ -118,14 +109,6 @@ def test_differences(console: ConsoleSite) -> None:
     assert "are equal" in console.get("/adapters/tone/diff", old=1, new=1).text
 
 
-def test_a_download(console: ConsoleSite, tmp_path: Path) -> None:
-    stored = console.store(9, tmp_path)
-    console.catalog.register("real", stored, manifest(9))
-    answer = console.get("/adapters/real/versions/1/download")
-    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
-        assert "real-1/adapter_model.safetensors" in tar.getnames()
-
-
 def test_what_is_anothers_does_not_exist(console: ConsoleSite) -> None:
     console.log_in(console.key("infer", "promote", tenant="acme"))
     for path in ("/adapters/tone", "/adapters/tone/versions/1", "/adapters/tone/versions/1/download"):
@@ -157,35 +140,3 @@ def test_retrieval_is_a_table_with_depths(console: ConsoleSite) -> None:
         cells = ("passkey_exact_match", depth, "adapter", "passkey", "1,024", shown)
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert "These are the first 100 of 120" in page
-
-
-def test_a_browser_that_leaves_a_download_leaves_nothing_on_the_disk(
-    console: ConsoleSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    stored = console.store(7, tmp_path)
-    console.catalog.register("tone", stored, console.services.store.manifest(stored))
-    seen: list[list[Path]] = []
-
-    async def receive() -> dict[str, str]:
-        return {"type": "http.request"}
-
-    async def send(message: dict[str, object]) -> None:
-        if message["type"] == "http.response.body":
-            seen.append(list(scratch.iterdir()))
-            raise OSError("the browser has left")
-
-    path = "/console/adapters/tone/versions/3/download"
-    scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "query_string": b"", "scheme": "http"}
-    scope |= {"asgi": {"version": "3.0", "spec_version": "2.4"}, "headers": [(b"host", b"test")]}
-
-    async def leave() -> None:
-        with suppress(ClientDisconnect, RuntimeError):
-            await console.unmounted(scope, receive, send)  # type: ignore[arg-type]
-
-    asyncio.run(leave())
-    assert seen == [[]]
-    assert list(scratch.iterdir()) == []
-    assert console.services.downloads._taken == {}

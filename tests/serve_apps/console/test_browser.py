@@ -1,29 +1,35 @@
-"""The console in Chromium: login, promotion, keys; no error in the browser's console, no request to another host."""
+"""The console in Chromium: what can be done there, how soon pages are seen, and that they follow the load."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from jobs.submission.tracker import RayJob
 from loray.bases.registry import BaseModel
+from loray.catalog.database import open_database, writing
+from loray.catalog.schema import adapters, versions
+from loray.publishing import Destination, publish
 from loray.recipes.load import load_recipe
-from tests.serve_apps.console.browser import MARKS, WIDTHS, Seen, served_site, watched
-from tests.serve_apps.console.site import ROOT, ConsoleSite, steps
-from tests.serve_apps.console.test_accessibility import PAGES
+from tests.fixtures.api import listening
+from tests.fixtures.asking import answer_of
+from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.cluster import Served
+from tests.serve_apps.console.browser import MARKS, WIDTHS, Seen, watched
+from tests.serve_apps.console.site import PAGES, ROOT, ConsoleSite, lines, steps
 
 pytestmark = MARKS
 
 
 @pytest.fixture
 def server(console: ConsoleSite) -> Iterator[str]:
-    with served_site(console) as server:
+    with listening(console.app) as server:
         yield server
 
 
@@ -168,8 +174,7 @@ def test_axe_finds_nothing(console: ConsoleSite, seen: Seen) -> None:
 def test_an_upload_by_drag_and_drop_and_by_a_field(
     console: ConsoleSite, seen: Seen, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
 ) -> None:
-    base = tiny_base()
-    shutil.copytree(base.path, console.settings.home / "bases" / base.name)
+    base = console.add_base(tiny_base())
     folder, page = peft_folder(base), seen.page
     files = [str(path) for path in folder.iterdir()]
     seen.open("/uploads")
@@ -225,14 +230,98 @@ def test_a_recipe_is_planned_and_submitted(console: ConsoleSite, seen: Seen) -> 
     page.wait_for_url("**/jobs/train_*")
     (job,) = console.catalog.jobs().jobs
     assert job.recipe.name == "new"
-    folder = console.settings.home / "runs" / "new" / f"{job.created_at:%Y%m%d-%H%M%S}-000000"
-    folder.mkdir(parents=True)
-    (folder / "job_id").write_text(job.id)
-    events = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
-    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    losses = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
+    console.write("runs", job, {"events.jsonl": lines(losses)})
     page.wait_for_selector(".curve canvas", timeout=15000)  # without a reload
     seen.picture("job-live")
     console.catalog.end_job(job.id, "succeeded", version=3)
     page.wait_for_selector("text=published version 3", timeout=15000)
     assert page.locator("button:text-is('Stop')").count() == 0
     assert seen.problems == []
+
+
+_NUM_ADAPTERS = 10_000
+_FIRST_PAINT_S = 1.0
+_SHIFT = 0.1  # cumulative layout shift: https://web.dev/articles/cls
+_LIVE = ("", "/serving", "/serving/replicas/r1", "/jobs/train_1")
+_OTHERS = ("/login", "/adapters", "/adapters/tone", "/jobs", "/playground", "/uploads", "/usage", "/keys")
+_WATCH = """
+    window.shifted = 0;
+    new PerformanceObserver((list) => {
+        for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifted += entry.value;
+    }).observe({ type: "layout-shift", buffered: true });
+"""
+_PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Iterator[ConsoleSite]:
+    site = ConsoleSite(tmp_path / "home", sqlite_catalog(tmp_path))
+    site.catalog.register("first", "f1" * 32, site.catalog.version("tone", 1).manifest)
+    engine = open_database(site.settings.catalog)
+    with writing(engine) as c:
+        adapter, version = (
+            c.execute(sa.select(table).order_by(table.c.id.desc()).limit(1)).one()._mapping
+            for table in (adapters, versions)
+        )
+        ids = range(adapter["id"] + 1, adapter["id"] + 1 + _NUM_ADAPTERS)
+        c.execute(adapters.insert(), [dict(adapter) | {"id": n, "name": f"many-{n:06}"} for n in ids])
+        c.execute(
+            versions.insert(),
+            [
+                dict(version) | {"id": version["id"] + n - adapter["id"], "adapter_id": n, "digest": f"{n:064x}"}
+                for n in ids
+            ],
+        )
+    engine.dispose()
+    site.train_some()
+    yield site
+    site.close()
+
+
+def test_pages_are_seen_soon_and_stay_where_they_are(filled: ConsoleSite) -> None:
+    key, slow, moved = filled.key("admin"), {}, {}
+    with listening(filled.app) as server, watched(server, ROOT) as seen:
+        page = seen.page
+        page.add_init_script(_WATCH)
+        seen.open("/login")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=Healthy")
+        assert len(filled.catalog.names(limit=_NUM_ADAPTERS)) == _NUM_ADAPTERS
+        for path in (*_LIVE, *_OTHERS):
+            seen.open(path)
+            if path in _LIVE:
+                with page.expect_response(lambda answer: answer.url.endswith("/live"), timeout=10_000):
+                    pass
+                page.wait_for_timeout(200)  # until what came is drawn
+            painted = page.evaluate(_PAINTED)
+            slow |= {path: painted} if painted is None or painted > 1000 * _FIRST_PAINT_S else {}
+            shifted = page.evaluate("window.shifted")
+            moved |= {path: shifted} if shifted > _SHIFT else {}
+        assert not slow
+        assert not moved
+        assert seen.problems == []
+
+
+_HELD = "tr:has(th:text-is('{}@1')) td.pool"
+
+
+def test_the_heat_map_follows_the_requests(served_alone: Served, peft_folder: Callable[..., Path]) -> None:
+    base = served_alone.base
+    for seed, name in enumerate(("asked-first", "asked-second")):
+        publish(peft_folder(base, seed=seed), base, Destination(name, served_alone.store, served_alone.catalog))
+    with watched(served_alone.url, ROOT) as seen:
+        page = seen.page
+        seen.open("/serving")
+        page.evaluate("window.loadedOnce = true")
+        assert page.locator("text=asked-first").count() == page.locator("text=asked-second").count() == 0
+        assert answer_of(served_alone, "asked-first")
+        page.wait_for_selector(_HELD.format("asked-first"))
+        page.wait_for_selector("svg.pool path[class='blocks-layered']", state="attached")  # where its rows are
+        assert page.locator("text=asked-second").count() == 0
+        assert answer_of(served_alone, "asked-second")
+        page.wait_for_selector(_HELD.format("asked-second"))
+        assert page.locator(_HELD.format("asked-first")).count() == 1
+        assert page.evaluate("window.loadedOnce") is True
+        assert seen.problems == []

@@ -41,3 +41,16 @@ def test_tokens_of_replicas_that_come_and_go() -> None:
         assert demand.tokens_per_s() == (None if pace is None else pytest.approx(pace))
         now += 2
     assert [row.tokens_per_s for row in demand.rows(9)] == [100, 150, 100, 100, None]
+
+
+def test_tokens_a_second_are_of_the_last_minute() -> None:
+    now, engines = 0.0, ScriptedGateway()
+    demand = Demand(lambda: now)
+    demand.note(engines.status())
+    for _ in range(100):
+        now, engines.num_tokens = now + 2, engines.num_tokens + 60
+        demand.note(engines.status())
+    assert demand.tokens_per_s() == 30
+    now, engines.num_tokens = now + 2, 10  # the replica began anew
+    demand.note(engines.status())
+    assert demand.tokens_per_s() == (29 * 60 + 10) / 60

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from datetime import UTC, datetime
 
 import pytest
 
 from loray.recipes.load import load_recipe
 from loray.spec import Limits, TrainSpec
-from tests.serve_apps.console.site import URL, ConsoleSite
+from tests.serve_apps.console.site import URL, ConsoleSite, lines
 
 FORM: dict[str, object] = {
     "name": "new",
@@ -104,7 +102,6 @@ def test_jobs(console: ConsoleSite) -> None:
     job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
     assert job.id in console.get("/jobs", status="pending").text
     page = console.get(f"/jobs/{job.id}").text
-    assert f"log of {job.id}" in page
     assert "s3://b/d.jsonl" in page
     assert "method: lora" in page
     assert console.post(f"/jobs/{job.id}/stop").status_code == 204
@@ -118,13 +115,10 @@ def test_a_jobs_losses_outlive_rays_log(console: ConsoleSite) -> None:
     assert f'data-live="/api/v1/console/jobs/{job.id}/live"' in page
     assert f"log of {job.id}" in page
     assert "data-curve" not in page
-    folder = console.settings.home / "runs" / recipe().name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-000000"
-    folder.mkdir(parents=True)
-    (folder / "job_id").write_text(job.id)
     events: list[dict[str, object]] = [{"event": "eval", "step": 0, "eval_loss": 4.0, "subject": "base"}]
     events += [{"event": "step", "step": step, "loss": 1.0 / step} for step in (1, 2)]
     events += [{"event": "eval", "step": 2, "eval_loss": 0.25, "subject": "adapter"}]
-    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    console.write("runs", job, {"events.jsonl": lines(events)})
     live = console.get(f"/jobs/{job.id}/live").text.replace("&#34;", '"')
     assert "[[0, 1, 2], [null, 1.0, 0.5], [null, null, 0.25], [4.0, null, 4.0]]" in live
     assert '["step", "training", "held out, adapter", "held out, base"]' in live

@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from loray.catalog.schema import logins
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
+from tests.fixtures.keys import access_of
 from tests.serve_apps.console.site import HTMX, ROOT, URL, ConsoleSite
-from tests.serve_apps.keys import access_of
 
 
 def test_without_keys_no_login_is_needed(console: ConsoleSite) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from tests.serve_apps.console.site import ROOT, URL, ConsoleSite
 
 @pytest.fixture
 def base(console: ConsoleSite, tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    base = tiny_base()
-    shutil.copytree(base.path, console.settings.home / "bases" / base.name)
-    console.catalog.add_base(base.name, base.fingerprint)
-    return base
+    return console.add_base(tiny_base())
 
 
 @pytest.fixture

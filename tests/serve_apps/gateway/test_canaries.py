@@ -18,7 +18,7 @@ from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
 from serve_apps.gateway.canaries import CanaryCounters, Reports
 from serve_apps.gateway.metrics import GatewayMetrics
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
+from tests.fixtures.gateway import ScriptedEngines, delta, register
 
 HELLO = (delta("hel"), delta("lo", "stop"))
 FIELDS = {"model": "tone@prod", "prompt": "a"}
@@ -120,7 +120,7 @@ def test_what_is_counted(client_of: Any, base: BaseModel, tone: Catalog) -> None
     assert (both.num_requests, both.num_errors, both.ttft.num) == (8, 4, 4)
 
 
-def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
+async def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
     asked: list[Mapping[int, CanaryCounts]] = []
     answers: list[ReportAnswer | Exception] = [
         CatalogError("away"),
@@ -140,19 +140,16 @@ def test_reports_wait_for_the_catalog_and_stop_with_the_canary() -> None:
     async def ask(question: Callable[[Reports], ReportAnswer]) -> ReportAnswer:
         return question(Told())
 
-    async def count() -> None:
-        canaries = CanaryCounters(ask, GatewayMetrics("local"))
+    canaries = CanaryCounters(ask, GatewayMetrics("local"))
+    await canaries.report()
+    assert asked == []  # nothing to say
+    received_at = asyncio.get_running_loop().time()
+    for is_canary in (True, True, False, True):
+        meter = canaries.meter(Arm(7, is_canary), received_at, has_timeout=False)
+        assert meter is not None
+        meter.came()
+        meter.end("ok", None)
         await canaries.report()
-        assert asked == []  # nothing to say
-        received_at = asyncio.get_running_loop().time()
-        for is_canary in (True, True, False, True):
-            meter = canaries.meter(Arm(7, is_canary), received_at, has_timeout=False)
-            assert meter is not None
-            meter.came()
-            meter.end("ok", None)
-            await canaries.report()
-        totals = [(counts[7].canary.num_requests, counts[7].stable.num_requests) for counts in asked]
-        assert totals == [(1, 0), (2, 0), (2, 1), (1, 0)]  # the last is of what came after the end
-        assert canaries.meter(None, received_at, has_timeout=False) is None
-
-    asyncio.run(count())
+    totals = [(counts[7].canary.num_requests, counts[7].stable.num_requests) for counts in asked]
+    assert totals == [(1, 0), (2, 0), (2, 1), (1, 0)]  # the last is of what came after the end
+    assert canaries.meter(None, received_at, has_timeout=False) is None

@@ -18,7 +18,7 @@ from loray.spec import OPERATOR
 from serve_apps.catalog_watch import CatalogWatcher
 from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelResolver, ResolvedModel
 from serve_apps.gateway.errors import failure_of
-from tests.serve_apps.gateway.scripted import register
+from tests.fixtures.gateway import register
 
 
 class Watched:
@@ -51,30 +51,26 @@ async def directory_of(base: BaseModel, watched: Watched) -> ModelResolver:
     return directory
 
 
-def test_concurrent_unknown_names_share_one_read(base: BaseModel, watched: Watched) -> None:
-    async def run() -> None:
-        directory = await directory_of(base, watched)
-        asked = (directory.resolve(f"x{i}", OPERATOR) for i in range(500))
-        outcomes = await asyncio.gather(*asked, return_exceptions=True)
-        assert {type(o) for o in outcomes} == {AdapterNotFound}
-        directory.close()
-
-    asyncio.run(run())
+async def test_concurrent_unknown_names_share_one_read(base: BaseModel, watched: Watched) -> None:
+    directory = await directory_of(base, watched)
+    asked = (directory.resolve(f"x{i}", OPERATOR) for i in range(500))
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(o) for o in outcomes} == {AdapterNotFound}
+    directory.close()
     assert len(watched.reads) == 1
 
 
-def test_unknown_names_in_turn_are_read_for_with_pauses(base: BaseModel, watched: Watched, catalog: Catalog) -> None:
-    async def run() -> None:
-        directory = await directory_of(base, watched)
-        for i in range(4):
-            with pytest.raises(AdapterNotFound):
-                await directory.resolve(f"x{i}", OPERATOR)
-        register(catalog, "tone", base.fingerprint)
-        _, ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
-        assert ref is not None
-        directory.close()
-
-    asyncio.run(run())
+async def test_unknown_names_in_turn_are_read_for_with_pauses(
+    base: BaseModel, watched: Watched, catalog: Catalog
+) -> None:
+    directory = await directory_of(base, watched)
+    for i in range(4):
+        with pytest.raises(AdapterNotFound):
+            await directory.resolve(f"x{i}", OPERATOR)
+    register(catalog, "tone", base.fingerprint)
+    _, ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
+    assert ref is not None
+    directory.close()
     pauses = [b - a for a, b in zip(watched.reads, watched.reads[1:], strict=False)]
     assert len(pauses) == 4
     assert min(pauses) > 0.8 * LOOK_AGAIN_S  # a read begins a little later than its refresh
@@ -105,24 +101,20 @@ class Away:
         pass
 
 
-def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: Catalog) -> None:
+async def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: Catalog) -> None:
     register(catalog, "tone", base.fingerprint)
     away = Away(catalog)
-
-    async def run() -> None:
-        directory = ModelResolver([base], CatalogWatcher(away))
-        await directory.refresh()
-        assert await directory.resolve(base.name, OPERATOR) == ResolvedModel(base)
-        for name in ("tone", "nobody"):
-            with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
-                await directory.resolve(name, OPERATOR)
-        assert (directory.num_adapters, directory.longest_context(base)) == (0, base.config.max_position_embeddings)
-        away.is_away = False
-        assert (await directory.resolve("tone", OPERATOR)).adapter is not None
-        assert directory.num_adapters == 1
-        directory.close()
-
-    asyncio.run(run())
+    directory = ModelResolver([base], CatalogWatcher(away))
+    await directory.refresh()
+    assert await directory.resolve(base.name, OPERATOR) == ResolvedModel(base)
+    for name in ("tone", "nobody"):
+        with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
+            await directory.resolve(name, OPERATOR)
+    assert (directory.num_adapters, directory.longest_context(base)) == (0, base.config.max_position_embeddings)
+    away.is_away = False
+    assert (await directory.resolve("tone", OPERATOR)).adapter is not None
+    assert directory.num_adapters == 1
+    directory.close()
     assert failure_of(CatalogError("away")).status == 503
 
 

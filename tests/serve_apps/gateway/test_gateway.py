@@ -1,48 +1,39 @@
-"""The gateway's HTTP API on scripted engines: the behaviour that OpenAI's clients rely on."""
+"""The gateway's HTTP API on scripted engines: the behaviour that OpenAI's and vLLM's clients rely on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loray import __version__
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
+from loray.spec import TokenDelta
 from serve_apps.gateway.directory import REFRESH_S
-from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, register
-
-HELLO = (delta("hel"), delta("lo", "stop"))
-CHAT = [{"role": "user", "content": "hi"}]
+from tests.fixtures.gateway import CHAT, HELLO, REPLICA, ScriptedEngines, delta, error_of, events_of, register
+from tests.fixtures.tiny import byte_tokenizer
 
 
-def error_of(response: Any, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"].startswith("application/json")
-    body = response.json()
-    assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "type", "param", "code"}
-    return dict(body["error"])
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at a status asks the engines."""
+    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
 
 
-def events_of(response: Any) -> list[Any]:
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = response.text.split("\n\n")
-    assert lines.pop() == ""
-    data = [line.removeprefix("data: ") for line in lines]
-    return [d if d == "[DONE]" else json.loads(d) for d in data]
+# -- answers ----------------------------------------------------------------------------------------------------------
 
 
 def test_completion(client_of: Any, base: BaseModel) -> None:
     engines = ScriptedEngines(HELLO)
     with client_of(engines) as client:
-        r = client.post(
-            "/v1/completions", json={"model": base.name, "prompt": "abc", "max_tokens": 5, "temperature": 0}
-        )
+        r = client.complete(prompt="abc", max_tokens=5, temperature=0)
     body = r.json()
     assert body["choices"] == [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
@@ -55,49 +46,63 @@ def test_completion(client_of: Any, base: BaseModel) -> None:
     assert (request.params.max_tokens, request.params.temperature, request.adapter) == (5, 0.0, None)
 
 
-def test_chat_completion_uses_the_chat_template(client_of: Any, base: BaseModel) -> None:
+def test_chat_completion_uses_the_chat_template(client_of: Any) -> None:
     engines = ScriptedEngines(HELLO)
     with client_of(engines) as client:
-        body = client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}).json()
+        body = client.chat().json()
+        client.chat(max_completion_tokens=5)
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     assert body["id"].startswith("chatcmpl-")
-    (request,) = engines.requests
+    request, _ = engines.requests
     assert request.prompt_ids[0] == 257
     assert request.params.max_tokens == 512 - len(request.prompt_ids)  # the rest of the context
+    assert engines.fits == [True, False]  # only a default may be lowered by the replica
 
 
-def test_streams(client_of: Any, base: BaseModel) -> None:
-    stream = {"model": base.name, "stream": True, "stream_options": {"include_usage": True}}
+def test_streams(client_of: Any) -> None:
     with client_of(ScriptedEngines(HELLO)) as client:
-        *chat, usage, done = events_of(client.post("/v1/chat/completions", json=stream | {"messages": CHAT}))
-        assert [c["choices"][0]["delta"] for c in chat] == [
-            {"role": "assistant", "content": ""},
-            {"content": "hel"},
-            {"content": "lo"},
-        ]
+        *chat, usage, done = events_of(client.chat(stream=True, stream_options={"include_usage": True}))
+        texts = [{"role": "assistant", "content": ""}, {"content": "hel"}, {"content": "lo"}]
+        assert [c["choices"][0]["delta"] for c in chat] == texts
         assert chat[-1]["choices"][0]["finish_reason"] == "stop"
         assert usage["usage"]["completion_tokens"] == 6
         assert done == "[DONE]"
-        *plain, done = events_of(
-            client.post("/v1/completions", json={"model": base.name, "stream": True, "prompt": "abc"})
-        )
+        *plain, done = events_of(client.complete(stream=True))
         assert [c["choices"][0]["text"] for c in plain] == ["hel", "lo"]
         assert "usage" not in plain[0]
 
 
-def test_prompts_times_n_are_choices_in_order(client_of: Any, base: BaseModel) -> None:
+def test_prompts_times_n_are_choices_in_order(client_of: Any) -> None:
     engines = ScriptedEngines(HELLO)
-    fields = {"model": base.name, "prompt": [[1, 2, 3], [4, 5, 6]], "n": 2, "seed": 10}
+    fields = {"prompt": [[1, 2, 3], [4, 5, 6]], "n": 2, "seed": 10}
     with client_of(engines) as client:
-        body = client.post("/v1/completions", json=fields).json()
-        events = events_of(client.post("/v1/completions", json=fields | {"stream": True}))
+        body = client.complete(**fields).json()
+        events = events_of(client.complete(**fields, stream=True))
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
     assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
     assert sorted(c["choices"][0]["index"] for c in events[:-1]) == [0, 0, 1, 1, 2, 2, 3, 3]
-    first = engines.requests[:4]
-    assert [r.prompt_ids[0] for r in first] == [1, 1, 4, 4]
-    assert [r.params.seed for r in first] == [10, 11, 10, 11]
+    assert [(r.prompt_ids[0], r.params.seed) for r in engines.requests[:4]] == [(1, 10), (1, 11), (4, 10), (4, 11)]
     assert len({r.request_id for r in engines.requests}) == 8
+
+
+def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any) -> None:
+    engines = ScriptedEngines(HELLO)
+    body = {"user": "body", "priority": -2, "ttft_slo_s": 1.5, "cache_salt": "s"}
+    with client_of(engines) as client:
+        client.complete({"X-Tenant-Id": "header"}, **body)
+        client.complete(**body)
+        client.chat()
+        client.chat({"X-Tenant-Id": "t"})
+        assert error_of(client.complete(ttft_slo_s=0), 400)["param"] == "ttft_slo_s"
+    assert [(r.tenant, r.priority, r.ttft_slo_s, r.cache_salt) for r in engines.requests] == [
+        ("header", -2, 1.5, "header/s"),
+        ("body", -2, 1.5, "s"),
+        ("", 0, None, ""),
+        ("t", 0, None, "t/"),
+    ]
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 def test_names_resolve_to_one_version_each(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
@@ -107,22 +112,20 @@ def test_names_resolve_to_one_version_each(client_of: Any, base: BaseModel, cata
     engines = ScriptedEngines(HELLO)
     with client_of(engines) as client:
         for model in ("tone", "tone@1", "tone@canary"):
-            body = client.post("/v1/completions", json={"model": model, "prompt": "a"}).json()
-            assert body["model"] == model
+            assert client.complete(model=model).json()["model"] == model
     assert [r.adapter.label for r in engines.requests if r.adapter] == ["tone@3", "tone@1", "tone@2"]
 
 
 def test_what_is_published_or_promoted_while_serving_is_seen(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
     engines = ScriptedEngines(HELLO)
     with client_of(engines) as client:
-        fields = {"model": "tone", "prompt": "a"}
-        assert client.post("/v1/completions", json=fields).status_code == 404
+        assert client.complete(model="tone").status_code == 404
         register(catalog, "tone", base.fingerprint)
-        assert client.post("/v1/completions", json=fields).status_code == 200  # at once: an unknown name is looked up
+        assert client.complete(model="tone").status_code == 200  # at once: an unknown name is looked up
         register(catalog, "tone", base.fingerprint)
         deadline = time.monotonic() + 20 * REFRESH_S
         while engines.requests[-1].adapter.label != "tone@2" and time.monotonic() < deadline:  # type: ignore[union-attr]
-            client.post("/v1/completions", json=fields)
+            client.complete(model="tone")
         assert engines.requests[-1].adapter.label == "tone@2"  # type: ignore[union-attr]
 
 
@@ -132,11 +135,10 @@ def test_serving_survives_the_catalog(client_of: Any, base: BaseModel, catalog: 
         catalog.close()
         for file in tmp_path.glob("catalog.db*"):
             file.write_bytes(b"not a database")
-        assert client.post("/v1/completions", json={"model": "tone", "prompt": "a"}).status_code == 200
-        assert error_of(client.post("/v1/completions", json={"model": "other", "prompt": "a"}), 404)["code"]
+        assert client.complete(model="tone").status_code == 200
+        assert error_of(client.complete(model="other"), 404)["code"]
         status = client.get("/status").json()
-    assert status["status"] == "degraded"
-    assert status["catalog"]["num_adapters"] == 1
+    assert (status["status"], status["catalog"]["num_adapters"]) == ("degraded", 1)
     assert status["catalog"]["failure"]
 
 
@@ -146,9 +148,8 @@ def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
     register(catalog, "other", "f" * 64)
     catalog.promote("tone", "prod", 1)
     with client_of(ScriptedEngines(HELLO), max_model_len=900) as client:
-        body = client.get("/v1/models").json()
-        assert [m["id"] for m in body["data"]] == [base.name, "tone"]
-        assert body["data"][0] | {"created": 0} == {
+        card, tone = client.get("/v1/models").json()["data"]
+        assert card | {"created": 0} == {
             "id": base.name,
             "object": "model",
             "created": 0,
@@ -157,8 +158,7 @@ def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
             "parent": None,
             "max_model_len": 512,
         }
-        tone = body["data"][1]
-        assert (tone["root"], tone["parent"], tone["max_model_len"]) == ("tone@1", base.name, 900)
+        assert (tone["id"], tone["root"], tone["parent"], tone["max_model_len"]) == ("tone", "tone@1", base.name, 900)
         assert (tone["aliases"], tone["versions"], tone["method"]) == ({"prod": 1}, [2, 1], "lora")
         assert client.get("/v1/models/tone@2").json()["root"] == "tone@2"
         assert client.get(f"/v1/models/{base.name}").json()["id"] == base.name
@@ -189,44 +189,51 @@ def test_pages_of_models(client_of: Any, base: BaseModel, catalog: Catalog, monk
         assert error_of(client.get("/v1/models", params={"limit": 0}), 400)["param"] == "limit"
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_unknown_model(client_of: Any, base: BaseModel, catalog: Catalog, path: str) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ask", ["complete", "chat"])
+def test_unknown_model(client_of: Any, base: BaseModel, catalog: Catalog, ask: str, stream: bool) -> None:
     register(catalog, "tone", base.fingerprint)
     with client_of(ScriptedEngines(HELLO)) as client:
         for model in ("tome", "tone@7", "tone@canary", "tone@", "@1", "\u00e9"):
-            for stream in (False, True):
-                body = (
-                    {"model": model, "prompt": "a"} if path == "/v1/completions" else {"model": model, "messages": CHAT}
-                )
-                error = error_of(client.post(path, json=body | {"stream": stream}), 404)
-                assert (error["code"], error["param"], error["type"]) == (
-                    "model_not_found",
-                    "model",
-                    "invalid_request_error",
-                )
-                assert model in error["message"]
+            error = error_of(getattr(client, ask)(model=model, stream=stream), 404)
+            found = (error["code"], error["param"], error["type"])
+            assert found == ("model_not_found", "model", "invalid_request_error")
+            assert model in error["message"]
+        if ask == "complete":  # it is resolved before the prompt is encoded
+            assert error_of(client.complete(model="nobody", prompt=""), 404)["code"] == "model_not_found"
 
 
-def test_adapter_of_another_base(client_of: Any, catalog: Catalog) -> None:
-    register(catalog, "alien", "f" * 64)
-    with client_of(ScriptedEngines(HELLO)) as client:
-        error = error_of(client.post("/v1/completions", json={"model": "alien", "prompt": "a"}), 404)
-    assert error["code"] == "base_mismatch"
-    assert "another base" in error["message"]
+def test_adapters_that_a_client_loads_are_those_of_the_catalog(
+    client_of: Any, base: BaseModel, catalog: Catalog
+) -> None:
+    register(catalog, "tone", base.fingerprint)
+    with client_of(ScriptedEngines()) as client:
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            response = client.post(path, json={"lora_name": "tone"})
+            assert response.status_code == 200
+            assert response.text.startswith("Success: LoRA adapter 'tone'")
+            assert error_of(client.post(path, json={"lora_name": "nobody"}), 404)["code"] == "model_not_found"
+            assert error_of(client.post(path, json={"lora_name": base.name}), 400)["param"] == "lora_name"
+        body = {"lora_name": "tone", "lora_path": "tone", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+        error = error_of(client.post("/v1/load_lora_adapter", json=body | {"lora_path": "/models/tone"}), 400)
+        assert "loray adapters import" in error["message"]
 
 
-_HALF_A_PAIR = (b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}')
+# -- status -----------------------------------------------------------------------------------------------------------
 
 
-def test_health_and_status(client_of: Any, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_apps.gateway.bases.FRESH_S", 0.0)
+def test_health_and_status(client_of: Any, base: BaseModel) -> None:
     engines = ScriptedEngines()
     with client_of(engines, num_replicas=1) as client:
+        assert client.get("/version").json() == {"version": __version__}
         assert client.get("/health").json() == {"status": "ok"}
+        assert [client.get("/ping").status_code, client.post("/ping").status_code] == [200, 200]
         status = client.get("/status").json()
         assert (status["status"], status["totals"]["num_running"]) == ("ok", 1)
         (served,) = status["bases"]
         assert (served["base"], served["status"], served["num_replicas"], served["target"]) == (base.name, "ok", 1, 1)
+        assert served["autoscaling"] is None
         assert status["replicas"][0]["adapters_in_pool"] == ["0" * 12]
         engines.replicas = [REPLICA.model_copy(update={"replica": n, "layout": (("kv", 2),)}) for n in ("a", "b")]
         for asked, holding in (("", []), ("?layout=true", ["a", "b"]), ("?layout=true&replica=b&replica=c", ["b"])):
@@ -234,6 +241,7 @@ def test_health_and_status(client_of: Any, base: BaseModel, monkeypatch: pytest.
             assert [r["replica"] for r in replicas if r["layout"]] == holding
         engines.replicas = []
         assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
+        assert [client.get("/ping").status_code, client.post("/ping").status_code] == [503, 503]
         assert client.get("/status").json()["status"] == "degraded"
 
 
@@ -247,32 +255,133 @@ def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
     (served,) = status["bases"]
     assert served["target"] == served["autoscaling"]["target"] == 2
     assert served["autoscaling"]["decisions"] == [decision.model_dump()]
-    with client_of(engines, num_replicas=1) as client:
-        assert client.get("/status").json()["bases"][0]["autoscaling"] is None
 
 
-def test_openapi_describes_the_bodies(client_of: Any) -> None:
-    with client_of(ScriptedEngines()) as client:
-        document = client.get("/openapi.json").json()
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    name = body["$ref"].rpartition("/")[2]
-    assert "messages" in document["components"]["schemas"][name]["properties"]
-    assert "ChatMessage" in document["components"]["schemas"]
+# -- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any, base: BaseModel) -> None:
+def test_a_text_and_back(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "tone", base.fingerprint, context_length=256)
     engines = ScriptedEngines(HELLO)
-    body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5, "cache_salt": "s"}
     with client_of(engines) as client:
-        client.post("/v1/completions", json=body, headers={"X-Tenant-Id": "header"})
-        client.post("/v1/completions", json=body)
-        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT})
-        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}, headers={"X-Tenant-Id": "t"})
-        wrong = client.post("/v1/completions", json=body | {"ttft_slo_s": 0})
-    assert [(r.tenant, r.priority, r.ttft_slo_s, r.cache_salt) for r in engines.requests] == [
-        ("header", -2, 1.5, "header/s"),
-        ("body", -2, 1.5, "s"),
-        ("", 0, None, ""),
-        ("t", 0, None, "t/"),
-    ]
-    assert error_of(wrong, 400)["param"] == "ttft_slo_s"
+
+        def tokens(**body: Any) -> Any:
+            return client.post("/tokenize", json=body).json()
+
+        def text(tokens: list[int]) -> Any:
+            return client.post("/detokenize", json={"tokens": tokens}).json()
+
+        body = tokens(model=base.name, prompt="aé")
+        assert body == {"count": 3, "max_model_len": 512, "tokens": body["tokens"]}
+        assert text(body["tokens"]) == {"prompt": "aé"}
+        assert tokens(prompt="aé", return_token_strs=True)["token_strs"] == ["a", "Ã", "©"]
+        assert tokens(prompt="")["tokens"] == []
+        assert tokens(prompt="x" * 100_000)["count"] == 100_000  # to measure is allowed
+        long = "naïve → " * 3000
+        assert text(tokens(prompt=long)["tokens"]) == {"prompt": long}  # in pieces
+        assert text([258]) == {"prompt": "<|im_end|>"}
+        assert tokens(model="tone", prompt="a")["max_model_len"] == 256
+        client.chat()
+        assert tokens(messages=CHAT)["tokens"] == list(engines.requests[0].prompt_ids)
+        assert error_of(client.post("/tokenize", json={"model": "nobody", "prompt": "a"}), 404)["param"] == "model"
+
+
+def test_what_is_refused(client_of: Any) -> None:
+    with client_of(ScriptedEngines()) as client:
+        for path, body, param in [
+            ("/tokenize", {}, "prompt"),
+            ("/tokenize", {"prompt": "a", "messages": CHAT}, "prompt"),
+            ("/tokenize", {"messages": []}, "messages"),
+            ("/tokenize", {"prompt": [1]}, "prompt"),
+            ("/detokenize", {"tokens": [259]}, "tokens"),
+            ("/detokenize", {"tokens": [-1]}, "tokens"),
+            ("/detokenize", {"tokens": "a"}, "tokens"),
+            ("/v1/load_lora_adapter", {}, "lora_name"),
+        ]:
+            assert error_of(client.post(path, json=body), 400)["param"] == param, (path, body)
+
+
+# -- tools ------------------------------------------------------------------------------------------------------------
+
+SUM = [{"role": "user", "content": "1 + 2?"}]
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+def script(text: str, size: int = 3) -> Sequence[TokenDelta]:
+    return [*(delta(text[i : i + size]) for i in range(0, len(text), size)), delta("", "stop")]
+
+
+def prompt_of(engines: ScriptedEngines) -> str:
+    return str(byte_tokenizer().decode(engines.requests[-1].prompt_ids))
+
+
+def test_calls_in_an_answer_and_in_a_stream(long_client_of: Any) -> None:
+    body = {"messages": SUM, "tools": [ADD]}
+    engines = ScriptedEngines(script(f"Well. {CALL}"))
+    with long_client_of(engines) as client:
+        choice = client.chat(**body).json()["choices"][0]
+        events = events_of(client.chat(**body, stream=True))
+        plain = client.chat(**body, tool_choice="none").json()["choices"][0]
+    message = choice["message"]
+    assert (message["content"], choice["finish_reason"]) == ("Well.", "tool_calls")
+    (call,) = message["tool_calls"]
+    assert call == {"id": call["id"], "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    *chunks, done = (event if event == "[DONE]" else event["choices"][0] for event in events)
+    assert done == "[DONE]"
+    assert "".join(c["delta"].get("content", "") for c in chunks) == "Well."
+    streamed = [d for c in chunks for d in c["delta"].get("tool_calls", ())]
+    function = {"name": "add", "arguments": streamed[0]["function"]["arguments"]}
+    assert streamed[0] | {"id": ""} == {"index": 0, "id": "", "type": "function", "function": function}
+    assert "".join(d["function"]["arguments"] for d in streamed) == '{"a": 1}'
+    assert chunks[-1]["finish_reason"] == "tool_calls"
+    # Without tools the answer is text, and the model is not told of them.
+    assert (plain["message"]["content"], plain["finish_reason"]) == (f"Well. {CALL}", "stop")
+    assert "<tools>" not in prompt_of(engines)
+
+
+def test_what_the_model_is_shown_and_what_must_hold(long_client_of: Any) -> None:
+    called = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    answered = {"role": "tool", "tool_call_id": "c1", "content": "3"}
+    body: dict[str, Any] = {"messages": [*SUM, {"role": "assistant", "tool_calls": [called]}, answered], "tools": [ADD]}
+    named = {"type": "function", "function": {"name": "add"}}
+    engines = ScriptedEngines(script("3"))
+    with long_client_of(engines) as client:
+        for choice, is_held in (("auto", False), ("required", True), (named, True)):
+            assert client.chat(**body, tool_choice=choice).status_code == 200
+            assert (engines.requests[-1].params.structured is not None) == is_held
+        shown = prompt_of(engines)
+        client.chat(messages=[*SUM, {"role": "assistant", "content": "It is"}], continue_final_message=True)
+        count = client.post("/tokenize", json={"model": client.base} | body).json()["count"]
+    assert json.dumps(ADD) in shown
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in shown
+    assert "<tool_response>\n3\n</tool_response>" in shown
+    assert prompt_of(engines).endswith("assistant\nIt is")
+    assert count == len(engines.requests[0].prompt_ids)
+
+
+def test_an_adapter_speaks_as_it_was_trained(long_client_of: Any, long_base: BaseModel, catalog: Catalog) -> None:
+    template = "{{ messages[-1].content }}|{{ tools | tojson }}|{{ mood }}"
+    own = {"files": {"chat_template.jinja": hashlib.sha256(template.encode()).hexdigest()}, "chat_template": template}
+    register(catalog, "tone", long_base.fingerprint, tool_parser="mistral", **own)
+    engines = ScriptedEngines(script('[TOOL_CALLS]add[ARGS]{"a": 2}'))
+    with long_client_of(engines) as client:
+        asked = client.chat(model="tone", messages=SUM, tools=[ADD], chat_template_kwargs={"mood": "good"})
+        message = asked.json()["choices"][0]["message"]
+        assert prompt_of(engines) == f"1 + 2?|{json.dumps([ADD])}|good"
+        assert message["content"] is None
+        assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 2}'}
+        client.chat(messages=SUM)
+        assert prompt_of(engines).startswith("<|im_start|>user")
+
+
+def test_a_response_format_holds_for_answers_without_calls(long_client_of: Any) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    engines = ScriptedEngines(script("7"))
+    with long_client_of(engines) as client:
+        whole = client.chat(tools=[ADD], response_format=schema).json()
+        assert whole["choices"][0]["message"]["content"] == "7"
+        constraint = engines.requests[-1].params.structured
+        assert constraint is not None
+        assert '"type": "integer"' in constraint.text
+        assert error_of(client.chat(tools=[ADD], guided_regex="a+"), 400)["param"] == "tools"

@@ -13,10 +13,9 @@ from schemathesis import GenerationMode
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
-from tests.serve_apps.gateway.test_gateway import HELLO
-from tests.serve_apps.keys import access_of
-from tests.serve_apps.schemas import (
+from tests.fixtures.gateway import HELLO, ScriptedEngines, gateway_app, register
+from tests.fixtures.keys import access_of
+from tests.fixtures.openapi import (
     CHECKS,
     Headers,
     document_of,
@@ -27,21 +26,12 @@ from tests.serve_apps.schemas import (
 )
 
 OPERATIONS = [
-    "GET /health",
-    "GET /metrics",
-    "GET /ping",
-    "GET /status",
-    "GET /v1/models",
-    "GET /v1/models/{model}",
-    "GET /version",
-    "POST /detokenize",
-    "POST /ping",
-    "POST /tokenize",
-    "POST /v1/chat/completions",
-    "POST /v1/completions",
-    "POST /v1/load_lora_adapter",
-    "POST /v1/responses",
-    "POST /v1/unload_lora_adapter",
+    *(
+        f"GET {path}"
+        for path in ("/health", "/metrics", "/ping", "/status", "/v1/models", "/v1/models/{model}", "/version")
+    ),
+    *(f"POST {path}" for path in ("/detokenize", "/ping", "/tokenize", "/v1/chat/completions", "/v1/completions")),
+    *(f"POST /v1/{name}" for name in ("load_lora_adapter", "responses", "unload_lora_adapter")),
 ]
 OPEN = ("/health", "/ping", "/version")
 TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/{model}")  # that could be wrong
@@ -85,6 +75,8 @@ def test_the_document_has_every_route(app: Any) -> None:
                 if status != "200":
                     shown = answer["content"]["application/json"]["schema"]
                     assert shown == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
+    chat = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in document["components"]["schemas"][chat["$ref"].rpartition("/")[2]]["properties"]
     assert "x-ratelimit-remaining-tokens" in document["paths"]["/v1/responses"]["post"]["responses"]["429"]["headers"]
 
 

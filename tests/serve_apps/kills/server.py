@@ -12,7 +12,7 @@ from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.auth import open_auth
-from tests.serve_apps.api.fakes import FakeJobs, FakePlacements, mounted
+from tests.fixtures.api import FakeJobs, FakePlacements, mounted
 
 HOST = "127.0.0.1"
 

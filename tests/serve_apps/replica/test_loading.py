@@ -22,7 +22,7 @@ from loray.store import AdapterStore
 from serve_apps.replica import loading
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
-from tests.serve_apps.replica.conftest import World, same
+from tests.fixtures.replica import World, same
 from tests.store.conftest import damage
 
 

@@ -1,11 +1,11 @@
-"""A replica's metrics compared with the requests to a real engine."""
+"""A replica's metrics compared with the requests to a real engine, and its status."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,17 +16,17 @@ from peft import LoraConfig
 from prometheus_client.core import Metric as Family
 
 from loray.bases.registry import BaseModel
-from loray.engine.async_engine import AsyncEngine
-from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import ContextLengthExceeded, EngineError
 from loray.schemas.status import AdapterPlacement
+from loray.spec import EngineFigures, Stretch
 from loray_kernels import KvLayout
-from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica import metrics
+from serve_apps.replica.metrics import ReplicaMetrics, replica_status
 from serve_apps.replica.replica import EngineReplica
-from serve_apps.replica.requests import LocalStreams, ReplicaRequests
 from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import hold, make_engine, request
+from tests.engine.harness import hold, request
+from tests.fixtures.replica import observed
 
 
 def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
@@ -38,50 +38,13 @@ def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
     }
 
 
-class ObservedEngine:
-    """A real engine, and a replica's metrics of its requests."""
-
-    def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
-        self.metrics = ReplicaMetrics()
-        self.stream = AsyncEngine(make_engine(base, adapters, num_threads=1, **spec))
-        self.streams = LocalStreams(ReplicaRequests(self.stream, self.metrics))
-        self.num_asked = 0
-
-    async def ask(self, num_prompt_tokens: int, adapter: TestAdapter | None = None, *, max_tokens: int = 4) -> None:
-        self.num_asked += 1
-        r = request(f"r{self.num_asked}", [7] * num_prompt_tokens, adapter, max_tokens=max_tokens)
-        async with aclosing(self.streams.generate(r, fit=False)) as deltas:
-            async for _ in deltas:
-                pass
-
-    async def settled(self, num_finished: int) -> EngineStats:
-        deadline = time.monotonic() + 60
-        while (stats := self.stream.stats()).num_finished < num_finished or stats.num_running:
-            assert time.monotonic() < deadline, stats
-            await asyncio.sleep(0.005)
-        return stats
-
-
-def go(asked: ObservedEngine, test: Callable[[], Any]) -> None:
-    asked.stream.start()
-    try:
-        asyncio.run(asyncio.wait_for(test(), timeout=120))
-    finally:
-        asked.stream.stop()
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
-
-
 @pytest.fixture(scope="module")
 def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     return [make_adapter(base, tmp_path_factory.mktemp("a") / name, config, seed=i) for i, name in enumerate("ab")]
 
 
-def test_counts_are_what_was_asked(
+async def test_counts_are_what_was_asked(
     base: BaseModel, adapters: list[TestAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool holds one full context, so a request of that length evicts every adapter. The host holds one adapter."""
@@ -90,9 +53,7 @@ def test_counts_are_what_was_asked(
     c = base.config
     layout = KvLayout(c.num_layers, 16, c.num_kv_heads, c.head_dim)
     pool_bytes = c.max_position_embeddings // 16 * layout.num_layers * layout.layer_share * 4
-    asked = ObservedEngine(base, adapters, pool_bytes=pool_bytes, host_bytes=max(a.ref.nbytes, b.ref.nbytes))
-
-    async def test() -> None:
+    with observed(base, adapters, pool_bytes=pool_bytes, host_bytes=max(a.ref.nbytes, b.ref.nbytes)) as asked:
         await asked.ask(10, a)  # from the store
         await asked.ask(20, a)  # in the pool
         await asked.ask(500)  # evicts it
@@ -151,13 +112,9 @@ def test_counts_are_what_was_asked(
         assert (of_b.tier, of_b.uses, of_b.num_tokens) == ("pool", 2, 90 + 5)
         assert [p.name for p in await EngineReplica.adapters(replica, [b.ref.digest, "0" * 64])] == ["b"]
 
-    go(asked, test)
 
-
-def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> None:
-    asked = ObservedEngine(base)
-
-    async def test() -> None:
+async def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> None:
+    with observed(base) as asked:
         async with aclosing(asked.streams.generate(request("r", [1, 2, 3], max_tokens=400), fit=False)) as deltas:
             await anext(deltas)
         await asked.stream.adapters()  # returns after the cancellation that was posted before it
@@ -173,14 +130,10 @@ def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> No
         assert not [key for key in found if key[0] == "loray_request_errors_total"]
         assert not [key for key in found if key[0] == "loray_e2e_request_latency_seconds_count"]
 
-    go(asked, test)
 
-
-def test_what_a_stop_string_ends_has_stopped_and_what_nobody_wants_was_aborted(base: BaseModel) -> None:
+async def test_what_a_stop_string_ends_has_stopped_and_what_nobody_wants_was_aborted(base: BaseModel) -> None:
     """Stop strings are found by the reader of the tokens, which then closes the stream."""
-    asked = ObservedEngine(base)
-
-    async def test() -> None:
+    with observed(base) as asked:
         for name, stop in (("with", ("x",)), ("without", ())):
             r = request(name, [1, 2, 3], max_tokens=400, stop=stop)
             async with aclosing(asked.streams.generate(r, fit=False)) as deltas:
@@ -191,8 +144,6 @@ def test_what_a_stop_string_ends_has_stopped_and_what_nobody_wants_was_aborted(b
         assert found["loray_request_success_total", "stop", "base"] == 1
         assert found["loray_request_success_total", "abort", "base"] == 1
         assert found["loray_e2e_request_latency_seconds_count", "base"] == 1
-
-    go(asked, test)
 
 
 def test_latencies_are_between_the_steps() -> None:
@@ -234,3 +185,31 @@ def test_errors_have_the_name_of_their_class(error: Exception, kind: str) -> Non
     found = values(metrics.request_families())
     assert found["loray_request_errors_total", kind, "base"] == 1
     assert not [key for key in found if key[0] == "loray_request_success_total"]
+
+
+LAYOUT = (Stretch("kv", 2), Stretch("free", 10))
+
+
+class Stream:
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def stats(self) -> EngineFigures:
+        return EngineFigures(num_running=1)
+
+    async def layout(self) -> object:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        if self._answer is None:
+            await asyncio.Event().wait()
+        return self._answer
+
+
+@pytest.mark.parametrize("answer", [LAYOUT, EngineError("stopped"), None], ids=["in time", "stopped", "hangs"])
+def test_layouts(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
+    monkeypatch.setattr(metrics, "_LAYOUT_TIMEOUT_S", 0.01)
+    stream: Any = Stream(answer)
+    status = asyncio.run(replica_status(stream, "r1", 0.0, layout=frozenset({"r1"})))
+    assert (status.num_running, status.layout) == (1, LAYOUT if answer is LAYOUT else ())
+    for layout in (False, frozenset({"r2"})):
+        assert asyncio.run(replica_status(stream, "r1", 0.0, layout)).layout == ()

@@ -21,7 +21,7 @@ from serve_apps.replica.metrics import LoadCounts
 from serve_apps.replica.peers import giving
 from serve_apps.replica.peers.asking import ReplicaPeers
 from serve_apps.replica.peers.giving import CopyGiver
-from tests.serve_apps.replica.conftest import World, same
+from tests.fixtures.replica import World, same
 
 
 class Other:

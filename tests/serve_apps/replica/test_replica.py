@@ -1,111 +1,120 @@
-"""Parts of the replica without Ray: fitted defaults, and logs of errors."""
+"""A replica's warm start with a real engine, which nothing hinders, and its logs of errors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from threading import Event
 from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.catalog import AdapterVersion, Catalog
-from loray.engine.async_engine import AsyncEngine, TokenSink
-from loray.engine.build import build_engine
-from loray.engine.request import TokenOutput
-from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
-from loray.publishing import Destination, publish
+from loray.engine.metrics import EngineStats
+from loray.engine.pool.packed import PackedAdapter
+from loray.errors import EngineError, IntegrityError, RequestError, StoreError
+from loray.policy.warm_start import AdapterDemand, DemandRecord
 from loray.settings import Settings
-from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
-from loray.store import AdapterStore, open_store
-from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.replica import without_expected_tracebacks
-from serve_apps.replica.requests import LocalStreams, ReplicaRequests
-from serve_apps.replica.startup import adapter_loader
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+from serve_apps.replica.loading import AdapterLoader, StoredAdapter
+from serve_apps.replica.replica import warm_up, without_expected_tracebacks
+from serve_apps.replica.startup import start_engine
+
+
+class Place:
+    """Published adapters, and an engine that has loaded none of them."""
+
+    def __init__(self, base: BaseModel, settings: Settings, refs: list[AdapterRef]) -> None:
+        self.base, self.refs = base, refs
+        self.loader = AdapterLoader(base, settings)
+        spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=1 << 20, num_threads=1)
+        self.stream = start_engine(spec, base, settings, load=self.loader)
+        self.told: dict[str, tuple[str, ...]] = {}
+
+    def read(self) -> DemandRecord | None:
+        """Stands in for DemandRecords: the first replica of all starts, and each adapter was asked for."""
+        demands = (AdapterDemand(ref, 9.0 - i, ("other",)) for i, ref in enumerate(self.refs))
+        return DemandRecord(0.0, (), tuple(demands))
+
+    def warm_up(self, timeout_s: float = 60.0) -> Any:
+        records: Any = self
+        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s, self.told.__setitem__)
+
+    def stats(self) -> EngineStats:
+        """Of now, while the stream's own may be a step old."""
+        return self.stream.call(self.stream._engine.stats).result()
+
+    def ask(self, ref: AdapterRef) -> None:
+        async def generate() -> None:
+            request = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=1), ref)
+            assert [delta async for delta in self.stream.generate(request)]
+
+        asyncio.run(generate())
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+def place(base: BaseModel, settings: Settings, published: Callable[..., AdapterRef]) -> Iterator[Place]:
+    place = Place(base, settings, [published(name, seed=seed) for seed, name in enumerate("abc")])
+    yield place
+    place.stream.stop()
 
 
-def published(folder: Path, base: BaseModel, settings: Settings) -> AdapterVersion:
-    store = AdapterStore(open_store(settings.store))
-    return publish(folder, base, Destination("a", store, Catalog(settings.catalog)))
-
-
-# -- defaults ---------------------------------------------------------------------------------------------------------
-
-
-class Limited:
-    """An engine whose exact limit is known once its adapter is loaded."""
-
-    def __init__(self, estimate: int, exact: int) -> None:
-        self._limit, self._exact = estimate, exact
-        self.asked: list[int] = []
-
-    def max_model_len(self, adapter: AdapterRef | None) -> int:
-        return self._limit
-
-    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
-        self.asked.append(request.params.max_tokens)
-        self._limit = self._exact
-        fits = len(request.prompt_ids) + request.params.max_tokens <= self._limit
-        error = None if fits else ContextLengthExceeded("too long", "prompt")
-        sink.deliver([(key, TokenOutput("r", 7, finish_reason="length", error=error))])
-
-
-async def ask(engine: Any, max_tokens: int, adapter: AdapterRef | None = None) -> list[TokenDelta]:
-    request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
-    streams = LocalStreams(ReplicaRequests(engine, ReplicaMetrics()))
-    return [d async for d in streams.generate(request, fit=True)]
-
-
-@pytest.mark.parametrize(
-    ("estimate", "exact", "asked"), [(200, 200, [100]), (50, 50, [47]), (50, 20, [47, 17]), (20, 50, [17])]
-)
-def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
-    engine: Any = Limited(estimate, exact)
-
-    assert asyncio.run(ask(engine, 100)) == [TokenDelta((7,), "length")]
-    assert engine.asked == asked
-
-
-@pytest.mark.parametrize("method", ["lora", "vera"])
-def test_a_default_leaves_room_for_the_adapter(
-    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], settings: Settings, method: str
+def test_expected_adapters_are_in_the_pool_before_the_first_request(
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A real engine with a pool smaller than the model's context. The published size does not contain VeRA's pair."""
-    base = tiny_base()
-    published(peft_folder(base, method), base, settings)
-    ref = Catalog(settings.catalog).resolve("a")
-    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
-    stream = AsyncEngine(build_engine(spec, base, adapter_loader(base, settings)))
-    limit = stream.max_model_len(None)
-    assert limit < ref.context_length
-    stream.start()
+    with caplog.at_level("INFO", logger="loray"):
+        warm = place.warm_up()
+    assert warm.adapters == (3, 0, 0, 0)
+    assert 0 < warm.seconds < 60
+    assert "3 are in the pool, 0 on the host" in caplog.text
+    assert place.told == {ref.digest: ("other",) for ref in place.refs}
+    assert set(place.stats().adapters_in_pool) == {ref.digest for ref in place.refs}
+    for ref in place.refs:
+        place.ask(ref)
+    stats = place.stats()
+    assert (stats.num_pool_hits, stats.num_misses, stats.num_loads) == (3, 0, 3)
 
+
+def test_a_store_that_hangs_costs_the_time_and_one_that_fails_none(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, pack = Event(), StoredAdapter.pack
+
+    def hang(self: StoredAdapter, *args: Any) -> PackedAdapter:
+        if self._ref.name == "b":
+            raise StoreError("away")
+        if self._ref.name == "c":
+            assert going.wait(60)
+        return pack(self, *args)
+
+    monkeypatch.setattr(StoredAdapter, "pack", hang)
+    began = time.monotonic()
+    warm = place.warm_up(timeout_s=15.0)  # a fifth of it: no other replica runs
     try:
-        deltas = asyncio.run(ask(stream, limit - 3, ref))
-        assert deltas[-1].finish_reason == "length"
-        left = stream.max_model_len(ref) - 3
-        assert (
-            left - 2 * spec.block_tokens <= sum(len(d.token_ids) for d in deltas) <= left < limit - 3
-        )  # the estimate is cautious
+        assert warm.adapters == (1, 0, 1, 1)
+        assert time.monotonic() - began < 15.0
+        place.ask(place.refs[0])
     finally:
-        stream.stop()
+        going.set()
+    place.ask(place.refs[2])  # the load went on
 
 
-def test_a_prompt_that_never_fits_is_refused_once_its_limit_is_known() -> None:
-    engine: Any = Limited(2, 2)
-    with pytest.raises(ContextLengthExceeded):
-        asyncio.run(ask(engine, 100))
-    assert engine.asked == [1]
+def test_nothing_hinders_the_start(
+    place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "read", lambda: None)
+    assert place.warm_up().adapters.total == 0
+    assert not caplog.records
 
+    def fail() -> None:
+        raise ValueError("no record")
 
-# -- logs -------------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(place, "read", fail)
+    assert place.warm_up().adapters.total == 0
+    assert "the replica starts without adapters" in caplog.text
+    place.ask(place.refs[0])
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from loray.bases.registry import BaseModel
+from tests.fixtures.agents import ADD, ASK, NAMED_ADD, PAINT, Add, Paint, loop
+from tests.fixtures.asking import status
 from tests.fixtures.standalone import standalone
-from tests.serve_apps.agents import ADD, ASK, NAMED_ADD, PAINT, Add, Paint, loop
-from tests.serve_apps.asking import status
 
 
 def test_answers_are_parsed(client: openai.OpenAI) -> None:

@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
+from tests.fixtures.agents import ADD, ASK, PAINT, Add, Digit, Paint
 from tests.fixtures.cluster import Served
-from tests.serve_apps.agents import ADD, ASK, PAINT, Add, Digit, Paint
 
 
 @pytest.fixture

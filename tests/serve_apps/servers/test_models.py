@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from loray.catalog import AdapterVersion
+from tests.fixtures.asking import answer, eventually, status
 from tests.fixtures.cluster import Served
-from tests.serve_apps.asking import answer, eventually, status
 
 
 def test_every_name_of_a_model(client: openai.OpenAI, server: Served, tone: list[AdapterVersion]) -> None:

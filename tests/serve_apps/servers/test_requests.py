@@ -1,10 +1,12 @@
-"""Requests over HTTP: streams, refusals, overload, clients that leave, metrics, and the catalog's API beside them."""
+"""Requests over HTTP: streams, refusals, limits, overload, clients that leave, metrics, usage, and other routes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loray.catalog import AdapterVersion
 from loray.spec import TrainSpec
+from tests.fixtures.asking import CHAT, GREEDY, LONG, PROMPT, answer, eventually, status
 from tests.fixtures.cluster import SERVE, Served
 from tests.fixtures.recipes import RECIPE
-from tests.serve_apps.asking import CHAT, GREEDY, LONG, PROMPT, answer, eventually, status
 
 
 def metrics(server: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -147,3 +149,74 @@ def test_the_catalogs_links_and_the_document_have_the_route_prefix(server: Serve
     missing = httpx.get(f"{server.url}/api/v1/adapters/nobody", timeout=30)
     assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
     assert json.loads(missing.text)["type"] == "urn:loray:problem:adapter-not-found"
+
+
+MIB = 1 << 20
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def chunks(num: int) -> Iterator[bytes]:
+    """A body whose length the client does not say."""
+    return (b" " * MIB for _ in range(num))
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_a_body_that_is_too_large(server: Served, client: openai.OpenAI, *, says_length: bool) -> None:
+    def attack(_: int) -> httpx.Response:
+        content = b" " * (8 * MIB) if says_length else chunks(8)
+        return httpx.post(f"{server.url}/v1/completions", content=content, headers=JSON, timeout=60)
+
+    with ThreadPoolExecutor(4) as pool:
+        for response in pool.map(attack, range(4)):
+            assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+    assert client.completions.create(model=server.base.name, prompt="abc", max_tokens=2).choices
+
+
+def test_shapes_that_are_refused(server: Served, client: openai.OpenAI) -> None:
+    deep = httpx.post(f"{server.url}/v1/completions", content=b"[" * 100_000, headers=JSON, timeout=60)
+    assert (deep.status_code, "nested deeper" in deep.text) == (400, True)
+    with pytest.raises(openai.BadRequestError, match="at most 16") as many:
+        client.completions.create(model=server.base.name, prompt="a", stop=["x"] * 10_000)
+    assert many.value.param == "stop"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model=server.base.name, prompt="x" * (MIB // 2))
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_a_response_is_the_chats_answer(server: Served, client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=server.base.name, messages=[{"role": "user", "content": "hi"}], max_tokens=6, temperature=0
+    )
+    response = client.responses.create(model=server.base.name, input="hi", max_output_tokens=6, temperature=0)
+    assert response.output_text == chat.choices[0].message.content
+    with client.responses.stream(model=server.base.name, input="hi", max_output_tokens=6, temperature=0) as stream:
+        assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == response.output_text
+
+
+def test_tokens(server: Served) -> None:
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "abc"}).json()["tokens"]
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": tokens}).json() == {"prompt": "abc"}
+    assert httpx.get(f"{server.url}/ping").status_code == 200
+
+
+TENANT = "counted"  # of this test alone: others' events may still be on their way
+
+
+def test_usage_of_requests(server: Served) -> None:
+    def used() -> tuple[int, int, int]:
+        params = {"group_by": "model", "tenant": TENANT}
+        items = httpx.get(f"{server.url}/api/v1/usage", params=params, timeout=30).raise_for_status().json()["items"]
+        names = ("num_requests", "num_prompt_tokens", "num_output_tokens")
+        return tuple(sum(row[name] for row in items) for name in names)  # type: ignore[return-value]
+
+    before = used()
+    body = {"model": server.base.name, "prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+    for _ in range(3):
+        response = httpx.post(
+            f"{server.url}/v1/completions", json=body, headers={"X-Tenant-Id": TENANT}, timeout=60
+        ).raise_for_status()
+    usage = response.json()["usage"]
+    wanted = (3, 3 * usage["prompt_tokens"], 3 * usage["completion_tokens"])
+    assert eventually(lambda: tuple(a - b for a, b in zip(used(), before, strict=True)) == wanted)

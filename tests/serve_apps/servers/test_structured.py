@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from loray.catalog import AdapterVersion
-from tests.serve_apps.asking import CHAT, GREEDY, answer
+from tests.fixtures.asking import CHAT, GREEDY, answer
 
 HOT: dict[str, Any] = {"messages": CHAT, "temperature": 2.0, "seed": 1, "max_tokens": 300}
 

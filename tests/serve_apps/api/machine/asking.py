@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import httpx
 from hypothesis.stateful import RuleBasedStateMachine
 
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 from tests.serve_apps.api.machine.model import BASE, DEFAULT, Adapter, Caller, Model, Refused, full_name
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from loray.spec import Principal
-from tests.serve_apps.api.fakes import Api
+from tests.fixtures.api import Api
 from tests.serve_apps.api.machine.asking import AskingMachine
 from tests.serve_apps.api.machine.model import BASE, DEFAULT, Caller, Model, Refused
 
@@ -202,12 +202,7 @@ class CatalogMachine(AskingMachine):
             shown = self.adapter(who, adapter) if version is None else self.version(adapter, version)
             self.compare(answer.json(), shown)
 
-    @rule(
-        who=WHO,
-        of=OF,
-        name=NAMES,
-        sharing=st.sampled_from(SHARING),
-    )
+    @rule(who=WHO, of=OF, name=NAMES, sharing=st.sampled_from(SHARING))
     def share(self, who: Caller, of: str | None, name: str, sharing: tuple[str, list[str]]) -> None:
         visibility, shared_with = sharing
         shared = self.ask(

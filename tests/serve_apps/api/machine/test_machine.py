@@ -13,15 +13,15 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from loray.policy.auth import KeyRing
 from loray.spec import Principal, RopeParameters
+from tests.fixtures.api import Api
 from tests.fixtures.catalogs import new_postgresql, sqlite_catalog
+from tests.fixtures.keys import access_of
+from tests.fixtures.openapi import examples
 from tests.fixtures.postgres import Postgres
 from tests.fixtures.versions import BASE as FINGERPRINT
-from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.machine.asking import ROOT
 from tests.serve_apps.api.machine.machine import CatalogMachine
 from tests.serve_apps.api.machine.model import BASE, Bytes, Model
-from tests.serve_apps.keys import access_of
-from tests.serve_apps.schemas import examples
 
 METHODS = ("lora", "lora", "lora", "longlora")  # the gate refuses aliases to the last one
 
@@ -48,10 +48,7 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
         api.catalog.add_base(BASE, FINGERPRINT)
         return CatalogMachine(api, Model(stored))
 
-    run_state_machine_as_test(
-        machine,
-        settings=settings(examples(num_runs), stateful_step_count=num_steps),
-    )
+    run_state_machine_as_test(machine, settings=settings(examples(num_runs), stateful_step_count=num_steps))
 
 
 def test_random_requests(tmp_path: Path) -> None:

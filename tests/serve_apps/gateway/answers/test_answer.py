@@ -1,18 +1,26 @@
-"""Answers on a connection that the test controls: what is sent and when, and that every stream is closed."""
+"""Answers on a connection that the test controls, and behind uvicorn: what is sent when, and who closes streams."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import json
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
+from loray.bases.registry import BaseModel
 from loray.errors import EngineError
 from loray.schemas.openai.formats import CompletionFormat
 from loray.spec import Delta, FinishReason, TokenDelta
 from serve_apps.gateway.answers.answer import HEARTBEAT, AnswerResponse, ChoiceStream, Deadline
 from serve_apps.gateway.answers.writers import Events, Whole
+from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.gateway import ScriptedEngines, delta, gateway_app
 
 FORMAT = CompletionFormat("cmpl-1", 1, "m", "f")
 
@@ -93,45 +101,35 @@ class Engine:
         self.queues[choice].put_nowait(TokenDelta(token_ids, finish))
 
 
-def answers(
-    use: Callable[[Engine, Client, asyncio.Task[None]], Coroutine[Any, Any, None]],
+@asynccontextmanager
+async def answering(
     *,
     writer: Any = Events,
     num_choices: int = 1,
     timeout_s: float | None = None,
     heartbeat_s: float | None = None,
-) -> Client:
-    """Runs an answer beside `use`, which ends it. No stream is open afterwards."""
-
-    async def run() -> Client:
-        engine, client = Engine(), Client()
-        choices = [engine.stream() for _ in range(num_choices)]
-        deadline = None
-        if timeout_s is not None:
-            deadline = Deadline(asyncio.get_running_loop().time() + timeout_s, timeout_s)
-        answer = AnswerResponse(
-            choices,
-            writer(FORMAT, num_choices, num_choices),
-            request_id="id",
-            deadline=deadline,
-            heartbeat_s=heartbeat_s,
-        )
-        task = asyncio.ensure_future(answer({"type": "http"}, client.receive, client.send))
-        async with asyncio.timeout(20):
-            await use(engine, client, task)
-            await asyncio.wait([task])
-        assert engine.num_open == 0
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:
-            await asyncio.wait(others, timeout=20)
-        assert task.cancelled() or task.exception() is None
-        return client
-
-    return asyncio.run(run())
+) -> AsyncIterator[tuple[Engine, Client, asyncio.Task[None]]]:
+    """An answer that the test ends. No stream is open afterwards."""
+    engine, client = Engine(), Client()
+    choices = [engine.stream() for _ in range(num_choices)]
+    deadline = None
+    if timeout_s is not None:
+        deadline = Deadline(asyncio.get_running_loop().time() + timeout_s, timeout_s)
+    made = writer(FORMAT, num_choices, num_choices)
+    answer = AnswerResponse(choices, made, request_id="id", deadline=deadline, heartbeat_s=heartbeat_s)
+    before = asyncio.all_tasks()
+    task = asyncio.ensure_future(answer({"type": "http"}, client.receive, client.send))
+    async with asyncio.timeout(20):
+        yield engine, client, task
+        await asyncio.wait([task])
+    assert engine.num_open == 0
+    if others := asyncio.all_tasks() - before:
+        await asyncio.wait(others, timeout=20)
+    assert task.cancelled() or task.exception() is None
 
 
-def test_events_go_out_one_by_one_and_what_waits_is_merged() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_events_go_out_one_by_one_and_what_waits_is_merged() -> None:
+    async with answering() as (engine, client, _):
         engine.give(1)
         await client.sent('"text":"a"')
         client.reads.clear()  # from here the client reads nothing
@@ -141,13 +139,8 @@ def test_events_go_out_one_by_one_and_what_waits_is_merged() -> None:
                 await asyncio.sleep(0)
         client.reads.set()
         engine.give(6, finish="length")
-
-    client = answers(use)
-    assert [e.split('"text":"')[1].split('"')[0] for e in client.text.split("\n\n") if "text" in e] == [
-        "a",
-        "b",
-        "cdef",
-    ]
+    texts = [e.split('"text":"')[1].split('"')[0] for e in client.text.split("\n\n") if "text" in e]
+    assert texts == ["a", "b", "cdef"]
     assert client.text.endswith("data: [DONE]\n\n")
     assert client.headers["x-request-id"] == "id"
     assert client.headers["content-type"].startswith("text/event-stream")
@@ -157,8 +150,8 @@ def test_events_go_out_one_by_one_and_what_waits_is_merged() -> None:
 @pytest.mark.parametrize("writer", [Events, Whole])
 @pytest.mark.parametrize("num_choices", [1, 3])
 @pytest.mark.parametrize("has_started", [False, True])
-def test_a_client_that_leaves_closes_the_streams(writer: Any, num_choices: int, has_started: bool) -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_a_client_that_leaves_closes_the_streams(writer: Any, num_choices: int, has_started: bool) -> None:
+    async with answering(writer=writer, num_choices=num_choices) as (engine, client, _):
         while engine.num_open < num_choices:
             await asyncio.sleep(0)
         if has_started:
@@ -166,95 +159,104 @@ def test_a_client_that_leaves_closes_the_streams(writer: Any, num_choices: int, 
             if writer is Events:
                 await client.sent("a")
         client.has_left.set()
-
-    client = answers(use, writer=writer, num_choices=num_choices)
     assert ("a" in client.text) == (has_started and writer is Events)
     assert not client.messages or client.messages[-1]["more_body"]
 
 
-def test_cancelling_the_request_closes_the_streams() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_cancelling_the_request_closes_the_streams() -> None:
+    async with answering(num_choices=2) as (engine, client, task):
         while engine.num_open < 2:
             await asyncio.sleep(0)
         task.cancel()
+    assert client.messages == []
 
-    assert answers(use, num_choices=2).messages == []
 
-
-def test_choices_are_merged_as_they_come_and_one_error_ends_all() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_choices_are_merged_as_they_come_and_one_error_ends_all() -> None:
+    async with answering(num_choices=3) as (engine, client, _):
         engine.give(2, choice=1)
         await client.sent('"index":1,"text":"b"')
         engine.give(1, choice=0)
         await client.sent('"index":0,"text":"a"')
         engine.queues[0].put_nowait(EngineError("lost"))
-
-    client = answers(use, num_choices=3)
     assert client.text.count("data: ") == 3
     assert '"message":"lost"' in client.text.split("\n\n")[-2]
 
 
-def test_an_error_before_the_first_event_has_its_status() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_an_error_before_the_first_event_has_its_status() -> None:
+    async with answering() as (engine, client, _):
         engine.queues[0].put_nowait(EngineError("lost"))
-
-    client = answers(use)
     assert client.status == 503
     assert client.headers["x-request-id"] == "id"
 
 
-def test_heart_beats_while_nothing_comes() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_heart_beats_while_nothing_comes() -> None:
+    async with answering(heartbeat_s=0.01) as (engine, client, _):
         await client.sent(HEARTBEAT * 2)
         engine.give(1)
         await client.sent("a")
         await client.sent("}\n\n" + HEARTBEAT)
         engine.queues[0].put_nowait(EngineError("lost"))
-
-    client = answers(use, heartbeat_s=0.01)
     assert client.status == 200  # the first heart-beat has fixed it
     assert '"message":"lost"' in client.text
     assert all(line.startswith((":", "data: ")) for line in client.text.split("\n\n")[:-1])
 
 
-def test_a_client_that_does_not_read_gets_no_heart_beats() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_a_client_that_does_not_read_gets_no_heart_beats() -> None:
+    async with answering(heartbeat_s=0.01) as (engine, client, _):
         client.reads.clear()
         engine.give(1)
         await asyncio.sleep(0.05)
         client.reads.set()
         engine.give(2, finish="length")
-
-    assert HEARTBEAT not in answers(use, heartbeat_s=0.01).text.partition("data: ")[0]
+    assert HEARTBEAT not in client.text.partition("data: ")[0]
 
 
 @pytest.mark.parametrize("writer", [Events, Whole])
 @pytest.mark.parametrize("num_choices", [1, 2])
-def test_a_deadline_before_the_first_event(writer: Any, num_choices: int) -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_a_deadline_before_the_first_event(writer: Any, num_choices: int) -> None:
+    async with answering(writer=writer, num_choices=num_choices, timeout_s=0.02) as (_, client, task):
         await asyncio.wait([task])
-
-    client = answers(use, writer=writer, num_choices=num_choices, timeout_s=0.02)
     assert client.status == 504
     assert '"code":"deadline_exceeded"' in client.text
     assert "0.02 s" in client.text
 
 
-def test_a_deadline_later_is_the_last_event() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_a_deadline_later_is_the_last_event() -> None:
+    async with answering(timeout_s=0.5) as (engine, client, _):
         engine.give(1)
-        await asyncio.wait([task])
-
-    client = answers(use, timeout_s=0.5)
     assert client.status == 200
     assert '"code":"deadline_exceeded"' in client.text.split("\n\n")[-2]
     assert client.messages[-1]["more_body"] is False
 
 
-def test_a_deadline_ends_an_answer_that_is_not_read() -> None:
-    async def use(engine: Engine, client: Client, task: asyncio.Task[None]) -> None:
+async def test_a_deadline_ends_an_answer_that_is_not_read() -> None:
+    async with answering(timeout_s=0.5) as (engine, client, _):
         client.reads.clear()
         engine.give(1)
-        await asyncio.wait([task])
+    assert client.messages == []
 
-    assert answers(use, timeout_s=0.5).messages == []
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("script", [[], [delta("a")]])
+async def test_a_client_that_leaves_cancels_its_requests(
+    base: BaseModel, tmp_path: Path, stream: bool, script: Any
+) -> None:
+    engines = ScriptedEngines(script, hang=True)
+    body = json.dumps({"model": base.name, "prompt": "a", "n": 2, "stream": stream}).encode()
+    fields = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n".encode()
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = gateway_app(base, sqlite_catalog(tmp_path), engines)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    writer.write(head + body)
+    if stream and script:
+        await reader.readuntil(b'"text":"a"')
+    while len(engines.requests) < 2:
+        await asyncio.sleep(0.001)
+    writer.transport.abort()
+    while len(engines.closed) < 2:
+        await asyncio.sleep(0.001)
+    server.should_exit = True
+    await serving

@@ -1,0 +1,26 @@
+"""Replicas that no router of this process knows yet, and gateways that wait for nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from loray.policy.routing import RoutingReports
+from serve_apps.channel import listener
+from serve_apps.gateway.replicas import engines, router
+from tests.fixtures.routed import Replica
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_BACKOFF_S", 0.0)
+    monkeypatch.setattr(listener, "_LOST_S", 0.01)
+    monkeypatch.setattr(router, "_placed", {})
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+    for name in ("_decisions", "_suspects", "_routings", "_replicas"):
+        monkeypatch.setattr(router, name, {})
+    monkeypatch.setattr(router, "reports", RoutingReports())
+    monkeypatch.setattr(router, "_unanswered", router.UnansweredPrompts())
+    return [Replica("one"), Replica("two")]

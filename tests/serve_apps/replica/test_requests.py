@@ -1,0 +1,181 @@
+"""Requests of a replica: defaults that fit what it has, and the demand that they are."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel
+from loray.engine.async_engine import AsyncEngine, TokenSink
+from loray.engine.build import build_engine
+from loray.engine.request import TokenOutput
+from loray.errors import ContextLengthExceeded, Overloaded, RequestError
+from loray.policy.demand import Observation
+from loray.settings import Settings
+from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.requests import LocalStreams, ReplicaDemand, ReplicaRequests
+from serve_apps.replica.startup import adapter_loader
+
+
+class Limited:
+    """An engine whose exact limit is known once its adapter is loaded."""
+
+    def __init__(self, estimate: int, exact: int) -> None:
+        self._limit, self._exact = estimate, exact
+        self.asked: list[int] = []
+
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        return self._limit
+
+    def subscribe(self, request: GenerateRequest, sink: TokenSink, key: Any) -> None:
+        self.asked.append(request.params.max_tokens)
+        self._limit = self._exact
+        fits = len(request.prompt_ids) + request.params.max_tokens <= self._limit
+        error = None if fits else ContextLengthExceeded("too long", "prompt")
+        sink.deliver([(key, TokenOutput("r", 7, finish_reason="length", error=error))])
+
+
+async def ask(engine: Any, max_tokens: int, adapter: AdapterRef | None = None) -> list[TokenDelta]:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
+    streams = LocalStreams(ReplicaRequests(engine, ReplicaMetrics()))
+    return [d async for d in streams.generate(request, fit=True)]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "exact", "asked"), [(200, 200, [100]), (50, 50, [47]), (50, 20, [47, 17]), (20, 50, [17])]
+)
+async def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
+    engine: Any = Limited(estimate, exact)
+    assert await ask(engine, 100) == [TokenDelta((7,), "length")]
+    assert engine.asked == asked
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+async def test_a_default_leaves_room_for_the_adapter(
+    base: BaseModel, settings: Settings, published: Callable[..., AdapterRef], method: str
+) -> None:
+    """A real engine with a pool smaller than the model's context. The published size does not contain VeRA's pair."""
+    ref = published("a", method)
+    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
+    stream = AsyncEngine(build_engine(spec, base, adapter_loader(base, settings)))
+    limit = stream.max_model_len(None)
+    assert limit < ref.context_length
+    stream.start()
+    try:
+        deltas = await ask(stream, limit - 3, ref)
+        assert deltas[-1].finish_reason == "length"
+        left = stream.max_model_len(ref) - 3
+        num_tokens = sum(len(d.token_ids) for d in deltas)
+        assert left - 2 * spec.block_tokens <= num_tokens <= left < limit - 3  # the estimate is cautious
+    finally:
+        stream.stop()
+
+
+async def test_a_prompt_that_never_fits_is_refused_once_its_limit_is_known() -> None:
+    engine: Any = Limited(2, 2)
+    with pytest.raises(ContextLengthExceeded):
+        await ask(engine, 100)
+    assert engine.asked == [1]
+
+
+SCALING = AutoscalingSpec(window_s=3600)
+
+
+class Replica:
+    """An engine with two published adapters, one LoRA and one VeRA."""
+
+    def __init__(self, base: BaseModel, settings: Settings) -> None:
+        self.spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, autoscaling=SCALING)
+        self.stream = AsyncEngine(build_engine(self.spec, base, adapter_loader(base, settings)))
+        self.demand = ReplicaDemand(self.spec, SCALING, self.stream)
+        self.streams = LocalStreams(ReplicaRequests(self.stream, ReplicaMetrics(), self.demand))
+
+    def deltas(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        return self.streams.generate(request, fit=False)
+
+    async def answer(self, request: GenerateRequest) -> None:
+        async for _ in self.deltas(request):
+            pass
+
+    def observe(self) -> Observation:
+        return Observation.from_stats(self.demand.stats())
+
+
+@pytest.fixture
+def refs(published: Callable[..., AdapterRef]) -> dict[str, AdapterRef]:
+    return {method: published(method, method) for method in ("lora", "vera")}
+
+
+@pytest.fixture
+def replica(base: BaseModel, settings: Settings) -> Iterator[Replica]:
+    made = Replica(base, settings)
+    made.stream.start()
+    yield made
+    made.stream.stop()
+
+
+def request(name: str, ref: AdapterRef | None = None, **params: Any) -> GenerateRequest:
+    return GenerateRequest(name, (1, 2, 3), SamplingParams(ignore_eos=True, **params), ref)
+
+
+async def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, AdapterRef]) -> None:
+    lora, vera = refs["lora"], refs["vera"]
+    await replica.answer(request("a", max_tokens=5))
+    await replica.answer(request("b", lora, max_tokens=7))
+    seen = replica.observe()
+    assert seen.tokens == (3 + 5) + (3 + 7)
+    # Its size in the pool is known now: rank 4 on q (64 → 64) and v (64 → 32) of two layers, in fp32.
+    assert seen.adapters == {lora.digest[:16]: 2 * 4 * (64 + 64 + 64 + 32) * 4}
+    assert seen.pairs == {}
+    await replica.answer(request("c", vera, max_tokens=1))
+    seen = replica.observe()
+    (pair,) = seen.pairs.values()
+    assert pair > seen.adapters[vera.digest[:16]] > 0
+    assert seen.kv_byte_s == 0
+
+
+async def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
+    num_steps, stands, go_on, step = 0, threading.Event(), threading.Event(), replica.stream._engine.step
+
+    def held() -> list[TokenOutput]:
+        nonlocal num_steps
+        num_steps += bool(outputs := step())
+        if num_steps == 6:  # five have been delivered
+            stands.set()
+            assert go_on.wait(60)
+        return outputs
+
+    replica.stream._engine.step = held  # type: ignore[method-assign]
+    deltas = replica.deltas(request("a", max_tokens=400))
+    await anext(deltas)
+    assert await asyncio.to_thread(stands.wait, 60)
+    await deltas.aclose()
+    while replica.streams._left:
+        await asyncio.sleep(0)
+    go_on.set()
+    assert replica.observe().tokens == 3 + 5
+
+
+@pytest.mark.parametrize(("error", "tokens"), [(Overloaded("full", 1.0), 3), (RequestError("no", "prompt"), 0)])
+def test_a_request_refused_for_overload_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
+    replica.demand.ended(replica.demand.arrived(request("a")), error)
+    assert replica.observe().tokens == tokens
+
+
+def test_requests_that_wait_for_their_turn_are_backlog(
+    replica: Replica, refs: dict[str, AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three tokens each; the second waits for its adapter instead."""
+    engine = replica.stream.stats().model_copy(update={"num_waiting": 2})
+    monkeypatch.setattr(replica.stream, "stats", lambda: engine)
+    for name, ref in (("a", None), ("b", refs["lora"])):
+        replica.demand.arrived(request(name, ref))
+    assert replica.observe().backlog == 3
+    held = engine.model_copy(update={"adapters_on_host": (refs["lora"].digest,)})
+    monkeypatch.setattr(replica.stream, "stats", lambda: held)
+    assert replica.observe().backlog == 6
