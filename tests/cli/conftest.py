@@ -12,7 +12,7 @@ from loray.cli.main import _run
 from loray.machine import Machine, hardware
 from tests.cli.run import Loray, Result
 from tests.fixtures.tiny import write_checkpoint
-from tests.planning.recipes import MACHINE
+from tests.fixtures.planning import MACHINE
 
 
 @pytest.fixture(scope="module")

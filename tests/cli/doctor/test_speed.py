@@ -11,7 +11,7 @@ from loray.bases.registry import add_base
 from loray.cli import doctor
 from loray.machine import GpuRates, Machine, Rates
 from tests.cli.doctor.conftest import Situations
-from tests.planning.recipes import HARDWARE, MACHINE
+from tests.fixtures.planning import HARDWARE, MACHINE
 from tests.test_machine import AVX2, H100
 
 
