@@ -6,11 +6,12 @@ from itertools import pairwise
 
 from loray.simulation.cluster import Cluster, SimulatedRequest
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
-from loray.simulation.routers import SimulatedRouter
-from loray.simulation.scalers import AdapterDemandScaler
+from loray.simulation.routers import RandomRouter, SimulatedRouter
+from loray.simulation.scalers import AdapterDemandScaler, Fixed, OngoingRequests, OracleScaler
 from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
+from loray.simulation.workload import RequestTrace
 from loray.spec import AutoscalingSpec
-from tests.simulation.test_simulation import requests
+from tests.fixtures.simulation import requests
 
 
 def scaled(wait_slo_s: float | None, every: float = 150.0) -> tuple[AdapterDemandScaler, Outcome]:
@@ -62,3 +63,29 @@ def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load
     assert (replica.num_jobs, replica.num_running) == (2, 1)
     seen = scaler.observe(member, 0.1)
     assert (seen.tokens, seen.backlog) == (600, 0)
+
+
+def idle(made: RequestTrace) -> Simulator:
+    return Simulator(made, PROFILE, Policy("x", RandomRouter(8, 0), Fixed(1)), initial=1, size=4)
+
+
+def test_ray_scales_by_the_mean_of_ongoing_requests() -> None:
+    """Its delays are 30 s up and 600 s down; a replica for two requests."""
+    simulator = idle(requests((0.0, 1, 1, 0)))
+    member = simulator.cluster.members[next(iter(simulator.cluster.members))]
+    scaler = OngoingRequests(1, 4, 2.0)
+    member.replica.num_jobs = 6
+    targets = [scaler.target(simulator.cluster, 5.0 * i) for i in range(8)]
+    assert targets == [1] * 6 + [3] * 2
+    member.replica.num_jobs = 0
+    later = [scaler.target(simulator.cluster, 40.0 + 5.0 * i) for i in range(140)]
+    assert later[100] == 3
+    assert later[-1] == 1
+
+
+def test_the_oracle_scales_before_the_load_comes() -> None:
+    rows = [(float(i), 100, 1, 0) for i in range(60)] + [(60 + 0.01 * i, 2000, 1, 0) for i in range(500)]
+    foreseen = OracleScaler(requests(*rows), PROFILE, 0.8, 50)
+    simulator = idle(requests(*rows))
+    assert foreseen.target(simulator.cluster, 0.0) == 1
+    assert foreseen.target(simulator.cluster, 15.0) > 10

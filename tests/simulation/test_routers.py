@@ -9,7 +9,9 @@ import pytest
 
 from loray.policy.routing import ReplicaView, Routing, RoutingPolicy, hashed
 from loray.simulation import routers as index_module
-from loray.simulation.routers import RoutingIndex
+from loray.simulation.cluster import SimulatedRequest
+from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.routers import LeastWork, RoutingIndex, SimulatedRouter, TwoChoices
 
 NUM_SLOTS, NUM_ADAPTERS, LIMIT = 9, 12, 12
 KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]
@@ -100,3 +102,32 @@ def test_a_choice_does_not_look_at_all_replicas_again_when_one_has_come(monkeypa
     index.add(40, "r40")
     index.remove(next(slot for slot in range(40) if slot != first))
     assert index.best(0, 0.0) in (first, 40)
+
+
+def test_routers_by_hand() -> None:
+    two, work = TwoChoices(4, 0), LeastWork(4, PROFILE)
+    for router in (two, work):
+        for slot in (0, 1):
+            router.added(slot, f"r{slot}")
+    two.load_changed(0, 3)
+    assert {two.choose(SimulatedRequest(i, 1, 1, 0), 0.0) for i in range(10)} == {1}
+    first = work.choose(SimulatedRequest(0, 2000, 10, 0), 0.0)
+    assert [work.choose(SimulatedRequest(i, 100, 10, 0), 0.0) for i in range(1, 5)] == [1 - first] * 4
+
+
+def test_the_policy_of_the_router_is_that_of_production() -> None:
+    """A load of one above the mean sends the next request for a held adapter elsewhere."""
+    router = SimulatedRouter(8, 4, PROFILE, RoutingPolicy())
+    for slot in range(4):
+        router.added(slot, f"r{slot}")
+        router.load_changed(slot, 20)
+    router.placed(2, 1, 0)
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) == 2
+    router.load_changed(2, 22)
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) != 2
+    router.load_changed(2, 20)
+    long = SimulatedRequest(0, 2000, 1, 1)
+    assert router.choose(long, 0.0) == 2
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) != 2
+    router.answered(2, long)
+    assert router.choose(SimulatedRequest(0, 1, 1, 1), 0.0) == 2

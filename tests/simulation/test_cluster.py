@@ -7,21 +7,19 @@ import math
 import numpy as np
 import pytest
 
-from loray.simulation.cluster import Clock, Slowdown
+from loray.simulation.cluster import HOST, NOWHERE, POOL, Clock, ReplicaAdapters, Slowdown
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
-from loray.simulation.routers import TwoChoices
-from loray.simulation.scalers import Fixed
-from loray.simulation.simulator import Outcome, Policy, Simulator
+from loray.simulation.routers import RandomRouter, TwoChoices
+from loray.simulation.simulator import Outcome
 from loray.simulation.workload import RequestTrace
-from tests.simulation.made import requests, run_one
+from tests.fixtures.simulation import requests, serve
 
 LONG = (400, 20)
 
 
 def run_two(made: RequestTrace, **profile: object) -> Outcome:
     """On two replicas, of which the one with fewer requests is chosen."""
-    costs = PROFILE.model_copy(update=profile)
-    return Simulator(made, costs, Policy("two", TwoChoices(4, 0), Fixed(2)), initial=2, size=2).run()
+    return serve(made, 2, TwoChoices(4, 0), **profile)
 
 
 def test_work_has_a_time_of_its_own() -> None:
@@ -80,16 +78,16 @@ def test_one_after_the_other_nothing_takes_longer() -> None:
 
 def test_requests_of_one_replica_share_its_steps_already() -> None:
     made = requests(*((0.01 * i, 50, 20, i) for i in range(8)))
-    assert np.allclose(run_one(made, contention=1.0).end_R, run_one(made).end_R)
+    assert np.allclose(serve(made, contention=1.0).end_R, serve(made).end_R)
 
 
 def test_requests_on_their_way_are_beside_each_other_and_beside_replicas() -> None:
     apart = requests((0.0, 8, 1, 0), (100.0, 8, 1, 0))
     together = requests((0.0, 8, 1, 0), (0.0, 8, 1, 0))
     profile = {"outside_s": ((1.0, 0.0, 0.0),), "contention": 1.0}
-    lone = run_one(apart, **profile).ttft_R[1]
-    assert run_one(together, **profile).ttft_R.min() > lone + 0.99
-    replica = run_one(requests((0.0, 8, 2000, 0), (5.0, 8, 1, 0)), **profile).ttft_R[1]
+    lone = serve(apart, **profile).ttft_R[1]
+    assert serve(together, **profile).ttft_R.min() > lone + 0.99
+    replica = serve(requests((0.0, 8, 2000, 0), (5.0, 8, 1, 0)), **profile).ttft_R[1]
     assert replica > 1.99
 
 
@@ -107,5 +105,34 @@ def test_all_requests_end_and_more_contention_is_slower() -> None:
 def test_a_long_prompt_has_a_step_for_each_of_the_most_tokens() -> None:
     """Whatever their pairs take: these make the steps longer, and not more."""
     profile = {"max_num_batched_tokens": 64, "itl_slo_s": 10.0, "place_s": 0.0, "place_byte_s": 0.0}
-    outcome = run_one(requests((0.0, 8, 1, 0), (10.0, 640, 1, 0)), **profile)
+    outcome = serve(requests((0.0, 8, 1, 0), (10.0, 640, 1, 0)), **profile)
     assert outcome.ttft_R[1] == pytest.approx(PROFILE.prompt_seconds(640) + 10 * PROFILE.step_s)
+
+
+def test_a_request_that_finds_its_adapter_in_the_pool_keeps_the_copy_on_the_host() -> None:
+    """The host has room for two. The first is asked for again before the third comes, so the second goes."""
+    size = 1_840_000
+    profile = PROFILE.model_copy(update={"host_bytes": 2.5 * size, "pool_bytes": 10 * size})
+    adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
+    for adapter in (0, 1):
+        assert adapters.add_waiter(adapter) == (False, True)
+        adapters.loaded(adapter)
+    adapters.take(0, 0.0)
+    adapters.give_back(0, 0.0)
+    assert adapters.add_waiter(0) == (True, False)
+    adapters.add_waiter(2)
+    adapters.loaded(2)
+    assert [adapters.tier(adapter) for adapter in range(3)] == [POOL, NOWHERE, HOST]
+
+
+def test_an_adapter_that_only_the_pool_has_is_worth_its_load() -> None:
+    """Both have been used once; the one that the host still has is evicted first, although it was used later."""
+    size = 1_840_000
+    profile = PROFILE.model_copy(update={"host_bytes": 1.5 * size, "pool_bytes": 2.5 * size})
+    adapters = ReplicaAdapters(0, profile, [size] * 3, RandomRouter(2, 0))
+    for adapter in (0, 1, 2):
+        adapters.add_waiter(adapter)
+        adapters.loaded(adapter)
+        adapters.take(adapter, 0.0)
+        adapters.give_back(adapter, 0.0)
+    assert [adapters.tier(adapter) for adapter in range(3)] == [POOL, NOWHERE, POOL]
