@@ -19,8 +19,8 @@ from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.planning import HARDWARE
+from tests.fixtures.tiny import write_checkpoint
 from tests.test_machine import H100
 from tests.test_recipe import write
 

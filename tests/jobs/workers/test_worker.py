@@ -14,8 +14,8 @@ from jobs.workers import worker
 from loray.bases.registry import add_base, get_base
 from loray.errors import TrainingError
 from loray.settings import Settings
-from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.planning import HARDWARE
+from tests.fixtures.tiny import write_checkpoint
 from tests.test_machine import H100
 from tests.test_recipe import write
 

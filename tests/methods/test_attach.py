@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.convert import merge_adapter, write_gguf
 from loray.adapters.manifest import describe
 from loray.adapters.peft_format import CONFIG_FILE, read_adapter
-from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, SpecError, UnsupportedError
 from loray.methods.attach import attach
 from loray.methods.weights import LoraWeights
@@ -25,9 +22,8 @@ from loray.train.checkpoint import save_adapter
 from loray.train.data.batches import TrainBatch
 from loray.train.objectives import batch_loss
 from loray.train.optimizer import is_decayed
-from tests.adapters.test_export import IDS, logits, recipe, trained
+from tests.fixtures.adapters import IDS, BaseFactory, recipe, trained
 
-BaseFactory = Callable[..., BaseModel]
 SPEC = DoraSpec(rank=4, alpha=6, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
 
@@ -105,18 +101,6 @@ def test_untrained_it_changes_nothing_and_magnitudes_are_fp32(tiny_base: BaseFac
     plain = exact(input_ids=IDS).logits
     attach(exact, SPEC, seed=0)
     torch.testing.assert_close(exact(input_ids=IDS).logits, plain, rtol=1e-5, atol=1e-5)
-
-
-def test_merged_it_computes_the_same(tiny_base: BaseFactory, tmp_path: Path) -> None:
-    base = tiny_base("Qwen2ForCausalLM", std=0.1)
-    spec = recipe({"adapter": SPEC.model_dump()})
-    model = fill(trained(base, spec))
-    save_adapter(model, spec.adapter, tmp_path / "adapter")
-    merge_adapter(base, read_adapter(tmp_path / "adapter", base.config), tmp_path / "merged")
-    with pytest.raises(UnsupportedError, match="magnitudes of outputs"):
-        write_gguf(read_adapter(tmp_path / "adapter", base.config), base.config, tmp_path / "adapter.gguf")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_files_say_must_agree(tiny_base: BaseFactory, tmp_path: Path) -> None:

@@ -3,94 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.peft_format import (
     CONFIG_FILE,
+    MAX_CHARACTERS,
+    MAX_PATTERNS,
     WEIGHTS_FILE,
+    ModulePatterns,
     read_adapter,
 )
-from loray.bases.registry import BaseModel
+from loray.errors import UnsupportedError
 from loray.methods.attach import load_weights
 from loray.methods.weights import VeraWeights
-from loray.spec import TrainSpec
+from loray.spec import MLP_MODULES
 from loray.train.checkpoint import save_adapter
-from loray.train.model import build_model, dense
-
-BaseFactory = Callable[..., BaseModel]
-IDS = torch.arange(40)[None] * 5
-LONG: dict[str, Any] = {
-    "rope_scaling": {"type": "linear", "factor": 2, "original_context": 20},
-    "attention": {"type": "s2", "group_size": 10},
-}
-YARN = {"type": "yarn", "factor": 4, "original_context": 20}
-Q_O_DOWN = ["q_proj", "o_proj", "down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": {"method": "lora", "rank": 4, "target_modules": Q_O_DOWN}},
-    "rslora": {"adapter": {"method": "lora", "rank": 9, "alpha": 4.5, "use_rslora": True, "dropout": 0.1}},
-    "dora": {"adapter": {"method": "dora", "rank": 4, "alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"]}},
-    "longlora": {"adapter": {"method": "longlora", "rank": 4}} | LONG,
-    "longlora, yarn": {"adapter": {"method": "longlora"}} | LONG | {"rope_scaling": YARN},
-    "longlora, norms only": {"adapter": {"method": "longlora", "train_embeddings": False}} | LONG,
-    "longlora, embeddings only": {"adapter": {"method": "longlora", "train_norms": False}} | LONG,
-    "longlora, not scaled": {"adapter": {"method": "longlora"}},
-    "vera": {
-        "adapter": {"method": "vera", "rank": 24, "projection_prng_key": 3, "target_modules": ["q_proj", "up_proj"]}
-    },
-    "vera with its pair": {"adapter": {"method": "vera", "rank": 24, "save_projection": True}},
-    "long vera": {"adapter": {"method": "vera", "rank": 24, "train_embeddings": True, "train_norms": True}} | LONG,
-}
-
-
-def recipe(fields: dict[str, Any], dtype: str = "float32") -> TrainSpec:
-    return TrainSpec.model_validate(
-        fields
-        | {
-            "name": "test",
-            "data": {"train": "none.jsonl"},
-            "batch": {"rows": 1},
-            "optimizer": {"learning_rate": 1e-3},
-            "max_steps": 1,
-            "dtype": dtype,
-        }
-    )
-
-
-def trained(base: BaseModel, spec: TrainSpec, *, num_rows: int | None = None) -> Any:
-    """As if trained: strong noise on everything that is, of the embedding on `num_rows` rows only where it is given."""
-    model = build_model(base, spec)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
-            if p.requires_grad:
-                noise = 0.2 * torch.randn(p.shape, generator=generator)
-                if "embed" in name and num_rows is not None:
-                    noise[: p.shape[0] - num_rows] = 0
-                p.add_(noise.to(p.dtype))
-    return model.eval()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad(), dense(model):
-        result: Tensor = model(input_ids=IDS).logits
-    return result
-
-
-def in_peft(base: BaseModel, like: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The published folder on a fresh base under the adapter's RoPE parameters, which the manifest holds."""
-    config = AutoConfig.from_pretrained(base.path)
-    config.rope_parameters = like.config.rope_parameters
-    plain = AutoModelForCausalLM.from_pretrained(base.path, config=config, dtype=dtype)
-    return PeftModel.from_pretrained(plain, folder).eval()
+from loray.train.model import build_model
+from tests.fixtures.adapters import ADAPTERS, BaseFactory, in_peft, logits, recipe, saved, trained
 
 
 @pytest.mark.filterwarnings("ignore:.*(vera_A|tie_word_embeddings).*")
@@ -101,8 +39,7 @@ def test_peft_computes_the_training_models_logits(
 ) -> None:
     base = tiny_base(architecture, tie_word_embeddings=tied, std=0.1)
     spec = recipe(adapter)
-    model = trained(base, spec)
-    save_adapter(model, spec.adapter, tmp_path)
+    model = saved(base, spec, tmp_path)
     expected = logits(model)
     torch.testing.assert_close(logits(in_peft(base, model, tmp_path)), expected, atol=1e-5, rtol=1e-5)
     untrained = build_model(base, spec).eval()
@@ -117,8 +54,7 @@ def test_peft_computes_the_training_models_logits(
 def test_embedding_rows_where_the_head_is_not_tied(tiny_base: BaseFactory, tmp_path: Path, tied: bool) -> None:
     base = tiny_base(tie_word_embeddings=tied, std=0.1)
     spec = recipe(ADAPTERS["longlora"])
-    model = trained(base, spec, num_rows=150)
-    save_adapter(model, spec.adapter, tmp_path)
+    model = saved(base, spec, tmp_path, num_rows=150)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert ("embed_tokens" in config["modules_to_save"]) == tied
     assert config["trainable_token_indices"] == (None if tied else list(range(170, 320)))
@@ -132,8 +68,7 @@ def test_embedding_rows_where_the_head_is_not_tied(tiny_base: BaseFactory, tmp_p
 
 
 def test_an_embedding_that_did_not_move_is_saved_dense(tiny_base: BaseFactory, tmp_path: Path) -> None:
-    spec = recipe(ADAPTERS["longlora"])
-    base = tiny_base(tie_word_embeddings=False)
+    base, spec = tiny_base(tie_word_embeddings=False), recipe(ADAPTERS["longlora"])
     save_adapter(build_model(base, spec), spec.adapter, tmp_path)
     embedding = read_adapter(tmp_path, base.config).embedding
     assert embedding is not None
@@ -144,8 +79,7 @@ def test_an_embedding_that_did_not_move_is_saved_dense(tiny_base: BaseFactory, t
 def test_our_reader_has_the_same_tensors(tiny_base: BaseFactory, tmp_path: Path, name: str) -> None:
     base = tiny_base("Qwen3ForCausalLM")
     spec = recipe(ADAPTERS[name])
-    model = trained(base, spec)
-    save_adapter(model, spec.adapter, tmp_path)
+    model = saved(base, spec, tmp_path)
     weights = read_adapter(tmp_path, base.config)
     assert len(weights.modules) == 2 * len(spec.adapter.target_modules)
     for key, module in weights.modules.items():
@@ -165,8 +99,7 @@ def test_our_reader_has_the_same_tensors(tiny_base: BaseFactory, tmp_path: Path,
 def test_bf16_is_published_bit_for_bit(tiny_base: BaseFactory, tmp_path: Path, name: str) -> None:
     base = tiny_base(dtype=torch.bfloat16, std=0.1)
     spec = recipe(ADAPTERS[name], "bfloat16")
-    model = trained(base, spec)
-    save_adapter(model, spec.adapter, tmp_path)
+    model = saved(base, spec, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.bfloat16}
     again = build_model(base, spec).eval()
     load_weights(again, read_adapter(tmp_path, base.config))
@@ -185,3 +118,105 @@ def test_the_same_adapter_gives_the_same_bytes_and_no_local_path(tiny_base: Base
     text = (tmp_path / "a" / CONFIG_FILE).read_text()
     assert json.loads(text)["base_model_name_or_path"] == base.name
     assert str(base.path) not in text
+
+
+PATHS = [
+    f"model.layers.{layer}.{'mlp' if module in MLP_MODULES else 'self_attn'}.{module}"
+    for layer in (0, 1, 2, 11, 111)
+    for module in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+]
+_WORDS = ["q_proj", "v_proj", "o_proj", "layers", "model", "self_attn", "mlp", "_", "proj", "1", "11"]
+_REGEXES = [
+    r".",
+    r"\.",
+    r"\d",
+    r"\d+",
+    r".*",
+    r"[0-2]",
+    r"(q|v)",
+    r"(?:q|v|up)_proj",
+    r"(1|11)?",
+    r"l.yers",
+    r"[a-z_]+",
+    r"\w+?",
+    r"1*",
+]
+_PIECES = st.sampled_from([*_WORDS, *_REGEXES])
+
+
+def of_peft(patterns: dict[str, float], path: str) -> float | None:
+    return patterns.get(get_pattern_key(patterns.keys(), path))
+
+
+@given(st.lists(st.lists(_PIECES, min_size=1, max_size=6).map("".join), min_size=1, max_size=4, unique=True))
+def test_values_are_pefts(written: list[str]) -> None:
+    patterns = {pattern: float(i) for i, pattern in enumerate(written, 1)}
+    ours = ModulePatterns("alpha_pattern", patterns, source="a")
+    for path in PATHS:
+        assert ours.value(path, -1) == (of_peft(patterns, path) or -1), (patterns, path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("layers.1.self_attn.q_proj", "^model.layers.1.mlp.up_proj", "layers.1.1.mlp.up_proj", "layers.(0|111).*"),
+        *(r"model\.layers\.(0|1|2)\.self_attn\.(q|v)_proj$", "q_proj|v_proj", ".*", "a|.*mlp.*", ""),
+    ],
+)
+def test_forms_that_people_write(pattern: str) -> None:
+    ours = ModulePatterns("rank_pattern", {pattern: 7}, source="a")
+    for path in PATHS:
+        assert ours.value(path, 4) == (of_peft({pattern: 7}, path) or 4), path
+        assert bool(re.match(rf"(.*\.)?({pattern})$", path)) == (ours.value(path, 4) == 7)
+
+
+def test_patterns_that_run_away_are_refused() -> None:
+    for pattern in [
+        r"(([a-z_0-9.]+)+)+!",
+        r"(a+)+$",
+        r"(.*)*x",
+        r"(a|a)*b",
+        r"(?=x)",
+        r"(x)\1",
+        r"a{1,9}",
+        r"[^a]",
+        r"(q",
+        r"[",
+    ]:
+        with pytest.raises(UnsupportedError, match=r"adapter x: alpha_pattern: the pattern .* name the modules by"):
+            ModulePatterns("alpha_pattern", {pattern: 1}, source="adapter x")
+
+
+def test_work_is_bounded() -> None:
+    """Python's `re` needs exponential time for the first of these."""
+    for pattern in ["(.|.)" * 80 + "!", ".*" * 200 + "!", "(.|.)?" * 80 + "!"]:
+        ours = ModulePatterns("alpha_pattern", {pattern: 1}, source="a")
+        assert ours.value(PATHS[0], 5) == 5
+    wide = ModulePatterns("alpha_pattern", {".*" * 250 + str(i): 1 for i in range(MAX_PATTERNS)}, source="a")
+    with pytest.raises(UnsupportedError, match="too many steps"):
+        [wide.value(path, 5) for path in PATHS * 100]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([1], "not an object"),
+        ({"q_proj": "8"}, "not a finite number"),
+        ({"q_proj": True}, "not a finite number"),
+        ({"q_proj": float("inf")}, "not a finite number"),
+        ({"q_proj": 10**400}, "not a finite number"),
+        ({"q" * (MAX_CHARACTERS + 1): 1}, "has more than"),
+        ({f"{i}.*": 1 for i in range(MAX_PATTERNS + 1)}, "too many patterns"),
+    ],
+)
+def test_what_is_no_table_of_numbers(raw: object, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        ModulePatterns("alpha_pattern", raw, source="a")
+
+
+def test_many_paths_are_a_table() -> None:
+    """As a conversion writes that gives every module a rank of its own."""
+    every = {path.removeprefix("model."): i for i, path in enumerate(PATHS, 1)}
+    ours = ModulePatterns("rank_pattern", every | {"q_proj": 99}, source="a")
+    assert [ours.value(path, 0) for path in PATHS] == list(range(1, len(PATHS) + 1))
+    assert ours.value("model.layers.7.self_attn.q_proj", 0) == 99

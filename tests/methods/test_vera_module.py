@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import VeraConfig, get_peft_model
 from peft.tuners.vera.model import _kaiming_init as peft_init
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
+from loray.adapters.files import read_header
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
 from loray.methods.attach import attach
-from loray.methods.vera_module import VeraLinear, draw_pair
+from loray.methods.pairs import PairKey, drawn_digest, stored_digest
+from loray.methods.vera_module import VeraLinear, draw_pair, pair_digest
 from loray.spec import LINEAR_MODULES, LoraSpec, VeraSpec
 from tests.fixtures.draws import Normal
 
@@ -131,34 +135,23 @@ def test_dropout_only_while_training(tiny_base: BaseFactory) -> None:
     assert not torch.equal(model.train()(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-LLAMA_2 = {
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-}
-
-
-@pytest.mark.parametrize(("size", "rank", "count"), [("7B", 256, 1_417_216), ("13B", 1024, 2_416_640)])
-def test_the_papers_parameter_counts(size: str, rank: int, count: int) -> None:
-    """Table 4's 1.4M and 2.4M: all linear layers but the output head, Σ (out + r)."""
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rank", "count"),
+    [
+        (LlamaConfig, (4096, 11008, 32, 32), 256, 1_417_216),  # 7B
+        (LlamaConfig, (5120, 13824, 40, 40), 1024, 2_416_640),  # 13B
+        (RobertaConfig, (768, 3072, 12, 12), 1024, 43_008),  # base
+        (RobertaConfig, (1024, 4096, 24, 16), 256, 61_440),  # large
+    ],
+)
+def test_the_papers_parameter_counts(kind: Any, sizes: tuple[int, ...], rank: int, count: int) -> None:
+    """Table 4's 1.4M and 2.4M: all linear layers but the output head, Σ (out + r). Table 2's 0.043M and 0.061M:
+    query and value, without the classifier, which recipes cannot name."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_2[size]))
-    attach(model, VeraSpec(rank=rank, target_modules=LINEAR_MODULES), seed=0)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
-
-
-ROBERTA = {
-    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-}
-
-
-@pytest.mark.parametrize(("size", "rank", "count"), [("base", 1024, 43_008), ("large", 256, 61_440)])
-def test_the_papers_counts_on_another_architecture(size: str, rank: int, count: int) -> None:
-    """Table 2's 0.043M and 0.061M: query and value, without the classifier."""
-    with torch.device("meta"):
-        model = RobertaModel(RobertaConfig(**ROBERTA[size]))
-    # Recipes name the linear modules of the served architectures alone.
-    attach(model, VeraSpec.model_construct(rank=rank, target_modules=("query", "value")), seed=0)
+        model = AutoModel.from_config(kind(**dict(zip(names, sizes, strict=True))))
+    modules = LINEAR_MODULES if kind is LlamaConfig else ("query", "value")
+    attach(model, VeraSpec.model_construct(rank=rank, target_modules=modules), seed=0)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
@@ -194,3 +187,26 @@ def test_modules_with_one_input_share_the_product_with_a(
     widths.clear()
     model(input_ids=IDS)
     assert len(widths) == 14
+
+
+@pytest.mark.parametrize("key", [7, (1 << 40) + 7, (1 << 63) - 1])
+def test_draws_are_those_of_torchs_generator(key: int) -> None:
+    """More than a block of them, whose seed is 64 bits wide."""
+    pair, generator = draw_pair(key, 128, 3000, 1000), torch.Generator().manual_seed(key)
+    for mine, fan_in in ((pair.a_RI, 3000), (pair.b_OR, 128)):
+        bound = (6 / fan_in) ** 0.5
+        theirs = (torch.rand(mine.shape, generator=generator) - 0.5) * (2 * bound)
+        torch.testing.assert_close(mine, theirs, rtol=2**-22, atol=0)
+    assert drawn_digest(PairKey(key, 128, 3000, 1000)) == pair.digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_stored_pair_is_that_of_its_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Two blocks of A, the last of them short; fp64 that fp32 has no number for is infinite in both."""
+    draw = Normal(2)
+    a_RI, b_OR = (
+        t.double().mul(1e39 if dtype == torch.float64 else 1).to(dtype) for t in (draw(8, 40_000), draw(3, 8))
+    )
+    save_file({"x": torch.zeros(3), "A": a_RI, "B": b_OR}, tmp_path / "pair.safetensors")
+    entries = read_header(tmp_path / "pair.safetensors")
+    assert stored_digest(tmp_path / "pair.safetensors", entries["A"], entries["B"]) == pair_digest(a_RI, b_OR)
