@@ -14,7 +14,7 @@ from loray.client import CatalogClient
 from loray.errors import CatalogError, ClusterError, LorayError
 from loray.schemas.resources import Problem, problem_type
 from serve_apps.api import examples
-from tests.catalog.test_catalog import manifest
+from tests.fixtures.versions import manifest
 
 Answer = httpx.Response | type[httpx.TransportError]
 

@@ -13,12 +13,11 @@ from loray.machine import Gpu, GpuRates, Hardware, Machine, Rates, hardware, ser
 from loray.planning.devices import PRESETS, gpu_here
 from loray.recipes.resolve import on_hardware
 from loray.spec import DType
+from tests.fixtures.machines import AVX2, H100
 from tests.fixtures.planning import HARDWARE, recipe
 
 X86 = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu sse2 {}\n\nprocessor\t: 1\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {}\n"
-AVX2 = replace(HARDWARE, instruction_set="AVX2", multiplies_bfloat16=False)
-H100 = Gpu("H100 80GB HBM3", 81559 << 20, (9, 0))
 T4 = Gpu("Tesla T4", 15360 << 20, (7, 5))
 RATES = Rates({"bfloat16": 2e10, "float32": 1e11}, 8e10, 9e10, 3e10, GpuRates(5e14, 2e12))
 

@@ -9,36 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from jobs.driver.prepare import prepare
 from loray.bases.registry import BaseModel, add_base, ensure_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError
-from loray.recipes.load import Recipe, load_recipe, shipped
+from loray.recipes.load import load_recipe, shipped
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LongLoraSpec
 from loray.store import open_filesystem
+from tests.fixtures.recipes import RECIPE, write
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import write_checkpoint
-
-RECIPE: dict[str, Any] = {
-    "name": "arithmetic",
-    "base": "tiny",
-    "adapter": {"method": "lora", "rank": 4},
-    "data": {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 64},
-    "batch": {"rows": 2},
-    "optimizer": {"learning_rate": 0.01},
-    "max_steps": 2,
-}
-
-
-def write(folder: Path, **fields: Any) -> Recipe:
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = ["".join(chr(97 + (i + t) % 26) for t in range(20 + i)) for i in range(20)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | fields))
-    return load_recipe(str(folder / "recipe.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ PATHS = [
     for module in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 ]
 _WORDS = ["q_proj", "v_proj", "o_proj", "layers", "model", "self_attn", "mlp", "_", "proj", "1", "11"]
-_REGEXES = [
+_REGEXES = [r"\.", r"\d", r"\d+", "(?:q|v|up)_proj", "(1|11)?", "l.yers", "[a-z_]+", r"\w+?", *".,.*,[0-2],(q|v),1*".split(",")]
     r".",
     r"\.",
     r"\d",

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.database import open_database
 from loray.errors import AdapterNotFound, ConflictError, RevisionConflict
-from tests.catalog.test_catalog import BASE, digest, publish
+from tests.fixtures.versions import BASE, digest, publish
 
 
 def test_promote_and_roll_back(catalog: Catalog) -> None:

@@ -15,7 +15,7 @@ from loray.catalog import Catalog, allowances
 from loray.catalog.schema import adapters
 from loray.errors import CatalogFull, LimitExceeded
 from loray.spec import DEFAULT_KEEP_DELETED_S, AdapterManifest, Limits, Principal
-from tests.catalog.test_catalog import digest, manifest
+from tests.fixtures.versions import digest, manifest
 
 KEY = Principal(tenant="acme", key_id="key-1", scopes=frozenset({"publish"}))
 DRIVER = Principal(tenant="acme", scopes=frozenset({"publish", "promote", "train"}))

@@ -16,7 +16,7 @@ from loray.catalog.identity import Refusals, Refused
 from loray.catalog.schema import audit_log
 from loray.errors import IntegrityError
 from loray.files import canonical_json
-from tests.catalog.test_catalog import digest, manifest
+from tests.fixtures.versions import digest, manifest
 
 
 @pytest.fixture

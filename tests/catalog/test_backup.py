@@ -19,7 +19,7 @@ from loray.catalog.schema import audit_log, changes, metadata
 from loray.errors import ConflictError, DataError, IntegrityError, LorayError, UnsupportedError
 from loray.files import read_json_lines, write_json_lines
 from loray.spec import Evaluation, Limits
-from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
+from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
 
 Rows = dict[str, list[tuple[object, ...]]]
 

@@ -8,20 +8,8 @@ from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
 from loray.policy.canary import breach
 from loray.spec import CanaryBounds, CanaryCounts, LogMoments, RopeParameters, VersionCounts
-from tests.catalog.test_catalog import digest, manifest, publish
-
-
-def counts(num: int, errors: int = 0, ttft: float = 0.1, itl: float = 0.02) -> VersionCounts:
-    """Of `num` requests whose times lie 10 % around the given ones."""
-
-    def around(value: float) -> LogMoments:
-        found = LogMoments()
-        for i in range(num - errors):
-            found = found.plus(value * (1.1 if i % 2 else 1 / 1.1))
-        return found
-
-    return VersionCounts(num, errors, around(ttft), around(itl))
-
+from tests.fixtures.figures import counts
+from tests.fixtures.versions import digest, manifest, publish
 
 HEALTHY = CanaryCounts(counts(90), counts(10))
 

@@ -11,41 +11,8 @@ import pytest
 from loray.catalog import AdapterVersion, Catalog, VersionSummary
 from loray.catalog.adapters import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, SpecError
-from loray.spec import AdapterManifest, Evaluation, Projection
-
-BASE = "ba5e" * 16
-
-
-def manifest(number: int = 0) -> AdapterManifest:
-    return AdapterManifest(
-        method="lora",
-        base="smollm2",
-        base_fingerprint=BASE,
-        rank=8,
-        target_modules=("q_proj",),
-        num_parameters=100,
-        nbytes=400 + number,
-        context_length=8192,
-        files={"adapter_model.safetensors": digest(number)},
-        created_at="2026-01-01T00:00:00+00:00",
-    )
-
-
-def vera_manifest(number: int, *, key: int, rank: int = 256, drawn: int | None = None) -> AdapterManifest:
-    """Its pair is a function of (key, rank), unless another was `drawn`."""
-    sha256 = digest(1000 * rank + key if drawn is None else drawn)
-    pair = Projection(key=key, rank=rank, max_in=576, max_out=576, sha256=sha256)
-    return manifest(number).model_copy(update={"method": "vera", "rank": rank, "projection": pair})
-
-
-def digest(number: int) -> str:
-    return f"{number:064x}"
-
-
-def publish(catalog: Catalog, name: str, *numbers: int, aliases: tuple[str, ...] = ()) -> None:
-    for number in numbers:
-        catalog.register(name, digest(number), manifest(number), aliases)
-
+from loray.spec import Evaluation
+from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
 
 # -- registering ------------------------------------------------------------------------------------------------------
 

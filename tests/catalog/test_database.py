@@ -16,10 +16,10 @@ from loray.catalog import Catalog
 from loray.catalog.database import HEAD, open_database, reading, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
-from tests.catalog.test_catalog import BASE, publish
 from tests.fixtures.catalogs import new_postgresql
 from tests.fixtures.cluster import free_port
 from tests.fixtures.postgres import Postgres
+from tests.fixtures.versions import BASE, publish
 
 MIGRATIONS = Path(loray.catalog.__file__).parent / "migrations"
 
@@ -192,7 +192,7 @@ def test_processes_register_one_name_at_once(url: str) -> None:
     code = (
         "import sys\n"
         "from loray.catalog import Catalog\n"
-        "from tests.catalog.test_catalog import digest, manifest\n"
+        "from tests.fixtures.versions import digest, manifest\n"
         f"catalog = Catalog({url!r})\n"
         "sys.stdin.readline()\n"
         "for i in range(5):\n"

@@ -9,8 +9,8 @@ import pytest
 from loray.catalog import Catalog, removal
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import TrainSpec
-from tests.catalog.test_catalog import digest, manifest, publish
 from tests.fixtures.recipes import RECIPE
+from tests.fixtures.versions import digest, manifest, publish
 
 
 def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catalog: Catalog) -> None:

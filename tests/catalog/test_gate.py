@@ -13,11 +13,8 @@ from loray.catalog.aliases import failures
 from loray.catalog.database import open_database
 from loray.errors import AdapterNotFound, ConflictError, GateRefused
 from loray.spec import AdapterManifest, Evaluation, RopeParameters
-from tests.catalog.test_catalog import digest, manifest
-
-OWN, NATIVE = 2048, 1024
-GOOD = {("adapter", OWN): 9.0, ("base", OWN): 10.0, ("base_scaled", OWN): 12.0, ("adapter", NATIVE): 10.9}
-GOOD |= {("base", NATIVE): 10.0}
+from tests.fixtures.figures import GOOD, NATIVE, OWN, figures
+from tests.fixtures.versions import digest, manifest
 
 
 def longlora(number: int = 0, evaluations: tuple[Evaluation, ...] = (), **fields: Any) -> AdapterManifest:
@@ -25,14 +22,6 @@ def longlora(number: int = 0, evaluations: tuple[Evaluation, ...] = (), **fields
     described: dict[str, Any] = {"method": "longlora", "context_length": OWN, "original_context_length": NATIVE}
     return manifest(number).model_copy(
         update=described | {"rope_parameters": rope, "evaluations": evaluations} | fields
-    )
-
-
-def figures(values: dict[tuple[Any, int], float], **fields: Any) -> tuple[Evaluation, ...]:
-    same = {"metric": "perplexity", "dataset": "docs", "data_sha256": "d" * 64, "stride": 256, "count": 16} | fields
-    return tuple(
-        Evaluation(**same | {"subject": subject, "context_length": length, "value": value})
-        for (subject, length), value in values.items()
     )
 
 

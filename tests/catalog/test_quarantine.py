@@ -10,7 +10,7 @@ from loray.catalog import Catalog
 from loray.catalog.quarantine import KEPT
 from loray.errors import AdapterNotFound, NotFoundError, PermissionDenied
 from loray.spec import Principal
-from tests.catalog.test_catalog import digest, publish
+from tests.fixtures.versions import digest, publish
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)

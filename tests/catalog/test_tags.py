@@ -9,7 +9,7 @@ from loray.catalog.adapters import MAX_TAGS
 from loray.errors import AdapterNotFound, ConflictError, NotFoundError, PermissionDenied, SpecError
 from loray.recipes.load import load_recipe
 from loray.spec import SCOPES, Evaluation, Principal
-from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
+from tests.fixtures.versions import BASE, digest, publish, vera_manifest
 
 MEMBER = frozenset(SCOPES) - {"admin", "act_for"}
 ACME = Principal(tenant="acme", scopes=MEMBER, actor="ann")

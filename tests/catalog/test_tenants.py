@@ -20,7 +20,7 @@ from loray.errors import (
 )
 from loray.recipes.load import load_recipe
 from loray.spec import SCOPES, Evaluation, Principal, Visibility, meanings
-from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
+from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
 
 MEMBER = frozenset(SCOPES) - {"admin", "act_for"}
 ACME = Principal(tenant="acme", scopes=MEMBER, actor="ann")

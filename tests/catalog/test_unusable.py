@@ -10,8 +10,8 @@ import pytest
 from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.errors import CatalogError
-from tests.catalog.test_catalog import BASE, publish
 from tests.fixtures.postgres import Postgres
+from tests.fixtures.versions import BASE, publish
 
 
 def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:

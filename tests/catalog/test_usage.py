@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 from itertools import product
-from typing import Any
 
 import pytest
 
 from loray.catalog import Catalog, UsageRow
 from loray.errors import SpecError
 from loray.spec import UsageEvent
-
-MORNING = datetime(2026, 3, 1, 8, tzinfo=UTC)
-
-
-def event(number: int, **fields: Any) -> UsageEvent:
-    given: dict[str, Any] = {
-        "request_id": f"cmpl-{number}",
-        "tenant": "acme",
-        "key_id": "k1",
-        "model": "acme/tone",
-        "digest": "0" * 64,
-        "num_prompt_tokens": 10,
-        "num_cached_tokens": 4,
-        "num_output_tokens": 3,
-        "tier": "default",
-        "seconds": 0.5,
-        "outcome": "ok",
-        "created_at": MORNING,
-    }
-    return UsageEvent(**given | fields)
+from tests.fixtures.figures import MORNING, event
 
 
 def test_an_event_that_comes_twice_is_counted_once(catalog: Catalog) -> None:

@@ -10,9 +10,9 @@ import pytest
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import CanaryCounts
-from tests.catalog.test_canaries import counts
-from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray
+from tests.fixtures.figures import counts
+from tests.fixtures.versions import publish
 
 
 @pytest.fixture

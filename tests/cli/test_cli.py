@@ -17,9 +17,9 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
-from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray, PeftFolder
 from tests.fixtures.tiny import write_checkpoint
+from tests.fixtures.versions import publish
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,23 +16,8 @@ from loray.errors import EvaluationError
 from loray.settings import Settings
 from tests.cli.run import Loray
 from tests.fixtures.cluster import Served
+from tests.fixtures.figures import RESULTS
 
-# As version 0.4.13 writes them.
-RESULTS: dict[str, Any] = {
-    "results": {
-        "letters": {
-            "alias": "letters",
-            "name": "letters",
-            "sample_len": 6,
-            "acc,none": 0.5,
-            "acc_stderr,none": 0.22360679774997896,
-            "acc_norm,none": 0.25,
-            "acc_norm_stderr,none": "N/A",
-        },
-        "sums": {"alias": "sums", "exact_match,strict-match": 0.75, "exact_match_stderr,strict-match": 0.1},
-    },
-    "n-samples": {"letters": {"original": 6, "effective": 6}},
-}
 # Stands for the package: writes the results above, and how it was called.
 STAND_IN = """
 import json, os, sys

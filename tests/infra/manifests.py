@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loray.spec.fields import parse_size
 from tests.conftest import REPOSITORY
 
 KUBERAY = REPOSITORY / "infra" / "kuberay"
@@ -154,3 +155,23 @@ def environment(container: Document, folder: str) -> dict[str, str]:
             kind = {"configMapKeyRef": "ConfigMap", "secretKeyRef": "Secret"}[key]
             values[name] = data(kind, reference["name"], folder)[reference["key"]]
     return values
+
+
+def ray_object(folder: str) -> dict[str, Any]:
+    return the("RayService" if folder in SERVICES else "RayJob", folder)
+
+
+def groups(folder: str) -> list[dict[str, Any]]:
+    spec = cluster_spec(ray_object(folder))
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def bytes_of(quantity: str) -> int:
+    size = parse_size(f"{quantity}B")
+    assert isinstance(size, int)
+    return size
+
+
+def by_name(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (item,) = (i for i in items if i["name"] == name)
+    return item

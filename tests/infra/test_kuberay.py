@@ -8,7 +8,6 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,19 +17,22 @@ from jobs.train import main as train_command
 from loray.cli.base import add as add_base_command
 from loray.settings import Settings
 from loray.spec import ServeSpec, TrainSpec
-from loray.spec.fields import parse_size
 from tests.conftest import REPOSITORY
 from tests.infra.manifests import (
     JOBS,
     SERVICES,
     Pod,
+    by_name,
+    bytes_of,
     cluster_spec,
     data,
     development_key,
     environment,
+    groups,
     is_our_image,
     offered,
     pods,
+    ray_object,
     render,
     the,
 )
@@ -42,28 +44,8 @@ KUBERAY_LABELS = {"ray.io/is-ray-node": "yes"}
 MAX_NAME = 47  # KubeRay appends to it, and the name of a Service has at most 63 characters
 
 
-def ray_object(folder: str) -> dict[str, Any]:
-    return the("RayService" if folder in SERVICES else "RayJob", folder)
-
-
-def groups(folder: str) -> list[dict[str, Any]]:
-    spec = cluster_spec(ray_object(folder))
-    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-
-
 def our_pods(folder: str) -> list[Pod]:
     return [pod for pod in pods(folder) if pod.is_ours]
-
-
-def bytes_of(quantity: str) -> int:
-    size = parse_size(f"{quantity}B")
-    assert isinstance(size, int)
-    return size
-
-
-def by_name(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    (item,) = (i for i in items if i["name"] == name)
-    return item
 
 
 # -- references -------------------------------------------------------------------------------------------------------

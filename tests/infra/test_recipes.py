@@ -16,9 +16,8 @@ from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
 from loray.recipes.load import load_recipe
 from loray.recipes.resolve import on_hardware
-from tests.infra.manifests import JOBS, QWEN3_8B, data
-from tests.infra.test_kuberay import bytes_of, groups
-from tests.test_machine import AVX2
+from tests.fixtures.machines import AVX2
+from tests.infra.manifests import JOBS, QWEN3_8B, bytes_of, data, groups
 
 SHAPES = {
     "qwen3-8b": ModelConfig.from_hf(QWEN3_8B),

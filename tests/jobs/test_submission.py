@@ -18,7 +18,7 @@ from loray.errors import DataError, SettingsError, SpecError
 from loray.recipes.load import STDIN, load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from tests.test_recipe import write
+from tests.fixtures.recipes import write
 
 ADDRESS = "http://head.example:8265"
 REACHABLE = {"LORAY_STORE": "s3://bucket/loray", "LORAY_CATALOG": "postgresql://db/loray"}

@@ -25,10 +25,10 @@ from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train as train_loop
 from tests.fixtures.cluster import RayCluster
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.trained import Trained
 from tests.jobs.driver.test_driver import result
-from tests.test_recipe import write
 
 pytestmark = pytest.mark.cluster
 

@@ -17,7 +17,7 @@ from loray.catalog.schema import adapters, changes, shares, versions
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import AdapterManifest
 from loray.spec.adapters import text_sha256
-from tests.catalog.test_catalog import BASE, digest, manifest, publish
+from tests.fixtures.versions import BASE, digest, manifest, publish
 
 NAMES = [f"{first}{i}" for first in "abz" for i in range(4)]
 

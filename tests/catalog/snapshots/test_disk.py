@@ -16,7 +16,7 @@ from loray.catalog.snapshot_file import SnapshotFile
 from loray.files import touch
 from loray.spec import AdapterManifest
 from loray.spec.adapters import text_sha256
-from tests.catalog.test_catalog import digest, manifest, publish
+from tests.fixtures.versions import digest, manifest, publish
 
 URL = "postgresql://loray:secret@db/loray"
 

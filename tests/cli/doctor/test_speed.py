@@ -11,8 +11,8 @@ from loray.bases.registry import add_base
 from loray.cli import doctor
 from loray.machine import GpuRates, Machine, Rates
 from tests.cli.doctor.conftest import Situations
+from tests.fixtures.machines import AVX2, H100
 from tests.fixtures.planning import HARDWARE, MACHINE
-from tests.test_machine import AVX2, H100
 
 
 def on(machine: Machine, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

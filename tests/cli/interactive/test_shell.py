@@ -22,8 +22,8 @@ from loray.errors import ClusterError, NotFoundError
 from loray.local.cluster import LocalCluster
 from loray.local.serving import announced, serve_details, serving_urls, standalone_servers
 from loray.settings import Settings
-from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray
+from tests.fixtures.versions import publish
 
 
 def completed(incomplete: str) -> list[str]:

@@ -17,7 +17,7 @@ from jobs.driver.fit import Workload, build_trainer
 from jobs.runs.folders import open_runs
 from loray.errors import StoreError, TrainingError
 from loray.settings import Settings
-from tests.test_recipe import write
+from tests.fixtures.recipes import write
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 KILLED = WorkerHealthCheckFailedError("the worker is gone", failure=ActorDiedError())

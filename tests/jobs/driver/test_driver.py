@@ -38,8 +38,8 @@ from loray.train import checkpoint
 from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train
 from tests.fixtures.cluster import free_port
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import write_checkpoint
-from tests.test_recipe import write
 
 
 @pytest.fixture

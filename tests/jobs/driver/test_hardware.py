@@ -14,8 +14,8 @@ from jobs.workers import worker
 from loray.errors import SpecError
 from loray.machine import Hardware
 from loray.settings import Settings
+from tests.fixtures.machines import AVX2, H100
 from tests.fixtures.planning import HARDWARE, recipe
-from tests.test_machine import AVX2, H100
 
 SETTINGS = Settings.from_env({})
 

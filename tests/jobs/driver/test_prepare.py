@@ -19,10 +19,10 @@ from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
 from loray.settings import Settings
 from loray.spec import TrainSpec
+from tests.fixtures.machines import H100
 from tests.fixtures.planning import HARDWARE
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import write_checkpoint
-from tests.test_machine import H100
-from tests.test_recipe import write
 
 
 @pytest.fixture

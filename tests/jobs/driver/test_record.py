@@ -15,7 +15,7 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, TrainingError
 from loray.spec import TrainSpec
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.test_recipe import RECIPE
+from tests.fixtures.recipes import RECIPE
 
 SPEC = TrainSpec.model_validate(RECIPE)
 

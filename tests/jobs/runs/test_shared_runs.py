@@ -29,10 +29,10 @@ from loray.store import AdapterStore, open_filesystem, open_store
 from loray.train.checkpoint import read_state
 from tests.fixtures.cluster import NUM_CPUS, RayCluster
 from tests.fixtures.postgres import Postgres
+from tests.fixtures.recipes import write
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.test_train import follow, run
-from tests.test_recipe import write
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -21,8 +21,8 @@ from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.recipes.load import load_recipe
 from tests.fixtures.cluster import RayCluster
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import write_checkpoint
-from tests.test_recipe import write
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

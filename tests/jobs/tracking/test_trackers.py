@@ -18,7 +18,7 @@ from jobs.trackers import TrackedRun, Trackers, check_installed, tracked
 from loray.errors import SpecError, TrainingError
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from tests.test_recipe import write
+from tests.fixtures.recipes import write
 
 EVENTS: list[Any] = [
     {"event": "start", "step": 0, "num_steps": 2, "pid": 1},

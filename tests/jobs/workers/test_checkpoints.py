@@ -23,7 +23,7 @@ from loray.errors import TrainingError
 from loray.spec import TrainSpec
 from loray.train.checkpoint import WRITTEN, RunState
 from loray.train.mesh import World
-from tests.test_recipe import RECIPE
+from tests.fixtures.recipes import RECIPE
 
 
 class Ray:

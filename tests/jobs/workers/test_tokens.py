@@ -21,9 +21,9 @@ from loray.train.data.batches import BatchStream, TrainBatch
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, ShardIndex, TokenShard
 from tests.fixtures.cluster import RayCluster
+from tests.fixtures.recipes import write as write_recipe
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import byte_tokenizer
-from tests.test_recipe import write as write_recipe
 from tests.train.data.test_data import jsonl
 from tests.train.data.test_shards import Counted, listed
 

@@ -14,10 +14,10 @@ from jobs.workers import worker
 from loray.bases.registry import add_base, get_base
 from loray.errors import TrainingError
 from loray.settings import Settings
+from tests.fixtures.machines import H100
 from tests.fixtures.planning import HARDWARE
+from tests.fixtures.recipes import write
 from tests.fixtures.tiny import write_checkpoint
-from tests.test_machine import H100
-from tests.test_recipe import write
 
 
 @pytest.fixture

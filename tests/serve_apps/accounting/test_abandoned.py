@@ -18,8 +18,8 @@ from loray.spec import Delta, GenerateRequest, Principal, SamplingParams
 from serve_apps.accounting import usage
 from serve_apps.accounting.accounts import RequestUsage, UsageMeter, UsageSink
 from serve_apps.accounting.usage import FOLDER, UsageLog, UsageWriter, abandoned
-from tests.catalog.test_usage import event
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.figures import event
 from tests.serve_apps.asking import eventually
 
 PROMPT = (1,) * 700

@@ -20,8 +20,8 @@ from loray.spec import UsageEvent
 from loray.store import LocalStore
 from serve_apps.accounting import usage
 from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
-from tests.catalog.test_usage import event
 from tests.fixtures.catalogs import new_postgresql
+from tests.fixtures.figures import event
 from tests.fixtures.postgres import Postgres
 from tests.serve_apps.asking import eventually
 
@@ -162,7 +162,7 @@ import sys
 from pathlib import Path
 from loray.catalog import Catalog
 from serve_apps.accounting.usage import UsageWriter
-from tests.catalog.test_usage import event
+from tests.fixtures.figures import event
 writer = UsageWriter(lambda: Catalog(sys.argv[1]), Path(sys.argv[2]))
 for i in range(100):
     writer.add(event(i))

@@ -25,7 +25,7 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.auth import Authenticator
 from serve_apps.console import GatewayClient
-from tests.catalog.test_catalog import manifest
+from tests.fixtures.versions import manifest
 from tests.serve_apps.keys import access_of
 
 JSON = {"Content-Type": "application/json"}  # else a form could have sent it

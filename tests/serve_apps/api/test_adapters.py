@@ -11,8 +11,8 @@ import httpx
 from loray.client import CatalogClient
 from loray.schemas.status import AdapterPlacement
 from loray.spec import RopeParameters
-from tests.catalog.test_catalog import BASE, digest, publish
-from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
+from tests.fixtures.figures import GOOD, NATIVE, OWN, figures
+from tests.fixtures.versions import BASE, digest, publish
 from tests.serve_apps.api.fakes import Api
 
 

@@ -6,9 +6,9 @@ import json
 
 from loray.client import CatalogClient
 from loray.spec import CanaryCounts
-from tests.catalog.test_canaries import counts
-from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray
+from tests.fixtures.figures import counts
+from tests.fixtures.versions import publish
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
 

@@ -19,11 +19,10 @@ from loray.client import CatalogClient
 from loray.settings import Settings
 from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
-from tests.catalog.test_catalog import digest, manifest, publish
-from tests.catalog.test_usage import event
 from tests.cli.run import Loray
-from tests.cli.test_tasks import RESULTS
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.figures import RESULTS, event
+from tests.fixtures.versions import digest, manifest, publish
 from tests.serve_apps.api.fakes import Api
 
 

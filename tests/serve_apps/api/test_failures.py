@@ -14,9 +14,9 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
 from loray.schemas.resources import Problem
 from loray.settings import Settings
-from tests.catalog.test_catalog import publish
 from tests.fixtures.cluster import free_port
 from tests.fixtures.postgres import Postgres
+from tests.fixtures.versions import publish
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import PROD, problem
 

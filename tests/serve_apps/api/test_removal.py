@@ -9,7 +9,7 @@ import pytest
 
 from loray.client import CatalogClient
 from loray.errors import AdapterNotFound, ConflictError, NotFoundError
-from tests.catalog.test_catalog import digest, publish
+from tests.fixtures.versions import digest, publish
 from tests.serve_apps.api.fakes import Api
 
 

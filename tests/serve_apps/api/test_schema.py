@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from loray.errors import AdapterNotFound
 from loray.policy.auth import KeyRing
 from loray.spec import Principal
-from tests.catalog.test_catalog import BASE, publish
+from tests.fixtures.versions import BASE, publish
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_jobs import submit
 from tests.serve_apps.keys import access_of

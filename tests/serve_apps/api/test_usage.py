@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from loray.cli.main import cli
 from loray.spec import Principal
 from serve_apps.api.site import create_app
-from tests.catalog.test_usage import event
+from tests.fixtures.figures import event
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
 from tests.serve_apps.keys import Given

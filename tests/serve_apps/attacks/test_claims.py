@@ -18,9 +18,9 @@ from loray.errors import AdapterNotFound, ConflictError, GateRefused, Permission
 from loray.settings import Settings
 from loray.spec import Evaluation, RopeParameters
 from serve_apps.api.services import Services
-from tests.catalog.test_catalog import digest, manifest
-from tests.catalog.test_gate import figures
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.figures import figures
+from tests.fixtures.versions import digest, manifest
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.keys import access_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import Visibility
-from tests.catalog.test_catalog import BASE
+from tests.fixtures.versions import BASE
 from tests.serve_apps.isolation.site import SCOPES, SECRET, Site, site
 from tests.serve_apps.isolation.table import API, MAKERS, OPEN, Thing
 

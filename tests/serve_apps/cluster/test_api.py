@@ -13,8 +13,8 @@ from loray.client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec
 from tests.fixtures.cluster import RayCluster, Served
+from tests.fixtures.recipes import RECIPE
 from tests.fixtures.trained import Trained
-from tests.test_recipe import RECIPE
 
 pytestmark = pytest.mark.cluster
 

@@ -17,7 +17,7 @@ from loray.recipes.load import load_recipe
 from loray.schemas.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch, TrainSpec
 from serve_apps.console import GatewayClient
-from tests.catalog.test_catalog import BASE, digest, manifest
+from tests.fixtures.versions import BASE, digest, manifest
 from tests.serve_apps.api.fakes import Api
 
 ROOT = "/api/v1/console"

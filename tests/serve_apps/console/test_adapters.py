@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from loray.spec import Evaluation
 from serve_apps.console.rendering import MOST_SUGGESTED
-from tests.catalog.test_catalog import digest, manifest
+from tests.fixtures.versions import digest, manifest
 from tests.serve_apps.console.site import ConsoleSite
 
 

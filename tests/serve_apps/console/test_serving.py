@@ -6,7 +6,7 @@ import re
 
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Stretch
-from tests.catalog.test_catalog import digest
+from tests.fixtures.versions import digest
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
 
 LATER = (Stretch("kv", 55), Stretch("layered", 40), Stretch("free", 5))
