@@ -125,23 +125,10 @@ PATHS = [
     for layer in (0, 1, 2, 11, 111)
     for module in ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 ]
-_WORDS = ["q_proj", "v_proj", "o_proj", "layers", "model", "self_attn", "mlp", "_", "proj", "1", "11"]
-_REGEXES = [r"\.", r"\d", r"\d+", "(?:q|v|up)_proj", "(1|11)?", "l.yers", "[a-z_]+", r"\w+?", *".,.*,[0-2],(q|v),1*".split(",")]
-    r".",
-    r"\.",
-    r"\d",
-    r"\d+",
-    r".*",
-    r"[0-2]",
-    r"(q|v)",
-    r"(?:q|v|up)_proj",
-    r"(1|11)?",
-    r"l.yers",
-    r"[a-z_]+",
-    r"\w+?",
-    r"1*",
-]
-_PIECES = st.sampled_from([*_WORDS, *_REGEXES])
+_WORDS = ("q_proj", "v_proj", "o_proj", "layers", "model", "self_attn", "mlp", "_", "proj", "1", "11")
+_DOTS_AND_DIGITS = (".", r"\.", r"\d", r"\d+", ".*", "[0-2]", "(1|11)?", "1*")
+_PARTS = ("(q|v)", "(?:q|v|up)_proj", "l.yers", "[a-z_]+", r"\w+?")
+_PIECES = st.sampled_from([*_WORDS, *_DOTS_AND_DIGITS, *_PARTS])
 
 
 def of_peft(patterns: dict[str, float], path: str) -> float | None:
