@@ -25,9 +25,9 @@ from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
 from tests.fixtures.cluster import Served
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import train_here
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.trained import Trained
-from tests.jobs.test_train import train_here
 from tests.serve_apps.asking import eventually
 
 pytestmark = pytest.mark.cluster

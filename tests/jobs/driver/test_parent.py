@@ -16,8 +16,8 @@ from loray.errors import AdapterNotFound, BaseMismatch, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import trained
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.driver.test_driver import trained
 
 TRAINING: dict[str, Any] = {
     "dtype": "float32",

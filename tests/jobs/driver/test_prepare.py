@@ -13,7 +13,6 @@ import pytest
 
 from jobs.driver.fit import WorkerHardware
 from jobs.driver.prepare import prepare
-from loray.bases.registry import add_base
 from loray.errors import SpecError, UnsupportedError
 from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
@@ -22,13 +21,6 @@ from loray.spec import TrainSpec
 from tests.fixtures.machines import H100
 from tests.fixtures.planning import HARDWARE
 from tests.fixtures.recipes import write
-from tests.fixtures.tiny import write_checkpoint
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    add_base(str(write_checkpoint(tmp_path / "checkpoint", std=0.05)), home=tmp_path / "home", name="tiny")
-    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
 
 
 @pytest.mark.parametrize(

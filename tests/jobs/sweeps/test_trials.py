@@ -16,14 +16,12 @@ from jobs.runs.folders import RunFolder
 from jobs.sweeps.command import draw, sweep
 from jobs.sweeps.driver import LOSS, PERCENT, TrialRecords, _prepare, _scheduler
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
-from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from tests.fixtures.recipes import write
-from tests.fixtures.tiny import write_checkpoint
 
 
 def record(trial: int, status: Any = "completed", *losses: float) -> TrialRecord:
@@ -98,12 +96,6 @@ def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp
     assert decisions == ["STOP"]
     fifo = _scheduler(plan.model_copy(update={"stops_early": False}), again)
     assert fifo.on_trial_result(None, trial, {PERCENT: 12, LOSS: 1.5}) == "CONTINUE"
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
-    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
 
 
 def test_data_is_read_once_and_losses_must_be_comparable(tmp_path: Path, settings: Settings) -> None:

@@ -5,7 +5,7 @@ A thread stands in for Ray Train and uploads reports in order, as Ray's worker d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,15 +14,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import fs as pafs
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from jobs.workers.reporting import CheckpointUploads
+from jobs.workers import reporting as gauges_module
+from jobs.workers.reporting import CheckpointUploads, GivenPeak, MeasuredPeak, RayReporter, TrainingGauges, Utilisation
 from loray.errors import TrainingError
 from loray.spec import TrainSpec
+from loray.telemetry import TRAINING_METRICS
 from loray.train.checkpoint import WRITTEN, RunState
 from loray.train.mesh import World
+from tests.fixtures.events import FIGURES, START, step
 from tests.fixtures.recipes import RECIPE
 
 
@@ -95,15 +101,9 @@ def write(folder: Path, step: int, *, whole: bool = True) -> Path:
     written = folder / f"checkpoint-{step}"
     written.mkdir()
     if whole:
-        data = {"train": "x", "max_length": 8}
-        state = RunState(
-            recipe=TrainSpec.model_validate(RECIPE | {"data": data}),
-            base_fingerprint="0" * 64,
-            data_fingerprint="0" * 64,
-            row_length=8,
-            step=step,
-            eval_loss=0.5 if step == 20 else None,
-        )
+        spec, same = TrainSpec.model_validate(RECIPE | {"data": {"train": "x", "max_length": 8}}), "0" * 64
+        known = {"recipe": spec, "base_fingerprint": same, "data_fingerprint": same, "row_length": 8}
+        state = RunState(**known, step=step, eval_loss=0.5 if step == 20 else None)
         (written / RunState.FILE).write_text(state.model_dump_json())
     return written
 
@@ -128,7 +128,7 @@ def test_training_continues_while_one_checkpoint_is_uploaded(ray: Ray, folder: P
 
 def test_the_other_ranks_report_as_often_and_upload_nothing(ray: Ray, folder: Path) -> None:
     ray.gate.set()
-    with CheckpointUploads(folder, lambda seconds: None) as uploads:
+    with CheckpointUploads(folder, print) as uploads:
         for step in (1, 2, 3):
             uploads.add(step, None, None)
     ray.close()
@@ -138,7 +138,7 @@ def test_the_other_ranks_report_as_often_and_upload_nothing(ray: Ray, folder: Pa
 
 def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path) -> None:
     """A checkpoint not yet uploaded, or not known to Ray, is still on the disk. Incomplete checkpoints are not used."""
-    uploads = CheckpointUploads(folder, lambda seconds: None).__enter__()
+    uploads = CheckpointUploads(folder, print).__enter__()
     ray.gate.set()
     uploads.add(10, None, write(folder, 10))
     uploads._idle.wait(30)
@@ -154,7 +154,7 @@ def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path)
     assert ray.stored() == ["step_000010", "step_000020"]
     Path(ray.storage.build_checkpoint_path_from_name("step_000015")).mkdir()  # of another worker that was lost earlier
 
-    with CheckpointUploads(folder, lambda seconds: None) as successor:
+    with CheckpointUploads(folder, print) as successor:
         latest = successor.latest(World())
         assert latest is not None
         assert Path(latest.path, RunState.FILE).is_file()
@@ -170,7 +170,7 @@ def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path)
 
 def test_a_checkpoint_that_was_written_and_not_reported_is_uploaded(ray: Ray, folder: Path) -> None:
     ray.gate.set()
-    with CheckpointUploads(folder, lambda seconds: None) as uploads:
+    with CheckpointUploads(folder, print) as uploads:
         write(folder, 10).rename(folder / f"{WRITTEN}000010")
         latest = uploads.latest(World())
         assert latest is not None
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_written_and_not_reported_is_uploaded(ray: Ray, fo
 
 
 def test_a_damaged_checkpoint_is_skipped(ray: Ray, folder: Path) -> None:
-    with CheckpointUploads(folder, lambda seconds: None) as uploads:
+    with CheckpointUploads(folder, print) as uploads:
         write(folder, 10).rename(folder / "step_000010")
         write(folder, 20, whole=False).rename(folder / "step_000020")
         ray.gate.set()
@@ -207,3 +207,139 @@ def test_checkpoints_stay_after_an_error_that_restarts_workers(ray: Ray, folder:
         uploads.add(10, None, write(folder, 10))
         raise RuntimeError("the other rank is gone")
     assert [p.name for p in folder.iterdir()] == ["step_000010"]
+
+
+class Gauges:
+    """Ray's, as a table."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
+
+        def make(name: str, help: str, tag_keys: tuple[str, ...]) -> Any:
+            def with_tags(tags: dict[str, str]) -> Any:
+                assert tuple(tags) == tag_keys
+                self.tags = tags
+                return SimpleNamespace(set=lambda value: self.values.update({name: value}))
+
+            return SimpleNamespace(set_default_tags=with_tags)
+
+        monkeypatch.setattr(gauges_module, "Gauge", make)
+
+
+def reporters(sent: list[dict[str, Any]], added: list[Any]) -> list[RayReporter]:
+    events: Any = SimpleNamespace(send=sent.append)
+    uploads: Any = SimpleNamespace(add=lambda *checkpoint: added.append(checkpoint))
+    return [
+        RayReporter(
+            events,
+            uploads,
+            TrainingGauges("my-adapter", "20260101-000000", rank),
+            Utilisation(2e9, GivenPeak(4e12)) if rank == 0 else None,
+            World(rank, 2),
+            torch.device("cpu"),
+            "this CPU has no bfloat16 products",
+        )
+        for rank in (0, 1)
+    ]
+
+
+def test_only_checkpoints_go_through_ray_and_only_rank_0_sends_events(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Gauges(monkeypatch)
+    sent, added = list[dict[str, Any]](), list[Any]()
+    event = step(1) | {"num_tokens": 64}
+    for reporter, checkpoint in zip(reporters(sent, added), (tmp_path, None), strict=True):
+        reporter.report(START, None)
+        reporter.report(event, None)
+        reporter.report({"event": "checkpoint", "step": 1, "eval_loss": None}, checkpoint)
+    assert added == [(1, None, tmp_path), (1, None, None)]
+    start, step_event = sent
+    assert start == START | {"flops_per_token": 2e9, "peak_flops": 4e12, "peak_source": "setting"}
+    assert step_event["mfu"] == pytest.approx(1234.5 * 2e9 / (2 * 4e12))
+    assert step_event["peak_flops"] == 4e12
+    assert 1 << 20 < step_event["memory_bytes"] < 1 << 40
+
+
+def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Gauges(monkeypatch)
+    sent = list[dict[str, Any]]()
+    first, second = reporters(sent, [])
+    first.report(step(7, float("nan")) | {"num_tokens": 64, "lr": 0.25}, None)
+    assert "loray_train_loss" not in table.values  # NaN is not exposed
+    first.report(step(8) | {"num_tokens": 128}, None)
+    first.report({"event": "eval", "step": 0, "subject": "base", "eval_loss": 9.0}, None)
+    first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5}, None)
+    assert not [name for name in table.values if "rewards" in name]  # without pairs
+    first.report(step(8) | FIGURES | {"num_tokens": 128}, None)
+    first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5} | FIGURES, None)
+    first._gauges.set(checkpoint_seconds=0.5)
+    assert sorted(table.values) == sorted(m.name for m in TRAINING_METRICS.values())
+    assert (
+        table.values["loray_train_rewards_accuracies"] == table.values["loray_train_eval_rewards_accuracies"] == 0.875
+    )
+    assert (table.values["loray_train_step"], table.values["loray_train_eval_loss"]) == (8, 1.5)
+    table.values.clear()
+    second.report(step(9) | {"num_tokens": 128}, None)
+    assert list(table.values) == ["loray_train_memory_bytes"]
+    assert table.tags == {"name": "my-adapter", "run": "20260101-000000", "rank": "1"}
+
+
+class Machine:
+    """A clock, and samples of the peak: each takes `seconds`, and is of the next rate."""
+
+    def __init__(self, rates: Iterable[float], seconds: float = 1.0) -> None:
+        self.now, self.seconds, self.taken = 0.0, seconds, 0
+        self._rates = iter(rates)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sample(self) -> float:
+        self.now, self.taken = self.now + self.seconds, self.taken + 1
+        return next(self._rates)
+
+    def peak(self, *, again: bool = True) -> MeasuredPeak:
+        return MeasuredPeak(self.sample, self.sample if again else None, self.clock)
+
+
+def test_a_peak_that_was_measured_on_a_busy_machine_is_measured_again() -> None:
+    """The machine does 100 FLOP/s, and 30 while something else runs."""
+    machine = Machine([30.0, 100.0])
+    use = Utilisation(flops_per_token=2.0, peak=machine.peak())
+    assert use.mfu(tokens_per_s=20.0, num_workers=2) == pytest.approx(20 / 30)
+    assert use.mfu(tokens_per_s=60.0, num_workers=2) == 1.0  # too soon after the first sample
+    machine.now += 20
+    assert use.mfu(tokens_per_s=60.0, num_workers=2) == pytest.approx(0.6)  # 60 is more than 30
+    assert use.mfu(tokens_per_s=50.0, num_workers=2) == pytest.approx(0.5)
+    assert machine.taken == 2
+
+
+@pytest.mark.parametrize("again", [True, False])
+@given(
+    rates=st.lists(st.floats(1.0, 1e15), min_size=60, max_size=60),
+    steps=st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(1.0, 1e15)), max_size=50),
+)
+def test_a_share_is_never_more_than_one(again: bool, rates: list[float], steps: list[tuple[float, float]]) -> None:
+    machine = Machine(rates)
+    peak, before = machine.peak(again=again), 0.0
+    for seconds, attained in steps:
+        machine.now += seconds
+        assert 0 < Utilisation(1.0, peak).mfu(attained, 1) <= 1
+        assert peak.flops >= before
+        before = peak.flops
+
+
+def test_samples_take_little_of_a_run() -> None:
+    machine = Machine([100.0] * 99, seconds=2.0)
+    peak, began = machine.peak(), machine.now
+    for _ in range(4000):
+        machine.now += 1.0
+        peak.compare(40.0)
+    spent = (machine.taken - 1) * machine.seconds
+    assert 0.004 < spent / (machine.now - began) <= 0.005
+
+
+def test_a_given_peak_stays() -> None:
+    assert Utilisation(1.0, GivenPeak(10.0)).mfu(20.0, 1) == 2.0  # which shows that the setting is wrong

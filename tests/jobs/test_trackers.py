@@ -8,16 +8,19 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from jobs import trackers
 from jobs.driver.prepare import prepare
-from jobs.trackers import TrackedRun, Trackers, check_installed, tracked
+from jobs.trackers import TensorBoardWriter, TrackedRun, Trackers, check_installed, tracked
 from loray.errors import SpecError, TrainingError
 from loray.settings import Settings
 from loray.spec import TrainSpec
+from tests.fixtures.events import FIGURES, START, step
 from tests.fixtures.recipes import write
 
 EVENTS: list[Any] = [
@@ -175,3 +178,37 @@ def test_a_tracker_that_fails_later_is_left_out(caplog: pytest.LogCaptureFixture
     opened.end(succeeded=True)
     assert broken.calls == 1
     assert seen == [*EVENTS, PUBLISHED]
+
+
+def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as board:
+        board.write(START | {"pid": 1})
+        for number in (1, 2, 3):
+            board.write(step(number) | {"memory_bytes": 5})
+        board.write({"event": "worker_lost", "message": "rank 1"})
+        board.write(START | {"step": 2, "pid": 2})
+        board.write(step(3) | {"memory_bytes": 6, "loss": None})
+        board.write({"event": "eval", "step": 3, "subject": "adapter", "eval_loss": 1.5} | FIGURES)
+    first, second = (read(path) for path in sorted(tmp_path.iterdir(), key=lambda p: p.suffix))
+    assert [e.step for e in first if e.HasField("session_log")] == [1]
+    assert [e.step for e in second if e.HasField("session_log")] == [3]
+    assert scalars(first, "train/loss") == {1: 2.0, 2: 2.0, 3: 2.0}
+    assert scalars(first, "throughput/mfu") == {n: pytest.approx(0.312) for n in (1, 2, 3)}
+    assert scalars(second, "train/loss") == {}
+    assert scalars(second, "memory/peak_bytes") == {3: 6.0}
+    assert scalars(second, "eval/loss_adapter") == {3: 1.5}
+    assert scalars(second, "eval/rewards/accuracies_adapter") == {3: 0.875}
+
+
+def read(path: Path) -> list[Event]:
+    """Reads records of: length, its checksum, an event, its checksum."""
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack_from("<Q", data)
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return events
+
+
+def scalars(events: list[Event], tag: str) -> dict[int, float]:
+    return {e.step: v.simple_value for e in events for v in e.summary.value if v.tag == tag}

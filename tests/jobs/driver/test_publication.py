@@ -1,8 +1,10 @@
-"""Base and adapter measured before publishing: the manifest's evaluations, and the gate's decisions."""
+"""What is published of a run: which checkpoint, with which recipe, measured, and under which alias."""
 
 from __future__ import annotations
 
 import json
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,52 +13,111 @@ import pytest
 import torch
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from jobs import train as driver
 from jobs.driver import evaluation
 from jobs.driver.fit import build_measuring
 from jobs.driver.prepare import prepare
-from jobs.driver.publication import publish_best
+from jobs.driver.publication import already_published, best, publish_best
 from jobs.events import describe
-from jobs.runs.folders import open_runs
+from jobs.runs.folders import RunFolder, open_runs, score
 from jobs.workers.measuring import Measurement, measure_here
-from loray.bases.registry import add_base
+from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.catalog.aliases import failures
-from loray.errors import DataError, EvaluationError, SpecError
-from loray.recipes.load import Recipe
+from loray.errors import BaseMismatch, DataError, EvaluationError, SpecError, StoreError
 from loray.settings import Settings
+from loray.train import checkpoint
 from tests.fixtures.recipes import write
-from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.driver.test_driver import trained
+from tests.fixtures.runs import long_recipe, trained
 
 
-def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields: Any) -> Recipe:
-    """A recipe on repeated alphabets, which an adapter learns in a few steps; `documents` of them are held out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, number in (("data.jsonl", 8), ("eval.jsonl", documents)):
-        texts = ["".join(chr(97 + (i + t) % 26) for t in range(length)) for i in range(number)]
-        (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    ours: dict[str, Any] = {
-        "name": "long",
-        "adapter": {"method": "longlora", "rank": 4},
-        "rope_scaling": {"type": "linear", "factor": 2, "original_context": 64},
-        "data": {"train": "data.jsonl", "eval": "eval.jsonl", "max_length": 128},
-        "evaluation": {"perplexity": {"stride": 32, "max_windows": 4}},
-        "optimizer": {"learning_rate": 0.1, "schedule": "constant"},
-        "max_steps": 6,
-        "dtype": "float32",
-        "publish": {"aliases": ["prod"]},
-    }
-    text = (folder / "data.jsonl").read_text()
-    recipe = write(folder, **ours | fields)
-    (folder / "data.jsonl").write_text(text)
-    return recipe
+def test_checkpoints_without_an_evaluation_come_last() -> None:
+    checkpoints = [(name, {"eval_loss": loss}) for name, loss in (("a", None), ("b", 2.0), ("c", 3.0))]
+    made = SimpleNamespace(checkpoint="latest", best_checkpoints=checkpoints)
+    assert best(made, by_loss=True) == "b"
+    assert best(made, by_loss=False) == "latest"
+    made.best_checkpoints = checkpoints[:1]
+    assert best(made, by_loss=True) == "latest"
+    scores = [score(metrics["eval_loss"]) for _, metrics in checkpoints]
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+    assert min(scores) == 2.0
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    folder = tmp_path_factory.mktemp("home")
-    add_base(str(write_checkpoint(folder / "checkpoint", std=0.05)), home=folder / "home", name="tiny")
-    return Settings.from_env({"LORAY_HOME": str(folder / "home")})
+def test_a_run_without_held_out_data_publishes_its_end(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, dtype="float32", data={"train": "data.jsonl", "eval_fraction": 0})
+    run, made = trained(recipe, settings, tmp_path)
+    event = publish_best(made, run, recipe, settings)
+    assert (event["label"], event["step"], event["evaluations"]) == ("arithmetic@1", 2, [])
+
+
+def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: Settings) -> None:
+    run, made = trained(write(tmp_path, dtype="float32", data={"train": "data.jsonl"}), settings, tmp_path)
+    optimizer = {"learning_rate": 0.5}
+    today = write(tmp_path, dtype="float32", base="other", optimizer=optimizer, publish={"licence": "CC0-1.0"})
+    publish_best(made, run, today, settings)
+    manifest = Catalog(settings.catalog).adapter("arithmetic").versions[-1].manifest
+    assert manifest.recipe is not None
+    assert (manifest.recipe.base, manifest.recipe.optimizer.learning_rate) == ("tiny", 0.01)
+    assert manifest.recipe.data.max_length == 512
+    assert manifest.licence == "CC0-1.0"
+
+
+def test_another_base_under_the_same_name_is_refused(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    state = Path(run.path) / "step_000002" / checkpoint.RunState.FILE
+    fingerprint = get_base(settings.home, "tiny").fingerprint
+    state.write_text(state.read_text().replace(fingerprint, "0" * 64))
+    with pytest.raises(BaseMismatch, match="another model on this machine"):
+        publish_best(made, run, recipe, settings)
+
+
+def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    assert already_published(run, recipe) is None
+    first = publish_best(made, run, recipe, settings)
+    resumed = open_runs(settings).latest(recipe.spec.name)
+    assert publish_best(made, resumed, recipe, settings) == first == already_published(resumed, recipe)
+    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
+    assert version.manifest.job_id == "first"
+    assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
+    resumed.write("published.json", b'{"recipe"')
+    assert already_published(resumed, recipe) is None
+    assert publish_best(made, resumed, recipe, settings) == first
+
+
+def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, settings: Settings) -> None:
+    """A checkpoint that Ray downloads from a bucket has the time of the download."""
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    first = publish_best(made, run, recipe, settings)
+    for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
+        os.utime(path, (number, number))
+    assert publish_best(made, run, recipe, settings) == first
+    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
+    assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
+
+
+def test_after_a_store_error_the_checkpoint_can_be_published_later(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    monkeypatch.setattr(RunFolder, "result", lambda run: made)
+    with monkeypatch.context() as patch:
+
+        def gone(url: str) -> None:
+            raise StoreError("connection refused")
+
+        patch.setattr("jobs.driver.publication.open_store", gone)
+        with pytest.raises(StoreError, match=r"refused; training is complete: .*recipe\.yaml --publish-checkpoint"):
+            driver._publish(made, run, recipe, settings, print)
+    catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()
+    catalog.add_job("first", name=recipe.spec.name, recipe=recipe.spec)
+    driver.publish_latest(recipe, settings, events.append)
+    assert [e["label"] for e in events] == ["arithmetic@1"]
+    assert (catalog.job("first").status, catalog.job("first").version) == ("succeeded", 1)
 
 
 def test_evaluations_are_in_the_manifest_and_grant_the_alias(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 
 from jobs.runs import leases
-from jobs.runs.folders import Runs, SharedRunFolder, open_runs
+from jobs.runs.folders import PUBLISHED, SNAPSHOT, Runs, SharedRunFolder, open_runs
 from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
@@ -292,3 +292,16 @@ def test_a_number_that_was_removed_is_not_written_again(store: LocalStore) -> No
     owner._write(owner._number + 1, owner._ours)
     assert not sleeper._write(seen + 1, sleeper._ours)
     assert [e["job"] for e in entries(store)] == ["owner"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    runs = open_runs(Settings.from_env({"LORAY_HOME": str(tmp_path)}))
+    with pytest.raises(SpecError, match=r"no run of 'arithmetic'"):
+        runs.resumable("arithmetic")
+    begun, saved = runs.new("arithmetic", "job-1"), runs.new("arithmetic", "job-2")
+    assert runs.resumable("arithmetic") == saved  # neither has a checkpoint
+    begun.write(SNAPSHOT, b"{}")
+    assert runs.resumable("arithmetic") == begun
+    begun.write(PUBLISHED, b"{}")
+    assert runs.resumable("arithmetic") == saved  # the other one has ended
+    assert runs.latest("arithmetic") == saved
