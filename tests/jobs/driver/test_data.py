@@ -23,23 +23,13 @@ from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 from loray.train.checkpoint import RunState, check_resumable
 from loray.train.data.rows import Dataset, load_data
+from tests.fixtures.recipes import RECIPE
 from tests.fixtures.s3 import CountedS3, S3Server, counted_s3
 from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import whole
 from tests.train.data.test_sources import save_to_disk
 
-RECIPE = TrainSpec.model_validate(
-    {
-        "name": "a",
-        "base": "tiny",
-        "adapter": {"method": "lora", "rank": 8},
-        "data": {"train": "x"},
-        "batch": {"rows": 1},
-        "optimizer": {"learning_rate": 1},
-        "max_steps": 1,
-        "dtype": "float32",
-    }
-)
+SPEC = TrainSpec.model_validate(RECIPE | {"data": {"train": "x"}})
 OPTIONS = "endpoint_url=http://minio:9000&region=eu-1&credentials_file=/etc/keys"
 
 
@@ -110,16 +100,8 @@ class Data:
         settings = replace(self.settings, home=self.settings.home.parent / home)
         spec = DataSpec(train=tuple(self.source(name) for name in names), eval_fraction=0)
         with fetched([source.path for source in spec.train_sources], settings) as copies:
-            data = load_data(
-                spec,
-                byte_tokenizer(),
-                max_length=40,
-                max_eval_rows=1,
-                seed=0,
-                fetched=copies,
-                cache=open_tokens(settings),
-                **options,
-            )
+            options |= {"max_length": 40, "max_eval_rows": 1, "seed": 0, "cache": open_tokens(settings)}
+            data = load_data(spec, byte_tokenizer(), fetched=copies, **options)
         return data, sorted({key.rpartition("/sets/")[2] for key in self._counted.read})
 
 
@@ -168,13 +150,12 @@ def test_other_tokens_are_made_of_known_objects(data: Data) -> None:
 
 def test_a_resumed_run_refuses_changed_objects(data: Data) -> None:
     first, again = data.load("web")[0], data.load("web")[0]
-    state = RunState(
-        recipe=RECIPE, base_fingerprint="0" * 64, data_fingerprint=first.fingerprint, row_length=first.max_length
-    )
-    check_resumable(state, RECIPE, "0" * 64, again.fingerprint)
+    known: dict[str, Any] = {"recipe": SPEC, "base_fingerprint": "0" * 64, "row_length": first.max_length}
+    state = RunState(**known, data_fingerprint=first.fingerprint)
+    check_resumable(state, SPEC, "0" * 64, again.fingerprint)
     data.put("web/b.jsonl", "one", "2nd")
     with pytest.raises(SpecError, match="the data files' contents changed since"):
-        check_resumable(state, RECIPE, "0" * 64, data.load("web")[0].fingerprint)
+        check_resumable(state, SPEC, "0" * 64, data.load("web")[0].fingerprint)
 
 
 def test_an_object_that_changes_while_it_is_read_is_refused(data: Data) -> None:

@@ -25,6 +25,7 @@ from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.catalog.aliases import failures
 from loray.errors import BaseMismatch, DataError, EvaluationError, SpecError, StoreError
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
 from tests.fixtures.recipes import write
@@ -62,9 +63,17 @@ def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: S
     assert manifest.licence == "CC0-1.0"
 
 
-def test_another_base_under_the_same_name_is_refused(tmp_path: Path, settings: Settings) -> None:
+Run = tuple[Recipe, RunFolder, Any]
+
+
+@pytest.fixture
+def ran(tmp_path: Path, settings: Settings) -> Run:
     recipe = write(tmp_path, dtype="float32")
-    run, made = trained(recipe, settings, tmp_path)
+    return recipe, *trained(recipe, settings, tmp_path)
+
+
+def test_another_base_under_the_same_name_is_refused(settings: Settings, ran: Run) -> None:
+    recipe, run, made = ran
     state = Path(run.path) / "step_000002" / checkpoint.RunState.FILE
     fingerprint = get_base(settings.home, "tiny").fingerprint
     state.write_text(state.read_text().replace(fingerprint, "0" * 64))
@@ -72,38 +81,30 @@ def test_another_base_under_the_same_name_is_refused(tmp_path: Path, settings: S
         publish_best(made, run, recipe, settings)
 
 
-def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, settings: Settings) -> None:
-    recipe = write(tmp_path, dtype="float32")
-    run, made = trained(recipe, settings, tmp_path)
+def test_a_publication_is_made_once_with_the_job_that_created_the_run(
+    tmp_path: Path, settings: Settings, ran: Run
+) -> None:
+    recipe, run, made = ran
     assert already_published(run, recipe) is None
     first = publish_best(made, run, recipe, settings)
     resumed = open_runs(settings).latest(recipe.spec.name)
     assert publish_best(made, resumed, recipe, settings) == first == already_published(resumed, recipe)
+    for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
+        os.utime(path, (number, number))  # a checkpoint that Ray downloads from a bucket has the time of the download
+    assert publish_best(made, run, recipe, settings) == first
     (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
     assert version.manifest.job_id == "first"
+    assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
     assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
     resumed.write("published.json", b'{"recipe"')
     assert already_published(resumed, recipe) is None
     assert publish_best(made, resumed, recipe, settings) == first
 
 
-def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, settings: Settings) -> None:
-    """A checkpoint that Ray downloads from a bucket has the time of the download."""
-    recipe = write(tmp_path, dtype="float32")
-    run, made = trained(recipe, settings, tmp_path)
-    first = publish_best(made, run, recipe, settings)
-    for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
-        os.utime(path, (number, number))
-    assert publish_best(made, run, recipe, settings) == first
-    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
-    assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
-
-
 def test_after_a_store_error_the_checkpoint_can_be_published_later(
-    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, ran: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(tmp_path, dtype="float32")
-    run, made = trained(recipe, settings, tmp_path)
+    recipe, run, made = ran
     monkeypatch.setattr(RunFolder, "result", lambda run: made)
     with monkeypatch.context() as patch:
 
@@ -129,9 +130,8 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     run, made = trained(recipe, settings, tmp_path)
     events: list[dict[str, Any]] = []
     published = publish_best(made, run, recipe, settings, events.append)
-    assert [describe(e) for e in events] == [
-        "measuring perplexity and passkey retrieval of base and adapter before publishing"
-    ]
+    (measuring,) = map(describe, events)
+    assert measuring == "measuring perplexity and passkey retrieval of base and adapter before publishing"
     assert (published["label"], published["aliases"], published["refusal"]) == ("good@1", ["prod"], None)
     version = Catalog(settings.catalog).version("good", 1)
     assert version.aliases == ("prod",)
@@ -158,11 +158,9 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
 
 
 def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_path: Path) -> None:
-    worse = {
-        "learning_rate": 1e-9,
-        "schedule": "constant",
-    }  # learns nothing, so its perplexity is not below the base's under its RoPE
-    recipe = long_recipe(tmp_path, name="bad", optimizer=worse, max_steps=1)
+    # It learns nothing, so its perplexity is not below the base's under its RoPE.
+    worse: dict[str, Any] = {"optimizer": {"learning_rate": 1e-9, "schedule": "constant"}, "max_steps": 1}
+    recipe = long_recipe(tmp_path, name="bad", **worse)
     run, made = trained(recipe, settings, tmp_path)
     published = publish_best(made, run, recipe, settings)
     assert (published["label"], published["aliases"]) == ("bad@1", [])
@@ -170,10 +168,7 @@ def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_pat
     assert describe(published).endswith(published["refusal"])
     catalog = Catalog(settings.catalog)
     assert catalog.version("bad", 1).aliases == ()
-
-    overridden = long_recipe(
-        tmp_path, name="bad", optimizer=worse, max_steps=1, publish={"aliases": ["prod"], "no_gate": "a quick run"}
-    )
+    overridden = long_recipe(tmp_path, name="bad", **worse, publish={"aliases": ["prod"], "no_gate": "a quick run"})
     again = publish_best(made, run, overridden, settings)
     assert (again["aliases"], again["refusal"]) == (["prod"], None)
     assert [m.no_gate for m in catalog.adapter("bad").moves] == ["a quick run"]
@@ -193,9 +188,7 @@ def test_workers_with_too_little_memory_to_measure_leave_a_version_without_evalu
         patched.setattr("loray.train.evaluation.measure.measure", fail)
         published = publish_best(made, run, recipe, settings)
     assert (published["label"], published["aliases"]) == ("large@1", [])
-    assert published["unmeasured"].startswith(
-        "not measured, out of memory: OutOfMemoryError: CUDA out of memory. Tried"
-    )
+    assert published["unmeasured"].startswith("not measured, out of memory: OutOfMemoryError: CUDA out of memory.")
     assert "`--publish-checkpoint` and a recipe whose workers share the base" in describe(published)
     assert "alias 'prod' is refused to large@1" in published["refusal"]
     assert {e.metric for e in Catalog(settings.catalog).version("large", 1).manifest.evaluations} == {"loss"}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 
 from jobs.runs import leases
-from jobs.runs.folders import PUBLISHED, SNAPSHOT, Runs, SharedRunFolder, open_runs
+from jobs.runs.folders import PUBLISHED, SNAPSHOT, RunFolder, Runs, SharedRunFolder, open_runs
 from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
@@ -35,6 +35,11 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 @pytest.fixture
 def runs(settings: Settings) -> Runs:
     return open_runs(settings)
+
+
+def run_in_bucket(server: Any, tmp_path: Path) -> RunFolder:
+    env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": server.url("runs")}
+    return open_runs(Settings.from_env(env)).new("arithmetic", "job")
 
 
 def no_loss(why: str) -> None:
@@ -84,8 +89,7 @@ def test_every_driver_appends_to_the_history(settings: Settings, runs: Runs, tmp
 
 
 def test_a_local_history_that_differs_from_the_buckets_is_replaced(s3_server: Any, tmp_path: Path) -> None:
-    env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
-    run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
+    run = run_in_bucket(s3_server, tmp_path)
     with run.history() as (path, _):
         path.write_text("here\n")
     run.write("events.jsonl", b"elsewhere\n")
@@ -101,8 +105,7 @@ def test_a_driver_that_lost_its_lease_does_not_overwrite_the_history(
     s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.05)
-    env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
-    run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
+    run = run_in_bucket(s3_server, tmp_path)
     assert isinstance(run, SharedRunFolder)
     lost: list[str] = []
     with run.locked("slow", lost.append), run.history() as (path, _):
@@ -140,10 +143,9 @@ def test_a_run_has_one_driver(settings: Settings, runs: Runs, monkeypatch: pytes
     with pytest.raises(ConflictError, match="at work on th"), run.locked("job-2", no_loss):
         pass
     other.communicate(b"\n", timeout=60)
-    with run.locked("job-2", no_loss):
-        pass
-    with run.locked("job-3", no_loss):
-        pass
+    for job in ("job-2", "job-3"):
+        with run.locked(job, no_loss):
+            pass
 
 
 def test_a_missing_bucket_is_a_store_error(s3_server: Any, tmp_path: Path) -> None:
