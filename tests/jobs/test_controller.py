@@ -47,18 +47,17 @@ def test_three_losses_at_once_are_the_most_and_an_hour_allows_another() -> None:
     assert len(told) == 4  # a run that ends does not go on from the last checkpoint
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), TrainingError("out of memory"), RuntimeError("shapes differ")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ValueError("a bug"), TrainingError("out of memory"), RuntimeError("shapes differ")),
+        *(torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")),
+    ],
+)
 def test_an_error_that_would_come_again_ends_the_run_at_once(error: Exception) -> None:
     told: list[Any] = []
     assert Restarts(told.append).make_decision(failure(error)) is RAISE
     assert not told
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
-)
-def test_memory_is_not_what_a_device_lost(error: Exception) -> None:
-    assert Restarts().make_decision(failure(error)) is RAISE
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,10 @@ def test_a_quantized_base_has_its_layers_in_four_bits(double: bool, bits: float)
     assert estimate_time(run, A100, plan_traffic(run)).step_s > estimate_time(plain, A100, plan_traffic(plain)).step_s
 
 
-def test_a_tied_head_stays_the_bases() -> None:
+def test_a_tied_head_stays_the_bases_and_fp32_parameters_are_their_own_masters() -> None:
     held = sizes(long_run("smollm2", 16384))
     assert held["base weights"] == 2 * (TOTALS["smollm2"] - 61 * 576)
     assert "base's embedding rows, to compare" not in held
-
-
-def test_fp32_parameters_are_their_own_masters() -> None:
     assert "master weights, fp32" not in sizes(long_run("smollm2", 16384, dtype="float32"))
 
 

@@ -37,16 +37,9 @@ def test_a_job_waits_for_rays_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(asked), len(waited)) == (4, 3)
 
 
-def test_an_agent_that_never_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def submit_job(**fields: Any) -> str:
-        raise RuntimeError(LATE)
-
-    monkeypatch.setattr(module, "AGENT_S", -1.0)
-    with pytest.raises(ClusterError, match="loray logs cluster"):
-        server_of(submit_job=submit_job).submit(JOB)
-
-
-def test_a_job_that_has_ended_meanwhile_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_has_ended_meanwhile_is_not_submitted_and_an_agent_that_never_starts_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def submit_job(**fields: Any) -> str:
@@ -57,6 +50,9 @@ def test_a_job_that_has_ended_meanwhile_is_not_submitted(monkeypatch: pytest.Mon
     with pytest.raises(ConflictError, match="has ended before"):
         server_of(submit_job=submit_job).submit(JOB, "job", lambda: len(asked) < 3)
     assert asked == ["job"] * 3
+    monkeypatch.setattr(module, "AGENT_S", -1.0)
+    with pytest.raises(ClusterError, match="loray logs cluster"):
+        server_of(submit_job=submit_job).submit(JOB)
 
 
 def test_jobs_are_asked_for_together() -> None:

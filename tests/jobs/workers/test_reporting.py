@@ -168,44 +168,33 @@ def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path)
         assert list(folder.iterdir()) == []
 
 
-def test_a_checkpoint_that_was_written_and_not_reported_is_uploaded(ray: Ray, folder: Path) -> None:
+@pytest.mark.parametrize("name", [f"{WRITTEN}000010", "step_000010"])
+def test_what_was_written_and_not_reported_is_uploaded_and_a_damaged_one_skipped(
+    ray: Ray, folder: Path, name: str
+) -> None:
     ray.gate.set()
     with CheckpointUploads(folder, print) as uploads:
-        write(folder, 10).rename(folder / f"{WRITTEN}000010")
+        write(folder, 10).rename(folder / name)
+        write(folder, 20, whole=False).rename(folder / "step_000020")
         latest = uploads.latest(World())
         assert latest is not None
         assert ray.stored() == [Path(latest.path).name] == ["step_000010"]
 
 
-def test_a_damaged_checkpoint_is_skipped(ray: Ray, folder: Path) -> None:
-    with CheckpointUploads(folder, print) as uploads:
-        write(folder, 10).rename(folder / "step_000010")
-        write(folder, 20, whole=False).rename(folder / "step_000020")
-        ray.gate.set()
-        latest = uploads.latest(World())
-        assert latest is not None
-        assert Path(latest.path).name == "step_000010"
-
-
-@pytest.mark.parametrize("error", [None, TrainingError("diverged")])
-def test_an_upload_that_fails_leaves_its_checkpoint_to_the_next_worker(
-    ray: Ray, folder: Path, error: TrainingError | None
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [(True, None), (True, TrainingError("diverged")), (False, RuntimeError("the other rank is gone"))],
+)
+def test_checkpoints_that_are_not_uploaded_or_not_used_stay_for_the_next_worker(
+    ray: Ray, folder: Path, fails: bool, error: Exception | None
 ) -> None:
-    ray.error = True
+    ray.error = fails
     ray.gate.set()
-    with suppress(TrainingError), CheckpointUploads(folder, lambda seconds: None) as uploads:
+    with suppress(TrainingError, RuntimeError), CheckpointUploads(folder, print) as uploads:
         uploads.add(10, None, write(folder, 10))
         if error is not None:
             raise error
-    assert [str(e) for e in ray.failed] == ["no such bucket"]
-    assert [p.name for p in folder.iterdir()] == ["step_000010"]
-
-
-def test_checkpoints_stay_after_an_error_that_restarts_workers(ray: Ray, folder: Path) -> None:
-    ray.gate.set()
-    with suppress(RuntimeError), CheckpointUploads(folder, lambda seconds: None) as uploads:
-        uploads.add(10, None, write(folder, 10))
-        raise RuntimeError("the other rank is gone")
+    assert [str(e) for e in ray.failed] == ["no such bucket"] * fails
     assert [p.name for p in folder.iterdir()] == ["step_000010"]
 
 

@@ -27,29 +27,6 @@ def scan(text: str) -> list[JsonToken]:
     return parts
 
 
-@given(objects, st.sampled_from([None, 1]), st.booleans())
-def test_an_object_ends_at_its_brace_and_its_parts_are_its_keys_and_values(
-    value: dict[str, object], indent: int | None, ascii_only: bool
-) -> None:
-    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
-    parts = scan(text + "}")
-    assert len(parts) == len(text)
-    assert parts[-1] is JsonToken.END
-    found = "".join(c if p in (JsonToken.KEY, JsonToken.VALUE) else "\n" for c, p in zip(text, parts, strict=True))
-    written = [json.loads(line) for line in runs(text, parts)]
-    assert written == [x for pair in value.items() for x in pair], found
-
-
-def runs(text: str, parts: list[JsonToken]) -> list[str]:
-    """What belongs together: neighbours of one kind, KEY or VALUE."""
-    out, before = list[str](), JsonToken.BETWEEN
-    for c, part in zip(text, parts, strict=True):
-        if part in (JsonToken.KEY, JsonToken.VALUE):
-            out = [*out[:-1], out[-1] + c] if part is before else [*out, c]
-        before = part
-    return out
-
-
 @given(objects.map(json.dumps), st.integers(0, 60), st.characters() | st.sampled_from('{}[]",:0.e-\\tu'))
 def test_what_is_no_json_is_bad_and_what_is_ends(text: str, at: int, inserted: str) -> None:
     changed = text[: at % len(text)] + inserted + text[at % len(text) :]
