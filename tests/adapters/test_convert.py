@@ -18,7 +18,7 @@ from loray.adapters.convert import as_lora, merge_adapter, save_lora, vera_to_lo
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
-from loray.bases import gguf as gguf_format
+from loray.bases.gguf import unpermuted
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
@@ -176,19 +176,8 @@ def test_llama_cpp_adds_what_peft_adds(
         lora = as_lora(module, weights.pair, base.config.module_shape(key.module)[1])
         delta_OI = found[f"blk.{key.layer}.{NAMES[key.module]}.weight"]
         if called == "llama" and key.module in ("q_proj", "k_proj"):
-            delta_OI = unpermuted(delta_OI, base.config.head_dim)
+            delta_OI = unpermuted(delta_OI, base.config.head_dim)  # as smollm2's GGUF is read
         torch.testing.assert_close(delta_OI, lora.scale * (lora.b_OR.float() @ lora.a_RI.float()))
-
-
-def test_rows_are_those_of_a_gguf_of_llama(tiny_base: BaseFactory, tmp_path: Path) -> None:
-    """As `bases.smollm2` reads them, whose heads have 64 dimensions."""
-    base = tiny_base(head_dim=64)
-    out, width = base.config.module_shape("q_proj")
-    b_OR = torch.arange(out * 2.0).reshape(out, 2)
-    module = LoraWeights(torch.eye(2, width), b_OR, scale=1.0)
-    write_gguf(AdapterWeights({ModuleKey(0, "q_proj"): module}), base.config, tmp_path / "x.gguf")
-    (delta_OI,) = added(tmp_path / "x.gguf").values()
-    torch.testing.assert_close(gguf_format.unpermuted(delta_OI, 64)[:, :2], b_OR)
 
 
 def test_several_ranks(tiny_base: BaseFactory, tmp_path: Path) -> None:
@@ -211,8 +200,3 @@ def test_what_gguf_cannot_hold(tiny_base: BaseFactory, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="also changes norms, the input embedding: take it merged"):
         write_gguf(weights, base.config, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
-
-
-def unpermuted(delta_OI: Tensor, head_dim: int) -> Tensor:
-    out, width = delta_OI.shape
-    return delta_OI.reshape(out // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(out, width)

@@ -74,9 +74,7 @@ def test_who_comes_later_delays_what_is_left() -> None:
 def test_one_after_the_other_nothing_takes_longer() -> None:
     made = requests(*((10.0 * i, *LONG, i) for i in range(4)))
     assert np.allclose(run_two(made, contention=1.0).end_R, run_two(made).end_R)
-
-
-def test_requests_of_one_replica_share_its_steps_already() -> None:
+    # Requests of one replica share its steps already.
     made = requests(*((0.01 * i, 50, 20, i) for i in range(8)))
     assert np.allclose(serve(made, contention=1.0).end_R, serve(made).end_R)
 

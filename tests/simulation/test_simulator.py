@@ -39,6 +39,9 @@ def test_every_request_is_served_once_and_again_in_the_same_way(name: str) -> No
     assert np.array_equal(first.end_R, second.end_R)
     assert summary(first, made) == summary(second, made)
     assert 0 < first.replica_hours <= SMALL.replicas * (made.seconds + 60) / 3600
+    by_part = course(first, made, 10)
+    assert by_part.loads_B.sum() == pytest.approx(first.loads[-1][1])
+    assert by_part.replicas_B[-1] <= SMALL.replicas
 
 
 def test_progress_is_told_while_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,9 +106,7 @@ def test_a_cold_adapter_costs_its_load_and_its_copy() -> None:
     load, place = PROFILE.load_seconds(1_840_000), PROFILE.place_seconds(1_840_000)
     assert outcome.ttft_R[0] - outcome.ttft_R[1] == pytest.approx(load + place)
     assert outcome.cold_loads == 1
-
-
-def test_one_load_serves_all_that_wait_for_it() -> None:
+    # One load serves all that wait for it.
     assert serve(requests((0.0, 8, 1, 5), (0.001, 8, 1, 5), (0.002, 8, 1, 6))).cold_loads == 2
 
 
@@ -143,14 +144,6 @@ def test_a_trace_that_is_not_there_says_where_to_get_it(call: Callable[..., tupl
     assert code != 0
     assert "github.com/Azure/AzurePublicDataset" in out
     assert call("--trace", "/nowhere.csv")[0] != 0
-
-
-def test_the_course_adds_up() -> None:
-    made = SMALL.requests()
-    outcome = next(simulate(SMALL, made, ("loray",)))
-    by_part = course(outcome, made, 10)
-    assert by_part.loads_B.sum() == pytest.approx(outcome.loads[-1][1])
-    assert by_part.replicas_B[-1] <= SMALL.replicas
 
 
 def test_a_request_takes_its_time_outside_the_replica() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,8 +143,3 @@ def test_the_command_checks_everything_before_it_starts_anything(
         assert isinstance(call(*args).exception, LorayError)
     monkeypatch.setenv("LORAY_URL", "http://127.0.0.1:1")
     assert "give its --address" in str(call(recipe, "--grid", "adapter.rank=2,4").exception)
-
-
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    plan = plan_of(write(tmp_path).spec, 2, max_concurrent=3)
-    assert SweepPlan.parse(json.loads(plan.model_dump_json()), source="plan") == plan
