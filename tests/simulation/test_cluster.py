@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tests.fixtures.simulation import requests, serve
 LONG = (400, 20)
 
 
-def run_two(made: RequestTrace, **profile: object) -> Outcome:
+def run_two(made: RequestTrace, **profile: Any) -> Outcome:
     """On two replicas, of which the one with fewer requests is chosen."""
     return serve(made, 2, TwoChoices(4, 0), **profile)
 

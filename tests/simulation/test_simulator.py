@@ -293,8 +293,8 @@ def test_the_command_replays_a_trace(call: Callable[..., tuple[int, str]], tmp_p
 
 
 STEP_S, TOKEN_S, PAIR_S = 0.0113, 6e-4, 2.56e-7
-FREE = dict.fromkeys(("adapter_s", "load_s", "load_byte_s", "place_s", "place_byte_s"), 0.0)
-STEPS = {"step_s": STEP_S, "decode_s": TOKEN_S, "prompt_s": TOKEN_S, "pair_s": PAIR_S}
+FREE: dict[str, Any] = dict.fromkeys(("adapter_s", "load_s", "load_byte_s", "place_s", "place_byte_s"), 0.0)
+STEPS: dict[str, Any] = {"step_s": STEP_S, "decode_s": TOKEN_S, "prompt_s": TOKEN_S, "pair_s": PAIR_S}
 EXACT = PROFILE.model_copy(update=FREE | STEPS)
 
 

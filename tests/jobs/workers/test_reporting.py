@@ -102,7 +102,7 @@ def write(folder: Path, step: int, *, whole: bool = True) -> Path:
     written.mkdir()
     if whole:
         spec, same = TrainSpec.model_validate(RECIPE | {"data": {"train": "x", "max_length": 8}}), "0" * 64
-        known = {"recipe": spec, "base_fingerprint": same, "data_fingerprint": same, "row_length": 8}
+        known: dict[str, Any] = {"recipe": spec, "base_fingerprint": same, "data_fingerprint": same, "row_length": 8}
         state = RunState(**known, step=step, eval_loss=0.5 if step == 20 else None)
         (written / RunState.FILE).write_text(state.model_dump_json())
     return written
