@@ -14,7 +14,7 @@ from loray.planning.devices import PRESETS, gpu_here
 from loray.recipes.resolve import on_hardware
 from loray.spec import DType
 from tests.fixtures.machines import AVX2, H100
-from tests.planning.recipes import HARDWARE, recipe
+from tests.fixtures.planning import HARDWARE, recipe
 
 X86 = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu sse2 {}\n\nprocessor\t: 1\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {}\n"

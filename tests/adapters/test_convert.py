@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.convert import merge_adapter, save_lora, vera_to_lora
+from loray.adapters.convert import as_lora, merge_adapter, save_lora, vera_to_lora, write_gguf
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
+from loray.bases.gguf import unpermuted
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
-from loray.spec import RopeParameters
+from loray.spec import LINEAR_MODULES, RopeParameters
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import save_adapter
-from tests.adapters.test_export import ADAPTERS, in_peft, logits, recipe, trained
-
-BaseFactory = Callable[..., BaseModel]
+from tests.fixtures.adapters import ADAPTERS, BaseFactory, in_peft, logits, recipe, saved, trained
 
 
 @pytest.mark.filterwarnings("ignore:.*(vera_A|tie_word_embeddings).*")
 @pytest.mark.parametrize("name", ["vera", "vera with its pair", "long vera"])
 def test_vera_as_lora_in_peft(tiny_base: BaseFactory, tmp_path: Path, name: str) -> None:
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS[name])
-    model = trained(base, spec)
-    save_adapter(model, spec.adapter, tmp_path / "vera")
+    model = saved(base, spec, tmp_path / "vera")
     lora = vera_to_lora(read_adapter(tmp_path / "vera", base.config), base.config)
     save_lora(lora, tmp_path / "lora", base_name=base.name)
     torch.testing.assert_close(logits(in_peft(base, model, tmp_path / "lora")), logits(model), atol=1e-4, rtol=1e-4)
@@ -103,8 +104,7 @@ def test_dtype_and_shards(tiny_base: BaseFactory, tmp_path: Path, monkeypatch: p
 
 def test_a_converted_adapter_keeps_its_context(tiny_base: BaseFactory, tmp_path: Path) -> None:
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS["long vera"])
-    model = trained(base, spec)
-    save_adapter(model, spec.adapter, tmp_path / "vera")
+    model = saved(base, spec, tmp_path / "vera")
     store = AdapterStore(open_store(f"file://{tmp_path}/store"))
     catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
     rope = RopeParameters(**model.config.rope_parameters)
@@ -117,3 +117,86 @@ def test_a_converted_adapter_keeps_its_context(tiny_base: BaseFactory, tmp_path:
     for field in ("rope_parameters", "context_length", "original_context_length"):
         assert getattr(after, field) == getattr(before, field) is not None, field
     assert after.original_context_length == 20
+
+
+def test_merged_it_computes_the_same(tiny_base: BaseFactory, tmp_path: Path) -> None:
+    base = tiny_base("Qwen2ForCausalLM", std=0.1)
+    spec = recipe(ADAPTERS["dora"])
+    model = trained(base, spec)
+    save_adapter(model, spec.adapter, tmp_path / "adapter")
+    merge_adapter(base, read_adapter(tmp_path / "adapter", base.config), tmp_path / "merged")
+    with pytest.raises(UnsupportedError, match="magnitudes of outputs"):
+        write_gguf(read_adapter(tmp_path / "adapter", base.config), base.config, tmp_path / "adapter.gguf")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+GGUF_NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+NAMES: Mapping[str, str] = dict(zip(LINEAR_MODULES, GGUF_NAMES, strict=True))
+
+
+def stored(base: BaseModel, name: str, folder: Path) -> AdapterWeights:
+    spec = recipe(ADAPTERS[name])
+    saved(base, spec, folder)
+    return read_adapter(folder, base.config)
+
+
+def added(path: Path) -> dict[str, Tensor]:
+    """Module → what llama.cpp adds to its weight, in GGUF's order of rows."""
+    reader = GGUFReader(str(path))
+    alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
+    tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    found = {}
+    for name in (n.removesuffix(".lora_a") for n in tensors if n.endswith(".lora_a")):
+        a_RI, b_OR = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        found[name] = (alpha / len(a_RI) if alpha else 1.0) * (b_OR @ a_RI)
+    return found
+
+
+def text(path: Path, key: str) -> str:
+    return bytes(GGUFReader(str(path)).fields[key].parts[-1]).decode()
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "vera"])
+@pytest.mark.parametrize(
+    ("architecture", "called"),
+    [("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")],
+)
+def test_llama_cpp_adds_what_peft_adds(
+    tiny_base: BaseFactory, tmp_path: Path, architecture: str, called: str, name: str
+) -> None:
+    base = tiny_base(architecture, std=0.1)
+    weights = stored(base, name, tmp_path / "adapter")
+    write_gguf(weights, base.config, tmp_path / "tone.gguf")
+    assert [text(tmp_path / "tone.gguf", f"{key}.type") for key in ("general", "adapter")] == ["adapter", "lora"]
+    assert text(tmp_path / "tone.gguf", "general.architecture") == called
+    found = added(tmp_path / "tone.gguf")
+    assert len(found) == len(weights.modules)
+    for key, module in weights.modules.items():
+        lora = as_lora(module, weights.pair, base.config.module_shape(key.module)[1])
+        delta_OI = found[f"blk.{key.layer}.{NAMES[key.module]}.weight"]
+        if called == "llama" and key.module in ("q_proj", "k_proj"):
+            delta_OI = unpermuted(delta_OI, base.config.head_dim)  # as smollm2's GGUF is read
+        torch.testing.assert_close(delta_OI, lora.scale * (lora.b_OR.float() @ lora.a_RI.float()))
+
+
+def test_several_ranks(tiny_base: BaseFactory, tmp_path: Path) -> None:
+    base = tiny_base()
+    out, width = base.config.module_shape("v_proj")
+    modules = {
+        ModuleKey(layer, "v_proj"): LoraWeights(torch.ones(rank, width), torch.ones(out, rank), scale)
+        for layer, rank, scale in ((0, 2, 0.5), (1, 3, 2.0))
+    }
+    write_gguf(AdapterWeights(modules), base.config, tmp_path / "x.gguf")
+    assert {name: float(delta.mean()) for name, delta in added(tmp_path / "x.gguf").items()} == {
+        "blk.0.attn_v.weight": 1.0,
+        "blk.1.attn_v.weight": 6.0,
+    }
+
+
+def test_what_gguf_cannot_hold(tiny_base: BaseFactory, tmp_path: Path) -> None:
+    base = tiny_base()
+    weights = stored(base, "longlora", tmp_path / "adapter")
+    with pytest.raises(UnsupportedError, match="also changes norms, the input embedding: take it merged"):
+        write_gguf(weights, base.config, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()

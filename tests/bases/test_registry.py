@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityErr
 from tests.fixtures.tiny import write_checkpoint
 
 TinyBase = Callable[..., BaseModel]
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
@@ -90,8 +92,8 @@ def test_end_tokens_outside_the_vocabulary_are_left_out(checkpoint: Path) -> Non
         read_config(checkpoint)
 
 
-def test_fingerprint_covers_every_byte_and_name(checkpoint: Path, tmp_path: Path) -> None:
-    config_json = canonical_config(add_base(str(checkpoint), home=tmp_path / "home").config)
+def test_fingerprint_covers_every_byte(checkpoint: Path, tmp_path: Path) -> None:
+    config_json = canonical_config(read_config(checkpoint))
     before = fingerprint(checkpoint, config_json)
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-3
@@ -119,25 +121,21 @@ def test_what_the_decoder_does_not_cover_is_refused_before_copying(
     assert not home.exists()
 
 
-def test_pickles_are_refused(checkpoint: Path, home: Path) -> None:
-    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(UnsupportedError, match="pickled"):
-        add_base(str(checkpoint), home=home)
-
-
-def test_a_tokenizer_is_needed(checkpoint: Path, home: Path) -> None:
-    (checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(UnsupportedError, match="tokenizer"):
-        add_base(str(checkpoint), home=home)
-
-
-def test_truncated_weights_are_refused(checkpoint: Path, home: Path) -> None:
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(IntegrityError, match="damaged"):
-        add_base(str(checkpoint), home=home)
-    path.write_bytes(b"\xff" * 20)
-    with pytest.raises(IntegrityError, match="damaged"):
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), UnsupportedError, "pickled"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), UnsupportedError, "tokenizer"),
+        (lambda folder: os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 100), IntegrityError, "dama"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 20), IntegrityError, "damaged"),
+    ],
+    ids=["pickles", "no tokenizer", "truncated", "no header"],
+)
+def test_damaged_checkpoints_are_refused(
+    checkpoint: Path, home: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    damage(checkpoint)
+    with pytest.raises(error, match=message):
         add_base(str(checkpoint), home=home)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,33 +56,3 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(checkpoint: Path, tmp_path
     (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(UnsupportedError, match="cannot be loaded"):
         add_base(str(checkpoint), home=tmp_path / "home")
-
-
-def test_a_gateway_starts_without_torch(tiny_base: Callable[..., BaseModel]) -> None:
-    base = tiny_base()
-    code = f"""
-import sys
-from pathlib import Path
-from loray.bases.registry import get_base
-from loray.catalog import Catalog
-from loray.policy.auth import KeyRing
-from loray.spec import ServeSpec
-from serve_apps.auth import Authenticator
-from serve_apps.catalog_watch import CatalogWatcher
-from serve_apps.gateway.app import create_app
-from serve_apps.gateway.bases import ServedBase
-from serve_apps.gateway.directory import ModelResolver
-from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.bases import PromptEncoder
-base = get_base(Path({str(base.path.parent.parent)!r}), {base.name!r})
-prompts = PromptEncoder.load(base)
-follower = CatalogWatcher(lambda: Catalog("sqlite://"))
-directory = ModelResolver([base], follower)
-access = Authenticator(KeyRing(), follower, host="127.0.0.1")
-served = ServedBase(ServeSpec(base=base.name), base, prompts, None)
-create_app(Gateway([served], directory), access)
-assert prompts.tokenizer.encode("hi", special=True)
-print([m for m in ("torch", "transformers", "peft") if m in sys.modules])
-"""
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"

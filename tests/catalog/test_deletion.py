@@ -9,7 +9,7 @@ import pytest
 from loray.catalog import Catalog, removal
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import TrainSpec
-from tests.adapters.test_manifest import RECIPE
+from tests.fixtures.recipes import RECIPE
 from tests.fixtures.versions import digest, manifest, publish
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -11,12 +12,14 @@ import yaml
 
 from docs.site.markdown import for_site, headings, links, site_path, table
 from docs.site.pages import all_pages, navigation, placed, problems, written
+from docs.site.reference.limits import limits_table
 from loray import errors
 from loray.cli.main import cli
 from loray.recipes.defaults import METHODS, OBJECTIVES
 from loray.recipes.fields import fields_of
 from loray.spec import ServeSpec
 from loray.telemetry import METRICS, TRAINING_METRICS
+from serve_apps.limits import TABLES
 from tests.conftest import REPOSITORY
 
 
@@ -95,3 +98,9 @@ def test_a_page_as_the_site_has_it() -> None:
     assert headings("# What, and *how*?\n```\n# no\n```\n## `loray up`: two\n") == {"what-and-how", "loray-up-two"}
     assert links(page) == ["../../README.md#measured", "../decisions/", "../../examples/demo/data.py", "#there"]
     assert table(("a", "b"), [("x|y", "two\nlines")]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n"
+
+
+def test_the_reference_has_every_table_of_limits_and_each_limit_is_in_one(made: dict[str, str]) -> None:
+    assert all(f"\n{limits_table(limits)}" in made["reference/limits.md"] for limits in TABLES.values())
+    found = Counter(limit.what for limits in TABLES.values() for limit in limits)
+    assert set(found.values()) == {1}

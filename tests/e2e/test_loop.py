@@ -26,9 +26,9 @@ from tests.engine.harness import GREEDY, Spy, run
 from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import Served
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import train_here
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.trained import Trained
-from tests.jobs.test_train import train_here
 
 pytestmark = pytest.mark.cluster
 

@@ -12,19 +12,8 @@ import pytest
 from rich.console import Console
 
 from jobs.events import EventTail, RunView, decode, describe, duration, encode
+from tests.fixtures.events import FIGURES, START, step
 
-START: dict[str, Any] = {
-    "event": "start",
-    "step": 0,
-    "num_steps": 20,
-    "num_parameters": 1000,
-    "num_trainable": 25,
-    "trainable_share": 0.025,
-    "device": "cpu",
-    "dtype": "float32",
-    "dtype_reason": "this CPU has no bfloat16 products",
-    "data": {"num_rows": 5, "num_tokens": 60, "num_eval_rows": 2, "num_truncated": 1, "num_without_targets": 0},
-}
 EVAL: dict[str, Any] = {"event": "eval", "step": 20, "subject": "adapter", "eval_loss": 1.5}
 PUBLISHED: dict[str, Any] = {
     "event": "published",
@@ -33,24 +22,6 @@ PUBLISHED: dict[str, Any] = {
     "nbytes": 1234,
     "digest": "0" * 64,
 }
-
-
-FIGURES = {"rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/accuracies": 0.875, "rewards/margins": 0.75}
-
-
-def step(number: int, loss: float = 2.0) -> dict[str, Any]:
-    return {
-        "event": "step",
-        "step": number,
-        "num_steps": 20,
-        "loss": loss,
-        "lr": 1e-3,
-        "grad_norm": 0.5,
-        "tokens_per_s": 1234.5,
-        "mfu": 0.312,
-        "eta_s": 61.0,
-        "skipped_steps": 0,
-    }
 
 
 def test_events_are_encoded_and_decoded(tmp_path: Path) -> None:

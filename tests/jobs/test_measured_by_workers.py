@@ -9,9 +9,8 @@ import pytest
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from tests.fixtures.cluster import RayCluster
+from tests.fixtures.runs import long_recipe, run, train_here
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.driver.test_evaluation import long_recipe
-from tests.jobs.test_train import run, train_here
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 

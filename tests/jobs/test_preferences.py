@@ -18,9 +18,8 @@ from loray.spec import REWARDS, DpoSpec
 from loray.store import AdapterStore, open_store
 from tests.fixtures.cluster import RayCluster
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import run, trained
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.driver.test_driver import trained
-from tests.jobs.test_train import run
 from tests.train.pairs import pair
 
 BASE = "tiny-pairs"

@@ -8,27 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
-from jobs.driver.prepare import prepare
-from jobs.driver.publication import publish_best
 from jobs.events import decode
-from jobs.runs.folders import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, DataError, LorayError, SpecError, TrainingError
-from loray.recipes.load import Recipe
-from loray.settings import Settings
 from loray.store import AdapterStore, open_store
-from loray.train.checkpoint import FolderReporter
-from loray.train.loop import train as train_loop
 from tests.fixtures.cluster import RayCluster
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import run, train_here
 from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.trained import Trained
-from tests.jobs.driver.test_driver import result
 
 pytestmark = pytest.mark.cluster
 
@@ -88,17 +80,6 @@ def test_a_published_run_has_nothing_left_to_do(ray_cluster: RayCluster, command
     assert run(command_job.recipe, ray_cluster.settings, resume=True) == command_job.events[-1:]
 
 
-def follow(client: Any, job: str) -> list[str]:
-    import asyncio
-
-    from jobs.command import follow as follow_job
-    from jobs.submission.server import RayJobServer
-
-    lines: list[str] = []
-    asyncio.run(follow_job(RayJobServer(client.get_address), job, lines.append))
-    return lines
-
-
 @pytest.mark.slow
 def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     ray_cluster: RayCluster, base: BaseModel, tmp_path: Path
@@ -133,34 +114,6 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     longer = run(write(tmp_path, name="broken", **fields | {"max_steps": 42}), ray_cluster.settings, resume=True)
     assert [e["step"] for e in longer if e["event"] == "start"] == [40]
     assert [e["label"] for e in (broken[-1], longer[-1])] == ["broken@1", "broken@2"]
-
-
-def train_here(recipe: Recipe, settings: Settings, workdir: Path) -> list[dict[str, Any]]:
-    """Trains and publishes in this process, without Ray, in one thread as the cluster's workers. Returns the events."""
-    (spec, base, data, _, reason), threads = prepare(recipe, settings), torch.get_num_threads()
-    run = open_runs(settings).new(recipe.spec.name, "here")
-    reporter = FolderReporter(Path(run.path))
-    torch.set_num_threads(1)
-    try:
-        train_loop(spec, base, data, reporter=reporter, workdir=workdir, dtype_reason=reason)
-    finally:
-        torch.set_num_threads(threads)
-    publish_best(result(reporter), run, recipe, settings)
-    return reporter.events
-
-
-def run(recipe: Any, settings: Settings, watch: Any = None, *, resume: bool = False) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-
-    def emit(event: dict[str, Any]) -> None:
-        events.append(event)
-        if watch is not None:
-            watch(event, events)
-
-    from jobs.train import train  # imports Ray, which reads the cluster's token from the environment when imported
-
-    train(recipe, settings, emit, resume=resume)
-    return events
 
 
 def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseModel, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from loray.planning import memory
 from loray.planning.run import count_base, count_trained, shape_of
 from loray.spec import TrainSpec
 from loray.train.model import build_model, count_parameters
-from tests.planning.recipes import recipe
+from tests.fixtures.planning import recipe
 
 TOKENS = 256
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from loray.bases.presets import preset, preset_names
 from loray.planning.compute import estimate_time, plan_traffic
-from loray.planning.devices import host
-from loray.planning.memory import CHECKPOINT, MOMENTS, TrainingMemory, plan_memory
-from loray.planning.run import RunShape, count_base
-from tests.planning.recipes import A100, MACHINE, bare, long_run
+from loray.planning.devices import GB, host
+from loray.planning.memory import (
+    CHECKPOINT,
+    HOST_MOMENTS,
+    MEASURED_AT_ONCE,
+    MOMENTS,
+    TrainingMemory,
+    measuring_bytes,
+    plan_host,
+    plan_memory,
+)
+from loray.planning.plan import advice_for_less, make_plan
+from loray.planning.run import RunShape, count_base, shape_of
+from tests.fixtures.planning import A100, MACHINE, TOTALS, bare, known, long_run, recipe
 
-TOTALS = {
-    "Llama-2-7b-hf": 6_738_415_616,
-    "Llama-2-13b-hf": 13_015_864_320,
-    "Llama-2-70b-hf": 68_976_648_192,
-    "Meta-Llama-3-8B": 8_030_261_248,
-    "smollm2": 134_515_008,
-}
 EMBEDDING, NORMS, LORA = 32000 * 4096, 65 * 4096, 32 * 4 * 8 * 2 * 4096  # Llama-2-7B, rank 8 on q, k, v, o
 TRAINED = EMBEDDING + NORMS + LORA
 
@@ -29,9 +34,7 @@ def sizes(run: RunShape) -> dict[str, int]:
 def test_well_known_bases_have_the_published_number_of_parameters() -> None:
     assert preset_names() == sorted(TOTALS)
     for name, total in TOTALS.items():
-        config = preset(name)
-        assert config is not None
-        assert count_base(config).total == total
+        assert count_base(known(name)).total == total
     assert preset("nothing") is None
 
 
@@ -93,13 +96,10 @@ def test_a_quantized_base_has_its_layers_in_four_bits(double: bool, bits: float)
     assert estimate_time(run, A100, plan_traffic(run)).step_s > estimate_time(plain, A100, plan_traffic(plain)).step_s
 
 
-def test_a_tied_head_stays_the_bases() -> None:
+def test_a_tied_head_stays_the_bases_and_fp32_parameters_are_their_own_masters() -> None:
     held = sizes(long_run("smollm2", 16384))
     assert held["base weights"] == 2 * (TOTALS["smollm2"] - 61 * 576)
     assert "base's embedding rows, to compare" not in held
-
-
-def test_fp32_parameters_are_their_own_masters() -> None:
     assert "master weights, fp32" not in sizes(long_run("smollm2", 16384, dtype="float32"))
 
 
@@ -165,3 +165,127 @@ def test_halos_wait_for_the_backward_pass_and_are_computed_with_one_at_a_time() 
     assert held["halos"].nbytes == 32 * halo
     assert held["halos"].moments == ("loss", "backward")
     assert held["one layer, recomputed: attention over its halo"].nbytes == halo + 2 * 4096 * 16 * 128 * 2
+
+
+BASE = 2 * TOTALS["Llama-2-7b-hf"]
+WIDTH = 3 * 11008 * 2 + (2 * 2 + 4) * 4096  # of a token in one layer: gate, up and their product, and the layer's input
+PASSKEY = {"retrieval": [{"context_lengths": [4096, 2048]}]}
+
+
+def llama(context: int = 32768, **fields: Any) -> RunShape:
+    return long_run("Llama-2-7b-hf", context, workers=8, gradient_checkpointing=True, **fields)
+
+
+def qlora(num_workers: int = 1, **fields: Any) -> RunShape:
+    fields |= {"quantization": {}, "data": {"train": "data.jsonl", "max_length": 1024}, "num_workers": num_workers}
+    return shape_of(recipe(gradient_checkpointing=True, **fields), known("Llama-2-70b-hf"))
+
+
+def test_a_whole_base_and_the_longest_pass() -> None:
+    logits = 2 * 4 * A100.loss_chunk
+    for evaluation, tokens in (({"perplexity": {}}, 32768), (PASSKEY, MEASURED_AT_ONCE)):
+        expected = BASE + 2 * TRAINED + tokens * WIDTH + min(logits, 2 * 4 * tokens * 32000)
+        assert measuring_bytes(llama(evaluation=evaluation), bare()) == expected
+    assert measuring_bytes(llama(), A100) == 0
+
+
+def test_workers_share_what_they_share_in_training() -> None:
+    run = llama(evaluation={"perplexity": {}}, strategy="fsdp2", sequence=4)
+    gathered = 2 * (3 * run.base.layer + 2 * EMBEDDING + 4096)
+    tokens = 32768 // 4
+    passing = tokens * WIDTH + min(2 * 4 * A100.loss_chunk, 2 * 4 * tokens * 32000)
+    assert measuring_bytes(run, bare()) == (BASE + 2 * TRAINED) // 8 + gathered + passing
+
+
+def test_a_quantized_base_that_cannot_be_measured_is_refused_before_it_is_trained() -> None:
+    """It is measured as it is served: one worker trains it in 4 bits, and has no room for 16."""
+    assert not make_plan(qlora(), A100).is_refused
+    plan = make_plan(qlora(evaluation=PASSKEY), A100)
+    (problem,) = (p for p in plan.problems if p.severity == "refusal")
+    assert "GB a worker to measure base and adapter before publishing (`evaluation`)" in problem.message
+    assert problem.remedy.startswith("num_workers: 2 would take ")
+    assert problem.remedy.endswith(", or leave out what is measured")
+    assert not make_plan(qlora(2, evaluation=PASSKEY), A100).is_refused
+    assert plan.to_dict()["memory"]["measuring_bytes"] == plan.measuring > A100.usable_bytes
+
+
+@pytest.mark.parametrize("evaluation", [{}, PASSKEY])
+def test_advice_after_a_lack_of_memory_counts_measuring(evaluation: dict[str, Any]) -> None:
+    assert "would take" in advice_for_less(llama(evaluation=evaluation), A100)
+
+
+SMALL = A100.model_copy(update={"host_memory_bytes": 200 * GB})
+
+
+def host_sizes(run: RunShape) -> dict[str, int]:
+    plan = plan_host(run, A100)
+    assert plan is not None
+    return {item.name: item.nbytes for item in plan.items}
+
+
+def test_what_a_node_of_eight_workers_holds() -> None:
+    held = host_sizes(llama(batch={"rows": 1, "accumulation": 4}))
+    assert held == {
+        "processes of workers and driver": 9 * 4 * GB,
+        "the base, as each worker reads it": 8 * BASE,
+        "trained parameters, before they move": 8 * 2 * (TRAINED + EMBEDDING),  # and the base's rows, to compare
+        "parts of the data, while they are tokenised": 64 << 23,
+        "a step's batches": 8 * 4 * 32768 * 32,
+        "a checkpoint, as rank 0 writes it": (12 + 2) * TRAINED,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_strategies_that_shard_the_base_never_hold_it_whole(strategy: str) -> None:
+    held = host_sizes(llama(strategy=strategy))
+    assert held["a tensor of the base, as each worker reads it"] == 8 * 2 * EMBEDDING
+    assert "the base, as each worker reads it" not in held
+
+
+def test_workers_on_other_nodes_are_not_counted() -> None:
+    assert host_sizes(long_run("Llama-2-7b-hf", 32768, workers=16))["the base, as each worker reads it"] == 8 * BASE
+
+
+def test_a_quantized_base_is_read_tensor_by_tensor() -> None:
+    run = llama(quantization={})
+    held = host_sizes(run)
+    assert held["a tensor of the base, as each worker reads it"] == 8 * 2 * EMBEDDING
+    assert held["the base, as each worker reads it"] == 8 * run.base_bytes < 8 * 0.3 * BASE
+
+
+def test_measuring_before_publication_holds_the_base() -> None:
+    perplexity = {"perplexity": {}}
+    assert host_sizes(llama(evaluation=perplexity))["the base, to be measured"] == 8 * BASE
+    assert "the base, to be measured" not in host_sizes(llama())
+    shared = host_sizes(llama(strategy="fsdp2", evaluation=perplexity))
+    assert shared["a tensor of the base, to be measured"] == 8 * 2 * EMBEDDING
+    assert "the base, to be measured" not in shared
+
+
+def test_the_peak_of_a_host_is_its_fullest_moment() -> None:
+    plan = plan_host(llama(), A100)
+    assert plan is not None
+    assert plan.peak_moment == "loading"
+    assert plan.peak_bytes == max(plan.at(moment) for moment in HOST_MOMENTS)
+    assert plan.dominant.name == "the base, as each worker reads it"
+    assert plan.fits
+
+
+def test_a_node_that_is_too_small_is_refused_with_the_strategy_that_fits() -> None:
+    (problem,) = make_plan(long_run("Llama-2-13b-hf", 16384, workers=8, gradient_checkpointing=True), SMALL).problems
+    assert problem.severity == "refusal"
+    assert "node's own memory while loading, where a node of 8 workers on a100-80gb has 190.0 GB" in problem.message
+    assert "most of it is the base, as each worker reads it (208.3 GB)" in problem.message
+    assert problem.remedy.startswith("parallel.strategy: fsdp2 would take ")
+    tiny = A100.model_copy(update={"host_memory_bytes": 20 * GB})
+    (hopeless,) = make_plan(llama(strategy="fsdp2"), tiny).problems
+    assert "take nodes with more memory" in hopeless.remedy
+
+
+def test_a_machine_without_gpus_has_one_memory_and_an_unknown_node_is_not_judged() -> None:
+    machine = host(MACHINE, num_workers=1)
+    plan = make_plan(long_run("smollm2", 16384), machine)
+    assert plan.host is None
+    assert plan.to_dict()["host"] is None
+    unknown = A100.model_copy(update={"host_memory_bytes": None})
+    assert make_plan(llama(), unknown).problems == ()

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from loray.bases.config import ModelConfig
-from loray.bases.presets import preset
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.devices import host
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan, smallest_fix
 from loray.planning.run import shape_of
 from loray.spec import RopeParameters
-from tests.planning.recipes import A100, MACHINE, long_run, machine, recipe
+from tests.fixtures.planning import A100, MACHINE, known, long_run, machine, recipe
 
 LONG: dict[str, Any] = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 8}}
 
 
 def llama(**changes: Any) -> ModelConfig:
-    config = preset("Llama-2-7b-hf")
-    assert config is not None
-    return replace(config, **changes)
-
-
-def test_a_run_that_fits_has_nothing_against_it() -> None:
-    plan = make_plan(long_run("Llama-2-7b-hf", 32768, workers=8, strategy="zero2", gradient_checkpointing=True), A100)
-    assert plan.problems == ()
-    assert not plan.is_refused
+    return known("Llama-2-7b-hf", **changes)
 
 
 @pytest.mark.parametrize(
@@ -75,33 +65,17 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "message", "fix"),
+    ("fields", "message", "fix"),
     [
-        (
-            long_run("smollm2", 16384, group_size=2048),
-            "group_size 2048 is less than 4096, a quarter of the context",
-            "group_size: 4096",
-        ),
-        (
-            long_run("smollm2", 16384, data={"train": "x", "max_length": 4096}),
-            "rows of 4096 tokens lie inside one group of 4096",
-            "group_size: 1024",
-        ),
-        (
-            long_run("smollm2", 16384, workers=3, sequence=3),
-            "16384 tokens do not divide by 3 workers and are padded to 16386",
-            "data.max_length: 16383",
-        ),
-        (
-            long_run("smollm2", 16384, workers=16, sequence=16),
-            "holds 1024 tokens, less than half of a group of 4096: its halo comes from up to 3 ranks",
-            "parallel.sequence: 8",
-        ),
-        (long_run("smollm2", 16384, strategy="zero2"), "zero2 has one worker", "parallel.strategy: ddp"),
+        ({"group_size": 2048}, "group_size 2048 is less than 4096, a quarter of the context", "group_size: 4096"),
+        ({"data": {"train": "x", "max_length": 4096}}, "rows of 4096 tokens lie inside one group", "group_size: 1024"),
+        ({"workers": 3, "sequence": 3}, "16384 tokens do not divide by 3 workers and are", "data.max_length: 16383"),
+        ({"workers": 16, "sequence": 16}, "its halo comes from up to 3 ranks", "parallel.sequence: 8"),
+        ({"strategy": "zero2"}, "zero2 has one worker", "parallel.strategy: ddp"),
     ],
 )
-def test_warnings(run: Any, message: str, fix: str) -> None:
-    plan = make_plan(run, A100)
+def test_warnings(fields: dict[str, Any], message: str, fix: str) -> None:
+    plan = make_plan(long_run("smollm2", 16384, **fields), A100)
     assert not plan.is_refused
     (problem,) = plan.problems
     assert message in problem.message
@@ -134,20 +108,14 @@ def test_rows_as_the_driver_makes_them() -> None:
 def test_json_holds_what_the_tables_show() -> None:
     plan = make_plan(long_run("smollm2", 16384, workers=2, sequence=2), A100)
     facts = plan.to_dict()
-    assert (
-        facts["memory"]["peak_bytes"] == plan.memory.peak_bytes == facts["memory"]["moments"][plan.memory.peak_moment]
-    )
-    assert sum(item["nbytes"] for item in facts["memory"]["items"]) == sum(i.nbytes for i in plan.memory.items)
+    memory = facts["memory"]
+    assert memory["peak_bytes"] == plan.memory.peak_bytes == memory["moments"][plan.memory.peak_moment]
+    assert sum(item["nbytes"] for item in memory["items"]) == sum(i.nbytes for i in plan.memory.items)
     assert facts["traffic"]["exchange"]["halo_bytes"] == 4096 * 64 * 2 * 2
     assert facts["time"]["step_s"] == plan.time.step_s
-    assert facts["parameters"] == {
-        "base": 134515008,
-        "trained": plan.run.trained.total,
-        "adapter": plan.run.trained.adapter,
-        "embedding": 49152 * 576,
-        "norms": 61 * 576,
-        "largest": 49152 * 576,
-    }
+    trained, embedding = plan.run.trained, 49152 * 576
+    counts = {"trained": trained.total, "adapter": trained.adapter, "embedding": embedding, "largest": embedding}
+    assert facts["parameters"] == {"base": 134515008, "norms": 61 * 576} | counts
     assert facts["model"]["rope"]["rope_type"] == "default"
     assert plan_memory(plan.run, A100) == plan.memory
 

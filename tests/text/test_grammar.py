@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ from loray.errors import RequestError
 from loray.spec import Constraint
 from loray.spec.generation import MAX_CHARACTERS, Tag
 from loray.text.grammar import GrammarChecker, GrammarCompiler
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
 
 
 def matches(base: BaseModel, constraint: Constraint, text: str) -> bool:

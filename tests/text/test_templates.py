@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
-from loray.text.templates import ChatTemplate, ChatTemplates
+from loray.text import templates
+from loray.text.templates import ChatTemplate, ChatTemplates, IsolatedRenderer
 from tests.fixtures.tiny import byte_tokenizer
-from tests.text.chat_templates import LLAMA, TEMPLATES
+from tests.text.chat_templates import LLAMA, QWEN, TEMPLATES
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2 < 3 & ü? \n"}
 CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "é<"]}}}
@@ -115,7 +116,58 @@ def test_the_date_is_todays() -> None:
     assert ChatTemplate(LLAMA).render([USER]).startswith("Today: ")
 
 
-def test_a_base_of_this_machine_has_one(tiny_base: Callable[..., BaseModel]) -> None:
-    found = ChatTemplates.load(tiny_base().path).find(with_tools=False)
-    assert found is not None
-    assert found.render([USER]).endswith("<|im_start|>assistant\n")
+LONG = {"role": "user", "content": "ü" * 10_000}
+
+
+@pytest.fixture
+def renderer() -> Iterator[IsolatedRenderer]:
+    renderer = IsolatedRenderer(timeout_s=20.0)
+    yield renderer
+    renderer.close()
+
+
+def test_it_renders_what_this_process_would(renderer: IsolatedRenderer) -> None:
+    for source in (QWEN, LLAMA, QWEN):
+        template = ChatTemplate(source, {"bos_token": "<s>"})
+        options = {"tools": [{"type": "function"}], "variables": {"date_string": "today"}}
+        for messages in ([LONG], [LONG] * 50):
+            assert renderer.render(template, messages, **options) == template.render(messages, **options)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="refuses these messages: no") as refused:
+        renderer.render(ChatTemplate("{{ raise_exception('no') }}"), [LONG])
+    assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ 'a'.ljust(100000000) }}",
+    ],
+)
+def test_memory_is_bounded_and_the_next_template_renders(renderer: IsolatedRenderer, source: str) -> None:
+    with pytest.raises(RequestError):
+        renderer.render(ChatTemplate(source), [LONG])
+    assert renderer.render(ChatTemplate("{{ messages|length }}"), [LONG]) == "1"
+
+
+def test_time_is_bounded_and_a_template_that_was_stopped_waits_for_its_next_try() -> None:
+    renderer = IsolatedRenderer(timeout_s=2.0)
+    endless = ChatTemplate("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}")
+    for _ in range(2):
+        with pytest.raises(RequestError, match="too much time"):
+            renderer.render(endless, [LONG])
+    assert not renderer._idle  # nothing was started for the second try
+
+
+def test_a_template_that_is_slow_again_and_again_is_refused(
+    renderer: IsolatedRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = ChatTemplate("{{ messages|length }}"), ChatTemplate("fast")
+    monkeypatch.setattr(templates, "SLOW_S", -1.0)
+    for _ in range(3):
+        assert renderer.render(slow, [LONG]) == "1"
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="too much time"):
+        renderer.render(slow, [LONG])
+    assert renderer.render(fast, [LONG]) == "fast"

@@ -21,8 +21,8 @@ from loray.spec import Method
 from loray.train.checkpoint import ADAPTER, FolderReporter, save_adapter
 from loray.train.data.rows import load_data
 from loray.train.loop import train
-from tests.adapters.test_export import ADAPTERS, in_peft, trained
-from tests.adapters.test_export import recipe as adapter_recipe
+from tests.fixtures.adapters import ADAPTERS, in_peft, trained
+from tests.fixtures.adapters import recipe as adapter_recipe
 from tests.fixtures.tiny import byte_tokenizer
 from tests.train.test_loop import METHODS, TINY, curve, make_data, masters, recipe, run
 

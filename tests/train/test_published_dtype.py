@@ -16,7 +16,7 @@ from loray.methods.attach import is_magnitude
 from loray.train import checkpoint
 from loray.train.checkpoint import peft_name
 from loray.train.model import build_model
-from tests.adapters.test_export import in_peft, logits
+from tests.fixtures.adapters import in_peft, logits
 from tests.train.test_loop import METHODS, TINY, recipe, run
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -24,7 +24,7 @@ from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Policy, Simulator
 from loray.spec import ServeSpec
 from tests.benchmarks.test_cluster import figures, seen
-from tests.simulation.made import requests
+from tests.fixtures.simulation import requests
 
 STEP, ROW, PROMPT, OUTSIDE = 0.004, 0.001, 2e-5, 0.01
 SPEC = ServeSpec(base="tiny", pool_bytes=1 << 20, host_bytes=200_000)

@@ -12,7 +12,7 @@ from loray.cli import doctor
 from loray.machine import GpuRates, Machine, Rates
 from tests.cli.doctor.conftest import Situations
 from tests.fixtures.machines import AVX2, H100
-from tests.planning.recipes import HARDWARE, MACHINE
+from tests.fixtures.planning import HARDWARE, MACHINE
 
 
 def on(machine: Machine, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

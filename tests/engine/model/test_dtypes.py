@@ -19,7 +19,7 @@ from loray_kernels import available
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import LINEAR_ROPE, NORMS, Oracle, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
-from tests.planning.recipes import HARDWARE
+from tests.fixtures.planning import HARDWARE
 
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
 CONFIGS: dict[str, tuple[Any, Any]] = {

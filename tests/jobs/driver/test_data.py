@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from jobs.driver.data import _location, _without_options, fetched
+from jobs.driver.data import HubSource, _location, _without_options, fetched, parse_hub
 from jobs.workers.tokens import open_tokens
 from loray.errors import DataError, SpecError
 from loray.locations import S3Location, parse_location
@@ -21,21 +23,13 @@ from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 from loray.train.checkpoint import RunState, check_resumable
 from loray.train.data.rows import Dataset, load_data
+from tests.fixtures.recipes import RECIPE
 from tests.fixtures.s3 import CountedS3, S3Server, counted_s3
 from tests.fixtures.tiny import byte_tokenizer
+from tests.train.data.test_data import whole
+from tests.train.data.test_sources import save_to_disk
 
-RECIPE = TrainSpec.model_validate(
-    {
-        "name": "a",
-        "base": "tiny",
-        "adapter": {"method": "lora", "rank": 8},
-        "data": {"train": "x"},
-        "batch": {"rows": 1},
-        "optimizer": {"learning_rate": 1},
-        "max_steps": 1,
-        "dtype": "float32",
-    }
-)
+SPEC = TrainSpec.model_validate(RECIPE | {"data": {"train": "x"}})
 OPTIONS = "endpoint_url=http://minio:9000&region=eu-1&credentials_file=/etc/keys"
 
 
@@ -106,16 +100,8 @@ class Data:
         settings = replace(self.settings, home=self.settings.home.parent / home)
         spec = DataSpec(train=tuple(self.source(name) for name in names), eval_fraction=0)
         with fetched([source.path for source in spec.train_sources], settings) as copies:
-            data = load_data(
-                spec,
-                byte_tokenizer(),
-                max_length=40,
-                max_eval_rows=1,
-                seed=0,
-                fetched=copies,
-                cache=open_tokens(settings),
-                **options,
-            )
+            options |= {"max_length": 40, "max_eval_rows": 1, "seed": 0, "cache": open_tokens(settings)}
+            data = load_data(spec, byte_tokenizer(), fetched=copies, **options)
         return data, sorted({key.rpartition("/sets/")[2] for key in self._counted.read})
 
 
@@ -164,13 +150,12 @@ def test_other_tokens_are_made_of_known_objects(data: Data) -> None:
 
 def test_a_resumed_run_refuses_changed_objects(data: Data) -> None:
     first, again = data.load("web")[0], data.load("web")[0]
-    state = RunState(
-        recipe=RECIPE, base_fingerprint="0" * 64, data_fingerprint=first.fingerprint, row_length=first.max_length
-    )
-    check_resumable(state, RECIPE, "0" * 64, again.fingerprint)
+    known: dict[str, Any] = {"recipe": SPEC, "base_fingerprint": "0" * 64, "row_length": first.max_length}
+    state = RunState(**known, data_fingerprint=first.fingerprint)
+    check_resumable(state, SPEC, "0" * 64, again.fingerprint)
     data.put("web/b.jsonl", "one", "2nd")
     with pytest.raises(SpecError, match="the data files' contents changed since"):
-        check_resumable(state, RECIPE, "0" * 64, data.load("web")[0].fingerprint)
+        check_resumable(state, SPEC, "0" * 64, data.load("web")[0].fingerprint)
 
 
 def test_an_object_that_changes_while_it_is_read_is_refused(data: Data) -> None:
@@ -202,3 +187,78 @@ def s3_of(url: str) -> S3Location:
     location = parse_location(url)
     assert isinstance(location, S3Location)
     return location
+
+
+class Found:
+    """As what `datasets` loads."""
+
+    column_names = ("text", "image")
+
+    def __init__(self, selected: tuple[str, ...] = ()) -> None:
+        self.selected = selected
+
+    def select_columns(self, columns: list[str]) -> Found:
+        return Found(tuple(columns))
+
+    def save_to_disk(self, folder: str) -> None:
+        save_to_disk(Path(folder), list(self.selected), shards=1)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A module `datasets`; what was asked of it."""
+    asked: list[Any] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> Found:
+        asked.append((name, config, revision, split))
+        if name == "org/offline":
+            raise ConnectionError("Couldn't reach 'org/offline' on the Hub (LocalEntryNotFoundError)\nand more")
+        return Found()
+
+    module = ModuleType("datasets")
+    module.__dict__["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf://org/name", HubSource("org/name", None, None, "train")),
+        ("hf://org/name:test[:10%]", HubSource("org/name", None, None, "test[:10%]")),
+        ("hf://org/a.b-c/en@refs-1:train+test", HubSource("org/a.b-c", "en", "refs-1", "train+test")),
+    ],
+)
+def test_names(source: str, expected: HubSource) -> None:
+    assert parse_hub(source) == expected
+
+
+@pytest.mark.parametrize("source", ["hf://name", "hf://org/../x", "hf://org/name:", "hf://org/name/a/b"])
+def test_what_is_no_name(source: str) -> None:
+    with pytest.raises(DataError, match="write hf://org/name"):
+        parse_hub(source)
+
+
+def test_a_data_set_is_read_as_a_saved_one(tmp_path: Path, asked: list[Any]) -> None:
+    source = "hf://org/name:test[:10%]"
+    with fetched([source, source], Settings.from_env({"LORAY_HOME": str(tmp_path)})) as copies:
+        spec = DataSpec(train=source, eval_fraction=0)
+        data = load_data(spec, byte_tokenizer(), max_length=9, max_eval_rows=1, seed=0, fetched=copies)
+    assert asked == [("org/name", None, None, "test[:10%]")]
+    assert whole(data.train, 0) == "text<|im_end|>"  # the one column that is read
+
+
+def test_what_to_do_without_a_network(tmp_path: Path, asked: list[Any]) -> None:
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    with (
+        pytest.raises(DataError, match=r"hf://org/offline cannot be loaded: Couldn't reach .*\. Check .* save_to_disk"),
+        fetched(["hf://org/offline"], settings),
+    ):
+        pass
+
+
+def test_what_to_do_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    with pytest.raises(DataError, match=r"pip install 'loray\[datasets\]'"), fetched(["hf://org/name"], settings):
+        pass

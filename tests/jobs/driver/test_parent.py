@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from loray.errors import AdapterNotFound, BaseMismatch, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import trained
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.driver.test_driver import trained
 
 TRAINING: dict[str, Any] = {
     "dtype": "float32",
@@ -31,11 +32,13 @@ EXTEND: dict[str, Any] = TRAINING | {
     "rope_scaling": {"factor": 2, "original_context": 64},
     "data": {"train": "texts.jsonl", "eval_fraction": 0.2, "max_length": 128},
 }
+YARN: dict[str, Any] = {"factor": 4, "type": "yarn"}
+LONGLORA = EXTEND["adapter"]
 TUNE: dict[str, Any] = TRAINING | {
     "optimizer": {"learning_rate": 0.003, "schedule": "constant"},
     "max_steps": 40,
     "name": "tuned",
-    "adapter": {"method": "longlora", "rank": 4},
+    "adapter": LONGLORA,
     "attention": {"type": "dense"},
     "init_adapter": "extended",
     "data": {"train": "tasks.jsonl", "eval_fraction": 0.2, "max_length": 32},
@@ -57,16 +60,19 @@ def recipe(folder: Path, fields: dict[str, Any]) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(home_of_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """With two bases, and stage one published on the first."""
     folder = tmp_path_factory.mktemp("home")
-    for name, seed in (("tiny", 0), ("other", 1)):
-        add_base(str(write_checkpoint(folder / name, std=0.05, seed=seed)), home=folder / "home", name=name)
+    shutil.copytree(home_of_tiny, folder / "home")
+    add_base(str(write_checkpoint(folder / "other", std=0.05, seed=1)), home=folder / "home", name="other")
     settings = Settings.from_env({"LORAY_HOME": str(folder / "home")})
-    extend = recipe(folder, EXTEND)
-    run, result = trained(extend, settings, folder)
-    assert publish_best(result, run, extend, settings)["label"] == "extended@1"
+    assert published(recipe(folder, EXTEND), settings, folder)["label"] == "extended@1"
     return settings
+
+
+def published(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, Any]:
+    run, result = trained(recipe, settings, folder)
+    return publish_best(result, run, recipe, settings)
 
 
 def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) -> None:
@@ -76,14 +82,13 @@ def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) ->
     assert prepared.spec.init_adapter == "extended@1"
     assert parent.manifest.recipe is not None
     assert prepared.spec.rope_scaling == parent.manifest.recipe.rope_scaling
-    run, result = trained(tune, settings, tmp_path)
-    published = publish_best(result, run, tune, settings)
+    evaluations = published(tune, settings, tmp_path)["evaluations"]
     manifest = Catalog(settings.catalog).version("tuned", 1).manifest
     assert manifest.parent == parent.digest
     assert manifest.recipe is not None
     assert manifest.recipe.init_adapter == "extended@1"
     assert (manifest.rope_parameters, manifest.context_length) == (parent.manifest.rope_parameters, 128)
-    losses = {e["subject"]: e["value"] for e in published["evaluations"]}
+    losses = {e["subject"]: e["value"] for e in evaluations}
     assert losses.keys() == {"parent", "adapter"}
     assert losses["adapter"] < losses["parent"]
 
@@ -95,25 +100,18 @@ def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) ->
         ({"init_adapter": "extended@7"}, AdapterNotFound, "has no version 7"),
         ({"base": "other"}, BaseMismatch, r"extended@1 was trained on another base than 'other'"),
         ({"adapter": {"method": "lora", "rank": 4}}, SpecError, "is a longlora adapter, and adapter.method is lora"),
-        ({"adapter": {"method": "longlora", "rank": 8}}, SpecError, "its rank is 4"),
-        ({"adapter": {"method": "longlora", "rank": 4, "alpha": 8}}, SpecError, "its update is scaled by 4 "),
-        (
-            {"adapter": {"method": "longlora", "rank": 4, "target_modules": ["q_proj"]}},
-            SpecError,
-            "its target_modules are k_proj, o_proj, q_proj, v_proj",
-        ),
-        (
-            {"adapter": {"method": "longlora", "rank": 4, "train_norms": False, "train_embeddings": False}},
-            SpecError,
-            r"norms of its own \(train_norms: true\); it has an embedding of its own \(train_embeddings: true\)",
+        *(
+            ({"adapter": LONGLORA | changed}, SpecError, message)
+            for changed, message in (
+                ({"rank": 8}, "its rank is 4"),
+                ({"alpha": 8}, "its update is scaled by 4 "),
+                ({"target_modules": ["q_proj"]}, "its target_modules are k_proj, o_proj, q_proj, v_proj"),
+                ({"train_norms": False, "train_embeddings": False}, r"norms of its own \(.*an embedding of its own \("),
+            )
         ),
         *(
             ({"rope_scaling": scaling}, SpecError, "another RoPE than init_adapter extended@1 .* leave it out")
-            for scaling in (
-                {"factor": 4},
-                {"factor": 1.5, "original_context": 64},
-                {"factor": 4, "original_context": 64, "type": "yarn"},
-            )
+            for scaling in ({"factor": 4}, *({"original_context": 64} | s for s in ({"factor": 1.5}, YARN)))
         ),
     ],
 )
@@ -132,8 +130,7 @@ def test_the_same_rope_may_be_written_out(settings: Settings, tmp_path: Path) ->
 def test_a_context_is_extended_in_two_steps(settings: Settings, tmp_path: Path) -> None:
     fields = {"name": "further", "init_adapter": "extended", "rope_scaling": {"factor": 4, "original_context": 64}}
     further = recipe(tmp_path, EXTEND | fields | {"data": EXTEND["data"] | {"max_length": 256}})
-    run, result = trained(further, settings, tmp_path)
-    publish_best(result, run, further, settings)
+    published(further, settings, tmp_path)
     manifest = Catalog(settings.catalog).version("further", 1).manifest
     parent = Catalog(settings.catalog).version("extended", 1)
     assert (manifest.parent, manifest.context_length) == (parent.digest, 256)

@@ -21,8 +21,8 @@ from loray.store import AdapterStore, open_store
 from tests.fixtures.cluster import RayCluster
 from tests.fixtures.nodes import Node
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import run, train_here
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.test_train import run, train_here
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 

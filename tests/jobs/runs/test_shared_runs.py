@@ -30,9 +30,9 @@ from loray.train.checkpoint import read_state
 from tests.fixtures.cluster import NUM_CPUS, RayCluster
 from tests.fixtures.postgres import Postgres
 from tests.fixtures.recipes import write
+from tests.fixtures.runs import follow, run
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import write_checkpoint
-from tests.jobs.test_train import follow, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -19,20 +19,32 @@ from serve_apps.console.runs import rank
 BEGAN = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
-def test_trials_are_read_as_they_are_written(tmp_path: Path) -> None:
-    settings, recipe = Settings.from_env({"LORAY_HOME": str(tmp_path)}), load_recipe("lora_smollm2").spec
-    trials = SweepTrials(settings, "acme/tone", "sweep_1", BEGAN)
-    assert trials.read() is None
-    folder = tmp_path / "sweeps" / "_acme" / "tone" / "20260102-120001-000000"
+RECIPE = load_recipe("lora_smollm2").spec
+
+
+def sweep(home: Path, name: str) -> tuple[SweepTrials, Path]:
+    """A sweep that has begun, and its folder."""
+    folder = home / "sweeps" / name / "20260102-120001-000000"
     folder.mkdir(parents=True)
     (folder / "job_id").write_text("sweep_1")
+    return trials_of(home, name.removeprefix("_")), folder
+
+
+def trials_of(home: Path, name: str) -> SweepTrials:
+    return SweepTrials(Settings.from_env({"LORAY_HOME": str(home)}), name, "sweep_1", BEGAN)
+
+
+def plan(*ranks: str) -> SweepPlan:
+    trials = tuple(Trial(values={"adapter.rank": rank}, recipe=RECIPE) for rank in ranks)
+    return SweepPlan(recipe=RECIPE, folder="/", trials=trials)
+
+
+def test_trials_are_read_as_they_are_written(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, "acme/tone")
+    assert trials.read() is None
+    _, folder = sweep(tmp_path, "_acme/tone")
     assert trials.read() is None  # its plan is not written yet
-    plan = SweepPlan(
-        recipe=recipe,
-        folder="/",
-        trials=tuple(Trial(values={"adapter.rank": rank}, recipe=recipe) for rank in ("4", "8")),
-    )
-    (folder / PLAN).write_text(plan.model_dump_json())
+    (folder / PLAN).write_text(plan("4", "8").model_dump_json())
     (folder / record_file(1)).write_text('{"trial": 1, "val')
     found = trials.read()
     assert found is not None
@@ -44,23 +56,18 @@ def test_trials_are_read_as_they_are_written(tmp_path: Path) -> None:
     (folder / record_file(1)).write_text(ended.model_dump_json())
     found = trials.read()
     assert found is not None
-    assert (found.records[1], len(found.records), found.keep_best) == (ended, 2, recipe.evaluation.keep_best)
+    assert (found.records[1], len(found.records), found.keep_best) == (ended, 2, RECIPE.evaluation.keep_best)
     (folder / record_file(1)).unlink()  # it is read once
     assert trials.read() == found
 
 
 def test_a_look_reads_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "MOST_READ", 3)
-    settings, recipe = Settings.from_env({"LORAY_HOME": str(tmp_path)}), load_recipe("lora_smollm2").spec
-    trials = SweepTrials(settings, "tone", "sweep_1", BEGAN)
-    folder = tmp_path / "sweeps" / "tone" / "20260102-120001-000000"
-    folder.mkdir(parents=True)
-    (folder / "job_id").write_text("sweep_1")
-    several = tuple(Trial(values={"adapter.rank": str(n)}, recipe=recipe) for n in range(1, 6))
-    (folder / PLAN).write_text(SweepPlan(recipe=recipe, folder="/", trials=several).model_dump_json())
+    (trials, folder), several = sweep(tmp_path, "tone"), plan(*"12345")
+    (folder / PLAN).write_text(several.model_dump_json())
 
     def write(number: int, **fields: Any) -> None:
-        record = TrialRecord(trial=number, values=several[number].values, losses=((1, 5.0 - number),), **fields)
+        record = TrialRecord(trial=number, values=several.trials[number].values, losses=((1, 5.0 - number),), **fields)
         (folder / record_file(number)).write_text(record.model_dump_json())
 
     for number in range(5):
@@ -87,9 +94,7 @@ def test_a_look_reads_what_has_changed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_plan_that_is_none_is_an_error(tmp_path: Path) -> None:
-    folder = tmp_path / "sweeps" / "tone" / "20260102-120001-000000"
-    folder.mkdir(parents=True)
-    (folder / "job_id").write_text("sweep_1")
+    trials, folder = sweep(tmp_path, "tone")
     (folder / PLAN).write_text("[]")
     with pytest.raises(StoreError, match="no sweep's plan"):
-        SweepTrials(Settings.from_env({"LORAY_HOME": str(tmp_path)}), "tone", "sweep_1", BEGAN).read()
+        trials.read()

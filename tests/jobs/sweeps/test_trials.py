@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +15,12 @@ from jobs.runs.folders import RunFolder
 from jobs.sweeps.command import draw, sweep
 from jobs.sweeps.driver import LOSS, PERCENT, TrialRecords, _prepare, _scheduler
 from jobs.sweeps.spec import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
-from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.errors import LorayError, SpecError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from tests.fixtures.recipes import write
-from tests.fixtures.tiny import write_checkpoint
 
 
 def record(trial: int, status: Any = "completed", *losses: float) -> TrialRecord:
@@ -100,12 +97,6 @@ def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp
     assert fifo.on_trial_result(None, trial, {PERCENT: 12, LOSS: 1.5}) == "CONTINUE"
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
-    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
-
-
 def test_data_is_read_once_and_losses_must_be_comparable(tmp_path: Path, settings: Settings) -> None:
     recipe, catalog = write(tmp_path).spec, Catalog(settings.catalog)
 
@@ -152,8 +143,3 @@ def test_the_command_checks_everything_before_it_starts_anything(
         assert isinstance(call(*args).exception, LorayError)
     monkeypatch.setenv("LORAY_URL", "http://127.0.0.1:1")
     assert "give its --address" in str(call(recipe, "--grid", "adapter.rank=2,4").exception)
-
-
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    plan = plan_of(write(tmp_path).spec, 2, max_concurrent=3)
-    assert SweepPlan.parse(json.loads(plan.model_dump_json()), source="plan") == plan

@@ -52,11 +52,6 @@ def test_few_nodes_are_used() -> None:
     assert place({"a": 3, "b": 3}, 4, 2) == ["a", "a", "b", "b"]
 
 
-def test_ray_numbers_workers_node_by_node() -> None:
-    """The placement of groups relies on it."""
-    assert ranks(["a", "b", "a", "c", "b"]) == ["a", "a", "b", "b", "c"]
-
-
 def test_straddling_groups_are_reported() -> None:
     assert straddling(["a", "a", "a", "b", "b", "b"], 2) == [1]
     assert straddling(["a", "b"], 1) == []

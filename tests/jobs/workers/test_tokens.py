@@ -54,7 +54,7 @@ def test_shards_in_a_bucket(s3_server: S3Server, tmp_path: Path) -> None:
     assert again.tokens("aa")[:3].tolist() == [5, 6, 7]
 
 
-def test_notes_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
+def test_notes_and_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
     filesystem, root = open_filesystem(s3_server.url("tokens"))
     cache, elsewhere = (BucketCache(filesystem, f"{root}/tokens", tmp_path / node) for node in ("a", "b"))
     cache.keep("aa", b"everywhere")
@@ -65,11 +65,6 @@ def test_notes_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_pat
     nowhere = BucketCache(filesystem, "no-such-bucket/tokens", tmp_path / "c")
     nowhere.keep("aa", b"lost")
     assert nowhere.note("aa") is None
-
-
-def test_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
-    filesystem, root = open_filesystem(s3_server.url("tokens"))
-    cache, elsewhere = (BucketCache(filesystem, f"{root}/tokens", tmp_path / node) for node in ("a", "b"))
     parts = [np.array([2], np.int32), np.arange(5, dtype=np.int32)]
     cache.keep_array("aa", parts)
     cache.keep_array("bb", parts, here=True)
@@ -78,7 +73,6 @@ def test_arrays_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_pa
         assert (found.tolist(), found.dtype) == ([2, 0, 1, 2, 3, 4], np.int32)
     assert elsewhere.array("bb") is None
     assert elsewhere.array("bb", here=True) is None
-    nowhere = BucketCache(filesystem, "no-such-bucket/tokens", tmp_path / "c")
     assert nowhere.array("aa") is None
     nowhere.keep_array("aa", parts)
     assert nowhere.array("aa") is not None  # on this machine at least

@@ -35,7 +35,6 @@ from loray_kernels.cuda.graphs import DecodeGraphs
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
 from tests.kernels.keys import store
-from tests.kernels.test_ops import *  # noqa: F403
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
-from loray.text.tools import Piece, ToolParser, parser_for
+from loray.text.tools import Piece, ToolParser, parser_for, with_tools
 from loray.text.tools.parsers import CharacterParser
 
 USE = ToolUse((Tool("add", {}), Tool("now", {})))
@@ -170,3 +170,38 @@ def test_arguments_come_while_they_are_written_and_plain_text_at_once() -> None:
 def is_subsequence(short: str, long: str) -> bool:
     rest = iter(long)
     return all(c in rest for c in short)
+
+
+TOOL = Tool("add", {"type": "object"}, "Adds ü.").for_template()
+CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": {"a": "ü"}}}
+CHAT: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "Well.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "2", "tool_call_id": "c", "name": "add"},
+    {"role": "tool", "content": "3", "tool_call_id": "d"},
+    {"role": "assistant", "content": "2 or 3"},
+]
+
+
+def test_messages_become_text_of_the_roles_that_every_template_knows() -> None:
+    system, user, call, results, answer = with_tools(CHAT, [TOOL], "hermes")
+    assert system["content"].startswith("Be brief.\n\n# Tools")
+    assert '\n{"type": "function", "function": {"name": "add", "description": "Adds ü.", ' in system["content"]
+    assert (user, answer) == (CHAT[1], CHAT[5])
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": "ü"}}\n</tool_call>'
+    assert call == {"role": "assistant", "content": f"Well.\n{written}\n{written}"}
+    results_text = "<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>"
+    assert results == {"role": "user", "content": results_text}
+    assert with_tools(CHAT[1:2], [TOOL], "hermes")[0]["role"] == "system"
+    assert CHAT[2]["content"] == "Well."  # the request's own messages stay as they are
+
+
+@pytest.mark.parametrize("form", get_args(ToolParserName))
+def test_the_parser_reads_the_form_in_which_calls_are_written(form: ToolParserName) -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    written = with_tools([message], [TOOL], form)[1]["content"]
+    begun, *rest = parser_for(form, ToolUse((Tool("add", {}),))).push(written)
+    assert isinstance(begun, ToolCallDelta)
+    assert begun.name == "add"
+    assert "".join(d.arguments for d in rest if isinstance(d, ToolCallDelta)) == '{"a": "ü"}'

@@ -15,7 +15,7 @@ from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, halo
 from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.shard import Pending
-from tests.planning.closed_form import closed_form_elements
+from tests.fixtures.planning import closed_form_elements
 from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks

@@ -1,0 +1,101 @@
+"""The driver's decisions, without a cluster: what it publishes from a run, and how the command follows a job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs import command
+from jobs import train as driver
+from jobs.events import decode
+from jobs.submission import commands
+from jobs.submission.tracker import RayJob
+from loray.catalog import Catalog
+from loray.errors import ClusterError, ConflictError, LorayError, StoreError
+from loray.settings import Settings
+from tests.fixtures.cluster import free_port
+from tests.fixtures.recipes import write
+
+
+def test_other_weights_under_a_known_base_are_refused_before_training(tmp_path: Path, settings: Settings) -> None:
+    Catalog(settings.catalog).add_base("tiny", "0" * 64)
+    with pytest.raises(ConflictError, match="knows base model 'tiny' with fingerprint 000000000000"):
+        driver.train(write(tmp_path), settings, print)
+    assert not (settings.home / "runs").exists()
+
+
+def test_an_unexpected_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(driver, "train", full)
+    outcome = CliRunner().invoke(driver.main, [str(write(tmp_path).path), "--events"])
+    assert outcome.exit_code == 1
+    (line,) = outcome.stdout.splitlines()
+    event = decode(line)
+    assert event is not None
+    assert event["kind"] == "OSError"
+    assert event["message"].startswith("OSError: [Errno 28] No space left on device")
+
+
+# -- following a job --------------------------------------------------------------------------------------------------
+
+
+class Flaky:
+    """A job server that sends one more line with each connection and then closes it."""
+
+    def __init__(self, num_lines: int, lines_at_once: int) -> None:
+        self.num_lines, self.lines_at_once, self.calls = num_lines, lines_at_once, 0
+
+    async def follow(self, job: str) -> AsyncIterator[str]:
+        self.calls += 1
+        shown = min(self.num_lines, self.calls * self.lines_at_once)
+        yield "".join(f"{i}\n" for i in range(shown))
+        if shown < self.num_lines or not self.lines_at_once:
+            raise RuntimeError("connection lost")
+
+    def find(self, job: str) -> RayJob:
+        if self.calls < 2:
+            raise ClusterError("no answer")
+        return RayJob("SUCCEEDED", "")
+
+
+def test_a_lost_connection_is_opened_again_as_long_as_it_brings_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_RECONNECT_S", 0)
+    lines: list[str] = []
+    asyncio.run(command.follow(Flaky(12, 1), "job", lines.append))
+    assert lines == [str(i) for i in range(12)]
+    dead = Flaky(12, 0)
+    with pytest.raises(LorayError, match="lost the connection"):
+        asyncio.run(command.follow(dead, "job", lines.append))
+    assert dead.calls == 5
+
+
+def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed:
+        async def follow(self, job: str) -> AsyncIterator[str]:
+            yield '{"event": "error", "kind": "BaseNotFound", "message": "no base model \'missing\'"}\n'
+
+        def find(self, job: str) -> RayJob:
+            return RayJob("FAILED", "")
+
+    monkeypatch.setattr(command, "_submit", lambda *_, **__: (Failed(), "job"))
+    outcome = CliRunner().invoke(command.train, [str(write(tmp_path, base="missing").path)])
+    assert outcome.exit_code == 1
+    assert outcome.output.splitlines()[-1] == "error: no base model 'missing'"
+
+
+def test_a_store_that_does_not_answer_is_refused_at_submission(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "local", lambda *_, **__: pytest.fail("submitted"))
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    store = f"s3://bucket/loray?endpoint_url=http://127.0.0.1:{free_port()}&credentials_file={tmp_path}/keys"
+    for name, value in (settings.to_env() | {"LORAY_STORE": store}).items():
+        monkeypatch.setenv(name, value)
+    outcome = CliRunner().invoke(command.train, [str(write(tmp_path).path)])
+    assert isinstance(outcome.exception, StoreError)
