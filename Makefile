@@ -59,7 +59,7 @@ test-browser: .venv/.ready
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
 FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/residency engine/scheduling engine/stats \
-  planning serving simulation test_client.py test_locations.py) --ignore tests/planning/test_activations.py
+  planning policy simulation client test_locations.py) --ignore tests/planning/test_activations.py
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -p tests.fixtures.without_torch $(FAST)

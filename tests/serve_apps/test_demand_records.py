@@ -14,7 +14,7 @@ from serve_apps import scaling
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import DemandReporter
 from serve_apps.scaling import DemandRecords
-from tests.serving.scaling.made import adapter
+from tests.fixtures.demand import adapter
 
 
 class Gcs:

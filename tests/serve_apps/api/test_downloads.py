@@ -43,9 +43,9 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.s3 import S3Server
+from tests.fixtures.stores import damage_object
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
-from tests.store.conftest import damage_object
 
 STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); sys.stdin.read()'
 

@@ -22,8 +22,8 @@ from loray.store import AdapterStore
 from serve_apps.replica import loading
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
+from tests.fixtures.stores import damage
 from tests.serve_apps.replica.conftest import World, same
-from tests.store.conftest import damage
 
 
 @pytest.mark.parametrize("world", ["lora", "vera"], indirect=True)
