@@ -1,4 +1,4 @@
-"""API keys, tenants and the audit log in the catalog's database."""
+"""API keys, tenants, the audit log's pages, and logins of the console."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from loray.catalog import Catalog
+from loray.catalog import Catalog, identity
 from loray.catalog.database import reading
+from loray.catalog.queries import now
 from loray.errors import ConflictError, KeyNotFound, LorayError, SpecError
 from loray.spec import Limits, account_of
+from tests.fixtures.calls import refused
 
 
 def test_a_key_is_shown_once_and_its_hash_is_kept(catalog: Catalog) -> None:
@@ -25,16 +27,6 @@ def test_a_key_is_shown_once_and_its_hash_is_kept(catalog: Catalog) -> None:
     assert secret not in repr(key)
 
 
-def test_keys_of_one_tenant_in_use_have_different_aliases(catalog: Catalog) -> None:
-    catalog.create_tenant("acme")
-    _, first = catalog.create_key("ci")
-    with pytest.raises(ConflictError, match=first.id):
-        catalog.create_key("ci")
-    catalog.create_key("ci", tenant="acme")
-    catalog.revoke_key(first.id)
-    catalog.create_key("ci")
-
-
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -46,8 +38,7 @@ def test_keys_of_one_tenant_in_use_have_different_aliases(catalog: Catalog) -> N
 )
 def test_a_wrong_key_is_refused(catalog: Catalog, given: dict[str, object], error: type[LorayError]) -> None:
     fields: dict[str, object] = {"alias": "ci"} | given
-    with pytest.raises(error):
-        catalog.create_key(fields.pop("alias"), **fields)  # type: ignore[arg-type]
+    refused(error, "", catalog.create_key, fields.pop("alias"), **fields)  # type: ignore[arg-type]
     assert catalog.keys().keys == ()
 
 
@@ -65,8 +56,7 @@ def test_rotation(catalog: Catalog, grace: timedelta) -> None:
     assert (ended.revoked_at is None) == bool(grace)
     assert (ended.expires_at is not None) == bool(grace)
     if not grace:
-        with pytest.raises(ConflictError):
-            catalog.rotate_key(old.id)
+        refused(ConflictError, "", catalog.rotate_key, old.id)
 
 
 def test_changes_since_a_counter(catalog: Catalog) -> None:
@@ -86,19 +76,11 @@ def test_changes_since_a_counter(catalog: Catalog) -> None:
     assert [t.limits.max_jobs for t in changed.tenants] == [2]
     catalog.revoke_key(key.id)
     revoked = catalog.key_changes(changed.counter)
-    assert revoked.keys[0].key.revoked_at is not None
-    assert revoked.any_keys
-
-
-def test_what_changes_nothing_is_no_change(catalog: Catalog) -> None:
-    _, key = catalog.create_key("ci")
-    catalog.revoke_key(key.id)
-    catalog.update_tenant("default", blocked=True)
-    before = catalog.change_counter()
-    catalog.revoke_key(key.id)
-    catalog.update_key(key.id, blocked=False, limits=Limits())
-    catalog.update_tenant("default", blocked=True)
-    assert catalog.change_counter() == before
+    assert (revoked.keys[0].key.revoked_at is not None, revoked.any_keys) == (True, True)
+    catalog.revoke_key(key.id)  # as all that follows, it changes nothing
+    catalog.update_key(key.id, blocked=True, limits=Limits())
+    catalog.update_tenant("default", blocked=False)
+    assert catalog.change_counter() == revoked.counter
 
 
 def test_what_of_a_key_changes(catalog: Catalog) -> None:
@@ -116,14 +98,15 @@ def test_what_of_a_key_changes(catalog: Catalog) -> None:
     assert catalog.update_key(key.id, expires_at=None).expires_at is None
     (last, *_) = catalog.audit(action="update_key").entries
     assert (last.subject, last.detail) == (key.id, {"changed": ["expires_at"]})
-    with pytest.raises(SpecError, match="rpm_limit"):
-        catalog.update_key(key.id, single_limits={"rpm_limit": -1})
-    with pytest.raises(KeyNotFound):
-        catalog.update_key("key-0", alias="x")
+    refused(SpecError, "rpm_limit", catalog.update_key, key.id, single_limits={"rpm_limit": -1})
+    refused(KeyNotFound, "", catalog.update_key, "key-0", alias="x")
 
 
 def test_two_keys_in_use_never_have_one_alias(catalog: Catalog) -> None:
+    catalog.create_tenant("acme")
     _, first = catalog.create_key("ci")
+    refused(ConflictError, first.id, catalog.create_key, "ci")
+    catalog.create_key("ci", tenant="acme")
     _, second = catalog.create_key("nightly")
     with pytest.raises(ConflictError, match=f"key {first.id} of tenant default has the alias 'ci'"):
         catalog.update_key(second.id, alias="ci")
@@ -133,8 +116,7 @@ def test_two_keys_in_use_never_have_one_alias(catalog: Catalog) -> None:
     catalog.update_key(third.id, alias="other")
     catalog.revoke_key(first.id, only_this=True)
     assert catalog.update_key(second.id, alias="ci").alias == "ci"
-    with pytest.raises(ConflictError):
-        catalog.update_key(third.id, alias="ci")
+    refused(ConflictError, "", catalog.update_key, third.id, alias="ci")
 
 
 def test_keys_in_pages(catalog: Catalog) -> None:
@@ -147,18 +129,15 @@ def test_keys_in_pages(catalog: Catalog) -> None:
             break
     assert found == made[::-1]
     assert [k.id for k in catalog.keys(alias="key 3").keys] == [made[3]]
-    with pytest.raises(SpecError):
-        catalog.keys(cursor="key-0")
+    refused(SpecError, "", catalog.keys, cursor="key-0")
 
 
 def test_tenants(catalog: Catalog) -> None:
     catalog.create_tenant("acme", Limits(max_stored_bytes=1 << 30))
     assert [t.name for t in catalog.tenants()] == ["acme", "default"]
     for wrong, error in {"acme": ConflictError, "a/b": SpecError, "": SpecError}.items():
-        with pytest.raises(error):
-            catalog.create_tenant(wrong)
-    with pytest.raises(KeyNotFound):
-        catalog.update_tenant("nobody", blocked=True)
+        refused(error, "", catalog.create_tenant, wrong)
+    refused(KeyNotFound, "", catalog.update_tenant, "nobody", blocked=True)
 
 
 def test_the_audit_log_in_pages(catalog: Catalog) -> None:
@@ -172,3 +151,34 @@ def test_the_audit_log_in_pages(catalog: Catalog) -> None:
     assert entry.detail["alias"] == "ci"
     assert catalog.audit(since=datetime.now(UTC) + timedelta(minutes=1)).entries == ()
     assert catalog.audit(tenant="acme").entries == ()
+
+
+def test_a_login_ends_by_time_at_logout_and_by_number(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = now()
+
+    def at(moment: timedelta) -> None:
+        monkeypatch.setattr(identity, "now", lambda: began + moment)
+
+    at(timedelta())
+    catalog.begin_login("a", "sealed a")
+    catalog.begin_login("b", "sealed b")
+    at(timedelta(hours=11))
+    assert catalog.find_login("a") == "sealed a"
+    at(timedelta(hours=13))
+    assert (catalog.find_login("a"), catalog.find_login("b")) == ("sealed a", None)
+    at(timedelta(hours=23))
+    assert catalog.find_login("a") == "sealed a"
+    at(timedelta(hours=24, seconds=1))  # however often it was used
+    assert catalog.find_login("a") is None
+    monkeypatch.setattr(identity, "MOST", 2)
+    for name in "cde":
+        at(timedelta(days=2, minutes=ord(name)))
+        catalog.begin_login(name, name)
+    assert [catalog.find_login(name) for name in "abcde"] == [None, None, None, "d", "e"]
+    with catalog._engine.connect() as c:
+        assert c.execute(sa.text("SELECT count(*) FROM logins")).scalar_one() == 2
+    catalog.end_login("d")
+    catalog.end_login("d")
+    assert catalog.find_login("d") is None
+    actions = [entry.action for entry in catalog.audit().entries]
+    assert (actions.count("login"), actions.count("logout")) == (5, 1)

@@ -45,15 +45,6 @@ def catalog(catalog_url: str) -> Catalog:
     return catalog
 
 
-def all_tags(catalog: Catalog) -> dict[str, dict[str, str]]:
-    query = sa.select(adapters.c.name, tags.c.key, tags.c.value).join(tags, tags.c.adapter_id == adapters.c.id)
-    found: dict[str, dict[str, str]] = {}
-    with reading(catalog._engine) as c:
-        for name, key, value in c.execute(query):
-            found.setdefault(name, {})[key] = value
-    return found
-
-
 def passes(entry: AdapterEntry, tagged: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
     base = wanted.get("base")
     return (
@@ -66,7 +57,11 @@ def passes(entry: AdapterEntry, tagged: Mapping[str, str], wanted: Mapping[str, 
 
 
 def test_pages_have_what_the_filters_say(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    tagged, snapshot = all_tags(catalog), catalog.snapshot()
+    tagged, snapshot = dict[str, dict[str, str]](), catalog.snapshot()
+    query = sa.select(adapters.c.name, tags.c.key, tags.c.value).join(tags, tags.c.adapter_id == adapters.c.id)
+    with reading(catalog._engine) as c:
+        for name, key, value in c.execute(query):
+            tagged.setdefault(name, {})[key] = value
     for few in (0, 10_000):
         monkeypatch.setattr(queries, "_FEW", few)
         for caller in CALLERS:

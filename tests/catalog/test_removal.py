@@ -9,7 +9,8 @@ import pytest
 from loray.catalog import Catalog, removal
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import TrainSpec
-from tests.adapters.test_manifest import RECIPE
+from tests.fixtures.calls import refused
+from tests.fixtures.recipes import RECIPE
 from tests.fixtures.versions import digest, manifest, publish
 
 
@@ -18,31 +19,26 @@ def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catal
     before = catalog.snapshot()
     catalog.delete_version("tone", 3)
     for model in ("tone@3", "tone@9"):
-        with pytest.raises(AdapterNotFound):
-            catalog.resolve(model)
+        refused(AdapterNotFound, "", catalog.resolve, model)
     assert catalog.resolve("tone").version == catalog.snapshot(before).resolve("tone").version == 2
     assert [v.version for v in catalog.versions("tone", limit=9).versions] == [2, 1]
-    with pytest.raises(AdapterNotFound, match="no version 3"):
-        catalog.promote("tone", "prod", 3)
+    refused(AdapterNotFound, "no version 3", catalog.promote, "tone", "prod", 3)
     publish(catalog, "tone", 4)
     assert catalog.resolve("tone").version == 4
     catalog.restore("tone", 3)
     assert catalog.resolve("tone@3").digest == digest(3)
-    with pytest.raises(AdapterNotFound, match="no deleted version 3"):
-        catalog.restore("tone", 3)
+    refused(AdapterNotFound, "no deleted version 3", catalog.restore, "tone", 3)
 
 
 def test_a_version_under_an_alias_stays_until_the_alias_moves(catalog: Catalog) -> None:
     publish(catalog, "tone", 1, 2, aliases=("prod",))
-    with pytest.raises(ConflictError, match="tone@2 is what prod points at"):
-        catalog.delete_version("tone", 2)
+    refused(ConflictError, "tone@2 is what prod points at", catalog.delete_version, "tone", 2)
     catalog.promote("tone", "prod", 1)
     catalog.delete_version("tone", 2)
     catalog.rollback("tone")  # past the deleted version, to the target before it
     assert catalog.resolve("tone").version == 1
     catalog.delete_alias("tone", "prod")
-    with pytest.raises(ConflictError, match="the only version"):
-        catalog.delete_version("tone", 1)
+    refused(ConflictError, "the only version", catalog.delete_version, "tone", 1)
     catalog.restore("tone", 2)
     assert catalog.resolve("tone@2").digest == digest(2)
 
@@ -55,21 +51,16 @@ def test_a_deleted_name_is_nobodys_and_comes_back_with_its_aliases(catalog: Cata
     catalog.delete_adapter("tone")
     after = catalog.snapshot(before)
     for resolve in (catalog.resolve, after.resolve, catalog.entry):
-        with pytest.raises(AdapterNotFound):
-            resolve("tone")
+        refused(AdapterNotFound, "", resolve, "tone")
     assert [entry.name for entry in catalog.names(limit=9)] == ["other"]
     for change in (lambda: publish(catalog, "tone", 3), lambda: catalog.check_name("tone")):
-        with pytest.raises(ConflictError, match=r"'tone' was deleted: restore it \(`loray adapters restore tone`\)"):
-            change()
-    with pytest.raises(AdapterNotFound, match="a deleted name is restored before its versions"):
-        catalog.restore("tone", 1)
-    with pytest.raises(AdapterNotFound):
-        catalog.delete_adapter("tone")
+        refused(ConflictError, r"'tone' was deleted: restore it \(`loray adapters restore tone`\)", change)
+    refused(AdapterNotFound, "a deleted name is restored before its versions", catalog.restore, "tone", 1)
+    refused(AdapterNotFound, "", catalog.delete_adapter, "tone")
     catalog.restore("tone")
     assert catalog.snapshot(after).resolve("tone@prod").version == 2
     assert sorted(catalog.entry("tone").aliases) == ["prod"]
-    with pytest.raises(AdapterNotFound):
-        catalog.resolve("tone@1")  # it was deleted before
+    refused(AdapterNotFound, "", catalog.resolve, "tone@1")  # it was deleted before
     catalog.restore("tone", 1)
 
 
@@ -83,8 +74,7 @@ def test_publishing_a_deleted_version_again_restores_it(catalog: Catalog) -> Non
 def test_a_name_for_which_a_job_trains_stays(catalog: Catalog) -> None:
     publish(catalog, "tone", 1)
     catalog.add_job("j", name="tone", recipe=TrainSpec.parse(RECIPE, source="recipe"))
-    with pytest.raises(ConflictError, match="job j trains 'tone': stop it first"):
-        catalog.delete_adapter("tone")
+    refused(ConflictError, "job j trains 'tone': stop it first", catalog.delete_adapter, "tone")
 
 
 def test_what_is_needed(catalog: Catalog) -> None:
@@ -148,8 +138,7 @@ def test_a_collection_that_was_killed_is_waited_for_until_its_claim_lapses(
     with pytest.raises(ZeroDivisionError), catalog.deleting([digest(1)], before, keep_deleted_s=0):
         raise ZeroDivisionError
     monkeypatch.setattr(removal, "_LONGEST_WAIT_S", 0.0)
-    with pytest.raises(ConflictError, match="was cut off while it deleted the same files"):
-        catalog.publishing([digest(1)]).__enter__()
+    refused(ConflictError, "was cut off while it deleted the same files", catalog.publishing([digest(1)]).__enter__)
     moved = removal.now() + timedelta(minutes=11)
     monkeypatch.setattr(removal, "now", lambda: moved)
     with catalog.publishing([digest(1)]) as claim:
@@ -163,8 +152,7 @@ def test_a_publication_that_took_too_long_is_refused_before_its_claim_lapses(
     started = removal.now()
     with catalog.publishing([digest(1)]) as claim:
         monkeypatch.setattr(removal, "now", lambda: started + timedelta(hours=13))
-        with pytest.raises(ConflictError, match="took more than 12 hours"):
-            catalog.register("tone", digest(1), manifest(1), claim=claim)
+        refused(ConflictError, "took more than 12 hours", catalog.register, "tone", digest(1), manifest(1), claim=claim)
         with catalog.deleting([digest(1)], before, keep_deleted_s=0) as allowed:
             assert not allowed.names
         monkeypatch.setattr(removal, "now", lambda: started + timedelta(hours=25))

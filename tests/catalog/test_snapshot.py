@@ -1,4 +1,4 @@
-"""A snapshot that follows the changes is the snapshot that reads all, on both databases."""
+"""A snapshot that follows the changes is the snapshot that reads all, on both databases; and its sorted map."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
 
-from loray.catalog import Catalog, CatalogSnapshot
+from loray.catalog import Catalog, CatalogSnapshot, snapshot
 from loray.catalog.database import writing
 from loray.catalog.queries import count_change, lock, now
 from loray.catalog.schema import adapters, changes, shares, versions
+from loray.catalog.snapshot import SortedMap
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import AdapterManifest
 from loray.spec.adapters import text_sha256
@@ -91,6 +94,8 @@ def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkey
     monkeypatch.setattr("loray.catalog.snapshot._PAGE", 3)
     monkeypatch.setattr("loray.catalog.snapshot._FULL", 4)
     draw = random.Random(seed)
+    for number in range(2):
+        catalog.add_base(f"base-{number}", f"{number:064x}")
     follower = CatalogSnapshot()
     for _ in range(25):
         for _ in range(draw.randrange(1, 5)):
@@ -106,6 +111,10 @@ def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkey
         for method in ("lora", "vera"):
             assert [e.name for e in catalog.names(limit=100, method=method)] == [
                 name for name, e in fresh.adapters.items() if e.default.method == method
+            ]
+        for number in range(2):
+            assert [e.name for e in catalog.names(limit=100, base=f"base-{number}")] == [
+                name for name, e in fresh.adapters.items() if int(e.default.base_fingerprint, 16) == number
             ]
         of_bases = [ref.base_fingerprint for e in fresh.models() for ref in [e.default]]
         assert {base: t.num_adapters for base, t in fresh.totals.items() if t.num_adapters} == {
@@ -179,3 +188,39 @@ def test_readers_see_complete_states(catalog: Catalog, url: str) -> None:
         assert entry.aliases["prod"] == entry.aliases["canary"] == max(entry.versions)
     writer.join()
     assert snapshot.resolve("tone").version == 15
+
+
+KEYS = st.integers(0, 60)
+CHANGES = st.lists(st.dictionaries(KEYS, st.none() | st.integers(1, 9), max_size=12), max_size=12)
+
+
+@given(start=st.dictionaries(KEYS, st.integers(1, 9)), steps=CHANGES, asked=KEYS, size=st.integers(2, 8))
+def test_it_is_a_sorted_dictionary(
+    start: dict[int, int], steps: list[dict[int, int | None]], asked: int, size: int
+) -> None:
+    full, snapshot._FULL = snapshot._FULL, size
+    try:
+        found, expected = SortedMap(start.items()), dict(start)
+        for change in steps:
+            before, kept = found, dict(expected)
+            found = found.changed(change)
+            expected = {k: v for k, v in (expected | change).items() if v is not None}
+            assert before == kept
+    finally:
+        snapshot._FULL = full
+    assert (list(found), len(found), found) == (sorted(expected), len(expected), expected)
+    assert found.find(asked) == expected.get(asked)
+    assert (asked in found) == (asked in expected)
+    assert list(found.after(asked)) == [v for k, v in sorted(expected.items()) if k > asked]
+    assert list(found.after(None)) == [v for _, v in sorted(expected.items())]
+    around, num_before = found.around(asked, 6), sum(k < asked for k in expected)
+    first = min(max(0, num_before - 3), max(0, len(expected) - 6))
+    assert list(around) == sorted(expected)[first : first + 6]
+
+
+def test_a_change_shares_all_other_blocks() -> None:
+    before = SortedMap((i, str(i)) for i in range(10_000))
+    after = before.changed({5_000: "new", 20_000: "last"})
+    shared = set(map(id, before._blocks)) & set(map(id, after._blocks))
+    assert len(after._blocks) - len(shared) == 2
+    assert before.changed({}) is before
