@@ -6,6 +6,7 @@ import pytest
 
 from loray.errors import AdapterQuarantined
 from loray.policy.quarantine import FIRST_S, LONGEST_S, Quarantine, Suspicion
+from tests.fixtures.calls import refused
 
 BAD, GOOD = "b" * 64, "a" * 64
 
@@ -50,8 +51,7 @@ def test_it_is_tried_with_one_request_and_refused_for_longer() -> None:
         now += longer
         assert q.is_due(BAD, now)
     q.enter("trial", BAD, now)
-    with pytest.raises(AdapterQuarantined, match="being tried again"):
-        q.enter("another", BAD, now)
+    refused(AdapterQuarantined, "being tried again", q.enter, "another", BAD, now)
     assert q.answered(BAD)
     q.leave("trial")
     assert not q.suspects

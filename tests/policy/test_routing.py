@@ -1,4 +1,4 @@
-"""Routing by adapter: order, bounds, memory, and decisions without reports."""
+"""Routing by adapter: order, bounds, memory, decisions without reports; and what replicas report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loray.policy.routing import Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.policy import routing
+from loray.policy.routing import (
+    Candidate,
+    Held,
+    ReplicaView,
+    Routing,
+    RoutingDelta,
+    RoutingPolicy,
+    RoutingReport,
+    RoutingReports,
+    RoutingSeries,
+    apply,
+    routing_key,
+)
 
 POLICY = RoutingPolicy(floor=4)
 ADAPTERS = [f"{i:016x}" for i in range(200)]
@@ -161,27 +174,6 @@ def test_what_was_sent_is_remembered_until_the_report_or_the_end_of_its_time() -
     assert choice(100.0).reason == "hash"
 
 
-def test_an_old_report_counts_for_nothing() -> None:
-    among, adapter = replicas(3), ADAPTERS[0]
-    home, _, holder = hash_order(adapter, among)
-
-    def choice(age_s: float) -> Candidate:
-        holds = {holder: frozenset({adapter})}
-        return best(adapter, [replace(r, in_pool=holds.get(r.id, frozenset()), age_s=age_s) for r in among])
-
-    assert choice(POLICY.max_age_s) == (holder, "pool")
-    assert choice(POLICY.max_age_s + 1) == (home, "hash")
-
-
-def test_a_replica_that_has_failed_is_the_last_resort() -> None:
-    among, adapter = replicas(2), ADAPTERS[0]
-    holder, other = hash_order(adapter, among)
-    failing = [replace(r, in_pool=frozenset({adapter}), suspect=r.id == holder) for r in among]
-    assert best(adapter, failing).replica == other
-    assert best(adapter, [r for r in failing if r.suspect]).replica == holder
-    assert best(None, failing).replica == other
-
-
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,8 +284,148 @@ def test_an_adapter_that_is_held_and_was_just_sent_counts_once() -> None:
     assert routing._num_adapters(among[0]) == 4
 
 
-def test_an_order_is_kept_while_the_replicas_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    routing = Routing(POLICY)
-    before = routing.rank(replicas(300), ADAPTERS[0], now=0.0)
-    monkeypatch.setattr("loray.policy.routing.mixed", None)
-    assert routing.rank(replicas(300, load=1), ADAPTERS[0], now=0.0) == before
+ADAPTER = "0" * 16
+HELD = frozenset({ADAPTER})
+
+
+def best_of(*among: ReplicaView, policy: RoutingPolicy | None = None) -> Candidate:
+    return Routing(policy).rank(among, ADAPTER, now=0.0)[0]
+
+
+def test_a_holder_with_a_long_prompt_before_it_is_skipped_for_a_load() -> None:
+    holder, other = ReplicaView("holder", 1, 100, in_pool=HELD), ReplicaView("other", 1, 100)
+    assert best_of(replace(holder, unanswered=1024), other) == ("holder", "pool")
+    assert best_of(replace(holder, unanswered=1025), other) == ("other", "overflow")
+    assert best_of(replace(holder, unanswered=1025), replace(other, unanswered=1)) == ("holder", "pool")
+
+
+def test_of_several_that_hold_it_none_waits_for_a_long_prompt() -> None:
+    among = [ReplicaView(f"r{i}", 1, 100, in_pool=HELD, unanswered=8000 * (i != 3)) for i in range(5)]
+    assert best_of(*among) == ("r3", "pool")
+
+
+def test_the_bound_on_requests_holds_however_short_their_prompts_are() -> None:
+    """The comparison is with replicas that may have another request."""
+    full, other = ReplicaView("full", 6, 100, unanswered=0), ReplicaView("other", 2, 100, unanswered=8000)
+    assert best_of(full, other).replica == "other"
+    assert best_of(replace(full, in_pool=HELD), other) == ("other", "overflow")
+
+
+def test_every_replica_is_offered_once() -> None:
+    among = [ReplicaView(f"r{i}", i % 3, 100, unanswered=5000 * i) for i in range(9)]
+    ranked = Routing().rank(among, ADAPTER, now=0.0)
+    assert sorted(c.replica for c in ranked) == sorted(r.id for r in among)
+    assert ranked[0].replica == "r0"
+
+
+DIGESTS = [f"{i // 2:016x}{i:048x}" for i in range(12)]  # two and two have one routing key
+digest_sets = st.frozensets(st.sampled_from(DIGESTS))
+changes = st.tuples(st.just("change"), digest_sets, digest_sets, st.booleans())
+events = st.lists(changes | st.sampled_from([("reconnect",), ("restart",), ("idle",)]), max_size=20)
+
+
+class Replica:
+    """Its gateway, and a way to there which may lose deltas."""
+
+    def __init__(self) -> None:
+        self.held, self.gateway = Held(), RoutingReports()
+        self._num_series = 0
+        self.connect()
+
+    def connect(self) -> None:
+        self._num_series += 1
+        self._series = RoutingSeries(f"s{self._num_series}")
+        self.report()
+
+    def report(self, *, is_lost: bool = False) -> list[RoutingDelta]:
+        sent = self._series.deltas(self.held)
+        followed = [] if is_lost else [self.gateway.take("r", delta, 0.0) for delta in sent]
+        if not all(followed):
+            self._series.restart()
+            assert all(self.gateway.take("r", delta, 0.0) for delta in self._series.deltas(self.held))
+        return sent
+
+    def change(self, in_pool: frozenset[str], on_host: frozenset[str], is_lost: bool = False) -> None:
+        self.held = Held(in_pool, on_host - in_pool)
+        self.report(is_lost=is_lost)
+
+    def known(self) -> tuple[frozenset[str], frozenset[str]]:
+        known = self.gateway.of("r")
+        assert known is not None
+        return known.report.in_pool, known.report.on_host
+
+
+@given(events, digest_sets, st.integers(1, 4))
+def test_whatever_is_lost_the_gateway_knows_what_the_replica_holds(
+    happened: list[tuple[object, ...]], at_last: frozenset[str], max_keys: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(routing, "MAX_KEYS", max_keys)
+        replica = Replica()
+        for kind, *change in happened:
+            if kind == "change":
+                replica.change(*change)  # type: ignore[arg-type]
+            elif kind == "idle":
+                replica.report()
+                assert replica.report() == []
+            else:
+                replica.held = Held() if kind == "restart" else replica.held
+                replica.connect()
+                assert replica.known() == whole(replica.held)
+        replica.change(at_last, frozenset(DIGESTS[:1]))
+        replica.change(frozenset() if at_last else frozenset(DIGESTS), frozenset())  # certainly with other keys
+        assert replica.known() == whole(replica.held)
+
+
+def whole(held: Held) -> tuple[frozenset[str], frozenset[str]]:
+    in_pool = frozenset(map(routing_key, held.in_pool))
+    return in_pool, frozenset(map(routing_key, held.on_host)) - in_pool
+
+
+def test_only_what_changes_is_told() -> None:
+    a, b, c = (routing_key(DIGESTS[i]) for i in (0, 2, 4))
+    series = RoutingSeries("s")
+    steps = [Held(), Held([a], [b]), Held([a], [b]), Held([b], [a]), Held([c]), Held([c])]
+    assert [series.deltas(held) for held in steps] == [
+        [RoutingDelta("s", 0, True)],
+        [RoutingDelta("s", 1, False, (a,), (b,))],
+        [],
+        [RoutingDelta("s", 2, False, (b,), (a,))],
+        [RoutingDelta("s", 3, False, (c,), (), (a, b))],
+        [],
+    ]
+
+
+KNOWN = RoutingReport("s", 3, frozenset("ab"), frozenset("c"))
+
+
+@pytest.mark.parametrize(
+    ("report", "delta"),
+    [
+        (None, RoutingDelta("s", 0, False, ("d",))),
+        (KNOWN, RoutingDelta("s", 5, False, ("d",))),  # one is missing
+        (KNOWN, RoutingDelta("s", 3, False, ("d",))),  # known already
+        (KNOWN, RoutingDelta("t", 4, False, ("d",))),  # a predecessor's, or an older connection's
+    ],
+)
+def test_what_does_not_follow_is_not_applied(report: RoutingReport | None, delta: RoutingDelta) -> None:
+    assert apply(report, delta) is None
+
+
+def test_the_whole_follows_anything() -> None:
+    assert apply(KNOWN, RoutingDelta("t", 0, True, ("d",))) == RoutingReport("t", 0, frozenset("d"))
+    assert apply(KNOWN, RoutingDelta("s", 4, False, ("c",), ("a",), ("b",))) == RoutingReport(
+        "s", 4, frozenset("c"), frozenset("a")
+    )
+
+
+def test_signs_of_life_are_kept_beside_the_report_and_old_replicas_forgotten() -> None:
+    reports = RoutingReports()
+    reports.alive("one", 1.0)  # it has not reported yet
+    assert reports.of("one") is None
+    assert reports.take("one", RoutingDelta("s", 0, True, ("a",)), 2.0)
+    reports.alive("one", 7.0)
+    assert not reports.take("one", RoutingDelta("s", 2, False, ("b",)), 8.0)
+    assert reports.of("one") == (RoutingReport("s", 0, frozenset("a")), 7.0)
+    assert reports.take("two", RoutingDelta("t", 0, True), 1000.0)
+    assert reports.of("one") is None

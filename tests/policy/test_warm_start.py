@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from loray.policy.routing import ReplicaView, Routing, routing_key
 from loray.policy.warm_start import HALF_LIFE_S, AdapterDemand, DemandMemory, DemandRecord, expected, merged
 from loray.spec import AdapterRef
-from tests.serving.scaling.made import adapter
+from tests.fixtures.demand import adapter
 
 OLD = ("one", "two", "three")
 

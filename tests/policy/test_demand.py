@@ -15,7 +15,8 @@ from loray.policy.demand import (
 )
 from loray.policy.routing import routing_key
 from loray.spec import AdapterBytes, AdapterRef
-from tests.serving.scaling.made import adapter
+from tests.fixtures.calls import refused
+from tests.fixtures.demand import adapter
 
 WINDOW_S = 10.0
 IDLE = EngineLoad(num_running=0, num_waiting=0, num_loading=0, num_tokens=0, kv_bytes=0.0)
@@ -26,6 +27,7 @@ class Meter:
 
     def __init__(self, *, max_num_seqs: int = 4) -> None:
         self.now = 100.0
+        self.num_tokens = 0
         self.sizes: dict[str, AdapterBytes] = {}
         self.meter = DemandMeter(
             window_s=WINDOW_S, max_num_seqs=max_num_seqs, pool_bytes=1000.0, adapter_bytes=self._size, now=self.now
@@ -41,6 +43,13 @@ class Meter:
         request = self.ask(prompt, output, ref)
         request.num_output_tokens = output
         self.meter.finished(request, self.now)
+
+    def sample(self, load: EngineLoad, *, rate: int, seconds: int = 5) -> None:
+        """Each second with so many tokens more."""
+        for _ in range(seconds):
+            self.meter.sample(load._replace(num_tokens=self.num_tokens), self.now)
+            self.now += 1
+            self.num_tokens += rate
 
     def observe(self) -> Observation:
         return self.meter.observe(self.now)
@@ -98,12 +107,6 @@ def test_an_old_request_counts_with_what_is_left_of_it() -> None:
     assert m.observe().tokens == 0
 
 
-def test_what_could_not_have_run_is_no_demand() -> None:
-    m = Meter()
-    m.meter.rejected(m.ask(500, 100))
-    assert m.observe().tokens == 0
-
-
 def test_requests_that_move_to_another_replica_leave_the_sum_as_it_was() -> None:
     """Ten requests per second; after 20 s every second one goes to a new replica."""
     old, new = Meter(), Meter()
@@ -120,54 +123,31 @@ def test_requests_that_move_to_another_replica_leave_the_sum_as_it_was() -> None
 
 def test_capacity_is_what_was_managed_while_saturated() -> None:
     m = Meter(max_num_seqs=4)
-    tokens = 0
-    for rate, load in (
-        (500, IDLE),
-        (80, IDLE._replace(num_running=4)),
-        (500, IDLE),
-        (500, IDLE._replace(num_running=3)),
-    ):
-        for _ in range(5):
-            m.meter.sample(load._replace(num_tokens=tokens), m.now)
-            m.now += 1
-            tokens += rate
+    for rate, num_running in ((500, 0), (80, 4), (500, 0), (500, 3)):
+        m.sample(IDLE._replace(num_running=num_running), rate=rate)
     assert m.meter.capacity == pytest.approx(80)
 
 
 def test_capacity_is_unknown_until_requests_wait_for_more_than_their_adapters() -> None:
     m = Meter()
-    cold = IDLE._replace(num_running=1, num_waiting=3, num_loading=2)
-    for step in range(5):
-        m.meter.sample(cold._replace(num_tokens=step), m.now)
-        m.now += 1
-    assert m.meter.capacity is None
-    assert m.observe().to_stats()["capacity"] == 0
-    blocked = IDLE._replace(num_running=1, num_waiting=3)
-    for step in range(5):
-        m.meter.sample(blocked._replace(num_tokens=50 * step), m.now)
-        m.now += 1
+    m.sample(IDLE._replace(num_running=1, num_waiting=3, num_loading=2), rate=1)
+    assert (m.meter.capacity, m.observe().to_stats()["capacity"]) == (None, 0)
+    m.sample(IDLE._replace(num_running=1, num_waiting=3), rate=50)
     assert m.meter.capacity == pytest.approx(50)
 
 
 def test_capacity_follows_another_mix_of_requests() -> None:
     m = Meter()
-    tokens = 0
     for rate, seconds in ((100, 30), (300, 60)):
-        for _ in range(seconds):
-            m.meter.sample(IDLE._replace(num_running=4, num_tokens=tokens), m.now)
-            m.now += 1
-            tokens += rate
+        m.sample(IDLE._replace(num_running=4), rate=rate, seconds=seconds)
         assert m.meter.capacity == pytest.approx(rate, rel=0.05)
 
 
 def test_a_replica_that_computed_nothing_while_saturated_has_no_capacity() -> None:
     """A rate of 0 would divide the demand by zero."""
     m = Meter()
-    for _ in range(5):
-        m.meter.sample(IDLE._replace(num_running=1, num_waiting=3), m.now)
-        m.now += 1
-    assert m.meter.capacity is None
-    assert m.observe().capacity is None
+    m.sample(IDLE._replace(num_running=1, num_waiting=3), rate=0)
+    assert m.meter.capacity is m.observe().capacity is None
 
 
 def test_the_backlog_is_what_waits_for_its_turn() -> None:
@@ -223,9 +203,7 @@ def test_a_backlog_from_before_the_window_is_told_apart() -> None:
 
 def test_requests_under_way_and_kv_cache_are_means_over_the_window() -> None:
     m = Meter(max_num_seqs=4)
-    for _ in range(21):
-        m.meter.sample(IDLE._replace(num_running=1, num_waiting=1, kv_bytes=300.0), m.now)
-        m.now += 1
+    m.sample(IDLE._replace(num_running=1, num_waiting=1, kv_bytes=300.0), rate=0, seconds=21)
     m.now -= 1
     seen = m.observe()
     assert seen.occupied_s / WINDOW_S == pytest.approx(2 / 4)
@@ -259,7 +237,9 @@ def test_a_pair_that_adapters_share_is_named_once() -> None:
     seen = m.observe()
     assert seen.pairs == {routing_key(pair): 500}
     assert set(seen.adapters.values()) == {10}
+    assert all(isinstance(v, int | float) for v in seen.to_stats().values())  # as Serve wants it
     assert Observation.from_stats(seen.to_stats()) == seen
+    refused(KeyError, "", Observation.from_stats, {"age_s": 1.0})
 
 
 def test_of_many_adapters_those_are_named_that_every_replica_would_name() -> None:
@@ -271,18 +251,6 @@ def test_of_many_adapters_those_are_named_that_every_replica_would_name() -> Non
     assert len(seen.adapters) == MAX_KEYS
     assert set(seen.adapters) == {routing_key(r.digest) for r in refs if adapter_rank(r.digest) < seen.sample}
     assert len(seen.adapters) / seen.sample == pytest.approx(len(refs), rel=0.2)
-
-
-def test_a_report_passes_through_serve_unchanged() -> None:
-    m = Meter()
-    m.answer(ref=adapter(1))
-    m.now += 3
-    seen = m.observe()
-    stats = seen.to_stats()
-    assert all(isinstance(v, int | float) for v in stats.values())
-    assert Observation.from_stats(stats) == seen
-    with pytest.raises(KeyError):
-        Observation.from_stats({"age_s": 1.0})
 
 
 @pytest.mark.parametrize("rank", [0.0, 2**-52, 0.1, adapter_rank("8" + "0" * 15), 0.9, 1 - 2**-52, 1.0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from loray.policy.fair_admission import FairAdmission
 
 LATE, ON_TIME, STEP_S = 30.0, 0.0, 0.25
@@ -45,13 +47,22 @@ def test_who_has_no_more_than_its_part_is_modest() -> None:
     assert fair.is_modest("b"), "one of three"
 
 
-def test_a_loop_that_is_on_time_holds_up_nobody() -> None:
+@pytest.mark.parametrize(
+    ("lateness", "limit"),
+    [
+        ([ON_TIME] * 1000, math.inf),
+        ([ON_TIME, LATE] * 10, math.inf),  # one pause changes nothing
+        ([LATE] * 50, 50),  # a decrease waits until the last one has come to bear
+    ],
+)
+def test_the_limit_falls_while_the_loop_is_late(lateness: list[float], limit: float) -> None:
     fair = FairAdmission[int]()
+    assert all(fair.ask("flood", n, 0.0) for n in range(99))
     assert fair.ask("steady", -1, 0.0)
-    for n in range(1000):
-        assert fair.ask("flood", n, 0.0)
-        fair.observe(ON_TIME, n * STEP_S)
-    assert fair.limit == math.inf
+    for n, late in enumerate(lateness):
+        fair.observe(late, n * STEP_S)
+        assert fair.limit < math.inf or fair.ask("flood", 99 + n, n * STEP_S)
+    assert fair.limit == limit
 
 
 def test_one_that_floods_waits_for_itself_alone() -> None:
@@ -93,24 +104,6 @@ def test_the_limit_grows_while_the_loop_is_on_time_and_requests_wait() -> None:
     for n in range(50, 60):
         begun += fair.observe(ON_TIME, 1.0 + n * STEP_S)
     assert begun == list(range(1000, 1050)), "half as many again a step"
-
-
-def test_one_pause_changes_nothing() -> None:
-    fair = FairAdmission[int]()
-    assert all(fair.ask("flood", n, 0.0) for n in range(99))
-    assert fair.ask("steady", -1, 0.0)
-    for n in range(20):
-        fair.observe(LATE if n % 2 else ON_TIME, n * STEP_S)
-    assert fair.limit == math.inf
-
-
-def test_a_decrease_waits_until_the_last_one_has_come_to_bear() -> None:
-    fair = FairAdmission[int]()
-    assert all(fair.ask("flood", n, 0.0) for n in range(99))
-    assert fair.ask("steady", -1, 0.0)
-    for n in range(50):
-        fair.observe(LATE, n * STEP_S)
-    assert fair.limit == 50
 
 
 def test_a_limit_that_nobody_has_looked_at_for_a_while_is_none() -> None:
