@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from tests.cli.run import Loray
-from tests.store.conftest import damage
+from tests.fixtures.stores import damage
 
 
 def test_a_deleted_version_is_restored_or_collected(
@@ -24,7 +23,7 @@ def test_a_deleted_version_is_restored_or_collected(
     assert loray("adapters", "restore", "tone@1").out == "restored tone@1\n"
     assert loray("adapters", "rm", "tone@prod", "--yes").code == 2
     assert loray("adapters", "rm", "tone", "--yes").code == 0
-    stats = json.loads(loray("store", "stats", "--json").out)
+    stats = loray("store", "stats", "--json").json
     assert (stats["versions"][0]["num_versions"], stats["versions"][0]["num_deleted"]) == (2, 2)
     assert stats["objects"]["manifests"]["objects"] == 2
     assert "TENANT" in loray("store", "stats").out
@@ -36,14 +35,12 @@ def test_a_deleted_version_is_restored_or_collected(
     os.utime(blob, (0, 0))
     assert "1 objects, 11 B would be deleted; --yes deletes them" in loray("store", "gc").out
     assert blob.exists()
-    assert json.loads(loray("store", "gc", "--yes", "--json").out)["objects"] == [f"blobs/ab/{'ab' * 32}"]
+    assert loray("store", "gc", "--yes", "--json").json["objects"] == [f"blobs/ab/{'ab' * 32}"]
     assert not blob.exists()
     assert loray("store", "verify").out == "the store is whole\n"
-    assert json.loads(loray("adapters", "restore", "tone", "--json").out) == {"restored": "tone"}
+    assert loray("adapters", "restore", "tone", "--json").json == {"restored": "tone"}
     damage(next((home / "store" / "blobs").rglob("*/*")))
-    verified = loray("store", "verify")
-    assert verified.code == 1
-    assert "differs from its SHA-256; needed by " in verified.err
+    assert "differs from its SHA-256; needed by " in loray("store", "verify").failed
 
 
 def test_a_backup_is_restored_into_an_empty_catalog(
@@ -58,9 +55,9 @@ def test_a_backup_is_restored_into_an_empty_catalog(
     refused = loray("catalog", "restore", file)
     assert (refused.code, "the catalog is not empty" in refused.err) == (1, True)
     monkeypatch.setenv("LORAY_CATALOG", f"sqlite:///{tmp_path}/other.db")
-    assert json.loads(loray("catalog", "restore", file, "--json").out)["versions"] == 2
+    assert loray("catalog", "restore", file, "--json").json["versions"] == 2
     assert "prod→2" in loray("adapters", "ls").out
-    state = json.loads(loray("catalog", "verify", "--known", verified[-1], "--json").out)
+    state = loray("catalog", "verify", "--known", verified[-1], "--json").json
     assert state["num_entries"] > 0
     assert loray("catalog", "verify", "--known", "1:" + "0" * 64).code == 1
     assert loray("catalog", "verify", "--known", "wrong").code == 2

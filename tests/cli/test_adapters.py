@@ -1,23 +1,24 @@
-"""The command line with real folders, store and catalog: output, exit codes and messages."""
+"""`loray base` and `loray adapters` with real folders, store and catalog: output, exit codes and messages."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from loray import __version__
-from loray.bases.registry import BaseModel
+from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
+from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.settings import Settings
+from loray.spec import CanaryCounts
 from loray.store import AdapterStore, open_store
 from tests.cli.run import Loray, PeftFolder
+from tests.fixtures.figures import counts
 from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.versions import publish
 
@@ -31,65 +32,16 @@ def stored(home: Path) -> list[str]:
     return list(open_store(f"file://{home}/store").list())
 
 
-# -- the group --------------------------------------------------------------------------------------------------------
-
-
-def test_help_and_version(loray: Loray) -> None:
-    shown = loray("--help")
-    assert shown.code == 0
-    for word in ("base", "adapters", "train", "up", "status", "down", "LORAY_HOME"):
-        assert word in shown.out
-    assert loray("--version").out.strip() == f"loray, version {__version__}"
-
-
-def test_listing_imports_no_torch(home: Path) -> None:
-    code = (
-        "import sys; sys.argv = ['loray', 'adapters', 'ls']\n"
-        "from loray.cli.main import _run\n"
-        "assert _run() == 0; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_wrong_usage(loray: Loray) -> None:
-    for line in ("nothing", "base add", "base verify", "adapters import x", "base ls --bad"):
-        result = loray(*line.split())
-        assert result.code == 2
-        assert "Usage:" in result.err
-        assert result.out == ""
-
-
-def test_errors_are_one_line(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = loray("adapters", "show", "nothing")
-    assert (result.code, result.out) == (1, "")
-    assert result.err == "error: no adapter 'nothing'; `loray adapters ls` lists them\n"
-    monkeypatch.setenv("LORAY_LOG_LEVEL", "DEBUG")
-    assert "Traceback" in loray("adapters", "show", "nothing").err
-    monkeypatch.setenv("LORAY_LOG_LEVEL", "LOUD")
-    assert loray("adapters", "ls").err.startswith("error: LORAY_LOG_LEVEL='LOUD'")
-
-
-def test_unexpected_errors_say_how_to_see_more(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(home: Path) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("loray.cli.base.list_bases", fail)
-    result = loray("base", "ls")
-    assert (result.code, result.err.count("\n")) == (1, 1)
-    assert "RuntimeError: a bug (LORAY_LOG_LEVEL=DEBUG" in result.err
-
-
 # -- bases ------------------------------------------------------------------------------------------------------------
 
 
 def test_bases(loray: Loray, checkpoint: Path, home: Path) -> None:
     assert "loray base add smollm2" in loray("base", "ls").out
-    assert json.loads(loray("base", "ls", "--json").out) == []
-    added = json.loads(loray("base", "add", checkpoint, "--json").out)
+    assert loray("base", "ls", "--json").json == []
+    added = loray("base", "add", checkpoint, "--json").json
     assert (added["name"], added["architecture"]) == ("tiny", "LlamaForCausalLM")
     assert loray("base", "add", checkpoint).code == 0
-    assert json.loads(loray("base", "ls", "--json").out) == [added]
+    assert loray("base", "ls", "--json").json == [added]
     assert added["fingerprint"][:12] in loray("base", "ls").out
     assert loray("base", "verify", "tiny").out == "tiny: ok\n"
     weights = home / "bases" / "tiny" / "model.safetensors"
@@ -104,52 +56,46 @@ def test_unsupported_architecture(loray: Loray, checkpoint: Path, tmp_path: Path
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (other / "config.json").write_text(json.dumps(config))
-    result = loray("base", "add", other)
-    assert result.code == 1
-    assert "architecture GPT2LMHeadModel is not supported; loray covers LlamaForCausalLM" in result.err
+    assert (
+        "architecture GPT2LMHeadModel is not supported; loray covers LlamaForCausalLM"
+        in loray("base", "add", other).failed
+    )
     assert not (home / "bases").exists()
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def _check_release(loray: Loray, digest: str) -> None:
-    catalog = Catalog(Settings.from_env().catalog)
-    catalog.report_death(digest, "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
-    catalog.close()
-    assert "a replica died on it" in loray("adapters", "show", "tone@2").out
-    assert json.loads(loray("adapters", "show", "tone@2", "--json").out)["quarantine"]["deaths"] == 1
-    assert loray("adapters", "release", "tone@2").out == "released tone@2: the next request tries it\n"
-    assert loray("adapters", "release", "tone@2").code == 1
-
-
 def test_from_import_to_rollback(loray: Loray, folder: Path, base: BaseModel, peft_folder: PeftFolder) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert loray("adapters", "import", folder, "--name", "tone", "--alias", "prod").out == "published tone@1\n"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    again = json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)
+    again = loray("adapters", "import", folder, "--name", "tone", "--json").json
     assert (again["label"], again["aliases"]) == ("tone@1", ["prod"])
     vera = peft_folder(base, "vera")
-    second = json.loads(
-        loray("adapters", "import", vera, "--name", "tone", "--licence", "MIT", "--description", "terse", "--json").out
-    )
+    second = loray(
+        "adapters", "import", vera, "--name", "tone", "--licence", "MIT", "--description", "terse", "--json"
+    ).json
     assert (second["version"], second["manifest"]["method"]) == (2, "vera")
 
-    (listed,) = json.loads(loray("adapters", "ls", "--json").out)
+    (listed,) = loray("adapters", "ls", "--json").json
     assert (listed["version"], listed["versions"], listed["base"]) == (1, [1, 2], "tiny")
     assert "prod→1" in loray("adapters", "ls").out
     assert loray("adapters", "promote", "tone").out == "tone@prod is version 2 now\n"
     shown = loray("adapters", "show", "tone").out
     for word in ("tone@2", "vera, rank 16, on q_proj v_proj", "MIT", "terse", second["digest"], "→ 2"):
         assert word in shown
-    assert json.loads(loray("adapters", "show", "tone@1", "--json").out)["all_aliases"] == {"prod": 2}
+    assert loray("adapters", "show", "tone@1", "--json").json["all_aliases"] == {"prod": 2}
     assert loray("adapters", "promote", "tone@1", "prod", "--expected", "1").code == 1
-    _check_release(loray, second["digest"])
+    with closing(Catalog(Settings.from_env().catalog)) as catalog:
+        catalog.report_death(second["digest"], "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
+    assert "a replica died on it" in loray("adapters", "show", "tone@2").out
+    assert loray("adapters", "show", "tone@2", "--json").json["quarantine"]["deaths"] == 1
+    assert loray("adapters", "release", "tone@2").out == "released tone@2: the next request tries it\n"
+    assert loray("adapters", "release", "tone@2").code == 1
     assert loray("adapters", "rollback", "tone").out == "tone@prod is version 1 again\n"
-    assert json.loads(loray("adapters", "promote", "tone@2", "canary", "--json").out)["aliases"] == ["canary"]
-    nowhere = loray("adapters", "rollback", "tone", "canary")
-    assert nowhere.code == 1
-    assert "has no earlier target than version 2" in nowhere.err
+    assert loray("adapters", "promote", "tone@2", "canary", "--json").json["aliases"] == ["canary"]
+    assert "has no earlier target than version 2" in loray("adapters", "rollback", "tone", "canary").failed
     assert "did you mean 'tone'" in loray("adapters", "show", "tnoe").err
 
 
@@ -163,7 +109,7 @@ def test_an_adapter_is_imported_with_how_it_speaks(loray: Loray, folder: Path) -
 
 
 def test_verify_names_the_damaged_file(loray: Loray, folder: Path, home: Path) -> None:
-    published = json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)
+    published = loray("adapters", "import", folder, "--name", "tone", "--json").json
     assert loray("adapters", "verify", "tone").out == "tone@1: ok\n"
     sha256 = published["manifest"]["files"]["adapter_model.safetensors"]
     blob = home / "store" / "blobs" / sha256[:2] / sha256
@@ -182,15 +128,6 @@ def edit_config(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def cut(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-def pickle_only(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -198,8 +135,8 @@ def pickle_only(folder: Path) -> None:
         (lambda f: edit_config(f, use_qalora=True), "use_qalora=True is not supported"),
         (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
         (lambda f: (f / "adapter_config.json").unlink(), "is not a PEFT adapter"),
-        (cut, "damaged"),
-        (pickle_only, "is a pickle and is never read"),
+        (lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-50]), "damaged"),
+        (lambda f: (f / WEIGHTS_FILE).rename(f / "adapter_model.bin"), "is a pickle and is never read"),
         (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "chat template is not valid"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja is not UTF-8"),
         (lambda f: (f / "chat_template.jinja").write_text("x" * 200_000), "has 200,000 characters"),
@@ -215,7 +152,7 @@ def test_bad_folders_leave_nothing(
     assert message in result.err
     assert result.err.count("\n") == 1
     assert stored(home) == []
-    assert json.loads(loray("adapters", "ls", "--json").out) == []
+    assert loray("adapters", "ls", "--json").json == []
 
 
 def test_bad_names_leave_nothing(loray: Loray, folder: Path, home: Path) -> None:
@@ -231,23 +168,22 @@ def test_bad_names_leave_nothing(loray: Loray, folder: Path, home: Path) -> None
 def test_wrong_base(loray: Loray, folder: Path, home: Path, tmp_path: Path) -> None:
     narrow = write_checkpoint(tmp_path / "narrow", hidden_size=32)
     assert loray("base", "add", narrow).code == 0
-    result = loray("adapters", "import", folder, "--name", "tone", "--base", "narrow")
-    assert result.code == 1
-    assert "the adapter is for another base model" in result.err
+    assert (
+        "the adapter is for another base model"
+        in loray("adapters", "import", folder, "--name", "tone", "--base", "narrow").failed
+    )
     assert stored(home) == []
 
 
 def test_a_published_folder_keeps_its_identity(loray: Loray, folder: Path, home: Path, tmp_path: Path) -> None:
-    first = json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)
+    first = loray("adapters", "import", folder, "--name", "tone", "--json").json
     fetched = tmp_path / "fetched"
     AdapterStore(open_store(f"file://{home}/store")).fetch(first["digest"], fetched)
-    moved = json.loads(loray("adapters", "import", fetched, "--name", "copy", "--json").out)
+    moved = loray("adapters", "import", fetched, "--name", "copy", "--json").json
     assert moved["digest"] == first["digest"]
     other = write_checkpoint(tmp_path / "other", seed=5)
     assert loray("base", "add", other).code == 0
-    result = loray("adapters", "import", fetched, "--name", "copy", "--base", "other")
-    assert result.code == 1
-    assert "was trained on tiny" in result.err
+    assert "was trained on tiny" in loray("adapters", "import", fetched, "--name", "copy", "--base", "other").failed
     weights = fetched / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert "adapter_model.safetensors is damaged" in loray("adapters", "import", fetched, "--name", "copy").err
@@ -257,17 +193,15 @@ def test_the_base_is_found(loray: Loray, folder: Path, tmp_path: Path, base: Bas
     other = write_checkpoint(tmp_path / "other", seed=5)
     assert loray("base", "add", other).code == 0
     edit_config(folder, base_model_name_or_path="somebody/elses")
-    result = loray("adapters", "import", folder, "--name", "tone")
-    assert result.code == 1
-    assert "--base: other, tiny" in result.err
+    assert "--base: other, tiny" in loray("adapters", "import", folder, "--name", "tone").failed
     edit_config(folder, base_model_name_or_path=str(base.path))
-    assert json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)["manifest"]["base"] == "tiny"
+    assert loray("adapters", "import", folder, "--name", "tone", "--json").json["manifest"]["base"] == "tiny"
 
 
 def test_an_adapter_is_shared(loray: Loray, folder: Path) -> None:
     loray("adapters", "import", folder, "--name", "tone")
     assert loray("adapters", "share", "tone", "--with", "acme, beta").out == "tone is seen by default acme beta\n"
-    (shown,) = json.loads(loray("adapters", "ls", "--json").out)
+    (shown,) = loray("adapters", "ls", "--json").json
     assert (shown["tenant"], shown["visibility"], shown["shared_with"]) == ("default", "shared", ["acme", "beta"])
     assert loray("adapters", "share", "tone", "--public").out == "tone is seen by everybody\n"
     assert loray("adapters", "share", "tone", "--private").out == "tone is seen by default\n"
@@ -283,11 +217,113 @@ def test_search(loray: Loray, home: Path) -> None:
     for name in ("tone-de", "tone-en", "dates"):
         publish(catalog, name, 1)
     catalog.close()
-    found = json.loads(loray("adapters", "search", "TONE", "--json").out)
+    found = loray("adapters", "search", "TONE", "--json").json
     assert [entry["name"] for entry in found] == ["tone-de", "tone-en"]
-    assert json.loads(loray("adapters", "search", "--method", "vera", "--json").out) == []
+    assert loray("adapters", "search", "--method", "vera", "--json").json == []
     shown = loray("adapters", "search", "e", "--limit", "2").out
     assert "dates" in shown
     assert "the first 2; there are more (--limit)" in shown
     assert loray("adapters", "search", "nobody").out == "no adapter is like that; `loray adapters ls` lists all\n"
     assert loray("adapters", "search", "--tag", "=x").code == 1
+
+
+@pytest.fixture
+def with_canary(home: Path) -> Catalog:
+    catalog = Catalog(Settings.from_env().catalog)
+    publish(catalog, "tone", 1, 2, 3)
+    catalog.promote("tone", "prod", 2)
+    return catalog
+
+
+def test_a_canary_from_its_start_to_its_end(loray: Loray, with_canary: Catalog) -> None:
+    given = ("adapters", "canary", "tone", "--version", 3)
+    started = loray(*given, "--percent", 10, "--max-error-rate", 0.5, "--min-requests", 10)
+    assert started.code == 0
+    assert "prod 2→3" in started.out
+    grown = loray(*given, "--percent", 20, "--max-ttft-ratio", 3, "--json").json
+    wanted = {"max_error_rate": 0.5, "max_ttft_ratio": 3.0, "max_itl_ratio": 2.0, "min_requests": 10}
+    assert (grown["percent"], grown["bounds"]) == (20, wanted)
+    running = with_canary.canary("tone")
+    with_canary.report_canaries("a", {running.id: CanaryCounts(counts(80), counts(20, errors=3))})
+    assert loray("adapters", "canary", "tone", "--json").json["counts"]["canary"]["num_requests"] == 20
+    (row,) = loray("adapters", "ls", "--json").json
+    assert row["weights"] == {"prod": {"2": 80, "3": 20}}
+    with_canary.report_canaries("a", {running.id: CanaryCounts(counts(80), counts(30, errors=16))})
+    ended = loray("adapters", "canary", "tone", "--json").json
+    assert (ended["outcome"], ended["reason"][:24]) == ("rolled_back", "16 of 30 requests failed")
+    assert "rolled back" in loray("adapters", "show", "tone").out
+    again = loray(*given, "--percent", 10, "--json")
+    assert json.loads(again.out)["bounds"]["max_error_rate"] == 0.05
+    assert loray("adapters", "promote", "tone@3").out == "tone@prod is version 3 now\n"
+    assert with_canary.canary("tone").outcome == "promoted"
+
+
+def test_wrong_canaries(loray: Loray, with_canary: Catalog) -> None:
+    for wrong in (("--version", 3), ("--percent", 3), ("--end", "--version", 3, "--percent", 3), ("--min-requests", 5)):
+        assert loray("adapters", "canary", "tone", *wrong).code == 2
+    assert loray("adapters", "canary", "tone", "--version", 3, "--percent", 100).code == 2
+    assert "has no canary" in loray("adapters", "canary", "tone").err
+    assert "points at version 2 already" in loray("adapters", "canary", "tone", "--version", 2, "--percent", 5).err
+
+
+@pytest.fixture
+def vera(loray: Loray, base: BaseModel, peft_folder: PeftFolder) -> str:
+    assert loray("adapters", "import", peft_folder(base, "vera"), "--name", "tone").code == 0
+    return "tone@1"
+
+
+def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str, tmp_path: Path) -> None:
+    done = loray("adapters", "convert", vera, "--to", "lora", "--name", "tone-lora", "--alias", "prod")
+    assert (done.code, done.out) == (0, "published tone-lora@1, converted from tone@1\n")
+    old, new = (loray("adapters", "show", name, "--json").json for name in ("tone", "tone-lora"))
+    assert (new["manifest"]["method"], new["manifest"]["rank"]) == ("lora", 16)
+    assert new["manifest"]["derived_from"] == old["digest"]
+    assert f"converted from {old['digest'][:12]}" in " ".join(loray("adapters", "show", "tone-lora").out.split())
+    AdapterStore(open_store(f"file://{home}/store")).fetch(new["digest"], tmp_path / "lora")
+    assert (tmp_path / "lora" / WEIGHTS_FILE).stat().st_size > 1000
+    assert read_adapter(tmp_path / "lora", base.config).pair is None
+    again = loray("adapters", "convert", "tone-lora", "--to", "lora", "--name", "twice")
+    assert again.err == "error: the adapter is not VeRA; only VeRA adapters are converted to LoRA\n"
+
+
+def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    done = loray("adapters", "convert", vera, "--to", "merged", "--folder", target, "--dtype", "bfloat16", "--json")
+    assert (done.code, json.loads(done.out)["folder"]) == (0, str(target))
+    assert add_base(str(target), home=tmp_path / "other", name="merged").config.hidden_size == 64
+    again = loray("adapters", "convert", vera, "--to", "merged", "--folder", target)
+    assert (again.code, again.err) == (1, f"error: {target} is not empty; name a new folder\n")
+    whole = loray("adapters", "convert", vera, "--to", "merged", "--folder", tmp_path / "new", "--as-trained")
+    assert (whole.code, "was not trained on a quantized base" in whole.err) == (1, True)
+
+
+def test_gguf(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "tone.gguf"
+    done = loray("adapters", "convert", vera, "--to", "gguf", "--file", file, "--json")
+    assert (done.code, json.loads(done.out)["file"]) == (0, str(file))
+    assert file.read_bytes()[:4] == b"GGUF"
+    assert "exists already" in loray("adapters", "convert", vera, "--to", "gguf", "--file", file).err
+    for form, target in (("peft", "folder"), ("merged", "checkpoint"), ("gguf", "again.gguf")):
+        done = loray("adapters", "pull", "tone", tmp_path / target, "--format", form)
+        assert done.out == f"downloaded tone@1 to {tmp_path / target}\n", done.err
+    assert (tmp_path / "folder" / WEIGHTS_FILE).is_file()
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+    assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--to", "lora"),
+        ("--to", "lora", "--name", "x", "--folder", "y"),
+        ("--to", "merged"),
+        ("--to", "merged", "--folder", "y", "--name", "x"),
+        ("--to", "gguf"),
+        ("--to", "gguf", "--folder", "y"),
+        ("--to", "gguf", "--file", "x", "--dtype", "float32"),
+        ("--to", "gguf", "--file", "x", "--as-trained"),
+        ("--to", "merged", "--folder", "y", "--file", "x"),
+    ],
+)
+def test_wrong_conversions(loray: Loray, vera: str, args: tuple[str, ...]) -> None:
+    assert loray("adapters", "convert", vera, *args).code == 2

@@ -1,10 +1,8 @@
-"""What all commands have in common: JSON for programs, no colours where nobody sees them."""
+"""The command line itself and what all commands have in common: errors of one line, JSON, colours for those who see."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 import click
 import pytest
 
+from loray import __version__
 from loray.cli import doctor, output
 from loray.cli.main import cli
 from loray.spec import format_seconds
@@ -51,17 +50,6 @@ def test_colours(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not COLOUR.search(loray("doctor").out)
 
 
-def test_help_imports_no_models_of_pydantic(home: Path) -> None:
-    """They take most of the 0.15 s that `loray --help` may."""
-    code = (
-        "import sys; sys.argv = ['loray', '--help']\n"
-        "from loray.cli.main import _run\n"
-        "assert _run() == 0; print(sorted({'pydantic', 'loray.spec', 'torch', 'ray'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_where_nobody_sees_a_bar_lines_say_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,3 +68,39 @@ def test_where_nobody_sees_a_bar_lines_say_how_long_it_takes(
 )  # fmt: skip
 def test_durations_have_three_digits_and_no_exponent(seconds: float, shown: str) -> None:
     assert format_seconds(seconds) == shown
+
+
+def test_help_and_version(loray: Loray) -> None:
+    shown = loray("--help")
+    assert shown.code == 0
+    for word in ("base", "adapters", "train", "up", "status", "down", "LORAY_HOME"):
+        assert word in shown.out
+    assert loray("--version").out.strip() == f"loray, version {__version__}"
+
+
+def test_wrong_usage(loray: Loray) -> None:
+    for line in ("nothing", "base add", "base verify", "adapters import x", "base ls --bad"):
+        result = loray(*line.split())
+        assert result.code == 2
+        assert "Usage:" in result.err
+        assert result.out == ""
+
+
+def test_errors_are_one_line(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = loray("adapters", "show", "nothing")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: no adapter 'nothing'; `loray adapters ls` lists them\n"
+    monkeypatch.setenv("LORAY_LOG_LEVEL", "DEBUG")
+    assert "Traceback" in loray("adapters", "show", "nothing").err
+    monkeypatch.setenv("LORAY_LOG_LEVEL", "LOUD")
+    assert loray("adapters", "ls").err.startswith("error: LORAY_LOG_LEVEL='LOUD'")
+
+
+def test_unexpected_errors_say_how_to_see_more(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(home: Path) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("loray.cli.base.list_bases", fail)
+    result = loray("base", "ls")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "RuntimeError: a bug (LORAY_LOG_LEVEL=DEBUG" in result.err
