@@ -9,6 +9,7 @@ import pytest
 
 from loray.errors import SpecError
 from loray.spec import FleetSpec, ServeSpec
+from tests.fixtures.calls import refused
 
 TWO: dict[str, Any] = {
     "port": 9000,
@@ -106,5 +107,4 @@ def test_replicas_depend_on_their_own_base_alone() -> None:
     ],
 )
 def test_a_wrong_fleet_is_refused_with_what_is_wrong(data: Any, words: str) -> None:
-    with pytest.raises(SpecError, match=words):
-        parse(data)
+    refused(SpecError, words, parse, data)
