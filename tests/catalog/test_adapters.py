@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import sqlalchemy as sa
 
 from loray.catalog import Catalog
 from loray.catalog.adapters import MAX_TAGS
-from loray.catalog.database import reading, writing
-from loray.catalog.schema import audit_log, tenants
 from loray.errors import AdapterNotFound, ConflictError, JobNotFound, NotFoundError, PermissionDenied, SpecError
 from loray.recipes.load import load_recipe
 from loray.spec import SCOPES, Evaluation, Principal, Visibility
@@ -34,9 +31,8 @@ def bring(catalog: Catalog, name: str, number: int, aliases: tuple[str, ...] = (
 @pytest.fixture
 def acme(catalog: Catalog) -> Catalog:
     """The view of tenant acme, which has `tone`, version 1; the default tenant has a `tone` with two."""
-    with writing(catalog._engine) as c:
-        for name in ("acme", "beta"):
-            c.execute(tenants.insert().values(name=name, blocked=False, limits="{}", created_at=sa.func.now()))
+    for name in ("acme", "beta"):
+        catalog.create_tenant(name)
     publish(catalog, "tone", 2, 3)
     view = catalog.view(ACME)
     bring(view, "tone", 1)
@@ -240,9 +236,8 @@ def test_the_audit_log_has_the_tenant_and_who(catalog: Catalog, acme: Catalog) -
     acme.share("tone", "shared", ["beta"])
     acme.share("tone", "shared", ["beta", "acme"])  # which changes nothing
     catalog.delete_alias("acme/tone", "prod")
-    with reading(catalog._engine) as c:
-        rows = c.execute(sa.select(audit_log).where(audit_log.c.tenant == "acme").order_by(audit_log.c.id)).all()
-    assert [(r.actor, r.action, r.subject) for r in rows] == [
+    entries = reversed(catalog.audit(tenant="acme").entries)
+    assert [(e.actor, e.action, e.subject) for e in entries if e.action != "create_tenant"] == [
         ("ann", "register", "acme/tone@1"),
         ("ann", "promote", "acme/tone@prod"),
         ("ann", "register", "acme/tone@2"),
