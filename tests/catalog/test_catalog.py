@@ -27,8 +27,9 @@ def test_versions_count_up(catalog: Catalog) -> None:
 
 
 def test_the_first_pair_of_a_shape_is_the_bases(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
-    for number, drawn in enumerate(({}, {}, {"key": 7, "rank": 8}, {"key": 7}, {"drawn": 1}), start=1):
-        catalog.register("tone", digest(number), vera_manifest(number, **{"key": 0} | drawn))
+    pairs: list[dict[str, int]] = [{}, {}, {"key": 7, "rank": 8}, {"key": 7}, {"drawn": 1}]
+    for number, pair in enumerate(pairs, start=1):
+        catalog.register("tone", digest(number), vera_manifest(number, **{"key": 0} | pair))
     found = catalog.projections(BASE)
     assert [(p.key, p.rank) for p in found] == [(0, 256), (7, 8), (7, 256), (0, 256)]
     assert canonical_digests(found) == {found[0].sha256, found[1].sha256}

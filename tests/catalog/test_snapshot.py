@@ -16,10 +16,11 @@ from loray.catalog.database import writing
 from loray.catalog.schema import adapters, changes, versions
 from loray.catalog.snapshot import SortedMap
 from loray.errors import AdapterNotFound, ConflictError, SpecError
-from loray.spec import AdapterManifest
+from loray.spec import AdapterManifest, Visibility
 from loray.spec.adapters import text_sha256
 from tests.fixtures.versions import BASE, digest, manifest, publish
 
+OPEN: tuple[Visibility, ...] = ("private", "public")
 NAMES = [f"{tenant}{first}{i}" for tenant in ("", "t0/") for first in "abz" for i in range(2)]
 
 
@@ -44,7 +45,7 @@ WRITES: tuple[Callable[[Catalog, str, random.Random], object], ...] = (
     lambda c, name, draw: c.rollback(name, "prod"),
     lambda c, name, draw: c.delete_alias(name, draw.choice(["prod", "canary", "beta"])),
     lambda c, name, draw: c.set_canary(name, "prod", draw.randrange(1, 4), 10),
-    lambda c, name, draw: c.share(name, draw.choice(["private", "public"])),
+    lambda c, name, draw: c.share(name, draw.choice(OPEN)),
     lambda c, name, draw: c.share(name, "shared", [f"t{draw.randrange(3)}"]),
     lambda c, name, draw: c.delete_version(name, draw.randrange(1, 4)),
     lambda c, name, draw: c.delete_adapter(name),
