@@ -58,8 +58,8 @@ test-browser: .venv/.ready
 	$(BIN)/python -m pytest -m browser -rs tests/serve_apps/console
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
-FAST := $(addprefix tests/,test_recommend.py api engine/memory engine/residency engine/scheduling engine/stats \
-  planning serving simulation test_client.py test_locations.py) --ignore tests/planning/test_activations.py
+FAST := $(addprefix tests/,test_recommend.py schemas engine/memory engine/residency engine/scheduling engine/stats \
+  planning policy simulation client test_locations.py) --ignore tests/planning/test_activations.py
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -p tests.fixtures.without_torch $(FAST)

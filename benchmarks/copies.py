@@ -11,7 +11,7 @@ from loray.catalog import Catalog
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
-from tests.store.publisher import write_adapter
+from tests.fixtures.publisher import write_adapter
 
 
 def publish_copies(

@@ -24,6 +24,7 @@ pytest_plugins = [
     "tests.fixtures.postgres",
     "tests.fixtures.s3",
     "tests.fixtures.standalone",
+    "tests.fixtures.stores",
     "tests.fixtures.trained",
 ]
 

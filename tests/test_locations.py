@@ -10,6 +10,7 @@ from loray.errors import SettingsError
 from loray.locations import FileLocation, S3Location, parse_location
 from loray.settings import Settings
 from loray.store import open_store
+from tests.fixtures.calls import refused
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -60,8 +61,7 @@ def test_wrong_urls(url: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=reason) as error:
         open_store(url)
     assert "secret" not in str(error.value)
-    with pytest.raises(SettingsError, match="LORAY_STORE: "):
-        Settings.from_env({"LORAY_STORE": url})
+    refused(SettingsError, "LORAY_STORE: ", Settings.from_env, {"LORAY_STORE": url})
 
 
 def test_what_other_machines_reach(tmp_path: Path) -> None:
@@ -105,5 +105,4 @@ def test_limits_of_a_server_are_numbers_sizes_or_none() -> None:
     assert Settings.from_env({name: told[name] for name in given}) == settings
     assert not Settings.from_env({}).to_env().keys() & given.keys()
     for name in given:
-        with pytest.raises(SettingsError, match=name):
-            Settings.from_env({name: "many"})
+        refused(SettingsError, name, Settings.from_env, {name: "many"})

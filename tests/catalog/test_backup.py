@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from loray.catalog.schema import audit_log, changes, metadata
 from loray.errors import ConflictError, DataError, IntegrityError, LorayError, UnsupportedError
 from loray.files import read_json_lines, write_json_lines
 from loray.spec import Evaluation, Limits
+from tests.fixtures.calls import refused
 from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
 
 Rows = dict[str, list[tuple[object, ...]]]
@@ -45,12 +47,10 @@ def filled(catalog_url: str) -> Iterator[Catalog]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]:
-    url = f"sqlite:///{tmp_path}/restored.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_database()
-    catalog = Catalog(url)
-    yield catalog
-    catalog.close()
+    is_file = request.param == "sqlite"
+    url = f"sqlite:///{tmp_path}/restored.db" if is_file else request.getfixturevalue("postgres").new_database()
+    with closing(Catalog(url)) as catalog:
+        yield catalog
 
 
 def rows_of(catalog: Catalog) -> Rows:
@@ -87,35 +87,25 @@ def test_rows_are_equal_and_others_follow_them(filled: Catalog, empty: Catalog, 
     empty.register("tone", digest(7), manifest(7), ["prod"])  # ids and revisions that nobody has had
     assert empty.entry("tone").versions.keys() == {1, 2, 3}
     assert empty.alias("tone", "prod").revision > before + 1000
-    with pytest.raises(ConflictError, match="not empty"):
-        empty.read_backup(tmp_path / "backup")
+    refused(ConflictError, "not empty", empty.read_backup, tmp_path / "backup")
 
 
-def _cut(lines: list[bytes]) -> list[bytes]:
-    return lines[:-1]
-
-
-def _changed(lines: list[bytes]) -> list[bytes]:
-    return [line.replace(b"tone", b"tune") for line in lines]
-
-
-def _none(_: list[bytes]) -> list[bytes]:
-    return []
-
-
-def _no_json(_: list[bytes]) -> list[bytes]:
-    return [b"nothing of ours\n"]
-
-
-@pytest.mark.parametrize("damage", [_cut, _changed, _none, _no_json])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: [line.replace(b"tone", b"tune") for line in lines],
+        lambda lines: [],
+        lambda lines: [b"nothing of ours\n"],
+    ],
+)
 def test_a_damaged_backup_changes_nothing(
     filled: Catalog, empty: Catalog, tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]]
 ) -> None:
     file = tmp_path / "backup"
     filled.write_backup(file)
     file.write_bytes(b"".join(damage(file.read_bytes().splitlines(keepends=True))))
-    with pytest.raises(IntegrityError, match="nothing was restored"):
-        empty.read_backup(file)
+    refused(IntegrityError, "nothing was restored", empty.read_backup, file)
     filled.write_backup(file)
     empty.read_backup(file)
 
@@ -133,13 +123,10 @@ def test_backups_of_others_are_refused(filled: Catalog, empty: Catalog, tmp_path
     ]:
         with file.open("wb") as f:
             write_json_lines(f, [changed, *rest])
-        with pytest.raises(error):
-            empty.read_backup(file)
+        refused(error, "", empty.read_backup, file)
     for missing in (tmp_path / "missing", tmp_path):
-        with pytest.raises(DataError, match="cannot be read"):
-            empty.read_backup(missing)
-    with pytest.raises((LorayError, OSError)):
-        filled.write_backup(tmp_path / "no folder" / "backup")
+        refused(DataError, "cannot be read", empty.read_backup, missing)
+    refused((LorayError, OSError), "", filled.write_backup, tmp_path / "no folder" / "backup")
 
 
 def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
 
-from loray.catalog import AdapterVersion, Catalog, VersionSummary
+from loray.catalog import Catalog, VersionSummary
 from loray.catalog.adapters import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, SpecError
 from loray.spec import Evaluation
+from tests.fixtures.calls import at_once, refused
 from tests.fixtures.versions import BASE, digest, manifest, publish, vera_manifest
-
-# -- registering ------------------------------------------------------------------------------------------------------
 
 
 def test_versions_count_up(catalog: Catalog) -> None:
@@ -23,19 +20,16 @@ def test_versions_count_up(catalog: Catalog) -> None:
     assert first.manifest == manifest(1)
     assert catalog.register("tone", digest(2), manifest(2), ["prod"]).aliases == ("prod",)
     assert catalog.register("other", digest(2), manifest(2)).version == 1
+    again = catalog.register("tone", digest(1), manifest(1), ["canary"])
+    assert (again.version, again.aliases) == (1, ("canary",))
+    assert list(catalog.adapter("tone").entry.versions) == [1, 2]
     assert [entry.name for entry in catalog.adapters()] == ["other", "tone"]
 
 
 def test_the_first_pair_of_a_shape_is_the_bases(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
-    manifests = [
-        vera_manifest(1, key=0),
-        vera_manifest(2, key=0),
-        vera_manifest(3, key=7, rank=8),
-        vera_manifest(4, key=7),
-        vera_manifest(5, key=0, drawn=1),
-    ]
-    for number, vera in enumerate(manifests, start=1):
-        catalog.register("tone", digest(number), vera)
+    pairs: list[dict[str, int]] = [{}, {}, {"key": 7, "rank": 8}, {"key": 7}, {"drawn": 1}]
+    for number, pair in enumerate(pairs, start=1):
+        catalog.register("tone", digest(number), vera_manifest(number, **{"key": 0} | pair))
     found = catalog.projections(BASE)
     assert [(p.key, p.rank) for p in found] == [(0, 256), (7, 8), (7, 256), (0, 256)]
     assert canonical_digests(found) == {found[0].sha256, found[1].sha256}
@@ -44,16 +38,7 @@ def test_the_first_pair_of_a_shape_is_the_bases(catalog: Catalog, caplog: pytest
     assert drawn_by_another_key.startswith("tone@4: its VeRA pair has key 7, not 0")
     assert "replicas hold 0.6 MB more" in drawn_by_another_key
     assert "projection_prng_key: 0" in drawn_by_another_key
-    assert drawn_otherwise.startswith(
-        "tone@5: its VeRA pair is not the canonical one of this base, though its key is 0"
-    )
-
-
-def test_same_digest_is_the_same_version(catalog: Catalog) -> None:
-    publish(catalog, "tone", 1, 2)
-    again = catalog.register("tone", digest(1), manifest(1), ["canary"])
-    assert (again.version, again.aliases) == (1, ("canary",))
-    assert list(catalog.adapter("tone").entry.versions) == [1, 2]
+    assert drawn_otherwise.startswith("tone@5: its VeRA pair is not the canonical one of this base")
 
 
 def test_a_version_number_of_ones_own(catalog: Catalog) -> None:
@@ -65,36 +50,8 @@ def test_a_version_number_of_ones_own(catalog: Catalog) -> None:
         catalog.register("tone", digest(9), manifest(9), version=7)
     with pytest.raises(ConflictError, match="as version 3 already, so it cannot be 9"):
         catalog.register("tone", digest(3), manifest(3), version=9)
-    with pytest.raises(SpecError, match="count from 1"):
-        catalog.register("tone", digest(9), manifest(9), version=0)
+    refused(SpecError, "count from 1", catalog.register, "tone", digest(9), manifest(9), version=0)
     assert sorted(catalog.entry("tone").versions) == [3, 7, 8]
-
-
-def test_pages_of_names(catalog: Catalog) -> None:
-    catalog.add_base("smollm2", BASE)
-    names = [f"{'Ab'[i % 2]}-{i}_{i}" for i in range(7)]
-    for name in names:
-        publish(catalog, name, 1)
-    found: list[str] = []
-    while page := catalog.names(limit=3, after=found[-1] if found else ""):
-        found += [entry.name for entry in page]
-    assert (sorted(found), len(found)) == (sorted(names), 7)
-    other = manifest(2).model_copy(update={"method": "vera", "base_fingerprint": "0" * 64})
-    catalog.register(names[0], digest(2), other)
-    assert [e.name for e in catalog.names(limit=9, method="vera")] == names[:1]  # by the newest version
-    assert names[0] not in {e.name for e in catalog.names(limit=9, base="smollm2")}
-    catalog.promote(names[0], "prod", 1)
-    assert catalog.names(limit=9, method="vera") == ()  # by alias prod
-    assert len(catalog.names(limit=9, base="smollm2", method="lora")) == 7
-    assert catalog.names(limit=9, base="nobody") == ()
-
-
-def assert_is_of(listed: VersionSummary, version: AdapterVersion) -> None:
-    """What a list shows is what the version is."""
-    shown = {field: getattr(listed, field) for field in VersionSummary.__slots__ if field != "run"}
-    manifest = version.manifest
-    assert shown == {field: getattr(version, field, getattr(manifest, field, None)) for field in shown}
-    assert listed.run == (manifest.job_id or manifest.sweep)
 
 
 def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
@@ -105,8 +62,10 @@ def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
     catalog.record_evaluations(digest(1), held_out[2:])
     catalog.report_death(digest(1), "replica-1", datetime(2026, 1, 1, tzinfo=UTC), lambda _: None)
     second, first = catalog.versions("tone", limit=9).versions
-    assert_is_of(first, catalog.version("tone", 1))
-    assert_is_of(second, catalog.version("tone", 2))
+    for listed, version in ((first, catalog.version("tone", 1)), (second, catalog.version("tone", 2))):
+        shown = {field: getattr(listed, field) for field in VersionSummary.__slots__ if field != "run"}
+        assert shown == {field: getattr(version, field, getattr(version.manifest, field, None)) for field in shown}
+        assert listed.run == (version.manifest.job_id or version.manifest.sweep)
     assert (len(first.evaluations), first.aliases, second.run) == (3, ("canary", "prod"), "s/1")
     assert first.quarantine is not None
 
@@ -118,60 +77,43 @@ def test_pages_of_versions(catalog: Catalog) -> None:
     last = catalog.versions("tone", limit=2, before=2)
     assert ([v.version for v in last.versions], last.next) == ([1], None)
     assert catalog.versions("tone", limit=3).next is None
-    assert_is_of(first.versions[1], catalog.version("tone", 2))
-    with pytest.raises(AdapterNotFound, match="no version 9"):
-        catalog.version("tone", 9)
+    refused(AdapterNotFound, "no version 9", catalog.version, "tone", 9)
 
 
 @pytest.mark.parametrize("same", [False, True])
 def test_concurrent_writers(url: str, same: bool) -> None:
-    barrier = threading.Barrier(8)
+    catalogs = [Catalog(url) for _ in range(8)]
 
     def write(i: int) -> int:
-        catalog = Catalog(url)
-        barrier.wait()
-        try:
-            return catalog.register("tone", digest(7 if same else i), manifest(i), ["prod"]).version
-        finally:
-            catalog.close()
+        return catalogs[i].register("tone", digest(7 if same else i), manifest(i), ["prod"]).version
 
-    with ThreadPoolExecutor(8) as pool:
-        versions = sorted(pool.map(write, range(8)))
-    assert versions == ([1] * 8 if same else list(range(1, 9)))
+    assert sorted(at_once(8, write)) == ([1] * 8 if same else list(range(1, 9)))
+    for catalog in catalogs:
+        catalog.close()
 
 
 def test_one_namespace_for_bases_and_adapters(catalog: Catalog) -> None:
     publish(catalog, "tone", 1)
     catalog.add_base("smollm2", BASE)
     catalog.add_base("smollm2", BASE)
-    with pytest.raises(ConflictError, match="adapter's name"):
-        catalog.add_base("tone", BASE)
-    with pytest.raises(ConflictError, match="base model's name"):
-        publish(catalog, "smollm2", 1)
-    with pytest.raises(ConflictError, match="fingerprint"):
-        catalog.add_base("smollm2", "0" * 64)
-    with pytest.raises(AdapterNotFound, match="is a base model"):
-        catalog.resolve("smollm2")
+    refused(ConflictError, "adapter's name", catalog.add_base, "tone", BASE)
+    refused(ConflictError, "base model's name", publish, catalog, "smollm2", 1)
+    refused(ConflictError, "fingerprint", catalog.add_base, "smollm2", "0" * 64)
+    refused(AdapterNotFound, "is a base model", catalog.resolve, "smollm2")
     assert catalog.snapshot().bases == {"smollm2": BASE}
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a@b", "default/a/b", "/a", "-a", "x" * 97])
 def test_bad_names(catalog: Catalog, name: str) -> None:
-    with pytest.raises(SpecError, match="not a valid adapter name"):
-        publish(catalog, name, 1)
+    refused(SpecError, "not a valid adapter name", publish, catalog, name, 1)
 
 
 @pytest.mark.parametrize("alias", ["", "3", "3a", "a b", "a.b"])
 def test_bad_aliases(catalog: Catalog, alias: str) -> None:
-    with pytest.raises(SpecError, match="not a valid alias"):
-        publish(catalog, "tone", 1, aliases=(alias,))
+    refused(SpecError, "not a valid alias", publish, catalog, "tone", 1, aliases=(alias,))
     assert catalog.adapters() == ()
     publish(catalog, "tone", 1)
-    with pytest.raises(SpecError, match="not a valid alias"):
-        catalog.promote("tone", alias, 1)
-
-
-# -- resolving --------------------------------------------------------------------------------------------------------
+    refused(SpecError, "not a valid alias", catalog.promote, "tone", alias, 1)
 
 
 def test_resolution(catalog: Catalog) -> None:
@@ -195,8 +137,7 @@ def test_resolution(catalog: Catalog) -> None:
             ("tone@" + "9" * 30, "no"),
             ("tone@²", "no alias"),
         ]:
-            with pytest.raises(AdapterNotFound, match=message):
-                source.resolve(model)
+            refused(AdapterNotFound, message, source.resolve, model)
 
 
 def test_snapshot_stays_and_counter_moves(catalog: Catalog, url: str) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -16,6 +19,7 @@ from loray.catalog import Catalog
 from loray.catalog.database import HEAD, open_database, reading, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from tests.fixtures.calls import refused
 from tests.fixtures.catalogs import new_postgresql
 from tests.fixtures.cluster import free_port
 from tests.fixtures.postgres import Postgres
@@ -70,20 +74,11 @@ def test_no_statement_is_prepared(postgres: Postgres) -> None:
 
 def test_processes_create_one_database(url: str) -> None:
     code = f"from loray.catalog import Catalog; print(Catalog({url!r}).change_counter())"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(4)]
     for process in processes:
         out, err = process.communicate(timeout=60)
         assert (out, process.returncode) == ("0\n", 0), err
-
-
-def test_sqlite_is_set_up(sqlite_url: str) -> None:
-    engine = open_database(sqlite_url)
-    with engine.connect() as c:
-        for pragma, value in [("journal_mode", "wal"), ("foreign_keys", 1), ("busy_timeout", 30_000)]:
-            assert c.execute(sa.text(f"PRAGMA {pragma}")).scalar() == value
 
 
 def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,33 +97,8 @@ def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.
         lambda: catalog.delete_alias("tone", "prod"),
         lambda: catalog.add_base("base", BASE),
     ):
-        with pytest.raises(RuntimeError, match="killed"):
-            write()
+        refused(RuntimeError, "killed", write)
     assert catalog.snapshot() == before
-
-
-def test_statements_and_connections_of_postgresql_have_limits(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = open_database(postgres.new_database())
-    with reading(engine) as c:
-        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "15s"
-        parameters = c.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
-        assert (parameters["keepalives_idle"], parameters["tcp_user_timeout"]) == ("10", "25000")
-    with writing(engine) as c:
-        shown = {name: c.exec_driver_sql(f"SHOW {name}").scalar() for name in ("statement_timeout", "lock_timeout")}
-        assert shown == {"statement_timeout": "45s", "lock_timeout": "30s"}
-    monkeypatch.setattr("loray.catalog.database._READ_TIMEOUT_MS", 20)
-    with pytest.raises(CatalogError, match="statement timeout"), reading(engine) as c:
-        c.exec_driver_sql("SELECT pg_sleep(60)")
-    with engine.connect() as c:  # the session's own limits are as they were
-        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "0"
-    engine.dispose()
-    url = f"{postgres.new_database()}?tcp_user_timeout=7000"
-    engine = open_database(url)
-    with reading(engine) as c:
-        assert c.connection.driver_connection.info.get_parameters()["tcp_user_timeout"] == "7000"  # type: ignore[union-attr]
-    engine.dispose()
 
 
 @pytest.mark.parametrize(
@@ -145,8 +115,7 @@ def test_a_catalog_of_another_revision_is_refused(
     with writing(engine) as c:
         c.execute(sa.text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
     engine.dispose()
-    with pytest.raises(error, match=advice):
-        Catalog(url)
+    refused(error, advice, Catalog, url)
 
 
 def test_bad_urls(tmp_path: Path) -> None:
@@ -160,8 +129,7 @@ def test_bad_urls(tmp_path: Path) -> None:
         (f"sqlite:///{tmp_path}/dir.db", LorayError),
         (f"postgresql://nobody@127.0.0.1:{free_port()}/none", CatalogError),
     ]:
-        with pytest.raises(error):
-            Catalog(url)
+        refused(error, "", Catalog, url)
 
 
 def test_passwords_are_not_told() -> None:
@@ -179,8 +147,7 @@ def test_passwords_are_not_told() -> None:
 
 def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) -> None:
     url = postgres.new_database()
-    with pytest.raises(CatalogError, match='database "absent" does not exist'):
-        Catalog(url.rpartition("/")[0] + "/absent")
+    refused(CatalogError, 'database "absent" does not exist', Catalog, url.rpartition("/")[0] + "/absent")
     postgres.execute(url.rpartition("/")[2], "CREATE ROLE guest LOGIN")
     with pytest.raises(CatalogError, match="cannot be migrated: permission denied for schema public") as e:
         Catalog(url.replace("loray@", "guest:secret@"))
@@ -215,3 +182,71 @@ def test_processes_register_one_name_at_once(url: str) -> None:
     assert catalog.resolve("tone@prod").version == 15  # every registration moved it to the version it made
     assert catalog.change_counter() == 15
     catalog.close()
+
+
+def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:
+    catalog = Catalog(postgres.new_database())
+    publish(catalog, "tone", 1)
+    postgres.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
+    assert catalog.resolve("tone").version == 1
+    catalog.close()
+
+
+def test_a_server_that_takes_no_writes_or_ends_them_cannot_be_used(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL calls these internal errors: of a standby, and of a writer that stopped in its transaction."""
+    url = postgres.new_database()
+    catalog = Catalog(url)
+    monkeypatch.setattr("loray.catalog.database._IDLE_TIMEOUT_MS", 1)
+    refused(CatalogError, "cannot be used", stop_in_a_transaction, catalog, postgres)
+    monkeypatch.undo()
+    catalog.add_base("base", BASE)
+    postgres.execute("postgres", f"ALTER DATABASE {url.rpartition('/')[2]} SET default_transaction_read_only = on")
+    catalog.close()
+    refused(CatalogError, "read-only", catalog.add_base, "other", BASE)
+    catalog.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [("SELECT CAST(4294967296 AS integer)", "out of range"), ("SELECT * FROM not_granted", "does not exist")],
+)
+def test_a_statement_that_the_server_refuses_is_the_catalogs_error(
+    postgres: Postgres, statement: str, reason: str
+) -> None:
+    catalog = Catalog(postgres.new_database())
+    with pytest.raises(CatalogError, match=reason), writing(catalog._engine) as c:
+        c.exec_driver_sql(statement)
+    catalog.close()
+
+
+def test_statements_and_connections_of_postgresql_have_limits(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_database(postgres.new_database())
+    with reading(engine) as c:
+        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "15s"
+        parameters = c.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+        assert (parameters["keepalives_idle"], parameters["tcp_user_timeout"]) == ("10", "25000")
+    with writing(engine) as c:
+        shown = {name: c.exec_driver_sql(f"SHOW {name}").scalar() for name in ("statement_timeout", "lock_timeout")}
+        assert shown == {"statement_timeout": "45s", "lock_timeout": "30s"}
+    monkeypatch.setattr("loray.catalog.database._READ_TIMEOUT_MS", 20)
+    with pytest.raises(CatalogError, match="statement timeout"), reading(engine) as c:
+        c.exec_driver_sql("SELECT pg_sleep(60)")
+    with engine.connect() as c:  # the session's own limits are as they were
+        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "0"
+    engine.dispose()
+    engine = open_database(f"{postgres.new_database()}?tcp_user_timeout=7000")
+    with reading(engine) as c:
+        assert c.connection.driver_connection.info.get_parameters()["tcp_user_timeout"] == "7000"  # type: ignore[union-attr]
+    engine.dispose()
+
+
+def stop_in_a_transaction(catalog: Catalog, postgres: Postgres) -> None:
+    with writing(catalog._engine) as c, psycopg.connect(postgres.url("postgres"), autocommit=True) as other:
+        pid = c.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        while other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is not None:
+            time.sleep(0.01)
+        c.exec_driver_sql("SELECT 1")

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
 from loray.catalog import Catalog
 from loray.errors import ConflictError, JobNotFound, SpecError
 from loray.spec import TrainSpec
+from tests.fixtures import recipes
+from tests.fixtures.calls import at_once, refused
 
-RECIPE = TrainSpec.parse(
-    {
-        "name": "tone",
-        "adapter": {"method": "lora"},
-        "data": {"train": "/data/tone.jsonl"},
-        "batch": {"rows": 2},
-        "optimizer": {"learning_rate": 1e-3},
-        "max_steps": 3,
-    },
-    source="the test",
-)
+RECIPE = TrainSpec.parse(recipes.RECIPE | {"name": "tone"}, source="the test")
 
 
 @pytest.fixture
-def catalog(catalog_url: str) -> Iterator[Catalog]:
-    catalog = Catalog(catalog_url, actor="tester")
-    yield catalog
-    catalog.close()
+def catalog(url: str) -> Iterator[Catalog]:
+    with closing(Catalog(url, actor="tester")) as catalog:
+        yield catalog
 
 
 def add(catalog: Catalog, job_id: str = "job-1", name: str = "tone") -> None:
@@ -61,8 +52,7 @@ def test_every_call_may_come_twice_and_late(catalog: Catalog) -> None:
     assert catalog.start_job("job-1") == failed
     add(catalog)
     assert catalog.job("job-1") == failed
-    with pytest.raises(ConflictError, match="trains 'tone', not 'other'"):
-        add(catalog, name="other")
+    refused(ConflictError, "trains 'tone', not 'other'", add, catalog, name="other")
 
 
 def test_what_is_published_is_published(catalog: Catalog) -> None:
@@ -77,16 +67,12 @@ def test_what_is_published_is_published(catalog: Catalog) -> None:
 
 def test_jobs_that_are_none(catalog: Catalog) -> None:
     for call in (catalog.job, catalog.start_job, lambda i: catalog.end_job(i, "failed")):
-        with pytest.raises(JobNotFound, match="no job 'job-9'"):
-            call("job-9")
+        refused(JobNotFound, "no job 'job-9'", call, "job-9")
     for job_id in ("", "a b", "../a", "x" * 129):
-        with pytest.raises(SpecError, match="not a valid job id"):
-            add(catalog, job_id)
-    with pytest.raises(SpecError, match="not a valid adapter name"):
-        add(catalog, name="a@b")
+        refused(SpecError, "not a valid job id", add, catalog, job_id)
+    refused(SpecError, "not a valid adapter name", add, catalog, name="a@b")
     add(catalog)
-    with pytest.raises(SpecError, match="'running' is not how a job ends"):
-        catalog.end_job("job-1", "running")  # type: ignore[arg-type]
+    refused(SpecError, "'running' is not how a job ends", catalog.end_job, "job-1", "running")  # type: ignore[arg-type]
 
 
 def test_pages_newest_first(catalog: Catalog) -> None:
@@ -102,20 +88,15 @@ def test_pages_newest_first(catalog: Catalog) -> None:
     assert ([j.id for j in page.jobs], page.next) == (["job-0"], None)
     assert [j.id for j in catalog.jobs(status="running").jobs] == ["job-3"]
     assert [j.id for j in catalog.jobs(name="tone", status="pending").jobs] == ["job-5", "job-1"]
-    with pytest.raises(SpecError, match="is no cursor"):
-        catalog.jobs(cursor="job-99")
+    refused(SpecError, "is no cursor", catalog.jobs, cursor="job-99")
 
 
-def test_server_and_driver_add_one_job_at_once(catalog: Catalog, catalog_url: str) -> None:
+def test_server_and_driver_add_one_job_at_once(catalog: Catalog, url: str) -> None:
     def tell(i: int) -> str:
-        mine = Catalog(catalog_url)
-        try:
+        with closing(Catalog(url)) as mine:
             mine.add_job("job-1", name="tone", recipe=RECIPE)
             mine.start_job("job-1")
             return mine.end_job("job-1", "succeeded", version=i + 1).status
-        finally:
-            mine.close()
 
-    with ThreadPoolExecutor(6) as pool:
-        assert set(pool.map(tell, range(6))) == {"succeeded"}
+    assert set(at_once(6, tell)) == {"succeeded"}
     assert len(catalog.jobs().jobs) == 1

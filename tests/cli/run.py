@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PeftFolder = Callable[..., Path]
 
@@ -13,6 +14,17 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def failed(self) -> str:
+        """What it said before it ended with 1."""
+        assert self.code == 1, self.out
+        return self.err
 
 
 Loray = Callable[..., Result]

@@ -22,26 +22,28 @@ PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *sor
 RUN = {DOCS / "tutorial.md", DOCS / "howto" / "colleagues.md"}  # by tests/e2e/test_pages.py
 
 
+def shown(page: Path) -> list[Block]:
+    return list(blocks(page.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_known(page: Path) -> None:
-    shown = [block for block in blocks(page.read_text(encoding="utf-8")) if block.language != "text"]
-    lines = [words for block in shown for words in commands(block.text)]
+    lines = [words for block in shown(page) if block.language != "text" for words in commands(block.text)]
     assert not {" ".join(words): why for words in lines if (why := problem(words)) is not None}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent != REPOSITORY], ids=lambda page: page.name)
 def test_blocks_that_are_not_run_say_why(page: Path) -> None:
     """Those in YAML are checked below, and those in Python run in tests/serve_apps/servers/test_snippets.py."""
-    found = blocks(page.read_text(encoding="utf-8"))
     elsewhere = {"text", "yaml", "python"} | ({"bash"} if page in RUN else set())
-    assert not [block.text for block in found if block.language not in elsewhere and not block.is_marked], (
+    assert not [block.text for block in shown(page) if block.language not in elsewhere and not block.is_marked], (
         "run it in tests/e2e/test_pages.py, or write <!-- not run: reason -->; what a command prints is ```text"
     )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_and_specs_are_valid(page: Path) -> None:
-    for block in blocks(page.read_text(encoding="utf-8")):
+    for block in shown(page):
         if block.language == "yaml" and not block.is_marked:
             fields = yaml.safe_load(block.text)
             if fields.keys() <= {"bases", *ServeSpec.model_fields}:
@@ -61,32 +63,28 @@ ROOT_BLOCKS = {
 
 
 def test_blocks_of_the_root_are_accounted_for() -> None:
-    pages = [(REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")]
-    shown = [block.text for page in pages for block in blocks(page) if block.language not in ("python", "text")]
-    assert not [text for text in shown if not text.startswith(tuple(ROOT_BLOCKS))]
-    assert not [begin for begin in ROOT_BLOCKS if not any(text.startswith(begin) for text in shown)]
+    texts = [b.text for page in PAGES[:2] for b in shown(page) if b.language not in ("python", "text")]
+    assert not [text for text in texts if not text.startswith(tuple(ROOT_BLOCKS))]
+    assert not [begin for begin in ROOT_BLOCKS if not any(text.startswith(begin) for text in texts)]
 
 
-def test_targets_of_make_exist() -> None:
-    known = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    shown = [block.text for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
-    named = {name for text in shown for name in re.findall(r"^make ([\w-]+)", text, re.MULTILINE)}
-    assert named
-    assert named <= known
+def named(pattern: str) -> set[str]:
+    texts = [block.text for page in PAGES for block in shown(page)]
+    found = {name for text in texts for name in re.findall(pattern, text, re.MULTILINE)}
+    assert found
+    return found
 
 
-def test_modules_that_are_started_exist() -> None:
-    shown = [block.text for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
-    started = re.compile(r"python3? -m ((?:benchmarks|jobs|loray_kernels)[\w.]*)")
-    named = {name for text in shown for name in started.findall(text)}
-    assert named
-    assert not [name for name in named if find_spec(name) is None]
+def test_targets_of_make_and_modules_that_are_started_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert named(r"^make ([\w-]+)") <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    modules = named(r"python3? -m ((?:benchmarks|jobs|loray_kernels)[\w.]*)")
+    assert not [name for name in modules if find_spec(name) is None]
 
 
 def test_pages_that_are_run_exist() -> None:
     for page in RUN:
-        found = [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "bash"]
-        assert len([block for block in found if not block.is_marked]) >= 10
+        assert len([block for block in shown(page) if block.language == "bash" and not block.is_marked]) >= 10
 
 
 def test_commands_of_a_block() -> None:

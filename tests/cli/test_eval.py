@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,28 +16,19 @@ from peft import LoraConfig
 from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.cli import pictures
-from loray.cli.main import _run
+from loray.cli import eval_tasks, pictures
+from loray.cli.eval_tasks import read_results
+from loray.errors import EvaluationError
+from loray.settings import Settings
 from loray.spec import Evaluation, RopeParameters
+from tests.cli.run import Loray
 from tests.engine.adapters import make_adapter
-from tests.fixtures.figures import GOOD, NATIVE, OWN, figures
+from tests.fixtures.calls import refused
+from tests.fixtures.cluster import Served
+from tests.fixtures.figures import GOOD, NATIVE, OWN, RESULTS, figures
 from tests.fixtures.tiny import write_checkpoint
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-Loray = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loray(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+def loray(loray: Loray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loray:
     monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
-        return Result(_run(), *capsys.readouterr())
-
-    return run
+    return loray
 
 
 @pytest.fixture
@@ -114,9 +98,10 @@ def test_a_base_and_the_base_scaled(loray: Loray, base: BaseModel, data: Path) -
 def test_a_published_longlora_adapter_earns_its_alias(
     loray: Loray, base: BaseModel, folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    refused = loray("adapters", "import", folder, "--name", "long", "--alias", "prod")
-    assert (refused.code, refused.out) == (1, "")
-    assert "alias 'prod' is refused to long@1: at its own context of 1,024 tokens" in refused.err
+    assert (
+        "alias 'prod' is refused to long@1: at its own context of 1,024 tokens"
+        in loray("adapters", "import", folder, "--name", "long", "--alias", "prod").failed
+    )
     assert loray("adapters", "import", folder, "--name", "long").out == "published long@1\n"
     assert "gate" in loray("adapters", "show", "long").out
     assert loray("adapters", "promote", "long").code == 1
@@ -255,3 +240,118 @@ def test_colours_of_all_models_mean_the_same() -> None:
     assert "a <title> & more" in texts
     assert texts.count("−10.0") == 3  # in its cell, and in both legends
     assert texts.count("0.0") == 3
+
+
+# Stands for the package: writes the results above, and how it was called.
+STAND_IN = """
+import json, os, sys
+folder = sys.argv[sys.argv.index("--output_path") + 1] + "/model"
+os.makedirs(folder)
+json.dump({results}, open(folder + "/results_2026.json", "w"))
+json.dump([sys.argv[1:], os.environ.get("OPENAI_API_KEY")], open({called!r}, "w"))
+print("asking")
+sys.exit("broken" in sys.argv[-1])
+"""
+
+
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the stand-in says how it was called."""
+    package = tmp_path / "site" / "lm_eval"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    said = tmp_path / "called.json"
+    (package / "__main__.py").write_text(
+        STAND_IN.replace("{results}", repr(RESULTS)).replace("{called!r}", repr(str(said)))
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=":")
+    return said
+
+
+def test_figures_are_recorded_with_the_version_that_was_asked(
+    loray: Loray,
+    base: BaseModel,
+    peft_folder: Callable[..., Path],
+    called: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert loray("adapters", "import", peft_folder(base), "--name", "tone", "--base", base.name).code == 0
+    monkeypatch.setenv("LORAY_API_KEY", "k" * 40)
+    told = loray("eval", "tasks", "tone", "letters", "sums", "--limit", 6, "--url", "http://10.0.0.9:8000", "--json")
+    assert told.code == 0, told.err
+    assert "asking" in told.err
+    arguments, key = json.loads(called.read_text())
+    options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    assert arguments[0] == "run"
+    assert options["--tasks"] == "letters,sums"
+    assert options["--limit"] == "6"
+    assert options["--model_args"].split(",") == [
+        "model=tone@1",
+        "base_url=http://10.0.0.9:8000/v1/completions",
+        f"tokenizer={base.path}",
+        "num_concurrent=8",
+    ]
+    assert key == "k" * 40
+    version = Catalog(Settings.from_env().catalog).adapter("tone").versions[-1]
+    found = [(e.dataset, e.metric, e.value, e.count) for e in version.evaluations]
+    assert found == [
+        ("letters", "acc", 0.5, 6),
+        ("letters", "acc_norm", 0.25, 6),
+        ("sums", "exact_match/strict-match", 0.75, None),
+    ]
+    assert json.loads(told.out)["digest"] == version.digest
+
+    (tmp_path / "broken").mkdir()
+    assert (
+        "lm_eval ended with code 1:\nasking"
+        in loray("eval", "tasks", "tone", "letters", "--include-path", tmp_path / "broken").failed
+    )
+    unrecorded = loray("eval", "tasks", "tone", "letters", "--no-record")
+    assert unrecorded.code == 0
+    assert "exact_match/strict-match" in unrecorded.out
+    assert len(Catalog(Settings.from_env().catalog).adapter("tone").versions[-1].evaluations) == 3
+
+
+def test_without_the_package(loray: Loray, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_tasks, "find_spec", lambda name: None)
+    assert "pip install 'lm-eval[api]'" in loray("eval", "tasks", "tone", "letters").err
+
+
+def test_results_without_figures_are_an_error(tmp_path: Path) -> None:
+    refused(EvaluationError, "no results", read_results, tmp_path)
+    (tmp_path / "results_1.json").write_text(json.dumps({"results": {"letters": {"alias": "letters"}}}))
+    refused(EvaluationError, "no figure: letters", read_results, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_harness_itself_on_a_server(
+    loray: Loray,
+    served_alone: Served,
+    peft_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it is installed: it is no part of the development environment."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed", exc_type=ImportError)
+    rows = [{"question": f"{a} then", "choices": [" b", " z"], "answer": 0} for a in "acegik"]
+    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "letters.yaml").write_text(
+        f"task: letters\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/letters.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: answer\n"
+        "doc_to_choice: choices\nmetric_list: [{metric: acc}]\n"
+    )
+    monkeypatch.setenv("LORAY_HOME", str(served_alone.settings.home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    name = served_alone.base.name
+    assert loray("adapters", "import", peft_folder(served_alone.base), "--name", "harnessed", "--base", name).code == 0
+    told = loray(
+        "eval", "tasks", "harnessed", "letters", "--include-path", tmp_path, "--url", served_alone.url, "--json"
+    )
+    assert told.code == 0, told.err
+    (figure,) = json.loads(told.out)["evaluations"]
+    assert (figure["dataset"], figure["metric"], figure["count"]) == ("letters", "acc", 6)
+    assert 0 <= figure["value"] <= 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import add_base
-from loray.cli.main import _run
 from loray.recipes.load import purpose, shipped
 from tests.fixtures.planning import HARDWARE, MACHINE
+from tests.cli.run import Loray, Result
 from tests.fixtures.tiny import write_checkpoint
 
 RECIPE: dict[str, Any] = {
@@ -35,28 +34,21 @@ RECIPE: dict[str, Any] = {
     "use_gpu": True,
 }
 
-Plan = Callable[..., tuple[int, str, str]]
+
+Plan = Callable[..., Result]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-    for module in ("loray.machine", "loray.cli.plan", "loray.cli.plan"):
+def home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in ("loray.machine", "loray.cli.plan"):
         monkeypatch.setattr(f"{module}.hardware", lambda: HARDWARE)
-    MACHINE.cache(tmp_path)
-    return tmp_path
+    MACHINE.cache(home)
+    return home
 
 
 @pytest.fixture
-def plan(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
-    def run(recipe: str | dict[str, Any], *args: object) -> tuple[int, str, str]:
-        text = json.dumps(recipe) if isinstance(recipe, dict) else recipe
-        monkeypatch.setattr(sys, "argv", ["loray", "plan", text, *map(str, args)])
-        capsys.readouterr()
-        code = _run()
-        return code, *capsys.readouterr()
-
-    return run
+def plan(home: Path, loray: Loray) -> Plan:
+    return lambda recipe, *args: loray("plan", json.dumps(recipe) if isinstance(recipe, dict) else recipe, *args)
 
 
 def test_tables_of_a_run_that_fits(plan: Plan) -> None:
@@ -87,19 +79,14 @@ def test_tables_of_a_run_that_fits(plan: Plan) -> None:
 
 
 def test_json_has_the_same_numbers(plan: Plan) -> None:
-    code, out, _ = plan(RECIPE, "--json")
-    facts = json.loads(out)
-    assert code == 0
-    assert facts["recipe"] == "planned"
-    assert facts["base"] == "Meta-Llama-3-8B"
-    assert facts["traffic"]["exchange"]["halo_bytes"] == 8192 * 128 * 4 * 2
-    assert facts["traffic"]["exchange"]["num_hops"] == 1
-    assert facts["parameters"]["base"] == 8_030_261_248
-    assert facts["run"]["sequence"] == 8
-    assert facts["is_refused"] is False
+    facts = plan(RECIPE, "--json").json
+    assert (facts["recipe"], facts["base"], facts["is_refused"]) == ("planned", "Meta-Llama-3-8B", False)
+    exchange, host = facts["traffic"]["exchange"], facts["host"]
+    assert (exchange["halo_bytes"], exchange["num_hops"]) == (8192 * 128 * 4 * 2, 1)
+    assert (facts["parameters"]["base"], facts["run"]["sequence"]) == (8_030_261_248, 8)
     assert facts["memory"]["peak_bytes"] <= facts["device"]["usable_bytes"]
     assert facts["time"]["tokens_per_s"] > 0
-    assert facts["host"]["peak_bytes"] == facts["host"]["moments"][facts["host"]["peak_moment"]]
+    assert host["peak_bytes"] == host["moments"][host["peak_moment"]]
 
 
 def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would_fit(plan: Plan) -> None:
@@ -116,35 +103,29 @@ def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would_fit(plan: Pla
 
 
 def test_workers_and_device_may_be_others_than_the_recipes(plan: Plan) -> None:
-    facts = json.loads(plan(RECIPE, "--workers", 16, "--device", "h100-80gb", "--json")[1])
+    facts = plan(RECIPE, "--workers", 16, "--device", "h100-80gb", "--json").json
     assert facts["run"]["num_workers"] == 16
     assert facts["run"]["num_data_groups"] == 2
     assert facts["device"]["name"] == "h100-80gb"
-    code, _, err = plan(RECIPE, "--workers", 12)
-    assert code == 1
-    assert "parallel.sequence is 8, which does not divide num_workers (12)" in err
+    assert "parallel.sequence is 8, which does not divide num_workers (12)" in plan(RECIPE, "--workers", 12).failed
 
 
 def test_a_device_may_be_a_file(plan: Plan, home: Path) -> None:
     file = home / "l40s.yaml"
     file.write_text("{name: l40s, memory_bytes: 48GB, flops: 362e12, bandwidth: 864e9, link_bandwidth: 32e9}")
-    facts = json.loads(plan(RECIPE, "--device", file, "--json")[1])
+    facts = plan(RECIPE, "--device", file, "--json").json
     assert (facts["device"]["memory_bytes"], facts["device"]["flops"]) == (48 * 10**9, 362e12)
     file.write_text("{name: l40s, memory: 48GB}")
     code, _, err = plan(RECIPE, "--device", file)
     assert code == 1
     assert "is not a valid device" in err
     assert "known fields: name, memory_bytes" in err
-    code, _, err = plan(RECIPE, "--device", "a100")
-    assert code == 1
-    assert "no device 'a100'; there are a100-40gb, a100-80gb" in err
+    assert "no device 'a100'; there are a100-40gb, a100-80gb" in plan(RECIPE, "--device", "a100").failed
 
 
 def test_this_machine_is_the_default_without_gpus(plan: Plan) -> None:
-    facts = json.loads(plan(RECIPE | {"base": "smollm2", "use_gpu": False}, "--json")[1])
-    assert facts["device"]["name"] == "this-machine"
-    assert facts["device"]["memory_bytes"] == (16 << 30) // 8
-    assert facts["device"]["flops"] == 4e11 / 8
+    device = json.loads(plan(RECIPE | {"base": "smollm2", "use_gpu": False}, "--json").out)["device"]  # it is refused
+    assert (device["name"], device["memory_bytes"], device["flops"]) == ("this-machine", (16 << 30) // 8, 4e11 / 8)
 
 
 def test_shapes_come_from_this_machine_from_a_file_or_from_what_is_known(plan: Plan, home: Path) -> None:
@@ -154,14 +135,12 @@ def test_shapes_come_from_this_machine_from_a_file_or_from_what_is_known(plan: P
     assert "Llama-2-7b-hf" in err
     assert "--config" in err
     checkpoint = write_checkpoint(home / "checkpoint")
-    given = json.loads(plan(RECIPE | {"base": "mystery"}, "--config", checkpoint / "config.json", "--json")[1])
+    given = plan(RECIPE | {"base": "mystery"}, "--config", checkpoint / "config.json", "--json").json
     assert given["model"]["hidden_size"] == 64
     add_base(str(checkpoint), home=home, name="mystery")
-    assert json.loads(plan(RECIPE | {"base": "mystery"}, "--json")[1])["model"] == given["model"]
+    assert plan(RECIPE | {"base": "mystery"}, "--json").json["model"] == given["model"]
     (home / "other.json").write_text("[]")
-    code, _, err = plan(RECIPE, "--config", home / "other.json")
-    assert code == 1
-    assert "is not the config.json of a model" in err
+    assert "is not the config.json of a model" in plan(RECIPE, "--config", home / "other.json").failed
 
 
 def test_a_base_whose_rope_is_scaled_is_refused(plan: Plan, home: Path) -> None:
@@ -172,18 +151,9 @@ def test_a_base_whose_rope_is_scaled_is_refused(plan: Plan, home: Path) -> None:
     assert "RoPE is 'yarn' already" in err
 
 
-def test_neither_torch_nor_ray_is_imported(home: Path) -> None:
-    code = (
-        "import sys; from loray.cli.main import cli; cli(['plan', 'longlora_llama2_7b_32k'], standalone_mode=False);"
-        "print([m for m in 'torch ray transformers peft numpy fastapi'.split() if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan: Plan) -> None:
     for name in shipped():
-        facts = json.loads(plan(name, "--json")[1])
+        facts = plan(name, "--json").json
         assert not facts["is_refused"], name
         assert facts["problems"] == [], name
         named = re.findall(r"on 8 GPUs of (\d+) GB", purpose(name))
@@ -194,9 +164,7 @@ def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: 
     (cached,) = home.glob("machine-*.json")
     cached.unlink()
     monkeypatch.setattr("loray.cli.plan.sys.executable", "/bin/false")
-    code, _, err = plan("lora_smollm2")
-    assert code == 1
-    assert "this machine could not be measured; name a --device" in err
+    assert "this machine could not be measured; name a --device" in plan("lora_smollm2").failed
 
 
 @pytest.mark.parametrize(("percent", "is_kept"), [(0.0, True), (60.0, False)])

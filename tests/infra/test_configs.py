@@ -23,11 +23,6 @@ def load(name: str) -> dict[str, Any]:
     return config
 
 
-def serving(config: dict[str, Any]) -> ServeSpec:
-    (application,) = (a for a in config["applications"] if a["name"] == "loray")
-    return ServeSpec.parse(application["args"], source="loray")
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
 def test_configs_are_serves_and_ours(file: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
@@ -38,7 +33,8 @@ def test_configs_are_serves_and_ours(file: Path) -> None:
         module, _, function = application.import_path.partition(":")
         build = getattr(importlib.import_module(module), function)
         assert len(inspect.signature(build).parameters) == 1  # Serve calls a builder with `args`
-    spec = serving(config)
+    (ours,) = (a for a in config["applications"] if a["name"] == "loray")
+    spec = ServeSpec.parse(ours["args"], source="loray")
     assert (schema.http_options.host, schema.http_options.port) == (spec.host, spec.port)
 
 

@@ -60,9 +60,8 @@ def distributions(extras: Iterable[str]) -> dict[str, Requirement]:
     found = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
     for extra in extras:
         for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
-            found |= (
-                distributions(requirement.extras) if requirement.name == "loray" else {requirement.name: requirement}
-            )
+            is_ours, alone = requirement.name == "loray", {requirement.name: requirement}
+            found |= distributions(requirement.extras) if is_ours else alone
     return found
 
 
@@ -103,12 +102,7 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
 
 def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
     for source in sources():
-        target = tmp_path / source
-        if (REPOSITORY / source).is_dir():
-            command = ["cp", "-r", str(REPOSITORY / source), str(target)]
-        else:
-            command = ["cp", str(REPOSITORY / source), str(target)]
-        subprocess.run(command, check=True)
+        subprocess.run(["cp", "-r", str(REPOSITORY / source), str(tmp_path / source)], check=True)
     (built,) = (i for i in of(BUILD, "RUN") if "build" in i.words and "pip" not in i.words)
     assert built.words[:4] == ["python", "-m", "build", "--wheel"]
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheel")]
@@ -116,7 +110,7 @@ def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
-    wanted = ("loray/settings.py", "loray_kernels/ops.py", "jobs/train.py", "serve_apps/app.py")
+    wanted: tuple[str, ...] = ("loray/settings.py", "loray_kernels/ops.py", "jobs/train.py", "serve_apps/app.py")
     wanted += ("serve_apps/configs/cluster.yaml", "loray/recipes/lora_smollm2.yaml")
     wanted += (
         "loray/catalog/migrations/script.py.mako",
@@ -132,11 +126,8 @@ def test_what_is_installed_is_known() -> None:
     (installed,) = (i.text for i in of(IMAGE, "RUN") if "/wheel/*.whl" in i.text)
     assert re.search(r'"\$\(echo /wheel/\*\.whl\)\[\$EXTRAS\]"', installed)
     arguments = defaults(IMAGE)
-    asked = {
-        e
-        for extras in (arguments["EXTRAS"], *re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text()))
-        for e in extras.split(",")
-    }
+    given = (arguments["EXTRAS"], *re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text()))
+    asked = {extra for extras in given for extra in extras.split(",")}
     assert asked == {"postgres", *GPU_EXTRAS}
     assert asked <= PROJECT["optional-dependencies"].keys()
     assert arguments["RAY_VERSION"] == cluster_spec(the("RayService", "base"))["rayVersion"]
@@ -177,13 +168,10 @@ def test_it_runs_as_the_user_of_the_manifests_with_settings_that_loray_accepts()
             for containers in ("initContainers", "containers"):
                 (container,) = group["template"]["spec"][containers]
                 assert str(home) in [m["mountPath"] for m in container["volumeMounts"]]
+    packages = " ".join(i.text for i in of(IMAGE, "RUN") if "apt-get" in i.text).split()
+    assert {"bash", "grep", "wget"} <= set(packages)  # which KubeRay starts and probes with
     of_ray = {usage_constants.USAGE_STATS_ENABLED_ENV_VAR, "RAY_SERVE_HAPROXY_BINARY_PATH"}
     assert {name for name in environment if name.startswith("RAY_")} == of_ray
-
-
-def test_kuberay_finds_what_it_starts_and_probes_with() -> None:
-    packages = " ".join(i.text for i in of(IMAGE, "RUN") if "apt-get" in i.text).split()
-    assert {"bash", "grep", "wget"} <= set(packages)
 
 
 def test_the_image_has_haproxy_if_the_manifests_want_it() -> None:

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jobs.submission.commands import from_spec
 from jobs.train import main as train_command
+from jobs.workers.placement import worker_resources
+from loray.bases import smollm2
+from loray.bases.config import ModelConfig
+from loray.catalog import Catalog
 from loray.cli.base import add as add_base_command
+from loray.errors import CatalogError, SettingsError
+from loray.machine import Gpu
+from loray.planning.devices import PRESETS, device_on
+from loray.planning.plan import make_plan
+from loray.planning.run import shape_of
+from loray.recipes.load import load_recipe
+from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
-from loray.spec import ServeSpec, TrainSpec
+from loray.spec import ServeSpec, TrainingGroup, TrainSpec
+from serve_apps.deployment import front_nodes
 from tests.conftest import REPOSITORY
+from tests.fixtures.calls import refused
+from tests.fixtures.machines import AVX2
+from tests.fixtures.postgres import Postgres
+from tests.infra.crd import check, load_schemas
 from tests.infra.manifests import (
+    CRDS,
     JOBS,
+    KUBERAY,
+    QWEN3_8B,
     SERVICES,
-    Pod,
+    Document,
     by_name,
     bytes_of,
     cluster_spec,
@@ -44,18 +66,7 @@ KUBERAY_LABELS = {"ray.io/is-ray-node": "yes"}
 MAX_NAME = 47  # KubeRay appends to it, and the name of a Service has at most 63 characters
 
 
-def our_pods(folder: str) -> list[Pod]:
-    return [pod for pod in pods(folder) if pod.is_ours]
-
-
 # -- references -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_every_container_has_an_environment_that_can_be_worked_out(folder: str) -> None:
-    for pod in pods(folder):
-        for container in pod.containers:
-            environment(container, folder)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -90,7 +101,7 @@ def test_mounts_have_volumes_and_volumes_have_sources(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_service_accounts_exist(folder: str) -> None:
     names = {d["metadata"]["name"] for d in render("base") if d["kind"] == "ServiceAccount"}
-    used = {p.spec["serviceAccountName"] for p in our_pods(folder) if "serviceAccountName" in p.spec}
+    used = {p.spec["serviceAccountName"] for p in pods(folder) if p.is_ours and "serviceAccountName" in p.spec}
     assert used == (names if folder in SERVICES else {"loray-training"}) <= names
 
 
@@ -136,15 +147,10 @@ def test_the_service_s_network_policy_covers_training(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_one_image_of_this_version(folder: str) -> None:
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    (image,) = {c["image"] for pod in pods(folder) for c in pod.containers if is_our_image(c["image"])}
-    assert image == f"loray:{version}" + ("-cuda" if "gpu" in folder else "")
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_ray_is_a_version_that_loray_takes(folder: str) -> None:
+def test_one_image_of_this_version_with_a_ray_that_it_takes(folder: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (image,) = {c["image"] for pod in pods(folder) for c in pod.containers if is_our_image(c["image"])}
+    assert image == f"loray:{project['version']}" + ("-cuda" if "gpu" in folder else "")
     (ray,) = (r for d in project["dependencies"] if (r := Requirement(d)).name == "ray")
     assert cluster_spec(ray_object(folder))["rayVersion"] in ray.specifier
     assert "2.61.0" not in ray.specifier  # private names of Serve are used, which any version may change
@@ -276,3 +282,189 @@ def test_prometheus_sends_a_key() -> None:
     documents = yaml.safe_load_all((REPOSITORY / "infra/observability/scrape.yaml").read_text())
     (scraping,) = (document for document in documents if document["kind"] == "ScrapeConfig")
     assert scraping["spec"]["authorization"]["credentials"]["name"] == "loray-metrics"
+
+
+SHAPES = {"qwen3-8b": ModelConfig.from_hf(QWEN3_8B), "smollm2-135m-instruct": ModelConfig.from_hf(smollm2.CONFIG)}
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_the_job_s_recipe_fits_its_pods_and_the_gpu_that_it_names(folder: str, tmp_path: Path) -> None:
+    (text,) = data("ConfigMap", "loray-recipe", folder).values()
+    (tmp_path / "recipe.yaml").write_text(text)
+    spec = load_recipe(str(tmp_path / "recipe.yaml")).spec
+    (container,) = groups(folder)[1]["template"]["spec"]["containers"]
+    limits, gpus = container["resources"]["limits"], ()
+    if spec.use_gpu is True:
+        (gigabytes,) = re.findall(r"GPU of (\d+) GB", text)
+        gpus = (Gpu("A100", PRESETS[f"a100-{gigabytes}gb"].memory_bytes, (8, 0)),)
+        assert limits["nvidia.com/gpu"] == str(len(gpus))
+    pod = replace(AVX2, memory_bytes=bytes_of(limits["memory"]), gpus=gpus)
+    device = device_on(pod, 1, use_gpu=bool(gpus))
+    assert device is not None
+    plan = make_plan(shape_of(on_hardware(spec, pod).spec, SHAPES[spec.base]), device)
+    assert plan.problems == ()
+    assert plan.host is None or plan.host.usable_bytes is not None
+
+
+TAINT = {"key": "loray", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize("folder", SERVICES)
+def test_driver_and_workers_of_a_job_fit_on_the_training_group_alone(folder: str, tmp_path: Path) -> None:
+    spec = cluster_spec(the("RayService", folder))
+    serving, training, front = spec["workerGroupSpecs"]
+    (container,) = training["template"]["spec"]["containers"]
+    settings = Settings.from_env(environment(container, folder))
+    assert settings.training_group == TrainingGroup(training["groupName"])  # Ray's label of its nodes
+    job = from_spec(recipe(), settings, stage=tmp_path)
+    assert job.entrypoint_resources is not None
+    assert offered(training) == job.entrypoint_resources | worker_resources(recipe(), settings.training_group)
+    assert training["rayStartParams"]["num-cpus"] == "0"  # an engine, and a rank of one, takes a CPU
+    for group in (spec["headGroupSpec"], serving, front):
+        assert offered(group) == {}
+    assert (training["minReplicas"], training["replicas"]) == (0, 0)  # a pod begins with a job
+    assert training["maxReplicas"] >= recipe().num_workers
+    assert "LORAY_TRAINING_GROUP" in job.runtime_env["env_vars"]  # the driver reads it
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_nodes_with_the_taint_take_training_alone(folder: str) -> None:
+    for group in groups(folder):
+        pod = group["template"]["spec"]
+        is_training = pod["serviceAccountName"] == "loray-training"
+        assert (TAINT in pod.get("tolerations", ())) == is_training
+        assert is_training == (group["template"]["metadata"]["labels"]["app.kubernetes.io/component"] == "training")
+
+
+SECRETS = {  # an engine, which opens no catalog, has no password of the database
+    "head": {"loray", "loray-database"},
+    "front": {"loray", "loray-database"},
+    "worker": {"loray"},
+    "training": {"loray-training"},
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_pod_has_the_secret_of_another_role(folder: str) -> None:
+    for pod in pods(folder):
+        if not pod.is_ours:
+            continue
+        role = pod.labels["app.kubernetes.io/component"]
+        found = {
+            part["secretRef"]["name"]
+            for container in pod.containers
+            for part in container.get("envFrom", ())
+            if "secretRef" in part
+        }
+        assert found <= SECRETS[role], role
+        for container in pod.containers:
+            values = environment(container, folder)
+            assert ("PGPASSWORD" in values) <= (role != "worker"), container["name"]
+            assert "@" not in values.get("LORAY_CATALOG", "")  # no password where others read it
+        (main,) = pod.spec["containers"]
+        if main["name"] != "ray-job-submitter":
+            assert found == SECRETS[role]
+
+
+@pytest.mark.parametrize("folder", SERVICES)
+def test_gateways_have_nodes_of_their_own(folder: str) -> None:
+    spec = cluster_spec(the("RayService", folder))
+    *_, front = spec["workerGroupSpecs"]
+    (container,) = front["template"]["spec"]["containers"]
+    settings = Settings.from_env(environment(container, folder))
+    assert front_nodes(settings) == {"ray.io/node-group": front["groupName"]}
+    assert front["rayStartParams"]["num-cpus"] == "0"
+    assert Settings.from_env(settings.to_env(secrets=False)).front_group == settings.front_group
+    assert front_nodes(Settings.from_env({})) == {}
+
+
+def test_without_a_group_nothing_of_it_is_asked_for(tmp_path: Path) -> None:
+    settings = Settings.from_env({})
+    assert settings.training_group is None
+    assert from_spec(recipe(), settings, stage=tmp_path).entrypoint_resources is None
+    assert worker_resources(recipe(), None) == {"CPU": 1.0}
+    gpu = recipe().model_copy(update={"use_gpu": True})
+    assert worker_resources(gpu, TrainingGroup("gpus")) == {"gpus_worker": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize("name", ["Training", "a b", "!training", "-"])
+def test_a_group_has_the_name_of_a_worker_group(name: str) -> None:
+    refused(SettingsError, "must be the name of a worker group", Settings.from_env, {"LORAY_TRAINING_GROUP": name})
+
+
+KUBERAY_S_OWN = ("RAY_USE_TLS", "RAY_TLS_")
+
+
+def with_component(name: str, folder: str, place: Path) -> tuple[Document, ...]:
+    """An overlay in `place`, of a folder and a component."""
+    place = place.resolve()
+    kustomization: Document = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    kustomization |= {"namespace": "loray", "resources": [os.path.relpath(KUBERAY / folder, place)]}
+    kustomization |= {"components": [os.path.relpath(KUBERAY / name, place)]}
+    (place / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return render(str(place))
+
+
+def recipe() -> TrainSpec:
+    return TrainSpec.parse(yaml.safe_load(data("ConfigMap", "loray-recipe", "train")["recipe.yaml"]), source="recipe")
+
+
+def by_kind(documents: tuple[Document, ...], kind: str) -> list[Document]:
+    return [d for d in documents if d["kind"] == kind]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_tls_between_nodes_is_ray_s(folder: str, tmp_path: Path) -> None:
+    documents = with_component("tls", folder, tmp_path)
+    (ours,) = by_kind(documents, ray_object(folder)["kind"])
+    assert check(ours, load_schemas(CRDS.glob("*.yaml"))) == []
+    assert cluster_spec(ours)["tlsOptions"] == {"enabled": True}
+    assert "tlsOptions" not in cluster_spec(ray_object(folder))
+    for pod in pods(folder):  # KubeRay refuses a cluster that sets its own beside tlsOptions
+        for container in pod.containers:
+            assert not [name for name in environment(container, folder) if name.startswith(KUBERAY_S_OWN)]
+
+
+def test_the_edge_ends_tls_and_refuses_nothing_but_plain_text(tmp_path: Path) -> None:
+    documents = with_component("gateway-api", "base", tmp_path)
+    (gateway,) = by_kind(documents, "Gateway")
+    (certificate,) = by_kind(documents, "Certificate")
+    routes = {route["spec"]["parentRefs"][0]["sectionName"]: route["spec"] for route in by_kind(documents, "HTTPRoute")}
+    listeners = {listener["name"]: listener for listener in gateway["spec"]["listeners"]}
+    assert {d["metadata"]["namespace"] for d in documents} == {"loray"}
+    assert routes.keys() == listeners.keys() == {"https", "http"}
+    assert all(r["parentRefs"] == [{"name": "loray", "sectionName": name}] for name, r in routes.items())
+    assert all(r["hostnames"] == certificate["spec"]["dnsNames"] for r in routes.values())
+    tls = listeners["https"]["tls"]
+    assert tls == {"mode": "Terminate", "certificateRefs": [{"name": certificate["spec"]["secretName"]}]}
+    (rule,) = routes["https"]["rules"]
+    (service,) = by_kind(documents, "RayService")
+    assert rule["backendRefs"] == [{"name": f"{service['metadata']['name']}-serve-svc", "port": 8000}]
+    assert set(rule["timeouts"].values()) == {"0s"}  # an answer takes as long as it takes
+    assert "matches" not in rule  # keys decide, and not the edge
+    (rule,) = routes["http"]["rules"]
+    assert "backendRefs" not in rule
+    (policy,) = by_kind(documents, "NetworkPolicy")
+    admitted = [rule for rule in policy["spec"]["ingress"] if rule.get("ports") == [{"port": 8000}]]
+    assert {"namespaceSelector": {"matchLabels": {"loray-access": "true"}}} in admitted[0]["from"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_database_proves_who_it_is(folder: str) -> None:
+    for pod in pods(folder):
+        for container in pod.containers:
+            values = environment(container, folder)
+            if is_our_image(container["image"]) and "LORAY_CATALOG" in values:
+                assert "sslmode" not in values["LORAY_CATALOG"]  # it would count before the variable
+                assert values["PGSSLMODE"] == ("disable" if folder == "overlays/cpu-dev" else "verify-full")
+                assert values["PGSSLROOTCERT"] == "/etc/ssl/certs/ca-certificates.crt"
+    assert " ca-certificates " in (REPOSITORY / "infra/docker/Dockerfile").read_text()  # which has that file
+
+
+def test_a_database_that_proves_nothing_is_not_used(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = postgres.new_database()
+    Catalog(url).close()
+    (head, *_) = pods("base")
+    (container,) = head.spec["containers"]
+    monkeypatch.setenv("PGSSLMODE", environment(container, "base")["PGSSLMODE"])
+    refused(CatalogError, "SSL", Catalog, url)

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,8 @@ BY_NAME = {m.name: m for m in METRICS.values()}
 _SELECTOR = re.compile(rf"\b({PREFIX}\w+)(?:\{{([^}}]*)\}})?")
 
 
-def expressions() -> Iterator[str]:
-    for group in RULES["spec"]["groups"]:
-        yield from (rule["expr"] for rule in group["rules"])
-    for panel in DASHBOARD["panels"]:
-        yield from (target["expr"] for target in panel["targets"])
+EXPRESSIONS = {rule["expr"] for group in RULES["spec"]["groups"] for rule in group["rules"]}
+EXPRESSIONS |= {target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]}
 
 
 def metric(name: str) -> Metric | None:
@@ -37,7 +33,7 @@ def metric(name: str) -> Metric | None:
     return BY_NAME.get(name) or (histogram if histogram is not None and histogram.kind == "histogram" else None)
 
 
-@pytest.mark.parametrize("expression", sorted(set(expressions())))
+@pytest.mark.parametrize("expression", sorted(EXPRESSIONS))
 def test_metrics_and_labels_exist(expression: str) -> None:
     used = _SELECTOR.findall(expression)
     assert used

@@ -18,6 +18,7 @@ from loray.publishing.uploads import Uploads
 from loray.store import AdapterStore
 from loray.store.s3 import S3Store
 from serve_apps.accounting.usage import StoredEvents
+from tests.fixtures.calls import refused
 from tests.fixtures.s3 import S3Server
 from tests.infra.policy_server import Asked, Policy, PolicyServer, asked
 
@@ -44,14 +45,13 @@ def folder(tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
 
 def serve(store: S3Store, folder: Path, tmp_path: Path) -> None:
     adapters = AdapterStore(store)
-    digest = adapters_in(tmp_path)
+    digest = (tmp_path / "digest").read_text()  # of the adapter that was there before
     manifest = adapters.manifest(digest)
     sha256 = manifest.files["adapter_model.safetensors"]
     adapters.file_size(digest, "adapter_model.safetensors", sha256)
     adapters.read_range(digest, "adapter_model.safetensors", sha256, 0, 100)
     adapters.fetch(digest, tmp_path / "fetched")
-    with pytest.raises(NotFoundError):
-        adapters.manifest("0" * 64)
+    refused(NotFoundError, "", adapters.manifest, "0" * 64)
 
 
 def publish(store: S3Store, folder: Path, tmp_path: Path) -> None:
@@ -69,11 +69,6 @@ def keep_usage(store: S3Store, folder: Path, tmp_path: Path) -> None:
     stored.put([])
     for key, _ in stored.all():
         stored.delete(key)
-
-
-def adapters_in(tmp_path: Path) -> str:
-    """The digest of the adapter that was there before."""
-    return (tmp_path / "digest").read_text()
 
 
 @pytest.mark.parametrize(("role", "work"), [("serving", serve), ("publishing", publish), ("gateway", keep_usage)])

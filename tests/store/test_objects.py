@@ -1,15 +1,16 @@
-"""What every object store promises: written once, whole or not at all, one winner."""
+"""What every object store promises: written once, whole or not at all, one winner; and its place as a filesystem."""
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loray.errors import NotFoundError
-from loray.store import LocalStore, ObjectStore
+from loray.store import LocalStore, ObjectStore, open_filesystem
+from loray.store.s3 import S3Store
+from tests.fixtures.calls import at_once, refused
 
 
 def test_objects(objects: ObjectStore, tmp_path: Path) -> None:
@@ -33,10 +34,8 @@ def test_what_is_missing(objects: ObjectStore, tmp_path: Path) -> None:
     objects.put_if_absent("a/b/c", b"")
     for key in ("a/b", "a/b/c/d", "x"):
         assert not objects.exists(key)
-        with pytest.raises(NotFoundError, match=key):
-            objects.get(key)
-        with pytest.raises(NotFoundError, match=key):
-            objects.get_to(key, tmp_path / "out")
+        refused(NotFoundError, key, objects.get, key)
+        refused(NotFoundError, key, objects.get_to, key, tmp_path / "out")
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -44,8 +43,7 @@ def test_ranges(objects: ObjectStore) -> None:
     objects.put_if_absent("a", b"0123456789")
     ranges = [(0, 3), (3, 10), (8, 100), (10, 11), (50, 60)]
     assert [objects.get_range("a", *r) for r in ranges] == [b"012", b"3456789", b"89", b"", b""]
-    with pytest.raises(NotFoundError, match="no object"):
-        objects.get_range("b", 0, 1)
+    refused(NotFoundError, "no object", objects.get_range, "b", 0, 1)
 
 
 def test_lists_are_sorted_and_by_prefix(objects: ObjectStore) -> None:
@@ -73,19 +71,11 @@ def test_keys_stay_inside(objects: ObjectStore, key: str, tmp_path: Path) -> Non
         lambda: objects.exists(key),
         lambda: objects.delete(key),
     ):
-        with pytest.raises(ValueError, match="not a valid key"):
-            use()
+        refused(ValueError, "not a valid key", use)
 
 
 def test_one_writer_wins(objects: ObjectStore) -> None:
-    barrier = threading.Barrier(8)
-
-    def put(i: int) -> bool:
-        barrier.wait()
-        return objects.put_if_absent("key", bytes([i]) * 100_000)
-
-    with ThreadPoolExecutor(8) as pool:
-        wins = list(pool.map(put, range(8)))
+    wins = at_once(8, lambda i: objects.put_if_absent("key", bytes([i]) * 100_000))
     assert wins.count(True) == 1
     assert objects.get("key") == bytes([wins.index(True)]) * 100_000
     assert list(objects.list()) == ["key"]
@@ -93,7 +83,34 @@ def test_one_writer_wins(objects: ObjectStore) -> None:
 
 def test_a_folder_keeps_nothing_half_written(local_objects: LocalStore, tmp_path: Path) -> None:
     local_objects.put_if_absent("a", b"x")
-    with pytest.raises(FileNotFoundError):
-        local_objects.put_if_absent("b", tmp_path / "no-such-file")
+    refused(FileNotFoundError, "", local_objects.put_if_absent, "b", tmp_path / "no-such-file")
     assert list((local_objects.root / ".tmp").iterdir()) == []
     assert list(local_objects.list()) == ["a"]
+
+
+def test_a_folder_as_a_filesystem(tmp_path: Path) -> None:
+    filesystem, root = open_filesystem(f"file://{tmp_path}")
+    LocalStore(tmp_path).put_if_absent("a", b"one")
+    with filesystem.open_input_file(f"{root}/a") as f:
+        assert f.read() == b"one"
+
+
+def test_a_bucket_as_a_filesystem(s3_objects: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = s3_objects.location
+    filesystem, root = open_filesystem(location.url)
+    assert root == f"{location.bucket}/{location.prefix}"
+    s3_objects.put_if_absent("a", b"one")
+    with filesystem.open_input_file(f"{root}/a") as f:
+        assert f.read() == b"one"
+    with filesystem.open_output_stream(f"{root}/b") as f:
+        f.write(b"two")
+    assert s3_objects.get("b") == b"two"
+    refused(OSError, "nobody-made-this", filesystem.create_dir, "nobody-made-this/x")
+
+    keys = (location.credentials_file or Path()).read_text().split()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys[3])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys[6])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", location.endpoint_url or "")
+    of_environment, root = open_filesystem(replace(location, endpoint_url=None, credentials_file=None, region=None).url)
+    with of_environment.open_input_file(f"{root}/b") as f:
+        assert f.read() == b"two"

@@ -1,21 +1,23 @@
-"""S3's own troubles, on a real server with faults put between it and boto3."""
+"""S3's own troubles, on a real server with faults put between it and boto3; and how a bucket is reached."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
-from botocore.exceptions import ConnectionClosedError
+from botocore.exceptions import ClientError, ConnectionClosedError
 from botocore.httpsession import URLLib3Session
 
-from loray.errors import StoreError, UnsupportedError
+from loray.errors import SettingsError, StoreError, UnsupportedError
 from loray.locations import S3Location
-from loray.store.s3 import LARGE_BYTES, PART_BYTES, S3Store
+from loray.store import open_store
+from loray.store.s3 import LARGE_BYTES, PART_BYTES, S3Store, UploadPart
+from tests.fixtures.calls import at_once, refused
+from tests.fixtures.cluster import free_port
 
 
 class Requests:
@@ -75,9 +77,6 @@ def answer(request: Any, status: int, code: str) -> AWSResponse:
     return AWSResponse(request.url, status, {}, Raw())
 
 
-# -- large objects ----------------------------------------------------------------------------------------------------
-
-
 def test_large_objects_travel_in_parts(s3_objects: S3Store, requests: Requests, big: Path, tmp_path: Path) -> None:
     in_parts(s3_objects)
     assert s3_objects.put_if_absent("big", big)
@@ -104,15 +103,7 @@ def test_only_aws_gets_parts(s3_objects: S3Store, requests: Requests, big: Path)
 
 def test_one_of_many_large_writers_wins(s3_objects: S3Store) -> None:
     s3_objects.check()
-    barrier = threading.Barrier(4)
-
-    def put(i: int) -> bool:
-        data = bytes([i]) * LARGE_BYTES
-        barrier.wait()
-        return s3_objects.put_if_absent("big", data)
-
-    with ThreadPoolExecutor(4) as pool:
-        wins = list(pool.map(put, range(4)))
+    wins = at_once(4, lambda i: s3_objects.put_if_absent("big", bytes([i]) * LARGE_BYTES))
     assert wins.count(True) == 1
     assert set(s3_objects.get("big")) == {wins.index(True)}
 
@@ -120,8 +111,7 @@ def test_one_of_many_large_writers_wins(s3_objects: S3Store) -> None:
 def test_a_failed_part_leaves_nothing(s3_objects: S3Store, requests: Requests, big: Path) -> None:
     in_parts(s3_objects)
     requests.faults.append(lambda r: answer(r, 400, "Broken") if "partNumber=2" in r.url else None)
-    with pytest.raises(StoreError, match="failed in UploadPart: Broken planted"):
-        s3_objects.put_if_absent("big", big)
+    refused(StoreError, "failed in UploadPart: Broken planted", s3_objects.put_if_absent, "big", big)
     requests.faults.clear()
     assert uploads(s3_objects) == []
     assert list(s3_objects.list()) == []
@@ -134,12 +124,8 @@ def test_a_broken_download_leaves_no_file(s3_objects: S3Store, requests: Request
     requests.faults.append(lambda r: answer(r, 403, "AccessDenied") if second in str(r.headers.get("Range")) else None)
     folder = tmp_path / "downloads"
     folder.mkdir()
-    with pytest.raises(StoreError, match="refuses GetObject"):
-        s3_objects.get_to("big", folder / "out")
+    refused(StoreError, "refuses GetObject", s3_objects.get_to, "big", folder / "out")
     assert list(folder.iterdir()) == []
-
-
-# -- conditional writes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parted", [False, True])
@@ -186,8 +172,7 @@ def test_writers_that_collide_try_again(s3_objects: S3Store, requests: Requests)
     assert s3_objects.put_if_absent("key", b"mine")
     assert requests.sent == ["PUT key"] * 3
     requests.faults = [lambda r: answer(r, 409, "ConditionalRequestConflict")]
-    with pytest.raises(StoreError, match="other writers of 'other'"):
-        s3_objects.put_if_absent("other", b"mine")
+    refused(StoreError, "other writers of 'other'", s3_objects.put_if_absent, "other", b"mine")
 
 
 @pytest.mark.parametrize("kind", ["PutObject", "CompleteMultipartUpload"])
@@ -198,19 +183,14 @@ def test_a_server_without_conditional_writes_is_refused(s3_objects: S3Store, big
         params["headers"].pop("If-None-Match", None)
 
     s3_objects._client.meta.events.register(f"before-call.s3.{kind}", ignore)
-    with pytest.raises(UnsupportedError, match=f"ignores If-None-Match in {kind}"):
-        s3_objects.put_if_absent("key", big)
+    refused(UnsupportedError, f"ignores If-None-Match in {kind}", s3_objects.put_if_absent, "key", big)
     assert list(s3_objects.list()) == []
 
 
 def test_a_server_that_says_so_is_refused(s3_objects: S3Store) -> None:
     requests = Requests(s3_objects)
     requests.faults.append(lambda r: answer(r, 501, "NotImplemented"))
-    with pytest.raises(UnsupportedError, match="does not implement what PutObject asks for"):
-        s3_objects.check()
-
-
-# -- the rest ---------------------------------------------------------------------------------------------------------
+    refused(UnsupportedError, "does not implement what PutObject asks for", s3_objects.check)
 
 
 def test_long_lists_come_in_pages(s3_objects: S3Store, requests: Requests) -> None:
@@ -222,3 +202,82 @@ def test_long_lists_come_in_pages(s3_objects: S3Store, requests: Requests) -> No
     requests.sent.clear()
     assert list(s3_objects.list()) == [f"k{i}" for i in range(5)]
     assert len(requests.sent) >= 3
+
+
+def test_prefixes_are_stores_of_their_own(s3_location: S3Location) -> None:
+    one, two = S3Store(s3_location), S3Store(replace(s3_location, prefix=s3_location.prefix + "2"))
+    assert one.put_if_absent("a", b"one")
+    assert two.put_if_absent("a", b"two")
+    assert (one.get("a"), two.get("a"), list(one.list())) == (b"one", b"two", ["a"])
+    whole = S3Store(replace(s3_location, prefix=""))
+    assert whole.get(f"{s3_location.prefix}/a") == b"one"
+
+
+def test_objects_are_encrypted_with_the_key(s3_location: S3Location) -> None:
+    """The local server has no KMS: what counts is that every request that makes an object names the key."""
+    store = S3Store(replace(s3_location, kms_key_id="key-1"))
+    requests = Requests(store)
+    requests.faults.append(lambda r: answer(r, 400, "NoKms"))
+    for put in (store._put_whole, store._put_in_parts):
+        refused(ClientError, "NoKms", put, "x", UploadPart(b"x", 1))
+    for headers in requests.headers:
+        assert headers["x-amz-server-side-encryption"] == "aws:kms"
+        assert headers["x-amz-server-side-encryption-aws-kms-key-id"] == "key-1"
+    assert len(requests.headers) == 2
+
+
+def test_wrong_keys(s3_location: S3Location, tmp_path: Path) -> None:
+    file = tmp_path / "credentials"
+    file.write_text("[default]\naws_access_key_id = LORAY1\naws_secret_access_key = wrong\n")
+    store = S3Store(replace(s3_location, credentials_file=file))
+    for use in (store.check, lambda: store.get("x"), lambda: store.exists("x"), lambda: list(store.list())):
+        refused(StoreError, "check the keys", use)
+
+
+def test_a_missing_bucket_is_named(s3_location: S3Location, tmp_path: Path) -> None:
+    store = S3Store(replace(s3_location, bucket="nobody-made-this"))
+    for use in (
+        store.check,
+        lambda: store.put_if_absent("x", b""),
+        lambda: store.get("x"),
+        lambda: store.get_to("x", tmp_path / "x"),
+        lambda: store.exists("x"),
+        lambda: list(store.list()),
+    ):
+        refused(StoreError, "aws s3 mb s3://nobody-made-this", use)
+
+
+def test_a_server_that_is_down(s3_location: S3Location) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    store = S3Store(replace(s3_location, endpoint_url=endpoint))
+    refused(StoreError, f"{endpoint} cannot be reached.*`loray up`", store.get, "x")
+    elsewhere = S3Store(replace(s3_location, endpoint_url="http://no-such-host.invalid"))
+    elsewhere._client.meta.events.register("needs-retry.s3", lambda **_: None)
+    refused(StoreError, r"no-such-host\.invalid cannot be reached.*check endpoint_url", elsewhere.get, "x")
+
+
+def test_keys_come_from_the_file_or_from_aws(
+    s3_location: S3Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert s3_location.credentials_file is not None
+    bare = replace(s3_location, credentials_file=None)
+    refused(StoreError, "there are no keys", open_store(bare.url).check)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(s3_location.credentials_file))
+    open_store(bare.url).check()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_location.endpoint_url or "")
+    open_store(replace(bare, endpoint_url=None, region=None).url).check()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-something-else")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-something-else")
+    open_store(s3_location.url).check()  # the file that the URL names goes first
+
+
+def test_a_wrong_credentials_file(s3_location: S3Location, tmp_path: Path) -> None:
+    refused(SettingsError, "cannot be read", S3Store, replace(s3_location, credentials_file=tmp_path / "none"))
+    (tmp_path / "empty").write_text("[other]\n")
+    with pytest.raises(SettingsError, match=r"needs a section \[default\]"):
+        S3Store(replace(s3_location, credentials_file=tmp_path / "empty"))

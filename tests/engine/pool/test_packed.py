@@ -21,7 +21,7 @@ from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from loray_kernels import KvLayout
 from tests.engine.adapters import TestAdapter
-from tests.store.conftest import damage
+from tests.fixtures.stores import damage
 
 LAYOUT = KvLayout(num_layers=4, block_tokens=2, num_kv_heads=1, head_dim=8)  # 32 elements of a layer in a block
 

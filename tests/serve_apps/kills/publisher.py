@@ -21,7 +21,7 @@ from loray.cli.main import cli
 from loray.client import CatalogClient
 from loray.errors import CatalogError, ClusterError, StoreError
 from loray.schemas.resources import VersionDetail
-from tests.store.publisher import write_adapter
+from tests.fixtures.publisher import write_adapter
 
 T = TypeVar("T")
 

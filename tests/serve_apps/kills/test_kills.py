@@ -28,10 +28,10 @@ from loray.schemas.resources import VersionDetail
 from loray.store import AdapterStore, LocalStore, open_store
 from loray.store.s3 import create_bucket
 from tests.fixtures.postgres import Postgres, start_postgres
+from tests.fixtures.publisher import WEIGHTS, write_adapter
 from tests.fixtures.s3 import started_s3
 from tests.serve_apps.kills.processes import ApiProcess, Bucket, Killer, Publisher, database_of, schedule
 from tests.serve_apps.kills.publisher import NUM_NAMES, Acknowledged, Options, read_acknowledged
-from tests.store.publisher import WEIGHTS, write_adapter
 
 NUM_PUBLICATIONS = int(os.environ.get("TEST_PUBLICATIONS", "60"))
 NUM_PUBLISHERS = 8
