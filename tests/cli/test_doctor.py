@@ -38,8 +38,8 @@ from tests.cli.run import Loray
 from tests.fixtures.authority import Authority
 from tests.fixtures.calls import refused
 from tests.fixtures.machines import AVX2, H100
+from tests.fixtures.planning import HARDWARE, MACHINE
 from tests.fixtures.tiny import write_checkpoint
-from tests.planning.recipes import HARDWARE, MACHINE
 
 Situations = Callable[..., Situation]
 GIB = 1 << 30

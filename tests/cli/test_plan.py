@@ -14,8 +14,8 @@ import pytest
 
 from loray.bases.registry import add_base
 from loray.recipes.load import purpose, shipped
-from tests.fixtures.planning import HARDWARE, MACHINE
 from tests.cli.run import Loray, Result
+from tests.fixtures.planning import HARDWARE, MACHINE
 from tests.fixtures.tiny import write_checkpoint
 
 RECIPE: dict[str, Any] = {

@@ -24,7 +24,6 @@ from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
 from tests.fixtures.replica import World, same
 from tests.fixtures.stores import damage
-from tests.serve_apps.replica.conftest import World, same
 
 
 @pytest.mark.parametrize("world", ["lora", "vera"], indirect=True)

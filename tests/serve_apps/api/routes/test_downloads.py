@@ -27,7 +27,7 @@ from serve_apps.api.site import create_app
 from tests.fixtures.api import Api, InProcess, mounted, problem
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.s3 import S3Server
-from tests.store.conftest import damage_object
+from tests.fixtures.stores import damage_object
 
 
 @pytest.fixture
