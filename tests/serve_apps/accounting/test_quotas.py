@@ -27,14 +27,16 @@ class Deployment:
 
     def __init__(self, database: Database, name: str, who: Principal) -> None:
         self._database, self._who = database, who
-        self._gate = QuotaGate()
+        self._gate, self.total = QuotaGate(), 0
         self.owner = SharedOwner(name, 1, database.catalog, lambda: database.now)
 
     def ask(self, tokens: int = 1) -> Reservation | None:
         try:
-            return self._gate.admit(self._who, tokens, self._database.now)
+            admitted = self._gate.admit(self._who, tokens, self._database.now)
         except RateLimited:
             return None
+        self.total += 1
+        return admitted
 
     def burst(self, number: int = 200) -> int:
         """How many of so many requests are admitted at once."""
@@ -94,50 +96,32 @@ def database(catalog_url: str) -> Iterator[Database]:
 
 async def test_two_deployments_admit_one_limit(database: Database) -> None:
     first, second = await database.started("a", "b", rpm_limit=60)
-    begin, total = database.now, first.burst() + second.burst()
-    assert 54 <= total <= 66
-
-    def both() -> None:
-        nonlocal total
-        total += first.burst(2) + second.burst(2)
-
-    await database.wait(120, first, second, each=both)
+    begin = database.now
+    assert 54 <= first.burst() + second.burst() <= 66
+    await database.wait(120, first, second, each=lambda: (first.burst(2), second.burst(2)))
     allowed = 60 + database.now - begin
-    assert 0.9 * allowed <= total <= 1.1 * allowed
+    assert 0.9 * allowed <= first.total + second.total <= 1.1 * allowed
 
 
 async def test_what_an_idle_deployment_does_not_use_is_granted_by_the_other(database: Database) -> None:
     busy, idle = await database.started("a", "b", rpm_limit=60)
-    total = 0
-
-    def ask() -> None:
-        nonlocal total
-        total += busy.burst(2)
-
-    await database.wait(600, busy, idle, each=ask)
-    assert 0.9 * 600 <= total <= 630
+    await database.wait(600, busy, idle, each=lambda: busy.burst(2))
+    assert 0.9 * 600 <= busy.total <= 630
     assert idle.burst() == 30
-    before = total
-    await database.wait(60, busy, idle, each=lambda: (ask(), idle.burst(2)))
-    assert total - before <= 30 + 5 + 1
+    before = busy.total
+    await database.wait(60, busy, idle, each=lambda: (busy.burst(2), idle.burst(2)))
+    assert busy.total - before <= 30 + 5 + 1
 
 
 @pytest.mark.parametrize("name", ["a", "another"])
 async def test_a_deployment_that_is_killed_grants_five_seconds_twice_at_most(database: Database, name: str) -> None:
     (killed,) = await database.started("a", rpm_limit=60)
-    total = killed.burst()
-    assert total == 60
-
-    def ask() -> None:
-        nonlocal total
-        total += running.burst(2)
-
-    running = killed
-    await database.wait(64, running, each=ask)
+    assert killed.burst() == 60
+    await database.wait(64, killed, each=lambda: killed.burst(2))
     running = Deployment(database, name, killed._who)
     await running.exchange()
-    await database.wait(60, running, each=ask)
-    assert total <= 60 + 64 + 60 + 5 + 1
+    await database.wait(60, running, each=lambda: running.burst(2))
+    assert killed.total + running.total <= 60 + 64 + 60 + 5 + 1
 
 
 async def test_the_share_of_a_dead_deployment_returns(database: Database) -> None:
@@ -186,14 +170,8 @@ def away(*_: object) -> None:
 async def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> None:
     first, second = await database.started("a", "b", max_budget=1000)
     assert first.burst(2000) == 500
-    total = 500
-
-    def ask() -> None:
-        nonlocal total
-        total += first.burst(2000)
-
-    await database.wait(60, first, second, each=ask)
-    assert 990 <= total <= 1000
+    await database.wait(60, first, second, each=lambda: first.burst(2000))
+    assert 990 <= first.total <= 1000
     assert second.ask() is not None  # it has not asked what was used
     await database.wait(2, first, second)
     assert second.ask() is None

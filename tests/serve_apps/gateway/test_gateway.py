@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
 from loray.spec import TokenDelta
-from serve_apps.gateway.directory import REFRESH_S
 from tests.fixtures.gateway import CHAT, HELLO, REPLICA, ScriptedEngines, delta, error_of, events_of, register
 from tests.fixtures.tiny import byte_tokenizer
 
@@ -103,30 +101,6 @@ def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any) -> None:
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-
-
-def test_names_resolve_to_one_version_each(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
-    for _ in range(3):
-        register(catalog, "tone", base.fingerprint)
-    catalog.promote("tone", "canary", 2)
-    engines = ScriptedEngines(HELLO)
-    with client_of(engines) as client:
-        for model in ("tone", "tone@1", "tone@canary"):
-            assert client.complete(model=model).json()["model"] == model
-    assert [r.adapter.label for r in engines.requests if r.adapter] == ["tone@3", "tone@1", "tone@2"]
-
-
-def test_what_is_published_or_promoted_while_serving_is_seen(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
-    engines = ScriptedEngines(HELLO)
-    with client_of(engines) as client:
-        assert client.complete(model="tone").status_code == 404
-        register(catalog, "tone", base.fingerprint)
-        assert client.complete(model="tone").status_code == 200  # at once: an unknown name is looked up
-        register(catalog, "tone", base.fingerprint)
-        deadline = time.monotonic() + 20 * REFRESH_S
-        while engines.requests[-1].adapter.label != "tone@2" and time.monotonic() < deadline:  # type: ignore[union-attr]
-            client.complete(model="tone")
-        assert engines.requests[-1].adapter.label == "tone@2"  # type: ignore[union-attr]
 
 
 def test_serving_survives_the_catalog(client_of: Any, base: BaseModel, catalog: Catalog, tmp_path: Path) -> None:
