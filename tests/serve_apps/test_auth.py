@@ -8,7 +8,6 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ JSON = {"Content-Type": "application/json"}
 
 def test_what_is_said_without_a_good_key(site_of: SiteOf) -> None:
     site = site_of()
-    for client, path, kind in (
-        (site.gateway, "/v1/models", "invalid_api_key"),
-        (site.api, "adapters", "unauthenticated"),
-    ):
+    asked = ((site.gateway, "/v1/models", "invalid_api_key"), (site.api, "adapters", "unauthenticated"))
+    for client, path, kind in asked:
         for headers in ({}, bearer("sk-lr-" + "x" * 43), {"Authorization": "Basic eDp5"}):
             response = client.get(path, headers=headers)
             assert code_of(response) == (401, kind)
@@ -72,10 +69,8 @@ def test_a_method_that_a_path_does_not_have(site_of: SiteOf) -> None:
         assert (answer.status_code, answer.headers["allow"], answer.text) == (204, "POST", "")
 
 
-def test_a_key_that_is_no_longer_good(site_of: SiteOf) -> None:
+def test_a_key_that_is_blocked(site_of: SiteOf) -> None:
     site = site_of()
-    past = datetime.now(UTC) - timedelta(seconds=1)
-    assert code_of(site.complete(site.key("infer", expires_at=past))) == (401, "invalid_api_key")
     key = site.key("infer")
     newest = site.catalog.keys().keys[0]
     site.catalog.update_key(newest.id, blocked=True)
@@ -166,7 +161,7 @@ def wrong_key() -> str:
     return "sk-lr-" + secrets.token_urlsafe(32)
 
 
-def test_right_keys_are_served_beside_a_flood_of_wrong_ones(site_of: Callable[..., Site]) -> None:
+def test_right_keys_are_served_beside_a_flood_of_wrong_ones(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
     for _ in range(20):

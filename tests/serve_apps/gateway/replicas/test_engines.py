@@ -14,14 +14,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from loray.errors import (
-    BaseStarting,
-    ContextLengthExceeded,
-    EngineError,
-    Overloaded,
-    ReplicaUnavailable,
-    RequestError,
-)
+from loray.errors import BaseStarting, ContextLengthExceeded, EngineError, Overloaded, ReplicaUnavailable, RequestError
 from loray.policy.routing import Held, RoutingReports
 from loray.schemas.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import GenerateRequest, SamplingParams
