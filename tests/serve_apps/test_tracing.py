@@ -92,9 +92,7 @@ PLACES = pytest.mark.parametrize("place", [serve, data_plane])
 
 @pytest.fixture(scope="module")
 def made(
-    tiny_base: Callable[..., BaseModel],
-    peft_folder: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[ServeSpec, Settings, AsyncEngine]]:
     base = tiny_base()
     home = tmp_path_factory.mktemp("home")

@@ -12,8 +12,8 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.policy.quotas import OPEN_ENDED_TOKENS
 from loray.spec import TokenDelta
+from tests.fixtures.accounts import Front
 from tests.fixtures.gateway import ScriptedEngines, delta
-from tests.serve_apps.gateway.test_quotas import Front
 
 CONTEXT = 512  # of the base
 

@@ -13,7 +13,7 @@ from serve_apps.channel import connection, frames, listener
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.frames import ALIVE, REPORT, FrameReader, pack_delta, unpack_delta
 from serve_apps.channel.listener import Listener
-from tests.fixtures.channel import LOOPS, NODE, PLACES, Out, plane, until, wired
+from tests.fixtures.channel import LOOPS, NODE, PLACES, Out, linked, plane, until, wired
 
 PERIOD_S = 0.05
 DIGESTS = [f"{i:016x}" * 4 for i in range(1 << 17)]
@@ -27,21 +27,17 @@ def _short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "_LOST_S", 0.0)
 
 
-def known(gateway: Listener, replica: str = "replica") -> RoutingReport | None:
-    found = gateway._reports.of(replica)
+def known(gateway: Listener) -> RoutingReport | None:
+    found = gateway._reports.of("replica")
     return None if found is None else found.report
 
 
-async def holds(gateway: Listener, in_pool: list[str], on_host: list[str], replica: str = "replica") -> RoutingReport:
+async def holds(gateway: Listener, in_pool: list[str], on_host: list[str]) -> RoutingReport:
     """Waits until the gateway knows that."""
-
-    def as_told() -> bool:
-        report = known(gateway, replica)
-        return report is not None and (report.in_pool, report.on_host) == (frozenset(in_pool), frozenset(on_host))
-
-    await until(as_told)
-    report = known(gateway, replica)
-    assert report is not None
+    wanted = (frozenset(in_pool), frozenset(on_host))
+    async with asyncio.timeout(60):
+        while (report := known(gateway)) is None or (report.in_pool, report.on_host) != wanted:
+            await asyncio.sleep(0.001)
     return report
 
 
@@ -177,8 +173,7 @@ async def test_a_connection_without_requests_stays(node: str) -> None:
 
 async def test_a_process_that_stood_still_keeps_its_connections() -> None:
     """It has heard nothing for long, but the silence was its own."""
-    async with plane() as (gateway, replica):
-        to = await replica.to(gateway.address)
+    async with linked() as (_, to, _):
         for _ in range(3):
             time.sleep(10 * PERIOD_S)
             await asyncio.sleep(PERIOD_S)
@@ -187,10 +182,7 @@ async def test_a_process_that_stood_still_keeps_its_connections() -> None:
 
 async def test_a_gateway_that_hangs_is_given_up() -> None:
     """Its kernel goes on taking what is sent, so only its own silence shows it."""
-    async with plane() as (gateway, replica):
-        left: list[str] = []
-        to = await replica.to(gateway.address)
-        to.watch(1, left.append)
+    async with linked() as (gateway, to, left):
         (peer,) = gateway._all
         assert peer._transport is not None
         assert peer._heartbeat is not None

@@ -7,10 +7,12 @@ import os
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -33,6 +35,7 @@ from tests.fixtures.channel import (
     contexts,
     ended,
     everything,
+    linked,
     plane,
     until,
     wired,
@@ -99,8 +102,7 @@ async def test_a_stream_that_nobody_reads_any_more_is_ended(reason: str, loop: s
 @LOOPS
 async def test_a_gateway_that_ends_leaves_no_work_behind(node: str, loop: str) -> None:
     async with plane(node=node) as (gateway, replica):
-        left: list[str] = []
-        to = await replica.to(gateway.address)
+        to, left = await replica.to(gateway.address), list[str]()
         for stream in (1, 2):
             to.watch(stream, left.append)
         await gateway.close()
@@ -179,10 +181,7 @@ async def test_the_engine_never_waits_for_a_gateway_that_does_not_read(
 ) -> None:
     """What it does not take is kept up to a bound; then the connection ends, and with it all its requests."""
     monkeypatch.setattr(connection, "MAX_BACKLOG", 1 << 20)
-    async with plane(node=node) as (gateway, replica):
-        left: list[str] = []
-        to = await replica.to(gateway.address)
-        to.watch(1, left.append)
+    async with linked(node=node) as (gateway, to, left):
         (peer,) = gateway._all
         assert peer._transport is not None
         peer._transport.pause_reading()
@@ -212,11 +211,9 @@ async def test_what_a_slow_gateway_has_not_taken_follows_in_order(loop: str) -> 
 
 async def test_without_the_token_nothing_is_read() -> None:
     async with plane() as (gateway, _):
-        inbox = gateway.open()
-        thief = Connections(NODE, "thief")
-        wrong = replace(gateway.address, token="0" * 64)
+        inbox, wrong = gateway.open(), replace(gateway.address, token="0" * 64)
         with pytest.raises(ConnectionError):
-            await thief.to(wrong)
+            await Connections(NODE, "thief").to(wrong)
         sock = await dial(wrong, NODE)
         hello = frame(HELLO, "thief#0") + frame(TOKENS, [(inbox.stream, 1, "stop", 0)])
         await asyncio.get_running_loop().sock_sendall(sock, b"0" * 64 + hello)
@@ -299,16 +296,6 @@ async def test_garbage_ends_its_connection_and_no_other(sent: bytes, node: str) 
         await ended(sock)
         to.send([(inbox.stream, Out(1, "stop"))])
         assert await everything(inbox) == [1]
-
-
-async def test_garbage_from_a_gateway_ends_its_connection() -> None:
-    async with plane() as (gateway, replica):
-        left: list[str] = []
-        to = await replica.to(gateway.address)
-        to.watch(1, left.append)
-        (peer,) = gateway._all
-        peer.write(frame(TOKENS, []))
-        await until(lambda: left == ["lost"])
 
 
 async def test_who_connects_and_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +394,6 @@ async def test_who_listens_between_nodes_reads_nothing_with_tls_and_everything_w
     score = TokenLogprobs(-0.5, ((70_001, -0.5), (70_002, -1.0)), 1)
     step = Out(70_003, None, 5, score)
     prompt = Out(70_004, "stop", 5, None, (score, score))
-    said: dict[str, bytes] = {}
     async with plane(node=node) as (gateway, replica), wired(gateway.address) as (wire, address):
         answered, scored = gateway.open(), gateway.open()
         to = await replica.to(address)
@@ -415,15 +401,16 @@ async def test_who_listens_between_nodes_reads_nothing_with_tls_and_everything_w
         to.send([(answered.stream, Out(70_005, "stop")), (scored.stream, prompt)])
         assert await everything(answered) == [70_003, 70_005]
         assert await everything(scored) == [70_004]
-        said["token"] = address.token.encode()
-        said["name"] = frame(HELLO, "replica#0")
-        said["answer"] = pack([(answered.stream, step)])
-        said["its end"] = pack([(answered.stream, Out(70_005, "stop"))])
-        said["prompt"] = b"".join(parts(scored.stream, prompt))
+        said = {
+            "token": address.token.encode(),
+            "name": frame(HELLO, "replica#0"),
+            "answer": pack([(answered.stream, step)]),
+            "its end": pack([(answered.stream, Out(70_005, "stop"))]),
+            "prompt": b"".join(parts(scored.stream, prompt)),
+        }
     assert len(wire.recording) > sum(map(len, said.values()))
-    assert {name for name, data in said.items() if data in wire.recording} == (
-        set() if node == ENCRYPTED else set(said)
-    )
+    read = {name for name, data in said.items() if data in wire.recording}
+    assert read == (set() if node == ENCRYPTED else set(said))
 
 
 async def attempt(
@@ -476,29 +463,27 @@ async def test_a_node_s_own_replicas_need_no_tls() -> None:
     assert isinstance(await attempt(*contexts(), NODE), Connection)
 
 
+def says_what_no_gateway_says(gateway: Listener, to: Connection) -> None:
+    (peer,) = gateway._all
+    peer.write(frame(TOKENS, []))
+
+
+def has_bytes_changed(gateway: Listener, to: Connection) -> None:
+    (peer,) = gateway._all
+    assert peer._transport is not None
+    os.write(peer._transport.get_extra_info("socket").fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+
+
+def cannot_be_encrypted(gateway: Listener, to: Connection) -> None:
+    """What has come may have ended TLS while the engine's thread sends, which this does not end."""
+    to._writer._encrypt = Mock(side_effect=ssl.SSLError("protocol is shutdown"))
+    to.send([(1, Out(1))])
+
+
 @LOOPS
-async def test_bytes_that_somebody_changes_on_the_way_end_the_connection(loop: str) -> None:
-    left: list[str] = []
-    async with plane(node=ENCRYPTED) as (gateway, replica):
-        to = await replica.to(gateway.address)
-        to.watch(1, left.append)
-        (peer,) = gateway._all
-        assert peer._transport is not None
-        os.write(peer._transport.get_extra_info("socket").fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+@pytest.mark.parametrize("harm", [says_what_no_gateway_says, has_bytes_changed, cannot_be_encrypted])
+async def test_what_ends_a_connection(loop: str, harm: Callable[[Listener, Connection], None]) -> None:
+    async with linked(node=ENCRYPTED) as (gateway, to, left):
+        harm(gateway, to)
         await until(lambda: left == ["lost"])
         to.send([(1, Out(1))])  # of no use, and no error
-
-
-async def test_a_step_that_cannot_be_encrypted_any_more_ends_the_connection_and_not_the_engine() -> None:
-    """What has come may have ended TLS while the engine's thread sends."""
-
-    def broken(data: bytes) -> bytes:
-        raise ssl.SSLError("protocol is shutdown")
-
-    left: list[str] = []
-    async with plane(node=ENCRYPTED) as (gateway, replica):
-        to = await replica.to(gateway.address)
-        to.watch(1, left.append)
-        to._writer._encrypt = broken
-        to.send([(1, Out(1))])
-        await until(lambda: left == ["lost"])

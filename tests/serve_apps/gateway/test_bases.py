@@ -283,7 +283,7 @@ async def test_what_cannot_fit_is_not_encoded(encoder: PromptEncoder, tokenizer:
 
 async def test_of_a_longer_prompt_the_end_is_kept(encoder: PromptEncoder, tokenizer: Watched) -> None:
     most = 10 * len("<|endoftext|>")
-    prompts = ["x" * 10 * most + "abc", (1, 2, 3, 4), (5,)]
+    prompts: list[str | tuple[int, ...]] = ["x" * 10 * most + "abc", (1, 2, 3, 4), (5,)]
     assert await encoder.texts(prompts, 10, "acme", keep=3) == [(64, 65, 66), (2, 3, 4), (5,)]
     whole = await encoded(encoder, "hi", limit=100)
     assert await encoded(encoder, "hi", limit=100, keep=5) == whole[-5:]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
@@ -18,10 +17,9 @@ from loray.policy.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
 from serve_apps.gateway.canaries import CanaryCounters, Reports
 from serve_apps.gateway.metrics import GatewayMetrics
-from tests.fixtures.gateway import ScriptedEngines, delta, register
+from tests.fixtures.gateway import HELLO, GatewayClient, ScriptedEngines, delta, register
 
-HELLO = (delta("hel"), delta("lo", "stop"))
-FIELDS = {"model": "tone@prod", "prompt": "a"}
+PROD = {"model": "tone@prod"}
 
 
 @pytest.fixture
@@ -34,14 +32,14 @@ def tone(catalog: Catalog, base: BaseModel) -> Catalog:
     return catalog
 
 
-def version_of(client: TestClient, session: str | None = None, **fields: Any) -> str:
+def version_of(client: GatewayClient, session: str | None = None, **fields: Any) -> str:
     headers = {} if session is None else {"X-Session-ID": session}
-    response = client.post("/v1/completions", json=FIELDS | fields, headers=headers)
+    response = client.complete(headers, **PROD | fields)
     assert response.status_code == 200, response.text
     return str(response.headers["x-adapter-version"])
 
 
-def test_sessions_keep_their_version_when_the_share_grows(client_of: Any, base: BaseModel, tone: Catalog) -> None:
+def test_sessions_keep_their_version_when_the_share_grows(client_of: Any, tone: Catalog) -> None:
     engines = ScriptedEngines(HELLO)
     sessions = [f"s{i}" for i in range(40)]
     with client_of(engines) as client:
@@ -59,11 +57,11 @@ def test_sessions_keep_their_version_when_the_share_grows(client_of: Any, base: 
         client.get("/v1/models/unknown")  # which looks at the catalog again
         grown = {session: version_of(client, session) for session in sessions}
         assert {s for s in sessions if first[s] == "tone@3"} < {s for s in sessions if grown[s] == "tone@3"}
-        assert "x-adapter-version" not in client.post("/v1/completions", json=FIELDS | {"model": base.name}).headers
+        assert "x-adapter-version" not in client.complete().headers
 
 
 def test_a_canary_that_fails_is_ended(
-    client_of: Any, base: BaseModel, tone: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client_of: Any, tone: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("serve_apps.gateway.canaries.REPORT_S", 0.01)
 
@@ -77,7 +75,7 @@ def test_a_canary_that_fails_is_ended(
     with caplog.at_level(logging.WARNING, logger="loray"), client_of(Failing(HELLO)) as client:
         answers = []
         for i in range(400):  # until the snapshot has the end
-            r = client.post("/v1/completions", json=FIELDS | {"user": f"u{i}"})
+            r = client.complete(**PROD, user=f"u{i}")
             answers.append(r.status_code)
             if answers.count(503) >= 2 and tone.canary("tone").outcome is not None:
                 break
@@ -95,7 +93,7 @@ def test_a_canary_that_fails_is_ended(
     ]
 
 
-def test_what_is_counted(client_of: Any, base: BaseModel, tone: Catalog) -> None:
+def test_what_is_counted(client_of: Any, tone: Catalog) -> None:
     tone.set_canary("tone", "prod", 3, 25, bounds=CanaryBounds(max_error_rate=None))
 
     def ask(*script: Any, cold: bool = False, **headers: str) -> None:
@@ -103,7 +101,7 @@ def test_what_is_counted(client_of: Any, base: BaseModel, tone: Catalog) -> None
         engines.cold = cold
         with client_of(engines) as client:  # which reports when it stops
             for i in range(4):
-                client.post("/v1/completions", json=FIELDS, headers={"X-Session-ID": f"s{i}"} | headers)
+                client.complete({"X-Session-ID": f"s{i}"} | headers, **PROD)
 
     ask(*HELLO)
     counts = tone.canary("tone").counts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,26 @@ from tests.fixtures.gateway import register
 
 
 class Watched:
-    """A catalog, with the times at which its counter was read."""
+    """A catalog that can be away, with the times at which its counter was read, and whether all of it was read."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self.reads: list[float] = []
+        self.is_away = False
+        self.looks: list[float] = []
+        self.reads: list[bool] = []
+
+    def __call__(self) -> Any:
+        if self.is_away:
+            raise CatalogError("the database is away")
+        return self
 
     def change_counter(self) -> int:
-        self.reads.append(time.monotonic())
+        self()
+        self.looks.append(time.monotonic())
         return self._catalog.change_counter()
 
     def snapshot(self, before: Any = None, *, whole: bool = False) -> Any:
+        self.reads.append(whole)
         return self._catalog.snapshot(before, whole=whole)
 
     def close(self) -> None:
@@ -44,82 +55,61 @@ def watched(catalog: Catalog) -> Watched:
     return Watched(catalog)
 
 
-async def directory_of(base: BaseModel, watched: Watched) -> ModelResolver:
-    directory = ModelResolver([base], CatalogWatcher(lambda: watched))  # type: ignore[arg-type, return-value]
+@asynccontextmanager
+async def resolving(
+    base: BaseModel, watched: Watched, kept: SnapshotFile | None = None
+) -> AsyncIterator[ModelResolver]:
+    """One that has looked at the catalog once."""
+    directory = ModelResolver([base], CatalogWatcher(watched), kept)
     await directory.refresh()
-    watched.reads.clear()
-    return directory
+    watched.looks.clear()
+    yield directory
+    directory.close()
 
 
 async def test_concurrent_unknown_names_share_one_read(base: BaseModel, watched: Watched) -> None:
-    directory = await directory_of(base, watched)
-    asked = (directory.resolve(f"x{i}", OPERATOR) for i in range(500))
-    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    async with resolving(base, watched) as directory:
+        asked = (directory.resolve(f"x{i}", OPERATOR) for i in range(500))
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert {type(o) for o in outcomes} == {AdapterNotFound}
-    directory.close()
-    assert len(watched.reads) == 1
+    assert len(watched.looks) == 1
 
 
 async def test_unknown_names_in_turn_are_read_for_with_pauses(
     base: BaseModel, watched: Watched, catalog: Catalog
 ) -> None:
-    directory = await directory_of(base, watched)
-    for i in range(4):
-        with pytest.raises(AdapterNotFound):
-            await directory.resolve(f"x{i}", OPERATOR)
-    register(catalog, "tone", base.fingerprint)
-    _, ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
-    assert ref is not None
-    directory.close()
-    pauses = [b - a for a, b in zip(watched.reads, watched.reads[1:], strict=False)]
+    async with resolving(base, watched) as directory:
+        for i in range(4):
+            with pytest.raises(AdapterNotFound):
+                await directory.resolve(f"x{i}", OPERATOR)
+        register(catalog, "tone", base.fingerprint)
+        _, ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
+        assert ref is not None
+    pauses = [b - a for a, b in zip(watched.looks, watched.looks[1:], strict=False)]
     assert len(pauses) == 4
     assert min(pauses) > 0.8 * LOOK_AGAIN_S  # a read begins a little later than its refresh
 
 
-class Away:
-    """A database that can be away."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self.is_away = True
-        self.reads: list[bool] = []  # whether all was read
-
-    def __call__(self) -> Any:
-        if self.is_away:
-            raise CatalogError("the database is away")
-        return self
-
-    def change_counter(self) -> int:
-        self()
-        return self._catalog.change_counter()
-
-    def snapshot(self, before: Any = None, *, whole: bool = False) -> Any:
-        self.reads.append(whole)
-        return self._catalog.snapshot(before, whole=whole)
-
-    def close(self) -> None:
-        pass
-
-
-async def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: Catalog) -> None:
+async def test_before_the_first_snapshot_no_name_is_unknown(
+    base: BaseModel, watched: Watched, catalog: Catalog
+) -> None:
     register(catalog, "tone", base.fingerprint)
-    away = Away(catalog)
-    directory = ModelResolver([base], CatalogWatcher(away))
-    await directory.refresh()
-    assert await directory.resolve(base.name, OPERATOR) == ResolvedModel(base)
-    for name in ("tone", "nobody"):
-        with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
-            await directory.resolve(name, OPERATOR)
-    assert (directory.num_adapters, directory.longest_context(base)) == (0, base.config.max_position_embeddings)
-    away.is_away = False
-    assert (await directory.resolve("tone", OPERATOR)).adapter is not None
-    assert directory.num_adapters == 1
-    directory.close()
+    watched.is_away = True
+    async with resolving(base, watched) as directory:
+        assert await directory.resolve(base.name, OPERATOR) == ResolvedModel(base)
+        for name in ("tone", "nobody"):
+            with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
+                await directory.resolve(name, OPERATOR)
+        assert (directory.num_adapters, directory.longest_context(base)) == (0, base.config.max_position_embeddings)
+        watched.is_away = False
+        assert (await directory.resolve("tone", OPERATOR)).adapter is not None
+        assert directory.num_adapters == 1
     assert failure_of(CatalogError("away")).status == 503
 
 
-def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
+async def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
     base: BaseModel,
+    watched: Watched,
     catalog: Catalog,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -127,20 +117,14 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 ) -> None:
     monkeypatch.setattr("serve_apps.catalog_watch.SPREAD_S", 0.0)
     register(catalog, "tone", base.fingerprint, context_length=4096)
-    kept, away = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere"), Away(catalog)
-
-    async def first() -> None:
-        away.is_away = False
-        directory = ModelResolver([base], CatalogWatcher(away), kept)
-        await directory.start()
-        while not kept.path.exists():
-            await asyncio.sleep(0.01)
-        await directory.stop()
-
-    async def second() -> None:
-        away.is_away = True
-        directory = ModelResolver([base], CatalogWatcher(away), kept)
-        await directory.refresh()
+    kept = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere")
+    first = ModelResolver([base], CatalogWatcher(watched), kept)
+    await first.start()
+    while not kept.path.exists():
+        await asyncio.sleep(0.01)
+    await first.stop()
+    watched.is_away = True
+    async with resolving(base, watched, kept) as directory:
         _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
         assert (ref.label, directory.longest_context(base), directory.num_adapters) == ("tone@1", 4096, 1)
@@ -149,21 +133,16 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
         with pytest.raises(AdapterNotFound, match="nobody"):
             await directory.resolve("nobody", OPERATOR)
         register(catalog, "tone", base.fingerprint)
-        away.is_away, away.reads = False, []
-        await directory.refresh()
-        for _ in range(2):
+        watched.is_away, watched.reads = False, []
+        for _ in range(3):
             await directory.refresh()
         _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
         assert (ref.label, directory.failure) == ("tone@2", None)
-        assert away.reads == [True]  # what was on disk was compared with all of the database
+        assert watched.reads == [True]  # what was on disk was compared with all of the database
         register(catalog, "tone", base.fingerprint)
         await directory.refresh()
-        assert away.reads == [True, False]
-        directory.close()
-
-    asyncio.run(first())
-    asyncio.run(second())
+        assert watched.reads == [True, False]
     assert "kept on disk" in caplog.text
 
 

@@ -15,16 +15,7 @@ from loray.errors import EngineError, GrammarTooExpensive, IntegrityError, Overl
 from loray.spec import ServeSpec
 from serve_apps.gateway import errors
 from tests.fixtures.catalogs import sqlite_catalog
-from tests.fixtures.gateway import (
-    CHAT,
-    HELLO,
-    ScriptedEngines,
-    delta,
-    error_of,
-    events_of,
-    gateway_app,
-    register,
-)
+from tests.fixtures.gateway import CHAT, HELLO, ScriptedEngines, delta, error_of, events_of, gateway_app, register
 
 
 @pytest.mark.parametrize(
@@ -151,13 +142,6 @@ def test_who_finds_an_engine_full_comes_back_at_a_time_of_its_own() -> None:
     failures = [errors.failure_of(Overloaded("full", retry_after_s=2.0)) for _ in range(100)]
     times = [float(failure.headers["Retry-After-Ms"]) for failure in failures]
     assert 2000 < min(times) < 2250 < 2750 < max(times) <= 3000
-
-
-def test_one_failed_choice_ends_the_others(client_of: Any) -> None:
-    engines = ScriptedEngines([delta("a"), Overloaded("full", 1)], hang=True)
-    with client_of(engines) as client:
-        error_of(client.complete(prompt=["a", "b"], n=2), 429)
-    assert sorted(engines.closed) == sorted(r.request_id for r in engines.requests)
 
 
 def test_unknown_urls_and_methods(client_of: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.schemas.status import AutoscalingStatus, ScalingDecision
 from loray.spec import TokenDelta
-from serve_apps.gateway.directory import REFRESH_S
 from tests.fixtures.gateway import CHAT, HELLO, REPLICA, ScriptedEngines, delta, error_of, events_of, register
 from tests.fixtures.tiny import byte_tokenizer
 
@@ -59,19 +57,6 @@ def test_chat_completion_uses_the_chat_template(client_of: Any) -> None:
     assert engines.fits == [True, False]  # only a default may be lowered by the replica
 
 
-def test_streams(client_of: Any) -> None:
-    with client_of(ScriptedEngines(HELLO)) as client:
-        *chat, usage, done = events_of(client.chat(stream=True, stream_options={"include_usage": True}))
-        texts = [{"role": "assistant", "content": ""}, {"content": "hel"}, {"content": "lo"}]
-        assert [c["choices"][0]["delta"] for c in chat] == texts
-        assert chat[-1]["choices"][0]["finish_reason"] == "stop"
-        assert usage["usage"]["completion_tokens"] == 6
-        assert done == "[DONE]"
-        *plain, done = events_of(client.complete(stream=True))
-        assert [c["choices"][0]["text"] for c in plain] == ["hel", "lo"]
-        assert "usage" not in plain[0]
-
-
 def test_prompts_times_n_are_choices_in_order(client_of: Any) -> None:
     engines = ScriptedEngines(HELLO)
     fields = {"prompt": [[1, 2, 3], [4, 5, 6]], "n": 2, "seed": 10}
@@ -103,30 +88,6 @@ def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any) -> None:
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-
-
-def test_names_resolve_to_one_version_each(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
-    for _ in range(3):
-        register(catalog, "tone", base.fingerprint)
-    catalog.promote("tone", "canary", 2)
-    engines = ScriptedEngines(HELLO)
-    with client_of(engines) as client:
-        for model in ("tone", "tone@1", "tone@canary"):
-            assert client.complete(model=model).json()["model"] == model
-    assert [r.adapter.label for r in engines.requests if r.adapter] == ["tone@3", "tone@1", "tone@2"]
-
-
-def test_what_is_published_or_promoted_while_serving_is_seen(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
-    engines = ScriptedEngines(HELLO)
-    with client_of(engines) as client:
-        assert client.complete(model="tone").status_code == 404
-        register(catalog, "tone", base.fingerprint)
-        assert client.complete(model="tone").status_code == 200  # at once: an unknown name is looked up
-        register(catalog, "tone", base.fingerprint)
-        deadline = time.monotonic() + 20 * REFRESH_S
-        while engines.requests[-1].adapter.label != "tone@2" and time.monotonic() < deadline:  # type: ignore[union-attr]
-            client.complete(model="tone")
-        assert engines.requests[-1].adapter.label == "tone@2"  # type: ignore[union-attr]
 
 
 def test_serving_survives_the_catalog(client_of: Any, base: BaseModel, catalog: Catalog, tmp_path: Path) -> None:
@@ -305,7 +266,6 @@ def test_what_is_refused(client_of: Any) -> None:
 
 SUM = [{"role": "user", "content": "1 + 2?"}]
 ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}
-CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 
 def script(text: str, size: int = 3) -> Sequence[TokenDelta]:
@@ -316,27 +276,15 @@ def prompt_of(engines: ScriptedEngines) -> str:
     return str(byte_tokenizer().decode(engines.requests[-1].prompt_ids))
 
 
-def test_calls_in_an_answer_and_in_a_stream(long_client_of: Any) -> None:
-    body = {"messages": SUM, "tools": [ADD]}
-    engines = ScriptedEngines(script(f"Well. {CALL}"))
+def test_without_tools_an_answer_is_text_and_the_model_is_not_told_of_them(long_client_of: Any) -> None:
+    text = 'Well. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    engines = ScriptedEngines(script(text))
     with long_client_of(engines) as client:
-        choice = client.chat(**body).json()["choices"][0]
-        events = events_of(client.chat(**body, stream=True))
-        plain = client.chat(**body, tool_choice="none").json()["choices"][0]
-    message = choice["message"]
-    assert (message["content"], choice["finish_reason"]) == ("Well.", "tool_calls")
-    (call,) = message["tool_calls"]
-    assert call == {"id": call["id"], "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    *chunks, done = (event if event == "[DONE]" else event["choices"][0] for event in events)
-    assert done == "[DONE]"
-    assert "".join(c["delta"].get("content", "") for c in chunks) == "Well."
-    streamed = [d for c in chunks for d in c["delta"].get("tool_calls", ())]
-    function = {"name": "add", "arguments": streamed[0]["function"]["arguments"]}
-    assert streamed[0] | {"id": ""} == {"index": 0, "id": "", "type": "function", "function": function}
-    assert "".join(d["function"]["arguments"] for d in streamed) == '{"a": 1}'
-    assert chunks[-1]["finish_reason"] == "tool_calls"
-    # Without tools the answer is text, and the model is not told of them.
-    assert (plain["message"]["content"], plain["finish_reason"]) == (f"Well. {CALL}", "stop")
+        called, plain = (client.chat(messages=SUM, tools=[ADD], **fields) for fields in ({}, {"tool_choice": "none"}))
+    (choice,), (other,) = called.json()["choices"], plain.json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Well.", "tool_calls")
+    assert [call["function"] for call in choice["message"]["tool_calls"]] == [{"name": "add", "arguments": '{"a": 1}'}]
+    assert (other["message"]["content"], other["finish_reason"]) == (text, "stop")
     assert "<tools>" not in prompt_of(engines)
 
 

@@ -77,21 +77,15 @@ async def test_a_report_ends_what_the_router_remembers_of_an_adapter(pair: list[
         assert module.replicas("engine") == {"one", "two"}
 
 
-async def test_calls_that_share_an_id_are_routed_separately(pair: list[Replica]) -> None:
-    """Serve gives all calls of one HTTP request (`n=4`, several prompts) the same internal id."""
-    for replica, digests in zip(pair, (DIGESTS[:4], DIGESTS[4:8]), strict=True):
-        replica.report(*digests)
-    async with routing(pair) as router:
-        requests = [pending(d, http_request="shared") for d in DIGESTS[:8]]
-        assert await asyncio.gather(*(route(router, r) for r in requests)) == ["one"] * 4 + ["two"] * 4
-
-
-async def test_many_at_once_keep_to_their_replicas(pair: list[Replica]) -> None:
-    """Serve's FIFOMixin would give a replica chosen for one adapter to the request that has waited longest."""
+@pytest.mark.parametrize("http_request", [None, "shared"])
+async def test_many_at_once_keep_to_their_replicas(pair: list[Replica], http_request: str | None) -> None:
+    """Serve's FIFOMixin would give a replica chosen for one adapter to the request that has waited longest, and Serve
+    gives all calls of one HTTP request (`n=4`, several prompts) the same internal id.
+    """
     for replica, digests in zip(pair, (DIGESTS[::2], DIGESTS[1::2]), strict=True):
         replica.report(*digests)
     async with routing(pair) as router:
-        routed = await asyncio.gather(*(route(router, pending(d)) for d in DIGESTS))
+        routed = await asyncio.gather(*(route(router, pending(d, http_request=http_request)) for d in DIGESTS))
         assert routed == ["one", "two"] * 10
 
 
@@ -211,34 +205,37 @@ async def test_a_replica_that_does_not_report_is_asked_whether_it_answers(pair: 
         assert [router.replica_queue_len_cache.get(replica.replica_id) for replica in pair] == [None, 0]
 
 
+async def first_choice(router: AdapterRouter, replicas: list[Replica]) -> str:
+    (first, *_), *_ = await router.choose_replicas(replicas, pending(DIGESTS[0]))
+    return str(first.replica_id.unique_id)
+
+
+async def five_are_sent(router: AdapterRouter, replica: Replica) -> None:
+    """And Serve forgets the length of the queue, as it does after ten seconds."""
+    await asyncio.sleep(0)
+    for _ in range(5):
+        router.on_send_request(replica.replica_id)
+    router.replica_queue_len_cache.invalidate_key(replica.replica_id)
+
+
 async def test_a_load_is_known_for_longer_than_serve_remembers_it(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
     async with routing(pair) as router:
-        for _ in range(5):
-            router.on_send_request(pair[0].replica_id)
         pair[0].queue_len = 5
         router.on_new_queue_len_info(pair[1].replica_id, 0)
-        for replica in pair:
-            router.replica_queue_len_cache.invalidate_key(replica.replica_id)
+        await five_are_sent(router, pair[0])
+        router.replica_queue_len_cache.invalidate_key(pair[1].replica_id)
         assert await first_choice(router, pair) == "two"
         for _ in range(5):
             router.decrement_queue_len_cache(pair[0].replica_id)
         assert await first_choice(router, pair) == "one"
 
 
-async def first_choice(router: AdapterRouter, replicas: list[Replica]) -> str:
-    (first, *_), *_ = await router.choose_replicas(replicas, pending(DIGESTS[0]))
-    return str(first.replica_id.unique_id)
-
-
 async def test_a_broadcast_does_not_hide_requests_under_way(pair: list[Replica]) -> None:
     """`/status` is a broadcast. If Serve has forgotten the length of a queue, it counts the broadcast from 0."""
     pair[0].report(DIGESTS[0])
     async with routing(pair) as router:
-        await asyncio.sleep(0)
-        for _ in range(5):
-            router.on_send_request(pair[0].replica_id)
-        router.replica_queue_len_cache.invalidate_key(pair[0].replica_id)
+        await five_are_sent(router, pair[0])
         router.on_send_request(pair[0].replica_id)
         router.decrement_queue_len_cache(pair[0].replica_id)
         assert router.replica_queue_len_cache.get(pair[0].replica_id) == 0
@@ -249,10 +246,7 @@ async def test_requests_that_never_arrived_are_forgotten(pair: list[Replica]) ->
     """Serve reports that a request is sent, but not that it was cancelled before the replica accepted it."""
     pair[0].report(DIGESTS[0])
     async with routing(pair) as router:
-        await asyncio.sleep(0)
-        for _ in range(5):
-            router.on_send_request(pair[0].replica_id)
-        router.replica_queue_len_cache.invalidate_key(pair[0].replica_id)  # as it does after ten seconds
+        await five_are_sent(router, pair[0])
         assert await first_choice(router, pair) == "two"
         assert router._probing is not None
         await asyncio.wait_for(router._probing, timeout=10)
@@ -293,24 +287,6 @@ async def test_a_request_that_is_refused_or_cancelled_has_no_prompt_on_a_replica
         assert not any(module._unanswered.of(r) for r in ("one", "two"))
 
 
-def test_what_nobody_has_ended_is_forgotten() -> None:
-    now = [0.0]
-    prompts = UnansweredPrompts(lambda: now[0])
-    prompts.sent("a", "one", 7)
-    prompts.sent("a", "two", 7)  # again, elsewhere
-    assert [prompts.of("one"), prompts.of("two")] == [0, 7]
-    now[0] = 299.0
-    prompts.sent("b", "two", 1)
-    assert prompts.of("two") == 8
-    now[0] = 301.0
-    prompts.sent("c", "one", 2)
-    assert [prompts.of("one"), prompts.of("two")] == [2, 1]
-    prompts.answered("never sent")
-    for name in "bc":
-        prompts.answered(name)
-    assert [prompts.of("one"), prompts.of("two")] == [0, 0]
-
-
 class Clock:
     now = 0.0
 
@@ -321,6 +297,23 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+def test_what_nobody_has_ended_is_forgotten(clock: Clock) -> None:
+    prompts = UnansweredPrompts(clock)
+    prompts.sent("a", "one", 7)
+    prompts.sent("a", "two", 7)  # again, elsewhere
+    assert [prompts.of("one"), prompts.of("two")] == [0, 7]
+    clock.now = 299.0
+    prompts.sent("b", "two", 1)
+    assert prompts.of("two") == 8
+    clock.now = 301.0
+    prompts.sent("c", "one", 2)
+    assert [prompts.of("one"), prompts.of("two")] == [2, 1]
+    prompts.answered("never sent")
+    for name in "bc":
+        prompts.answered(name)
+    assert [prompts.of("one"), prompts.of("two")] == [0, 0]
 
 
 @pytest.fixture

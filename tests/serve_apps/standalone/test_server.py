@@ -1,4 +1,4 @@
-"""The end of `loray serve`: by a signal, by two, and because the engine has stopped."""
+"""The end of a `loray serve`, by a signal, by two, and because the engine has stopped; and commands beside one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from starlette.applications import Starlette
 
+from loray.cli import doctor
+from loray.cli.main import cli
 from loray.errors import EngineError
 from loray.local.processes import bind, start_time
 from serve_apps.standalone.server import UvicornServer
 from tests.fixtures.asking import eventually
+from tests.fixtures.cluster import Served
 from tests.fixtures.standalone import Standalone, standalone
 
 BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -76,7 +80,8 @@ def test_ranks_are_processes_that_end_with_it(tmp_path: Path) -> None:
     """Ctrl-C reaches the processes of the terminal's group; the other rank is needed until the answer ends."""
     with standalone(tmp_path, tensor_parallel_size=2) as server:
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-        (rank,) = [int(pid) for pid in children.read_text().split() if "parallel.worker" in command_of(int(pid))]
+        commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in map(int, children.read_text().split())}
+        (rank,) = [pid for pid, command in commands.items() if "parallel.worker" in command]
         url = f"{server.served.url}/v1/completions"
         with httpx.stream("POST", url, json=BODY | {"prompt": "a"}, timeout=60) as response:
             lines = response.iter_lines()
@@ -85,10 +90,6 @@ def test_ranks_are_processes_that_end_with_it(tmp_path: Path) -> None:
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert server.process.wait(60) == 0
         assert eventually(lambda: start_time(rank) is None)
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_it_ends_when_the_engine_has_stopped() -> None:
@@ -104,3 +105,41 @@ def test_it_ends_when_the_engine_has_stopped() -> None:
         asyncio.run(server.serve([listener]))
     assert ready == ["ready"]
     assert str(server.failure) == "the engine stopped: out of memory"
+
+
+@pytest.fixture
+def run(served_alone: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line in the home of a server, which is found there."""
+    monkeypatch.setenv("LORAY_HOME", str(served_alone.settings.home))
+    monkeypatch.delenv("LORAY_URL", raising=False)
+    return lambda *args, input=None: CliRunner().invoke(cli, [str(a) for a in args], input=input)
+
+
+def test_chat_with_a_server(run: Any, served_alone: Served) -> None:
+    base = served_alone.base.name
+    done = run("chat", base, "--compare", base, "--max-tokens", 3, input="hello\nagain\n")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("3 tokens, ") == 2
+    assert "first after" in done.output
+
+
+def test_top_logs_and_pages_of_a_server(run: Any, served_alone: Served) -> None:
+    found = json.loads(run("top", "--json", "--interval", 0.05).stdout)
+    (replica,) = found["replicas"]
+    assert found["base"] == served_alone.base.name
+    assert 0 <= replica["pool_used"] <= 1
+    assert found["gateways"]
+    assert run("logs").exit_code == 0
+    for page in ("metrics", "docs"):
+        url = run("open", page, "--print").output.strip()
+        assert url.startswith(served_alone.url)
+        assert httpx.get(url).status_code == 200
+
+
+def test_a_doctor_knows_its_own_server(run: Any, served_alone: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "kernels_problem", lambda: None)
+    done = run("doctor", "--base", served_alone.base.name, "--port", served_alone.spec.port, "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.exit_code == 0, done.output
+    assert checks["port"]["message"] == f"loray serves at port {served_alone.spec.port}"
+    assert checks["memory"]["message"] == "what is served has its memory"

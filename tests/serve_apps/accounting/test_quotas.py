@@ -1,9 +1,10 @@
-"""Deployments on one database divide each limit, and one that starts anew goes on where the one before was."""
+"""Deployments on one database divide each limit, and when a gateway asks the owner of its limits."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError, RateLimited
-from loray.policy.quotas import QuotaGate, Reservation
-from loray.spec import Limits, Principal, UsageEvent
-from serve_apps.accounting.quotas import SharedOwner
+from loray.policy.quota_owner import QuotaOwner
+from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
+from loray.spec import Limits, Principal
+from serve_apps.accounting import quotas
+from serve_apps.accounting.quotas import SharedOwner, follow_owner
+from tests.fixtures.figures import event
 
 _START = 1_800_000_000.0
 
@@ -23,14 +27,16 @@ class Deployment:
 
     def __init__(self, database: Database, name: str, who: Principal) -> None:
         self._database, self._who = database, who
-        self._gate = QuotaGate()
+        self._gate, self.total = QuotaGate(), 0
         self.owner = SharedOwner(name, 1, database.catalog, lambda: database.now)
 
     def ask(self, tokens: int = 1) -> Reservation | None:
         try:
-            return self._gate.admit(self._who, tokens, self._database.now)
+            admitted = self._gate.admit(self._who, tokens, self._database.now)
         except RateLimited:
             return None
+        self.total += 1
+        return admitted
 
     def burst(self, number: int = 200) -> int:
         """How many of so many requests are admitted at once."""
@@ -70,14 +76,14 @@ class Database:
     async def wait(self, seconds: float, *running: Deployment, each: Callable[[], object] = lambda: None) -> None:
         """Exchanges each second, `each` before them."""
         until = self.now + seconds
-        while self.now < until:
-            each()
-            self.now += 1.0
+        while True:
+            if self.now < until:
+                each()
+                self.now += 1.0
             for deployment in running:
                 await deployment.exchange()
-        if not seconds:
-            for deployment in running:
-                await deployment.exchange()
+            if self.now >= until:
+                break
 
 
 @pytest.fixture
@@ -88,59 +94,34 @@ def database(catalog_url: str) -> Iterator[Database]:
         catalog.close()
 
 
-def run(test: Awaitable[None]) -> None:
-    async def awaited() -> None:
-        await test
-
-    asyncio.run(awaited())
-
-
 async def test_two_deployments_admit_one_limit(database: Database) -> None:
     first, second = await database.started("a", "b", rpm_limit=60)
-    begin, total = database.now, first.burst() + second.burst()
-    assert 54 <= total <= 66
-
-    def both() -> None:
-        nonlocal total
-        total += first.burst(2) + second.burst(2)
-
-    await database.wait(120, first, second, each=both)
+    begin = database.now
+    assert 54 <= first.burst() + second.burst() <= 66
+    await database.wait(120, first, second, each=lambda: (first.burst(2), second.burst(2)))
     allowed = 60 + database.now - begin
-    assert 0.9 * allowed <= total <= 1.1 * allowed
+    assert 0.9 * allowed <= first.total + second.total <= 1.1 * allowed
 
 
 async def test_what_an_idle_deployment_does_not_use_is_granted_by_the_other(database: Database) -> None:
     busy, idle = await database.started("a", "b", rpm_limit=60)
-    total = 0
-
-    def ask() -> None:
-        nonlocal total
-        total += busy.burst(2)
-
-    await database.wait(600, busy, idle, each=ask)
-    assert 0.9 * 600 <= total <= 630
+    await database.wait(600, busy, idle, each=lambda: busy.burst(2))
+    assert 0.9 * 600 <= busy.total <= 630
     assert idle.burst() == 30
-    before = total
-    await database.wait(60, busy, idle, each=lambda: (ask(), idle.burst(2)))
-    assert total - before <= 30 + 5 + 1
+    before = busy.total
+    await database.wait(60, busy, idle, each=lambda: (busy.burst(2), idle.burst(2)))
+    assert busy.total - before <= 30 + 5 + 1
 
 
 @pytest.mark.parametrize("name", ["a", "another"])
 async def test_a_deployment_that_is_killed_grants_five_seconds_twice_at_most(database: Database, name: str) -> None:
     (killed,) = await database.started("a", rpm_limit=60)
-    total = killed.burst()
-    assert total == 60
-
-    def ask() -> None:
-        nonlocal total
-        total += running.burst(2)
-
-    running = killed
-    await database.wait(64, running, each=ask)
+    assert killed.burst() == 60
+    await database.wait(64, killed, each=lambda: killed.burst(2))
     running = Deployment(database, name, killed._who)
     await running.exchange()
-    await database.wait(60, running, each=ask)
-    assert total <= 60 + 64 + 60 + 5 + 1
+    await database.wait(60, running, each=lambda: running.burst(2))
+    assert killed.total + running.total <= 60 + 64 + 60 + 5 + 1
 
 
 async def test_the_share_of_a_dead_deployment_returns(database: Database) -> None:
@@ -189,14 +170,8 @@ def away(*_: object) -> None:
 async def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> None:
     first, second = await database.started("a", "b", max_budget=1000)
     assert first.burst(2000) == 500
-    total = 500
-
-    def ask() -> None:
-        nonlocal total
-        total += first.burst(2000)
-
-    await database.wait(60, first, second, each=ask)
-    assert 990 <= total <= 1000
+    await database.wait(60, first, second, each=lambda: first.burst(2000))
+    assert 990 <= first.total <= 1000
     assert second.ask() is not None  # it has not asked what was used
     await database.wait(2, first, second)
     assert second.ask() is None
@@ -204,13 +179,8 @@ async def test_a_budget_is_divided_by_what_is_left_of_it(database: Database) -> 
 
 async def test_a_budget_begins_with_what_was_used_before(database: Database) -> None:
     catalog = database.catalog()
-    at = datetime.fromtimestamp(_START, UTC)
-    counts = {"num_prompt_tokens": 90, "num_cached_tokens": 0, "num_output_tokens": 5}
-    event = UsageEvent(
-        request_id="r", tenant="default", key_id="k1", model="tiny", digest=None, **counts,
-        tier="default", seconds=1.0, outcome="ok", created_at=at,
-    )  # fmt: skip
-    catalog.record_usage([event])
+    used = event(1, tenant="default", model="tiny", num_prompt_tokens=90, num_cached_tokens=0, num_output_tokens=5)
+    catalog.record_usage([replace(used, created_at=datetime.fromtimestamp(_START, UTC))])
     (only,) = await database.started("a", max_budget=100)
     assert only.ask(1) is not None
     await database.wait(1, only)
@@ -240,3 +210,67 @@ async def test_a_request_larger_than_what_an_owner_grants_is_admitted(database: 
     assert first.ask(1) is None  # until what it took too much has come back
     await database.wait(60, first, second)
     assert first.ask(1) is not None
+
+
+async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quotas, "IDLE_S", 0.001)
+    monkeypatch.setattr(quotas, "BUSY_S", 0.001)
+    gate, owner, asked = QuotaGate(2), QuotaOwner(2), list[int]()
+
+    async def ask(reports: Sequence[Report]) -> Reply:
+        asked.append(len(reports))
+        return owner.exchange("g1", reports, 0.0)
+
+    async def until_asked(number: int) -> None:
+        async with asyncio.timeout(30):
+            while len(asked) < number:
+                await asyncio.sleep(0.001)
+
+    is_limited = asyncio.Event()
+    task = asyncio.create_task(follow_owner(gate, ask, is_limited))
+    await asyncio.sleep(0.05)
+    assert asked == []
+    gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=10)), 1, 0.0)
+    is_limited.set()
+    await until_asked(3)  # also without requests of its own: others may need what it holds
+    assert asked[0] == 1
+    is_limited.clear()
+    await asyncio.sleep(0.01)  # the exchange that is under way ends
+    number = len(asked)
+    await asyncio.sleep(0.05)
+    assert len(asked) == number
+    is_limited.set()
+    await until_asked(number + 1)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def test_an_owner_in_the_same_process_is_asked_again_after_a_pause() -> None:
+    """What comes back while both are asked is not given back at once, again and again."""
+    gate, owner, now, asked = QuotaGate(1), QuotaOwner(1), 0.0, 0
+    gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=600)), 1, now)
+    for _ in range(20):
+        reply = owner.exchange("g", gate.reports(now), now)
+        now += 0.001
+        asked += gate.apply(reply, now)
+    assert not asked
+
+
+async def test_others_have_their_turn_between_urgent_exchanges() -> None:
+    class Urgent(QuotaGate):
+        def apply(self, reply: Reply, now: float) -> bool:
+            return True
+
+    asked = 0
+
+    async def ask(reports: Sequence[Report]) -> Reply:
+        nonlocal asked
+        asked += 1
+        return Reply("epoch", ())
+
+    task = asyncio.create_task(follow_owner(Urgent(), ask))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert asked == 1
