@@ -23,7 +23,6 @@ from serve_apps import auth as door
 from serve_apps.auth import HEADERS, REFRESH_S, Authenticator, Permissions, refuse_strangers
 from serve_apps.catalog_watch import CatalogWatcher
 from tests.fixtures.access import METRICS, STATIC, Site, bearer, code_of
-from tests.fixtures.api import Api
 from tests.fixtures.asking import eventually
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.keys import access_of

@@ -18,7 +18,6 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec
 from serve_apps.standalone.command import one_engine
 from serve_apps.standalone.server import LocalJobServer
-from tests.conftest import REPOSITORY
 from tests.fixtures.asking import answer_of
 from tests.fixtures.standalone import standalone
 from tests.fixtures.tiny import write_checkpoint
