@@ -22,8 +22,8 @@ from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.replica.startup import adapter_loader
 from tests.cluster import Served
-from tests.engine.adapters import Oracle, TestAdapter, make_adapter
-from tests.engine.harness import GREEDY, Spy, run
+from tests.fixtures.engines import GREEDY, Spy, run
+from tests.fixtures.peft_adapters import Oracle, TestAdapter, make_adapter
 from tests.jobs.test_train import train_here
 from tests.serve_apps.asking import eventually
 from tests.test_recipe import write

@@ -11,7 +11,7 @@ from loray.simulation.routers import RandomRouter
 from loray.simulation.scalers import Fixed
 from loray.simulation.simulator import Outcome, Policy, Simulator
 from loray.simulation.workload import Floats, RequestTrace
-from tests.engine.scheduling.simulation import Simulation
+from tests.fixtures.simulation import Simulation
 
 STEP_S, TOKEN_S, PAIR_S = 0.0113, 6e-4, 2.56e-7
 PROFILE = SMOLLM2_TWO_CORES.model_copy(

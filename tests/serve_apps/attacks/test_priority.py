@@ -11,8 +11,7 @@ from loray.bases.registry import BaseModel
 from loray.policy.quotas import allowed_priority
 from loray.spec import Limits, Principal
 from serve_apps.gateway.answers.headers import PRIORITY
-from tests.engine.scheduling.simulation import Simulation
-from tests.engine.scheduling.test_fairness_bound import Bound
+from tests.fixtures.simulation import Bound, Simulation
 from tests.serve_apps.attacks.front import front
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta
 

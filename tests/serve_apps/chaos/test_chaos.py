@@ -15,7 +15,7 @@ import pytest
 
 from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
-from tests.engine.adapters import make_adapter
+from tests.fixtures.peft_adapters import make_adapter
 from tests.serve_apps.asking import eventually, status
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
 from tests.serve_apps.chaos.places import Alone, Cluster, Held, Place, wait_until_whole

@@ -17,7 +17,7 @@ import pytest
 
 from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
-from tests.engine.adapters import make_adapter
+from tests.fixtures.peft_adapters import make_adapter
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -25,7 +25,7 @@ from loray.store.s3 import create_bucket
 from serve_apps import app as application
 from serve_apps.replica.replica import EngineReplica
 from tests.cluster import RayCluster, Served, deployed
-from tests.engine.adapters import make_adapter
+from tests.fixtures.peft_adapters import make_adapter
 from tests.s3 import started_s3
 from tests.serve_apps.asking import eventually, status
 

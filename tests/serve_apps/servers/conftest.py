@@ -10,7 +10,7 @@ import pytest
 from loray.catalog import AdapterVersion
 from loray.publishing import Destination, publish
 from tests.cluster import Served
-from tests.engine.adapters import make_adapter
+from tests.fixtures.peft_adapters import make_adapter
 
 
 @pytest.fixture(
