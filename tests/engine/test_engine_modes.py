@@ -21,7 +21,16 @@ from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, LoraWeights, VeraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest, RopeParameters
 from tests.fixtures.engines import BLOCK_BYTES, Spy, empty, fill_up, make_engine, request, run
-from tests.fixtures.peft_adapters import ALL, LINEAR_ROPE, NORMS, Adapters, Oracle, TestAdapter, make_adapter
+from tests.fixtures.peft_adapters import (
+    ALL,
+    ATTENTION,
+    LINEAR_ROPE,
+    NORMS,
+    Adapters,
+    Oracle,
+    TestAdapter,
+    make_adapters,
+)
 from tests.fixtures.simulation import no_backoff
 
 NUM_TOKENS = 20
@@ -30,14 +39,14 @@ Case = tuple[BaseModel, list[TestAdapter], Oracle]
 
 @pytest.fixture(scope="module")
 def case(tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory) -> Case:
-    base, folder = tiny_base(), tmp_path_factory.mktemp("adapters")
-    configs: list[tuple[Any, RopeParameters | None]] = [
-        (LoraConfig(r=16, lora_alpha=32, target_modules=ALL), None),
-        (LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "v_proj"]), None),
-        (VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
-        (LoraConfig(r=8, lora_alpha=16, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
-    ]
-    adapters = [make_adapter(base, folder / str(i), c, seed=i, rope=r, std=0.05) for i, (c, r) in enumerate(configs)]
+    base = tiny_base()
+    configs: dict[str, tuple[Any, RopeParameters | None]] = {
+        "r16": (LoraConfig(r=16, lora_alpha=32, target_modules=ALL), None),
+        "r3": (LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "v_proj"]), None),
+        "vera": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
+        "rows": (LoraConfig(r=8, target_modules=ATTENTION, modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
+    }
+    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), configs, std=0.05)
     return base, adapters, Oracle(base, adapters)
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 import loray.engine
 from loray.engine.memory.blocks import BlockKind, Extent
 from loray.engine.request import Request
+from loray.errors import IntegrityError
 from loray.spec import AdapterRef
-from tests.fixtures.simulation import Packed, Simulation, World, adapter, ref
+from tests.fixtures.simulation import Packed, Simulation, World, adapter
 
 ENGINE = str(Path(loray.engine.__file__).parent)
 FEW, MANY = 250, 4000
@@ -72,55 +75,74 @@ def serve(sim: Small, ref: AdapterRef) -> Request:
     raise AssertionError("no end")
 
 
+def costs(setup: Callable[[int], Callable[[], object]]) -> tuple[int, int]:
+    """Of what `setup` returns, for few and for many."""
+    few, many = (executed_lines(setup(n)) for n in (FEW, MANY))
+    return few, many
+
+
 def test_a_cold_request_with_a_full_pool_and_host_costs_the_same_for_any_number() -> None:
-    lines = []
-    for n in (FEW, MANY):
+    def setup(n: int) -> Callable[[], object]:
         sim = full_engine(n)
-        evictions = sim.adapter_manager.counts.num_evictions
-        lines.append(executed_lines(lambda sim=sim: [serve(sim, adapter(f"cold {i}")) for i in range(40)]))  # type: ignore[misc]
-        assert sim.adapter_manager.counts.num_evictions > evictions
-        sim.check_integrity()
-    assert lines[1] < 1.3 * lines[0]
+
+        def cold() -> None:
+            evictions = sim.adapter_manager.counts.num_evictions
+            for i in range(40):
+                serve(sim, adapter(f"cold {i}"))
+            assert sim.adapter_manager.counts.num_evictions > evictions
+
+        return cold
+
+    few, many = costs(setup)
+    assert many < 1.3 * few
 
 
 def test_an_idle_step_costs_the_same_for_any_number_of_loads_under_way() -> None:
-    lines = []
-    for n in (FEW, MANY):
-        world = World(host_bytes=1 << 30)
-        for i in range(n):
-            world.manager.add_waiter(ref(str(i)))
-        world.manager.poll()
+    def setup(n: int) -> Callable[[], object]:
+        world = World(host_bytes=1 << 30, checks=False)
+        world.want(*map(str, range(n)))
         assert world.num_loads == n
-        lines.append(executed_lines(world.manager.poll))
-    assert lines[1] == lines[0]
+        return world.manager.poll
+
+    few, many = costs(setup)
+    assert many == few
 
 
 def test_a_load_without_room_costs_the_same_for_any_number_of_copies_that_are_needed() -> None:
-    lines = []
-    for n in (FEW, MANY):
-        world = World(host_bytes=100 * n)
-        adapter_manager = world.manager
-        adapter_manager.add_waiter(ref("first"))
-        adapter_manager.poll()
-        for i in range(1, n):
-            adapter_manager.add_waiter(ref(str(i)))
-            adapter_manager.poll()
-            world.loads[str(i)].set_result(Packed(100))
-            adapter_manager.poll()
-        adapter_manager.add_waiter(ref("large", 50 * n))
-        for i in range(1, n // 2):  # later requests, which do not make room enough
-            adapter_manager.add_waiter(ref(str(i)))
-            adapter_manager.remove_waiter(ref(str(i)))
-        adapter_manager.poll()
+    def setup(n: int) -> Callable[[], object]:
+        world, names = World(host_bytes=100 * n, checks=False), [str(i) for i in range(1, n)]
+        world.want("first")
+        for name in names:
+            world.want(name)
+            world.finish(name)
+        world.want("large", nbytes=50 * n)
+        for name in names[: n // 2]:  # later requests, which do not make room enough
+            world.want(name)
+            world.leave(name)
 
-        def steps(world: World = world) -> None:
-            for i in range(40):
-                world.manager.add_waiter(ref(str(i + 1)))
+        def steps() -> None:
+            for name in names[:40]:
+                world.want(name)
+                world.leave(name)
                 world.manager.poll()
-                world.manager.remove_waiter(ref(str(i + 1)))
-                world.manager.poll()
+            assert "large" not in world.loads
 
-        lines.append(executed_lines(steps))
-        assert "large" not in world.loads
-        adapter_manager.table.check_integrity()
-    assert lines[1] < 1.3 * lines[0]
+        return steps
+
+    few, many = costs(setup)
+    assert many < 1.3 * few
+
+
+@pytest.mark.parametrize("outcome", [None, IntegrityError("damaged")], ids=["load", "fail"])
+def test_a_step_in_which_many_loads_end_costs_each_as_much_as_few(outcome: Exception | None) -> None:
+    def setup(n: int) -> Callable[[], object]:
+        sim = Simulation(loads_at_once=False, max_num_seqs=1)
+        for i in range(n):
+            sim.add(adapter=adapter(f"x{i}"), tenant=f"t{i}")
+        sim.scheduler.next()
+        for digest in sim.loading:
+            sim.finish(digest, outcome)
+        return sim.scheduler.next
+
+    few, many = costs(setup)
+    assert many < 1.25 * MANY / FEW * few

@@ -30,9 +30,18 @@ from loray_kernels import Ops, backend
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.reference import ReferenceOps
-from tests.fixtures.engines import Spy, make_engine, prompts, request, run
+from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
 from tests.fixtures.parity import Case, check_mixed_batch
-from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, Oracle, TestAdapter, make_adapter
+from tests.fixtures.peft_adapters import (
+    ALL,
+    ATTENTION,
+    LINEAR_ROPE,
+    NORMS,
+    Oracle,
+    TestAdapter,
+    make_adapter,
+    make_adapters,
+)
 
 
 @pytest.mark.parametrize("budget", [512, 24], ids=["whole prompts", "chunked"])
@@ -52,9 +61,7 @@ def test_every_adapter_moves_the_argmax(case: Case) -> None:
 
 def test_order_and_company_do_not_matter(case: Case) -> None:
     base, adapters, _ = case
-    models = [None, *adapters]
-    ids = prompts(len(models))
-    requests = [request(str(i), p, a, max_tokens=24) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
+    requests = for_each([None, *adapters], max_tokens=24)
     alone, engine = {}, make_engine(base, adapters)
     for r in requests:
         alone |= run(engine, [r])
@@ -123,11 +130,8 @@ class Real:
 
 @pytest.fixture(scope="module")
 def real(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    folder = tmp_path_factory.mktemp("adapters")
-    adapters = [
-        make_adapter(smollm2, folder / name, config, seed=40 + i, rope=rope, num_token_rows=5000, extras_std=0.02)
-        for i, (name, (config, rope)) in enumerate(REAL_CONFIGS.items())
-    ]
+    options = {"seed": 40, "std": 0.05, "num_token_rows": 5000, "extras_std": 0.02}
+    adapters = make_adapters(smollm2, tmp_path_factory.mktemp("adapters"), REAL_CONFIGS, **options)
     tokenizer = AutoTokenizer.from_pretrained(smollm2.path)
     ids = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(len(adapters) + 1)]
     ids[-1] = ids[-1] * 12  # the LongLoRA adapter gets a long prompt, for more than one step

@@ -34,8 +34,8 @@ from loray.methods.weights import AdapterWeights
 from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
 from tests.conftest import REPOSITORY
-from tests.fixtures.engines import Spy, make_engine, prompts, request, run
-from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter
+from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
 from tests.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
@@ -83,11 +83,7 @@ def world(
 ) -> Iterator[World]:
     size, architecture, config = WORLDS[request.param]
     base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
-    folder = tmp_path_factory.mktemp("adapters")
-    adapters = [
-        make_adapter(base, folder / name, config, seed=i, rope=rope, std=0.12)
-        for i, (name, (config, rope)) in enumerate(ADAPTERS.items())
-    ]
+    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), ADAPTERS)
     # Small, so that adapters leave and come back, and gaps are closed. An adapter is not much smaller on more ranks.
     engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=12 * size << 14)
     yield World(base, adapters, engine)
@@ -95,9 +91,7 @@ def world(
 
 
 def test_ranks_give_what_one_gives(world: World) -> None:
-    models = [None, *world.adapters, None]
-    ids = prompts(len(models))
-    requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
+    requests = for_each([None, *world.adapters, None], max_tokens=4)
     one = world.one()
     alone, together = Spy(one), Spy(world.engine)
     expected = run(one, requests, together=True)
@@ -268,13 +262,13 @@ def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> Non
 @pytest.mark.slow
 def test_three_ranks_of_smollm2(smollm2: BaseModel, tmp_path: Path) -> None:
     """9 heads and 3 of keys and values; ranks 8 and 64, VeRA."""
-    adapters = [
-        make_adapter(smollm2, tmp_path / "r8", LoraConfig(r=8, target_modules=ALL), seed=1),
-        make_adapter(smollm2, tmp_path / "r64", LoraConfig(r=64, target_modules=ATTENTION), seed=2),
-        make_adapter(smollm2, tmp_path / "vera", VeraConfig(r=64, target_modules=ATTENTION), seed=3),
-    ]
-    requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(prompts(3), adapters, strict=True))]
-    requests.append(request("base", prompts(4)[3], max_tokens=4))
+    configs: dict[str, tuple[Any, None]] = {
+        "r8": (LoraConfig(r=8, target_modules=ALL), None),
+        "r64": (LoraConfig(r=64, target_modules=ATTENTION), None),
+        "vera": (VeraConfig(r=64, target_modules=ATTENTION), None),
+    }
+    adapters = make_adapters(smollm2, tmp_path, configs, seed=1, std=0.05)
+    requests = for_each([*adapters, None], max_tokens=4)
     logits, tokens = [], []
     for size in (1, 3):
         engine = make_engine(smollm2, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=256 << 20)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loray.bases.config import ModelConfig
-from loray.engine.memory.limits import block_bytes, max_model_len
+from loray.engine.memory.limits import max_model_len
 from loray.engine.pool import device_memory
 from loray.engine.pool.device_memory import (
     SCORED_BYTES,
@@ -62,16 +62,13 @@ def test_activations_are_the_wider_of_attention_and_mlp() -> None:
     assert activation_bytes(spec(dtype="float32"), narrow) == 2048 * (4 * attention + 4 * 1024)
 
 
-def test_logits() -> None:
+def test_logits_and_recordings_with_their_tables() -> None:
     assert logits_bytes(SPEC, CONFIG) == 256 * 128_256 * (2 + 12)
     assert logits_bytes(spec(tensor_parallel_size=2), CONFIG) == 256 * 128_256 * (2 + 16)
     beside = 32 * 128_256 * 9
     assert prompt_logprobs_bytes(SPEC, CONFIG) == SCORED_BYTES * 3 // 2 + beside
     large = replace(CONFIG, vocab_size=8 * MIB)  # a row alone is more
     assert prompt_logprobs_bytes(SPEC, large) == 32 * MIB * 3 // 2 + 32 * 8 * MIB * 9
-
-
-def test_recordings_and_their_tables() -> None:
     tables = 8 * MIB + 8 * 256 * 512
     assert capture_bytes(SPEC, CONFIG) == GIB + tables
     assert capture_bytes(spec(graph_record_s=0.0), CONFIG) == tables
@@ -169,10 +166,3 @@ def test_ranks_have_what_the_least_of_them_has() -> None:
     found = sized(spec, CONFIG, GPU, lambda num: asked.append(num) or 5 * GIB)  # type: ignore[func-returns-value]
     assert found.pool_bytes == 10 * GIB
     assert 54 * GIB < asked[0] < 56 * GIB
-
-
-def test_a_full_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "device_memory", lambda device: (16 * GIB, GIB, BASE))
-    with pytest.raises(SpecError, match="lower max_num_batched_tokens"):
-        sized(SPEC, CONFIG, GPU)
-    assert 2 * block_bytes(SPEC, CONFIG) == 4 << 20

@@ -59,24 +59,24 @@ def distributions(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor
     return out_RV / out_RV.sum(dim=1, keepdim=True)
 
 
-CUTS: list[tuple[dict[str, Any], list[Any]]] = [
-    ({}, []),
-    ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
-    ({"top_k": 5}, [TopKLogitsWarper(5)]),
-    ({"top_k": 700}, [TopKLogitsWarper(700)]),
-    ({"top_k": VOCAB + 1}, []),
-    ({"temperature": 1.3, "top_p": 0.8}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.8)]),
-    ({"temperature": 2.0, "top_p": 0.999}, [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.999)]),
-    ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
-    ({"min_p": 0.01, "top_p": 0.7}, [MinPLogitsWarper(0.01), TopPLogitsWarper(0.7)]),
-    (
-        {"temperature": 0.9, "top_k": 300, "top_p": 0.9},
-        [TemperatureLogitsWarper(0.9), TopKLogitsWarper(300), TopPLogitsWarper(0.9)],
-    ),
-    (
-        {"temperature": 0.5, "min_p": 0.05, "top_k": 20, "top_p": 0.9},
-        [TemperatureLogitsWarper(0.5), MinPLogitsWarper(0.05), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
-    ),
+WARPERS: dict[str, Any] = {
+    "temperature": TemperatureLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+}
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_k": 700},
+    {"top_k": VOCAB + 1},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 2.0, "top_p": 0.999},
+    {"min_p": 0.1},
+    {"min_p": 0.01, "top_p": 0.7},
+    {"temperature": 0.9, "top_k": 300, "top_p": 0.9},
+    {"temperature": 0.5, "min_p": 0.05, "top_k": 20, "top_p": 0.9},
 ]
 
 
@@ -84,8 +84,9 @@ CUTS: list[tuple[dict[str, Any], list[Any]]] = [
 def test_distributions_are_those_of_transformers(spread: float) -> None:
     """All in one batch: rows that need few candidates and rows that have to be sorted."""
     logits_RV = torch.stack([logits(seed, spread=spread) for seed in range(len(CUTS))])
-    got_RV = distributions(logits_RV, [SamplingParams(**params) for params, _ in CUTS])
-    for i, (params, warpers) in enumerate(CUTS):
+    got_RV = distributions(logits_RV, [SamplingParams(**params) for params in CUTS])
+    for i, params in enumerate(CUTS):
+        warpers = [warper(params[name]) for name, warper in WARPERS.items() if name in params]
         expected = LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits_RV[i : i + 1])[0]
         off = (got_RV[i] - expected.softmax(-1)).abs() - 1e-4 * expected.softmax(-1)
         assert off.max() < 1e-7, (params, off.max())
@@ -138,11 +139,7 @@ def tokens_of(logits_SV: Tensor, requests: Sequence[Request]) -> list[int]:
 
 def mixed_requests() -> list[Request]:
     """All kinds of cuts, penalties and seeds."""
-    kinds = [params for params, _ in CUTS] + [
-        {"temperature": 0.0},
-        {"repetition_penalty": 1.2, "top_p": 0.9},
-        {"frequency_penalty": 0.5},
-    ]
+    kinds = [*CUTS, {"temperature": 0.0}, {"repetition_penalty": 1.2, "top_p": 0.9}, {"frequency_penalty": 0.5}]
     return [make(i, output_ids=range(i, 3 * i), seed=i % 5 - 2, **kinds[i % len(kinds)]) for i in range(3 * len(kinds))]
 
 

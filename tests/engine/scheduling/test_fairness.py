@@ -34,6 +34,14 @@ def take(queue: FairQueue, request: Request) -> None:
     queue.remove(request)
 
 
+def serve_next(queue: FairQueue, num_input: int = 0) -> Request:
+    request = queue.pick(lambda r: False)
+    assert request is not None
+    take(queue, request)
+    queue.charge(request, num_input=num_input)
+    return request
+
+
 def drain(queue: FairQueue, *, num_output: int = 0, preferred: frozenset[Request] = frozenset()) -> list[Request]:
     """Take all requests; each is charged for its prompt and so many output tokens at once."""
     order = []
@@ -65,10 +73,7 @@ def test_of_one_tenant_the_shortest_is_next_unless_a_longer_one_has_waited() -> 
 def test_idleness_is_no_credit() -> None:
     queue = queue_of(*(waiting(i, "busy") for i in range(10)))
     for _ in range(5):
-        request = queue.pick(lambda r: False)
-        assert request is not None
-        take(queue, request)
-        queue.charge(request, num_input=100)
+        serve_next(queue, 100)
     queue.push(waiting(100, "late"))
     queue.push(waiting(101, "late"))
     assert queue.counter("late") == queue.counter("busy") == 500
@@ -81,10 +86,7 @@ def test_a_request_of_a_better_priority_is_next_whoever_asks_and_earns_no_credit
     queue = queue_of(waiting(0, "a"), waiting(1, "a", priority=-1), waiting(2, "b", priority=1), waiting(3, "c"))
     assert [r.arrival for r in drain(queue)] == [1, 3, 0, 2]
     behind = queue_of(*(waiting(i, "a") for i in range(4)), waiting(4, "b", priority=1))
-    first = behind.pick(lambda r: False)
-    assert first is not None
-    take(behind, first)
-    behind.charge(first, num_input=50)
+    serve_next(behind, 50)
     behind.push(waiting(5, "b"))  # it waited behind its own choice of priority, and starts where a is
     assert behind.counter("b") == 50
 
@@ -109,11 +111,8 @@ def test_preference_stays_within_its_lead_and_overtakes_nobody_for_ever() -> Non
     cold, tired, last = waiting(0, "a"), waiting(1, "b"), waiting(2, "b")
     tired.num_overtaken = MAX_OVERTAKES
     assert queue_of(cold, tired, last, lead=1e9).pick({last}.__contains__) is cold
-
-
-def test_a_preferred_request_never_passes_a_better_priority() -> None:
     high, low = waiting(1, "a", priority=-1), waiting(0, "b")
-    assert queue_of(high, low, lead=1e9).pick({low}.__contains__) is high
+    assert queue_of(high, low, lead=1e9).pick({low}.__contains__) is high, "a better priority is never passed"
 
 
 def test_cancelled_requests_leave_the_order_whole() -> None:
@@ -133,9 +132,7 @@ def test_tenants_that_have_gone_are_forgotten() -> None:
     queue.push(waiting(0, "standing", priority=1))
     for i in range(10_000):  # each goes to the front of a queue that is never empty
         queue.push(waiting(i + 1, "standing"))
-        first = queue.pick(lambda r: False)
-        assert first is not None
-        take(queue, first)
+        serve_next(queue)
     assert len(queue._order) < 100
 
 
@@ -247,11 +244,7 @@ def test_a_refund_gives_back_the_charge_and_no_credit_for_idleness() -> None:
         """A request of "a" has been charged 100 and one of "b" 60; one of "b" waits, and the requests in `more`."""
         queue = queue_of(first := waiting(0, "a"), waiting(1, "b"), waiting(2, "b"), *more)
         for num_input in (100, 60):
-            request = queue.pick(lambda r: False)
-            assert request is not None
-            take(queue, request)
-            queue.charge(request, num_input=num_input)
-            queue.leave(request)
+            queue.leave(serve_next(queue, num_input))
         return queue, first
 
     queue, _ = charged(waiting(3, "a"))
