@@ -379,8 +379,8 @@ def test_all_tokens_alike(ops: Ops) -> None:
         assert isinstance(sampled, Sampled)
         kept = (3000 if i else vocab) / 2
         assert sampled.token == int(Sampler(ops)._uniform(requests[i]) * kept)
-    got, add_waiter = (Sampler(own)(logits_SV, requests)() for own in (ops, REFERENCE))
-    assert [cast(Sampled, s).token for s in got] == [cast(Sampled, s).token for s in add_waiter]
+    got, expected = (Sampler(own)(logits_SV, requests)() for own in (ops, REFERENCE))
+    assert [cast(Sampled, s).token for s in got] == [cast(Sampled, s).token for s in expected]
 
 
 def test_only_what_is_new_is_sent() -> None:

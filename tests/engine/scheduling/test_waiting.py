@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loray.engine.request import Request
 from loray.errors import Overloaded, StoreError
 from loray.spec import AdapterRef
 from tests.fixtures.simulation import Simulation, adapter
@@ -16,11 +17,7 @@ WARM = adapter("warm")
 def world(**options: Any) -> Simulation:
     """WARM is in the pool; other loads end when the test says so. A step takes a second."""
     sim = Simulation(loads_at_once=False, step_s=1.0, **options)
-    request = sim.add(adapter=WARM)
-    sim.step()
-    sim.finish(WARM.digest)
-    sim.run()
-    assert sim.outcomes.pop(request) is None
+    serve(sim, WARM)
     return sim
 
 
@@ -51,73 +48,66 @@ def test_requests_that_wait_for_a_load_have_places_of_their_own() -> None:
     assert not any(r in sim.outcomes for r in waiting)
 
 
+def serve(sim: Simulation, *refs: AdapterRef | None) -> None:
+    """Their requests end, and loads for them."""
+    requests = [sim.add(adapter=ref) for ref in refs]
+    sim.scheduler.next()
+    for digest in {ref.digest for ref in refs if ref is not None} & {*sim.loading}:
+        sim.finish(digest)
+    sim.run(until=lambda: all(r in sim.outcomes for r in requests))
+    assert [sim.outcomes.pop(r) for r in requests] == [None] * len(refs)
+
+
+def check_late(sim: Simulation, *requests: Request) -> None:
+    for request in requests:
+        error = sim.outcomes.pop(request)
+        assert isinstance(error, StoreError)
+        assert "was not loaded within 30 s" in str(error)
+
+
+def refused_for(sim: Simulation, ref: AdapterRef) -> float:
+    """Seconds after which the store is tried again."""
+    with pytest.raises(StoreError, match="it is tried again in") as refused:
+        sim.add(adapter=ref)
+    assert refused.value.retry_after_s is not None
+    return refused.value.retry_after_s
+
+
 def test_a_load_that_takes_too_long_fails_its_requests_alone() -> None:
     sim = world(load_timeout_s=30)
     first = sim.add(adapter=cold(1))
     idle(sim, 10)
-    second, other = sim.add(adapter=cold(1)), sim.add(adapter=cold(2))
-    sim.scheduler.next()
-    sim.finish(cold(2).digest)
-    sim.run(until=lambda: other in sim.outcomes)
-    warm = sim.add(adapter=WARM)
-    sim.run(until=lambda: warm in sim.outcomes)
-    assert sim.outcomes[warm] is sim.outcomes[other] is None
+    second = sim.add(adapter=cold(1))
+    serve(sim, cold(2), WARM)
     assert first not in sim.outcomes
     idle(sim, 30)
-    for request in (first, second):
-        error = sim.outcomes[request]
-        assert isinstance(error, StoreError)
-        assert "was not loaded within 30 s" in str(error)
+    check_late(sim, first, second)
     assert not sim.scheduler.has_work
     sim.add(adapter=cold(3))  # the store is not stuck: another load has ended meanwhile
 
 
 def test_a_store_that_is_stuck_is_tried_by_one_request_at_a_time() -> None:
     sim = world(load_timeout_s=30)
-    first = sim.add(adapter=cold(0))
-    sim.scheduler.next()
-    idle(sim, 30)
-    assert isinstance(sim.outcomes.pop(first), StoreError)
-    with pytest.raises(StoreError, match="it is tried again in") as refused:
-        sim.add(adapter=cold(1))
-    assert refused.value.retry_after_s is not None
-    assert 0 < refused.value.retry_after_s <= 2
-    warm, base = sim.add(adapter=WARM), sim.add()
-    sim.run(until=lambda: warm in sim.outcomes and base in sim.outcomes)
-    assert sim.outcomes[warm] is sim.outcomes[base] is None
-    sim.now += 2
-    trial = sim.add(adapter=cold(1))
-    with pytest.raises(StoreError):
-        sim.add(adapter=cold(2))
-    sim.scheduler.next()
-    idle(sim, 30)
-    assert isinstance(sim.outcomes.pop(trial), StoreError)
-    with pytest.raises(StoreError) as refused:
-        sim.add(adapter=cold(2))
-    assert refused.value.retry_after_s is not None
-    assert 2 < refused.value.retry_after_s <= 4  # the time doubles
-    sim.now += 4
-    trial = sim.add(adapter=cold(2))
-    sim.scheduler.next()
-    sim.finish(cold(2).digest)
-    sim.run(until=lambda: trial in sim.outcomes)
-    assert sim.outcomes[trial] is None
-    after = [sim.add(adapter=cold(n)) for n in (3, 4)]
-    sim.scheduler.next()
-    for n in (3, 4):
-        sim.finish(cold(n).digest)
-    sim.run(until=lambda: all(r in sim.outcomes for r in after))
-    assert [sim.outcomes[r] for r in after] == [None, None]
+    for n, least in ((0, 0), (1, 2)):  # the time doubles
+        trial = sim.add(adapter=cold(n))
+        if n:
+            refused_for(sim, cold(2))
+        sim.scheduler.next()
+        idle(sim, 30)
+        check_late(sim, trial)
+        assert least < refused_for(sim, cold(2)) <= 2 + least
+        serve(sim, WARM, None)
+        sim.now += 2 + least
+    serve(sim, cold(2))
+    serve(sim, cold(3), cold(4))
 
 
 def test_a_request_that_left_or_was_served_is_not_late() -> None:
     sim = world(load_timeout_s=30)
-    left, served = sim.add(adapter=cold(1)), sim.add(adapter=cold(2))
+    left = sim.add(adapter=cold(1))
     sim.scheduler.next()
     sim.remove(left)
-    sim.finish(cold(2).digest)
-    sim.run()
-    assert sim.outcomes[served] is None
+    serve(sim, cold(2))
     assert sim.scheduler.next_deadline() > 1e9
 
 
