@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,13 @@ from transformers import AutoTokenizer
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
 from loray.engine.model import decoder
 from loray.engine.model.batch import Batch, logits_part
 from loray.engine.model.decoder import Decoder, compile_adapters
 from loray.engine.pool.pool import Pool, input_shapes
 from loray.errors import IntegrityError
-from loray.spec import RopeParameters
+from loray.spec import GenerateRequest, RopeParameters
 from loray_kernels import Ops, backend
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
@@ -90,8 +91,6 @@ def test_neighbours_adapters_leave_a_base_row_bit_equal(case: Case, dtype: str) 
 # PEFT's in fp64. PEFT's own in fp32 are up to 8e-5 away from that: between two fp32 programs the distances may add up.
 NUM_TOKENS = 18  # past a block, whatever the prompt
 TIE = 1e-4
-POOL = 384 << 20  # all adapters and requests
-
 REAL_ROPE = RopeParameters(rope_type="linear", rope_theta=100000.0, factor=2.0)
 REAL_CONFIGS: dict[str, tuple[Any, RopeParameters | None]] = {
     "lora-8": (LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION), None),
@@ -113,49 +112,41 @@ PROMPTS = [
 ]
 
 
-@dataclass(frozen=True)
 class Real:
-    base: BaseModel
-    adapters: list[TestAdapter]
-    prompts: list[list[int]]
-    mixed: dict[str, list[int]]
-    logits: dict[str, torch.Tensor]
+    """`mixed`, `logits`: tokens and logits of one batch of all requests, by request. `oracles`: in fp32 and in fp64."""
 
-    def model(self, i: int) -> TestAdapter | None:
-        return None if i == 0 else self.adapters[i - 1]
+    def __init__(self, base: BaseModel, folder: Path) -> None:
+        options: dict[str, Any] = {"std": 0.05, "num_token_rows": 5000, "extras_std": 0.02}
+        self.base, self.adapters = base, make_adapters(base, folder, REAL_CONFIGS, seed=40, **options)
+        self.models = [None, *self.adapters]
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        self.prompts = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(len(self.models))]
+        self.prompts[-1] *= 12  # the LongLoRA adapter gets a long prompt, for more than one step
+        assert len(self.prompts[-1]) > 64
+        engine = self.engine(max_num_batched_tokens=64)
+        spy = Spy(engine)
+        self.mixed = run(engine, self.requests(range(len(self.models))), together=True)
+        assert engine.stats().max_adapters_in_step >= 8
+        self.logits = {name: torch.stack(rows) for name, rows in spy.logits.items()}
+        self.oracles = [Oracle(base, self.adapters, dtype) for dtype in (torch.float32, torch.float64)]
 
-    def requests(self, order: list[int], num_tokens: int = NUM_TOKENS) -> list[Any]:
-        return [request(str(i), self.prompts[i], self.model(i), max_tokens=num_tokens) for i in order]
+    def engine(self, **spec: Any) -> Engine:
+        return make_engine(self.base, self.adapters, pool_bytes=384 << 20, **spec)  # for all adapters and requests
+
+    def requests(self, order: Sequence[int], num_tokens: int = NUM_TOKENS) -> list[GenerateRequest]:
+        return [request(str(i), self.prompts[i], self.models[i], max_tokens=num_tokens) for i in order]
 
 
 @pytest.fixture(scope="module")
 def real(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    options = {"seed": 40, "std": 0.05, "num_token_rows": 5000, "extras_std": 0.02}
-    adapters = make_adapters(smollm2, tmp_path_factory.mktemp("adapters"), REAL_CONFIGS, **options)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.path)
-    ids = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(len(adapters) + 1)]
-    ids[-1] = ids[-1] * 12  # the LongLoRA adapter gets a long prompt, for more than one step
-    real = Real(smollm2, adapters, ids, {}, {})
-    engine = make_engine(smollm2, adapters, pool_bytes=POOL, max_num_batched_tokens=64)
-    assert len(ids[-1]) > 64
-    spy = Spy(engine)
-    real.mixed.update(run(engine, real.requests(list(range(len(ids)))), together=True))
-    assert engine.stats().max_adapters_in_step >= 8
-    real.logits.update({name: torch.stack(rows) for name, rows in spy.logits.items()})
-    return real
-
-
-@pytest.fixture(scope="module")
-def oracles(real: Real) -> list[Oracle]:
-    """In fp32 and in fp64."""
-    return [Oracle(real.base, real.adapters, dtype) for dtype in (torch.float32, torch.float64)]
+    return Real(smollm2, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.mark.parametrize("i", range(len(REAL_CONFIGS) + 1), ids=["base", *REAL_CONFIGS])
-def test_logits_in_the_mixed_batch_are_pefts(real: Real, oracles: list[Oracle], i: int) -> None:
-    adapter, whole = real.model(i), real.prompts[i] + real.mixed[str(i)]
+def test_logits_in_the_mixed_batch_are_pefts(real: Real, i: int) -> None:
+    whole = real.prompts[i] + real.mixed[str(i)]
     answers = slice(len(real.prompts[i]) - 1, None)
-    expected, exact = (oracle.logits(whole[:-1], adapter)[answers] for oracle in oracles)
+    expected, exact = (oracle.logits(whole[:-1], real.models[i])[answers] for oracle in real.oracles)
     ours, pefts = (float((x.double() - exact).abs().max()) for x in (real.logits[str(i)], expected))
     between = float((real.logits[str(i)] - expected).abs().max())
     print(f"from fp64: ours {ours:.1e}, PEFT {pefts:.1e}; between them {between:.1e}")
@@ -168,13 +159,9 @@ def test_logits_in_the_mixed_batch_are_pefts(real: Real, oracles: list[Oracle], 
 
 def test_tokens_do_not_depend_on_order_or_company(real: Real) -> None:
     n = len(real.prompts)
-    shuffled = run(
-        make_engine(real.base, real.adapters, pool_bytes=POOL, max_num_batched_tokens=512),
-        real.requests([(7 * i + 3) % n for i in range(n)]),
-        together=True,
-    )
-    alone_engine = make_engine(real.base, real.adapters, pool_bytes=POOL)
-    alone: dict[str, list[int]] = {}
+    order = [(7 * i + 3) % n for i in range(n)]
+    shuffled = run(real.engine(max_num_batched_tokens=512), real.requests(order), together=True)
+    alone_engine, alone = real.engine(), {}
     for i in ALONE:
         alone |= run(alone_engine, real.requests([i], NUM_TOKENS // 2))
     with_ties = {i: ties for i in range(n) if (ties := _ties(real.logits[str(i)]))}

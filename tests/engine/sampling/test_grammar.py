@@ -150,25 +150,23 @@ def test_answers_of_the_real_model_validate(smollm2: BaseModel) -> None:
     check_against_schemas(smollm2, _NUM_SCHEMAS, prompt, None, dtype="bfloat16", pool_bytes=512 << 20)
 
 
-def free(base: BaseModel, **params: Any) -> list[GenerateRequest]:
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.1},
-        {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 0.4, "logprobs": 2},
-    ]
-    return [request(f"free-{i}", (1, 50 + i, 60), seed=i, max_tokens=30, **k) for i, k in enumerate(kinds * 2)]
+FREE: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+    {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 0.4, "logprobs": 2},
+]
 
 
 def test_other_rows_do_not_change(worded: BaseModel) -> None:
-    alone = answers(make_engine(worded), free(worded))
+    free = [request(f"free-{i}", (1, 50 + i, 60), seed=i, max_tokens=30, **k) for i, k in enumerate(FREE * 2)]
+    alone = answers(make_engine(worded), free)
     held = [
         request(f"held-{i}", PROMPT, temperature=1.0, seed=i, max_tokens=25, structured=constraint)
         for i, (constraint, _) in enumerate(LANGUAGES.values())
     ]
-    engine = make_engine(worded)
-    engine_requests = [r for pair in itertools.zip_longest(held, free(worded)) for r in pair if r is not None]
-    together = answers(engine, engine_requests)
+    mixed = [r for pair in itertools.zip_longest(held, free) for r in pair if r is not None]
+    together = answers(make_engine(worded), mixed)
     assert {name: got for name, got in together.items() if name.startswith("free")} == alone
     tokenizer = Tokenizer.from_file(str(worded.path / "tokenizer.json"))
     for i, (_, texts) in enumerate(LANGUAGES.values()):
