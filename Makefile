@@ -58,7 +58,7 @@ test-browser: .venv/.ready
 	$(BIN)/python -m pytest -m browser -rs tests/serve_apps/console
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
-FAST := $(addprefix tests/,test_recommend.py schemas engine/memory engine/residency engine/scheduling engine/stats \
+FAST := $(addprefix tests/,test_recommend.py schemas engine/memory engine/scheduling \
   planning policy simulation client test_locations.py) --ignore tests/planning/test_activations.py
 
 test-fast: .venv/.ready

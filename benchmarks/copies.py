@@ -20,7 +20,7 @@ def publish_copies(
     """Publishes `count` adapters of PEFT's `configs` in turn, with strong random weights. Returns their names, which
     are `prefix` and a number.
     """
-    from tests.engine.adapters import make_adapter
+    from tests.fixtures.peft_adapters import make_adapter
 
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
     for number, config in enumerate(configs):

@@ -65,7 +65,7 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def make(base: BaseModel, method: str = "lora", seed: int = 0) -> Path:
         from peft import LoraConfig, VeraConfig
 
-        from tests.engine.adapters import make_adapter
+        from tests.fixtures.peft_adapters import make_adapter
 
         key = (base.fingerprint, method, seed)
         if key not in made:

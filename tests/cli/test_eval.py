@@ -22,11 +22,11 @@ from loray.errors import EvaluationError
 from loray.settings import Settings
 from loray.spec import Evaluation, RopeParameters
 from tests.cli.run import Loray
-from tests.engine.adapters import make_adapter
 from tests.fixtures.calls import refused
 from tests.fixtures.cluster import Served
 from tests.fixtures.figures import GOOD, NATIVE, OWN, RESULTS, figures
 from tests.fixtures.tiny import write_checkpoint
+from tests.fixtures.peft_adapters import make_adapter
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 

@@ -9,9 +9,10 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
+from tests.fixtures.peft_adapters import TestAdapter
 
 if TYPE_CHECKING:
-    from tests.engine.adapters import TestAdapter
+    pass
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -26,7 +27,7 @@ def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """LoRA of three ranks, LongLoRA with rows of every kind, two VeRA of one pair and one of another."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import NORMS, make_adapter
+    from tests.fixtures.peft_adapters import NORMS, make_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
     configs = {

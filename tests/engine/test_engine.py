@@ -1,170 +1,50 @@
-"""The engine: small pools, preemption, cancellation, failing loads, limits. No request is lost and nothing leaks."""
+"""The engine: limits, requests that another engine has begun, failing loads, steps without memory."""
 
 from __future__ import annotations
 
-import random
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, VeraConfig
+from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine
+from loray.engine.engine import Engine, undo_step
+from loray.engine.request import Chunk, TokenOutput
 from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
+    EngineError,
     IntegrityError,
+    LorayError,
     Overloaded,
     RequestError,
     SpecError,
 )
-from loray.spec import GenerateRequest
-from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import fill_up, make_engine, request, run
-
-BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+from loray.methods.weights import AdapterWeights, LoraWeights
+from loray.spec import AdapterRef, Constraint, GenerateRequest
+from tests.fixtures.engines import BLOCK_BYTES, empty, ids, make_engine, outputs, request, run
+from tests.fixtures.peft_adapters import ATTENTION, Adapters, TestAdapter
 
 
-@pytest.fixture(scope="module")
-def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
-    folder = tmp_path_factory.mktemp("adapters")
-    loras = [
-        make_adapter(base, folder / f"r{r}-{i}", LoraConfig(r=r, target_modules=ATTENTION), seed=10 * r + i, std=0.12)
-        for i in range(2)
-        for r in (2, 5, 8)
-    ]
-    vera = VeraConfig(r=16, target_modules=["q_proj", "v_proj"], save_projection=False)
-    return loras + [make_adapter(base, folder / f"vera-{i}", vera, seed=i, std=0.12) for i in range(2)]
+def outcomes_of(engine: Engine, *requests: GenerateRequest) -> dict[str, object]:
+    """For each its finish reason or its error."""
+    return {out.request_id: out.error or out.finish_reason for out in outputs(engine, *requests)}
 
 
-def ids(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def many(adapters: list[TestAdapter], n: int, **params: int) -> list[GenerateRequest]:
-    models = [None, *adapters]
-    return [request(str(i), ids(5 + (i * 13) % 40, i), models[i % len(models)], **params) for i in range(n)]
-
-
-def outcomes_of(engine: Engine) -> dict[str, object]:
-    """Step until no request is left; for each its finish reason or its error."""
-    outcomes: dict[str, object] = {}
-    while engine.has_work:
-        for out in engine.step():
-            outcomes[out.request_id] = out.error or out.finish_reason
-    return outcomes
-
-
-def test_a_small_pool_preempts_and_evicts_and_changes_no_token(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    requests = many(adapters, 27, max_tokens=30)
-    roomy = make_engine(base, adapters)
-    expected = run(roomy, requests)
-    assert roomy.stats().num_preemptions == 0
-    tight = make_engine(base, adapters, pool_bytes=14 * BLOCK_BYTES, max_num_batched_tokens=64)
-    fill_up(tight)
-    assert run(tight, requests) == expected
-    assert tight.stats().num_preemptions > 0
-    assert tight.stats().num_evictions > 0
-
-
-def test_random_life_with_cancels_and_failing_loads(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    rng = random.Random(0)
-    failing = {adapters[1].ref.digest: 0.5, adapters[6].ref.digest: 1.0}
-    by_digest = {a.ref.digest: a for a in adapters}
-    engine = make_engine(
-        base, adapters, pool_bytes=16 * BLOCK_BYTES, host_bytes=60_000, max_num_batched_tokens=48, max_num_seqs=32
-    )
-
-    def load(ref):  # type: ignore[no-untyped-def]
-        if rng.random() < failing.get(ref.digest, 0.0):
-            raise IntegrityError(f"{ref.label} is damaged")
-        return by_digest[ref.digest].load(base)
-
-    engine._loads._load = load
-    roomy, expected = make_engine(base, adapters), {}
-    for r in many(adapters, 90, max_tokens=12):
-        expected |= run(roomy, [r])
-    waiting = many(adapters, 90, max_tokens=12)
-    got: dict[str, list[int]] = {}
-    failed, cancelled, live = set(), set(), {}
-    while waiting or engine.has_work:
-        while waiting and len(live) < 12:
-            r = waiting.pop(0)
-            engine.add(r)
-            live[r.request_id] = r
-            got[r.request_id] = []
-        for out in engine.step():
-            if out.error is not None:
-                assert isinstance(out.error, IntegrityError)
-                failed.add(out.request_id)
-            else:
-                assert out.token_id is not None
-                got[out.request_id].append(out.token_id)
-            if out.error is not None or out.finish_reason:
-                del live[out.request_id]
-        if live and rng.random() < 0.05:
-            victim = rng.choice(sorted(live))
-            engine.cancel(victim)
-            cancelled.add(victim)
-            del live[victim]
-        engine.check_integrity()
-    assert failed
-    assert cancelled
-    for request_id, tokens in got.items():
-        whole = expected[request_id]
-        assert tokens == (whole[: len(tokens)] if request_id in failed | cancelled else whole)
-    adapters_of = {r.request_id: r.adapter for r in many(adapters, 90)}
-    assert {adapters_of[i].digest for i in failed} <= set(failing)  # type: ignore[union-attr]
-
-
-def test_idle_adapters_stay_until_their_rows_are_needed(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    engine = make_engine(base, adapters)
-    run(engine, [request("a", ids(5), adapters[0])])
-    run(engine, [request("b", ids(5), adapters[0])])
-    assert engine.stats().num_loads == 1
-    assert engine.stats().adapters_in_pool == (adapters[0].ref.digest,)
-    assert engine.stats().blocks["kv"] == 0
-
-
-def test_an_adapter_under_way_blocks_nobody(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    import threading
-
-    engine = make_engine(base, adapters)
-    gate = threading.Event()
-    slow = adapters[0]
-    original = engine._loads._load
-
-    def load(ref):  # type: ignore[no-untyped-def]
-        if ref.digest == slow.ref.digest:
-            assert gate.wait(60)
-        return original(ref)
-
-    engine._loads._load = load
-    engine.add(request("slow", ids(5), slow))
-    engine.add(request("base", ids(5)))
-    engine.add(request("quick", ids(5), adapters[1]))
-    finished = set()
-    while finished != {"base", "quick"}:
-        finished |= {o.request_id for o in engine.step() if o.finish_reason}
-    assert engine.stats().num_loading == 1
-    gate.set()
-    while engine.has_work:
-        finished |= {o.request_id for o in engine.step() if o.finish_reason}
-    assert "slow" in finished
-    engine.check_integrity()
-
-
-def test_requests_that_can_never_run_are_refused(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    engine = make_engine(base, adapters, max_model_len=64, max_queued=1)
+def test_requests_that_can_never_run_are_refused(base: BaseModel, adapters: Adapters) -> None:
+    engine = make_engine(base, list(adapters.values()), max_model_len=64, max_queued=1)
     with pytest.raises(ContextLengthExceeded, match=r"maximum context length is 64 tokens, but 70 were asked for \(60"):
         engine.check(request("a", ids(60), max_tokens=10))
     with pytest.raises(RequestError, match="empty"):
         engine.check(request("a", []))
     with pytest.raises(RequestError, match="vocabulary of 320"):
         engine.check(request("a", [320]))
-    other = replace(adapters[0], ref=replace(adapters[0].ref, base_fingerprint="f" * 64))
+    other = replace(adapters["r2"], ref=replace(adapters["r2"].ref, base_fingerprint="f" * 64))
     with pytest.raises(BaseMismatch, match="another base"):
         engine.check(request("a", ids(4), other))
     engine.add(request("a", ids(4)))
@@ -172,16 +52,11 @@ def test_requests_that_can_never_run_are_refused(base: BaseModel, adapters: list
         engine.add(request("b", ids(4)))
     assert refused.value.retry_after_s > 0
     run(engine, [])
-    engine.check_integrity()
 
 
-def test_an_adapter_that_no_empty_pool_would_hold_fails_its_request_alone(
-    base: BaseModel, adapters: list[TestAdapter]
-) -> None:
-    engine = make_engine(base, adapters, pool_bytes=3 * BLOCK_BYTES)
-    engine.add(request("big", ids(20), adapters[2]))
-    engine.add(request("base", ids(20)))
-    outcomes = outcomes_of(engine)
+def test_an_adapter_that_no_empty_pool_would_hold_fails_its_request_alone(base: BaseModel, adapters: Adapters) -> None:
+    engine = make_engine(base, list(adapters.values()), pool_bytes=3 * BLOCK_BYTES)
+    outcomes = outcomes_of(engine, request("big", ids(20), adapters["r8"]), request("base", ids(20)))
     assert isinstance(outcomes["big"], ContextLengthExceeded)
     assert "pool has 3" in str(outcomes["big"])
     assert outcomes["base"] == "length"
@@ -192,56 +67,26 @@ def test_a_pool_too_small_for_anything_is_refused(base: BaseModel) -> None:
         make_engine(base, pool_bytes=BLOCK_BYTES)
 
 
-def test_seeded_sampling_does_not_depend_on_the_batch(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    seeded = request("s", ids(9), adapters[0], temperature=0.9, seed=7, top_p=0.95, max_tokens=20)
-    alone = run(make_engine(base, adapters), [seeded])["s"]
-    together = run(make_engine(base, adapters), [*many(adapters, 9), seeded])["s"]
-    assert alone == together
-    other = run(
-        make_engine(base, adapters), [request("s", ids(9), adapters[0], temperature=0.9, seed=8, max_tokens=20)]
-    )
-    assert other["s"] != alone
-
-
-def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    engine = make_engine(base, adapters)
+def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters: Adapters) -> None:
+    engine = make_engine(base, list(adapters.values()), max_num_batched_tokens=64, max_num_seqs=8)
+    broken, fine = adapters["r2"], adapters["r5"]
     original = engine._loads._load
 
-    def load(ref):  # type: ignore[no-untyped-def]
+    def load(ref: AdapterRef) -> AdapterWeights:
         weights = original(ref)
-        if ref.digest == adapters[0].ref.digest:
-            next(iter(weights.modules.values())).b_OR.fill_(float("nan"))
+        assert isinstance(weights, AdapterWeights)
+        for module in weights.modules.values() if ref.digest == broken.ref.digest else ():
+            assert isinstance(module, LoraWeights)
+            module.b_OR.mul_(1e38)
         return weights
 
     engine._loads._load = load
-    engine.add(request("broken", ids(5), adapters[0]))
-    engine.add(request("fine", ids(5), adapters[1]))
-    outcomes = outcomes_of(engine)
-    assert isinstance(outcomes["broken"], IntegrityError)
-    assert outcomes["fine"] == "length"
-    engine.check_integrity()
-
-
-def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    engine = make_engine(base, adapters)
-    original = engine._loads._load
-
-    def load(ref):  # type: ignore[no-untyped-def]
-        weights = original(ref)
-        if ref.digest == adapters[0].ref.digest:
-            for module in weights.modules.values():
-                module.b_OR.mul_(1e38)
-        return weights
-
-    engine._loads._load = load
-    for name, adapter in (("broken", adapters[0]), ("fine", adapters[1])):
-        engine.add(request(name, ids(20), adapter, temperature=1.0, seed=1))
-    outcomes = outcomes_of(engine)
-    assert isinstance(outcomes["broken"], IntegrityError)
-    assert outcomes["fine"] == "length"
-    broken, fine = (engine.scheduler.prefix_cache.match(a.ref.digest, ids(20)) for a in adapters[:2])
-    assert not broken  # not even the block that it filled in its last step
-    assert len(fine) == 1
+    both = (request(a.ref.name, ids(70), a, temperature=1.0, seed=1) for a in (broken, fine))
+    outcomes = outcomes_of(engine, *both)
+    assert isinstance(outcomes["r2"], IntegrityError)
+    assert outcomes["r5"] == "length"
+    known = [engine.scheduler.prefix_cache.match(a.ref.digest, ids(70)) for a in (broken, fine)]
+    assert list(map(len, known)) == [0, 4]  # not even the blocks that it filled before
 
 
 def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:
@@ -250,28 +95,10 @@ def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:
         assert run(make_engine(base), [request("r", ids(5), temperature=temperature, seed=0)])["r"] == greedy
 
 
-def test_an_evicted_adapter_without_a_host_copy_is_loaded_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    """If an engine has work and nothing to compute, a load is always under way that will wake it."""
-    engine = make_engine(base, adapters, pool_bytes=9 * BLOCK_BYTES, host_bytes=1)
-    for i in range(12):
-        engine.add(request(str(i), ids(60, i), adapters[i % 6], max_tokens=20))
-    finished = 0
-    while engine.has_work:
-        outputs = engine.step()
-        assert [o.error for o in outputs if o.error] == []
-        finished += sum(o.finish_reason is not None for o in outputs)
-        if engine.idle:
-            assert engine.stats().num_loading
-        engine.check_integrity()
-    assert finished == 12
-
-
-def test_a_first_token_that_cannot_come_in_time_is_refused_and_counted(
-    base: BaseModel, adapters: list[TestAdapter]
-) -> None:
-    engine = make_engine(base, adapters, ttft_slo_s=1e-9)
-    engine.add(request("late", ids(5), adapters[0]))
-    engine.add(replace(request("patient", ids(5), adapters[0]), ttft_slo_s=600.0))
+def test_a_first_token_that_cannot_come_in_time_is_refused_and_counted(base: BaseModel, adapters: Adapters) -> None:
+    engine = make_engine(base, list(adapters.values()), ttft_slo_s=1e-9)
+    engine.add(request("late", ids(5), adapters["r2"]))
+    engine.add(replace(request("patient", ids(5), adapters["r2"]), ttft_slo_s=600.0))
     patient = engine._requests["patient"]
     outcomes = outcomes_of(engine)
     assert isinstance(outcomes["late"], Overloaded)
@@ -283,4 +110,239 @@ def test_a_first_token_that_cannot_come_in_time_is_refused_and_counted(
     config = base.config
     rows = config.num_layers * sum(2 * sum(config.module_shape(module)) for module in ATTENTION)  # rank 2
     assert patient.token_weight == pytest.approx(1 + rows / config.num_matrix_elements)
-    engine.check_integrity()
+
+
+PROMPT = [(11 * i) % 250 for i in range(21)]
+KIND_TOKENS = 20
+# A request that another engine has begun goes on as if that engine had ended it.
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.0, "seed": 7, "top_p": 0.9},
+    "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3},
+    "seeded penalties": {"temperature": 1.2, "seed": 3, "frequency_penalty": 0.6, "bad_words": ((9, 17), (4,))},
+    "minimum": {"min_tokens": 12, "ignore_eos": False, "temperature": 1.0, "seed": 1, "stop_token_ids": (*range(128),)},
+    "logprobs": {"temperature": 0.8, "seed": 5, "logprobs": 3},
+    "scored prompt": {"prompt_logprobs": 1, "logprobs": 0},
+}
+
+
+def answer(engine: Engine, asked: GenerateRequest) -> list[TokenOutput]:
+    """Without the outputs of a part of the prompt."""
+    out = [o for o in outputs(engine, asked) if o.token_id is not None or o.error is not None]
+    assert [o.error for o in out if o.error is not None] == []
+    return out
+
+
+def tokens(out: list[TokenOutput]) -> tuple[int, ...]:
+    return tuple(o.token_id for o in out if o.token_id is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_goes_on_after_any_of_its_tokens(base: BaseModel, kind: str) -> None:
+    whole = answer(make_engine(base), request("r", PROMPT, max_tokens=KIND_TOKENS, **KINDS[kind]))
+    assert len(set(tokens(whole))) > 3
+    asked = request("r", PROMPT, max_tokens=KIND_TOKENS, **KINDS[kind])
+    again = make_engine(base)
+    for k in (1, 2, 7, len(whole) - 1):
+        rest = answer(again, replace(asked, request_id=str(k), output_ids=tokens(whole)[:k]))
+        assert tokens(rest) == tokens(whole)[k:]
+        assert [o.finish_reason for o in rest] == [o.finish_reason for o in whole[k:]]
+        assert all(o.prompt_logprobs is None for o in rest)  # the first engine has given them
+        for one, other in zip(rest, whole[k:], strict=True):
+            assert (one.logprobs is None) == (other.logprobs is None)
+            if one.logprobs is not None and other.logprobs is not None:
+                assert one.logprobs.rank == other.logprobs.rank
+                assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
+                assert [t for t, _ in one.logprobs.top] == [t for t, _ in other.logprobs.top]
+    assert all(o.num_cached_tokens <= len(PROMPT) for o in rest)
+
+
+@pytest.mark.parametrize("name", ["r8", "longlora", "vera-a"])
+def test_an_adapter_that_the_other_engine_has_not_loaded_yet(base: BaseModel, adapters: Adapters, name: str) -> None:
+    asked = request("r", PROMPT, adapters[name], max_tokens=12, temperature=1.0, seed=2)
+    whole = run(make_engine(base, [adapters[name]]), [asked])["r"]
+    other = make_engine(base, [adapters[name]])
+    assert run(other, [replace(asked, output_ids=tuple(whole[:5]))])["r"] == whole[5:]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "number": {"type": "integer", "maximum": 999}},
+    "required": ["name", "number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}], ids=["greedy", "seeded"])
+def test_json_goes_on_where_it_was(base: BaseModel, sampling: dict[str, Any]) -> None:
+    """Also within what the schema leaves no choice about, where the first engine took several tokens in one step."""
+    params = {"max_tokens": 80, "structured": Constraint.from_schema(SCHEMA, whitespace=""), **sampling}
+    asked = request("r", PROMPT, ignore_eos=False, **params)
+    whole = answer(make_engine(base), asked)
+    ids = tokens(whole)
+    assert whole[-1].finish_reason == "stop"
+    again = make_engine(base)
+    for k in range(1, len(ids)):
+        rest = answer(again, replace(asked, request_id=str(k), output_ids=ids[:k]))
+        assert tokens(rest) == ids[k:]
+    text = Tokenizer.from_file(str(base.path / "tokenizer.json")).decode(list(ids), skip_special_tokens=True)
+    assert json.loads(text).keys() == {"name", "number"}
+
+
+def test_a_continued_request_is_neither_late_nor_one_too_many(base: BaseModel) -> None:
+    engine = make_engine(base, max_queued=1, max_num_seqs=1, ttft_slo_s=1e-9)
+    for name in ("a", "b", "c"):
+        engine.add(replace(request(name, PROMPT, max_tokens=4), output_ids=(1, 2)))
+    with pytest.raises(Overloaded):
+        engine.add(request("new", PROMPT))
+    assert Counter(o.request_id for o in outputs(engine)) == {"a": 2, "b": 2, "c": 2}
+    stats = engine.stats()
+    assert (stats.num_prompt_tokens, stats.num_output_tokens) == (3 * len(PROMPT), 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "why"),
+    [
+        ({"output_ids": (1, 9999)}, RequestError, "outside the vocabulary"),
+        ({"output_ids": (1,) * 8}, RequestError, "nothing to go on with"),
+        ({"prompt_ids": (1,) * 510, "output_ids": (1,)}, ContextLengthExceeded, "tokens"),
+    ],
+)
+def test_what_cannot_go_on(base: BaseModel, given: dict[str, Any], error: type[LorayError], why: str) -> None:
+    with pytest.raises(error, match=why):
+        make_engine(base).check(replace(request("r", PROMPT), **given))
+
+
+# Steps that need more memory than the device has: each fails its largest request, the others' texts are exact, and
+# nothing leaks.
+Fails = Callable[[Sequence[Chunk]], bool]
+
+
+def out_of_memory(engine: Engine, fails: Fails, where: str) -> list[int]:
+    """From now on steps for which `fails` is true run out of memory in `where`: the model's pass or the sampler.
+    Returns the list of their numbers of chunks.
+    """
+    batch, chunks, failed = engine._model.batch, list[Chunk](), list[int]()
+
+    def batched(planned: Sequence[Chunk], *arguments: Any) -> Any:
+        chunks[:] = planned
+        return batch(planned, *arguments)
+
+    owner, name = (engine._model, "forward") if where == "forward" else (engine._runner, "_sampler")
+    run_it = getattr(owner, name)
+
+    def perhaps(*arguments: Any) -> Any:
+        result = run_it(*arguments)
+        if fails(chunks):
+            failed.append(len(chunks))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return result
+
+    engine._model.batch = batched  # type: ignore[method-assign,assignment]
+    setattr(owner, name, perhaps)
+    return failed
+
+
+def recovered(engine: Engine, *requests: GenerateRequest) -> tuple[dict[str, list[int]], dict[str, Exception]]:
+    """Tokens and errors by request. Afterwards the pool is as empty as before."""
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    errors: dict[str, Exception] = {}
+    for out in outputs(engine, *requests):
+        if out.error is not None:
+            errors[out.request_id] = out.error
+        else:
+            assert out.token_id is not None
+            tokens[out.request_id].append(out.token_id)
+    assert not engine._requests
+    empty(engine)
+    return tokens, errors
+
+
+def requests_of(adapter: TestAdapter) -> list[GenerateRequest]:
+    return [
+        request("base", ids(9, 1), max_tokens=20),
+        request("long", ids(200, 2), max_tokens=4),
+        request("adapter", ids(21, 3), adapter, max_tokens=18),
+        request("penalties", ids(17, 4), max_tokens=16, repetition_penalty=1.3, frequency_penalty=0.4),
+        request("drawn", ids(12, 5), max_tokens=22, temperature=1.0, seed=3, top_k=30),
+    ]
+
+
+@pytest.mark.parametrize("where", ["forward", "sampler"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_the_largest_prompt_fails_and_the_others_texts_are_exact(
+    base: BaseModel, adapters: Adapters, where: str, caching: bool
+) -> None:
+    requests = requests_of(adapters["r5"])
+    expected = {r.request_id: run(make_engine(base, [adapters["r5"]]), [r])[r.request_id] for r in requests}
+    engine = make_engine(base, [adapters["r5"]], max_num_batched_tokens=128, enable_prefix_caching=caching)
+    failed = out_of_memory(engine, lambda chunks: any(c.num_tokens > 60 for c in chunks), where)
+    tokens, errors = recovered(engine, *requests)
+    assert len(failed) == 1
+    assert [*errors] == ["long"]
+    assert isinstance(errors["long"], EngineError)
+    assert "the step needed more memory than the device has; this request had the most of its" in str(errors["long"])
+    assert tokens.pop("long") == []
+    assert tokens == {name: expected[name] for name in tokens}
+
+
+@pytest.mark.parametrize("where", ["forward", "sampler"])
+def test_a_decode_step_fails_the_longest_request(base: BaseModel, where: str) -> None:
+    requests = [request(str(i), ids(5 + 10 * i, i), max_tokens=12 + i, repetition_penalty=1.2) for i in range(4)]
+    expected = {r.request_id: run(make_engine(base), [r])[r.request_id] for r in requests}
+    engine = make_engine(base)
+    decoded: list[int] = []
+
+    def fails(chunks: Sequence[Chunk]) -> bool:
+        if all(c.num_tokens == 1 for c in chunks):
+            decoded.append(len(chunks))
+        return len(decoded) in (5, 6)
+
+    assert out_of_memory(engine, fails, where) == []
+    tokens, errors = recovered(engine, *requests)
+    assert [*errors] == ["3", "2"]
+    assert decoded[4:6] == [4, 3]
+    for name in "01":
+        assert tokens[name] == expected[name]
+    for name in errors:
+        assert tokens[name] == expected[name][: len(tokens[name])]
+
+
+def test_each_of_several_steps_in_a_row_fails_one_request_and_the_last_fails_alone(base: BaseModel) -> None:
+    engine = make_engine(base)
+    low = [True]
+    failed = out_of_memory(engine, lambda chunks: low[0], "forward")
+    _, errors = recovered(engine, *(request(str(i), ids(5 + i, i)) for i in range(3)))
+    assert [*errors] == ["2", "1", "0"]
+    assert len(failed) == 3
+    low[0] = False
+    after = request("after", ids(9))
+    tokens, errors = recovered(engine, after)
+    assert not errors
+    assert tokens == run(make_engine(base), [after])
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),  # libraries without an error of their own
+        ("CUBLAS_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_errors_of_a_step_are_the_engines_but_for_memory(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, message: str, is_memory: bool
+) -> None:
+    engine = make_engine(base)
+    monkeypatch.setattr(engine._model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError(message)))
+    if is_memory:
+        assert [*recovered(engine, request("one", ids(5)))[1]] == ["one"]
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run(engine, [request("one", ids(5))])
+
+
+def test_where_no_request_is_left_to_end_the_error_is_the_engines(base: BaseModel) -> None:
+    engine, error = make_engine(base), torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        undo_step(error, [], engine.scheduler, engine._model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from tests.engine.harness import make_engine, request, run
+from tests.fixtures.engines import make_engine, request, run
 
 
 def test_a_chunk_without_a_token_waits_for_its_step_and_not_for_the_device(

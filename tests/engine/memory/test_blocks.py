@@ -98,15 +98,6 @@ def test_rows_go_to_the_fullest_block_that_fits() -> None:
     assert allocator.occupancy().layered == 2
 
 
-def test_a_block_is_free_once_its_last_row_goes() -> None:
-    allocator = BlockAllocator(GEOMETRY)
-    extents = allocator.allocate_rows(BlockKind.FLAT, {64: 4})
-    assert extents is not None
-    assert allocator.num_free == GEOMETRY.num_blocks - 2
-    allocator.free_rows(extents)
-    assert allocator.num_free == GEOMETRY.num_blocks
-
-
 def test_integrity_finds_a_leak() -> None:
     allocator = BlockAllocator(GEOMETRY)
     assert allocator.allocate_kv(1)
@@ -141,20 +132,3 @@ def test_a_run_moves_no_other_run_and_needs_enough_free_blocks() -> None:
     allocator.free_run(3)
     assert allocator.clear_run(4) is None  # six are free, in two stretches with a run between
     assert allocator.clear_run(7) is None
-
-
-@pytest.mark.parametrize("num_blocks", [1, 3, 5])
-def test_rows_and_kv_give_way_to_a_run(num_blocks: int) -> None:
-    allocator = BlockAllocator(GEOMETRY)
-    kv = allocator.allocate_kv(9)
-    extents = allocator.allocate_rows(BlockKind.LAYERED, {64: 3})
-    assert kv is not None
-    assert extents is not None
-    given_back, kept = kv[::2], kv[1::2]
-    allocator.release_kv(given_back)
-    moves = allocator.clear_run(num_blocks)
-    assert moves is not None
-    assert allocator.allocate_run(num_blocks) is not None
-    extents = [e._replace(block=moves.get(e.block, e.block)) for e in extents]
-    (run,) = allocator._runs.items()
-    allocator.check_integrity({moves.get(b, b): 1 for b in kept}, extents, dict([run]))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import Tier
 from loray.engine.memory.partial import PartialLoad
+from loray.engine.model.partial import PartialAdapters
 from loray.engine.pool.loader import LoadProgress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import TokenOutput
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import make_engine, request, run
+from tests.fixtures.engines import make_engine, request, run
+from tests.fixtures.peft_adapters import Adapters, TestAdapter
 
 PROMPT = tuple(range(30, 60))
 
@@ -71,14 +74,11 @@ class Load:
 class Scene:
     """An engine whose adapter "r5" comes by a `Load`, with a request on it, one on "r8" and one on the base."""
 
-    def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
+    def __init__(self, base: BaseModel, adapters: Adapters) -> None:
         self.cold, self.warm = adapters["r5"], adapters["r8"]
         self.load = Load(self.cold, base)
-        self.requests = [
-            request("cold", PROMPT, self.cold, max_tokens=4),
-            request("warm", PROMPT, self.warm, max_tokens=4),
-            request("base", PROMPT, max_tokens=4),
-        ]
+        models = {"cold": self.cold, "warm": self.warm, "base": None}
+        self.requests = [request(name, PROMPT, own, max_tokens=4) for name, own in models.items()]
         self.expected = run(make_engine(base, list(adapters.values())), self.requests)
         self.engine = make_engine(base, list(adapters.values()))
         run(self.engine, [request("before", PROMPT, self.warm, max_tokens=1)])
@@ -110,7 +110,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(base: BaseModel, adapters: dict[str, TestAdapter]) -> Scene:
+def scene(base: BaseModel, adapters: Adapters) -> Scene:
     return Scene(base, adapters)
 
 
@@ -185,7 +185,7 @@ def test_cancelled_in_the_middle(scene: Scene) -> None:
 class Chances:
     """Loads in which each wait may find nothing, or an error, and that are complete some steps later."""
 
-    def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
+    def __init__(self, base: BaseModel, adapters: Adapters, seed: int) -> None:
         self._base, self._rng = base, random.Random(seed)
         self._by_digest = {a.ref.digest: a for a in adapters.values()}
         self.unfinished: list[Load] = []
@@ -217,7 +217,7 @@ class Chances:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_many_at_once_with_any_delays(base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
+def test_many_at_once_with_any_delays(base: BaseModel, adapters: Adapters, seed: int) -> None:
     """Preempted, evicted, late, failed: every request gets the right tokens, or an error."""
     models = [None, *adapters.values()]
     requests = [
@@ -256,8 +256,6 @@ def test_many_at_once_with_any_delays(base: BaseModel, adapters: dict[str, TestA
 
 def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
     """The waits of layers and of the end share one allowance."""
-    from loray.engine.model.partial import PartialAdapters
-
     now, allowed = 0.0, []
 
     class Slow(PartialLoad):
@@ -271,23 +269,10 @@ def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
             allowed.append(round(timeout_s, 6))
             return False
 
-    class Pool:
-        class geometry:  # noqa: N801 - as the pool has it
-            num_layers = 2
-
-        def take(self, adapter: Adapter, num_layers: int) -> None:
-            adapter.num_layers = num_layers
-
-    class Adapter:
-        num_layers = 0
-
-        class pending:  # noqa: N801 - as an adapter has it
-            partial = Slow()
-
-        class ref:  # noqa: N801
-            digest = "a"
-
-    adapters = PartialAdapters(Pool(), [Adapter()], max_wait_s=0.03, clock=lambda: now)  # type: ignore[arg-type, list-item]
+    some = SimpleNamespace
+    pool: Any = some(geometry=some(num_layers=2), take=lambda adapter, n: setattr(adapter, "num_layers", n))
+    adapter: Any = some(num_layers=0, pending=some(partial=Slow()), ref=some(digest="a"))
+    adapters = PartialAdapters(pool, [adapter], max_wait_s=0.03, clock=lambda: now)
     for layer in range(2):
         adapters.wait_for_layer(layer)
     assert adapters._incomplete() == {"a"}

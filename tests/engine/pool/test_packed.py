@@ -16,59 +16,12 @@ from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.pool import packed as embedding
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, open_packed, packed_name, save_packed
-from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.errors import IntegrityError
 from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey
 from loray_kernels import KvLayout
-from tests.engine.adapters import TestAdapter
 from tests.fixtures.stores import damage
-
-LAYOUT = KvLayout(num_layers=4, block_tokens=2, num_kv_heads=1, head_dim=8)  # 32 elements of a layer in a block
-
-
-def packer(num_blocks: int = 40) -> Packer:
-    geometry = Geometry(num_blocks, LAYOUT.num_layers, LAYOUT.block_tokens, LAYOUT.layer_share)
-    return Packer(geometry, torch.float32, torch.zeros(1, 8))
-
-
-def weights(ranks: dict[int, int], *, wide: int = 40, narrow: int = 6, seed: int = 0) -> AdapterWeights:
-    """Ranks by layer; a row of `wide` is cut into two segments."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def lora(rank: int, i: int, o: int) -> LoraWeights:
-        return LoraWeights(torch.randn(rank, i, generator=generator), torch.randn(o, rank, generator=generator), 2.0)
-
-    modules = {ModuleKey(layer, "q_proj"): lora(rank, wide, narrow) for layer, rank in ranks.items()}
-    modules |= {ModuleKey(layer, "v_proj"): lora(rank, wide, wide) for layer, rank in ranks.items()}
-    return AdapterWeights(modules=modules)
-
-
-@pytest.mark.parametrize("ranks", [{0: 3, 1: 3, 2: 3, 3: 3}, {0: 2, 1: 5, 3: 2}])
-def test_every_row_stands_where_the_table_says(ranks: dict[int, int], adapters: dict[str, TestAdapter]) -> None:
-    """Also in a pool with gaps, where an adapter's rows of one width are in several extents."""
-    pool = Pool(LAYOUT, 40, dtype=torch.float32, device=torch.device("cpu"))
-    ref = adapters["r2"].ref
-    small = [pool.place(ref, packer().pack(weights({0: 1}, wide=w))) for w in (14, 6, 20, 6)]
-    for resident in small[::2]:
-        assert resident is not None
-        pool.remove(resident)
-    own = weights(ranks)
-    resident = pool.place(ref, packer().pack(own))
-    assert resident is not None
-    check_rows(pool, resident, own)
-
-
-def check_rows(pool: Pool, resident: ResidentAdapter, own: AdapterWeights) -> None:
-    """Every row of its LoRA modules is in the pool where the table says."""
-    for key, module in own.modules.items():
-        assert isinstance(module, LoraWeights)
-        table = resident.table.groups[resident.table.layer_group[key.layer]]
-        for part, matrix in (("lora_a", module.a_RI), ("lora_b", module.b_OR.T)):
-            for segment in table[key.module, part]:  # type: ignore[index]
-                for row, offset in zip(matrix, segment.offsets, strict=True):
-                    start = offset + key.layer * LAYOUT.layer_share
-                    stands = pool.tensor[start : start + segment.width]
-                    assert torch.equal(stands, row[segment.column : segment.column + segment.width])
+from tests.fixtures.packing import packer, weights
+from tests.fixtures.peft_adapters import Adapters
 
 
 def _same(a: PackedAdapter, b: PackedAdapter) -> bool:
@@ -77,9 +30,7 @@ def _same(a: PackedAdapter, b: PackedAdapter) -> bool:
 
 
 @pytest.mark.parametrize("name", ["r5", "longlora"])
-def test_a_file_gives_back_what_was_packed(
-    base: BaseModel, adapters: dict[str, TestAdapter], tmp_path: Path, name: str
-) -> None:
+def test_a_file_gives_back_what_was_packed(base: BaseModel, adapters: Adapters, tmp_path: Path, name: str) -> None:
     from loray.bases.checkpoint import read_tensors
 
     base_VD = next(t for n, t in read_tensors(base.path) if n == "model.embed_tokens.weight")

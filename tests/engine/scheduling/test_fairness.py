@@ -1,4 +1,4 @@
-"""The fair queue: which request is next, what it is charged, and the bounds of the counters."""
+"""The fair queue: who is next, what is charged, the bounds of the counters, and what tenants notice of each other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.request import Request
+from loray.engine.request import Request, RequestState
 from loray.engine.scheduling import fairness
 from loray.engine.scheduling.fairness import MAX_OVERTAKES, FairQueue, token_weight
 from loray.spec import GenerateRequest, SamplingParams
-from tests.engine.scheduling.simulation import Simulation, adapter
+from tests.fixtures.scheduling import Bound, Simulation, adapter
 
 
 def waiting(arrival: int, tenant: str, *, priority: int = 0, num_prompt: int = 4) -> Request:
@@ -32,6 +32,14 @@ def take(queue: FairQueue, request: Request) -> None:
     queue.serve(request)
     queue.begin(request)
     queue.remove(request)
+
+
+def serve_next(queue: FairQueue, num_input: int = 0) -> Request:
+    request = queue.pick(lambda r: False)
+    assert request is not None
+    take(queue, request)
+    queue.charge(request, num_input=num_input)
+    return request
 
 
 def drain(queue: FairQueue, *, num_output: int = 0, preferred: frozenset[Request] = frozenset()) -> list[Request]:
@@ -65,10 +73,7 @@ def test_of_one_tenant_the_shortest_is_next_unless_a_longer_one_has_waited() -> 
 def test_idleness_is_no_credit() -> None:
     queue = queue_of(*(waiting(i, "busy") for i in range(10)))
     for _ in range(5):
-        request = queue.pick(lambda r: False)
-        assert request is not None
-        take(queue, request)
-        queue.charge(request, num_input=100)
+        serve_next(queue, 100)
     queue.push(waiting(100, "late"))
     queue.push(waiting(101, "late"))
     assert queue.counter("late") == queue.counter("busy") == 500
@@ -81,10 +86,7 @@ def test_a_request_of_a_better_priority_is_next_whoever_asks_and_earns_no_credit
     queue = queue_of(waiting(0, "a"), waiting(1, "a", priority=-1), waiting(2, "b", priority=1), waiting(3, "c"))
     assert [r.arrival for r in drain(queue)] == [1, 3, 0, 2]
     behind = queue_of(*(waiting(i, "a") for i in range(4)), waiting(4, "b", priority=1))
-    first = behind.pick(lambda r: False)
-    assert first is not None
-    take(behind, first)
-    behind.charge(first, num_input=50)
+    serve_next(behind, 50)
     behind.push(waiting(5, "b"))  # it waited behind its own choice of priority, and starts where a is
     assert behind.counter("b") == 50
 
@@ -109,11 +111,8 @@ def test_preference_stays_within_its_lead_and_overtakes_nobody_for_ever() -> Non
     cold, tired, last = waiting(0, "a"), waiting(1, "b"), waiting(2, "b")
     tired.num_overtaken = MAX_OVERTAKES
     assert queue_of(cold, tired, last, lead=1e9).pick({last}.__contains__) is cold
-
-
-def test_a_preferred_request_never_passes_a_better_priority() -> None:
     high, low = waiting(1, "a", priority=-1), waiting(0, "b")
-    assert queue_of(high, low, lead=1e9).pick({low}.__contains__) is high
+    assert queue_of(high, low, lead=1e9).pick({low}.__contains__) is high, "a better priority is never passed"
 
 
 def test_cancelled_requests_leave_the_order_whole() -> None:
@@ -133,9 +132,7 @@ def test_tenants_that_have_gone_are_forgotten() -> None:
     queue.push(waiting(0, "standing", priority=1))
     for i in range(10_000):  # each goes to the front of a queue that is never empty
         queue.push(waiting(i + 1, "standing"))
-        first = queue.pick(lambda r: False)
-        assert first is not None
-        take(queue, first)
+        serve_next(queue)
     assert len(queue._order) < 100
 
 
@@ -247,11 +244,7 @@ def test_a_refund_gives_back_the_charge_and_no_credit_for_idleness() -> None:
         """A request of "a" has been charged 100 and one of "b" 60; one of "b" waits, and the requests in `more`."""
         queue = queue_of(first := waiting(0, "a"), waiting(1, "b"), waiting(2, "b"), *more)
         for num_input in (100, 60):
-            request = queue.pick(lambda r: False)
-            assert request is not None
-            take(queue, request)
-            queue.charge(request, num_input=num_input)
-            queue.leave(request)
+            queue.leave(serve_next(queue, num_input))
         return queue, first
 
     queue, _ = charged(waiting(3, "a"))
@@ -296,3 +289,118 @@ def test_cached_prompts_and_recomputation_are_free() -> None:
     tight.run()
     assert tight.scheduler.num_preemptions > 0
     assert tight.scheduler.waiting.fair.counter("t") == 2 * (4 + 12 * 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_backlogged_tenants_are_served_within_the_bound(data: st.DataObject) -> None:
+    """With any requests, preemption, chunked prompts and preferred adapters."""
+    draw = data.draw
+    sizes = st.tuples(st.integers(1, 12), st.integers(1, 10), st.integers(1, 10))
+    tenants = {name: draw(st.lists(sizes, min_size=1, max_size=4)) for name in "abc"[: draw(st.integers(2, 3))]}
+    budget = draw(st.integers(4, 24))
+    sim = Simulation(
+        num_blocks=draw(st.integers(12, 30)),
+        max_num_seqs=draw(st.integers(1, 4)),
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=False,
+    )
+    refs = [adapter(f"x{i}", 2) for i in range(4)]
+    for warm in refs:  # on the host from now on: who waits for the store does not wait for service
+        sim.add(adapter=warm, tenant="warm")
+    sim.run()
+    sim.most_output = sim.most_prompt = 0
+    bound = Bound(sim, list(tenants), lead=budget)
+    queued: dict[str, int] = dict.fromkeys(tenants, 0)
+    for _ in range(150):
+        for name, kinds in tenants.items():  # each always has more waiting than could start in one step
+            while sum(r.tenant == name for r in sim.scheduler.waiting) < 5:
+                num_prompt, max_tokens, ends = kinds[queued[name] % len(kinds)]
+                ref = refs[(queued[name] // 2) % 4] if name != "a" else None
+                sim.add(num_prompt, max_tokens, ref, tenant=name, ends=min(ends, max_tokens))
+                queued[name] += 1
+        sim.step()
+        bound.watch()
+    bound.check()
+
+
+def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() -> None:
+    """Tenants with long prompts, with short ones and with both wait all the time, beside one of worse priority. While
+    there are places, the length of a prompt is not in the bound.
+    """
+    budget, num_long = 256, 100_000
+    sim = Simulation(
+        checks=False,
+        num_blocks=1 << 18,
+        max_num_seqs=200,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=False,
+        step_s=0.005,
+        token_s=0.0001,
+        pair_s=1e-9,
+        itl_slo_s=0.05,
+    )
+    kinds = {"long": [num_long], "short": [3], "mixed": [num_long, *[3] * 40, 500]}
+    bound = Bound(sim, list(kinds), lead=0)
+    waiting: dict[str, list[Request]] = {name: [] for name in kinds}
+    low = sim.add(10, 1, tenant="low", priority=1)
+    num_added = 0
+    for _ in range(500):
+        for name, sizes in kinds.items():
+            waiting[name] = [r for r in waiting[name] if r.state is RequestState.WAITING]
+            while len(waiting[name]) < (2 if name == "long" else 90):
+                waiting[name].append(sim.add(sizes[num_added % len(sizes)], 2, tenant=name))
+                num_added += 1
+        sim.step()
+        assert len(sim.scheduler.running) < 200
+        bound.watch()
+    sim.most_prompt = budget
+    bound.check()
+    assert bound.of_counters < 2 * budget + 2 * 200 * 2
+    assert min(sim.served[name] for name in kinds) > 30_000
+    assert low.state is RequestState.WAITING
+
+
+@pytest.mark.parametrize("num_floods", [1, 3])
+def test_who_asks_for_little_waits_for_one_request_of_each_other_tenant(num_floods: int) -> None:
+    """A tenant with one request at a time beside floods: each starts after at most one request of every flood. Without
+    fairness it would wait for the whole queue.
+    """
+    sim = Simulation(max_num_seqs=4, max_num_batched_tokens=32, step_s=1.0, checks=False)
+    for _ in range(300):
+        for flood in range(num_floods):
+            sim.add(4, 8, tenant=f"flood-{flood}")
+    for _ in range(20):
+        asked_at, num_started = sim.now, len(sim.started)
+        request = sim.add(4, 2, tenant="little")
+        sim.run(until=lambda r=request: r in sim.outcomes)  # type: ignore[misc]
+        assert sim.started.index(request) - num_started <= num_floods
+        assert sim.first_token_at[request] - asked_at <= 8 * (num_floods + 1)
+    assert len(sim.scheduler.waiting) > 100
+
+
+def test_a_flood_of_long_answers_does_not_keep_all_places() -> None:
+    sim = Simulation(max_num_seqs=4, num_blocks=1 << 12)
+    loud = [sim.add(4, 600, tenant="loud") for _ in range(8)]
+    sim.run(until=lambda: len(sim.scheduler.running) == 4)
+    others = [sim.add(4, 20, tenant="other") for _ in range(3)]
+    sim.run(until=lambda: all(r in sim.first_token_at for r in others[:2]), max_steps=6)
+    assert others[2] not in sim.first_token_at, "two places each"
+    assert sim.scheduler.num_preemptions == 2
+    sim.run(until=lambda: others[2] in sim.outcomes, max_steps=50)
+    sim.run()
+    assert [len(r.output_ids) for r in (*loud, *others)] == [600] * 8 + [20] * 3
+    assert set(sim.outcomes.values()) == {None}
+
+
+@pytest.mark.parametrize(("tenant", "priority"), [("loud", 0), ("other", 1)])
+def test_nobody_gives_place_to_the_own_tenant_nor_for_what_is_less_urgent(tenant: str, priority: int) -> None:
+    sim = Simulation(max_num_seqs=2)
+    for _ in range(2):
+        sim.add(4, 50, tenant="loud")
+    sim.step()
+    late = sim.add(4, 4, tenant=tenant, priority=priority)
+    for _ in range(10):
+        sim.step()
+    assert late not in sim.first_token_at
+    assert not sim.scheduler.num_preemptions

@@ -30,7 +30,7 @@ from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.cuda.upload import piece_table
 from loray_kernels.reference import ReferenceOps
-from tests.engine.late import Late
+from tests.fixtures.engines import Late
 from tests.kernels.cuda.memory import Arena
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.cuda.tape import Tape, TapeLauncher, refuse_waits

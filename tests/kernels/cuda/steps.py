@@ -13,7 +13,7 @@ from loray.engine.engine import Engine
 from loray.engine.request import Chunk
 from loray.spec import GenerateRequest
 from loray_kernels.reference import ReferenceOps
-from tests.engine.harness import submit
+from tests.fixtures.engines import submit
 
 
 def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> dict[str, list[int]]:

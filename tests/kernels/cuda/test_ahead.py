@@ -15,9 +15,9 @@ from loray.spec import GenerateRequest
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import fill_up, make_engine, request, run, submit
-from tests.engine.sampling.slow import constraint, slow
+from tests.fixtures.engines import fill_up, make_engine, request, run, submit
+from tests.fixtures.peft_adapters import TestAdapter
+from tests.fixtures.slow_masks import constraint, slow
 from tests.kernels.cuda.shim_ops import ShimOps
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
 from tests.kernels.cuda.test_engine import adapters, base, mixed, ops  # noqa: F401

@@ -11,8 +11,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.model.batch import Batch
 from loray.engine.model.decode_batch import DecodeBatch
 from loray_kernels import descriptors
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import fill_up, make_engine, request, submit
+from tests.fixtures.engines import fill_up, make_engine, request, submit
+from tests.fixtures.peft_adapters import TestAdapter
 from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps
 from tests.kernels.cuda.steps import served, use_reference

@@ -11,8 +11,8 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import make_engine, request, run, submit
+from tests.fixtures.engines import make_engine, request, run, submit
+from tests.fixtures.peft_adapters import TestAdapter
 from tests.kernels.cuda.shim_ops import ShimOps
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
 from tests.kernels.cuda.test_engine import adapters, base, ops  # noqa: F401

@@ -13,7 +13,7 @@ from loray.bases.registry import BaseModel
 from loray_kernels import CaptureBarrier, CapturedStep, CaptureLimits, CaptureState, Decoding, KvLayout, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.graphs import Capture, DecodeGraphs, GraphShape
-from tests.engine.harness import Spy, make_engine, request, run
+from tests.fixtures.engines import Spy, make_engine, request, run
 from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 
 

@@ -22,8 +22,8 @@ from loray_kernels import Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.kv import DirectWriter
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, fill_up, make_engine, request, run
+from tests.fixtures.engines import Spy, fill_up, make_engine, request, run
+from tests.fixtures.peft_adapters import TestAdapter
 from tests.kernels.cuda.ranks import use_shim_ranks
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
@@ -53,7 +53,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
     from peft import LoraConfig
 
-    from tests.engine.adapters import make_adapter
+    from tests.fixtures.peft_adapters import make_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -108,7 +108,7 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """LoRA of several ranks, on different modules and layers; DoRA, VeRA of two pairs, LongLoRA."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import NORMS, make_adapter
+    from tests.fixtures.peft_adapters import NORMS, make_adapter
 
     folder, attention = tmp_path_factory.mktemp("mixed"), ["q_proj", "k_proj", "v_proj", "o_proj"]
     configs = {

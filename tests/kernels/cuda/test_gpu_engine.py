@@ -14,10 +14,10 @@ from loray.spec import GenerateRequest
 from loray_kernels import Parts, backend
 from loray_kernels.cuda.graphs import DecodeGraphs
 from loray_kernels.reference import ReferenceOps
-from tests.engine.adapters import TestAdapter
 from tests.engine.conftest import adapters, base  # noqa: F401
-from tests.engine.harness import Spy, make_engine, request, run
-from tests.engine.sampling.mixes import check
+from tests.fixtures.engines import Spy, make_engine, request, run
+from tests.fixtures.peft_adapters import TestAdapter
+from tests.fixtures.sampling_mixes import check
 from tests.kernels.cuda.cases import near
 
 pytestmark = [

@@ -18,7 +18,7 @@ from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
 from loray.errors import EngineError
 from loray.spec import ServeSpec
-from tests.engine.harness import request
+from tests.fixtures.engines import request
 from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
 
 

@@ -13,7 +13,7 @@ from loray.engine.engine import Engine
 from loray.errors import Overloaded
 from loray.spec import Constraint, GenerateRequest
 from loray.text.grammar import GrammarCompiler
-from tests.engine.harness import make_engine, request
+from tests.fixtures.engines import make_engine, request
 
 SLOW = threading.Event()
 

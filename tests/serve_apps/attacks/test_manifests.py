@@ -22,9 +22,9 @@ from loray.engine.model.decoder import frequencies
 from loray.errors import DataError, IntegrityError
 from loray.spec import MAX_CONTEXT, RopeParameters, RopeType, ServeSpec
 from serve_apps.gateway.bases import ServedBase
-from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import make_engine, request, run
 from tests.fixtures.api import Api
+from tests.fixtures.engines import make_engine, request, run
+from tests.fixtures.peft_adapters import TestAdapter, make_adapter
 
 FLOATS = [5e-324, 1e-300, 1e-6, 0.5, 1.0, math.nextafter(1, 2), 2.0, 8.0, 16.0, 4096.0, 1e4, 1e6, 1e12]
 FLOATS += [1e38, 1e300, 1.7e308, -1.0, 0.0, math.inf, math.nan]

@@ -11,9 +11,8 @@ from loray.bases.registry import BaseModel
 from loray.policy.quotas import allowed_priority
 from loray.spec import Limits, Principal
 from serve_apps.gateway.answers.headers import PRIORITY
-from tests.engine.scheduling.simulation import Simulation
-from tests.engine.scheduling.test_fairness_bound import Bound
 from tests.fixtures.gateway import ScriptedEngines, delta
+from tests.fixtures.scheduling import Bound, Simulation
 from tests.serve_apps.attacks.front import front
 
 MOST_URGENT = -(2**31)

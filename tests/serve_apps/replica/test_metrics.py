@@ -24,9 +24,10 @@ from loray_kernels import KvLayout
 from serve_apps.replica import metrics
 from serve_apps.replica.metrics import ReplicaMetrics, replica_status
 from serve_apps.replica.replica import EngineReplica
-from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import hold, request
 from tests.fixtures.replica import observed
+from serve_apps.replica.requests import LocalStreams, ReplicaRequests
+from tests.fixtures.engines import hold, make_engine, request
+from tests.fixtures.peft_adapters import TestAdapter, make_adapter
 
 
 def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:

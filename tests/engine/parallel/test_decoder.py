@@ -1,0 +1,331 @@
+"""Tensor parallel: several ranks give the same results as one, send what the base alone sends, and end together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from peft import LoraConfig, VeraConfig
+
+from loray.bases.registry import BaseModel
+from loray.engine.async_engine import AsyncEngine
+from loray.engine.build import build_engine
+from loray.engine.engine import Engine
+from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.shard import ShardedAdapter, shard_adapter, sharded_loads
+from loray.engine.parallel.worker import LocalWorkers, WorkerArgs
+from loray.engine.pool.loader import AdapterLoads, LoadProgress
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.pool import Pool
+from loray.errors import EngineError, RankLost, SpecError
+from loray.methods.weights import AdapterWeights
+from loray.spec import Constraint, RopeParameters, ServeSpec
+from loray_kernels import KvLayout
+from tests.fixtures.tiny import byte_tokenizer
+from tests.conftest import REPOSITORY
+from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
+from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
+
+# (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
+WORLDS = {
+    "TP=2": (2, "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
+    "TP=4": (4, "Qwen3ForCausalLM", {"tie_word_embeddings": True, "vocab_size": 322}),
+}
+# Several ranks, subsets of modules and layers, a pair shared by modules of all widths.
+ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
+    "r16": (LoraConfig(r=16, target_modules=ALL), None),
+    "r6": (LoraConfig(r=6, target_modules=ALL), None),
+    "patterns": (
+        LoraConfig(r=4, target_modules=ALL[1:6], rank_pattern={"k_proj": 7}, layers_to_transform=[1]),
+        None,
+    ),
+    "dora": (LoraConfig(r=6, use_dora=True, target_modules=ALL), None),
+    "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
+    "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
+    "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), LINEAR_ROPE),
+}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """One engine over several ranks, started once; `one` makes engines of one rank on the same base."""
+
+    base: BaseModel
+    adapters: list[TestAdapter]
+    engine: Engine
+
+    def one(self, **spec: object) -> Engine:
+        return make_engine(self.base, self.adapters, num_threads=1, **spec)
+
+    @property
+    def communicator(self) -> Communicator:
+        communicator = self.engine._model._communicator  # type: ignore[attr-defined]
+        assert isinstance(communicator, Communicator)
+        return communicator
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def world(
+    request: pytest.FixtureRequest, tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    size, architecture, config = WORLDS[request.param]
+    base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
+    adapters = make_adapters(base, tmp_path_factory.mktemp("adapters"), ADAPTERS)
+    # Small, so that adapters leave and come back, and gaps are closed. An adapter is not much smaller on more ranks.
+    engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=12 * size << 14)
+    yield World(base, adapters, engine)
+    engine.close()
+
+
+def test_ranks_give_what_one_gives(world: World) -> None:
+    requests = for_each([None, *world.adapters, None], max_tokens=4)
+    one = world.one()
+    alone, together = Spy(one), Spy(world.engine)
+    expected = run(one, requests, together=True)
+    assert run(world.engine, requests) == expected
+    assert one.stats().max_adapters_in_step == len(world.adapters)
+    for i, logits in alone.logits.items():
+        torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:
+    schema = {"type": "array", "items": {"enum": ["a", 1, None]}, "maxItems": 4}
+    constraint = Constraint.from_schema(schema, whitespace="")
+    params: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 2}
+    requests = [
+        request("held", range(9), world.adapters[0], structured=constraint, **params),
+        request("free", range(9), **params),
+    ]
+    expected = run(world.one(), requests)
+    assert run(world.engine, requests) == expected
+    *answer, end = expected["held"]
+    assert end == 258
+    Draft202012Validator(schema).validate(json.loads(byte_tokenizer().decode(answer)))
+
+
+@pytest.mark.parametrize("world", ["TP=2"], indirect=True)
+def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
+    """Adapters are evicted and placed again, requests preempted; `run` compares the ranks' pools after each step."""
+    ids = prompts(4)
+    requests = [request(str(i), ids[i % 4], a, max_tokens=20) for i, a in enumerate(world.adapters)]
+    engine, expected = world.engine, run(world.one(), requests)
+    before = engine.stats().num_evictions
+    assert run(engine, requests) == expected
+    assert engine.stats().num_evictions > before
+    engine.check_integrity()
+    assert run(engine, requests) == expected
+
+
+class CountedGroup:
+    """A process group; `calls` has its collectives: name, shape and dtype of what the rank gives."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.calls: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            (given,) = arguments[0] if name == "allreduce" else arguments[1]
+            self.calls.append((name, tuple(given.shape), given.dtype))
+            return getattr(self._group, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_adapters_bring_no_collectives_of_their_own(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    """A layer sums the results of o and of down, in the base's dtype, and the head's logits are gathered. In the last
+    layer all but q, k and v is computed for a prompt's last token alone.
+    """
+    config, group = world.base.config, CountedGroup(world.communicator._data)
+    monkeypatch.setattr(world.communicator, "_data", group)
+    adapter = next((a for a in world.adapters if a.ref.name == name), None)
+    num_tokens, others = 19, config.num_layers - 1
+    ids = [1 + [None, *ADAPTERS].index(name)] * num_tokens  # no prefix that is known
+    run(world.engine, [request("one", ids, adapter, max_tokens=2)])
+    logits = ("gather", (1, -(-config.vocab_size // world.communicator.shard.world_size)), torch.float32)
+    expected = []
+    for layers in ([num_tokens] * others + [1], [1] * config.num_layers):  # the prompt's step, and one that decodes
+        expected += [("allreduce", (rows, config.hidden_size), torch.float32) for rows in layers for _ in range(2)]
+        expected.append(logits)
+    assert group.calls == expected
+
+
+def test_a_rank_has_all_of_what_it_multiplies(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    """A of column-parallel modules and B of row-parallel ones are whole on every rank; all else is split. That is what
+    the pool's extents hold.
+    """
+    base, size, r = tiny_base(), 2, 6
+    adapter = make_adapter(base, tmp_path / "r6", LoraConfig(r=r, target_modules=ALL), seed=1)
+    layout = KvLayout(base.config.num_layers, 16, base.config.num_kv_heads, base.config.head_dim)
+    pools = [
+        Pool(layout._replace(num_kv_heads=layout.num_kv_heads // n), 99, dtype=torch.float32, device=CPU)
+        for n in (1, size)
+    ]
+    packer = Packer(pools[0].geometry, torch.float32, torch.zeros(1, 8))
+    packed = packer.pack(adapter.load(base))
+    sharded = shard_adapter(packed, pools[0].geometry, pools[1].geometry, size)
+    ((_, matrices),) = sharded.shape.groups
+    expected = {}
+    for module in ALL:
+        outputs, inputs = base.config.module_shape(module)
+        row_parallel = module in ("o_proj", "down_proj")
+        expected[module, "lora_a"] = (r, inputs // size if row_parallel else inputs)
+        expected[module, "lora_b"] = (r, outputs if row_parallel else outputs // size)
+    assert {(m.module, m.role): (m.rows, m.width) for m in matrices} == expected
+    elements = base.config.num_layers * sum(rows * width for rows, width in expected.values())
+    assert sharded.nbytes == size * elements * 4
+    resident = pools[1].place(adapter.ref, sharded)
+    assert resident is not None
+    assert sum(e.rows * e.width for e in resident.extents) * base.config.num_layers == elements
+
+
+class KeptInVain:
+    """A source that has the complete adapter and then cannot store it, because the disk is full."""
+
+    def __init__(self, weights: AdapterWeights) -> None:
+        self._weights = weights
+
+    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
+        progress(packer.pack(self._weights), 0.0)
+        raise OSError("no space left on device")
+
+
+def test_an_adapter_that_cannot_be_kept_is_served_all_the_same(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    adapter = make_adapter(base, tmp_path / "r4", LoraConfig(r=4, target_modules=ATTENTION), seed=1)
+    whole = KvLayout(base.config.num_layers, 16, base.config.num_kv_heads, base.config.head_dim)
+    pools = [
+        Pool(whole._replace(num_kv_heads=whole.num_kv_heads // ranks), 8, dtype=torch.float32, device=CPU)
+        for ranks in (1, 2)
+    ]
+    sources = [lambda ref: KeptInVain(adapter.load(base))]
+    sources.append(sharded_loads(sources[0], pools[0].geometry, 2))
+    loaded = []
+    for pool, load in zip(pools, sources, strict=True):
+        loads = AdapterLoads(pool, Packer(pool.geometry, torch.float32, torch.zeros(1, 8)), load, lambda: None)
+        loaded.append(loads.start(adapter.ref, 0.0).result(60))
+        loads.close()
+    assert isinstance(loaded[1], ShardedAdapter)
+    assert loaded[0].nbytes < loaded[1].nbytes
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base()
+    with pytest.raises(SpecError, match=r"does not divide the base's 4 attention heads; take one of \[1, 2\]"):
+        make_engine(base, tensor_parallel_size=3)
+
+
+def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> None:
+    engine = make_engine(tiny_base(), tensor_parallel_size=2, num_threads=1, dtype="bfloat16")
+    stream = AsyncEngine(engine)
+    stream.start()
+
+    async def generate() -> None:
+        params = {"max_tokens": 400}
+        deltas = stream.generate(request("r", prompts(1)[0], **params))
+        killed = False
+        async for _ in deltas:
+            if not killed:
+                killed = True
+                workers = engine._workers
+                assert isinstance(workers, LocalWorkers)
+                workers._processes[0].kill()
+
+    try:
+        stream.check_health()
+        with pytest.raises(RankLost, match="rank"):
+            asyncio.run(generate())
+        with pytest.raises(EngineError):
+            stream.check_health()
+    finally:
+        stream.stop()
+
+
+@pytest.mark.slow
+def test_three_ranks_of_smollm2(smollm2: BaseModel, tmp_path: Path) -> None:
+    """9 heads and 3 of keys and values; ranks 8 and 64, VeRA."""
+    configs: dict[str, tuple[Any, None]] = {
+        "r8": (LoraConfig(r=8, target_modules=ALL), None),
+        "r64": (LoraConfig(r=64, target_modules=ATTENTION), None),
+        "vera": (VeraConfig(r=64, target_modules=ATTENTION), None),
+    }
+    adapters = make_adapters(smollm2, tmp_path, configs, seed=1, std=0.05)
+    requests = for_each([*adapters, None], max_tokens=4)
+    logits, tokens = [], []
+    for size in (1, 3):
+        engine = make_engine(smollm2, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=256 << 20)
+        spy = Spy(engine)
+        tokens.append(run(engine, requests))
+        logits.append({i: torch.stack(rows) for i, rows in spy.logits.items()})
+        engine.close()
+    assert tokens[0] == tokens[1]
+    for i, expected in logits[0].items():
+        torch.testing.assert_close(logits[1][i], expected, atol=1e-3, rtol=0)
+
+
+LOOPBACK = "127.0.0.1"
+
+
+def own_address() -> str:
+    """This machine's for others; loopback where it has no network."""
+    found = [a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == socket.AF_INET]
+    return next((address for address in found if not address.startswith("127.")), LOOPBACK)
+
+
+def test_a_stranger_runs_nothing_takes_no_place_and_the_engine_starts(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base, marker = tiny_base(), tmp_path / "ran"
+    strangers: list[subprocess.Popen[str]] = []
+
+    class Attacked(LocalWorkers):
+        """The other ranks start when the stranger has tried the meeting."""
+
+        def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
+            arguments = [args[0].host, str(args[0].port), str(os.getpid()), str(marker)]
+            command = [sys.executable, "-W", "ignore", "-m", "tests.engine.parallel.stranger", *arguments]
+            stranger = subprocess.Popen(
+                command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            strangers.append(stranger)
+            assert stranger.stdout is not None
+            assert stranger.stdout.readline() == "tried\n"
+            super().__init__(args, base)
+
+        own_address = staticmethod(own_address)
+
+    fields = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20, "itl_slo_ms": 1e9}
+    asked = [request("r", prompts(1)[0], max_tokens=4)]
+    try:
+        spec = ServeSpec(**fields, tensor_parallel_size=2, num_threads=1)
+        engine = build_engine(spec, base, None, None, Attacked)  # type: ignore[arg-type]
+        try:
+            engine.warm_up()
+            expected = run(make_engine(base, num_threads=1), asked)
+            assert run(engine, asked) == expected
+        finally:
+            engine.close()
+    finally:
+        (stranger,) = strangers
+        out, _ = stranger.communicate("", timeout=60)
+    assert int(out) >= 3, "the meeting, and two groups of rank 0"
+    assert stranger.returncode == 0
+    assert not marker.exists()
