@@ -25,8 +25,8 @@ from tests.cli.run import Loray
 from tests.fixtures.calls import refused
 from tests.fixtures.cluster import Served
 from tests.fixtures.figures import GOOD, NATIVE, OWN, RESULTS, figures
-from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.peft_adapters import make_adapter
+from tests.fixtures.tiny import write_checkpoint
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 

@@ -23,13 +23,12 @@ from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.replica.startup import adapter_loader
 from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import Served
+from tests.fixtures.engines import GREEDY, Spy, run
+from tests.fixtures.peft_adapters import Oracle, TestAdapter, make_adapter
 from tests.fixtures.recipes import write
 from tests.fixtures.runs import train_here
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.trained import Trained
-from tests.fixtures.engines import GREEDY, Spy, run
-from tests.fixtures.peft_adapters import Oracle, TestAdapter, make_adapter
-from tests.jobs.test_train import train_here
 
 pytestmark = pytest.mark.cluster
 

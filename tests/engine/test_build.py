@@ -12,7 +12,7 @@ from loray.bases.registry import BaseModel
 from loray_kernels import available
 from loray_kernels.reference import ReferenceOps
 from tests.fixtures.engines import make_engine
-from tests.planning.recipes import HARDWARE
+from tests.fixtures.planning import HARDWARE
 
 
 @pytest.mark.parametrize("multiplies", [False, True])

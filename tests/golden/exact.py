@@ -45,9 +45,9 @@ from loray.train.checkpoint import FolderReporter, save_adapter
 from loray.train.data.rows import load_data
 from loray.train.loop import train
 from loray.train.model import build_model
-from tests.fixtures.tiny import byte_tokenizer, write_checkpoint
 from tests.fixtures.engines import make_engine, submit
 from tests.fixtures.peft_adapters import TestAdapter
+from tests.fixtures.tiny import byte_tokenizer, write_checkpoint
 from tests.golden.frozen import FOLDER
 
 ADAPTERS = FOLDER / "adapters"  # as they were published, in folders of their methods

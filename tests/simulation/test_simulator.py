@@ -23,7 +23,7 @@ from loray.simulation.scalers import Fixed
 from loray.simulation.scenario import POLICIES, Scenario, simulate
 from loray.simulation.simulator import course, summary
 from loray.simulation.workload import Floats, RequestTrace, read
-from tests.engine.scheduling.simulation import Simulation
+from tests.fixtures.scheduling import Simulation
 from tests.fixtures.simulation import requests, serve
 
 SMALL = Scenario(PROFILE, replicas=4, adapters=40, minutes=2.0, utilization=0.5, seed=3)

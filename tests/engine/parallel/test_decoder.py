@@ -33,10 +33,10 @@ from loray.errors import EngineError, RankLost, SpecError
 from loray.methods.weights import AdapterWeights
 from loray.spec import Constraint, RopeParameters, ServeSpec
 from loray_kernels import KvLayout
-from tests.fixtures.tiny import byte_tokenizer
 from tests.conftest import REPOSITORY
 from tests.fixtures.engines import Spy, for_each, make_engine, prompts, request, run
 from tests.fixtures.peft_adapters import ALL, ATTENTION, LINEAR_ROPE, NORMS, TestAdapter, make_adapter, make_adapters
+from tests.fixtures.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
 WORLDS = {

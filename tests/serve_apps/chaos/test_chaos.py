@@ -16,8 +16,8 @@ import pytest
 from loray.publishing import Destination, publish
 from tests.fixtures.asking import eventually, status
 from tests.fixtures.cluster import RayCluster, Served, deployed
-from tests.fixtures.standalone import standalone
 from tests.fixtures.peft_adapters import make_adapter
+from tests.fixtures.standalone import standalone
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
 from tests.serve_apps.chaos.places import Alone, Cluster, Held, Place, wait_until_whole
 from tests.serve_apps.chaos.run import Run, undisturbed

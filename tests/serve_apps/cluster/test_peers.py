@@ -26,8 +26,8 @@ from serve_apps import app as application
 from serve_apps.replica.replica import EngineReplica
 from tests.fixtures.asking import eventually, status
 from tests.fixtures.cluster import RayCluster, Served, deployed
-from tests.fixtures.s3 import started_s3
 from tests.fixtures.peft_adapters import make_adapter
+from tests.fixtures.s3 import started_s3
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -21,10 +21,10 @@ from loray.catalog import Catalog
 from loray.engine.async_engine import AsyncEngine
 from loray.errors import EngineError, Overloaded
 from serve_apps.standalone.server import LocalEngineClient
-from tests.engine.adapters import Oracle, TestAdapter, make_adapter
-from tests.engine.harness import make_engine
 from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.engines import make_engine
 from tests.fixtures.gateway import CHAT, HELLO, ScriptedEngines, delta, error_of, gateway_app, openai_of, register
+from tests.fixtures.peft_adapters import Oracle, TestAdapter, make_adapter
 
 AppOf = Callable[..., FastAPI]
 TEXTS = ("Once upon a time there", "The capital of France is Paris", "a b")

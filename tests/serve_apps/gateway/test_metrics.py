@@ -27,10 +27,9 @@ from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.metrics import BaseMetrics, CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
+from tests.fixtures.engines import make_engine
 from tests.fixtures.gateway import ScriptedEngines, delta, register
 from tests.fixtures.replica import observed
-from tests.fixtures.engines import make_engine
-from tests.serve_apps.replica.test_metrics import ObservedEngine, go
 
 
 @pytest.fixture(scope="module")

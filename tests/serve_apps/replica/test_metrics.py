@@ -24,10 +24,9 @@ from loray_kernels import KvLayout
 from serve_apps.replica import metrics
 from serve_apps.replica.metrics import ReplicaMetrics, replica_status
 from serve_apps.replica.replica import EngineReplica
-from tests.fixtures.replica import observed
-from serve_apps.replica.requests import LocalStreams, ReplicaRequests
-from tests.fixtures.engines import hold, make_engine, request
+from tests.fixtures.engines import hold, request
 from tests.fixtures.peft_adapters import TestAdapter, make_adapter
+from tests.fixtures.replica import observed
 
 
 def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:

@@ -28,8 +28,8 @@ from loray.train.evaluation.documents import Documents, cut_windows, read_docume
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
 from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
-from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.peft_adapters import NORMS, make_adapter
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.test_model import recipe
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)

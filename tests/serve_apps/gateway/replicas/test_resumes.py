@@ -23,9 +23,9 @@ from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import ReplicaRequests
-from tests.engine.harness import make_engine
 from tests.fixtures.catalogs import sqlite_catalog
 from tests.fixtures.channel import NODE, Out
+from tests.fixtures.engines import make_engine
 from tests.fixtures.gateway import events_of, gateway_app
 from tests.fixtures.handles import REQUEST, Handle, LiveHandle, engines_of, raised_by, tokens
 
