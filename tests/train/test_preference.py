@@ -24,10 +24,10 @@ from tests.train.test_loop import TINY, masters
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_pairs_that_were_not_seen_are_told_apart_by_an_adapter_that_peft_loads(
-    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, base: BaseModel, tmp_path: Path
 ) -> None:
     optimizer = {"learning_rate": 1e-1 if method == "vera" else 1e-2, "warmup_steps": 2}
-    base, spec = tiny_base(**TINY), paired(method, max_steps=48, optimizer=optimizer)
+    spec = paired(method, max_steps=48, optimizer=optimizer)
     reporter = run(spec, base, tmp_path)
     before, after = (e for e in reporter.events if e["event"] == "eval")
     assert (before["subject"], before["eval_loss"]) == ("base", pytest.approx(math.log(2), abs=1e-6))
@@ -51,9 +51,9 @@ def test_pairs_that_were_not_seen_are_told_apart_by_an_adapter_that_peft_loads(
 
 @pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("vera", "float32")])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
-    method: str, dtype: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, dtype: str, base: BaseModel, tmp_path: Path
 ) -> None:
-    base, spec = tiny_base(**TINY), paired(method, dtype=dtype, max_steps=6, checkpoint={"interval_steps": 3})
+    spec = paired(method, dtype=dtype, max_steps=6, checkpoint={"interval_steps": 3})
     unbroken = run(spec, base, tmp_path)
     resumed = run(spec, base, tmp_path, "resumed", resume_from=unbroken.checkpoints[0].path)
     assert curve(resumed) == curve(unbroken)[3:]
@@ -63,16 +63,16 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
         run(paired(method, {"beta": 0.2}, dtype=dtype), base, tmp_path, resume_from=unbroken.checkpoints[0].path)
 
 
-def test_accumulation_and_checkpointing_change_nothing(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base, few = tiny_base(**TINY), {"max_steps": 3}
+def test_accumulation_and_checkpointing_change_nothing(base: BaseModel, tmp_path: Path) -> None:
+    few = {"max_steps": 3}
     whole = run(paired(batch={"rows": 4}, **few), base, tmp_path, "whole")
     parts = run(paired(batch={"rows": 1, "accumulation": 4}, gradient_checkpointing=True, **few), base, tmp_path)
     for ours, theirs in zip(curve(parts), curve(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-def test_a_batch_that_fills_up_a_step_counts_nothing(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base, spec = tiny_base(**TINY), paired(batch={"rows": 2})
+def test_a_batch_that_fills_up_a_step_counts_nothing(base: BaseModel, tmp_path: Path) -> None:
+    spec = paired(batch={"rows": 2})
     data = make_pairs(tmp_path, spec)
     stream = BatchStream(data.train, spec.batch, max_length=48, seed=0, per_step=3, rank=1, size=2, paired=True)
     batch, filler = stream.next_step()
@@ -88,9 +88,9 @@ def test_a_batch_that_fills_up_a_step_counts_nothing(tiny_base: Callable[..., Ba
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_the_reference_is_the_base_and_the_adapter_stays_trained(
-    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, base: BaseModel, tmp_path: Path
 ) -> None:
-    base, spec = tiny_base(**TINY), paired(method)
+    spec = paired(method)
     batch = collate_pairs(make_pairs(tmp_path, spec).train, ((0,), (1,)))
     model = build_model(base, spec)
     objective = objective_of(model, spec)

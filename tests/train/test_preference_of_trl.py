@@ -106,9 +106,8 @@ def _name_of(name: str) -> str:
     ],
 )
 def test_loss_and_gradients_are_those_of_trl(
-    method: str, objective: dict[str, Any], tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, objective: dict[str, Any], base: BaseModel, tmp_path: Path
 ) -> None:
-    base = tiny_base(**TINY)
     spec = paired(method, objective, data={"train": "x", "eval_fraction": 0})
     mine, expected = ours(spec, base, tmp_path), theirs(spec, base, tmp_path)
     assert mine.loss == pytest.approx(expected.loss, abs=1e-5)

@@ -60,16 +60,16 @@ def run(spec: TrainSpec, base: BaseModel, folder: Path, name: str, *, resume_fro
     ],
 )
 def test_checkpoints_are_due_by_steps_or_minutes(
-    checkpoints: dict[str, Any], steps: list[int], tiny_base: Callable[..., BaseModel], tmp_path: Path
+    checkpoints: dict[str, Any], steps: list[int], base: BaseModel, tmp_path: Path
 ) -> None:
     spec = recipe(max_steps=12, batch={"rows": 1}, checkpoint=checkpoints)
-    assert [c.step for c in run(spec, tiny_base(**TINY), tmp_path, "run").checkpoints] == steps
+    assert [c.step for c in run(spec, base, tmp_path, "run").checkpoints] == steps
 
 
 def test_a_run_resumed_from_a_timed_checkpoint_is_the_unbroken_one(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path
+    base: BaseModel, tmp_path: Path
 ) -> None:
-    base, spec = tiny_base(**TINY), recipe(max_steps=6)
+    spec = recipe(max_steps=6)
     unbroken = run(spec, base, tmp_path, "unbroken")
     resumed = run(spec, base, tmp_path, "resumed", resume_from=unbroken.checkpoints[0].path)
     assert unbroken.checkpoints[0].step == 4
@@ -78,9 +78,9 @@ def test_a_run_resumed_from_a_timed_checkpoint_is_the_unbroken_one(
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_the_next_one_waits(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, spec = tiny_base(**TINY), recipe(max_steps=4, checkpoint={"interval_steps": 2})
+    spec = recipe(max_steps=4, checkpoint={"interval_steps": 2})
     plain = run(spec, base, tmp_path, "plain")
     gate, written, write = Event(), list[int](), checkpoint.write
 
@@ -110,7 +110,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_next_one_waits(
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(folder: Path, snapshot: Snapshot) -> None:
         raise OSError("No space left on device")
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     with pytest.raises(
         TrainingError, match=r"checkpoint of step 2 could not be written to .*: No space left.*--resume"
     ):
-        train(spec, tiny_base(**TINY), make_data(tmp_path, spec), reporter=reporter, workdir=workdir)
+        train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=workdir)
     assert list(workdir.iterdir()) == []
     assert reporter.checkpoints == []
 
@@ -146,7 +146,7 @@ def test_the_other_ranks_hear_why(tmp_path: Path) -> None:
 
 
 def test_a_written_checkpoint_stays_where_the_run_fails_before_it_is_reported(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path
+    base: BaseModel, tmp_path: Path
 ) -> None:
     class Fails(FolderReporter):
         def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
@@ -158,6 +158,6 @@ def test_a_written_checkpoint_stays_where_the_run_fails_before_it_is_reported(
     workdir.mkdir()
     reporter = Fails(tmp_path / "run")
     with pytest.raises(RuntimeError):
-        train(spec, tiny_base(**TINY), make_data(tmp_path, spec), reporter=reporter, workdir=workdir)
+        train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=workdir)
     kept = [c.path for c in reporter.checkpoints] or [workdir / f"{checkpoint.WRITTEN}000001"]
     assert [checkpoint.read_state(path).step for path in kept] == [1]

@@ -123,8 +123,7 @@ def test_every_method_is_what_peft_makes_of_it(
     assert abs(values["adapter"] / values["base"] - 1) > 0.01, "the adapter does next to nothing: nothing is shown"
 
 
-def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Callable[..., BaseModel]) -> None:
-    base = tiny_base(std=0.05)
+def test_a_model_in_training_is_measured_dense_and_left_as_it_was(base: BaseModel) -> None:
     spec = recipe(original=128, group_size=16)
     model = build_model(base, spec).train()
     found = documents(300)

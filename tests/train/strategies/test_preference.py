@@ -50,9 +50,8 @@ def _run(rank: int, base: BaseModel, folder: Path, method: str, strategy: str) -
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("method", ["lora", pytest.param("vera", marks=pytest.mark.slow)])
 def test_two_ranks_do_what_one_does(
-    method: str, strategy: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, strategy: str, base: BaseModel, tmp_path: Path
 ) -> None:
-    base = tiny_base(**TINY)
     (tmp_path / "alone").mkdir()
     alone = run(spec_of(method, "ddp", 1), base, tmp_path / "alone")
     run_ranks(_run, SIZE, tmp_path, base, tmp_path, method, strategy)
