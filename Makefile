@@ -62,7 +62,7 @@ FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/res
   planning serving simulation test_client.py test_locations.py) --ignore tests/planning/test_activations.py
 
 test-fast: .venv/.ready
-	$(BIN)/python -m pytest -p tests.without_torch $(FAST)
+	$(BIN)/python -m pytest -p tests.fixtures.without_torch $(FAST)
 
 check: .venv/.ready
 	$(BIN)/ruff check

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from tests.train.sequence.ranks import Ranks
 
 pytest_plugins = [
-    "tests.tiny_bases",
-    "tests.catalogs",
-    "tests.cluster",
-    "tests.postgres",
-    "tests.s3",
-    "tests.standalone",
-    "tests.trained",
+    "tests.fixtures.tiny_bases",
+    "tests.fixtures.catalogs",
+    "tests.fixtures.cluster",
+    "tests.fixtures.postgres",
+    "tests.fixtures.s3",
+    "tests.fixtures.standalone",
+    "tests.fixtures.trained",
 ]
 
 # An example may take as long as a busy machine makes it: no test is about time. The examples are the same in each run.

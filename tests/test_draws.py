@@ -1,4 +1,4 @@
-"""What tests draw by `tests.draws`, and by torch where its numbers are equal on every machine too."""
+"""What tests draw by `tests.fixtures.draws`, and by torch where its numbers are equal on every machine too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from tests.draws import Normal
+from tests.fixtures.draws import Normal
 
 
 def sha256(t: Tensor) -> str:

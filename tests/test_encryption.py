@@ -8,7 +8,7 @@ import pytest
 
 from loray.encryption import client_context, server_context, uses_tls
 from loray.errors import SettingsError
-from tests.authority import Authority
+from tests.fixtures.authority import Authority
 
 
 def test_without_ray_s_there_is_none() -> None:

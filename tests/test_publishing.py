@@ -15,7 +15,7 @@ from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError
 from loray.publishing import Destination, base_of, import_folder, publish
 from loray.spec import Evaluation
 from loray.store import AdapterStore, LocalStore
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 PeftFolder = Callable[..., Path]
 

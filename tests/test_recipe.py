@@ -19,8 +19,8 @@ from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LongLoraSpec
 from loray.store import open_filesystem
-from tests.s3 import S3Server
-from tests.tiny import write_checkpoint
+from tests.fixtures.s3 import S3Server
+from tests.fixtures.tiny import write_checkpoint
 
 RECIPE: dict[str, Any] = {
     "name": "arithmetic",

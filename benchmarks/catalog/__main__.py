@@ -26,7 +26,7 @@ from benchmarks.catalog.fill import fill
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.options import one_or_more
 from benchmarks.output import machine_line, write_json
-from tests.postgres import start_postgres
+from tests.fixtures.postgres import start_postgres
 
 
 class _Row(NamedTuple):

@@ -32,9 +32,9 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, Limits, ServeSpec, engine_of
 from loray.store.s3 import create_bucket
 from serve_apps.deployment import APPLICATION, GATEWAY, IMPORT_PATH, serve_config
-from tests.nodes import Node
-from tests.postgres import Postgres, start_postgres
-from tests.s3 import started_s3
+from tests.fixtures.nodes import Node
+from tests.fixtures.postgres import Postgres, start_postgres
+from tests.fixtures.s3 import started_s3
 from tests.serve_apps.kills.processes import Bucket
 
 BASE = "tiny"
@@ -132,7 +132,7 @@ def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterato
         settings = _settings(home, postgres, s3, wires)
         redis = stack.enter_context(_redis(folder))
 
-        from tests.tiny import write_checkpoint
+        from tests.fixtures.tiny import write_checkpoint
 
         base = add_base(
             str(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)), home=home, name=BASE

@@ -124,7 +124,7 @@ def started(
     published: Callable[[], None] = lambda: None,
 ) -> Iterator[World]:
     """`environment`: further settings, as the store's; `published` is called before the cluster starts."""
-    from tests.tiny import write_checkpoint
+    from tests.fixtures.tiny import write_checkpoint
 
     with ExitStack() as stack:
         folder = Path(

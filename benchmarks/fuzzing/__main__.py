@@ -31,9 +31,9 @@ from loray.local.processes import free_ports, session_members
 from loray.spec import FleetSpec, ServeSpec
 from loray.store.s3 import create_bucket
 from serve_apps.deployment import serve_config
-from tests.nodes import Node
-from tests.postgres import start_postgres
-from tests.s3 import started_s3
+from tests.fixtures.nodes import Node
+from tests.fixtures.postgres import start_postgres
+from tests.fixtures.s3 import started_s3
 
 NUM_GATEWAYS = NUM_REPLICAS = 2
 _POSTGRES = ("fsync=off", "max_connections=200", "shared_buffers=32MB")

@@ -55,7 +55,7 @@ PHASES = (
         "tests/kernels/cuda/test_gpu_engine.py",
         (*_ENGINE, "peft"),
         "-p",
-        "tests.tiny_bases",
+        "tests.fixtures.tiny_bases",
     ),
     _tests(
         "training",
@@ -69,7 +69,7 @@ PHASES = (
         "tests/train/test_gpu.py",
         (*_TRAINING, "accelerate", "pyarrow", "safetensors", "tokenizers"),
         "-p",
-        "tests.tiny_bases",
+        "tests.fixtures.tiny_bases",
         "-rs",
     ),
     Phase(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from loray.adapters.files import read_header
 from loray.methods.pairs import PairKey, drawn_digest, stored_digest
 from loray.methods.vera_module import draw_pair, pair_digest
-from tests.draws import Normal
+from tests.fixtures.draws import Normal
 
 
 @pytest.mark.parametrize("key", [7, (1 << 40) + 7, (1 << 63) - 1])

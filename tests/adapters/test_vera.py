@@ -18,7 +18,7 @@ from loray.errors import UnsupportedError
 from loray.methods.attach import attach
 from loray.methods.vera_module import VeraLinear, draw_pair
 from loray.spec import LINEAR_MODULES, LoraSpec, VeraSpec
-from tests.draws import Normal
+from tests.fixtures.draws import Normal
 
 BaseFactory = Callable[..., BaseModel]
 IDS = torch.arange(20)[None] * 7

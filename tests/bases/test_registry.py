@@ -16,7 +16,7 @@ from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprin
 from loray.bases.config import ARCHITECTURES
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, read_config, verify_base
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, SpecError, UnsupportedError
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 TinyBase = Callable[..., BaseModel]
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from loray.bases import tokenizer
 from loray.bases.registry import BaseModel, add_base
 from loray.errors import UnsupportedError
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 TEXTS = ("", " a", "naïve café → 日本語 😀\n\n  x", "<|im_start|>user\nhi<|im_end|>", "a<|extra|>b", "\x00\ufffd")
 

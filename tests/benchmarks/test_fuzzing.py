@@ -15,7 +15,7 @@ from benchmarks.fuzzing.streams import Gap, Seen
 from benchmarks.fuzzing.trial import Found, Place, Plan, Took, run
 from benchmarks.processes import tree
 from benchmarks.serving.systems.client import Received
-from tests.standalone import standalone
+from tests.fixtures.standalone import standalone
 
 DOCUMENT: dict[str, Any] = {
     "openapi": "3.1.0",

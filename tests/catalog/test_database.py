@@ -17,9 +17,9 @@ from loray.catalog.database import HEAD, open_database, reading, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from tests.catalog.test_catalog import BASE, publish
-from tests.catalogs import new_postgresql
-from tests.cluster import free_port
-from tests.postgres import Postgres
+from tests.fixtures.catalogs import new_postgresql
+from tests.fixtures.cluster import free_port
+from tests.fixtures.postgres import Postgres
 
 MIGRATIONS = Path(loray.catalog.__file__).parent / "migrations"
 

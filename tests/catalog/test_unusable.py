@@ -11,7 +11,7 @@ from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.errors import CatalogError
 from tests.catalog.test_catalog import BASE, publish
-from tests.postgres import Postgres
+from tests.fixtures.postgres import Postgres
 
 
 def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:

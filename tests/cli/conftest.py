@@ -11,8 +11,8 @@ from loray.bases.registry import BaseModel, add_base
 from loray.cli.main import _run
 from loray.machine import Machine, hardware
 from tests.cli.run import Loray, Result
+from tests.fixtures.tiny import write_checkpoint
 from tests.planning.recipes import MACHINE
-from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray, PeftFolder
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from loray.cli.main import _run
 from loray.spec import Evaluation, RopeParameters
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.engine.adapters import make_adapter
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 

@@ -16,8 +16,8 @@ import pytest
 from loray.bases.registry import add_base
 from loray.cli.main import _run
 from loray.recipes.load import purpose, shipped
+from tests.fixtures.tiny import write_checkpoint
 from tests.planning.recipes import HARDWARE, MACHINE
-from tests.tiny import write_checkpoint
 
 RECIPE: dict[str, Any] = {
     "name": "planned",

@@ -16,7 +16,7 @@ from loray.cli.eval_tasks import read_results
 from loray.errors import EvaluationError
 from loray.settings import Settings
 from tests.cli.run import Loray
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 
 # As version 0.4.13 writes them.
 RESULTS: dict[str, Any] = {

@@ -21,14 +21,14 @@ from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.replica.startup import adapter_loader
-from tests.cluster import Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
+from tests.fixtures.cluster import Served
+from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.trained import Trained
 from tests.jobs.test_train import train_here
 from tests.serve_apps.asking import eventually
 from tests.test_recipe import write
-from tests.tiny import byte_tokenizer
-from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import free_port
 from tests.conftest import REPOSITORY
 from tests.e2e.pages import Block, read_page, shell, with_values
-from tests.tiny import write_checkpoint
+from tests.fixtures.cluster import free_port
+from tests.fixtures.tiny import write_checkpoint
 
 COLLEAGUES = REPOSITORY / "docs" / "howto" / "colleagues.md"
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"

@@ -17,7 +17,7 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, Method, RopeParameters
-from tests.draws import Normal
+from tests.fixtures.draws import Normal
 
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LINEAR_ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)

@@ -47,8 +47,8 @@ from loray.train.loop import train
 from loray.train.model import build_model
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, submit
+from tests.fixtures.tiny import byte_tokenizer, write_checkpoint
 from tests.golden.frozen import FOLDER
-from tests.tiny import byte_tokenizer, write_checkpoint
 
 ADAPTERS = FOLDER / "adapters"  # as they were published, in folders of their methods
 BACKUP = FOLDER / "catalog.backup"

@@ -36,13 +36,13 @@ from loray.catalog import Catalog
 from loray.local.cluster import OBJECT_STORE_BYTES, LocalCluster, start_local_cluster, stop_local_cluster
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
-from tests.cluster import free_port
+from tests.fixtures.cluster import free_port
+from tests.fixtures.postgres import Postgres
+from tests.fixtures.s3 import S3Server
+from tests.fixtures.tiny import write_checkpoint
 from tests.infra.manifests import cluster_spec, data, development_key, environment, offered, the
 from tests.infra.policy_server import POLICIES, PolicyServer
-from tests.postgres import Postgres
-from tests.s3 import S3Server
 from tests.serve_apps.asking import eventually
-from tests.tiny import write_checkpoint
 
 pytestmark = pytest.mark.cluster
 

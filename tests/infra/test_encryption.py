@@ -11,6 +11,7 @@ import yaml
 from loray.catalog import Catalog
 from loray.errors import CatalogError
 from tests.conftest import REPOSITORY
+from tests.fixtures.postgres import Postgres
 from tests.infra.crd import check, load_schemas
 from tests.infra.manifests import (
     CRDS,
@@ -24,7 +25,6 @@ from tests.infra.manifests import (
     pods,
     render,
 )
-from tests.postgres import Postgres
 
 RAY = {"base": "RayService", "overlays/gpu": "RayService", "overlays/cpu-dev": "RayService"} | dict.fromkeys(
     JOBS, "RayJob"

@@ -18,8 +18,8 @@ from loray.publishing.uploads import Uploads
 from loray.store import AdapterStore
 from loray.store.s3 import S3Store
 from serve_apps.accounting.usage import StoredEvents
+from tests.fixtures.s3 import S3Server
 from tests.infra.policy_server import Asked, Policy, PolicyServer, asked
-from tests.s3 import S3Server
 
 BLOB, MANIFEST, RUN = "adapters/blobs/ab/abcd", "adapters/manifests/ab/abcd.json", "adapters/runs/my-lora/1/step_1/x"
 USAGE = "adapters/usage/gateway-1/000000.jsonl"

@@ -8,10 +8,10 @@ import pytest
 
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.driver.test_evaluation import long_recipe
 from tests.jobs.test_train import run, train_here
-from tests.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 

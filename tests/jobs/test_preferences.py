@@ -16,11 +16,11 @@ from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import REWARDS, DpoSpec
 from loray.store import AdapterStore, open_store
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.driver.test_driver import trained
 from tests.jobs.test_train import run
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 from tests.train.pairs import pair
 
 BASE = "tiny-pairs"

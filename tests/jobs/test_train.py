@@ -24,11 +24,11 @@ from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train as train_loop
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.tiny import write_checkpoint
+from tests.fixtures.trained import Trained
 from tests.jobs.driver.test_driver import result
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
-from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 

@@ -16,7 +16,7 @@ import pytest
 from loray.errors import ClusterError
 from loray.local.cluster import current_cluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import pid_scope, start_time
-from tests.cluster import NUM_CPUS, RayCluster
+from tests.fixtures.cluster import NUM_CPUS, RayCluster
 
 
 def test_none_is_running(tmp_path: Path) -> None:

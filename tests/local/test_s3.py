@@ -30,7 +30,7 @@ from loray.local.s3 import (
 from loray.settings import Settings
 from loray.store import LocalStore, open_store
 from loray.store.s3 import S3Store, create_bucket
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 Loray = Callable[..., Result]
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 
 PROMPT = "What is the capital of France?"
 GREEDY: Any = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}

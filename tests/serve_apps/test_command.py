@@ -30,10 +30,10 @@ from serve_apps import command
 from serve_apps.command import _settle_port, replica_row, show_status
 from serve_apps.deployment import ApplicationState, serve_config
 from serve_apps.options import read_spec
-from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
+from tests.fixtures.cluster import RayCluster, Served, free_port
+from tests.fixtures.tiny import write_checkpoint
 from tests.serve_apps.conftest import Loray
-from tests.tiny import write_checkpoint
 
 
 @pytest.fixture

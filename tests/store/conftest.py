@@ -14,7 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.locations import S3Location, parse_location
 from loray.store import AdapterStore, LocalStore, ObjectStore
 from loray.store.s3 import S3Store
-from tests.s3 import S3Server
+from tests.fixtures.s3 import S3Server
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -19,8 +19,8 @@ from loray.publishing import Destination, import_folder
 from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.store import AdapterStore, LocalStore
 from loray.store.objects import ObjectEntry
-from tests.catalogs import new_postgresql
-from tests.postgres import Postgres
+from tests.fixtures.catalogs import new_postgresql
+from tests.fixtures.postgres import Postgres
 
 NUM_STEPS = 40  # about as many as each of both has
 _END = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = %s"

@@ -19,7 +19,7 @@ from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.store import AdapterStore, open_store
 from loray.store.adapters import object_name
 from loray.store.s3 import S3Store
-from tests.postgres import Postgres
+from tests.fixtures.postgres import Postgres
 
 NUM_PROCESSES = 8
 NUM_KILLS = 12

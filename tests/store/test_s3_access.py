@@ -12,7 +12,7 @@ from loray.errors import SettingsError, StoreError
 from loray.locations import S3Location
 from loray.store import open_store
 from loray.store.s3 import S3Store, UploadPart
-from tests.cluster import free_port
+from tests.fixtures.cluster import free_port
 from tests.store.test_s3 import Requests, answer
 
 

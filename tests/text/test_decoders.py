@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from loray.text.tokenizer import ByteDecoder, WindowDecoder
 from loray.text.tokenizer import Tokenizer as BaseTokenizer
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 TEXT = "the cat sat on the mat, naïve café → 日本語日本 😀😀 Ünïcödé\n\tdef f(x):\n    return x  # 0123456789 " * 3
 

@@ -12,8 +12,8 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
 from loray.text.templates import ChatTemplate, ChatTemplates
+from tests.fixtures.tiny import byte_tokenizer
 from tests.text.chat_templates import LLAMA, TEMPLATES
-from tests.tiny import byte_tokenizer
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2 < 3 & ü? \n"}
 CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "é<"]}}}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, processors
 
 from loray.text.tokenizer import Tokenizer
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 
 def with_first_token() -> Any:

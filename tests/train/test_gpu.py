@@ -19,7 +19,7 @@ from loray.train.attention import attend
 from loray.train.checkpoint import FolderReporter
 from loray.train.data.rows import load_data
 from loray.train.loop import train
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.pairs import pair
 
 BaseFactory = Callable[..., BaseModel]

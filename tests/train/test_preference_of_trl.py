@@ -16,7 +16,7 @@ from loray.spec import REWARDS, TrainSpec
 from loray.train.data.batches import collate_pairs
 from loray.train.model import build_model
 from loray.train.objectives import PreferenceObjective, objective_of
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.pairs import MAX_LENGTH, make_pairs, pair, paired
 from tests.train.test_loop import TINY
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _second_base(world: World, plan: Plan) -> list[str]:
     """Adds it; returns the names of its adapters."""
-    from tests.tiny import write_checkpoint
+    from tests.fixtures.tiny import write_checkpoint
 
     checkpoint = write_checkpoint(world.folder / "second", seed=1, max_position_embeddings=CONTEXT)
     base = add_base(str(checkpoint), home=world.settings.home, name=NAMES.b)

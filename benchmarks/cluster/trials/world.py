@@ -16,7 +16,7 @@ from loray.local.processes import LOOPBACK, free_ports
 from loray.spec import FleetSpec, ServeSpec
 from loray.store.s3 import create_bucket
 from serve_apps.deployment import APPLICATION, serve_config
-from tests.s3 import started_s3
+from tests.fixtures.s3 import started_s3
 from tests.serve_apps.kills.processes import Bucket
 
 LOAD_TIMEOUT_S = 10.0

@@ -24,7 +24,7 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.methods.weights import LoraWeights
 from loray.spec import ServeSpec
-from tests.s3 import S3Server
+from tests.fixtures.s3 import S3Server
 
 SET = AdapterSet(6, ranks=(4, 8))
 

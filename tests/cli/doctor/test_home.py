@@ -13,7 +13,7 @@ from loray.cli import doctor
 from loray.local.cluster import LocalCluster, current_cluster, dead_cluster
 from loray.local.processes import pid_scope, write_state
 from tests.cli.doctor.conftest import Situations
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 
 def test_a_home_that_cannot_be_written_to(situation: Situations, tmp_path: Path) -> None:

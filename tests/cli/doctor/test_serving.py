@@ -20,9 +20,9 @@ from loray.cli.doctor import CHECKS, CheckResult, Situation, examined
 from loray.errors import CatalogError
 from loray.local.processes import free_ports
 from loray.local.serving import announced
-from tests.authority import Authority
 from tests.cli.doctor.conftest import Situations
 from tests.cli.run import Loray
+from tests.fixtures.authority import Authority
 
 
 def test_a_port_that_somebody_else_has(situation: Situations) -> None:

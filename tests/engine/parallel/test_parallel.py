@@ -30,7 +30,7 @@ from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.engine.model.test_parity import ALL, ROPES, prompts
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
 WORLDS = {

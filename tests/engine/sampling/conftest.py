@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from loray.bases.registry import BaseModel, add_base
-from tests.tiny import write_checkpoint
+from tests.fixtures.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from loray.store.objects import ObjectEntry
 from loray.store.s3 import S3Store
 from loray.train.checkpoint import RunState, check_resumable
 from loray.train.data.rows import Dataset, load_data
-from tests.s3 import CountedS3, S3Server, counted_s3
-from tests.tiny import byte_tokenizer
+from tests.fixtures.s3 import CountedS3, S3Server, counted_s3
+from tests.fixtures.tiny import byte_tokenizer
 
 RECIPE = TrainSpec.model_validate(
     {

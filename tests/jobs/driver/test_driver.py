@@ -37,9 +37,9 @@ from loray.settings import Settings
 from loray.train import checkpoint
 from loray.train.checkpoint import FolderReporter
 from loray.train.loop import train
-from tests.cluster import free_port
+from tests.fixtures.cluster import free_port
+from tests.fixtures.tiny import write_checkpoint
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from loray.catalog.aliases import failures
 from loray.errors import DataError, EvaluationError, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.driver.test_driver import trained
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 
 def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields: Any) -> Recipe:

@@ -14,7 +14,7 @@ from loray.errors import DataError
 from loray.settings import Settings
 from loray.spec import DataSpec
 from loray.train.data.rows import load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import whole
 from tests.train.data.test_sources import save_to_disk
 

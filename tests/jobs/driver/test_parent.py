@@ -15,9 +15,9 @@ from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, BaseMismatch, SpecError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.driver.test_driver import trained
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 TRAINING: dict[str, Any] = {
     "dtype": "float32",

@@ -19,10 +19,10 @@ from loray.machine import Gpu, Hardware
 from loray.planning.devices import MIB
 from loray.settings import Settings
 from loray.spec import TrainSpec
+from tests.fixtures.tiny import write_checkpoint
 from tests.planning.recipes import HARDWARE
 from tests.test_machine import H100
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from jobs.driver.record import Interrupted, Interrupts, recorded
 from loray.catalog import Catalog
 from loray.errors import CatalogError, TrainingError
 from loray.spec import TrainSpec
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.test_recipe import RECIPE
 
 SPEC = TrainSpec.model_validate(RECIPE)

@@ -18,11 +18,11 @@ from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.nodes import Node
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.test_train import run, train_here
-from tests.nodes import Node
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 

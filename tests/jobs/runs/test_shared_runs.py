@@ -27,12 +27,12 @@ from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_filesystem, open_store
 from loray.train.checkpoint import read_state
-from tests.cluster import NUM_CPUS, RayCluster
+from tests.fixtures.cluster import NUM_CPUS, RayCluster
+from tests.fixtures.postgres import Postgres
+from tests.fixtures.s3 import S3Server
+from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.test_train import follow, run
-from tests.postgres import Postgres
-from tests.s3 import S3Server
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -20,9 +20,9 @@ from jobs.sweeps.spec import SweepPlan, expand, grid_axis, points
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.recipes.load import load_recipe
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.tiny import write_checkpoint
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

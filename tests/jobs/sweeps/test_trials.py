@@ -22,8 +22,8 @@ from loray.errors import LorayError, SpecError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
+from tests.fixtures.tiny import write_checkpoint
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 
 def record(trial: int, status: Any = "completed", *losses: float) -> TrialRecord:

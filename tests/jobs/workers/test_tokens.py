@@ -20,10 +20,10 @@ from loray.train.data import read
 from loray.train.data.batches import BatchStream, TrainBatch
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, ShardIndex, TokenShard
-from tests.cluster import RayCluster
-from tests.s3 import S3Server
+from tests.fixtures.cluster import RayCluster
+from tests.fixtures.s3 import S3Server
+from tests.fixtures.tiny import byte_tokenizer
 from tests.test_recipe import write as write_recipe
-from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 from tests.train.data.test_shards import Counted, listed
 

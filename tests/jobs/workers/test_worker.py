@@ -14,10 +14,10 @@ from jobs.workers import worker
 from loray.bases.registry import add_base, get_base
 from loray.errors import TrainingError
 from loray.settings import Settings
+from tests.fixtures.tiny import write_checkpoint
 from tests.planning.recipes import HARDWARE
 from tests.test_machine import H100
 from tests.test_recipe import write
-from tests.tiny import write_checkpoint
 
 
 @pytest.fixture

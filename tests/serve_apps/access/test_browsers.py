@@ -13,7 +13,7 @@ from loray.errors import LorayError, PermissionDenied
 from loray.policy.auth import KeyRing
 from loray.spec import OPERATOR
 from serve_apps.auth import HEADERS, refuse_strangers
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.keys import access_of
 
 HOST = {"host": "localhost:8000"}

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from loray.spec import SCOPES, Limits
 from serve_apps.auth import REFRESH_S, Permissions
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import METRICS, STATIC, Site, bearer
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.asking import eventually

@@ -18,7 +18,7 @@ from loray.policy.auth import KeyRing
 from loray.spec import Principal
 from serve_apps.auth import Authenticator
 from serve_apps.catalog_watch import CatalogWatcher
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 
 

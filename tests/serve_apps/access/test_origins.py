@@ -16,7 +16,7 @@ from loray.settings import Settings
 from loray.spec import FleetSpec, Limits, ServeSpec
 from serve_apps.auth import ANY
 from serve_apps.gateway import app as gateway
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.serve_apps.gateway.test_gateway import HELLO

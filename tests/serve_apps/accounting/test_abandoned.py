@@ -19,7 +19,7 @@ from serve_apps.accounting import usage
 from serve_apps.accounting.accounts import RequestUsage, UsageMeter, UsageSink
 from serve_apps.accounting.usage import FOLDER, UsageLog, UsageWriter, abandoned
 from tests.catalog.test_usage import event
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.asking import eventually
 
 PROMPT = (1,) * 700

@@ -21,8 +21,8 @@ from loray.store import LocalStore
 from serve_apps.accounting import usage
 from serve_apps.accounting.usage import FOLDER, REJECTED, UsageLog, UsageWriter, abandoned
 from tests.catalog.test_usage import event
-from tests.catalogs import new_postgresql
-from tests.postgres import Postgres
+from tests.fixtures.catalogs import new_postgresql
+from tests.fixtures.postgres import Postgres
 from tests.serve_apps.asking import eventually
 
 

@@ -24,7 +24,7 @@ from loray.errors import (
 from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 

@@ -21,9 +21,9 @@ from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import digest, manifest, publish
 from tests.catalog.test_usage import event
-from tests.catalogs import sqlite_catalog
 from tests.cli.run import Loray
 from tests.cli.test_tasks import RESULTS
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 

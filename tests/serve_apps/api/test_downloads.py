@@ -41,8 +41,8 @@ from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from tests.catalogs import sqlite_catalog
-from tests.s3 import S3Server
+from tests.fixtures.catalogs import sqlite_catalog
+from tests.fixtures.s3 import S3Server
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
 from tests.store.conftest import damage_object

@@ -15,8 +15,8 @@ from loray.errors import CatalogError, StoreError
 from loray.schemas.resources import Problem
 from loray.settings import Settings
 from tests.catalog.test_catalog import publish
-from tests.cluster import free_port
-from tests.postgres import Postgres
+from tests.fixtures.cluster import free_port
+from tests.fixtures.postgres import Postgres
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import PROD, problem
 

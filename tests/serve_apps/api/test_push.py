@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import BaseModel
-from tests.catalogs import sqlite_catalog
 from tests.cli.run import Loray
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from loray.bases.registry import add_base
 from serve_apps.api.routes.jobs import RecommendationResource
+from tests.fixtures.tiny import write_checkpoint
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
-from tests.tiny import write_checkpoint
 
 PERSONAL = {
     "context_length": 2048,

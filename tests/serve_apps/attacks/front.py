@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 from tests.serve_apps.keys import access_of
 

@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Message
 
 from serve_apps.api.problems import MAX_BODY_BYTES
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 CHUNK = 64 << 10  # what uvicorn passes on at once

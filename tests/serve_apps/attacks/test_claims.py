@@ -20,7 +20,7 @@ from loray.spec import Evaluation, RopeParameters
 from serve_apps.api.services import Services
 from tests.catalog.test_catalog import digest, manifest
 from tests.catalog.test_gate import figures
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.keys import access_of
 

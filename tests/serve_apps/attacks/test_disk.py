@@ -17,7 +17,7 @@ from loray.publishing import Destination, import_folder
 from loray.scratch import Scratch
 from loray.spec import Limits, Principal
 from serve_apps.places import MostPlaces, Places
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 
 IN_TIME_S = 20.0

@@ -16,9 +16,9 @@ from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway import bases
 from serve_apps.gateway.bases import PromptEncoder
+from tests.fixtures.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.serve_apps.attacks.front import front
 from tests.serve_apps.gateway.scripted import ScriptedEngines
-from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 LIMIT = 1 << 20
 REST = "x" * 140_000  # behind the first letter of who asks

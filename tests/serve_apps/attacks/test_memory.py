@@ -20,7 +20,7 @@ from loray.methods.vera_module import draw_pair
 from loray.publishing import Destination, convert, import_folder
 from loray.publishing.convert import environment_of
 from serve_apps.api.conversions import Conversions
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.conftest import base as base
 from tests.serve_apps.api.fakes import Api
 

@@ -18,7 +18,7 @@ from serve_apps import auth
 from serve_apps.api import examples
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.auth import KEY_BURST, KEY_RATE, TENANT_BURST, RateLimits
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, _loop
 
 RECIPE = TrainSpec.parse(examples.RECIPE, source="the example")

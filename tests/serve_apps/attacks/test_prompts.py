@@ -20,10 +20,10 @@ from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer, bad_word_ids
 from serve_apps.gateway import bases
 from serve_apps.gateway.bases import PromptEncoder
+from tests.fixtures.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.serve_apps.attacks.front import Front, front
 from tests.serve_apps.attacks.long_fields import LONG, bodies
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta
-from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 USER = {"role": "user", "content": "x"}
 CHAT: dict[str, Any] = {"messages": [USER]}

@@ -20,7 +20,7 @@ from serve_apps.gateway.gateway import Gateway
 from serve_apps.standalone import server
 from serve_apps.standalone import server as protocol
 from serve_apps.standalone.server import BoundedProtocol
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 
 ANSWER_BYTES = 100 * (16 << 10)

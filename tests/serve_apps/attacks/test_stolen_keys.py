@@ -20,7 +20,7 @@ from loray.catalog import identity as stored_keys
 from loray.catalog.identity import SELF_ROTATION
 from loray.errors import ConflictError, SpecError
 from loray.recipes.load import load_recipe
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 from tests.serve_apps.api.fakes import Api, FakeJobs
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app

@@ -19,7 +19,7 @@ from loray.errors import SpecError
 from loray.publishing import Destination, import_folder
 from loray.spec import MAX_EVALUATIONS, MAX_MANIFEST_BYTES, Evaluation, Principal
 from tests.catalog.test_catalog import digest, manifest
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 

@@ -16,7 +16,7 @@ from loray.text.templates import ChatTemplate, ChatTemplates, IsolatedRenderer
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway import bases
 from serve_apps.gateway.bases import PromptEncoder
-from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
+from tests.fixtures.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 SLOW, OWN = "slow", "{{ messages[0].content }}"
 

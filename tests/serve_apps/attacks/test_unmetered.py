@@ -12,7 +12,7 @@ from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
 from loray.schemas.openai import ModelList
 from loray.spec import Principal
 from serve_apps.gateway import bases, directory
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.attacks.front import Front, front
 from tests.serve_apps.gateway.scripted import ScriptedEngines, register
 

@@ -21,7 +21,7 @@ from loray.spec import FinishReason, TokenLogprobs
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
-from tests.authority import Authority
+from tests.fixtures.authority import Authority
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,

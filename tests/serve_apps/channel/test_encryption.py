@@ -17,7 +17,7 @@ from loray.spec import TokenLogprobs
 from serve_apps.channel.connection import Connection, connect
 from serve_apps.channel.frames import HELLO, ChannelAddress, frame, pack, parts
 from serve_apps.channel.listener import Listener
-from tests.authority import Authority
+from tests.fixtures.authority import Authority
 from tests.serve_apps.channel.plane import ENCRYPTED, LOOPS, NODE, Out, contexts, everything, go, plane, until
 
 OTHER_NODE = "another"

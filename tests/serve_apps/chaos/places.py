@@ -18,7 +18,7 @@ import httpx
 
 from loray.spec import engine_of
 from serve_apps.deployment import GATEWAY, ServeApi
-from tests.cluster import RayCluster, Served
+from tests.fixtures.cluster import RayCluster, Served
 from tests.serve_apps.asking import eventually
 from tests.serve_apps.chaos import spy
 

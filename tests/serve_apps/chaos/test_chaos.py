@@ -14,13 +14,13 @@ from collections.abc import Iterator
 import pytest
 
 from loray.publishing import Destination, publish
-from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
+from tests.fixtures.cluster import RayCluster, Served, deployed
+from tests.fixtures.standalone import standalone
 from tests.serve_apps.asking import eventually, status
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
 from tests.serve_apps.chaos.places import Alone, Cluster, Held, Place, wait_until_whole
 from tests.serve_apps.chaos.run import Run, undisturbed
-from tests.standalone import standalone
 
 NUM_REQUESTS = int(os.environ.get("CHAOS_REQUESTS", "300"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

@@ -12,9 +12,9 @@ from jobs.submission.commands import for_server
 from loray.client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec
-from tests.cluster import RayCluster, Served
+from tests.fixtures.cluster import RayCluster, Served
+from tests.fixtures.trained import Trained
 from tests.test_recipe import RECIPE
-from tests.trained import Trained
 
 pytestmark = pytest.mark.cluster
 

@@ -15,9 +15,9 @@ from loray.bases.registry import BaseModel, add_base
 from loray.publishing import Destination, publish
 from loray.spec import FleetSpec
 from serve_apps.deployment import IMPORT_PATH, ServeApi, serve_config
-from tests.cluster import SERVE, RayCluster, Served
+from tests.fixtures.cluster import SERVE, RayCluster, Served
+from tests.fixtures.tiny import write_checkpoint
 from tests.serve_apps.asking import answer, eventually, status
-from tests.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

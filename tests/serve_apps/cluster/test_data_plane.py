@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_apps.deployment import GATEWAY, ServeApi
-from tests.cluster import RayCluster, Served, deployed
+from tests.fixtures.cluster import RayCluster, Served, deployed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

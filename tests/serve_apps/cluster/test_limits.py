@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import Limits
-from tests.cluster import RayCluster, Served, deployed
+from tests.fixtures.cluster import RayCluster, Served, deployed
 
 pytestmark = pytest.mark.cluster
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from loray.publishing import Destination, publish
-from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
+from tests.fixtures.cluster import RayCluster, Served, deployed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -24,9 +24,9 @@ from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps import app as application
 from serve_apps.replica.replica import EngineReplica
-from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
-from tests.s3 import started_s3
+from tests.fixtures.cluster import RayCluster, Served, deployed
+from tests.fixtures.s3 import started_s3
 from tests.serve_apps.asking import eventually, status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -15,7 +15,7 @@ from loray.policy.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting.quotas import RayExchange, follow_owner
-from tests.cluster import RayCluster
+from tests.fixtures.cluster import RayCluster
 
 pytestmark = pytest.mark.cluster
 

@@ -18,8 +18,8 @@ import pytest
 from loray.client import LorayClient
 from loray.publishing import Destination, publish
 from loray.schemas.status import Status
-from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
+from tests.fixtures.cluster import RayCluster, Served, deployed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

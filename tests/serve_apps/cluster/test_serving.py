@@ -18,7 +18,7 @@ import pytest
 
 from loray.spec import FleetSpec, engine_of
 from serve_apps.deployment import ServeApi, serve_config
-from tests.cluster import RayCluster, Served
+from tests.fixtures.cluster import RayCluster, Served
 from tests.serve_apps.asking import CHAT, answer, eventually, status
 
 pytestmark = pytest.mark.cluster

@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 
 from serve_apps import app as application
-from tests.cluster import RayCluster, Served, deployed
+from tests.fixtures.cluster import RayCluster, Served, deployed
 from tests.serve_apps.asking import answer_of, eventually, status
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

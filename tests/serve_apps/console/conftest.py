@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.console.site import ConsoleSite
 
 

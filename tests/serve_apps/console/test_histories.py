@@ -14,7 +14,7 @@ from loray.errors import LogsGone
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from serve_apps.console.runs import CURVE_LINES, LOG_LINES, MOST_JOBS, Histories, Seen
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 
 
 def held_out(step: int, loss: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loray.publishing import Destination, publish
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 from tests.serve_apps.asking import answer_of
 from tests.serve_apps.console.browser import MARKS, watched
 from tests.serve_apps.console.site import ROOT

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from loray.catalog.database import open_database, writing
 from loray.catalog.schema import adapters, versions
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.console.browser import MARKS, served_site, watched
 from tests.serve_apps.console.site import ROOT, ConsoleSite
 

@@ -14,7 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.policy.routing import RoutingReports
 from serve_apps.gateway.replicas import router
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.routed import Replica
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 

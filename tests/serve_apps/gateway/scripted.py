@@ -122,7 +122,8 @@ class ScriptedEngines:
         return {}
 
 
-_BYTES = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}  # the ids of tests.tiny.byte_tokenizer
+# The ids of the byte tokenizer of tests.
+_BYTES = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
 _END = 258
 
 

@@ -16,7 +16,7 @@ from loray.errors import SpecError
 from loray.schemas.status import AutoscalingStatus
 from loray.spec import AutoscalingSpec, Principal, ServeSpec
 from serve_apps.gateway.bases import ServedBase
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, fleet_app, register
 from tests.serve_apps.gateway.test_gateway import CHAT, error_of
 

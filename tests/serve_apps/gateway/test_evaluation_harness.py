@@ -18,9 +18,9 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.async_engine import AsyncEngine
 from serve_apps.standalone.server import LocalEngineClient
-from tests.catalogs import sqlite_catalog
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import gateway_app, register
 
 TEXTS = ("Once upon a time there", "The capital of France is Paris", "a b")

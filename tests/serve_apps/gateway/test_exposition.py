@@ -28,8 +28,8 @@ from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.metrics import BaseMetrics, CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
-from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.replica.test_metrics import ObservedEngine, go
 

@@ -14,7 +14,7 @@ from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, GrammarTooExpensive, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
 from serve_apps.gateway import errors
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import (
     _HALF_A_PAIR,

@@ -21,8 +21,8 @@ from serve_apps.channel.frames import ChannelAddress
 from serve_apps.gateway.replicas.engines import ServeEngineClient
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.requests import ReplicaRequests
-from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.channel.plane import NODE
 from tests.serve_apps.gateway.scripted import gateway_app
 from tests.serve_apps.gateway.test_engines import _no_waiting

@@ -17,7 +17,7 @@ from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.spec import ServeSpec
 from serve_apps.standalone.server import LocalEngineClient
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import gateway_app
 
 CHAT: Any = [{"role": "user", "content": "hi"}]

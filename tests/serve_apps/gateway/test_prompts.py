@@ -16,7 +16,7 @@ from loray.spec import AdapterRef
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.bases import PromptEncoder
-from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
+from tests.fixtures.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 LIMIT = 1 << 20
 

@@ -23,7 +23,7 @@ from serve_apps.gateway.app import create_app
 from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelResolver
 from serve_apps.gateway.gateway import Gateway
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 from tests.serve_apps.keys import Given, following
 

@@ -13,7 +13,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.errors import EngineError, Overloaded
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
 from tests.serve_apps.gateway.test_gateway import CHAT, HELLO, error_of
 

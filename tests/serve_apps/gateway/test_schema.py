@@ -12,7 +12,7 @@ from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import HELLO
 from tests.serve_apps.keys import access_of

@@ -14,9 +14,9 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.spec import TokenDelta
+from tests.fixtures.tiny import byte_tokenizer
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 from tests.serve_apps.gateway.test_gateway import error_of, events_of
-from tests.tiny import byte_tokenizer
 
 CHAT = [{"role": "user", "content": "1 + 2?"}]
 ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}}}}}

@@ -26,7 +26,7 @@ from loray.recipes.load import load_recipe
 from loray.schemas.status import AdapterPlacement
 from loray.spec import Principal, Projection
 from tests.catalog.test_catalog import manifest
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, gateway_app
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing

@@ -14,7 +14,7 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.startup import start_engine
 from serve_apps.standalone.server import LocalEngineClient, create_site
-from tests.cluster import SERVE, served_base
+from tests.fixtures.cluster import SERVE, served_base
 
 
 def test_tenants_share_no_cached_prefix(tmp_path: Path, peft_folder: Callable[..., Path]) -> None:

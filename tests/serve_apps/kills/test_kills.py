@@ -27,8 +27,8 @@ from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.schemas.resources import VersionDetail
 from loray.store import AdapterStore, LocalStore, open_store
 from loray.store.s3 import create_bucket
-from tests.postgres import Postgres, start_postgres
-from tests.s3 import started_s3
+from tests.fixtures.postgres import Postgres, start_postgres
+from tests.fixtures.s3 import started_s3
 from tests.serve_apps.kills.processes import ApiProcess, Bucket, Killer, Publisher, database_of, schedule
 from tests.serve_apps.kills.publisher import NUM_NAMES, Acknowledged, Options, read_acknowledged
 from tests.store.publisher import WEIGHTS, write_adapter

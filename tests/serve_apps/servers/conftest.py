@@ -9,8 +9,8 @@ import pytest
 
 from loray.catalog import AdapterVersion
 from loray.publishing import Destination, publish
-from tests.cluster import Served
 from tests.engine.adapters import make_adapter
+from tests.fixtures.cluster import Served
 
 
 @pytest.fixture(

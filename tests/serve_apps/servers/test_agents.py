@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from loray.bases.registry import BaseModel
+from tests.fixtures.standalone import standalone
 from tests.serve_apps.agents import ADD, ASK, NAMED_ADD, PAINT, Add, Paint, loop
 from tests.serve_apps.asking import status
-from tests.standalone import standalone
 
 
 def test_answers_are_parsed(client: openai.OpenAI) -> None:

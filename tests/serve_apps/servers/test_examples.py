@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from loray.bases.registry import BaseModel
-from tests.cluster import Served
 from tests.conftest import REPOSITORY
+from tests.fixtures.cluster import Served
 
 EXAMPLES = REPOSITORY / "examples"
 Run = Callable[..., str]

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 from tests.serve_apps.agents import ADD, ASK, PAINT, Add, Digit, Paint
 
 

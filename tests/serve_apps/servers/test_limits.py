@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 
 MIB = 1 << 20
 JSON = {"Content-Type": "application/json"}

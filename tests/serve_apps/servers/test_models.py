@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from loray.catalog import AdapterVersion
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 from tests.serve_apps.asking import answer, eventually, status
 
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loray.catalog import AdapterVersion
 from loray.spec import TrainSpec
-from tests.cluster import SERVE, Served
+from tests.fixtures.cluster import SERVE, Served
 from tests.serve_apps.asking import CHAT, GREEDY, LONG, PROMPT, answer, eventually, status
 from tests.test_recipe import RECIPE
 

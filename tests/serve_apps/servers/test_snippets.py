@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 
 from loray.publishing import Destination, publish
 from tests.cli.documented import blocks
-from tests.cluster import Served
 from tests.conftest import REPOSITORY
+from tests.fixtures.cluster import Served
 
 # The pages with Python, and which of the names below their blocks use.
 PAGES = ("README.md", "docs/guide/api.md", "docs/howto/canary.md")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 from tests.serve_apps.asking import eventually
 
 TENANT = "counted"  # of this test alone: others' events may still be on their way

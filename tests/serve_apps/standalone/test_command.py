@@ -20,10 +20,10 @@ from loray.spec import FleetSpec, ServeSpec
 from serve_apps.standalone.command import one_engine
 from serve_apps.standalone.server import LocalJobServer
 from tests.conftest import REPOSITORY
+from tests.fixtures.standalone import standalone
+from tests.fixtures.tiny import write_checkpoint
 from tests.serve_apps.asking import answer_of
 from tests.serve_apps.conftest import Loray
-from tests.standalone import standalone
-from tests.tiny import write_checkpoint
 
 
 def test_the_command_is_light() -> None:

@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 from loray.errors import EngineError
 from loray.local.processes import bind, start_time
 from serve_apps.standalone.server import UvicornServer
+from tests.fixtures.standalone import Standalone, standalone
 from tests.serve_apps.asking import eventually
-from tests.standalone import Standalone, standalone
 
 BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
 

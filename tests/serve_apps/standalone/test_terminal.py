@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from loray.cli import doctor
 from loray.cli.main import cli
-from tests.cluster import Served
+from tests.fixtures.cluster import Served
 
 
 @pytest.fixture

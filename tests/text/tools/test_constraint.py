@@ -18,7 +18,7 @@ from loray.errors import RequestError
 from loray.spec import Constraint, Tool, ToolParserName, ToolUse
 from loray.text.grammar import GrammarCompiler
 from loray.text.tools import MARKERS, calls_constraint, parser_for
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 POINT: dict[str, Any] = {
     "$defs": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},

@@ -17,7 +17,7 @@ from loray.spec import DataSpec
 from loray.train.data.batches import RowSource
 from loray.train.data.rows import load_data
 from loray.train.data.tokenize import conversations
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 
 END = "<|im_end|>"

@@ -17,7 +17,7 @@ from loray.spec import DataSpec
 from loray.train.data import read
 from loray.train.data.batches import RowSource, pack_rows
 from loray.train.data.rows import Dataset, load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -12,7 +12,7 @@ import pytest
 from loray.errors import DataError
 from loray.spec import DataSpec
 from loray.train.data.rows import load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl, load
 
 

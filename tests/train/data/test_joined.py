@@ -16,7 +16,7 @@ from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data.batches import IGNORED, BatchStream, Cursor, TrainBatch
 from loray.train.data.rows import Dataset, load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 N = 32
 LENGTHS = [3, 0, 70, 31, 1, 32, 200, 5, 64, 17]

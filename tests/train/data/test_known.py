@@ -23,7 +23,7 @@ from loray.train.data.known import cut_known
 from loray.train.data.read import RowFile, read_head, rows_of
 from loray.train.data.rows import load_data
 from loray.train.data.shards import FolderCache
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_shards import write
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]

@@ -14,7 +14,7 @@ from loray.errors import DataError
 from loray.spec import DataSpec
 from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
 from loray.train.data.rows import Dataset, load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl, learned, whole
 from tests.train.test_loop import recipe
 

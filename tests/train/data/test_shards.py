@@ -24,7 +24,7 @@ from loray.train.data.corpus import Task, run_here
 from loray.train.data.rows import Dataset, load_data
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex
 from loray.train.data.tokenize import Tokenisation
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data import in_memory
 from tests.train.data.test_joined import tokenizer as beginning_tokenizer
 

@@ -16,7 +16,7 @@ from loray.recipes.sources import matches, uploaded_files
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data.batches import BatchStream, SourceShare, plan_epoch
 from loray.train.data.rows import Dataset, load_data
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 
 TOKENIZER = byte_tokenizer()

@@ -29,7 +29,7 @@ from loray.train.evaluation.measure import MeasuredModel, load, measure, subject
 from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
 from tests.engine.adapters import NORMS, make_adapter
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 from tests.train.test_model import recipe
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)

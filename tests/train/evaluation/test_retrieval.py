@@ -19,7 +19,7 @@ from loray.spec import RetrievalSpec, RetrievalTask
 from loray.train.evaluation.measure import MeasuredModel, load, measure
 from loray.train.evaluation.perplexity import Measured
 from loray.train.evaluation.retrieval import Prompt, make_prompt, retrieve, score
-from tests.tiny import byte_tokenizer
+from tests.fixtures.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from loray.policy.auth import KeyRing
 from loray.spec import Principal, RopeParameters
 from tests.catalog.test_catalog import BASE as FINGERPRINT
-from tests.catalogs import new_postgresql, sqlite_catalog
-from tests.postgres import Postgres
+from tests.fixtures.catalogs import new_postgresql, sqlite_catalog
+from tests.fixtures.postgres import Postgres
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.machine.asking import ROOT
 from tests.serve_apps.api.machine.machine import CatalogMachine

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from loray.bases.registry import BaseModel
-from tests.catalogs import sqlite_catalog
+from tests.fixtures.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
 
 
