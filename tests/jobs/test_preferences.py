@@ -21,7 +21,7 @@ from tests.fixtures.tiny import write_checkpoint
 from tests.jobs.driver.test_driver import trained
 from tests.jobs.test_train import run
 from tests.test_recipe import write
-from tests.train.pairs import pair
+from tests.fixtures.training import pair
 
 BASE = "tiny-pairs"
 FIELDS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from loray_kernels import BackendUnavailable, Ops, TokenEdits, backend
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.engine.sampling.mixes import EOS, check
-from tests.kernels.cuda.shim import NotingLauncher
+from tests.fixtures.shim import NotingLauncher
 
 VOCAB = 1000
 REFERENCE = backend("reference")

@@ -15,8 +15,7 @@ from loray.settings import Settings
 from loray.spec import DataSpec
 from loray.train.data.rows import load_data
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_data import whole
-from tests.train.data.test_sources import save_to_disk
+from tests.fixtures.training_data import save_to_disk, whole
 
 
 class Found:

@@ -23,9 +23,8 @@ from loray.train.data.shards import FolderCache, ShardIndex, TokenShard
 from tests.fixtures.cluster import RayCluster
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.training_data import Counted, jsonl, listed
 from tests.test_recipe import write as write_recipe
-from tests.train.data.test_data import jsonl
-from tests.train.data.test_shards import Counted, listed
 
 
 def shard(number: int, num_tokens: int = 100) -> TokenShard:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda.memory import Arena
-from tests.kernels.cuda.tape import Tape, TapeLauncher, refuse_waits
+from tests.fixtures.tape import Arena, Tape, TapeLauncher, refuse_waits
 
 KERNEL = "take_rows_fp32"
 

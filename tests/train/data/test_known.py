@@ -24,7 +24,7 @@ from loray.train.data.read import RowFile, read_head, rows_of
 from loray.train.data.rows import load_data
 from loray.train.data.shards import FolderCache
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_shards import write
+from tests.fixtures.training_data import write
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
 
@@ -44,7 +44,7 @@ class Lengths:
         raise NotImplementedError
 
 
-class Counted:
+class CountedCalls:
     """`function`, whose calls are counted."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -56,9 +56,9 @@ class Counted:
 
 
 @pytest.fixture
-def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
+def cuts(monkeypatch: pytest.MonkeyPatch) -> CountedCalls:
     """An hour after the files were written."""
-    counted, now = Counted(read.cut), known.time.time
+    counted, now = CountedCalls(read.cut), known.time.time
     monkeypatch.setattr(known, "cut", counted)
     monkeypatch.setattr(known.time, "time", lambda: now() + 3600)
     monkeypatch.setattr(read, "PART_BYTES", 50)
@@ -67,7 +67,9 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
 @pytest.mark.parametrize("max_rows", [None, 4])
-def test_a_file_that_did_not_change_is_not_read(tmp_path: Path, cuts: Counted, name: str, max_rows: int | None) -> None:
+def test_a_file_that_did_not_change_is_not_read(
+    tmp_path: Path, cuts: CountedCalls, name: str, max_rows: int | None
+) -> None:
     file, cache = open_rows(write(tmp_path / name, ROWS)), FolderCache(tmp_path / "cache")
     first = cut_known(file, max_rows, cache)
     assert first == read.cut(file, max_rows)
@@ -76,7 +78,7 @@ def test_a_file_that_did_not_change_is_not_read(tmp_path: Path, cuts: Counted, n
     assert cuts.calls == 1
 
 
-def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Counted) -> None:
+def test_a_file_that_changed_is_read(tmp_path: Path, cuts: CountedCalls) -> None:
     path, cache = Path(write(tmp_path / "a.jsonl", ROWS)), FolderCache(tmp_path / "cache")
     file, before = open_rows(str(path)), path.stat()
     cut_known(file, None, cache)
@@ -92,7 +94,7 @@ def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Counted) -> None:
 
 
 def test_what_was_just_changed_or_fetched_is_read(
-    tmp_path: Path, cuts: Counted, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cuts: CountedCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write(tmp_path / "a.jsonl", ROWS), FolderCache(tmp_path / "cache")
     fetched = open_rows(path, name="hf://org/name")
@@ -104,7 +106,7 @@ def test_what_was_just_changed_or_fetched_is_read(
     assert not cache.folder.exists()
 
 
-def test_what_is_damaged_is_found_out_again(tmp_path: Path, cuts: Counted) -> None:
+def test_what_is_damaged_is_found_out_again(tmp_path: Path, cuts: CountedCalls) -> None:
     file, cache = open_rows(write(tmp_path / "a.jsonl", ROWS)), FolderCache(tmp_path / "cache")
     first = cut_known(file, None, cache)
     (note,) = cache.folder.rglob("*.note")
@@ -113,7 +115,7 @@ def test_what_is_damaged_is_found_out_again(tmp_path: Path, cuts: Counted) -> No
     assert cuts.calls == 2
 
 
-def test_a_second_run_reads_no_file(tmp_path: Path, cuts: Counted) -> None:
+def test_a_second_run_reads_no_file(tmp_path: Path, cuts: CountedCalls) -> None:
     cache = FolderCache(tmp_path / "cache")
     spec = DataSpec(train=write(tmp_path / "a.jsonl", ROWS), eval=write(tmp_path / "b.jsonl", ROWS[:3]))
     options: dict[str, Any] = {"max_length": 20, "max_eval_rows": 9, "seed": 0, "cache": cache}
@@ -132,8 +134,8 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 200)
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted(plan_epoch)
+def plans(monkeypatch: pytest.MonkeyPatch) -> CountedCalls:
+    counted = CountedCalls(plan_epoch)
     monkeypatch.setattr(batches, "plan_epoch", counted)
     monkeypatch.setattr(batches, "_LEAST", 100)
     return counted
@@ -145,7 +147,7 @@ def arrays(plan: EpochPlan) -> list[list[int]]:
 
 @pytest.mark.parametrize("order", ["packed", "shuffled", "length_grouped"])
 @pytest.mark.parametrize("damage", [None, 0, 20, 160, 800])
-def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None, order: Any) -> None:
+def test_a_plan_is_made_once(tmp_path: Path, plans: CountedCalls, damage: int | None, order: Any) -> None:
     cache, spec = FolderCache(tmp_path), BatchSpec(tokens=128, order=order)
     expected = arrays(plan_epoch(LENGTHS, spec, **PLAN))
     assert arrays(kept_plan(LENGTHS, spec, **PLAN, cache=cache)) == expected
@@ -239,7 +241,7 @@ def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_another_plan_is_made(tmp_path: Path, plans: Counted, change: dict[str, Any]) -> None:
+def test_another_plan_is_made(tmp_path: Path, plans: CountedCalls, change: dict[str, Any]) -> None:
     fields = {"lengths_D": LENGTHS, "spec": PACKED, **PLAN}
     kept_plan(**fields, cache=FolderCache(tmp_path))
     other = fields | change
@@ -249,12 +251,12 @@ def test_another_plan_is_made(tmp_path: Path, plans: Counted, change: dict[str, 
     assert plans.calls == 2
 
 
-def test_the_plan_of_few_rows_is_not_kept(tmp_path: Path, plans: Counted) -> None:
+def test_the_plan_of_few_rows_is_not_kept(tmp_path: Path, plans: CountedCalls) -> None:
     kept_plan(LENGTHS[:99], PACKED, **PLAN, cache=FolderCache(tmp_path))
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: Counted) -> None:
+def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: CountedCalls) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "t" * (i % 40)} for i in range(150)])
     options: dict[str, Any] = {"max_length": 64, "max_eval_rows": 9, "seed": 0}
     data = load_data(DataSpec(train=source, eval_fraction=0), byte_tokenizer(), cache=FolderCache(tmp_path), **options)
@@ -273,7 +275,7 @@ def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: Counted)
         assert [b.input_ids_BT.tolist() for b in mine] == [b.input_ids_BT.tolist() for b in theirs]
 
 
-def test_a_note_that_cannot_be_written_is_done_without(tmp_path: Path, plans: Counted) -> None:
+def test_a_note_that_cannot_be_written_is_done_without(tmp_path: Path, plans: CountedCalls) -> None:
     (tmp_path / "file").write_text("")
     cache = FolderCache(tmp_path / "file")  # no folder
     for _ in range(2):

@@ -24,7 +24,7 @@ from loray.train.evaluation import perplexity, retrieval
 from loray.train.evaluation.measure import MeasuredModel, identity, measure, subjects
 from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
 from tests.engine.adapters import make_adapter
-from tests.train.evaluation.test_perplexity import documents
+from tests.fixtures.training_data import documents
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 YARN = RopeParameters(rope_type="yarn", rope_theta=10000.0, factor=2, original_max_position_embeddings=512)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loray.planning.sequence import padded_length
 from loray.train.data.batches import IGNORED, collate
 from loray.train.sequence import SequenceGroup, ShardedBatch, shard
-from tests.train.data.test_batches import make_rows
+from tests.fixtures.training_data import make_rows
 
 
 def shards(lengths: list[int], size: int, *, packed: bool) -> list[ShardedBatch]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-from loray.bases.registry import BaseModel
 from loray_kernels import CaptureBarrier, CapturedStep, CaptureLimits, CaptureState, Decoding, KvLayout, Parts
 from loray_kernels.cuda import graphs
-from loray_kernels.cuda.graphs import Capture, DecodeGraphs, GraphShape
-from tests.engine.harness import Spy, make_engine, request, run
-from tests.kernels.cuda.shim_ops import ShimOps, use_three_forms
+from loray_kernels.cuda.graphs import Capture, DecodeGraphs, GraphCapturer, GraphShape
 
 
 class Counting:
@@ -157,42 +154,72 @@ def test_a_step_is_served_by_the_next_larger_capture_of_its_kind_or_of_one_with_
     assert nothing._serving_of(GraphShape(1, NONE)) is None
 
 
-@pytest.fixture(scope="session")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base("Qwen3ForCausalLM")
+_WORKSPACE, _GRAPH, _CARD = 32 << 20, 2 << 20, 80 << 30
 
 
-@pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    return use_three_forms(monkeypatch)
+class Stream:
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
 
 
-def test_an_engine_captures_before_its_first_request_and_never_later(
-    base: BaseModel, ops: ShimOps, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where all is captured, where only the largest size is, and where nothing is."""
-    requests = [request(str(i), range(3, 9 + i), max_tokens=3 + i) for i in range(3)]
-    limits: list[tuple[dict[str, Any], int, list[int]]] = [
-        ({}, 3, [4, 4, 2, 1]),
-        ({"graph_bytes": 1}, 1, [4, 4, 4, 4]),
-        ({"graph_record_s": 0.0}, 0, []),
-    ]
-    results = []
-    for own, num_captured, replayed in limits:
-        ops.may_capture, ops.replayed = True, []
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            engine = make_engine(base, **({"max_num_seqs": 4, "graph_record_s": 1e9} | own))
-        assert f"recorded decode steps: {num_captured} of 3" in caplog.text
-        assert ("are not recorded" in caplog.text) == (num_captured < 3)
-        assert not engine.scheduler.step_time.is_known
-        assert engine.stats().num_steps == 0
-        ops.may_capture = False
-        spy = Spy(engine)
-        tokens = run(engine, requests)
-        assert ops.replayed == replayed
-        results.append((tokens, {name: torch.stack(rows) for name, rows in spy.logits.items()}))
-    for tokens, logits in results[1:]:
-        assert tokens == results[0][0]
-        for name, want in results[0][1].items():
-            torch.testing.assert_close(logits[name], want, atol=1e-5, rtol=1e-5)
+class Card:
+    """torch.cuda as recording uses it. `computed_on`: the streams on which something has computed, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.computed_on: list[Stream] = []
+        self.num_graphs = 0
+        self._current = Stream()
+        fakes: dict[str, Callable[..., object]] = {
+            "Stream": Stream,
+            "stream": self._on,
+            "current_stream": lambda device: self._current,
+            "CUDAGraph": lambda: self,
+            "graph": self._captured,
+            "graph_pool_handle": lambda: (0, 1),
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (_CARD - self._num_used(), _CARD),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def replay(self) -> None:
+        pass
+
+    def compute(self) -> None:
+        self.computed_on.append(self._current)
+
+    def _num_used(self) -> int:
+        return _WORKSPACE * len(set(self.computed_on)) + _GRAPH * self.num_graphs
+
+    @contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before, self._current = self._current, stream
+        try:
+            yield
+        finally:
+            self._current = before
+
+    @contextmanager
+    def _captured(self, graph: object, stream: Stream | None = None, **options: object) -> Iterator[None]:
+        with self._on(stream or Stream()):
+            yield
+        self.num_graphs += 1
+
+
+def test_all_forms_are_recorded_on_one_stream_within_the_bytes_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 requests of 8,192 tokens."""
+    card = Card(monkeypatch)
+
+    def forward(step: CapturedStep) -> Tensor:
+        card.compute()
+        return step.token_ids_S[:, None].float()
+
+    layout, device = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16), torch.device("cpu")
+    steps = DecodeGraphs(forward, Decoding(layout, 32, 512, (), device), GraphCapturer(device, CaptureBarrier()))
+    done = steps.capture(CaptureLimits(1e9, 1 << 30), lambda progress: None)
+    assert done.num_captured == done.num_wanted == card.num_graphs == 36
+    assert len(card.computed_on) == 2 * 36
+    assert len(set(card.computed_on)) == 1

@@ -1,8 +1,7 @@
-"""Several files, globs, folders, saved data sets and mixtures give the rows that their files give one by one."""
+"""Files, globs, folders, saved data sets and mixtures give their rows; what cannot be read is named, with its line."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,75 @@ import pytest
 from loray.errors import DataError
 from loray.recipes.sources import matches, uploaded_files
 from loray.spec import BatchSpec, DataSpec
+from loray.train.data import read
 from loray.train.data.batches import BatchStream, SourceShare, plan_epoch
-from loray.train.data.rows import Dataset, load_data
-from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_data import jsonl
+from loray.train.data.rows import Dataset
+from tests.fixtures.training_data import TOKENIZER, jsonl, listed, load, save_to_disk, whole
 
-TOKENIZER = byte_tokenizer()
 TEXTS = [f"text {i}" for i in range(9)]
 
 
-def load(train: Any, **fields: Any) -> Dataset:
-    spec = DataSpec(train=train, **({"eval_fraction": 0} | fields))
-    return load_data(spec, TOKENIZER, max_length=64, max_eval_rows=99, seed=0)
-
-
 def texts_of(data: Dataset) -> list[str]:
-    rows = data.train
-    return [str(TOKENIZER.decode(rows.row(i)[0].tolist(), skip_special_tokens=True)) for i in range(len(rows.lengths))]
+    return [whole(data.train, i).removesuffix("<|im_end|>") for i in range(len(data.train.lengths))]
 
 
-def save_to_disk(folder: Path, texts: list[str], *, shards: int = 2, **state: Any) -> None:
-    """As Hugging Face's `datasets` does: shards that are Arrow streams, and what describes them."""
-    folder.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
-    for i, name in enumerate(names):
-        table = pa.table({"text": texts[i::shards], "meta": [1] * len(texts[i::shards])})
-        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    described = {"_data_files": [{"filename": name} for name in names], "_split": None} | state
-    (folder / "state.json").write_text(json.dumps(described))
-    (folder / "dataset_info.json").write_text("{}")
+# -- files that cannot be read
+
+
+def test_missing_files_unknown_schemes_and_unknown_columns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.jsonl does not exist"):
+        load(str(tmp_path / "no.jsonl"))
+    with pytest.raises(DataError, match=r"has no data file: a folder holds \.jsonl"):
+        load(str(tmp_path))
+    with pytest.raises(DataError, match="cannot open data file"):
+        load("nowhere://bucket/data.jsonl")
+    with pytest.raises(DataError, match="columns question, answer; loray reads `messages`"):
+        load(jsonl(tmp_path, {"question": "a", "answer": "b"}))
+    with pytest.raises(DataError, match=r"data\.format chat needs `messages`"):
+        load(jsonl(tmp_path, {"text": "a"}), format="chat")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="has no rows"):
+        load(str(tmp_path / "empty.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n\n", "is empty"),
+        (b'{"text": "a"}\n\n{"text": "b"}\n{"text": "a"\n', r"data\.jsonl, line 4: not valid JSON"),
+        (b'{"text": "a"}\n\n[1]\n', r"data\.jsonl, line 3: a row must be an object, not list"),
+        (b'{"text": "a"}\n{"text": 3}\n', r"data\.jsonl, line 2: `text` must be a string, not int"),
+        (b'{"text": "a"}\n{"other": "a"}\n', r"data\.jsonl, line 2: `text` must be a string, not NoneType"),
+        (b'{"text": "a"}\n\n{"text": "\xff"}\n', r"data\.jsonl, line 3: not UTF-8: .* write the file as UTF-8"),
+        (bytes(range(256)), "neither JSON nor Parquet"),
+        (b"PAR1 but no more", "not a readable Parquet file"),
+        (b'[{"text": "a"}]', "one object per line"),
+    ],
+)
+def test_a_bad_line_is_numbered(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_errors_are_numbered_through_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(read, "PART_BYTES", 100)
+    records = [{"prompt": "p" * (i % 7), "completion": "c" * (i * 13 % 90)} for i in range(50)]
+    path = jsonl(tmp_path, *records[:45], {"prompt": "p", "completion": None}, *records[45:])
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([*records[:45], {"prompt": "p"}]), tmp_path / "x", row_group_size=7)
+        path = str(tmp_path / "x")
+    assert load(path, max_rows=45).report.num_documents == 45
+    with pytest.raises(DataError, match=r"(line|row) 46: `completion` must be a string"):
+        load(path)
+
+
+def test_strings_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
+    assert texts_of(load(jsonl(tmp_path, {"text": "2024-01-01"}, {"text": "2024-01-02"})))[1] == "2024-01-02"
+
+
+# -- sources of several files
 
 
 @pytest.fixture
@@ -122,19 +160,15 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         ({"_data_files": [{"filename": "../../secret"}]}, r"names '\.\./\.\./secret', which is no file of that folder"),
         ({"_data_files": None}, "lists no _data_files"),
         ({"_data_files": [{"filename": "none.arrow"}]}, r"none\.arrow does not exist"),
+        ({}, "is not a readable Arrow file"),
     ],
 )
 def test_data_sets_that_cannot_be_read(tmp_path: Path, state: dict[str, Any], message: str) -> None:
     save_to_disk(tmp_path / "saved", TEXTS, **state)
+    if not state:
+        for shard in (tmp_path / "saved").glob("*.arrow"):
+            shard.write_bytes(b"no arrow")
     with pytest.raises(DataError, match=message):
-        load(str(tmp_path / "saved"))
-
-
-def test_a_damaged_shard(tmp_path: Path) -> None:
-    save_to_disk(tmp_path / "saved", TEXTS, shards=1)
-    (shard,) = (tmp_path / "saved").glob("*.arrow")
-    shard.write_bytes(b"no arrow")
-    with pytest.raises(DataError, match="is not a readable Arrow file"):
         load(str(tmp_path / "saved"))
 
 
@@ -154,7 +188,7 @@ def test_globs_of_a_bucket(path: str, pattern: str, expected: bool) -> None:
     assert matches(path, pattern) is expected
 
 
-# -- mixtures ---------------------------------------------------------------------------------------------------------
+# -- mixtures
 
 
 def test_weights_are_times_an_epoch(folder: Path) -> None:
@@ -177,11 +211,10 @@ def test_weights_are_times_an_epoch(folder: Path) -> None:
 
 def test_a_source_is_joined_for_itself(folder: Path) -> None:
     weighted = {"path": f"{folder}/a.jsonl", "weight": 3}
-    spec = DataSpec(train=(weighted, f"{folder}/sub"), eval_fraction=0)  # type: ignore[arg-type]
-    data = load_data(spec, TOKENIZER, max_length=16, max_eval_rows=1, seed=0, joined=True)
+    data = load((weighted, f"{folder}/sub"), max_length=16, options={"joined": True})
     streams = [TOKENIZER.eos_token.join(texts) for texts in (TEXTS[:3], TEXTS[6:])]
     expected = [ids[at : at + 16] for ids in TOKENIZER(streams)["input_ids"] for at in range(0, len(ids), 16)]
-    assert [data.train.row(i)[0].tolist() for i in range(len(data.train.lengths))] == expected
+    assert [row for row, _ in listed(data.train)] == expected
     assert data.shares == (SourceShare(2, 3.0), SourceShare(2, 1.0))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from loray_kernels import BackendUnavailable, Draws, Ops
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
+from tests.fixtures.shim import ShimLauncher
 from tests.kernels.backends import BACKENDS as NATIVE
 from tests.kernels.backends import make_ops as make_native
-from tests.kernels.cuda.shim import ShimLauncher
 
 VOCABS = [7, 512, 1000, 49152]
 BACKENDS = [*NATIVE, "cuda shim"]

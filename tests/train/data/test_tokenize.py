@@ -13,14 +13,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from loray.errors import DataError
-from loray.spec import DataSpec
-from loray.train.data.batches import RowSource
-from loray.train.data.rows import load_data
 from loray.train.data.tokenize import conversations
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_data import jsonl
+from tests.fixtures.training_data import END, TOKENIZER, jsonl, learned, load, whole
 
-END = "<|im_end|>"
 LLAMA_2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
@@ -63,20 +59,10 @@ def chat(*turns: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)], **fields}
 
 
-def rows_of(path: str, tokenizer: Any) -> RowSource:
-    spec = DataSpec(train=path, eval_fraction=0)
-    return load_data(spec, tokenizer, max_length=512, max_eval_rows=1, seed=0).train
-
-
-def learned(rows: RowSource, i: int, tokenizer: Any) -> str:
-    ids, targets = rows.row(i)
-    return str(tokenizer.decode(ids[targets].tolist()))
-
-
 @pytest.mark.parametrize("turns", [("a", "ab c"), ("ab [x]", "a", "b", " ab"), ("a b", "[ab", "a", "", "c", "/I")])
 def test_every_answer_follows_the_tokens_of_the_servers_prompt(tmp_path: Path, turns: tuple[str, ...]) -> None:
     tokenizer, record = sentencepiece(), chat(*turns)
-    ids, targets = rows_of(jsonl(tmp_path, record), tokenizer).row(0)
+    ids, targets = load(jsonl(tmp_path, record), tokenizer).train.row(0)
     begins = [i for i in range(1, len(ids)) if targets[i] and not targets[i - 1]]
     assert len(begins) == len(turns) // 2
     for number, begin in enumerate(begins):
@@ -90,34 +76,28 @@ def test_every_answer_follows_the_tokens_of_the_servers_prompt(tmp_path: Path, t
 def test_a_completion_goes_on_in_its_prompt(tmp_path: Path) -> None:
     """Apart from it, it would begin with another space."""
     tokenizer = sentencepiece()
-    rows = rows_of(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer)
+    rows = load(jsonl(tmp_path, {"prompt": "ab:", "completion": " ab"}), tokenizer).train
     assert tokenizer.convert_ids_to_tokens(rows.row(0)[0].tolist()) == ["▁ab", ":", "▁ab", "</s>"]
     assert rows.row(0)[1].tolist() == [False, False, True, True]
-
-
-# -- reasoning --------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_goes_on_from_the_reasoning_that_the_prompt_opened(tmp_path: Path) -> None:
     tokenizer = with_template(R1)
     record = chat("q", "<think>\nwhy\n</think>\n\nb", "r", "<think>\nhow\n</think>\n\nc")
-    rows = rows_of(jsonl(tmp_path, record), tokenizer)
-    assert [learned(rows, i, tokenizer) for i in range(2)] == [
-        f"why\n</think>\n\nb{END}",
-        f"how\n</think>\n\nc{END}",
-    ]
-    whole = tokenizer.decode(rows.row(1)[0].tolist())
-    assert whole == f"<|im_start|>Uq<|im_start|>A\n\nb{END}<|im_start|>Ur<|im_start|>A<think>\nhow\n</think>\n\nc{END}"
+    rows = load(jsonl(tmp_path, record), tokenizer).train
+    assert [learned(rows, i) for i in range(2)] == [f"why\n</think>\n\nb{END}", f"how\n</think>\n\nc{END}"]
+    assert (
+        whole(rows, 1)
+        == f"<|im_start|>Uq<|im_start|>A\n\nb{END}<|im_start|>Ur<|im_start|>A<think>\nhow\n</think>\n\nc{END}"
+    )
 
 
 def test_an_answer_without_reasoning_is_written_as_the_template_has_it(tmp_path: Path) -> None:
     tokenizer = with_template(R1)
-    rows = rows_of(jsonl(tmp_path, chat("q", "<b", "r", "c")), tokenizer)
-    assert learned(rows, 0, tokenizer) == f"<b{END}c{END}"
+    rows = load(jsonl(tmp_path, chat("q", "<b", "r", "c")), tokenizer).train
+    assert learned(rows, 0) == f"<b{END}c{END}"
     assert len(rows.lengths) == 1
 
-
-# -- tools and parts --------------------------------------------------------------------------------------------------
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 OFFERED = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -135,10 +115,10 @@ EXPECTED = f'[add {{"a": 1}}]{END}two{END}'
 
 def test_tools_and_text_parts(tmp_path: Path) -> None:
     tokenizer = with_template(TOOLS)
-    rows = rows_of(jsonl(tmp_path, CALLING, chat("a", "b")), tokenizer)
-    assert learned(rows, 0, tokenizer) == EXPECTED
-    assert tokenizer.decode(rows.row(0)[0].tolist()).startswith("Tadd<|im_start|>user:one\ntwo<|im_end|>")
-    assert tokenizer.decode(rows.row(1)[0].tolist()).startswith("<|im_start|>user:a")
+    rows = load(jsonl(tmp_path, CALLING, chat("a", "b")), tokenizer).train
+    assert learned(rows, 0) == EXPECTED
+    assert whole(rows, 0).startswith("Tadd<|im_start|>user:one\ntwo<|im_end|>")
+    assert whole(rows, 1).startswith("<|im_start|>user:a")
 
 
 def test_tools_in_a_table(tmp_path: Path) -> None:
@@ -148,8 +128,8 @@ def test_tools_in_a_table(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"messages": messages, "tools": json.dumps(OFFERED)}, chat("a", "b")])
     pq.write_table(table, tmp_path / "tools.parquet")
     tokenizer = with_template(TOOLS)
-    rows = rows_of(str(tmp_path / "tools.parquet"), tokenizer)
-    assert [learned(rows, i, tokenizer) for i in range(2)] == [EXPECTED, f"b{END}"]
+    rows = load(str(tmp_path / "tools.parquet"), tokenizer).train
+    assert [learned(rows, i) for i in range(2)] == [EXPECTED, f"b{END}"]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +151,54 @@ def test_what_is_wrong_is_said(record: dict[str, Any], message: str) -> None:
         conversations(record, byte_tokenizer())
 
 
-def test_a_template_that_fails_names_the_line(tmp_path: Path) -> None:
-    tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"line 1: the base's chat template refuses .* roles must alternate"):
-        rows_of(jsonl(tmp_path, chat("a", "b")), tokenizer)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "line 1: the base's chat template refuses .* must alternate"),
+        (
+            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}>>{% endif %}",
+            "line 1.*differently from its generation prompt",
+        ),
+    ],
+)
+def test_a_template_that_does_not_do_is_refused(tmp_path: Path, template: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(jsonl(tmp_path, chat("a", "b")), with_template(template))
+
+
+def test_chat_learns_each_assistant_turn_up_to_its_end(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *chat("one", "eins", "two", "zwei", "no answer")["messages"],
+    ]
+    rows = load(jsonl(tmp_path, {"messages": messages})).train
+    assert learned(rows, 0) == f"eins{END}zwei{END}"
+    assert whole(rows, 0) == TOKENIZER.apply_chat_template(messages[:5], tokenize=False).removesuffix("\n")
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_one_row_per_turn(tmp_path: Path) -> None:
+    tokenizer = with_template(  # as Qwen3's: reasoning only in the last turn
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = load(jsonl(tmp_path, chat("a", "b", "c", "d")), tokenizer).train
+    assert [learned(rows, i) for i in range(len(rows.lengths))] == [f"<think></think>b{END}", f"<think></think>d{END}"]
+    assert f"b{END}" in whole(rows, 1)
+    assert "<think></think>b" not in whole(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ([{"role": "user", "content": "a"}], "no assistant turn"),
+        ([{"role": "assistant", "content": "a"}], "starts with the assistant"),
+        ([*chat("a")["messages"], {"role": "assistant", "content": None}], "a string or a list of text parts"),
+    ],
+)
+def test_bad_conversations(tmp_path: Path, messages: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(jsonl(tmp_path, {"messages": messages}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,27 +15,12 @@ from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, halo
 from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.shard import Pending
-from tests.planning.closed_form import closed_form_elements
-from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
-from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
-from tests.train.sequence.ranks import Ranks
+from tests.fixtures.attention import oracle, oracle_mask, runs
+from tests.fixtures.ranks import Ranks
+from tests.train.sequence.cases import HEADS, Case, Part, check, documents, qkv_of, weights_of
 
 GROUP = 16
 LENGTHS = {"2G": 32, "G": 16, "3G/2": 24, "G/2": 8, "G/4": 4, "5G/8": 10}
-
-
-class Part(NamedTuple):
-    """What a rank computes: (B, L, H, D), and gradients of its q, k and v."""
-
-    out: Tensor
-    gradients: list[Tensor]
-    forward_bytes: int
-    backward_bytes: int
-
-
-def weights_of(num_rows: int, num_tokens: int, heads: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, num_tokens, heads, 8, generator=generator, dtype=torch.float64)
 
 
 def compute(group: SequenceGroup, case: Case, change: int | None = None) -> Part:
@@ -75,25 +60,10 @@ def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
 def test_output_gradients_and_bytes(ranks: Ranks, size: int, length: int, heads: int, kv_heads: int, kind: str) -> None:
     case = Case(length, heads, kv_heads, documents(kind, size * length))
     parts: list[Part] = ranks(size, compute, case)
-    out, gradients = expected(case)
-    torch.testing.assert_close(torch.cat([p.out for p in parts], dim=1), out, atol=1e-12, rtol=1e-12)
-    for i, gradient in enumerate(gradients):
-        got = torch.cat([p.gradients[i] for p in parts], dim=2)
-        torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-12)
+    check(parts, *expected(case))
     plan, num_rows = HaloPlan(size * length, size, GROUP, heads, kv_heads), len(case.ids_BN)
     assert [p.forward_bytes for p in parts] == [8 * plan.elements_sent(r, 8, num_rows) for r in range(size)]
     assert [p.backward_bytes for p in parts] == [8 * plan.elements_received(r, 8, num_rows) for r in range(size)]
-
-
-def test_equals_one_rank_in_fp32(ranks: Ranks) -> None:
-    case = Case(24, 9, 3, documents("packed and ragged", 96), torch.float32)
-    q, k, v = (x.requires_grad_() for x in qkv_of(case))
-    out = s2_attention(q, k, v, group_size=GROUP, document_ids_BT=torch.tensor(case.ids_BN)).transpose(1, 2)
-    (out * weights_of(*out.shape[:3]).float()).sum().backward()
-    parts: list[Part] = ranks(4, compute, case)
-    torch.testing.assert_close(torch.cat([p.out for p in parts], dim=1), out, atol=1e-6, rtol=1e-5)
-    for i, x in enumerate((q, k, v)):
-        torch.testing.assert_close(torch.cat([p.gradients[i] for p in parts], dim=2), x.grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,33 +81,6 @@ def test_no_position_sees_a_later_one(ranks: Ranks, kind: str, dtype: torch.dtyp
         after = output(j)
         assert torch.equal(after[:, :j], before[:, :j])
         assert not torch.equal(after[:, j], before[:, j])
-
-
-def test_another_document_changes_nothing(ranks: Ranks) -> None:
-    """Its tokens are inside the halo of rank 2, beside tokens of the document that goes on there."""
-    case = Case(8, 4, 2, [runs((0, 13), (1, 19))])
-    before, after = (torch.cat([p.out for p in ranks(4, compute, case, j)], dim=1) for j in (None, 12))
-    assert torch.equal(after[:, 13:], before[:, 13:])
-
-
-@pytest.mark.parametrize("halves", [1, 2, 3, 4])
-def test_each_boundary_carries_the_closed_formula(ranks: Ranks, halves: int) -> None:
-    case = Case(halves * GROUP // 2, 9, 3, documents("full", 4 * halves * GROUP // 2), torch.float32)
-    parts: list[Part] = ranks(4, compute, case)
-    plain, shifted = 2, 2  # of 3 key-value heads, one of which serves both halves
-    of_half = [shifted if rank * case.length % GROUP == 0 else plain for rank in (1, 2, 3)]
-    sent = [4 * closed_form_elements(GROUP, h, 8) for h in of_half]
-    assert [p.forward_bytes for p in parts] == [*sent, 0]
-    assert [p.backward_bytes for p in parts] == [0, *sent]
-
-
-def test_traffic_depends_neither_on_the_tokens_nor_on_the_ranks(ranks: Ranks) -> None:
-    sent = {
-        ranks(size, compute, Case(length, 8, 2, documents("full", size * length)))[0].forward_bytes
-        for size in (2, 4)
-        for length in (16, 32, 64)
-    }
-    assert sent == {8 * closed_form_elements(GROUP, 1, 8)}
 
 
 def order_of_work(group: SequenceGroup) -> list[str]:

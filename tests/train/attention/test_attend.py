@@ -1,9 +1,10 @@
-"""S2-Attn against its definition: a boolean mask from sets of cuts, softmax in fp64."""
+"""S2-Attn against its definition, a boolean mask from sets of cuts and softmax in fp64; which kernel computes it."""
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from loray.train import s2_attention
 from loray.train.attention import attend
 from loray.train.attention.attend import attend_cpu, attend_sdpa, attend_varlen
 from loray.train.attention.segments import Bucket, segment_batch
-from tests.train.attention.functions import (
+from tests.fixtures.attention import (
     flash_attn_varlen_func,
     install_flash_attn,
+    oracle,
+    oracle_mask,
+    qkv,
+    runs,
     torch_varlen,
     varlen_attn_on_cpu,
 )
@@ -30,40 +35,6 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_on_cpu)
 
 
-def segment_of(position: int, head: int, num_heads: int, ids: list[int], group: int) -> int:
-    """First position of the segment: the last cut at or before `position`."""
-    first = 0 if head < num_heads // 2 else group // 2
-    groups = {0, *range(first, len(ids), group)}
-    documents = {t for t in range(1, len(ids)) if ids[t] != ids[t - 1]}
-    return max(cut for cut in groups | documents if cut <= position)
-
-
-def oracle_mask(num_rows: int, num_heads: int, num_tokens: int, group: int, ids_BT: Tensor | None) -> Tensor:
-    mask_BHTT = torch.zeros(num_rows, num_heads, num_tokens, num_tokens, dtype=torch.bool)
-    for b in range(num_rows):
-        ids = [0] * num_tokens if ids_BT is None else ids_BT[b].tolist()
-        for h in range(num_heads):
-            segments = [segment_of(t, h, num_heads, ids, group) for t in range(num_tokens)]
-            for i in range(num_tokens):
-                for j in range(i + 1):
-                    mask_BHTT[b, h, i, j] = segments[i] == segments[j] and ids[i] >= 0
-    return mask_BHTT
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, mask_BHTT: Tensor, scale: float | None = None) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    weights = scores.masked_fill(~mask_BHTT, -1e30).softmax(-1) * mask_BHTT
-    return weights @ v
-
-
-def qkv(num_rows: int, heads: int, kv_heads: int, num_tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(num_rows + 10 * heads + 100 * kv_heads + 1000 * num_tokens)
-    shapes = [(num_rows, h, num_tokens, 8) for h in (heads, kv_heads, kv_heads)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
 @dataclass
 class Case:
     heads: int
@@ -72,11 +43,6 @@ class Case:
     group: int
     ids: list[list[int]] | None = None
     num_rows: int = 1
-
-
-def runs(*parts: tuple[int, int]) -> list[int]:
-    """`runs((0, 3), (1, 2))` → [0, 0, 0, 1, 1]"""
-    return [i for i, n in parts for _ in range(n)]
 
 
 CASES = {
@@ -229,3 +195,82 @@ def test_a_backward_pass_reads_what_the_forward_pass_saw() -> None:
         k.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def flash_attn_of_2023(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    raise AssertionError("it has no parameter that says whether its backward pass is deterministic")
+
+
+def varlen_attn_of_2025(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: Any = None,
+    scale: float | None = None,
+) -> Tensor:
+    raise AssertionError("it has neither windows nor heads that share keys")
+
+
+NONE, OLD, NEW = None, flash_attn_of_2023, flash_attn_varlen_func
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "flash_attn", "has_new_torch", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, NEW, True, 9, attend_varlen),
+        ("cuda", torch.float32, 128, NEW, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 512, NEW, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, NONE, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, OLD, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, NEW, False, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 128, NONE, False, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, OLD, False, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 12, NEW, True, 9, attend_varlen),
+        ("cuda", torch.bfloat16, 12, NONE, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 12, OLD, True, 9, attend_sdpa),
+        ("cuda", torch.bfloat16, 128, NEW, True, 7, attend_sdpa),
+        ("cpu", torch.bfloat16, 128, NEW, True, 9, attend_cpu),
+        ("meta", torch.bfloat16, 128, NEW, True, 9, attend_sdpa),
+    ],
+)
+def test_choice_of_a_kernel(
+    device: str,
+    dtype: torch.dtype,
+    width: int,
+    flash_attn: object,
+    has_new_torch: bool,
+    capability: int,
+    expected: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_flash_attn(monkeypatch, flash_attn)
+    if not has_new_torch:
+        monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_of_2025)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    choose = attend.select_backend.__wrapped__  # what an earlier case chose is kept
+    assert choose(torch.device(device), dtype, width) is expected
+
+
+def test_a_torch_without_attention_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_flash_attn(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, torch_varlen.__name__, None)
+    assert attend._kernel() is None
+
+
+@pytest.mark.parametrize("ids", [None, [runs((0, 11), (1, 12), (-1, 7))]], ids=["one document", "packed and padded"])
+def test_the_function_of_the_installed_torch_takes_its_arguments(
+    ids: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, without storage: the function itself runs, and its kernel says the shapes alone."""
+    install_flash_attn(monkeypatch, None)
+    monkeypatch.setattr(attend, "select_backend", lambda *_: attend_varlen)
+    q, k, v = (x.detach().to("meta").requires_grad_() for x in qkv(1, 9, 3, 30, torch.bfloat16))
+    out = s2_attention(q, k, v, group_size=8, document_ids_BT=None if ids is None else torch.tensor(ids))
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert [x.grad is not None and x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
