@@ -18,10 +18,10 @@ from loray.spec import REWARDS, DpoSpec
 from loray.store import AdapterStore, open_store
 from tests.fixtures.cluster import RayCluster
 from tests.fixtures.tiny import write_checkpoint
+from tests.fixtures.training import pair
 from tests.jobs.driver.test_driver import trained
 from tests.jobs.test_train import run
 from tests.test_recipe import write
-from tests.fixtures.training import pair
 
 BASE = "tiny-pairs"
 FIELDS: dict[str, Any] = {

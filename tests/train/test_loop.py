@@ -30,8 +30,8 @@ from loray.train.loop import HeldOut, train
 from loray.train.objectives import Loss, batch_loss
 from tests.adapters.test_export import ADAPTERS, in_peft, trained
 from tests.adapters.test_export import recipe as adapter_recipe
-from tests.fixtures.training import METHODS, assert_equal, curve, make_data, masters, recipe, run
 from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.training import METHODS, assert_equal, curve, make_data, masters, recipe, run
 
 
 def loss_of(model: Any, rows: RowSource) -> float:

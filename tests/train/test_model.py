@@ -194,13 +194,6 @@ def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str
     assert rotary.attention_scaling == pytest.approx(attention)
 
 
-def test_without_scaling_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
-    base, spec = tiny_base(), model_recipe("lora")
-    model = build_model(base, spec)
-    assert resolve(spec, base.config).context == model.config.max_position_embeddings == 512
-    assert model.config.rope_parameters["rope_type"] == "default"
-
-
 def test_context_defaults_to_the_bases_window_and_groups_to_a_quarter(tiny_base: BaseFactory) -> None:
     base, spec = tiny_base(), model_recipe(original=None, group_size=None)
     assert resolve(spec, base.config).context == 1024

@@ -21,7 +21,8 @@ from loray.engine.request import Chunk
 from loray.errors import EngineError
 from loray.spec import GenerateRequest
 from loray_kernels.reference import ReferenceOps
-from tests.engine.harness import submit
+from tests.engine.adapters import TestAdapter
+from tests.engine.harness import request, submit
 from tests.fixtures.shim import ShimLauncher
 from tests.fixtures.shim_ops import ShimOps, use_shim_ops
 from tests.fixtures.tape import TapeLauncher, is_recording, on_tape
@@ -110,6 +111,25 @@ def use_shim_ranks(monkeypatch: pytest.MonkeyPatch) -> list[ShimOps]:
         monkeypatch.setattr(module, "Communicator", TapedCommunicator)
     monkeypatch.setattr(build.build_engine, "__defaults__", (None, ThreadWorkers))
     return ops
+
+
+def mixture(
+    num: int,
+    adapters: Sequence[TestAdapter | None],
+    max_tokens: Callable[[int], int],
+    sampling: Sequence[dict[str, Any]],
+) -> list[GenerateRequest]:
+    """Requests with prompts of different lengths, which have the adapters and the sampling by turns."""
+    return [
+        request(
+            str(i),
+            range(3 + i, 12 + i + 5 * (i % 7)),
+            adapters[i % len(adapters)],
+            max_tokens=max_tokens(i),
+            **sampling[i % len(sampling)],
+        )
+        for i in range(num)
+    ]
 
 
 def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> dict[str, list[int]]:

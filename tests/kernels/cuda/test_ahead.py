@@ -25,7 +25,7 @@ from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit
 from tests.engine.sampling.slow import constraint, slow
 from tests.fixtures.shim_ops import ShimOps, use_three_forms
-from tests.kernels.cuda.engines import decode_steps_of, served, use_reference
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference
 
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -124,10 +124,7 @@ def test_requests_that_stop_leave_a_row_that_nobody_reads(
     """Their slots, blocks and adapters are taken by others at once, in a pool that is too small for all."""
     names = ["vera", "r2", None, "r7", "vera too", "dora", "rope"]
     own = [None if name is None else mixed[name] for name in names]
-    requests = [
-        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % 7], max_tokens=25, **SAMPLING[i % 4])
-        for i in range(16)
-    ]
+    requests = mixture(16, own, lambda _: 25, SAMPLING)
     free = expected(monkeypatch, base, list(mixed.values()), requests)
     stops = [tokens[3 + i % 9] for i, tokens in enumerate(free.values())]
     requests = [

@@ -21,7 +21,7 @@ from loray_kernels.kv import DirectWriter
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit
 from tests.fixtures.shim_ops import ShimOps
-from tests.kernels.cuda.engines import decode_steps_of, served, use_reference, use_shim_ranks
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference, use_shim_ranks
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {},
@@ -106,12 +106,8 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     splits. The pool is so small that adapters and requests are evicted.
     """
     own = [*(mixed[name] for name in names), None]
-    requests = [
-        request(
-            str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % len(own)], max_tokens=3 + 2 * (i % 5), **SAMPLING[i % 4]
-        )
-        for i in range(18)
-    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
+    requests = mixture(18, own, lambda i: 3 + 2 * (i % 5), SAMPLING)
+    requests += [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
     requests.insert(7, request("long", [3 + i % 90 for i in range(SPLIT - 4)], mixed["r2"], max_tokens=9))
     requests.insert(13, request("again", requests[7].prompt_ids, mixed["r2"], max_tokens=6))
     fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": pool_bytes}
@@ -137,16 +133,8 @@ def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
     monkeypatch.setattr(graphs, "KINDS", (Parts.LORA, graphs.KINDS[-1]))
     ranks = use_shim_ranks(monkeypatch)
     own = [mixed[name] for name in ("vera", "r7", "longlora", "vera too", "dora", "vera of one layer", "pattern")]
-    requests = [
-        request(
-            str(i),
-            range(3 + i, 12 + i + 5 * (i % 7)),
-            [*own, None][i % 8],
-            max_tokens=3 + 2 * (i % 5),
-            **SAMPLING[i % 4],
-        )
-        for i in range(8)
-    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r2"], max_tokens=5) for i in range(2)]
+    requests = mixture(8, [*own, None], lambda i: 3 + 2 * (i % 5), SAMPLING)
+    requests += [request(f"more {i}", range(3 + i, 12 + i), mixed["r2"], max_tokens=5) for i in range(2)]
     fields: dict[str, Any] = {"max_num_seqs": 6, "pool_bytes": 200 << 10}
     engine = make_engine(base, list(mixed.values()), tensor_parallel_size=2, num_threads=1, **fields)
     try:
@@ -258,15 +246,9 @@ def noted(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[bool, set[
     return found
 
 
-SOME_SAMPLING: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}]
-
-
 def requests_of(mixed: dict[str, TestAdapter]) -> list[Any]:
     own = [mixed["r2"], mixed["r70"], None, mixed["r7"], mixed["vera"]]
-    return [
-        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % 5], max_tokens=12 + i % 5, **SOME_SAMPLING[i % 3])
-        for i in range(10)
-    ]
+    return mixture(10, own, lambda i: 12 + i % 5, [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}])
 
 
 def is_fair(steps: list[tuple[bool, set[str]]]) -> bool:

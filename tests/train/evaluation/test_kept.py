@@ -144,17 +144,6 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
     assert (kept.num_taken, kept.num_computed) == (num_base + num_next, 2 * num_base - num_next)
 
 
-def test_nothing_is_loaded_where_all_is_kept(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    what: dict[str, Any] = {
-        "dtype": "float32",
-        "documents": documents(200),
-        "perplexity": PerplexitySpec(context_lengths=(64,)),
-    }
-    first = measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path))
-    monkeypatch.setattr("loray.train.evaluation.measure.load", lambda *_, **__: pytest.fail("loaded"))
-    assert measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path)) == first
-
-
 def test_a_figure_that_is_not_finite_is_not_kept(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

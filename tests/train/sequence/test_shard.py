@@ -39,12 +39,6 @@ def test_shards_side_by_side_are_the_batch(packed: bool, lengths: list[int], siz
     assert {part.row_length for part in parts} == {padded_length(num_tokens, size)}
 
 
-def test_a_label_crosses_from_rank_to_rank() -> None:
-    """The last token of a rank is to predict the first one of the next."""
-    first, second = shards([8, 8], 2, packed=False)
-    assert torch.equal(first.local.labels_BT[:, -1], second.local.input_ids_BT[:, 0])
-
-
 def test_rows_count_on() -> None:
     first, second = shards([7, 4], 2, packed=False)
     assert first.local.position_ids_BT is not None
