@@ -22,7 +22,7 @@ from tests.fixtures.shim import NotingLauncher
 from tests.fixtures.shim_ops import ShimOps, use_shim_ops
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def launcher() -> NotingLauncher:
     try:
         return NotingLauncher()
@@ -33,7 +33,6 @@ def launcher() -> NotingLauncher:
 @pytest.fixture
 def gathers(launcher: NotingLauncher, monkeypatch: pytest.MonkeyPatch) -> CudaOps:
     """The kernels alone: the tokens of every adapter are gathered, however many it has."""
-    launcher.forget()
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
     return CudaOps(Gather(launcher), cast(Any, None))
 

@@ -109,7 +109,7 @@ def test_without_cupy_the_extra_for_torchs_cuda_is_named(
 
 
 def test_of_several_compilers_that_of_torchs_cuda_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("cuda_nvrtc/lib/liblaunch.so.12", "cu13/lib/liblaunch.so.13", "old/lib/liblaunch.so.11.2"):
+    for place in ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13", "old/lib/libnvrtc.so.11.2"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).touch()
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
