@@ -15,7 +15,7 @@ from hypothesis import settings
 from loray.bases.registry import BaseModel, add_base
 
 if TYPE_CHECKING:
-    from tests.train.sequence.ranks import Ranks
+    from tests.fixtures.ranks import Ranks
 
 pytest_plugins = [
     "tests.fixtures.tiny_bases",
@@ -87,7 +87,7 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    from tests.train.sequence.ranks import Ranks
+    from tests.fixtures.ranks import Ranks
 
     started = Ranks(tmp_path_factory.mktemp("ranks"))
     yield started

@@ -18,7 +18,7 @@ from benchmarks.gpu.serving import Shape
 from benchmarks.machine import MachineRates
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
-from tests.kernels.cuda.shim_ops import use_shim_ops
+from tests.fixtures.shim_ops import use_shim_ops
 
 TINY = Shape(
     base="tiny-random",

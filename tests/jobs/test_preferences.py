@@ -20,7 +20,8 @@ from tests.fixtures.cluster import RayCluster
 from tests.fixtures.recipes import write
 from tests.fixtures.runs import run, trained
 from tests.fixtures.tiny import write_checkpoint
-from tests.train.pairs import pair
+from tests.fixtures.training import pair
+from tests.jobs.test_train import run
 
 BASE = "tiny-pairs"
 FIELDS: dict[str, Any] = {

@@ -25,8 +25,7 @@ from loray_kernels import (
 )
 from loray_kernels.cpu.ops import CpuOps
 from tests.kernels import emulated
-from tests.kernels.backends import NATIVE, make_ops
-from tests.kernels.keys import store, turned
+from tests.kernels.backends import NATIVE, make_ops, store, turned
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTH = 100  # no multiple of any vector's width

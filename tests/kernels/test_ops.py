@@ -1,36 +1,22 @@
-"""Every backend against a dense fp64 reference, over popularity × ranks × dtypes × widths, with rows scattered in the
-pool.
+"""Every backend against an fp64 reference: adapters, attention and rows by `cases`; products with packed weights, the
+activation of an MLP.
 
-Shapes: T tokens, I input width, O output width, R rank, N adapters.
+Shapes: T tokens, I input width, O output width, M half of the input width of silu_mul.
 """
 
 from __future__ import annotations
-
-import random
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import (
-    AdapterSegments,
-    AttentionMeta,
-    KvLayout,
-    LoraTable,
-    Ops,
-    ProjectionMatrix,
-    RowOverrides,
-    RowTables,
-    VeraTable,
-    backend,
-)
-from tests.kernels.backends import BACKENDS, make_ops
-from tests.kernels.keys import store, turned
+from loray_kernels import LinearWeights, Ops, backend
+from tests.kernels.backends import BACKENDS, NATIVE, make_ops
+from tests.kernels.cases import *  # noqa: F403
 
-POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# (in, out): whole panels; parts of one; an odd input, whose last step is half a pair; a row of outputs less than one
+SIZES = [(64, 96), (64, 100), (33, 50), (16, 1), (576, 960)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,197 +24,84 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return make_ops(request.param)
 
 
-class Shelf:
-    """A pool in which rows are put at shuffled offsets, sixteen elements apart."""
-
-    def __init__(self, size: int, dtype: torch.dtype, seed: int = 0) -> None:
-        self.tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        self._free = list(range(0, size - 4096, 4096))
-        random.Random(seed).shuffle(self._free)
-
-    def put(self, rows: Tensor, segments: int = 1, layer_offset: int = 0) -> RowTables:
-        """(rows, width), in so many segments of columns; at the offset of that layer."""
-        out = []
-        step = rows.shape[1] // segments
-        for column in range(0, rows.shape[1], step):
-            offsets = []
-            for row in rows[:, column : column + step]:
-                at = self._free.pop()
-                self.tensor[at : at + row.shape[0]] = row.to(self.tensor.dtype)
-                offsets.append(at - layer_offset)
-            out.append((column, min(step, rows.shape[1] - column), torch.tensor(offsets, dtype=torch.int64)))
-        return RowTables(tuple(out))
+@pytest.fixture(params=NATIVE)
+def native(request: pytest.FixtureRequest) -> Ops:
+    return make_ops(request.param)
 
 
-class Load(NamedTuple):
-    """Which adapter each token has, as segments; ranks of the adapters."""
-
-    segments: AdapterSegments
-    ranks: list[int]
-
-
-def load(popularity: str, num_tokens: int = 24) -> Load:
-    rng = random.Random(popularity)
-    match popularity:
-        case "distinct":
-            counts = [1] * num_tokens
-        case "uniform":
-            counts = [num_tokens // 6] * 6
-        case "identical":
-            counts = [num_tokens]
-        case "zipf":
-            counts = [12, 6, 3, 2, 1]
-        case _:
-            counts = [num_tokens - 4, 1, 1, 2]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    ranks = [rng.choice([0, 1, 4, 8, 16, 33, 64]) for _ in counts]
-    return Load(AdapterSegments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True))), ranks)
+def tensors(num_tokens: int, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    in_features, out_features = size
+    x_TI, weight_OI, bias_O = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((num_tokens, in_features), (out_features, in_features), (out_features,))
+    )
+    return x_TI, weight_OI, bias_O
 
 
-def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    scale = expected.abs().max().clamp(min=1.0)
-    assert float((got.double() - expected).abs().max() / scale) < TOLERANCE[dtype]
+def packed(ops: Ops, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+    weights = ops.pack_linear(weight_OI, bias_O)
+    assert (weights.out_features, weights.in_features) == weight_OI.shape
+    return weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(64, 48, 1), (576, 192, 1), (96, 96, 3)])
-@pytest.mark.parametrize("popularity", POPULARITY)
-def test_lora(ops: Ops, popularity: str, widths: tuple[int, int, int], dtype: torch.dtype) -> None:
-    width_in, width_out, num_segments = widths
-    (segments, ranks), layer_offset = load(popularity), 128
-    generator = torch.Generator().manual_seed(3)
-    shelf = Shelf(4096 * 2 * 3 * (sum(ranks) + 8), dtype)
-    x_TI = torch.randn(24, width_in, generator=generator).to(dtype)
-    y_TO = torch.randn(24, width_out, generator=generator).to(dtype)
-    a_RI = torch.randn(sum(ranks), width_in, generator=generator).to(dtype)
-    b_RO = torch.randn(sum(ranks), width_out, generator=generator).to(dtype)
-    start = tuple(sum(ranks[:i]) for i in range(len(ranks) + 1))
-    scale = tuple(0.5 + i for i in range(len(ranks)))
-    a, b = (shelf.put(m, num_segments, layer_offset) for m in (a_RI, b_RO))
-    table = LoraTable(a, b, start, scale)
-    expected = y_TO.double()
-    for n, rank in enumerate(ranks):
-        rows, own = slice(segments.start[n], segments.stop[n]), slice(start[n], start[n] + rank)
-        expected[rows] += scale[n] * (x_TI[rows].double() @ a_RI[own].double().T @ b_RO[own].double())
-    (h_TR,) = ops.lora_shrink(x_TI, shelf.tensor, (table,), segments, layer_offset)
-    assert h_TR.dtype == torch.float32
-    ops.lora_expand((y_TO,), (h_TR,), shelf.tensor, (table,), segments, layer_offset)
-    close(y_TO, expected, dtype)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_rounded_once(ops: Ops, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x_TI, weight_OI, bias_O = tensors(13, size, dtype)
+    expected_TO = x_TI.double() @ weight_OI.double().T
+    tolerance = {torch.float32: 4e-6, torch.bfloat16: 4.1e-3}[dtype] * (1 + expected_TO.abs() + size[0] ** 0.5)
+    plain, biased = packed(ops, weight_OI), packed(ops, weight_OI, bias_O)
+    for got_TO, oracle_TO in (
+        (ops.linear(x_TI, plain), expected_TO),
+        (ops.linear(x_TI, biased), expected_TO + bias_O.double()),
+        (ops.logits(x_TI, plain), expected_TO),
+    ):
+        assert got_TO.shape == oracle_TO.shape
+        assert bool(((got_TO.double() - oracle_TO).abs() <= tolerance).all())
+    assert ops.linear(x_TI, plain).dtype == dtype
+    logits = ops.logits(x_TI, plain)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, ops.linear(x_TI, plain).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_segments", [1, 2])
-def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(4)
-    num_tokens, rank, width_in, width_out = 10, 32, 48, 64
-
-    def random_(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    x_TI, y_TO = random_(num_tokens, width_in), random_(num_tokens, width_out)
-    a_RI, b_OR = random_(rank, width_in + 16) / 8, random_(width_out + 32, rank) / 8
-    d_TR, b_TO = random_(6, rank), random_(6, width_out)
-    shelf = Shelf(4096 * 40, dtype)
-    a, b = ProjectionMatrix(a_RI), ProjectionMatrix(b_OR)
-    table = VeraTable(a, b, shelf.put(d_TR, num_segments, 64), shelf.put(b_TO, num_segments, 64), 2, 8)
-    expected = y_TO.double()
-    z = x_TI[2:8].double() @ a_RI[:, :width_in].double().T
-    expected[2:8] += b_TO.double() * ((z * d_TR.double()) @ b_OR[:width_out].double().T)
-    z_TR = ops.vera_shrink(x_TI[2:8], a)
-    assert z_TR.dtype == torch.float32
-    ops.vera_expand(y_TO, z_TR, shelf.tensor, table, 64)
-    close(y_TO, expected, dtype)
+def test_a_token_s_product_is_the_same_in_any_batch(native: Ops, dtype: torch.dtype) -> None:
+    x_TI, weight_OI, bias_O = tensors(70, (64, 100), dtype)
+    weights = packed(native, weight_OI, bias_O)
+    whole_TO = native.linear(x_TI, weights)
+    for num_tokens in (1, 2, 3, 5, 8, 9, 31, 33):
+        assert torch.equal(native.linear(x_TI[:num_tokens], weights), whole_TO[:num_tokens])
+    strided_TI = torch.cat([x_TI, x_TI], dim=1)[:, :64]  # rows apart from each other, as a part of a wider result
+    assert torch.equal(native.linear(strided_TI, weights), whole_TO)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        assert torch.equal(native.linear(x_TI, weights), whole_TO)
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(9, 3), (8, 8), (4, 1)])
-def test_paged_attention(ops: Ops, heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """Decode, whole prompts and chunks in the middle of one, over shuffled blocks."""
-    num_heads, num_kv = heads
-    layout = KvLayout(num_layers=2, block_tokens=4, num_kv_heads=num_kv, head_dim=16)
-    generator = torch.Generator().manual_seed(5)
-    sequences = [(1, 13), (7, 7), (5, 16), (1, 1)]  # (queries, context)
-    pool = torch.randn(40 * 2 * layout.layer_share, generator=generator).to(dtype)
-    free = list(range(40))
-    random.Random(0).shuffle(free)
-    queries, contexts, tables, slots, keys, values, expected = [], [], [], [], [], [], []
-    for num_queries, context in sequences:
-        blocks = [free.pop() for _ in range(-(-context // 4))]
-        q = torch.randn(num_queries, num_heads, 16, generator=generator).to(dtype)
-        k, v = (torch.randn(context, num_kv, 16, generator=generator).to(dtype) for _ in range(2))
-        past = context - num_queries
-        at = [blocks[p // 4] * 4 + p % 4 for p in range(context)]
-        earlier = AttentionMeta((0, past), (past,), (torch.tensor(blocks),), torch.tensor(at[:past], dtype=torch.int64))
-        if past:
-            store(ops, pool, layout, 1, k[:past], v[:past], earlier)
-        queries.append(q)
-        contexts.append(context)
-        tables.append(torch.tensor(blocks))
-        slots += at[past:]
-        keys.append(k[past:])
-        values.append(v[past:])
-        repeat = num_heads // num_kv
-        scores = torch.einsum("qhd,chd->hqc", q.double(), k.double().repeat_interleave(repeat, 1)) * 0.25
-        causal = torch.arange(context)[None] <= torch.arange(past, context)[:, None]
-        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-        expected.append(torch.einsum("hqc,chd->qhd", weights, v.double().repeat_interleave(repeat, 1)))
-    starts = tuple(sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1))
-    meta = AttentionMeta(starts, tuple(contexts), tuple(tables), torch.tensor(slots))
-    store(ops, pool, layout, 1, torch.cat(keys), torch.cat(values), meta)
-    close(ops.paged_attention(torch.cat(queries), pool, layout, 1, meta, 0.25), torch.cat(expected), dtype)
+def test_no_tokens_give_no_rows(native: Ops) -> None:
+    x_TI, weight_OI, _ = tensors(0, (64, 100), torch.bfloat16)
+    assert native.linear(x_TI, packed(native, weight_OI)).shape == (0, 100)
+    assert native.logits(x_TI, packed(native, weight_OI)).shape == (0, 100)
+    assert native.silu_mul(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_and_embedding_take_an_adapters_rows(ops: Ops, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(6)
-    shelf = Shelf(4096 * 20, dtype)
-    own_ND = torch.randn(2, 32, generator=generator).to(dtype)
-    own = RowOverrides(torch.tensor([1, 4]), shelf.put(own_ND, layer_offset=0))
-    table_VD = torch.randn(9, 32, generator=generator).to(dtype)
-    ids_T = torch.tensor([3, 3, 0, 8, 1])
-    x_TD = ops.embed(table_VD, ids_T, shelf.tensor, own)
-    expected = table_VD[ids_T]
-    expected[[1, 4]] = own_ND
-    assert torch.equal(x_TD, expected)
-    weight_D = torch.randn(32, generator=generator).to(dtype)
-    for x in (x_TD, torch.randn(5, 3, 32, generator=generator).to(dtype)):
-        normal = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5)
-        want = normal * weight_D.double()
-        rows = own_ND.double() if x.dim() == 2 else own_ND.double().unsqueeze(1)
-        want[[1, 4]] = normal[[1, 4]] * rows
-        close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, own, 0), want, dtype)
-        close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, None, 0), normal * weight_D.double(), dtype)
-    half_TD = torch.randn(5, 32, generator=generator).to(dtype)
-    for rows in (own, None):
-        sum_TD, norm_TD = ops.add_rms_norm(x_TD, half_TD, weight_D, 1e-5, shelf.tensor, rows, 0)
-        assert torch.equal(sum_TD, x_TD + half_TD)
-        assert torch.equal(norm_TD, ops.rms_norm(sum_TD, weight_D, 1e-5, shelf.tensor, rows, 0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "num_segments"), [(48, 1), (70, 2)])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_rows_scale_outputs(ops: Ops, has_bias: bool, width: int, num_segments: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(9)
-    shelf = Shelf(4096 * 20, dtype)
-    wide_TM = torch.randn(5, width + 8, generator=generator).to(dtype)  # columns of a wider result
-    bias_O = torch.randn(width, generator=generator).to(dtype) if has_bias else None
-    rows_NO = torch.randn(3, width, generator=generator).to(dtype)
-    own = RowOverrides(torch.tensor([0, 2, 4]), shelf.put(rows_NO, num_segments, 64))
-    expected = wide_TM.double()
-    plain = expected[[0, 2, 4], 8:] - (0 if bias_O is None else bias_O.double())
-    expected[[0, 2, 4], 8:] += rows_NO.double() * plain
-    ops.scale_rows(wide_TM[:, 8:], bias_O, shelf.tensor, own, 64)
-    close(wide_TM, expected, dtype)
-    assert torch.equal(wide_TM[:, :8].double(), expected[:, :8])
-
-
-def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
-    x_THd = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(7))
-    angle_Th = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))
-    cos, sin = torch.cat([angle_Th] * 2, -1).cos(), torch.cat([angle_Th] * 2, -1).sin()
-    complex_ = torch.complex(x_THd[..., :4], x_THd[..., 4:]) * torch.polar(torch.ones(3, 4), angle_Th).unsqueeze(1)
-    torch.testing.assert_close(turned(ops, x_THd, cos, sin), torch.cat((complex_.real, complex_.imag), -1))
+@pytest.mark.parametrize("width", [16, 37])
+def test_silu_mul_over_the_whole_range(ops: Ops, dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    gate_up_TM = torch.randn(9, 2 * width, generator=generator) * 4
+    gate_up_TM[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -0.0])  # e²⁰⁰ is beyond fp32
+    gate_up_TM = gate_up_TM.to(dtype)
+    gate, up = gate_up_TM.double().chunk(2, dim=1)
+    expected = gate / (1 + (-gate).exp()) * up
+    got = ops.silu_mul(gate_up_TM)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+    assert bool(((got.double() - expected).abs() <= tolerance * (expected.abs() + 1e-3)).all())
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:

@@ -20,7 +20,7 @@ from loray.train.checkpoint import FolderReporter
 from loray.train.data.rows import load_data
 from loray.train.loop import train
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.pairs import pair
+from tests.fixtures.training import pair
 
 BaseFactory = Callable[..., BaseModel]
 
@@ -83,7 +83,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     with torch's function computed without its kernel.
     """
     if request.param == "torch's kernel":
-        from tests.train.attention import functions
+        from tests.fixtures import attention as functions
 
         functions.install_flash_attn(monkeypatch, None)
         monkeypatch.setattr(functions.torch_varlen, "varlen_attn", functions.varlen_attn_on_cpu)

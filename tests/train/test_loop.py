@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,88 +15,50 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from jobs.driver.prepare import check_initial
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
-from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.spec import TrainSpec
+from loray.errors import SpecError, TrainingError
+from loray.methods.attach import InitialAdapter
+from loray.recipes.defaults import defaults_of
+from loray.spec import Method
 from loray.train import checkpoint, loop
-from loray.train.checkpoint import FolderReporter, RunState
-from loray.train.data.rows import Dataset, load_data
-from loray.train.loop import train
+from loray.train import objectives as loss_module
+from loray.train.checkpoint import ADAPTER, FolderReporter, Metrics, save_adapter
+from loray.train.data.rows import RowSource, load_data
+from loray.train.loop import HeldOut, train
+from loray.train.objectives import Loss, batch_loss
+from tests.adapters.test_export import ADAPTERS, in_peft, trained
+from tests.adapters.test_export import recipe as adapter_recipe
 from tests.fixtures.tiny import byte_tokenizer
-
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": {"method": "lora", "rank": 4, "dropout": 0.1}},
-    "dora": {"adapter": {"method": "dora", "rank": 4}},
-    "vera": {"adapter": {"method": "vera", "rank": 16, "dropout": 0.1}},
-    "longlora": {
-        "adapter": {"method": "longlora", "rank": 4},
-        "rope_scaling": {"factor": 2, "original_context": 32},
-        "attention": {"type": "s2", "group_size": 16},
-    },
-}
-TINY: dict[str, Any] = {"std": 0.05}
+from tests.fixtures.training import METHODS, assert_equal, curve, make_data, masters, recipe, run
 
 
-def recipe(method: str = "lora", **fields: Any) -> TrainSpec:
-    data: dict[str, Any] = {
-        "name": "test",
-        "base": "tiny",
-        "data": {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 64},
-        "batch": {"rows": 2, "accumulation": 2},
-        "optimizer": {"learning_rate": 2e-2, "warmup_steps": 2},
-        "max_steps": 8,
-        "dtype": "float32",
-    }
-    return TrainSpec.parse(data | METHODS[method] | fields, source="test")
-
-
-def make_data(folder: Path, spec: TrainSpec) -> Dataset:
-    """Arithmetic progressions of letters, documents of 20 to 64 tokens."""
-    path = folder / "data.jsonl"
-    texts = ["".join(chr(97 + (i + t * (1 + i % 3)) % 26) for t in range(20 + (7 * i) % 44)) for i in range(40)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = spec.data.model_copy(update={"train": str(path)})
-    return load_data(source, byte_tokenizer(), max_length=64, max_eval_rows=6, seed=spec.seed)
-
-
-def run(
-    spec: TrainSpec, base: BaseModel, folder: Path, *, resume_from: Path | None = None, name: str = "run"
-) -> tuple[RunState, FolderReporter]:
-    reporter = FolderReporter(folder / name, keep=9)
-    state = train(spec, base, make_data(folder, spec), reporter=reporter, workdir=folder, resume_from=resume_from)
-    return state, reporter
-
-
-def curve(reporter: FolderReporter) -> list[tuple[float, ...]]:
-    return [(e["step"], e["loss"], e["lr"], e["grad_norm"]) for e in reporter.events if e["event"] == "step"]
-
-
-def masters(reporter: FolderReporter) -> dict[str, torch.Tensor]:
-    state = torch.load(reporter.checkpoints[-1].path / "optimizer.pt", weights_only=True)
-    tensors: dict[str, torch.Tensor] = state["masters"]
-    return tensors
+def loss_of(model: Any, rows: RowSource) -> float:
+    """By whole logits of each row."""
+    total, num_targets = 0.0, 0
+    for i in range(len(rows.lengths)):
+        ids = torch.tensor(rows.row(i)[0].astype("int64"))[None]
+        num_targets += ids.shape[1] - 1
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    return total / num_targets
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_learns_and_leaves_an_adapter(
-    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
-) -> None:
+def test_every_method_learns_and_leaves_an_adapter(method: str, base: BaseModel, tmp_path: Path) -> None:
     """With other bases' draws the loss falls to 0.81 to 0.90 of the untrained one's, LongLoRA's below 0.6."""
-    base = tiny_base(**TINY)
     optimizer = {"learning_rate": 1e-1 if method == "vera" else 2e-2, "warmup_steps": 2}
     state, reporter = run(recipe(method, max_steps=60, optimizer=optimizer), base, tmp_path)
-    assert state.step == 60
     start = reporter.events[0]
-    assert start["event"] == "start"
-    assert start["num_steps"] == 60
+    assert (state.step, start["event"], start["num_steps"]) == (60, "start", 60)
     assert 0 < start["trainable_share"] == start["num_trainable"] / start["num_parameters"] < 1
     untrained = state.baselines[-1]
     assert untrained.subject == ("base_scaled" if method == "longlora" else "base")
     assert state.eval_loss is not None
     assert state.eval_loss < 0.95 * untrained.value
-    weights = read_adapter(reporter.best.path / checkpoint.ADAPTER, base.config)
-    assert len(weights.modules) == 8
+    assert len(read_adapter(reporter.best.path / ADAPTER, base.config).modules) == 8
     assert checkpoint.read_state(reporter.best.path).evaluations()[-1].value == state.eval_loss
 
 
@@ -109,38 +72,28 @@ def test_every_method_learns_and_leaves_an_adapter(
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
-    method: str, dtype: str, order: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    method: str, dtype: str, order: str, base: BaseModel, tmp_path: Path
 ) -> None:
-    base = tiny_base(**TINY)
-    spec = recipe(
-        method, dtype=dtype, batch={"rows": 2, "accumulation": 2, "order": order}, checkpoint={"interval_steps": 3}
-    )
+    batch = {"rows": 2, "accumulation": 2, "order": order}
+    spec = recipe(method, dtype=dtype, batch=batch, checkpoint={"interval_steps": 3})
     _, unbroken = run(spec, base, tmp_path)
     assert [c.step for c in unbroken.checkpoints] == [3, 6, 8]
     _, resumed = run(spec, base, tmp_path, resume_from=unbroken.checkpoints[0].path, name="resumed")
     assert resumed.events[0]["step"] == 3
     assert curve(resumed) == curve(unbroken)[3:]
     assert resumed.checkpoints[-1].eval_loss == unbroken.checkpoints[-1].eval_loss
-    theirs = masters(unbroken)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in masters(resumed).items())
-
-
-def test_a_finished_run_has_nothing_left_to_do(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base = tiny_base(**TINY)
-    _, first = run(recipe(max_steps=2), base, tmp_path)
-    state, again = run(recipe(max_steps=2), base, tmp_path, resume_from=first.checkpoints[-1].path, name="again")
-    assert state.step == 2
-    assert [e["event"] for e in again.events] == ["start"]
+    assert_equal(masters(resumed), masters(unbroken))
+    state, again = run(spec, base, tmp_path, resume_from=resumed.checkpoints[-1].path, name="again")
+    assert (state.step, [e["event"] for e in again.events]) == (8, ["start"])  # nothing is left to do
 
 
 @pytest.mark.parametrize(("min_delta", "last"), [(100.0, 3), (0.0, 8)])
 def test_a_run_ends_early_where_the_held_out_loss_stops_falling(
-    min_delta: float, last: int, tiny_base: Callable[..., BaseModel], tmp_path: Path
+    min_delta: float, last: int, base: BaseModel, tmp_path: Path
 ) -> None:
     """No loss falls by 100, and at this rate every one falls by more than nothing. A resumed run knows that it had
     ended.
     """
-    base = tiny_base(**TINY)
     spec = recipe(
         optimizer={"learning_rate": 2e-3, "warmup_steps": 2},
         evaluation={"interval_steps": 1},
@@ -160,47 +113,33 @@ def test_a_run_ends_early_where_the_held_out_loss_stops_falling(
         assert longer.step == 8
 
 
-def test_accumulation_does_not_change_the_gradient(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_gradient(base: BaseModel, tmp_path: Path) -> None:
     """Micro-batches of unequal numbers of targets: only a division by the step's own count gives this."""
-    base = tiny_base(**TINY)
-    plain = {"method": "lora", "rank": 4}
-    _, whole = run(recipe(adapter=plain, batch={"rows": 8}, max_steps=3), base, tmp_path, name="a")
-    _, parts = run(recipe(adapter=plain, batch={"rows": 2, "accumulation": 4}, max_steps=3), base, tmp_path, name="b")
+    plain: dict[str, Any] = {"adapter": {"method": "lora", "rank": 4}, "max_steps": 3}
+    _, whole = run(recipe(**plain, batch={"rows": 8}), base, tmp_path, name="a")
+    _, parts = run(recipe(**plain, batch={"rows": 2, "accumulation": 4}), base, tmp_path, name="b")
     for a, b in zip(curve(whole), curve(parts), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_held_out_loss_is_what_transformers_computes(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base = tiny_base(**TINY)
+def test_held_out_loss_is_what_transformers_computes(base: BaseModel, tmp_path: Path) -> None:
     spec = recipe("longlora", max_steps=1)
     state, _ = run(spec, base, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
-    scaled = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=torch.float32, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    )
-    rows = make_data(tmp_path, spec).evaluation
-    for baseline, reference in zip(state.baselines, (model, scaled), strict=True):
-        total, num_targets = 0.0, 0
-        for i in range(len(rows)):
-            ids = torch.tensor(rows.row(i)[0].astype("int64"))[None]
-            num_targets += ids.shape[1] - 1
-            with torch.no_grad():
-                logits = reference(ids).logits[0, :-1]
-            total += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        assert baseline.value == pytest.approx(total / num_targets, rel=1e-5)
     assert [b.subject for b in state.baselines] == ["base", "base_scaled"]
+    linear = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}
+    for baseline, rope in zip(state.baselines, ({}, linear), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, **rope)
+        assert baseline.value == pytest.approx(loss_of(model, make_data(tmp_path, spec).evaluation), rel=1e-5)
     assert state.baselines[0].value != state.baselines[1].value
 
 
-def test_the_best_checkpoint_is_kept(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept(base: BaseModel, tmp_path: Path) -> None:
     spec = recipe(
         max_steps=12,
         optimizer={"learning_rate": 0.3, "schedule": "constant", "max_grad_norm": None},
         evaluation={"interval_steps": 2},
     )
-    reporter = FolderReporter(tmp_path / "kept", keep=1)
-    base = tiny_base(**TINY)
-    state = train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
+    state, reporter = run(spec, base, tmp_path, reporter=FolderReporter(tmp_path / "kept", keep=1))
     losses = {e["step"]: e["eval_loss"] for e in reporter.events if e["event"] == "eval" and e["step"]}
     assert list(losses) == [2, 4, 6, 8, 10, 12]
     assert reporter.best.eval_loss == min(losses.values()) == state.best_eval_loss
@@ -208,64 +147,186 @@ def test_the_best_checkpoint_is_kept(tiny_base: Callable[..., BaseModel], tmp_pa
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == sorted(c.path.name for c in reporter.checkpoints)
 
 
-def test_epochs_give_the_number_of_steps(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    state, _ = run(recipe(max_steps=None, num_epochs=1), tiny_base(**TINY), tmp_path)
-    assert state.step == 8  # 32 rows in micro-batches of 2, two a step
-    assert (state.epoch, state.index) == (0, 16)
+def test_epochs_give_the_number_of_steps(base: BaseModel, tmp_path: Path) -> None:
+    state, _ = run(recipe(max_steps=None, num_epochs=1), base, tmp_path)
+    assert (state.step, state.epoch, state.index) == (8, 0, 16)  # 32 rows in micro-batches of 2, two a step
 
 
-# -- steps that are not finite ----------------------------------------------------------------------------------------
-
-
-EXPLODING: dict[str, Any] = {"learning_rate": 1e36, "schedule": "constant"}
-
-
-def test_what_may_be_published(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    state, _ = run(recipe(max_steps=1), tiny_base(**TINY), tmp_path)
-    checkpoint.check_publishable(state)
-    without_held_out = state.model_copy(update={"baselines": (), "eval_loss": None})
-    checkpoint.check_publishable(without_held_out)
-    with pytest.raises(TrainingError, match="no finite held-out loss; nothing was published"):
-        checkpoint.check_publishable(state.model_copy(update={"eval_loss": None}))
-    with pytest.raises(TrainingError, match="every step up to 1 was skipped"):
-        checkpoint.check_publishable(state.model_copy(update={"skipped_steps": 1}))
-
-
-def test_speed_is_wall_time_from_step_to_step(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_speed_is_wall_time_from_step_to_step(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 10))  # seconds: read at the start and after each step
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    _, reporter = run(recipe(max_steps=3), tiny_base(**TINY), tmp_path)
+    _, reporter = run(recipe(max_steps=3), base, tmp_path)
     steps = [e for e in reporter.events if e["event"] == "step"]
     tokens = [steps[0]["num_tokens"], *(b["num_tokens"] - a["num_tokens"] for a, b in pairwise(steps))]
     assert [e["tokens_per_s"] for e in steps] == [n / 10 for n in tokens]
     assert [e["eta_s"] for e in steps] == [20, 10, 0]
 
 
-# -- resuming what does not fit ---------------------------------------------------------------------------------------
+def test_a_deterministic_run_has_torchs_deterministic_algorithms_and_leaves_them_as_they_were(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    seen = set[bool]()
+
+    class Looks(FolderReporter):
+        def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
+            seen.add(torch.are_deterministic_algorithms_enabled())
+            super().report(metrics, checkpoint)
+
+    curves = []
+    for wanted in (True, False):
+        spec, looks = recipe("longlora", max_steps=2, deterministic=wanted), Looks(tmp_path / f"run-{wanted}")
+        curves.append(curve(run(spec, base, tmp_path, reporter=looks)[1]))
+        assert seen == {wanted}
+        assert not torch.are_deterministic_algorithms_enabled()
+        seen.clear()
+    assert curves[0] == curves[1]  # on a CPU, where all algorithms are
 
 
-def test_another_recipe_is_not_resumed(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base = tiny_base(**TINY)
-    _, first = run(recipe(max_steps=1), base, tmp_path)
-    saved = first.checkpoints[0].path
-    with pytest.raises(SpecError, match="cannot resume from step 1: adapter, seed changed"):
-        run(recipe("vera", seed=1), base, tmp_path, resume_from=saved)
-    with pytest.raises(SpecError, match=r"a step's micro-batches \(batch\.accumulation × num_workers ÷ parallel"):
-        run(recipe(num_workers=2), base, tmp_path, resume_from=saved)
-    checkpoint.check_resumable(
-        checkpoint.read_state(saved),
-        recipe(num_workers=2, batch={"rows": 2, "accumulation": 1}),
-        base.fingerprint,
-        make_data(tmp_path, recipe()).fingerprint,
+# -- steps and parameters that are not finite: skipped, counted, and never published
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: Callable[[int], bool]) -> None:
+    """Losses of those training micro-batches become nan."""
+    calls = iter(range(1 << 20))
+
+    def poisoned(model: Any, batch: Any) -> Loss:
+        loss = batch_loss(model, batch)
+        return loss._replace(total=loss.total * math.nan) if model.training and bad_calls(next(calls)) else loss
+
+    monkeypatch.setattr(loss_module, "batch_loss", poisoned)
+
+
+def test_bad_steps_are_skipped_and_counted(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: call in (3, 8))  # steps 2 and 5, two micro-batches each
+    state, reporter = run(recipe(), base, tmp_path)
+    assert state.skipped_steps == 2
+    assert [e["skipped_steps"] for e in reporter.events if e["event"] == "step"] == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert all(bool(tensor.isfinite().all()) for tensor in masters(reporter).values())
+    assert state.eval_loss is not None
+
+
+def test_the_limit_stops_the_run_with_the_last_good_state_kept(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = recipe(max_nonfinite_steps=2)
+    poison(monkeypatch, lambda call: call >= 6)  # from step 4 on
+    reporter = FolderReporter(tmp_path / "stopped", keep=9)
+    with pytest.raises(TrainingError, match="stopped at step 5: 2 steps had a loss or gradient that is not finite"):
+        run(spec, base, tmp_path, reporter=reporter)
+    assert [c.step for c in reporter.checkpoints] == [5]
+    assert len(masters(reporter)) == 16
+    read_adapter(reporter.best.path / ADAPTER, base.config)
+    assert all(bool(tensor.isfinite().all()) for tensor in masters(reporter).values())
+    monkeypatch.setattr(loss_module, "batch_loss", batch_loss)
+    state, _ = run(spec, base, tmp_path, resume_from=reporter.best.path, name="resumed")
+    assert (state.step, state.skipped_steps) == (8, 2)
+
+
+EXPLODING = {"optimizer": {"learning_rate": 1e36, "schedule": "constant"}, "max_nonfinite_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_nonfinite_steps": 3}, "stopped at step 3"),
+        ({"max_steps": 3}, "every step had a loss or gradient that is not finite"),
+        (EXPLODING, r"stopped at step \d: 2 steps had"),  # an update breaks the parameters
+        (EXPLODING | {"data": {"train": "x", "eval_fraction": 0.0, "max_length": 64}}, r"stopped at step \d: 2 steps"),
+    ],
+)
+def test_a_run_that_never_took_a_good_step_leaves_nothing(
+    fields: dict[str, Any], message: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "optimizer" not in fields:
+        poison(monkeypatch, lambda call: True)
+    reporter = FolderReporter(tmp_path / "run")
+    with pytest.raises(TrainingError, match=message):
+        run(recipe(**fields), base, tmp_path, reporter=reporter)
+    assert reporter.checkpoints == []
+
+
+def test_a_run_that_ends_broken_has_no_result_unless_the_best_is_kept(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 4.0, math.nan] * 2)  # the baseline, step 2, step 4
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: HeldOut(next(losses), {}))
+    every_2 = {"interval_steps": 2}
+    state, reporter = run(recipe(max_steps=4, evaluation=every_2), base, tmp_path)
+    assert (state.step, state.eval_loss) == (4, None)
+    assert [(c.step, c.eval_loss) for c in reporter.checkpoints] == [(2, 4.0)]
+    with pytest.raises(TrainingError, match="held-out loss after the last step is not finite"):
+        run(recipe(max_steps=4, evaluation=every_2 | {"keep_best": False}), base, tmp_path, name="latest")
+
+
+def test_a_base_that_is_broken_itself_is_not_trained(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: HeldOut(math.inf, {}))
+    with pytest.raises(TrainingError, match="held-out loss of base is inf before any training"):
+        run(recipe(), base, tmp_path)
+
+
+# -- a run that starts from another one's adapter: at its loss, under its RoPE, resumed without it
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_it_starts_where_the_other_ended(method: str, base: BaseModel, tmp_path: Path) -> None:
+    _, first = run(recipe(method, max_steps=4), base, tmp_path, name="first")
+    folder = first.checkpoints[-1].path / ADAPTER
+    spec = recipe(method, max_steps=4, seed=3, init_adapter="first@1", checkpoint={"interval_steps": 2})
+    initial, rows = InitialAdapter("0" * 64, folder), make_data(tmp_path, spec).evaluation
+    state, second = run(spec, base, tmp_path, name="second", initial=initial)
+    (parent,) = state.baselines
+    assert (parent.subject, state.parent) == ("parent", "0" * 64)
+    like = type("Like", (), {"config": trained(base, spec).config})
+    assert parent.value == pytest.approx(loss_of(in_peft(base, like, folder), rows), rel=1e-5)
+    resume_from = second.checkpoints[0].path
+    _, again = run(spec, base, tmp_path, name="again", initial=initial, resume_from=resume_from)
+    assert curve(again) == curve(second)[2:]
+    assert_equal(masters(again), masters(second))
+    with pytest.raises(SpecError, match="init_adapter is first@1: the files of an adapter go with it"):
+        run(spec, base, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "longlora"])
+def test_at_the_default_rate_stage_two_beats_stage_one_on_its_own_rows(
+    method: Method, base: BaseModel, tmp_path: Path
+) -> None:
+    """Alphabets forward, then backward: the loss of the parent on backward ones is that of stage one."""
+    rates = (defaults_of(method, is_continued=is_on)["optimizer.learning_rate"].value for is_on in (False, True))
+    new, on = (
+        recipe(method, max_steps=20, optimizer={"learning_rate": rate, "warmup_ratio": 0.05}, **fields)
+        for rate, fields in zip(rates, ({}, {"init_adapter": "first@1"}), strict=True)
     )
-    moved = recipe(max_steps=2, data={"train": "/elsewhere.jsonl", "eval_fraction": 0.2, "max_length": 64})
-    state, _ = run(moved, base, tmp_path, resume_from=saved, name="moved")
-    assert state.step == 2
+    _, first = run(new, base, tmp_path, name="first")
+    texts = ["".join(chr(122 - (i + t) % 26) for t in range(20 + i)) for i in range(40)]
+    (tmp_path / "back.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = on.data.model_copy(update={"train": str(tmp_path / "back.jsonl")})
+    data = load_data(source, byte_tokenizer(), max_length=64, max_eval_rows=8, seed=0)
+    initial = InitialAdapter("0" * 64, first.checkpoints[-1].path / ADAPTER)
+    state = train(on, base, data, reporter=FolderReporter(tmp_path / "second"), workdir=tmp_path, initial=initial)
+    (parent,) = state.baselines
+    assert state.eval_loss is not None
+    assert state.eval_loss < 0.99 * parent.value
 
 
-def test_a_damaged_checkpoint_is_named(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(IntegrityError, match="not a complete checkpoint"):
-        run(recipe(), tiny_base(**TINY), tmp_path, resume_from=tmp_path / "empty")
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("rslora", {"use_rslora": False}, "its update is scaled by 1.5"),
+        ("vera", {"projection_prng_key": 4}, r"random pair is another one \(projection_prng_key\)"),
+        ("vera", {"rank": 8}, "its rank is 24"),
+        ("vera", {"method": "lora"}, "its method is vera"),
+    ],
+)
+def test_what_differs_is_named(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, name: str, fields: dict[str, Any], message: str
+) -> None:
+    base, spec = tiny_base(), adapter_recipe(ADAPTERS[name])
+    save_adapter(trained(base, spec), spec.adapter, tmp_path)
+    weights = read_adapter(tmp_path, base.config)
+    check_initial(spec.adapter, weights, base.config, "first@1")
+    changed = {k: v for k, v in ADAPTERS[name]["adapter"].items() if "prng" not in k or fields.keys() != {"method"}}
+    other = adapter_recipe({"adapter": changed | fields})
+    with pytest.raises(SpecError, match=f"init_adapter first@1 is another adapter .*{message}"):
+        check_initial(other.adapter, weights, base.config, "first@1")

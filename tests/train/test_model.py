@@ -1,4 +1,4 @@
-"""The model that a recipe trains: S2-Attn inside whole transformers models, RoPE, what is trained, checkpointing."""
+"""The model that a recipe trains: attention inside whole transformers models, RoPE, what is trained, checkpointing."""
 
 from __future__ import annotations
 
@@ -9,89 +9,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from loray.bases.registry import BaseModel
 from loray.engine.model.decoder import frequencies
 from loray.errors import UnsupportedError
 from loray.recipes.resolve import resolve
-from loray.spec import TrainSpec
 from loray.train import hooks
-from loray.train.model import build_model, dense
-from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
-
-BaseFactory = Callable[..., BaseModel]
-ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-T = 40
-
-
-LLAMA3: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-S2: dict[str, Any] = {"type": "s2", "group_size": 8}
-
-
-def recipe(
-    method: str = "longlora",
-    *,
-    rope: str | None = "linear",
-    factor: float = 2.0,
-    original: int | None = 16,
-    group_size: int | None = 8,
-    **fields: Any,
-) -> TrainSpec:
-    """LongLoRA: 16 tokens doubled to 32, groups of 8. Other methods have neither unless `fields` say so."""
-    rest: dict[str, Any] = {"adapter": {"method": method, "rank": 4} | fields.pop("adapter", {})}
-    if method == "longlora":
-        rest["attention"] = S2 | {"group_size": group_size}
-        rest["rope_scaling"] = rope and {"type": rope, "factor": factor, "original_context": original}
-    rest |= {
-        "name": "test",
-        "data": {"train": "none.jsonl"},
-        "batch": {"rows": 2},
-        "optimizer": {"learning_rate": 1e-3},
-        "max_steps": 1,
-        "dtype": "float32",
-    }
-    return TrainSpec.model_validate(rest | fields)
-
-
-def tokens(num_rows: int = 2, num_tokens: int = T) -> Tensor:
-    return torch.randint(0, 256, (num_rows, num_tokens), generator=torch.Generator().manual_seed(3))
-
-
-def strengthen(model: Any) -> Any:
-    """Trained parameters that move the logits."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, p in sorted(model.named_parameters()):
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def positions(ids_BT: Tensor) -> Tensor:
-    """Counting from 0 in each document."""
-    out = torch.zeros_like(ids_BT)
-    for b, t in torch.cartesian_prod(torch.arange(ids_BT.shape[0]), torch.arange(1, ids_BT.shape[1])).tolist():
-        out[b, t] = out[b, t - 1] + 1 if ids_BT[b, t] == ids_BT[b, t - 1] else 0
-    return out
-
-
-def batch(kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs, document ids)"""
-    if kind == "full":
-        return {"input_ids": tokens()}, torch.zeros(2, T, dtype=torch.long)
-    if kind == "padded":
-        ids = torch.tensor([runs((0, T)), runs((0, 13), (-1, T - 13))])
-        return {"input_ids": tokens(), "attention_mask": (ids >= 0).long()}, ids
-    ids = torch.tensor([runs((0, 3), (1, 20), (2, T - 23)), runs((0, T - 1), (1, 1))])
-    return {"input_ids": tokens(), "position_ids": positions(ids)}, ids
+from loray.train.hooks import DENSE
+from loray.train.model import build_model, count_parameters, dense
+from tests.fixtures.attention import oracle, oracle_mask, runs
+from tests.fixtures.models import (
+    ARCHITECTURES,
+    LLAMA3,
+    S2,
+    BaseFactory,
+    T,
+    batch,
+    logits_and_gradients,
+    model_recipe,
+    positions,
+    strengthen,
+    tokens,
+)
 
 
 @pytest.fixture
@@ -105,14 +45,6 @@ def oracle_attention() -> Iterator[Callable[[Tensor], None]]:
     AttentionInterface.register("s2_oracle", attention)
     yield masks.append
     del AttentionInterface._global_mapping["s2_oracle"]
-
-
-def logits_and_gradients(model: Any, inputs: dict[str, Tensor], real_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    logits = model(**inputs).logits[real_BT]
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
-    (logits * weights).mean().backward()
-    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def check(model: Any, inputs: dict[str, Tensor], ids_BT: Tensor, oracle_attention: Callable[[Tensor], None]) -> None:
@@ -132,7 +64,7 @@ def check(model: Any, inputs: dict[str, Tensor], ids_BT: Tensor, oracle_attentio
 def test_padding_and_packing_reach_every_layer(
     tiny_base: BaseFactory, oracle_attention: Callable[[Tensor], None], architecture: str, kind: str
 ) -> None:
-    model = strengthen(build_model(tiny_base(architecture), recipe())).double()
+    model = strengthen(build_model(tiny_base(architecture), model_recipe())).double()
     inputs, ids_BT = batch(kind)
     check(model, inputs, ids_BT, oracle_attention)
 
@@ -159,7 +91,7 @@ def test_s2_is_a_choice_of_its_own(
 ) -> None:
     """Any method, positions scaled or not, on a base that is scaled already or not."""
     base = tiny_base(**rope)
-    spec = recipe(method, attention=S2, rope_scaling=scaling)
+    spec = model_recipe(method, attention=S2, rope_scaling=scaling)
     model = strengthen(build_model(base, spec)).double()
     resolved = resolve(spec, base.config)
     assert (resolved.rope is None) == (scaling is None)
@@ -168,18 +100,8 @@ def test_s2_is_a_choice_of_its_own(
     check(model, inputs, ids_BT, oracle_attention)
 
 
-def test_packed_documents_are_independent(tiny_base: BaseFactory) -> None:
-    model = build_model(tiny_base(), recipe())
-    inputs, _ = batch("packed")
-    before = model(**inputs).logits
-    inputs["input_ids"][0, :3] += 1
-    after = model(**inputs).logits
-    assert torch.equal(after[0, 3:], before[0, 3:])
-    assert not torch.equal(after[0, :3], before[0, :3])
-
-
 def test_segments_are_found_once_a_batch(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model(tiny_base(num_hidden_layers=3), recipe(gradient_checkpointing=True)).train()
+    model = build_model(tiny_base(num_hidden_layers=3), model_recipe(gradient_checkpointing=True)).train()
     calls = []
     compute = hooks.segment_batch
     monkeypatch.setattr(hooks, "segment_batch", lambda *a, **k: calls.append(a) or compute(*a, **k))
@@ -188,7 +110,7 @@ def test_segments_are_found_once_a_batch(tiny_base: BaseFactory, monkeypatch: py
 
 
 def test_dense_is_full_attention_and_only_inside(tiny_base: BaseFactory) -> None:
-    model = strengthen(build_model(tiny_base(), recipe())).eval()
+    model = strengthen(build_model(tiny_base(), model_recipe())).eval()
     inputs, _ = batch("full")
     with torch.no_grad():
         sparse = model(**inputs).logits
@@ -206,7 +128,7 @@ def test_dense_is_full_attention_and_only_inside(tiny_base: BaseFactory) -> None
 
 
 def test_dense_leaves_another_model_alone(tiny_base: BaseFactory) -> None:
-    model = build_model(tiny_base(), recipe(attention={"type": "dense"}))
+    model = build_model(tiny_base(), model_recipe(attention={"type": "dense"}))
     with dense(model):
         assert model.config._attn_implementation == "loray_dense"
     assert model.config._attn_implementation == "loray_dense"
@@ -221,7 +143,7 @@ def test_dense_leaves_another_model_alone(tiny_base: BaseFactory) -> None:
     ],
 )
 def test_what_it_cannot_compute_is_refused(tiny_base: BaseFactory, inputs: dict[str, Any], message: str) -> None:
-    model = build_model(tiny_base(), recipe())
+    model = build_model(tiny_base(), model_recipe())
     with pytest.raises(UnsupportedError, match=message):
         model(input_ids=tokens(), **inputs)
 
@@ -229,7 +151,7 @@ def test_what_it_cannot_compute_is_refused(tiny_base: BaseFactory, inputs: dict[
 @pytest.mark.parametrize("real", [T, 30])
 def test_packing_with_an_attention_mask_is_refused(tiny_base: BaseFactory, real: int) -> None:
     """transformers would drop the packing without a word."""
-    model = build_model(tiny_base(), recipe())
+    model = build_model(tiny_base(), model_recipe())
     mask = torch.tensor([runs((1, real), (0, T - real))] * 2)
     with pytest.raises(ValueError, match="restart"):
         model(input_ids=tokens(), position_ids=batch("packed")[0]["position_ids"], attention_mask=mask)
@@ -249,7 +171,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base: BaseFactory, fiel
     inputs, ids_BT = batch("padded")
     results = []
     for checkpointing in (False, True):
-        model = strengthen(build_model(tiny_base(), recipe(**fields, gradient_checkpointing=checkpointing))).train()
+        model = strengthen(
+            build_model(tiny_base(), model_recipe(**fields, gradient_checkpointing=checkpointing))
+        ).train()
         assert model.is_activation_checkpointing == checkpointing
         results.append(logits_and_gradients(model, inputs, ids_BT >= 0))
     (logits, gradients), (logits_again, gradients_again) = results
@@ -259,7 +183,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base: BaseFactory, fiel
 
 @pytest.mark.parametrize("rope", ["linear", "ntk", "yarn"])
 def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str) -> None:
-    base, spec = tiny_base(), recipe(rope=rope, factor=4.0)
+    base, spec = tiny_base(), model_recipe(rope=rope, factor=4.0)
     model = build_model(base, spec)
     assert resolve(spec, base.config).context == model.config.max_position_embeddings == 64
     rope_parameters = resolve(spec, base.config).rope
@@ -270,18 +194,11 @@ def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str
     assert rotary.attention_scaling == pytest.approx(attention)
 
 
-def test_without_scaling_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
-    base, spec = tiny_base(), recipe("lora")
-    model = build_model(base, spec)
-    assert resolve(spec, base.config).context == model.config.max_position_embeddings == 512
-    assert model.config.rope_parameters["rope_type"] == "default"
-
-
 def test_context_defaults_to_the_bases_window_and_groups_to_a_quarter(tiny_base: BaseFactory) -> None:
-    base, spec = tiny_base(), recipe(original=None, group_size=None)
+    base, spec = tiny_base(), model_recipe(original=None, group_size=None)
     assert resolve(spec, base.config).context == 1024
     assert build_model(base, spec).config.s2_group_size == 256
-    short = recipe("lora", attention={"type": "s2"}, data={"train": "none.jsonl", "max_length": 64})
+    short = model_recipe("lora", attention={"type": "s2"}, data={"train": "none.jsonl", "max_length": 64})
     assert build_model(base, short).config.s2_group_size == 16  # of the rows, which nothing extends
 
 
@@ -292,9 +209,128 @@ def test_small_groups_are_warned_of(tiny_base: BaseFactory, monkeypatch: pytest.
     logger = logging.getLogger("loray.train.model")
     logger.addHandler(handler)
     try:
-        build_model(tiny_base(), recipe(group_size=6))
-        build_model(tiny_base(), recipe(group_size=8))
+        build_model(tiny_base(), model_recipe(group_size=6))
+        build_model(tiny_base(), model_recipe(group_size=8))
     finally:
         logger.removeHandler(handler)
     assert len(warnings) == 1
     assert "group_size 6" in warnings[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "vera", "longlora"])
+def test_only_the_adapter_is_trained(tiny_base: BaseFactory, method: str, dtype: str) -> None:
+    base = tiny_base("Qwen3ForCausalLM")
+    model = build_model(base, model_recipe(method, dtype=dtype))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    suffixes = {n.split(".")[-2] if "lora" not in n and "vera" not in n else n.split("proj.")[1] for n in trained}
+    extras = {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"}
+    expected = {
+        "lora": {"lora_A.default.weight", "lora_B.default.weight"},
+        "vera": {"vera_lambda_b", "vera_lambda_d"},
+        "longlora": {"lora_A.default.weight", "lora_B.default.weight"} | extras,
+    }
+    assert suffixes == expected[method]
+    count = count_parameters(model)
+    assert count.trainable == sum(p.numel() for p in trained.values())
+    assert 0 < count.trainable < count.total
+
+
+def test_tied_embedding_trains_a_copy_and_the_head_stays(tiny_base: BaseFactory) -> None:
+    model = build_model(tiny_base(tie_word_embeddings=True), model_recipe())
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(head, embedding)
+    assert embedding.requires_grad
+    assert not head.requires_grad
+    before = head.clone()
+    model(input_ids=tokens()).logits.square().sum().backward()
+    with torch.no_grad():
+        embedding -= embedding.grad
+    assert torch.equal(model.get_output_embeddings().weight, before)
+    assert not torch.equal(embedding, before)
+
+
+def test_the_seed_decides_the_initial_weights_and_nothing_else(tiny_base: BaseFactory) -> None:
+    def initial(seed: int) -> list[Tensor]:
+        model = build_model(tiny_base(), model_recipe("lora", seed=seed))
+        return [p.detach() for n, p in sorted(model.named_parameters()) if "lora_A" in n]
+
+    state = torch.get_rng_state()
+    first, second, third = initial(1), initial(1), initial(2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first, third))
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_an_untrained_adapter_is_the_base(tiny_base: BaseFactory, method: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base()
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = build_model(base, model_recipe(method))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "kind"),
+    [
+        *((architecture, "lora", "packed") for architecture in ARCHITECTURES),
+        ("LlamaForCausalLM", "lora", "full"),
+        ("LlamaForCausalLM", "dora", "padded"),
+        ("LlamaForCausalLM", "vera", "packed"),
+        ("LlamaForCausalLM", "longlora", "packed"),
+    ],
+)
+def test_logits_and_gradients_are_those_of_a_mask(
+    tiny_base: BaseFactory, architecture: str, method: str, kind: str
+) -> None:
+    model = strengthen(build_model(tiny_base(architecture), model_recipe(method, attention={"type": "dense"}))).double()
+    assert model.config._attn_implementation == DENSE
+    inputs, ids_BT = batch(kind)
+    found, gradients = logits_and_gradients(model, inputs, ids_BT >= 0)
+    model.set_attn_implementation("sdpa")  # with a boolean mask, and in fp64 throughout
+    expected, expected_gradients = logits_and_gradients(model, inputs, ids_BT >= 0)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-10, rtol=1e-10, msg=name)
+
+
+def test_generation_with_a_cache_and_padding_on_the_left(tiny_base: BaseFactory) -> None:
+    model = strengthen(build_model(tiny_base(), model_recipe("lora"))).eval()
+    mask_BT = torch.tensor([runs((0, 3), (1, 5)), runs((1, 8))])
+    prompt: dict[str, Any] = {"input_ids": tokens(2, 8), "attention_mask": mask_BT, "max_new_tokens": 4}
+    found = model.generate(**prompt, use_cache=True, do_sample=False)
+    model.set_attn_implementation("eager")
+    assert torch.equal(found, model.generate(**prompt, use_cache=True, do_sample=False))
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.num_elements = max(self.num_elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_packed_rows_need_no_tensor_that_is_quadratic_in_their_length(tiny_base: BaseFactory, method: str) -> None:
+    model = build_model(tiny_base(), model_recipe(method))
+    ids_BT = torch.tensor([runs((0, 300), (1, 20), (2, 704))])
+    inputs = {"input_ids": tokens(1, 1024), "position_ids": positions(ids_BT)}
+    largest = {}
+    for attention in (DENSE, "sdpa"):
+        model.set_attn_implementation(attention)
+        with _Largest() as seen:
+            model.base_model(**inputs, use_cache=False).last_hidden_state.sum().backward()
+        largest[attention] = seen.num_elements
+    assert largest["sdpa"] >= 1024**2
+    assert largest[DENSE] <= 1024**2 // 4

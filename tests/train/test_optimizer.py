@@ -63,12 +63,9 @@ def test_warmup_is_linear_and_the_last_step_still_moves(schedule: str) -> None:
         assert rates[-1] == 0.01
 
 
-def test_warmup_ratio_rounds_up() -> None:
+def test_warmup_ratio_rounds_up_and_cosine_is_half_way_down_in_the_middle() -> None:
     assert learning_rate(1, 25, spec(warmup_ratio=0.1)) == pytest.approx(0.01 / 3)
     assert learning_rate(1, 25, spec()) == 0.01
-
-
-def test_cosine_is_half_way_down_in_the_middle() -> None:
     assert learning_rate(11, 20, spec(schedule="cosine")) == pytest.approx(0.005)
 
 
@@ -127,25 +124,28 @@ def test_embeddings_and_norms_are_not_decayed() -> None:
     assert {name: bool((p < 1).all()) for name, p in parameters.items()} == names
 
 
-def test_loraplus_trains_b_faster() -> None:
-    names = ["layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight", "embed_tokens.weight"]
-    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
-    ddp = strategy(parameters, loraplus_lr_ratio=16, eps=1e-12, max_grad_norm=None)
+@pytest.mark.parametrize(
+    ("fields", "ratios"),
+    [
+        (
+            {"loraplus_lr_ratio": 16},
+            {
+                "layers.0.q_proj.lora_A.default.weight": 1,
+                "layers.0.q_proj.lora_B.default.weight": 16,
+                "embed_tokens": 1,
+            },
+        ),
+        ({"vera_d_lr_ratio": 0.25}, {"layers.0.q_proj.vera_lambda_d": 0.25, "layers.0.q_proj.vera_lambda_b": 1}),
+    ],
+)
+def test_loras_b_and_veras_d_have_rates_of_their_own(fields: dict[str, Any], ratios: dict[str, float]) -> None:
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ratios}
+    ddp = strategy(parameters, **fields, eps=1e-12, max_grad_norm=None)
     for lr in (1e-3, 5e-4):  # Adam's first steps are as long as the rate where the gradient does not change
         before = {name: p.detach().clone() for name, p in parameters.items()}
-        step(ddp, dict.fromkeys(names, 0.1), lr=lr)
-        moved = [float((before[name] - parameters[name].detach())[0]) for name in names]
-        assert moved == pytest.approx([lr, 16 * lr, lr], rel=1e-3)
-
-
-def test_veras_d_has_a_rate_of_its_own() -> None:
-    names = ["layers.0.q_proj.vera_lambda_d", "layers.0.q_proj.vera_lambda_b"]
-    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
-    ddp = strategy(parameters, vera_d_lr_ratio=0.25, eps=1e-12, max_grad_norm=None)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    step(ddp, dict.fromkeys(names, 0.1), lr=1e-2)
-    moved = [float((before[name] - parameters[name].detach())[0]) for name in names]
-    assert moved == pytest.approx([0.25e-2, 1e-2], rel=1e-3)
+        step(ddp, dict.fromkeys(ratios, 0.1), lr=lr)
+        moved = [float((before[name] - parameters[name].detach())[0]) for name in ratios]
+        assert moved == pytest.approx([lr * ratio for ratio in ratios.values()], rel=1e-3)
 
 
 # -- skipped steps and states -----------------------------------------------------------------------------------------

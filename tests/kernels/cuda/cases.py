@@ -22,7 +22,7 @@ from loray_kernels import (
     RowTables,
 )
 from loray_kernels.reference import ReferenceOps
-from tests.kernels.keys import turned
+from tests.kernels.backends import turned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

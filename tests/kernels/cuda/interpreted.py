@@ -18,9 +18,9 @@ from loray_kernels.cuda import triton_launch
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.triton_launch import Tiles, split_input
+from tests.fixtures.shim import ShimLauncher
+from tests.kernels.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import *  # noqa: F403
-from tests.kernels.cuda.shim import ShimLauncher
-from tests.kernels.test_ops import *  # noqa: F403
 
 
 def _numbers(handle: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Decode steps that are launched before the tokens of the step before have been read."""
+"""Decode steps that are launched before the tokens of the step before have been read, and captured before the first."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +12,22 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
+from loray.engine.async_engine import AsyncEngine
+from loray.engine.build import build_engine
 from loray.engine.engine import Engine
-from loray.spec import GenerateRequest
+from loray.engine.model.decoder import Decoder
+from loray.errors import EngineError
+from loray.spec import GenerateRequest, ServeSpec
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
 from tests.fixtures.engines import fill_up, make_engine, request, run, submit
 from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.slow_masks import constraint, slow
-from tests.kernels.cuda.shim_ops import ShimOps
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
-from tests.kernels.cuda.test_engine import adapters, base, mixed, ops  # noqa: F401
+from tests.kernels.cuda.test_engine import adapters, base, mixed, ops
+from tests.fixtures.shim_ops import ShimOps, use_three_forms
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference
 
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -60,8 +67,8 @@ def num_ahead(order: Sequence[str]) -> int:
 
 def expected(
     monkeypatch: pytest.MonkeyPatch,
-    base: BaseModel,  # noqa: F811
-    adapters: Sequence[TestAdapter],  # noqa: F811
+    base: BaseModel,
+    adapters: Sequence[TestAdapter],
     requests: Sequence[GenerateRequest],
     **spec: Any,
 ) -> dict[str, list[int]]:
@@ -71,11 +78,7 @@ def expected(
 
 
 def test_a_step_is_launched_before_the_last_one_is_read(
-    base: BaseModel,  # noqa: F811
-    adapters: list[TestAdapter],  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each token of a request is one replay, none more: the last one is known by their number."""
     requests = [request(str(i), range(3, 9), [None, *adapters][i], max_tokens=9, **SAMPLING[i]) for i in range(3)]
@@ -90,10 +93,7 @@ def test_a_step_is_launched_before_the_last_one_is_read(
 
 @pytest.mark.parametrize("params", [{"repetition_penalty": 1.2}, {"min_tokens": 9}])
 def test_where_a_token_depends_on_those_before_it_they_are_read_first(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    params: dict[str, Any],
+    base: BaseModel, ops: ShimOps, order: list[str], params: dict[str, Any]
 ) -> None:
     run(make_engine(base), [request("plain", range(3, 9)), request("other", range(3, 9), max_tokens=5, **params)])
     assert num_ahead(order[: order.index("launch") + 8]) == 0
@@ -101,10 +101,7 @@ def test_where_a_token_depends_on_those_before_it_they_are_read_first(
 
 
 def test_steps_without_the_request_that_awaits_its_mask_are_launched_ahead(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = request("held", range(4, 9), structured=constraint(0.03, 6), max_tokens=7, temperature=1.0, seed=1)
     requests = [request("plain", range(3, 9), max_tokens=60, **SAMPLING[1]), held]
@@ -124,19 +121,12 @@ def test_steps_without_the_request_that_awaits_its_mask_are_launched_ahead(
 
 
 def test_requests_that_stop_leave_a_row_that_nobody_reads(
-    base: BaseModel,  # noqa: F811
-    mixed: dict[str, TestAdapter],  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their slots, blocks and adapters are taken by others at once, in a pool that is too small for all."""
     names = ["vera", "r2", None, "r7", "vera too", "dora", "rope"]
     own = [None if name is None else mixed[name] for name in names]
-    requests = [
-        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % 7], max_tokens=25, **SAMPLING[i % 4])
-        for i in range(16)
-    ]
+    requests = mixture(16, own, lambda _: 25, SAMPLING)
     free = expected(monkeypatch, base, list(mixed.values()), requests)
     stops = [tokens[3 + i % 9] for i, tokens in enumerate(free.values())]
     requests = [
@@ -161,10 +151,7 @@ def test_requests_that_stop_leave_a_row_that_nobody_reads(
 
 
 def test_a_cancelled_request_gets_nothing_more(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request(str(i), range(3 + i, 9), max_tokens=12) for i in range(3)]
     want = expected(monkeypatch, base, [], requests)
@@ -185,10 +172,7 @@ def test_a_cancelled_request_gets_nothing_more(
 
 
 def test_logits_that_are_not_finite_fail_their_request_a_step_later(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token that the next step takes meanwhile is one of the vocabulary."""
     requests = [request(str(i), range(3 + i, 9), max_tokens=8) for i in range(2)]
@@ -220,11 +204,7 @@ def test_logits_that_are_not_finite_fail_their_request_a_step_later(
 
 
 def test_tokens_of_own_embedding_rows_are_read_first(
-    base: BaseModel,  # noqa: F811
-    mixed: dict[str, TestAdapter],  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which row of its own a token has is looked up on the host."""
     every = list(mixed.values())
@@ -237,10 +217,7 @@ def test_tokens_of_own_embedding_rows_are_read_first(
 
 
 def test_steps_beyond_what_is_recorded_take_drawn_tokens_too(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computed launch by launch, they read the same words."""
     monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
@@ -254,10 +231,7 @@ def test_steps_beyond_what_is_recorded_take_drawn_tokens_too(
 
 
 def test_tokens_that_no_kernel_draws_are_taken_by_the_next_step_too(
-    base: BaseModel,  # noqa: F811
-    ops: ShimOps,  # noqa: F811
-    order: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, ops: ShimOps, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend without a chooser, as for a vocabulary that is too large for it: torch cuts by top-k and top-p."""
     requests = [request(str(i), range(3, 9 + i), max_tokens=7, **SAMPLING[i]) for i in range(4)]
@@ -266,3 +240,97 @@ def test_tokens_that_no_kernel_draws_are_taken_by_the_next_step_too(
     order.clear()
     assert run(make_engine(base), requests) == want
     assert len(ops.replayed) >= 6
+
+
+@pytest.fixture
+def three_forms(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
+    return use_three_forms(monkeypatch)
+
+
+def build(base: BaseModel) -> AsyncEngine:
+    spec = ServeSpec(
+        base=base.name,
+        dtype="float32",
+        pool_bytes=8 << 20,
+        itl_slo_ms=1e9,
+        graph_record_s=1e9,
+        max_num_seqs=4,
+        num_threads=1,
+    )
+    return AsyncEngine(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
+
+
+def test_the_thread_that_steps_compiles_and_captures(
+    base: BaseModel, three_forms: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[str]] = {"forward": set(), "capture": set()}
+
+    def watch(name: str) -> None:
+        call = getattr(Decoder, name)
+
+        def watched(*arguments: Any) -> Any:
+            threads[name].add(threading.current_thread().name)
+            return call(*arguments)
+
+        monkeypatch.setattr(Decoder, name, watched)
+
+    for name in threads:
+        watch(name)
+    stream = build(base)
+    stream.start()
+    try:
+        captured = stream._engine._model.capture_state
+        assert captured is not None
+        assert captured.num_captured == captured.num_wanted == 3
+
+        async def answer() -> list[Any]:
+            return [delta async for delta in stream.generate(request("r", range(3, 9), max_tokens=4))]
+
+        assert asyncio.run(answer())
+        assert three_forms.replayed
+    finally:
+        stream.stop()
+    assert threads == {"forward": {"engine-usual"}, "capture": {"engine-usual"}}
+
+
+def test_an_engine_that_cannot_be_warmed_up_does_not_start(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine) -> None:
+        raise EngineError("rank 1 has ended")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    stream = build(base)
+    with pytest.raises(EngineError, match="rank 1 has ended"):
+        stream.start()
+    with pytest.raises(EngineError):
+        stream.check_health()
+
+
+def test_an_engine_captures_before_its_first_request_and_never_later(
+    base: BaseModel, three_forms: ShimOps, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all is captured, where only the largest size is, and where nothing is."""
+    requests = [request(str(i), range(3, 9 + i), max_tokens=3 + i) for i in range(3)]
+    limits: list[tuple[dict[str, Any], int, list[int]]] = [
+        ({}, 3, [4, 4, 2, 1]),
+        ({"graph_bytes": 1}, 1, [4, 4, 4, 4]),
+        ({"graph_record_s": 0.0}, 0, []),
+    ]
+    results = []
+    for own, num_captured, replayed in limits:
+        three_forms.may_capture, three_forms.replayed = True, []
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            engine = make_engine(base, **({"max_num_seqs": 4, "graph_record_s": 1e9} | own))
+        assert f"recorded decode steps: {num_captured} of 3" in caplog.text
+        assert ("are not recorded" in caplog.text) == (num_captured < 3)
+        assert not engine.scheduler.step_time.is_known
+        assert engine.stats().num_steps == 0
+        three_forms.may_capture = False
+        spy = Spy(engine)
+        tokens = run(engine, requests)
+        assert three_forms.replayed == replayed
+        results.append((tokens, {name: torch.stack(rows) for name, rows in spy.logits.items()}))
+    for tokens, logits in results[1:]:
+        assert tokens == results[0][0]
+        for name, want in results[0][1].items():
+            torch.testing.assert_close(logits[name], want, atol=1e-5, rtol=1e-5)

@@ -1,12 +1,8 @@
-"""The engine with the CUDA C++ kernels, compiled for the CPU: adapters placed while steps run, recorded decode steps.
-
-What needs a GPU is simulated: a copy on another stream is one that is delayed until it is waited for; a graph is a tape
-of launches, see `tape`.
-"""
+"""The engine with the CUDA C++ kernels, compiled for the CPU: adapters placed during steps, captured steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,17 +12,17 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.model.batch import Batch
 from loray.engine.model.decode_batch import DecodeBatch
-from loray.spec import RopeParameters
-from loray_kernels import Parts
+from loray_kernels import DecodeStep, Parts, descriptors
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.kv import DirectWriter
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run
 from tests.fixtures.peft_adapters import TestAdapter
-from tests.kernels.cuda.ranks import use_shim_ranks
-from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
+from tests.fixtures.shim_ops import ShimOps
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference, use_shim_ranks
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {},
@@ -34,30 +30,6 @@ SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {"temperature": 1.0, "seed": 5, "top_k": 20, "top_p": 0.9},
     {"min_tokens": 3, "logit_bias": {7: 2.0}, "bad_words": ((8,),)},
 ]
-
-
-@pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    """Few steps are recorded before the start: each takes a tenth of a second."""
-    monkeypatch.setattr(graphs, "SIZES", (16,))
-    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA, graphs.KINDS[-1]))
-    return use_shim_ops(monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base("Qwen3ForCausalLM")
-
-
-@pytest.fixture(scope="session")
-def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
-    from peft import LoraConfig
-
-    from tests.fixtures.peft_adapters import make_adapter
-
-    folder = tmp_path_factory.mktemp("adapters")
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    return [make_adapter(base, folder / str(i), config, seed=i) for i in range(2)]
 
 
 def logits_of(engine: Engine, *requests: Any) -> dict[str, Tensor]:
@@ -103,44 +75,6 @@ def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
         torch.testing.assert_close(got[name], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="session")
-def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
-    """LoRA of several ranks, on different modules and layers; DoRA, VeRA of two pairs, LongLoRA."""
-    from peft import LoraConfig, VeraConfig
-
-    from tests.fixtures.peft_adapters import NORMS, make_adapter
-
-    folder, attention = tmp_path_factory.mktemp("mixed"), ["q_proj", "k_proj", "v_proj", "o_proj"]
-    configs = {
-        "r2": LoraConfig(r=2, target_modules=attention),
-        "r7": LoraConfig(r=7, target_modules=[*attention, "gate_proj", "up_proj", "down_proj"]),
-        "r70": LoraConfig(r=70, target_modules=["k_proj", "down_proj"]),
-        "pattern": LoraConfig(r=3, target_modules=["q_proj", "o_proj"], rank_pattern={"layers.1.self_attn.q_proj": 5}),
-        "one layer": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
-        "dora": LoraConfig(r=4, target_modules=[*attention, "up_proj", "down_proj"], use_dora=True),
-        "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj"], save_projection=False),
-        "vera too": VeraConfig(r=24, target_modules=["q_proj", "v_proj"], save_projection=False),
-        "vera of one layer": VeraConfig(
-            r=21, target_modules=["q_proj"], layers_to_transform=[1], save_projection=False, projection_prng_key=3
-        ),
-        "rope": LoraConfig(r=3, target_modules=["q_proj"]),
-        "longlora": LoraConfig(r=3, target_modules=attention, modules_to_save=["embed_tokens", *NORMS, "q_norm"]),
-    }
-    rope = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
-    return {
-        name: make_adapter(
-            base,
-            folder / name.replace(" ", "-"),
-            config,
-            seed=i,
-            std=0.12,
-            rope=rope if name in ("rope", "longlora") else None,
-            num_token_rows=80,
-        )
-        for i, (name, config) in enumerate(configs.items())
-    }
-
-
 def happened(engine: Engine, decode_steps: Sequence[DecodeBatch]) -> None:
     """What the engine's tests of recorded steps are about was there."""
     stats = engine.stats()
@@ -173,12 +107,8 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     splits. The pool is so small that adapters and requests are evicted.
     """
     own = [*(mixed[name] for name in names), None]
-    requests = [
-        request(
-            str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % len(own)], max_tokens=3 + 2 * (i % 5), **SAMPLING[i % 4]
-        )
-        for i in range(18)
-    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
+    requests = mixture(18, own, lambda i: 3 + 2 * (i % 5), SAMPLING)
+    requests += [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
     requests.insert(7, request("long", [3 + i % 90 for i in range(SPLIT - 4)], mixed["r2"], max_tokens=9))
     requests.insert(13, request("again", requests[7].prompt_ids, mixed["r2"], max_tokens=6))
     fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": pool_bytes}
@@ -204,16 +134,8 @@ def test_steps_are_replayed_on_every_rank_and_give_the_tokens_of_the_reference(
     monkeypatch.setattr(graphs, "KINDS", (Parts.LORA, graphs.KINDS[-1]))
     ranks = use_shim_ranks(monkeypatch)
     own = [mixed[name] for name in ("vera", "r7", "longlora", "vera too", "dora", "vera of one layer", "pattern")]
-    requests = [
-        request(
-            str(i),
-            range(3 + i, 12 + i + 5 * (i % 7)),
-            [*own, None][i % 8],
-            max_tokens=3 + 2 * (i % 5),
-            **SAMPLING[i % 4],
-        )
-        for i in range(8)
-    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r2"], max_tokens=5) for i in range(2)]
+    requests = mixture(8, [*own, None], lambda i: 3 + 2 * (i % 5), SAMPLING)
+    requests += [request(f"more {i}", range(3 + i, 12 + i), mixed["r2"], max_tokens=5) for i in range(2)]
     fields: dict[str, Any] = {"max_num_seqs": 6, "pool_bytes": 200 << 10}
     engine = make_engine(base, list(mixed.values()), tensor_parallel_size=2, num_threads=1, **fields)
     try:
@@ -245,3 +167,154 @@ def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, Te
         start, size = adapter.descriptor.start, adapter.descriptor.size
         written = descriptors._allocator.table.words[start : start + size]
         assert written.tolist() == [word for part in cast(Any, descriptors._words(adapter)) for word in part]
+
+
+def test_requests_of_the_same_tokens_share_blocks_while_they_decode(
+    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a block is full, the twin's is replaced, and soon taken by another request."""
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA))
+    requests = [request(str(i), range(3, 13), [None, adapters[0]][i // 2], max_tokens=34) for i in range(4)]
+    engine = make_engine(base, adapters)
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    got = served(engine, requests, joins=4)
+    assert len(ops.replayed) == len(decode_steps) > 30
+    use_reference(monkeypatch)
+    assert got == served(make_engine(base, adapters), requests, joins=4)
+
+
+def test_what_is_recorded_for_adapters_with_more_serves_the_others(
+    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    requests = [request(str(i), range(3 + i, 13), [None, adapters[0]][i % 2], max_tokens=4 + 3 * i) for i in range(3)]
+    engine = make_engine(base, adapters, graph_bytes=1)
+    assert [shape.kind for shape in cast(Any, engine._model)._captures._captured] == [graphs.KINDS[-1]]
+    decode_steps = decode_steps_of(engine, monkeypatch)
+    got = served(engine, requests, joins=3)
+    assert len(ops.replayed) == len(decode_steps) >= 8
+    use_reference(monkeypatch)
+    assert got == served(make_engine(base, adapters), requests, joins=3)
+
+
+def test_after_a_step_without_memory_the_tables_are_sent_again(
+    base: BaseModel, ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step in which new blocks would have been sent fails its longest request."""
+    monkeypatch.setattr(graphs, "SIZES", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
+    requests = [request(str(i), range(3 + i, 15 + i), max_tokens=12) for i in range(2)]
+    engine = make_engine(base)
+    compute, failed = graphs.DecodeGraphs.__call__, list[int]()
+
+    def without_memory(captured: graphs.DecodeGraphs, step: DecodeStep) -> Tensor:
+        if step.places and step.positions.max() >= 16 and not failed:
+            failed.append(len(step.token_ids))
+            raise torch.OutOfMemoryError
+        return compute(captured, step)
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "__call__", without_memory)
+    submit(engine, requests)
+    out: dict[str, list[int]] = {"0": [], "1": []}
+    while engine.has_work:
+        for token in engine.step():
+            out[token.request_id].append(-1 if token.token_id is None else token.token_id)
+    assert failed == [2]
+    use_reference(monkeypatch)
+    expected = run(make_engine(base), requests)
+    gone = next(name for name, tokens in out.items() if tokens[-1] == -1)
+    assert out[gone] == [*expected.pop(gone)[: len(out[gone]) - 1], -1]
+    assert {name: out[name] for name in expected} == expected
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of rank 70 has too many for a record."""
+    monkeypatch.setattr(descriptors, "MAX_ROWS", 64)
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[bool, set[str]]]:
+    """Of steps from now on in which requests decode: whether it is captured, and whose it is."""
+    launch, found = engine._model.forward, list[tuple[bool, set[str]]]()
+
+    def forward(batch: Batch | DecodeBatch, *arguments: Any) -> Any:
+        if all(chunk.num_tokens == 1 and chunk.request.output_ids for chunk in batch.chunks):
+            found.append((isinstance(batch, DecodeBatch), {c.request.request_id for c in batch.chunks}))
+        return launch(batch, *arguments)
+
+    monkeypatch.setattr(engine._model, "forward", forward)
+    return found
+
+
+def requests_of(mixed: dict[str, TestAdapter]) -> list[Any]:
+    own = [mixed["r2"], mixed["r70"], None, mixed["r7"], mixed["vera"]]
+    return mixture(10, own, lambda i: 12 + i % 5, [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}])
+
+
+def is_fair(steps: list[tuple[bool, set[str]]]) -> bool:
+    """Rows without a descriptor are in no captured step, and no step of theirs has others; both come by turns."""
+    apart = {"1", "6"}
+    together = [(recorded, own) for recorded, own in steps if own & apart and own - apart]
+    as_they_should = all(recorded != bool(own & apart) for recorded, own in steps)
+    return not together and as_they_should and len({recorded for recorded, own in steps}) == 2
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_an_adapter_without_a_record_leaves_the_others_in_recorded_steps(
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are the reference's, in a pool so small that requests are preempted."""
+    requests, fields = requests_of(mixed), {"max_num_seqs": 6, "pool_bytes": 280 << 10}
+    engine = make_engine(base, list(mixed.values()), **fields)
+    fill_up(engine)
+    steps = noted(monkeypatch, engine)
+    got = served(engine, requests, joins=5)
+    assert is_fair(steps)
+    assert len(ops.replayed) == sum(recorded for recorded, _ in steps)
+    use_reference(monkeypatch)
+    other = make_engine(base, list(mixed.values()), **fields)
+    fill_up(other)
+    assert got == served(other, requests, joins=5)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_step_without_memory_fails_a_request_of_its_own(
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest request has a record, and goes on."""
+    engine = make_engine(base, list(mixed.values()))
+    forward, failed = engine._model._forward, list[Batch]()
+
+    def without_memory(batch: Batch, *arguments: Any) -> Any:
+        if not failed and batch.chunks and all(c.num_tokens == 1 and c.request.output_ids for c in batch.chunks):
+            failed.append(batch)
+            raise torch.OutOfMemoryError
+        return forward(batch, *arguments)
+
+    monkeypatch.setattr(engine._model, "_forward", without_memory)
+    submit(engine, [request("0", range(3, 40), mixed["r2"]), request("1", range(3, 9), mixed["r70"])])
+    errors, num_tokens = list[str](), 0
+    while engine.has_work:
+        for token in engine.step():
+            errors += [token.request_id] if token.error is not None else []
+            num_tokens += token.request_id == "0" and token.token_id is not None
+    assert (errors, num_tokens) == (["1"], 8)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_so_it_is_on_every_rank(
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = use_shim_ranks(monkeypatch)
+    engine = make_engine(base, list(mixed.values()), tensor_parallel_size=2, num_threads=1, max_num_seqs=6)
+    try:
+        steps = noted(monkeypatch, engine)
+        got = served(engine, requests_of(mixed), joins=5)
+    finally:
+        engine.close()
+    assert is_fair(steps)
+    for own in ranks:
+        assert len(own.replayed) == sum(recorded for recorded, _ in steps)
+    use_reference(monkeypatch)
+    assert got == served(make_engine(base, list(mixed.values()), max_num_seqs=6), requests_of(mixed), joins=5)

@@ -32,14 +32,12 @@ from loray_kernels import (
     use_device,
 )
 from loray_kernels.cuda.graphs import DecodeGraphs
+from tests.kernels.backends import store
+from tests.kernels.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
-from tests.kernels.keys import store
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
 def moved(value: Any, device: str) -> Any:

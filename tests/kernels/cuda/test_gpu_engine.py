@@ -20,10 +20,7 @@ from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.sampling_mixes import check
 from tests.kernels.cuda.cases import near
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["", "many equal logits"])

@@ -1,7 +1,8 @@
-"""Launching by CuPy, on a module that stands in for it: what is loaded when, and what is said where it cannot be."""
+"""Compiling and launching: what is loaded when, on a module in CuPy's place, and what is said where it cannot be."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from loray_kernels import BackendUnavailable
-from loray_kernels.cuda import launch
-from loray_kernels.cuda import launch as nvrtc
-from loray_kernels.cuda.launch import CupyLauncher
+from loray_kernels import ITEM_TOKENS, MAX_PAIR_RANK, BackendUnavailable, backend, use_device
+from loray_kernels import sampling as draws
+from loray_kernels.cuda import kernels, launch, sampling, tables
+from loray_kernels.cuda.launch import FILES, SOURCES, Compiled, CupyLauncher, compile_source
+from loray_kernels.sampling import MAX_TOP
 
 
 class CUDADriverError(RuntimeError):
@@ -72,7 +74,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
 
 def test_all_kernels_are_loaded_before_the_first_launch(cupy: FakeCupy) -> None:
     launcher = CupyLauncher(torch.device("cuda", 0))
-    assert cupy.loaded == [f"{name}-sm_90" for name in nvrtc.FILES]
+    assert cupy.loaded == [f"{name}-sm_90" for name in launch.FILES]
     launcher("attention_decode_bf16", (1, 2, 3), 128, [5, np.float32(0.5)])
     assert cupy.launched == [
         ("attention.cu-sm_90", "attention_decode_bf16", (1, 2, 3), (128, 1, 1), (5, np.float32(0.5)), 77)
@@ -111,7 +113,81 @@ def test_of_several_compilers_that_of_torchs_cuda_comes_first(tmp_path: Path, mo
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).touch()
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: found)
     for of_torch, majors in (("13.0", [13, 12, 11]), ("12.8", [12, 13, 11]), (None, [13, 12, 11])):
         monkeypatch.setattr(torch.version, "cuda", of_torch)
-        assert [nvrtc._major(path) for path in nvrtc._wheels()] == majors
+        assert [launch._major(path) for path in launch._wheels()] == majors
+
+
+def test_launches_and_kernels_agree() -> None:
+    sources = {path.name: path.read_text() for path in SOURCES.iterdir()}
+
+    def constant(file: str, name: str) -> int:
+        (value,) = re.findall(rf"constexpr int {name} = (\d+);", sources[file])
+        return int(value)
+
+    assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == ITEM_TOKENS
+    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == kernels._SHRINK_WARPS
+    assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
+    assert 2 * constant("lora.cu", "THREADS") == 2 * kernels._EXPAND_THREADS == tables.TILE_COLUMNS
+    assert constant("splits.cuh", "SPLIT") == tables.SPLIT
+    assert constant("splits.cuh", "MAX_SPLITS") == tables.MAX_SPLITS
+    assert constant("splits.cuh", "GROUP") == kernels._GROUP
+    assert constant("tensor.cuh", "KEYS") == kernels._TENSOR_KEYS
+    assert constant("attention.cu", "HEAD") == kernels.MAX_HEAD_DIM
+    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == sampling._THREADS
+    assert constant("draw.cuh", "BLOCK") == draws._BLOCK
+    assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == sampling.MAX_VOCAB <= 1 << 20
+    assert constant("choose.cu", "MAX_TOP") == MAX_TOP
+    assert {constant(f, "THREADS") for f in ("splits.cuh", "rows.cu", "vera.cu")} == {kernels._THREADS}
+    assert constant("rows.cu", "NORM_THREADS") == kernels._NORM_THREADS
+
+
+@pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])
+def test_nvrtc_compiles_every_kernel(arch: str) -> None:
+    """Without toolkit headers; no kernel spills registers."""
+    try:
+        logs = [compile_source(name, arch).log for name in FILES]
+    except BackendUnavailable as e:
+        if "need NVRTC" in str(e):
+            pytest.skip(str(e))
+        raise
+    spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
+    assert len(spills) == 3 * 13 + 2 * 2 + 3  # in three dtypes, on tensor cores in two, those of any dtype
+    assert set(spills) == {"0"}
+
+
+def test_machine_code_is_kept_and_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "version", lambda: (12, 8))
+    monkeypatch.setattr(launch, "compile_source", lambda name, arch: Compiled(b"code", ""))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = launch.cubin("rows.cu", "sm_90")
+    assert path.read_bytes() == b"code"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BackendUnavailable, match="set XDG_CACHE_HOME to a folder that can be written"):
+        launch.cubin("rows.cu", "sm_90")
+
+
+def test_without_a_gpu_the_backend_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BackendUnavailable, match="need an NVIDIA GPU"):
+        backend("cuda", "cuda")
+    with pytest.raises(ValueError, match="on a GPU, not on cpu"):
+        backend("cuda")
+    assert type(backend("auto", "cuda")).__name__ == "ReferenceOps"
+
+
+def test_a_device_without_an_index_is_the_threads_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert use_device(torch.device("cuda")) == torch.device("cuda", 3)
+    assert use_device(torch.device("cuda:1")) == torch.device("cuda", 1)
+    assert made_current == [torch.device("cuda", 3), torch.device("cuda", 1)]
+    assert use_device(torch.device("cpu")) == torch.device("cpu")
+    assert len(made_current) == 2

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda.memory import Arena
-from tests.kernels.cuda.tape import Tape, TapeLauncher, refuse_waits
+from tests.fixtures.tape import Arena, Tape, TapeLauncher, refuse_waits
 
 KERNEL = "take_rows_fp32"
 
@@ -36,9 +35,10 @@ def x() -> Tensor:
 LAUNCHER = TapeLauncher(read_rows)
 
 
-def launch(y: Tensor, pool: int) -> None:
+def launch(y: Tensor, pool: int) -> Tensor:
     y_at = y.data_ptr()
     LAUNCHER(KERNEL, (1, 1, 1), 32, (y_at, 1, y_at, pool, y_at, 1, y_at))
+    return y
 
 
 def recorded(compute: Callable[[], Tensor], arena: Arena | None = None) -> tuple[Tape, Tensor]:
@@ -60,9 +60,8 @@ def test_a_replay_computes_again_from_what_stands_in_the_same_place(x: Tensor) -
         assert out.tolist() == [value + value**2, *[value**2] * 3]
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
+REFUSED: dict[str, list[Callable[[Tensor], Any]]] = {
+    "results are read": [
         lambda x: x.tolist(),
         lambda x: x.numpy(),
         lambda x: x[0].item(),
@@ -74,62 +73,35 @@ def test_a_replay_computes_again_from_what_stands_in_the_same_place(x: Tensor) -
         lambda x: x[x > 1],
         lambda x: torch.equal(x, x),
     ],
-)
-def test_results_cannot_be_read(x: Tensor, read: Callable[[Tensor], object]) -> None:
-    with pytest.raises(AssertionError, match="while a graph is recorded"):
-        recorded(lambda: cast(Tensor, read(x)))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: torch.tensor([1.0]),
-        lambda: torch.as_tensor([1.0]),
-        lambda: torch.empty(2, pin_memory=True),
-        lambda: torch.zeros(2).pin_memory(),
-        lambda: torch.from_numpy(np.ones(2, np.float32)) + 1,
+    "something comes from the host's memory": [
+        lambda _: torch.tensor([1.0]),
+        lambda _: torch.as_tensor([1.0]),
+        lambda _: torch.empty(2, pin_memory=True),
+        lambda _: torch.zeros(2).pin_memory(),
+        lambda _: torch.from_numpy(np.ones(2, np.float32)) + 1,
     ],
-)
-def test_nothing_comes_from_the_hosts_memory(make: Callable[[], Tensor]) -> None:
+    "something is waited for": [
+        lambda _: torch.cuda.synchronize(),
+        lambda _: torch.cuda.Stream.synchronize(cast(Any, None)),
+        lambda _: torch.cuda.Event.synchronize(cast(Any, None)),
+        lambda _: torch.cuda.Event.query(cast(Any, None)),
+    ],
+}
+
+
+@pytest.mark.parametrize("step", [step for steps in REFUSED.values() for step in steps])
+def test_what_a_graph_cannot_have_is_refused(x: Tensor, step: Callable[[Tensor], Any]) -> None:
     with pytest.raises(AssertionError, match=r"while a graph is recorded|neither memory that was there"):
-        recorded(make)
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda: torch.cuda.synchronize(),
-        lambda: torch.cuda.Stream.synchronize(cast(Any, None)),
-        lambda: torch.cuda.Event.synchronize(cast(Any, None)),
-        lambda: torch.cuda.Event.query(cast(Any, None)),
-    ],
-)
-def test_nothing_is_waited_for(x: Tensor, wait: Callable[[], object]) -> None:
-    def step() -> Tensor:
-        wait()
-        return x
-
-    with pytest.raises(AssertionError, match="while a graph is recorded"):
-        recorded(step)
+        recorded(lambda: cast(Tensor, step(x)))
 
 
 def test_a_kernel_is_given_only_what_the_recording_owns(x: Tensor) -> None:
-    """The host's memory; what has been given up."""
+    """Not the host's memory, nor what has been given up."""
     foreign = np.ones(4, np.float32)
-
-    def hosts() -> Tensor:
-        launch(x, foreign.ctypes.data)
-        return x
-
     with pytest.raises(AssertionError, match="take_rows_fp32: pool is neither memory"):
-        recorded(hosts)
-
-    def given_up() -> Tensor:
-        launch(x, torch.empty(4).data_ptr())
-        return x
-
+        recorded(lambda: launch(x, foreign.ctypes.data))
     with pytest.raises(AssertionError, match=r"take_rows_fp32: pool .* given up"):
-        recorded(given_up)
+        recorded(lambda: launch(x, torch.empty(4).data_ptr()))
 
 
 def test_what_was_there_must_still_be() -> None:

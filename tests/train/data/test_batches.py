@@ -17,22 +17,17 @@ from loray.train.data.batches import (
     BatchStream,
     Cursor,
     MicroBatch,
-    TokenizedRows,
     TrainBatch,
     collate,
     first_fit,
     pack_rows,
     plan_epoch,
 )
+from tests.fixtures.training_data import make_rows
 
 MAX_LENGTH = 64
-ORDERS = ["shuffled", "length_grouped", "packed"]
+ORDERS = ["shuffled", "length_grouped", "packed", "concat"]
 lengths_ = st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=60)
-
-
-def make_rows(lengths: list[int]) -> TokenizedRows:
-    """Row i holds 1000·i, 1000·i + 1, …; all tokens are targets."""
-    return pack_rows([([1000 * i + t for t in range(n)], [True] * n) for i, n in enumerate(lengths)])
 
 
 def plan(lengths: list[int], seed: int = 0, epoch: int = 0, **spec: Any) -> list[MicroBatch]:
@@ -86,11 +81,6 @@ def test_length_grouping_wastes_less() -> None:
     assert padded("length_grouped") < 0.75 * padded("shuffled")
 
 
-def test_a_row_over_the_budget_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"batch\.tokens is 10, less than a row of 20 tokens"):
-        plan([20], tokens=10)
-
-
 @given(lengths=lengths_)
 def test_first_fit_is_first_fit(lengths: list[int]) -> None:
     rows: list[list[int]] = []
@@ -105,9 +95,6 @@ def test_first_fit_is_first_fit(lengths: list[int]) -> None:
     assert [np.flatnonzero(found == row).tolist() for row in range(len(rows))] == rows
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
-
-
 def test_collate_shifts_labels_and_pads_right() -> None:
     rows = pack_rows([([5, 6, 7], [False, True, True]), ([8, 9, 10, 11], [False, False, False, True])])
     batch = collate(rows, ((0,), (1,)), packed=False)
@@ -117,6 +104,8 @@ def test_collate_shifts_labels_and_pads_right() -> None:
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.position_ids_BT is None
     assert (batch.num_tokens, batch.num_targets) == (7, 3)
+    equal = collate(make_rows([4, 4]), ((0,), (1,)), packed=False)
+    assert list(equal.model_inputs(torch.device("cpu"))) == ["input_ids"]  # what is not there is left out
 
 
 def test_packed_documents_restart_and_do_not_predict_each_other() -> None:
@@ -126,9 +115,6 @@ def test_packed_documents_restart_and_do_not_predict_each_other() -> None:
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.labels_BT.tolist() == [[1, 2, IGNORED, 1001, IGNORED], [2001, 2002, 2003, IGNORED, IGNORED]]
     assert batch.attention_mask_BT is None
-
-
-# -- the stream -------------------------------------------------------------------------------------------------------
 
 
 def ids(batches: list[TrainBatch]) -> list[list[int]]:
@@ -146,24 +132,6 @@ def test_a_stream_resumes_from_its_cursor(order: str) -> None:
         assert [(ids(resumed.next_step()), resumed.cursor) for _ in range(9 - done)] == steps[done:]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_share_what_one_would_have_done(size: int) -> None:
-    """Whatever their number: where they do not share equally, some add one that counts for nothing."""
-    lengths = list(range(2, 30))
-    alone = stream(lengths, rows=2, per_step=4)
-    ranks = [stream(lengths, rank=r, size=size, rows=2, per_step=4) for r in range(size)]
-    for _ in range(8):
-        expected = ids(alone.next_step())
-        shares = [s.next_step() for s in ranks]
-        assert {len(share) for share in shares} == {-(-4 // size)}
-        counted = [batch for round_ in zip(*shares, strict=True) for batch in round_ if batch.num_targets]
-        assert ids(counted) == expected
-        assert sum(batch.num_tokens for share in shares for batch in share) == sum(b.num_tokens for b in counted)
-        uncounted = [batch for share in shares for batch in share if not batch.num_targets]
-        assert all(bool((batch.labels_BT == IGNORED).all()) for batch in uncounted)
-        assert {s.cursor for s in ranks} == {alone.cursor}
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), per_step=st.integers(1, 6), steps=st.integers(1, 4))
 def test_a_number_of_ranks_that_changes_changes_no_step(
@@ -177,8 +145,12 @@ def test_a_number_of_ranks_that_changes_changes_no_step(
         ranks = [stream(lengths, cursor, r, size, rows=2, per_step=per_step, order=order) for r in range(size)]
         for _ in range(steps):
             shares = [rank.next_step() for rank in ranks]
-            counted = [batch for round_ in zip(*shares, strict=True) for batch in round_ if batch.num_targets]
+            assert {len(share) for share in shares} == {-(-per_step // size)}  # some have one that counts for nothing
+            every = [batch for round_ in zip(*shares, strict=True) for batch in round_]
+            counted = [batch for batch in every if batch.num_targets]
             assert ids(counted) == ids(alone.next_step())
+            assert sum(batch.num_tokens for batch in every) == sum(batch.num_tokens for batch in counted)
+            assert all(batch.num_targets or bool((batch.labels_BT == IGNORED).all()) for batch in every)
         (cursor,) = {rank.cursor for rank in ranks}
         assert cursor == alone.cursor
 
@@ -188,11 +160,6 @@ def test_steps_of_epochs(epochs: float, steps: int) -> None:
     assert stream([4] * 10, rows=2, per_step=2).num_steps(epochs) == steps  # 5 micro-batches an epoch
 
 
-def test_model_inputs_leave_out_what_is_not_there() -> None:
-    batch = collate(make_rows([4, 4]), ((0,), (1,)), packed=False)
-    assert list(batch.model_inputs(torch.device("cpu"))) == ["input_ids"]
-
-
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=60))
 def test_packed_rows_fit_a_budget_below_the_longest_row_allowed(lengths: list[int]) -> None:
     batches = plan(lengths, tokens=20, order="packed")
@@ -200,3 +167,5 @@ def test_packed_rows_fit_a_budget_below_the_longest_row_allowed(lengths: list[in
     assert all(sum(lengths[i] for i in row) <= 20 for b in batches for row in b)
     with pytest.raises(SpecError, match=r"batch\.tokens is 20, less than a row of 21 tokens"):
         plan([*lengths, 21], tokens=20, order="packed")
+    with pytest.raises(SpecError, match=r"batch\.tokens is 10, less than a row of 20 tokens"):
+        plan([20], tokens=10)

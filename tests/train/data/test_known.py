@@ -6,25 +6,23 @@ import fcntl
 import os
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from loray.recipes.sources import SourceFiles
-from loray.spec import BatchSpec, DataSpec
+from loray.spec import BatchSpec
 from loray.train.data import batches, known, read
 from loray.train.data.batches import BatchStream, EpochPlan, SourceShare, kept_plan, plan_ahead, plan_epoch
 from loray.train.data.known import cut_known
 from loray.train.data.read import RowFile, read_head, rows_of
-from loray.train.data.rows import load_data
 from loray.train.data.shards import FolderCache
-from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_shards import write
+from tests.fixtures.training_data import load, write
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(10)]
 
@@ -44,21 +42,10 @@ class Lengths:
         raise NotImplementedError
 
 
-class Counted:
-    """`function`, whose calls are counted."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.calls = function, 0
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.calls += 1
-        return self.function(*args, **options)
-
-
 @pytest.fixture
-def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
+def cuts(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """An hour after the files were written."""
-    counted, now = Counted(read.cut), known.time.time
+    counted, now = Mock(wraps=read.cut), known.time.time
     monkeypatch.setattr(known, "cut", counted)
     monkeypatch.setattr(known.time, "time", lambda: now() + 3600)
     monkeypatch.setattr(read, "PART_BYTES", 50)
@@ -67,16 +54,16 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
 @pytest.mark.parametrize("max_rows", [None, 4])
-def test_a_file_that_did_not_change_is_not_read(tmp_path: Path, cuts: Counted, name: str, max_rows: int | None) -> None:
+def test_a_file_that_did_not_change_is_not_read(tmp_path: Path, cuts: Mock, name: str, max_rows: int | None) -> None:
     file, cache = open_rows(write(tmp_path / name, ROWS)), FolderCache(tmp_path / "cache")
     first = cut_known(file, max_rows, cache)
     assert first == read.cut(file, max_rows)
     assert len(first.parts) > 1
     assert cut_known(file, max_rows, cache) == first
-    assert cuts.calls == 1
+    assert cuts.call_count == 1
 
 
-def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Counted) -> None:
+def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Mock) -> None:
     path, cache = Path(write(tmp_path / "a.jsonl", ROWS)), FolderCache(tmp_path / "cache")
     file, before = open_rows(str(path)), path.stat()
     cut_known(file, None, cache)
@@ -88,39 +75,36 @@ def test_a_file_that_changed_is_read(tmp_path: Path, cuts: Counted) -> None:
     os.utime(other, ns=(before.st_atime_ns, path.stat().st_mtime_ns))
     other.replace(path)  # of the same size, and with the times of the one before
     assert cut_known(file, None, cache) == read.cut(file)
-    assert cuts.calls == 3
+    assert cuts.call_count == 3
 
 
-def test_what_was_just_changed_or_fetched_is_read(
-    tmp_path: Path, cuts: Counted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_just_changed_or_fetched_is_read(tmp_path: Path, cuts: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "a.jsonl", ROWS), FolderCache(tmp_path / "cache")
     fetched = open_rows(path, name="hf://org/name")
     cut_known(fetched, None, cache)
     changed = Path(path).stat().st_ctime
     monkeypatch.setattr(known.time, "time", lambda: changed + 1)
     cut_known(open_rows(path), None, cache)
-    assert cuts.calls == 2
+    assert cuts.call_count == 2
     assert not cache.folder.exists()
 
 
-def test_what_is_damaged_is_found_out_again(tmp_path: Path, cuts: Counted) -> None:
+def test_what_is_damaged_is_found_out_again(tmp_path: Path, cuts: Mock) -> None:
     file, cache = open_rows(write(tmp_path / "a.jsonl", ROWS)), FolderCache(tmp_path / "cache")
     first = cut_known(file, None, cache)
     (note,) = cache.folder.rglob("*.note")
     note.write_bytes(note.read_bytes()[:40])
     assert cut_known(file, None, cache) == first
-    assert cuts.calls == 2
+    assert cuts.call_count == 2
 
 
-def test_a_second_run_reads_no_file(tmp_path: Path, cuts: Counted) -> None:
+def test_a_second_run_reads_no_file(tmp_path: Path, cuts: Mock) -> None:
     cache = FolderCache(tmp_path / "cache")
-    spec = DataSpec(train=write(tmp_path / "a.jsonl", ROWS), eval=write(tmp_path / "b.jsonl", ROWS[:3]))
-    options: dict[str, Any] = {"max_length": 20, "max_eval_rows": 9, "seed": 0, "cache": cache}
-    first = load_data(spec, byte_tokenizer(), **options)
-    assert cuts.calls == 2
-    again = load_data(spec, byte_tokenizer(), **options)
-    assert cuts.calls == 2
+    train, held_out = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", ROWS[:3])
+    first = load(train, eval=held_out, options={"cache": cache})
+    assert cuts.call_count == 2
+    again = load(train, eval=held_out, options={"cache": cache})
+    assert cuts.call_count == 2
     assert (again.fingerprint, again.report) == (first.fingerprint, first.report)
 
 
@@ -132,8 +116,8 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 200)
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted(plan_epoch)
+def plans(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    counted = Mock(wraps=plan_epoch)
     monkeypatch.setattr(batches, "plan_epoch", counted)
     monkeypatch.setattr(batches, "_LEAST", 100)
     return counted
@@ -145,7 +129,7 @@ def arrays(plan: EpochPlan) -> list[list[int]]:
 
 @pytest.mark.parametrize("order", ["packed", "shuffled", "length_grouped"])
 @pytest.mark.parametrize("damage", [None, 0, 20, 160, 800])
-def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None, order: Any) -> None:
+def test_a_plan_is_made_once(tmp_path: Path, plans: Mock, damage: int | None, order: Any) -> None:
     cache, spec = FolderCache(tmp_path), BatchSpec(tokens=128, order=order)
     expected = arrays(plan_epoch(LENGTHS, spec, **PLAN))
     assert arrays(kept_plan(LENGTHS, spec, **PLAN, cache=cache)) == expected
@@ -156,7 +140,7 @@ def test_a_plan_is_made_once(tmp_path: Path, plans: Counted, damage: int | None,
     found = kept_plan(LENGTHS, spec, **PLAN, cache=cache)
     assert arrays(found) == expected
     assert list(found) == list(plan_epoch(LENGTHS, spec, **PLAN))
-    assert plans.calls == (1 if damage is None else 2)
+    assert plans.call_count == (1 if damage is None else 2)
 
 
 def test_numbers_that_need_it_have_eight_bytes() -> None:
@@ -212,8 +196,7 @@ def test_one_process_of_a_machine_makes_a_plan(tmp_path: Path, monkeypatch: pyte
 
 def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "t" * (i % 7)} for i in range(50)])
-    spec = DataSpec(train=source, eval_fraction=0)
-    data = load_data(spec, byte_tokenizer(), max_length=64, max_eval_rows=1, seed=0)
+    data = load(source)
     assert data.length_counts == Counter(data.train.lengths.tolist())
     many = replace(data, train=Lengths(np.random.default_rng(0).integers(2, 60, 200_000)))
     tracemalloc.start()
@@ -239,43 +222,41 @@ def test_lengths_are_counted_where_they_are(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_another_plan_is_made(tmp_path: Path, plans: Counted, change: dict[str, Any]) -> None:
+def test_another_plan_is_made(tmp_path: Path, plans: Mock, change: dict[str, Any]) -> None:
     fields = {"lengths_D": LENGTHS, "spec": PACKED, **PLAN}
     kept_plan(**fields, cache=FolderCache(tmp_path))
     other = fields | change
     assert arrays(kept_plan(**other, cache=FolderCache(tmp_path))) == arrays(
         plan_epoch(other.pop("lengths_D"), other.pop("spec"), **other)
     )
-    assert plans.calls == 2
+    assert plans.call_count == 2
 
 
-def test_the_plan_of_few_rows_is_not_kept(tmp_path: Path, plans: Counted) -> None:
+def test_the_plan_of_few_rows_is_not_kept(tmp_path: Path, plans: Mock) -> None:
     kept_plan(LENGTHS[:99], PACKED, **PLAN, cache=FolderCache(tmp_path))
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: Counted) -> None:
+def test_what_the_driver_planned_no_worker_plans(tmp_path: Path, plans: Mock) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "t" * (i % 40)} for i in range(150)])
-    options: dict[str, Any] = {"max_length": 64, "max_eval_rows": 9, "seed": 0}
-    data = load_data(DataSpec(train=source, eval_fraction=0), byte_tokenizer(), cache=FolderCache(tmp_path), **options)
-    ahead: dict[str, Any] = {"max_length": 64, "seed": 5, "num_epochs": 2, "cache": data.cache}
-    plan_ahead(data.train.lengths, PACKED, **ahead)
+    data = load(source, max_length=64, options={"cache": FolderCache(tmp_path)})
+    plan_ahead(data.train.lengths, PACKED, max_length=64, seed=5, num_epochs=2, cache=data.cache)
 
     def stream(**cache: Any) -> BatchStream:
         return BatchStream(data.train, PACKED, max_length=64, seed=5, per_step=2, **cache)
 
     found = stream(cache=data.cache)
     num_steps = found.num_steps(2)
-    assert plans.calls == 2
+    assert plans.call_count == 2
     plain = stream()
     assert plain.num_steps(2) == num_steps
     for mine, theirs in ((found.next_step(), plain.next_step()) for _ in range(num_steps)):
         assert [b.input_ids_BT.tolist() for b in mine] == [b.input_ids_BT.tolist() for b in theirs]
 
 
-def test_a_note_that_cannot_be_written_is_done_without(tmp_path: Path, plans: Counted) -> None:
+def test_a_note_that_cannot_be_written_is_done_without(tmp_path: Path, plans: Mock) -> None:
     (tmp_path / "file").write_text("")
     cache = FolderCache(tmp_path / "file")  # no folder
     for _ in range(2):
         kept_plan(LENGTHS, PACKED, **PLAN, cache=cache)
-    assert plans.calls == 2
+    assert plans.call_count == 2

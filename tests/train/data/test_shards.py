@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
 from loray.train.data import read
-from loray.train.data.batches import BatchStream, RowSource, pack_rows
-from loray.train.data.corpus import Task, run_here
+from loray.train.data.batches import BatchStream, pack_rows
 from loray.train.data.rows import Dataset, load_data
-from loray.train.data.shards import FolderCache, ShardCache, ShardIndex
-from loray.train.data.tokenize import Tokenisation
+from loray.train.data.shards import FolderCache, ShardIndex
 from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.training_data import Counted, listed, write
 from tests.train.data import in_memory
-from tests.train.data.test_joined import tokenizer as beginning_tokenizer
 
-TOKENIZERS = {begins: beginning_tokenizer(begins=begins) for begins in (False, True)}
+PLAIN, BEGINNING = byte_tokenizer(), byte_tokenizer()  # the other one has a token before every text
+BEGINNING.backend_tokenizer.post_processor = TemplateProcessing(
+    single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)]
+)
 texts = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
@@ -51,23 +49,6 @@ RECORDS = {
 }
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> str:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n\n" for record in records), "utf-8")
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=4)
-    else:
-        table = pa.Table.from_pylist(records)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=3)
-    return str(path)
-
-
-def listed(rows: RowSource) -> list[in_memory.Row]:
-    found = [rows.row(i) for i in range(len(rows.lengths))]
-    return [(ids.tolist(), targets.tolist()) for ids, targets in found]
-
-
 @pytest.mark.parametrize("form", ["text", "joined", "prompt_completion", "chat"])
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -87,7 +68,7 @@ def test_rows_are_those_of_the_plain_rule(
         "fraction": 0.0 if single else data.draw(st.sampled_from([0.0, 0.3])),
         "seed": data.draw(st.integers(0, 3)),
     }
-    tokenizer = TOKENIZERS[data.draw(st.booleans())]
+    tokenizer = BEGINNING if data.draw(st.booleans()) else PLAIN
     order = "concat" if form == "joined" else data.draw(st.sampled_from(["shuffled", "packed"]))
     monkeypatch.setattr(read, "PART_BYTES", data.draw(st.sampled_from([1, 100, 400, 8 << 20])))
     expected = in_memory.rows_of(sources, tokenizer, joined=form == "joined", evaluation=held_out, **plain)
@@ -129,20 +110,6 @@ def test_rows_are_those_of_the_plain_rule(
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """A runner that counts shards, and fails after some."""
-
-    def __init__(self, most: int = 1 << 30) -> None:
-        self.done, self.most = 0, most
-
-    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
-        for task in tasks:
-            if self.done == self.most:
-                raise KeyboardInterrupt
-            run_here(tokenisation, cache, iter([task]), 1)
-            self.done += 1
-
-
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Ten parts."""
@@ -174,7 +141,7 @@ def test_what_changes_the_tokens_is_tokenised_again(tmp_path: Path, source: str)
     grown, joined, other = Counted(), Counted(), Counted()
     load(source, tmp_path / "cache", grown)
     load(source, tmp_path / "cache", joined, joined=True)
-    load(source, tmp_path / "cache", other, TOKENIZERS[True])
+    load(source, tmp_path / "cache", other, BEGINNING)
     assert (grown.done, joined.done, other.done) == (1, 10, 10)
 
 

@@ -25,6 +25,7 @@ from loray.train.evaluation.measure import MeasuredModel, identity, measure, sub
 from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
 from tests.fixtures.peft_adapters import make_adapter
 from tests.train.evaluation.test_perplexity import documents
+from tests.fixtures.training_data import documents
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 YARN = RopeParameters(rope_type="yarn", rope_theta=10000.0, factor=2, original_max_position_embeddings=512)
@@ -142,17 +143,6 @@ def test_an_interrupted_measurement_ends_as_an_undisturbed_one(
     assert measure(base, chosen, **what, kept=kept) == undisturbed
     num_base, num_next = 6 + 5 + 4, 6  # windows of 64 and 200 tokens and prompts of the base; two passes of the next
     assert (kept.num_taken, kept.num_computed) == (num_base + num_next, 2 * num_base - num_next)
-
-
-def test_nothing_is_loaded_where_all_is_kept(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    what: dict[str, Any] = {
-        "dtype": "float32",
-        "documents": documents(200),
-        "perplexity": PerplexitySpec(context_lengths=(64,)),
-    }
-    first = measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path))
-    monkeypatch.setattr("loray.train.evaluation.measure.load", lambda *_, **__: pytest.fail("loaded"))
-    assert measure(base, [MeasuredModel("base")], **what, kept=KeptFigures(tmp_path)) == first
 
 
 def test_a_figure_that_is_not_finite_is_not_kept(

@@ -24,22 +24,17 @@ from loray.spec import PerplexitySpec, RopeParameters
 from loray.train.attention import attend
 from loray.train.checkpoint import save_adapter
 from loray.train.evaluation import perplexity as module
-from loray.train.evaluation.documents import Documents, cut_windows, read_documents
+from loray.train.evaluation.documents import cut_windows, read_documents
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
 from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
 from tests.fixtures.peft_adapters import NORMS, make_adapter
+from tests.fixtures.models import model_recipe
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.test_model import recipe
+from tests.fixtures.training_data import documents
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
 CPU = torch.device("cpu")
-
-
-def documents(*lengths: int, seed: int = 0) -> Documents:
-    draw = np.random.default_rng(seed)
-    ids = tuple(draw.integers(0, 256, n).astype(np.int32) for n in lengths)
-    return Documents("random", ids, "0" * 64)
 
 
 def naive_loss(
@@ -123,9 +118,8 @@ def test_every_method_is_what_peft_makes_of_it(
     assert abs(values["adapter"] / values["base"] - 1) > 0.01, "the adapter does next to nothing: nothing is shown"
 
 
-def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Callable[..., BaseModel]) -> None:
-    base = tiny_base(std=0.05)
-    spec = recipe(original=128, group_size=16)
+def test_a_model_in_training_is_measured_dense_and_left_as_it_was(base: BaseModel) -> None:
+    spec = model_recipe(original=128, group_size=16)
     model = build_model(base, spec).train()
     found = documents(300)
     loss = mean_loss(lambda: Measured(model), cut_windows(found, 256, stride=44, max_windows=None))
@@ -140,7 +134,7 @@ def test_what_is_published_is_measured_as_what_was_trained(
 ) -> None:
     """Norms and embedding too: rows where the head is not tied to it, a copy beside the head where it is."""
     base = tiny_base(tie_word_embeddings=tied, std=0.05)
-    spec = recipe()
+    spec = model_recipe()
     trained = build_model(base, spec)
     with torch.no_grad():
         trained.get_input_embeddings().weight[:30] += 0.5

@@ -19,9 +19,9 @@ from loray.train.evaluation.measure import MeasuredModel, load, measure, subject
 from loray.train.evaluation.perplexity import KeptFigures
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
-from tests.train.evaluation.test_perplexity import documents
-from tests.train.ranks import run_ranks
-from tests.train.test_loop import recipe
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.training import recipe
+from tests.fixtures.training_data import documents
 
 SIZE = 2
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loray.train.sequence import SequenceGroup
-from tests.train.attention.test_s2_attention import qkv, runs
+from tests.fixtures.attention import qkv, runs
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1)]
 
@@ -42,3 +42,25 @@ def qkv_of(case: Case, group: SequenceGroup | None = None) -> list[Tensor]:
     whole = qkv(len(case.ids_BN), case.heads, case.kv_heads, len(case.ids_BN[0]), case.dtype)
     own = slice(None) if group is None else slice(group.rank * case.length, (group.rank + 1) * case.length)
     return [x.detach()[:, :, own].clone() for x in whole]
+
+
+class Part(NamedTuple):
+    """What a rank computes: (B, L, H, D), and gradients of its q, k and v."""
+
+    out: Tensor
+    gradients: list[Tensor]
+    forward_bytes: int
+    backward_bytes: int
+
+
+def weights_of(num_rows: int, num_tokens: int, heads: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, num_tokens, heads, 8, generator=generator, dtype=torch.float64)
+
+
+def check(parts: list[Part], out: Tensor, gradients: list[Tensor]) -> None:
+    """All ranks' parts together."""
+    torch.testing.assert_close(torch.cat([p.out for p in parts], dim=1), out, atol=1e-12, rtol=1e-12)
+    for i, gradient in enumerate(gradients):
+        got = torch.cat([p.gradients[i] for p in parts], dim=2)
+        torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-12)

@@ -14,14 +14,12 @@ from loray.train.sequence import SentBytes, SequenceGroup
 from loray.train.sequence.dense import segment_gathered, ulysses_attention
 from loray.train.sequence.partial import flash, flash_gradients
 from loray.train.sequence.ring import ring_attention, segment_ring
-from tests.train.attention.test_s2_attention import oracle, oracle_mask
-from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
-from tests.train.sequence.ranks import Ranks
-from tests.train.sequence.test_attention import Part, weights_of
+from tests.fixtures.attention import oracle, oracle_mask
+from tests.fixtures.ranks import Ranks
+from tests.train.sequence.cases import HEADS, Case, Part, check, documents, qkv_of, weights_of
 
 KINDS = ["full", "padded at the end", "packed and ragged"]
 SCALE = 0.3
-RING = HEADS
 # Equal shares; one key-value head for several ranks; one that serves query heads of two ranks and others of one.
 ULYSSES = [(8, 8), (8, 2), (4, 1), (12, 3)]
 
@@ -59,7 +57,7 @@ def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize(
     ("exchange", "heads", "kv_heads"),
-    [*(("ring", *heads) for heads in RING), *(("ulysses", *heads) for heads in ULYSSES)],
+    [*(("ring", *heads) for heads in HEADS), *(("ulysses", *heads) for heads in ULYSSES)],
 )
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_output_gradients_and_bytes(
@@ -68,11 +66,7 @@ def test_output_gradients_and_bytes(
     cases = [Case(10, heads, kv_heads, documents(kind, 10 * size)) for kind in KINDS]
     of_ranks: list[list[Part]] = ranks(size, compute, exchange, cases)
     for case, parts in zip(cases, zip(*of_ranks, strict=True), strict=True):
-        out, gradients = expected(case)
-        torch.testing.assert_close(torch.cat([p.out for p in parts], dim=1), out, atol=1e-12, rtol=1e-12)
-        for i, gradient in enumerate(gradients):
-            got = torch.cat([p.gradients[i] for p in parts], dim=2)
-            torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-12)
+        check(list(parts), *expected(case))
         plan, num_rows = DensePlan(10 * size, size, heads, kv_heads), len(case.ids_BN)
         if plan.exchange == exchange:
             assert [p.forward_bytes for p in parts] == [8 * plan.forward_elements(r, 8, num_rows) for r in range(size)]

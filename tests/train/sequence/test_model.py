@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -15,17 +14,16 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
-from loray.planning.sequence import HaloPlan, padded_length
+from loray.planning.sequence import DensePlan, HaloPlan, padded_length
 from loray.train.data.batches import IGNORED, TrainBatch
 from loray.train.model import build_model, dense
 from loray.train.objectives import batch_loss
 from loray.train.sequence import SentBytes, SequenceGroup, sequence_parallel, shard
-from tests.train.attention.test_s2_attention import runs
-from tests.train.sequence.ranks import Ranks
-from tests.train.test_model import LLAMA3, positions, recipe, strengthen, tokens
+from tests.fixtures.attention import runs
+from tests.fixtures.models import LLAMA3, BaseFactory, model_recipe, positions, strengthen, tokens
+from tests.fixtures.ranks import Ranks
 
-BaseFactory = Callable[..., BaseModel]
-GROUP, LAYERS = 16, 2
+GROUP, LAYERS, PLAIN = 16, 2, "no checkpointing"
 HEADS: dict[str, dict[str, int]] = {
     "9/3": {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8},
     "8/2": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8},
@@ -82,7 +80,7 @@ class Result(NamedTuple):
 
 @lru_cache(maxsize=2)
 def model_of(base: BaseModel, checkpointing: bool, name: str = "longlora") -> Any:
-    spec = recipe(gradient_checkpointing=checkpointing, **RECIPES[name])
+    spec = model_recipe(gradient_checkpointing=checkpointing, **RECIPES[name])
     return strengthen(build_model(base, spec)).train()
 
 
@@ -101,7 +99,7 @@ def train_alone(base: BaseModel, whole: TrainBatch, name: str) -> Result:
 def train(
     group: SequenceGroup, base: BaseModel, wholes: list[TrainBatch], mode: str, name: str = "longlora"
 ) -> list[Result]:
-    model = model_of(base, mode != "no checkpointing", name)
+    model = model_of(base, mode != PLAIN, name)
     results = []
     for whole in wholes:
         counted = replace(group, traffic=SentBytes())
@@ -114,22 +112,28 @@ def train(
     return results
 
 
-def check(
-    base: BaseModel, whole: TrainBatch, results: Sequence[Result], *, exchanges: int = 1, name: str = "longlora"
-) -> None:
+def check(ranks: Ranks, size: int, base: BaseModel, length: int, mode: str = PLAIN, name: str = "longlora") -> None:
     """Each rank's result against the whole batch on one rank, and against the plan of its traffic."""
-    alone = train_alone(base, whole, name)
-    assert sum(r.loss for r in results) == pytest.approx(alone.loss, rel=1e-5)
-    for parameter, expected in alone.gradients.items():
-        got = sum(r.gradients[parameter] for r in results)
-        assert torch.linalg.vector_norm(got - expected) <= 1e-5 * torch.linalg.vector_norm(expected), parameter
-    size, config = len(results), base.config
-    row_length = padded_length(whole.input_ids_BT.shape[1], size)
-    plan = HaloPlan(row_length, size, GROUP, config.num_heads, config.num_kv_heads)
-    sent = [LAYERS * plan.elements_sent(rank, config.head_dim, num_rows=2) for rank in range(size)]
-    returned = [LAYERS * plan.elements_received(rank, config.head_dim, num_rows=2) for rank in range(size)]
-    assert [r.forward_bytes for r in results] == [4 * exchanges * n for n in sent]
-    assert [r.backward_bytes for r in results] == [4 * n for n in returned]
+    wholes, config = [batch(kind, size * length) for kind in KINDS], base.config
+    of_ranks = ranks(size, train, base, wholes, mode, name)
+    for whole, results in zip(wholes, zip(*of_ranks, strict=True), strict=True):
+        alone = train_alone(base, whole, name)
+        assert sum(r.loss for r in results) == pytest.approx(alone.loss, rel=1e-5)
+        for parameter, expected in alone.gradients.items():
+            got = sum(r.gradients[parameter] for r in results)
+            assert torch.linalg.vector_norm(got - expected) <= 1e-5 * torch.linalg.vector_norm(expected), parameter
+        heads, d = (config.num_heads, config.num_kv_heads), config.head_dim
+        row_length, again = padded_length(whole.input_ids_BT.shape[1], size), 2 if mode == "exchanged again" else 1
+        if "dense" in name:
+            dense_plan = DensePlan(row_length, size, *heads)
+            sent = [dense_plan.forward_elements(rank, d, num_rows=2) for rank in range(size)]
+            returned = [dense_plan.backward_elements(rank, d, num_rows=2) for rank in range(size)]
+        else:
+            plan = HaloPlan(row_length, size, GROUP, *heads)
+            sent = [plan.elements_sent(rank, d, num_rows=2) for rank in range(size)]
+            returned = [plan.elements_received(rank, d, num_rows=2) for rank in range(size)]
+        assert [r.forward_bytes for r in results] == [4 * LAYERS * again * n for n in sent]
+        assert [r.backward_bytes for r in results] == [4 * LAYERS * n for n in returned]
 
 
 # Of all heads the attention alone is tested with every length.
@@ -140,11 +144,27 @@ EVERY_LENGTH = [("9/3", 1, 40), *itertools.product(("9/3",), (2, 4), LENGTHS)]
     ("heads", "size", "length"), [*EVERY_LENGTH, *itertools.product(("8/2", "8/8", "3/1"), (2, 4), (24, 10))]
 )
 def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: str, size: int, length: int) -> None:
-    base, wholes = tiny_base(**HEADS[heads]), [batch(kind, size * length) for kind in KINDS]
-    for whole, results in zip(
-        wholes, zip(*ranks(size, train, base, wholes, "no checkpointing"), strict=True), strict=True
-    ):
-        check(base, whole, results)
+    check(ranks, size, tiny_base(**HEADS[heads]), length)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "size", "mode"),
+    [
+        ("lora, dense", "8/2", 1, PLAIN),
+        ("lora, dense", "8/2", 2, PLAIN),
+        ("lora, dense", "8/2", 4, "exchanged again"),  # each key-value head on two ranks
+        ("lora, dense", "9/3", 2, "exchanged again"),
+        ("lora, dense, scaled", "9/3", 4, PLAIN),
+        ("vera, dense", "8/8", 4, PLAIN),
+        ("vera, dense", "3/1", 2, PLAIN),
+        ("dora, dense", "8/8", 2, PLAIN),
+        ("dora, dense", "3/1", 4, PLAIN),
+        ("longlora, dense", "8/2", 2, PLAIN),
+        ("longlora, dense", "9/3", 4, "exchanged again"),
+    ],
+)
+def test_dense_attention(ranks: Ranks, tiny_base: BaseFactory, name: str, heads: str, size: int, mode: str) -> None:
+    check(ranks, size, tiny_base(**HEADS[heads]), 12, mode, name)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +177,14 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
     ],
 )
 def test_any_method_scaled_or_not(ranks: Ranks, tiny_base: BaseFactory, name: str, rope: dict[str, Any]) -> None:
-    base, wholes = tiny_base(**HEADS["9/3"], **rope), [batch(kind, 48) for kind in KINDS]
-    results = zip(*ranks(2, train, base, wholes, "no checkpointing", name), strict=True)
-    for whole, parts in zip(wholes, results, strict=True):
-        check(base, whole, parts, name=name)
+    check(ranks, 2, tiny_base(**HEADS["9/3"], **rope), 24, name=name)
 
 
 @pytest.mark.parametrize("mode", ["halos kept", "exchanged again"])
 @pytest.mark.parametrize("length", [24, 10])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_activation_checkpointing(ranks: Ranks, tiny_base: BaseFactory, size: int, length: int, mode: str) -> None:
-    base, wholes = tiny_base(**HEADS["9/3"]), [batch(kind, size * length) for kind in KINDS]
-    for whole, results in zip(wholes, zip(*ranks(size, train, base, wholes, mode), strict=True), strict=True):
-        check(base, whole, results, exchanges=2 if mode == "exchanged again" else 1)
+    check(ranks, size, tiny_base(**HEADS["9/3"]), length, mode)
 
 
 def evaluate(group: SequenceGroup, base: BaseModel, whole: TrainBatch) -> tuple[float, Tensor]:
@@ -202,7 +217,7 @@ def test_dense_evaluation(ranks: Ranks, tiny_base: BaseFactory, size: int, kind:
 
 @pytest.fixture
 def model(tiny_base: BaseFactory) -> Any:
-    return build_model(tiny_base(), recipe())
+    return build_model(tiny_base(), model_recipe())
 
 
 @pytest.fixture
@@ -218,7 +233,7 @@ def run(model: Any, inputs: dict[str, Tensor], *, is_dense: bool = False) -> Non
 
 
 def test_attention_that_stays_on_its_rank(tiny_base: BaseFactory, inputs: dict[str, Tensor]) -> None:
-    model = build_model(tiny_base(), recipe("lora"))
+    model = build_model(tiny_base(), model_recipe("lora"))
     model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedError, match="within this rank's part"):
         run(model, inputs)
@@ -249,7 +264,7 @@ def test_inputs_that_are_not_this_ranks_part(model: Any, inputs: dict[str, Tenso
 def test_a_sliding_window_shorter_than_the_whole_row(
     tiny_base: BaseFactory, inputs: dict[str, Tensor], is_dense: bool
 ) -> None:
-    model = build_model(tiny_base("MistralForCausalLM"), recipe())
+    model = build_model(tiny_base("MistralForCausalLM"), model_recipe())
     model.config.sliding_window = 30  # more than the 20 tokens of a rank's part
     with pytest.raises(UnsupportedError, match="sliding window"):
         run(model, inputs, is_dense=is_dense)

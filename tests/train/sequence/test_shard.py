@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loray.planning.sequence import padded_length
 from loray.train.data.batches import IGNORED, collate
 from loray.train.sequence import SequenceGroup, ShardedBatch, shard
-from tests.train.data.test_batches import make_rows
+from tests.fixtures.training_data import make_rows
 
 
 def shards(lengths: list[int], size: int, *, packed: bool) -> list[ShardedBatch]:
@@ -37,12 +37,6 @@ def test_shards_side_by_side_are_the_batch(packed: bool, lengths: list[int], siz
     assert all(int((part.local.labels_BT != IGNORED).sum()) == part.local.num_targets for part in parts)
     assert {part.num_targets for part in parts} == {whole.num_targets}
     assert {part.row_length for part in parts} == {padded_length(num_tokens, size)}
-
-
-def test_a_label_crosses_from_rank_to_rank() -> None:
-    """The last token of a rank is to predict the first one of the next."""
-    first, second = shards([8, 8], 2, packed=False)
-    assert torch.equal(first.local.labels_BT[:, -1], second.local.input_ids_BT[:, 0])
 
 
 def test_rows_count_on() -> None:

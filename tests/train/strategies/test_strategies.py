@@ -1,4 +1,4 @@
-"""Every strategy on four ranks, 2 × 2 sequence × data and 1 × 4, does what one rank does with whole rows."""
+"""Every strategy on four ranks, 2 × 2 sequence × data and 1 × 4, does what one rank does; what recipes refuse."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM
 
 from loray.adapters.peft_format import WEIGHTS_FILE, read_config
 from loray.bases.registry import BaseModel
-from loray.errors import UnsupportedError
-from loray.spec import ParallelSpec, TrainSpec
+from loray.errors import SpecError, UnsupportedError
+from loray.spec import REWARDS, ParallelSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train import objectives as loss_module
 from loray.train.checkpoint import FolderReporter
 from loray.train.data.rows import Dataset
 from loray.train.loop import train
-from loray.train.mesh import World
+from loray.train.mesh import Mesh, World
 from loray.train.objectives import Loss, batch_loss
 from loray.train.optimizer import OptimizerState
 from loray.train.strategies import ddp, zero
-from tests.train.ranks import run_ranks
-from tests.train.test_loop import METHODS, make_data, recipe
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.training import METHODS, curve, make_data, paired, recipe, run
 
 SIZE = 4
 STRATEGIES = [
@@ -269,3 +269,104 @@ def test_what_a_strategy_needs_is_said(
         monkeypatch.setattr(World, "current", World)
         with pytest.raises(UnsupportedError, match=r"pip install 'loray\[deepspeed\]'"):
             case.run("vera", spec, label="refused")
+
+
+def pairs_of(method: str, strategy: str, num_workers: int = 2) -> TrainSpec:
+    return paired(
+        method,
+        num_workers=num_workers,
+        parallel={"strategy": strategy},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        batch={"rows": 2, "accumulation": 4 // num_workers},
+        checkpoint={"interval_steps": 1},
+        max_steps=3,
+    )
+
+
+def evaluations(reporter: FolderReporter) -> list[list[float]]:
+    return [[e[name] for name in ("eval_loss", *REWARDS)] for e in reporter.events if e["event"] == "eval"]
+
+
+def _run_pairs(rank: int, base: BaseModel, folder: Path, method: str, strategy: str) -> None:
+    zero._PERSISTENT_ELEMENTS = 0  # so that ZeRO-3 shards a tiny model
+    (folder / str(rank)).mkdir()
+    _, reporter = run(pairs_of(method, strategy), base, folder / str(rank))
+    told = {"curve": curve(reporter), "eval": evaluations(reporter)}
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", ["lora", pytest.param("vera", marks=pytest.mark.slow)])
+def test_two_ranks_do_what_one_does_with_pairs(method: str, strategy: str, base: BaseModel, tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    _, alone = run(pairs_of(method, "ddp", 1), base, tmp_path / "alone")
+    run_ranks(_run_pairs, 2, tmp_path, base, tmp_path, method, strategy)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for ours, theirs in zip(first["curve"], curve(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert first["eval"] == [pytest.approx(figures, rel=1e-4, abs=1e-5) for figures in evaluations(alone)]
+    saved = checkpoint.read_optimizer(tmp_path / "0" / "run" / "step_000001")
+    assert_close(saved.exp_avg, checkpoint.read_optimizer(alone.checkpoints[0].path).exp_avg, 1e-4)
+    assert all(bool(torch.isfinite(t).all()) for t in saved.masters.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("lora", {"batch": {"rows": 2, "order": "packed"}}, "batch.order packed joins rows"),
+        ("lora", {"data": {"train": "x", "format": "chat"}}, "data.format chat has no pairs"),
+        ("lora", {"init_adapter": "a@1"}, "DPO's reference is the base, and init_adapter starts elsewhere"),
+        (
+            "lora",
+            {"attention": {"type": "s2"}, "num_workers": 2, "parallel": {"sequence": 2}},
+            "DPO compares whole answers, which parallel.sequence splits: set it to 1",
+        ),
+        ("longlora", {}, "trained embeddings and norms stay on: set adapter.train_embeddings"),
+        ("lora", {"objective": {"type": "sft"}, "data": {"train": "x", "format": "preference"}}, "is for pairs: set"),
+        ("lora", {"objective": {"label_smoothing": 0.1}}, "loss_type robust and label_smoothing"),
+        ("lora", {"objective": {"loss_type": "robust"}}, "loss_type robust and label_smoothing"),
+    ],
+)
+def test_what_does_not_go_with_pairs_is_refused(method: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        paired(method, **fields)
+    assert message in str(error.value)
+
+
+def test_sequence_groups_cover_the_workers() -> None:
+    with pytest.raises(SpecError, match=r"parallel\.sequence is 3, which does not divide num_workers \(4\)"):
+        recipe("longlora", num_workers=4, parallel={"sequence": 3})
+    with pytest.raises(SpecError, match="1 workers do not split into sequence groups of 2"):
+        Mesh.build(2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_looks_for_gradients_that_are_not_finite_and_keeps_buffers(stage: int) -> None:
+    spec = recipe(dtype="bfloat16", parallel={"strategy": f"zero{stage}"}, num_workers=2)
+    assert zero._config(spec, stage)["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    module = torch.nn.Module()
+    module.register_buffer("inv_freq", torch.ones(2))
+    dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+    zero._check_buffers(module, dtypes)
+    with pytest.raises(UnsupportedError, match="changes the dtype of inv_freq: pip install --upgrade"):
+        zero._check_buffers(module.bfloat16(), dtypes)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "message"),
+    [
+        ("vera", {"loraplus_lr_ratio": 16}, "LoRA's B, which VeRA does not train"),
+        ("lora", {"vera_d_lr_ratio": 2}, "VeRA's d, which no other method trains"),
+    ],
+)
+def test_rates_are_for_what_is_trained(method: str, field: dict[str, int], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        recipe(method, optimizer={"learning_rate": 1e-3} | field)
+
+
+def test_a_rate_like_loras_is_doubted_for_vera() -> None:
+    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).warnings
+    assert "learning_rate is 0.0004, as for LoRA" in doubt
+    assert recipe("vera", optimizer={"learning_rate": 4e-3}).warnings == ()
+    assert recipe("lora", optimizer={"learning_rate": 4e-4}).warnings == ()

@@ -22,8 +22,8 @@ from loray.train.mesh import World
 from loray.train.model import BaseWeights, build_model
 from loray.train.objectives import Objective
 from loray.train.strategies import prepare
-from tests.train.ranks import run_ranks
-from tests.train.test_loop import METHODS, recipe
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.training import METHODS, recipe
 
 CPU = torch.device("cpu")
 LARGE: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 320}

@@ -23,8 +23,7 @@ from loray.planning.run import shape_of
 from loray.spec import QuantizationSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train.model import build_model, count_parameters
-from tests.train import pairs
-from tests.train.test_loop import METHODS, TINY, curve, recipe, run
+from tests.fixtures.training import METHODS, curve, paired, recipe, run
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'loray[qlora]'"
@@ -47,11 +46,11 @@ def plain_with_rounded_weights(base: BaseModel, spec: TrainSpec) -> Any:
 
 
 def test_bitsandbytes_is_asked_for_and_strategies_that_shard_are_refused(
-    tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'loray\[qlora\]'"):
-        build_model(tiny_base(**TINY), spec_of("lora"))
+        build_model(base, spec_of("lora"))
     with pytest.raises(SpecError, match="a quantized base is whole on every worker, and fsdp2 takes it apart: use ddp"):
         spec_of("lora", parallel={"strategy": "fsdp2"})
 
@@ -62,7 +61,7 @@ def test_bitsandbytes_is_asked_for_and_strategies_that_shard_are_refused(
 def test_it_computes_as_on_the_rounded_base(
     method: str, quantization: dict[str, Any], tiny_base: Callable[..., BaseModel]
 ) -> None:
-    base = tiny_base("Qwen2ForCausalLM", tie_word_embeddings=True, **TINY)
+    base = tiny_base("Qwen2ForCausalLM", tie_word_embeddings=True, std=0.05)
     spec = spec_of(method, quantization, max_steps=3)
     model, plain = build_model(base, spec).eval(), plain_with_rounded_weights(base, spec).eval()
     assert count_parameters(model) == count_parameters(plain)
@@ -79,10 +78,7 @@ def test_it_computes_as_on_the_rounded_base(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_run_learns_and_is_resumed_bit_for_bit(
-    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
-) -> None:
-    base = tiny_base(**TINY)
+def test_a_run_learns_and_is_resumed_bit_for_bit(method: str, base: BaseModel, tmp_path: Path) -> None:
     spec = spec_of(method, max_steps=6, dtype="bfloat16", checkpoint={"interval_steps": 3})
     _, unbroken = run(spec, base, tmp_path)
     _, resumed = run(spec, base, tmp_path, resume_from=unbroken.checkpoints[0].path, name="resumed")
@@ -98,11 +94,9 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_preferences_are_learned_against_the_rounded_base(
-    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
-) -> None:
+def test_preferences_are_learned_against_the_rounded_base(method: str, base: BaseModel, tmp_path: Path) -> None:
     """The reference of DPO is what the adapter is trained on: before the first step nothing tells both apart."""
-    reporter = pairs.run(pairs.paired(method, quantization={}, max_steps=24), tiny_base(**TINY), tmp_path)
+    _, reporter = run(paired(method, quantization={}, max_steps=24), base, tmp_path)
     before, after = (e for e in reporter.events if e["event"] == "eval")
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert before["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -111,10 +105,7 @@ def test_preferences_are_learned_against_the_rounded_base(
 
 
 @needs_bitsandbytes
-def test_an_adapter_merges_into_the_base_that_it_was_trained_on(
-    tiny_base: Callable[..., BaseModel], tmp_path: Path
-) -> None:
-    base = tiny_base(std=0.05)
+def test_an_adapter_merges_into_the_base_that_it_was_trained_on(base: BaseModel, tmp_path: Path) -> None:
     spec = recipe(
         quantization={}, adapter={"method": "lora", "rank": 4}, max_steps=3, optimizer={"learning_rate": 5e-2}
     )

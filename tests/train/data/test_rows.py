@@ -1,0 +1,214 @@
+"""Rows: target spans, lengths, splits, texts that are joined as LongLoRA's published code does, preference pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from loray.errors import DataError
+from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
+from loray.train.data.rows import Dataset
+from tests.fixtures.tiny import byte_tokenizer
+from tests.fixtures.training import recipe
+from tests.fixtures.training_data import TOKENIZER, jsonl, learned, listed, load, whole
+
+
+def test_truncation_is_counted_and_rows_without_targets_are_dropped(tmp_path: Path) -> None:
+    rows = [("p", "c" * 20), ("p" * 20, "c"), ("p", "c")]
+    path = jsonl(tmp_path, *({"prompt": prompt, "completion": completion, "id": 7} for prompt, completion in rows))
+    data = load(path, max_length=10)
+    assert (data.report.num_truncated, data.report.num_without_targets) == (1, 1)
+    assert data.report.num_rows == len(data.train) == 2
+    assert data.train.lengths.max() == 10
+    assert data.report.num_targets == 9 + 2
+    assert (whole(data.train, 1), learned(data.train, 1)) == ("pc<|im_end|>", "c<|im_end|>")
+    with pytest.raises(DataError, match=r"raise data\.max_length"):
+        load(jsonl(tmp_path, {"prompt": "p" * 20, "completion": "c"}), max_length=10)
+
+
+def test_the_fingerprint_is_the_sha256_of_the_file(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"text": "abc"})
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert load(path).fingerprint == load(f"file://{path}").fingerprint == digest
+    assert load(path, eval=path).fingerprint == hashlib.sha256(f"{digest}\n{digest}\n".encode()).hexdigest()
+
+
+def test_a_single_text_holds_out_its_end(tmp_path: Path) -> None:
+    text = "".join(chr(33 + i // 10) for i in range(399))
+    data = load(jsonl(tmp_path, {"text": text}), eval_fraction=0.25, max_length=100)
+    assert len(data.train) == 3
+    assert whole(data.evaluation, 0) == text[300:] + "<|im_end|>"
+    with pytest.raises(DataError, match=r"give data\.eval"):
+        load(jsonl(tmp_path, {"prompt": "a", "completion": "b"}), eval_fraction=0.1)
+
+
+def test_evaluation_rows_are_drawn_up_to_the_limit_and_whole_windows_preferred(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *({"text": chr(97 + i) * 80} for i in range(20)))
+    assert len(load(path, eval=path, max_eval_rows=7).evaluation) == 7
+    data = load(path, eval=path, max_length=32, options={"whole_windows": True})
+    assert set(data.evaluation.lengths.tolist()) == {32}
+
+
+# -- joined texts
+
+
+N = 32
+LENGTHS = [3, 0, 70, 31, 1, 32, 200, 5, 64, 17]
+TEXTS = ["".join(chr(97 + (7 * i + t) % 26) for t in range(n)) for i, n in enumerate(LENGTHS)]
+
+
+def papers_rows(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """LongLoRA's fine-tune.py, which pads the last row to the context, where there is no label."""
+    ids = tokenizer(tokenizer.eos_token.join(texts))["input_ids"]
+    return [ids[at : at + N] for at in range(0, len(ids), N)]
+
+
+def load_joined(folder: Path, texts: list[str], tokenizer: Any = TOKENIZER, **fields: Any) -> Dataset:
+    path = jsonl(folder, *({"text": text} for text in texts))
+    return load(path, tokenizer, max_length=N, options={"joined": True}, **fields)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1], TEXTS[6:7], TEXTS[::-1], ["a" * 31, "b"], ["y", "x" * 10_000]])
+def test_joined_rows_are_the_papers(tmp_path: Path, texts: list[str], begins: bool) -> None:
+    """`begins`: with a token before every text, as Llama's."""
+    tokenizer = byte_tokenizer()
+    if begins:
+        special = [("<|im_start|>", 257)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=special
+        )
+    data = load_joined(tmp_path, texts, tokenizer)
+    expected = papers_rows(tokenizer, texts)
+    # A single token predicts nothing.
+    assert listed(data.train) == [(row, [False, *[True] * (len(row) - 1)]) for row in expected if len(row) > 1]
+    assert data.report.num_documents == len(texts)
+    assert data.report.num_targets == sum(len(row) - 1 for row in expected)
+
+
+def test_the_end_of_a_single_joined_text_is_held_out(tmp_path: Path) -> None:
+    data = load_joined(tmp_path, TEXTS[6:7], eval_fraction=0.3)
+    assert [row for row, _ in listed(data.train) + listed(data.evaluation)] == papers_rows(TOKENIZER, TEXTS[6:7])
+    assert len(data.evaluation) == 2
+
+
+def test_only_texts_are_joined(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match=r"holds rows of format prompt_completion, and .* concat joins texts"):
+        load(path, options={"joined": True})
+    assert not load(path, options={"joined": None}).is_joined
+
+
+# -- preference pairs
+
+
+TEXT = {"prompt": "2+2=", "chosen": " 4", "rejected": " five", "score": 1}
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+CHAT = {"prompt": TURNS, "chosen": answer("yes"), "rejected": answer("no"), "messages": TURNS[:2]}
+
+
+def load_pairs(train: Any, *, paired: bool = True, **fields: Any) -> Dataset:
+    return load(train, options={"paired": paired, "max_eval_rows": 4}, **fields)
+
+
+def test_texts_are_two_rows_of_which_the_answers_are_learned(tmp_path: Path) -> None:
+    data = load_pairs(jsonl(tmp_path, TEXT))
+    assert [whole(data.train, i) for i in (0, 1)] == ["2+2= 4<|im_end|>", "2+2= five<|im_end|>"]
+    assert [learned(data.train, i) for i in (0, 1)] == [" 4<|im_end|>", " five<|im_end|>"]
+    report = data.report
+    assert (report.format, report.num_rows, report.num_documents, report.num_targets) == ("preference", 1, 1, 9)
+    assert (data.is_paired, data.lengths.tolist()) == (True, [2 * 10])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "preference"])
+def test_only_the_last_turn_of_a_chat_is_learned(tmp_path: Path, kind: str) -> None:
+    source, fields = jsonl(tmp_path, CHAT), {}
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([CHAT]), source)
+    elif kind == "preference":
+        fields = {"format": kind}
+    data = load_pairs(source, **fields)
+    assert [learned(data.train, i) for i in (0, 1)] == ["yes<|im_end|>", "no<|im_end|>"]
+    assert whole(data.train, 0).count("<|im_start|>assistant\n") == 2
+    assert data.report.format == "preference"
+
+
+def test_texts_and_messages_may_follow_each_other(tmp_path: Path) -> None:
+    data = load_pairs(jsonl(tmp_path, CHAT, TEXT, CHAT))
+    answers = [learned(data.train, i).removesuffix("<|im_end|>") for i in range(6)]
+    assert answers == ["yes", "no", " 4", " five", "yes", "no"]
+
+
+def test_pairs_are_cut_at_their_end_and_dropped_where_nothing_is_left(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "abc", "chosen": "defgh", "rejected": "x"},
+        {"prompt": "abcdefg", "chosen": "h", "rejected": "i"},  # no room for an answer
+        {"prompt": "abc", "chosen": "wxyz1", "rejected": "wxyz2"},  # equal as far as they go
+        {"prompt": "a", "chosen": "same", "rejected": "same"},
+    ]
+    data = load_pairs(jsonl(tmp_path, *rows), max_length=7)
+    assert [whole(data.train, i) for i in range(len(data.train.lengths))] == ["abcdefg", "abcx<|im_end|>"]
+    report = data.report
+    assert (report.num_rows, report.num_truncated, report.num_without_targets) == (1, 1, 3)
+    with pytest.raises(DataError, match=r"no row .* within 7 tokens"):
+        load_pairs(jsonl(tmp_path, rows[1]), max_length=7)
+
+
+def test_pairs_stay_together_in_splits_and_batches(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i:02}", "chosen": "+" * (1 + i % 4), "rejected": "-" * (1 + i % 3)} for i in range(20)]
+    data = load_pairs([{"path": jsonl(tmp_path, *rows), "weight": 2.0}], eval_fraction=0.3)
+    held_out = [whole(data.evaluation, i) for i in range(len(data.evaluation.lengths))]
+    assert (len(held_out), data.report.num_eval_rows, data.report.num_rows) == (8, 4, 14)
+    assert all(a[:2] == b[:2] and "+" in a and "-" in b for a, b in zip(held_out[::2], held_out[1::2], strict=True))
+    assert [share.num_rows for share in data.shares] == [14]
+    batch = recipe(batch={"tokens": 2 * 3 * 7, "order": "length_grouped"}).batch
+    plan = plan_epoch(data.lengths, batch, max_length=512, seed=0, epoch=0, shares=data.shares)
+    assert np.bincount([pair for micro_batch in plan for (pair,) in micro_batch]).tolist() == [2] * 14
+    made = collate_pairs(data.train, plan[0])
+    assert (made.num_pairs, len(made.input_ids_BT)) == (len(plan[0]), 2 * len(plan[0]))
+    assert made.input_ids_BT.numel() <= 42
+    answers = made.labels_BT.masked_fill(made.labels_BT == 258, IGNORED)  # 258 ends each
+    for labels, sign in ((answers[: made.num_pairs], "+"), (answers[made.num_pairs :], "-")):
+        assert {x for x in labels.flatten().tolist() if x > 0} == set(
+            TOKENIZER(sign, add_special_tokens=False)["input_ids"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (TEXT | {"chosen": None}, "`chosen` must be a string, or all three lists of messages, not NoneType"),
+        (TEXT | {"rejected": answer("a")}, "`rejected` must be a string, or all three lists of messages, not list"),
+        (CHAT | {"chosen": "yes"}, "`prompt` must be a string, or all three lists of messages, not list"),
+        (CHAT | {"prompt": []}, "`prompt` must be a list of at least one message"),
+        (CHAT | {"prompt": TURNS[:2]}, "`prompt` must end before the answer"),
+        (CHAT | {"rejected": [*TURNS, *answer("no")]}, "`rejected` must be one assistant message: put the"),
+        (CHAT | {"rejected": [{"role": "assistant"}]}, "a message's `content` must be a string"),
+    ],
+)
+def test_wrong_pairs_are_numbered(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    first = TEXT if isinstance(row["prompt"], str) else CHAT
+    with pytest.raises(DataError) as error:
+        load_pairs(jsonl(tmp_path, first, row))
+    assert f" 2: {message}" in str(error.value)
+
+
+def test_pairs_and_objectives_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="columns prompt, completion; DPO reads `prompt`, `chosen` and `rejected`"):
+        load_pairs(jsonl(tmp_path, {"prompt": "a", "completion": "b"}))
+    with pytest.raises(DataError, match=r"columns prompt, .*; pairs are for objective: \{type: dpo\}"):
+        load_pairs(jsonl(tmp_path, TEXT), paired=False)
+    assert load_pairs(jsonl(tmp_path, CHAT | {"messages": TURNS[:2]}), paired=False).report.format == "chat"
