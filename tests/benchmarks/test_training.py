@@ -22,7 +22,6 @@ from loray.train.data.batches import TrainBatch
 from loray.train.hooks import DENSE
 from loray.train.model import build_model
 from loray.train.objectives import batch_loss
-from tests.fixtures.ranks import Ranks
 
 
 def qkv(num_tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

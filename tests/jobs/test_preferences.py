@@ -21,7 +21,6 @@ from tests.fixtures.recipes import write
 from tests.fixtures.runs import run, trained
 from tests.fixtures.tiny import write_checkpoint
 from tests.fixtures.training import pair
-from tests.jobs.test_train import run
 
 BASE = "tiny-pairs"
 FIELDS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from loray.spec import CheckpointSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot, peft_name
 from loray.train.model import build_model
-from tests.adapters.test_export import in_peft, logits
+from tests.fixtures.adapters import in_peft, logits
 from tests.fixtures.training import METHODS, assert_equal, curve, make_data, recipe, run
 
 CPU = torch.device("cpu")

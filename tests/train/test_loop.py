@@ -28,8 +28,8 @@ from loray.train.checkpoint import ADAPTER, FolderReporter, Metrics, save_adapte
 from loray.train.data.rows import RowSource, load_data
 from loray.train.loop import HeldOut, train
 from loray.train.objectives import Loss, batch_loss
-from tests.adapters.test_export import ADAPTERS, in_peft, trained
-from tests.adapters.test_export import recipe as adapter_recipe
+from tests.fixtures.adapters import ADAPTERS, in_peft, trained
+from tests.fixtures.adapters import recipe as adapter_recipe
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training import METHODS, assert_equal, curve, make_data, masters, recipe, run
 

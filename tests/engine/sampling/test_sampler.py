@@ -36,7 +36,7 @@ from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.sampling import draw
 from tests.fixtures.engines import BLOCK_BYTES, fill_up, make_engine, request, run
 from tests.fixtures.sampling_mixes import check
-from tests.kernels.cuda.shim import NotingLauncher
+from tests.fixtures.shim import NotingLauncher
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
 EOS = 2

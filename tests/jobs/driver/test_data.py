@@ -26,8 +26,7 @@ from loray.train.data.rows import Dataset, load_data
 from tests.fixtures.recipes import RECIPE
 from tests.fixtures.s3 import CountedS3, S3Server, counted_s3
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_data import whole
-from tests.train.data.test_sources import save_to_disk
+from tests.fixtures.training_data import save_to_disk, whole
 
 SPEC = TrainSpec.model_validate(RECIPE | {"data": {"train": "x"}})
 OPTIONS = "endpoint_url=http://minio:9000&region=eu-1&credentials_file=/etc/keys"

@@ -24,7 +24,6 @@ from tests.fixtures.cluster import RayCluster
 from tests.fixtures.recipes import write as write_recipe
 from tests.fixtures.s3 import S3Server
 from tests.fixtures.tiny import byte_tokenizer
-from tests.train.data.test_shards import Counted, listed
 from tests.fixtures.training_data import Counted, jsonl, listed
 
 

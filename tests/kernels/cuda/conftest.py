@@ -17,7 +17,7 @@ from loray_kernels import BackendUnavailable, Parts
 from loray_kernels.cuda import graphs, tables
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
-from tests.engine.adapters import TestAdapter
+from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim import NotingLauncher
 from tests.fixtures.shim_ops import ShimOps, use_shim_ops
 
@@ -54,7 +54,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
     from peft import LoraConfig
 
-    from tests.engine.adapters import make_adapter
+    from tests.fixtures.peft_adapters import make_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -66,7 +66,7 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """LoRA of several ranks, on different modules and layers; DoRA, VeRA of two pairs, LongLoRA."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import NORMS, make_adapter
+    from tests.fixtures.peft_adapters import NORMS, make_adapter
 
     folder, attention = tmp_path_factory.mktemp("mixed"), ["q_proj", "k_proj", "v_proj", "o_proj"]
     configs = {

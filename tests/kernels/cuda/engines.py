@@ -21,8 +21,8 @@ from loray.engine.request import Chunk
 from loray.errors import EngineError
 from loray.spec import GenerateRequest
 from loray_kernels.reference import ReferenceOps
-from tests.engine.adapters import TestAdapter
-from tests.engine.harness import request, submit
+from tests.fixtures.engines import request, submit
+from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim import ShimLauncher
 from tests.fixtures.shim_ops import ShimOps, use_shim_ops
 from tests.fixtures.tape import TapeLauncher, is_recording, on_tape

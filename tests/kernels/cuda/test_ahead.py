@@ -21,13 +21,12 @@ from loray.spec import GenerateRequest, ServeSpec
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
-from tests.fixtures.engines import fill_up, make_engine, request, run, submit
+from tests.fixtures.cluster import served
+from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
 from tests.fixtures.peft_adapters import TestAdapter
-from tests.fixtures.slow_masks import constraint, slow
-from tests.kernels.cuda.steps import decode_steps_of, served, use_reference
-from tests.kernels.cuda.test_engine import adapters, base, mixed, ops
 from tests.fixtures.shim_ops import ShimOps, use_three_forms
-from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference
+from tests.fixtures.slow_masks import constraint, slow
+from tests.kernels.cuda.engines import decode_steps_of, mixture, use_reference
 
 SAMPLING: list[dict[str, Any]] = [
     {},

@@ -12,7 +12,6 @@ from torch import Tensor
 from loray_kernels import CaptureBarrier, CapturedStep, CaptureLimits, CaptureState, Decoding, KvLayout, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.graphs import Capture, DecodeGraphs, GraphCapturer, GraphShape
-from tests.fixtures.engines import Spy, make_engine, request, run
 
 
 class Counting:

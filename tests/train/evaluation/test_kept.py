@@ -24,7 +24,6 @@ from loray.train.evaluation import perplexity, retrieval
 from loray.train.evaluation.measure import MeasuredModel, identity, measure, subjects
 from loray.train.evaluation.perplexity import Figures, KeptFigures, Pass, digest
 from tests.fixtures.peft_adapters import make_adapter
-from tests.train.evaluation.test_perplexity import documents
 from tests.fixtures.training_data import documents
 
 LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)

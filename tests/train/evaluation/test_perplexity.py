@@ -28,8 +28,8 @@ from loray.train.evaluation.documents import cut_windows, read_documents
 from loray.train.evaluation.measure import MeasuredModel, load, measure, subjects
 from loray.train.evaluation.perplexity import Measured, mean_loss
 from loray.train.model import build_model
-from tests.fixtures.peft_adapters import NORMS, make_adapter
 from tests.fixtures.models import model_recipe
+from tests.fixtures.peft_adapters import NORMS, make_adapter
 from tests.fixtures.tiny import byte_tokenizer
 from tests.fixtures.training_data import documents
 

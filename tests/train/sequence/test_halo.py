@@ -15,10 +15,9 @@ from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, halo
 from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.shard import Pending
-from tests.fixtures.planning import closed_form_elements
-from tests.train.sequence.cases import Case, HEADS, Part, check, documents, qkv_of, weights_of
 from tests.fixtures.attention import oracle, oracle_mask, runs
 from tests.fixtures.ranks import Ranks
+from tests.train.sequence.cases import HEADS, Case, Part, check, documents, qkv_of, weights_of
 
 GROUP = 16
 LENGTHS = {"2G": 32, "G": 16, "3G/2": 24, "G/2": 8, "G/4": 4, "5G/8": 10}

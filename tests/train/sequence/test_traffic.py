@@ -16,7 +16,7 @@ from loray.train.sequence import SentBytes, SequenceGroup
 from loray.train.sequence.dense import segment_gathered, ulysses_attention
 from loray.train.sequence.halo import attend_shard, segment_shard
 from loray.train.sequence.ring import ring_attention, segment_ring
-from tests.train.sequence.ranks import Ranks
+from tests.fixtures.ranks import Ranks
 
 TOKENS, HEADS, KV_HEADS, WIDTH = 128, 8, 4, 64  # heads that 2 and 4 ranks divide, which Ulysses needs
 
