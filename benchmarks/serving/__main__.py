@@ -21,32 +21,24 @@ from pathlib import Path
 
 import click
 
-from benchmarks import machine
-from benchmarks.machine import describe_machine
 from benchmarks.options import check_only, numbers, one_or_more
-from benchmarks.output import machine_line, write_json
-from benchmarks.serving import cases as presets
-from benchmarks.serving.ablations import ABLATIONS
+from benchmarks.report import machine_line
 from benchmarks.serving.adapters import AdapterSet, open_library
-from benchmarks.serving.cases import OVER_HTTP, PRESETS, Case, EngineOptions
-from benchmarks.serving.figures import report, served
-from benchmarks.serving.figures.floors import ModelSize
-from benchmarks.serving.figures.picture import draw_density
-from benchmarks.serving.figures.results import OUR_SYSTEMS, OURS, Results
-from benchmarks.serving.figures.targets import verdicts
+from benchmarks.serving.cases import OUR_SYSTEMS, OURS, OVER_HTTP, PRESETS, Case, EngineOptions
+from benchmarks.serving.floors import ModelSize
 from benchmarks.serving.models import bench_base
-from benchmarks.serving.run import measure_transfer, publish, run
-from benchmarks.serving.systems.processes import Setting
+from benchmarks.serving.rows import Results, summary
+from benchmarks.serving.run import publish, run
+from benchmarks.serving.sessions import Setting
+from benchmarks.serving.targets import verdicts
 from benchmarks.serving.workload import Workload
-from benchmarks.steady import Probe, Steady
+from benchmarks.world import Steady, describe_machine, measure_rates
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = _parser().parse_args(argv)
-    if args.plot and args.preset != "density":
-        raise SystemExit("--plot draws the preset density; give --preset density with it")
     todo = _cases(args)
     os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which idles while the systems run
     folder: Path = args.folder or Settings.from_env().home / "bench"
@@ -54,20 +46,19 @@ def main(argv: Sequence[str] | None = None) -> Results:
     base = bench_base(args.model, folder)
     peers = dict(_peer(peer) for peer in args.peer)
     systems = tuple(args.system) or (OUR_SYSTEMS if args.preset in OVER_HTTP and args.adapters is None else (OURS,))
-    described = describe_machine()
-    click.echo(machine_line(described))
+    machine = describe_machine()
+    click.echo(machine_line(machine))
     with open_library(args.store, folder, base) as library:
-        setting = Setting(base, library, folder, args.device, args.threads, args.pool_bytes, peers)
-        for _, group in _by_set(todo).items():
+        setting = Setting(base, library, folder, args.device, args.dtype, args.threads, args.pool_bytes, peers)
+        for group in _by_set(todo).values():
             publish(setting, group)
-        rates = machine.measure_rates(args.device, args.threads)
-        results = Results(described, rates, ModelSize.of(base.config), measure_transfer(setting, todo))
+        rates = measure_rates(args.device, args.threads)
+        results = Results(rates, ModelSize.of(base.config, 4 if args.dtype == "float32" else 2))
         click.echo(
             f"{base.name}, {args.threads} threads; memory {rates.bandwidth / 1e9:.1f} GB/s, products "
             f"{rates.flops / 1e9:.0f} GFLOP/s; first tokens within {args.slo:g} s"
         )
-        steady = Steady(Probe(args.threads), patience_s=args.patience) if args.patience > 0 else None
-        click.echo(report.header())
+        steady = Steady(args.threads, patience_s=args.patience) if args.patience > 0 else None
         run(
             todo,
             (*systems, *peers),
@@ -77,18 +68,16 @@ def main(argv: Sequence[str] | None = None) -> Results:
             repeat=args.repeat,
             rounds=args.rounds,
             steady=steady,
-            on_row=lambda row: click.echo(report.line(row)),
+            on_row=lambda row: click.echo(f"{row.case}, {row.system}: {row.latencies.throughput:.1f} tok/s"),
         )
-    has_targets = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
-    found = [*verdicts(results), *served.verdicts(results)] if has_targets else []
-    if below := report.summary(results, found):
-        click.echo(below)
+    has_targets = (base.name, args.device, args.dtype, args.adapters) == ("smollm2", "cpu", "auto", None)
+    found = verdicts(results) if has_targets else []
+    arguments = " ".join(sys.argv[1:] if argv is None else argv)
+    report = results.report(machine, arguments, targets=[verdict.to_json() for verdict in found])
+    click.echo("\n".join([report.text(), *summary(results), *(verdict.line() for verdict in found)]))
     if steady is not None:
         click.echo(steady.describe())
-    if args.plot:
-        draw_density(results, args.plot)
-    targets = [v._asdict() | {"is_met": v.is_met} for v in found]
-    write_json(args.json, results.to_dict() | {"targets": targets})
+    report.write(args.json)
     return results
 
 
@@ -97,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="http")
     add("--only", default="", help="of the preset, cases whose name contains this")
-    add("--ablation", action="append", choices=ABLATIONS, default=[], help="the engine without one of its features")
     add(
         "--peer",
         action="append",
@@ -123,11 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")
     add("--json", type=Path, help="write everything there too")
-    add("--plot", type=Path, help="of --preset density: write the picture there, as SVG")
     add("--store", choices=("file", "s3"), default="file", help="where adapters come from (default %(default)s)")
     add("--folder", type=Path, help="keeps adapters between runs (default HOME/bench)")
     add("--model", default="smollm2", help="a base on this machine, or llama3-8b-random")
     add("--device", default="cpu")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of loray's weights and KV cache")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--pool-bytes", type=int, help="instead of each case's own")
     custom = parser.add_argument_group("a case given by options, instead of a preset")
@@ -150,18 +138,14 @@ def _parser() -> argparse.ArgumentParser:
 def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
     if args.adapters is not None:
         return (_custom_case(args),)
-    found = presets.ablations(tuple(args.ablation)) if args.ablation else PRESETS[args.preset]
+    found = PRESETS[args.preset]
     check_only(args.only, [case.name for case in found])
     return tuple(case for case in found if args.only in case.name)
 
 
 def _custom_case(args: argparse.Namespace) -> Case:
     modules = LINEAR_MODULES if args.modules == "all" else ATTENTION_MODULES
-    ablation = args.ablation[0] if args.ablation else None
-    padded = ablation == "padded-ranks"
-    if len(args.ablation) > 1:
-        raise SystemExit("a case given by options takes one --ablation; run it once for each")
-    adapters = AdapterSet(args.adapters, args.ranks, modules, padded) if args.adapters else None
+    adapters = AdapterSet(args.adapters, args.ranks, modules) if args.adapters else None
     workload = Workload(
         args.requests,
         args.adapters,
@@ -174,7 +158,7 @@ def _custom_case(args: argparse.Namespace) -> Case:
         seed=args.seed,
     )
     kv_tokens = 2 * args.max_num_seqs * workload.max_tokens
-    engine = EngineOptions(adapters, args.pool_adapters, kv_tokens, max_num_seqs=args.max_num_seqs, ablation=ablation)
+    engine = EngineOptions(adapters, args.pool_adapters, kv_tokens, max_num_seqs=args.max_num_seqs)
     return Case(f"n={args.adapters}", engine, workload, passes=1)
 
 

@@ -31,7 +31,7 @@ class Workload:
     """`num_requests` requests over `num_adapters` adapters from index `first_adapter` on; 0: the base only.
 
     alpha     popularity: adapter ⌊n · u^(1/α)⌋ for u uniform in [0, 1), which is NumPy's `power(α)` as in S-LoRA's
-              generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed; see `share`.
+              generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed.
               None: round robin.
     at_once   closed loop: so many requests are under way at any time. None: open loop.
     rate, cv  open loop: inter-arrival times from Gamma(shape 1/cv², scale cv²/rate): mean 1/rate, coefficient of
@@ -128,11 +128,6 @@ def _mixed(w: MixedLoad, vocab_size: int, rng: random.Random) -> list[TimedReque
         for i in range(w.num_short)
     ]
     return [request(0.0, 64, w.stream_tokens, STREAM), long, *shorts]
-
-
-def share(index: int, num_adapters: int, alpha: float) -> float:
-    """Probability that a request is for adapter `index`: ((i + 1)/n)^α − (i/n)^α."""
-    return float(((index + 1) / num_adapters) ** alpha - (index / num_adapters) ** alpha)
 
 
 def _draw(w: Workload, i: int, popularity: random.Random) -> int | None:

@@ -37,18 +37,16 @@ class Session:
     def run(self, requests: list[Any], at_once: int | None) -> dict[str, Any]:
         requests = [request[:4] for request in requests]
         began = time.perf_counter()
-        records: list[dict[str, Any]] = []
+        answers: list[dict[str, Any]] = []
         size, free_at = at_once or len(requests), 0.0
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             time.sleep(max(0.0, max(at for at, *_ in batch) - (time.perf_counter() - began)))
             ids, times = self._generate(batch, began)
-            for (at, adapter, prompt, n), row in zip(batch, ids, strict=True):
-                sent = at if at_once is None else free_at
-                record = {"sent": sent, "adapter": adapter, "num_inputs": len(prompt), "error": None}
-                records.append(record | {"times": times[:n], "ids": row[:n]})
+            for (at, _, _, n), row in zip(batch, ids, strict=True):
+                answers.append({"at": at if at_once is None else free_at, "times": times[:n], "ids": row[:n]})
             free_at = times[-1]
-        return {"records": records, "work": None}
+        return {"answers": answers, "work": None}
 
     def _generate(self, batch: list[Any], began: float) -> tuple[list[list[int]], list[float]]:
         torch = self._torch
