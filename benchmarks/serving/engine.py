@@ -24,14 +24,12 @@ from benchmarks.client import replay
 from benchmarks.serving.models import bench_base, random_tensors
 from benchmarks.serving.rows import EngineWork, ratio
 from benchmarks.serving.workload import TimedRequest
-from loray.engine.memory.adapter_manager import Tier
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
     from loray.engine.metrics import EngineStats
-    from loray.engine.pool.pool import ResidentAdapter
     from loray.engine.request import SchedulerOutput, TokenOutput
 
 
@@ -55,22 +53,21 @@ class EngineSession:
 
         self._refs, self._num = [AdapterRef(**ref) for ref in setup.refs], 0
         self._engine = _build(setup)
-        self._recorder = EngineRecorder(self._engine)
+        self._steps = recorded(self._engine)
         self._stream: AsyncEngine = AsyncEngine(self._engine)
         self._stream.start()
         freeze_garbage()
 
     def run(self, requests: list[TimedRequest], at_once: int | None) -> dict[str, Any]:
         """Answers and engine's work of one pass. AssertionError if the engine's integrity check fails afterwards."""
-        self._recorder.steps, placed = [], self._recorder.placed_bytes
+        self._steps.clear()
         before = self._stream.call(self._engine.stats).result()
         dues = [request.at for request in requests]
         answers = asyncio.run(replay(dues, at_once, lambda i: self._submit(requests[i])))
         self._stream.check_health()
         after = self._stream.call(self._engine.stats).result()
         self._stream.call(self._engine.check_integrity).result()
-        work = _work(self._recorder.steps, self._recorder.placed_bytes - placed, before, after)
-        return {"answers": [asdict(answer) for answer in answers], "work": asdict(work)}
+        return {"answers": [asdict(answer) for answer in answers], "work": asdict(_work(self._steps, before, after))}
 
     def close(self) -> None:
         self._stream.stop()
@@ -86,57 +83,40 @@ class EngineSession:
 
 
 class EngineStep(NamedTuple):
-    """One step of `num_rows` chunks with `num_tokens` tokens in all. Distinct adapters are counted, and their published
-    bytes.
+    """One step of `num_rows` chunks with `num_tokens` tokens in all. `adapter_bytes`: published ones of its distinct
+    adapters.
     """
 
     began: float
     seconds: float
     num_tokens: int
     num_rows: int
-    num_adapters: int
     adapter_bytes: int
     num_waiting: int
 
 
-class EngineRecorder:
-    """A record of an engine's steps, made from outside: it wraps `step` of an engine, `next` of its scheduler and
-    `acquire` of its residency; a step takes some microseconds longer.
+def recorded(engine: Engine) -> list[EngineStep]:
+    """A list to which each step of the engine is added from now on; a step takes some microseconds longer."""
+    steps: list[EngineStep] = []
+    scheduler, plan_next, step = engine.scheduler, engine.scheduler.next, engine.step
+    last: list[SchedulerOutput] = []
 
-    `placed_bytes`: published bytes of the adapters that were copied from host memory into the pool.
-    """
+    def next_plan() -> SchedulerOutput:
+        last[:] = [plan_next()]
+        return last[0]
 
-    def __init__(self, engine: Engine) -> None:
-        self.steps: list[EngineStep] = []
-        self.placed_bytes = 0
-        scheduler, plan_next, step = engine.scheduler, engine.scheduler.next, engine.step
-        residency, acquire = engine.adapter_manager, engine.adapter_manager.acquire
-        last: list[SchedulerOutput] = []
+    def timed() -> list[TokenOutput]:
+        began = time.perf_counter()
+        outputs = step()
+        seconds, chunks = time.perf_counter() - began, last[0].chunks
+        refs = {c.request.adapter.digest: c.request.adapter for c in chunks if c.request.adapter is not None}
+        num_tokens, nbytes = sum(c.num_tokens for c in chunks), sum(ref.nbytes for ref in refs.values())
+        steps.append(EngineStep(began, seconds, num_tokens, len(chunks), nbytes, len(scheduler.waiting)))
+        return outputs
 
-        def next_plan() -> SchedulerOutput:
-            last[:] = [plan_next()]
-            return last[0]
-
-        def timed() -> list[TokenOutput]:
-            began = time.perf_counter()
-            outputs = step()
-            seconds, chunks = time.perf_counter() - began, last[0].chunks
-            refs = {c.request.adapter.digest: c.request.adapter for c in chunks if c.request.adapter is not None}
-            num_tokens, nbytes = sum(c.num_tokens for c in chunks), sum(ref.nbytes for ref in refs.values())
-            waiting = len(scheduler.waiting)
-            self.steps.append(EngineStep(began, seconds, num_tokens, len(chunks), len(refs), nbytes, waiting))
-            return outputs
-
-        def counted(ref: AdapterRef) -> ResidentAdapter | None:
-            was_in_pool = residency.table.tier(ref) is Tier.POOL
-            resident = acquire(ref)
-            if resident is not None and not was_in_pool:
-                self.placed_bytes += ref.nbytes
-            return resident
-
-        scheduler.next = next_plan  # type: ignore[method-assign]
-        engine.step = timed  # type: ignore[method-assign]
-        residency.acquire = counted  # type: ignore[method-assign]
+    scheduler.next = next_plan  # type: ignore[method-assign]
+    engine.step = timed  # type: ignore[method-assign]
+    return steps
 
 
 def _build(setup: Setup) -> Engine:
@@ -157,10 +137,9 @@ def _build(setup: Setup) -> Engine:
     return build_engine(spec, base, load, random_tensors(base.config, device, getattr(torch, spec.dtype)))
 
 
-def _work(steps: Sequence[EngineStep], placed_bytes: int, before: EngineStats, after: EngineStats) -> EngineWork:
+def _work(steps: Sequence[EngineStep], before: EngineStats, after: EngineStats) -> EngineWork:
     """The work between the stats `before` and `after`."""
-    busy = [s for s in steps if s.num_tokens]
-    decode = [s for s in busy if s.num_tokens == s.num_rows]
+    decode = [s for s in steps if 0 < s.num_tokens == s.num_rows]
     rows = max((s.num_rows for s in decode), default=0)
     full = [s for s in decode if s.num_rows == rows]
     stalled = sum(b.began - a.began for a, b in itertools.pairwise(steps) if not a.num_tokens and a.num_waiting)
@@ -173,19 +152,15 @@ def _work(steps: Sequence[EngineStep], placed_bytes: int, before: EngineStats, a
     hits = [more(f) for f in ("num_pool_hits", "num_host_hits", "num_misses")]
     pool, host, miss = (ratio(n, sum(hits)) for n in hits)
     return EngineWork(
-        adapters_mean=statistics.fmean(s.num_adapters for s in busy) if busy else 0.0,
-        adapters_max=max((s.num_adapters for s in busy), default=0),
         decode_rows=rows,
         decode_s=statistics.median(s.seconds for s in full) if full else float("nan"),
         decode_lora_bytes=statistics.fmean(s.adapter_bytes for s in full) if full else 0.0,
         stalled=ratio(stalled, elapsed),
-        loading=ratio(load_s, elapsed),
         pool_hits=pool,
         host_hits=host,
         misses=miss,
         loaded_bytes=more("num_loaded_bytes"),
         load_s=ratio(load_s, more("num_loads")),
-        placed_bytes=placed_bytes,
         num_residents=len(after.adapters_in_pool),
     )
 

@@ -97,27 +97,21 @@ class EngineWork:
     """Figures that only an engine in process gives. In a decode step every row has one token; figures of decode steps
     are taken from those with the most rows.
 
-    adapters_mean, adapters_max   distinct adapters in a step
     decode_s, decode_lora_bytes   median seconds; mean bytes of the distinct adapters
     stalled         share of the time in which requests waited for adapters and nothing could be computed
-    loading         seconds of all loads per second of the pass; the part above `stalled` overlapped with computation
     load_s          mean seconds of a load
     num_residents   adapters in the pool at the end
     """
 
-    adapters_mean: float
-    adapters_max: int
     decode_rows: int
     decode_s: float
     decode_lora_bytes: float
     stalled: float
-    loading: float
     pool_hits: float
     host_hits: float
     misses: float
     loaded_bytes: int
     load_s: float
-    placed_bytes: int
     num_residents: int
 
 
@@ -128,7 +122,6 @@ class Row:
     spread       lowest and highest throughput of a pass
     step_ratio   seconds of a decode step ÷ its floor
     ceiling      throughput ÷ the highest that the floors allow (closed loops)
-    bandwidth    share of the memory bandwidth that a decode step uses for weights and adapters
     cpu_ms       ms of a core for each output token, by what processes do
     idle_cores   what the system uses of the processor when it has nothing to do
     """
@@ -143,7 +136,6 @@ class Row:
     start_s: float
     step_ratio: float = _NAN
     ceiling: float = _NAN
-    bandwidth: float = _NAN
     cpu_ms: Mapping[str, float] = field(default_factory=dict)
     idle_cores: float = _NAN
 
@@ -158,14 +150,13 @@ class Row:
         """The row with its ratios to the floors. `requests`: (prompt, output) tokens. `lora_bytes`: of a full decode
         step.
         """
-        step, ceiling, bandwidth = _NAN, _NAN, _NAN
+        step, ceiling = _NAN, _NAN
         if (w := self.work) is not None and w.decode_rows:
             step = w.decode_s / decode_step_seconds(model, machine, w.decode_rows, w.decode_lora_bytes)
-            bandwidth = (model.nbytes + w.decode_lora_bytes) / w.decode_s / machine.bandwidth
         if at_once is not None:
             most = most_tokens_per_second(model, machine, requests, at_once, lora_bytes)
             ceiling = self.latencies.throughput / most
-        return replace(self, step_ratio=step, ceiling=ceiling, bandwidth=bandwidth)
+        return replace(self, step_ratio=step, ceiling=ceiling)
 
 
 def median_row(
@@ -255,13 +246,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], Cell]], ...] = (
     ("in pool", _work(lambda w: w.num_residents)),
     ("load ms\t.1f", _work(lambda w: w.load_s * 1e3 or None)),
     ("load MB\t.0f", _work(lambda w: w.loaded_bytes / 1e6)),
-    ("place MB\t.0f", _work(lambda w: w.placed_bytes / 1e6)),
-    ("adapters/step", _work(lambda w: f"{w.adapters_mean:.1f} ≤{w.adapters_max}")),
     ("stall\t.1%", _work(lambda w: w.stalled)),
-    ("loading\t.2f", _work(lambda w: w.loading)),
     ("step ms\t.1f", _work(lambda w: w.decode_s * 1e3)),
     ("×floor\t.2f", lambda r: r.step_ratio),
-    ("bandw.\t.0%", lambda r: r.bandwidth),
     ("of max\t.0%", lambda r: r.ceiling),
     ("peak MB\t.0f", lambda r: r.peak_bytes / 1e6 or None),
     ("load\t.2f", lambda r: r.load_before),
