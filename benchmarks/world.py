@@ -526,15 +526,17 @@ def started_cluster(
 
 
 @contextmanager
-def started_s3(folder: Path) -> Iterator[Any]:
-    """A local S3 server, `loray.local.s3.LocalS3`, which may be killed and started again meanwhile."""
+def started_s3(folder: Path, *, keep: bool = False) -> Iterator[Any]:
+    """A local S3 server, `loray.local.s3.LocalS3`, which may be killed and started again meanwhile. `keep`: its data,
+    for a later run.
+    """
     from loray.local.processes import kill
     from loray.local.s3 import current_local_s3, start_local_s3, stop_local_s3
 
     try:
         yield start_local_s3(folder)
     finally:
-        if (server := current_local_s3(folder)) is not None:
+        if not keep and (server := current_local_s3(folder)) is not None:
             kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
         stop_local_s3(folder)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmarks.world import started_s3
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import PREFIX, write_folder
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.methods.weights import ModuleKey
 from loray.planning.run import count_factors, count_trained, count_vera_pair
 from loray.publishing import Destination, publish
@@ -81,49 +81,32 @@ class AdapterSet:
 
 
 def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: int) -> None:
-    """Write adapter `index` of the set as PEFT saves it, in bf16."""
-    tensors, options = (_vera if adapters.method == "vera" else _lora)(base, adapters, index)
-    config: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "target_modules": list(adapters.modules),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    write_folder(folder, options | config, tensors)
-
-
-def _lora(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    rank, noise = adapters.rank(index), _noise(index)
-    tensors: dict[str, Tensor] = {}
-    for prefix, out, in_ in _modules(base, adapters):
-        tensors[f"{prefix}.lora_A.weight"] = noise(rank, in_, (3 * in_) ** -0.5)
-        tensors[f"{prefix}.lora_B.weight"] = noise(out, rank, _B_STD)
-    return tensors, {"peft_type": "LORA", "r": rank, "lora_alpha": float(_ALPHA), "lora_dropout": 0.0}
-
-
-def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    rank, noise = adapters.rank(index), _noise(index)
-    tensors: dict[str, Tensor] = {}
-    for prefix, out, _ in _modules(base, adapters):
-        tensors[f"{prefix}.vera_lambda_d"] = noise(1, rank, _VERA_STD)[0]
-        tensors[f"{prefix}.vera_lambda_b"] = noise(1, out, _VERA_STD)[0]
-    return tensors, {"peft_type": "VERA", "r": rank, "projection_prng_key": 0, "save_projection": False}
-
-
-def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
-    """(name in PEFT's file, output width, input width) of every adapted module."""
-    for layer in range(base.config.num_layers):
-        for module in adapters.modules:
-            yield f"{PREFIX}model.{ModuleKey(layer, module).path}", *base.config.module_shape(module)
-
-
-def _noise(index: int) -> Callable[[int, int, float], Tensor]:
-    """Draws one matrix of normal numbers after the other, in bf16; other ones for each adapter."""
+    """Write adapter `index` of the set as PEFT saves it, in bf16, with random weights of its own."""
     import torch
 
-    generator = torch.Generator().manual_seed(index)
-    return lambda rows, columns, std: (torch.randn(rows, columns, generator=generator) * std).to(torch.bfloat16)
+    rank, generator = adapters.rank(index), torch.Generator().manual_seed(index)
+
+    def noise(std: float, *shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * std).to(torch.bfloat16)
+
+    tensors: dict[str, Tensor] = {}
+    for layer in range(base.config.num_layers):
+        for module in adapters.modules:
+            out, in_ = base.config.module_shape(module)
+            prefix = f"{PREFIX}model.{ModuleKey(layer, module).path}"
+            if adapters.method == "vera":
+                tensors[f"{prefix}.vera_lambda_d"] = noise(_VERA_STD, rank)
+                tensors[f"{prefix}.vera_lambda_b"] = noise(_VERA_STD, out)
+            else:
+                tensors[f"{prefix}.lora_A.weight"] = noise((3 * in_) ** -0.5, rank, in_)
+                tensors[f"{prefix}.lora_B.weight"] = noise(_B_STD, out, rank)
+    config: dict[str, Any] = {"peft_type": adapters.method.upper(), "r": rank, "target_modules": list(adapters.modules)}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "bias": "none", "inference_mode": True}
+    if adapters.method == "vera":
+        config |= {"projection_prng_key": 0, "save_projection": False}
+    else:
+        config |= {"lora_alpha": _ALPHA, "lora_dropout": 0.0}
+    write_folder(folder, config, tensors)
 
 
 class Library:
@@ -182,10 +165,7 @@ def open_library(kind: str, folder: Path, base: BaseModel) -> Iterator[Library]:
         return
     from loray.store.s3 import create_bucket
 
-    server = start_local_s3(root / "server")
-    try:
+    with started_s3(root / "server", keep=True) as server:
         location = server.location("bench")
         create_bucket(location)
         yield Library(root, location.url, base)
-    finally:
-        stop_local_s3(root / "server")
