@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_cold_starts(base: BaseModel, tmp_path: Path) -> None:
 def test_a_step_of_the_host_is_a_copy_a_replay_the_sampler_and_a_copy_back(adapters: int) -> None:
     small = ["--layers", "2", "--heads", "4", "--kv-heads", "2", "--rows", "3", "--steps", "3", "--context", "20"]
     report = host.main([*small, "--adapters", str(adapters)])
-    row = dict(zip(report.columns, report.rows[0], strict=True))
+    row: dict[str, Any] = dict(zip(report.columns, report.rows[0], strict=True))
     assert (row["rows"], row["adapters"], row["launches"], row["torch's operations"]) == (3, adapters, 2, 2)
     assert row["kernels in the graph"] >= 2 * 9  # of two layers
     assert row["host, ms\t.3f"] > 0
