@@ -4,7 +4,6 @@
     python -m benchmarks.serving --preset mixed                      a long prompt among short ones
     python -m benchmarks.serving --preset acceptance                 the engine's list, in process
     python -m benchmarks.serving --preset quick --peer peft          ... beside its peers
-    python -m benchmarks.serving --adapters 500 --alpha 0.3 --rate 4 --cv 2 --requests 200
     python -m benchmarks.serving --preset gpu --device cuda --model llama3-8b-random
 
 docs/benchmarks/serving.md explains the options and the columns.
@@ -21,31 +20,30 @@ from pathlib import Path
 
 import click
 
-from benchmarks.options import check_only, numbers, one_or_more
+from benchmarks.options import check_only, one_or_more
 from benchmarks.report import machine_line
 from benchmarks.serving.adapters import AdapterSet, open_library
-from benchmarks.serving.cases import OUR_SYSTEMS, OURS, OVER_HTTP, PRESETS, Case, EngineOptions
+from benchmarks.serving.cases import OUR_SYSTEMS, OURS, OVER_HTTP, PRESETS, Case
 from benchmarks.serving.floors import ModelSize
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.rows import Results, summary
 from benchmarks.serving.run import publish, run
 from benchmarks.serving.sessions import Setting
 from benchmarks.serving.targets import verdicts
-from benchmarks.serving.workload import Workload
 from benchmarks.world import Steady, describe_machine, measure_rates
 from loray.settings import Settings
-from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = _parser().parse_args(argv)
-    todo = _cases(args)
+    check_only(args.only, [case.name for case in PRESETS[args.preset]])
+    todo = [case for case in PRESETS[args.preset] if args.only in case.name]
     os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which idles while the systems run
     folder: Path = args.folder or Settings.from_env().home / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     base = bench_base(args.model, folder)
     peers = dict(_peer(peer) for peer in args.peer)
-    systems = tuple(args.system) or (OUR_SYSTEMS if args.preset in OVER_HTTP and args.adapters is None else (OURS,))
+    systems = tuple(args.system) or (OUR_SYSTEMS if args.preset in OVER_HTTP else (OURS,))
     machine = describe_machine()
     click.echo(machine_line(machine))
     with open_library(args.store, folder, base) as library:
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
             steady=steady,
             on_row=lambda row: click.echo(f"{row.case}, {row.system}: {row.latencies.throughput:.1f} tok/s"),
         )
-    has_targets = (base.name, args.device, args.dtype, args.adapters) == ("smollm2", "cpu", "auto", None)
+    has_targets = (base.name, args.device, args.dtype) == ("smollm2", "cpu", "auto")
     found = verdicts(results) if has_targets else []
     arguments = " ".join(sys.argv[1:] if argv is None else argv)
     report = results.report(machine, arguments, targets=[verdict.to_json() for verdict in found])
@@ -118,48 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of loray's weights and KV cache")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--pool-bytes", type=int, help="instead of each case's own")
-    custom = parser.add_argument_group("a case given by options, instead of a preset")
-    custom.add_argument("--adapters", type=int, help="distinct ones; 0 is the base")
-    custom.add_argument("--ranks", type=numbers, default=(8, 16, 32, 64), help="in turn (default 8,16,32,64)")
-    custom.add_argument("--modules", choices=("attention", "all"), default="attention")
-    custom.add_argument("--alpha", type=float, help="popularity by power law, 1 is uniform; otherwise round robin")
-    custom.add_argument("--pool-adapters", type=int, help="how many fit the pool (default all)")
-    custom.add_argument("--requests", type=one_or_more, default=96)
-    custom.add_argument("--at-once", type=one_or_more, help="closed loop (default 32 where no --rate is given)")
-    custom.add_argument("--rate", type=float, help="open loop: requests/s")
-    custom.add_argument("--cv", type=float, default=1.0, help="of the inter-arrival times")
-    custom.add_argument("--inputs", type=numbers, default=(64, 64), help="tokens, LOW,HIGH")
-    custom.add_argument("--outputs", type=numbers, default=(32, 32), help="tokens, LOW,HIGH")
-    custom.add_argument("--seed", type=int, default=0)
-    custom.add_argument("--max-num-seqs", type=int, default=32)
     return parser
-
-
-def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
-    if args.adapters is not None:
-        return (_custom_case(args),)
-    found = PRESETS[args.preset]
-    check_only(args.only, [case.name for case in found])
-    return tuple(case for case in found if args.only in case.name)
-
-
-def _custom_case(args: argparse.Namespace) -> Case:
-    modules = LINEAR_MODULES if args.modules == "all" else ATTENTION_MODULES
-    adapters = AdapterSet(args.adapters, args.ranks, modules) if args.adapters else None
-    workload = Workload(
-        args.requests,
-        args.adapters,
-        alpha=args.alpha,
-        at_once=args.at_once or (None if args.rate else 32),
-        rate=args.rate,
-        cv=args.cv,
-        inputs=args.inputs,
-        outputs=args.outputs,
-        seed=args.seed,
-    )
-    kv_tokens = 2 * args.max_num_seqs * workload.max_tokens
-    engine = EngineOptions(adapters, args.pool_adapters, kv_tokens, max_num_seqs=args.max_num_seqs)
-    return Case(f"n={args.adapters}", engine, workload, passes=1)
 
 
 def _by_set(todo: Sequence[Case]) -> Mapping[AdapterSet | None, list[Case]]:

@@ -103,7 +103,8 @@ def _measure(base: BaseModel, refs: Sequence[AdapterRef], store_url: str) -> Map
 
 def _first_token_s(engine: Engine, adapter: AdapterRef | None, seed: int) -> float:
     """Seconds of one request for one token, whose prompt is a function of `seed`."""
-    prompt = tuple((7919 * seed + 31 * k) % 40000 + 100 for k in range(_PROMPT_TOKENS))
+    most = min(40000, engine.base.config.vocab_size - 100)
+    prompt = tuple((7919 * seed + 31 * k) % most + 100 for k in range(_PROMPT_TOKENS))
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     began = time.perf_counter()
     engine.add(GenerateRequest("r", prompt, params, adapter))

@@ -122,7 +122,7 @@ class Row:
     spread       lowest and highest throughput of a pass
     step_ratio   seconds of a decode step ÷ its floor
     ceiling      throughput ÷ the highest that the floors allow (closed loops)
-    cpu_ms       ms of a core for each output token, by what processes do
+    cpu_ms       ms of a core for each output token
     idle_cores   what the system uses of the processor when it has nothing to do
     """
 
@@ -133,10 +133,9 @@ class Row:
     work: EngineWork | None
     peak_bytes: int
     load_before: float
-    start_s: float
     step_ratio: float = _NAN
     ceiling: float = _NAN
-    cpu_ms: Mapping[str, float] = field(default_factory=dict)
+    cpu_ms: float = _NAN
     idle_cores: float = _NAN
 
     def with_floors(
@@ -163,10 +162,8 @@ def median_row(
     case: str,
     system: str,
     passes: Sequence[tuple[Latencies, EngineWork | None]],
-    *,
     peak_bytes: int,
     load_before: float,
-    start_s: float,
 ) -> Row:
     """Each latency is its median over the passes; the engine's work is that of the pass with the median throughput."""
     found = [latency for latency, _ in passes]
@@ -180,7 +177,7 @@ def median_row(
         work = replace(work, decode_s=statistics.median(steps))
     rates, failed = [f.throughput for f in found], sum(f.num_failed for f in found)
     middle = Latencies(**medians, num_failed=failed)
-    return Row(case, system, middle, (min(rates), max(rates)), work, peak_bytes, load_before, start_s)
+    return Row(case, system, middle, (min(rates), max(rates)), work, peak_bytes, load_before)
 
 
 @dataclass(slots=True)
@@ -250,15 +247,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], Cell]], ...] = (
     ("step ms\t.1f", _work(lambda w: w.decode_s * 1e3)),
     ("×floor\t.2f", lambda r: r.step_ratio),
     ("of max\t.0%", lambda r: r.ceiling),
+    ("core ms/token\t.2f", lambda r: r.cpu_ms),
     ("peak MB\t.0f", lambda r: r.peak_bytes / 1e6 or None),
     ("load\t.2f", lambda r: r.load_before),
 )
 
 
 def summary(results: Results) -> Iterator[str]:
-    """The lines below the table: first tokens as a peer's, shares of what is left over HTTP, processor time of a token,
-    idle cores, mixed loads.
-    """
+    """The lines below the table: first tokens as a peer's, what is left over HTTP, idle cores, mixed loads."""
     for case, system, share in results.agreement():
         yield f"{case}, {system}: first token of {share:.0%} of the requests is ours"
     for case in dict.fromkeys(case for case, system in results.rows if system in (BESIDE, SERVE, UP)):
@@ -267,9 +263,6 @@ def summary(results: Results) -> Iterator[str]:
             others = [other for other in (OURS, BESIDE, "vllm") if other in rates and other != system]
             shares = ", ".join(f"{rate / rates[other]:.2f} of {other}" for other in others)
             yield f"{case}: {system} {rate:.1f} tok/s" + (f" ({shares})" if shares else "")
-    for (case, system), row in results.rows.items():
-        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(row.cpu_ms.items(), key=lambda item: -item[1]))
-        yield f"{case}, {system}: ms of a core for each output token: {parts}"
     idle = {system: row.idle_cores for (_, system), row in results.rows.items() if row.idle_cores == row.idle_cores}
     yield from (f"{system}: {cores:.3f} cores when idle" for system, cores in idle.items())
     for (case, system), m in results.mixed.items():

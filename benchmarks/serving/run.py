@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -76,9 +75,7 @@ class Passes:
         self.mixed: list[MixedFigures] = []
         self.answers: Sequence[Answer] = []
         self.requests: list[TimedRequest] = []
-        self.peak_bytes, self.start_s, self.idle_cores = 0, 0.0, float("nan")
-        self.cpu_s: defaultdict[str, float] = defaultdict(float)
-        self.num_tokens = 0
+        self.peak_bytes, self.num_tokens, self.cpu_s, self.idle_cores = 0, 0, 0.0, float("nan")
 
     def run(
         self, session: Session, setting: Setting, slo_s: float, number: int, repeat: int | None, steady: Steady | None
@@ -98,8 +95,7 @@ class Passes:
                 self.requests = generate(w, vocab, pass_=pass_, label=case.name)
                 before = session.cpu()
                 result = session.run(self.requests, w.at_once)
-                for name, seconds in session.cpu().items():
-                    self.cpu_s[name] += max(0.0, seconds - before.get(name, 0.0))
+                self.cpu_s += session.cpu() - before
                 self.num_tokens += sum(len(answer.times) for answer in result.answers)
                 self.answers = self.answers or result.answers  # of the prompts that all systems get first
                 return result
@@ -110,15 +106,12 @@ class Passes:
                 self.mixed.append(mixed)
             peak.sample()  # not during the pass: walking the page tables of a gigabyte blocks the process
         self.peak_bytes = max(self.peak_bytes, peak.nbytes)
-        self.start_s, self.idle_cores = session.start_s, session.idle_cores
+        self.idle_cores = session.idle_cores
 
     def add_to(self, results: Results, setting: Setting, refs: Sequence[AdapterRef]) -> None:
         case, w, key = self.case, self.case.workload, (self.case.name, self.system)
-        row = median_row(
-            *key, self.found, peak_bytes=self.peak_bytes, load_before=self.load_before, start_s=self.start_s
-        )
-        cpu_ms = {name: 1e3 * seconds / max(1, self.num_tokens) for name, seconds in self.cpu_s.items()}
-        row = replace(row, cpu_ms=cpu_ms, idle_cores=self.idle_cores)
+        row = median_row(*key, self.found, self.peak_bytes, self.load_before)
+        row = replace(row, cpu_ms=1e3 * self.cpu_s / max(1, self.num_tokens), idle_cores=self.idle_cores)
         most = case.engine.max_num_seqs
         lora_bytes = _step_bytes(self.requests, refs, min(most, w.at_once or math.inf))
         tokens = [(len(r.prompt_ids), r.max_tokens) for r in self.requests]

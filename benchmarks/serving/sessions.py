@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,27 +27,15 @@ from benchmarks.serving.cases import BESIDE, OURS, SERVE, UP, EngineOptions
 from benchmarks.serving.engine import Setup
 from benchmarks.serving.rows import EngineWork
 from benchmarks.serving.workload import TimedRequest
-from benchmarks.world import cpu_seconds, is_healthy, running, title, tree, until, with_variable
+from benchmarks.world import cpu_seconds, is_healthy, running, tree, until, with_variable
 from loray.bases.registry import BaseModel
 from loray.local.processes import free_ports
 from loray.settings import Settings
-from loray.spec import AdapterRef, ServeSpec, engine_of
-from serve_apps.deployment import APPLICATION, GATEWAY
+from loray.spec import AdapterRef, ServeSpec
 
 _START_S = 900.0
 _SETTLE_S, _IDLE_S = 5.0, 10.0
-# Parts of the titles of Ray's processes, the first that is found.
-_ROLES = (
-    (f"ServeReplica:{APPLICATION}:{GATEWAY}", "gateway"),
-    (f"ServeReplica:{APPLICATION}:{engine_of('')}", "engine"),
-    ("ServeReplica", "catalog"),
-    ("ProxyActor", "proxy"),
-    ("haproxy", "proxy"),
-    ("ServeController", "controller"),
-)
 _LORA_RANKS = (8, 16, 32, 64, 128, 256)  # values of --max-lora-rank that vLLM takes
-
-CpuSeconds = Callable[[], Mapping[str, float]]
 
 
 class PassResult(NamedTuple):
@@ -62,15 +49,13 @@ class Session:
 
     run         one pass of requests, in an open loop or so many at once
     pid         the root of its processes, if they have one
-    cpu         seconds of the processor since its start, by what its processes do
-    start_s     seconds of its start
+    cpu         seconds of the processor since its start
     idle_cores  what it uses of the processor when it has nothing to do; NaN if that was not measured
     """
 
     run: Callable[[Sequence[TimedRequest], int | None], PassResult]
     pid: int | None
-    cpu: CpuSeconds
-    start_s: float
+    cpu: Callable[[], float]
     idle_cores: float = float("nan")
 
 
@@ -114,6 +99,7 @@ def open_session(
     """Run a system during the block. `refs`: the adapters that requests name by index. SystemExit, with the end of the
     system's log, if it fails.
     """
+    kinds: dict[str, Callable[[Setting, EngineOptions, Sequence[AdapterRef]], AbstractContextManager[Session]]]
     kinds = {OURS: _engine, BESIDE: _engine_beside_cluster, SERVE: _serve, UP: _up, "vllm": _vllm}
     kinds |= {"peft": partial(_peft, cast=True), "peft-bf16": partial(_peft, cast=False)}
     if system not in kinds:
@@ -139,7 +125,7 @@ def _engine_beside_cluster(setting: Setting, options: EngineOptions, refs: Seque
     """The engine in process, while `loray up` runs and has nothing to do."""
     with _up(setting, options, refs) as cluster, _engine(setting, options, refs) as session:
         own = session.cpu
-        session.cpu = lambda: {**own(), "cluster": sum(cluster.cpu().values())}
+        session.cpu = lambda: own() + cluster.cpu()
         session.idle_cores = cluster.idle_cores
         yield session
 
@@ -149,8 +135,8 @@ def _serve(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef])
     """`loray serve`, ready."""
     port, spec, env = _home(setting, options)
     command = [sys.executable, "-m", "loray.cli.main", "serve", "--spec", str(spec)]
-    with _server("loray-serve", command, port, setting, env) as (pid, seconds):
-        yield Session(_over_http(port, setting, refs), pid, _of_tree("serve", pid), seconds)
+    with _server("loray-serve", command, port, setting, env) as pid:
+        yield Session(_over_http(port, setting, refs), pid, lambda: _cpu(tree(pid)))
 
 
 @contextmanager
@@ -164,23 +150,17 @@ def _up(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) ->
         if done.returncode:
             raise SystemExit(f"loray {command[0]} failed:\n{done.stdout}{done.stderr}")
 
-    def cpu() -> Mapping[str, float]:
-        """Of all processes that `loray up` started for this home, by role; "ray" are the cluster's own."""
-        found: defaultdict[str, float] = defaultdict(float)
-        for pid in with_variable("LORAY_HOME", env["LORAY_HOME"]):
-            name = title(pid)
-            found[next((role for part, role in _ROLES if part in name), "ray")] += cpu_seconds(pid)
-        return found
+    def cpu() -> float:
+        """Of all processes that `loray up` started for this home."""
+        return _cpu(with_variable("LORAY_HOME", env["LORAY_HOME"]))
 
-    began = time.perf_counter()
     try:
         loray("up", "--spec", str(spec))
-        session = Session(_over_http(port, setting, refs), None, cpu, time.perf_counter() - began)
         time.sleep(_SETTLE_S)
-        before, since = sum(cpu().values()), time.perf_counter()
+        before, since = cpu(), time.perf_counter()
         time.sleep(_IDLE_S)
-        session.idle_cores = (sum(cpu().values()) - before) / (time.perf_counter() - since)
-        yield session
+        idle_cores = (cpu() - before) / (time.perf_counter() - since)
+        yield Session(_over_http(port, setting, refs), None, cpu, idle_cores)
     finally:
         loray("down")
 
@@ -208,9 +188,8 @@ def _vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) 
         command += ["--lora-target-modules", *adapters.modules, "--lora-modules"]
         folders = setting.library.fetch(list(refs))
         command += [f"{ref.name}={folder}" for ref, folder in zip(refs, folders, strict=True)]
-    with _server("vllm", command, port, setting, _vllm_environment(setting)) as (pid, seconds):
-        run = _over_http(port, setting, refs, {"return_token_ids": True})
-        yield Session(run, pid, _of_tree("vllm", pid), seconds)
+    with _server("vllm", command, port, setting, _vllm_environment(setting)) as pid:
+        yield Session(_over_http(port, setting, refs, {"return_token_ids": True}), pid, lambda: _cpu(tree(pid)))
 
 
 def _vllm_environment(setting: Setting) -> dict[str, str]:
@@ -266,18 +245,15 @@ def _worker(name: str, command: list[str], setup: str, setting: Setting) -> Iter
             work = None if found["work"] is None else EngineWork(**found["work"])
             return PassResult([Answer(**answer) for answer in found["answers"]], work)
 
-        began = time.perf_counter()
         exchange(setup)
-        yield Session(run, process.pid, _of_tree(name, process.pid), time.perf_counter() - began)
+        yield Session(run, process.pid, lambda: _cpu(tree(process.pid)))
         lines.close()
         process.wait(20)
 
 
 @contextmanager
-def _server(
-    name: str, command: Sequence[str], port: int, setting: Setting, env: Mapping[str, str]
-) -> Iterator[tuple[int, float]]:
-    """A server, healthy; yields its process and the seconds that its start took."""
+def _server(name: str, command: Sequence[str], port: int, setting: Setting, env: Mapping[str, str]) -> Iterator[int]:
+    """A server, healthy; yields its process."""
     log = _log(setting, name)
     with running(command, log, setting.environment(env)) as process:
 
@@ -286,7 +262,8 @@ def _server(
                 raise SystemExit(f"{name} ended with code {process.returncode}:\n{_tail(log)}")
             return is_healthy(port)
 
-        yield process.pid, until(answers, f"{name} answers; its log is {log}", _START_S)
+        until(answers, f"{name} answers; its log is {log}", _START_S)
+        yield process.pid
 
 
 def _over_http(
@@ -314,8 +291,8 @@ def _home(setting: Setting, options: EngineOptions) -> tuple[int, Path, dict[str
     return port, spec, Settings(home, library.url, library.catalog_url, address=None, log_level="WARNING").to_env()
 
 
-def _of_tree(name: str, pid: int) -> CpuSeconds:
-    return lambda: {name: sum(map(cpu_seconds, tree(pid)))}
+def _cpu(pids: Sequence[int]) -> float:
+    return sum(map(cpu_seconds, pids))
 
 
 def _log(setting: Setting, name: str) -> Path:

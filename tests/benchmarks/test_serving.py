@@ -30,11 +30,23 @@ def base(tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_engine_in_process_a_server_and_peft_run_the_same_requests(base: BaseModel, tmp_path: Path) -> None:
-    case = ["--adapters", "3", "--ranks", "4,8", "--requests", "6", "--at-once", "3", "--inputs", "8,16"]
-    systems = ["--system", "loray", "--system", "loray-serve", "--peer", "peft", "--repeat", "1", "--dtype", "float32"]
+    systems = [
+        "--preset",
+        "tiny",
+        "--system",
+        "loray",
+        "--system",
+        "loray-serve",
+        "--peer",
+        "peft",
+        "--repeat",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     file = tmp_path / "serving.json"
     folder = ["--folder", str(tmp_path / "bench"), "--model", base.name, "--threads", "1", "--json", str(file)]
-    results = serving([*case, *systems, "--outputs", "2,4", *folder])
+    results = serving([*systems, *folder])
     report = Report.read(file)
     assert [(row[0], row[1]) for row in report.rows] == [("n=3", s) for s in ("loray", "loray-serve", "peft")]
     assert report.columns[2].startswith("tok/s")
