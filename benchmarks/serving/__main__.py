@@ -15,15 +15,15 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from benchmarks.options import check_only, one_or_more
 from benchmarks.report import machine_line
-from benchmarks.serving.adapters import AdapterSet, open_library
-from benchmarks.serving.cases import OUR_SYSTEMS, OURS, OVER_HTTP, PRESETS, Case
+from benchmarks.serving.adapters import open_library
+from benchmarks.serving.cases import OUR_SYSTEMS, OURS, OVER_HTTP, PRESETS
 from benchmarks.serving.floors import ModelSize
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.rows import Results, summary
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     click.echo(machine_line(machine))
     with open_library(args.store, folder, base) as library:
         setting = Setting(base, library, folder, args.device, args.dtype, args.threads, args.pool_bytes, peers)
-        for group in _by_set(todo).values():
-            publish(setting, group)
+        for case in todo:
+            publish(setting, [case])
         rates = measure_rates(args.device, args.threads)
         results = Results(rates, ModelSize.of(base.config, 4 if args.dtype == "float32" else 2))
         click.echo(
@@ -117,13 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--pool-bytes", type=int, help="instead of each case's own")
     return parser
-
-
-def _by_set(todo: Sequence[Case]) -> Mapping[AdapterSet | None, list[Case]]:
-    found: dict[AdapterSet | None, list[Case]] = {}
-    for case in todo:
-        found.setdefault(case.engine.adapters, []).append(case)
-    return found
 
 
 def _peer(text: str) -> tuple[str, str]:
