@@ -465,7 +465,8 @@ def main() -> None:
         found = asyncio.run(hold(endpoint, [Request(*r) for r in setup["requests"]], setup["at_once"]))
     else:
         request = http_request(setup.pop("path"), setup.pop("body"), setup.pop("headers", {}))
-        found = {"count": count, "paced": paced}[mode](port, request, **setup)  # type: ignore[operator]
+        measure: Callable[..., dict[str, Any]] = count if mode == "count" else paced
+        found = measure(port, request, **setup)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -218,6 +219,9 @@ async def _replica(address: ChannelAddress, token_ids: Sequence[int], ended: asy
     left: dict[int, int] = {}  # tokens, by stream
     rest = b""
 
+    def drop(stream: int, reason: object = None) -> None:
+        left.pop(stream, None)
+
     def step() -> None:
         outputs = []
         for stream, num in list(left.items()):
@@ -226,7 +230,7 @@ async def _replica(address: ChannelAddress, token_ids: Sequence[int], ended: asy
             left[stream] = num - 1
             if num == 1:
                 connection.unwatch(stream)
-                left.pop(stream, None)
+                drop(stream)
         connection.send(outputs)
 
     def read() -> None:
@@ -241,7 +245,7 @@ async def _replica(address: ChannelAddress, token_ids: Sequence[int], ended: asy
                 continue
             stream, num_tokens = map(int, line.split())
             left[stream] = num_tokens
-            connection.watch(stream, lambda _, stream=stream: left.pop(stream, None))
+            connection.watch(stream, partial(drop, stream))
 
     asyncio.get_running_loop().add_reader(sys.stdin, read)
     await ended.wait()

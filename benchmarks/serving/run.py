@@ -95,7 +95,7 @@ class Passes:
                 self.requests = generate(w, vocab, pass_=pass_, label=case.name)
                 before = session.cpu()
                 result = session.run(self.requests, w.at_once)
-                self.cpu_s += session.cpu() - before
+                self.cpu_s += max(0.0, session.cpu() - before)
                 self.num_tokens += sum(len(answer.times) for answer in result.answers)
                 self.answers = self.answers or result.answers  # of the prompts that all systems get first
                 return result
