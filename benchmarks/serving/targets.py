@@ -143,9 +143,11 @@ def _others(results: Results) -> Iterator[Verdict]:
     if idle := [row.idle_cores for (_, s), row in results.rows.items() if s == UP and row.idle_cores == row.idle_cores]:
         yield Verdict(f"{UP}: cores when idle", "≤", 0.10, idle[0])
     for (case, system), figures in results.mixed.items():
+        if system not in (OURS, SERVE, UP):
+            continue
         if case == "long prompt alone":
             name = f"{case}: first token of {system} by that before"
             yield Verdict(name, "≤", 1.1, figures.long / _LONG_BEFORE_S, None, recorded=True)
-        elif system in (OURS, SERVE, UP):
+        else:
             for field, (label, target) in _MIXED.items():
                 yield Verdict(f"{case}: {label}, {system}", "≤", target, getattr(figures, field))
