@@ -28,7 +28,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -84,49 +84,50 @@ class Answer:
         return self.last - self.at
 
 
-async def open_loop(dues: Sequence[float], one: Callable[[int], Awaitable[None]], began: float) -> None:
-    """Call `one(i)` at each due time after `began` of time.perf_counter(), whoever still waits."""
+async def loop(
+    dues: Sequence[float], at_once: int | None, one: Callable[[int, float], Awaitable[None]]
+) -> tuple[float, list[Answer]]:
+    """Call `one(i, began)` for each request: at its due time, whoever still waits, or `at_once` of them, each followed
+    by the next. An error ends only its request. Returns when that began, of time.perf_counter(), and the answers.
+    """
+    began = time.perf_counter()
+    answers = [Answer(at) for at in dues]
+    todo = iter(range(len(dues)))
+
+    async def guarded(i: int) -> None:
+        try:
+            await one(i, began)
+        except Exception as e:  # noqa: BLE001 - it is the result of this request
+            answers[i].error = f"{type(e).__name__}: {e}"
+        answers[i].last = time.perf_counter() - began
 
     async def timed(i: int) -> None:
         await asyncio.sleep(max(0.0, dues[i] - (time.perf_counter() - began)))
-        await one(i)
+        await guarded(i)
 
-    await asyncio.gather(*(timed(i) for i in range(len(dues))))
-
-
-async def closed_loop(count: int, at_once: int, one: Callable[[int], Awaitable[None]]) -> None:
-    """Call `one(i)` for each of `count`, so many at once; each is followed by the next."""
-    todo = iter(range(count))
-
-    async def loop() -> None:
+    async def closed() -> None:
         for i in todo:
-            await one(i)
+            answers[i].at = time.perf_counter() - began
+            await guarded(i)
 
-    await asyncio.gather(*(loop() for _ in range(at_once)))
+    await asyncio.gather(*([timed(i) for i in todo] if at_once is None else [closed() for _ in range(at_once)]))
+    return began, answers
 
 
 async def replay(
     dues: Sequence[float], at_once: int | None, submit: Callable[[int], AsyncIterator[list[int]]]
 ) -> list[Answer]:
-    """An open loop, or a closed one of `at_once`, over a system in this process: `submit(i)` yields the ids of new
-    tokens as they come. An error ends only its request.
-    """
-    began = time.perf_counter()
-    answers = [Answer(at) for at in dues]
+    """`loop` over a system in this process: `submit(i)` yields the ids of new tokens as they come."""
+    tokens: list[list[tuple[float, int]]] = [[] for _ in dues]
 
-    async def one(i: int) -> None:
-        answer = answers[i]
-        if at_once is not None:
-            answer.at = time.perf_counter() - began
-        try:
-            async for ids in submit(i):
-                answer.times += [time.perf_counter() - began] * len(ids)
-                answer.ids += ids
-        except Exception as e:  # noqa: BLE001 - it is the result of this request
-            answer.error = f"{type(e).__name__}: {e}"
-        answer.last = time.perf_counter() - began
+    async def one(i: int, began: float) -> None:
+        async for ids in submit(i):
+            at = time.perf_counter() - began
+            tokens[i] += [(at, token) for token in ids]
 
-    await (open_loop(dues, one, began) if at_once is None else closed_loop(len(dues), at_once, one))
+    _, answers = await loop(dues, at_once, one)
+    for answer, found in zip(answers, tokens, strict=True):
+        answer.times, answer.ids = [at for at, _ in found], [token for _, token in found]
     return answers
 
 
@@ -149,40 +150,32 @@ class Endpoint:
         """Send all at their times, or `at_once` of them. Returns when that began, of time.perf_counter(), and the
         answers, which are read when all have come.
         """
-        began = time.perf_counter()
-        answers = [Answer(request.at) for request in requests]
         received: dict[int, Received] = {}
 
-        async def one(i: int) -> None:
-            if at_once is not None:
-                answers[i].at = time.perf_counter() - began
-            received[i] = await self._note(requests[i], answers[i], began)
+        async def one(i: int, began: float) -> None:
+            received[i] = await self._post(requests[i])
 
-        dues = [request.at for request in requests]
-        await (open_loop(dues, one, began) if at_once is None else closed_loop(len(requests), at_once, one))
-        for i, request in enumerate(requests):
-            self._read(received[i], request, answers[i], began)
+        began, answers = await loop([request.at for request in requests], at_once, one)
+        for i, parts in received.items():
+            self._read(parts, requests[i], answers[i], began)
         return began, answers
 
     async def ask(self, request: Request, began: float) -> Answer:
-        """Send one now, and read its answer at once."""
-        answer = Answer(time.perf_counter() - began)
-        self._read(await self._note(request, answer, began), request, answer, began)
-        return answer
+        """Send one now, and read its answer at once. `began`: of the loop that it belongs to."""
+        at = time.perf_counter() - began
+        _, (answer,) = await self.send([request._replace(at=0.0)])
+        moved = [at + seconds for seconds in answer.times]
+        return replace(answer, at=at, times=moved, last=at + answer.last)
 
-    async def _note(self, request: Request, answer: Answer, began: float) -> Received:
-        """What came, without reading it; nothing where `answer` has an error."""
+    async def _post(self, request: Request) -> Received:
         body: dict[str, Any] = {"model": request.model, "prompt": list(request.prompt)}
         body |= {"max_tokens": request.max_tokens, "temperature": 0, "ignore_eos": True, "stream": request.streamed}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await post(self.port, _COMPLETIONS, {**body, **self.options}, {**headers, **request.headers})
-        except TimeoutError:
-            answer.error, answer.last = f"no end within {self.timeout_s:.0f} s", time.perf_counter() - began
-        except OSError as e:
-            answer.error, answer.last = repr(e), time.perf_counter() - began
-        return Received([])
+        except TimeoutError as e:
+            raise TimeoutError(f"no end within {self.timeout_s:.0f} s") from e
 
     def _read(self, received: Received, request: Request, answer: Answer, began: float) -> None:
         """Write down in `answer` what has come.
@@ -190,10 +183,9 @@ class Endpoint:
         A server without token ids may send several tokens in one event. Each event then counts as one token, and the
         last event as all tokens that are missing from the request's length.
         """
-        if answer.error:
-            return
         answer.status, answer.retry_after_s = received.status, received.retry_after_s
-        answer.last = received.parts[-1][0] - began if received.parts else time.perf_counter() - began
+        if received.parts:
+            answer.last = received.parts[-1][0] - began
         try:
             finished = self._read_whole if not request.streamed else self._read_stream
             if not finished(received, request, answer, began):
@@ -473,7 +465,8 @@ def main() -> None:
         found = asyncio.run(hold(endpoint, [Request(*r) for r in setup["requests"]], setup["at_once"]))
     else:
         request = http_request(setup.pop("path"), setup.pop("body"), setup.pop("headers", {}))
-        found = {"count": count, "paced": paced}[mode](port, request, **setup)  # type: ignore[operator]
+        measure: Callable[..., dict[str, Any]] = count if mode == "count" else paced
+        found = measure(port, request, **setup)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -4,12 +4,14 @@ cluster on this machine with tiny adapters.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import resource
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -17,12 +19,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from loray.machine import Machine, Rates, hardware
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from loray.settings import Settings
     from loray.spec import FleetSpec, TrainSpec
 
+Result = TypeVar("Result")
 _CPUCLOCK_SCHED = 2  # the scheduler's count, not that of the clock's ticks
 _START_S, _END_S = 180.0, 20.0
 _QUICK = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -122,6 +128,91 @@ def watch() -> Iterator[Disturbance]:
     found, began, before = Disturbance(), time.perf_counter(), _others_s()
     yield found
     found.cores = max(0.0, (_others_s() - before) / (time.perf_counter() - began))
+
+
+class Speed(NamedTuple):
+    """Of all threads together: bytes/s read from memory, and exponentials/s of fp32 from the caches."""
+
+    memory: float
+    compute: float
+
+
+def probe(num_threads: int) -> Callable[[], Speed]:
+    """A function that measures the machine's speed in about 60 ms, with as many threads as the systems under test."""
+    pool, memory, values, repeats = ThreadPoolExecutor(num_threads), 64 << 20, 1 << 15, 400
+    read = [np.ones(memory // 8, dtype=np.int64) for _ in range(num_threads)]
+    computed = [np.linspace(-1, 1, 2 * values, dtype=np.float32).reshape(2, -1) for _ in range(num_threads)]
+
+    def exponentials(i: int) -> None:
+        for _ in range(repeats):
+            np.exp(computed[i][1], out=computed[i][0])
+
+    def seconds(work: Callable[[int], object]) -> float:
+        """The shortest of a few times that all threads need together."""
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            list(pool.map(work, range(num_threads)))
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    def measure() -> Speed:
+        memory_s, compute_s = seconds(lambda i: read[i].max()), seconds(exponentials)
+        return Speed(num_threads * memory / memory_s, num_threads * repeats * values / compute_s)
+
+    return measure
+
+
+class Steady:
+    """Passes that count are taken while the machine has the speed that it had at the start.
+
+    A virtual machine does not always have it: its host shares the bandwidth of its memory, and at times the time of its
+    processors, with others (34 or 62 GB/s, for tens of seconds at a time, on one such machine). `patience_s`: for how
+    long all waits and repeated passes of a run may last together.
+    """
+
+    _TOLERANCE = 0.2
+
+    def __init__(self, num_threads: int, *, patience_s: float, measure: Callable[[], Speed] | None = None) -> None:
+        self._measure, self._left_s = measure or probe(num_threads), patience_s
+        found = [self._measure()]
+        while len(found) < 9:
+            time.sleep(1.0)
+            found.append(self._measure())
+        self.start = Speed(*(statistics.median(values) for values in zip(*found, strict=True)))
+        self.num_repeated = self.num_unsteady = 0
+
+    def run(self, one_pass: Callable[[int], Result]) -> Result:
+        """The result of `one_pass`, which is run again if the machine became faster or slower meanwhile. When there is
+        no patience left, the result counts as it is. It is given the number of its runs before.
+        """
+        for attempt in itertools.count():
+            began = time.monotonic()
+            while not self._is_steady() and time.monotonic() - began < self._left_s:
+                time.sleep(1.0)
+            self._left_s -= time.monotonic() - began
+            began = time.monotonic()
+            result = one_pass(attempt)
+            if self._is_steady():
+                break
+            if self._left_s <= 0:
+                self.num_unsteady += 1
+                break
+            self._left_s -= time.monotonic() - began
+            self.num_repeated += 1
+        return result
+
+    def describe(self) -> str:
+        text = f"memory {self.start.memory / 1e9:.1f} GB/s at the start"
+        if self.num_repeated:
+            text += f"; {self.num_repeated} passes were repeated since the machine became faster or slower"
+        if self.num_unsteady:
+            text += f"; {self.num_unsteady} count although it did"
+        return text
+
+    def _is_steady(self) -> bool:
+        now = self._measure()
+        return all(abs(a / b - 1) <= self._TOLERANCE for a, b in zip(now, self.start, strict=True))
 
 
 # Processes.
@@ -435,15 +526,17 @@ def started_cluster(
 
 
 @contextmanager
-def started_s3(folder: Path) -> Iterator[Any]:
-    """A local S3 server, `loray.local.s3.LocalS3`, which may be killed and started again meanwhile."""
+def started_s3(folder: Path, *, keep: bool = False) -> Iterator[Any]:
+    """A local S3 server, `loray.local.s3.LocalS3`, which may be killed and started again meanwhile. `keep`: its data,
+    for a later run.
+    """
     from loray.local.processes import kill
     from loray.local.s3 import current_local_s3, start_local_s3, stop_local_s3
 
     try:
         yield start_local_s3(folder)
     finally:
-        if (server := current_local_s3(folder)) is not None:
+        if not keep and (server := current_local_s3(folder)) is not None:
             kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
         stop_local_s3(folder)
 

@@ -12,27 +12,36 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from benchmarks import workers
-from benchmarks.front.keys.check import line as key_line
-from benchmarks.front.keys.check import measure as measure_keys
-from benchmarks.front.started import serving
-from benchmarks.machine import describe_machine, load_average
-from benchmarks.output import machine_line, write_json
-from benchmarks.serving.figures.rows import quantile
+from benchmarks.report import Report, machine_line, quantile
+from benchmarks.world import describe_machine, load_average, run_modules
 from loray.settings import Settings
 
-_PROMPT = list(range(100, 164))
 _BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "completions": ("/v1/completions", {"prompt": _PROMPT, "ignore_eos": True}),
+    "completions": ("/v1/completions", {"prompt": list(range(100, 164)), "ignore_eos": True}),
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Say much."}], "ignore_eos": True}),
 }
-_TARGETS = {"tokens_per_s": 50_000.0, "us_per_token": 20.0, "p50_ms": 5.0}
+_TOKENS_PER_S, _US_PER_TOKEN, _P50_MS = 50_000.0, 20.0, 5.0  # targets
+_COLUMNS = (
+    "server",
+    "request",
+    "tokens/s\t,.0f",
+    "µs/token\t.1f",
+    "server cores\t.2f",
+    "client cores\t.2f",
+    "p50 ms\t.2f",
+    "p99 ms\t.2f",
+)
 
 
 class Front(NamedTuple):
@@ -49,40 +58,31 @@ class Front(NamedTuple):
 
     @property
     def is_met(self) -> bool:
-        return (
-            self.tokens_per_s >= _TARGETS["tokens_per_s"]
-            and self.us_per_token <= _TARGETS["us_per_token"]
-            and self.p50_ms < _TARGETS["p50_ms"]
-        )
+        is_fast = self.tokens_per_s >= _TOKENS_PER_S and self.us_per_token <= _US_PER_TOKEN
+        return is_fast and self.p50_ms < _P50_MS
 
 
 def main(argv: Sequence[str] | None = None) -> list[Front]:
     args = _parser().parse_args(argv)
-    home = Settings.from_env().home
-    described = describe_machine()
-    click.echo(machine_line(described, load=f"{load_average():.2f}"))
+    machine = describe_machine()
+    click.echo(machine_line(machine, load=f"{load_average():.2f}"))
     click.echo(
         f"{args.connections} requests at once of {args.tokens} tokens, streamed; latency at {args.rate:g} requests/s"
     )
-    click.echo(_line(_HEADER))
     found = []
     for kind in ("floor", "gateway", "channel"):
-        with serving(kind, args.base, home, args.interval) as (port, pid):
+        with _serving(kind, args.base, args.interval) as (port, pid):
             for request in ("completions",) if kind == "floor" else (args.request or _BODIES):
                 found.append(_measure(kind, request, args, port, pid))
-                click.echo(_line(_cells(found[-1])))
-    floor = found[0]
+    report = Report(machine, _COLUMNS, found, " ".join(sys.argv[1:] if argv is None else argv))
+    click.echo(report.text())
     for front in found[1:]:
         click.echo(
-            f"{front.server}, {front.request}: "
-            f"{front.us_per_token / floor.us_per_token:.1f} × the floor's time a token; "
-            f"≥ {_TARGETS['tokens_per_s']:,.0f} tokens/s, ≤ {_TARGETS['us_per_token']:g} µs, p50 < "
-            f"{_TARGETS['p50_ms']:g} ms: {'met' if front.is_met else 'MISSED'}"
+            f"{front.server}, {front.request}: {front.us_per_token / found[0].us_per_token:.1f} × the floor's time a "
+            f"token; ≥ {_TOKENS_PER_S:,.0f} tokens/s, ≤ {_US_PER_TOKEN:g} µs, p50 < {_P50_MS:g} ms: "
+            f"{'met' if front.is_met else 'MISSED'}"
         )
-    cost = measure_keys()
-    click.echo(key_line(cost))
-    rows = [front._asdict() for front in found]
-    write_json(args.json, {"machine": dict(described), "rows": rows, "keys": cost._asdict()})
+    report.write(args.json)
     return found
 
 
@@ -100,42 +100,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _serving(kind: str, base: str, interval_s: float) -> Iterator[tuple[int, int]]:
+    """A server of engines that compute nothing; its port and process."""
+    with tempfile.TemporaryDirectory(prefix="front-") as folder:
+        home = str(Settings.from_env().home)
+        setup = {"kind": kind, "base": base, "home": home, "folder": folder, "interval_s": interval_s}
+        command, pipe = [sys.executable, "-m", "benchmarks.front.server", json.dumps(setup)], subprocess.PIPE
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                if not (port := process.stdout.readline()):
+                    raise SystemExit("the server did not start; its error is above")
+                yield int(port), process.pid
+            finally:
+                process.stdin.close()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
 def _measure(kind: str, request: str, args: argparse.Namespace, port: int, pid: int) -> Front:
     path, body = _BODIES[request]
     whole = dict(body) | {"model": args.base, "temperature": 0, "stream": True, "max_tokens": args.tokens}
-    setup = {"port": port, "pid": pid, "path": path, "seconds": args.seconds}
-    many = _client(setup | {"body": whole, "connections": args.connections})
-    one = _client(setup | {"body": whole | {"max_tokens": 1}, "rate": args.rate})
-    num_tokens = many["events"] * args.tokens / many["events_per_response"]
-    latencies = sorted(one["whole_s"])
+    setup = {"port": port, "path": path, "seconds": args.seconds}
+    counted = {"mode": "count", "body": whole, "pid": pid, "connections": args.connections}
+    (many,) = run_modules([["benchmarks.client", json.dumps(setup | counted)]], 1)
+    paced = {"mode": "paced", "body": whole | {"max_tokens": 1}, "rate": args.rate}
+    (one,) = run_modules([["benchmarks.client", json.dumps(setup | paced)]], 1)
+    num_tokens, seconds = many["events"] * args.tokens / many["events_per_response"], many["seconds"]
     return Front(
         kind,
         request,
-        num_tokens / many["seconds"],
+        num_tokens / seconds,
         1e6 * many["server_cpu_s"] / num_tokens,
-        many["server_cpu_s"] / many["seconds"],
-        many["client_cpu_s"] / many["seconds"],
-        1e3 * quantile(latencies, 0.50),
-        1e3 * quantile(latencies, 0.99),
+        many["server_cpu_s"] / seconds,
+        many["client_cpu_s"] / seconds,
+        1e3 * quantile(one["whole_s"], 0.50),
+        1e3 * quantile(one["whole_s"], 0.99),
     )
-
-
-def _client(setup: Mapping[str, Any]) -> dict[str, Any]:
-    (found,) = workers.run([["benchmarks.front.client", json.dumps(setup)]], 1)
-    return found
-
-
-_HEADER = ("server", "request", "tokens/s", "µs/token", "cores", "client", "p50 ms", "p99 ms")
-
-
-def _cells(front: Front) -> tuple[str, ...]:
-    numbers = (f"{front.tokens_per_s:,.0f}", f"{front.us_per_token:.1f}", f"{front.server_cores:.2f}")
-    times = (f"{front.client_cores:.2f}", f"{front.p50_ms:.2f}", f"{front.p99_ms:.2f}")
-    return (front.server, front.request, *numbers, *times)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "  ".join((f"{cells[0]:<8}", f"{cells[1]:<12}", *(f"{cell:>9}" for cell in cells[2:])))
 
 
 if __name__ == "__main__":

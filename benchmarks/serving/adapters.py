@@ -12,16 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmarks.world import started_s3
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import PREFIX, write_folder
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.methods.weights import ModuleKey
 from loray.planning.run import count_factors, count_trained, count_vera_pair
 from loray.publishing import Destination, publish
@@ -34,15 +33,13 @@ if TYPE_CHECKING:
 _B_STD = 0.05  # weaker adapters leave the argmax as it is, and a wrong adapter would not be noticed
 _VERA_STD = 0.3
 _ALPHA = 8  # PEFT's default
-_NOISE = 1 << 25
-_STRIDE = 1_000_003  # between the noise of neighbours; a prime, so that no two adapters of a set begin alike
 _WRITTEN = datetime(2026, 1, 1, tzinfo=UTC)  # part of the digest, which thus is the same in every run
 _SPARE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: with zero rows up to the largest rank, otherwise equal.
+    """Adapter i has rank `ranks[i % len(ranks)]`.
 
     VeRA adapters of one rank on the same modules share the base's canonical pair, which no adapter's files hold.
     """
@@ -50,7 +47,6 @@ class AdapterSet:
     num: int
     ranks: tuple[int, ...] = (8, 16, 32, 64)
     modules: tuple[str, ...] = ATTENTION_MODULES
-    padded: bool = False
     method: Literal["lora", "vera"] = "lora"
 
     def rank(self, index: int) -> int:
@@ -58,9 +54,8 @@ class AdapterSet:
 
     def name(self, index: int, base: BaseModel) -> str:
         modules = "all" if self.modules == LINEAR_MODULES else "".join(m[0] for m in self.modules)
-        padded = f"-padded{max(self.ranks)}" if self.padded else ""
         vera = "-vera" if self.method == "vera" else ""
-        return f"bench-{base.fingerprint[:8]}-{modules}{vera}-r{self.rank(index)}{padded}-{index}"
+        return f"bench-{base.fingerprint[:8]}-{modules}{vera}-r{self.rank(index)}-{index}"
 
     def spec(self, rank: int) -> LoraSpec | VeraSpec:
         spec = VeraSpec if self.method == "vera" else LoraSpec
@@ -68,8 +63,7 @@ class AdapterSet:
 
     def nbytes(self, index: int, config: ModelConfig) -> int:
         """Bytes of the adapter's weights in bf16."""
-        rank = max(self.ranks) if self.padded else self.rank(index)
-        return 2 * count_trained(config, self.spec(rank)).adapter
+        return 2 * count_trained(config, self.spec(self.rank(index))).adapter
 
     def pair_bytes(self, config: ModelConfig) -> int:
         """Bytes of all VeRA pairs in bf16: one pair for each rank."""
@@ -87,78 +81,32 @@ class AdapterSet:
 
 
 def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: int) -> None:
-    """Write adapter `index` of the set as PEFT saves it, in bf16."""
-    tensors, options = (_vera if adapters.method == "vera" else _lora)(base, adapters, index)
-    config: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "target_modules": list(adapters.modules),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    write_folder(folder, options | config, tensors)
-
-
-def _lora(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    rank, width = adapters.rank(index), max(adapters.ranks) if adapters.padded else adapters.rank(index)
-    noise = _Noise(index)
-    tensors: dict[str, Tensor] = {}
-    for prefix, out, in_ in _modules(base, adapters):
-        a_RI, b_OR = noise.take(rank, in_, (3 * in_) ** -0.5), noise.take(out, rank, _B_STD)
-        if width > rank:
-            a_RI, b_OR = _padded(a_RI, width, 0), _padded(b_OR, width, 1)
-        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_RI, b_OR
-    scale = _ALPHA / rank  # of the rank without padding
-    return tensors, {"peft_type": "LORA", "r": width, "lora_alpha": scale * width, "lora_dropout": 0.0}
-
-
-def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    rank, noise = adapters.rank(index), _Noise(index)
-    tensors: dict[str, Tensor] = {}
-    for prefix, out, _ in _modules(base, adapters):
-        tensors[f"{prefix}.vera_lambda_d"] = noise.take(1, rank, _VERA_STD)[0]
-        tensors[f"{prefix}.vera_lambda_b"] = noise.take(1, out, _VERA_STD)[0]
-    return tensors, {"peft_type": "VERA", "r": rank, "projection_prng_key": 0, "save_projection": False}
-
-
-def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
-    """(name in PEFT's file, output width, input width) of every adapted module."""
-
-    for layer in range(base.config.num_layers):
-        for module in adapters.modules:
-            yield f"{PREFIX}model.{ModuleKey(layer, module).path}", *base.config.module_shape(module)
-
-
-class _Noise:
-    """Normal numbers, drawn once for all adapters; each adapter begins at another position."""
-
-    def __init__(self, index: int) -> None:
-        self._position = index * _STRIDE % _NOISE
-
-    def take(self, rows: int, columns: int, std: float) -> Tensor:
-        import torch
-
-        n = rows * columns
-        start, self._position = self._position, (self._position + n) % _NOISE
-        flat = _normal()[start : start + n]
-        if len(flat) < n:
-            flat = torch.cat([flat, _normal()[: n - len(flat)]])
-        return (flat * std).view(rows, columns)
-
-
-@cache
-def _normal() -> Tensor:
+    """Write adapter `index` of the set as PEFT saves it, in bf16, with random weights of its own."""
     import torch
 
-    return torch.randn(_NOISE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    rank, generator = adapters.rank(index), torch.Generator().manual_seed(index)
 
+    def noise(std: float, *shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * std).to(torch.bfloat16)
 
-def _padded(x: Tensor, width: int, dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = width
-    padded = x.new_zeros(shape)
-    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return padded
+    tensors: dict[str, Tensor] = {}
+    for layer in range(base.config.num_layers):
+        for module in adapters.modules:
+            out, in_ = base.config.module_shape(module)
+            prefix = f"{PREFIX}model.{ModuleKey(layer, module).path}"
+            if adapters.method == "vera":
+                tensors[f"{prefix}.vera_lambda_d"] = noise(_VERA_STD, rank)
+                tensors[f"{prefix}.vera_lambda_b"] = noise(_VERA_STD, out)
+            else:
+                tensors[f"{prefix}.lora_A.weight"] = noise((3 * in_) ** -0.5, rank, in_)
+                tensors[f"{prefix}.lora_B.weight"] = noise(_B_STD, out, rank)
+    config: dict[str, Any] = {"peft_type": adapters.method.upper(), "r": rank, "target_modules": list(adapters.modules)}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "bias": "none", "inference_mode": True}
+    if adapters.method == "vera":
+        config |= {"projection_prng_key": 0, "save_projection": False}
+    else:
+        config |= {"lora_alpha": _ALPHA, "lora_dropout": 0.0}
+    write_folder(folder, config, tensors)
 
 
 class Library:
@@ -185,24 +133,17 @@ class Library:
                 f"{len(missing)} adapters take {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; "
                 "ask for fewer or smaller ones (--adapters, --ranks), or for another --folder"
             )
-        with ThreadPoolExecutor(2) as pool:
-            known |= dict(zip((names[i] for i in missing), pool.map(self._publish_one(adapters), missing), strict=True))
-        return [known[name] for name in names]
 
-    def _publish_one(self, adapters: AdapterSet) -> Any:
         def publish_one(index: int) -> AdapterRef:
             with tempfile.TemporaryDirectory(prefix="publish-", dir=self.folder) as scratch:
-                folder, name = Path(scratch) / "adapter", adapters.name(index, self.base)
+                folder = Path(scratch) / "adapter"
                 write_adapter(folder, self.base, adapters, index)
-                to = Destination(name, self._store, self._catalog)
+                to = Destination(names[index], self._store, self._catalog)
                 return publish(folder, self.base, to, ManifestDetails(created_at=_WRITTEN)).ref
 
-        return publish_one
-
-    def read(self, ref: AdapterRef) -> int:
-        """Read the adapter's files from the store and drop them; returns their bytes."""
-        files = self._store.manifest(ref.digest).files.items()
-        return sum(len(self._store.read(ref.digest, name, sha256)) for name, sha256 in files)
+        with ThreadPoolExecutor(2) as pool:
+            known |= dict(zip((names[i] for i in missing), pool.map(publish_one, missing), strict=True))
+        return [known[name] for name in names]
 
     def fetch(self, refs: list[AdapterRef]) -> list[Path]:
         """The adapters as folders, for peers, which do not read the store."""
@@ -224,10 +165,7 @@ def open_library(kind: str, folder: Path, base: BaseModel) -> Iterator[Library]:
         return
     from loray.store.s3 import create_bucket
 
-    server = start_local_s3(root / "server")
-    try:
+    with started_s3(root / "server", keep=True) as server:
         location = server.location("bench")
         create_bucket(location)
         yield Library(root, location.url, base)
-    finally:
-        stop_local_s3(root / "server")

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.serving.adapters import AdapterSet
-from benchmarks.serving.figures.results import BESIDE, OURS, SERVE, UP
 from benchmarks.serving.workload import MixedLoad, Workload
 from loray.bases.config import ModelConfig
 from loray.spec import LINEAR_MODULES
 
+OURS = "loray"  # the engine in process
+BESIDE, SERVE, UP = "loray-beside", "loray-serve", "loray-up"
+OUR_SYSTEMS = (OURS, BESIDE, SERVE, UP)
 SHORT, LONG = 32, 2048
 SERVED = (BESIDE, SERVE, UP)
 
@@ -23,7 +25,6 @@ class EngineOptions:
     pool_adapters       adapters of the set's mean size that fit into the pool beside the KV cache, about; None: all
     pool_for_adapters   the same in bytes, instead
     max_model_len       for a peer that asks for it
-    apart               a label that makes otherwise equal engines different, so that they do not share a process
     """
 
     adapters: AdapterSet | None = None
@@ -34,21 +35,17 @@ class EngineOptions:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = LONG
     max_model_len: int = 4096
-    ablation: str | None = None
-    apart: str = ""
-
-    def kv_bytes(self, config: ModelConfig) -> int:
-        return 4 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_tokens
 
     def pool_bytes(self, config: ModelConfig) -> int:
         """Bytes of the pool in bf16. Rows are packed, so 5 % more than the adapters' bytes suffice."""
+        kv = 4 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_tokens
         if self.adapters is None:
-            return self.kv_bytes(config)
+            return kv
         if self.pool_for_adapters is not None:
-            return self.kv_bytes(config) + self.pool_for_adapters
+            return kv + self.pool_for_adapters
         num = self.adapters.num if self.pool_adapters is None else self.pool_adapters
         rows = int(1.05 * num * self.adapters.mean_bytes(config))
-        return self.kv_bytes(config) + rows + 2 * self.adapters.pair_bytes(config)  # a pair occupies whole blocks
+        return kv + rows + 2 * self.adapters.pair_bytes(config)  # a pair occupies whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,23 +134,6 @@ def _one(name: str, engine: EngineOptions, workload: Workload, rank64: bool = Fa
     return Case(name, engine, workload, passes=5, peers=("vllm", *SERVED))
 
 
-def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
-    """The same requests one at a time and 16 at once, in separate engines."""
-    label = f"n={n}" if n else "base"
-    both = (("alone", 1), ("batched", 16))
-    return tuple(
-        Case(
-            f"{label} {how}",
-            replace(engine, apart=f"{label} {how}"),
-            Workload(16, num_adapters=n, at_once=at_once, outputs=(24, 24), seed=1),
-            passes=1,
-            warm_up=0,
-            peers=("vllm", *SERVED),
-        )
-        for how, at_once in both
-    )
-
-
 # The pool holds about 100 of these adapters, and host memory all (5.5 GB) once each has been requested. 16 requests
 # wait behind the 32 that run, so that their adapters can be prefetched.
 MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
@@ -163,16 +143,6 @@ def _many(name: str, n: int, alpha: float | None) -> Case:
     workload = replace(_WAVE, num_requests=144, num_adapters=n, alpha=alpha, at_once=48)
     return Case(name, MANY, workload, passes=2, peers=())
 
-
-# First tokens with adapters from the store and then from the pool: 12 adapters of all ranks, one request at a time. The
-# requests are as long as in other cases; during them the node's cache is filled.
-_COLD = replace(MIXED, apart="cold")
-_FIRST_TOKEN = Workload(12, num_adapters=12, first_adapter=4, at_once=1)
-COLD = (
-    Case("first adapters", _COLD, replace(_FIRST_TOKEN, num_adapters=4, first_adapter=0), passes=1, peers=()),
-    Case("cold adapter", _COLD, _FIRST_TOKEN, passes=1, warm_up=0, peers=()),
-    Case("warm adapter", _COLD, _FIRST_TOKEN, passes=1, warm_up=0, peers=()),
-)
 
 ACCEPTANCE = (
     QUICK[0],
@@ -185,9 +155,6 @@ ACCEPTANCE = (
     _one("prompt of 2048, rank 64", MIXED, _PROMPT, rank64=True),
     Case("seven modules, n=1", SEVEN, _ONE, peers=()),
     replace(_wave("seven modules, n=32", SEVEN, 32), peers=()),
-    *COLD,
-    *_isolation(BASE, 0),
-    *_isolation(replace(MIXED, adapters=AdapterSet(16)), 16),
     Case(
         "n=2000, each once from the store",
         MANY,
@@ -200,15 +167,6 @@ ACCEPTANCE = (
     _many("n=100 resident", 100, 1.0),
     _many("n=2000 α=0.3", 2000, 0.3),
     _many("n=2000 uniform", 2000, 1.0),
-)
-
-VLLM_100 = (
-    Case(
-        "100 adapters, 64 at once",
-        EngineOptions(AdapterSet(100, ranks=(16,), modules=("q_proj",)), max_num_seqs=64, max_num_batched_tokens=LONG),
-        Workload(1000, num_adapters=100, at_once=64),
-        passes=1,
-    ),
 )
 
 # VeRA: as many adapters as rows, on q and v, and on q, k, v and o.
@@ -238,23 +196,6 @@ def _density(name: str, adapters: AdapterSet) -> tuple[Case, ...]:
 
 DENSITY = tuple(case for name, adapters in _DENSITY.items() for case in _density(name, adapters))
 
-_SCARCE = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128)
-
-
-def ablations(names: tuple[str, ...]) -> tuple[Case, ...]:
-    """Cases with all features and without each named one: 200 adapters over a pool of 40, and 32 resident ones."""
-    scarce = Workload(144, num_adapters=200, alpha=1.0, at_once=48)
-    cases = [Case("n=200, pool of 40", _SCARCE, scarce, passes=2, peers=()), _wave("n=32", FEW, 32)]
-    for name in names:
-        if name == "padded-ranks":
-            assert FEW.adapters is not None
-            padded = EngineOptions(replace(FEW.adapters, padded=True), ablation=name)
-            cases.append(_wave(f"n=32, {name}", padded, 32))
-        else:
-            engine = replace(_SCARCE, ablation=name)
-            cases.append(Case(f"n=200, pool of 40, {name}", engine, scarce, passes=2, peers=()))
-    return tuple(replace(case, peers=()) for case in cases)
-
 
 def gpu(counts: tuple[int, ...] = (5, 100, 400, 1000, 2000)) -> tuple[Case, ...]:
     """Llama-3-8B's shape: rank 16 on q, k, v, o (13.6 MB), 64 requests at once, 256 + 128 tokens; base and n adapters.
@@ -277,7 +218,6 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
     "mixed": _mixed(),
     "quick": QUICK,
     "acceptance": ACCEPTANCE,
-    "vllm-100": VLLM_100,
     "vera": VERA,
     "density": DENSITY,
     "gpu": gpu(),

@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from benchmarks.machine import describe_machine, load_average
-from benchmarks.output import machine_line, write_json
+from benchmarks.report import Cell, Report, machine_line
 from benchmarks.serving.adapters import AdapterSet, open_library
 from benchmarks.serving.models import bench_base
 from benchmarks.stepping import finish
+from benchmarks.world import describe_machine, load_average
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
@@ -40,35 +40,40 @@ from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.startup import adapter_loader
 
-PROMPT_TOKENS = 64
-AGO = 3
-COLUMNS = ("raw", "cold", "warm", "cached")
+_PROMPT_TOKENS = 64
+_AGO = 3
+_KINDS = ("raw", "cold", "warm", "cached")
+_COLUMNS = ("store", "rank", "MB", *(f"{kind}, ms\t.1f" for kind in _KINDS), "allowed\t.1f", "ratio\t.2f", "load\t.2f")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a base on this machine (default %(default)s)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--stores", choices=["file", "s3"], nargs="+", default=["file", "s3"])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench"), help="keeps the published adapters")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    args = parser.parse_args()
-    base, machine = bench_base(), describe_machine()
+    args = parser.parse_args(argv)
+    base, machine = bench_base(args.model, args.folder), describe_machine()
     click.echo(machine_line(machine))
-    click.echo(f"milliseconds, medians of {args.repetitions} (smallest); the claim is cold ≤ 1.3 · warm + raw")
-    click.echo(
-        f"{'store':>5}  {'rank':>4}  {'MB':>5}" + "".join(f"  {c:>16}" for c in COLUMNS) + "  allowed  ratio  load"
-    )
-    rows: list[dict[str, Any]] = []
+    click.echo(f"medians of {args.repetitions}; the claim is cold ≤ 1.3 · warm + raw")
+    rows: list[list[Cell]] = []
+    every: list[dict[str, list[float]]] = []
     for store in args.stores:
         with open_library(store, args.folder.absolute(), base) as library:
             for rank in args.ranks:
                 refs = library.publish(AdapterSet(args.repetitions, ranks=(rank,)))
-                before = load_average()
-                times = _measure(base, refs, library.url)
-                rows.append({"store": store, "rank": rank, "load_before": before} | _row(times))
-                _print(rows[-1], refs[0].nbytes)
-    write_json(args.json, {"machine": machine, "rows": rows})
+                before, times = load_average(), _measure(base, refs, library.url)
+                ms = {kind: 1e3 * statistics.median(times[kind]) for kind in _KINDS if times[kind]}
+                allowed = 1.3 * ms["warm"] + ms["raw"]
+                shown = [ms.get(kind) for kind in _KINDS]
+                rows.append([store, rank, refs[0].nbytes / 1e6, *shown, allowed, ms["cold"] / allowed, before])
+                every.append(dict(times))
+    report = Report(machine, _COLUMNS, rows, " ".join(sys.argv[1:] if argv is None else argv), {"seconds": every})
+    click.echo(report.text())
+    report.write(args.json)
+    return report
 
 
 def _measure(base: BaseModel, refs: Sequence[AdapterRef], store_url: str) -> Mapping[str, list[float]]:
@@ -90,15 +95,16 @@ def _measure(base: BaseModel, refs: Sequence[AdapterRef], store_url: str) -> Map
             times["cold"].append(_first_token_s(engine, ref, i))
             loader.cache_writer.flush()  # fills the node's cache now, so that it does not slow down what follows
             times["warm"].append(_first_token_s(engine, ref, i))
-            if i >= AGO:
-                times["cached"].append(_first_token_s(engine, refs[i - AGO], i))
+            if i >= _AGO:
+                times["cached"].append(_first_token_s(engine, refs[i - _AGO], i))
         engine.close()
     return times
 
 
 def _first_token_s(engine: Engine, adapter: AdapterRef | None, seed: int) -> float:
     """Seconds of one request for one token, whose prompt is a function of `seed`."""
-    prompt = tuple((7919 * seed + 31 * k) % 40000 + 100 for k in range(PROMPT_TOKENS))
+    most = min(40000, engine.base.config.vocab_size - 100)
+    prompt = tuple((7919 * seed + 31 * k) % most + 100 for k in range(_PROMPT_TOKENS))
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     began = time.perf_counter()
     engine.add(GenerateRequest("r", prompt, params, adapter))
@@ -114,21 +120,6 @@ def _read_s(store: AdapterStore, ref: AdapterRef) -> float:
     began = time.perf_counter()
     store.read(ref.digest, WEIGHTS_FILE, sha256)
     return time.perf_counter() - began
-
-
-def _row(times: Mapping[str, list[float]]) -> dict[str, Any]:
-    medians = {column: statistics.median(times[column]) for column in COLUMNS}
-    allowed = 1.3 * medians["warm"] + medians["raw"]
-    return {"seconds": dict(times), "medians": medians, "allowed": allowed, "ratio": medians["cold"] / allowed}
-
-
-def _print(row: Mapping[str, Any], nbytes: int) -> None:
-    columns = [f"{1e3 * row['medians'][c]:.1f} ({1e3 * min(row['seconds'][c]):.1f})" for c in COLUMNS]
-    click.echo(
-        f"{row['store']:>5}  {row['rank']:>4}  {nbytes / 1e6:>5.1f}"
-        + "".join(f"  {c:>16}" for c in columns)
-        + f"  {1e3 * row['allowed']:>7.1f}  {row['ratio']:>5.2f}  {row['load_before']:.2f}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Requests with arrival times, adapters and lengths: S-LoRA's generator for open loops, closed loops, and a long prompt
-among short ones.
+"""Requests with adapters and lengths: closed loops, with S-LoRA's popularity of adapters, and a long prompt among short
+ones.
 
 Plain Python: equal workloads and passes give equal requests on every machine.
 """
@@ -31,11 +31,9 @@ class Workload:
     """`num_requests` requests over `num_adapters` adapters from index `first_adapter` on; 0: the base only.
 
     alpha     popularity: adapter ⌊n · u^(1/α)⌋ for u uniform in [0, 1), which is NumPy's `power(α)` as in S-LoRA's
-              generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed; see `share`.
+              generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed.
               None: round robin.
-    at_once   closed loop: so many requests are under way at any time. None: open loop.
-    rate, cv  open loop: inter-arrival times from Gamma(shape 1/cv², scale cv²/rate): mean 1/rate, coefficient of
-              variation cv; cv = 1 is a Poisson process.
+    at_once   so many requests are under way at any time
     inputs, outputs   tokens, uniform in [low, high]; end-of-text tokens do not end an output.
     streamed  False: over HTTP each answer comes whole
     """
@@ -44,21 +42,10 @@ class Workload:
     num_adapters: int = 0
     first_adapter: int = 0
     alpha: float | None = None
-    at_once: int | None = None
-    rate: float | None = None
-    cv: float = 1.0
+    at_once: int = 32
     inputs: tuple[int, int] = (64, 64)
     outputs: tuple[int, int] = (32, 32)
-    seed: int = 0
     streamed: bool = True
-
-    def __post_init__(self) -> None:
-        if (self.at_once is None) == (self.rate is None):
-            raise ValueError("a workload has either at_once (closed loop) or rate (open loop)")
-        if self.alpha is not None and not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], not {self.alpha}")
-        if self.cv <= 0 or (self.rate is not None and self.rate <= 0):
-            raise ValueError("rate and cv must be positive")
 
     @property
     def max_tokens(self) -> int:
@@ -101,17 +88,14 @@ def generate(workload: Workload | MixedLoad, vocab_size: int, pass_: int = 0, la
     w = workload
 
     def stream(name: str) -> random.Random:  # one for each distribution: changing one leaves the draws of the others
-        return random.Random(f"{label}/{w.seed}/{pass_}/{name}")
+        return random.Random(f"{label}/0/{pass_}/{name}")
 
-    popularity, arrivals, lengths, tokens = map(stream, ("adapter", "arrival", "length", "token"))
-    at = 0.0
+    popularity, lengths, tokens = map(stream, ("adapter", "length", "token"))
     requests = []
     for i in range(w.num_requests):
-        if w.rate is not None:
-            at += arrivals.gammavariate(1 / w.cv**2, w.cv**2 / w.rate)
         num_inputs, num_outputs = lengths.randint(*w.inputs), lengths.randint(*w.outputs)
         prompt_ids = tuple(tokens.randrange(_FIRST_TOKEN, vocab_size) for _ in range(num_inputs))
-        requests.append(TimedRequest(at, _draw(w, i, popularity), prompt_ids, num_outputs, streamed=w.streamed))
+        requests.append(TimedRequest(0.0, _draw(w, i, popularity), prompt_ids, num_outputs, streamed=w.streamed))
     return requests
 
 
@@ -128,11 +112,6 @@ def _mixed(w: MixedLoad, vocab_size: int, rng: random.Random) -> list[TimedReque
         for i in range(w.num_short)
     ]
     return [request(0.0, 64, w.stream_tokens, STREAM), long, *shorts]
-
-
-def share(index: int, num_adapters: int, alpha: float) -> float:
-    """Probability that a request is for adapter `index`: ((i + 1)/n)^α − (i/n)^α."""
-    return float(((index + 1) / num_adapters) ** alpha - (index / num_adapters) ** alpha)
 
 
 def _draw(w: Workload, i: int, popularity: random.Random) -> int | None:
