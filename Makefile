@@ -99,7 +99,7 @@ bench-catalog: .venv/.ready
 	$(BIN)/python -m benchmarks.catalog $(ARGS)
 
 chaos: .venv/.ready
-	$(BIN)/python -m benchmarks.chaos $(ARGS)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 fuzz: .venv/.ready
 	$(BIN)/python -m benchmarks.fuzzing $(ARGS)

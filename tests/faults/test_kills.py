@@ -11,8 +11,9 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psycopg
 import pytest
@@ -27,23 +28,22 @@ from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.schemas.resources import VersionDetail
 from loray.store import AdapterStore, LocalStore, open_store
 from loray.store.s3 import create_bucket
+from tests.faults.processes import NUM_NAMES, Acknowledged, ApiProcess, Options, Publisher, acknowledged_in
+from tests.faults.world import POSTGRES, Bucket
 from tests.postgres import Postgres, start_postgres
 from tests.s3 import started_s3
-from tests.serve_apps.kills.processes import ApiProcess, Bucket, Killer, Publisher, database_of, schedule
-from tests.serve_apps.kills.publisher import NUM_NAMES, Acknowledged, Options, read_acknowledged
 from tests.store.publisher import WEIGHTS, write_adapter
 
 NUM_PUBLICATIONS = int(os.environ.get("TEST_PUBLICATIONS", "60"))
 NUM_PUBLISHERS = 8
 SEED = 0
-# What is committed has been given to the kernel, which is not killed; so nothing is synchronised.
-_POSTGRES = ("fsync=off", "max_connections=100", "shared_buffers=32MB")
+KILLS = ["publisher"] * 5 + ["api"] * 3 + ["database"] * 2 + ["store"] * 2 + ["all"]
 _EXPECTED = {200, 201, 499, 503}  # 499: the client was killed
 
 
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
-    with start_postgres(_POSTGRES) as server:
+    with start_postgres(POSTGRES) as server:
         yield server
 
 
@@ -90,30 +90,21 @@ def test_everything_is_killed_and_nothing_lost(
     template: Path,
     tmp_path: Path,
 ) -> None:
+    base = tiny_base().name
     publishers = [
-        Publisher(
-            Options(
-                first=number,
-                step=NUM_PUBLISHERS,
-                count=NUM_PUBLICATIONS,
-                url=api.url,
-                base=tiny_base().name,
-                template=str(template),
-                acknowledged=str(tmp_path / f"acknowledged-{number}"),
-            ),
-            tmp_path,
-        )
+        Publisher(Options(number, NUM_PUBLISHERS, NUM_PUBLICATIONS, api.url, base, str(template), str(tmp_path)))
         for number in range(NUM_PUBLISHERS)
     ]
     chance = random.Random(SEED)
     killer = Killer({"api": api, "database": postgres, "store": bucket}, publishers, chance)
-    kills = schedule(chance, rounds=max(1, NUM_PUBLICATIONS // 250))
+    kills = KILLS * max(1, NUM_PUBLICATIONS // 250)
+    chance.shuffle(kills)
     num_kills, is_backed_up = len(kills), False
     before_backup: list[Acknowledged] = []
     try:
         while kills or any(p.runs for p in publishers):
             assert api.runs
-            acknowledged = acknowledgements(tmp_path)
+            acknowledged = acknowledged_in(tmp_path)
             if kills and len(acknowledged) >= (num_kills - len(kills)) * NUM_PUBLICATIONS // (num_kills + 2):
                 time.sleep(chance.uniform(0, 0.5))
                 killer.strike(kills.pop())
@@ -126,7 +117,7 @@ def test_everything_is_killed_and_nothing_lost(
         for publisher in publishers:
             publisher.kill()
 
-    acknowledged = acknowledgements(tmp_path)
+    acknowledged = acknowledged_in(tmp_path)
     assert sorted(each.number for each in acknowledged) == list(range(NUM_PUBLICATIONS))
     with CatalogClient(api.url) as client:
         check_names(client, acknowledged, template, tmp_path)
@@ -139,8 +130,35 @@ def test_everything_is_killed_and_nothing_lost(
     wait_until_disconnected(postgres, database)
 
 
-def acknowledgements(folder: Path) -> list[Acknowledged]:
-    return [each for path in sorted(folder.glob("acknowledged-*")) for each in read_acknowledged(path)]
+class Mortal(Protocol):
+    def kill(self) -> None: ...
+
+    def start(self) -> None: ...
+
+
+class Killer:
+    """Kills what it is told, and starts it again a moment later. `all`: everything at once."""
+
+    def __init__(self, parts: Mapping[str, Mortal], publishers: Sequence[Publisher], chance: random.Random) -> None:
+        self._parts, self._publishers, self._chance = parts, publishers, chance
+
+    def strike(self, what: str) -> None:
+        victims: list[Mortal] = list(self._parts.values()) if what == "all" else []
+        if what in self._parts:
+            victims = [self._parts[what]]
+        running: list[Mortal] = [p for p in self._publishers if p.runs]
+        if what == "all":
+            victims += running
+        elif what == "publisher" and running:
+            victims = [self._chance.choice(running)]
+        self._chance.shuffle(victims)
+        for victim in victims:
+            victim.kill()
+        if what != "publisher":
+            time.sleep(self._chance.uniform(0, 1.5))  # the others notice
+        self._chance.shuffle(victims)
+        for victim in victims:
+            victim.start()
 
 
 def loray(*args: str) -> str:
@@ -231,6 +249,6 @@ def wait_until_disconnected(postgres: Postgres, url: str) -> None:
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
     deadline = time.monotonic() + 30
     with psycopg.connect(url, autocommit=True) as connection:
-        while connection.execute(others, [database_of(url)]).fetchone() != (0,):
+        while connection.execute(others, [url.rpartition("/")[2]]).fetchone() != (0,):
             assert time.monotonic() < deadline, "connections are left"
             time.sleep(0.05)

@@ -7,14 +7,11 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from tests.serve_apps.chaos.answers import Answer, difference, read
-from tests.serve_apps.chaos.kinds import Kind
-from tests.serve_apps.chaos.places import Place, wait_until_whole
-from tests.serve_apps.chaos.wire import Client, Manner, Reply
+from tests.faults.client import PATIENT, Client, Manner, Reply
+from tests.faults.requests import Answer, Kind, difference, read
 
 NUM_CLIENTS = 12
 _TENANTS = ("", "a", "b", "c")
@@ -66,37 +63,23 @@ def random_request(kinds: Sequence[Kind], rng: random.Random) -> Asked:
         case "stalls":
             manner = Manner(stall_s=rng.uniform(0.2, 2.0), leaves_after=rng.choice([None, None, 1000]))
         case _:
-            manner = Manner()
+            manner = PATIENT
     timeout_s = rng.choice([0.01, 0.05, 0.3, 1.0]) if rng.random() < 0.1 else None
     return Asked(kind, manner, stream, usage, rng.choice(_TENANTS), timeout_s, rng.random() < 0.03)
 
 
-@dataclass(slots=True)
-class Kills:
-    """When processes were killed, and when they had been replaced."""
-
-    windows: list[list[float]] = field(default_factory=list)
-    num: int = 0
-
-    def overlap(self, begun: float, ended: float) -> bool:
-        """Whether a process was missing while the request ran."""
-        return any(w[0] <= ended and begun <= (w[1] if len(w) > 1 else ended) for w in self.windows)
-
-    def struck(self, begun: float, ended: float) -> bool:
-        """Whether a gateway was killed while the request ran, and shortly before the client saw its end."""
-        return any(begun <= w[0] + _STRIKE_S and ended <= w[0] + _STRIKE_S for w in self.windows if w[0] <= ended)
-
-
 @dataclass
 class Run:
-    """`verdicts`: how requests ended. `wrong`: what no request may end in, in words."""
+    """`verdicts`: how requests ended. `wrong`: what no request may end in, in words. `windows`: when processes were
+    killed, and when they had been replaced.
+    """
 
-    place: Place
+    url: str
     kinds: list[Kind]
     references: dict[Kind, Answer]
     verdicts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    kills: Kills = field(default_factory=Kills)
+    windows: list[list[float]] = field(default_factory=list)
 
     def judge(self, asked: Asked, reply: Reply, begun: float, ended: float) -> str:
         """How the request ended. AssertionError if it may not end so.
@@ -104,16 +87,16 @@ class Run:
         Without its end comes a response only of a gateway that was killed, or to a client that does not read until its
         deadline.
         """
-        killed, struck = self.kills.overlap(begun, ended), self.kills.struck(begun, ended)
+        killed = any(w[0] <= ended and begun <= (w[1] if len(w) > 1 else ended) for w in self.windows)
+        struck = any(begun <= w[0] + _STRIKE_S and w[0] <= ended <= w[0] + _STRIKE_S for w in self.windows)
         may_be_cut = reply.end == "left" or struck or (asked.manner.is_slow and (killed or asked.timeout_s is not None))
         if reply.status is None:
             assert may_be_cut, "no response"
             return "left before the response" if reply.end == "left" else "connection lost"
-        content_type = reply.headers.get("content-type", "")
-        if reply.end != "whole" and not content_type.startswith("text/event-stream"):
+        if reply.end != "whole" and not reply.is_stream:
             assert may_be_cut, "a body that was cut"
             return reply.end
-        answer = read(reply.body, content_type, asked.kind)
+        answer = read(reply)
         is_part = reply.end != "whole" or answer.error is not None
         different = difference(answer, self.references[asked.kind], is_part=is_part)
         assert different is None, different
@@ -137,18 +120,16 @@ class Run:
         if code == "deadline_exceeded":
             assert asked.timeout_s is not None
         elif code == "adapter_quarantined":
-            assert self.kills.num > 0, error  # it lasts for a minute or longer
+            assert self.windows, error  # it lasts for a minute or longer
         elif code != "overloaded":
             assert (killed, code) == (True, "engine_unavailable"), error
         return code
 
     async def clients(self, requests: Iterator[Asked]) -> None:
-        url = urlsplit(self.place.served.url)
-        prefix = url.path
-        client = Client(url.hostname or "", url.port or 0)
+        client = Client(self.url)
         for asked in requests:
             begun = time.monotonic()
-            reply = await client.ask(f"{prefix}{asked.kind.path}", asked.headers, asked.body, asked.manner)
+            reply = await client.ask(asked.kind.path, asked.headers, asked.body, asked.manner)
             try:
                 self.verdicts[self.judge(asked, reply, begun, time.monotonic())] += 1
             except (AssertionError, ValueError, KeyError) as e:
@@ -156,43 +137,26 @@ class Run:
                 self.wrong.append(f"{e!r}: {asked} → {reply.status} {reply.end} {reply.body[-600:]!r}")
         client.close()
 
-    async def kill_now_and_then(self, every: int, rng: random.Random) -> None:
-        """Ends processes whenever `every` requests have ended since the last ones were replaced."""
+    async def _strike_now_and_then(self, every: int, strike: Callable[[], Awaitable[None]]) -> None:
+        """Whenever `every` requests have ended since what was killed had been replaced."""
         while True:
             due = self.verdicts.total() + every
             while self.verdicts.total() < due:
                 await asyncio.sleep(0.05)
-            window = [time.monotonic()]
-            self.kills.windows.append(window)
-            num = await asyncio.to_thread(self.place.kill, rng)
-            if not num:
-                self.kills.windows.clear()
-                return
-            self.kills.num += num
-            await asyncio.to_thread(wait_until_whole, self.place)
+            self.windows.append(window := [time.monotonic()])
+            await strike()
             window.append(time.monotonic() + _SETTLED_S)
 
-    async def all(self, num: int, kill_every: int, seed: int) -> None:
+    async def all(self, num: int, seed: int, every: int, strike: Callable[[], Awaitable[None]] | None) -> None:
+        """`num` requests of random clients. `strike`: kills processes, and returns when they have been replaced."""
         rng = random.Random(seed)
         requests = (random_request(self.kinds, rng) for _ in range(num))
-        killer = asyncio.create_task(self.kill_now_and_then(kill_every, random.Random(seed + 1)))
+        clients = asyncio.gather(*(self.clients(requests) for _ in range(NUM_CLIENTS)))
+        killer = None if strike is None else asyncio.create_task(self._strike_now_and_then(every, strike))
         try:
-            await asyncio.gather(*(self.clients(requests) for _ in range(NUM_CLIENTS)))
+            await clients
         finally:
-            killer.cancel()
-        if killer.done() and not killer.cancelled():
+            if killer is not None:
+                killer.cancel()
+        if killer is not None and killer.done() and not killer.cancelled():
             killer.result()
-
-
-async def undisturbed(place: Place, kinds: Sequence[Kind]) -> dict[Kind, Answer]:
-    """The answers to one request after the other."""
-    url = urlsplit(place.served.url)
-    client = Client(url.hostname or "", url.port or 0)
-    found = {}
-    for kind in kinds:
-        asked = Asked(kind, Manner())
-        reply = await client.ask(f"{url.path}{kind.path}", asked.headers, asked.body, asked.manner)
-        assert (reply.status, reply.end) == (200, "whole"), (kind, reply)
-        found[kind] = read(reply.body, reply.headers["content-type"], kind)
-    client.close()
-    return found
