@@ -1,0 +1,452 @@
+"""What benchmarks run on and in: the machine and its rates, processes, their memory and processor time, and a Ray
+cluster on this machine with tiny adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loray.machine import Machine, Rates, hardware
+
+if TYPE_CHECKING:
+    from loray.bases.registry import BaseModel
+    from loray.local.cluster import LocalCluster
+    from loray.settings import Settings
+    from loray.spec import FleetSpec, TrainSpec
+
+_CPUCLOCK_SCHED = 2  # the scheduler's count, not that of the clock's ticks
+_START_S, _END_S = 180.0, 20.0
+_QUICK = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+# The machine.
+
+
+def describe_machine() -> dict[str, str]:
+    """CPU, versions, date and commit, without which figures cannot be compared."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    found = {"cpu": f"{cpu} × {os.cpu_count()}", "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    git = shutil.which("git") or "false"
+    commit = subprocess.run([git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, check=False)
+    return found | {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip() or "?"}
+
+
+class MachineRates(NamedTuple):
+    """Bytes/s read from memory, and FLOP/s of torch's matrix product in the dtype that is multiplied fastest."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_rates(device: str, num_threads: int) -> MachineRates:
+    """Measure the rates in a separate process, so that this one does not load torch."""
+    (rates,) = run_modules([["benchmarks.world", device]], num_threads)
+    return MachineRates(**rates)
+
+
+def measure_machine() -> Machine:
+    """The rates that `loray plan` measures, in a separate process with all cores."""
+    (rates,) = run_modules([["loray.train.rates"]])
+    return Machine(hardware(), Rates.from_json(rates))
+
+
+def rates_here(name: str) -> MachineRates:
+    """Measure the rates of a device in this process, which loads torch."""
+    import torch
+
+    from loray.train.rates import fastest_product_flops, read_bandwidth
+
+    device = torch.device(name)
+    return MachineRates(read_bandwidth(device), fastest_product_flops(device))
+
+
+def on_this_machine(recipe: TrainSpec) -> TrainSpec:
+    """The recipe in the dtype that trains fast here, as a driver would choose it."""
+    from loray.recipes.resolve import on_hardware
+
+    return on_hardware(recipe, hardware()).spec
+
+
+def load_average() -> float:
+    """Processes that ran or were ready to run, averaged over the last minute."""
+    return os.getloadavg()[0]
+
+
+def busy_seconds() -> float:
+    """Processor seconds of the whole machine since its start, those that a hypervisor took included."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
+    idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+
+
+def _others_s() -> float:
+    ours = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return busy_seconds() - sum(u.ru_utime + u.ru_stime for u in ours)
+
+
+class Disturbance:
+    """`load`: the load average before the block. `cores`: processors that other processes kept busy during the block,
+    without this process and its children.
+    """
+
+    def __init__(self) -> None:
+        self.load = load_average()
+        self.cores = float("nan")
+
+
+@contextmanager
+def watch() -> Iterator[Disturbance]:
+    """Measure what other processes compute during the block. Children must end inside it: their processor time counts
+    as this process's only from then on.
+    """
+    found, began, before = Disturbance(), time.perf_counter(), _others_s()
+    yield found
+    found.cores = max(0.0, (_others_s() - before) / (time.perf_counter() - began))
+
+
+# Processes.
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and all its threads since its start, in user and system mode; 0 if it has ended."""
+    try:
+        return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)  # as clock_getcpuclockid(3)
+    except OSError:
+        return 0.0
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found, todo = [], [pid]
+    while todo:
+        process = todo.pop()
+        found.append(process)
+        try:
+            for children in Path(f"/proc/{process}/task").glob("*/children"):
+                todo += map(int, children.read_text(encoding="utf-8").split())
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def with_variable(name: str, value: str) -> list[int]:
+    """The processes of this user that were started with this environment variable."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if f"{name}={value}".encode() in _read(pid, "environ").split(b"\0")]
+
+
+def title(pid: int) -> str:
+    """What `ps` shows of its command."""
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def run_modules(commands: Sequence[Sequence[str]], num_threads: int | None = None) -> list[dict[str, Any]]:
+    """Run modules with their arguments side by side, and wait; returns the JSON object that each prints last.
+
+    The processes share `num_threads` (default: all cores). If one fails, the others are killed and SystemExit carries
+    the end of its stderr.
+    """
+    threads = max(1, (num_threads or os.cpu_count() or 1) // len(commands))
+    env, pipe = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}, subprocess.PIPE
+    workers = [
+        subprocess.Popen([sys.executable, "-m", *command], env=env, stdout=pipe, stderr=pipe, text=True)
+        for command in commands
+    ]
+    found = []
+    try:
+        for worker in workers:
+            out, err = worker.communicate()
+            if worker.returncode:
+                raise SystemExit(f"a worker failed:\n{err[-2000:]}")
+            found.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for worker in workers:
+            worker.kill()  # after a failure the other ranks would wait for the failed one
+            worker.wait()
+    return found
+
+
+@contextmanager
+def running(
+    command: Sequence[str], log: Path, env: Mapping[str, str], *, pipes: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a new session, which is ended with all its children after the block. `log` keeps what it prints;
+    with `pipes` only its stderr.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stdin, stdout = (subprocess.PIPE, subprocess.PIPE) if pipes else (subprocess.DEVNULL, None)
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            list(command), stdin=stdin, stdout=stdout or out, stderr=out, env=env, text=True, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(_END_S)
+            except ProcessLookupError:
+                break  # all its children have ended too
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def until(is_so: Callable[[], bool], name: str, timeout_s: float = _START_S) -> float:
+    """Wait; the seconds that it took. SystemExit where it does not become so in time."""
+    began = time.monotonic()
+    while not is_so():
+        if time.monotonic() > began + timeout_s:
+            raise SystemExit(f"not within {timeout_s:.0f} s: {name}")
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def is_healthy(port: int) -> bool:
+    """Whether the server at a port of this machine answers /health."""
+    import httpx
+
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+# Memory.
+
+
+def resident_bytes() -> int:
+    """Resident set of this process."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Start `peak_bytes` anew from the present resident set."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+class PeakMemory:
+    """`nbytes`: the largest proportional set size of the tree of `pid` among the samples: shared pages count once. 0
+    without a process.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._pid = pid
+        self.nbytes = 0
+
+    def sample(self) -> None:
+        lines = [line for pid in tree(self._pid or 0) for line in _read(pid, "smaps_rollup").splitlines()]
+        total = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(b"Pss:"))
+        self.nbytes = max(self.nbytes, total)
+
+
+@contextmanager
+def watch_memory(pid: int | None) -> Iterator[PeakMemory]:
+    """Sample the tree of `pid` four times a second until the block ends. The caller may take further samples later."""
+    peak, over = PeakMemory(pid), threading.Event()
+
+    def sample() -> None:
+        peak.sample()
+        while not over.wait(0.25):
+            peak.sample()
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+# Tiny checkpoints and adapters.
+
+
+def tiny_checkpoint(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A random Llama of two layers with a byte tokenizer, in Hugging Face's files. `config` overrides its fields."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **ids, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("norm.weight"):
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens(special)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **names)
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+def publish_copies(
+    folder: Path, base: BaseModel, settings: Settings, configs: Sequence[Any], count: int, prefix: str = "a"
+) -> list[str]:
+    """Publish `count` adapters, copies of one of each of PEFT's `configs` in turn with strong random weights, which
+    differ in one value each. Returns their names, which are `prefix` and a number.
+    """
+    import torch
+    import transformers
+    from peft import get_peft_model
+
+    from loray.catalog import Catalog
+    from loray.publishing import Destination, publish
+    from loray.store import AdapterStore, open_store
+
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    torch.manual_seed(0)
+    for number, config in enumerate(configs):
+        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base.path), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.3)
+        model.save_pretrained(folder / f"template-{number}")
+    names = []
+    for number in range(count):
+        template, copy = folder / f"template-{number % len(configs)}", folder / "copies" / f"{prefix}{number}"
+        copy.mkdir(parents=True)
+        for file in template.iterdir():
+            data = file.read_bytes()
+            last = struct.pack("<f", (number + 1) / 1000)
+            (copy / file.name).write_bytes(data[:-4] + last if file.suffix == ".safetensors" else data)
+        names.append(publish(copy, base, Destination(copy.name, store, catalog)).name)
+    return names
+
+
+# A Ray cluster.
+
+
+@dataclass(frozen=True)
+class World:
+    """`names` are the adapters'; `total_bytes` what they have together, as published."""
+
+    folder: Path
+    settings: Settings
+    local: LocalCluster
+    base: BaseModel
+    names: list[str]
+    total_bytes: int
+
+    @contextmanager
+    def deployed(self, fleet: FleetSpec, **application: Any) -> Iterator[int]:
+        """The product's application of models, or with other fields of Serve's configuration; yields its port when it
+        is healthy.
+        """
+        from serve_apps.deployment import APPLICATION, ServeApi, serve_config
+
+        config = serve_config(fleet, self.settings)
+        config["applications"] = [a | application for a in config["applications"] if a["name"] == APPLICATION]
+        api, port = ServeApi(self.local.address), config["http_options"]["port"]
+        api.deploy(config)
+        *_, state = api.watch(timeout_s=_START_S)
+        try:
+            if not state.is_running:
+                raise SystemExit(f"the deployment failed: {state.reason}")
+            until(lambda: is_healthy(port), "the endpoint is healthy")
+            yield port
+        finally:
+            api.delete()
+            until(lambda: api.state() is None, "the deployment is deleted")
+
+
+@contextmanager
+def started_cluster(
+    num_adapters: int,
+    num_cpus: int,
+    adapter: Any,
+    *,
+    base: str = "tiny",
+    environment: Mapping[str, str] = MappingProxyType({}),
+    published: Callable[[], None] = lambda: None,
+) -> Iterator[World]:
+    """A temporary home with a tiny base and copies of PEFT's `adapter`, and a local cluster with so many processors.
+
+    `environment`: further settings, as the store's. `published` is called before the cluster starts.
+    """
+    from loray.bases.registry import add_base
+    from loray.catalog import Catalog
+    from loray.local.cluster import start_local_cluster, stop_local_cluster
+    from loray.settings import Settings
+
+    with ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="loray-bench-", ignore_cleanup_errors=True))
+        )
+        home = folder / "home"
+        settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING", **environment})
+        model = add_base(str(tiny_checkpoint(folder / "checkpoint")), home=home, name=base)
+        names = publish_copies(folder, model, settings, [adapter], num_adapters)
+        published()
+        total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes if names else 0
+        local = start_local_cluster(home, num_cpus=num_cpus, env=settings.to_env() | _QUICK)
+        stack.callback(stop_local_cluster, home)
+        os.environ.update(local.client_env)  # before Ray is imported
+        yield World(folder, settings, local, model, names, total)
+
+
+@contextmanager
+def started_s3(folder: Path) -> Iterator[Any]:
+    """A local S3 server, `loray.local.s3.LocalS3`, which may be killed and started again meanwhile."""
+    from loray.local.processes import kill
+    from loray.local.s3 import current_local_s3, start_local_s3, stop_local_s3
+
+    try:
+        yield start_local_s3(folder)
+    finally:
+        if (server := current_local_s3(folder)) is not None:
+            kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
+        stop_local_s3(folder)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(rates_here(sys.argv[1])._asdict()) + "\n")
