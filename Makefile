@@ -102,7 +102,7 @@ chaos: .venv/.ready
 	$(BIN)/python -m tests.faults $(ARGS)
 
 fuzz: .venv/.ready
-	$(BIN)/python -m benchmarks.fuzzing $(ARGS)
+	$(BIN)/python -m tests.faults.fuzz $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)

@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tuple[list[Window], list[str]]:
     """The windows, and what was left behind."""
+    catalog = world.catalog
+    key = catalog.create_key("faults", limits=Limits(tpm_limit=10_000_000)).secret
+    observer_key = catalog.create_key("observer", scopes=["admin"]).secret
     chance = random.Random(args.seed)
     models = [BASE, *world.names]
     kinds = make_kinds(models, len(models) + 40, chance)
@@ -112,10 +115,10 @@ def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tup
     urls = {kind: applications[of_two] for kind, of_two in divided(kinds).items()}
     long = [[_long(chance.choice(models), i, num_tokens) for i in range(num)] for num, num_tokens in _LONG]
     urls |= {kind: url for url, some in zip(applications, long, strict=True) for kind in some}
-    load = Load(world.catalog.create_key("faults", limits=Limits(tpm_limit=10_000_000)).secret, urls, kinds)
+    load = Load(key, urls, kinds)
     click.echo(f"{len(urls)} answers are learned")
     asyncio.run(load.learn())
-    resumes = Resumes(applications, world.catalog.create_key("observer", scopes=["admin"]).secret)
+    resumes = Resumes(applications, observer_key)
     asyncio.run(resumes.ask())  # with the first look at its metrics a gateway makes its handle of all gateways
     before = world.in_cluster("held")
     windows = asyncio.run(_under_load(world, load, resumes, long, faults, args))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loray.bases.registry import add_base
+from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import LOOPBACK, free_ports, is_free, kill, session_members
@@ -198,9 +198,9 @@ def started(
         settings = _settings(home, postgres, s3, wires)
         redis = stack.enter_context(_redis(folder))
         checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)
-        add_base(str(checkpoint), home=home, name=BASE)
+        base = add_base(str(checkpoint), home=home, name=BASE)
         say(f"{num_adapters} adapters are published")
-        names = _publish(folder, settings, num_adapters)
+        names = publish_copies(folder, base, settings, num_adapters)
         say("the cluster starts")
         env = settings.to_env() | _QUICK | {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "faults"}
         # A replica and a rank have a processor each.
@@ -244,17 +244,15 @@ def _settings(home: Path, postgres: Postgres, s3: LocalS3, wires: Mapping[str, W
     return Settings.from_env(env)
 
 
-def _publish(folder: Path, settings: Settings, count: int) -> list[str]:
+def publish_copies(folder: Path, base: BaseModel, settings: Settings, count: int) -> list[str]:
     """Copies of four kinds, which differ in one value each; returns their names."""
     from peft import LoraConfig, VeraConfig
 
-    from loray.bases.registry import get_base
     from tests.engine.adapters import make_adapter
 
     modules = ["q_proj", "v_proj", "down_proj"]
     configs: list[Any] = [LoraConfig(r=rank, lora_alpha=16, target_modules=modules) for rank in (4, 8, 16)]
     configs.append(VeraConfig(r=16, target_modules=modules[:2], save_projection=False))
-    base = get_base(settings.home, BASE)
     for number, config in enumerate(configs):
         make_adapter(base, folder / f"template-{number}", config, seed=number, std=0.3)
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
