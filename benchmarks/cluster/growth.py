@@ -65,6 +65,9 @@ _POOL_BYTES, _HOST_BYTES, _CONTEXT = 1 << 20, 32 << 20, 512
 _WORKING_SET = re.compile(r"working set ([\d.]+) MiB of (\d+) adapters")
 
 
+Draw = Callable[[random.Random, float], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """rate, rate_b     requests a second of A, and of B while it has its load
@@ -105,13 +108,10 @@ class Plan:
     def requests(self) -> list[Asked]:
         """In the order of time. Adapters from `many` on are B's. Equal for equal plans."""
 
-        def part(
-            name: str, rate: float, begins: float, ends: float, adapter: Callable[[random.Random, float], int]
-        ) -> list[Asked]:
+        def part(name: str, rate: float, begins: float, ends: float, adapter: Draw) -> list[Asked]:
             chance, times = random.Random(f"{self.seed}/{name}"), random.Random(f"{self.seed}/times of {name}")
-            return [
-                Asked(at, adapter(chance, at), self.prompt, self.output) for at in arrivals(times, rate, begins, ends)
-            ]
+            due = arrivals(times, rate, begins, ends)
+            return [Asked(at, adapter(chance, at), self.prompt, self.output) for at in due]
 
         of_a = part("a", self.rate, 0.0, self.seconds, lambda chance, at: chance.randrange(self.in_demand(at)))
         ends = _B_BEGINS * self.seconds, _B_ENDS * self.seconds
@@ -121,31 +121,21 @@ class Plan:
     def fleet(self, port: int) -> FleetSpec:
         """The autoscalers' windows and delays are those of a run of ten minutes, or shorter in proportion."""
         pace = self.seconds / _FULL_S
-        times = {
-            "window_s": max(_MIN_WINDOW_S, 30 * pace),
-            "upscale_delay_s": 3.0,
-            "downscale_delay_s": 20 * pace,
-            "downscale_to_zero_delay_s": 20 * pace,
-            "startup_s": 10.0,
-        }
-        fields: dict[str, Any] = {
-            "dtype": "float32",
-            "num_threads": 1,
-            "pool_bytes": _POOL_BYTES,
-            "host_bytes": _HOST_BYTES,
-            "max_model_len": _CONTEXT,
-            "enable_prefix_caching": False,  # all prompts differ
-            "port": port,
-        }
-        replicas = {A: (1, self.most), B: (0, MOST_B)}
-        return FleetSpec.of(
-            *(
-                ServeSpec(
-                    base=name, autoscaling=AutoscalingSpec(min_replicas=least, max_replicas=most, **times), **fields
-                )
-                for name, (least, most) in replicas.items()
-            )
+        times = {"window_s": max(_MIN_WINDOW_S, 30 * pace), "upscale_delay_s": 3.0, "startup_s": 10.0}
+        times |= {"downscale_delay_s": 20 * pace, "downscale_to_zero_delay_s": 20 * pace}
+        spec = ServeSpec(
+            base=A,
+            dtype="float32",
+            num_threads=1,
+            pool_bytes=_POOL_BYTES,
+            host_bytes=_HOST_BYTES,
+            max_model_len=_CONTEXT,
+            enable_prefix_caching=False,  # all prompts differ
+            port=port,
+            autoscaling=AutoscalingSpec(min_replicas=1, max_replicas=self.most, **times),
         )
+        of_b = AutoscalingSpec(min_replicas=0, max_replicas=MOST_B, **times)
+        return FleetSpec.of(spec, spec.model_copy(update={"base": B, "autoscaling": of_b}))
 
 
 class Look(NamedTuple):
@@ -420,9 +410,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "looks_lost": num_lost,
         "checks": [check._asdict() for check in found],
     }
-    report = Report(
-        machine, COLUMNS, [cells(*pair) for pair in zip(of_a, of_b, strict=True)], shlex.join(sys.argv[1:]), more
-    )
+    lines = [cells(*pair) for pair in zip(of_a, of_b, strict=True)]
+    report = Report(machine, COLUMNS, lines, shlex.join(sys.argv[1:]), more)
     click.echo(report.text())
     for c in (a, b):
         for change in c.changes:
