@@ -99,10 +99,10 @@ bench-catalog: .venv/.ready
 	$(BIN)/python -m benchmarks.catalog $(ARGS)
 
 chaos: .venv/.ready
-	$(BIN)/python -m benchmarks.chaos $(ARGS)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 fuzz: .venv/.ready
-	$(BIN)/python -m benchmarks.fuzzing $(ARGS)
+	$(BIN)/python -m tests.faults.fuzz $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)

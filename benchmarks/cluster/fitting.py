@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cluster.client import Seen
-from benchmarks.cluster.crowd import Crowd, by_replica
-from benchmarks.cluster.world import CONTEXT, Figures
+from benchmarks.cluster.measured import Figures, Seen
+from loray.simulation.cluster import Slowdown
 from loray.simulation.profile import Overhead, Profile
 from loray.spec import ServeSpec
 
 Floats = NDArray[np.float64]
+_CONTEXT = 4096  # of the tiny model
 _NUM_OUTSIDE, _NUM_FACTORS = 400, 100  # of the profile, quantiles of those measured
 _LEAST = 0.1  # of a factor
 _LONG = 2.0  # prompts that take so many times what is outside say how much computing varies
@@ -32,6 +32,48 @@ _CONTENTIONS = np.arange(0.0, 2.0, 0.01)  # that are tried
 _SHORTEST_S = 1.0  # that a rate is taken over
 _MOST = 10.0  # that one probe stands for
 _PLACE_S = 2e-4  # assumed; 30 kB are copied in less than the noise of a step
+
+
+class Crowd:
+    """Requests are on their way until a replica has accepted them; a replica works while it has one or more."""
+
+    def __init__(self, seen: Sequence[Seen], processors: float) -> None:
+        spans = [(s.at, s.routed) for s in seen]
+        for part in by_replica(seen):
+            spans += _union([(s.routed, s.last) for s in part])
+        starts, ends = np.array(spans, np.float64).reshape(-1, 2).T
+        changes = np.concatenate([np.ones(len(spans), np.int64), -np.ones(len(spans), np.int64)])
+        order = np.argsort(times := np.concatenate([starts, ends]), kind="stable")
+        self._times = times[order]
+        slowdowns = np.array([Slowdown.of(num, processors) for num in np.cumsum(changes[order])[:-1].tolist()])
+        passed = np.diff(self._times)[:, None] * slowdowns.reshape(-1, 2)
+        self._sums = np.concatenate([np.zeros((1, 2)), np.cumsum(passed, axis=0)])  # until each of the times
+
+    def slowdown(self, start: float, end: float) -> Slowdown:
+        """The mean from `start` to `end` of what a request was slowed by that was at work, on its way or on its
+        replica.
+        """
+        until = [[np.interp(at, self._times, column) for column in self._sums.T] for at in (start, end)]
+        return Slowdown(*(float(b - a) / (end - start) for a, b in zip(*until, strict=True)))
+
+
+def by_replica(seen: Sequence[Seen]) -> list[list[Seen]]:
+    """In the order in which each accepted them."""
+    found: dict[str, list[Seen]] = {}
+    for s in sorted(seen, key=lambda s: s.routed):
+        found.setdefault(s.replica, []).append(s)
+    return list(found.values())
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans that do not overlap and cover the same."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
 
 
 class Costs(NamedTuple):
@@ -235,7 +277,7 @@ def profile(
         adapter_bytes=(round(in_pool),),
         pool_bytes=pool_bytes,
         host_bytes=spec.host_bytes * in_pool / on_host,
-        context_length=CONTEXT,
+        context_length=_CONTEXT,
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_queued=spec.max_queued,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
-from benchmarks.cluster.client import Seen
+from benchmarks.cluster.measured import Figures, Seen
 from benchmarks.cluster.trace import HOT_SHARE
-from benchmarks.cluster.world import Figures
-from benchmarks.serving.figures.rows import quantile
+from benchmarks.report import Cell, Verdict, quantile
 from loray.policy.routing import RoutingPolicy
+
+COLUMNS = (
+    "router", "in pool\t.1%", "on host\t.1%", "cold loads", "p50 TTFT, ms\t.1f", "p99 TTFT, ms\t.1f", "busiest\t.2f",
+    "most", "above", "tok/s\t.1f", "hot after, s\t.2f", "errors", "load\t.2f",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,11 @@ class Row:
     errors: int
     load: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def cells(self) -> list[Cell]:
+        ms = [1e3 * self.p50_ttft_s, 1e3 * self.p99_ttft_s]
+        ends = [self.busiest, self.most, self.above, self.tokens_per_s, self.hot_s, self.errors, self.load]
+        return [self.router, self.pool, self.host, self.cold_loads, *ms, *ends]
 
 
 def row(
@@ -67,7 +73,7 @@ def row(
 
     good = [seen for seen in counted if not seen.error]
     loads = client_loads(good)
-    ttft = sorted(seen.ttft for seen in good if not seen.probe)
+    ttft = [seen.ttft for seen in good if not seen.probe]
     by_replica = Counter(seen.replica for seen in good)
     needed = replicas_needed(HOT_SHARE, len(after))
     return Row(
@@ -90,10 +96,9 @@ def row(
     )
 
 
-def replicas_needed(share: float, num_replicas: int, policy: RoutingPolicy | None = None) -> int:
+def replicas_needed(share: float, num_replicas: int) -> int:
     """By an adapter with this share of the requests, each replica having at most c times their mean."""
-    factor = (policy or RoutingPolicy()).factor
-    return min(num_replicas, ceil(share * num_replicas / factor))
+    return min(num_replicas, ceil(share * num_replicas / RoutingPolicy().factor))
 
 
 def client_loads(seen: Sequence[Seen]) -> list[tuple[int, int]]:
@@ -107,9 +112,9 @@ def client_loads(seen: Sequence[Seen]) -> list[tuple[int, int]]:
     ]
 
 
-def num_above(loads: Iterable[tuple[int, int]], num_replicas: int, policy: RoutingPolicy | None = None) -> int:
+def num_above(loads: Iterable[tuple[int, int]], num_replicas: int) -> int:
     """Requests after which their replica had more than the bound allows. `loads`: see `client_loads`."""
-    policy = policy or RoutingPolicy()
+    policy = RoutingPolicy()
     return sum(load > policy.max_load(total - 1, num_replicas) for load, total in loads)
 
 
@@ -126,40 +131,14 @@ def spread_after(hot: Sequence[Seen], adapter: int, num_replicas: int) -> float:
     return float("nan")
 
 
-_HEADER = (
-    f"{'router':<12} {'in pool':>8} {'on host':>8} {'cold loads':>10} {'by ray':>7} {'p50 TTFT':>9} {'p99 TTFT':>9} "
-    f"{'busiest':>8} {'most':>5} {'above':>6} {'tok/s':>7} {'hot after':>10} {'errors':>7} {'load':>5}"
-)
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    ray = next((r.cold_loads for r in rows if r.router == "ray"), 0)
-    lines = [_HEADER]
-    for r in rows:
-        by_ray = f"{r.cold_loads / ray:.2f}" if ray else "–"
-        hot = f"{r.hot_s:.2f} s" if r.hot_s == r.hot_s else "never"
-        lines.append(
-            f"{r.router:<12} {r.pool:>8.1%} {r.host:>8.1%} {r.cold_loads:>10} {by_ray:>7} "
-            f"{1e3 * r.p50_ttft_s:>6.1f} ms {1e3 * r.p99_ttft_s:>6.1f} ms {r.busiest:>8.2f} {r.most:>5} {r.above:>6} "
-            f"{r.tokens_per_s:>7.1f} {hot:>10} {r.errors:>7} {r.load:>5.2f}"
-        )
-    return lines
-
-
-def verdicts(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """What is asked of loray, in words, and whether it was reached."""
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """What is asked of loray."""
     by_name = {r.router: r for r in rows}
     if (ours := by_name.get("loray")) is None:
         return []
-    found = [
-        (
-            f"no replica above the bound that the router knew: {ours.above_known} of {ours.requests} requests",
-            not ours.above_known,
-        )
-    ]
+    found = [Verdict("requests above the bound that the router knew", "≤", 0, ours.above_known)]
     if (ray := by_name.get("ray")) is not None:
         share = ours.cold_loads / max(1, ray.cold_loads)
-        found.append((f"cold loads at most 1/3 of Ray Serve's default: {share:.2f}", share <= 1 / 3))
-    reached = f"after {ours.hot_s:.2f} s" if ours.hot_s == ours.hot_s else "never"
-    found.append((f"a sudden adapter on {ours.hot_replicas} replicas within 5 s: {reached}", ours.hot_s <= 5))
+        found.append(Verdict("cold loads by those of Ray Serve's default", "≤", 1 / 3, share))
+    found.append(Verdict(f"a sudden adapter on {ours.hot_replicas} replicas, s", "≤", 5, ours.hot_s))
     return found

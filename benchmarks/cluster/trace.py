@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
+
+from benchmarks.client import Request
 
 HOT_SHARE = 0.9
 _NUM_IDS = 256  # the byte tokenizer's letters
@@ -69,6 +72,14 @@ class Trace:
         """From the first request to the first that counts."""
         return (self.warm[-1].at if self.warm else 0.0) + _PAUSE_S
 
+    def write(self, path: Path) -> None:
+        """Warm-up and what counts, in Mooncake's format, with the number of each adapter."""
+        with path.open("w", encoding="utf-8") as out:
+            for one in (*self.warm, *(one._replace(at=one.at + self.warm_up_s) for one in self.counted)):
+                fields = {"timestamp": round(1000 * one.at, 3), "input_length": one.num_prompt}
+                fields |= {"output_length": one.num_output, "adapter": one.adapter, "probe": one.probe}
+                out.write(json.dumps(fields) + "\n")
+
 
 def make_trace(load: Load) -> Trace:
     """Equal for equal loads."""
@@ -76,70 +87,57 @@ def make_trace(load: Load) -> Trace:
     def stream(name: str) -> random.Random:  # changing one distribution leaves the draws of the others
         return random.Random(f"{load.seed}/{name}")
 
-    by_rank = list(range(load.num_adapters))
+    by_rank, order = list(range(load.num_adapters)), list(range(load.num_adapters))
     stream("ranks").shuffle(by_rank)
-    order = list(range(load.num_adapters))
     stream("warm").shuffle(order)
     warm = [Asked(i / load.warm_rate, adapter, _WARM_PROMPT, 1) for i, adapter in enumerate(order)]
     weights = list(accumulate((rank + 1) ** -load.alpha for rank in range(load.num_adapters)))
-    counted = sorted(
-        (
-            *_part(load, load.rate, load.seconds, stream("counted"), by_rank, weights),
-            *_probes(load, stream("probes"), stream("lengths of probes"), by_rank, weights),
-        )
+
+    def part(name: str, rate: float, seconds: float) -> Iterator[Asked]:
+        chance = stream(name)
+        for at in arrivals(chance, rate, 0.0, seconds):
+            (adapter,) = chance.choices(by_rank, cum_weights=weights)
+            num_prompt, num_output = (
+                min(max(1, round(chance.lognormvariate(*shape))), most)
+                for shape, most in zip((load.prompt, load.output), load.longest, strict=True)
+            )
+            yield Asked(at, adapter, num_prompt, num_output)
+
+    lengths, widest = stream("lengths of probes"), math.log(load.longest[0] / _SHORTEST)
+    probes = (
+        one._replace(num_prompt=round(_SHORTEST * math.exp(lengths.uniform(0.0, widest))), probe=True)
+        for one in (part("probes", load.probe_rate, load.seconds) if load.probe_rate else ())
     )
+    counted = sorted([*part("counted", load.rate, load.seconds), *probes])
     asked = {one.adapter for one in counted}
     hot_adapter = next((adapter for adapter in reversed(by_rank) if adapter not in asked), by_rank[-1])
     chance = stream("which is hot")
     hot = [
         one._replace(adapter=hot_adapter, num_output=_HOT_OUTPUT) if chance.random() < HOT_SHARE else one
-        for one in _part(load, load.hot_rate, load.hot_seconds, stream("hot"), by_rank, weights)
+        for one in part("hot", load.hot_rate, load.hot_seconds)
     ]
     return Trace(warm, counted, hot, hot_adapter)
 
 
-def _part(
-    load: Load, rate: float, seconds: float, chance: random.Random, by_rank: Sequence[int], weights: Sequence[float]
-) -> list[Asked]:
-    found, at = [], chance.expovariate(rate)
-    while at < seconds:
-        (adapter,) = chance.choices(by_rank, cum_weights=weights)
-        num_prompt, num_output = (
-            min(max(1, round(chance.lognormvariate(*shape))), most)
-            for shape, most in zip((load.prompt, load.output), load.longest, strict=True)
-        )
-        found.append(Asked(at, adapter, num_prompt, num_output))
+def arrivals(chance: random.Random, rate: float, begins: float, ends: float) -> Iterator[float]:
+    at = begins + chance.expovariate(rate)
+    while at < ends:
+        yield at
         at += chance.expovariate(rate)
-    return found
 
 
-def _probes(
-    load: Load, chance: random.Random, lengths: random.Random, by_rank: Sequence[int], weights: Sequence[float]
-) -> Iterator[Asked]:
-    if load.probe_rate:
-        widest = math.log(load.longest[0] / _SHORTEST)
-        for one in _part(load, load.probe_rate, load.seconds, chance, by_rank, weights):
-            num_prompt = round(_SHORTEST * math.exp(lengths.uniform(0.0, widest)))
-            yield one._replace(num_prompt=num_prompt, probe=True)
-
-
-def write_trace(trace: Trace, path: Path) -> None:
-    """Warm-up and what counts, in Mooncake's format, with the number of each adapter."""
-    later = [one._replace(at=one.at + trace.warm_up_s) for one in trace.counted]
-    lines = [
-        {
-            "timestamp": round(1000 * one.at, 3),
-            "input_length": one.num_prompt,
-            "output_length": one.num_output,
-            "adapter": one.adapter,
-            "probe": one.probe,
-        }
-        for one in (*trace.warm, *later)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def random_prompts(asked: Sequence[Asked], seed: str) -> list[list[int]]:
-    """Token ids; equal for equal seeds."""
+def as_requests(
+    asked: Sequence[Asked], names: Sequence[str], seed: str, headers: Mapping[str, str] = MappingProxyType({})
+) -> list[Request]:
+    """With random prompts, equal for equal seeds. `names`: of the adapters. In `headers` {} is a request's number."""
     chance = random.Random(seed)
-    return [[chance.randrange(_NUM_IDS) for _ in range(request.num_prompt)] for request in asked]
+    return [
+        Request(
+            one.at,
+            names[one.adapter],
+            [chance.randrange(_NUM_IDS) for _ in range(one.num_prompt)],
+            one.num_output,
+            headers={name: value.format(number) for name, value in headers.items()},
+        )
+        for number, one in enumerate(asked)
+    ]

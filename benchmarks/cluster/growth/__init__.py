@@ -1,1 +1,0 @@
-"""Replicas that follow a working set, of two bases in one deployment."""

@@ -1,1 +1,0 @@
-"""Two trials on a real cluster: the store is away for a minute, and one tenant floods."""
