@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.serving.figures.floors import ModelSize
+from benchmarks.serving.floors import ModelSize
 from benchmarks.serving.models import RANDOM, random_tensors
 from benchmarks.world import MachineRates
 from loray.bases.config import ModelConfig

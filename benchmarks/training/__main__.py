@@ -22,8 +22,7 @@ import click
 
 from benchmarks.options import check_only
 from benchmarks.report import machine_line, write_json
-from benchmarks.training.cases import PRESETS
-from benchmarks.training.cases import Case, Row, Setting
+from benchmarks.training.cases import PRESETS, Case, Row, Setting
 from benchmarks.world import Disturbance, describe_machine, watch
 from loray.bases.registry import add_base
 from loray.settings import Settings

@@ -19,9 +19,8 @@ from typing import Any
 
 import click
 
-from benchmarks import workers
-from benchmarks.machine import describe_machine
-from benchmarks.output import machine_line, write_json
+from benchmarks.report import machine_line, write_json
+from benchmarks.world import describe_machine, run_modules
 from examples.quality.report import Result, plot, table
 from examples.quality.setting import METHODS, Run, Setting, System, best_of
 from examples.quality.tasks import TASKS, Question, Task
@@ -79,7 +78,7 @@ class Benchmark:
             if Setting.from_dict(saved["setting"]) == setting:
                 return dict(saved["found"])
         command = ["examples.quality.worker", json.dumps(setting.to_dict())]
-        (found,) = workers.run([command], self.threads)
+        (found,) = run_modules([command], self.threads)
         kept.write_text(json.dumps({"setting": setting.to_dict(), "found": found}, indent=2) + "\n", encoding="utf-8")
         return found
 
@@ -87,7 +86,7 @@ class Benchmark:
         asked = {"prompts": [q.prompt for q in questions], "max_tokens": task.max_tokens, "adapters": adapters}
         file = folder / "questions.json"
         file.write_text(json.dumps(asked), encoding="utf-8")
-        (found,) = workers.run([["examples.quality.answers", str(self.home), self.base, str(file)]], self.threads)
+        (found,) = run_modules([["examples.quality.answers", str(self.home), self.base, str(file)]], self.threads)
         (folder / "answers.json").write_text(json.dumps(found["answers"], indent=1) + "\n", encoding="utf-8")
         return [task.score(answers, questions) for answers in found["answers"]]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pictures import panels
+from benchmarks.report import panels
 from examples.quality.setting import Run, best_of
 from loray.spec import format_size
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from benchmarks.machine import on_this_machine
+from benchmarks.world import on_this_machine
 from loray.spec import AdapterSpec, LoraSpec, TrainSpec, VeraSpec
 
 System = Literal["loray", "peft"]

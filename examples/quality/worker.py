@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
+from benchmarks.world import peak_bytes, reset_peak, resident_bytes
 from examples.quality.setting import FACTOR, METHODS, Run, Setting, best_of
 from examples.quality.training import read_data, train_ours, train_peft
 from loray.bases.registry import get_base

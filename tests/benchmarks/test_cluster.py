@@ -28,7 +28,7 @@ from loray.simulation.scalers import Fixed
 from loray.simulation.scenario import Scenario
 from loray.simulation.simulator import Policy, Simulator
 from loray.simulation.workload import read
-from tests.fixtures.routed import Replica, pending
+from tests.fixtures.simulation import requests
 
 LOAD = Load(num_adapters=50, rate=20.0, seconds=30.0, hot_seconds=5.0, probe_rate=10.0)
 

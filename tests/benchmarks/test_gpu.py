@@ -15,7 +15,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.__main__ import LIMIT_S, PHASES, Phase
 from benchmarks.gpu.measure import MEASURES, Figures
 from benchmarks.gpu.serving import Shape
-from benchmarks.machine import MachineRates
+from benchmarks.world import MachineRates
 from loray_kernels import Parts
 from loray_kernels.cuda import graphs
 from tests.fixtures.shim_ops import use_shim_ops

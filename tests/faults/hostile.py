@@ -31,7 +31,7 @@ from schemathesis import GenerationMode
 from loray.catalog import Catalog
 from loray.local.processes import LOOPBACK
 from loray.spec import Limits
-from tests.serve_apps.schemas import WRONG
+from tests.fixtures.openapi import WRONG
 
 NUM_STREAMS = 10
 _NUM_OWN = 40  # adapters and keys of the hostile tenant, which deletes and revokes them

@@ -29,7 +29,7 @@ from loray.local.processes import LOOPBACK, free_ports
 from loray.schemas.resources import VersionDetail
 from loray.settings import Settings
 from loray.telemetry import configure_logging
-from tests.store.publisher import write_adapter
+from tests.fixtures.publisher import write_adapter
 
 T = TypeVar("T")
 NUM_NAMES = 20
@@ -159,7 +159,7 @@ def serve(port: int) -> None:
     from serve_apps.api.services import Services
     from serve_apps.api.site import create_app
     from serve_apps.auth import open_auth
-    from tests.serve_apps.api.fakes import FakeJobs, FakePlacements, mounted
+    from tests.fixtures.api import FakeJobs, FakePlacements, mounted
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

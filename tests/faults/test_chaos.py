@@ -25,14 +25,14 @@ import pytest
 from loray.publishing import Destination, publish
 from loray.spec import engine_of
 from serve_apps.deployment import GATEWAY, ServeApi
-from tests.cluster import RayCluster, Served, deployed
-from tests.engine.adapters import make_adapter
 from tests.faults import spy
 from tests.faults.requests import COMPLETIONS, Kind, make_kinds, undisturbed
 from tests.faults.run import Run
 from tests.faults.spy import Held
-from tests.serve_apps.asking import eventually, status
-from tests.standalone import standalone
+from tests.fixtures.asking import eventually, status
+from tests.fixtures.cluster import RayCluster, Served, deployed
+from tests.fixtures.peft_adapters import make_adapter
+from tests.fixtures.standalone import standalone
 
 NUM_REQUESTS = int(os.environ.get("CHAOS_REQUESTS", "300"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.copies import publish_copies
-from benchmarks.fuzzing.callers import Callers
-from benchmarks.processes import tree
-from benchmarks.serving.systems.client import Received
-from tests.fixtures.standalone import standalone
 from tests.faults.fuzz import Found, Gap, Place, Plan, Seen, Took, run, tree
 from tests.faults.hostile import Asked, Callers, Sent, Told, draw, problem
 from tests.faults.world import publish_copies
+from tests.fixtures.standalone import standalone
 
 DOCUMENT: dict[str, Any] = {
     "openapi": "3.1.0",

@@ -28,12 +28,11 @@ from loray.publishing.gc import collect, find_garbage, verify_store
 from loray.schemas.resources import VersionDetail
 from loray.store import AdapterStore, LocalStore, open_store
 from loray.store.s3 import create_bucket
+from tests.faults.processes import NUM_NAMES, Acknowledged, ApiProcess, Options, Publisher, acknowledged_in
+from tests.faults.world import POSTGRES, Bucket
 from tests.fixtures.postgres import Postgres, start_postgres
 from tests.fixtures.publisher import WEIGHTS, write_adapter
 from tests.fixtures.s3 import started_s3
-from tests.serve_apps.kills.publisher import Acknowledged, NUM_NAMES, Options, read_acknowledged
-from tests.faults.processes import Acknowledged, ApiProcess, NUM_NAMES, Options, Publisher, acknowledged_in
-from tests.faults.world import Bucket, POSTGRES
 
 NUM_PUBLICATIONS = int(os.environ.get("TEST_PUBLICATIONS", "60"))
 NUM_PUBLISHERS = 8

@@ -35,10 +35,10 @@ from loray.spec import FleetSpec, ServeSpec, engine_of
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import _PROBE, connect, create_bucket
 from serve_apps.deployment import APPLICATION, GATEWAY, ServeApi, serve_config
-from tests.nodes import Node
-from tests.postgres import Postgres, start_postgres
-from tests.s3 import started_s3
-from tests.store.publisher import write_adapter
+from tests.fixtures.nodes import Node
+from tests.fixtures.postgres import Postgres, start_postgres
+from tests.fixtures.publisher import write_adapter
+from tests.fixtures.s3 import started_s3
 
 BASE = "tiny"
 PARALLEL = "parallel"  # a second application, whose replicas have two ranks
@@ -183,7 +183,7 @@ def started(
     """A cluster with this deployment, all its replicas but one on the head. `has_parallel`: beside it one replica and
     one gateway of the application with two ranks.
     """
-    from tests.tiny import write_checkpoint
+    from tests.fixtures.tiny import write_checkpoint
 
     with ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="loray-faults-", ignore_cleanup_errors=True)
@@ -248,7 +248,7 @@ def publish_copies(folder: Path, base: BaseModel, settings: Settings, count: int
     """Copies of four kinds, which differ in one value each; returns their names."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import make_adapter
+    from tests.fixtures.peft_adapters import make_adapter
 
     modules = ["q_proj", "v_proj", "down_proj"]
     configs: list[Any] = [LoraConfig(r=rank, lora_alpha=16, target_modules=modules) for rank in (4, 8, 16)]

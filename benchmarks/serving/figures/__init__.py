@@ -1,1 +1,0 @@
-"""Figures computed from measurements: rows, floors, targets, the table and the picture."""

@@ -1,3 +1,0 @@
-"""The quantile that other benchmarks ask for here."""
-
-from benchmarks.report import quantile as quantile
