@@ -110,13 +110,6 @@ def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
     assert out.stdout.strip() == "[]"
 
 
-# Folders and files of tests that still import one.
-OFFENDERS = (
-    *("adapters", "benchmarks", "e2e", "engine", "jobs", "kernels", "planning", "serve_apps", "simulation", "train"),
-    "fixtures/trained.py",
-)
-
-
 def test_no_module_imports_a_module_of_tests() -> None:
     """What several of them use stands in a conftest.py or in tests/fixtures."""
     found = set()
@@ -126,7 +119,7 @@ def test_no_module_imports_a_module_of_tests() -> None:
                 prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
                 if any(re.match(r"tests\.(\w+\.)*test_", prefix + alias.name) for alias in node.names):
                     found.add(str(path.relative_to(ROOT)).removeprefix("tests/"))
-    assert not [path for path in sorted(found) if not path.startswith(OFFENDERS)]
+    assert not found
 
 
 def test_the_errors_docstring_lists_every_error() -> None:

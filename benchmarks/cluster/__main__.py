@@ -74,17 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     click.echo(report.text())
     click.echo("\n".join(verdict.line() for verdict in found))
     report.write(args.json)  # the measurements stay if anything fails from here on
-    parts = [{"router": r.row.router, "warm": r.warm, "counted": r.counted} for r in runs]
-    write_json(folder / "requests.json", [{k: _plain(v) for k, v in part.items()} for part in parts])
+    parts = [
+        {"router": r.row.router, "warm": [asdict(s) for s in r.warm], "counted": [asdict(s) for s in r.counted]}
+        for r in runs
+    ]
+    write_json(folder / "requests.json", parts)
     try:
         _write_profiles(runs, trace, spec, folder)
     except (ArithmeticError, ValueError) as e:
         click.echo(f"no profile is written: {e}")
     return 0 if all(v.is_met for v in found) and not any(r.errors for r in rows) else 1
-
-
-def _plain(part: str | list[Seen]) -> object:
-    return part if isinstance(part, str) else [asdict(seen) for seen in part]
 
 
 def _spec(world: World, num_replicas: int, held: float) -> ServeSpec:

@@ -199,7 +199,7 @@ def _vllm_environment(setting: Setting) -> dict[str, str]:
         return env
     own = Path(setting.pythons["vllm"]).parent.parent / "lib"
     libraries = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
-    preload = []
+    preload: list[str] = []
     for pattern in ("libtcmalloc*.so*", "libiomp5.so"):
         found = [*sorted(own.rglob(pattern)), *(p for folder in libraries for p in sorted(folder.glob(pattern)))]
         preload += map(str, found[:1])
