@@ -308,6 +308,9 @@ def running(
                 break  # all its children have ended too
             except subprocess.TimeoutExpired:
                 continue
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 def until(is_so: Callable[[], bool], name: str, timeout_s: float = _START_S) -> float:

@@ -111,7 +111,7 @@ def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
 
 
 def test_no_module_imports_a_module_of_tests() -> None:
-    """What several of them use stands in a conftest.py or in tests/fixtures; functions that test each backend, in cases."""
+    """What several of them use stands in a conftest.py, in tests/fixtures or in a module of cases."""
     found = set()
     for path in PYTHON_FILES:
         for node in ast.walk(ast.parse(path.read_text())):

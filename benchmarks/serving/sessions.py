@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.client import Answer, Endpoint, Request
-from benchmarks.serving import peft
+from benchmarks.serving import peft_worker
 from benchmarks.serving.adapters import Library
 from benchmarks.serving.cases import BESIDE, OURS, SERVE, UP, EngineOptions
 from benchmarks.serving.engine import Setup
@@ -214,7 +214,7 @@ def _peft(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef], 
     adapters = [str(folder) for folder in setting.library.fetch(list(refs))]
     setup = {"model": str(setting.base.path), "adapters": adapters, "autocast_adapter_dtype": cast}
     name = "peft" if cast else "peft-bf16"
-    with _worker(name, [setting.pythons[name], str(Path(peft.__file__))], json.dumps(setup), setting) as session:
+    with _worker(name, [setting.pythons[name], str(Path(peft_worker.__file__))], json.dumps(setup), setting) as session:
         yield session
 
 

@@ -99,7 +99,7 @@ def test_a_request_that_has_ended_is_kept_by_nothing(worded: BaseModel) -> None:
 
     def num_held() -> int:
         gc.collect()
-        return sum(isinstance(o, Request) and o.spec.params.structured is constraint for o in gc.get_objects())
+        return sum(type(o) is Request and o.spec.params.structured is constraint for o in gc.get_objects())
 
     request = ready.start(constraint)
     request.output_ids.append(EOS)

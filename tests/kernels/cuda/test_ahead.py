@@ -21,12 +21,11 @@ from loray.spec import GenerateRequest, ServeSpec
 from loray_kernels import DecodeStep, Parts
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.sampling import Readback
-from tests.fixtures.cluster import served
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
 from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim_ops import ShimOps, use_three_forms
 from tests.fixtures.slow_masks import constraint, slow
-from tests.kernels.cuda.engines import decode_steps_of, mixture, use_reference
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference
 
 SAMPLING: list[dict[str, Any]] = [
     {},

@@ -18,11 +18,10 @@ from loray_kernels import DecodeStep, Parts, descriptors
 from loray_kernels.cuda import graphs
 from loray_kernels.cuda.tables import SPLIT
 from loray_kernels.kv import DirectWriter
-from tests.fixtures.cluster import served
 from tests.fixtures.engines import Spy, fill_up, make_engine, request, run, submit
 from tests.fixtures.peft_adapters import TestAdapter
 from tests.fixtures.shim_ops import ShimOps
-from tests.kernels.cuda.engines import decode_steps_of, mixture, use_reference, use_shim_ranks
+from tests.kernels.cuda.engines import decode_steps_of, mixture, served, use_reference, use_shim_ranks
 
 SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
     {},
