@@ -90,7 +90,7 @@ def happened(engine: Engine, decode_steps: Sequence[DecodeBatch]) -> None:
 @pytest.mark.parametrize(
     ("names", "pool_bytes"),
     [
-        pytest.param(["r2", "r7", "r70", "pattern", "one layer"], 280 << 10, marks=pytest.mark.slow),
+        pytest.param(["r2", "r7", "r70", "pattern", "one layer"], 270 << 10, marks=pytest.mark.slow),
         (["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"], 305 << 10),
     ],
 )
