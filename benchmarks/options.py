@@ -6,11 +6,6 @@ import argparse
 from collections.abc import Sequence
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them. ValueError, of which argparse makes its own."""
-    return tuple(int(n) for n in text.split(","))
-
-
 def one_or_more(text: str) -> int:
     """A whole number. ValueError where it is none, ArgumentTypeError below 1."""
     if (number := int(text)) < 1:

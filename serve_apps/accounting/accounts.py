@@ -137,7 +137,7 @@ class RequestUsage:
     def headers(self) -> Mapping[str, str]:
         return self.reservation.headers
 
-    def tokens_until_asked(self, choice: int, num_tokens: int) -> int:
+    def asked_again_at(self, choice: int, num_tokens: int) -> int:
         """The number of tokens of the choice at which this is to be asked again; `num_tokens`, those that it has, where
         it may have no more. What an answer without a limit reserves is renewed while there is room.
         """

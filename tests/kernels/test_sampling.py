@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import BackendUnavailable, Draws, Ops
+from loray_kernels import Draws, Ops
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
-from tests.fixtures.shim import ShimLauncher
+from tests.fixtures.shim import ShimLauncher, or_skip
 from tests.kernels.backends import BACKENDS as NATIVE
 from tests.kernels.backends import make_ops as make_native
 
@@ -24,10 +24,7 @@ BACKENDS = [*NATIVE, "cuda shim"]
 def make_ops(name: str) -> Ops:
     if name != "cuda shim":
         return make_native(name)
-    try:
-        return CudaOps(Gather(ShimLauncher()), cast(Any, None))
-    except BackendUnavailable as e:
-        pytest.skip(str(e))
+    return or_skip(lambda: CudaOps(Gather(ShimLauncher()), cast(Any, None)))
 
 
 def words_of(allowed_MV: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class AnswerResponse(Response):
         _, text = self._choices[index]
         if tokens.finish_reason is not None or self._account is None:
             return text.push(tokens), sys.maxsize
-        asked_at = self._account.tokens_until_asked(index, num_tokens)
+        asked_at = self._account.asked_again_at(index, num_tokens)
         if asked_at > num_tokens:
             return text.push(tokens), asked_at
         delta = text.push(tokens._replace(finish_reason="length"))

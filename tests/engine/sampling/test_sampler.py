@@ -30,13 +30,13 @@ from loray.engine.sampling.grammar import Masks
 from loray.engine.sampling.sampler import Sampled, Sampler, candidates, process
 from loray.errors import RequestError
 from loray.spec import GenerateRequest, SamplingParams
-from loray_kernels import BackendUnavailable, Ops, TokenEdits, backend
+from loray_kernels import Ops, TokenEdits, backend
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.sampling import draw
 from tests.fixtures.engines import BLOCK_BYTES, fill_up, make_engine, request, run
 from tests.fixtures.sampling_mixes import check
-from tests.fixtures.shim import NotingLauncher
+from tests.fixtures.shim import NotingLauncher, or_skip
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
 EOS = 2
@@ -305,10 +305,7 @@ def seeded(number: int, **params: Any) -> Request:
 
 @pytest.fixture
 def launcher() -> NotingLauncher:
-    try:
-        return NotingLauncher()
-    except BackendUnavailable as e:
-        pytest.skip(str(e))
+    return or_skip(NotingLauncher)
 
 
 @pytest.fixture

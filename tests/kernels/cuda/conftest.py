@@ -13,21 +13,18 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
-from loray_kernels import BackendUnavailable, Parts
+from loray_kernels import Parts
 from loray_kernels.cuda import graphs, tables
 from loray_kernels.cuda.kernels import Gather
 from loray_kernels.cuda.ops import CudaOps
 from tests.fixtures.peft_adapters import TestAdapter
-from tests.fixtures.shim import NotingLauncher
+from tests.fixtures.shim import NotingLauncher, or_skip
 from tests.fixtures.shim_ops import ShimOps, use_shim_ops
 
 
 @pytest.fixture
 def launcher() -> NotingLauncher:
-    try:
-        return NotingLauncher()
-    except BackendUnavailable as e:
-        pytest.skip(str(e))
+    return or_skip(NotingLauncher)
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ class Gateway:
             for account in (long, bounded):
                 for choice in range(CHOICES[account.base]):
                     self.delivered[account.base] += AT_ONCE
-                    assert account.tokens_until_asked(choice, step * AT_ONCE) > step * AT_ONCE
+                    assert account.asked_again_at(choice, step * AT_ONCE) > step * AT_ONCE
                     self.write()
             if step == 5:
                 short = self.open("short")
