@@ -19,8 +19,8 @@ class Work(NamedTuple):
 
 
 WORK = {
-    "orders": Work(9_700, 7_700),
-    "dates": Work(11_100, 7_400),
+    "orders": Work(7_800, 5_800),
+    "dates": Work(11_100, 5_600),
     "codepages": Work(22_500, 18_400),
 }
 _FORWARD = 0.5  # of the time of a trained token: measuring has no backward pass
