@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from loray.errors import DeadlineExceeded, KeyRevoked
 from loray.spec import Delta, TokenDelta
@@ -24,37 +24,35 @@ _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class ClientConnection:
-    """Sends one response. Several tasks may write; each text goes out whole.
+    """Sends one response. Several tasks may write: each text is one message, which goes out whole after the start.
 
     heartbeat_s  after which a silent stream gets a comment; None: never
     """
 
     def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], heartbeat_s: float | None) -> None:
         self._send, self._headers, self._heartbeat_s = send, headers, heartbeat_s
-        self._writing = asyncio.Lock()
+        self._starting = asyncio.Lock()
+        self._is_sent = False  # the status, which texts may follow
         self._time = asyncio.get_running_loop().time
         self._written_at = self._time()
-        self.started = False  # the status has been sent
+        self.started = False  # the status has been sent, or is being sent
         self.is_blocked = False  # a write waits until the client reads, or was cancelled while it did
 
     async def write(self, text: str) -> None:
-        message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-        async with self._writing:
-            self.is_blocked = True
-            if not self.started:
-                await self._start(self._headers)
-            await self._send(message)
-            self.is_blocked = False
+        self.is_blocked = True
+        if not self._is_sent:
+            await self._start(self._headers)
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        self.is_blocked = False
         self._written_at = self._time()
 
     async def end(self, text: str) -> None:
-        message: Message = {"type": "http.response.body", "body": text.encode(), "more_body": False}
-        async with self._writing:
-            self.is_blocked = True
-            if not self.started:
-                await self._start([*self._headers, (b"content-length", str(len(message["body"])).encode())])
-            await self._send(message)
-            self.is_blocked = False
+        body = text.encode()
+        self.is_blocked = True
+        if not self._is_sent:
+            await self._start([*self._headers, (b"content-length", str(len(body)).encode())])
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.is_blocked = False
 
     async def until_left(self, receive: Receive) -> None:
         """Return when the client has disconnected. Writes the heart-beats meanwhile."""
@@ -72,8 +70,11 @@ class ClientConnection:
                     await self.write(HEARTBEAT)
 
     async def _start(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self.started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+        async with self._starting:
+            if not self.started:
+                self.started = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+                self._is_sent = True
 
 
 class DeltaText(Protocol):
