@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -390,73 +389,6 @@ def watch_memory(pid: int | None) -> Iterator[PeakMemory]:
         thread.join()
 
 
-# Tiny checkpoints and adapters.
-
-
-def tiny_checkpoint(folder: Path, *, seed: int = 0, **config: Any) -> Path:
-    """A random Llama of two layers with a byte tokenizer, in Hugging Face's files. `config` overrides its fields."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **ids, **config}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith("norm.weight"):
-                parameter.normal_(0, 0.15)
-    model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens(special)
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **names)
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
-    return folder
-
-
-def publish_copies(
-    folder: Path, base: BaseModel, settings: Settings, configs: Sequence[Any], count: int, prefix: str = "a"
-) -> list[str]:
-    """Publish `count` adapters, copies of one of each of PEFT's `configs` in turn with strong random weights, which
-    differ in one value each. Returns their names, which are `prefix` and a number.
-    """
-    import torch
-    import transformers
-    from peft import get_peft_model
-
-    from loray.catalog import Catalog
-    from loray.publishing import Destination, publish
-    from loray.store import AdapterStore, open_store
-
-    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
-    torch.manual_seed(0)
-    for number, config in enumerate(configs):
-        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base.path), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(0, 0.3)
-        model.save_pretrained(folder / f"template-{number}")
-    names = []
-    for number in range(count):
-        template, copy = folder / f"template-{number % len(configs)}", folder / "copies" / f"{prefix}{number}"
-        copy.mkdir(parents=True)
-        for file in template.iterdir():
-            data = file.read_bytes()
-            last = struct.pack("<f", (number + 1) / 1000)
-            (copy / file.name).write_bytes(data[:-4] + last if file.suffix == ".safetensors" else data)
-        names.append(publish(copy, base, Destination(copy.name, store, catalog)).name)
-    return names
-
-
 # A Ray cluster.
 
 
@@ -511,6 +443,8 @@ def started_cluster(
     from loray.catalog import Catalog
     from loray.local.cluster import start_local_cluster, stop_local_cluster
     from loray.settings import Settings
+    from tests.fixtures.publisher import publish_copies
+    from tests.fixtures.tiny import write_checkpoint
 
     with ExitStack() as stack:
         folder = Path(
@@ -518,7 +452,9 @@ def started_cluster(
         )
         home = folder / "home"
         settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING", **environment})
-        model = add_base(str(tiny_checkpoint(folder / "checkpoint")), home=home, name=base)
+        model = add_base(
+            str(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)), home=home, name=base
+        )
         names = publish_copies(folder, model, settings, [adapter], num_adapters)
         published()
         total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes if names else 0

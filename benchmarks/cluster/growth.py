@@ -39,9 +39,7 @@ from benchmarks.world import (
     World,
     describe_machine,
     load_average,
-    publish_copies,
     started_cluster,
-    tiny_checkpoint,
     until,
 )
 from loray.bases.registry import add_base
@@ -49,6 +47,8 @@ from loray.errors import LorayError
 from loray.local.processes import LOOPBACK, free_ports
 from loray.schemas.status import Status
 from loray.spec import AutoscalingSpec, FleetSpec, ServeSpec
+from tests.fixtures.publisher import publish_copies
+from tests.fixtures.tiny import write_checkpoint
 
 A, B = "tiny", "second"
 MOST_B = 3  # replicas of B
@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     click.echo(machine_line(machine, load=f"{load:.2f}"))
     fleet = plan.fleet(free_ports(1)[0])
     with started_cluster(plan.many, plan.most + MOST_B + 1, adapter_config(), base=A) as world:
-        checkpoint = tiny_checkpoint(world.folder / "second", seed=1)
+        checkpoint = write_checkpoint(world.folder / "second", seed=1, max_position_embeddings=4096)
         base = add_base(str(checkpoint), home=world.settings.home, name=B)
         own = publish_copies(world.folder / "of-second", base, world.settings, [adapter_config()], plan.many_b, "b")
         a, b, num_lost = _run(world, fleet, plan, [*world.names, *own])

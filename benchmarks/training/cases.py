@@ -109,8 +109,8 @@ class Step:
         return f"step {_short(self.tokens)}"
 
     def run(self, setting: Setting) -> Row:
-        case = steps.Case(self.tokens, "longlora", checkpointing=True)
-        s2, dense = (_measure(steps.Case(**asdict(case) | {"dense": x}), setting) for x in (False, True))
+        case = steps.RowStep(self.tokens, "longlora", checkpointing=True)
+        s2, dense = (_measure(steps.RowStep(**asdict(case) | {"dense": x}), setting) for x in (False, True))
         flops = count_flops(shape_of(case.recipe, setting.base.config))
         more = (flops.dense_attention - flops.attention) * (1 + ATTENTION_BACKWARD + case.checkpointing)
         ratio, limit = dense.step_s / s2.step_s, 1 + more / flops.total
@@ -132,7 +132,7 @@ class Memory:
         return f"memory {_short(self.tokens)}"
 
     def run(self, setting: Setting) -> Row:
-        found = _measure(steps.Case(self.tokens, "longlora", checkpointing=True), setting)
+        found = _measure(steps.RowStep(self.tokens, "longlora", checkpointing=True), setting)
         peak = found.peak_bytes / 2**30
         cells = (f"{peak:.2f}", f"{found.step_s:.1f}", f"{self.tokens / found.step_s:.0f}")
         return Row(cells, asdict(found), peak)
@@ -154,7 +154,7 @@ class Activations:
         return f"sequence {_short(self.tokens)} P={self.sequence}"
 
     def run(self, setting: Setting) -> Row:
-        case = steps.Case(self.tokens, "longlora", checkpointing=True, sequence=self.sequence, lean=True)
+        case = steps.RowStep(self.tokens, "longlora", checkpointing=True, sequence=self.sequence, lean=True)
         found = _measure(case, setting)
         setting.activations[self.tokens, self.sequence] = found.activation_bytes
         alone = setting.activations.get((self.tokens, 1))
@@ -245,7 +245,7 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
 }
 
 
-def _measure(case: steps.Case, setting: Setting) -> steps.Measured:
+def _measure(case: steps.RowStep, setting: Setting) -> steps.Measured:
     return steps.measure(case, setting.base, setting.num_steps, num_threads=setting.num_threads)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from benchmarks.report import write_json
-from benchmarks.training.steps import Case, Measured, measure
+from benchmarks.training.steps import Measured, RowStep, measure
 from benchmarks.world import load_average, measure_machine
 from loray.bases.registry import add_base
 from loray.planning.devices import host
@@ -61,7 +61,7 @@ def main() -> None:
     ):
         if sequence > 1 and adapter == "lora":
             continue
-        case = Case(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
+        case = RowStep(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
         load = load_average()
         measured = measure(case, base, args.steps)
         plan = make_plan(shape_of(case.recipe, base.config), host(machine, sequence))
@@ -84,7 +84,7 @@ def _peak(plan: Plan) -> int:
     return plan.memory.peak_bytes - sum(item.nbytes for item in plan.memory.items if item.name == CHECKPOINT)
 
 
-def _line(case: Case, measured: Measured, plan: Plan, load: float) -> str:
+def _line(case: RowStep, measured: Measured, plan: Plan, load: float) -> str:
     peak, halo, time = _peak(plan), plan.traffic.halo_bytes, plan.time.step_s
     return (
         f"{case.label:<32} {measured.peak_bytes / 1e6:>8.0f} {peak / 1e6:>8.0f} {peak / measured.peak_bytes - 1:>+5.0%}"

@@ -14,7 +14,7 @@ from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeSc
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class RowStep:
     """A step over one row of `tokens`.
 
     dense   with the fastest dense attention instead of the recipe's
@@ -65,7 +65,7 @@ class Measured:
     step_s: float
 
 
-def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | None = None) -> Measured:
+def measure(case: RowStep, base: BaseModel, num_steps: int, *, num_threads: int | None = None) -> Measured:
     options = ["--dense"] * case.dense + ["--tensors"] * case.lean
     return measure_recipe(case.recipe, base, num_steps, options, num_threads=num_threads)
 

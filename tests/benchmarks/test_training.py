@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.training import __main__ as train
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Step, Target
-from benchmarks.training.steps import Case
+from benchmarks.training.steps import RowStep
 from benchmarks.training.workers.attention import VARIANTS
 from benchmarks.training.workers.trainer import main as time_beside_trainer
 from benchmarks.training.workers.vera import main as time_vera
@@ -41,7 +41,7 @@ def test_every_dense_variant_is_dense_causal_attention(name: str) -> None:
 
 def test_the_dense_side_of_a_step_is_the_model_with_dense_attention(tiny_base: Callable[..., BaseModel]) -> None:
     base = tiny_base()
-    recipe = Case(64, "longlora", checkpointing=True).recipe.model_copy(update={"dtype": "float32"})
+    recipe = RowStep(64, "longlora", checkpointing=True).recipe.model_copy(update={"dtype": "float32"})
     model = build_model(base, recipe)
     ids_BT = torch.arange(64)[None]
     batch = TrainBatch(ids_BT, ids_BT, None, None, num_tokens=64, num_targets=64)

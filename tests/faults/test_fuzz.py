@@ -9,7 +9,8 @@ import pytest
 
 from tests.faults.fuzz import Found, Gap, Place, Plan, Seen, Took, run, tree
 from tests.faults.hostile import Asked, Callers, Sent, Told, draw, problem
-from tests.faults.world import publish_copies
+from tests.faults.world import adapter_configs
+from tests.fixtures.publisher import publish_copies
 from tests.fixtures.standalone import standalone
 
 DOCUMENT: dict[str, Any] = {
@@ -112,7 +113,7 @@ def test_hostile_requests_beside_streams(tmp_path: Path) -> None:
     sizes = {"pool_bytes": 16 << 20, "max_num_seqs": 16, "max_queued": 64}
     with standalone(tmp_path, **sizes) as server:
         served, pid = server.served, server.process.pid
-        names = publish_copies(tmp_path, served.base, served.settings, 4)
+        names = publish_copies(tmp_path, served.base, served.settings, adapter_configs(), 4)
         place = Place(served.url, served.catalog, served.base.name, names, lambda: tree(pid), tmp_path)
         found = run(place, Plan(num=200, alone_s=2.0, num_tokens=60), lambda text: None)
         assert found.failures(max_gap_s=60.0) == []

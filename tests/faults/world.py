@@ -23,21 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loray.bases.registry import BaseModel, add_base
+from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.local.processes import LOOPBACK, free_ports, is_free, kill, session_members
 from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import S3Location, parse_location
-from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import FleetSpec, ServeSpec, engine_of
-from loray.store import AdapterStore, open_store
 from loray.store.s3 import _PROBE, connect, create_bucket
 from serve_apps.deployment import APPLICATION, GATEWAY, ServeApi, serve_config
 from tests.fixtures.nodes import Node
 from tests.fixtures.postgres import Postgres, start_postgres
-from tests.fixtures.publisher import write_adapter
+from tests.fixtures.publisher import publish_copies
 from tests.fixtures.s3 import started_s3
 
 BASE = "tiny"
@@ -200,7 +198,7 @@ def started(
         checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)
         base = add_base(str(checkpoint), home=home, name=BASE)
         say(f"{num_adapters} adapters are published")
-        names = publish_copies(folder, base, settings, num_adapters)
+        names = publish_copies(folder, base, settings, adapter_configs(), num_adapters)
         say("the cluster starts")
         env = settings.to_env() | _QUICK | {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "faults"}
         # A replica and a rank have a processor each.
@@ -244,23 +242,13 @@ def _settings(home: Path, postgres: Postgres, s3: LocalS3, wires: Mapping[str, W
     return Settings.from_env(env)
 
 
-def publish_copies(folder: Path, base: BaseModel, settings: Settings, count: int) -> list[str]:
-    """Copies of four kinds, which differ in one value each; returns their names."""
+def adapter_configs() -> list[Any]:
+    """Of PEFT: LoRA of three ranks, and VeRA."""
     from peft import LoraConfig, VeraConfig
-
-    from tests.fixtures.peft_adapters import make_adapter
 
     modules = ["q_proj", "v_proj", "down_proj"]
     configs: list[Any] = [LoraConfig(r=rank, lora_alpha=16, target_modules=modules) for rank in (4, 8, 16)]
-    configs.append(VeraConfig(r=16, target_modules=modules[:2], save_projection=False))
-    for number, config in enumerate(configs):
-        make_adapter(base, folder / f"template-{number}", config, seed=number, std=0.3)
-    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
-    for number in range(count):
-        copy = folder / "copies" / f"a{number}"
-        write_adapter(folder / f"template-{number % len(configs)}", copy, number + 1)
-        publish(copy, base, Destination(copy.name, store, catalog))
-    return [f"a{number}" for number in range(count)]
+    return [*configs, VeraConfig(r=16, target_modules=modules[:2], save_projection=False)]
 
 
 def _deploy(local: LocalCluster, settings: Settings, spec: ServeSpec, has_parallel: bool) -> str:
