@@ -41,7 +41,7 @@
     ├── AdapterQuarantined     a replica died while it loaded this adapter, which is refused for `retry_after_s` seconds
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
-Every message says what was wrong and what to do. `serve_apps` maps errors to HTTP status codes.
+Every message says what was wrong and what to do.
 """
 
 from __future__ import annotations
@@ -54,23 +54,35 @@ _SHOWN.maxstring = _SHOWN.maxother = 120
 
 
 class LorayError(Exception):
-    """Base of all errors raised on purpose by loray."""
+    """Base of all errors raised on purpose by loray.
+
+    status         of the answer over HTTP
+    code, param    of OpenAI's error object; `param` is the field at fault
+    retry_after_s  when the caller may try again, where that is known
+    """
+
+    status: int = 500
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: float | None = None
 
 
 class SpecError(LorayError, ValueError):
-    pass
+    status = 422
 
 
 class SettingsError(LorayError, ValueError):
-    pass
+    status = 409
 
 
 class DataError(LorayError):
-    pass
+    status = 422
 
 
 class NotFoundError(LorayError):
-    pass
+    status = 404
+    code = "model_not_found"
+    param = "model"
 
 
 class BaseNotFound(NotFoundError):
@@ -88,21 +100,25 @@ class JobNotFound(NotFoundError):
 class LogsGone(JobNotFound):
     """The job is known, but Ray no longer has its log."""
 
+    status = 410
+
 
 class KeyNotFound(NotFoundError):
     pass
 
 
 class Unauthenticated(LorayError):
-    pass
+    status = 401
+    code = "invalid_api_key"
 
 
 class KeyRevoked(Unauthenticated):
-    pass
+    code = "key_revoked"
 
 
 class PermissionDenied(LorayError):
-    pass
+    status = 403
+    code = "permission_denied"
 
 
 class LimitExceeded(PermissionDenied):
@@ -110,11 +126,11 @@ class LimitExceeded(PermissionDenied):
 
 
 class ConflictError(LorayError):
-    pass
+    status = 409
 
 
 class RevisionConflict(ConflictError):
-    pass
+    status = 412
 
 
 class GateRefused(ConflictError):
@@ -122,42 +138,52 @@ class GateRefused(ConflictError):
 
 
 class CatalogFull(LorayError):
-    pass
+    status = 507
 
 
 class CatalogError(LorayError):
-    pass
+    status = 503
+    code = "catalog_unavailable"
+    retry_after_s = 1.0
 
 
 class StoreError(LorayError):
-    """`retry_after_s`: when the caller may try again, where that is known."""
+    status = 503
+    code = "store_unavailable"
+    retry_after_s = 5.0
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry_after_s)
-        self.retry_after_s = retry_after_s
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class ClusterError(LorayError):
-    pass
+    status = 503
 
 
 class IntegrityError(LorayError):
-    pass
+    code = "adapter_damaged"
+    param = "model"
 
 
 class UnsupportedError(LorayError):
-    pass
+    status = 501
+    code = "adapter_unsupported"
+    param = "model"
 
 
 class BaseMismatch(LorayError):
-    pass
+    status = 404
+    code = "base_mismatch"
+    param = "model"
 
 
 class RequestError(LorayError, ValueError):
-    """`param` names the request field at fault, as OpenAI's error objects do."""
+    status = 400
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)  # every argument in `args`: these errors cross process boundaries
@@ -168,18 +194,19 @@ class RequestError(LorayError, ValueError):
 
 
 class ContextLengthExceeded(RequestError):
-    pass
+    code = "context_length_exceeded"
 
 
 class GrammarTooExpensive(RequestError):
-    pass
+    code = "grammar_too_expensive"
 
 
 class DeadlineExceeded(LorayError):
-    pass
+    status = 504
+    code = "deadline_exceeded"
 
 
-class _RetryLater(Exception):
+class _RetryLater(LorayError):
     """An error that says when to try again, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
@@ -190,12 +217,16 @@ class _RetryLater(Exception):
         return str(self.args[0])
 
 
-class Overloaded(_RetryLater, LorayError):
-    pass
+class Overloaded(_RetryLater):
+    status = 429
+    code = "overloaded"
 
 
 class RateLimited(LorayError):
     """`headers`: what OpenAI's headers say of the limits."""
+
+    status = 429
+    code = "rate_limit_exceeded"
 
     def __init__(self, message: str, retry_after_s: float = 1.0, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, retry_after_s, headers)
@@ -211,7 +242,9 @@ class EvaluationError(LorayError):
 
 
 class EngineError(LorayError):
-    pass
+    status = 503
+    code = "engine_unavailable"
+    retry_after_s = 1.0
 
 
 class RankLost(EngineError):
@@ -231,6 +264,9 @@ class EngineStopped(EngineError):
 
 class BaseStarting(_RetryLater, EngineError):
     """The base had no replica, and the one that was started is not ready yet."""
+
+    code = "base_starting"
+    param = "model"
 
 
 class ReplicaUnavailable(EngineError):
@@ -252,8 +288,10 @@ class ReplicaLeaving(ReplicaUnavailable):
     pass
 
 
-class AdapterQuarantined(_RetryLater, LorayError):
-    pass
+class AdapterQuarantined(_RetryLater):
+    status = 503
+    code = "adapter_quarantined"
+    param = "model"
 
 
 class TrainingError(LorayError):

@@ -13,28 +13,7 @@ from fastapi.responses import Response
 from pydantic_core import ErrorDetails
 from starlette.types import Scope
 
-from loray.errors import (
-    BaseMismatch,
-    CatalogError,
-    CatalogFull,
-    ClusterError,
-    ConflictError,
-    DataError,
-    DeadlineExceeded,
-    IntegrityError,
-    LogsGone,
-    LorayError,
-    NotFoundError,
-    Overloaded,
-    PermissionDenied,
-    RateLimited,
-    RevisionConflict,
-    SettingsError,
-    SpecError,
-    StoreError,
-    Unauthenticated,
-    UnsupportedError,
-)
+from loray.errors import BaseMismatch, LorayError, Overloaded, RevisionConflict, SpecError, UnsupportedError
 from loray.publishing.uploads import MAX_FILE_BYTES
 from loray.schemas.resources import FieldError, Problem, problem_type
 from loray.telemetry import get_logger
@@ -65,28 +44,8 @@ class InvalidFields(SpecError):
         return str(self.args[0])
 
 
-_STATUSES: tuple[tuple[type[LorayError], int], ...] = (
-    (Unauthenticated, 401),
-    (PermissionDenied, 403),
-    (RateLimited, 429),
-    (LogsGone, 410),
-    (NotFoundError, 404),
-    (RevisionConflict, 412),
-    (ConflictError, 409),
-    (SpecError, 422),
-    (DataError, 422),
-    (UnsupportedError, 422),
-    (BaseMismatch, 422),
-    (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
-    (Overloaded, 503),
-    (CatalogFull, 507),
-    (CatalogError, 503),
-    (StoreError, 503),
-    (ClusterError, 503),
-    (DeadlineExceeded, 504),
-    (IntegrityError, 500),
-    (LorayError, 500),
-)
+# Here a model is what is sent, and not what is asked; and who is to come back later has not asked too often.
+_STATUSES: dict[type[LorayError], int] = {UnsupportedError: 422, BaseMismatch: 422, Overloaded: 503}
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -122,15 +81,14 @@ def failed(error: Exception) -> Response:
     if status == 500:
         _log.error("request failed: %s: %s", type(error).__name__, error)
     response = _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
-    retry_after_s = getattr(error, "retry_after_s", None)
-    if retry_after_s is not None and "retry-after" in response.headers:
-        response.headers["Retry-After"] = str(math.ceil(retry_after_s))
+    if error.retry_after_s is not None and "retry-after" in response.headers:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return response
 
 
 def status_of(error: type[LorayError]) -> int:
     """Return the HTTP status of an error of this class."""
-    return next(status for cls, status in _STATUSES if issubclass(error, cls))
+    return _STATUSES.get(error, error.status)
 
 
 def _max_body_bytes(scope: Scope) -> int:

@@ -69,7 +69,7 @@ def test_an_unreachable_store_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(api.services.store, "manifest", gone)
     response = api.http.post("/adapters/tone/versions", json={"digest": "0" * 64})
     body = problem(response, 503)
-    assert (body["type"], response.headers["retry-after"]) == ("urn:loray:problem:store-unavailable", "1")
+    assert (body["type"], response.headers["retry-after"]) == ("urn:loray:problem:store-unavailable", "5")
     assert isinstance(Problem.model_validate(body).exception(), StoreError)
 
 
