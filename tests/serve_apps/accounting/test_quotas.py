@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError, RateLimited
@@ -20,7 +22,7 @@ from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
 from serve_apps.accounting.accounts import UsageMeter, UsageSink
-from serve_apps.accounting.quotas import SharedOwner, follow_owner
+from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
 from tests.fixtures.figures import event
 
 _START = 1_800_000_000.0
@@ -240,6 +242,20 @@ async def test_servers_with_one_gateway_divide_a_limit_and_keep_it_over_a_restar
             assert burst(second) == 3
     async with again.running():
         assert burst(again) <= 1  # which comes back in ten seconds
+
+
+async def test_owners_of_two_clusters_know_of_each_other(
+    catalog_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAY_CATALOG", catalog_url)
+    sessions = iter(["session_1", "session_2"])
+    context = SimpleNamespace(get_session_name=lambda: next(sessions))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    actors = [QuotaActor("loray", 2) for _ in range(2)]
+    assert [(await actor.exchange("g", ())).num_owners for actor in actors] == [1, 2]
+    for actor in actors:
+        await actor._owner.close()
 
 
 async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
