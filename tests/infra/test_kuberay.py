@@ -435,6 +435,7 @@ def test_the_edge_ends_tls_and_refuses_nothing_but_plain_text(tmp_path: Path) ->
     assert routes.keys() == listeners.keys() == {"https", "http"}
     assert all(r["parentRefs"] == [{"name": "loray", "sectionName": name}] for name, r in routes.items())
     assert all(r["hostnames"] == certificate["spec"]["dnsNames"] for r in routes.values())
+    assert {name: listener["protocol"] for name, listener in listeners.items()} == {"https": "HTTPS", "http": "HTTP"}
     tls = listeners["https"]["tls"]
     assert tls == {"mode": "Terminate", "certificateRefs": [{"name": certificate["spec"]["secretName"]}]}
     (rule,) = routes["https"]["rules"]

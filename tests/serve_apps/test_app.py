@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ray.serve._private.config import DeploymentConfig
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.engine.parallel import worker
 from loray.errors import ConflictError
 from loray.publishing import Destination, publish
 from loray.settings import Settings
@@ -104,6 +106,13 @@ def test_ranks_on_one_node_cannot_be_reached_from_another(
     monkeypatch.setattr(ranks, "placement_group_table", {"group": table}.__getitem__)
     monkeypatch.setattr(ranks, "get_node_ip_address", lambda: "192.0.2.7")
     assert ranks.RankActors.own_address() == address
+    listening: list[str] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ranks, "get_base", lambda home, name: None)
+    monkeypatch.setattr(worker, "run_worker", lambda args, base, own_address: listening.append(own_address))
+    args: Any = SimpleNamespace(host=address, spec=SimpleNamespace(base="a", num_threads=1))
+    ranks.RankActor().run(args)
+    assert listening == [address]
 
 
 def test_a_base_that_is_called_as_an_adapter_is_refused_and_others_keep_their_names(

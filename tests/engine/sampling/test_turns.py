@@ -11,10 +11,11 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.engine.request import Request
+from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.turns import MaskTurns
 from loray.errors import RequestError
 from loray.spec import Constraint, GenerateRequest, SamplingParams
-from loray.text.grammar import MASK_BUDGET_S, MAX_MEAN_MASK_S, MIN_MASKS
+from loray.text.grammar import MASK_BUDGET_GPU_S, MASK_BUDGET_S, MAX_MEAN_MASK_S, MIN_MASKS
 from tests.fixtures.constraints import answers
 from tests.fixtures.engines import make_engine, request
 from tests.fixtures.slow_masks import EOS, constraint, slow
@@ -232,6 +233,13 @@ class Masked:
 
 def asked(seconds: float) -> list[GenerateRequest]:
     return [*(held("loud", i, seconds) for i in range(5)), held("quiet", 5, seconds), PLAIN]
+
+
+@pytest.mark.parametrize(("on_gpu", "budget_s"), [(False, MASK_BUDGET_S), (True, MASK_BUDGET_GPU_S)])
+def test_the_budget_is_that_of_the_device(base: BaseModel, on_gpu: bool, budget_s: float) -> None:
+    grammars = Grammars(base, lambda: None, on_gpu=on_gpu)
+    assert grammars._turns.budget_s == budget_s
+    grammars.close()
 
 
 def test_a_plain_request_has_a_token_in_each_step_and_the_others_in_turn(base: BaseModel) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from loray.catalog import Catalog
 from loray.errors import CatalogError, RateLimited
 from loray.policy.quota_owner import QuotaOwner
 from loray.policy.quotas import QuotaGate, Reply, Report, Reservation
+from loray.settings import Settings
 from loray.spec import Limits, Principal
 from serve_apps.accounting import quotas
-from serve_apps.accounting.quotas import SharedOwner, follow_owner
+from serve_apps.accounting.accounts import UsageMeter, UsageSink
+from serve_apps.accounting.quotas import QuotaActor, SharedOwner, follow_owner
 from tests.fixtures.figures import event
 
 _START = 1_800_000_000.0
@@ -210,6 +216,46 @@ async def test_a_request_larger_than_what_an_owner_grants_is_admitted(database: 
     assert first.ask(1) is None  # until what it took too much has come back
     await database.wait(60, first, second)
     assert first.ask(1) is not None
+
+
+async def test_servers_with_one_gateway_divide_a_limit_and_keep_it_over_a_restart(
+    catalog_url: str, tmp_path: Path
+) -> None:
+    who = Principal(key_id="k1", limits=Limits(rpm_limit=6))
+
+    def server(name: str) -> UsageMeter:
+        env = {"LORAY_HOME": str(tmp_path / name), "LORAY_CATALOG": catalog_url}
+        return UsageMeter(sink=UsageSink(Settings.from_env(env)))
+
+    def burst(server: UsageMeter) -> int:
+        admitted = 0
+        with suppress(RateLimited):
+            while admitted < 20:
+                server.enter(who)
+                admitted += 1
+        return admitted
+
+    first, second, again = server("a"), server("b"), server("a")
+    async with first.running():
+        assert burst(first) == 6
+        async with second.running():
+            assert burst(second) == 3
+    async with again.running():
+        assert burst(again) <= 1  # which comes back in ten seconds
+
+
+async def test_owners_of_two_clusters_know_of_each_other(
+    catalog_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAY_CATALOG", catalog_url)
+    sessions = iter(["session_1", "session_2"])
+    context = SimpleNamespace(get_session_name=lambda: next(sessions))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    actors = [QuotaActor("loray", 2) for _ in range(2)]
+    assert [(await actor.exchange("g", ())).num_owners for actor in actors] == [1, 2]
+    for actor in actors:
+        await actor._owner.close()
 
 
 async def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,6 +305,18 @@ async def test_who_connects_and_says_nothing_is_dropped(monkeypatch: pytest.Monk
         await ended(sock)
 
 
+async def test_another_users_process_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it has the token: whoever is on the node finds the socket."""
+    user = os.getuid()
+    async with plane() as (gateway, replica):
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        with pytest.raises(ConnectionError):
+            await replica.to(gateway.address)
+        assert not gateway.replicas()
+        monkeypatch.undo()
+        assert (await replica.to(gateway.address)).is_open
+
+
 async def test_strangers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "_MAX_STRANGERS", 2)
     async with plane(node="another") as (gateway, replica):

@@ -36,6 +36,14 @@ def test_a_key_opens_a_session_until_logout(console: ConsoleSite) -> None:
     assert console.get().status_code == 401
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_login_over_tls_is_never_sent_without(console: ConsoleSite, scheme: str) -> None:
+    """A proxy before the console says which it was."""
+    console.http.headers["X-Forwarded-Proto"] = scheme
+    cookie = console.log_in(console.key("admin")).headers["set-cookie"]
+    assert ("Secure" in cookie) == (scheme == "https")
+
+
 @pytest.mark.parametrize("key", ["", "sk-lr-" + "A" * 43, "\x00", "<script>"])
 def test_a_wrong_key_is_refused(console: ConsoleSite, key: str) -> None:
     console.key("admin")

@@ -6,21 +6,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from loray.bases.registry import BaseModel
+from loray.encryption import server_context
 from loray.engine.metrics import EngineStats
 from loray.engine.pool.packed import PackedAdapter
 from loray.errors import EngineError, IntegrityError, RequestError, StoreError
+from loray.policy.routing import Held
 from loray.policy.warm_start import AdapterDemand, DemandRecord
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+from serve_apps.channel.listener import Listener
+from serve_apps.replica import replica as module
 from serve_apps.replica.loading import AdapterLoader, StoredAdapter
-from serve_apps.replica.replica import warm_up, without_expected_tracebacks
+from serve_apps.replica.replica import EngineReplica, warm_up, without_expected_tracebacks
 from serve_apps.replica.startup import start_engine
+from tests.fixtures.authority import Authority
+from tests.fixtures.channel import until
 
 
 class Place:
@@ -132,3 +140,28 @@ def test_what_is_raised_on_purpose_is_one_line(error: Exception, level: int, mes
     assert without_expected_tracebacks(record)
     assert (record.exc_info is None) == (level != logging.ERROR)
     assert (record.levelno, record.getMessage()) == (level, message)
+
+
+async def test_a_replica_of_a_cluster_with_tls_reaches_gateways_on_other_nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They take nobody without. Neither an engine nor Ray is there."""
+    env = Authority(tmp_path).node("127.0.0.1")
+    for name, value in (env | {"LORAY_HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(name, value)
+    for name in ("configure_logging", "get_base", "adapter_loader", "start_engine", "ReplicaPeers", "CopyGiver"):
+        monkeypatch.setattr(module, name, MagicMock())
+    for name in ("freeze_garbage", "collect_when_quiet", "_num_nodes", "_num_bases"):
+        monkeypatch.setattr(module, name, MagicMock())
+    monkeypatch.setattr(module, "set_num_threads", lambda spec, *numbers: spec)
+    monkeypatch.setattr(module, "_replica_id", lambda: "replica")
+    monkeypatch.setattr(module, "_node_id", lambda: "another")
+    monkeypatch.setattr(EngineReplica, "_held", lambda self: Held())
+    replica = EngineReplica(ServeSpec(base="tiny", dtype="float32", pool_bytes=1 << 20, warm_start_s=0.0))
+    gateway = Listener()
+    await gateway.start("node", "127.0.0.1", server_context(env))
+    assert (await replica._connections.to(gateway.address)).is_open
+    assert gateway.replicas() == {"replica"}
+    replica._connections.close()
+    await until(lambda: not gateway._all)
+    await gateway.close()

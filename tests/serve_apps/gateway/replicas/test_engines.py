@@ -6,6 +6,7 @@ import asyncio
 import math
 import pickle
 from contextlib import aclosing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from loray.encryption import client_context
 from loray.errors import BaseStarting, ContextLengthExceeded, EngineError, Overloaded, ReplicaUnavailable, RequestError
 from loray.policy.routing import Held, RoutingReports
 from loray.schemas.status import AutoscalingStatus, ReplicaStatus
@@ -23,6 +25,7 @@ from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import engines as module
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngineClient
+from tests.fixtures.authority import Authority
 from tests.fixtures.channel import NODE, Out, until
 from tests.fixtures.handles import LAST, REQUEST, Handle, Response, engines_of, raised_by, tokens
 
@@ -234,6 +237,23 @@ async def test_a_gateway_is_told_how_late_tokens_come_by_what_they_may_be() -> N
 def client_of(answers: Any) -> tuple[Handle, ServeEngineClient]:
     handle: Any = Handle(answers=answers)
     return handle, ServeEngineClient(handle, "engine-tiny", NODE, "127.0.0.1")
+
+
+async def test_a_gateway_of_a_cluster_with_tls_takes_nobody_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    env = Authority(tmp_path).node("127.0.0.1")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    secure, plain = Connections("another", "secure", tls=client_context(env)), Connections("another", "plain")
+    async with engines_of(Handle()) as engines:
+        gateway = await engines._listening()
+        assert (await secure.to(gateway.address)).is_open
+        with pytest.raises(OSError):
+            await plain.to(gateway.address)
+        assert gateway.replicas() == {"secure"}
+        secure.close()
+        await until(lambda: not gateway._all)
 
 
 async def test_a_silent_replica_does_not_hide_the_others() -> None:
