@@ -226,7 +226,7 @@ def test_a_stopped_job_is_recorded_and_releases_its_run(
 
     spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)
-    job = client.submit_job(**from_spec(spec, settings)._asdict())
+    job = client.submit_job(**from_spec(spec, settings, stage=tmp_path)._asdict())
 
     def has_told_of_a_checkpoint() -> bool:
         lines = client.get_job_logs(job).splitlines()

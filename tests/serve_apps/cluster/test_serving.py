@@ -93,7 +93,7 @@ def test_a_replica_that_is_removed_hands_its_streams_over(
         for first, rest in zip(firsts, rests, strict=True):
             chunks = [*first, *rest.result()]
             assert "".join(c.choices[0].delta.content or "" for c in chunks) == undisturbed
-    assert counted(served, "loray_resumes_total", 'reason="moved"') > before
+    assert eventually(lambda: counted(served, "loray_resumes_total", 'reason="moved"') > before, 20)
     assert eventually(lambda: num_replicas() == 1, 30)
 
 
