@@ -9,15 +9,16 @@ import sys
 import threading
 
 
-def compute_in_background() -> None:
+def compute_in_background(process: int | None = None) -> None:
     """The calling thread, and threads that it makes from now on, compute: they run while nothing else of their session
-    or container wants the processor, and at least for some percent of the time.
+    or container wants the processor, and at least for some percent of the time. So does another process of this user,
+    at its start.
 
     Linux's SCHED_IDLE, which anybody may ask for, and which only who may raise priorities leaves again. What takes
     requests and passes on their tokens wants a processor for moments, and gets it at once. Does nothing elsewhere.
     """
     if sys.platform == "linux":
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setscheduler(process or threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # numbers of the system call

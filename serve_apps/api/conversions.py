@@ -23,6 +23,7 @@ from loray.bases.registry import base_with
 from loray.catalog import AdapterVersion
 from loray.errors import DeadlineExceeded, Overloaded, RateLimited, RequestError, SpecError
 from loray.machine import memory_left, num_cores
+from loray.priority import compute_in_background
 from loray.publishing import Destination
 from loray.publishing.convert import MAX_MEMORY_BYTES, Form, command_of, environment_of, raise_failure
 from loray.publishing.uploads import Uploads
@@ -115,6 +116,8 @@ class Conversions:
             env=environment_of(self._settings),
             start_new_session=True,
         )
+        with suppress(ProcessLookupError):
+            compute_in_background(process.pid)  # what it imports, too: engines compute in the background themselves
         ended = asyncio.get_running_loop().run_in_executor(None, _output_of, process)
         try:
             async with asyncio.timeout(DEADLINE_S):

@@ -1,8 +1,8 @@
 """Conversions of published adapters: from VeRA to LoRA, into the base, to GGUF.
 
 Servers, which do not load torch, run this module as a process. It takes so many bytes at most beside the base's files,
-which it maps to merge them, runs in the background, and ends when its standard input does, that is with the server.
-What went wrong is one line of JSON on standard output: the error's class and its message.
+which it maps to merge them, and ends when its standard input does, that is with the server. What went wrong is one line
+of JSON on standard output: the error's class and its message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from loray.bases.registry import BaseModel, base_with
 from loray.catalog import AdapterVersion
 from loray.errors import ConflictError, LorayError, SpecError, StoreError, UnsupportedError
 from loray.files import scratch_folder
-from loray.priority import compute_in_background
 from loray.publishing.publish import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef, format_size
@@ -150,7 +149,6 @@ def main(arguments: Sequence[str]) -> int:
     target = Path(path)
     if target.exists():
         raise SystemExit(f"{target} exists already")
-    compute_in_background()
     threading.Thread(target=_end_with_the_server, args=(target,), daemon=True).start()
     try:
         _convert(form, digest, label, target, int(max_bytes))

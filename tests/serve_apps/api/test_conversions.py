@@ -98,6 +98,20 @@ def test_a_client_that_leaves_ends_the_process(make: Callable[..., Any], tmp_pat
     assert has_ended(tmp_path / "pid")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes have no such priority")
+def test_a_process_computes_in_the_background_from_its_start(make: Callable[..., Any], tmp_path: Path) -> None:
+    async def run() -> int:
+        running = asyncio.ensure_future(make(tmp_path / "pid"))
+        while not is_written(tmp_path / "pid"):
+            await asyncio.sleep(0.01)
+        policy = os.sched_getscheduler(int((tmp_path / "pid").read_text()))
+        running.cancel()
+        await asyncio.wait({running})
+        return policy
+
+    assert asyncio.run(run()) == os.SCHED_IDLE
+
+
 def test_a_deadline_ends_the_process(make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversions, "DEADLINE_S", 0.0)
     with pytest.raises(DeadlineExceeded, match="longer than 0 s"):
