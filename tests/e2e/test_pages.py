@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loray.cli.plan import measured
 from tests.conftest import REPOSITORY
 from tests.e2e.pages import Block, read_page, shell, with_values
 from tests.fixtures.cluster import free_port
@@ -33,6 +34,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
     """On a tiny base of the same name, at a free port."""
     write_checkpoint(tmp_path / "tiny")
     home, port = str(tmp_path / "home"), str(free_port())
+    measured(Path(home)).cache(Path(home))  # as the demo has done
     variables, *blocks = read_page(TUTORIAL, "")
     assert len(blocks) >= 10
     others = {"loray base add smollm2": "loray base add tiny --name smollm2", "8000": port}
