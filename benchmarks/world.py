@@ -452,9 +452,8 @@ def started_cluster(
         )
         home = folder / "home"
         settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING", **environment})
-        model = add_base(
-            str(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)), home=home, name=base
-        )
+        checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)
+        model = add_base(str(checkpoint), home=home, name=base)
         names = publish_copies(folder, model, settings, [adapter], num_adapters)
         published()
         total = num_adapters * Catalog(settings.catalog).resolve(names[0]).nbytes if names else 0

@@ -88,7 +88,7 @@ def failed(error: Exception) -> Response:
 
 def status_of(error: type[LorayError]) -> int:
     """Return the HTTP status of an error of this class."""
-    return _STATUSES.get(error, error.status)
+    return next((status for cls, status in _STATUSES.items() if issubclass(error, cls)), error.status)
 
 
 def _max_body_bytes(scope: Scope) -> int:

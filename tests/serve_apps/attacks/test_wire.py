@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from loray.bases.registry import add_base
 from loray.catalog import Catalog
 from loray.local.processes import kill, session_members
 from loray.settings import Settings
@@ -28,8 +27,7 @@ from loray.spec import FleetSpec, ServeSpec
 from serve_apps.deployment import serve_config
 from tests.fixtures.asking import eventually
 from tests.fixtures.authority import Authority
-from tests.fixtures.cluster import SERVE
-from tests.fixtures.tiny import write_checkpoint
+from tests.fixtures.cluster import SERVE, served_base
 
 IP = shutil.which("ip")
 HEAD, OTHER = "10.231.7.1", "10.231.7.2"
@@ -111,38 +109,30 @@ def running(command: list[str], env: Mapping[str, str], log: Path | int) -> Iter
 
 def conversation(tls: Mapping[str, Mapping[str, str]]) -> tuple[bytes, str]:
     """A deployment and a question to it. Returns what crossed the link, and the key that asked."""
-    with tempfile.TemporaryDirectory(
-        prefix="two-", ignore_cleanup_errors=True
-    ) as folder:  # Ray's sockets have short paths
+    # Not pytest's folder: paths of Ray's sockets must be short.
+    with tempfile.TemporaryDirectory(prefix="two-", ignore_cleanup_errors=True) as folder:
         return _conversation(Path(folder), tls)
 
 
 def _conversation(folder: Path, tls: Mapping[str, Mapping[str, str]]) -> tuple[bytes, str]:
-    settings = Settings.from_env({"LORAY_HOME": str(folder / "home"), "LORAY_LOG_LEVEL": "WARNING"})
-    checkpoint = write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)
-    base = add_base(str(checkpoint), home=settings.home, name="tiny")
+    own = {"LORAY_HOME": str(folder / "home"), "LORAY_LOG_LEVEL": "WARNING", "LORAY_FRONT_GROUP": "front"}
+    settings = Settings.from_env(own)
+    base = served_base(folder / "checkpoint", settings.home)
     catalog = Catalog(settings.catalog)
     key, _ = catalog.create_key("asks", scopes=("infer",))
     catalog.close()
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    common = os.environ | settings.to_env() | {"LORAY_FRONT_GROUP": "front", "OMP_NUM_THREADS": "1"}
-    common |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONWARNINGS": "ignore"}
+    common = os.environ | settings.to_env() | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    common |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     common = {name: value for name, value in common.items() if name != "RAY_ADDRESS"}
-    head = [
-        *RAY,
-        "--head",
-        f"--port={GCS}",
-        f"--dashboard-port={DASHBOARD}",
-        "--num-cpus=1",
-        f"--temp-dir={folder}/ray",
-    ]
+    head = [*RAY, "--head", f"--port={GCS}", f"--dashboard-port={DASHBOARD}", "--num-cpus=1"]
+    head.append(f"--temp-dir={folder}/ray")
     other = [*RAY, f"--address={HEAD}:{GCS}", "--num-cpus=0"]
     fleet = FleetSpec.of(ServeSpec(base=base.name, dtype="float32", port=HTTP, **SERVE))
-    front = Settings.from_env(settings.to_env() | {"LORAY_FRONT_GROUP": "front"})
-    body: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": WORD}]}
-    asked = [f"http://127.0.0.1:{DASHBOARD}", serve_config(fleet, front)]
+    body: dict[str, Any] = {"model": base.name, "max_tokens": 8, "messages": [{"role": "user", "content": WORD}]}
+    asked = [f"http://127.0.0.1:{DASHBOARD}", serve_config(fleet, settings)]
     asked += [f"http://127.0.0.1:{HTTP}/v1/chat/completions", key, body]
     heard = folder / "heard"
     with ExitStack() as stack:
