@@ -114,7 +114,7 @@ class Conversions:
             stdin=subprocess.PIPE,  # it ends with this process
             stdout=subprocess.PIPE,
             env=environment_of(self._settings),
-            start_new_session=True,
+            process_group=0,  # in this session, in which engines compute in the background too
         )
         with suppress(ProcessLookupError):
             compute_in_background(process.pid)  # what it imports, too: engines compute in the background themselves
