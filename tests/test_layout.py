@@ -66,6 +66,28 @@ def test_files_stay_small() -> None:
     assert not {path: n for path, n in lines.items() if n > 700}
 
 
+def test_the_ways_through_the_house_name_what_stands_there() -> None:
+    page = (ROOT / "docs/guide/architecture.md").read_text()
+    product = [p for folder in PACKAGES.values() for p in (ROOT / folder).rglob("*.py")]
+    modules = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text()) for p in product}
+    classes = {n.name: n for tree in modules.values() for n in tree.body if isinstance(n, ast.ClassDef)}
+    told = re.findall(r"`([^`\n]+)`", page[page.index("## One engine step") :])
+    paths = [name for name in told if name.endswith(".py")]
+    assert len(paths) > 40
+    assert not [name for name in paths if not any(f"/{module}".endswith(f"/{name}") for module in modules)]
+    for owner, _, method in (name.partition(".") for name in told if re.fullmatch(r"[A-Z]\w+(\.\w+)?", name)):
+        members = {n.name for n in classes[owner].body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert not method or method in members, f"{owner}.{method}"
+
+
+def test_no_module_asks_which_method_or_objective_it_has() -> None:
+    """A new one is an object in a registry: nobody else tells them apart by their classes."""
+    kinds = "LoraSpec|LongLoraSpec|DoraSpec|VeraSpec|LoraWeights|VeraWeights|SftSpec|DpoSpec"
+    asks = re.compile(rf"(isinstance\([^)]*\b({kinds})\b|type\([^)]*\) is ({kinds})\b)")
+    found = {p for folder in PACKAGES.values() for p in (ROOT / folder).rglob("*.py") if asks.search(p.read_text())}
+    assert {str(p.relative_to(ROOT)) for p in found} == {"platform/loray/engine/pool/packed.py"}  # DoRA's own rows
+
+
 def test_addresses_that_others_hold_stay() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     entry_points = [*project["scripts"].values(), *project["entry-points"]["loray.commands"].values()]

@@ -21,8 +21,9 @@ from loray.adapters.peft_format import PREFIX, write_folder
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.methods import METHODS, Method
 from loray.methods.weights import ModuleKey
-from loray.planning.run import count_factors, count_trained, count_vera_pair
+from loray.planning.run import count_trained
 from loray.publishing import Destination, publish
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store
@@ -61,19 +62,23 @@ class AdapterSet:
         spec = VeraSpec if self.method == "vera" else LoraSpec
         return spec.model_validate({"rank": rank, "target_modules": self.modules})
 
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.method]
+
     def nbytes(self, index: int, config: ModelConfig) -> int:
         """Bytes of the adapter's weights in bf16."""
         return 2 * count_trained(config, self.spec(self.rank(index))).adapter
 
     def pair_bytes(self, config: ModelConfig) -> int:
         """Bytes of all VeRA pairs in bf16: one pair for each rank."""
-        return 2 * sum(count_vera_pair(config, self.spec(rank)) for rank in set(self.ranks))
+        return 2 * sum(self._method.pair_elements(self.spec(rank), config) for rank in set(self.ranks))
 
     def shared_weights(self, config: ModelConfig) -> int:
         """Elements of the VeRA pair that a token is multiplied with, over all layers; A counts once for each input."""
         if self.method == "lora":
             return 0
-        mean = sum(count_factors(config, self.spec(rank)) for rank in self.ranks) / len(self.ranks)
+        mean = sum(self._method.factors(self.spec(rank), config) for rank in self.ranks) / len(self.ranks)
         return int(mean * config.num_layers)
 
     def mean_bytes(self, config: ModelConfig) -> float:

@@ -25,15 +25,15 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
-from loray.methods.pairs import PairKey, drawn_digest
-from loray.methods.weights import AdapterWeights, LoraWeights
+from loray.methods import method_of
+from loray.methods.weights import AdapterWeights
 from loray.planning.devices import device_on
 from loray.planning.plan import make_plan
 from loray.planning.run import shape_of
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, continued, on_hardware, resolve
 from loray.settings import Settings
-from loray.spec import AdapterSpec, DoraSpec, LongLoraSpec, TrainSpec, VeraSpec
+from loray.spec import AdapterSpec, TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.data.batches import plan_ahead
 from loray.train.data.corpus import Runner, run_here
@@ -53,38 +53,24 @@ def check_initial(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig,
 
 
 def _differences(spec: AdapterSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
-    theirs = "vera" if weights.pair is not None else "dora" if weights.has_magnitudes else "lora"
-    ours = "vera" if isinstance(spec, VeraSpec) else "dora" if isinstance(spec, DoraSpec) else "lora"
-    if theirs != ours:
-        yield f"its method is {theirs}"
+    method = method_of(spec)
+    if weights.method != method.stored_as:
+        yield f"its method is {weights.method}"
         return
     modules = {key.module for key in weights.modules}
     if modules != set(spec.target_modules):
         yield f"its target_modules are {', '.join(sorted(modules))}"
     elif len(weights.modules) != len(modules) * base.num_layers:
         yield "it has no weights in some of the layers"
-    ranks = {m.a_RI.shape[0] if isinstance(m, LoraWeights) else m.d_R.shape[0] for m in weights.modules.values()}
+    ranks = {module.rank for module in weights.modules.values()}
     if ranks != {spec.rank}:
         yield f"its rank is {', '.join(map(str, sorted(ranks)))}"
-    elif isinstance(spec, VeraSpec):
-        if modules == set(spec.target_modules) and not _has_pair_of(spec, weights, base):
-            yield "its random pair is another one (projection_prng_key)"
     else:
-        scale = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
-        scales = {m.scale for m in weights.modules.values() if isinstance(m, LoraWeights)}
-        if not all(math.isclose(s, scale) for s in scales):
-            yield f"its update is scaled by {', '.join(f'{s:g}' for s in sorted(scales))} (alpha, use_rslora)"
+        yield from method.differences(spec, weights, base)
     if weights.norms and not spec.train_norms:
         yield "it has norms of its own (train_norms: true)"
     if weights.embedding is not None and not spec.train_embeddings:
         yield "it has an embedding of its own (train_embeddings: true)"
-
-
-def _has_pair_of(spec: VeraSpec, weights: AdapterWeights, base: ModelConfig) -> bool:
-    shapes = [base.module_shape(module) for module in spec.target_modules]
-    max_out, max_in = (max(sizes) for sizes in zip(*shapes, strict=True))
-    drawn = PairKey(spec.projection_prng_key, spec.rank, max_in, max_out)
-    return weights.pair is not None and weights.pair.digest == drawn_digest(drawn)
 
 
 class Parent(NamedTuple):
@@ -266,6 +252,6 @@ def _rows(
 
 def _is_joined(spec: TrainSpec) -> bool | None:
     """Says whether texts are joined; None where only the data says whether it is texts, which then are joined."""
-    if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec) and not spec.is_paired:
+    if spec.batch.order is None and spec.adapter.usual_attention == "s2" and not spec.is_paired:
         return None
     return spec.batch.order == "concat"

@@ -18,13 +18,13 @@ from loray.engine.memory.adapter_layout import AdapterShape, Matrix
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.limits import pool_geometry
 from loray.errors import SpecError, UnsupportedError
+from loray.methods import method_of
 from loray.planning.compute import estimate_time, plan_traffic
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
-from loray.planning.run import RunShape, count_base, count_factors, count_trained, count_vera_pair, shape_of
+from loray.planning.run import RunShape, count_base, count_trained, shape_of
 from loray.spec import (
     DTYPE_BYTES,
-    MODULES_BY_INPUT,
     AdapterSpec,
     DoraSpec,
     LongLoraSpec,
@@ -168,7 +168,8 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
     geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
     allocator = BlockAllocator(geometry)
     demand = adapter_shape(adapter, model).demand(geometry)
-    if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(geometry.blocks_for_elements(pair)) is None:
+    pair = method_of(adapter).pair_elements(adapter, model)
+    if pair and allocator.allocate_run(geometry.blocks_for_elements(pair)) is None:
         return 0
     number = 0
     while all(allocator.allocate_rows(kind, rows) is not None for kind, rows in demand.items()):
@@ -178,14 +179,7 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
 
 def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
     """Return the adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
-    own: list[Matrix] = []
-    for module in adapter.target_modules:
-        out, width = model.module_shape(module)
-        if isinstance(adapter, VeraSpec):
-            own += Matrix(module, "vera_d", 1, adapter.rank), Matrix(module, "vera_b", 1, out)
-        else:
-            own += Matrix(module, "lora_a", adapter.rank, width), Matrix(module, "lora_b", adapter.rank, out)
-            own += [Matrix(module, "dora", 1, out)] if isinstance(adapter, DoraSpec) else []
+    own = [Matrix(*matrix) for matrix in method_of(adapter).matrices(adapter, model)]
     flat: list[Matrix] = []
     if adapter.train_norms:
         norms = ("input_layernorm", "post_attention_layernorm")
@@ -260,7 +254,7 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     """Counted in a pool of up to some hundred blocks, so that it is fast for any block size."""
     geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
     block_bytes = geometry.block_size * _BF16
-    pair = geometry.blocks_for_elements(count_vera_pair(model, adapter)) * block_bytes
+    pair = geometry.blocks_for_elements(method_of(adapter).pair_elements(adapter, model)) * block_bytes
     least = 8 * adapter_shape(adapter, model).num_blocks(geometry) * block_bytes
     room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
     return float(adapters_in(adapter, model, room + pair) * GIB / room)
@@ -276,13 +270,9 @@ def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> flo
     rate = device.flops * device.matmul_share
     elements, layers = model.num_matrix_elements, model.num_layers
     base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
-    read = NUM_ROWS * count_trained(model, adapter).adapter
-    if isinstance(adapter, VeraSpec):  # every layer also reads the pair, once for modules with the same input
-        for modules in MODULES_BY_INPUT:
-            shapes = [model.module_shape(module) for module in modules if module in adapter.target_modules]
-            if shapes:
-                read += layers * adapter.rank * (shapes[0][1] + max(out for out, _ in shapes))
-    computing = 2.0 * NUM_ROWS * count_factors(model, adapter) * layers / rate
+    method, read = method_of(adapter), NUM_ROWS * count_trained(model, adapter).adapter
+    read += layers * method.pair_reads(adapter, model)
+    computing = 2.0 * NUM_ROWS * method.factors(adapter, model) * layers / rate
     return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))
 
 

@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.convert import as_lora, merge_adapter, save_lora, vera_to_lora, write_gguf
+from loray.adapters.convert import merge_adapter, save_lora, vera_to_lora, write_gguf
 from loray.adapters.manifest import ManifestDetails
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
@@ -22,7 +22,8 @@ from loray.bases.gguf import unpermuted
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.methods.lora import LoraWeights
+from loray.methods.weights import AdapterWeights, ModuleKey
 from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
 from loray.spec import LINEAR_MODULES, RopeParameters
@@ -173,7 +174,7 @@ def test_llama_cpp_adds_what_peft_adds(
     found = added(tmp_path / "tone.gguf")
     assert len(found) == len(weights.modules)
     for key, module in weights.modules.items():
-        lora = as_lora(module, weights.pair, base.config.module_shape(key.module)[1])
+        lora = module.as_lora(weights.pair, base.config.module_shape(key.module)[1])
         delta_OI = found[f"blk.{key.layer}.{NAMES[key.module]}.weight"]
         if called == "llama" and key.module in ("q_proj", "k_proj"):
             delta_OI = unpermuted(delta_OI, base.config.head_dim)  # as smollm2's GGUF is read

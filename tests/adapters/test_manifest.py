@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loray.adapters.files import MAX_HEADER_BYTES, MAX_TENSORS, MAX_VERA_RANK
+from loray.adapters.files import MAX_HEADER_BYTES, MAX_TENSORS
 from loray.adapters.manifest import (
     ManifestDetails,
     describe,
@@ -28,7 +28,7 @@ from loray.adapters.manifest import (
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, IntegrityError, LorayError, SpecError, UnsupportedError
-from loray.methods import vera_module
+from loray.methods import METHODS, vera_module
 from loray.methods.vera_module import draw_pair
 from loray.spec import Evaluation, RopeParameters, TrainSpec
 from tests.fixtures.recipes import RECIPE
@@ -236,7 +236,7 @@ def test_ranks(
 
 
 def test_a_rank_of_vera_is_bounded_whatever_its_tensors_have(base: BaseModel, peft_folder: PeftFolder) -> None:
-    folder, rank = peft_folder(base, "vera"), MAX_VERA_RANK + 1
+    folder, rank = peft_folder(base, "vera"), METHODS["vera"].max_rank + 1
     stored = load_file(folder / WEIGHTS)
     save_file({n: torch.ones(rank) if "lambda_d" in n else t for n, t in stored.items()}, folder / WEIGHTS)
     edit(folder, r=rank)

@@ -15,12 +15,13 @@ from jobs.driver.prepare import prepare
 from loray.bases.presets import preset
 from loray.bases.registry import BaseModel, add_base, ensure_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError
-from loray.recipes.defaults import BASE_SIZES, METHODS, OBJECTIVES, complete, defaults_of, size_of
+from loray.methods import METHODS
+from loray.recipes.defaults import BASE_SIZES, complete, defaults_of, size_of
 from loray.recipes.fields import fields_of, given, to_yaml
 from loray.recipes.load import load_recipe, purpose, shipped, size_of_base
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import DpoSpec, Method, ObjectiveType, TrainSpec
+from loray.spec import OBJECTIVES, DpoSpec, Method, ObjectiveType, TrainSpec
 from loray.store import open_filesystem
 from tests.fixtures.calls import refused
 from tests.fixtures.recipes import RECIPE, write

@@ -16,10 +16,10 @@ from loray.adapters.peft_format import PREFIX, WEIGHTS_FILE
 from loray.bases.checkpoint import stored_dtype
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods.attach import is_magnitude
+from loray.methods.attach import is_magnitude, peft_name
 from loray.spec import CheckpointSpec, TrainSpec
 from loray.train import checkpoint
-from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot, peft_name
+from loray.train.checkpoint import Checkpoints, FolderReporter, Metrics, Snapshot
 from loray.train.model import build_model
 from tests.fixtures.adapters import in_peft, logits
 from tests.fixtures.training import METHODS, assert_equal, curve, make_data, recipe, run

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
-from loray.methods.attach import peft_config
+from loray.methods import method_of
 from loray.spec import REWARDS, TrainSpec
 from loray.train import checkpoint
 from loray.train import objectives as loss_module
@@ -187,7 +187,7 @@ def theirs(spec: TrainSpec, base: BaseModel, folder: Path) -> Result:
         args=arguments,
         train_dataset=Dataset.from_list([pair(i) for i in range(NUM_PAIRS)]),
         processing_class=byte_tokenizer(),
-        peft_config=peft_config(spec.adapter),
+        peft_config=method_of(spec.adapter).peft_config(spec.adapter),
     )
     parameters = {_name_of(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -31,7 +31,7 @@ from loray.train.data.batches import TrainBatch, collate, pack_rows
 from loray.train.hooks import DENSE
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
-from loray.train.objectives import Objective
+from loray.train.objectives import objective_of
 from loray.train.strategies import prepare
 
 _SHORT_ROW = 64  # tokens of a rank
@@ -48,7 +48,7 @@ def main(
     model = build_model(base, spec).train()
     if is_dense:
         model.set_attn_implementation(DENSE)
-    strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.chosen_dtype))
+    strategy = prepare(objective_of(model, spec), spec, mesh.world, device, BaseWeights(base, spec.chosen_dtype))
 
     def step(batch: TrainBatch) -> float:
         began = time.perf_counter()

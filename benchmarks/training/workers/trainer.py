@@ -32,7 +32,7 @@ from loray.spec import LongLoraSpec, TrainSpec, VeraSpec
 from loray.train.data.batches import collate, pack_rows
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
-from loray.train.objectives import Objective
+from loray.train.objectives import objective_of
 from loray.train.strategies import prepare
 
 _RATE = 1e-4
@@ -76,7 +76,7 @@ class _Turns(TrainerCallback):  # type: ignore[misc]
     def __init__(self, base: BaseModel, spec: TrainSpec, ids: Any) -> None:
         device, self._ids = torch.device("cpu"), ids
         model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
-        self._strategy = prepare(Objective(model), spec, Mesh.build(1, device).world, device, weights)
+        self._strategy = prepare(objective_of(model, spec), spec, Mesh.build(1, device).world, device, weights)
         self.our_seconds: list[float] = []
         self.their_seconds: list[float] = []
         self.our_losses: list[float] = []

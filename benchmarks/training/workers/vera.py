@@ -33,7 +33,7 @@ from loray.spec import LINEAR_MODULES, VeraSpec
 from loray.train.data.batches import TrainBatch, collate, pack_rows
 from loray.train.mesh import Mesh
 from loray.train.model import BaseWeights, build_model
-from loray.train.objectives import Objective, batch_loss
+from loray.train.objectives import batch_loss, objective_of
 from loray.train.strategies import prepare
 
 _RATE = 4e-3  # the paper's for instruction tuning
@@ -66,7 +66,7 @@ def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     spec = on_this_machine(recipe_of(adapter, num_tokens))
     mesh = Mesh.build(1, torch.device("cpu"))
     model, weights = build_model(base, spec).train(), BaseWeights(base, spec.chosen_dtype)
-    strategy = prepare(Objective(model), spec, mesh.world, torch.device("cpu"), weights)
+    strategy = prepare(objective_of(model, spec), spec, mesh.world, torch.device("cpu"), weights)
 
     def step(batch: TrainBatch) -> float:
         loss = strategy.forward_backward(batch, divisor=batch.num_targets, last=True)

@@ -20,7 +20,7 @@ from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.bases.quantized import rounded
 from loray.bases.registry import BaseModel, is_copied
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection, VeraWeights
+from loray.methods.weights import AdapterWeights
 from loray.spec import LINEAR_MODULES, QuantizationSpec
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
@@ -29,25 +29,15 @@ from loray.spec import LINEAR_MODULES, QuantizationSpec
 def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
     """Convert VeRA to LoRA, for tools that know LoRA alone, or to continue training as LoRA.
 
-    B' = Λb B[:O] and A' = Λd A[:, :I], in fp32, with scale 1. The result computes the same, and is as large as a LoRA
+    The result computes the same, and is as large as a LoRA
     adapter of that rank. Raises UnsupportedError for other adapters.
     """
     if weights.pair is None:
         raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
     modules = {
-        key: as_lora(module, weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+        key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
     }
     return replace(weights, modules=modules, pair=None)
-
-
-def as_lora(module: LoraWeights | VeraWeights, pair: SharedProjection | None, width: int) -> LoraWeights:
-    """Convert a module with an input of `width` elements to LoRA. A LoRA module is returned unchanged."""
-    if isinstance(module, LoraWeights):
-        return module
-    assert pair is not None
-    inner_RI = module.d_R.float()[:, None] * pair.a_RI[:, :width].float()
-    outer_OR = module.b_O.float()[:, None] * pair.b_OR[: module.b_O.shape[0]].float()
-    return LoraWeights(inner_RI, outer_OR, scale=1.0)
 
 
 def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
@@ -56,11 +46,9 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
     tensors: dict[str, Tensor] = {}
     ranks = set()
     for key, module in weights.modules.items():
-        assert isinstance(module, LoraWeights)
-        assert module.scale == 1.0
-        ranks.add(module.a_RI.shape[0])
-        tensors[f"{prefix}{key.path}.lora_A.weight"] = module.a_RI
-        tensors[f"{prefix}{key.path}.lora_B.weight"] = module.b_OR
+        assert module.as_lora(None, 0).scale == 1.0
+        ranks.add(module.rank)
+        tensors |= {f"{prefix}{key.path}.{part}": tensor for part, tensor in module.parts.items()}
     (rank,) = ranks
     whole = {path.rpartition(".")[2] for path in weights.norms}
     tensors |= {f"{prefix}{path}.weight": norm for path, norm in weights.norms.items()}
@@ -138,7 +126,7 @@ def _merged(
         if trained_on is not None and name.endswith(_LINEAR):
             tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
         if name in adapted:
-            lora = as_lora(weights.modules[adapted[name]], weights.pair, tensor.shape[1])
+            lora = weights.modules[adapted[name]].as_lora(weights.pair, tensor.shape[1])
             merged_OI = tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())
             if lora.magnitude_O is not None:
                 merged_OI *= lora.output_scale(tensor)[:, None]
@@ -227,7 +215,7 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     _check_linear(weights)
     architecture = _ARCHITECTURES[base.architecture]
     modules = {
-        key: as_lora(module, weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+        key: module.as_lora(weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
     }
     alphas = {(module.a_RI.shape[0], module.scale) for module in modules.values()}
     is_one = len(alphas) == 1
@@ -254,7 +242,7 @@ def _check_linear(weights: AdapterWeights) -> None:
         "norms": bool(weights.norms),
         "the input embedding": weights.embedding is not None,
         "RoPE": weights.rope is not None,
-        "the magnitudes of outputs (DoRA)": weights.has_magnitudes,
+        "the magnitudes of outputs (DoRA)": weights.method == "dora",
     }
     changed = [what for what, is_changed in more.items() if is_changed]
     if changed:

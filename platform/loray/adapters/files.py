@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from loray.bases.checkpoint import TensorEntry, header_end, parse_header
 from loray.errors import IntegrityError, UnsupportedError, shown
+from loray.methods.pairs import PAIR_NAMES
 
 if TYPE_CHECKING:
     from loray.spec import AdapterManifest
@@ -17,28 +17,10 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES = 4 << 20  # the ids of changed embedding rows are in it
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 1 << 15
-MAX_RANK = 1 << 14
-MAX_VERA_RANK = 1 << 12  # its shared pair is drawn from a key, so that a small file asks for many numbers
 
-PAIR_NAMES = ("base_model.vera_A", "base_model.vera_B")
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _NUMPY_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _CHUNK_BYTES = 4 << 20
-_MAX_KEY = 1 << 63
-
-
-def check_config(config: Mapping[str, Any], *, source: str) -> None:
-    """Raise IntegrityError where a number of PEFT's configuration is none, or out of bounds."""
-    is_vera = config.get("peft_type") == "VERA"
-    rank, limit = config.get("r"), MAX_VERA_RANK if is_vera else MAX_RANK
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= limit:
-        raise IntegrityError(f"{source}: r is {shown(rank)}, not a number from 1 to {limit:,}")
-    alpha = config.get("lora_alpha")
-    if not is_vera and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < math.inf):
-        raise IntegrityError(f"{source}: lora_alpha is {shown(alpha)}, not a number")
-    key = config.get("projection_prng_key", 0)
-    if is_vera and (isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < _MAX_KEY):
-        raise IntegrityError(f"{source}: projection_prng_key is {shown(key)}, not a whole number from 0 on")
 
 
 def check_header_length(beginning: bytes, *, source: str) -> int:

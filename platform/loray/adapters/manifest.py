@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import ValidationError
 
-from loray.adapters.files import PAIR_NAMES, check_declared, check_finite, own_bytes, read_header
+from loray.adapters.files import check_declared, check_finite, own_bytes, read_header
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -33,8 +33,9 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
-from loray.methods.pairs import PairKey, drawn_digest, stored_digest
-from loray.methods.weights import AdapterWeights, LoraWeights, SharedProjection
+from loray.methods import METHODS
+from loray.methods.pairs import PAIR_NAMES, PairKey, drawn_digest, stored_digest
+from loray.methods.weights import AdapterWeights, SharedProjection
 from loray.spec import (
     LINEAR_MODULES,
     MAX_DESCRIPTION_CHARACTERS,
@@ -279,21 +280,17 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
 
 def _rank(weights: AdapterWeights) -> int:
     """The largest rank of any module; 0 where the adapter has no linear modules."""
-    return max(
-        (m.a_RI.shape[0] if isinstance(m, LoraWeights) else m.d_R.shape[0] for m in weights.modules.values()), default=0
-    )
+    return max((module.rank for module in weights.modules.values()), default=0)
 
 
 def _method(
     folder: Path, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
 ) -> Method:
-    method: Method = "vera" if weights.pair is not None else "lora"
-    if weights.has_magnitudes:
-        method = "dora"
+    method = weights.method
     if recipe is None:
         return "longlora" if method == "lora" and rope_parameters is not None else method
     declared = recipe.adapter.method
-    if method != declared and {method, declared} != {"lora", "longlora"}:
+    if METHODS[declared].stored_as != method:
         raise SpecError(f"{folder} holds a {method} adapter, but its recipe says {declared}")
     return declared
 

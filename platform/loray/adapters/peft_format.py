@@ -9,18 +9,20 @@ import json
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from loray.adapters.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
+from loray.adapters.files import MAX_CONFIG_BYTES, read_header
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
-from loray.methods.pairs import PairKey
-from loray.methods.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, SharedProjection, VeraWeights
+from loray.methods import METHODS_OF_PEFT
+from loray.methods.base import StoredModule
+from loray.methods.pairs import PAIR_NAMES, PairKey
+from loray.methods.weights import AdapterWeights, EmbeddingRows, ModuleKey, ModuleWeights, SharedProjection
 from loray.spec import LINEAR_MODULES
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "ensure_weight_tying": (False, None),
 }
-_MAGNITUDE = "lora_magnitude_vector"
 # With these initialisations PEFT changes the base's weights when it loads the adapter.
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -100,12 +101,14 @@ def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise IntegrityError(f"{path} must hold an object, not {type(config).__name__}")
     kind = config.get("peft_type")
-    if kind not in ("LORA", "VERA"):
-        raise UnsupportedError(f"{folder}: peft_type {shown(kind)} is not supported; LORA and VERA are")
+    if not isinstance(kind, str) or kind not in METHODS_OF_PEFT:
+        raise UnsupportedError(
+            f"{folder}: peft_type {shown(kind)} is not supported; {' and '.join(sorted(METHODS_OF_PEFT))} are"
+        )
     for option, inert in _INERT.items():
         if config.get(option) not in inert and option in config:
             raise UnsupportedError(f"{folder}: {option}={shown(config[option])} is not supported")
-    check_config(config, source=str(path))
+    METHODS_OF_PEFT[kind].check_config(config, source=str(path))
     init = str(config.get("init_lora_weights", ""))
     if init.startswith(_REWRITING_INITS):
         raise UnsupportedError(
@@ -193,80 +196,21 @@ def parse_adapter(
             raise UnsupportedError(f"{folder}: tensor {name!r} belongs to nothing that loray adapts")
     if not parts and not norms and embedding is None:
         raise IntegrityError(f"{folder}: {WEIGHTS_FILE} holds no adapter tensors")
-    pair: SharedProjection | None = None
-    modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
-    if config["peft_type"] == "LORA":
-        ranks = ModulePatterns("rank_pattern", config.get("rank_pattern"), source=str(folder))
-        alphas = ModulePatterns("alpha_pattern", config.get("alpha_pattern"), source=str(folder))
-        modules = {key: _lora(folder, config, key, p, ranks, alphas) for key, p in parts.items()}
-    else:
-        modules = {key: _vera(folder, config, key, p) for key, p in parts.items()}
-        if not parts:
-            raise IntegrityError(f"{folder}: a VeRA adapter without a module")
-        pair = pair_of(_checked_pair(folder, config, base, parts.keys(), pair_tensors), pair_tensors)
+    method = METHODS_OF_PEFT[config["peft_type"]]
+    ranks = ModulePatterns("rank_pattern", config.get("rank_pattern"), source=str(folder))
+    alphas = ModulePatterns("alpha_pattern", config.get("alpha_pattern"), source=str(folder))
+
+    def read(key: ModuleKey) -> ModuleWeights:
+        path, label = f"model.{key.path}", f"{folder}: layer {key.layer} {key.module}"
+        rank, alpha = ranks.value(path, config["r"]), alphas.value(path, config.get("lora_alpha", 0.0))
+        return method.read(StoredModule(label, parts[key], config, rank, alpha))
+
+    modules = {key: read(key) for key in parts}
+    drawn = method.pair_key(config, base, {key.module for key in parts}, pair_tensors, str(folder))
+    pair = None if drawn is None else pair_of(drawn, pair_tensors)
     weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding)
     check_shapes(weights, base, source=str(folder))
     return weights
-
-
-def _lora(
-    folder: Path,
-    config: Mapping[str, Any],
-    key: ModuleKey,
-    parts: Mapping[str, Tensor],
-    ranks: ModulePatterns,
-    alphas: ModulePatterns,
-) -> LoraWeights:
-    expected = {"lora_A", "lora_B", *([_MAGNITUDE] if config.get("use_dora") else [])}
-    if set(parts) != expected:
-        raise UnsupportedError(
-            f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not {' and '.join(sorted(expected))}"
-        )
-    a_RI, b_OR = parts["lora_A"], parts["lora_B"]
-    rank, path = a_RI.shape[0], f"model.{key.path}"
-    _check_rank(folder, key, rank, ranks.value(path, config["r"]))
-    alpha = alphas.value(path, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraWeights(a_RI, b_OR, scale, parts.get(_MAGNITUDE))
-
-
-def _vera(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:
-    if set(parts) != {"vera_lambda_b", "vera_lambda_d"}:
-        raise UnsupportedError(
-            f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not vera_lambda_b and _d"
-        )
-    _check_rank(folder, key, parts["vera_lambda_d"].shape[0], config["r"])
-    return VeraWeights(d_R=parts["vera_lambda_d"], b_O=parts["vera_lambda_b"])
-
-
-def _check_rank(folder: Path, key: ModuleKey, rank: int, configured: float) -> None:
-    """Raise for another rank, before VeRA's pair is drawn with it."""
-    if rank != configured:
-        raise IntegrityError(
-            f"{folder}: layer {key.layer} {key.module} has rank {rank}, {CONFIG_FILE} says {configured:g}; "
-            "save the adapter again"
-        )
-
-
-def _checked_pair(
-    folder: Path, config: Mapping[str, Any], base: ModelConfig, keys: Iterable[ModuleKey], stored: Mapping[str, Tensor]
-) -> PairKey:
-    """Name the pair that is drawn where none is stored. Raises where one is, and does not fit."""
-    shapes = [base.module_shape(key.module) for key in keys]
-    max_out, max_in = max(s[0] for s in shapes), max(s[1] for s in shapes)
-    drawn = PairKey(config.get("projection_prng_key", 0), config["r"], max_in, max_out)
-    if not stored:
-        return drawn
-    if set(stored) != {"A", "B"}:
-        raise IntegrityError(f"{folder}: only vera_{next(iter(stored))} is stored; both or neither must be")
-    a_RI, b_OR = stored["A"], stored["B"]
-    if len(a_RI.shape) != 2 or len(b_OR.shape) != 2 or a_RI.shape[0] != config["r"]:
-        raise IntegrityError(f"{folder}: the stored pair is not of rank {config['r']}, as {CONFIG_FILE} says")
-    if a_RI.shape[1] < max_in or b_OR.shape[0] < max_out or a_RI.shape[0] != b_OR.shape[1]:
-        raise BaseMismatch(
-            f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base"
-        )
-    return drawn
 
 
 def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...]:
@@ -306,16 +250,9 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
             raise BaseMismatch(
                 f"{label}: this base has {base.num_layers} layers; the adapter is for another base model"
             )
-        if isinstance(module, LoraWeights):
-            rank = module.a_RI.shape[0]
-            yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
-            yield f"{label} lora_B", tuple(module.b_OR.shape), (out_width, rank)
-            if module.magnitude_O is not None:
-                yield f"{label} lora_magnitude_vector", tuple(module.magnitude_O.shape), (out_width,)
-        else:
-            assert w.pair is not None
-            yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)
-            yield f"{label} vera_lambda_b", tuple(module.b_O.shape), (out_width,)
+        parts = module.parts
+        for part, expected in module.shapes(out_width, in_width, w.pair).items():
+            yield f"{label} {part.removesuffix('.weight')}", tuple(parts[part].shape), expected
     for path, norm in w.norms.items():
         if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
             raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")

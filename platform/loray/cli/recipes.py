@@ -14,12 +14,12 @@ from loray.bases.presets import shapes_in
 from loray.cli.output import console, emit, json_option, table
 from loray.errors import ConflictError
 from loray.machine import hardware
-from loray.recipes.defaults import METHODS, BaseSize
+from loray.methods import METHODS
 from loray.recipes.fields import given, merge, to_yaml
 from loray.recipes.load import Recipe, load_recipe, purpose, shipped, size_of_base
 from loray.recipes.resolve import on_hardware
 from loray.settings import Settings
-from loray.spec import TrackerName, TrainSpec
+from loray.spec import BaseSize, TrackerName, TrainSpec
 
 _FIELDS = {  # option → field
     "name": "name",
@@ -75,7 +75,7 @@ _OPTIONS = (
     click.argument("recipe", required=False),
     click.option("--name", help="Of the adapter; needed without RECIPE."),
     click.option("--base", help="The base model to train on."),
-    click.option("--method", type=click.Choice(METHODS)),
+    click.option("--method", type=click.Choice(list(METHODS))),
     click.option("--data", metavar="FILE|URL", help="JSONL or Parquet to train on; needed without RECIPE."),
     click.option("--eval-data", metavar="FILE|URL", help="Held-out data; without it, a part of the data is held out."),
     click.option("--workers", type=click.IntRange(min=1), help="num_workers."),

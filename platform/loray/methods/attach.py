@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loray.errors import UnsupportedError
-from loray.methods.vera_module import VeraLinear, inject_vera
-from loray.methods.weights import AdapterWeights, LoraWeights
-from loray.spec import AdapterSpec, DoraSpec, LoraSpec, VeraSpec
+from loray.methods import method_of
+from loray.methods.vera_module import VeraLinear
+from loray.methods.weights import AdapterWeights
+from loray.spec import AdapterSpec
 
 ADAPTER = "default"  # PEFT's name of the adapter inside a model
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
@@ -51,14 +50,17 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     dtype = model.get_input_embeddings().weight.dtype
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if isinstance(spec, VeraSpec):
-            inject_vera(model, spec)
-        else:
-            inject_adapter_in_model(_lora_config(spec), model, adapter_name=ADAPTER)
+        method_of(spec).inject(model, spec)
     _train_extras(model, spec)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
+
+
+def peft_name(name: str) -> str:
+    """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
+    stored = name.replace(f".{ADAPTER}.", ".")
+    return stored.removesuffix(".weight") if is_magnitude(name) else stored
 
 
 def is_magnitude(name: str) -> bool:
@@ -73,16 +75,10 @@ def load_weights(model: Any, weights: AdapterWeights) -> None:
     Norms and an embedding that `weights` lack stay the base's.
     """
     inner = model.base_model
+    parameters = {peft_name(name): parameter for name, parameter in inner.named_parameters()}
     for key, module in weights.modules.items():
-        layer = inner.get_submodule(key.path)
-        if isinstance(module, LoraWeights):
-            layer.lora_A[ADAPTER].weight.copy_(module.a_RI)
-            layer.lora_B[ADAPTER].weight.copy_(module.b_OR)
-            if module.magnitude_O is not None:
-                layer.lora_magnitude_vector[ADAPTER].weight.copy_(module.magnitude_O)
-        else:
-            layer.vera_lambda_d.copy_(module.d_R)
-            layer.vera_lambda_b.copy_(module.b_O)
+        for part, tensor in module.parts.items():
+            parameters[f"{key.path}.{part}"].copy_(tensor)
     for path, norm in weights.norms.items():
         inner.get_submodule(path).weight.copy_(norm)
     if weights.embedding is not None:
@@ -111,40 +107,6 @@ class AdapterSwitch:
             lora._disable_adapters = is_off  # PEFT's own method also freezes parameters, which sharding would keep
         for vera in self._vera:
             vera.is_off = is_off
-
-
-def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
-    """Make the configuration with which PEFT makes the same adapter."""
-    return _vera_config(spec, **options) if isinstance(spec, VeraSpec) else _lora_config(spec, **options)
-
-
-def _lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
-    return LoraConfig(
-        r=spec.rank,
-        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=list(spec.target_modules),
-        use_rslora=spec.use_rslora,
-        use_dora=isinstance(spec, DoraSpec),
-        task_type="CAUSAL_LM",
-        **options,
-    )
-
-
-def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
-    with warnings.catch_warnings():
-        # PEFT warns that the pair is drawn again when the adapter is loaded; the manifest pins its digest.
-        warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
-        return VeraConfig(
-            r=spec.rank,
-            target_modules=list(spec.target_modules),
-            projection_prng_key=spec.projection_prng_key,
-            save_projection=spec.save_projection,
-            vera_dropout=spec.dropout,
-            d_initial=spec.d_initial,
-            task_type="CAUSAL_LM",
-            **options,
-        )
 
 
 def _train_extras(model: Any, spec: AdapterSpec) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PAIR_NAMES = ("base_model.vera_A", "base_model.vera_B")  # of a stored pair, in PEFT's files
 _BLOCK = 1 << 18  # numbers
 
 

@@ -1,21 +1,20 @@
 """An adapter's weights by layer and module.
 
-Shapes: R rank, I input width, O output width, V rows of an embedding, D hidden size.
+Shapes: R rank, I input width, V rows of an embedding, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from loray.spec import MLP_MODULES, RopeParameters
+from loray.spec import MLP_MODULES, Method, RopeParameters
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
+    from loray.methods.lora import LoraWeights
 
 
 class ModuleKey(NamedTuple):
@@ -30,36 +29,35 @@ class ModuleKey(NamedTuple):
         return f"layers.{self.layer}.{'mlp' if self.module in MLP_MODULES else 'self_attn'}.{self.module}"
 
 
-@dataclass(frozen=True, slots=True)
-class LoraWeights:
-    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
-    too.
+Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
+
+
+class PoolRows(NamedTuple):
+    """A matrix as rows of the pool. `scale` is LoRA's alpha/r; only lora_b has it."""
+
+    role: Role
+    tensor: Tensor
+    scale: float = 1.0
+
+
+class ModuleWeights(Protocol):
+    """An adapter's tensors of one linear module. Each method has a class of them beside it.
+
+    parts  by the names that PEFT's files have below the module's path
     """
 
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
-    magnitude_O: Tensor | None = None
+    @property
+    def method(self) -> Method: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def parts(self) -> Mapping[str, Tensor]: ...
+    def shapes(self, out: int, width: int, pair: SharedProjection | None) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes that `parts` must have on a module of `out` outputs and `width` inputs."""
 
-    def output_scale(self, weight_OI: Tensor) -> Tensor:
-        """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
-        y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
-        """
-        import torch  # shapes and headers are read without it
-
-        assert self.magnitude_O is not None
-        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
-        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
-        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
-        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
-
-
-@dataclass(frozen=True, slots=True)
-class VeraWeights:
-    """y += b ⊙ (B[:O] (d ⊙ (A[:, :I] x))) with the adapter's SharedProjection."""
-
-    d_R: Tensor
-    b_O: Tensor
+    def rows(self) -> Iterator[PoolRows]: ...
+    def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
+        """Convert to what computes the same on a module of `width` inputs; LoRA stays as it is."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -91,7 +89,7 @@ class AdapterWeights:
     rope   None: the base's RoPE
     """
 
-    modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
+    modules: Mapping[ModuleKey, ModuleWeights]
     pair: SharedProjection | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     embedding: EmbeddingRows | None = None
@@ -99,6 +97,6 @@ class AdapterWeights:
     context_length: int | None = None
 
     @property
-    def has_magnitudes(self) -> bool:
-        """True for DoRA."""
-        return any(isinstance(m, LoraWeights) and m.magnitude_O is not None for m in self.modules.values())
+    def method(self) -> Method:
+        """The method of the modules, of which LoRA and LongLoRA have the same; LoRA where there are none."""
+        return next((module.method for module in self.modules.values()), "lora")

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
+from loray.methods import method_of
 from loray.planning.devices import Device
-from loray.planning.run import RunShape, count_dora_norms, count_factors, count_quantized, halo_plan
+from loray.planning.run import RunShape, count_quantized, halo_plan
 from loray.planning.sequence import ring_elements, ulysses_elements
 from loray.recipes.resolve import quarter
-from loray.spec import AdapterSpec, VeraSpec
+from loray.spec import AdapterSpec
 
 # Products of attention's backward pass per product of its forward pass: two products have four gradients, and flash
 # attention computes the scores once more.
@@ -185,14 +186,9 @@ def _products(
     return _Products(
         linears=2.0 * (model.num_matrix_elements - head) * num_tokens,
         head=2.0 * head * num_targets,
-        adapter=2.0 * count_factors(model, adapter) * model.num_layers * num_tokens,
+        adapter=2.0 * method_of(adapter).factors(adapter, model) * model.num_layers * num_tokens,
         attention=4.0 * model.head_dim * model.num_layers * num_pairs,
     )
-
-
-def _adapter_gradients(adapter: AdapterSpec) -> int:
-    """Products of the backward pass per product of the forward pass: LoRA trains A and B, VeRA's are frozen."""
-    return 1 if isinstance(adapter, VeraSpec) else 2
 
 
 def count_flops(run: RunShape) -> Flops:
@@ -206,10 +202,12 @@ def count_flops(run: RunShape) -> Flops:
     pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
     dense = rows * attention_pairs(run.padded_length, None, heads)
     p = _products(run.model, run.adapter, num_tokens=num_tokens, num_targets=num_tokens, num_pairs=pairs)
-    layers = p.linears + p.adapter + p.attention + 2.0 * count_dora_norms(run.model, run.adapter) * run.accumulation
+    method = method_of(run.adapter)
+    layers = p.linears + p.adapter + p.attention
+    layers += 2.0 * method.step_products(run.adapter, run.model) * run.accumulation
     return Flops(
         forward=layers + 2 * p.head,
-        backward=p.linears + _adapter_gradients(run.adapter) * p.adapter + ATTENTION_BACKWARD * p.attention,
+        backward=p.linears + method.products_backward * p.adapter + ATTENTION_BACKWARD * p.attention,
         recompute=layers if run.checkpointing else 0.0,
         attention=p.attention,
         dense_attention=4.0 * run.model.head_dim * run.model.num_layers * dense,
@@ -237,7 +235,7 @@ def model_flops_per_token(
     num_tokens = float(sum(k * n for n, k in length_counts.items()))
     p = _products(model, adapter, num_tokens=num_tokens, num_targets=target_share * num_tokens, num_pairs=pairs)
     total = 2 * (p.linears + p.head)
-    total += (1 + _adapter_gradients(adapter)) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention
+    total += (1 + method_of(adapter).products_backward) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention
     total += (p.linears + p.head + p.attention) * has_reference
     return total / num_tokens
 

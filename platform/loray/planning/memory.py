@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from loray.methods import method_of
+from loray.methods.base import SavedTensors
 from loray.planning.devices import Device
-from loray.planning.run import SHARDS_WEIGHTS, RunShape, count_vera_pair
+from loray.planning.run import SHARDS_WEIGHTS, RunShape
 from loray.planning.sequence import DensePlan
-from loray.spec import DTYPE_BYTES, LINEAR_MODULES, MODULES_BY_INPUT, DoraSpec, TrainSpec, VeraSpec
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES, TrainSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
@@ -92,7 +94,7 @@ def _weights(run: RunShape) -> Iterator[Item]:
     """
     e, trained = run.element_bytes, run.trained
     rows = 0 if run.model.tie_word_embeddings else trained.embedding
-    pair = count_vera_pair(run.model, run.adapter)
+    pair = method_of(run.adapter).pair_elements(run.adapter, run.model)
     pair_bytes = pair * (_FP32 if e == _FP32 else _FP32 + e)  # in fp32, and in the base's dtype
     yield Item("base weights", _share(run.base_bytes - e * (trained.norms + rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
@@ -157,9 +159,8 @@ def _activations(run: RunShape) -> Iterator[Item]:
         shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
         matrix = run.element_bytes * max(out * width for out, width in shapes)
         yield Item("a matrix, dequantized", matrix, ("backward",), matrix)
-    if isinstance(run.adapter, DoraSpec):  # B A of a unit matrix, W + s B A, and what comes between
-        shapes = (run.model.module_shape(module) for module in run.adapter.target_modules)
-        largest = run.element_bytes * max(out * width for out, width in shapes)
+    if elements := method_of(run.adapter).workspace(run.adapter, run.model):
+        largest = run.element_bytes * elements  # B A of a unit matrix, W + s B A, and what comes between
         yield Item("W + s B A of a module", 4 * largest, ("backward",) if run.checkpointing else (), largest)
     gradients = layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
@@ -240,17 +241,11 @@ def _share(nbytes: int, shards: int) -> int:
 # attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
 
 
-class SavedTensors(NamedTuple):
-    """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
-
-    name: str
-    nbytes: int
-    block: int
-
-
 def saved_by_layer(run: RunShape) -> tuple[SavedTensors, ...]:
     """List what autograd keeps of a layer for its backward pass."""
-    kept = (_saved_norms(run), _saved_attention(run), _saved_adapter(run), _saved_mlp(run))
+    method, e, is_shared = method_of(run.adapter), run.element_bytes, run.sequence > 1
+    adapter = method.saved(run.adapter, run.model, element_bytes=e, is_shared=is_shared)
+    kept = (_saved_norms(run), _saved_attention(run), adapter, _saved_mlp(run))
     return tuple(part for part in kept if part.nbytes)
 
 
@@ -276,37 +271,6 @@ def _saved_attention(run: RunShape) -> SavedTensors:
     model, e = run.model, run.element_bytes
     q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
     return SavedTensors("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
-
-
-def _saved_adapter(run: RunShape) -> SavedTensors:
-    """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
-
-    The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
-    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. DoRA also keeps
-    what it scales: the outputs of the base and of B. VeRA keeps the operands of its two vectors; A x is computed once
-    for modules with the same input.
-    """
-    model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
-    shapes = {module: model.module_shape(module) for module in targets}
-    if isinstance(run.adapter, VeraSpec):
-        outs = [out for out, _ in shapes.values()]
-        products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
-        return SavedTensors("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
-    inner = e * run.adapter.rank * len(targets)
-    if isinstance(run.adapter, DoraSpec):
-        inner += 2 * e * sum(out for out, _ in shapes.values())
-    inputs = [e * width for _, width in shapes.values()]
-    if run.adapter.dropout:
-        return SavedTensors("adapter", inner + 2 * sum(inputs), max(inputs))
-    shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
-    if run.sequence == 1:
-        shared.pop(_input_of("o_proj"), None)
-    return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
-
-
-def _input_of(module: str) -> tuple[str, ...]:
-    """The modules that have the same input as `module`, itself included."""
-    return next(modules for modules in MODULES_BY_INPUT if module in modules)
 
 
 def _saved_mlp(run: RunShape) -> SavedTensors:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
+from loray.methods import method_of
 from loray.planning.sequence import DensePlan, HaloPlan, padded_length
 from loray.recipes.resolve import Resolved, check_token_budget, resolve
 from loray.spec import (
     DTYPE_BYTES,
     LINEAR_MODULES,
-    MODULES_BY_INPUT,
     AdapterSpec,
-    DoraSpec,
     DType,
     QuantizationSpec,
     StrategyName,
     TrainSpec,
-    VeraSpec,
 )
 
 
@@ -90,48 +88,10 @@ def count_quantized(model: ModelConfig) -> int:
 def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
     """Count the elements that an adapter trains."""
     base = count_base(model)
-    shapes = [model.module_shape(module) for module in adapter.target_modules]
-    if isinstance(adapter, VeraSpec):
-        tensors = [n for out, _ in shapes for n in (out, adapter.rank)]
-    else:
-        tensors = [adapter.rank * n for out_in in shapes for n in out_in]
-        tensors += [out for out, _ in shapes if isinstance(adapter, DoraSpec)]
+    tensors = list(method_of(adapter).trained(adapter, model))
     embedding = base.embedding if adapter.train_embeddings else 0
     norms = base.norms if adapter.train_norms else 0
     return TrainedCounts(model.num_layers * sum(tensors), embedding, norms, max(embedding, *tensors))
-
-
-def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Count the elements of A and B that a token is multiplied with in one layer.
-
-    VeRA computes A x once for the modules with the same input, unless dropout gives every module an input of its own.
-    """
-    targets = adapter.target_modules
-    outs = sum(model.module_shape(module)[0] for module in targets)
-    widths = {module: model.module_shape(module)[1] for module in targets}
-    if isinstance(adapter, VeraSpec) and not adapter.dropout:
-        first = (next((m for m in modules if m in widths), None) for modules in MODULES_BY_INPUT)
-        widths = {module: widths[module] for module in first if module is not None}
-    return adapter.rank * (outs + sum(widths.values()))
-
-
-def count_dora_norms(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Count the products that a forward pass takes for DoRA's norms, whatever its tokens; 0 for the other methods.
-
-    They are A and B of a unit matrix, as PEFT computes B A in every module.
-    """
-    if not isinstance(adapter, DoraSpec):
-        return 0
-    shapes = [model.module_shape(module) for module in adapter.target_modules]
-    return model.num_layers * sum(width * adapter.rank * (out + width) for out, width in shapes)
-
-
-def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Count the elements of VeRA's frozen pair (A, B), which all modules share; 0 for the other methods."""
-    if not isinstance(adapter, VeraSpec):
-        return 0
-    shapes = [model.module_shape(module) for module in adapter.target_modules]
-    return adapter.rank * (max(out for out, _ in shapes) + max(width for _, width in shapes))
 
 
 SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
@@ -256,7 +216,7 @@ def shape_of(spec: TrainSpec, model: ModelConfig, *, dtype: DType = "bfloat16") 
     UnsupportedError where the driver would refuse it, too.
     """
     resolved = resolve(spec, model)
-    row_length, row_size = resolved.row_length, 2 if spec.is_paired else 1
+    row_length, row_size = resolved.row_length, spec.objective.sequences_per_row
     check_token_budget(spec.batch, row_length * row_size)
     return RunShape(
         model=model,

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 from loray.bases.config import ModelConfig
-from loray.spec import LongLoraSpec, Method, ObjectiveType
+from loray.methods import METHODS
+from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType
 
-BaseSize = Literal["small", "large"]
-BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
-METHODS: tuple[Method, ...] = get_args(Method)
+BASE_SIZES: tuple[BaseSize, ...] = get_args(BaseSize)
 FIRST_METHOD: Method = "lora"
-OBJECTIVES: tuple[ObjectiveType, ...] = get_args(ObjectiveType)
 FIRST_OBJECTIVE: ObjectiveType = "sft"
 
 LARGE_BASE = 10**9  # parameters from which a base is large
@@ -27,17 +25,6 @@ GROUPS = (
     ("optimizer.warmup_steps", "optimizer.warmup_ratio"),
     ("max_steps", "num_epochs"),
 )
-
-
-class Default(NamedTuple):
-    """`value` None: the specification's own. `large`: on a large base, where that differs."""
-
-    why: str
-    value: object = None
-    large: object = None
-
-    def on(self, size: BaseSize) -> object:
-        return self.large if size == "large" and self.large is not None else self.value
 
 
 _EVERY_METHOD: Mapping[str, Default] = {
@@ -114,50 +101,6 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "deterministic": Default("a GPU's fastest backward passes add in any order; true: a run repeats bit for bit"),
 }
 
-_LORA: Mapping[str, Default] = {
-    "adapter.rank": Default("capacity; 8 to 64 is usual"),
-    "adapter.alpha": Default("twice the rank: the update is scaled by 2"),
-    "adapter.use_rslora": Default("divides alpha by √rank instead of rank: for ranks above 64"),
-}
-
-_OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
-    "lora": _LORA,
-    "dora": _LORA,
-    "vera": {
-        "adapter.rank": Default("of the frozen pair: costs arithmetic, hardly any parameters"),
-        "adapter.d_initial": Default("the paper's"),
-        "adapter.projection_prng_key": Default("adapters share the pair only where key, rank and modules agree"),
-        "adapter.save_projection": Default("the pair is drawn again from its key, so an adapter is kilobytes"),
-        "optimizer.learning_rate": Default("about ten times LoRA's: two vectors a module learn slowly", 1e-2, 4e-3),
-    },
-    "longlora": {
-        **_LORA,
-        "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
-        "attention.type": Default("while training; evaluated and served dense", LongLoraSpec.usual_attention),
-        "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
-        "batch.rows": Default("a row fills the context", 1),
-        "batch.accumulation": Default("rows of a step on one worker; the paper has 64 over all", 4, 8),
-        "optimizer.learning_rate": Default("high for tens of steps; the paper's 2e-5 on large bases", 1e-3, 2e-5),
-        "optimizer.beta2": Default("the paper's on large bases: few, long steps", 0.999, 0.95),
-        "optimizer.schedule": Default("the paper's: constant after the warm-up", "constant"),
-        "max_steps": Default("a thousand in the paper; a small base shows a gain after tens", 50, 1000),
-        "num_epochs": Default("instead of max_steps"),
-    },
-}
-
-_DPO: Mapping[str, Default] = {
-    "objective.type": Default("pairs against the base, with the adapter off", "dpo"),
-    "objective.beta": Default("the paper's; higher stays nearer to the base"),
-    "objective.label_smoothing": Default("of robust: the share of pairs that are labelled the wrong way round"),
-    "objective.loss_type": Default("the paper's; robust where labels are noisy, ipo where sigmoid overfits, hinge"),
-    "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
-    "data.max_length": Default("of prompt and answer, in tokens: 1024 or the base's shorter window; cut at the end"),
-    "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
-    "batch.order": Default("shuffled; length_grouped pads less"),
-}
-_DPO_RATE = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
-_DPO_RATE_OF_VERA = Default("ten times LoRA's, as without pairs", 5e-4, 5e-5)
-
 _CONTINUED_RATE = "as for a new adapter: at half of it a second stage learnt a quarter less in as many steps"
 
 
@@ -175,12 +118,12 @@ def defaults_of(
 
     `is_continued`: it has an `init_adapter` (pairs have none), which changes a reason and no value.
     """
-    plain = {**_EVERY_METHOD, **_OF_METHOD[method]}
-    if objective == "sft":
-        rate = plain["optimizer.learning_rate"]
-        return {**plain, "optimizer.learning_rate": rate._replace(why=_CONTINUED_RATE)} if is_continued else plain
-    rate = _DPO_RATE_OF_VERA if method == "vera" else _DPO_RATE
-    return {**plain, **_DPO, "optimizer.learning_rate": rate}
+    found = {**_EVERY_METHOD, **METHODS[method].defaults, **OBJECTIVES[objective].defaults}
+    if OBJECTIVES[objective].sequences_per_row > 1:
+        found["optimizer.learning_rate"] = METHODS[method].pair_rate
+    elif is_continued:
+        found["optimizer.learning_rate"] = found["optimizer.learning_rate"]._replace(why=_CONTINUED_RATE)
+    return found
 
 
 def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
@@ -196,10 +139,10 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
     return filled
 
 
-def method_of(fields: Mapping[str, Any]) -> Method | None:
+def named_method(fields: Mapping[str, Any]) -> Method | None:
     """Find the method that the recipe names, the first one where it names none; None where there is no such method."""
     named = _kind(fields, "adapter", "method", FIRST_METHOD)
-    return next((method for method in METHODS if method == named), None)
+    return next((method.name for method in METHODS.values() if method.name == named), None)
 
 
 def _objective_of(fields: Mapping[str, Any]) -> ObjectiveType | None:
@@ -213,7 +156,7 @@ def _kind(fields: Mapping[str, Any], section: str, name: str, first: str) -> obj
 
 
 def _defaults_for(fields: Mapping[str, Any]) -> Mapping[str, Default]:
-    method, objective = method_of(fields), _objective_of(fields)
+    method, objective = named_method(fields), _objective_of(fields)
     return {} if method is None or objective is None else defaults_of(method, objective)
 
 

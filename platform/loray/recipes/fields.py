@@ -15,27 +15,14 @@ from pydantic import BaseModel
 from yaml.composer import ComposerError
 
 from loray.errors import SpecError
+from loray.methods import METHODS
 from loray.recipes.defaults import (
     BASE_SIZES,
     FIRST_OBJECTIVE,
-    METHODS,
-    OBJECTIVES,
-    BaseSize,
-    Default,
     alternatives,
     defaults_of,
 )
-from loray.spec import (
-    DoraSpec,
-    DpoSpec,
-    LongLoraSpec,
-    LoraSpec,
-    Method,
-    ObjectiveType,
-    SftSpec,
-    TrainSpec,
-    VeraSpec,
-)
+from loray.spec import OBJECTIVES, BaseSize, Default, Method, ObjectiveType, TrainSpec
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,13 +43,6 @@ def parse_plain(text: str | bytes, *, source: str) -> Any:
         raise SpecError(f"{source} is not valid YAML: {e}") from e
 
 
-_ADAPTERS: Mapping[Method, type[BaseModel]] = {
-    "lora": LoraSpec,
-    "dora": DoraSpec,
-    "vera": VeraSpec,
-    "longlora": LongLoraSpec,
-}
-_OBJECTIVES: Mapping[ObjectiveType, type[BaseModel]] = {"sft": SftSpec, "dpo": DpoSpec}
 _MAX_NEAR = 3
 
 
@@ -76,7 +56,7 @@ class RecipeField(NamedTuple):
 
 def fields_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, RecipeField]:
     """List all fields of a recipe of `method` with that objective that are no sections, in their order."""
-    chosen = {"adapter": _ADAPTERS[method], "objective": _OBJECTIVES[objective]}
+    chosen = {"adapter": METHODS[method].spec, "objective": OBJECTIVES[objective]}
     return {field.path: field for field in _walk(TrainSpec, "", chosen)}
 
 

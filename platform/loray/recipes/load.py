@@ -14,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
-from loray.recipes.defaults import BaseSize, complete, method_of, size_of
+from loray.recipes.defaults import complete, named_method, size_of
 from loray.recipes.fields import merge
 from loray.recipes.sources import fixed_part
-from loray.spec import DataSpec, Name, TrainSpec, read_mapping
+from loray.spec import BaseSize, DataSpec, Name, TrainSpec, read_mapping
 
 ShapeOf = Callable[[str], ModelConfig | None]  # of a base by its name; None where it is not known
 STDIN = "-"  # the name of a recipe that is a JSON object on standard input
@@ -77,7 +77,9 @@ def load_recipe(
         merge(fields, _moved(over, folder, is_alone=name is None))
         path = None
     if is_example:
-        fields = merge({"name": f"my-{method_of(fields) or 'adapter'}", "data": {"train": "data/train.jsonl"}}, fields)
+        fields = merge(
+            {"name": f"my-{named_method(fields) or 'adapter'}", "data": {"train": "data/train.jsonl"}}, fields
+        )
     elif name is None:
         _check_named(fields)
     size = size_of_base(fields.get("base", TrainSpec.model_fields["base"].default), shape_of)

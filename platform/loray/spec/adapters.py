@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from loray.errors import BaseMismatch
-from loray.spec.fields import MAX_CONTEXT, Frozen, Method, Sha256, ToolParserName
+from loray.spec.fields import MAX_CONTEXT, Frozen, Sha256, ToolParserName
+from loray.spec.methods import Method
 from loray.spec.training import TrainSpec
 
 # base_scaled: the base under the adapter's RoPE; parent: the adapter that training went on from

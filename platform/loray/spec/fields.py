@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -19,7 +19,7 @@ JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,
 TagKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")]
 TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f]*$", max_length=5000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Method = Literal["lora", "dora", "vera", "longlora"]
+BaseSize = Literal["small", "large"]
 ToolParserName = Literal["hermes", "llama3_json", "mistral"]
 DType = Literal["bfloat16", "float16", "float32"]
 AnyDType = DType | Literal["auto"]  # auto: what is fast on the device, see `loray.machine`
@@ -30,6 +30,19 @@ DEFAULT_ALIAS = "prod"  # the version that a name without a selector means, wher
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+class Default(NamedTuple):
+    """The default of a recipe's field. `value` None: the specification's own. `large`: on a large base, where that
+    differs.
+    """
+
+    why: str
+    value: object = None
+    large: object = None
+
+    def on(self, size: BaseSize) -> object:
+        return self.large if size == "large" and self.large is not None else self.value
 
 
 def parse_size(value: object) -> object:

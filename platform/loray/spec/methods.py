@@ -8,6 +8,7 @@ from pydantic import Field
 
 from loray.spec.fields import Frozen
 
+Method = Literal["lora", "dora", "vera", "longlora"]
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -26,9 +27,11 @@ class _AdapterSpec(Frozen):
     published as well.
 
     usual_attention  while training, where a recipe does not say
+    held_whole       what strategies that take parameters apart cannot hold; None: they can
     """
 
     usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
+    held_whole: ClassVar[str | None] = None
 
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -50,6 +53,8 @@ class DoraSpec(LoraSpec):
     """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
     inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
     """
+
+    held_whole: ClassVar[str | None] = "DoRA trains fp32 magnitudes"
 
     method: Literal["dora"] = "dora"  # type: ignore[assignment]
 

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.fields import Frozen
+from loray.spec.fields import Default, Frozen
 
 ObjectiveType = Literal["sft", "dpo"]
 
 
-class SftSpec(Frozen):
+# Of pairs, by TRL's names: means of the answers' rewards, the share told apart, the mean difference.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+
+
+class _ObjectiveSpec(Frozen):
+    """What an objective is to data, planning and reports.
+
+    sequences_per_row  two where a row is a pair of answers, which also goes through the reference
+    metrics            names of further figures beside the loss, means over its terms
+    defaults           of a recipe's fields, with their reasons, where they are not those of every recipe
+    """
+
+    sequences_per_row: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, Default]] = {}
+
+
+class SftSpec(_ObjectiveSpec):
     """Supervised fine-tuning: the mean cross-entropy of the targets."""
 
     type: Literal["sft"] = "sft"
 
 
-class DpoSpec(Frozen):
+class DpoSpec(_ObjectiveSpec):
     """Direct Preference Optimization (Rafailov et al., 2023) on pairs of a chosen and a rejected answer. The reference
     is the base, with the adapter off. Fields have the names of TRL's DPOConfig.
 
@@ -26,6 +44,19 @@ class DpoSpec(Frozen):
                      hinge: max(0, 1 − beta · difference) (SLiC, Zhao et al., 2023)
     label_smoothing  of robust: the share of pairs that are labelled the wrong way round
     """
+
+    sequences_per_row: ClassVar[int] = 2
+    metrics: ClassVar[tuple[str, ...]] = REWARDS
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "objective.type": Default("pairs against the base, with the adapter off", "dpo"),
+        "objective.beta": Default("the paper's; higher stays nearer to the base"),
+        "objective.label_smoothing": Default("of robust: the share of pairs that are labelled the wrong way round"),
+        "objective.loss_type": Default("the paper's; robust where labels are noisy, ipo where sigmoid overfits, hinge"),
+        "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
+        "data.max_length": Default("of prompt and answer, in tokens: 1024 or the base's window; cut at the end"),
+        "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
+        "batch.order": Default("shuffled; length_grouped pads less"),
+    }
 
     type: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
@@ -41,4 +72,5 @@ class DpoSpec(Frozen):
         return self
 
 
+OBJECTIVES: Mapping[ObjectiveType, type[SftSpec | DpoSpec]] = {"sft": SftSpec, "dpo": DpoSpec}
 ObjectiveSpec = Annotated[SftSpec | DpoSpec, Field(discriminator="type")]

@@ -8,15 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from loray.spec.fields import MAX_CONTEXT, Alias, AnyDType, DType, Frozen, Name
-from loray.spec.methods import AdapterSpec, DoraSpec, LongLoraSpec
-from loray.spec.objectives import DpoSpec, ObjectiveSpec, SftSpec
+from loray.spec.methods import AdapterSpec
+from loray.spec.objectives import ObjectiveSpec, SftSpec
 
 # Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
 PERPLEXITY, LOSS = "perplexity", "loss"
 EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
-
-# Of pairs, by TRL's names: means of the answers' rewards, the share told apart, the mean difference.
-REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
@@ -346,12 +343,12 @@ class TrainSpec(Frozen):
     @property
     def is_long_context(self) -> bool:
         """Rows are as long as the context unless the recipe says otherwise."""
-        return self.rope_scaling is not None or isinstance(self.adapter, LongLoraSpec)
+        return self.rope_scaling is not None or self.adapter.usual_attention == "s2"
 
     @property
     def is_paired(self) -> bool:
         """A row is a pair of answers, of which a batch has two sequences."""
-        return isinstance(self.objective, DpoSpec)
+        return self.objective.sequences_per_row > 1
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -404,8 +401,8 @@ class TrainSpec(Frozen):
 
     @model_validator(mode="after")
     def _magnitudes_are_whole(self) -> Self:
-        if isinstance(self.adapter, DoraSpec) and self.parallel.strategy != "ddp":
-            raise ValueError(f"DoRA trains fp32 magnitudes, which {self.parallel.strategy} does not hold: use ddp")
+        if self.adapter.held_whole is not None and self.parallel.strategy != "ddp":
+            raise ValueError(f"{self.adapter.held_whole}, which {self.parallel.strategy} does not hold: use ddp")
         return self
 
     @model_validator(mode="after")

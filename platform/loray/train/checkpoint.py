@@ -25,10 +25,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loray.adapters.files import PAIR_NAMES
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.methods.vera_module import VeraLinear
+from loray.methods import method_of
 from loray.spec import (
     LOSS,
     AdapterSpec,
@@ -39,7 +38,6 @@ from loray.spec import (
     Sha256,
     Subject,
     TrainSpec,
-    VeraSpec,
 )
 from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState
@@ -239,16 +237,15 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
     head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
     """
-    from loray.methods.attach import peft_config, trained_norms  # they import PEFT
+    from loray.methods.attach import peft_name, trained_norms  # they import PEFT
 
     tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
     modules_to_save = trained_norms(model)
     if token_ids is None and model.get_input_embeddings().weight.requires_grad:
         modules_to_save.append("embed_tokens")
-    if isinstance(spec, VeraSpec) and spec.save_projection:
-        pair = next(m.shared.pair for m in model.modules() if isinstance(m, VeraLinear))
-        tensors |= dict(zip(PAIR_NAMES, (pair.a_RI, pair.b_OR), strict=True))
+    method = method_of(spec)
+    tensors |= method.stored_beside(spec, model)
     options: dict[str, Any] = {
         "modules_to_save": modules_to_save or None,
         "base_model_name_or_path": PurePath(model.config.name_or_path).name,
@@ -256,15 +253,7 @@ def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) 
     }
     if token_ids is not None:
         options["trainable_token_indices"] = token_ids
-    return AdapterFiles(_fields(peft_config(spec, **options)), tensors)
-
-
-def peft_name(name: str) -> str:
-    """Name a parameter as PEFT's files do: without the adapter's name, and without what follows it for a magnitude."""
-    from loray.methods import attach  # it imports PEFT
-
-    stored = name.replace(f".{attach.ADAPTER}.", ".")
-    return stored.removesuffix(".weight") if attach.is_magnitude(name) else stored
+    return AdapterFiles(_fields(method.peft_config(spec, **options)), tensors)
 
 
 def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str, Tensor]) -> list[int] | None:
@@ -275,7 +264,7 @@ def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str,
 
     embedding = model.get_input_embeddings()
     base_VD = getattr(embedding, BASE_ROWS, None)
-    if base_VD is None or isinstance(spec, VeraSpec):  # tied: PEFT would change the head too. VeraConfig has no rows
+    if base_VD is None or not method_of(spec).keeps_embedding_rows:  # tied: PEFT would change the head too
         return None
     name = PREFIX + next(name for name, p in model.named_parameters() if p is embedding.weight)
     weight_VD = tensors[name].detach()

@@ -194,7 +194,7 @@ class _Run:
         loss, overdue, written, *totals = self.world.sum(mine, *signals, *sums, device=self.device)
         self.checkpoints.take(written)
         loss /= num_terms
-        metrics = {name: total / num_terms for name, total in zip(self.objective.METRICS, totals, strict=True)}
+        metrics = {name: total / num_terms for name, total in zip(self.objective.metrics, totals, strict=True)}
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
         result = self.strategy.step(lr)
         if result.skipped:
@@ -402,7 +402,7 @@ def held_out_loss(
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
     batches = plan_evaluation(lengths, spec.batch)
     total, num_terms = 0.0, 0
-    sums = [0.0] * len(objective.METRICS)
+    sums = [0.0] * len(objective.metrics)
     compute.eval()
     with dense(objective.model, mesh.sequence):
         for first in range(0, len(batches), mesh.data_size):
@@ -418,7 +418,7 @@ def held_out_loss(
                 sums = [a + b for a, b in zip(sums, taken, strict=True)]
     compute.train()
     total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
-    return HeldOut(total / count, {name: s / count for name, s in zip(objective.METRICS, sums, strict=True)})
+    return HeldOut(total / count, {name: s / count for name, s in zip(objective.metrics, sums, strict=True)})
 
 
 @contextmanager

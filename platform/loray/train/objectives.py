@@ -8,7 +8,8 @@ B = 2P rows are first the chosen answers, then the rejected ones.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from loray.methods.attach import AdapterSwitch
 from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
-from loray.spec import REWARDS, DpoSpec, TrainSpec
+from loray.spec import DpoSpec, ObjectiveSpec, ObjectiveType, TrainSpec
 from loray.train.data.batches import IGNORED, TrainBatch
 
 
@@ -102,21 +103,20 @@ def batch_loss(model: Any, batch: TrainBatch) -> Loss:
 class Objective(nn.Module):
     """Cross-entropy of a batch's labels, as a module around the model: strategies gather parameters at a module's call.
 
-    METRICS  names of further figures, means over the terms of the loss
+    metrics  names of further figures, means over the terms of the loss
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, spec: ObjectiveSpec) -> None:
         super().__init__()
         self.model = model
+        self.metrics = spec.metrics
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Compute the sum over the batch's labels, a scalar in fp32."""
         return batch_loss(self.model, batch).total
 
     def take(self) -> tuple[float, ...]:
-        """Take the sums of METRICS over all calls since the last time."""
+        """Take the sums of `metrics` over all calls since the last time."""
         return ()
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -128,13 +128,11 @@ class PreferenceObjective(Objective):
     """Direct Preference Optimization (Rafailov et al., NeurIPS 2023): a loss over pairs of answers to the same prompt.
 
     The reference is the base: the same model with the adapter off, on the same rows, without gradients, in the same
-    step. METRICS are TRL's.
+    step. `metrics` are TRL's.
     """
 
-    METRICS = REWARDS
-
     def __init__(self, model: Any, spec: DpoSpec) -> None:
-        super().__init__(model)
+        super().__init__(model, spec)
         self._spec = spec
         self._switch = AdapterSwitch(model)
         self._sums: list[Tensor] = []
@@ -152,7 +150,7 @@ class PreferenceObjective(Objective):
     def take(self) -> tuple[float, ...]:
         sums, self._sums = self._sums, []
         if not sums:
-            return (0.0,) * len(self.METRICS)
+            return (0.0,) * len(self.metrics)
         return tuple(torch.stack(sums).double().sum(0).tolist())
 
 
@@ -198,4 +196,8 @@ def reward_sums(log_ratios_B: Tensor, has_labels_P: Tensor, beta: float) -> Tens
 
 def objective_of(model: Any, spec: TrainSpec) -> Objective:
     """Make the objective that the recipe names."""
-    return PreferenceObjective(model, spec.objective) if isinstance(spec.objective, DpoSpec) else Objective(model)
+    made: Objective = _OBJECTIVES[spec.objective.type](model, spec.objective)
+    return made
+
+
+_OBJECTIVES: Mapping[ObjectiveType, Callable[[Any, Any], Objective]] = {"sft": Objective, "dpo": PreferenceObjective}

@@ -20,7 +20,7 @@ from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
 from loray.train.mesh import World
 from loray.train.model import BaseWeights, build_model
-from loray.train.objectives import Objective
+from loray.train.objectives import objective_of
 from loray.train.strategies import prepare
 from tests.fixtures.ranks import run_ranks
 from tests.fixtures.training import METHODS, recipe
@@ -89,7 +89,7 @@ def test_shards_are_those_of_the_model_as_it_was_loaded_whole(
     assert all(torch.equal(buffer, expected[name]) for name, buffer in buffers.items())
     assert not model.training
     with one_of(3, 4) as world:
-        prepare(Objective(model), spec, world, CPU, BaseWeights(base, spec.dtype))
+        prepare(objective_of(model, spec), spec, world, CPU, BaseWeights(base, spec.dtype))
         shards = {name: p.to_local() for name, p in model.named_parameters(remove_duplicate=False)}  # type: ignore[operator]
     for name, parameter in whole.named_parameters(remove_duplicate=False):
         parts = parameter.chunk(4)
@@ -107,7 +107,7 @@ def test_a_rank_holds_its_shards_and_one_tensor(tiny_base: Callable[..., BaseMod
     with one_of(0, 8) as world, HostBytes() as counted:
         model = build_model(base, spec)
         built = counted.peak
-        prepare(Objective(model), spec, world, CPU, BaseWeights(base, spec.dtype))
+        prepare(objective_of(model, spec), spec, world, CPU, BaseWeights(base, spec.dtype))
     trained = sum(p.nbytes for p in whole.parameters() if p.requires_grad)
     frozen = [p.nbytes for p in whole.parameters() if not p.requires_grad]
     assert trained <= built < 2 * trained
@@ -121,7 +121,7 @@ def _gathered(rank: int, base: BaseModel, folder: Path, strategy: str) -> None:
 
     spec = spec_of("longlora", strategy, num_workers=2, dtype="bfloat16")
     model = build_model(base, spec)
-    prepare(Objective(model), spec, World.current(), CPU, BaseWeights(base, spec.dtype))
+    prepare(objective_of(model, spec), spec, World.current(), CPU, BaseWeights(base, spec.dtype))
     parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     if strategy == "fsdp2":
         full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
-
-Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
+from loray.methods.weights import Role
 
 
 class Matrix(NamedTuple):

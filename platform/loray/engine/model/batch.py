@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.memory.adapter_layout import Role
 from loray.engine.pool.pool import ResidentAdapter, ResidentProjection
 from loray.engine.request import Chunk, Request
+from loray.methods.weights import Role
 from loray_kernels import (
     AdapterSegments,
     AttentionMeta,

@@ -32,7 +32,8 @@ from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix,
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.engine.memory.partial import PartialLoad
 from loray.errors import IntegrityError
-from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection, VeraWeights
+from loray.methods.lora import LoraWeights
+from loray.methods.weights import AdapterWeights, ModuleKey, SharedProjection
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
@@ -304,16 +305,9 @@ def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], d
     layers: dict[int, dict[Matrix, Tensor]] = {}
     for key, module in weights.modules.items():
         own = layers.setdefault(key.layer, {})
-        if isinstance(module, LoraWeights):
-            rank = module.a_RI.shape[0]
-            own[Matrix(key.module, "lora_a", rank, module.a_RI.shape[1])] = module.a_RI
-            own[Matrix(key.module, "lora_b", rank, module.b_OR.shape[0], module.scale)] = module.b_OR.T
-            if module.magnitude_O is not None:  # in the place of the scale, of which it has the shape
-                own[Matrix(key.module, "dora", 1, module.b_OR.shape[0])] = module.magnitude_O[None]
-        else:
-            assert isinstance(module, VeraWeights)
-            own[Matrix(key.module, "vera_d", 1, module.d_R.shape[0])] = module.d_R[None]
-            own[Matrix(key.module, "vera_b", 1, module.b_O.shape[0])] = module.b_O[None]
+        for role, tensor, scale in module.rows():
+            num_rows, width = tensor.shape
+            own[Matrix(key.module, role, num_rows, width, scale)] = tensor
     flat: dict[Matrix, Tensor] = {}
     for path, norm in weights.norms.items():
         if path == "norm":

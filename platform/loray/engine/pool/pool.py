@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.memory.adapter_layout import AdapterShape, Matrix, Role, RowTable, Table, columns, place
+from loray.engine.memory.adapter_layout import AdapterShape, Matrix, RowTable, Table, columns, place
 from loray.engine.memory.blocks import BlockAllocator, BlockKind, Extent, Geometry
 from loray.engine.memory.limits import pool_geometry
 from loray.engine.pool.packed import PackedAdapter, row_order
-from loray.methods.weights import SharedProjection
+from loray.methods.weights import Role, SharedProjection
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import (
     INPUTS,

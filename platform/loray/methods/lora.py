@@ -1,0 +1,165 @@
+"""LoRA (Hu et al., 2021), and LongLoRA (Chen et al., 2024), whose adapter is LoRA with norms and embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from loray.bases.config import ModelConfig
+from loray.errors import IntegrityError, shown
+from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
+from loray.methods.weights import AdapterWeights, PoolRows, SharedProjection
+from loray.spec import Default, LongLoraSpec, LoraSpec
+from loray.spec import Method as AdapterMethod
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+
+_MAGNITUDE = "lora_magnitude_vector"
+_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
+    too.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
+
+    @property
+    def method(self) -> Literal["lora", "dora"]:
+        return "lora" if self.magnitude_O is None else "dora"
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        found = {"lora_A.weight": self.a_RI, "lora_B.weight": self.b_OR}
+        return found if self.magnitude_O is None else {**found, _MAGNITUDE: self.magnitude_O}
+
+    def shapes(self, out: int, width: int, pair: SharedProjection | None) -> Mapping[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"lora_A.weight": (self.rank, width), "lora_B.weight": (out, self.rank)}
+        return found if self.magnitude_O is None else {**found, _MAGNITUDE: (out,)}
+
+    def rows(self) -> Iterator[PoolRows]:
+        yield PoolRows("lora_a", self.a_RI)
+        yield PoolRows("lora_b", self.b_OR.T, self.scale)
+        if self.magnitude_O is not None:  # in the place of the scale, of which it has the shape
+            yield PoolRows("dora", self.magnitude_O[None])
+
+    def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
+        return self
+
+    def output_scale(self, weight_OI: Tensor) -> Tensor:
+        """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
+        y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
+        """
+        import torch  # shapes and headers are read without it
+
+        assert self.magnitude_O is not None
+        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
+        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
+        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
+        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
+
+
+class Lora(Method):
+    name: ClassVar[AdapterMethod] = "lora"
+    stored_as: ClassVar[AdapterMethod] = "lora"
+    spec: ClassVar[type[BaseModel]] = LoraSpec
+    peft_type = "LORA"
+    defaults: ClassVar[Mapping[str, Default]] = {
+        "adapter.rank": Default("capacity; 8 to 64 is usual"),
+        "adapter.alpha": Default("twice the rank: the update is scaled by 2"),
+        "adapter.use_rslora": Default("divides alpha by √rank instead of rank: for ranks above 64"),
+    }
+    pair_rate = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
+
+    def matrices(self, spec: LoraSpec, model: ModelConfig) -> Iterator[ServedMatrix]:
+        for module, (out, width) in shapes(spec, model).items():
+            yield ServedMatrix(module, "lora_a", spec.rank, width)
+            yield ServedMatrix(module, "lora_b", spec.rank, out)
+
+    def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
+        """Count the input of every A, once for modules with the same input, and the input of every B.
+
+        The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
+        heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask.
+        """
+        own = shapes(spec, model)
+        inner = element_bytes * spec.rank * len(own)
+        inputs = {module: element_bytes * width for module, (_, width) in own.items()}
+        if spec.dropout:
+            return SavedTensors("adapter", inner + 2 * sum(inputs.values()), max(inputs.values()))
+        shared = {input_of(module): nbytes for module, nbytes in inputs.items()}
+        if not is_shared:
+            shared.pop(input_of("o_proj"), None)
+        return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
+
+    def inject(self, model: Any, spec: LoraSpec) -> None:
+        from peft import inject_adapter_in_model
+
+        from loray.methods.attach import ADAPTER
+
+        inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
+
+    def peft_config(self, spec: LoraSpec, **options: Any) -> LoraConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=spec.rank,
+            lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+            lora_dropout=spec.dropout,
+            target_modules=list(spec.target_modules),
+            use_rslora=spec.use_rslora,
+            task_type="CAUSAL_LM",
+            **options,
+        )
+
+    def check_config(self, config: Mapping[str, Any], *, source: str) -> None:
+        super().check_config(config, source=source)
+        alpha = config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < math.inf:
+            raise IntegrityError(f"{source}: lora_alpha is {shown(alpha)}, not a number")
+
+    def read(self, module: StoredModule) -> LoraWeights:
+        parts = module.parts
+        module.check({"lora_A", "lora_B", *([_MAGNITUDE] if module.config.get("use_dora") else [])}, "lora_A")
+        rank = parts["lora_A"].shape[0]
+        scale = module.alpha / (math.sqrt(rank) if module.config.get("use_rslora") else rank)
+        return LoraWeights(parts["lora_A"], parts["lora_B"], scale, parts.get(_MAGNITUDE))
+
+    def differences(self, spec: LoraSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
+        scale = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
+        scales = {module.as_lora(None, 0).scale for module in weights.modules.values()}
+        if not all(math.isclose(s, scale) for s in scales):
+            yield f"its update is scaled by {', '.join(f'{s:g}' for s in sorted(scales))} (alpha, use_rslora)"
+
+
+class LongLora(Lora):
+    name: ClassVar[AdapterMethod] = "longlora"
+    spec: ClassVar[type[BaseModel]] = LongLoraSpec
+    defaults: ClassVar[Mapping[str, Default]] = {
+        **Lora.defaults,
+        "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
+        "attention.type": Default("while training; evaluated and served dense", LongLoraSpec.usual_attention),
+        "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
+        "batch.rows": Default("a row fills the context", 1),
+        "batch.accumulation": Default("rows of a step on one worker; the paper has 64 over all", 4, 8),
+        "optimizer.learning_rate": Default("high for tens of steps; the paper's 2e-5 on large bases", 1e-3, 2e-5),
+        "optimizer.beta2": Default("the paper's on large bases: few, long steps", 0.999, 0.95),
+        "optimizer.schedule": Default("the paper's: constant after the warm-up", "constant"),
+        "max_steps": Default("a thousand in the paper; a small base shows a gain after tens", 50, 1000),
+        "num_epochs": Default("instead of max_steps"),
+    }
