@@ -11,10 +11,9 @@ from loray.bases.config import ModelConfig
 from loray.bases.presets import preset
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
-from loray.methods.lora import LoraWeights
 from loray.methods.vera import VeraWeights
 from loray.methods.vera_module import draw_pair
-from loray.methods.weights import AdapterWeights, ModuleKey
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
 from loray.planning.run import shape_of

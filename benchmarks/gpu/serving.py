@@ -22,8 +22,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import AdapterWeights, ModuleKey
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.text.grammar import GrammarCompiler
 from loray_kernels.cuda.sampling import Readback

@@ -36,8 +36,7 @@ from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.memory.adapter_manager import Stage
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import AdapterWeights, ModuleKey
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray_kernels import CapturedDecoding, CapturedStep, Decoding, LinearWeights, PageWriter
 from loray_kernels.cuda.graphs import Capture, DecodeGraphs

@@ -22,8 +22,7 @@ from loray.bases.gguf import unpermuted
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import AdapterWeights, ModuleKey
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
 from loray.spec import LINEAR_MODULES, RopeParameters

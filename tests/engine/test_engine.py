@@ -25,8 +25,7 @@ from loray.errors import (
     RequestError,
     SpecError,
 )
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import AdapterWeights
+from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest
 from tests.fixtures.engines import BLOCK_BYTES, empty, ids, make_engine, outputs, request, run
 from tests.fixtures.peft_adapters import ATTENTION, Adapters, TestAdapter

@@ -18,9 +18,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.metrics import EngineStats
 from loray.errors import IntegrityError
-from loray.methods.lora import LoraWeights
 from loray.methods.vera import VeraWeights
-from loray.methods.weights import AdapterWeights
+from loray.methods.weights import AdapterWeights, LoraWeights
 from loray.spec import AdapterRef, Constraint, GenerateRequest, RopeParameters
 from tests.fixtures.engines import BLOCK_BYTES, Spy, empty, fill_up, make_engine, request, run
 from tests.fixtures.peft_adapters import (

@@ -16,7 +16,7 @@ from loray.adapters.manifest import describe
 from loray.adapters.peft_format import CONFIG_FILE, read_adapter
 from loray.errors import BaseMismatch, SpecError, UnsupportedError
 from loray.methods.attach import attach
-from loray.methods.lora import LoraWeights
+from loray.methods.weights import LoraWeights
 from loray.spec import DoraSpec
 from loray.train.checkpoint import save_adapter
 from loray.train.data.batches import TrainBatch

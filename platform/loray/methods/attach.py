@@ -14,11 +14,11 @@ from torch import nn
 
 from loray.errors import UnsupportedError
 from loray.methods import method_of
+from loray.methods.base import ADAPTER
 from loray.methods.vera_module import VeraLinear
 from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterSpec
 
-ADAPTER = "default"  # PEFT's name of the adapter inside a model
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
 
 

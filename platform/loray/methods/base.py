@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ADAPTER = "default"  # PEFT's name of the adapter inside a model
+
+
 class ServedMatrix(NamedTuple):
     """A matrix that a served adapter has in the pool, `rows` rows of `width` elements: mostly one that is trained."""
 

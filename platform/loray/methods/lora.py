@@ -4,74 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
 from loray.errors import IntegrityError, shown
-from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
-from loray.methods.weights import AdapterWeights, PoolRows, SharedProjection
+from loray.methods.base import ADAPTER, Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
+from loray.methods.weights import MAGNITUDE, AdapterWeights, LoraWeights
 from loray.spec import Default, LongLoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import Tensor
-
-_MAGNITUDE = "lora_magnitude_vector"
-_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
-
-
-@dataclass(frozen=True, slots=True)
-class LoraWeights:
-    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
-    too.
-    """
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
-    magnitude_O: Tensor | None = None
-
-    @property
-    def method(self) -> Literal["lora", "dora"]:
-        return "lora" if self.magnitude_O is None else "dora"
-
-    @property
-    def rank(self) -> int:
-        return self.a_RI.shape[0]
-
-    @property
-    def parts(self) -> Mapping[str, Tensor]:
-        found = {"lora_A.weight": self.a_RI, "lora_B.weight": self.b_OR}
-        return found if self.magnitude_O is None else {**found, _MAGNITUDE: self.magnitude_O}
-
-    def shapes(self, out: int, width: int, pair: SharedProjection | None) -> Mapping[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {"lora_A.weight": (self.rank, width), "lora_B.weight": (out, self.rank)}
-        return found if self.magnitude_O is None else {**found, _MAGNITUDE: (out,)}
-
-    def rows(self) -> Iterator[PoolRows]:
-        yield PoolRows("lora_a", self.a_RI)
-        yield PoolRows("lora_b", self.b_OR.T, self.scale)
-        if self.magnitude_O is not None:  # in the place of the scale, of which it has the shape
-            yield PoolRows("dora", self.magnitude_O[None])
-
-    def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
-        return self
-
-    def output_scale(self, weight_OI: Tensor) -> Tensor:
-        """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
-        y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
-        """
-        import torch  # shapes and headers are read without it
-
-        assert self.magnitude_O is not None
-        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
-        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
-        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
-        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
 
 
 class Lora(Method):
@@ -110,8 +55,6 @@ class Lora(Method):
     def inject(self, model: Any, spec: LoraSpec) -> None:
         from peft import inject_adapter_in_model
 
-        from loray.methods.attach import ADAPTER
-
         inject_adapter_in_model(self.peft_config(spec), model, adapter_name=ADAPTER)
 
     def peft_config(self, spec: LoraSpec, **options: Any) -> LoraConfig:
@@ -135,10 +78,10 @@ class Lora(Method):
 
     def read(self, module: StoredModule) -> LoraWeights:
         parts = module.parts
-        module.check({"lora_A", "lora_B", *([_MAGNITUDE] if module.config.get("use_dora") else [])}, "lora_A")
+        module.check({"lora_A", "lora_B", *([MAGNITUDE] if module.config.get("use_dora") else [])}, "lora_A")
         rank = parts["lora_A"].shape[0]
         scale = module.alpha / (math.sqrt(rank) if module.config.get("use_rslora") else rank)
-        return LoraWeights(parts["lora_A"], parts["lora_B"], scale, parts.get(_MAGNITUDE))
+        return LoraWeights(parts["lora_A"], parts["lora_B"], scale, parts.get(MAGNITUDE))
 
     def differences(self, spec: LoraSpec, weights: AdapterWeights, base: ModelConfig) -> Iterator[str]:
         scale = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)

@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, shown
 from loray.methods.base import Method, SavedTensors, ServedMatrix, StoredModule, input_of, shapes
-from loray.methods.lora import LoraWeights
 from loray.methods.pairs import PAIR_NAMES, PairKey, drawn_digest
-from loray.methods.weights import AdapterWeights, PoolRows, SharedProjection
+from loray.methods.weights import AdapterWeights, LoraWeights, PoolRows, SharedProjection
 from loray.spec import MODULES_BY_INPUT, Default, VeraSpec
 from loray.spec import Method as AdapterMethod
 

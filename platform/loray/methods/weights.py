@@ -1,6 +1,6 @@
 """An adapter's weights by layer and module.
 
-Shapes: R rank, I input width, V rows of an embedding, D hidden size.
+Shapes: R rank, I input width, O output width, V rows of an embedding, D hidden size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from loray.spec import MLP_MODULES, Method, RopeParameters
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from loray.methods.lora import LoraWeights
 
 
 class ModuleKey(NamedTuple):
@@ -29,6 +27,8 @@ class ModuleKey(NamedTuple):
         return f"layers.{self.layer}.{'mlp' if self.module in MLP_MODULES else 'self_attn'}.{self.module}"
 
 
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in PEFT's files
+_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
 Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
 
 
@@ -58,6 +58,56 @@ class ModuleWeights(Protocol):
     def rows(self) -> Iterator[PoolRows]: ...
     def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
         """Convert to what computes the same on a module of `width` inputs; LoRA stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
+    too.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
+
+    @property
+    def method(self) -> Literal["lora", "dora"]:
+        return "lora" if self.magnitude_O is None else "dora"
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        found = {"lora_A.weight": self.a_RI, "lora_B.weight": self.b_OR}
+        return found if self.magnitude_O is None else {**found, MAGNITUDE: self.magnitude_O}
+
+    def shapes(self, out: int, width: int, pair: SharedProjection | None) -> Mapping[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"lora_A.weight": (self.rank, width), "lora_B.weight": (out, self.rank)}
+        return found if self.magnitude_O is None else {**found, MAGNITUDE: (out,)}
+
+    def rows(self) -> Iterator[PoolRows]:
+        yield PoolRows("lora_a", self.a_RI)
+        yield PoolRows("lora_b", self.b_OR.T, self.scale)
+        if self.magnitude_O is not None:  # in the place of the scale, of which it has the shape
+            yield PoolRows("dora", self.magnitude_O[None])
+
+    def as_lora(self, pair: SharedProjection | None, width: int) -> LoraWeights:
+        return self
+
+    def output_scale(self, weight_OI: Tensor) -> Tensor:
+        """Compute DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
+        y = scale ⊙ (W + s B A) x + bias. It is not finite where such a row is zero.
+        """
+        import torch  # shapes and headers are read without it
+
+        assert self.magnitude_O is not None
+        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
+        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
+        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
+        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

@@ -17,8 +17,7 @@ from loray.engine.memory.blocks import Geometry
 from loray.engine.pool import packed as embedding
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, open_packed, packed_name, save_packed
 from loray.errors import IntegrityError
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import EmbeddingRows, ModuleKey
+from loray.methods.weights import EmbeddingRows, LoraWeights, ModuleKey
 from tests.fixtures.packing import packer, weights
 from tests.fixtures.peft_adapters import Adapters
 from tests.fixtures.stores import damage

@@ -32,8 +32,7 @@ from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix,
 from loray.engine.memory.blocks import BlockKind, Extent, Geometry
 from loray.engine.memory.partial import PartialLoad
 from loray.errors import IntegrityError
-from loray.methods.lora import LoraWeights
-from loray.methods.weights import AdapterWeights, ModuleKey, SharedProjection
+from loray.methods.weights import AdapterWeights, LoraWeights, ModuleKey, SharedProjection
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
