@@ -9,10 +9,9 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
-from tests.fixtures.peft_adapters import TestAdapter
 
 if TYPE_CHECKING:
-    pass
+    from tests.fixtures.peft_adapters import TestAdapter
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
