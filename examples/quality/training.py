@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.quality.setting import Run
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
-from loray.methods.attach import peft_config
+from loray.methods import method_of
 from loray.spec import TrainSpec
 from loray.train.checkpoint import FolderReporter
 from loray.train.data.batches import BatchStream
@@ -27,7 +27,7 @@ from loray.train.data.rows import Dataset, load_data
 from loray.train.loop import held_out_loss, train
 from loray.train.mesh import Mesh
 from loray.train.model import count_parameters
-from loray.train.objectives import Objective
+from loray.train.objectives import objective_of
 from loray.train.optimizer import learning_rate
 
 _CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
     plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, spec.chosen_dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped: Any = get_peft_model(plain, peft_config(spec.adapter))
+        wrapped: Any = get_peft_model(plain, method_of(spec.adapter).peft_config(spec.adapter))
     wrapped.train()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
@@ -80,7 +80,7 @@ def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - began)
     inner = wrapped.base_model.model
-    objective = Objective(inner)
+    objective = objective_of(inner, spec)
     held_out = held_out_loss(objective, objective, data.evaluation, spec, device=_CPU, mesh=Mesh.build(1, _CPU)).loss
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,10 +6,9 @@ from typing import Any
 
 from docs.site.markdown import table
 from docs.site.reference.schemas import default_of, sentences, type_of
-from loray.recipes.defaults import OBJECTIVES
 from loray.recipes.fields import defaults_table
 from loray.recipes.load import purpose, shipped
-from loray.spec import ServeSpec, TrainSpec
+from loray.spec import OBJECTIVES, ServeSpec, TrainSpec
 
 
 def recipes_page() -> str:
