@@ -90,7 +90,7 @@ def test_usage_is_summed_up(console: ConsoleSite) -> None:
             digest=None,
             num_prompt_tokens=10,
             num_cached_tokens=0,
-            num_output_tokens=700 + number,
+            num_output_tokens=70_000 + number,
             tier="default",
             outcome="ok",
             seconds=1.0,
@@ -100,11 +100,11 @@ def test_usage_is_summed_up(console: ConsoleSite) -> None:
     ]
     console.catalog.record_usage(events)
     page = console.get("/usage").text
-    assert "700" in page
-    assert "1,401" in page  # the day's
+    assert "70,000" in page
+    assert "140,001" in page  # the day's
     console.log_in(console.key("infer", tenant="acme"))
     page = console.get("/usage", by="model").text
-    assert ("701" in page, "700" in page, "tone" in page) == (True, False, False)
+    assert ("70,001" in page, "70,000" in page, "tone" in page) == (True, False, False)
 
 
 def test_every_day_has_a_bar() -> None:
