@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
+from tests.fixtures.asking import eventually
 from tests.fixtures.cluster import free_port
 from tests.fixtures.tiny import write_checkpoint
 
@@ -95,15 +95,13 @@ def of_a_chat_request(counted: Counted) -> list[str]:
     port = free_port()
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "1 + 1?"}], "max_tokens": 4}
     with counted.serving(port) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                client.get("/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
+
+        def is_up() -> bool:
+            with suppress(httpx.TransportError):
+                return process.poll() is not None or client.get("/health").is_success
+            return False
+
+        assert eventually(is_up, 120)
         client.post("/v1/chat/completions", json=asked).raise_for_status()
         process.send_signal(signal.SIGUSR1)
         client.post("/v1/chat/completions", json=asked).raise_for_status()

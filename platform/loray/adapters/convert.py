@@ -29,8 +29,8 @@ from loray.spec import LINEAR_MODULES, QuantizationSpec
 def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
     """Convert VeRA to LoRA, for tools that know LoRA alone, or to continue training as LoRA.
 
-    The result computes the same, and is as large as a LoRA
-    adapter of that rank. Raises UnsupportedError for other adapters.
+    The result computes the same, and is as large as a LoRA adapter of that rank. Raises UnsupportedError for other
+    adapters.
     """
     if weights.pair is None:
         raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel
 
@@ -87,7 +87,7 @@ class Method(ABC):
     name: ClassVar[AdapterMethod]
     stored_as: ClassVar[AdapterMethod]
     spec: ClassVar[type[BaseModel]]
-    peft_type: ClassVar[Literal["LORA", "VERA"]]
+    peft_type: ClassVar[str]
     defaults: ClassVar[Mapping[str, Default]]
     pair_rate: ClassVar[Default]
     max_rank: ClassVar[int] = 1 << 14

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from loray.bases.config import ModelConfig
-from loray.methods.base import SavedTensors, ServedMatrix, shapes
+from loray.methods.base import ServedMatrix, shapes
 from loray.methods.lora import Lora
 from loray.spec import DoraSpec, LoraSpec
 from loray.spec import Method as AdapterMethod
@@ -28,11 +28,9 @@ class Dora(Lora):
             if matrix.role == "lora_b":
                 yield matrix._replace(role="dora", rows=1)
 
-    def saved(self, spec: LoraSpec, model: ModelConfig, *, element_bytes: int, is_shared: bool) -> SavedTensors:
-        """Count what LoRA keeps, and what is scaled: the outputs of the base and of B."""
-        lora = super().saved(spec, model, element_bytes=element_bytes, is_shared=is_shared)
-        outputs = 2 * element_bytes * sum(out for out, _ in shapes(spec, model).values())
-        return lora._replace(nbytes=lora.nbytes + outputs)
+    def _saved_elements(self, spec: LoraSpec, model: ModelConfig) -> int:
+        """Count what is scaled, too: the outputs of the base and of B."""
+        return super()._saved_elements(spec, model) + 2 * sum(out for out, _ in shapes(spec, model).values())
 
     def step_products(self, spec: LoraSpec, model: ModelConfig) -> int:
         """Count those of the norms, as PEFT computes B A in every module: A and B of a unit matrix."""

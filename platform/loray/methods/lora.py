@@ -43,7 +43,7 @@ class Lora(Method):
         heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask.
         """
         own = shapes(spec, model)
-        inner = element_bytes * spec.rank * len(own)
+        inner = element_bytes * self._saved_elements(spec, model)
         inputs = {module: element_bytes * width for module, (_, width) in own.items()}
         if spec.dropout:
             return SavedTensors("adapter", inner + 2 * sum(inputs.values()), max(inputs.values()))
@@ -51,6 +51,10 @@ class Lora(Method):
         if not is_shared:
             shared.pop(input_of("o_proj"), None)
         return SavedTensors("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
+
+    def _saved_elements(self, spec: LoraSpec, model: ModelConfig) -> int:
+        """Count what is kept beside the inputs of A, in elements."""
+        return spec.rank * len(spec.target_modules)
 
     def inject(self, model: Any, spec: LoraSpec) -> None:
         from peft import inject_adapter_in_model

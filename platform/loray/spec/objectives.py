@@ -17,7 +17,7 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/
 
 
 class _ObjectiveSpec(Frozen):
-    """What an objective is to data, planning and reports.
+    """The section `objective` of a recipe. Its class says what data, planning and reports ask of an objective.
 
     sequences_per_row  two where a row is a pair of answers, which also goes through the reference
     metrics            names of further figures beside the loss, means over its terms
@@ -53,7 +53,9 @@ class DpoSpec(_ObjectiveSpec):
         "objective.label_smoothing": Default("of robust: the share of pairs that are labelled the wrong way round"),
         "objective.loss_type": Default("the paper's; robust where labels are noisy, ipo where sigmoid overfits, hinge"),
         "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
-        "data.max_length": Default("of prompt and answer, in tokens: 1024 or the base's window; cut at the end"),
+        "data.max_length": Default(
+            "of prompt and answer, in tokens: 1024 or the base's shorter window; cut at the end"
+        ),
         "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
         "batch.order": Default("shuffled; length_grouped pads less"),
     }

@@ -196,8 +196,7 @@ def reward_sums(log_ratios_B: Tensor, has_labels_P: Tensor, beta: float) -> Tens
 
 def objective_of(model: Any, spec: TrainSpec) -> Objective:
     """Make the objective that the recipe names."""
-    made: Objective = _OBJECTIVES[spec.objective.type](model, spec.objective)
-    return made
+    return _OBJECTIVES[spec.objective.type](model, spec.objective)
 
 
 _OBJECTIVES: Mapping[ObjectiveType, Callable[[Any, Any], Objective]] = {"sft": Objective, "dpo": PreferenceObjective}
