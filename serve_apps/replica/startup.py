@@ -17,7 +17,7 @@ from loray.telemetry import get_logger
 if TYPE_CHECKING:
     from loray.engine.async_engine import AsyncEngine
     from loray.engine.parallel.worker import StartWorkers
-    from serve_apps.replica.loading import AdapterLoader, Peers
+    from serve_apps.replica.loading import AdapterLoader
     from serve_apps.replica.metrics import LoadCounts
 
 _log = get_logger(__name__)
@@ -64,10 +64,8 @@ def start_engine(
     return stream
 
 
-def adapter_loader(
-    base: BaseModel, settings: Settings, counts: LoadCounts | None = None, peers: Peers | None = None
-) -> AdapterLoader:
+def adapter_loader(base: BaseModel, settings: Settings, counts: LoadCounts | None = None) -> AdapterLoader:
     """Make the `load` of the engine's loader threads, from a reference to an adapter."""
     from serve_apps.replica.loading import AdapterLoader
 
-    return AdapterLoader(base, settings, counts, peers)
+    return AdapterLoader(base, settings, counts)

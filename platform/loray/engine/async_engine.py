@@ -24,9 +24,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from loray.engine.engine import Engine
-from loray.engine.memory.adapter_manager import Placement
+from loray.engine.memory.adapter_manager import Placement, Prefetch, Prefetched
 from loray.engine.memory.layout import layout
-from loray.engine.memory.prefetch import Prefetch, Prefetched
 from loray.engine.metrics import EngineStats
 from loray.engine.request import TokenOutput
 from loray.errors import EngineError, EngineStopped, RankLost, RequestError

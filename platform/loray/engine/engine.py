@@ -6,7 +6,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
 from itertools import chain
 from typing import Any
 
@@ -142,13 +141,13 @@ def check_integrity(
     kv = Counter(block for request in scheduler.running for block in request.blocks)
     kv.update(scheduler.prefix_cache.blocks())
     scheduler.prefix_cache.check_integrity()
-    pool.check_integrity(kv, adapter_manager.table.residents())
-    adapter_manager.table.check_integrity()
+    pool.check_integrity(kv, adapter_manager.residents())
+    adapter_manager.check_integrity()
     scheduler.waiting.check_integrity()
     pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
     waiters = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
-    assert pins == Counter(adapter_manager.table.pins()), "adapter pins differ from the running requests"
-    assert waiters == Counter(adapter_manager.table.waiters()), "wanted adapters differ from the waiting requests"
+    assert pins == Counter(adapter_manager.pins()), "adapter pins differ from the running requests"
+    assert waiters == Counter(adapter_manager.waiters()), "wanted adapters differ from the waiting requests"
 
 
 def undo_step(
@@ -186,14 +185,15 @@ def report(
     pool: Pool,
 ) -> EngineStats:
     """Collect the figures of this moment. The pool's KV blocks that only the prefix cache holds are `cached`."""
-    tiers, counts = adapter_manager.table.by_tier(), adapter_manager.counts
+    at, counts = adapter_manager.at, adapter_manager.counts
+    loading = *at[Tier.QUEUED], *at[Tier.LOADING]
     blocks, num_cached = pool.allocator.occupancy()._asdict(), scheduler.prefix_cache.num_idle
     return EngineStats(
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
-        num_loading=len(tiers[Tier.LOADING]),
+        num_loading=len(loading),
         blocks=blocks | {"kv": blocks["kv"] - num_cached, "cached": num_cached},
-        host_bytes=adapter_manager.table.host_used,
+        host_bytes=adapter_manager.host_used,
         num_steps=counters.num_steps,
         num_prompt_tokens=counters.num_prompt_tokens,
         num_output_tokens=counters.num_output_tokens,
@@ -209,9 +209,9 @@ def report(
         num_misses=counts.num_misses,
         num_loaded_bytes=counts.num_loaded_bytes,
         max_adapters_in_step=counters.max_adapters_in_step,
-        adapters_in_pool=tuple(ref.digest for ref in tiers[Tier.POOL]),
-        adapters_on_host=tuple(ref.digest for ref in tiers[Tier.HOST]),
-        adapters_loading=tuple(ref.digest for ref in tiers[Tier.LOADING]),
+        adapters_in_pool=(*at[Tier.POOL], *at[Tier.COPYING]),
+        adapters_on_host=tuple(at[Tier.HOST]),
+        adapters_loading=loading,
         prefix_cache_queries=scheduler.kv_cache.num_queries,
         prefix_cache_hits=scheduler.kv_cache.num_hits,
         step_seconds=counters.step_seconds.counts(),
@@ -223,7 +223,7 @@ def report(
 
 
 class Engine:
-    """An engine is called from one thread. Loader threads call `wake` when a load has a result or is complete.
+    """An engine is called from one thread. Loader threads call `wake` when a load has a result.
 
     Only that thread may use `pool`, `adapter_manager` and `scheduler`; see AsyncEngine.call.
     """
@@ -243,10 +243,10 @@ class Engine:
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
-        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake(), model.rope.prepare)
+        self._loads = AdapterLoads(pool, packer, load, model.rope.prepare)
         self.adapter_manager: AdapterManager[PackedAdapter, ResidentAdapter] = AdapterManager(
             host_bytes=spec.host_bytes,
-            load=self._start_load,
+            load=self._loads.start,
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
@@ -442,14 +442,11 @@ class Engine:
         del self._requests[request.request_id]
         self._grammars.forget(request)
         if (ref := request.adapter) is not None:
-            self.adapter_manager.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
+            self.adapter_manager.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
 
-    def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
-        return self._loads.start(ref, self.scheduler.first_step_seconds(ref.digest))
-
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
-        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.table.resident(ref)
+        return None if (ref := chunk.request.adapter) is None else self.adapter_manager.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
@@ -464,7 +461,7 @@ class Engine:
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Say where these adapters are and how they have been used; without `digests`, all that are known."""
-        return self.adapter_manager.table.placements(digests)
+        return self.adapter_manager.placements(digests)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the books of scheduler, adapter manager and pool agree. Between steps."""

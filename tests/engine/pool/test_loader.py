@@ -1,54 +1,74 @@
-"""When a load gives its result: on a GPU only when the adapter is complete."""
+"""Loads in the loader's threads: from a place where an adapter is stored, from memory, and what fails."""
 
 from __future__ import annotations
 
-from threading import Event
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from loray.engine.memory.partial import PartialLoad
-from loray.engine.pool.loader import AdapterLoads, LoadProgress
-from loray.engine.pool.packed import PackedAdapter, Packer, Packing
+from loray.engine.pool.loader import AdapterLoads
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.errors import IntegrityError
+from loray.methods.weights import AdapterWeights
+from loray.spec import AdapterBytes, AdapterRef
 from tests.fixtures.packing import packer, weights
-from tests.fixtures.peft_adapters import Adapters
+from tests.fixtures.scheduling import adapter
+
+REF = adapter("a", nbytes=1 << 20)
 
 
-class Slow:
-    """All but the last layer are there at once; the rest comes when `go` is set."""
+@dataclass
+class Stored:
+    own: AdapterWeights
+
+    def pack(self, packer: Packer) -> PackedAdapter:
+        return packer.pack(self.own)
+
+
+class Loads:
+    """`give`: what a load gets, or the error that it raises."""
 
     def __init__(self) -> None:
-        self.half, self.go = Event(), Event()
+        own, self.give = packer(), Any
+        pool: Any = SimpleNamespace(
+            tensor=SimpleNamespace(device=torch.device("cpu"), nbytes=0),
+            geometry=own.geometry,
+            block_bytes=1 << 10,
+            num_blocks_for=lambda packed: 3,
+        )
+        self.loads = AdapterLoads(pool, own, self.load)
 
-    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        partial = PartialLoad()
-        packing = Packing(packer, weights(dict.fromkeys(range(4), 2)), partial)
-        packing.take(range(3))
-        partial.advance(3)
-        progress(packing.packed, 0.0)
-        self.half.set()
-        assert self.go.wait(60)
-        packing.take([3])
-        partial.finish()
-        return packing.packed
+    def load(self, ref: AdapterRef) -> Any:
+        if isinstance(self.give, Exception):
+            raise self.give
+        return self.give
 
 
-@pytest.mark.parametrize("is_cuda", [False, True])
-def test_a_gpus_step_waits_for_no_layer(is_cuda: bool, adapters: Adapters) -> None:
-    own, source = packer(), Slow()
-    tensor = SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"), nbytes=0)
-    pool: Any = SimpleNamespace(
-        tensor=tensor, geometry=own.geometry, block_bytes=1 << 30, num_blocks_for=lambda packed: 1
-    )
-    loads = AdapterLoads(pool, own, lambda ref: source, lambda: None)
-    result = loads.start(adapters["r2"].ref, 1.0)
-    assert source.half.wait(60)
-    assert result.done() != is_cuda
-    source.go.set()
-    packed = result.result(60)
-    if is_cuda:
-        assert packed.partial is not None
-        assert packed.partial.complete
-    loads.close()
+@pytest.fixture
+def made() -> Iterator[Loads]:
+    made = Loads()
+    yield made
+    made.loads.close()
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_an_adapter_comes_complete_from_where_it_is_stored_or_from_memory(made: Loads, is_stored: bool) -> None:
+    own = weights(dict.fromkeys(range(4), 2))
+    made.give = Stored(own) if is_stored else own
+    assert (made.loads.num_blocks(REF.digest), made.loads.expected_blocks(REF)) == (None, 20)  # half of the pool
+    packed = made.loads.start(REF).result(60)
+    assert all(map(torch.equal, packed.layered, packer().pack(own).layered))
+    assert (made.loads.num_blocks(REF.digest), made.loads.expected_blocks(REF)) == (3, 3)
+    assert made.loads.nbytes(REF.digest) == AdapterBytes(packed.nbytes)
+    made.loads.forget(REF.digest)
+    assert made.loads.nbytes(REF.digest) is None
+
+
+def test_what_a_load_raises_is_its_result(made: Loads) -> None:
+    made.give = IntegrityError("damaged")
+    assert made.loads.start(REF).exception(60) is made.give
+    assert made.loads.num_blocks(REF.digest) is None

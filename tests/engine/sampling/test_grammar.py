@@ -271,5 +271,5 @@ def test_what_is_refused_before_it_can_run_holds_nothing(base: BaseModel, adapte
     out = answers(engine, asked)
     assert "regular expression cannot" in out["bad"][1]
     assert sum(ids[-1:] == [258] for ids, _ in out.values()) >= 1
-    assert not engine.adapter_manager.table.waiters()
+    assert not engine.adapter_manager.waiters()
     engine.close()

@@ -39,16 +39,15 @@ class Place:
         self.loader = AdapterLoader(base, settings)
         spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=1 << 20, num_threads=1)
         self.stream = start_engine(spec, base, settings, load=self.loader)
-        self.told: dict[str, tuple[str, ...]] = {}
 
     def read(self) -> DemandRecord | None:
         """Stands in for DemandRecords: the first replica of all starts, and each adapter was asked for."""
-        demands = (AdapterDemand(ref, 9.0 - i, ("other",)) for i, ref in enumerate(self.refs))
+        demands = (AdapterDemand(ref, 9.0 - i) for i, ref in enumerate(self.refs))
         return DemandRecord(0.0, (), tuple(demands))
 
     def warm_up(self, timeout_s: float = 60.0) -> Any:
         records: Any = self
-        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s, self.told.__setitem__)
+        return warm_up(self.stream, records, "own", self.base.fingerprint, timeout_s)
 
     def stats(self) -> EngineStats:
         """Of now, while the stream's own may be a step old."""
@@ -77,7 +76,6 @@ def test_expected_adapters_are_in_the_pool_before_the_first_request(
     assert warm.adapters == (3, 0, 0, 0)
     assert 0 < warm.seconds < 60
     assert "3 are in the pool, 0 on the host" in caplog.text
-    assert place.told == {ref.digest: ("other",) for ref in place.refs}
     assert set(place.stats().adapters_in_pool) == {ref.digest for ref in place.refs}
     for ref in place.refs:
         place.ask(ref)
@@ -149,7 +147,7 @@ async def test_a_replica_of_a_cluster_with_tls_reaches_gateways_on_other_nodes(
     env = Authority(tmp_path).node("127.0.0.1")
     for name, value in (env | {"LORAY_HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
-    for name in ("configure_logging", "get_base", "adapter_loader", "start_engine", "ReplicaPeers", "CopyGiver"):
+    for name in ("configure_logging", "get_base", "adapter_loader", "start_engine"):
         monkeypatch.setattr(module, name, MagicMock())
     for name in ("freeze_garbage", "collect_when_quiet", "_num_nodes", "_num_bases"):
         monkeypatch.setattr(module, name, MagicMock())

@@ -175,7 +175,6 @@ class Batch:
     sampled          the chunks that end at their request's newest token, for which the next token is sampled
     scored           parts of prompts for whose next tokens log-probabilities are requested
     scored_T         their tokens; None: there are none
-    wait_for_layer   called before each layer if an adapter of the batch is partial
     descriptors      of a captured step: its adapters, instead of `adapters`
     logits_tokens_T  of a part of a batch, see `logits_part`: the tokens of the batch that it has
     """
@@ -191,7 +190,6 @@ class Batch:
     chunks: tuple[Chunk, ...] = ()
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
-    wait_for_layer: Callable[[int], None] | None = None
     descriptors: StepDescriptors | None = None
     logits_tokens_T: Tensor | None = None
 

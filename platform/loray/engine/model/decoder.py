@@ -364,19 +364,10 @@ class Decoder:
         step = ForwardContext.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
         part, added_TD = logits_part(batch), None
-        layers = self._layers if part is None else self._layers[:-1]
-        if (wait_for := batch.wait_for_layer) is None:
-            x_TD = through(layers, x_TD, step)
-        else:
-            for layer in layers:
-                wait_for(layer.number)
-                x_TD = through((layer,), x_TD, step)
+        x_TD = through(self._layers if part is None else self._layers[:-1], x_TD, step)
         if part is not None:
-            last = self._layers[-1]
-            if wait_for is not None:
-                wait_for(last.number)
             logits_step = step.for_logits(part)
-            x_TD, added_TD = last(x_TD, None, step, logits_step)
+            x_TD, added_TD = self._layers[-1](x_TD, None, step, logits_step)
             batch, step = part, logits_step
         _, x_TD = self._norm.of_sum(x_TD, added_TD, step)
         if batch.scored_T is not None:

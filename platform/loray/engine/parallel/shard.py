@@ -26,7 +26,7 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.engine.memory.adapter_layout import AdapterShape, LayerGroup, Matrix
 from loray.engine.memory.blocks import BlockKind, Geometry
-from loray.engine.pool.loader import AdapterSource, LoadAdapter, LoadProgress
+from loray.engine.pool.loader import AdapterSource, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer, bytes_taken, row_order
 from loray.engine.pool.pool import input_shapes
 from loray.errors import SpecError
@@ -191,7 +191,6 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard,
         shape=AdapterShape(tuple(groups), packed.shape.flat),
         layered=tuple(layered),
         flat=_pack(flat, local.capacity(BlockKind.FLAT), pinned=pinned)[0],
-        partial=None,
         pinned=pinned,
     )
 
@@ -230,26 +229,14 @@ def _pack(rows: Mapping[Matrix, Tensor], capacity: int, *, pinned: bool) -> Tens
 
 @dataclass(frozen=True, slots=True)
 class _ShardedSource:
-    """The adapter is complete before it is cut: if one rank waited for a layer, all ranks would wait."""
-
     loaded: AdapterWeights | AdapterSource
     whole: Geometry
     world_size: int
 
-    def pack(self, packer: Packer, progress: LoadProgress) -> PackedAdapter:
-        """Pack and cut it. It is usable as soon as it is complete; an error in storing it afterwards fails nothing."""
-        whole = replace(packer, geometry=self.whole, pinned=False)
-        ready: list[ShardedAdapter] = []
-
-        def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
-            if not ready and (packed.partial is None or packed.partial.complete):
-                sharded = shard_adapter(packed, self.whole, packer.geometry, self.world_size, pinned=packer.pinned)
-                ready.append(sharded)
-                progress(ready[0], 0.0)
-
-        loaded = self.loaded
-        cut(whole.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(whole, cut))
-        return ready[0]
+    def pack(self, packer: Packer) -> PackedAdapter:
+        whole, loaded = replace(packer, geometry=self.whole, pinned=False), self.loaded
+        packed = whole.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(whole)
+        return shard_adapter(packed, self.whole, packer.geometry, self.world_size, pinned=packer.pinned)
 
 
 def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:

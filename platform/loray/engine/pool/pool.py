@@ -1,12 +1,11 @@
 """`Pool`: the tensor of all blocks, the adapters that reside in it, and their descriptors for kernels.
 
-`packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` and `Pool.take` copy the rows
-into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
+`packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` copies them into blocks and
+`Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -81,7 +80,6 @@ class ResidentAdapter:
     num_blocks  that its rows fill, counting parts of shared blocks; wherever they are
     token_row   {token: offset of the adapter's embedding row for it}
     descriptor  on the device; None without one, see PoolDescriptors
-    pending     the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
     ref: AdapterRef
@@ -94,8 +92,6 @@ class ResidentAdapter:
     token_row: Mapping[int, int]
     rope: RopeParameters | None
     pair: ResidentProjection | None
-    pending: PackedAdapter | None = None
-    num_layers: int = 0
     descriptor: AdapterDescriptor | None = None
 
 
@@ -328,26 +324,16 @@ class Pool:
         tensors = row_tensors(table, self.tensor.device)
         num_blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in extents)
         resident = ResidentAdapter(
-            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, own_rows, packed.rope, pair, packed
+            ref, packed.shape, table, tensors, scales, tuple(extents), num_blocks, own_rows, packed.rope, pair
         )
         self._write(resident, BlockKind.FLAT, packed.flat[None], packed.shape.flat, [0])
-        complete = packed.partial is None or packed.partial.complete
-        num_layers = self.geometry.num_layers if packed.partial is None or complete else packed.partial.num_layers
-        self._take(resident, min(num_layers, self.geometry.num_layers))
-        if complete:
-            resident.pending = None
+        for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
+            self._write(resident, BlockKind.LAYERED, rows_LE, group.matrices, group.layers)
         if self.descriptors is not None:
             self.descriptors.placed(resident)
         self._copying[resident] = self._writer.arrival()
         self._residents[resident] = None
         return resident
-
-    def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        """Copy the rows of the first `num_layers` layers that are not in the pool yet; the next layer that is computed
-        reads them. Writes the pool.
-        """
-        self._take(adapter, num_layers)
-        self.wait_for_rows()
 
     def wait_for_rows(self) -> None:
         """Let whatever is queued after this call see all rows that have been placed."""
@@ -366,14 +352,6 @@ class Pool:
             return False
         self._copying.pop(adapter, None)
         return True
-
-    def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        if adapter.pending is None:
-            return
-        for group, rows_LE in zip(adapter.shape.groups, adapter.pending.layered, strict=True):
-            new = slice(bisect_left(group.layers, adapter.num_layers), bisect_left(group.layers, num_layers))
-            self._write(adapter, BlockKind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
-        adapter.num_layers = max(adapter.num_layers, num_layers)
 
     def remove(self, adapter: ResidentAdapter) -> None:
         self.wait_for([adapter])  # its rows must not come over what will be in their place

@@ -112,7 +112,7 @@ class WaitingRequests(Generic[P, R]):
         """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._adapter_manager.table.take_changed())}:
+        for digest in {**entered, **dict.fromkeys(self._adapter_manager.take_changed())}:
             loading = self._loading.get(digest)
             if not loading:
                 continue
@@ -120,7 +120,7 @@ class WaitingRequests(Generic[P, R]):
             tier = self._tier(first)
             if tier is Tier.FAILED:
                 failed += self.fail(first)
-            elif tier is not Tier.LOADING:
+            elif not tier.is_on_its_way:
                 for request in self._loading.pop(digest):
                     self._ready(request)
         return failed
@@ -136,12 +136,12 @@ class WaitingRequests(Generic[P, R]):
         same = list(self._by_adapter[ref.digest])
         for r in same:
             self.refuse(r)
-        return [(r, self._adapter_manager.table.error(ref)) for r in same]
+        return [(r, self._adapter_manager.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
         """Return the next request, see FairQueue.pick; it may have begun, and its adapter have failed since."""
         while (request := self.fair.pick(self._is_resident)) is not None:
-            if request in self.begun or self._tier(request) is not Tier.LOADING:
+            if request in self.begun or not self._tier(request).is_on_its_way:
                 break
             self._withdraw(request)  # its adapter was dropped and is loaded again
             self._enter(request)
@@ -199,10 +199,6 @@ class WaitingRequests(Generic[P, R]):
     def is_loading(self, request: Request) -> bool:
         return self._states.get(request) is _State.LOADING
 
-    def loading(self, digest: str) -> Collection[Request]:
-        """Return the requests that wait for this adapter to be loaded."""
-        return self._loading.get(digest, ())
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless every index holds exactly its requests, and those that wait for an adapter will
         be looked at when it has moved.
@@ -218,21 +214,22 @@ class WaitingRequests(Generic[P, R]):
             assert all(same for same in index.values())
             assert all(r.adapter is not None and r.adapter.digest == d for d, same in index.items() for r in same)
         for digest, requests in self._loading.items():
-            is_on_its_way = self._tier(next(iter(requests))) is Tier.LOADING
-            assert is_on_its_way or digest in self._entered or self._adapter_manager.table.has_changed, (
+            is_on_its_way = self._tier(next(iter(requests))).is_on_its_way
+            assert is_on_its_way or digest in self._entered or self._adapter_manager.has_changed, (
                 "who waits is not told"
             )
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
-        return Tier.POOL if request.adapter is None else self._adapter_manager.table.tier(request.adapter)
+        return Tier.POOL if request.adapter is None else self._adapter_manager.tier(request.adapter)
 
     def _is_resident(self, request: Request) -> bool:
         return self._tier(request) is Tier.POOL
 
     def _enter(self, request: Request) -> None:
-        if request.adapter is not None and self._tier(request) in (Tier.LOADING, Tier.FAILED):
+        tier = self._tier(request)
+        if request.adapter is not None and (tier.is_on_its_way or tier is Tier.FAILED):
             self._states[request] = _State.LOADING
             self._loading.setdefault(request.adapter.digest, {})[request] = None
             self._entered[request.adapter.digest] = None
@@ -370,8 +367,8 @@ class QueueLimits(Generic[P, R]):
     def _is_cold(self, request: Request) -> bool:
         if request.adapter is None:
             return False
-        entry = self._adapter_manager.table.entries.get(request.adapter.digest)
-        return entry is None or self._adapter_manager.table.tier(request.adapter) is Tier.LOADING
+        entry = self._adapter_manager.entries.get(request.adapter.digest)
+        return entry is None or self._adapter_manager.tier(request.adapter).is_on_its_way
 
     def _waits(self, request: Request) -> bool:
         waits = self._waiting.is_loading(request) or self._waiting.is_preparing(request)
