@@ -288,7 +288,7 @@ def test_the_thread_that_steps_compiles_and_captures(
         assert three_forms.replayed
     finally:
         stream.stop()
-    assert threads == {"forward": {"engine-usual"}, "capture": {"engine-usual"}}
+    assert threads == {"forward": {"engine"}, "capture": {"engine"}}
 
 
 def test_an_engine_that_cannot_be_warmed_up_does_not_start(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
