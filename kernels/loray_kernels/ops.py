@@ -191,10 +191,8 @@ class Ops(Protocol):
         """Draw a token for each of the draws' rows, also into `slots`; it is read before the call after the next."""
         ...
 
-    def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        """Give what chooses tokens of all rows of logits like these, whatever requests change; None if the backend has
-        none.
-        """
+    def chooser(self, logits_SV: Tensor) -> Chooser:
+        """Give what chooses tokens of all rows of logits like these, whatever requests change."""
         ...
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from loray_kernels.ops import (
     TablesOf,
     VeraTable,
 )
-from loray_kernels.sampling import Chooser, Drawn, Draws, TokenSlots, sample
+from loray_kernels.sampling import Chooser, Drawn, Draws, ReferenceChooser, TokenSlots, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -78,8 +78,8 @@ class ReferenceOps:
             slots.tokens[slots.slots_S[list(draws.rows)]] = torch.tensor(drawn[0], device=slots.tokens.device)
         return lambda: drawn
 
-    def chooser(self, logits_SV: Tensor) -> Chooser | None:
-        return None
+    def chooser(self, logits_SV: Tensor) -> Chooser:
+        return ReferenceChooser(self.sample)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
