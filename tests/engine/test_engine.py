@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine, undo_step
+from loray.engine.engine import Engine
 from loray.engine.request import Chunk, TokenOutput
 from loray.errors import (
     BaseMismatch,
@@ -345,4 +345,4 @@ def test_errors_of_a_step_are_the_engines_but_for_memory(
 def test_where_no_request_is_left_to_end_the_error_is_the_engines(base: BaseModel) -> None:
     engine, error = make_engine(base), torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        undo_step(error, [], engine.scheduler, engine._model)
+        engine._undo(error, [])
