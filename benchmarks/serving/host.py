@@ -209,7 +209,7 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
     )
     ops, tensors = StandInOps(), random_tensors(config, torch.device("cpu"), torch.bfloat16)
     with patch.object(build, "backend", lambda name, device: ops):
-        engine = build.build_engine(spec, base, lambda ref: weights, tensors)
+        engine = build.build_engine(spec, base, lambda ref, packer: packer.pack(weights), tensors)
     try:
         engine.warm_up()
         yield engine, ops

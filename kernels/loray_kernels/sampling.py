@@ -50,8 +50,9 @@ class Draws:
     words_MW: Tensor | None = None
 
     def part(self, places: Sequence[int]) -> Draws:
-        columns = (self.rows, self.temperature, self.min_p, self.uniform, self.masks)
-        rows, temperature, min_p, uniform, masks = ([column[i] for i in places] for column in columns)
+        rows, masks = ([column[i] for i in places] for column in (self.rows, self.masks))
+        columns = (self.temperature, self.min_p, self.uniform)
+        temperature, min_p, uniform = ([column[i] for i in places] for column in columns)
         return Draws(rows, temperature, min_p, uniform, masks, self.words_MW)
 
 

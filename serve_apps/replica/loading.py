@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,97 +89,99 @@ class CacheWriter:
 
 
 class AdapterLoader:
-    """Makes an adapter of a reference: the engine's `load`, which its loader threads call."""
+    """The engine's `load`, which its loader threads call."""
 
     def __init__(self, base: BaseModel, settings: Settings, counts: LoadCounts | None = None) -> None:
         self.base, self.counts = base, counts or LoadCounts()
         self.store = AdapterStore(open_store(settings.store))
         self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
-        self.ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
         self.cache_writer = CacheWriter()
+        self._ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
 
-    def __call__(self, ref: AdapterRef) -> StoredAdapter:
-        return StoredAdapter(self, ref)
-
-
-class StoredAdapter:
-    """Loads one adapter of the loader's store."""
-
-    def __init__(self, loader: AdapterLoader, ref: AdapterRef) -> None:
-        self._loader, self._ref = loader, ref
-
-    def pack(self, packer: Packer) -> PackedAdapter:
+    def __call__(self, ref: AdapterRef, packer: Packer) -> PackedAdapter:
         """Load and pack the adapter.
 
         Raises NotFoundError or IntegrityError from the store, BaseMismatch, and UnsupportedError if the engine does not
         support the adapter.
         """
-        loader, digest = self._loader, self._ref.digest
-        name = packed_name(packer, loader.base.fingerprint)
+        name = packed_name(packer, self.base.fingerprint)
         with ExitStack() as held:
-            entry = held.enter_context(loader.cache.entry(digest, is_good=lambda folder: _is_good(folder / name)))
+            entry = held.enter_context(self.cache.entry(ref.digest, is_good=lambda folder: _is_good(folder / name)))
             file, is_cached = entry.folder / name, entry.present
-            loader.counts.began("cache" if is_cached else "store")
+            self.counts.began("cache" if is_cached else "store")
             if is_cached and file.exists():
                 return open_packed(file, pinned=packer.pinned)
-            weights, files = self._cached(entry.folder) if is_cached else self._stored(entry.folder, packer)
+            weights, files = self._cached(ref, entry.folder) if is_cached else self._stored(ref, entry.folder, packer)
             packed = packer.pack(weights)
             if is_cached and packed.pair is not None:
                 return packed
 
             def write() -> None:
                 if not is_cached:
-                    loader.store.fetch(digest, entry.folder, have=files)
+                    self.store.fetch(ref.digest, entry.folder, have=files)
                 if packed.pair is None:
                     save_packed(packed, file)
                 if is_cached:
-                    loader.cache.trim(digest)
+                    self.cache.trim(ref.digest)
 
-            loader.cache_writer.submit(self._ref.label, write, held.pop_all(), packer.memory)
+            self.cache_writer.submit(ref.label, write, held.pop_all(), packer.memory)
         return packed
 
-    def _cached(self, folder: Path) -> tuple[AdapterWeights, Files]:
+    def _cached(self, ref: AdapterRef, folder: Path) -> tuple[AdapterWeights, Files]:
         manifest = read_manifest(folder)
-        check_declared(read_header(folder / WEIGHTS_FILE), manifest, source=self._ref.label)
-        return self._checked(manifest, read_adapter(folder, self._loader.base.config)), {}
+        check_declared(read_header(folder / WEIGHTS_FILE), manifest, source=ref.label)
+        return self._checked(ref, manifest, read_adapter(folder, self.base.config)), {}
 
-    def _stored(self, folder: Path, packer: Packer) -> tuple[AdapterWeights, Files]:
+    def _stored(self, ref: AdapterRef, folder: Path, packer: Packer) -> tuple[AdapterWeights, Files]:
         """Read the adapter from the store and verify it. Returns its files too; errors name `folder`."""
-        loader = self._loader
-        manifest = loader.store.manifest(self._ref.digest)
-        config = loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
-        tensors, data, sha256 = self._read_weights(manifest, packer.memory)
-        files = {CONFIG_FILE: config.result(), WEIGHTS_FILE: data}
-        for name, found in ((CONFIG_FILE, hashlib.sha256(files[CONFIG_FILE]).hexdigest()), (WEIGHTS_FILE, sha256)):
+        manifest = self.store.manifest(ref.digest)
+        stored = _Stored(self.store, ref.digest, manifest, self._ranges)
+        config = self._ranges.submit(stored.read, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
+        tensors, data, sha256 = stored.weights(packer.memory)
+        config_bytes = config.result()
+        for name, found in ((CONFIG_FILE, hashlib.sha256(config_bytes).hexdigest()), (WEIGHTS_FILE, sha256)):
             if found != manifest.files[name]:
                 raise IntegrityError(
-                    f"adapter {self._ref.digest[:12]} is damaged: {name} in the store differs from its SHA-256; "
+                    f"adapter {ref.digest[:12]} is damaged: {name} in the store differs from its SHA-256; "
                     "publish the adapter again"
                 )
-        parsed = parse_config(folder, config.result())
-        weights = parse_adapter(folder, parsed, without_prefix(tensors), loader.base.config)
-        return self._checked(manifest, weights), files
+        parsed = parse_config(folder, config_bytes)
+        weights = parse_adapter(folder, parsed, without_prefix(tensors), self.base.config)
+        return self._checked(ref, manifest, weights), {CONFIG_FILE: config_bytes, WEIGHTS_FILE: data}
 
-    def _read_weights(
-        self, manifest: AdapterManifest, memory: Recycled
-    ) -> tuple[dict[str, torch.Tensor], memoryview, str]:
+    def _checked(self, ref: AdapterRef, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
+        """Check the base, and add what only the manifest contains."""
+        manifest.ref(ref.digest, ref.name, ref.version).check_base(self.base.name, self.base.fingerprint)
+        return with_manifest(weights, manifest, ref.label)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One adapter in the store, whose files are read with the threads of `ranges`."""
+
+    store: AdapterStore
+    digest: str
+    manifest: AdapterManifest
+    ranges: ThreadPoolExecutor
+
+    def weights(self, memory: Recycled) -> tuple[dict[str, torch.Tensor], memoryview, str]:
         """Read the file of weights; returns its tensors, which are views of its bytes, these, and their SHA-256."""
-        source = f"adapter {self._ref.digest[:12]}: {WEIGHTS_FILE} in the store"
-        size = self._loader.ranges.submit(self._size, manifest)
-        beginning = self._read(manifest, WEIGHTS_FILE, 0, _FIRST_BYTES)
+        source = f"adapter {self.digest[:12]}: {WEIGHTS_FILE} in the store"
+        size = self.ranges.submit(self._size)
+        beginning = self.read(WEIGHTS_FILE, 0, _FIRST_BYTES)
         missing = check_header_length(beginning, source=source) - len(beginning)
         if missing > 0:
-            beginning += self._read(manifest, WEIGHTS_FILE, len(beginning), len(beginning) + missing)
+            beginning += self.read(WEIGHTS_FILE, len(beginning), len(beginning) + missing)
         entries = parse_header(beginning, source=source)
         num_bytes = size.result()
         check_tensors(entries, source=source, file_bytes=num_bytes)  # before memory is taken by what it says
-        check_declared(entries, manifest, source=source)
+        check_declared(entries, self.manifest, source=source)
         skip = -header_end(beginning, source=source) % 8  # so that the tensors are aligned
         whole = memory.empty(skip + num_bytes, torch.uint8)[skip:]
         data = whole.numpy().data
         data[: len(beginning)] = beginning
         starts = range(len(beginning), num_bytes, _RANGE_BYTES)
-        reads = [self._loader.ranges.submit(self._fill, manifest, data, start) for start in starts]
+        reads = [self.ranges.submit(self._fill, data, start) for start in starts]
         sha256 = hashlib.sha256(beginning)
         try:
             for start, read in zip(starts, reads, strict=True):
@@ -194,25 +197,19 @@ class StoredAdapter:
         }
         return tensors, data, sha256.hexdigest()
 
-    def _fill(self, manifest: AdapterManifest, data: memoryview, start: int) -> None:
-        sha256 = manifest.files[WEIGHTS_FILE]
-        self._loader.store.read_into(self._ref.digest, WEIGHTS_FILE, sha256, start, data[start : start + _RANGE_BYTES])
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        if name not in self.manifest.files:
+            raise UnsupportedError(f"adapter {self.digest[:12]} has no {name}: it is not a PEFT adapter")
+        return self.store.read_range(self.digest, name, self.manifest.files[name], start, stop)
 
-    def _read(self, manifest: AdapterManifest, name: str, start: int, stop: int) -> bytes:
-        if name not in manifest.files:
-            raise UnsupportedError(f"adapter {self._ref.digest[:12]} has no {name}: it is not a PEFT adapter")
-        return self._loader.store.read_range(self._ref.digest, name, manifest.files[name], start, stop)
+    def _fill(self, data: memoryview, start: int) -> None:
+        sha256 = self.manifest.files[WEIGHTS_FILE]
+        self.store.read_into(self.digest, WEIGHTS_FILE, sha256, start, data[start : start + _RANGE_BYTES])
 
-    def _size(self, manifest: AdapterManifest) -> int:
-        if WEIGHTS_FILE not in manifest.files:
-            return 0  # `_read` says so
-        return self._loader.store.file_size(self._ref.digest, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE])
-
-    def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
-        """Check the base, and add what only the manifest contains."""
-        ref, base = self._ref, self._loader.base
-        manifest.ref(ref.digest, ref.name, ref.version).check_base(base.name, base.fingerprint)
-        return with_manifest(weights, manifest, ref.label)
+    def _size(self) -> int:
+        if WEIGHTS_FILE not in self.manifest.files:
+            return 0  # `read` says so
+        return self.store.file_size(self.digest, WEIGHTS_FILE, self.manifest.files[WEIGHTS_FILE])
 
 
 def _is_good(packed_file: Path) -> bool:

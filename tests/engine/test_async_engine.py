@@ -21,9 +21,9 @@ from loray.engine.async_engine import AsyncEngine
 from loray.engine.build import build_engine
 from loray.engine.engine import check_request
 from loray.engine.metrics import EngineStats
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.request import Request
 from loray.errors import ContextLengthExceeded, EngineError, EngineStopped, Overloaded, RequestError, StoreError
-from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec, TokenDelta
 from tests.fixtures.engines import hold, make_engine, request, run
 from tests.fixtures.peft_adapters import Adapters
@@ -137,7 +137,7 @@ def test_what_is_refused_is_refused_at_once_and_others_go_on(stream: AsyncEngine
 def test_a_request_is_refused_in_time_although_nothing_happens(stream: AsyncEngine, adapters: Adapters) -> None:
     """The load that it waits for ends only after the refusal, and nothing else wakes the engine."""
     refused, load = threading.Event(), stream._engine._loads._load
-    stream._engine._loads._load = lambda ref: (refused.wait(60), load(ref))[1]
+    stream._engine._loads._load = lambda ref, packer: (refused.wait(60), load(ref, packer))[1]
 
     async def test() -> None:
         with pytest.raises(Overloaded, match="no first token within"):
@@ -237,10 +237,10 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: A
     """A store that does not answer: what is warm, and the base, are served as ever."""
     hangs, goes_on = {adapters[name].ref.digest for name in ("r2", "r5")}, threading.Event()
 
-    def load(ref: AdapterRef) -> AdapterWeights:
+    def load(ref: AdapterRef, packer: Packer) -> PackedAdapter:
         if ref.digest in hangs:
             assert goes_on.wait(60)
-        return next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base)
+        return packer.pack(next(a for a in adapters.values() if a.ref.digest == ref.digest).load(base))
 
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=8 << 20, num_threads=1, load_timeout_s=1.0)
     stream = AsyncEngine(build_engine(spec, base, load))

@@ -1,9 +1,8 @@
-"""Loads in the loader's threads: from a place where an adapter is stored, from memory, and what fails."""
+"""Loads in the loader's threads, and how large they say that an adapter is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from loray.engine.pool.loader import AdapterLoads
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError
-from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterBytes, AdapterRef
 from tests.fixtures.packing import packer, weights
 from tests.fixtures.scheduling import adapter
@@ -21,19 +19,12 @@ from tests.fixtures.scheduling import adapter
 REF = adapter("a", nbytes=1 << 20)
 
 
-@dataclass
-class Stored:
-    own: AdapterWeights
-
-    def pack(self, packer: Packer) -> PackedAdapter:
-        return packer.pack(self.own)
-
-
 class Loads:
-    """`give`: what a load gets, or the error that it raises."""
+    """`error`: what a load raises."""
 
     def __init__(self) -> None:
-        own, self.give = packer(), Any
+        own, self.own = packer(), weights(dict.fromkeys(range(4), 2))
+        self.error: Exception | None = None
         pool: Any = SimpleNamespace(
             tensor=SimpleNamespace(device=torch.device("cpu"), nbytes=0),
             geometry=own.geometry,
@@ -42,10 +33,10 @@ class Loads:
         )
         self.loads = AdapterLoads(pool, own, self.load)
 
-    def load(self, ref: AdapterRef) -> Any:
-        if isinstance(self.give, Exception):
-            raise self.give
-        return self.give
+    def load(self, ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        if self.error is not None:
+            raise self.error
+        return packer.pack(self.own)
 
 
 @pytest.fixture
@@ -55,13 +46,10 @@ def made() -> Iterator[Loads]:
     made.loads.close()
 
 
-@pytest.mark.parametrize("is_stored", [True, False])
-def test_an_adapter_comes_complete_from_where_it_is_stored_or_from_memory(made: Loads, is_stored: bool) -> None:
-    own = weights(dict.fromkeys(range(4), 2))
-    made.give = Stored(own) if is_stored else own
+def test_what_has_been_loaded_is_known_by_its_size(made: Loads) -> None:
     assert (made.loads.num_blocks(REF.digest), made.loads.expected_blocks(REF)) == (None, 20)  # half of the pool
     packed = made.loads.start(REF).result(60)
-    assert all(map(torch.equal, packed.layered, packer().pack(own).layered))
+    assert all(map(torch.equal, packed.layered, packer().pack(made.own).layered))
     assert (made.loads.num_blocks(REF.digest), made.loads.expected_blocks(REF)) == (3, 3)
     assert made.loads.nbytes(REF.digest) == AdapterBytes(packed.nbytes)
     made.loads.forget(REF.digest)
@@ -69,6 +57,6 @@ def test_an_adapter_comes_complete_from_where_it_is_stored_or_from_memory(made: 
 
 
 def test_what_a_load_raises_is_its_result(made: Loads) -> None:
-    made.give = IntegrityError("damaged")
-    assert made.loads.start(REF).exception(60) is made.give
+    made.error = IntegrityError("damaged")
+    assert made.loads.start(REF).exception(60) is made.error
     assert made.loads.num_blocks(REF.digest) is None

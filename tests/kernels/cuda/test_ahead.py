@@ -256,7 +256,7 @@ def build(base: BaseModel) -> AsyncEngine:
         max_num_seqs=4,
         num_threads=1,
     )
-    return AsyncEngine(build_engine(spec, base, lambda ref: pytest.fail("there are no adapters")))
+    return AsyncEngine(build_engine(spec, base, lambda ref, packer: pytest.fail("there are no adapters")))
 
 
 def test_the_thread_that_steps_compiles_and_captures(

@@ -133,7 +133,7 @@ def test_an_adapter_is_given_before_it_is_in_the_cache(world: World, monkeypatch
         return fetch(self, *args, **options)
 
     monkeypatch.setattr(AdapterStore, "fetch", held_back)
-    packed = world.loader(world.ref).pack(world.packer)
+    packed = world.loader(world.ref, world.packer)
     assert not world.cached.exists()
     given.set()
     world.loader.cache_writer.flush()

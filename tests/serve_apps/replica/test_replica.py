@@ -16,7 +16,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.encryption import server_context
 from loray.engine.metrics import EngineStats
-from loray.engine.pool.packed import PackedAdapter
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import EngineError, IntegrityError, RequestError, StoreError
 from loray.policy.routing import Held
 from loray.policy.warm_start import AdapterDemand, DemandRecord
@@ -24,7 +24,7 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from serve_apps.channel.listener import Listener
 from serve_apps.replica import replica as module
-from serve_apps.replica.loading import AdapterLoader, StoredAdapter
+from serve_apps.replica.loading import AdapterLoader
 from serve_apps.replica.replica import EngineReplica, warm_up, without_expected_tracebacks
 from serve_apps.replica.startup import start_engine
 from tests.fixtures.authority import Authority
@@ -86,16 +86,16 @@ def test_expected_adapters_are_in_the_pool_before_the_first_request(
 def test_a_store_that_hangs_costs_the_time_and_one_that_fails_none(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    going, pack = Event(), StoredAdapter.pack
+    going, load = Event(), AdapterLoader.__call__
 
-    def hang(self: StoredAdapter, *args: Any) -> PackedAdapter:
-        if self._ref.name == "b":
+    def hang(self: AdapterLoader, ref: AdapterRef, packer: Packer) -> PackedAdapter:
+        if ref.name == "b":
             raise StoreError("away")
-        if self._ref.name == "c":
+        if ref.name == "c":
             assert going.wait(60)
-        return pack(self, *args)
+        return load(self, ref, packer)
 
-    monkeypatch.setattr(StoredAdapter, "pack", hang)
+    monkeypatch.setattr(AdapterLoader, "__call__", hang)
     began = time.monotonic()
     warm = place.warm_up(timeout_s=15.0)  # a fifth of it: no other replica runs
     try:

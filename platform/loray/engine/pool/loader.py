@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 
 from loray.engine.pool.packed import FIRST_BYTES, PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
-from loray.methods.weights import AdapterWeights
 from loray.spec import AdapterBytes, AdapterRef, RopeParameters
 from loray_kernels import use_device
 
@@ -18,16 +16,9 @@ from loray_kernels import use_device
 _NUM_THREADS = 4
 
 
-class AdapterSource(Protocol):
-    """An adapter in the place where it is stored."""
-
-    def pack(self, packer: Packer) -> PackedAdapter:
-        """Load it into host memory, complete and verified. Raises errors of the adapter or its place."""
-        ...
-
-
-# Weights are in memory already: of an adapter that neither a cache nor a store has.
-LoadAdapter = Callable[[AdapterRef], AdapterWeights | AdapterSource]
+# Loads an adapter into host memory, complete, verified and packed, wherever it is. Raises errors of the adapter or its
+# place.
+LoadAdapter = Callable[[AdapterRef, Packer], PackedAdapter]
 
 
 class AdapterLoads:
@@ -77,8 +68,7 @@ class AdapterLoads:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, ref: AdapterRef) -> PackedAdapter:
-        loaded = self._load(ref)
-        packed = self._packer.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(self._packer)
+        packed = self._load(ref, self._packer)
         if packed.rope is not None:
             self._prepare_rope(packed.rope)
         self._num_blocks[ref.digest] = num_blocks = self._pool.num_blocks_for(packed)
