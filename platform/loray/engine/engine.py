@@ -15,7 +15,7 @@ from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
 from loray.engine.memory.adapter_manager import AdapterManager, Placement, Tier
 from loray.engine.memory.limits import check_length, max_model_len
-from loray.engine.metrics import AdapterUsageLog, Counters, EngineStats
+from loray.engine.metrics import Counters, EngineStats
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.worker import RankWorkers
 from loray.engine.pool.loader import AdapterLoads, LoadAdapter
@@ -159,7 +159,7 @@ class Engine:
             remove=pool.remove,
             size=pool.size_of,
             copy_is_done=pool.copy_is_done,
-            usage=AdapterUsageLog(on_forget=self._loads.forget),
+            on_forget=self._loads.forget,
             wake=lambda: self.wake(),
         )
         self.scheduler: Scheduler[PackedAdapter, ResidentAdapter] = Scheduler(
@@ -378,7 +378,7 @@ class Engine:
         del self._requests[request.request_id]
         self._grammars.forget(request)
         if (ref := request.adapter) is not None:
-            self.adapter_manager.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
+            self.adapter_manager.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:

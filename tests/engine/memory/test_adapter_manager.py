@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from loray.engine.memory.adapter_manager import Backoff, Tier
+from loray.engine.memory.adapter_manager import Backoff, Placement, Tier
 from loray.engine.metrics import ResidencyCounts
 from loray.errors import IntegrityError, StoreError, UnsupportedError
+from loray.spec import AdapterRef
 from tests.fixtures.scheduling import Pair, World, ref
 
 DAMAGED = IntegrityError("damaged")
@@ -196,6 +199,39 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
     assert world.manager.counts.num_failed_loads == 1
     (place,) = world.manager.placements([ref("c").digest])
     assert (place.place, place.last_used_at) == (None, 1003.5)
+
+
+def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
+    world = World()
+    manager = world.manager
+
+    def once(of: AdapterRef, num_tokens: int) -> Placement:
+        manager.add_waiter(of)
+        world.now += 1
+        manager.request_ended(of, num_tokens)
+        manager.remove_waiter(of)
+        (place,) = manager.placements()
+        return place
+
+    a, renamed = ref("a"), replace(ref("a"), name="b")
+    assert once(a, 30) == Placement(a, None, num_uses=1, last_used_at=1001.0, num_tokens=30)
+    assert once(renamed, 5) == Placement(renamed, None, num_uses=2, last_used_at=1002.0, num_tokens=35)
+
+
+def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is() -> None:
+    forgotten: list[str] = []
+    manager = World(num_usages=2, on_forget=forgotten.append).manager
+    for name in "abcde":
+        manager.add_waiter(ref(name))
+    for name in "bca":
+        manager.remove_waiter(ref(name))
+    assert [p.ref.name for p in manager.placements()] == ["d", "e", "c", "a"]
+    assert manager.placements([ref("b").digest]) == []
+    manager.add_waiter(ref("c"))
+    manager.remove_waiter(ref("c"))
+    manager.remove_waiter(ref("d"))
+    assert [p.ref.name for p in manager.placements()] == ["e", "c", "d"]
+    assert forgotten == [ref("b").digest, ref("a").digest]
 
 
 # Failed loads are tried again later and later, and requests in between get the stored error.

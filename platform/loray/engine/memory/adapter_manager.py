@@ -25,7 +25,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from loray.engine.memory.eviction import EvictionPolicy, EvictionScore, Inflation, PriorityQueue
 from loray.engine.memory.host_memory import HostMemory, P
-from loray.engine.metrics import AdapterUsageLog, Histogram, ResidencyCounts
+from loray.engine.metrics import AdapterUsage, Histogram, ResidencyCounts
 from loray.errors import EngineError, IntegrityError, StoreError, UnsupportedError
 from loray.spec import AdapterRef
 from loray.telemetry import METRICS
@@ -36,6 +36,7 @@ _FIRST_S, _LAST_S = 1.0, 60.0
 _FIRST_LASTING_S, _LAST_LASTING_S = 60.0, 600.0  # bytes under a digest do not change; a cache's or a store's copy may
 _LASTING = (IntegrityError, UnsupportedError)
 _NUM_FAILURES = 10_000  # that are remembered
+_NUM_USAGES = 10_000  # of adapters that are nowhere any more; some 15 MB
 
 
 class _Failure(NamedTuple):
@@ -127,6 +128,7 @@ class Entry(Generic[P, R]):
 
     ref: AdapterRef
     tier: Tier
+    usage: AdapterUsage
     load: Future[P] | None = None
     load_began: float = 0.0
     packed: P | None = None
@@ -153,6 +155,9 @@ class AdapterManager(Generic[P, R]):
     copy_is_done  whether steps read a resident adapter's rows without waiting for their copy
     wake          called in the loader's thread when a load has a result
     clock         seconds, to measure loads: from the start until `poll` finds the adapter complete
+    date          seconds since the epoch
+    num_usages    adapters that are nowhere any more whose usage is kept; those gone for longest are forgotten first
+    on_forget     called with their digests
     """
 
     def __init__(
@@ -164,15 +169,16 @@ class AdapterManager(Generic[P, R]):
         remove: Callable[[R], None],
         size: Callable[[R], float] = lambda resident: 1.0,
         copy_is_done: Callable[[R], bool] = lambda resident: True,
-        usage: AdapterUsageLog | None = None,
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        date: Callable[[], float] = time.time,
+        num_usages: int = _NUM_USAGES,
+        on_forget: Callable[[str], None] = lambda digest: None,
         backoff: Backoff | None = None,
     ) -> None:
         self.entries: dict[str, Entry[P, R]] = {}
         self.at: dict[Tier, OrderedDict[str, Entry[P, R]]] = {tier: OrderedDict() for tier in Tier}
         self.idle: PriorityQueue[str] = PriorityQueue()
-        self.usage = usage or AdapterUsageLog()
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
         self.size = size
@@ -184,6 +190,8 @@ class AdapterManager(Generic[P, R]):
         self._eviction = EvictionPolicy()
         self._place, self._remove, self._copy_is_done = place, remove, copy_is_done
         self._backoff = backoff or Backoff(clock)
+        self._date, self._num_usages, self._on_forget = date, num_usages, on_forget
+        self._gone: OrderedDict[str, AdapterUsage] = OrderedDict()  # usage of adapters that are nowhere any more
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -211,12 +219,13 @@ class AdapterManager(Generic[P, R]):
 
     def placements(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Return where these adapters are, or all that are known; one that was never requested is left out."""
-        known = self.usage.all() if digests is None else filter(None, map(self.usage.get, digests))
         found = []
-        for usage in known:
-            entry = self.entries.get(usage.ref.digest)
-            place = None if entry is None or entry.tier is Tier.FAILED else entry.tier.place
-            found.append(Placement(usage.ref, place, usage.num_uses, usage.last_used_at, usage.num_tokens))
+        for digest in [*self.entries, *self._gone] if digests is None else digests:
+            entry = self.entries.get(digest)
+            usage = self._gone.get(digest) if entry is None else entry.usage
+            if usage is not None:
+                place = None if entry is None or entry.tier is Tier.FAILED else entry.tier.place
+                found.append(Placement(usage.ref, place, usage.num_uses, usage.last_used_at, usage.num_tokens))
         return found
 
     @property
@@ -257,11 +266,15 @@ class AdapterManager(Generic[P, R]):
             self.counts.num_pool_hits += place == "pool"
             self.counts.num_host_hits += place == "host"
             self.counts.num_misses += place not in ("pool", "host")
-            self.usage.request_came(ref)
         if entry is None:
-            error = self._backoff.error(ref.digest)
-            entry = Entry(ref, Tier.QUEUED if error is None else Tier.FAILED, error=error)
-            self.entries[ref.digest] = self.at[entry.tier][ref.digest] = entry
+            error, usage = self._backoff.error(ref.digest), self._gone.pop(ref.digest, None)
+            tier = Tier.QUEUED if error is None else Tier.FAILED
+            entry = Entry(ref, tier, usage or AdapterUsage(ref, self._date()), error=error)
+            self.entries[ref.digest] = self.at[tier][ref.digest] = entry
+        if not again:
+            entry.usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
+            entry.usage.num_uses += 1
+            entry.usage.last_used_at = self._date()
         self._touch(entry)
         entry.waiters.append(entry.last_used)
         self._update(entry)
@@ -276,6 +289,12 @@ class AdapterManager(Generic[P, R]):
             # No request waits any more. A load that already runs goes on, and the host keeps its result.
             entry.load = None
             self._set_tier(entry, None)
+
+    def request_ended(self, ref: AdapterRef, num_tokens: int) -> None:
+        """A request for `ref`, which it has not left yet, ended with or without an error."""
+        usage = self.entries[ref.digest].usage
+        usage.num_tokens += num_tokens
+        usage.last_used_at = self._date()
 
     def acquire(self, ref: AdapterRef) -> R | None:
         """Pin `ref` in the pool; first copy it there if it is on the host.
@@ -400,7 +419,9 @@ class AdapterManager(Generic[P, R]):
         if tier is None:
             del self.entries[digest]
             self.idle.discard(digest)
-            self.usage.dropped(entry.ref)
+            self._gone[digest] = entry.usage
+            if len(self._gone) > self._num_usages:
+                self._on_forget(self._gone.popitem(last=False)[0])
             return
         entry.tier = tier
         self.at[tier][digest] = entry
@@ -523,7 +544,6 @@ class Prefetch(Generic[P, R]):
             if ref.digest in self._manager.entries or nbytes + ref.nbytes > self._host_bytes:
                 continue
             nbytes += ref.nbytes
-            self._manager.usage.expected(ref)
             self._manager.add_waiter(ref, again=True)
             self._waiting[ref.digest] = ref
         return self.look()
