@@ -52,7 +52,7 @@ class _Launched(NamedTuple):
     began: float
     scores: PromptScores
     outcomes: Callable[[], list[Outcome]]
-    wait: Callable[[], None]  # until it has been computed
+    computed: torch.cuda.Event | None  # None: what is read of it has been
     is_ahead: bool  # the next step can be launched before this one is read
 
 
@@ -101,10 +101,13 @@ class ModelRunner:
             outcomes = self._sampler(logits_SV, requests, self._grammars.masks(requests), slots)
         for request in requests:
             request.num_in_flight += 1
-        # Nothing is read of a step without tokens and scores, which then has only been queued.
-        wait = _no_wait if batch.sampled or batch.scored or not self._on_gpu else _computed()
+        computed = None
+        if self._on_gpu and not (batch.sampled or batch.scored):
+            # Nothing is read of it, so it has only been queued. Other streams, on which adapters are copied, go on.
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            computed.record()
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        self._launched.append(_Launched(chunks, num_tokens, batch, work, began, scores, outcomes, wait, is_ahead))
+        self._launched.append(_Launched(chunks, num_tokens, batch, work, began, scores, outcomes, computed, is_ahead))
         return True
 
     @property
@@ -146,19 +149,9 @@ class ModelRunner:
             [(r, o) for r, o in zip(requests, outcomes, strict=True) if r.state is not RequestState.FINISHED],
             scores,
         )
-        step.wait()
+        if step.computed is not None:
+            step.computed.synchronize()
         now = time.monotonic()
         seconds, self._read_at = now - max(step.began, self._read_at), now
         self._observe(step.work, seconds)
         self._counters.stepped(step.num_tokens, len(batch.residents), seconds)
-
-
-def _no_wait() -> None:
-    pass  # what was read has been computed
-
-
-def _computed() -> Callable[[], None]:
-    """Make a wait for what this thread has queued so far, and not for other streams, on which adapters are copied."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event.synchronize

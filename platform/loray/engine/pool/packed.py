@@ -253,15 +253,11 @@ def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> No
         return
     for row, layer in zip(rows_LE, layers, strict=True):
         for matrix, own in order.stretches.items():
-            if not all(_is_finite(_stretch(row, matrix, s)) for s in own):
+            if not all(_is_finite(row[s.start : s.start + matrix.rows * s.width]) for s in own):
                 raise IntegrityError(
                     f"the adapter's {layer}{matrix.module} {matrix.role} is not finite in {row.dtype}; its weights are "
                     "unusable"
                 )
-
-
-def _stretch(row: Tensor, matrix: Matrix, stretch: RowSpan) -> Tensor:
-    return row[stretch.start : stretch.start + matrix.rows * stretch.width]
 
 
 def _is_finite(x: Tensor) -> bool:

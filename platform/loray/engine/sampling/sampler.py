@@ -151,7 +151,9 @@ class Sampler:
         if not requests:
             return list
         vocab = logits_SV.shape[1]
-        own = [i for i, r in enumerate(requests) if r.changes_logits or _wants_more(r.spec.params, vocab)]
+        params = [r.spec.params for r in requests]
+        wants_more = (p.logprobs is not None or _cuts(p, vocab) for p in params)
+        own = [i for i, wants in enumerate(wants_more) if wants or requests[i].changes_logits]
         plain = [*range(len(requests))] if not own else sorted(set(range(len(requests))) - set(own))
         plain_draws = self._draws(requests, plain, masks)
         if not own:
@@ -220,8 +222,3 @@ def _outcomes(
 def _cuts(params: SamplingParams, vocab: int) -> bool:
     """Say whether top-k or top-p may take something away."""
     return params.temperature >= _GREEDY_BELOW and (0 < params.top_k < vocab or params.top_p < 1)
-
-
-def _wants_more(params: SamplingParams, vocab: int) -> bool:
-    """Say whether plain draws do not suffice, though its logits are not changed."""
-    return params.logprobs is not None or _cuts(params, vocab)

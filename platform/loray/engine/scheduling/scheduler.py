@@ -275,7 +275,10 @@ class Scheduler(Generic[P, R]):
             self.step_time, max_num_seqs=max_num_seqs, max_num_batched_tokens=self._max_tokens, itl_slo_s=itl_slo_s
         )
         self._targets = TtftSlo(
-            ttft_slo_s=ttft_slo_s, estimate=self._seconds_to_first_token, alone=self._seconds_alone, clock=clock
+            ttft_slo_s=ttft_slo_s,
+            estimate=self._seconds_to_first_token,
+            alone=lambda request: self._estimate.seconds(self._backlog(request), StepWork(num_steps=1)),
+            clock=clock,
         )
         self.waiting = WaitingRequests(adapter_manager, lead=max_num_batched_tokens)
         self._limits = QueueLimits(self.waiting, adapter_manager, wait_limits, self._targets.expected_retry_s, clock)
@@ -447,9 +450,6 @@ class Scheduler(Generic[P, R]):
         decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
         ahead, step = ahead.plus(self._backlog(request)), StepWork(1, len(decoding), sum(decoding))
         return self._estimate.seconds(ahead, step, num_running=len(self.running), mean_output=mean_output)
-
-    def _seconds_alone(self, request: Request) -> float:
-        return self._estimate.seconds(self._backlog(request), StepWork(num_steps=1))
 
     def _backlog(self, request: Request) -> Backlog:
         return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))
