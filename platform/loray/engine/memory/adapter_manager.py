@@ -301,8 +301,8 @@ class AdapterManager(Generic[P, R]):
 
         None while blocks are short or it is on its way, and if it cannot be placed: then its tier is FAILED.
         """
-        self.place_ahead(ref)
         entry = self.entries[ref.digest]
+        self.place_ahead(ref)
         if entry.tier is not Tier.POOL:
             return None
         entry.pins += 1
