@@ -91,7 +91,7 @@ class EngineReplica:
 
         self._started_at = time.time()
         base, counts = get_base(settings.home, spec.base), LoadCounts()
-        self._stream = start_engine(spec, base, settings, RankActors, adapter_loader(base, settings, counts))
+        self._stream = start_engine(spec, base, adapter_loader(base, settings, counts), RankActors)
         warm_start = None
         if spec.warm_start_s:
             warm_start = warm_up(self._stream, _demand_records(), _replica_id(), base.fingerprint, spec.warm_start_s)

@@ -41,23 +41,17 @@ def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> 
 
 
 def start_engine(
-    spec: ServeSpec,
-    base: BaseModel,
-    settings: Settings,
-    start_workers: StartWorkers | None = None,
-    load: AdapterLoader | None = None,
+    spec: ServeSpec, base: BaseModel, load: AdapterLoader, start_workers: StartWorkers | None = None
 ) -> AsyncEngine:
-    """Load the base, allocate the pool, and start the engine's thread.
+    """Load the base, allocate the pool, and start the engine's thread. `load` is an `adapter_loader`.
 
-    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine. `load`
-    is an `adapter_loader`.
+    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine.
     """
     from loray.engine.async_engine import AsyncEngine
     from loray.engine.build import build_engine
     from loray.engine.parallel.worker import LocalWorkers
 
     started = time.monotonic()
-    load = load or adapter_loader(base, settings)
     stream = AsyncEngine(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)

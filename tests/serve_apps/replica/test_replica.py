@@ -38,7 +38,7 @@ class Place:
         self.base, self.refs = base, refs
         self.loader = AdapterLoader(base, settings)
         spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=1 << 20, num_threads=1)
-        self.stream = start_engine(spec, base, settings, load=self.loader)
+        self.stream = start_engine(spec, base, self.loader)
 
     def read(self) -> DemandRecord | None:
         """Stands in for DemandRecords: the first replica of all starts, and each adapter was asked for."""
