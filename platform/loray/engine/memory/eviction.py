@@ -66,12 +66,6 @@ class PriorityQueue(Generic[T]):
         self._valid: dict[T, int] = {}
         self._num_set = 0
 
-    def __len__(self) -> int:
-        return len(self._valid)
-
-    def __contains__(self, item: T) -> bool:
-        return item in self._valid
-
     def __iter__(self) -> Iterator[T]:
         """In no order."""
         return iter(self._valid)
