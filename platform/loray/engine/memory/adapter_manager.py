@@ -563,4 +563,5 @@ class Prefetch(Generic[P, R]):
         """Wait for nothing any more."""
         for ref in self._waiting.values():
             self._manager.remove_waiter(ref)
-        return Prefetched(*(self._ended[place] for place in ("pool", "host", "failed")), len(self._waiting))
+        ended = self._ended
+        return Prefetched(ended["pool"], ended["host"], ended["failed"], num_late=len(self._waiting))
