@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from loray.schemas.resources import (
     AdapterResource,
     AliasResource,
     BaseResource,
+    CanaryResource,
     JobResource,
     ProjectionResource,
     QuarantineResource,
@@ -30,20 +31,20 @@ from loray.schemas.resources import (
     VersionResource,
 )
 from loray.schemas.status import AdapterPlacement
-from loray.spec import AdapterManifest, Duration, Limits, Projection
+from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Duration, Limits, Projection, Visibility
 
 _PAGE = 1000
 
 
-class DirectAccess:
-    """Has the methods of `AccessCalls` of the same names. Raises what the catalog raises."""
+class DirectCatalog:
+    """Has the methods of `CatalogClient` of the same names. Raises what the catalog raises."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
     def create_key(self, wanted: KeyCreation) -> NewKeyResource:
         """The key itself is in the answer, and nowhere else."""
-        made = self._catalog.create_key(
+        made = self._catalog.keys.create(
             wanted.key_alias,
             tenant=wanted.tenant,
             scopes=wanted.scopes,
@@ -58,17 +59,17 @@ class DirectAccess:
         """All keys, newest first."""
         cursor: str | None = None
         while True:
-            page = self._catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant, alias=key_alias)
+            page = self._catalog.keys.page(limit=_PAGE, cursor=cursor, tenant=tenant, alias=key_alias)
             yield from (KeyResource.of(key) for key in page.keys)
             if (cursor := page.next) is None:
                 return
 
     def key(self, key_id: str) -> KeyResource:
-        return KeyResource.of(self._catalog.key(key_id))
+        return KeyResource.of(self._catalog.keys.get(key_id))
 
     def change_key(self, key_id: str, change: KeyChange) -> KeyResource:
         given = change.model_fields_set
-        changed = self._catalog.update_key(
+        changed = self._catalog.keys.update(
             key_id,
             alias=change.key_alias,
             blocked=change.blocked,
@@ -82,24 +83,61 @@ class DirectAccess:
 
     def revoke_key(self, key_id: str, *, only_this: bool = False) -> KeyResource:
         """With those that it was rotated from and into, or `only_this`."""
-        return KeyResource.of(self._catalog.revoke_key(key_id, only_this=only_this))
+        return KeyResource.of(self._catalog.keys.revoke(key_id, only_this=only_this))
 
     def rotate_key(self, key_id: str, *, grace_period: Duration | None = None) -> NewKeyResource:
         """A new key instead of this one, which goes on for `grace_period`."""
-        return _new(self._catalog.rotate_key(key_id, grace=Rotation(grace_period=grace_period).grace))
+        return _new(self._catalog.keys.rotate(key_id, grace=Rotation(grace_period=grace_period).grace))
 
     def create_tenant(self, name: str, limits: Limits | None = None) -> TenantResource:
-        return TenantResource.of(self._catalog.create_tenant(name, limits))
+        return TenantResource.of(self._catalog.tenants.create(name, limits))
 
     def tenants(self) -> tuple[TenantResource, ...]:
-        return tuple(TenantResource.of(tenant) for tenant in self._catalog.tenants())
+        return tuple(TenantResource.of(tenant) for tenant in self._catalog.tenants.all())
 
     def tenant(self, name: str) -> TenantResource:
-        return TenantResource.of(self._catalog.tenant(name))
+        return TenantResource.of(self._catalog.tenants.get(name))
 
     def change_tenant(self, name: str, change: TenantChange) -> TenantResource:
-        changed = self._catalog.update_tenant(name, limits=change.limits, blocked=change.blocked)
+        changed = self._catalog.tenants.update(name, limits=change.limits, blocked=change.blocked)
         return TenantResource.of(changed)
+
+    def share(self, name: str, visibility: Visibility, shared_with: Collection[str] = ()) -> AdapterResource:
+        return self._resource(self._catalog.adapters.share(name, visibility, shared_with))
+
+    def transfer(self, name: str, tenant: str, new_name: str | None = None) -> AdapterResource:
+        return self._resource(self._catalog.adapters.transfer(name, tenant, new_name))
+
+    def _resource(self, entry: AdapterEntry) -> AdapterResource:
+        return adapter(entry, {fingerprint: name for name, fingerprint in self._catalog.bases.fingerprints().items()})
+
+    def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryResource:
+        return CanaryResource.of(self._catalog.canaries.get(name, alias))
+
+    def set_canary(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        percent: int,
+        *,
+        bounds: CanaryBounds | None = None,
+        no_gate: str | None = None,
+    ) -> CanaryResource:
+        state = self._catalog.canaries.set(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
+        return CanaryResource.of(state)
+
+    def end_canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryResource:
+        return CanaryResource.of(self._catalog.canaries.end(name, alias))
+
+    def tags(self, name: str) -> Mapping[str, str]:
+        return self._catalog.tags.of(name)
+
+    def set_tag(self, name: str, key: str, value: str) -> None:
+        self._catalog.tags.set(name, key, value)
+
+    def delete_tag(self, name: str, key: str) -> None:
+        self._catalog.tags.delete(name, key)
 
 
 def _new(made: NewKey) -> NewKeyResource:

@@ -82,8 +82,8 @@ def list_adapters(
     after: QualifiedName | None = None,
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
-    bases = catalog.bases()
-    found = catalog.names(
+    bases = catalog.bases.fingerprints()
+    found = catalog.adapters.page(
         limit=_PAGE + 1,
         after=after or "",
         tenant=tenant or None,
@@ -120,8 +120,8 @@ def show_adapter(
     done: Annotated[str, Query(max_length=16)] = "",
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
-    entry = catalog.entry(name)
-    shown, older = catalog.versions(name, limit=_VERSIONS, before=before)
+    entry = catalog.adapters.get(name)
+    shown, older = catalog.adapters.versions(name, limit=_VERSIONS, before=before)
     return console.renderer.page(
         request,
         "adapter.html",
@@ -129,11 +129,11 @@ def show_adapter(
         entry=entry,
         versions=shown,
         older=older,
-        aliases=catalog.aliases(name),
+        aliases=catalog.aliases.of(name),
         canaries=[
-            CanaryResource.of(s) for i, s in enumerate(catalog.canaries(name)) if i < _DRAWN or s.outcome is None
+            CanaryResource.of(s) for i, s in enumerate(catalog.canaries.of(name)) if i < _DRAWN or s.outcome is None
         ],
-        tags=catalog.tags(name),
+        tags=catalog.tags.of(name),
         lineage=lineage_of(shown[:_DRAWN]),
         done=_DONE.get(done, ""),
     )
@@ -145,7 +145,7 @@ def show_version(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
-    found, entry = catalog.version(name, version), catalog.entry(name)
+    found, entry = catalog.adapters.version(name, version), catalog.adapters.get(name)
     recipe = found.manifest.recipe
     return console.renderer.page(
         request,
@@ -168,8 +168,8 @@ async def download(
 
     def find() -> AdapterVersion:
         catalog = console.backend.catalog_of(asking)
-        found = catalog.version(name, version)
-        catalog.note("download", found.label, tenant=found.tenant, form="peft")
+        found = catalog.adapters.version(name, version)
+        catalog.audit.record("download", found.label, tenant=found.tenant, form="peft")
         return found
 
     return await send_adapter(console.backend, asking, await run_in_threadpool(find))
@@ -186,8 +186,8 @@ def show_difference(
     new: VersionNumber,
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
-    entry = catalog.entry(name)
-    before, after = (_manifest_text(catalog.version(name, number)).splitlines() for number in (old, new))
+    entry = catalog.adapters.get(name)
+    before, after = (_manifest_text(catalog.adapters.version(name, number)).splitlines() for number in (old, new))
     lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
     return console.renderer.page(
         request, "difference.html", **_names(entry.name, entry.tenant), old=old, new=new, lines=lines
@@ -205,7 +205,7 @@ def promote(
     version: VersionNumber,
 ) -> Response:
     """Point the alias at the version; the gate may refuse it."""
-    console.backend.catalog_of(asking).promote(name, alias, version)
+    console.backend.catalog_of(asking).aliases.move(name, alias, version)
     return _again(request, name, "promoted")
 
 
@@ -220,7 +220,7 @@ def roll_back(
     revision: Annotated[int | None, Query(ge=0)] = None,
 ) -> Response:
     """Point the alias back at where it pointed before its last move, if it has this revision still."""
-    console.backend.catalog_of(asking).rollback(name, alias, expected_revision=revision)
+    console.backend.catalog_of(asking).aliases.rollback(name, alias, expected_revision=revision)
     return _again(request, name, "rolled-back")
 
 
@@ -236,7 +236,7 @@ def set_canary(
     percent: Percent,
 ) -> Response:
     """Give the version a share of the alias's requests, or change the share of its canary."""
-    console.backend.catalog_of(asking).set_canary(name, alias, version, percent)
+    console.backend.catalog_of(asking).canaries.set(name, alias, version, percent)
     return _again(request, name, "divided")
 
 
@@ -246,7 +246,7 @@ def end_canary(
     console: ConsoleDep, request: Request, asking: CurrentPrincipal, name: AdapterName, alias: Annotated[Alias, Path()]
 ) -> Response:
     """Give all requests to the version that the alias points at."""
-    console.backend.catalog_of(asking).end_canary(name, alias)
+    console.backend.catalog_of(asking).canaries.end(name, alias)
     return _again(request, name, "ended")
 
 

@@ -74,5 +74,7 @@ def _room(backend: Backend, asking: Principal, id: str, name: str) -> Uploads:
     catalog = backend.catalog_of(asking)
     uploads = Uploads(backend.store, catalog.own_tenant)
     uploads.check_open(id)
-    catalog.check_stored_bytes(lambda: uploads.num_bytes(beside=(id, name)) + backend.scratch.held(asking.tenant))
+    catalog.adapters.check_stored_bytes(
+        lambda: uploads.num_bytes(beside=(id, name)) + backend.scratch.held(asking.tenant)
+    )
     return uploads

@@ -47,7 +47,7 @@ def list_jobs(
 @may("train")
 def show_form(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
     """Show the form of a recipe."""
-    bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
+    bases = list(console.backend.catalog_of(asking).bases.fingerprints())[:MOST_SUGGESTED]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from loray.catalog.usage import UsageRow
 from loray.errors import SpecError
 from loray.schemas.access import KeyCreation, KeyResource, TenantCreation
-from loray.service import DirectAccess
+from loray.service import DirectCatalog
 from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName, UsageGroup
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Console, ConsoleDep
@@ -40,8 +40,8 @@ def list_keys(
 ) -> Response:
     """Show keys newest first, those revoked included: the own tenant's, and to administrators all."""
     catalog = console.backend.catalog_of(asking)
-    tenants = catalog.tenants(limit=_TENANTS + 1) if asking.is_admin else ()
-    page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
+    tenants = catalog.tenants.all(limit=_TENANTS + 1) if asking.is_admin else ()
+    page = catalog.keys.page(limit=_PAGE, cursor=cursor, tenant=tenant or None)
     return console.renderer.page(
         request,
         "keys.html",
@@ -87,7 +87,7 @@ def block_tenant(
 ) -> Response:
     """Block a tenant with all its keys, or let it pass again."""
     catalog = console.backend.catalog_of(asking)
-    catalog.update_tenant(name, blocked=not catalog.tenant(name).blocked)
+    catalog.tenants.update(name, blocked=not catalog.tenants.get(name).blocked)
     return led_to(request, "/keys")
 
 
@@ -105,8 +105,8 @@ def show_usage(
     today = datetime.now(UTC).date()
     first = today - timedelta(days=days - 1)
     since = datetime(first.year, first.month, first.day, tzinfo=UTC)
-    rows = catalog.usage([by], tenant=tenant, since=since, limit=_ROWS + 1)
-    daily = catalog.usage(["day"], tenant=tenant, since=since, limit=days + 1)
+    rows = catalog.usage.sums([by], tenant=tenant, since=since, limit=_ROWS + 1)
+    daily = catalog.usage.sums(["day"], tenant=tenant, since=since, limit=days + 1)
     return console.renderer.page(
         request,
         "usage.html",
@@ -120,8 +120,8 @@ def show_usage(
     )
 
 
-def _access_of(console: Console, asking: Principal) -> DirectAccess:
-    return DirectAccess(console.backend.catalog_of(asking))
+def _access_of(console: Console, asking: Principal) -> DirectCatalog:
+    return DirectCatalog(console.backend.catalog_of(asking))
 
 
 def _key(form: Form) -> KeyCreation:

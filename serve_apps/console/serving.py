@@ -95,8 +95,8 @@ def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
     newest: tuple[AuditEntry, ...] = ()
     if is_allowed(asking, "audit"):
         of = None if asking.is_admin else asking.tenant
-        newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
+        newest = catalog.audit.page(limit=_NUM_NEWEST, action="register", tenant=of).entries
+    jobs = catalog.jobs.page(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
     return {"newest": newest, "jobs": jobs}
 
 
@@ -228,8 +228,8 @@ def show_playground(
     model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
-    adapters = [entry.name for entry in catalog.names(limit=_SUGGESTED)]
-    bases = list(catalog.bases())[:_SUGGESTED]
+    adapters = [entry.name for entry in catalog.adapters.page(limit=_SUGGESTED)]
+    bases = list(catalog.bases.fingerprints())[:_SUGGESTED]
     return console.renderer.page(
         request,
         "playground.html",
@@ -255,7 +255,7 @@ async def find_tier(
     """Say where the model's adapter is now: the next request takes it from there."""
     backend = console.backend
     try:
-        ref = await run_in_threadpool(lambda: backend.catalog_of(asking).resolve(model))
+        ref = await run_in_threadpool(lambda: backend.catalog_of(asking).adapters.resolve(model))
     except LorayError:  # a base; or no model at all, which its answer will say
         return JSONResponse({"tier": ""})
     try:
@@ -273,5 +273,5 @@ async def find_models(
 ) -> Response:
     """Find adapters with this in their names, for the list of suggestions."""
     catalog = console.backend.catalog_of(asking)
-    found = await run_in_threadpool(lambda: catalog.names(limit=_SUGGESTED, search=search or None))
+    found = await run_in_threadpool(lambda: catalog.adapters.page(limit=_SUGGESTED, search=search or None))
     return console.renderer.page(request, "parts/models.html", names=[entry.name for entry in found])

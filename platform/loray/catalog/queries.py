@@ -52,11 +52,14 @@ from loray.spec import (
 )
 
 
-def lock(c: sa.Connection) -> int:
-    """The first statement of every write. On PostgreSQL its row lock makes writers wait for each other, so that rows do
-    not change after a writer has read them. Returns the change counter.
-    """
-    return int(c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one())
+def read_counter(c: sa.Connection) -> int:
+    """The change counter."""
+    return int(c.execute(sa.select(changes.c.counter)).scalar_one())
+
+
+def next_revision(c: sa.Connection) -> int:
+    """The value of the change counter after this write, which has the catalog's lock."""
+    return read_counter(c) + 1
 
 
 def count_change(c: sa.Connection, *adapter_ids: int) -> int:

@@ -14,11 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from loray.catalog.identity import new_secret
 from loray.cli.connect import open_catalog
 from loray.cli.output import console, emit, json_option, table, when
-from loray.client import CatalogClient
 from loray.client.catalog import AccessCalls
 from loray.errors import KeyNotFound, SpecError
 from loray.schemas.access import KeyChange, KeyCreation, KeyResource, NewKeyResource, TenantChange, TenantResource
-from loray.service import DirectAccess
+from loray.service import DirectCatalog
 from loray.spec import SCOPES, Duration, Limits, Scope, format_size
 
 
@@ -98,13 +97,13 @@ def _describe(limits: Limits) -> str:
     return ", ".join(f"{value} {name}" for name, value in words.items() if value is not None)
 
 
-Access = AccessCalls | DirectAccess
+Access = AccessCalls | DirectCatalog
 
 
 @contextmanager
 def _open_access() -> Iterator[Access]:
     with open_catalog() as catalog:
-        yield catalog if isinstance(catalog, CatalogClient) else DirectAccess(catalog)
+        yield catalog
 
 
 @click.group()

@@ -12,7 +12,7 @@ import click
 
 from loray.adapters.manifest import published_files
 from loray.bases.registry import base_with, get_base
-from loray.catalog import Catalog, split_model
+from loray.catalog import split_model
 from loray.catalog.entries import parse_tags
 from loray.cli import describe
 from loray.cli.connect import CommandServices, complete_models, needed_remote, open_catalog, open_remote, open_services
@@ -24,6 +24,7 @@ from loray.publishing import Destination, base_of, import_folder
 from loray.publishing import restore as restore_stored
 from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.schemas.resources import CanaryResource, DownloadForm
+from loray.service import DirectCatalog
 from loray.settings import Settings
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Method, ToolParserName, Visibility
 from loray.text.templates import ChatTemplate
@@ -65,7 +66,7 @@ def share(name: str, tenants: str | None, public: bool, private: bool, as_json: 
     visibility: Visibility = "public" if public else "private" if private else "shared"
     with open_catalog() as catalog:
         changed = catalog.share(name, visibility, shared_with)
-        shown = describe.one_json(changed, catalog)
+        (shown,) = describe.of_resources([changed])
     _tell(f"{changed.name} is seen by {describe.seen_by(changed)}", shown, as_json)
 
 
@@ -84,7 +85,7 @@ def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: b
         click.confirm(f"hand {name} to tenant {tenant}? requests for {name} will not find it any more", abort=True)
     with open_catalog() as catalog:
         changed = catalog.transfer(name, tenant, new_name)
-        shown = describe.one_json(changed, catalog)
+        (shown,) = describe.of_resources([changed])
     _tell(f"{name} is {changed.name} now", shown, as_json)
 
 
@@ -109,11 +110,11 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
             return
     with open_services() as services:
         if selector is None:
-            target = max(services.catalog.adapter(name).entry.versions)
+            target = max(services.catalog.adapters.detail(name).entry.versions)
         else:
-            target = services.catalog.resolve(model).version
-        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
-        version = services.catalog.version(name, state.version)
+            target = services.catalog.adapters.resolve(model).version
+        state = services.catalog.aliases.move(name, alias, target, expected=expected, no_gate=no_gate)
+        version = services.catalog.adapters.version(name, state.version)
     _tell(f"{name}@{alias} is version {version.version} now", describe.version_json(version), as_json)
 
 
@@ -155,7 +156,7 @@ def canary(
         else:
             bounds = _bounds(catalog, name, alias, version, wanted) if wanted else None
             found = catalog.set_canary(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
-    shown = found if isinstance(found, CanaryResource) else CanaryResource.of(found)
+    shown = found
     if as_json:
         emit(shown.model_dump(mode="json"))
     else:
@@ -174,7 +175,7 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
             _tell(f"{name}@{alias} is version {moved.version} again", moved.model_dump(mode="json"), as_json)
             return
     with open_services() as services:
-        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
+        version = services.catalog.adapters.version(name, services.catalog.aliases.rollback(name, alias).version)
     _tell(f"{name}@{alias} is version {version.version} again", describe.version_json(version), as_json)
 
 
@@ -197,9 +198,9 @@ def rm(model: str, yes: bool, as_json: bool) -> None:
         else:
             with open_services() as services:
                 if version is None:
-                    services.catalog.delete_adapter(name)
+                    services.catalog.removal.delete_adapter(name)
                 else:
-                    services.catalog.delete_version(name, version)
+                    services.catalog.removal.delete_version(name, version)
     _tell(f"deleted {model}; `loray adapters restore {model}` brings it back", {"deleted": model}, as_json)
 
 
@@ -230,13 +231,13 @@ def release(model: str, as_json: bool) -> None:
             client.release(name, version)
         else:
             with open_services() as services:
-                version = services.catalog.resolve(model).version
-                services.catalog.release(name, version)
+                version = services.catalog.adapters.resolve(model).version
+                services.catalog.quarantine.release(name, version)
     _tell(f"released {name}@{version}: the next request tries it", {"released": f"{name}@{version}"}, as_json)
 
 
 def _bounds(
-    catalog: CatalogClient | Catalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
+    catalog: CatalogClient | DirectCatalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
 ) -> CanaryBounds:
     """Returns the bounds of the version's running canary, else the defaults, with what is wanted instead."""
     try:
@@ -312,8 +313,8 @@ def search(
             rows = describe.of_resources(islice(client.adapters(**wanted, tenant=tenant), limit + 1))
         else:
             with open_services() as services:
-                found = services.catalog.names(limit=limit + 1, tenant=tenant, **wanted)
-                bases = {fingerprint: name for name, fingerprint in services.catalog.bases().items()}
+                found = services.catalog.adapters.page(limit=limit + 1, tenant=tenant, **wanted)
+                bases = {fingerprint: name for name, fingerprint in services.catalog.bases.fingerprints().items()}
             rows = [describe.entry_json(entry, bases) for entry in found]
     if as_json:
         emit(rows[:limit])
@@ -432,7 +433,7 @@ adapters.add_command(pull, "download")
 
 
 def _from_store(services: CommandServices, model: str, target: Path, form: DownloadForm) -> str:
-    ref = services.catalog.resolve(model)
+    ref = services.catalog.adapters.resolve(model)
     if form == "peft":
         with appearing(target) as made:
             services.store.fetch(ref.digest, made)
@@ -525,8 +526,8 @@ def show(model: str, as_json: bool) -> None:
             shown = detail.entry.select(selector)
         else:
             with open_services() as services:
-                shown = services.catalog.resolve(model)
-                detail = services.catalog.adapter(shown.name)
+                shown = services.catalog.adapters.resolve(model)
+                detail = services.catalog.adapters.detail(shown.name)
                 settings = services.settings
     version = next(v for v in detail.versions if v.version == shown.version)
     if as_json:
@@ -582,8 +583,8 @@ def convert(
     if given[needed] is None or any(given[option] for option in given.keys() - {needed, *may}):
         raise click.UsageError(f"--to {form} needs --{needed}, and nothing of the other forms")
     with open_services() as services:
-        ref = services.catalog.resolve(model)
-        manifest = services.catalog.version(ref.name, ref.version).manifest
+        ref = services.catalog.adapters.resolve(model)
+        manifest = services.catalog.adapters.version(ref.name, ref.version).manifest
         base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
         if name is None:
             if folder is not None:
@@ -611,9 +612,9 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
         raise click.UsageError("give either MODEL or --all")
     with open_services() as services:
         if every:
-            refs = [ref for entry in services.catalog.adapters() for _, ref in sorted(entry.versions.items())]
+            refs = [ref for entry in services.catalog.adapters.all() for _, ref in sorted(entry.versions.items())]
         else:
-            refs = [services.catalog.resolve(model or "")]
+            refs = [services.catalog.adapters.resolve(model or "")]
         verified: list[Verification] = []
         with progress_bar() as progress:
             for i, ref in enumerate(refs):

@@ -17,6 +17,7 @@ from loray.settings import Settings
 
 if TYPE_CHECKING:
     from loray.catalog import Catalog
+    from loray.service import DirectCatalog
     from loray.store import AdapterStore
 
 
@@ -59,14 +60,16 @@ def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
 
 
 @contextmanager
-def open_catalog() -> Iterator[CatalogClient | Catalog]:
-    """Opens a client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+def open_catalog() -> Iterator[CatalogClient | DirectCatalog]:
+    """Opens a client of the server at LORAY_URL, else one of the catalog itself: for calls that both have."""
     with open_remote() as client:
         if client is not None:
             yield client
         else:
+            from loray.service import DirectCatalog
+
             with open_services() as services:
-                yield services.catalog
+                yield DirectCatalog(services.catalog)
 
 
 @contextmanager
@@ -122,9 +125,9 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     try:
         name, at, _ = incomplete.partition("@")
         if at:
-            return [f"{name}@{alias}" for alias, _ in catalog.adapter(name).entry.pointers]
+            return [f"{name}@{alias}" for alias, _ in catalog.adapters.detail(name).entry.pointers]
         return bases + [
-            entry.name for entry in islice(catalog.names(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
+            entry.name for entry in islice(catalog.adapters.page(limit=_MOST_NAMES, search=name or None), _MOST_NAMES)
         ]
     finally:
         catalog.close()

@@ -13,7 +13,6 @@ from loray.catalog import (
     AdapterVersion,
     AliasMove,
     Canary,
-    Catalog,
     CatalogSnapshot,
     Quarantined,
     aliases,
@@ -49,14 +48,6 @@ def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
     fields = {"name", "version", "digest", "method", "base", "context_length", "nbytes", "aliases", "versions"}
     fields |= {"weights", "tenant", "visibility", "shared_with"}
     return [a.model_dump(mode="json", include=fields) for a in found]
-
-
-def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogClient) -> dict[str, Any]:
-    """Makes what `entry_json` makes, of what the catalog or a server has returned."""
-    if isinstance(found, AdapterResource):
-        return of_resources([found])[0]
-    assert isinstance(catalog, Catalog)
-    return entry_json(found, {fingerprint: name for name, fingerprint in catalog.bases().items()})
 
 
 def all_adapters(snapshot: CatalogSnapshot) -> list[dict[str, Any]]:

@@ -83,8 +83,8 @@ def _version_of(model: str) -> AdapterVersion | VersionDetail:
             name, selector = split_model(model)
             return client.version(name, describe.detail_of(client, name).entry.select(selector).version)
     with open_services() as services:
-        ref = services.catalog.resolve(model)
-        return services.catalog.version(ref.name, ref.version)
+        ref = services.catalog.adapters.resolve(model)
+        return services.catalog.adapters.version(ref.name, ref.version)
 
 
 def _record(version: AdapterVersion | VersionDetail, measured: Sequence[Evaluation]) -> None:
@@ -93,7 +93,7 @@ def _record(version: AdapterVersion | VersionDetail, measured: Sequence[Evaluati
             client.report_evaluations(version.name, version.version, measured)
             return
     with open_services() as services:
-        services.catalog.record_evaluations(version.digest, measured)
+        services.catalog.evaluations.record(version.digest, measured)
 
 
 def _run(

@@ -52,7 +52,7 @@ def usage(
             found = list(islice(client.usage(by, **wanted, since=since.isoformat()), _MOST))
         else:
             with open_services() as services:
-                sums = services.catalog.usage(by, **wanted, since=since, limit=_MOST)
+                sums = services.catalog.usage.sums(by, **wanted, since=since, limit=_MOST)
             found = [UsageResource(**row._asdict()) for row in sums]
     rows = [row for row in found if row.num_requests]
     if as_json:

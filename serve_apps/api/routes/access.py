@@ -22,7 +22,7 @@ from loray.schemas.access import (
     TenantResource,
 )
 from loray.schemas.resources import WRITTEN_OUT, Page, UsageResource
-from loray.service import DirectAccess
+from loray.service import DirectCatalog
 from loray.spec import JobId, KeyAlias, QualifiedName, TenantName, UsageGroup
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
@@ -75,7 +75,7 @@ def list_keys(
     key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
 ) -> Page[KeyResource]:
     """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
-    found = services.catalog_of(asking).keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
+    found = services.catalog_of(asking).keys.page(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
     return page(tuple(KeyResource.of(key) for key in found.keys), found.next, request, response)
 
 
@@ -85,7 +85,7 @@ def get_own_key(services: ServicesDep, asking: CurrentPrincipal) -> KeyResource:
     """The key of this request. 404: it has none, or one of the deployment itself."""
     if asking.key_id is None:
         raise KeyNotFound("this request has no key, and needs none")
-    return KeyResource.of(services.catalog.key(asking.key_id))
+    return KeyResource.of(services.catalog.keys.get(asking.key_id))
 
 
 @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
@@ -146,14 +146,14 @@ def create_tenant(services: ServicesDep, asking: CurrentPrincipal, wanted: Tenan
 @may("manage")
 def list_tenants(services: ServicesDep) -> Page[TenantResource]:
     """All tenants, by name."""
-    return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants()))
+    return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants.all()))
 
 
 @router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
 @may("manage")
 def get_tenant(services: ServicesDep, name: TenantPath) -> TenantResource:
     """One tenant."""
-    return TenantResource.of(services.catalog.tenant(name))
+    return TenantResource.of(services.catalog.tenants.get(name))
 
 
 @router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
@@ -182,7 +182,7 @@ def read_audit(
 ) -> Page[AuditResource]:
     """List what was written, newest first: of the key's own tenant, and for administrators of all."""
     of = tenant if asking.is_admin else asking.tenant
-    found = services.catalog.audit(
+    found = services.catalog.audit.page(
         limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
     )
     items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
@@ -206,7 +206,7 @@ def get_usage(
     until: Annotated[_Time | None, Query(description="requests that ended before")] = None,
 ) -> Page[UsageResource]:
     """Requests and their tokens, summed up: of the own tenant, and for administrators of all."""
-    found = services.catalog.usage(
+    found = services.catalog.usage.sums(
         group_by,
         tenant=tenant if asking.is_admin else asking.tenant,
         key_id=key_id,
@@ -220,5 +220,5 @@ def get_usage(
     return page(rows, str(cursor + limit) if len(found) > limit else None, request, response)
 
 
-def _access_of(services: Services, asking: CurrentPrincipal) -> DirectAccess:
-    return DirectAccess(services.catalog_of(asking))
+def _access_of(services: Services, asking: CurrentPrincipal) -> DirectCatalog:
+    return DirectCatalog(services.catalog_of(asking))

@@ -86,7 +86,7 @@ def list_adapters(
     `base` and `method` look at the version that the bare name means. All filters that are given must hold.
     """
     catalog, tags = services.catalog_of(asking), parse_tags(tag)
-    found = catalog.names(
+    found = catalog.adapters.page(
         limit=limit + 1,
         after=cursor or "",
         tenant=tenant,
@@ -95,7 +95,7 @@ def list_adapters(
         search=search,
         tags=tags,
     )
-    names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
+    names = {fingerprint: name for name, fingerprint in catalog.bases.fingerprints().items()}
     items = tuple(service.adapter(entry, names) for entry in found[:limit])
     return page(items, items[-1].name if len(found) > limit else None, request, response)
 
@@ -105,7 +105,7 @@ def list_adapters(
 def get_adapter(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> AdapterResource:
     """One adapter: what its bare name means, its versions and its aliases."""
     catalog = services.catalog_of(asking)
-    return _adapter(catalog, catalog.entry(name))
+    return _adapter(catalog, catalog.adapters.get(name))
 
 
 @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
@@ -115,8 +115,8 @@ def change_adapter(
 ) -> AdapterResource:
     """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
     catalog = services.catalog_of(asking)
-    catalog.share(name, change.visibility, change.shared_with)
-    return _adapter(catalog, catalog.entry(name))
+    catalog.adapters.share(name, change.visibility, change.shared_with)
+    return _adapter(catalog, catalog.adapters.get(name))
 
 
 @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
@@ -131,7 +131,7 @@ def list_versions(
     cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
 ) -> Page[VersionResource]:
     """Versions, newest first."""
-    found = services.catalog_of(asking).versions(name, limit=limit, before=cursor)
+    found = services.catalog_of(asking).adapters.versions(name, limit=limit, before=cursor)
     items = tuple(service.version(v) for v in found.versions)
     return page(items, None if found.next is None else str(found.next), request, response)
 
@@ -142,7 +142,7 @@ def get_version(
     services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-    return service.detail(services.catalog_of(asking).version(name, version))
+    return service.detail(services.catalog_of(asking).adapters.version(name, version))
 
 
 @router.post(
@@ -202,7 +202,7 @@ def report_evaluations(
     """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
     believe it unless the server says so. 409: it has as many as it may.
     """
-    return service.detail(services.catalog_of(asking).report_evaluations(name, version, report.evaluations))
+    return service.detail(services.catalog_of(asking).evaluations.report(name, version, report.evaluations))
 
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
@@ -212,7 +212,7 @@ async def get_placement(services: ServicesDep, asking: CurrentPrincipal, name: A
 
     How often and when it was used is told to administrators: the same bytes may have names of other tenants.
     """
-    entry = await run_in_threadpool(lambda: services.catalog_of(asking).entry(name))
+    entry = await run_in_threadpool(lambda: services.catalog_of(asking).adapters.get(name))
     return await _placement(services, entry, with_use=asking.is_admin)
 
 
@@ -221,7 +221,7 @@ async def get_placement(services: ServicesDep, asking: CurrentPrincipal, name: A
 def list_bases(services: ServicesDep, asking: CurrentPrincipal) -> Page[BaseResource]:
     """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
     catalog = services.catalog_of(asking)
-    items = (service.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
+    items = (service.base(name, f, catalog.bases.projections(f)) for name, f in catalog.bases.fingerprints().items())
     return Page[BaseResource](items=tuple(items))
 
 
@@ -232,14 +232,14 @@ def delete_adapter(services: ServicesDep, asking: CurrentPrincipal, name: Adapte
 
     It does not exist any more, but nobody can take the name; it can be restored while the store has its bytes.
     """
-    services.catalog_of(asking).delete_adapter(name)
+    services.catalog_of(asking).removal.delete_adapter(name)
 
 
 @router.delete(_VERSION, status_code=204, responses=responses(403, 404, 409))
 @may("publish")
 def delete_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
     """Delete one version. 409: an alias points at it, or it is the only one. Its number is not used again."""
-    services.catalog_of(asking).delete_version(name, version)
+    services.catalog_of(asking).removal.delete_version(name, version)
 
 
 @router.post("/adapters/{name}/restore", responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER))
@@ -248,7 +248,7 @@ def restore_adapter(services: ServicesDep, asking: CurrentPrincipal, name: Adapt
     """Restore a deleted name as it was. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
     restore(name, None, services.store, catalog)
-    return _adapter(catalog, catalog.entry(name))
+    return _adapter(catalog, catalog.adapters.get(name))
 
 
 @router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
@@ -259,7 +259,7 @@ def restore_version(
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
     restore(name, version, services.store, catalog)
-    return service.detail(catalog.version(name, version))
+    return service.detail(catalog.adapters.version(name, version))
 
 
 @router.post(
@@ -275,21 +275,21 @@ def transfer_adapter(
     Its old name is free then. 409: the new name is taken, or a job trains for the old one.
     """
     catalog = services.catalog_of(asking)
-    return _adapter(catalog, catalog.transfer(name, to.tenant, to.name))
+    return _adapter(catalog, catalog.adapters.transfer(name, to.tenant, to.name))
 
 
 @router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
 @may("manage")
 def release_version(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath) -> None:
     """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
-    services.catalog_of(asking).release(name, version)
+    services.catalog_of(asking).quarantine.release(name, version)
 
 
 @tags_router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
 @may("read")
 def list_tags(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[TagResource]:
     """All tags of an adapter, by key."""
-    found: Mapping[str, str] = services.catalog_of(asking).tags(name)
+    found: Mapping[str, str] = services.catalog_of(asking).tags.of(name)
     return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
 
 
@@ -304,7 +304,7 @@ def set_tag(
     change: TagChange,
 ) -> TagResource:
     """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
-    made = services.catalog_of(asking).set_tag(name, key, change.value)
+    made = services.catalog_of(asking).tags.set(name, key, change.value)
     response.status_code = 201 if made else 200
     return TagResource(key=key, value=change.value)
 
@@ -313,7 +313,7 @@ def set_tag(
 @may("publish")
 def delete_tag(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, key: KeyPath) -> None:
     """Take a tag away."""
-    services.catalog_of(asking).delete_tag(name, key)
+    services.catalog_of(asking).tags.delete(name, key)
 
 
 @downloads_router.get(
@@ -359,7 +359,7 @@ async def download(
 
 
 def _adapter(catalog: Catalog, entry: AdapterEntry) -> AdapterResource:
-    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})
+    return service.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases.fingerprints().items()})
 
 
 def _location(request: Request, version: AdapterVersion) -> str:
@@ -382,8 +382,8 @@ async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool)
 def _noted(services: Services, asking: CurrentPrincipal, name: str, version: int, form: DownloadForm) -> AdapterVersion:
     """The version, of whose download the audit log has an entry."""
     catalog = services.catalog_of(asking)
-    found = catalog.version(name, version)
-    catalog.note("download", found.label, tenant=found.tenant, form=form)
+    found = catalog.adapters.version(name, version)
+    catalog.audit.record("download", found.label, tenant=found.tenant, form=form)
     return found
 
 

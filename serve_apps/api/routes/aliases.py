@@ -28,7 +28,9 @@ def _tagged(status: int = 200) -> examples.Responses:
 @may("read")
 def list_aliases(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
-    return Page[AliasResource](items=tuple(service.alias(state) for state in services.catalog_of(asking).aliases(name)))
+    return Page[AliasResource](
+        items=tuple(service.alias(state) for state in services.catalog_of(asking).aliases.of(name))
+    )
 
 
 @router.get(
@@ -46,7 +48,7 @@ def get_alias(
     conditions: Conditional,
 ) -> object:
     """Where an alias points. With If-None-Match, 304 where it has not moved; with If-Match, 412 where it has."""
-    found = _tag(services.catalog_of(asking).alias(name, alias), response)
+    found = _tag(services.catalog_of(asking).aliases.get(name, alias), response)
     conditions.check_match(found.revision, alias)
     if conditions.found_unchanged(found.revision):
         return Response(status_code=304, headers={"ETag": found.etag})
@@ -71,9 +73,9 @@ def put_alias(
     measured of it; `no_gate` is a reason to move it all the same, and is recorded.
     """
     catalog = services.catalog_of(asking)
-    current = {state.alias: state.revision for state in catalog.aliases(name)}.get(alias, 0)
+    current = {state.alias: state.revision for state in catalog.aliases.of(name)}.get(alias, 0)
     expected = conditions.expected_revision(current, alias)
-    state = catalog.promote(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
+    state = catalog.aliases.move(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
     response.status_code = 200 if current else 201
     return _tag(state, response)
 
@@ -85,8 +87,8 @@ def delete_alias(
 ) -> None:
     """Take an alias away; versions stay. Preconditions as for PUT."""
     catalog = services.catalog_of(asking)
-    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-    catalog.delete_alias(name, alias, expected_revision=expected)
+    expected = conditions.expected_revision(catalog.aliases.get(name, alias).revision, alias)
+    catalog.aliases.delete(name, alias, expected_revision=expected)
 
 
 @router.post(_ALIAS + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
@@ -101,8 +103,8 @@ def roll_back(
 ) -> AliasResource:
     """Point an alias back at where it pointed before its last move, or end its canary. 409: nothing to go back to."""
     catalog = services.catalog_of(asking)
-    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-    return _tag(catalog.rollback(name, alias, expected_revision=expected), response)
+    expected = conditions.expected_revision(catalog.aliases.get(name, alias).revision, alias)
+    return _tag(catalog.aliases.rollback(name, alias, expected_revision=expected), response)
 
 
 def _tag(state: AliasState, response: Response) -> AliasResource:
@@ -118,7 +120,7 @@ def get_canary(services: ServicesDep, asking: CurrentPrincipal, name: AdapterNam
 
     403: the adapter is another tenant's.
     """
-    return CanaryResource.of(services.catalog_of(asking).canary(name, alias))
+    return CanaryResource.of(services.catalog_of(asking).canaries.get(name, alias))
 
 
 @router.put(_CANARY, responses=responses(403, 404, 409, 412) | examples.ok(examples.CANARY))
@@ -137,8 +139,8 @@ def put_canary(
     canary, the alias points at this one, or the gate refuses it.
     """
     catalog = services.catalog_of(asking)
-    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-    state = catalog.set_canary(
+    expected = conditions.expected_revision(catalog.aliases.get(name, alias).revision, alias)
+    state = catalog.canaries.set(
         name,
         alias,
         target.version,
@@ -157,5 +159,5 @@ def end_canary(
 ) -> CanaryResource:
     """Give all requests to the version that the alias points at. Moving the alias, or rolling it back, does it too."""
     catalog = services.catalog_of(asking)
-    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-    return CanaryResource.of(catalog.end_canary(name, alias, expected_revision=expected))
+    expected = conditions.expected_revision(catalog.aliases.get(name, alias).revision, alias)
+    return CanaryResource.of(catalog.canaries.end(name, alias, expected_revision=expected))
