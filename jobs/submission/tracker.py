@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.commands import Submission, from_spec
 from loray.adapters.manifest import check_recipe
-from loray.catalog import Catalog, Job, JobPage
+from loray.catalog import Catalog, Job
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError, PermissionDenied
 from loray.locations import S3Location, parse_location
+from loray.schemas.resources import Page
 from loray.settings import Settings
 from loray.spec import JobStatus, Principal, TrainSpec
 from loray.telemetry import get_logger
@@ -183,19 +184,19 @@ class JobTracker:
             log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
-    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
+    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> Page[Job]:
         """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
         matches `status` is left out.
         """
         page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)
-        active = [job.id for job in page.jobs if not job.has_ended]
+        active = [job.id for job in page.items if not job.has_ended]
         try:
             known = self._server.find_all(active) if active else {}
-            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.jobs)
+            settled = tuple(job if job.has_ended else self._settle(job, known.get(job.id)) for job in page.items)
         except ClusterError as e:
             log.warning("jobs are shown as the catalog has them: %s", e)
             return page
-        return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
+        return page.model_copy(update={"items": tuple(job for job in settled if status in (None, job.status))})
 
     def stop(self, job_id: str) -> Job:
         """Stops a job that has not ended. Its status becomes stopped once its driver has ended. Raises JobNotFound."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Catalog, Job, VersionSummary
+from loray.catalog import AdapterEntry, Catalog
 from loray.catalog.adapters import canonical_digests
 from loray.catalog.identity import UNCHANGED, NewKey
 from loray.schemas.access import (
@@ -20,18 +20,13 @@ from loray.schemas.access import (
 )
 from loray.schemas.resources import (
     AdapterResource,
-    AliasResource,
     BaseResource,
     CanaryResource,
-    JobResource,
     ProjectionResource,
-    QuarantineResource,
     ReplicaAdapter,
-    VersionDetail,
-    VersionResource,
 )
 from loray.schemas.status import AdapterPlacement
-from loray.spec import DEFAULT_ALIAS, AdapterManifest, CanaryBounds, Duration, Limits, Projection, Visibility
+from loray.spec import DEFAULT_ALIAS, CanaryBounds, Duration, Limits, Projection, Visibility
 
 _PAGE = 1000
 
@@ -60,7 +55,7 @@ class DirectCatalog:
         cursor: str | None = None
         while True:
             page = self._catalog.keys.page(limit=_PAGE, cursor=cursor, tenant=tenant, alias=key_alias)
-            yield from (KeyResource.of(key) for key in page.keys)
+            yield from (KeyResource.of(key) for key in page.items)
             if (cursor := page.next) is None:
                 return
 
@@ -176,61 +171,9 @@ def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> Ba
     return BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown))
 
 
-def version(v: VersionSummary) -> VersionResource:
-    return VersionResource(**_fields(v, v))
-
-
-def detail(v: AdapterVersion) -> VersionDetail:
-    return VersionDetail(**_fields(v, v.manifest), manifest=v.manifest)
-
-
-def _fields(v: VersionSummary | AdapterVersion, made: VersionSummary | AdapterManifest) -> dict[str, Any]:
-    """The fields of a version in a list, and of one by itself. `made` has those of the manifest."""
-    return {
-        "name": v.name,
-        "version": v.version,
-        "digest": v.digest,
-        "created_at": v.created_at,
-        "aliases": v.aliases,
-        "method": made.method,
-        "base_fingerprint": made.base_fingerprint,
-        "context_length": made.context_length,
-        "nbytes": made.nbytes,
-        "evaluations": v.evaluations,
-        "quarantine": None if v.quarantine is None else QuarantineResource.model_validate(v.quarantine._asdict()),
-    }
-
-
-def alias(state: AliasState) -> AliasResource:
-    return AliasResource(
-        name=state.name,
-        alias=state.alias,
-        version=state.version,
-        digest=state.digest,
-        revision=state.revision,
-        weights=state.weights,
-    )
-
-
 def placement(found: AdapterPlacement, version: int, *, with_use: bool) -> ReplicaAdapter:
     """An adapter in a replica. `version`: that of the requested name; the same bytes may have other names."""
     last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if with_use and found.last_used_at else None
     shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier"})
     uses = found.uses if with_use else None
     return ReplicaAdapter(version=version, uses=uses, last_used_at=last_used_at, **shown)
-
-
-def job(job: Job) -> JobResource:
-    return JobResource(
-        id=job.id,
-        name=job.name,
-        tenant=job.tenant,
-        status=job.status,
-        message=job.message,
-        version=job.version,
-        actor=job.actor,
-        created_at=job.created_at,
-        started_at=job.started_at,
-        ended_at=job.ended_at,
-        recipe=job.recipe,
-    )

@@ -121,20 +121,20 @@ def show_adapter(
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
     entry = catalog.adapters.get(name)
-    shown, older = catalog.adapters.versions(name, limit=_VERSIONS, before=before)
+    page = catalog.adapters.versions(name, limit=_VERSIONS, before=before)
     return console.renderer.page(
         request,
         "adapter.html",
         **_names(entry.name, entry.tenant),
         entry=entry,
-        versions=shown,
-        older=older,
+        versions=page.items,
+        older=page.next,
         aliases=catalog.aliases.of(name),
         canaries=[
             CanaryResource.of(s) for i, s in enumerate(catalog.canaries.of(name)) if i < _DRAWN or s.outcome is None
         ],
         tags=catalog.tags.of(name),
-        lineage=lineage_of(shown[:_DRAWN]),
+        lineage=lineage_of(page.items[:_DRAWN]),
         done=_DONE.get(done, ""),
     )
 

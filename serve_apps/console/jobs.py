@@ -39,7 +39,7 @@ def list_jobs(
     """Jobs of the own tenant, newest first."""
     page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
     return console.renderer.page(
-        request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
+        request, "jobs.html", jobs=page.items, more=page.next, chosen=status, statuses=get_args(JobStatus)
     )
 
 

@@ -10,9 +10,9 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.usage import UsageRow
 from loray.errors import SpecError
 from loray.schemas.access import KeyCreation, KeyResource, TenantCreation
+from loray.schemas.resources import UsageResource
 from loray.service import DirectCatalog
 from loray.spec import SCOPES, TENANT_SCOPES, JobId, Principal, TenantName, UsageGroup
 from serve_apps.auth import CurrentPrincipal, may
@@ -45,8 +45,8 @@ def list_keys(
     return console.renderer.page(
         request,
         "keys.html",
-        keys=[KeyResource.of(key) for key in page.keys],
-        fixed=set() if asking.is_admin else {key.id for key in page.keys if key.scopes - TENANT_SCOPES},
+        keys=[KeyResource.of(key) for key in page.items],
+        fixed=set() if asking.is_admin else {key.id for key in page.items if key.scopes - TENANT_SCOPES},
         more=page.next,
         tenants=tenants[:_TENANTS],
         is_cut=len(tenants) > _TENANTS,
@@ -144,7 +144,7 @@ class Bar(NamedTuple):
     num_tokens: int
 
 
-def bars_of(rows: Sequence[UsageRow], first: date, days: int) -> list[Bar]:
+def bars_of(rows: Sequence[UsageResource], first: date, days: int) -> list[Bar]:
     """Make a bar for each day from `first` on, the highest of the picture's height."""
     tokens = {row.day: row.num_output_tokens for row in rows}
     most = max(tokens.values(), default=0) or 1

@@ -11,9 +11,9 @@ from fastapi import Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.identity import AuditEntry
 from loray.client.metrics import ROUTED, STEPS, TTFT, Buckets, Metrics, percentile, together
 from loray.errors import ClusterError, LorayError, NotFoundError, PermissionDenied
+from loray.schemas.access import AuditResource
 from loray.schemas.status import ReplicaStatus, Status
 from loray.spec import Principal, format_seconds
 from serve_apps.auth import CurrentPrincipal, may
@@ -92,11 +92,11 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
 
 def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
     catalog = backend.catalog_of(asking)
-    newest: tuple[AuditEntry, ...] = ()
+    newest: tuple[AuditResource, ...] = ()
     if is_allowed(asking, "audit"):
         of = None if asking.is_admin else asking.tenant
-        newest = catalog.audit.page(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs.page(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
+        newest = catalog.audit.page(limit=_NUM_NEWEST, action="register", tenant=of).items
+    jobs = catalog.jobs.page(limit=_NUM_NEWEST, status="running").items if is_allowed(asking, "follow") else ()
     return {"newest": newest, "jobs": jobs}
 
 

@@ -219,12 +219,12 @@ def test_jobs_are_their_tenants(catalog: Catalog, acme: Catalog) -> None:
     beta.jobs.add("job-2", name=RECIPE.name, recipe=RECIPE)
     for attempt in (beta.jobs.get, beta.jobs.start, lambda id: beta.jobs.end(id, "stopped")):
         refused(JobNotFound, "", attempt, "job-1")
-    assert [j.id for j in beta.jobs.page().jobs] == ["job-2"]
-    assert [j.id for j in acme.jobs.page(name=RECIPE.name).jobs] == ["job-1"]
-    assert beta.jobs.page(name=f"acme/{RECIPE.name}").jobs == ()
+    assert [j.id for j in beta.jobs.page().items] == ["job-2"]
+    assert [j.id for j in acme.jobs.page(name=RECIPE.name).items] == ["job-1"]
+    assert beta.jobs.page(name=f"acme/{RECIPE.name}").items == ()
     refused(SpecError, "no cursor", beta.jobs.page, cursor="job-1")
     refused(ConflictError, "taken", beta.jobs.add, "job-1", name=RECIPE.name, recipe=RECIPE)
-    assert {j.id for j in catalog.jobs.page().jobs} == {"job-1", "job-2"}
+    assert {j.id for j in catalog.jobs.page().items} == {"job-1", "job-2"}
     assert catalog.jobs.add("job-1", name=RECIPE.name, recipe=RECIPE).tenant == "acme"  # as its driver does
     assert catalog.jobs.end("job-1", "failed").tenant == "acme"
 
@@ -236,7 +236,7 @@ def test_the_audit_log_has_the_tenant_and_who(catalog: Catalog, acme: Catalog) -
     acme.adapters.share("tone", "shared", ["beta"])
     acme.adapters.share("tone", "shared", ["beta", "acme"])  # which changes nothing
     catalog.aliases.delete("acme/tone", "prod")
-    entries = reversed(catalog.audit.page(tenant="acme").entries)
+    entries = reversed(catalog.audit.page(tenant="acme").items)
     assert [(e.actor, e.action, e.subject) for e in entries if e.action != "create_tenant"] == [
         ("ann", "register", "acme/tone@1"),
         ("ann", "promote", "acme/tone@prod"),
@@ -264,7 +264,7 @@ def test_tags_are_set_changed_and_taken_away(catalog: Catalog, acme: Catalog) ->
     acme.tags.delete("tone", "stage")
     refused(NotFoundError, r"no tag 'stage'; its tags: team", acme.tags.delete, "tone", "stage")
     assert catalog.change_counter() == counter  # serving does not read tags
-    said = [(e.action, e.actor, e.subject, e.detail) for e in reversed(catalog.audit.page(tenant="acme").entries)]
+    said = [(e.action, e.actor, e.subject, e.detail) for e in reversed(catalog.audit.page(tenant="acme").items)]
     assert said[-4:] == [
         ("set_tag", "ann", "acme/tone", {"key": "team", "value": "support"}),
         ("set_tag", "ann", "acme/tone", {"key": "stage", "value": ""}),
@@ -321,7 +321,7 @@ def test_a_name_goes_to_another_tenant(catalog: Catalog, acme: Catalog) -> None:
     after = catalog.snapshot(before)  # what a gateway reads
     assert after == catalog.snapshot()
     assert list(after.adapters) == ["beta/tone", "tone"]
-    told = [(e.tenant, e.subject, e.detail) for e in catalog.audit.page(action="transfer").entries]
+    told = [(e.tenant, e.subject, e.detail) for e in catalog.audit.page(action="transfer").items]
     assert told == [("beta", "beta/tone", {"of": "acme/tone"}), ("acme", "acme/tone", {"to": "beta/tone"})]
     acme.adapters.record_upload(digest(5))
     publish(acme, "tone", 5)  # the name is free

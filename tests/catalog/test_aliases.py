@@ -213,10 +213,7 @@ def test_measured_later_and_promoted(catalog: Catalog) -> None:
     catalog.evaluations.record(digest(1), figures(GOOD))
     assert catalog.aliases.move("long", "prod", 1).version == 1
     version = catalog.adapters.version("long", 1)
-    assert (version.evaluations, version.later_evaluations) == (
-        figures({("base", OWN): 10.0}) + figures(GOOD),
-        figures(GOOD),
-    )
+    assert version.evaluations == figures({("base", OWN): 10.0}) + figures(GOOD)
     assert catalog.evaluations.of(digest(1)) == figures(GOOD)
     assert catalog.change_counter() == counter + 1  # of the promotion: evaluations are no news to serving
 
@@ -251,7 +248,7 @@ def test_an_override_is_recorded_with_its_reason(catalog: Catalog, url: str) -> 
     catalog.aliases.move("long", "prod", 1)  # nothing moves
     moves = catalog.adapters.detail("long").moves
     assert [(m.version, m.no_gate, m.undone) for m in moves] == [(1, "a quick run", False), (2, None, True)]
-    second, first = (entry.detail for entry in catalog.audit.page(action="promote").entries)
+    second, first = (entry.detail for entry in catalog.audit.page(action="promote").items)
     assert (first["no_gate"], "no_gate" in second) == ("a quick run", False)
     assert "have not been measured" in repr(first)
 
@@ -289,7 +286,7 @@ def test_a_canary_gets_a_share(tone: Catalog) -> None:
     assert after.resolve("tone").version == 3  # the name itself means the stable version
     assert tone.adapters.get("tone").canary(None) == tone.adapters.get("tone").canary("prod")
     assert tone.adapters.get("tone").canary("4") is None
-    entry = tone.audit.page(limit=1).entries[0]
+    entry = tone.audit.page(limit=1).items[0]
     assert (entry.action, entry.subject) == ("canary", "tone@prod")
     assert {"version": 4, "stable": 3, "percent": 10}.items() <= entry.detail.items()
 
@@ -326,7 +323,7 @@ def test_the_gate_of_aliases_asks_the_same_of_a_canary(tone: Catalog) -> None:
     tone.adapters.register("tone", digest(5), extended)
     refused(GateRefused, "have not been measured", tone.canaries.set, "tone", "prod", 5, 10)
     tone.canaries.set("tone", "prod", 5, 10, no_gate="a trial")
-    assert tone.audit.page(limit=1).entries[0].detail["no_gate"] == "a trial"
+    assert tone.audit.page(limit=1).items[0].detail["no_gate"] == "a trial"
     assert tone.canaries.set("tone", "prod", 5, 5).percent == 5  # less of it needs no reason
     refused(GateRefused, "have not been measured", tone.canaries.set, "tone", "prod", 5, 20)
 
@@ -396,7 +393,7 @@ def test_a_canary_that_leaves_its_bounds_is_ended_for_all(tone: Catalog) -> None
     assert tone.aliases.get("tone", "prod").weights == {3: 100}
     known = tone.canaries.get("tone")
     assert (known.outcome, known.reason, known.counts.canary.num_errors) == ("rolled_back", ended.reason, 4)
-    entry = tone.audit.page(limit=1).entries[0]
+    entry = tone.audit.page(limit=1).items[0]
     assert (entry.action, entry.detail["reason"]) == ("rollback_canary", ended.reason)
     assert tone.canaries.report("a", {canary.id: failing}) == ({canary.id}, ())  # the other gateway hears of it
     again = tone.canaries.set("tone", "prod", 4, 10)

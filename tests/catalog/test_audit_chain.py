@@ -31,15 +31,15 @@ def written(catalog: Catalog) -> Catalog:
 
 def test_what_was_written_is_verified(written: Catalog) -> None:
     state = written.audit.verify()
-    assert state.num_entries == len(written.audit.page().entries)
+    assert state.num_entries == len(written.audit.page().items)
     written.tags.set("tone", "team", "support")
     assert written.audit.verify((state.last_id, state.last_hash)).num_entries == state.num_entries + 1
-    download, refusal = (written.audit.page(action=action).entries[0] for action in ("download", "refuse"))
+    download, refusal = (written.audit.page(action=action).items[0] for action in ("download", "refuse"))
     assert (download.subject, download.detail) == ("tone@1", {"form": "peft"})
     assert (download.address, download.request_id) == ("10.0.0.1", "req-1")
     assert (refusal.actor, refusal.subject, refusal.detail) == ("unknown", "infer", {"count": 10})
     assert (refusal.address, refusal.request_id) == ("10.0.0.1", "req-2")
-    assert {(e.address, e.request_id) for e in written.audit.page().entries} >= {(None, None)}
+    assert {(e.address, e.request_id) for e in written.audit.page().items} >= {(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_was_written_is_verified(written: Catalog) -> None:
 def test_a_changed_or_removed_entry_is_found(written: Catalog, change: Callable[[int], Any]) -> None:
     written.tenants.create("acme")
     with writing(written._db.engine) as c:
-        assert c.execute(change(written.audit.page(limit=1).entries[0].id)).rowcount == 1
+        assert c.execute(change(written.audit.page(limit=1).items[0].id)).rowcount == 1
     refused(IntegrityError, "the audit log was changed", written.audit.verify)
 
 
@@ -73,7 +73,7 @@ def test_an_end_that_was_cut_off_is_found_by_who_has_kept_it(written: Catalog) -
 
 
 def test_entries_without_a_request_have_no_such_field_in_their_hash(written: Catalog) -> None:
-    entry = written.audit.page(action="register").entries[0]
+    entry = written.audit.page(action="register").items[0]
     with written._db.engine.connect() as c:
         row = c.execute(sa.select(audit_log).where(audit_log.c.id == entry.id)).one()
     said = {name: getattr(row, name) for name in ("actor", "action", "subject", "tenant", "detail", "address")}

@@ -61,12 +61,12 @@ def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
     catalog.adapters.register("tone", digest(2), manifest(2).model_copy(update={"sweep": "s/1"}))
     catalog.evaluations.record(digest(1), held_out[2:])
     catalog.quarantine.report_death(digest(1), "replica-1", datetime(2026, 1, 1, tzinfo=UTC), lambda _: None)
-    second, first = catalog.adapters.versions("tone", limit=9).versions
+    second, first = catalog.adapters.versions("tone", limit=9).items
     for listed, version in (
         (first, catalog.adapters.version("tone", 1)),
         (second, catalog.adapters.version("tone", 2)),
     ):
-        shown = {field: getattr(listed, field) for field in VersionSummary.__slots__ if field != "run"}
+        shown = {field: getattr(listed, field) for field in VersionSummary.model_fields if field != "run"}
         assert shown == {field: getattr(version, field, getattr(version.manifest, field, None)) for field in shown}
         assert listed.run == (version.manifest.job_id or version.manifest.sweep)
     assert (len(first.evaluations), first.aliases, second.run) == (3, ("canary", "prod"), "s/1")
@@ -76,9 +76,9 @@ def test_a_list_of_versions_shows_what_they_are(catalog: Catalog) -> None:
 def test_pages_of_versions(catalog: Catalog) -> None:
     publish(catalog, "tone", 1, 2, 3)
     first = catalog.adapters.versions("tone", limit=2)
-    assert ([v.version for v in first.versions], first.next) == ([3, 2], 2)
+    assert ([v.version for v in first.items], first.next) == ([3, 2], "2")
     last = catalog.adapters.versions("tone", limit=2, before=2)
-    assert ([v.version for v in last.versions], last.next) == ([1], None)
+    assert ([v.version for v in last.items], last.next) == ([1], None)
     assert catalog.adapters.versions("tone", limit=3).next is None
     refused(AdapterNotFound, "no version 9", catalog.adapters.version, "tone", 9)
 

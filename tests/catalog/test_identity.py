@@ -39,7 +39,7 @@ def test_a_key_is_shown_once_and_its_hash_is_kept(catalog: Catalog) -> None:
 def test_a_wrong_key_is_refused(catalog: Catalog, given: dict[str, object], error: type[LorayError]) -> None:
     fields: dict[str, object] = {"alias": "ci"} | given
     refused(error, "", catalog.keys.create, fields.pop("alias"), **fields)  # type: ignore[arg-type]
-    assert catalog.keys.page().keys == ()
+    assert catalog.keys.page().items == ()
 
 
 @pytest.mark.parametrize("grace", [timedelta(), timedelta(hours=1)])
@@ -96,7 +96,7 @@ def test_what_of_a_key_changes(catalog: Catalog) -> None:
     changed = catalog.keys.update(key.id, models=None, expires_at=soon, metadata={})
     assert (changed.models, changed.expires_at, changed.metadata, changed.alias) == (None, soon, {}, "nightly")
     assert catalog.keys.update(key.id, expires_at=None).expires_at is None
-    (last, *_) = catalog.audit.page(action="update_key").entries
+    (last, *_) = catalog.audit.page(action="update_key").items
     assert (last.subject, last.detail) == (key.id, {"changed": ["expires_at"]})
     refused(SpecError, "rpm_limit", catalog.keys.update, key.id, single_limits={"rpm_limit": -1})
     refused(KeyNotFound, "", catalog.keys.update, "key-0", alias="x")
@@ -124,11 +124,11 @@ def test_keys_in_pages(catalog: Catalog) -> None:
     found, cursor = [], None
     while True:
         page = catalog.keys.page(limit=2, cursor=cursor)
-        found += [key.id for key in page.keys]
+        found += [key.id for key in page.items]
         if (cursor := page.next) is None:
             break
     assert found == made[::-1]
-    assert [k.id for k in catalog.keys.page(alias="key 3").keys] == [made[3]]
+    assert [k.id for k in catalog.keys.page(alias="key 3").items] == [made[3]]
     refused(SpecError, "", catalog.keys.page, cursor="key-0")
 
 
@@ -145,12 +145,12 @@ def test_the_audit_log_in_pages(catalog: Catalog) -> None:
     catalog.keys.update(key.id, blocked=True)
     catalog.keys.revoke(key.id)
     page = catalog.audit.page(limit=2)
-    assert [e.action for e in page.entries] == ["revoke_key", "update_key"]
-    assert [e.action for e in catalog.audit.page(cursor=page.next).entries] == ["create_key"]
-    (entry,) = catalog.audit.page(action="create_key", subject=key.id, actor="local", tenant="default").entries
+    assert [e.action for e in page.items] == ["revoke_key", "update_key"]
+    assert [e.action for e in catalog.audit.page(cursor=int(page.next or 0)).items] == ["create_key"]
+    (entry,) = catalog.audit.page(action="create_key", subject=key.id, actor="local", tenant="default").items
     assert entry.detail["alias"] == "ci"
-    assert catalog.audit.page(since=datetime.now(UTC) + timedelta(minutes=1)).entries == ()
-    assert catalog.audit.page(tenant="acme").entries == ()
+    assert catalog.audit.page(since=datetime.now(UTC) + timedelta(minutes=1)).items == ()
+    assert catalog.audit.page(tenant="acme").items == ()
 
 
 def test_a_login_ends_by_time_at_logout_and_by_number(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,5 +180,5 @@ def test_a_login_ends_by_time_at_logout_and_by_number(catalog: Catalog, monkeypa
     catalog.logins.end("d")
     catalog.logins.end("d")
     assert catalog.logins.find("d") is None
-    actions = [entry.action for entry in catalog.audit.page().entries]
+    actions = [entry.action for entry in catalog.audit.page().items]
     assert (actions.count("login"), actions.count("logout")) == (5, 1)

@@ -80,14 +80,14 @@ def test_pages_newest_first(catalog: Catalog) -> None:
         add(catalog, f"job-{i}", "tone" if i % 2 else "other")
     catalog.jobs.start("job-3")
     page = catalog.jobs.page(limit=2)
-    assert ([j.id for j in page.jobs], page.next) == (["job-4", "job-3"], "job-3")
+    assert ([j.id for j in page.items], page.next) == (["job-4", "job-3"], "job-3")
     add(catalog, "job-5")  # what comes meanwhile moves no page
     page = catalog.jobs.page(limit=2, cursor=page.next)
-    assert [j.id for j in page.jobs] == ["job-2", "job-1"]
+    assert [j.id for j in page.items] == ["job-2", "job-1"]
     page = catalog.jobs.page(limit=2, cursor=page.next)
-    assert ([j.id for j in page.jobs], page.next) == (["job-0"], None)
-    assert [j.id for j in catalog.jobs.page(status="running").jobs] == ["job-3"]
-    assert [j.id for j in catalog.jobs.page(name="tone", status="pending").jobs] == ["job-5", "job-1"]
+    assert ([j.id for j in page.items], page.next) == (["job-0"], None)
+    assert [j.id for j in catalog.jobs.page(status="running").items] == ["job-3"]
+    assert [j.id for j in catalog.jobs.page(name="tone", status="pending").items] == ["job-5", "job-1"]
     refused(SpecError, "is no cursor", catalog.jobs.page, cursor="job-99")
 
 
@@ -99,4 +99,4 @@ def test_server_and_driver_add_one_job_at_once(catalog: Catalog, url: str) -> No
             return mine.jobs.end("job-1", "succeeded", version=i + 1).status
 
     assert set(at_once(6, tell)) == {"succeeded"}
-    assert len(catalog.jobs.page().jobs) == 1
+    assert len(catalog.jobs.page().items) == 1

@@ -66,7 +66,7 @@ def test_a_version_says_so_until_an_administrator_releases_it(catalog: Catalog) 
         refused(error, "", catalog.quarantine.release, name, version)
     catalog.quarantine.release("tone", 2)
     assert catalog.adapters.version("tone", 2).quarantine is None
-    assert [(e.action, e.subject) for e in catalog.audit.page(limit=2).entries] == [
+    assert [(e.action, e.subject) for e in catalog.audit.page(limit=2).items] == [
         ("release", "tone@2"),
         ("quarantine", digest(2)),
     ]

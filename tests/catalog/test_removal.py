@@ -21,7 +21,7 @@ def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catal
     for model in ("tone@3", "tone@9"):
         refused(AdapterNotFound, "", catalog.adapters.resolve, model)
     assert catalog.adapters.resolve("tone").version == catalog.snapshot(before).resolve("tone").version == 2
-    assert [v.version for v in catalog.adapters.versions("tone", limit=9).versions] == [2, 1]
+    assert [v.version for v in catalog.adapters.versions("tone", limit=9).items] == [2, 1]
     refused(AdapterNotFound, "no version 3", catalog.aliases.move, "tone", "prod", 3)
     publish(catalog, "tone", 4)
     assert catalog.adapters.resolve("tone").version == 4

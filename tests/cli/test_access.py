@@ -55,7 +55,7 @@ def test_a_key_of_the_deployment(loray: Loray) -> None:
     made = loray("keys", "create", "--static", "--json").json
     assert hashlib.sha256(made["key"].encode()).hexdigest() == made["sha256"]
     assert loray("keys", "create", "--static").out.startswith("LORAY_API_KEY=sk-lr-")
-    assert catalog().keys.page().keys == ()
+    assert catalog().keys.page().items == ()
 
 
 def test_tenants(loray: Loray) -> None:

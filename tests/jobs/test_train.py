@@ -123,7 +123,7 @@ def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseMo
         run(recipe, ray_cluster.settings)
     with pytest.raises(AdapterNotFound):
         Catalog(ray_cluster.settings.catalog).adapters.detail("diverging")
-    (job,) = Catalog(ray_cluster.settings.catalog).jobs.page(name="diverging").jobs
+    (job,) = Catalog(ray_cluster.settings.catalog).jobs.page(name="diverging").items
     assert (job.status, job.version) == ("failed", None)
     assert "not finite" in job.message
 

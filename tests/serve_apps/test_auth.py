@@ -72,7 +72,7 @@ def test_a_method_that_a_path_does_not_have(site_of: SiteOf) -> None:
 def test_a_key_that_is_blocked(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
-    newest = site.catalog.keys.page().keys[0]
+    newest = site.catalog.keys.page().items[0]
     site.catalog.keys.update(newest.id, blocked=True)
     site.refresh()
     assert code_of(site.complete(key)) == (403, "permission_denied")
@@ -88,7 +88,7 @@ def test_a_revoked_key_is_refused_by_running_servers(site_of: SiteOf) -> None:
     site = site_of()
     key = site.key("infer")
     assert site.complete(key).status_code == 200
-    site.catalog.keys.revoke(site.catalog.keys.page().keys[0].id)
+    site.catalog.keys.revoke(site.catalog.keys.page().items[0].id)
     assert eventually(lambda: site.complete(key).status_code == 401)
     assert eventually(lambda: site.api.get("adapters", headers=key).status_code == 401)
 
@@ -115,7 +115,7 @@ def test_loopback_needs_no_key_until_one_is_made(site_of: SiteOf) -> None:
         assert code_of(site.api.post(path)) == (403, "permission-denied")
         assert site.api.post(path, headers=JSON).status_code == 404
     key = site.key("infer")
-    site.catalog.keys.revoke(site.catalog.keys.page().keys[0].id)
+    site.catalog.keys.revoke(site.catalog.keys.page().items[0].id)
     site.refresh()
     assert site.complete({}).status_code == 401  # the last revocation opens nothing
     assert site.complete(key).status_code == 401
@@ -146,9 +146,9 @@ def test_the_last_use_is_noted_when_the_server_ends(site_of: SiteOf) -> None:
     key = site.key("infer")
     for _ in range(3):
         assert site.complete(key).status_code == 200
-    assert site.catalog.keys.page().keys[0].last_used_at is None  # once a minute at most
+    assert site.catalog.keys.page().items[0].last_used_at is None  # once a minute at most
     site.gateway.__exit__()
-    used = site.catalog.keys.page().keys[0].last_used_at
+    used = site.catalog.keys.page().items[0].last_used_at
     assert used is not None
     assert used.second == 0
     site.gateway.__enter__()

@@ -25,7 +25,7 @@ from loray.catalog.entries import (
     AdapterEntry,
     AdapterVersion,
     AliasMove,
-    VersionPage,
+    VersionSummary,
     check_alias,
     check_name,
     check_tag,
@@ -53,6 +53,7 @@ from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_traine
 from loray.catalog.schema import adapters, alias_moves, bases, evaluations, projections, shares, tags, uploads, versions
 from loray.catalog.snapshot import load_snapshot
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, PermissionDenied, SpecError
+from loray.schemas.resources import Page
 from loray.spec import (
     DEFAULT_TENANT,
     DTYPE_BYTES,
@@ -205,14 +206,15 @@ class Adapters:
         with self.db.reading() as c:
             return load_entry(c, self.db.principal, name)[1]
 
-    def versions(self, name: str, *, limit: int, before: int | None = None) -> VersionPage:
+    def versions(self, name: str, *, limit: int, before: int | None = None) -> Page[VersionSummary]:
         """At most `limit` versions older than `before` (None: from the newest on), fewer where they have thousands of
         evaluations. Raises AdapterNotFound.
         """
         with self.db.reading() as c:
             adapter_id, entry = load_entry(c, self.db.principal, name)
             page = list_versions(c, adapter_id, entry, limit, before)
-            return page._replace(versions=tuple(v.shown_to(self.db.principal) for v in page.versions))
+            shown = tuple(v.shown_to(self.db.principal) for v in page.items)
+            return page.model_copy(update={"items": shown})
 
     def version(self, name: str, version: int) -> AdapterVersion:
         """One version, with its manifest. Raises AdapterNotFound."""

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database
-from loray.catalog.entries import AdapterEntry, AdapterVersion, AliasState, check_alias
+from loray.catalog.entries import AdapterEntry, AdapterVersion, check_alias, weights_of
 from loray.catalog.queries import (
     alias_is,
     count_change,
@@ -26,6 +26,7 @@ from loray.catalog.queries import (
 from loray.catalog.schema import adapters, alias_moves, aliases, canaries, versions
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, RevisionConflict, SpecError
 from loray.policy.canary import Bound, breach
+from loray.schemas.resources import AliasResource
 from loray.spec import (
     DEFAULT_ALIAS,
     PERPLEXITY,
@@ -199,7 +200,7 @@ class Aliases:
         expected: int | None = None,
         expected_revision: int | None = None,
         no_gate: str | None = None,
-    ) -> AliasState:
+    ) -> AliasResource:
         """Point `alias` at `version`, and end its canary. If it points there already, it does not move.
 
         `expected` is the version that it must point at now, `expected_revision` the revision that it must have now; 0
@@ -224,7 +225,7 @@ class Aliases:
                 count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
-    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasResource:
         """Point `alias` at its target before the last move; where it has a canary, end that instead. Each further
         rollback goes one move further back.
 
@@ -279,13 +280,13 @@ class Aliases:
             log(c, self.db.actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
             count_change(c, adapter_id)
 
-    def of(self, name: str) -> tuple[AliasState, ...]:
+    def of(self, name: str) -> tuple[AliasResource, ...]:
         """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
         with self.db.reading() as c:
             adapter_id, entry = load_entry(c, self.db.principal, name)
             return tuple(_states(c, adapter_id, entry.name).values())
 
-    def get(self, name: str, alias: str) -> AliasState:
+    def get(self, name: str, alias: str) -> AliasResource:
         """One alias. Raises AdapterNotFound where there is no such name or alias."""
         states = {state.alias: state for state in self.of(name)}
         if alias not in states:
@@ -359,7 +360,7 @@ def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, ex
         raise RevisionConflict(f"{_where(name, alias, version)} with revision {revision}, not {wanted}: look again")
 
 
-def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasState]:
+def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasResource]:
     """States by alias, sorted."""
     rows = c.execute(
         sa.select(aliases.c.alias, versions.c.version, versions.c.digest, aliases.c.revision)
@@ -369,7 +370,10 @@ def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasStat
     )
     running = load_canaries(c, adapter_id).get(adapter_id, ())
     by_alias = {canary.alias: canary for canary in running}
-    return {row.alias: AliasState(name, *row, by_alias.get(row.alias)) for row in rows}
+    return {
+        row.alias: AliasResource(name=name, **row._asdict(), weights=weights_of(row.version, by_alias.get(row.alias)))
+        for row in rows
+    }
 
 
 def _where(name: str, alias: str, version: int) -> str:

@@ -19,6 +19,8 @@ from loray.catalog.database import Database
 from loray.catalog.queries import count_change, now, read_counter, utc
 from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
+from loray.schemas.access import AuditResource
+from loray.schemas.resources import Page
 from loray.spec import (
     KEY_START,
     PREFIX_LENGTH,
@@ -143,13 +145,6 @@ class NewKey(NamedTuple):
 
     secret: str
     key: ApiKey
-
-
-class KeyPage(NamedTuple):
-    """`keys` newest first; `next` is the cursor of the next page, None at the end."""
-
-    keys: tuple[ApiKey, ...]
-    next: str | None
 
 
 def new_secret() -> str:
@@ -305,7 +300,7 @@ class Keys:
 
     def page(
         self, *, limit: int = 100, cursor: str | None = None, tenant: str | None = None, alias: str | None = None
-    ) -> KeyPage:
+    ) -> Page[ApiKey]:
         """At most `limit` keys, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
         mine = _exist_for(self.db.principal)
         query = sa.select(keys).where(mine).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
@@ -319,8 +314,7 @@ class Keys:
                 earlier = sa.and_(keys.c.created_at == last.created_at, keys.c.id < last.id)
                 query = query.where(sa.or_(keys.c.created_at < last.created_at, earlier))
             found = [_key(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return KeyPage(page, page[-1].id if len(found) > limit else None)
+        return Page(items=tuple(found[:limit]), next=found[limit - 1].id if len(found) > limit else None)
 
     def changes(self, since: int = -1) -> KeyChanges:
         """The keys and tenants that have changed after the change counter was `since`; all by default."""
@@ -431,30 +425,6 @@ def _key(row: sa.Row[Any]) -> ApiKey:
 # -- the audit log ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class AuditEntry:
-    """One thing that was done. `subject` is what it was done to, `tenant` whose that is, `detail` what was given,
-    `address` from where the request came, as far as the server knows, and `request_id` the answer's X-Request-Id.
-    """
-
-    id: int
-    actor: str
-    action: str
-    subject: str
-    tenant: str
-    detail: Mapping[str, Any]
-    created_at: datetime
-    address: str | None = None
-    request_id: str | None = None
-
-
-class AuditPage(NamedTuple):
-    """`entries` newest first; `next` is the cursor of the next page, None at the end."""
-
-    entries: tuple[AuditEntry, ...]
-    next: int | None
-
-
 class Refused(NamedTuple):
     """Requests of one kind that were refused. `what` is the action that they asked for."""
 
@@ -526,7 +496,7 @@ class Audit:
         action: str | None = None,
         subject: str | None = None,
         since: datetime | None = None,
-    ) -> AuditPage:
+    ) -> Page[AuditResource]:
         """At most `limit` entries, newest first, after `cursor`, the `next` of a page. None: not filtered."""
         query = sa.select(audit_log).order_by(audit_log.c.id.desc()).limit(limit + 1)
         wanted = {"tenant": tenant, "actor": actor, "action": action, "subject": subject}
@@ -537,13 +507,11 @@ class Audit:
             query = query.where(audit_log.c.id < cursor)
         with self.db.reading() as c:
             found = [_entry(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return AuditPage(page, page[-1].id if len(found) > limit else None)
+        return Page(items=tuple(found[:limit]), next=str(found[limit - 1].id) if len(found) > limit else None)
 
 
-def _entry(row: sa.Row[Any]) -> AuditEntry:
-    fields = {name: getattr(row, name) for name in AuditEntry.__dataclass_fields__}
-    return AuditEntry(**fields | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
+def _entry(row: sa.Row[Any]) -> AuditResource:
+    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------

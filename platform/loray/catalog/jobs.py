@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sa
 
@@ -20,17 +20,11 @@ from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
 from loray.catalog.queries import now, utc
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
+from loray.schemas.resources import Page
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 
 _CLUSTER_IS_GONE = timedelta(minutes=2)
 _RETRY_S = 60.0  # after which a job may have ended
-
-
-class JobPage(NamedTuple):
-    """`jobs` newest first; `next` is the cursor of the next page, None at the end."""
-
-    jobs: tuple[Job, ...]
-    next: str | None
 
 
 @dataclass
@@ -117,7 +111,7 @@ class Jobs:
 
     def page(
         self, *, limit: int = 100, cursor: str | None = None, status: JobStatus | None = None, name: str | None = None
-    ) -> JobPage:
+    ) -> Page[Job]:
         """At most `limit` jobs, newest first, after `cursor`, the `next` of a page. Raises SpecError.
 
         `name` is an adapter of the own tenant, or `tenant/name`.
@@ -138,8 +132,7 @@ class Jobs:
                 earlier = sa.and_(jobs.c.created_at == last.created_at, jobs.c.id < last.id)
                 query = query.where(sa.or_(jobs.c.created_at < last.created_at, earlier))
             found = [_job(row) for row in c.execute(query)]
-        page = tuple(found[:limit])
-        return JobPage(page, page[-1].id if len(found) > limit else None)
+        return Page(items=tuple(found[:limit]), next=found[limit - 1].id if len(found) > limit else None)
 
 
 def _owned(principal: Principal) -> sa.ColumnElement[bool]:

@@ -8,32 +8,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
 from loray.catalog.database import Database, insert_into
 from loray.catalog.schema import TOKENS, usage, usage_days
 from loray.errors import DataError, SpecError
+from loray.schemas.resources import UsageResource
 from loray.spec import USAGE_GROUPS, UsageEvent, UsageGroup
 
 _COUNTS = ("num_requests", *TOKENS, "seconds")
 _COLUMNS: dict[UsageGroup, str] = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
 _NO_KEY = ""  # in usage_days, whose primary key has no null
-
-
-class UsageRow(NamedTuple):
-    """Sums of a group; what it is not grouped by is None."""
-
-    tenant: str | None
-    key_id: str | None
-    model: str | None
-    day: date | None
-    num_requests: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    seconds: float
 
 
 @dataclass
@@ -85,7 +72,7 @@ class UsageTable:
         until: datetime | None = None,
         limit: int = 1000,
         offset: int = 0,
-    ) -> tuple[UsageRow, ...]:
+    ) -> tuple[UsageResource, ...]:
         """Sums over events from `since` until before `until`, in the order of their groups. Raises SpecError."""
         unknown = [group for group in group_by if group not in USAGE_GROUPS]
         if unknown:
@@ -164,9 +151,9 @@ def _utc(value: datetime) -> datetime:
         raise SpecError(f"{value.isoformat()} is out of range") from e
 
 
-def _row(row: Any) -> UsageRow:
+def _row(row: Any) -> UsageResource:
     day = row.get("group_day")
-    return UsageRow(
+    return UsageResource(
         tenant=row.get("group_tenant"),
         key_id=row.get("group_key") or None,
         model=row.get("group_model"),

@@ -14,12 +14,11 @@ from loray.catalog import (
     AliasMove,
     Canary,
     CatalogSnapshot,
-    Quarantined,
     aliases,
 )
 from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
-from loray.schemas.resources import AdapterResource, CanaryResource, VersionDetail
+from loray.schemas.resources import AdapterResource, CanaryResource, QuarantineResource
 from loray.settings import Settings
 from loray.spec import AdapterManifest, Evaluation, RopeParameters, format_seconds, format_size
 
@@ -104,7 +103,7 @@ def version_json(version: AdapterVersion) -> dict[str, Any]:
     }
 
 
-def _quarantine_json(known: Quarantined) -> dict[str, Any]:
+def _quarantine_json(known: QuarantineResource) -> dict[str, Any]:
     until = known.refused_until
     return {
         "deaths": known.deaths,
@@ -113,7 +112,7 @@ def _quarantine_json(known: Quarantined) -> dict[str, Any]:
     }
 
 
-def _quarantine(known: Quarantined | None) -> str | None:
+def _quarantine(known: QuarantineResource | None) -> str | None:
     if known is None:
         return None
     until = "only suspected" if known.refused_until is None else f"refused until {when(known.refused_until)}"
@@ -145,7 +144,7 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
 def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
     """Returns what `Catalog.adapter` does, of what a server tells: without the moves of aliases."""
     found = client.adapter(name)
-    versions = tuple(_version_of(client.version(name, number)) for number in found.versions)
+    versions = tuple(AdapterVersion(**dict(client.version(name, number))) for number in found.versions)
     shares = ((alias, v, share) for alias, weights in found.weights.items() for v, share in weights.items())
     canaries = tuple(Canary(alias, v, share, 0) for alias, v, share in shares if v != found.aliases[alias])
     entry = AdapterEntry(
@@ -159,20 +158,6 @@ def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
         canaries,
     )
     return AdapterDetail(entry, versions, ())
-
-
-def _version_of(found: VersionDetail) -> AdapterVersion:
-    known = found.quarantine
-    return AdapterVersion(
-        found.name,
-        found.version,
-        found.digest,
-        found.manifest,
-        found.created_at,
-        found.aliases,
-        found.evaluations[len(found.manifest.evaluations) :],
-        None if known is None else Quarantined(known.deaths, "", known.died_at, known.refused_until),
-    )
 
 
 def objections(

@@ -10,7 +10,6 @@ import click
 
 from loray.cli.connect import open_remote, open_services
 from loray.cli.output import console, emit, json_option, table
-from loray.schemas.resources import UsageResource
 from loray.spec import USAGE_GROUPS, UsageGroup
 
 _MOST = 100_000  # rows
@@ -52,8 +51,7 @@ def usage(
             found = list(islice(client.usage(by, **wanted, since=since.isoformat()), _MOST))
         else:
             with open_services() as services:
-                sums = services.catalog.usage.sums(by, **wanted, since=since, limit=_MOST)
-            found = [UsageResource(**row._asdict()) for row in sums]
+                found = list(services.catalog.usage.sums(by, **wanted, since=since, limit=_MOST))
     rows = [row for row in found if row.num_requests]
     if as_json:
         emit([row.model_dump(mode="json") for row in rows])

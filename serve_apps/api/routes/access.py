@@ -76,7 +76,7 @@ def list_keys(
 ) -> Page[KeyResource]:
     """Keys, newest first, those revoked included: of the own tenant, and for administrators of all."""
     found = services.catalog_of(asking).keys.page(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-    return page(tuple(KeyResource.of(key) for key in found.keys), found.next, request, response)
+    return page(tuple(KeyResource.of(key) for key in found.items), found.next, request, response)
 
 
 @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
@@ -185,8 +185,7 @@ def read_audit(
     found = services.catalog.audit.page(
         limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
     )
-    items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
-    return page(items, None if found.next is None else str(found.next), request, response)
+    return page(found.items, found.next, request, response)
 
 
 @usage_router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
@@ -216,8 +215,7 @@ def get_usage(
         limit=limit + 1,
         offset=cursor,
     )
-    rows = tuple(UsageResource(**row._asdict()) for row in found[:limit])
-    return page(rows, str(cursor + limit) if len(found) > limit else None, request, response)
+    return page(found[:limit], str(cursor + limit) if len(found) > limit else None, request, response)
 
 
 def _access_of(services: Services, asking: CurrentPrincipal) -> DirectCatalog:

@@ -132,8 +132,7 @@ def list_versions(
 ) -> Page[VersionResource]:
     """Versions, newest first."""
     found = services.catalog_of(asking).adapters.versions(name, limit=limit, before=cursor)
-    items = tuple(service.version(v) for v in found.versions)
-    return page(items, None if found.next is None else str(found.next), request, response)
+    return page(found.items, found.next, request, response)
 
 
 @router.get(_VERSION, responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
@@ -142,7 +141,7 @@ def get_version(
     services: ServicesDep, asking: CurrentPrincipal, name: AdapterName, version: VersionPath
 ) -> VersionDetail:
     """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-    return service.detail(services.catalog_of(asking).adapters.version(name, version))
+    return services.catalog_of(asking).adapters.version(name, version)
 
 
 @router.post(
@@ -183,7 +182,7 @@ async def register_version(
     else:
         version = await run_in_threadpool(register)
     response.headers["Location"] = _location(request, version)
-    return service.detail(version)
+    return version
 
 
 @router.post(
@@ -202,7 +201,7 @@ def report_evaluations(
     """Keep with a version what was measured of it elsewhere. `measured_by` is `key` then: LongLoRA's gate does not
     believe it unless the server says so. 409: it has as many as it may.
     """
-    return service.detail(services.catalog_of(asking).evaluations.report(name, version, report.evaluations))
+    return services.catalog_of(asking).evaluations.report(name, version, report.evaluations)
 
 
 @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
@@ -259,7 +258,7 @@ def restore_version(
     """Restore a deleted version of a name that exists. 409: the store has its bytes no more."""
     catalog = services.catalog_of(asking)
     restore(name, version, services.store, catalog)
-    return service.detail(catalog.adapters.version(name, version))
+    return catalog.adapters.version(name, version)
 
 
 @router.post(

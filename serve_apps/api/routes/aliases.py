@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fastapi import Response
 
-from loray import service
-from loray.catalog import AliasState
 from loray.schemas.resources import AliasResource, AliasTarget, CanaryResource, CanaryTarget, Page
 from serve_apps.api import examples
 from serve_apps.api.problems import Conditional, responses
@@ -28,9 +26,7 @@ def _tagged(status: int = 200) -> examples.Responses:
 @may("read")
 def list_aliases(services: ServicesDep, asking: CurrentPrincipal, name: AdapterName) -> Page[AliasResource]:
     """All aliases of an adapter."""
-    return Page[AliasResource](
-        items=tuple(service.alias(state) for state in services.catalog_of(asking).aliases.of(name))
-    )
+    return Page[AliasResource](items=services.catalog_of(asking).aliases.of(name))
 
 
 @router.get(
@@ -107,8 +103,7 @@ def roll_back(
     return _tag(catalog.aliases.rollback(name, alias, expected_revision=expected), response)
 
 
-def _tag(state: AliasState, response: Response) -> AliasResource:
-    found = service.alias(state)
+def _tag(found: AliasResource, response: Response) -> AliasResource:
     response.headers["ETag"] = found.etag
     return found
 

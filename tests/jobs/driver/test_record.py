@@ -53,7 +53,7 @@ def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest
 def test_how_a_job_ends(catalog: Catalog, error: BaseException, status: str, message: str) -> None:
     with pytest.raises(type(error)), recorded(catalog, SPEC):
         raise error
-    (job,) = catalog.jobs.page().jobs
+    (job,) = catalog.jobs.page().items
     assert (job.status, job.message) == (status, message)
 
 

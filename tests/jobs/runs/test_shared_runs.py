@@ -123,7 +123,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert losses(events) == losses(undisturbed)
     assert version.manifest.files == version_of(settings, "undisturbed").manifest.files  # bit for bit
     assert (version.digest, version.aliases) == (published["digest"], ("prod",))
-    (job,) = Catalog(settings.catalog).jobs.page(name="shared").jobs
+    (job,) = Catalog(settings.catalog).jobs.page(name="shared").items
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
     assert job.recipe == recipe.spec
     AdapterStore(open_store(settings.store)).fetch(version.digest, tmp_path / "fetched")
@@ -212,7 +212,7 @@ def test_another_machine_resumes_the_run_of_a_killed_driver(
     assert start["step"] >= left_at >= 10
     assert events[-1]["event"] == "published"
     (version,) = Catalog(settings.catalog).adapters.detail("orphan").versions
-    ended, orphaned = Catalog(settings.catalog).jobs.page(name="orphan").jobs
+    ended, orphaned = Catalog(settings.catalog).jobs.page(name="orphan").items
     assert version.manifest.job_id == orphaned.id
     assert (ended.status, ended.version, orphaned.status) == ("succeeded", 1, "running")
 

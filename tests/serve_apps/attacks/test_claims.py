@@ -100,7 +100,7 @@ def test_the_gate_believes_no_measurement_that_a_client_has_reported(
     client.report_evaluations("tone", 1, figures(good))  # what is reported later hides nothing
     with pytest.raises(GateRefused, match="its perplexity 11 is not below 10 of the base"):
         client.promote("tone", "prod", 1)
-    (entry, *_) = api.catalog.audit.page(action="evaluate").entries
+    (entry, *_) = api.catalog.audit.page(action="evaluate").items
     assert (entry.actor.partition(" (")[0], entry.subject, entry.detail) == ("publish promote", stored, {"count": 5})
     env = api.settings.to_env() | {"LORAY_GATE_TRUSTS": "keys"}
     settings = Settings.from_env(Settings.from_env(env).to_env())

@@ -96,7 +96,7 @@ def visit_keys(console: ConsoleSite, seen: Seen) -> None:
     seen.open("/keys")
     page.click("[aria-label='Revoke ci']")
     page.wait_for_selector("td:has-text('revoked')")
-    assert [key.alias for key in console.catalog.keys.page().keys if key.revoked_at is not None] == ["ci"]
+    assert [key.alias for key in console.catalog.keys.page().items if key.revoked_at is not None] == ["ci"]
 
 
 def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
@@ -213,7 +213,7 @@ def test_an_upload_by_drag_and_drop_and_by_a_field(
     page.click("button:text-is('Publish')")
     page.wait_for_url("**/adapters/second**done=published")
     assert (sent.count("POST"), sent.count("PUT")) == (3, len(files))  # begun once, asked for twice
-    assert len(console.catalog.adapters.versions("second", limit=9).versions) == 1
+    assert len(console.catalog.adapters.versions("second", limit=9).items) == 1
     assert console.catalog.adapters.version("second", 1).manifest.method == "lora"
     assert seen.problems == []
 
@@ -228,7 +228,7 @@ def test_a_recipe_is_planned_and_submitted(console: ConsoleSite, seen: Seen) -> 
     seen.picture("new-job")
     page.click("button:text-is('Train')")
     page.wait_for_url("**/jobs/train_*")
-    (job,) = console.catalog.jobs.page().jobs
+    (job,) = console.catalog.jobs.page().items
     assert job.recipe.name == "new"
     losses = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
     console.write("runs", job, {"events.jsonl": lines(losses)})

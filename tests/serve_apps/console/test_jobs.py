@@ -87,7 +87,7 @@ def test_a_form_becomes_a_job(console: ConsoleSite) -> None:
     wrong = console.post("/jobs", FORM | {"adapter.rank": "0"})
     assert (wrong.status_code, "adapter" in wrong.text, "<main" in wrong.text) == (422, True, False)
     answer = console.post("/jobs", FORM)
-    (job,) = console.catalog.jobs.page().jobs
+    (job,) = console.catalog.jobs.page().items
     assert answer.headers["hx-redirect"].endswith(f"/console/jobs/{job.id}")
     assert list(console.jobs.submitted) == [job.id]
     got = job.recipe

@@ -55,7 +55,7 @@ def test_a_wrong_key_is_refused(console: ConsoleSite, key: str) -> None:
 def test_a_revoked_key_ends_its_session(console: ConsoleSite) -> None:
     console.log_in(console.key("admin"))
     assert console.get().status_code == 200
-    console.catalog.keys.revoke(console.catalog.keys.page(limit=1).keys[0].id)
+    console.catalog.keys.revoke(console.catalog.keys.page(limit=1).items[0].id)
     assert console.get().status_code == 401
 
 

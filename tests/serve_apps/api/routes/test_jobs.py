@@ -248,7 +248,7 @@ def test_jobs_that_are_lost(api: Api) -> None:
     api.catalog.jobs.add("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     api.catalog.jobs.start("by-hand")
     engine = api.catalog._db.engine
-    ids = {job.id.partition(".")[0]: job.id for job in api.catalog.jobs.page().jobs}
+    ids = {job.id.partition(".")[0]: job.id for job in api.catalog.jobs.page().items}
     with writing(engine) as c:
         c.execute(jobs.update().where(jobs.c.id == "by-hand").values(actor="local"))
         hour_ago = datetime.now(UTC) - timedelta(hours=1)
@@ -257,7 +257,7 @@ def test_jobs_that_are_lost(api: Api) -> None:
     api.catalog.jobs.record_cluster("there")
     api.jobs.jobs.clear()
     api.services.watch_jobs()
-    found = {job.id.partition(".")[0]: job.status for job in api.catalog.jobs.page().jobs}
+    found = {job.id.partition(".")[0]: job.status for job in api.catalog.jobs.page().items}
     other = "failed" if engine.dialect.name == "sqlite" else "pending"  # of a catalog on this machine's disk
     assert found == {"ours": "failed", "theirs": "failed", "other": other, "fresh": "pending", "by-hand": "running"}
 
