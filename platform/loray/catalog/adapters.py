@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from loray.adapters.manifest import check_size, manifest_json, parse_manifest
-from loray.catalog.aliases import known_canaries, move_alias
+from loray.catalog.aliases import AliasWrite, known_canaries
 from loray.catalog.allowances import (
     refuse_more_bytes,
     refuse_more_memory,
@@ -159,7 +159,8 @@ class Adapters:
             moved = restore_version(c, adapter_id, number)
             for alias in aliases:
                 try:
-                    moved |= move_alias(self.db, c, adapter_id, tenant, name, alias, number, revision, no_gate)
+                    write = AliasWrite(self.db, c, adapter_id, tenant, name, alias, revision)
+                    moved |= write.move(number, no_gate)
                 except GateRefused as e:
                     raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
             if known is None or moved:
