@@ -123,7 +123,7 @@ def test_nobody_publishes_where_gateways_memory_is_full_of_names(url: str) -> No
     register(catalog, "a", 1, **templated("{{ a }}"))
     register(catalog, "b", 2)
     refused(CatalogFull, r"about 3.2 kB of each gateway's memory, and may take 2.8 kB", register, catalog, "c", 3)
-    assert [entry.name for entry in catalog.adapters.all()] == ["a", "b"]
+    assert [entry.name for entry in catalog.snapshot().models()] == ["a", "b"]
     catalog.adapters.register("a", digest(1), manifest(1).model_copy(update=templated("{{ a }}")))  # which is there
     catalog.removal.delete_adapter("b")
     register(catalog, "c", 3)

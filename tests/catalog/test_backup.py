@@ -73,7 +73,7 @@ def test_all_comes_back(filled: Catalog, empty: Catalog, tmp_path: Path) -> None
     publish(filled, "later", 9)
     assert empty.backup.read(tmp_path / "backup") == made
     assert empty.aliases.get("tone", "prod") == filled.aliases.get("tone", "prod")
-    assert [entry.name for entry in empty.adapters.all()] == ["tone", "vera"]
+    assert [entry.name for entry in empty.snapshot().models()] == ["tone", "vera"]
     empty.removal.restore("gone")
     assert empty.adapters.get("gone").versions.keys() == {1}
 

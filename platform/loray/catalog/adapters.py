@@ -51,7 +51,6 @@ from loray.catalog.queries import (
 )
 from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_trained, restore_version
 from loray.catalog.schema import adapters, alias_moves, bases, evaluations, projections, shares, tags, uploads, versions
-from loray.catalog.snapshot import load_snapshot
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, NotFoundError, PermissionDenied, SpecError
 from loray.schemas.resources import Page
 from loray.spec import (
@@ -172,10 +171,6 @@ class Adapters:
         name, selector = split_model(model)
         with self.db.reading() as c:
             return load_entry(c, self.db.principal, name)[1].select(selector)
-
-    def all(self) -> tuple[AdapterEntry, ...]:
-        """All names of the caller, sorted."""
-        return tuple(load_snapshot(self.db).models())
 
     def page(
         self,

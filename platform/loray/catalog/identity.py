@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
 from loray.catalog.audit_chain import Origin, add_entry, chained, log
 from loray.catalog.database import Database
-from loray.catalog.queries import count_change, now, read_counter, utc
+from loray.catalog.entries import check_tenant
+from loray.catalog.queries import count_change, newest, now, read_counter, utc
 from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
 from loray.schemas.access import AuditResource
@@ -32,7 +32,6 @@ from loray.spec import (
     Principal,
     Scope,
     Tenant,
-    TenantName,
     account_of,
 )
 
@@ -47,11 +46,7 @@ class Tenants:
 
     def create(self, name: str, limits: Limits | None = None) -> Tenant:
         """Create a tenant. Raises SpecError where the name is malformed, ConflictError where it is taken."""
-        try:
-            TypeAdapter(TenantName).validate_python(name)
-        except ValidationError as e:
-            rule = "letters, digits, '.', '_' and '-', at most 32"
-            raise SpecError(f"{name!r} is not a valid name of a tenant: {rule}") from e
+        check_tenant(name)
         with self.db.changing() as c:
             if c.execute(sa.select(tenants.c.name).where(tenants.c.name == name)).first():
                 raise ConflictError(f"there is a tenant {name!r} already; `loray tenants set` changes it")
@@ -302,19 +297,10 @@ class Keys:
         self, *, limit: int = 100, cursor: str | None = None, tenant: str | None = None, alias: str | None = None
     ) -> Page[ApiKey]:
         """At most `limit` keys, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
-        mine = _exist_for(self.db.principal)
-        query = sa.select(keys).where(mine).order_by(keys.c.created_at.desc(), keys.c.id.desc()).limit(limit + 1)
-        wanted = {"tenant": tenant, "alias": alias}
-        query = query.where(*(keys.c[name] == value for name, value in wanted.items() if value is not None))
+        mine, wanted = _exist_for(self.db.principal), {"tenant": tenant, "alias": alias}
         with self.db.reading() as c:
-            if cursor is not None:
-                last = c.execute(sa.select(keys.c.created_at, keys.c.id).where(mine, keys.c.id == cursor)).first()
-                if last is None:
-                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
-                earlier = sa.and_(keys.c.created_at == last.created_at, keys.c.id < last.id)
-                query = query.where(sa.or_(keys.c.created_at < last.created_at, earlier))
-            found = [_key(row) for row in c.execute(query)]
-        return Page(items=tuple(found[:limit]), next=found[limit - 1].id if len(found) > limit else None)
+            rows, last = newest(c, keys, mine, wanted, cursor, limit)
+        return Page(items=tuple(map(_key, rows)), next=last)
 
     def changes(self, since: int = -1) -> KeyChanges:
         """The keys and tenants that have changed after the change counter was `since`; all by default."""

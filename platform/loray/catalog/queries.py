@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from sys import intern
 from typing import Any
@@ -305,6 +305,30 @@ def now() -> datetime:
 def utc(value: datetime) -> datetime:
     """`value` with its time zone, UTC, which SQLite does not store."""
     return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def newest(
+    c: sa.Connection,
+    table: sa.Table,
+    mine: sa.ColumnElement[bool],
+    wanted: Mapping[str, Any],
+    cursor: str | None,
+    limit: int,
+) -> tuple[Sequence[sa.Row[Any]], str | None]:
+    """(rows, cursor of the next page): at most `limit` of the caller's rows, newest first, after the id `cursor`.
+
+    wanted  column → value; None: any
+
+    Raises SpecError where the caller has no row of this id.
+    """
+    query = sa.select(table).where(mine, *(table.c[name] == v for name, v in wanted.items() if v is not None))
+    if cursor is not None:
+        last = c.execute(sa.select(table.c.created_at, table.c.id).where(mine, table.c.id == cursor)).first()
+        if last is None:
+            raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
+        query = query.where(sa.tuple_(table.c.created_at, table.c.id) < sa.tuple_(last.created_at, last.id))
+    rows = c.execute(query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit + 1)).all()
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
 # -- listings ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from heapq import merge
 
 import sqlalchemy as sa
 
-from loray.catalog.database import Database
 from loray.catalog.entries import NUM_COMPARED, AdapterEntry, split_model, unknown_adapter
 from loray.catalog.queries import load_entries, read_counter
 from loray.catalog.schema import adapters, bases, versions
@@ -202,14 +201,6 @@ def _totals(
 
 _LAST_ID = 2**31 - 1  # what the column holds
 _PAGE = 500  # adapters that are read at once: drivers hold Python's lock while they make the rows of a result
-
-
-def load_snapshot(db: Database, before: CatalogSnapshot | None = None, *, whole: bool = False) -> CatalogSnapshot:
-    """`Catalog.snapshot`."""
-    before = before or CatalogSnapshot()
-    with db.reading() as c:
-        whole = whole or read_counter(c) < before.counter
-        return before.after(changes_since(c, db.principal, before, whole=whole))
 
 
 def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapshot, *, whole: bool = False) -> Changes:
