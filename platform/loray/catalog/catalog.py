@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 from loray.catalog.adapters import Adapters, Bases, Evaluations, Tags
@@ -29,6 +30,8 @@ class Catalog:
     allows more than that.
     """
 
+    _root: Catalog | None = None  # of a view: whose end closes the connections
+
     def __init__(
         self,
         url: str,
@@ -39,7 +42,10 @@ class Catalog:
         max_snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
     ) -> None:
         principal = Principal(actor=actor)
-        self._use(Database(open_database(url), principal, gate_tolerance, gate_trusts_keys, max_snapshot_bytes))
+        engine = open_database(url)
+        self._use(Database(engine, principal, gate_tolerance, gate_trusts_keys, max_snapshot_bytes))
+        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
+        weakref.finalize(self, engine.dispose)
 
     def _use(self, db: Database) -> None:
         self._db = db
@@ -79,6 +85,7 @@ class Catalog:
         """
         view = object.__new__(type(self))
         view._use(replace(self._db, principal=principal))
+        view._root = self
         return view
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -115,8 +114,6 @@ def open_database(url: str) -> sa.Engine:
     except LorayError:
         engine.dispose()
         raise
-    # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
-    weakref.finalize(engine, engine.pool.dispose)
     return engine
 
 
