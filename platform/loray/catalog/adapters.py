@@ -46,7 +46,6 @@ from loray.catalog.queries import (
     now,
     owned,
     select_names,
-    utc,
     visible,
 )
 from loray.catalog.removal import end_claim, refuse_deleted, refuse_while_trained, restore_version
@@ -233,7 +232,7 @@ class Adapters:
             return AdapterDetail(
                 entry=entry,
                 versions=tuple(load_version(c, entry.name, adapter_id, v).shown_to(self.db.principal) for v in numbers),
-                moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
+                moves=tuple(AliasMove(m.alias, m.version, m.undone, m.created_at, m.no_gate) for m in moves),
                 canaries=known_canaries(c, self.db.principal, adapter_id, entry),
             )
 

@@ -21,7 +21,6 @@ from loray.catalog.queries import (
     load_version,
     next_revision,
     now,
-    utc,
     version_id_of,
 )
 from loray.catalog.schema import adapters, alias_moves, aliases, canaries, versions
@@ -148,8 +147,8 @@ def _state(row: sa.Row[Any]) -> CanaryState:
         percent=row.percent,
         bounds=CanaryBounds.model_validate_json(row.bounds),
         counts=sum(_read_reports(row.reports).values(), CanaryCounts()),
-        created_at=utc(row.created_at),
-        ended_at=None if row.ended_at is None else utc(row.ended_at),
+        created_at=row.created_at,
+        ended_at=row.ended_at,
         outcome=row.outcome,
         reason=row.reason,
     )

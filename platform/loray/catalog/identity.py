@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import Origin, add_entry, chained, log
 from loray.catalog.database import Database
 from loray.catalog.entries import check_tenant
-from loray.catalog.queries import count_change, newest, now, read_counter, utc
+from loray.catalog.queries import count_change, newest, now, read_counter
 from loray.catalog.schema import audit_log, keys, logins, tenants
 from loray.errors import ConflictError, IntegrityError, KeyNotFound, LimitExceeded, PermissionDenied, SpecError
 from loray.schemas.access import AuditResource
@@ -88,7 +88,7 @@ def get_tenant(c: sa.Connection, name: str) -> Tenant:
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
     limits = Limits.model_validate_json(row.limits)
-    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=utc(row.created_at))
+    return Tenant(name=row.name, blocked=row.blocked, limits=limits, created_at=row.created_at)
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -402,10 +402,9 @@ def _row(key: ApiKey) -> dict[str, Any]:
 
 def _key(row: sa.Row[Any]) -> ApiKey:
     fields = {name: getattr(row, name) for name in ApiKey.model_fields}
-    times = {name: utc(value) for name, value in fields.items() if isinstance(value, datetime)}
     texts = {name: json.loads(fields[name]) for name in ("scopes", "limits", "metadata")}
     models = None if row.models is None else json.loads(row.models)
-    return ApiKey.model_validate(fields | times | texts | {"models": models})
+    return ApiKey.model_validate(fields | texts | {"models": models})
 
 
 # -- the audit log ----------------------------------------------------------------------------------------------------
@@ -463,8 +462,7 @@ class Audit:
         query = sa.select(audit_log).order_by(audit_log.c.id)
         with self.db.reading() as c, c.execute(query, execution_options={"yield_per": 500}) as rows:
             for row in rows:
-                entry = row._asdict() | {"created_at": utc(row.created_at)}
-                if row.previous_hash != previous or row.hash != chained(previous, entry):
+                if row.previous_hash != previous or row.hash != chained(previous, row._asdict()):
                     raise IntegrityError(f"the audit log was changed: entry {row.id}, or one before it that is missing")
                 previous, last, num_entries = row.hash, row.id, num_entries + 1
                 is_known = is_known or (row.id, row.hash) == known
@@ -497,7 +495,7 @@ class Audit:
 
 
 def _entry(row: sa.Row[Any]) -> AuditResource:
-    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail), "created_at": utc(row.created_at)})
+    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail)})
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------
@@ -531,9 +529,9 @@ class Logins:
         moment, mine = now(), logins.c.cookie_sha256 == cookie_sha256
         with self.db.reading() as c:
             row = c.execute(sa.select(logins).where(mine)).first()
-        if row is None or moment > min(utc(row.used_at) + IDLE, utc(row.created_at) + LONGEST):
+        if row is None or moment > min(row.used_at + IDLE, row.created_at + LONGEST):
             return None
-        if moment > utc(row.used_at) + _NOTED:
+        if moment > row.used_at + _NOTED:
             with self.db.writing() as c:
                 c.execute(logins.update().where(mine).values(used_at=moment))
         return str(row.sealed)

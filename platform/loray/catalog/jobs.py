@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from loray.catalog.audit_chain import log
 from loray.catalog.database import Database, insert_into
 from loray.catalog.entries import Job, check_job_id, check_name, check_qualified
-from loray.catalog.queries import newest, now, utc
+from loray.catalog.queries import newest, now
 from loray.catalog.schema import clusters, jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
 from loray.schemas.resources import Page
@@ -174,6 +174,5 @@ def _job(row: sa.Row[Any]) -> Job:
         recipe = TrainSpec.model_validate_json(fields["recipe"])
     except ValueError as e:
         raise IntegrityError(f"the recipe of job {row.id} in the catalog cannot be read; a later loray wrote it") from e
-    times = {t: fields[t] and utc(fields[t]) for t in ("created_at", "started_at", "ended_at")}
     name = qualified_name(fields["tenant"], fields["name"])
-    return Job(**fields | {"name": name, "recipe": recipe} | times)
+    return Job(**fields | {"name": name, "recipe": recipe})

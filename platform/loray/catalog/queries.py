@@ -141,7 +141,7 @@ def load_entries(
             row.id,
             AdapterEntry(
                 row.name,
-                utc(row.created_at),
+                row.created_at,
                 tuple(refs[row.id]),
                 make_pointers(pointers.get(row.id, ())),
                 intern(row.tenant),
@@ -253,7 +253,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         name=name,
         version=row.version,
         digest=row.digest,
-        created_at=utc(row.created_at),
+        created_at=row.created_at,
         aliases=tuple(pointing.scalars()),
         method=manifest.method,
         base_fingerprint=manifest.base_fingerprint,
@@ -266,13 +266,8 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
 
 
 def make_quarantined(row: sa.Row[Any]) -> Quarantined:
-    until = row.refused_until
-    return Quarantined(
-        deaths=row.deaths,
-        replica=row.replica,
-        died_at=utc(row.died_at),
-        refused_until=None if until is None else utc(until),
-    )
+    fields = ("deaths", "replica", "died_at", "refused_until")
+    return Quarantined(**{name: getattr(row, name) for name in fields})
 
 
 def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
@@ -300,11 +295,6 @@ def new_id(inserted: sa.CursorResult[Any]) -> int:
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def utc(value: datetime) -> datetime:
-    """`value` with its time zone, UTC, which SQLite does not store."""
-    return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
 def newest(
@@ -438,19 +428,11 @@ def _later_evaluations(c: sa.Connection, adapter_id: int, tenant: str) -> dict[s
 
 def _summary(name: str, row: sa.Row[Any], later: list[Evaluation]) -> VersionSummary:
     measured = (Evaluation.model_validate(fields) for fields in row.evaluations or ())
-    return VersionSummary(
-        name=name,
-        version=row.version,
-        digest=row.digest,
-        method=row.method,
-        base_fingerprint=row.base_fingerprint,
-        context_length=row.context_length,
-        nbytes=row.nbytes,
-        rank=row.rank,
-        data_fingerprint=row.data_fingerprint,
-        run=row.job_id or row.sweep,
-        created_at=utc(row.created_at),
-        aliases=tuple(sorted(row.aliases.split(","))) if row.aliases else (),
-        evaluations=(*measured, *later),
-        quarantine=None if row.deaths is None else make_quarantined(row),
-    )
+    made = {
+        "name": name,
+        "run": row.job_id or row.sweep,
+        "aliases": tuple(sorted(row.aliases.split(","))) if row.aliases else (),
+        "evaluations": (*measured, *later),
+        "quarantine": None if row.deaths is None else make_quarantined(row),
+    }
+    return VersionSummary(**row._asdict() | made)
