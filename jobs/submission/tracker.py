@@ -185,7 +185,7 @@ class JobTracker:
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> Page[Job]:
-        """Returns the jobs as `Catalog.jobs` does, updated from Ray, which is asked once. A job whose status no longer
+        """Returns the jobs as `Jobs.page` of the catalog does, updated from Ray, which is asked once. A job whose status no longer
         matches `status` is left out.
         """
         page = self._open().jobs.page(limit=limit, cursor=cursor, status=status, name=name)

@@ -99,13 +99,14 @@ class Adapters:
         A name that is new belongs to the caller's tenant, and is private. The caller's tenant must have uploaded the
         digest, or see it under another name, and then is not told how it was made; an administrator may register any.
 
-        `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
-        of `promote`. `claim` is that of `publishing`, within which the caller has put the files into the store.
+        version  number of the new version, for a copy of another catalog; None: the next one
+        no_gate  that of `Aliases.move`
+        claim    that of `Claims.publishing`, within which the caller has put the files into the store
 
         Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
         has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
-        exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
-        does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
+        exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as
+        `Aliases.move` does; LimitExceeded, CatalogFull; ConflictError where the claim has lapsed.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:

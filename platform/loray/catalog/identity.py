@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from loray.catalog.audit_chain import Origin, add_entry, chained, log
+from loray.catalog.audit_chain import Origin, chained, coming_from, log
 from loray.catalog.database import Database
 from loray.catalog.entries import check_tenant
 from loray.catalog.queries import count_change, newest, now, read_counter
@@ -449,8 +449,8 @@ class Audit:
         """Add an entry for each kind of request, with how often it was refused."""
         with self.db.changing() as c:
             for one, (num_requests, request_id) in refused.items():
-                origin = Origin(one.address, request_id)
-                add_entry(c, one.actor, "refuse", one.what, one.tenant, {"count": num_requests}, origin)
+                with coming_from(Origin(one.address, request_id)):
+                    log(c, one.actor, "refuse", one.what, tenant=one.tenant, count=num_requests)
 
     def verify(self, known: tuple[int, str] | None = None) -> AuditState:
         """Compute all hashes of the log again. `known`: id and hash of an earlier end, which must still be there.

@@ -339,7 +339,7 @@ def select_names(
     search: str | None,
     tags: Mapping[str, str | None],
 ) -> sa.Select[Any]:
-    """The caller's names after `after`, sorted. `Catalog.names` says what the filters mean.
+    """The caller's names after `after`, sorted. `Adapters.page` says what the filters mean.
 
     A page is read in the order of names from an index that has all columns which are asked: it ends with the last name
     wanted, and costs one pass over the names at most that have the tenant, base or method. Which of them a caller sees
@@ -384,7 +384,7 @@ def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElemen
 def list_versions(
     c: sa.Connection, adapter_id: int, entry: AdapterEntry, limit: int, before: int | None
 ) -> Page[VersionSummary]:
-    """`Catalog.versions` of an entry. Two statements, however many versions there are."""
+    """`Adapters.versions` of an entry. Two statements, however many versions there are."""
     manifest = manifest_as_json(c)
     texts = (manifest[name].as_string().label(name) for name in ("data_fingerprint", "job_id", "sweep"))
     of_manifest = (manifest["evaluations"].label("evaluations"), manifest["rank"].as_integer().label("rank"), *texts)

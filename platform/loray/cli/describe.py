@@ -142,7 +142,7 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
 
 
 def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
-    """Returns what `Catalog.adapter` does, of what a server tells: without the moves of aliases."""
+    """Returns what `Adapters.detail` of the catalog does, of what a server tells: without the moves of aliases."""
     found = client.adapter(name)
     versions = tuple(AdapterVersion(**dict(client.version(name, number))) for number in found.versions)
     shares = ((alias, v, share) for alias, weights in found.weights.items() for v, share in weights.items())
