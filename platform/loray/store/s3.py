@@ -364,15 +364,10 @@ class S3Store:
     def _put_whole(self, name: str, source: UploadPart) -> bool | None:
         """True where this call has written the object, False where it existed, None where another writer collided."""
         writer = uuid.uuid4().hex
+        given = {"Bucket": self._bucket, "Key": name, "Metadata": {"writer": writer}, **self._encryption}
         with source.open() as body:
-            sent = {
-                "Bucket": self._bucket,
-                "Key": name,
-                "Body": body,
-                "Metadata": {"writer": writer},
-                **self._encryption,
-            }
-            return self._has_written(name, writer, lambda: self._client.put_object(**sent, IfNoneMatch="*"))
+            put = partial(self._client.put_object, **given, Body=body, IfNoneMatch="*")
+            return self._has_written(name, writer, put)
 
     def _put_in_parts(self, name: str, source: UploadPart) -> bool | None:
         """Write the object in parts, with the result of `_put_whole`; a failed upload leaves none of its parts."""
