@@ -34,6 +34,7 @@ from loray.catalog.entries import (
     without_making,
 )
 from loray.catalog.queries import (
+    REF,
     count_change,
     list_versions,
     load_entries,
@@ -132,19 +133,9 @@ class Adapters:
                 manifest = known_manifest(c, self.db.principal, digest, manifest)
                 kept = manifest_json(manifest)
                 check_size(manifest, kept)
-                row = {
-                    "adapter_id": adapter_id,
-                    "version": number,
-                    "digest": digest,
-                    "method": manifest.method,
-                    "base_fingerprint": manifest.base_fingerprint,
-                    "context_length": manifest.context_length,
-                    "nbytes": manifest.nbytes,
-                    "manifest": kept.decode(),
-                    "tool_parser": manifest.tool_parser,
-                    "chat_template": manifest.ref(digest, name, number).chat_template,
-                    "created_at": now(),
-                }
+                ref = manifest.ref(digest, name, number)
+                row = {column: getattr(ref, column) for column in REF}
+                row |= {"adapter_id": adapter_id, "manifest": kept.decode(), "created_at": now()}
                 c.execute(versions.insert().values(row))
                 log(c, self.db.actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
                 if manifest.projection is not None:

@@ -157,9 +157,9 @@ def load_entries(
 
 _ENTRY = [adapters.c[name] for name in ("id", "name", "created_at", "tenant", "visibility")]
 _IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-_REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
+REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
 _REFS = (
-    sa.select(versions.c.adapter_id, *(versions.c[name] for name in _REF))
+    sa.select(versions.c.adapter_id, *(versions.c[name] for name in REF))
     .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
     .order_by(versions.c.adapter_id, versions.c.version)
 )
