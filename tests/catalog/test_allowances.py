@@ -48,8 +48,10 @@ def test_two_writers_at_once_reach_a_limit_and_do_not_pass_it(url: str) -> None:
                 registered += 1
         return registered
 
-    assert sum(at_once(2, write)) == len(catalogs[0].adapters.all()) == 10
-    register(catalogs[0].view(KEY), catalogs[0].adapters.all()[0].name.removeprefix("acme/"), 9)  # a version more
+    num_written = sum(at_once(2, write))
+    names = [entry.name for entry in catalogs[0].snapshot().models()]
+    assert num_written == len(names) == 10
+    register(catalogs[0].view(KEY), names[0].removeprefix("acme/"), 9)  # a version more
     for catalog in catalogs:
         catalog.close()
 
