@@ -39,7 +39,6 @@ from loray.catalog.queries import (
     list_versions,
     load_entries,
     load_entry,
-    load_evaluations,
     load_version,
     name_to_register,
     new_id,
@@ -584,8 +583,3 @@ class Evaluations:
         common |= {"actor": self.db.actor, "created_at": now()}
         c.execute(evaluations.insert(), [e.model_dump() | common for e in measured])
         log(c, self.db.actor, "evaluate", digest, tenant=tenant, count=len(measured))
-
-    def of(self, digest: str) -> tuple[Evaluation, ...]:
-        """Evaluations recorded after publication for the caller's tenant, the oldest first."""
-        with self.db.reading() as c:
-            return load_evaluations(c, self.db.principal.tenant, digest)
