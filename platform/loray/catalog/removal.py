@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from loray.catalog.audit_chain import log
-from loray.catalog.database import Database, writing
+from loray.catalog.database import Database
 from loray.catalog.queries import count_change, load_entry, now, owned, read_counter
 from loray.catalog.schema import adapters, alias_moves, bases, claims, jobs, versions
 from loray.errors import AdapterNotFound, CatalogError, ConflictError
@@ -106,7 +106,7 @@ class Claims:
             yield claim
         except BaseException:
             with suppress(CatalogError):  # otherwise it lapses
-                _drop(self.db.engine, claim)
+                self._drop(claim)
             raise
 
     @contextmanager
@@ -124,7 +124,11 @@ class Claims:
             _insert(c, claim, free, deletes=True)
             log(c, self.db.actor, "collect", "store")
         yield Allowed(free, until)
-        _drop(self.db.engine, claim)
+        self._drop(claim)
+
+    def _drop(self, claim: str) -> None:
+        with self.db.writing() as c:
+            c.execute(claims.delete().where(claims.c.claim == claim))
 
     def _claim_to_publish(self, claim: str, names: Collection[str]) -> bool:
         """False where a collection deletes one of the objects."""
@@ -143,11 +147,6 @@ def end_claim(c: sa.Connection, claim: str | None) -> None:
     if not c.execute(claims.delete().where(*mine)).rowcount:
         hours = _LONGEST_PUBLICATION.total_seconds() / 3600
         raise ConflictError(f"publishing took more than {hours:g} hours; try again")
-
-
-def _drop(engine: sa.Engine, claim: str) -> None:
-    with writing(engine) as c:
-        c.execute(claims.delete().where(claims.c.claim == claim))
 
 
 def _holding(*, deletes: bool) -> sa.Select[tuple[str]]:
