@@ -126,7 +126,9 @@ class Adapters:
             if known is None:
                 newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar() or 0
                 number = version or newest + 1
-                _refuse_taken(c, name, adapter_id, number)
+                taken = c.execute(sa.select(versions.c.digest).where(mine, versions.c.version == number)).scalar()
+                if taken is not None:
+                    raise ConflictError(f"{name}@{number} exists already, with other content (digest {taken[:12]})")
                 refuse_more_versions(c, self.db.principal, tenant, adapter_id, digest, manifest)
                 refuse_more_memory(c, self.db.max_snapshot_bytes)
                 manifest = known_manifest(c, self.db.principal, digest, manifest)
@@ -309,13 +311,6 @@ class Adapters:
             log(c, self.db.actor, "transfer", stored, tenant=tenant, of=entry.name)
             count_change(c, adapter_id)
             return load_entry(c, self.db.principal, f"{tenant}/{split_qualified(stored).name}")[1]
-
-
-def _refuse_taken(c: sa.Connection, name: str, adapter_id: int, version: int) -> None:
-    query = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id, versions.c.version == version)
-    digest = c.execute(query).scalar()
-    if digest is not None:
-        raise ConflictError(f"{name}@{version} exists already, with other content (digest {digest[:12]})")
 
 
 def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:

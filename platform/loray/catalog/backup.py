@@ -123,20 +123,17 @@ def _rows(lines: Iterable[Line]) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
     """(table, row) in the file's order. Raises IntegrityError where a line is neither a table nor a row of it."""
     table: sa.Table | None = None
     columns: list[sa.Column[Any]] = []
+    times: set[str] = set()
     for line in lines:
         if isinstance(line, Mapping):
             table = metadata.tables[line["table"]]
             columns = [table.columns[name] for name in line["columns"]]
+            times = {column.name for column in columns if isinstance(column.type, UtcTime)}
             continue
         if table is None:
             raise IntegrityError("it has a row before its first table")
-        row = zip(columns, line, strict=True)
-        yield table, {column.name: _value(column, v) for column, v in row if column.computed is None}
-
-
-def _value(column: sa.Column[Any], value: Any) -> Any:
-    is_time = value is not None and isinstance(column.type, UtcTime)
-    return datetime.fromisoformat(value) if is_time else value
+        row = {column.name: v for column, v in zip(columns, line, strict=True) if column.computed is None}
+        yield table, {name: v and datetime.fromisoformat(v) if name in times else v for name, v in row.items()}
 
 
 def _tables() -> list[sa.Table]:

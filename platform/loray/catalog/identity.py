@@ -490,12 +490,9 @@ class Audit:
         if cursor is not None:
             query = query.where(audit_log.c.id < cursor)
         with self.db.reading() as c:
-            found = [_entry(row) for row in c.execute(query)]
+            rows = c.execute(query).all()
+            found = [AuditResource(**row._asdict() | {"detail": json.loads(row.detail)}) for row in rows]
         return Page(items=tuple(found[:limit]), next=str(found[limit - 1].id) if len(found) > limit else None)
-
-
-def _entry(row: sa.Row[Any]) -> AuditResource:
-    return AuditResource(**row._asdict() | {"detail": json.loads(row.detail)})
 
 
 # -- logins -----------------------------------------------------------------------------------------------------------

@@ -361,17 +361,12 @@ def select_names(
     if method is not None:
         query = query.where(adapters.c.served_method == method)
     if search:
-        query = query.where(_contains(c, search))
+        # Names are ASCII, whose case SQLite's LIKE ignores by itself.
+        contains = adapters.c.name.contains if c.dialect.name == "sqlite" else adapters.c.name.icontains
+        query = query.where(contains(search, autoescape=True))
     for key, value in tags.items():
         query = query.where(_is_tagged(c, key, value))
     return query.order_by(adapters.c.name)
-
-
-def _contains(c: sa.Connection, search: str) -> sa.ColumnElement[bool]:
-    """Part of the name, in any case. Names are ASCII, whose case SQLite's LIKE ignores by itself."""
-    if c.dialect.name == "sqlite":
-        return adapters.c.name.contains(search, autoescape=True)
-    return adapters.c.name.icontains(search, autoescape=True)
 
 
 def _is_tagged(c: sa.Connection, key: str, value: str | None) -> sa.ColumnElement[bool]:

@@ -116,7 +116,10 @@ class CatalogSnapshot:
         found = self._find(name, principal)
         if found is not None:
             return found
-        near = {meant: self._beside(meant, principal) for meant in meanings(name, principal.tenant)}
+        near: dict[str, list[str]] = {}
+        for meant in meanings(name, principal.tenant):
+            beside = names_beside(self.names.get(ALL, ()), meant)
+            near[meant] = [n for n in beside if self.adapters[n].exists_for(principal)]
         raise unknown_adapter(name, near, self.bases)
 
     def models(self, after: str | None = None, principal: Principal = OPERATOR) -> Iterator[AdapterEntry]:
@@ -124,10 +127,6 @@ class CatalogSnapshot:
         lists = [self.names.get(who, ()) for who in ((ALL,) if principal.is_admin else (principal.tenant, PUBLIC))]
         parts = (names if after is None else names[bisect_right(names, after) :] for names in lists)
         return (self.adapters[name] for name in merge(*parts))
-
-    def _beside(self, name: str, principal: Principal) -> list[str]:
-        near = names_beside(self.names.get(ALL, ()), name)
-        return [name for name in near if self.adapters[name].exists_for(principal)]
 
     def _find(self, name: str, principal: Principal) -> AdapterEntry | None:
         for stored in meanings(name, principal.tenant):
