@@ -84,8 +84,9 @@ class UsageTable:
         query = sa.select(*columns, *sums).select_from(found)
         query = query.group_by(*columns).order_by(*columns).limit(limit).offset(offset)
         with self.db.reading() as c:
-            rows = [dict.fromkeys(_COLUMNS.values()) | row._asdict() for row in c.execute(query)]
-        return tuple(UsageResource(**row | {"key_id": row["key_id"] or None}) for row in rows)
+            rows = [row._asdict() for row in c.execute(query)]
+        ungrouped: dict[str, Any] = dict.fromkeys(_COLUMNS.values())
+        return tuple(UsageResource(**ungrouped | row | {"key_id": row.get("key_id") or None}) for row in rows)
 
     def _rows(
         self, given: dict[str, str | None], since: datetime | None, until: datetime | None
