@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, NamedTuple
 
@@ -18,12 +20,20 @@ from loray.schemas.status import ReplicaStatus, Status
 from loray.spec import Principal, format_seconds
 from serve_apps.auth import CurrentPrincipal, may
 from serve_apps.console.backend import Backend, Console, ConsoleDep
-from serve_apps.console.pools import KINDS, heat_map, parts_of, rows_of, strip_of
 from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, page_router
 
 _NUM_NEWEST = 8  # versions and jobs of the overview
 _ROWS, _COLUMNS = 50, 50  # adapters and replicas of the table of places
-_MOMENTS = 20  # of demand
+_TIERS_OF_REPLICAS = (("host", "adapters_on_host"), ("loading", "adapters_loading"), ("pool", "adapters_in_pool"))
+# What a pool's block holds.
+_KINDS: Mapping[str, str] = {
+    "kv": "KV cache of requests",
+    "cached": "prefixes that no request holds",
+    "layered": "rows of adapters in layers",
+    "flat": "other rows of adapters",
+    "run": "VeRA pairs",
+    "free": "free",
+}
 _WHY: dict[str, str] = {
     "pool": "its pool has the adapter",
     "host": "its host memory has the adapter",
@@ -70,7 +80,7 @@ async def _overview(console: Console, request: Request, asking: Principal, templ
 
 async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
     """`problem` says why there is no status; whether the caller may see it, the gateway decides."""
-    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None, "pace": None}
+    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None}
     try:
         status = await backend.gateway.status(authorization)
         # Adapters in how many places of pools and of host memory, and all in the store.
@@ -82,7 +92,6 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
         seen |= {"status": status, "tiers": tiers, "target": sum(base.target for base in status.bases)}
         first = together((await backend.gateway.metrics(authorization, TTFT)).buckets(TTFT, "replica"))
         seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
-        seen["pace"] = backend.gateway.demand.tokens_per_s()
     except PermissionDenied as e:
         seen |= {"problem": str(e), "is_hidden": True}
     except ClusterError as e:
@@ -114,31 +123,26 @@ async def show_serving_live(console: ConsoleDep, request: Request) -> Response:
 
 async def _serving(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
-    # Of many, only the engines that are shown make a layout: the first ones of the last look.
-    wanted = gateway.replicas[:_COLUMNS] if len(gateway.replicas) > _COLUMNS else True
     try:
-        status = await gateway.status(request.state.authorization, layout=wanted)
+        status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, problem=str(e), status=None)
     shown = await run_in_threadpool(_serving_context, status, metrics)
-    demand = {"curve": gateway.demand.curve(), "moments": gateway.demand.rows(_MOMENTS)}
-    return console.renderer.page(request, template, problem="", status=status, **shown, **demand)
+    return console.renderer.page(request, template, problem="", status=status, **shown)
 
 
 def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
     """Describe the first replicas, whatever their number; nothing grows with the number of adapters."""
     replicas = status.replicas[:_COLUMNS]
-    rows, num_rows = heat_map(replicas, _ROWS)
+    rows, num_rows = places_of(replicas, _ROWS)
     steps, routed = metrics.buckets(STEPS, "replica"), metrics.sums(ROUTED, "reason")
     most = sorted(routed.items(), key=lambda item: -item[1])
     return {
         "shown": replicas,
         "rows": rows,
         "num_rows": num_rows,
-        "kinds": KINDS,
-        "parts": {replica.replica: parts_of(replica.blocks) for replica in replicas},
-        "strips": {replica.replica: strip_of(replica.layout) for replica in replicas},
+        "kinds": _KINDS,
         "step_times": {
             replica.replica: [percentile(steps.get(replica.replica, {}), share) for share in (0.5, 0.99)]
             for replica in replicas
@@ -146,6 +150,25 @@ def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
         "routed": [(_WHY.get(reason, reason), int(count)) for reason, count in most if count],
         "num_routed": sum(routed.values()) or 1,
     }
+
+
+class PlaceRow(NamedTuple):
+    """`tiers`: pool, loading, host or nothing, for each replica."""
+
+    adapter: str
+    tiers: tuple[str, ...]
+
+
+def places_of(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[PlaceRow], int]:
+    """Return the `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
+    tiers: dict[str, dict[int, str]] = {}
+    for at, replica in enumerate(replicas):
+        for tier, field in _TIERS_OF_REPLICAS:
+            for name in getattr(replica, field):
+                tiers.setdefault(name, {})[at] = tier
+    most = heapq.nsmallest(num_rows, tiers.items(), key=lambda item: (-len(item[1]), item[0]))
+    columns = range(len(replicas))
+    return [PlaceRow(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
 
 
 @router.get("/serving/replicas/{name}")
@@ -164,7 +187,7 @@ async def _replica(console: Console, request: Request, name: str, template: str)
     """Answer 404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
-        status = await gateway.status(request.state.authorization, layout=(name,))
+        status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
@@ -188,10 +211,8 @@ def _replica_context(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]
     )
     num_held = len(replica.adapters_loading) + len(replica.adapters_in_pool) + len(replica.adapters_on_host)
     return {
-        "kinds": KINDS,
-        "parts": parts_of(replica.blocks),
-        "drawn": strip_of(replica.layout),
-        "rows": rows_of(replica.layout),
+        "kinds": _KINDS,
+        "num_blocks": sum(replica.blocks.values()) or 1,
         "steps": steps_of(buckets),
         "step_times": [percentile(buckets, share) for share in (0.5, 0.99)],
         "adapters": list(islice(held, _ADAPTERS)),

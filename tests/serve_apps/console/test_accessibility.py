@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import serve_apps.console
-from serve_apps.console.pools import KINDS
 from tests.serve_apps.console.colours import Theme
 from tests.serve_apps.console.markup import Element, parse, problems_of
 from tests.serve_apps.console.site import COMPARED, PAGES, ConsoleSite
@@ -100,14 +99,6 @@ def test_texts_can_be_read(dark: bool) -> None:
         pairs[f"alert {name}"] = (_value(".alert", "--tblr-alert-color"), ground)
     too_dim = {name: round(theme.contrast(*pair), 2) for name, pair in pairs.items() if theme.contrast(*pair) < 4.5}
     assert not too_dim
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_blocks_can_be_told_from_their_ground(dark: bool) -> None:
-    theme = Theme(dark)
-    kinds = [kind for kind in KINDS if kind != "free"]
-    contrasts = {kind: theme.contrast(_value(f".blocks-{kind}", "fill"), _SURFACE) for kind in kinds}
-    assert not {kind: round(contrast, 2) for kind, contrast in contrasts.items() if contrast < 3}
 
 
 def test_contrast_is_that_of_wcag() -> None:
