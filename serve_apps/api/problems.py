@@ -125,8 +125,9 @@ class Preconditions(NamedTuple):
     if_match: str | None
     if_none_match: str | None
 
-    def expected_revision(self, current: int, alias: str) -> int | None:
-        """Return the revision that the alias must have when it is written; None without preconditions.
+    def expected(self, current: int, alias: str) -> str | None:
+        """Return the ETag that the alias must have when it is written, `"0"` where it must not be set; None without
+        preconditions.
 
         `current`: the revision now, 0 if the alias is not set. Raises RevisionConflict if it does not fit the headers,
         SpecError if a header is malformed.
@@ -134,7 +135,7 @@ class Preconditions(NamedTuple):
         self.check_match(current, alias)
         if self.found_unchanged(current):
             raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which If-None-Match rules out")
-        return None if self.if_match is None and self.if_none_match is None else current
+        return None if self.if_match is None and self.if_none_match is None else f'"{current}"'
 
     def check_match(self, current: int, alias: str) -> None:
         """Raise RevisionConflict if If-Match does not match the alias's revision."""

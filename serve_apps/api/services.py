@@ -12,18 +12,17 @@ from fastapi import Depends, Path, Query, Request, Response
 
 from jobs.submission.tracker import JobServer, JobTracker
 from loray.bases.registry import list_bases
-from loray.catalog import AdapterVersion, Catalog
+from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import ServingAddress
-from loray.publishing import Destination
-from loray.publishing.uploads import Uploads
-from loray.schemas.resources import Page, Registration
+from loray.schemas.resources import Page
 from loray.scratch import Scratch
+from loray.service import CatalogService
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
-from serve_apps.api.conversions import Conversions, publish_upload
+from serve_apps.api.conversions import Conversions
 from serve_apps.auth import RateLimits
 from serve_apps.console import GatewayClient, Placements, Streams
 from serve_apps.places import MostPlaces, Places
@@ -115,6 +114,12 @@ class Services:
             principal = principal.model_copy(update={"actor": ACTOR})
         return self.catalog.view(principal)
 
+    def service_of(self, principal: Principal) -> CatalogService:
+        """What this caller may do with the catalog, which is opened when it is first needed."""
+        return CatalogService(
+            self._settings, lambda: self.catalog_of(principal), lambda: self.store, scratch=self.scratch
+        )
+
     def jobs_of(self, principal: Principal) -> JobTracker:
         """Track the jobs of this caller's tenant."""
         return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
@@ -129,13 +134,6 @@ class Services:
             if self._store is None:
                 self._store = AdapterStore(open_store(self._settings.store))
             return self._store
-
-    def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
-        """Publish an upload, against the bases of this node. Raises Overloaded where its disk has no room."""
-        assert asked.upload is not None
-        files = Uploads(to.store, to.catalog.own_tenant).files(asked.upload)
-        with self.scratch.reserve(2 * sum(file.num_bytes for file in files)):  # as it came, and with its manifest
-            return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
         for places in (self.long, self.sending, self.downloads, self.followers):
@@ -167,10 +165,10 @@ def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
             _log.warning("%s", e)
 
 
-def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
-    """Make a page, with a Link header to the next one if there is one."""
-    if cursor is not None:
+def linked(page: Page[T], request: Request, response: Response) -> Page[T]:
+    """Give the page a Link header to the next one if there is one."""
+    if page.next is not None:
         others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-        query = urlencode([*others, ("cursor", cursor)])
+        query = urlencode([*others, ("cursor", page.next)])
         response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
-    return Page[T](items=items, next=cursor)
+    return page

@@ -14,7 +14,7 @@ from loray.errors import LorayError, SpecError
 from loray.policy.auth import check
 from loray.spec import JobId, JobStatus, Method, Principal
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.backend import Console, ConsoleDep, Service
 from serve_apps.console.recipes import form_fields, is_begun, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import MOST_SUGGESTED, led_to, page_router, read_form
 from serve_apps.console.runs import Seen, compare, curve_of, loss_rows, rank, spread
@@ -45,15 +45,15 @@ def list_jobs(
 
 @router.get("/jobs/new")
 @may("train")
-def show_form(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+def show_form(console: ConsoleDep, service: Service, request: Request) -> Response:
     """Show the form of a recipe."""
-    bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
+    bases = list(service.catalog.bases())[:MOST_SUGGESTED]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 
 @router.post("/jobs/plan")
 @may("train")
-async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
+async def show_plan(console: ConsoleDep, service: Service, request: Request, asking: CurrentPrincipal) -> Response:
     """Show what `loray plan` says of the form; where it is no recipe yet, why."""
     form, settings = await read_form(request), console.backend.settings
     if not is_begun(form):
@@ -61,9 +61,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: CurrentPrinci
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=hint)
     try:
         console.backend.rates.take_advice(asking, time.monotonic())
-        estimate = await run_in_threadpool(
-            lambda: plan_of(recipe_of(form, settings.home), console.backend.catalog_of(asking), settings)
-        )
+        estimate = await run_in_threadpool(lambda: plan_of(recipe_of(form, settings.home), service.catalog, settings))
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
     return console.renderer.page(request, "parts/plan.html", plan=estimate, problem="")
@@ -103,20 +101,13 @@ def compare_jobs(
     return console.renderer.page(request, "compare.html", **compare(seen)._asdict())
 
 
+@router.get("/jobs/{id}/live")
 @router.get("/jobs/{id}")
 @may("follow")
 def show_job(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
-    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
-
-
-@router.get("/jobs/{id}/live")
-@may("follow")
-def show_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal, id: JobPath) -> Response:
-    """The part of the page that is asked for again and again until the job has ended."""
-    job = console.backend.jobs_of(asking).get(id)
-    return console.renderer.page(request, "parts/job.html", **_state(console, asking, job))
+    return console.renderer.followed(request, "job.html", recipe=recipe, **_state(console, asking, job))
 
 
 def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from fastapi import Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog.identity import AuditEntry
 from loray.client.metrics import ROUTED, STEPS, TTFT, Buckets, Metrics, percentile, together
 from loray.errors import ClusterError, LorayError, NotFoundError, PermissionDenied
 from loray.schemas.status import ReplicaStatus, Status
+from loray.service import CatalogService
 from loray.spec import Principal, format_seconds
 from serve_apps.auth import CurrentPrincipal, may
-from serve_apps.console.backend import Backend, Console, ConsoleDep
+from serve_apps.console.backend import Backend, ConsoleDep, Service
 from serve_apps.console.rendering import EVENT_STREAM, STREAM_HEADERS, is_allowed, page_router
 
 _NUM_NEWEST = 8  # versions and jobs of the overview
@@ -59,23 +59,13 @@ ReplicaName = Annotated[str, Path(max_length=200)]
 router = page_router()
 
 
+@router.get("/live")
 @router.get("")
 @may("identify")
-async def show_overview(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    return await _overview(console, request, asking, "overview.html")
-
-
-@router.get("/live")
-@may("identify")
-async def show_overview_live(console: ConsoleDep, request: Request, asking: CurrentPrincipal) -> Response:
-    """Show the part of the page that is asked for again and again."""
-    return await _overview(console, request, asking, "parts/live.html")
-
-
-async def _overview(console: Console, request: Request, asking: Principal, template: str) -> Response:
+async def show_overview(console: ConsoleDep, service: Service, request: Request, asking: CurrentPrincipal) -> Response:
     served = await _served(console.backend, request.state.authorization)
-    recent = await run_in_threadpool(_recent, console.backend, asking)
-    return console.renderer.page(request, template, **served, **recent)
+    recent = await run_in_threadpool(_recent, service, asking)
+    return console.renderer.followed(request, "overview.html", **served, **recent)
 
 
 async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
@@ -99,37 +89,25 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     return seen
 
 
-def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
-    catalog = backend.catalog_of(asking)
-    newest: tuple[AuditEntry, ...] = ()
-    if is_allowed(asking, "audit"):
-        of = None if asking.is_admin else asking.tenant
-        newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
-    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if is_allowed(asking, "follow") else ()
+def _recent(service: CatalogService, asking: Principal) -> dict[str, Any]:
+    may_audit, may_follow = is_allowed(asking, "audit"), is_allowed(asking, "follow")
+    newest = service.audit_page(_NUM_NEWEST, action="register").items if may_audit else ()
+    jobs = service.catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if may_follow else ()
     return {"newest": newest, "jobs": jobs}
 
 
+@router.get("/serving/live")
 @router.get("/serving")
 @may("observe")
 async def show_serving(console: ConsoleDep, request: Request) -> Response:
-    return await _serving(console, request, "serving.html")
-
-
-@router.get("/serving/live")
-@may("observe")
-async def show_serving_live(console: ConsoleDep, request: Request) -> Response:
-    return await _serving(console, request, "parts/serving.html")
-
-
-async def _serving(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
     try:
         status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
-        return console.renderer.page(request, template, problem=str(e), status=None)
+        return console.renderer.followed(request, "serving.html", problem=str(e), status=None)
     shown = await run_in_threadpool(_serving_context, status, metrics)
-    return console.renderer.page(request, template, problem="", status=status, **shown)
+    return console.renderer.followed(request, "serving.html", problem="", status=status, **shown)
 
 
 def _serving_context(status: Status, metrics: Metrics) -> dict[str, Any]:
@@ -171,32 +149,23 @@ def places_of(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Pl
     return [PlaceRow(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
 
 
+@router.get("/serving/replicas/{name}/live")
 @router.get("/serving/replicas/{name}")
 @may("observe")
 async def show_replica(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _replica(console, request, name, "replica.html")
-
-
-@router.get("/serving/replicas/{name}/live")
-@may("observe")
-async def show_replica_live(console: ConsoleDep, request: Request, name: ReplicaName) -> Response:
-    return await _replica(console, request, name, "parts/replica.html")
-
-
-async def _replica(console: Console, request: Request, name: str, template: str) -> Response:
     """Answer 404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
         status = await gateway.status(request.state.authorization)
         metrics = await gateway.metrics(request.state.authorization, STEPS)
     except (ClusterError, PermissionDenied) as e:
-        return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
+        return console.renderer.followed(request, "replica.html", name=name, problem=str(e), replica=None)
     found = next((replica for replica in status.replicas if replica.replica == name), None)
     if found is None:
         raise NotFoundError(f"no replica {name!r} answers; it may have ended")
     buckets = metrics.buckets(STEPS, "replica").get(name, {})
     shown = await run_in_threadpool(_replica_context, found, buckets)
-    return console.renderer.page(request, template, name=name, problem="", replica=found, **shown)
+    return console.renderer.followed(request, "replica.html", name=name, problem="", replica=found, **shown)
 
 
 def _replica_context(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
@@ -244,13 +213,12 @@ def steps_of(buckets: Buckets) -> list[Steps]:
 @may("infer")
 def show_playground(
     console: ConsoleDep,
+    service: Service,
     request: Request,
-    asking: CurrentPrincipal,
     model: Annotated[list[str], Query(max_length=4)] = [],  # noqa: B006 - copied
 ) -> Response:
-    catalog = console.backend.catalog_of(asking)
-    adapters = [entry.name for entry in catalog.names(limit=_SUGGESTED)]
-    bases = list(catalog.bases())[:_SUGGESTED]
+    adapters = [adapter.name for adapter in service.adapter_page(_SUGGESTED).items]
+    bases = list(service.catalog.bases())[:_SUGGESTED]
     return console.renderer.page(
         request,
         "playground.html",
@@ -271,16 +239,15 @@ async def chat(console: ConsoleDep, request: Request) -> Response:
 @router.get("/playground/tier")
 @may("infer")
 async def find_tier(
-    console: ConsoleDep, asking: CurrentPrincipal, model: Annotated[str, Query(max_length=300)] = ""
+    console: ConsoleDep, service: Service, model: Annotated[str, Query(max_length=300)] = ""
 ) -> Response:
     """Say where the model's adapter is now: the next request takes it from there."""
-    backend = console.backend
     try:
-        ref = await run_in_threadpool(lambda: backend.catalog_of(asking).resolve(model))
+        ref = await run_in_threadpool(lambda: service.catalog.resolve(model))
     except LorayError:  # a base; or no model at all, which its answer will say
         return JSONResponse({"tier": ""})
     try:
-        found = await asyncio.wait_for(backend.placements.adapters([ref.digest]), _LOOK_S)
+        found = await asyncio.wait_for(console.backend.placements.adapters([ref.digest]), _LOOK_S)
     except (LorayError, TimeoutError):
         return JSONResponse({"tier": ""})
     tiers = {placement.tier for placement in found}
@@ -290,9 +257,8 @@ async def find_tier(
 @router.get("/playground/models")
 @may("infer")
 async def find_models(
-    console: ConsoleDep, request: Request, asking: CurrentPrincipal, search: Annotated[str, Query(max_length=96)] = ""
+    console: ConsoleDep, service: Service, request: Request, search: Annotated[str, Query(max_length=96)] = ""
 ) -> Response:
     """Find adapters with this in their names, for the list of suggestions."""
-    catalog = console.backend.catalog_of(asking)
-    found = await run_in_threadpool(lambda: catalog.names(limit=_SUGGESTED, search=search or None))
-    return console.renderer.page(request, "parts/models.html", names=[entry.name for entry in found])
+    found = await run_in_threadpool(service.adapter_page, _SUGGESTED, search=search or None)
+    return console.renderer.page(request, "parts/models.html", names=[adapter.name for adapter in found.items])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,7 @@ from loray.local.serving import serving_urls
 from loray.settings import Settings
 
 if TYPE_CHECKING:
-    from loray.catalog import Catalog
-    from loray.store import AdapterStore
+    from loray.service import CatalogService
 
 
 _TRANSFER_RETRY_S = 60.0
@@ -25,21 +24,18 @@ _COMPLETION_TIMEOUT_S = 1.0
 _MOST_NAMES = 200
 
 
-class CommandServices(NamedTuple):
-    settings: Settings
-    store: AdapterStore
-    catalog: Catalog
-
-
 @contextmanager
-def open_services() -> Iterator[CommandServices]:
+def open_services() -> Iterator[CatalogService]:
+    """Opens the catalog and the store themselves."""
     from loray.catalog import Catalog
+    from loray.service import CatalogService
     from loray.store import AdapterStore, open_store
 
     settings = Settings.from_env()
     catalog = Catalog.of(settings)
     try:
-        yield CommandServices(settings, AdapterStore(open_store(settings.store)), catalog)
+        store = AdapterStore(open_store(settings.store))
+        yield CatalogService(settings, lambda: catalog, lambda: store)
     finally:
         catalog.close()
 
@@ -59,14 +55,14 @@ def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
 
 
 @contextmanager
-def open_catalog() -> Iterator[CatalogClient | Catalog]:
-    """Opens a client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+def open_catalog() -> Iterator[CatalogClient | CatalogService]:
+    """Opens a client of the server at LORAY_URL, else catalog and store themselves: for calls that both have."""
     with open_remote() as client:
         if client is not None:
             yield client
         else:
             with open_services() as services:
-                yield services.catalog
+                yield services
 
 
 @contextmanager
@@ -76,6 +72,13 @@ def needed_remote() -> Iterator[CatalogClient]:
         if client is None:
             raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
         yield client
+
+
+def find_version(catalog: CatalogClient | CatalogService, name: str, selector: str | None) -> int:
+    """Returns the version that `name`, `name@3` or `name@alias` means. Whether a number exists is not looked up."""
+    if selector is None:
+        return catalog.adapter(name).version
+    return int(selector) if selector.isascii() and selector.isdigit() else catalog.alias(name, selector).version
 
 
 url_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import click
 
-from loray.cli.connect import open_remote, open_services
+from loray.cli.connect import open_catalog
 from loray.cli.output import console, emit, json_option, table
-from loray.schemas.resources import UsageResource
 from loray.spec import USAGE_GROUPS, UsageGroup
 
 _MOST = 100_000  # rows
@@ -46,15 +45,9 @@ def usage(
     """
     since = datetime.now(UTC) - timedelta(days=days)
     by = cast(tuple[UsageGroup, ...], groups)
-    wanted: dict[str, Any] = {"tenant": tenant, "key_id": key_id, "model": model}
-    with open_remote() as client:
-        if client is not None:
-            found = list(islice(client.usage(by, **wanted, since=since.isoformat()), _MOST))
-        else:
-            with open_services() as services:
-                sums = services.catalog.usage(by, **wanted, since=since, limit=_MOST)
-            found = [UsageResource(**row._asdict()) for row in sums]
-    rows = [row for row in found if row.num_requests]
+    with open_catalog() as catalog:
+        found = catalog.usage(by, tenant=tenant, key_id=key_id, model=model, since=since)
+        rows = [row for row in islice(found, _MOST) if row.num_requests]
     if as_json:
         emit([row.model_dump(mode="json") for row in rows])
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -56,7 +56,7 @@ class KeyResource(Limits):
     last_used_at: datetime | None = Field(description="to the minute")
 
     @classmethod
-    def of(cls, key: ApiKey, **more: Any) -> KeyResource:
+    def of(cls, key: ApiKey, **more: Any) -> Self:
         same = ("id", "tenant", "metadata", "blocked", "created_by", "created_at", "revoked_at", "last_used_at")
         return cls(
             **{name: getattr(key, name) for name in same},

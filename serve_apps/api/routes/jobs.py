@@ -16,7 +16,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from loray import service
 from loray.bases.presets import known_shape, shapes_in
 from loray.errors import SpecError
 from loray.planning.devices import PRESETS
@@ -32,7 +31,7 @@ from loray.spec.fields import mistakes
 from serve_apps.api import examples
 from serve_apps.api.problems import InvalidFields, fields_of, responses
 from serve_apps.api.routes import router_of
-from serve_apps.api.services import Limit, ServicesDep, page
+from serve_apps.api.services import Limit, ServicesDep, linked
 from serve_apps.auth import CurrentPrincipal, may, until_revoked
 from serve_apps.http import parse_json, read, schema_reference
 
@@ -102,7 +101,7 @@ def submit_job(
         check(asking, "promote")
     job = services.jobs_of(asking).submit(recipe, id, resume=resume)
     response.headers["Location"] = request.url_for("get_job", id=job.id).path
-    return service.job(job)
+    return JobResource.model_validate(job)
 
 
 @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
@@ -119,14 +118,15 @@ def list_jobs(
 ) -> Page[JobResource]:
     """Jobs of the own tenant, newest first."""
     found = services.jobs_of(asking).page(limit, cursor, status, name)
-    return page(tuple(service.job(job) for job in found.jobs), found.next, request, response)
+    items = tuple(JobResource.model_validate(job) for job in found.jobs)
+    return linked(Page[JobResource](items=items, next=found.next), request, response)
 
 
 @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
 @may("follow")
 def get_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """One job, as Ray knows it now."""
-    return service.job(services.jobs_of(asking).get(id))
+    return JobResource.model_validate(services.jobs_of(asking).get(id))
 
 
 @router.get(
@@ -166,7 +166,7 @@ async def get_logs(
 @may("train")
 def stop_job(services: ServicesDep, asking: CurrentPrincipal, id: JobPath) -> JobResource:
     """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-    return service.job(services.jobs_of(asking).stop(id))
+    return JobResource.model_validate(services.jobs_of(asking).stop(id))
 
 
 class _Log(StreamingResponse):

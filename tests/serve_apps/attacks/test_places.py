@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Message
 
 from loray.errors import Overloaded, RateLimited
+from loray.service import CatalogService
 from loray.spec import Principal, TrainSpec
 from serve_apps import auth
 from serve_apps.api import examples
@@ -41,12 +42,12 @@ def test_a_key_is_revoked_while_publications_have_all_their_places(
 ) -> None:
     begun, end = threading.Semaphore(0), threading.Event()
 
-    def publish(*_: object) -> None:
+    def publish(*_: object, **__: object) -> None:
         begun.release()
         end.wait()
         raise Overloaded("the test ends")
 
-    monkeypatch.setattr(api.services, "publish_upload", publish)
+    monkeypatch.setattr(CatalogService, "register", publish)
     leaked = api.catalog.create_key("leaked").key
     admin = authorized_admin(api)
     asked = [

@@ -20,7 +20,6 @@ _BODY, _SECONDARY, _LINK = "var(--tblr-body-color)", "var(--tblr-secondary)", "v
 def look_twice(console: ConsoleSite) -> None:
     """The second look has demand over time."""
     for number in range(2):
-        console.now += 5 * number
         console.get("/serving/live")
 
 
